@@ -1,0 +1,173 @@
+"""What discovery finds in a module: streams, branches, and the place and role of every parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mlu_lightning.rules import Role
+
+__all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure"]
+
+BranchKind = Literal["attention", "convolution", "mlp"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a module's forward pass where a multiplier can be attached as a hook.
+
+    Args:
+        module: name of the submodule, as in ``named_modules()``.
+        where: its ``"output"`` or its (first) ``"input"``.
+        index: position of the tensor if the output is a tuple or list, else None.
+
+    >>> print(Site("layers.0.attention", "output", 0))
+    layers.0.attention output[0]
+    """
+
+    module: str
+    where: Literal["output", "input"] = "output"
+    index: int | None = None
+
+    def __str__(self) -> str:
+        part = "" if self.index is None else f"[{self.index}]"
+        return f"{self.module or '(module itself)'} {self.where}{part}"
+
+
+@dataclass(frozen=True)
+class ParameterFacts:
+    """Where one parameter sits.
+
+    Args:
+        name: as in ``named_parameters()``.
+        role: row of the table, None if it could not be placed.
+        shape: its shape.
+        fan_in: number of inputs of the map (units; kernel sizes do not count); 1 for vectors.
+        fan_out: number of outputs of the map; entries of a vector.
+        branch: index into ``Structure.branches``, None outside branches.
+        stream: index into ``Structure.streams``.
+        transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
+        head_dim: size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1.
+        tied: whether it is also the readout.
+    """
+
+    name: str
+    role: Role | None
+    shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    branch: int | None = None
+    stream: int = 0
+    transposed: bool = False
+    head_dim: int = 1
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: what is added to a stream.
+
+    Args:
+        name: longest module name that its parameters share, such as ``layers.3.mlp``.
+        kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
+        hidden: hidden width M: heads of an attention block, inputs of the last matrix otherwise.
+        stream: index into ``Structure.streams``.
+        position: place along the stream, from 0; parallel branches of one addition share it.
+        parameters: names of its parameters.
+        site: where a hook can multiply the branch, None if no module's output is the branch.
+        folds: parameters whose multiplication multiplies the branch, empty if there are none.
+        head_dim: size of an attention head, None for other kinds.
+        logits: where attention logits can be multiplied, None for other kinds.
+    """
+
+    name: str
+    kind: BranchKind
+    hidden: int
+    stream: int
+    position: int
+    parameters: tuple[str, ...]
+    site: Site | None = None
+    folds: tuple[str, ...] = ()
+    head_dim: int | None = None
+    logits: Logits | None = None
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How the logits of an attention branch can be multiplied: through the queries.
+
+    Args:
+        site: module whose output the queries are, None if there is none of their own.
+        folds: weight and bias that make the queries, empty if they make keys or values too.
+    """
+
+    site: Site | None = None
+    folds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream.
+
+    Args:
+        depth: number of positions at which branches are added, L.
+        embedding: its dimension, D (the last one, where it changes along the way).
+    """
+
+    depth: int
+    embedding: int
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A map from a stream to targets.
+
+    Args:
+        parameter: name of its matrix.
+        stream: index into ``Structure.streams`` of the stream it reads.
+        site: where a hook can multiply it without its bias, None if there is no such place.
+        folds: its matrix, empty if that is tied to an embedding.
+        fan_in: inputs of the map, D.
+    """
+
+    parameter: str
+    stream: int
+    site: Site | None
+    folds: tuple[str, ...]
+    fan_in: int
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Streams, branches and parameter roles of a module.
+
+    Args:
+        parameters: facts by parameter name, in the order of ``named_parameters()``.
+        branches: residual branches in order of execution.
+        streams: residual streams; the first is the one that reaches the loss last.
+        readouts: maps to targets.
+        unassigned: parameters without a role, and what was found around them.
+        warnings: what the theory does not cover in this module.
+    """
+
+    parameters: dict[str, ParameterFacts]
+    branches: tuple[Branch, ...]
+    streams: tuple[Stream, ...]
+    readouts: tuple[Readout, ...] = ()
+    unassigned: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Role of every parameter that has one, by name."""
+        return {name: facts.role for name, facts in self.parameters.items() if facts.role is not None}
+
+    @property
+    def depth(self) -> int:
+        """Residual additions along the first stream, L."""
+        return self.streams[0].depth
+
+    @property
+    def embedding(self) -> int:
+        """Dimension of the first stream, D."""
+        return self.streams[0].embedding
