@@ -106,9 +106,7 @@ class Plan:
         family = OptimizerFamily(family)
         folds = self._forward_factors
         return {
-            name: replace(
-                scale(parameter.role, parameter.ratios, family, self.alpha), multiplier=folds.get(name, 1.0)
-            )
+            name: replace(scale(parameter.role, parameter.ratios, family, self.alpha), multiplier=folds.get(name, 1.0))
             for name, parameter in self.parameters.items()
         }
 

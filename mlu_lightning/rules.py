@@ -165,8 +165,7 @@ class Powers:
 
     def __call__(self, ratios: Ratios) -> float:
         """Value at the given ratios; exactly 1 at the base shape."""
-        value: float = ratios.depth**self.depth * ratios.inputs**self.inputs * ratios.outputs**self.outputs
-        return value
+        return float(ratios.depth**self.depth * ratios.inputs**self.inputs * ratios.outputs**self.outputs)
 
 
 @dataclass(frozen=True)
@@ -211,9 +210,7 @@ TABLE: dict[Role, Row] = {
     Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP),
     Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
     Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP),
-    Role.BRANCH_OUT: Row(
-        n=_SUM, g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH, std=Powers(inputs=-1, outputs=0.5)
-    ),
+    Role.BRANCH_OUT: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH, std=Powers(inputs=-1, outputs=0.5)),
     Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH),
     Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
     Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
@@ -231,7 +228,7 @@ def scale(role: Role, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.
     """Look one parameter up in the table.
 
     With n and g of the role's row: Adam lr 1/n, SGD lr 1/(n·g), Muon lr sqrt(outputs/inputs), eps g; decoupled decay
-    1/lr, decay in the gradient 1 over the SGD lr (theory.md, section 3). The richness alpha multiplies branches by alpha and
+    1/lr, decay in the gradient 1 over the SGD lr (theory.md, section 3). The richness alpha multiplies branches and
     divides their learning rates by alpha² (SGD) or alpha (Adam, Muon).
 
     Args:
@@ -274,6 +271,5 @@ def _enriched(base: Scale, role: Role, family: OptimizerFamily, alpha: float) ->
         multiplier=base.multiplier * alpha if writes else base.multiplier,
         lr=base.lr / (square if family is OptimizerFamily.SGD else alpha),
         eps=base.eps * alpha,
-        weight_decay=base.weight_decay
-        * (square if family in (OptimizerFamily.SGD, OptimizerFamily.ADAM) else alpha),
+        weight_decay=base.weight_decay * (square if family in (OptimizerFamily.SGD, OptimizerFamily.ADAM) else alpha),
     )
