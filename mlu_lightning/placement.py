@@ -1,0 +1,290 @@
+"""The role of a parameter, from where in a branch, a stem, a stream or a head it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlu_lightning.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use, transparent_source
+from mlu_lightning.regions import BranchRegion
+from mlu_lightning.rules import Role
+from mlu_lightning.structure import BranchKind
+
+__all__ = ["Attention", "BranchPlacement", "HeadPlacement", "StemPlacement", "TrunkPlacement", "fans"]
+
+_BIAS_ROLES = {
+    Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
+    Role.BRANCH_HIDDEN: Role.BRANCH_IN_BIAS,
+    Role.BRANCH_OUT: Role.BRANCH_OUT_BIAS,
+    Role.BRANCH_BOUNDED_MATRIX: Role.BRANCH_BOUNDED,
+    Role.EMBEDDING: Role.EMBEDDING,
+    Role.STREAM_MATRIX: Role.STREAM_NORM,
+    Role.READOUT: Role.READOUT_BIAS,
+}
+"""Role of the bias that belongs to a matrix."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a branch.
+
+    Args:
+        queries: operand of the logits.
+        key_dim: dimension of queries and keys per head, d_k.
+        value_dim: dimension of values per head, d_v.
+    """
+
+    queries: Op
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class BranchPlacement:
+    """Roles inside one residual branch.
+
+    Args:
+        graph: of the forward pass.
+        region: the branch.
+    """
+
+    graph: Graph
+    region: BranchRegion
+
+    def role(self, use: Use) -> Role | str:
+        """Role of a parameter at one use, or why it has none."""
+        op = use.op
+        if use.kind == "matrix":
+            return self._matrix_role(op)
+        if use.kind == "bias":
+            return _BIAS_ROLES[self._matrix_role(op)]
+        size, attention = math.prod(use.shape), self.attention
+        if use.kind == "lookup":
+            if use.shape[-1] == self.hidden and attention is not None:
+                return Role.BRANCH_IN_BIAS  # one logit per head, as in relative position biases
+            if attention is not None and use.shape[-1] == attention.key_dim:
+                return Role.BRANCH_BOUNDED
+            return "it is a table that is looked up inside a branch"
+        if size != max(use.shape, default=1):
+            return f"it enters {op.name} with shape {list(use.shape)}"
+        if size == 1:
+            return Role.BRANCH_BOUNDED
+        if op in self._writing_path:
+            return Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM
+        if not self._upstream[op]:
+            return Role.BRANCH_NORM
+        source = transparent_source(op.data[0]) if op.data else op
+        if use.kind == "add" and self.graph.is_matrix(source):
+            return _BIAS_ROLES[self._matrix_role(source)]
+        if attention is not None and size == attention.key_dim:
+            return Role.BRANCH_BOUNDED
+        if size in self._sizes or (attention is not None and size % attention.key_dim == 0):
+            return Role.BRANCH_IN_BIAS
+        return f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
+
+    @cached_property
+    def matrices(self) -> tuple[Op, ...]:
+        """Operations with a parameter matrix, in order."""
+        return tuple(op for op in self.region.ops if self.graph.is_matrix(op))
+
+    @cached_property
+    def writers(self) -> tuple[Op, ...]:
+        """Matrices that write to the addition: nothing but linear operations and norms lies between."""
+        return tuple(op for op in self._writing_path if self.graph.is_matrix(op))
+
+    @cached_property
+    def attention(self) -> Attention | None:
+        """The attention in the branch, if there is any."""
+        for op in self.region.ops:
+            if op.name.startswith(ATTENTION):
+                queries = op.operands[0]
+                assert queries is not None
+                return Attention(queries[0], queries[0].shape[-1], op.shape[-1])
+            if op.name == "Bmm" and not self.graph.is_matrix(op):
+                logits = _logits(op)
+                if logits is not None:
+                    return Attention(logits.data[0], logits.data[0].shape[-1], op.shape[-1])
+        return None
+
+    @cached_property
+    def kind(self) -> BranchKind:
+        """What kind of block the branch is."""
+        if self.attention is not None:
+            return "attention"
+        spatial = (
+            op.name in CONVOLUTIONS and math.prod(self.graph.matrices(op)[0].shape[2:]) > 1 for op in self.matrices
+        )
+        return "convolution" if any(spatial) else "mlp"
+
+    @cached_property
+    def hidden(self) -> int:
+        """Hidden width M: inputs of the matrix that writes, in heads for attention."""
+        last = self.writers or self.matrices
+        inputs = fans(self.graph.matrices(last[-1])[0])[0]
+        return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
+
+    def _matrix_role(self, op: Op) -> Role:
+        if op in self.writers:
+            return Role.BRANCH_OUT
+        if self._upstream[op]:
+            return Role.BRANCH_HIDDEN
+        feeds = any(op in self._upstream[other] for other in self.matrices)
+        return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
+
+    @cached_property
+    def _upstream(self) -> dict[Op, frozenset[Op]]:
+        return _upstream(self.graph, self.region.ops)
+
+    @cached_property
+    def _writing_path(self) -> frozenset[Op]:
+        """Operations from the last matrices on, those included."""
+        members = set(self.region.ops)
+        seen: set[Op] = set()
+        stack = [self.region.end]
+        while stack:
+            op = stack.pop()
+            if op in seen or op not in members or op.name in NONLINEAR:
+                continue
+            seen.add(op)
+            if op.name.startswith(ATTENTION):
+                stack.extend(operand[0] for operand in op.operands[2:3] if operand is not None)
+            elif not self.graph.is_matrix(op):
+                stack.extend(op.data)
+        return frozenset(seen)
+
+    @cached_property
+    def _sizes(self) -> frozenset[int]:
+        return frozenset(size for op in self.matrices for use in self.graph.matrices(op) for size in fans(use))
+
+
+@dataclass(frozen=True)
+class StemPlacement:
+    """Roles between the data and the first addition of a stream, or a branch that reads something else."""
+
+    graph: Graph
+    ops: tuple[Op, ...]
+
+    def role(self, use: Use) -> Role | str:
+        """Role of a parameter at one use, or why it has none."""
+        if use.kind == "lookup":
+            return Role.EMBEDDING
+        if use.kind in ("matrix", "bias"):
+            role = Role.STREAM_MATRIX if self._upstream[use.op] else Role.EMBEDDING
+            return role if use.kind == "matrix" else _BIAS_ROLES[role]
+        if use.kind == "other" and math.prod(use.shape) != max(use.shape, default=1):
+            return f"it enters {use.op.name} with shape {list(use.shape)}"
+        return Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM
+
+    @cached_property
+    def _upstream(self) -> dict[Op, frozenset[Op]]:
+        return _upstream(self.graph, self.ops)
+
+
+@dataclass(frozen=True)
+class TrunkPlacement:
+    """Roles on a stream between its additions."""
+
+    post_norm: bool
+
+    def role(self, use: Use) -> Role | str:
+        """Role of a parameter at one use, or why it has none."""
+        if use.kind == "matrix":
+            return Role.STREAM_MATRIX
+        if use.kind == "lookup" or math.prod(use.shape) != max(use.shape, default=1):
+            return f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
+        return Role.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else Role.STREAM_NORM
+
+
+@dataclass(frozen=True)
+class HeadPlacement:
+    """Roles between the last addition and the output."""
+
+    graph: Graph
+    ops: tuple[Op, ...]
+
+    def role(self, use: Use) -> Role | str:
+        """Role of a parameter at one use, or why it has none."""
+        if use.kind in ("matrix", "bias"):
+            role = Role.READOUT if use.op in self.readouts else Role.STREAM_MATRIX
+            return role if use.kind == "matrix" else _BIAS_ROLES[role]
+        if use.kind == "lookup":
+            return "it is a table that is looked up after the last addition"
+        if math.prod(use.shape) != max(use.shape, default=1):
+            return f"it enters {use.op.name} with shape {list(use.shape)} after the last addition"
+        return Role.READOUT_BIAS if self._upstream[use.op] & self.readouts else Role.STREAM_NORM
+
+    @cached_property
+    def readouts(self) -> frozenset[Op]:
+        """The last matrices: no other one comes after them."""
+        matrices = [op for op in self.ops if self.graph.is_matrix(op)]
+        feeding = frozenset(upstream for op in matrices for upstream in self._upstream[op])
+        return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))
+
+    def _is_pooler(self, op: Op) -> bool:
+        """A square matrix with an activation, such as BERT's pooler, is a transform of the stream."""
+        inputs, outputs = fans(self.graph.matrices(op)[0])
+        activated = any(
+            user.name in ("Tanh", "Gelu", "Relu", "Silu") and transparent_source(user.data[0]) is op
+            for user in self.ops
+        )
+        return inputs == outputs and activated
+
+    @cached_property
+    def _upstream(self) -> dict[Op, frozenset[Op]]:
+        return _upstream(self.graph, self.ops)
+
+
+def fans(use: Use) -> tuple[int, int]:
+    """Inputs and outputs of a parameter at one use; vectors have one input, tables that are looked up too.
+
+    Args:
+        use: of a parameter.
+    """
+    if use.kind == "lookup":
+        return 1, use.shape[-1]
+    if use.kind != "matrix":
+        # a table of positions that is added whole is [positions, D]
+        return 1, use.shape[-1] if sum(size > 1 for size in use.shape) > 1 else math.prod(use.shape)
+    if use.op.name in CONVOLUTIONS:
+        first, second = use.shape[:2]
+        if getattr(use.op.node, "_saved_transposed", False):
+            groups: int = getattr(use.op.node, "_saved_groups", 1)
+            return first // groups, second * groups
+        return second, first
+    first, second = use.shape[-2:] if len(use.shape) > 1 else (1, use.shape[-1])
+    return (first, second) if use.inputs_first else (second, first)
+
+
+def _upstream(graph: Graph, ops: Iterable[Op]) -> dict[Op, frozenset[Op]]:
+    """Matrices and lookups among ``ops`` that come before each of them."""
+    found: dict[Op, frozenset[Op]] = {}
+    for op in ops:
+        before: frozenset[Op] = frozenset()
+        for operand in op.data:
+            before |= found.get(operand, frozenset())
+            if operand in found and (graph.is_matrix(operand) or _is_lookup(graph, operand)):
+                before |= {operand}
+        found[op] = before
+    return found
+
+
+def _is_lookup(graph: Graph, op: Op) -> bool:
+    return any(use.kind == "lookup" for use in graph.uses.get(op.index, ()))
+
+
+def _logits(weighted: Op) -> Op | None:
+    """The product of queries and keys behind a product of attention weights and values."""
+    stack = [transparent_source(weighted.data[0])] if len(weighted.data) == 2 else []
+    if not stack or stack[0].name not in ("Softmax", "SafeSoftmax"):
+        return None
+    seen: set[Op] = set()
+    while stack:
+        op = stack.pop()
+        if op.name == "Bmm" and len(op.data) == 2:
+            return op
+        if op not in seen:
+            seen.add(op)
+            stack.extend(op.data)
+    return None

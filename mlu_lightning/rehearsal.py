@@ -1,0 +1,229 @@
+"""One forward pass of a copy of a module, to look at its autograd graph without touching the module itself.
+
+The copy's parameters are fake tensors, which have shapes but no memory, so that a model of any size, also on the meta
+device, takes seconds. Where a forward pass needs values (data-dependent control flow) it is repeated with real ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import Node
+from torch.utils._pytree import tree_map
+
+__all__ = ["Call", "Rehearsal", "rehearse"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a submodule.
+
+    Args:
+        module: its name.
+        inputs: graph nodes of the tensors it was given, in order.
+        outputs: graph nodes of the tensors it returned, by position (None for a bare tensor).
+    """
+
+    module: str
+    inputs: tuple[Node, ...]
+    outputs: tuple[tuple[int | None, Node], ...]
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one forward pass left behind.
+
+    Args:
+        roots: graph nodes of the losses, or of all outputs of a plain module.
+        parameters: name by identity of the copy's parameter.
+        calls: every call of a submodule, in order of completion.
+        copy: the copy, which keeps the graph's parameters alive.
+    """
+
+    roots: tuple[Node, ...]
+    parameters: dict[int, str]
+    calls: tuple[Call, ...]
+    copy: nn.Module
+
+
+def rehearse(module: nn.Module, example: Any) -> Rehearsal:
+    """Run a copy of a module once, in training mode, and keep its autograd graph.
+
+    Random states, buffers, gradients, logged values and Python attributes of ``module`` stay as they are.
+
+    Args:
+        module: a LightningModule, of which ``training_step`` is run, or any other module, of which ``forward`` is run.
+        example: what ``training_step`` takes as its batch; for other modules the arguments of ``forward``: a tensor,
+            a tuple of positional or a mapping of keyword arguments.
+
+    Raises:
+        RuntimeError: if nothing that requires a gradient comes out.
+
+    >>> len(rehearse(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3)).calls)
+    3
+    """
+    with isolate_rng():
+        try:
+            return _run(module, example, FakeTensorMode(allow_non_fake_inputs=True))
+        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+            # the pass may depend on values, which fake tensors do not have, in any of these ways
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise RuntimeError(
+                    f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
+                    "are on the meta device, where they have none. Build the module on a real device to plan it."
+                ) from error
+        return _run(module, example, None)
+
+
+def _run(module: nn.Module, example: Any, fake: FakeTensorMode | None) -> Rehearsal:
+    twin = _copy(module, fake)
+    calls: list[Call] = []
+    losses: list[Tensor] = []
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    for name, submodule in twin.named_modules():
+        submodule.register_forward_hook(_Recorder(name, calls), with_kwargs=True)
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if fake is not None:
+            stack.enter_context(fake)
+        example = tree_map(lambda leaf: _as_data(leaf, fake), example)
+        losses.extend(_tensors(_train(twin, example, losses) if is_lightning_module(twin) else _call(twin, example)))
+    roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
+    if not roots:
+        raise RuntimeError(
+            f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
+            "graph to look at. Give an example for which it returns a loss or an output."
+        )
+    return Rehearsal(roots, names, tuple(calls), twin)
+
+
+def is_lightning_module(module: nn.Module) -> bool:
+    """Whether a module is trained through ``training_step``."""
+    return callable(getattr(module, "training_step", None))
+
+
+def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
+    """Deep copy whose parameters are fake, or share memory with the originals; every parameter requires a gradient."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        stand_in = parameter.detach() if fake is None else _fake(parameter, fake)
+        memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.is_floating_point())
+    if fake is not None:
+        for buffer in module.buffers():
+            memo[id(buffer)] = _fake(buffer, fake)
+    for submodule in module.modules():
+        # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
+        trainer = submodule.__dict__.get("_trainer")
+        if trainer is not None:
+            memo[id(trainer)] = trainer
+    return copy.deepcopy(module, memo).train()
+
+
+def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    with fake:
+        device = "cpu" if tensor.is_meta else tensor.device
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _as_data(leaf: Any, fake: FakeTensorMode | None) -> Any:
+    """Stand-in of an example's tensor; floating ones require a gradient, so that the graph shows where data enters."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    tensor = leaf.detach() if fake is None else _fake(leaf, fake)
+    return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
+
+
+def _train(module: Any, example: Any, losses: list[Tensor]) -> Any:
+    """Loss of ``training_step``; those of manual optimization go to ``losses``."""
+    for submodule in module.modules():
+        if is_lightning_module(submodule):
+            _mute(submodule, losses)
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    output = module.training_step(example, 0) if takes_index else module.training_step(example)
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def _call(module: nn.Module, example: Any) -> Any:
+    if isinstance(example, Mapping):
+        return module(**example)
+    return module(*example) if isinstance(example, (tuple, list)) else module(example)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in an output, in order; Hugging Face outputs are mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))
+
+
+class _Recorder:
+    """Forward hook that notes which graph nodes went into a submodule and came out of it."""
+
+    def __init__(self, name: str, calls: list[Call]) -> None:
+        self.name, self.calls = name, calls
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = tuple(tensor.grad_fn for tensor in _tensors((args, kwargs)) if tensor.grad_fn is not None)
+        parts: list[tuple[int | None, Any]] = [(None, output)]
+        if isinstance(output, Mapping):
+            parts = list(enumerate(output.values()))
+        elif isinstance(output, (tuple, list)):
+            parts = list(enumerate(output))
+        outputs = tuple((i, part.grad_fn) for i, part in parts if isinstance(part, Tensor) and part.grad_fn is not None)
+        self.calls.append(Call(self.name, inputs, outputs))
+
+
+def _mute(module: Any, losses: list[Tensor]) -> None:
+    """Give a copied LightningModule a class whose ``training_step`` does not reach loggers and changes no weights."""
+
+    @cache
+    def configured() -> tuple[list[Any], list[Any]]:
+        optimizers, schedulers, _ = _configure_optimizers(module.configure_optimizers())
+        return list(optimizers), list(schedulers)
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    def manual_backward(self: nn.Module, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        losses.append(loss)
+
+    def optimizers(self: nn.Module, use_pl_optimizer: bool = True) -> Any:
+        # no backward pass runs, so no parameter has a gradient and a step of these changes nothing
+        found = configured()[0]
+        return found[0] if len(found) == 1 else found
+
+    def lr_schedulers(self: nn.Module) -> Any:
+        silent = [DummyLogger() for _ in configured()[1]]
+        return silent[0] if len(silent) == 1 else silent
+
+    quiet = ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+    methods: dict[str, Any] = dict.fromkeys(quiet, nothing)
+    methods |= {
+        "manual_backward": manual_backward,
+        "optimizers": optimizers,
+        "lr_schedulers": lr_schedulers,
+        "logger": property(lambda self: DummyLogger()),
+        "loggers": property(lambda self: [DummyLogger()]),
+    }
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), methods)

@@ -1,0 +1,170 @@
+"""Where a multiplier can go: the output of a module (as a hook), or parameters into which it can be folded."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlu_lightning.graph import (
+    ARITHMETIC,
+    ATTENTION,
+    JOINS,
+    NORMS,
+    PARTS,
+    RESHAPES,
+    Graph,
+    Op,
+    Use,
+    is_normalizer,
+    transparent_source,
+)
+from mlu_lightning.rehearsal import Call, Rehearsal
+from mlu_lightning.structure import Logits, Site
+
+__all__ = ["Sites"]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Places for multipliers in one rehearsed module.
+
+    Args:
+        rehearsal: a forward pass.
+        graph: its graph.
+    """
+
+    rehearsal: Rehearsal
+    graph: Graph
+
+    def branch(self, end: Op, name: str, owner: str) -> Site | None:
+        """A module whose output, multiplied, multiplies a branch and nothing else.
+
+        Args:
+            end: last operation of the branch.
+            name: of the branch; a module of that name is preferred.
+            owner: module of the matrix that writes; second choice.
+        """
+        chain = [end]
+        while len(self._readers[chain[-1]]) == 1 and self._multiplies(chain[-1]):
+            chain.append(chain[-1].data[0])
+        found = self._makers(op for op in chain if len(self._readers[op]) == 1)
+        return min(found, key=lambda site: (site.module != name, site.module != owner, len(site.module)), default=None)
+
+    def readout(self, matrix: Op) -> Site | None:
+        """A place to multiply what a readout matrix reads, so that its bias is not multiplied."""
+        if not matrix.data:
+            return None
+        source = transparent_source(matrix.data[0])
+        for name, calls in self._calls.items():
+            if len(calls) == 1 and len(calls[0].outputs) == 1 and calls[0].inputs:
+                read = transparent_source(self.graph.by_node[calls[0].inputs[0]])
+                made = self.graph.by_node.get(calls[0].outputs[0][1])
+                if read is source and made is not None and matrix in (self._before_bias(made), made):
+                    return Site(name, "input")
+        readers = {
+            op for op in self.graph.ops if transparent_source(op) is op and source in map(transparent_source, op.data)
+        }
+        # a tied table is used without a module of its own: multiply what makes its input, if nothing else reads that
+        return next(iter(self._makers([source])), None) if readers == {matrix} else None
+
+    def logits(self, queries: Op) -> Logits:
+        """Where the queries of an attention can be multiplied."""
+        size = math.prod(queries.shape)
+        reached: list[Op] = []
+        stack = [queries]
+        while stack:
+            op = stack.pop()
+            if op in reached:
+                continue
+            reached.append(op)
+            if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and not is_normalizer(op):
+                stack.extend(op.data)
+        whole = [op for op in reached if math.prod(op.shape) == size]
+        matrices = [op for op in reached if self.graph.is_matrix(op)]
+        folds = self.folds(matrices[0]) if len(matrices) == 1 and matrices[0] in whole else ()
+        return Logits(next(iter(self._makers(reversed(whole))), None), folds)
+
+    def folds_weight(self, use: Use) -> tuple[str, ...]:
+        """The matrix of one use, if it can be multiplied without another effect; empty if it is tied."""
+        return (use.parameter,) if len(self._uses[use.parameter]) == 1 and use.homogeneous else ()
+
+    def folds(self, op: Op) -> tuple[str, ...]:
+        """Parameters whose multiplication multiplies an operation's output and nothing else, empty if there is none."""
+        found = self._factors(op) or []
+        alone = all(len(self._uses[use.parameter]) == 1 and use.homogeneous for use in found)
+        return tuple(use.parameter for use in found) if alone else ()
+
+    def _factors(self, op: Op) -> list[Use] | None:
+        """Uses of parameters that an operation's output is proportional to, taken together."""
+        uses = list(self.graph.uses.get(op.index, ()))
+        if self.graph.is_matrix(op) or op.name in NORMS:
+            return uses or None
+        if is_normalizer(op):
+            return None
+        if op.name in ("Mul", "Div"):
+            inner = (self._factors(operand) for operand in op.data)
+            return next((factors for factors in inner if factors is not None), uses or None)
+        if op.name == "Bmm" or op.name.startswith(ATTENTION):
+            values = op.operands[1 if op.name == "Bmm" else 2]
+            return self._factors(values[0]) if values is not None else None
+        if op.name in ("Add", "Sub") and None in op.operands:
+            return None  # a constant is added, which no parameter multiplies
+        if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and op.data:
+            parts = [self._factors(operand) for operand in op.data]
+            return None if None in parts else uses + [use for part in parts for use in part or ()]
+        return None
+
+    def _multiplies(self, op: Op) -> bool:
+        """Whether an operation's output is proportional to its only data."""
+        if len(op.data) != 1 or op.name in ("Add", "Sub", "Rsub"):
+            return False
+        return op.name in RESHAPES | JOINS | ARITHMETIC
+
+    def _before_bias(self, op: Op) -> Op:
+        """The operation before a bias that is added on its own, or the operation itself."""
+        op = transparent_source(op)
+        return transparent_source(op.data[0]) if op.name == "Add" and len(op.data) == 1 else op
+
+    def _makers(self, ops: Iterable[Op]) -> list[Site]:
+        """Modules that are called once and return one of the operations' outputs, in the order of ``ops``."""
+        return [
+            Site(call.module, "output", index)
+            for op in ops
+            for call, index in self._made_by[op]
+            if len(self._calls[call.module]) == 1
+        ]
+
+    @cached_property
+    def _uses(self) -> dict[str, list[Use]]:
+        uses: dict[str, list[Use]] = defaultdict(list)
+        for found in self.graph.uses.values():
+            for use in found:
+                uses[use.parameter].append(use)
+        return uses
+
+    @cached_property
+    def _readers(self) -> dict[Op, set[Op]]:
+        readers: dict[Op, set[Op]] = defaultdict(set)
+        for op in self.graph.ops:
+            for operand in op.data:
+                readers[operand].add(op)
+        return readers
+
+    @cached_property
+    def _calls(self) -> dict[str, list[Call]]:
+        calls: dict[str, list[Call]] = defaultdict(list)
+        for call in self.rehearsal.calls:
+            calls[call.module].append(call)
+        return calls
+
+    @cached_property
+    def _made_by(self) -> dict[Op, list[tuple[Call, int | None]]]:
+        made: dict[Op, list[tuple[Call, int | None]]] = defaultdict(list)
+        for call in self.rehearsal.calls:
+            for index, node in call.outputs:
+                if node in self.graph.by_node:
+                    made[self.graph.by_node[node]].append((call, index))
+        return made
