@@ -22,7 +22,7 @@ from mlu_lightning.structure import Branch, ParameterFacts, Readout, Stream, Str
 __all__ = ["discover"]
 
 
-def discover(module: nn.Module, example: Any) -> Structure:
+def discover(module: nn.Module, example: Any = None) -> Structure:
     """Find the residual streams and branches of a module and the role of every parameter.
 
     One forward pass is run on a copy of the module whose tensors have shapes but no memory; then autograd's graph is
@@ -31,13 +31,14 @@ def discover(module: nn.Module, example: Any) -> Structure:
     Args:
         module: a LightningModule, or any other module.
         example: what ``training_step`` takes as its batch for a LightningModule; the arguments of ``forward`` (a
-            tensor, a tuple, or a mapping of keyword arguments) for any other module.
+            tensor, a tuple, or a mapping of keyword arguments) for any other module. By default the
+            ``example_input_array`` of a LightningModule, on which its ``forward`` is run.
 
     Returns:
         The structure. Parameters that could not be placed are in its ``unassigned``, with what was found around them.
 
     Raises:
-        ValueError: if the module has no residual branches.
+        ValueError: if the module has no residual branches, or there is no example.
 
     >>> class Residual(nn.Module):
     ...     def __init__(self):

@@ -2,88 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale, scale
-from mlu_lightning.structure import BranchKind, Site
+from mlu_lightning.base import Base, BaseParameter, base_of_module
+from mlu_lightning.discovery import discover
+from mlu_lightning.overrides import override_roles, require_roles
+from mlu_lightning.plan_files import plan_from_yaml, plan_to_yaml
+from mlu_lightning.plan_table import plan_table
+from mlu_lightning.planning import (
+    BranchPlan,
+    Multiplier,
+    ParameterPlan,
+    StreamPlan,
+    plan_branches,
+    plan_multipliers,
+    plan_parameters,
+    plan_streams,
+)
+from mlu_lightning.rules import OptimizerFamily, Role, Scale, scale
 
 __all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "Plan", "StreamPlan"]
 
 
 @dataclass(frozen=True)
-class ParameterPlan:
-    """What the plan says about one parameter.
-
-    Args:
-        role: row of the table.
-        shape: its shape.
-        base_shape: shape at the base; None in the paper's absolute form.
-        ratios: ratios to the base shape.
-        base_std: root mean square at the base's initialization; None leaves the parameter as it was built.
-        fans: inputs and outputs of its map, in units.
-        branch: index into ``Plan.branches``, None outside branches.
-        transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
-    """
-
-    role: Role
-    shape: tuple[int, ...]
-    base_shape: tuple[int, ...] | None
-    ratios: Ratios
-    base_std: float | None
-    fans: tuple[int, int]
-    branch: int | None = None
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """Shape of a residual stream next to the base's (1 in the absolute form)."""
-
-    depth: int
-    base_depth: int
-    embedding: int
-    base_embedding: int
-
-
-@dataclass(frozen=True)
-class BranchPlan:
-    """A residual branch next to the base's (``base_hidden`` is 1 in the absolute form)."""
-
-    name: str
-    kind: BranchKind
-    hidden: int
-    base_hidden: float
-    stream: int
-    position: int
-    head_dim: int | None = None
-
-
-@dataclass(frozen=True)
-class Multiplier:
-    """A factor in the forward pass.
-
-    Args:
-        name: of the branch, or of the readout's matrix.
-        kind: what it multiplies: a residual ``"branch"``, the ``"readout"``, or attention ``"logits"``.
-        value: the factor relative to base, before the richness alpha.
-        site: where a hook attaches it; None if there is no such place.
-        folds: parameters into which it can be folded; empty if there are none.
-    """
-
-    name: str
-    kind: Literal["branch", "readout", "logits"]
-    value: float
-    site: Site | None
-    folds: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Numbers of the MLU table for every parameter of one module relative to a base shape."""
+    """Numbers of the MLU table for every parameter of one module relative to a base shape.
+
+    Args:
+        parameters: by name, in the order of ``named_parameters()``.
+        branches: residual branches in order of execution.
+        streams: residual streams.
+        multipliers: factors in the forward pass.
+        alpha: richness, 1 for MLU; large values tend to a linearized model (theory.md, section 3).
+        warnings: what the theory does not cover in this module.
+    """
 
     parameters: dict[str, ParameterPlan]
     branches: tuple[BranchPlan, ...]
@@ -92,17 +51,109 @@ class Plan:
     alpha: float = 1.0
     warnings: tuple[str, ...] = ()
 
+    @classmethod
+    def from_model(
+        cls,
+        module: nn.Module,
+        example: Any = None,
+        *,
+        base: nn.Module | Plan | str | PathLike[str] | None = None,
+        overrides: Mapping[str, Role | str] | None = None,
+        alpha: float = 1.0,
+    ) -> Plan:
+        """Discover a module's structure and put it next to a base.
+
+        Args:
+            module: to be trained; it is not changed.
+            example: what ``training_step`` takes as its batch, for a LightningModule; the arguments of ``forward``
+                for any other module. By default ``example_input_array`` of a LightningModule.
+            base: a freshly built module at the shape at which the hyperparameters are known to be good, a saved plan
+                whose base that is, or None for the paper's absolute form (theory.md, section 2), at which learning
+                rates are those of the infinite model.
+            overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
+            alpha: richness.
+
+        Raises:
+            ValueError: without residual branches, without an example, with a parameter that has no role, with an
+                override that matches nothing, or with a base of another architecture.
+
+        >>> from mlu_lightning.models import ResNet
+        >>> import torch
+        >>> batch = torch.ones(4, 3), torch.ones(4, 2)
+        >>> base = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> wide = ResNet(depth=2, hidden=64, embedding=8, inputs=3, outputs=2)
+        >>> plan = Plan.from_model(wide, batch, base=base)
+        >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
+        {'blocks.0.U.weight': 4.0, 'blocks.0.V.weight': 0.25}
+        """
+        overrides = overrides or {}
+        structure = override_roles(discover(module, example), overrides)
+        require_roles(structure, module)
+        if isinstance(base, nn.Module):
+            base_example = example if example is not None or _has_example(base) else getattr(module, _EXAMPLE, None)
+            base_structure = override_roles(discover(base, base_example), overrides)
+            require_roles(base_structure, base)
+            reference: Base | None = base_of_module(base, base_structure)
+        elif base is None:
+            reference = None
+        else:
+            reference = (base if isinstance(base, Plan) else cls.load(base)).base
+        streams = plan_streams(structure, reference)
+        multipliers, warnings = plan_multipliers(structure, reference, streams)
+        return cls(
+            parameters=plan_parameters(structure, reference, streams),
+            branches=plan_branches(structure, reference),
+            streams=streams,
+            multipliers=multipliers,
+            alpha=alpha,
+            warnings=structure.warnings + warnings,
+        )
+
     @property
     def roles(self) -> dict[str, Role]:
         """Role of every parameter, by name."""
         return {name: parameter.role for name, parameter in self.parameters.items()}
 
+    @property
+    def base(self) -> Base | None:
+        """The base shape that the plan is relative to; None in the paper's absolute form."""
+        if any(parameter.base_shape is None for parameter in self.parameters.values()):
+            return None
+        return Base(
+            {
+                name: BaseParameter(
+                    role=parameter.role,
+                    shape=parameter.base_shape or (),
+                    fans=(
+                        round(parameter.fans[0] / parameter.ratios.inputs),
+                        round(parameter.fans[1] / parameter.ratios.outputs),
+                    ),
+                    std=parameter.base_std,
+                )
+                for name, parameter in self.parameters.items()
+            },
+            tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
+            {branch.name: (branch.base_hidden, branch.base_head_dim) for branch in self.branches},
+        )
+
     def forward_multiplier(self, multiplier: Multiplier) -> float:
-        """Factor that a multiplier puts into the forward pass, with the richness alpha on branches."""
+        """Factor that a multiplier puts into the forward pass, with the richness alpha on branches.
+
+        Args:
+            multiplier: one of ``multipliers``.
+        """
         return multiplier.value * self.alpha if multiplier.kind == "branch" else multiplier.value
 
     def scales(self, family: OptimizerFamily | str) -> dict[str, Scale]:
-        """Factors relative to the base for every parameter, by name."""
+        """Factors relative to the base for every parameter, by name.
+
+        Args:
+            family: ``"sgd"``, ``"adam"`` (decay in the gradient), ``"adamw"`` (decoupled decay) or ``"muon"``.
+
+        Returns:
+            The table's entries. The multiplier is that of the branch or readout that a parameter writes to, and that
+            can be folded into it; it is 1 where a multiplier can only be attached, as on a tied readout.
+        """
         family = OptimizerFamily(family)
         folds = self._forward_factors
         return {
@@ -111,7 +162,59 @@ class Plan:
         }
 
     def check(self, module: nn.Module) -> None:
-        """Refuse a module that the plan was not made for, with the difference."""
+        """Refuse a module that the plan was not made for.
+
+        Args:
+            module: whose parameters should be the plan's.
+
+        Raises:
+            ValueError: with the difference, if a parameter is missing, extra, or of another shape.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
+        found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
+        found += [
+            f"{name} is {list(shapes[name])} in the module and {list(parameter.shape)} in the plan"
+            for name, parameter in self.parameters.items()
+            if name in shapes and shapes[name] != parameter.shape
+        ]
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            raise ValueError(
+                f"The plan was not made for this {type(module).__name__}: {'; '.join(found[:8])}{more}. Make a plan of "
+                "this module with Plan.from_model(...), or use the module that the plan was made for."
+            )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as YAML that a person can read and edit.
+
+        Args:
+            path: of the file.
+        """
+        Path(path).write_text(plan_to_yaml(self), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            ValueError: if the file does not hold a plan, saying where it goes wrong.
+        """
+        return cls(**plan_from_yaml(Path(path).read_text(encoding="utf-8"), str(path)))
+
+    def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
+        """The plan as a table for one kind of optimizer.
+
+        Args:
+            family: as in ``scales``.
+        """
+        return plan_table(self, OptimizerFamily(family))
+
+    def __str__(self) -> str:
+        return self.table()
 
     @cached_property
     def _forward_factors(self) -> dict[str, float]:
@@ -121,3 +224,10 @@ class Plan:
             for name in multiplier.folds:
                 factors[name] = factors.get(name, 1.0) * self.forward_multiplier(multiplier)
         return factors
+
+
+_EXAMPLE = "example_input_array"
+
+
+def _has_example(module: nn.Module) -> bool:
+    return getattr(module, _EXAMPLE, None) is not None

@@ -66,17 +66,28 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
     Args:
         module: a LightningModule, of which ``training_step`` is run, or any other module, of which ``forward`` is run.
         example: what ``training_step`` takes as its batch; for other modules the arguments of ``forward``: a tensor,
-            a tuple of positional or a mapping of keyword arguments.
+            a tuple of positional or a mapping of keyword arguments. None takes the ``example_input_array`` of a
+            LightningModule, for its ``forward``.
 
     Raises:
+        ValueError: if there is no example.
         RuntimeError: if nothing that requires a gradient comes out.
 
     >>> len(rehearse(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3)).calls)
     3
     """
+    step = is_lightning_module(module) and example is not None
+    if example is None:
+        example = getattr(module, "example_input_array", None)
+    if example is None:
+        raise ValueError(
+            f"To plan {type(module).__name__} one forward pass has to be run, and there is no example to run it on. Give "
+            "example=... (a batch as training_step takes it, for a LightningModule; the arguments of forward for any "
+            "other module), or set example_input_array on the LightningModule."
+        )
     with isolate_rng():
         try:
-            return _run(module, example, FakeTensorMode(allow_non_fake_inputs=True))
+            return _run(module, example, step, FakeTensorMode(allow_non_fake_inputs=True))
         except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
             # the pass may depend on values, which fake tensors do not have, in any of these ways
             if any(parameter.is_meta for parameter in module.parameters()):
@@ -84,10 +95,10 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
                     f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
                     "are on the meta device, where they have none. Build the module on a real device to plan it."
                 ) from error
-        return _run(module, example, None)
+        return _run(module, example, step, None)
 
 
-def _run(module: nn.Module, example: Any, fake: FakeTensorMode | None) -> Rehearsal:
+def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Rehearsal:
     twin = _copy(module, fake)
     calls: list[Call] = []
     losses: list[Tensor] = []
@@ -100,7 +111,7 @@ def _run(module: nn.Module, example: Any, fake: FakeTensorMode | None) -> Rehear
         if fake is not None:
             stack.enter_context(fake)
         example = tree_map(lambda leaf: _as_data(leaf, fake), example)
-        losses.extend(_tensors(_train(twin, example, losses) if is_lightning_module(twin) else _call(twin, example)))
+        losses.extend(_tensors(_train(twin, example, losses) if step else _call(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
         raise RuntimeError(

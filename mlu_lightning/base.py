@@ -1,0 +1,129 @@
+"""The base shape: what a plan has to know about it, and which of its parameters corresponds to which."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from mlu_lightning.rules import Role
+from mlu_lightning.structure import Structure
+
+__all__ = ["Base", "BaseParameter", "base_of_module", "name_pattern", "partners"]
+
+
+@dataclass(frozen=True)
+class BaseParameter:
+    """One parameter of the base: its role, shape, fans and root mean square at initialization."""
+
+    role: Role
+    shape: tuple[int, ...]
+    fans: tuple[int, int]
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base shape.
+
+    Args:
+        parameters: by name.
+        streams: depth and embedding of each stream.
+        branches: hidden width and head dimension of each branch, by name.
+    """
+
+    parameters: dict[str, BaseParameter]
+    streams: tuple[tuple[int, int], ...]
+    branches: dict[str, tuple[int, int | None]]
+
+
+def base_of_module(module: nn.Module, structure: Structure) -> Base:
+    """Describe a freshly initialized module as the base.
+
+    Args:
+        module: at the base shape, with its initial weights.
+        structure: its structure, all of whose parameters have a role.
+
+    Raises:
+        ValueError: if its parameters have no values.
+    """
+    values = dict(module.named_parameters())
+    if any(parameter.is_meta for parameter in values.values()):
+        raise ValueError(
+            f"The base {type(module).__name__} is on the meta device, so its initial standard deviations, which the plan "
+            "needs, do not exist. Build the base on a real device; it is the small model."
+        )
+    return Base(
+        {
+            name: BaseParameter(
+                role=structure.roles[name],
+                shape=facts.shape,
+                fans=(facts.fan_in, facts.fan_out),
+                std=values[name].detach().double().square().mean().sqrt().item(),
+            )
+            for name, facts in structure.parameters.items()
+        },
+        tuple((stream.depth, stream.embedding) for stream in structure.streams),
+        {branch.name: (branch.hidden, branch.head_dim) for branch in structure.branches},
+    )
+
+
+def partners(structure: Structure, base: Base) -> dict[str, BaseParameter]:
+    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth.
+
+    Args:
+        structure: of the module.
+        base: to look in.
+
+    Raises:
+        ValueError: if the base has another architecture, naming the differences.
+    """
+    by_pattern: dict[str, list[str]] = {}
+    for name in base.parameters:
+        by_pattern.setdefault(name_pattern(name), []).append(name)
+    found: dict[str, BaseParameter] = {}
+    differences: list[str] = []
+    for name, facts in structure.parameters.items():
+        candidates = [
+            other
+            for other in by_pattern.get(name_pattern(name), [])
+            if base.parameters[other].role is facts.role and len(base.parameters[other].shape) == len(facts.shape)
+        ]
+        if candidates:
+            found[name] = base.parameters[min(candidates, key=lambda other: _distance(name, other))]
+        elif name_pattern(name) in by_pattern:
+            other = base.parameters[by_pattern[name_pattern(name)][0]]
+            differences.append(
+                f"{name} is {facts.role} {list(facts.shape)} and the base's is {other.role} {list(other.shape)}"
+            )
+        else:
+            differences.append(f"{name} has no counterpart in the base")
+    patterns = {name_pattern(name) for name in structure.parameters}
+    differences.extend(
+        f"{names[0]} of the base has no counterpart in the module"
+        for pattern, names in by_pattern.items()
+        if pattern not in patterns
+    )
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise ValueError(
+            f"The base is of a different architecture: {'; '.join(differences[:5])}{more}. Give a base that differs from "
+            "the module in depth, hidden width or embedding only."
+        )
+    return found
+
+
+def name_pattern(name: str) -> str:
+    """A name without its places along the depth.
+
+    >>> name_pattern("blocks.3.mlp.out1.weight")
+    'blocks.*.mlp.out1.weight'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _distance(name: str, other: str) -> list[int]:
+    """How far two names of one pattern are apart along the depth."""
+    places = [[int(part) for part in n.split(".") if part.isdigit()] for n in (name, other)]
+    return [abs(a - b) for a, b in zip(*places, strict=True)]

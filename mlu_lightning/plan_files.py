@@ -1,0 +1,111 @@
+"""Plans as YAML that a person can read and edit."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, fields
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mlu_lightning.planning import BranchPlan, Multiplier, ParameterPlan, StreamPlan
+from mlu_lightning.rules import Ratios, Role
+from mlu_lightning.structure import Site
+
+if TYPE_CHECKING:
+    from mlu_lightning.plan import Plan
+
+__all__ = ["plan_from_yaml", "plan_to_yaml"]
+
+_HEADER = """\
+# Plan of an MLU parameterization. Roles and ratios (to the base shape) decide every factor; base_std is the root mean
+# square of the base's parameter at initialization (null: leave it as it was built).
+# Roles: {roles}.
+"""
+_VERSION = 1
+
+
+def plan_to_yaml(plan: Plan) -> str:
+    """Write a plan, one line for each parameter, branch and multiplier.
+
+    Args:
+        plan: to be written.
+    """
+    lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
+    lines.append(f"alpha: {_flow(plan.alpha)}")
+    for key, values in (("warnings", plan.warnings), ("streams", plan.streams), ("branches", plan.branches)):
+        lines.append(f"{key}:" if values else f"{key}: []")
+        lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
+    lines.append("multipliers:" if plan.multipliers else "multipliers: []")
+    lines.extend(f"  - {_flow(asdict(multiplier))}" for multiplier in plan.multipliers)
+    lines.append("parameters:")
+    lines.extend(
+        f"  {name}: {_flow(asdict(parameter) | {'role': parameter.role.value})}"
+        for name, parameter in plan.parameters.items()
+    )
+    return "\n".join(lines) + "\n"
+
+
+def plan_from_yaml(text: str, source: str) -> dict[str, Any]:
+    """Read what ``plan_to_yaml`` wrote, as arguments of ``Plan``.
+
+    Args:
+        text: YAML.
+        source: name of the file, for errors.
+
+    Raises:
+        ValueError: if it is not a plan, saying where it goes wrong.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from error
+    if not isinstance(content, dict) or content.get("mlu_plan") != _VERSION:
+        raise ValueError(
+            f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
+        )
+    parts = {"alpha", "warnings", "streams", "branches", "multipliers", "parameters"}
+    if set(content) - {"mlu_plan"} != parts:
+        wrong = sorted(set(content) - {"mlu_plan"} ^ parts)
+        raise ValueError(f"{source} is not a complete plan: {', '.join(wrong)} should be there or should not be.")
+    return {
+        "alpha": float(content["alpha"]),
+        "warnings": tuple(content["warnings"]),
+        "streams": tuple(_value(StreamPlan, entry, source, "streams") for entry in content["streams"]),
+        "branches": tuple(_value(BranchPlan, entry, source, "branches") for entry in content["branches"]),
+        "multipliers": tuple(_value(Multiplier, entry, source, "multipliers") for entry in content["multipliers"]),
+        "parameters": {
+            name: _value(ParameterPlan, entry, source, name) for name, entry in content["parameters"].items()
+        },
+    }
+
+
+def _value(cls: type, entry: Any, source: str, where: str) -> Any:
+    """A dataclass from the mapping that an entry is."""
+    known = {field.name: field for field in fields(cls)}
+    required = {name for name, field in known.items() if field.default is MISSING}
+    if not isinstance(entry, dict) or not required <= set(entry) <= set(known):
+        raise ValueError(f"{source}, {where}: {entry} should be a mapping with the keys {', '.join(known)}.")
+    entry = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    if cls is ParameterPlan:
+        if entry["role"] not in set(Role):
+            roles = ", ".join(role.value for role in Role)
+            raise ValueError(f"{source}, {where}: there is no role {entry['role']!r}. Roles are: {roles}.")
+        entry["role"] = Role(entry["role"])
+        entry["ratios"] = _value(Ratios, entry["ratios"], source, where)
+    if cls is Multiplier and entry["site"] is not None:
+        entry["site"] = _value(Site, entry["site"], source, where)
+    return cls(**entry)
+
+
+def _flow(value: Any) -> str:
+    """One line of YAML."""
+    dumped: str = yaml.safe_dump(
+        _plain(value), default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
+    )
+    return dumped.removesuffix("...\n").rstrip("\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

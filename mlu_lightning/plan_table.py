@@ -1,0 +1,89 @@
+"""Plans as tables for people."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from mlu_lightning.base import name_pattern
+from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale
+
+if TYPE_CHECKING:
+    from mlu_lightning.plan import Plan
+
+__all__ = ["plan_table"]
+
+
+def plan_table(plan: Plan, family: OptimizerFamily) -> str:
+    """Draw a plan: shapes, roles with their factors, branches, and warnings.
+
+    Args:
+        plan: to be drawn.
+        family: kind of optimizer whose factors are shown.
+    """
+    text = StringIO()
+    console = Console(file=text, width=120, color_system=None)
+    base = "the paper's absolute form" if plan.base is None else "relative to the base shape"
+    richness = "" if plan.alpha == 1 else f", alpha {plan.alpha:g}"
+    console.print(f"MLU plan, {base}{richness}: factors for {family.value}")
+    for i, stream in enumerate(plan.streams):
+        name = "stream" if len(plan.streams) == 1 else f"stream {i}"
+        console.print(
+            f"{name}: depth {_change(stream.depth, stream.base_depth)}, "
+            f"embedding {_change(stream.embedding, stream.base_embedding)}"
+        )
+    console.print(_roles(plan, family))
+    console.print(_branches(plan))
+    for warning in plan.warnings:
+        console.print(f"Warning: {warning}.")
+    return text.getvalue().rstrip("\n")
+
+
+def _roles(plan: Plan, family: OptimizerFamily) -> Table:
+    table = Table("role", "tensors", "entries", "depth", "inputs", "outputs", "multiplier", "std", "lr", "eps", "decay")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    scales = plan.scales(family)
+    rows: Counter[tuple[Role, Ratios, Scale]] = Counter()
+    entries: Counter[tuple[Role, Ratios, Scale]] = Counter()
+    for name, parameter in plan.parameters.items():
+        row = parameter.role, parameter.ratios, scales[name]
+        rows[row] += 1
+        entries[row] += math.prod(parameter.shape)
+    order = list(Role)
+    for row, count in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
+        role, ratios, factors = row
+        numbers = [ratios.depth, ratios.inputs, ratios.outputs, factors.multiplier, factors.std]
+        numbers += [factors.lr, factors.eps, factors.weight_decay]
+        table.add_row(role.value, str(count), f"{entries[row]:,}", *(f"{number:.4g}" for number in numbers))
+    return table
+
+
+def _branches(plan: Plan) -> Table:
+    table = Table("branch", "blocks", "kind", "hidden", "head_dim", "multiplier")
+    for column in (1, 3, 4, 5):
+        table.columns[column].justify = "right"
+    values = {m.name: plan.forward_multiplier(m) for m in plan.multipliers if m.kind == "branch"}
+    rows = Counter(
+        (
+            name_pattern(branch.name),
+            branch.kind,
+            _change(branch.hidden, branch.base_hidden),
+            "" if branch.head_dim is None else str(branch.head_dim),
+            f"{values[branch.name]:.4g}",
+        )
+        for branch in plan.branches
+    )
+    for (name, *rest), count in rows.items():
+        table.add_row(name or "(module itself)", str(count), *rest)
+    return table
+
+
+def _change(value: int, base: int) -> str:
+    return f"{value}" if value == base else f"{value} (base {base})"

@@ -1,0 +1,273 @@
+"""From a structure and a base to the numbers of a plan: ratios, multipliers, and what the base's init was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from mlu_lightning.base import Base, name_pattern, partners
+from mlu_lightning.rules import TABLE, Ratios, Role
+from mlu_lightning.structure import Branch, BranchKind, ParameterFacts, Site, Structure
+
+__all__ = [
+    "BranchPlan",
+    "Multiplier",
+    "ParameterPlan",
+    "StreamPlan",
+    "plan_branches",
+    "plan_multipliers",
+    "plan_parameters",
+    "plan_streams",
+]
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """What the plan says about one parameter.
+
+    Args:
+        role: row of the table.
+        shape: its shape.
+        base_shape: shape at the base; None in the paper's absolute form.
+        ratios: ratios to the base shape.
+        base_std: root mean square at the base's initialization; None leaves the parameter as it was built.
+        fans: inputs and outputs of its map, in units.
+        branch: index into ``Plan.branches``, None outside branches.
+        transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
+    """
+
+    role: Role
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...] | None
+    ratios: Ratios
+    base_std: float | None
+    fans: tuple[int, int]
+    branch: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Shape of a residual stream next to the base's (1 in the absolute form).
+
+    Args:
+        depth: residual additions along it, L.
+        base_depth: the same of the base, L0.
+        embedding: its dimension, D.
+        base_embedding: the same of the base, D0.
+    """
+
+    depth: int
+    base_depth: int
+    embedding: int
+    base_embedding: int
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """A residual branch next to the base's.
+
+    Args:
+        name: of the module that it is.
+        kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
+        hidden: hidden width M: heads, channels or units.
+        base_hidden: the same of the base, 1 in the absolute form.
+        stream: index into ``Plan.streams``.
+        position: place along the stream.
+        head_dim: dimension of queries and keys per head, None for other kinds.
+        base_head_dim: the same of the base, None in the absolute form.
+    """
+
+    name: str
+    kind: BranchKind
+    hidden: int
+    base_hidden: int
+    stream: int
+    position: int
+    head_dim: int | None = None
+    base_head_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """A factor in the forward pass.
+
+    Args:
+        name: of the branch, or of the readout's matrix.
+        kind: what it multiplies: a residual ``"branch"``, the ``"readout"``, or attention ``"logits"``.
+        value: the factor relative to base, before the richness alpha.
+        site: where a hook attaches it; None if there is no such place.
+        folds: parameters into which it can be folded; empty if there are none.
+    """
+
+    name: str
+    kind: Literal["branch", "readout", "logits"]
+    value: float
+    site: Site | None
+    folds: tuple[str, ...]
+
+
+def plan_streams(structure: Structure, base: Base | None) -> tuple[StreamPlan, ...]:
+    """Put every stream next to the base's.
+
+    Args:
+        structure: of the module.
+        base: None for the paper's absolute form.
+    """
+    shapes = [(1, 1)] * len(structure.streams) if base is None else base.streams
+    if len(shapes) != len(structure.streams):
+        raise ValueError(
+            f"The module has {len(structure.streams)} residual streams and the base {len(shapes)}: they are of different "
+            "architecture. Give a base that differs from the module in depth, hidden width or embedding only."
+        )
+    return tuple(
+        StreamPlan(stream.depth, depth, stream.embedding, embedding)
+        for stream, (depth, embedding) in zip(structure.streams, shapes, strict=True)
+    )
+
+
+def plan_parameters(
+    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...]
+) -> dict[str, ParameterPlan]:
+    """Ratios of every parameter to the base.
+
+    Args:
+        structure: of the module, all of whose parameters have a role.
+        base: None for the paper's absolute form.
+        streams: next to the base's.
+
+    Raises:
+        ValueError: if the base has another architecture.
+    """
+    counterparts = None if base is None else partners(structure, base)
+    planned: dict[str, ParameterPlan] = {}
+    for name, facts in structure.parameters.items():
+        assert facts.role is not None
+        depth = streams[facts.stream].depth / streams[facts.stream].base_depth
+        if counterparts is None:
+            fans = _units(facts, structure)
+            ratios = _counted(facts.role, Ratios(depth, *map(float, fans)))
+            matrix = facts.role.is_matrix and facts.role is not Role.EMBEDDING
+            base_shape, base_std = None, 1.0 if matrix else None
+        else:
+            partner = counterparts[name]
+            fans = facts.fan_in, facts.fan_out
+            ratios = _counted(facts.role, Ratios(depth, fans[0] / partner.fans[0], fans[1] / partner.fans[1]))
+            base_shape, base_std = partner.shape, partner.std
+        planned[name] = ParameterPlan(
+            facts.role, facts.shape, base_shape, ratios, base_std, fans, facts.branch, facts.transposed
+        )
+    return planned
+
+
+def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, ...]:
+    """Put every branch next to the base's.
+
+    Args:
+        structure: of the module.
+        base: None for the paper's absolute form.
+    """
+    shapes = {} if base is None else {name_pattern(name): shape for name, shape in base.branches.items()}
+    planned = []
+    for branch in structure.branches:
+        base_hidden, base_head_dim = shapes.get(name_pattern(branch.name), (1, None))
+        planned.append(
+            BranchPlan(
+                name=branch.name,
+                kind=branch.kind,
+                hidden=branch.hidden,
+                base_hidden=base_hidden,
+                stream=branch.stream,
+                position=branch.position,
+                head_dim=branch.head_dim,
+                base_head_dim=base_head_dim,
+            )
+        )
+    return tuple(planned)
+
+
+def plan_multipliers(
+    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...]
+) -> tuple[tuple[Multiplier, ...], tuple[str, ...]]:
+    """Factors in the forward pass: 1/l on branches, 1/d on readouts, and on logits where head_dim is not the base's.
+
+    Args:
+        structure: of the module.
+        base: None for the paper's absolute form.
+        streams: next to the base's.
+
+    Returns:
+        The multipliers, and warnings.
+
+    Raises:
+        ValueError: if head_dim differs from the base's and the logits of a branch cannot be multiplied.
+    """
+    found: list[Multiplier] = []
+    for branch in structure.branches:
+        stream = streams[branch.stream]
+        value = TABLE[Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
+        found.append(Multiplier(branch.name, "branch", value, branch.site, branch.folds))
+    counterparts = None if base is None else partners(structure, base)
+    for readout in structure.readouts:
+        # a tied table has the fans of an embedding, whose outputs are the readout's inputs
+        tied = structure.parameters[readout.parameter].tied
+        width = 1 if counterparts is None else counterparts[readout.parameter].fans[1 if tied else 0]
+        value = TABLE[Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
+        found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
+    changed = list(_changed_heads(structure, base))
+    found.extend(_logits(branch, base_dim) for branch, base_dim in changed)
+    if not changed:
+        return tuple(found), ()
+    branch, base_dim = changed[0]
+    warning = (
+        f"head_dim is {branch.head_dim} and the base's is {base_dim}. The theory holds for a bounded key-query dimension "
+        "only, so for these branches µP's rule is used instead: logits proportional to 1/head_dim relative to the base "
+        "(the module's own 1/sqrt(head_dim) times sqrt(base head_dim/head_dim)), and the fan-in ratio of the output "
+        "matrix as the ratio of hidden widths. Keep head_dim and change the number of heads to stay within the theory"
+    )
+    return tuple(found), (warning,)
+
+
+def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Branch, int]]:
+    """Attention branches whose head_dim is not the base's."""
+    dims = {} if base is None else {name_pattern(name): dim for name, (_, dim) in base.branches.items()}
+    for branch in structure.branches:
+        base_dim = dims.get(name_pattern(branch.name))
+        if branch.head_dim is not None and base_dim is not None and branch.head_dim != base_dim:
+            yield branch, base_dim
+
+
+def _logits(branch: Branch, base_dim: int) -> Multiplier:
+    assert branch.head_dim is not None and branch.logits is not None
+    if branch.logits.site is None and not branch.logits.folds:
+        raise ValueError(
+            f"head_dim of {branch.name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
+            "multiplied, but its queries are made together with keys and values, where they cannot be multiplied on their "
+            "own. Keep head_dim at the base's value and change the number of heads, or use a projection for queries alone."
+        )
+    value = math.sqrt(base_dim / branch.head_dim)
+    return Multiplier(branch.name, "logits", value, branch.logits.site, branch.logits.folds)
+
+
+def _units(facts: ParameterFacts, structure: Structure) -> tuple[int, int]:
+    """Inputs and outputs in units: heads of attention branches; projections that are stored as one count once."""
+    if facts.role is Role.BRANCH_OUT:
+        return facts.fan_in // facts.head_dim, facts.fan_out
+    outputs = facts.fan_out // facts.head_dim
+    if facts.role in (Role.BRANCH_IN, Role.BRANCH_IN_BIAS) and facts.branch is not None:
+        hidden = structure.branches[facts.branch].hidden
+        outputs = hidden if outputs in (2 * hidden, 3 * hidden) else outputs
+    return facts.fan_in, outputs
+
+
+def _counted(role: Role, ratios: Ratios) -> Ratios:
+    """Only the ratios that the role's row of the table uses; data, targets and bounded sizes do not count."""
+    row = TABLE[role]
+    powers = (row.n, row.g, row.multiplier, row.std, row.lr)
+    return Ratios(
+        depth=ratios.depth if any(power.depth for power in powers) else 1.0,
+        inputs=ratios.inputs if any(power.inputs for power in powers) else 1.0,
+        outputs=ratios.outputs if any(power.outputs for power in powers) else 1.0,
+    )
