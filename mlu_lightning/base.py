@@ -30,12 +30,12 @@ class Base:
     Args:
         parameters: by name.
         streams: depth and embedding of each stream.
-        branches: hidden width and head dimension of each branch, by name.
+        branches: hidden width and head dimension by name pattern and kind of branch.
     """
 
     parameters: dict[str, BaseParameter]
     streams: tuple[tuple[int, int], ...]
-    branches: dict[str, tuple[int, int | None]]
+    branches: dict[tuple[str, str], tuple[int, int | None]]
 
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:
@@ -65,7 +65,10 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             for name, facts in structure.parameters.items()
         },
         tuple((stream.depth, stream.embedding) for stream in structure.streams),
-        {branch.name: (branch.hidden, branch.head_dim) for branch in structure.branches},
+        {
+            (name_pattern(branch.name), branch.kind): (branch.hidden, branch.head_dim)
+            for branch in reversed(structure.branches)
+        },
     )
 
 

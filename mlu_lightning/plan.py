@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from mlu_lightning.base import Base, BaseParameter, base_of_module
+from mlu_lightning.base import Base, BaseParameter, base_of_module, name_pattern
 from mlu_lightning.discovery import discover
 from mlu_lightning.overrides import override_roles, require_roles
 from mlu_lightning.plan_files import plan_from_yaml, plan_to_yaml
@@ -84,7 +84,7 @@ class Plan:
         >>> wide = ResNet(depth=2, hidden=64, embedding=8, inputs=3, outputs=2)
         >>> plan = Plan.from_model(wide, batch, base=base)
         >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
-        {'blocks.0.U.weight': 4.0, 'blocks.0.V.weight': 0.25}
+        {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
         overrides = overrides or {}
         structure = override_roles(discover(module, example), overrides)
@@ -133,7 +133,10 @@ class Plan:
                 for name, parameter in self.parameters.items()
             },
             tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
-            {branch.name: (branch.base_hidden, branch.base_head_dim) for branch in self.branches},
+            {
+                (name_pattern(branch.name), branch.kind): (branch.base_hidden, branch.base_head_dim)
+                for branch in reversed(self.branches)
+            },
         )
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:

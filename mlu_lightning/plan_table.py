@@ -82,6 +82,10 @@ def _branches(plan: Plan) -> Table:
     )
     for (name, *rest), count in rows.items():
         table.add_row(name or "(module itself)", str(count), *rest)
+    for multiplier in plan.multipliers:
+        if multiplier.kind == "readout":
+            tied = "" if multiplier.folds else " (tied)"
+            table.add_row(multiplier.name, "", f"readout{tied}", "", "", f"{multiplier.value:.4g}")
     return table
 
 

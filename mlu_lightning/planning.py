@@ -169,10 +169,10 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
         structure: of the module.
         base: None for the paper's absolute form.
     """
-    shapes = {} if base is None else {name_pattern(name): shape for name, shape in base.branches.items()}
+    shapes = {} if base is None else base.branches
     planned = []
     for branch in structure.branches:
-        base_hidden, base_head_dim = shapes.get(name_pattern(branch.name), (1, None))
+        base_hidden, base_head_dim = shapes.get((name_pattern(branch.name), branch.kind), (1, None))
         planned.append(
             BranchPlan(
                 name=branch.name,
@@ -232,9 +232,9 @@ def plan_multipliers(
 
 def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Branch, int]]:
     """Attention branches whose head_dim is not the base's."""
-    dims = {} if base is None else {name_pattern(name): dim for name, (_, dim) in base.branches.items()}
+    shapes = {} if base is None else base.branches
     for branch in structure.branches:
-        base_dim = dims.get(name_pattern(branch.name))
+        _, base_dim = shapes.get((name_pattern(branch.name), branch.kind), (0, None))
         if branch.head_dim is not None and base_dim is not None and branch.head_dim != base_dim:
             yield branch, base_dim
 
