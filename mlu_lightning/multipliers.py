@@ -220,10 +220,11 @@ def fingerprint(plan: Plan) -> str:
 
 @dataclass(frozen=True)
 class _OutputMultiplier:
-    """Forward hook that multiplies a module's output, or one element of it."""
+    """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     factor: float
     index: int | None
+    part: tuple[int, int] | None
     where: str
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -242,7 +243,10 @@ class _OutputMultiplier:
 
     def _multiplied(self, value: Any) -> Tensor:
         if isinstance(value, Tensor):
-            return value * self.factor
+            if self.part is None:
+                return value * self.factor
+            start, stop = self.part
+            return torch.cat((value[..., :start], value[..., start:stop] * self.factor, value[..., stop:]), dim=-1)
         raise TypeError(self._complaint(f"a {type(value).__name__} where the plan has a tensor"))
 
     def _complaint(self, found: str) -> str:
@@ -270,6 +274,32 @@ class _InputMultiplier:
             f"The multiplier {self.factor:g} on {self.where} could not be applied: the module was called without a "
             "floating-point tensor. Plan with an example that calls it as training does."
         )
+
+
+@dataclass(frozen=True)
+class _RowsMultiplier:
+    """Forward pre-hook that lets a module compute with some rows of its own weight and bias multiplied.
+
+    During the call products stand in the parameters' place; gradients reach the parameters through them.
+    """
+
+    factor: float
+    part: tuple[int, int]
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        start, stop = self.part
+        for name, parameter in module.named_parameters(recurse=False):
+            rows = torch.cat((parameter[:start], parameter[start:stop] * self.factor, parameter[stop:]))
+            module.__dict__[name] = rows
+
+
+@dataclass(frozen=True)
+class _RowsRestored:
+    """Forward hook that takes the products of :class:`_RowsMultiplier` away again, also after an error."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        for name, _ in module.named_parameters(recurse=False):
+            module.__dict__.pop(name, None)
 
 
 def _attach(module: nn.Module, active: list[tuple[Multiplier, float]]) -> list[RemovableHandle]:
@@ -300,8 +330,12 @@ def _attach(module: nn.Module, active: list[tuple[Multiplier, float]]) -> list[R
     for target, site, factor in sites:
         # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
         if site.where == "output":
-            hook = _OutputMultiplier(factor, site.index, str(site))
+            hook = _OutputMultiplier(factor, site.index, site.part, str(site))
             hooks.append(target.register_forward_hook(hook, prepend=True))
+        elif site.where == "weight":
+            assert site.part is not None
+            hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
+            hooks.append(target.register_forward_hook(_RowsRestored(), always_call=True))
         else:
             pre_hook = _InputMultiplier(factor, str(site))
             hooks.append(target.register_forward_pre_hook(pre_hook, with_kwargs=True))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+from torch import nn
 
 from mlu_lightning.graph import (
     ARITHMETIC,
@@ -73,19 +75,33 @@ class Sites:
     def logits(self, queries: Op) -> Logits:
         """Where the queries of an attention can be multiplied."""
         size = math.prod(queries.shape)
-        reached: list[Op] = []
-        stack = [queries]
+        reached: dict[Op, tuple[int, int] | None] = {}
+        stack: list[tuple[Op, tuple[int, int] | None]] = [(queries, None)]
         while stack:
-            op = stack.pop()
+            op, part = stack.pop()
             if op in reached:
                 continue
-            reached.append(op)
+            reached[op] = part
             if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and not is_normalizer(op):
-                stack.extend(op.data)
-        whole = [op for op in reached if math.prod(op.shape) == size]
+                operands = [operand for operand in op.operands if operand is not None and operand[0].from_data]
+                stack.extend((operand, _last_part(operand, output) or part) for operand, output in operands)
+        whole = [op for op in reached if math.prod(op.shape) == size and reached[op] is None]
         matrices = [op for op in reached if self.graph.is_matrix(op)]
         folds = self.folds(matrices[0]) if len(matrices) == 1 and matrices[0] in whole else ()
-        return Logits(next(iter(self._makers(reversed(whole))), None), folds)
+        for op in (*whole, *(op for op in reached if reached[op] is not None)):
+            for site in self._makers([op]):
+                return Logits(replace(site, part=reached[op]), folds)
+        return Logits(self._query_rows(matrices), folds)
+
+    def _query_rows(self, matrices: list[Op]) -> Site | None:
+        """The rows of queries in the projection that ``nn.MultiheadAttention`` holds for all three."""
+        for op in matrices:
+            for use in self.graph.matrices(op):
+                name, _, attribute = use.parameter.rpartition(".")
+                owner = self.rehearsal.copy.get_submodule(name)
+                if isinstance(owner, nn.MultiheadAttention) and attribute == "in_proj_weight":
+                    return Site(name, "weight", part=(0, owner.embed_dim))
+        return None
 
     def folds_weight(self, use: Use) -> tuple[str, ...]:
         """The matrix of one use, if it can be multiplied without another effect; empty if it is tied."""
@@ -168,3 +184,13 @@ class Sites:
                 if node in self.graph.by_node:
                     made[self.graph.by_node[node]].append((call, index))
         return made
+
+
+def _last_part(op: Op, output: int) -> tuple[int, int] | None:
+    """Entries of the last dimension that one output of a split holds."""
+    if op.name not in ("Split", "SplitWithSizes") or len({shape[:-1] for shape in op.shapes}) > 1:
+        return None
+    if op.shapes[0][:-1] != op.data[0].shape[:-1]:
+        return None
+    start = sum(shape[-1] for shape in op.shapes[:output])
+    return start, start + op.shapes[output][-1]

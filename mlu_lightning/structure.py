@@ -18,20 +18,26 @@ class Site:
 
     Args:
         module: name of the submodule, as in ``named_modules()``.
-        where: its ``"output"`` or its (first) ``"input"``.
+        where: its ``"output"``, its (first) ``"input"``, or the ``"weight"`` and bias that it holds itself.
         index: position of the tensor if the output is a tuple or list, else None.
+        part: first and last (exclusive) entry to be multiplied, of an output's last dimension or a weight's rows, if
+            not all of them are.
 
     >>> print(Site("layers.0.attention", "output", 0))
     layers.0.attention output[0]
+    >>> print(Site("layers.0.attention", "weight", part=(0, 64)))
+    layers.0.attention weight, entries 0 to 64
     """
 
     module: str
-    where: Literal["output", "input"] = "output"
+    where: Literal["output", "input", "weight"] = "output"
     index: int | None = None
+    part: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        part = "" if self.index is None else f"[{self.index}]"
-        return f"{self.module or '(module itself)'} {self.where}{part}"
+        index = "" if self.index is None else f"[{self.index}]"
+        part = "" if self.part is None else f", entries {self.part[0]} to {self.part[1]}"
+        return f"{self.module or '(module itself)'} {self.where}{index}{part}"
 
 
 @dataclass(frozen=True)
