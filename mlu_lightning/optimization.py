@@ -1,0 +1,337 @@
+"""Scale somebody else's optimizer: during its update, and only there, it sees groups with the plan's numbers.
+
+The user's optimizer keeps the user's own parameter groups and learning rates, so schedulers, the learning rate finder,
+loggers and checkpoints go on as without a plan. When the update begins the groups are exchanged for *shadow groups*,
+one for each distinct set of factors in a group, whose learning rate, eps and weight decay are those of the user's group
+times the factors of theory.md, section 3; when it ends they are exchanged back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from mlu_lightning.multipliers import fingerprint, residual_state
+from mlu_lightning.plan import Plan
+from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.update_rules import Factor, Group, UpdateRule, divided, multiplied, update_rule
+
+__all__ = ["ScaledOptimizer", "scale_optimizer"]
+
+
+def scale_optimizer(
+    optimizer: Optimizer | LightningOptimizer,
+    module: nn.Module,
+    plan: Plan,
+    family: OptimizerFamily | str | None = None,
+) -> ScaledOptimizer:
+    """Let an optimizer update each parameter with its own multiple of learning rate, eps and weight decay.
+
+    The factors are those of theory.md, section 3, for the stored weights: where a multiplier a was folded into a
+    weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
+    whose factors are all 1 are updated exactly as without a plan.
+
+    In the update ``optimizer.param_groups`` holds the shadow groups; step hooks that were registered on the optimizer
+    run there. Groups may be added later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to
+    and from it. A deep copy or an unpickled optimizer is plain: scale it again.
+
+    Args:
+        optimizer: an optimizer of ``torch.optim``, a Lightning wrapper of one, or a ``ZeroRedundancyOptimizer``.
+            LBFGS cannot be scaled. Adafactor's steps are relative to the size of the weights, which are taken to be
+            of the size that the plan's initialization gives them.
+        module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
+        plan: the module's plan.
+        family: column of the table, for an optimizer that ``torch.optim`` does not define.
+
+    Returns:
+        A handle with ``.remove()``.
+
+    Raises:
+        TypeError: if the optimizer's class cannot be scaled or is not known.
+        ValueError: if a parameter is not the module's, if the plan does not fit the module or its multipliers are not
+            in effect, or if a group cannot be scaled. The optimizer was not changed then.
+
+    >>> import torch
+    >>> from mlu_lightning.plan import ParameterPlan
+    >>> from mlu_lightning.rules import Ratios, Role
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> wide = ParameterPlan(Role.STREAM_MATRIX, (1, 1), None, Ratios(inputs=4.0), None, (1, 1))
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    >>> handle = scale_optimizer(optimizer, module, Plan({"weight": wide}, (), (), ()))
+    >>> before = module.weight.item()
+    >>> module.weight.grad = torch.ones(1, 1)
+    >>> optimizer.step()
+    >>> round(before - module.weight.item(), 6), optimizer.param_groups[0]["lr"]
+    (0.125, 0.5)
+    >>> handle.remove()
+    """
+    optimizer = _unwrapped(optimizer)
+    rule = update_rule(optimizer, family)
+    if not isinstance(vars(optimizer).get("param_groups"), list):
+        raise ValueError(
+            f"The param_groups of {type(optimizer).__name__} are not a list of its own, so its update cannot be given "
+            "other groups. If there are optimizers inside it, scale each of these with scale_optimizer instead."
+        )
+    present = getattr(optimizer.step, _MARK, None)
+    if isinstance(present, ScaledOptimizer) and present.active:
+        raise ValueError(
+            "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
+            "handle that scale_optimizer returned first."
+        )
+    if not any(_FSDP in name for name, _ in module.named_parameters()):
+        # FSDP1 leaves shards, of other shapes
+        plan.check(module)
+    _check_multipliers(module, plan)
+    return ScaledOptimizer(optimizer, module, plan, rule)
+
+
+class ScaledOptimizer:
+    """Handle of an optimizer that :func:`scale_optimizer` has scaled."""
+
+    def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, rule: UpdateRule) -> None:
+        """Scale an optimizer; :func:`scale_optimizer` checks before that it can be.
+
+        Args:
+            optimizer: the optimizer itself, not a wrapper of it.
+            module: the module that has its parameters.
+            plan: the module's plan.
+            rule: how the optimizer uses its numbers.
+        """
+        self.optimizer = optimizer
+        self.active = True
+        self._module = module
+        self._plan = plan
+        self._rule = rule
+        self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
+        self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
+        self._hook = optimizer.register_state_dict_pre_hook(lambda _: self._swap_out())
+        self._step_before = vars(optimizer).get("step")
+        self._step = self._wrapped_step()
+        vars(optimizer)["step"] = self._step
+
+    def remove(self) -> None:
+        """Make the optimizer plain again. Safe to call twice."""
+        self._swap_out()
+        self.active = False
+        self._hook.remove()
+        if vars(self.optimizer).get("step") is not self._step:
+            return  # a scheduler has wrapped the step since; what is left of it here only passes the call on
+        del vars(self.optimizer)["step"]
+        if self._step_before is not None:
+            vars(self.optimizer)["step"] = self._step_before
+
+    def _wrapped_step(self) -> MethodType:
+        """Wrap the optimizer's step, as a method: schedulers wrap a method too, before or after this."""
+        step = self.optimizer.step
+
+        @functools.wraps(getattr(step, "__func__", step))
+        def update(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return step(*args, **kwargs)
+            closure = kwargs.get("closure", args[0] if args else None)
+            try:
+                if closure is None:
+                    self._swap_in()
+                elif "closure" in kwargs:
+                    kwargs["closure"] = self._outside(closure)
+                else:
+                    args = (self._outside(closure), *args[1:])
+                return step(*args, **kwargs)
+            finally:
+                self._swap_out()
+
+        vars(update)[_MARK] = self
+        return MethodType(update, self.optimizer)
+
+    def _outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Let a closure see the user's groups: Lightning runs forward, backward, clipping and callbacks in it."""
+
+        def evaluate() -> Any:
+            self._swap_out()
+            loss = closure()
+            self._swap_in()
+            return loss
+
+        return evaluate
+
+    def _swap_in(self) -> None:
+        """Put the shadow groups, with the numbers of this step, into the optimizer's list of groups."""
+        groups = self.optimizer.param_groups
+        current = dict(enumerate(self._splits))
+        # groups are added, and load_state_dict replaces them
+        self._splits = [
+            current[index] if index in current and current[index].is_of(group) else self._split(index)
+            for index, group in enumerate(groups)
+        ]
+        shadows = [shadow for split in self._splits for shadow in self._filled(split)]
+        self._users = [*groups]
+        groups[:] = shadows
+
+    def _swap_out(self) -> None:
+        """Put the user's groups back, if they are not there."""
+        if self._users is None:
+            return
+        self.optimizer.param_groups[:] = self._users
+        self._users = None
+        for split in self._splits:
+            split.give_back()
+
+    def _split(self, index: int) -> _Split:
+        """Divide a group of the user's into shadows, one for each distinct set of factors."""
+        group = self.optimizer.param_groups[index]
+        family = self._rule.family_of(group)
+        scales = self._plan.scales(family)
+        state = residual_state(self._module)
+        folded = frozenset[str]() if state is None else state.folded
+        names = {id(p): name.replace(_FSDP, "") for name, p in self._module.named_parameters()}
+        members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name not in scales:
+                raise ValueError(_foreign(index, parameter, name))
+            scale = scales[name].folded(family) if name in folded else scales[name]
+            factors = self._rule.factors(group, name, self._plan.parameters[name], scale)
+            members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
+        shadows = [_Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
+        # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
+        shadows.sort(key=lambda shadow: shadow.factors.get("lr", 1.0), reverse=True)
+        return _Split(group, [id(parameter) for parameter in group["params"]], shadows)
+
+    def _filled(self, split: _Split) -> list[Group]:
+        """Groups that take the place of one of the user's in this step."""
+        if split.is_plain:
+            return [split.user]
+        for shadow in split.shadows:
+            shadow.fill(split.user)
+            if self._rule.at_step is not None:
+                self._rule.at_step(split.user, shadow.group, shadow.factors, self._step_number(shadow))
+            shadow.given = {**shadow.group}
+        return [shadow.group for shadow in split.shadows]
+
+    def _step_number(self, shadow: _Shadow) -> int:
+        """Number of the step that begins, from 1, for the parameters of a shadow group."""
+        states = (self.optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
+        return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
+
+
+@dataclass
+class _Shadow:
+    """What the optimizer sees of one of the user's groups.
+
+    Args:
+        group: a parameter group, kept between steps.
+        factors: by what its numbers are multiplied.
+        seen: the user's other values when they were last taken over.
+        given: the group's values at the beginning of the update.
+    """
+
+    group: Group
+    factors: dict[str, Factor]
+    seen: Group = field(default_factory=dict)
+    given: Group = field(default_factory=dict)
+
+    def fill(self, user: Group) -> None:
+        """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
+        for key, value in user.items():
+            if key in _MEMBERS:
+                continue
+            if key in self.factors or key in _NUMBERS:
+                self.group[key] = multiplied(value, self.factors.get(key, 1.0))
+            elif self.seen.get(key, _UNSEEN) is not value:
+                self.group[key] = self.seen[key] = value
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One of the user's groups and its shadows.
+
+    Args:
+        user: the group.
+        members: ids of its parameters.
+        shadows: what the optimizer sees instead.
+    """
+
+    user: Group
+    members: list[int]
+    shadows: list[_Shadow]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all factors are 1, so that the user's group serves itself."""
+        return not any(shadow.factors for shadow in self.shadows)
+
+    def is_of(self, group: Group) -> bool:
+        """Whether this is the split of the group, with the parameters that it has now."""
+        return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
+
+    def give_back(self) -> None:
+        """Hand what the optimizer has changed in the shadows to the user's group."""
+        changed: Group = {}
+        for shadow in self.shadows:
+            for key, value in shadow.group.items():
+                if key not in changed and value is not shadow.given.get(key, _UNSEEN) and key not in _MEMBERS:
+                    changed[key] = divided(value, shadow.factors.get(key, 1.0))
+        self.user.update(changed)
+        for shadow in self.shadows:
+            # every shadow goes on with its own value until the user changes it
+            shadow.seen.update(changed)
+
+
+_MARK = "_mlu_scaled_by"
+_MEMBERS = ("params", "param_names")
+_NUMBERS = ("lr", "eps", "weight_decay")
+_UNSEEN = object()
+_FSDP = "_fsdp_wrapped_module."
+
+
+def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    """Find the optimizer that does the update inside a wrapper of it."""
+    if isinstance(optimizer, LightningOptimizer):
+        return optimizer.optimizer
+    if distributed.is_available():
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            inner = getattr(optimizer, "optim", None)
+            if not isinstance(inner, Optimizer):
+                raise ValueError(
+                    "A ZeroRedundancyOptimizer with overlap_with_ddp=True makes its optimizer during the first "
+                    "iterations, so it cannot be scaled. Leave overlap_with_ddp at False."
+                )
+            return inner
+    return optimizer
+
+
+def _check_multipliers(module: nn.Module, plan: Plan) -> None:
+    """Refuse a module that the plan's multipliers are not in: the factors are for the run with them."""
+    state = residual_state(module)
+    if state is None:
+        if all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers):
+            return
+        raise ValueError(
+            "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
+            "be wrong. Call attach_multipliers(module, plan) or fold(module, plan) before scale_optimizer."
+        )
+    if state.fingerprint != fingerprint(plan):
+        raise ValueError(
+            "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
+            "to both."
+        )
+
+
+def _foreign(index: int, parameter: Tensor, name: str | None) -> str:
+    """Say that the plan does not know a parameter of the optimizer."""
+    what = f"A parameter of shape {list(parameter.shape)}" if name is None else f"The parameter {name}"
+    return (
+        f"{what} in group {index} of the optimizer is not a parameter of the module that the plan was made for. Make "
+        "the optimizer from the module's own parameters. Where a strategy replaces them by flattened ones, their "
+        "learning rates cannot be told apart: use FSDP with use_orig_params=True, or ModelParallelStrategy (FSDP2), "
+        "instead of FSDP with use_orig_params=False or DeepSpeed ZeRO."
+    )

@@ -1,0 +1,382 @@
+"""Every optimizer of torch.optim against parameter groups built by hand, and against exact scaling laws."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from parameter_groups import (
+    ADAM_LR,
+    EPS,
+    MATRICES,
+    MUON_EPS,
+    MUON_LR,
+    SGD_LR,
+    SHAPES,
+    STD,
+    D,
+    L,
+    M,
+    Numbers,
+    Weights,
+    groups_in_update,
+    identical,
+    numbers_in_update,
+    plan_of,
+)
+from torch import nn, optim
+
+from mlu_lightning.optimization import scale_optimizer
+from mlu_lightning.plan import ParameterPlan, Plan
+from mlu_lightning.rules import Ratios, Role
+
+ByHand = Callable[[Numbers, str, int], Numbers]
+
+
+def sgd(numbers: Numbers, name: str, step: int) -> Numbers:
+    factor = SGD_LR[name]
+    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
+
+
+def adam(numbers: Numbers, name: str, step: int) -> Numbers:
+    scaled = {"lr": numbers["lr"] * ADAM_LR[name], "eps": numbers["eps"] * EPS[name]}
+    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / SGD_LR[name]}
+
+
+def adamw(numbers: Numbers, name: str, step: int) -> Numbers:
+    scaled = {"lr": numbers["lr"] * ADAM_LR[name], "eps": numbers["eps"] * EPS[name]}
+    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / ADAM_LR[name]}
+
+
+def asgd(numbers: Numbers, name: str, step: int) -> Numbers:
+    return {**sgd(numbers, name, step), "lambd": numbers["lambd"] / SGD_LR[name]}
+
+
+def radam(numbers: Numbers, name: str, step: int) -> Numbers:
+    """With beta2 = 0.999 the first five steps are plain gradient steps."""
+    return {**adam(numbers, name, step), **({"lr": numbers["lr"] * SGD_LR[name]} if step < 5 else {})}
+
+
+def radamw(numbers: Numbers, name: str, step: int) -> Numbers:
+    scaled = adamw(numbers, name, step)
+    return sgd(scaled | numbers, name, step) | {"eps": scaled["eps"]} if step < 5 else scaled
+
+
+def sparse(numbers: Numbers, name: str, step: int) -> Numbers:
+    return {**numbers, "lr": numbers["lr"] * ADAM_LR[name], "eps": numbers["eps"] * EPS[name]}
+
+
+def rprop(numbers: Numbers, name: str, step: int) -> Numbers:
+    low, high = numbers["step_sizes"]
+    factor = ADAM_LR[name]
+    return {**numbers, "lr": numbers["lr"] * factor, "step_sizes": (low * factor, high * factor)}
+
+
+def adadelta(numbers: Numbers, name: str, step: int) -> Numbers:
+    scaled = {"lr": numbers["lr"] * SGD_LR[name], "eps": numbers["eps"] * EPS[name] ** 2}
+    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / SGD_LR[name]}
+
+
+def adafactor(numbers: Numbers, name: str, step: int) -> Numbers:
+    factor = ADAM_LR[name] / STD[name]
+    first, second = numbers["eps"]
+    first = torch.finfo(torch.float32).eps if first is None else first
+    lr = min(numbers["lr"], (step + 1) ** -0.5) * factor if factor != 1 else numbers["lr"]
+    decay = numbers["weight_decay"] * (numbers["lr"] / lr)
+    return {**numbers, "lr": lr, "eps": (first * EPS[name] ** 2, second * STD[name]), "weight_decay": decay}
+
+
+def muon(numbers: Numbers, name: str, step: int) -> Numbers:
+    rows, columns = SHAPES[name]
+    if numbers["adjust_lr_fn"] == "match_rms_adamw":
+        own = max(rows, columns) ** 0.5 / 2**0.5
+    else:
+        own = max(1, rows / columns) ** 0.5
+    scaled = {"lr": numbers["lr"] * (MUON_LR[name] / own), "eps": numbers["eps"] * MUON_EPS[name]}
+    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] * (own / MUON_LR[name])}
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[..., optim.Optimizer]
+    by_hand: ByHand
+    numbers: Numbers = field(default_factory=dict)
+    names: tuple[str, ...] = tuple(SHAPES)
+    sparse: bool = False
+
+    def optimizer(self, module: nn.Module) -> optim.Optimizer:
+        return self.make(module.parameters(), **self.numbers)
+
+
+CASES = {
+    "sgd": Case(optim.SGD, sgd, {"lr": 0.1, "weight_decay": 0.1}),
+    "sgd-nesterov": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    "sgd-dampening": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
+    "sgd-foreach": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "foreach": True}),
+    "sgd-fused": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "fused": True}),
+    "sgd-tensor": Case(optim.SGD, sgd, {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1}),
+    "asgd": Case(optim.ASGD, asgd, {"lr": 0.1, "lambd": 0.01, "t0": 3, "weight_decay": 0.1}),
+    "asgd-foreach": Case(optim.ASGD, asgd, {"lr": 0.1, "lambd": 0.01, "foreach": True}),
+    "adam": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
+    "adam-amsgrad": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "amsgrad": True, "maximize": True}),
+    "adam-foreach": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "foreach": True}),
+    "adam-fused": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "fused": True}),
+    "adam-decoupled": Case(optim.Adam, adamw, {"eps": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "adamw": Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}),
+    "adamw-foreach": Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01, "foreach": True}),
+    "adamw-fused": Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01, "fused": True, "amsgrad": True}),
+    "adamw-tensor": Case(optim.AdamW, adamw, {"lr": torch.tensor(0.1), "eps": 0.01, "weight_decay": 0.1}),
+    "adamw-tensor-fused": Case(optim.AdamW, adamw, {"lr": torch.tensor([0.1]), "eps": 0.01, "fused": True}),
+    "nadam": Case(optim.NAdam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
+    "nadam-decoupled": Case(optim.NAdam, adamw, {"eps": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "radam": Case(optim.RAdam, radam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
+    "radam-foreach": Case(optim.RAdam, radam, {"lr": 0.1, "eps": 0.01, "foreach": True}),
+    "radam-decoupled": Case(optim.RAdam, radamw, {"eps": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    "adamax": Case(optim.Adamax, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
+    "rmsprop": Case(optim.RMSprop, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "momentum": 0.9}),
+    "rmsprop-centered": Case(optim.RMSprop, adam, {"lr": 0.1, "eps": 0.01, "centered": True, "foreach": True}),
+    "adagrad": Case(optim.Adagrad, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "lr_decay": 0.1}),
+    "adagrad-fused": Case(optim.Adagrad, adam, {"lr": 0.1, "eps": 0.01, "fused": True}),
+    "adadelta": Case(optim.Adadelta, adadelta, {"lr": 0.5, "eps": 0.01, "weight_decay": 0.1}),
+    "rprop": Case(optim.Rprop, rprop, {"lr": 0.1, "step_sizes": (0.08, 0.13)}),
+    "sparse-adam": Case(optim.SparseAdam, sparse, {"lr": 0.1, "eps": 0.01}, sparse=True),
+    "adafactor": Case(optim.Adafactor, adafactor, {"lr": 0.1, "weight_decay": 0.1}),
+    "adafactor-eps": Case(optim.Adafactor, adafactor, {"lr": 0.1, "eps": (2.0, 4.0), "foreach": True}),
+    "adafactor-capped": Case(optim.Adafactor, adafactor, {"lr": 0.4, "weight_decay": 0.1}),
+    "muon": Case(optim.Muon, muon, {"lr": 0.1}, names=MATRICES),
+    "muon-rms": Case(optim.Muon, muon, {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}, names=MATRICES),
+    "muon-eps": Case(optim.Muon, muon, {"lr": 0.1, "eps": 100.0, "nesterov": False}, names=MATRICES),
+}
+IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
+
+
+def test_every_class_of_torch_optim_is_tried() -> None:
+    assert {case.make.__name__ for case in CASES.values() if isinstance(case.make, type)} == IN_SCOPE
+
+
+def run_by_hand(case: Case, module: Weights, steps: int) -> None:
+    numbers = {key: value for key, value in case.optimizer(module).param_groups[0].items() if key != "params"}
+    groups = [{"params": [parameter]} for parameter in module.parameters()]
+    optimizer = case.make(groups, **case.numbers)
+    for step in range(steps):
+        for group, name in zip(optimizer.param_groups, case.names, strict=True):
+            group.update(case.by_hand(numbers, name, step))
+        module.load_gradients(step, case.sparse)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_update_is_that_of_groups_built_by_hand(case: Case) -> None:
+    ours, theirs, plain = Weights(case.names), Weights(case.names), Weights(case.names)
+    optimizer = case.optimizer(ours)
+    scale_optimizer(optimizer, ours, plan_of(ours))
+    unscaled = case.optimizer(plain)
+    for step in range(10):
+        ours.load_gradients(step, case.sparse)
+        optimizer.step()
+        plain.load_gradients(step, case.sparse)
+        unscaled.step()
+    run_by_hand(case, theirs, 10)
+    assert identical(ours, theirs)
+    assert not identical(ours, plain)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_base_shape_is_the_plain_run(case: Case) -> None:
+    ours, theirs = Weights(case.names), Weights(case.names)
+    optimizer, plain = case.optimizer(ours), case.optimizer(theirs)
+    seen: list[bool] = []
+    optimizer.register_step_post_hook(lambda opt, *_: seen.append(opt.param_groups[0] is group))
+    group = optimizer.param_groups[0]
+    scale_optimizer(optimizer, ours, plan_of(ours, identity=True))
+    for step in range(3):
+        ours.load_gradients(step, case.sparse)
+        theirs.load_gradients(step, case.sparse)
+        optimizer.step()
+        plain.step()
+    assert identical(ours, theirs)
+    assert seen == [True] * 3
+
+
+SCALE_FREE = {name: case for name, case in CASES.items() if not name.startswith(("muon", "adafactor"))}
+
+
+@pytest.mark.parametrize("case", SCALE_FREE.values(), ids=SCALE_FREE)
+def test_run_is_the_base_run_in_other_units(case: Case) -> None:
+    """Weights c times and gradients g times those of the base, c = lr/n and g of the table: so they stay, exactly."""
+    base, scaled = Weights(), Weights()
+    units = {name: SGD_LR[name] * EPS[name] for name in SHAPES}
+    for name, parameter in scaled.named_parameters():
+        parameter.data.mul_(units[name])
+    reference, optimizer = case.optimizer(base), case.optimizer(scaled)
+    scale_optimizer(optimizer, scaled, plan_of(scaled))
+    for step in range(12):
+        base.load_gradients(step, case.sparse)
+        scaled.load_gradients(step, case.sparse)
+        for name, parameter in scaled.named_parameters():
+            parameter.grad = parameter.grad * EPS[name]
+        reference.step()
+        optimizer.step()
+    for name, parameter in scaled.named_parameters():
+        assert torch.equal(parameter, base.get_parameter(name) * units[name]), name
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.4])
+def test_adafactor_step_is_the_base_step_in_other_units(lr: float) -> None:
+    """Weights are std times those of the base and gradients g times: steps are lr times. 1/sqrt(step) < 0.4 from 7."""
+    base, scaled = Weights(dtype=torch.float64), Weights(dtype=torch.float64)
+    reference = optim.Adafactor(base.parameters(), lr=lr, weight_decay=0.1)
+    optimizer = optim.Adafactor(scaled.parameters(), lr=lr, weight_decay=0.1)
+    scale_optimizer(optimizer, scaled, plan_of(scaled))
+    for step in range(12):
+        base.load_gradients(step)
+        scaled.load_gradients(step)
+        before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+        for name, parameter in scaled.named_parameters():
+            parameter.data.copy_(before[name] * STD[name])
+            parameter.grad = parameter.grad * EPS[name]
+        reference.step()
+        optimizer.step()
+        for name, parameter in scaled.named_parameters():
+            decayed = 1 - lr * 0.1
+            moved = parameter - before[name] * STD[name] * decayed
+            expected = (base.get_parameter(name) - before[name] * decayed) * ADAM_LR[name]
+            torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-14)  # rounding of the subtraction
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_adafactor_default_bound_is_the_precision_of_the_parameters(dtype: torch.dtype) -> None:
+    module = Weights(("branch_in",), dtype)
+    optimizer = optim.Adafactor(module.parameters())
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, plan_of(module))
+    module.load_gradients(0)
+    optimizer.step()
+    assert seen[-1][0]["eps"] == (torch.finfo(dtype).eps * EPS["branch_in"] ** 2, 1e-3 * STD["branch_in"])
+
+
+def test_adafactor_refuses_a_step_above_its_limit() -> None:
+    module = Weights(("branch_in",))
+    smaller = ParameterPlan(Role.BRANCH_IN, SHAPES["branch_in"], None, Ratios(1.0, 1 / 16, 1.0), None, (1, 1))
+    optimizer = optim.Adafactor(module.parameters(), lr=0.2)
+    scale_optimizer(optimizer, module, Plan({"branch_in": smaller}, (), (), ()))
+    module.load_gradients(0)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"no steps above 1/sqrt\(step\), which is 0.707107 at step 2, but .* 0.8 for"):
+        optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+# Families
+
+
+class RenamedAdamW(optim.AdamW):
+    """Inherits the step."""
+
+
+def test_subclass_with_the_same_step_has_the_same_rule() -> None:
+    ours, theirs = Weights(), Weights()
+    optimizer = RenamedAdamW(ours.parameters(), lr=0.1, eps=0.01)
+    scale_optimizer(optimizer, ours, plan_of(ours))
+    ours.load_gradients(0)
+    optimizer.step()
+    run_by_hand(Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}), theirs, 1)
+    assert identical(ours, theirs)
+
+
+class OwnAdam(optim.Adam):
+    """Has a step of its own."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(("family", "by_hand"), [("adam", adam), ("sgd", sgd), ("adamw", adamw)])
+def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_hand: ByHand) -> None:
+    module = Weights()
+    optimizer = OwnAdam(module.parameters(), lr=0.1, weight_decay=0.2)
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, plan_of(module), family=family)
+    module.load_gradients(0)
+    optimizer.step()
+    for key in ("lr", "weight_decay"):
+        expected = {name: by_hand(optimizer.param_groups[0], name, 9)[key] for name in SHAPES}
+        assert numbers_in_update(module, seen[-1], key) == expected
+
+
+class OwnMuon(optim.Muon):
+    """Has a step of its own, without a factor of the shape."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return None
+
+
+def test_other_muons_are_scaled_without_a_shape_factor() -> None:
+    module = Weights(MATRICES)
+    optimizer = OwnMuon(module.parameters(), lr=0.1, weight_decay=0.2)
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, plan_of(module), family="muon")
+    optimizer.step()
+    assert numbers_in_update(module, seen[-1], "lr") == {name: 0.1 * MUON_LR[name] for name in MATRICES}
+    assert numbers_in_update(module, seen[-1], "weight_decay") == {name: 0.2 / MUON_LR[name] for name in MATRICES}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transposed: bool) -> None:
+    """The base of 48 x 8, with ratios 16 and 4, is 3 x 2: torch's factors are sqrt(6) and sqrt(1.5)."""
+    shape = (8, 48) if transposed else (48, 8)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.ones(shape))
+    parameter = ParameterPlan(Role.BRANCH_IN, shape, None, Ratios(L, D, M), None, (8, 48), transposed=transposed)
+    optimizer = optim.Muon(module.parameters(), lr=0.1)
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, Plan({"weight": parameter}, (), (), ()))
+    module.weight.grad = torch.ones(shape)
+    optimizer.step()
+    own = 1.0 if transposed else (6 / 1.5) ** 0.5
+    assert seen[-1][0]["lr"] == pytest.approx(0.1 * MUON_LR["branch_in"] / own, rel=1e-14)  # float64 rounding
+
+
+# Refusals
+
+
+def test_lbfgs_is_refused() -> None:
+    module = Weights()
+    with pytest.raises(TypeError, match=r"LBFGS cannot be scaled: .* one step for all parameters together"):
+        scale_optimizer(optim.LBFGS(module.parameters()), module, plan_of(module))
+
+
+def test_unknown_optimizer_is_refused() -> None:
+    module = Weights()
+    with pytest.raises(TypeError, match=r"How OwnAdam uses .* is not known.*family=\.\.\."):
+        scale_optimizer(OwnAdam(module.parameters()), module, plan_of(module))
+
+
+def test_family_of_a_known_optimizer_is_refused() -> None:
+    module = Weights()
+    with pytest.raises(TypeError, match=r"family='sgd' was given for AdamW, .* torch.optim.AdamW .* Leave family out"):
+        scale_optimizer(optim.AdamW(module.parameters()), module, plan_of(module), family="sgd")
+
+
+@pytest.mark.parametrize("numbers", [{"eps": (1e-30, 1e-3)}, {"lr": None}])
+def test_groups_without_plain_numbers_are_refused(numbers: Numbers) -> None:
+    module = Weights()
+    optimizer = OwnAdam(module.parameters())
+    optimizer.param_groups[0].update(numbers)
+    with pytest.raises(ValueError, match=rf"has {next(iter(numbers))}=.*, which is not a number"):
+        scale_optimizer(optimizer, module, plan_of(module), family="adam")
+
+
+@pytest.mark.parametrize("name", ["embedding", "readout"])
+def test_muon_is_refused_for_what_is_not_between_layers(name: str) -> None:
+    module = Weights((name,))
+    with pytest.raises(ValueError, match=f"Muon was given {name}, whose role is {name}.*an AdamW next to Muon"):
+        scale_optimizer(optim.Muon(module.parameters()), module, plan_of(module))
+
+
+def test_adagrad_accumulator_is_refused() -> None:
+    module = Weights()
+    optimizer = optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
+    with pytest.raises(ValueError, match=r"Adagrad's initial_accumulator_value is 0\.1.*Leave it at 0"):
+        scale_optimizer(optimizer, module, plan_of(module))
+    scale_optimizer(optimizer, module, plan_of(module, identity=True))
