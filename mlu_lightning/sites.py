@@ -84,7 +84,7 @@ class Sites:
             reached[op] = part
             if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and not is_normalizer(op):
                 operands = [operand for operand in op.operands if operand is not None and operand[0].from_data]
-                stack.extend((operand, _last_part(operand, output) or part) for operand, output in operands)
+                stack.extend((operand, _last_part(operand, output, size) or part) for operand, output in operands)
         whole = [op for op in reached if math.prod(op.shape) == size and reached[op] is None]
         matrices = [op for op in reached if self.graph.is_matrix(op)]
         folds = self.folds(matrices[0]) if len(matrices) == 1 and matrices[0] in whole else ()
@@ -186,11 +186,11 @@ class Sites:
         return made
 
 
-def _last_part(op: Op, output: int) -> tuple[int, int] | None:
-    """Entries of the last dimension that one output of a split holds."""
-    if op.name not in ("Split", "SplitWithSizes") or len({shape[:-1] for shape in op.shapes}) > 1:
+def _last_part(op: Op, output: int, size: int) -> tuple[int, int] | None:
+    """Entries of the last dimension that one output of a split holds, if that output has the given size."""
+    if op.name not in ("Split", "SplitWithSizes") or math.prod(op.shapes[output]) != size:
         return None
-    if op.shapes[0][:-1] != op.data[0].shape[:-1]:
+    if {shape[:-1] for shape in op.shapes} != {op.data[0].shape[:-1]}:
         return None
     start = sum(shape[-1] for shape in op.shapes[:output])
     return start, start + op.shapes[output][-1]
