@@ -135,7 +135,8 @@ def plan_parameters(
 
     Args:
         structure: of the module, all of whose parameters have a role.
-        base: None for the paper's absolute form.
+        base: None for the paper's absolute form, with entries of order one: N(0, 1/d_in) where data is multiplied with
+            a matrix, N(0, 1) for tables and readouts, the table's N(0, 1/D) and N(0, D/M²) in branches.
         streams: next to the base's.
 
     Raises:
@@ -149,8 +150,7 @@ def plan_parameters(
         if counterparts is None:
             fans = _units(facts, structure)
             ratios = _counted(facts.role, Ratios(depth, *map(float, fans)))
-            matrix = facts.role.is_matrix and facts.role is not Role.EMBEDDING
-            base_shape, base_std = None, 1.0 if matrix else None
+            base_shape, base_std = None, _absolute_std(facts)
         else:
             partner = counterparts[name]
             fans = facts.fan_in, facts.fan_out
@@ -260,6 +260,17 @@ def _units(facts: ParameterFacts, structure: Structure) -> tuple[int, int]:
         hidden = structure.branches[facts.branch].hidden
         outputs = hidden if outputs in (2 * hidden, 3 * hidden) else outputs
     return facts.fan_in, outputs
+
+
+def _absolute_std(facts: ParameterFacts) -> float | None:
+    """Standard deviation at D = M = L = 1, so that stream and hidden units are of order one; vectors stay as built."""
+    assert facts.role is not None
+    if not facts.role.is_matrix or len(facts.shape) < 2:
+        return None
+    table = facts.fan_in == 1 and facts.transposed
+    if facts.role is Role.EMBEDDING and not table:
+        return math.sqrt(facts.fan_out / math.prod(facts.shape))  # sums over data, which the table does not count
+    return 1.0
 
 
 def _counted(role: Role, ratios: Ratios) -> Ratios:

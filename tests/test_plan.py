@@ -93,7 +93,8 @@ def test_absolute_form_is_the_papers_resnet() -> None:
     assert write.lr == pytest.approx(lr / hidden**2)
     assert (read.multiplier, write.multiplier) == (1, pytest.approx(1 / depth))
     assert scales["readout.weight"].multiplier == pytest.approx(1 / embedding)
-    assert plan.parameters["embed.weight"].base_std is None
+    assert plan.parameters["embed.weight"].base_std == pytest.approx(1 / math.sqrt(3)), "N(0, 1/d_in)"
+    assert plan.parameters["readout.weight"].base_std == 1
 
 
 def test_heads_are_hidden_units_in_the_absolute_form() -> None:
