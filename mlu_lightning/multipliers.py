@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.plan import Multiplier, Plan
+from mlu_lightning.plan import Plan
+from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
 
 __all__ = ["MultiplierHandle", "ResidualState", "attach_multipliers", "fingerprint", "fold", "residual_state"]
@@ -103,6 +104,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     active = [(multiplier, plan.forward_multiplier(multiplier)) for multiplier in plan.multipliers]
     active = [(multiplier, factor) for multiplier, factor in active if factor != 1]
     for multiplier, _ in active:
+        _check_place(multiplier)
         if multiplier.site is None:
             raise ValueError(
                 f"The multiplier of the {multiplier.kind} {multiplier.name!r} cannot be attached as a hook, because no "
@@ -134,7 +136,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
             nor attached, or if a parameter cannot be multiplied. Nothing was changed then.
 
     >>> from mlu_lightning import Plan, Ratios, Role
-    >>> from mlu_lightning.plan import ParameterPlan
+    >>> from mlu_lightning.planning import ParameterPlan
     >>> module = nn.Linear(2, 2, bias=False)
     >>> before = module.weight.detach().clone()
     >>> weight = ParameterPlan(Role.BRANCH_OUT, (2, 2), (2, 2), Ratios(depth=2.0), base_std=None, fans=(2, 2))
@@ -152,12 +154,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
         factor = plan.forward_multiplier(multiplier)
         if factor == 1:
             continue
-        if not multiplier.folds and multiplier.site is None:
-            raise ValueError(
-                f"The multiplier of the {multiplier.kind} {multiplier.name!r} can be neither folded, because no "
-                "parameter of its own writes it, nor attached, because no submodule has it as its output or input. "
-                "Let the module compute it in a submodule of its own (an nn.Identity is enough) and plan again."
-            )
+        _check_place(multiplier)
         if not multiplier.folds:
             attached.append((multiplier, factor))
         for name in multiplier.folds:
@@ -363,6 +360,16 @@ def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool)
             'residual="hook", or attach_multipliers(module, plan).'
         )
     return found
+
+
+def _check_place(multiplier: Multiplier) -> None:
+    """Refuse a multiplier that can be put nowhere."""
+    if not multiplier.folds and multiplier.site is None:
+        raise ValueError(
+            f"The multiplier of the {multiplier.kind} {multiplier.name!r} can be neither folded, because no parameter "
+            "of its own writes it, nor attached, because no submodule has it as its output or input. Let the module "
+            "compute it in a submodule of its own (an nn.Identity is enough) and plan again."
+        )
 
 
 def _check_fresh(module: nn.Module, plan: Plan) -> None:

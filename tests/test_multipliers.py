@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
-from mlu_lightning.plan import Multiplier, ParameterPlan, Plan
+from mlu_lightning.plan import Plan
+from mlu_lightning.planning import Multiplier, ParameterPlan
 from mlu_lightning.rules import Ratios, Role
 from mlu_lightning.structure import Site
 
@@ -542,6 +543,7 @@ def quantized(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
     [
         ("hook", changed(1, site=None), r"branch 'branches\.1' cannot be attached as a hook.*residual=\"fold\""),
         ("fold", changed(-1, site=None, folds=()), r"readout 'head\.weight' can be neither folded.*nn\.Identity"),
+        ("hook", changed(-1, site=None, folds=()), r"readout 'head\.weight' can be neither folded.*nn\.Identity"),
         (
             "hook",
             changed(1, site=Site("gone.1")),

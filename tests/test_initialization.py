@@ -1,0 +1,482 @@
+"""Initialization, against closed forms, NumPy, and what torch.nn.init promises of its distributions."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mlu_lightning import Plan, Ratios, Role
+from mlu_lightning.initialization import initialize
+from mlu_lightning.models import CausalTransformer
+from mlu_lightning.multipliers import attach_multipliers, fold
+from mlu_lightning.planning import Multiplier, ParameterPlan
+
+MODES = ("rescale", "normal", "coupled")
+GROWN = Ratios(depth=2.0, inputs=4.0, outputs=9.0)
+# The table's std at these ratios (theory.md, section 3), worked out by hand.
+STD = {
+    Role.EMBEDDING: 1.0,
+    Role.BRANCH_IN: 1 / 2,
+    Role.BRANCH_IN_BIAS: 1.0,
+    Role.BRANCH_HIDDEN: 1 / 2,
+    Role.BRANCH_OUT: 3 / 4,
+    Role.BRANCH_OUT_BIAS: 1.0,
+    Role.BRANCH_NORM: 1.0,
+    Role.BRANCH_BOUNDED: 1.0,
+    Role.BRANCH_BOUNDED_MATRIX: 1 / 2,
+    Role.STREAM_MATRIX: 1 / 2,
+    Role.STREAM_NORM: 1.0,
+    Role.POST_NORM: 1.0,
+    Role.READOUT: 1.0,
+    Role.READOUT_BIAS: 1.0,
+}
+BASE_STD = 0.1
+FLOAT32 = 1e-6  # one rounding of every entry
+SAMPLED = 0.025  # the root mean square of 2e4 normal numbers has a standard error of 1/sqrt(4e4): five of those
+
+
+class Bag(nn.Module):
+    """Parameters under the names that a test gives them."""
+
+    def __init__(self, **values: Tensor) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+
+def plan_of(module: nn.Module, **says: Any) -> Plan:
+    """A plan that says the same of every parameter, unless it has an entry of its own under its name."""
+    parameters = {}
+    for name, value in module.named_parameters():
+        shape = tuple(value.shape)
+        usual = {
+            "role": Role.BRANCH_IN,
+            "shape": shape,
+            "base_shape": (1,) * len(shape),
+            "ratios": GROWN,
+            "base_std": BASE_STD,
+            "fans": (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape)),
+        }
+        shared = {key: value for key, value in says.items() if not isinstance(value, dict)}
+        parameters[name] = ParameterPlan(**{**usual, **shared, **says.get(name, {})})
+    return Plan(parameters, (), (), ())
+
+
+def rms(*values: Tensor) -> float:
+    flat = np.concatenate([value.detach().double().numpy().ravel() for value in values])
+    return float(np.sqrt(np.mean(flat**2)))
+
+
+def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build()
+
+
+def values_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(module: nn.Module, before: dict[str, Tensor]) -> None:
+    after = module.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+# --- scale
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("role", Role)
+def test_every_role_gets_the_std_of_the_table(role: Role, mode: str) -> None:
+    module = seeded(lambda: Bag(p=torch.randn(200, 100) * 0.37 + 0.1))
+    initialize(module, plan_of(module, role=role), mode)
+    assert rms(module.p) == pytest.approx(BASE_STD * STD[role], rel=SAMPLED)
+    matrix = role.value in ("embedding", "branch_in", "branch_hidden", "branch_out", "stream_matrix", "readout")
+    matrix |= role.value == "branch_bounded_matrix"
+    drawn = {"rescale": False, "normal": matrix, "coupled": role.value in ("embedding", "readout")}[mode]
+    if drawn:
+        # the mean of 2e4 numbers has a standard error of std/141; the built mean, scaled, would be 26 % of the std
+        assert abs(module.p.mean()) < 5 / 141 * rms(module.p)
+    else:
+        assert rms(module.p) == pytest.approx(BASE_STD * STD[role], rel=FLOAT32)
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": nn.init.kaiming_uniform_,
+    "truncated normal": lambda w: nn.init.trunc_normal_(w, std=0.02, a=-0.03, b=0.03),
+    "orthogonal": nn.init.orthogonal_,
+    "sparse": lambda w: nn.init.sparse_(w, 0.4),
+    "identity": nn.init.eye_,
+    "constant": lambda w: nn.init.constant_(w, -0.3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rescale_multiplies_by_one_number(form: str) -> None:
+    module = seeded(lambda: Bag(p=FORMS[form](torch.empty(30, 50, dtype=torch.float64))))
+    before = module.p.detach().clone()
+    initialize(module, plan_of(module))
+    torch.testing.assert_close(module.p.detach(), before * (BASE_STD / 2 / rms(before)), rtol=1e-14, atol=0)
+
+
+def test_uniform_stays_within_its_bounds_and_orthogonal_stays_orthogonal() -> None:
+    linear = seeded(lambda: nn.Linear(400, 300, bias=False))
+    initialize(linear, plan_of(linear))
+    target = BASE_STD / 2
+    assert linear.weight.abs().max() <= math.sqrt(3) * target * (1 + 5 / math.sqrt(4 * linear.weight.numel()))
+    rows = seeded(lambda: Bag(p=nn.init.orthogonal_(torch.empty(20, 50, dtype=torch.float64))))
+    initialize(rows, plan_of(rows))
+    expected = target**2 * 50 * torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close((rows.p @ rows.p.T).detach(), expected, rtol=0, atol=1e-14)
+
+
+def test_layers_are_scaled_together() -> None:
+    """Their common root mean square is set, by hand; differences between layers stay."""
+    layers = nn.Sequential(*(nn.Linear(4, 3, bias=False) for _ in range(2)))
+    with torch.no_grad():
+        layers[0].weight.fill_(1.0)
+        layers[1].weight.fill_(-3.0)
+    plan = plan_of(layers, **{"0.weight": {"base_std": 0.1}, "1.weight": {"base_std": 0.2}})
+    initialize(layers, plan)
+    factor = 0.5 * math.sqrt((0.1**2 + 0.2**2) / 2) / math.sqrt((1 + 9) / 2)
+    torch.testing.assert_close(layers[0].weight.detach(), torch.full((3, 4), factor))
+    torch.testing.assert_close(layers[1].weight.detach(), torch.full((3, 4), -3 * factor))
+
+
+def test_parameters_of_other_roles_and_shapes_are_scaled_apart() -> None:
+    """Numbers in the names of an MLP's own layers are not places along the depth."""
+    layers = seeded(lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4), nn.Linear(4, 4)))
+    roles = {"0.weight": "branch_in", "2.weight": "branch_out", "3.weight": "stream_matrix"}
+    roles |= {"0.bias": "branch_in_bias", "2.bias": "branch_out_bias", "3.bias": "stream_norm"}
+    initialize(layers, plan_of(layers, **{name: {"role": Role(role)} for name, role in roles.items()}))
+    for name, parameter in layers.named_parameters():
+        assert rms(parameter) == pytest.approx(BASE_STD * STD[Role(roles[name])], rel=FLOAT32)
+
+
+def test_depth_dependent_init_of_gpt2_is_undone() -> None:
+    """GPT-2 divides the std of what writes to the stream by sqrt(2L); MLU has 1/l on the branch instead."""
+
+    def gpt2(layers: int) -> GPT2LMHeadModel:
+        return seeded(lambda: GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=64, n_head=4, vocab_size=32)))
+
+    base, deep = gpt2(2), gpt2(8)
+    plan = Plan.from_model(deep, {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, base=base)
+    before = values_of(deep)
+    initialize(deep, plan)
+    for which, entries in (("attn.c_proj", 64 * 64), ("mlp.c_proj", 4 * 64 * 64)):
+        weights = [p for name, p in deep.named_parameters() if name.endswith(f"{which}.weight")]
+        assert len(weights) == 8
+        assert rms(*weights) == pytest.approx(0.02 / math.sqrt(2 * 2), rel=5 / math.sqrt(4 * entries))
+    untouched = ("wte.weight", "wpe.weight", "ln_f.weight", "ln_1.weight", "bias")
+    assert all(
+        torch.equal(value, before[name]) for name, value in deep.state_dict().items() if name.endswith(untouched)
+    )
+
+
+# --- what stays as it is
+
+
+@pytest.mark.parametrize("says", [{}, {"p": {"base_std": 0.0999}}], ids=["same std", "sampled std"])
+def test_the_base_shape_is_left_alone_bit_for_bit(says: dict[str, Any]) -> None:
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(4, 4)))
+    before = values_of(module)
+    plan = plan_of(module, ratios=Ratios())
+    plan = replace(plan, parameters={n: replace(p, base_shape=p.shape) for n, p in plan.parameters.items()})
+    initialize(module, plan)
+    assert_same(module, before)
+
+
+def test_another_depth_at_the_same_shape_is_not_the_base() -> None:
+    module = seeded(lambda: nn.Linear(4, 4, bias=False))
+    initialize(module, plan_of(module, ratios=Ratios(depth=4.0), base_shape=(4, 4)))
+    assert rms(module.weight) == pytest.approx(BASE_STD, rel=FLOAT32)
+
+
+def test_another_shape_at_the_same_ratios_is_not_the_base() -> None:
+    """Ratios know nothing of kernel sizes and of data."""
+    module = seeded(lambda: nn.Linear(4, 4, bias=False))
+    initialize(module, plan_of(module, ratios=Ratios(), base_shape=(4, 2)))
+    assert rms(module.weight) == pytest.approx(BASE_STD, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gains_stay_exactly_what_they_are(mode: str) -> None:
+    tenths = {f"tenths{n}": torch.full((n + 4,), n / 10, dtype=torch.float64) for n in range(1, 8)}
+    module = Bag(ones=torch.ones(11), **tenths)
+    before = values_of(module)
+    # root mean squares as NumPy finds them at the base, where the vectors are shorter
+    says = {name: {"base_std": rms(value[:3])} for name, value in before.items()}
+    initialize(module, plan_of(module, role=Role.BRANCH_NORM, **says), mode)
+    assert_same(module, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("role", [Role.EMBEDDING, Role.BRANCH_OUT, Role.READOUT])
+def test_zero_stays_zero(role: Role, mode: str) -> None:
+    table = seeded(lambda: nn.Embedding(40, 500, padding_idx=3))
+    nn.init.zeros_(table.weight[20:])
+    vector = nn.Parameter(torch.zeros(500))
+    module = nn.ModuleDict({"zero": nn.Linear(5, 6, bias=False), "table": table, "vector": nn.ParameterList([vector])})
+    nn.init.zeros_(module["zero"].weight)
+    reads = role is Role.READOUT
+    says = {
+        "table.weight": {"fans": (500, 40) if reads else (40, 500), "transposed": not reads},
+        "vector.0": {"fans": (500, 1) if reads else (1, 500), "transposed": reads},
+    }
+    initialize(module, plan_of(module, role=role, **says), mode)
+    assert not module["zero"].weight.any()
+    assert not vector.any()
+    # zero rows count in the root mean square, as they do at the base
+    alive = (torch.arange(40) != 3) & (torch.arange(40) < 20)
+    assert torch.equal(table.weight.any(1), alive)
+    assert rms(table.weight) == pytest.approx(BASE_STD * STD[role], rel=1.5 * SAMPLED)
+    assert rms(table.weight[alive]) == pytest.approx(BASE_STD * STD[role] * math.sqrt(40 / 19), rel=1.5 * SAMPLED)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_of_zeros_counts_in_the_scale_of_the_others(mode: str) -> None:
+    layers = seeded(lambda: nn.Sequential(*(nn.Linear(100, 200, bias=False) for _ in range(2))))
+    nn.init.zeros_(layers[1].weight)
+    initialize(layers, plan_of(layers, role=Role.EMBEDDING), mode)
+    assert not layers[1].weight.any()
+    assert rms(layers[0].weight) == pytest.approx(math.sqrt(2) * BASE_STD, rel=SAMPLED)
+
+
+@pytest.mark.parametrize("mode", ["rescale", "normal"])
+def test_without_a_std_of_the_base_nothing_is_set(mode: str) -> None:
+    module = seeded(lambda: nn.Linear(4, 4))
+    before = values_of(module)
+    initialize(module, plan_of(module, base_std=None), mode)
+    assert_same(module, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_and_the_random_state_are_left_alone_and_frozen_parameters_are_not(mode: str) -> None:
+    module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))).requires_grad_(False)
+    module[1].running_mean.normal_()
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    state = torch.get_rng_state()
+    assert initialize(module, plan_of(module, role=Role.EMBEDDING), mode) is module
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
+    assert rms(module[0].weight) == pytest.approx(BASE_STD, rel=1.0)
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+# --- draws
+
+
+def test_normal_is_normal() -> None:
+    module = seeded(lambda: nn.Linear(200, 100))
+    initialize(module, plan_of(module), "normal")
+    values = np.sort(module.weight.detach().double().numpy().ravel()) / (BASE_STD / 2)
+    expected = np.array([0.5 * (1 + math.erf(value / math.sqrt(2))) for value in values])
+    distance = np.abs(expected - (np.arange(values.size) + 0.5) / values.size).max()
+    assert distance < 1.95 / math.sqrt(values.size)  # Kolmogorov and Smirnov, 0.1 % level
+
+
+@pytest.mark.parametrize("mode", ["normal", "coupled"])
+def test_draws_depend_on_seed_and_name_only(mode: str) -> None:
+    def drawn(seed: int, built: int) -> dict[str, Tensor]:
+        module = seeded(lambda: nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(2))), built)
+        return dict(initialize(module, plan_of(module, role=Role.EMBEDDING), mode, seed).named_parameters())
+
+    first = drawn(0, built=0)
+    again, other = drawn(0, built=1), drawn(1, built=0)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.isclose(first[name], other[name]).any() for name in first)
+    assert not torch.isclose(first["0.weight"], first["1.weight"]).any()
+
+
+@pytest.mark.parametrize("mode", ["normal", "coupled"])
+def test_half_precision_is_rounded_from_the_same_draws(mode: str) -> None:
+    def drawn(dtype: torch.dtype) -> Tensor:
+        module = nn.Linear(7, 9, bias=False, dtype=dtype)
+        return initialize(module, plan_of(module, role=Role.EMBEDDING), mode).weight.detach()
+
+    single = drawn(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(drawn(dtype), single.to(dtype))
+    torch.testing.assert_close(drawn(torch.float64).float(), single, rtol=2e-7, atol=0)
+
+
+DATA = 17  # not D, except where the test says so
+# How embeddings and readouts are stored: shape for a D, axis of D, role, fans, transposed
+LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, ...]], int, Role, bool]] = {
+    "nn.Embedding": (lambda d: (DATA, d), 1, Role.EMBEDDING, True),
+    "nn.Linear in": (lambda d: (d, DATA), 0, Role.EMBEDDING, False),
+    "patches": (lambda d: (d, 3, 2, 2), 0, Role.EMBEDDING, False),
+    "positions": (lambda d: (1, 5, d), 2, Role.EMBEDDING, True),
+    "class token": (lambda d: (1, 1, d), 2, Role.EMBEDDING, True),
+    "bias": (lambda d: (d,), 0, Role.EMBEDDING, False),
+    "nn.Linear out": (lambda d: (DATA, d), 1, Role.READOUT, False),
+    "transposed out": (lambda d: (d, DATA), 0, Role.READOUT, True),
+    "convolution out": (lambda d: (DATA, d, 1, 1), 1, Role.READOUT, False),
+}
+
+
+def coupled(layout: str, width: int) -> Tensor:
+    shape, axis, role, transposed = LAYOUTS[layout]
+    module = seeded(lambda: Bag(p=torch.randn(shape(width))), width)
+    fans = (width, DATA) if role is Role.READOUT else (DATA, width)
+    plan = plan_of(module, role=role, fans=fans, transposed=transposed, ratios=Ratios(1, width / 8, width / 8))
+    return initialize(module, plan, "coupled").p.detach().movedim(axis, 0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_small_model_has_the_first_coordinates_of_a_bigger_one(layout: str) -> None:
+    big = coupled(layout, 64)
+    for width in (1, 7, 16, DATA, 33, 63):
+        assert torch.equal(coupled(layout, width), big[:width])
+    assert rms(big) == pytest.approx(BASE_STD, rel=5 / math.sqrt(4 / 2 * big.numel()))
+    assert big.unique().numel() == big.numel()
+
+
+def test_a_coordinate_that_was_built_as_zero_is_drawn_too() -> None:
+    """Else a random zero in a small model would tell it from the bigger one."""
+    module = seeded(lambda: nn.Linear(3, 5, bias=False))
+    nn.init.zeros_(module.weight[2])
+    plan = plan_of(module, role=Role.EMBEDDING)
+    assert initialize(module, plan, "coupled").weight.all()
+
+
+def test_coupled_transformers() -> None:
+    """From plans of real modules: tables and readout are coupled, branches are rescaled only."""
+
+    def model(embedding: int, heads: int, depth: int) -> CausalTransformer:
+        return seeded(lambda: CausalTransformer(19, 8, depth, embedding, heads), embedding)
+
+    base = model(12, 2, 1)
+    wide, small = model(40, 3, 2), model(20, 1, 1)
+    built = {name: value.clone() for name, value in wide.named_parameters()}
+    for module in (wide, small, base):
+        initialize(module, Plan.from_model(module, base=model(12, 2, 1)), "coupled", seed=5)
+    names = [name for name in built if name.startswith(("tokens", "positions", "readout"))]
+    assert len(names) > 1
+    for module, width in ((small, 20), (base, 12)):
+        for name in names:
+            assert torch.equal(module.get_parameter(name), wide.get_parameter(name)[:, :width])
+    for name, value in wide.named_parameters():
+        if name not in names:
+            ratios = value / built[name]
+            ratios = ratios[built[name] != 0]
+            torch.testing.assert_close(ratios, ratios.mean().expand_as(ratios))
+
+
+# --- sharded parameters
+
+PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
+
+
+def sharded_module() -> nn.Module:
+    return seeded(lambda: Bag(**{name: torch.randn(7, 5, dtype=torch.float64) + 1 for name in PLACEMENTS}))
+
+
+def initialize_shards(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for mode in MODES:
+        module = sharded_module()
+        for name, placement in PLACEMENTS.items():
+            shards = distribute_tensor(module.get_parameter(name).detach(), mesh, [placement])
+            module.register_parameter(name, nn.Parameter(shards))
+        initialize(module, plan_of(module, role=Role.READOUT), mode)
+        full = {name: value.full_tensor().detach() for name, value in module.named_parameters()}
+        torch.save(full, f"{folder}/{mode}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_shards_on_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    mp.start_processes(initialize_shards, (str(tmp_path),), nprocs=2, start_method="fork")
+    for mode in MODES:
+        module = sharded_module()
+        initialize(module, plan_of(module, role=Role.READOUT), mode)
+        for rank in range(2):
+            full = torch.load(tmp_path / f"{mode}-{rank}.pt")
+            for name, value in module.named_parameters():
+                # sums of squares are added in another order
+                tolerance = 1e-14 if mode == "rescale" else 0
+                torch.testing.assert_close(full[name], value.detach(), rtol=tolerance, atol=0)
+
+
+# --- errors: each names what is wrong and what to do, and leaves the module as it was
+
+
+def with_folded_multiplier(module: nn.Module, plan: Plan) -> Plan:
+    plan = replace(plan, multipliers=(Multiplier("b", "branch", 0.5, None, ("2.weight",)),))
+    fold(module, plan)
+    return plan
+
+
+def on_meta(module: nn.Module, plan: Plan) -> Plan:
+    module[2].to("meta")
+    return plan
+
+
+def infinite(module: nn.Module, plan: Plan) -> Plan:
+    module[2].weight.data[1, 1] = math.inf
+    return plan
+
+
+def of_another_module(module: nn.Module, plan: Plan) -> Plan:
+    return plan_of(nn.Linear(2, 2))
+
+
+def without_std(module: nn.Module, plan: Plan) -> Plan:
+    return replace(plan, parameters={n: replace(p, base_std=None) for n, p in plan.parameters.items()})
+
+
+def without_axis(module: nn.Module, plan: Plan) -> Plan:
+    parameters = {**plan.parameters, "2.weight": replace(plan.parameters["2.weight"], fans=(4, 99))}
+    return replace(plan, parameters=parameters)
+
+
+@pytest.mark.parametrize(
+    ("mode", "change", "message"),
+    [
+        ("xavier", None, r"Unknown initialization 'xavier'\. Use one of: rescale, normal, coupled"),
+        ("rescale", of_another_module, r"not made for this Sequential.*0\.weight is in the module only"),
+        ("rescale", with_folded_multiplier, r"folded into the weights already.*Initialize before fold"),
+        ("normal", on_meta, r"meta device and have no values to scale: 2\.weight\. Materialize the module"),
+        ("rescale", infinite, r"2\.weight holds values that are not finite.*to_empty"),
+        ("coupled", without_std, r"draws 0\.weight anew, but .*base_std is not given.*Plan relative to a base module"),
+        ("coupled", without_axis, r"which axis of 2\.weight, of shape \[5, 4\], holds the 99 coordinates.*nn\.Linear"),
+    ],
+)
+def test_refused_with_nothing_changed(
+    mode: Any, change: Callable[[nn.Module, Plan], Plan] | None, message: str
+) -> None:
+    module = seeded(lambda: nn.Sequential(*(nn.Linear(4, size, bias=False) for size in (3, 4, 5))))
+    plan = plan_of(module, role=Role.EMBEDDING)
+    if change is not None:
+        plan = change(module, plan)
+    before = values_of(module)
+    with pytest.raises(ValueError, match=message):
+        initialize(module, plan, mode)
+    before = {name: value for name, value in before.items() if not value.is_meta}
+    assert all(torch.equal(module.get_parameter(name), value) for name, value in before.items())
+
+
+def test_multipliers_that_are_attached_do_not_matter() -> None:
+    plain = seeded(lambda: nn.Sequential(nn.Linear(4, 4)))
+    hooked = copy.deepcopy(plain)
+    plan = plan_of(plain)
+    attach_multipliers(hooked, plan)
+    initialize(hooked, plan)
+    assert_same(hooked, values_of(initialize(plain, plan)))
