@@ -61,7 +61,7 @@ def _roles(plan: Plan, family: OptimizerFamily) -> Table:
         role, ratios, factors = row
         numbers = [ratios.depth, ratios.inputs, ratios.outputs, factors.multiplier, factors.std]
         numbers += [factors.lr, factors.eps, factors.weight_decay]
-        table.add_row(role.value, str(count), f"{entries[row]:,}", *(f"{number:.4g}" for number in numbers))
+        table.add_row(role.value, str(count), _short(entries[row]), *(f"{number:.3g}" for number in numbers))
     return table
 
 
@@ -76,7 +76,7 @@ def _branches(plan: Plan) -> Table:
             branch.kind,
             _change(branch.hidden, branch.base_hidden),
             "" if branch.head_dim is None else str(branch.head_dim),
-            f"{values[branch.name]:.4g}",
+            f"{values[branch.name]:.3g}",
         )
         for branch in plan.branches
     )
@@ -85,9 +85,17 @@ def _branches(plan: Plan) -> Table:
     for multiplier in plan.multipliers:
         if multiplier.kind == "readout":
             tied = "" if multiplier.folds else " (tied)"
-            table.add_row(multiplier.name, "", f"readout{tied}", "", "", f"{multiplier.value:.4g}")
+            table.add_row(multiplier.name, "", f"readout{tied}", "", "", f"{multiplier.value:.3g}")
     return table
 
 
 def _change(value: int, base: int) -> str:
     return f"{value}" if value == base else f"{value} (base {base})"
+
+
+def _short(count: int) -> str:
+    """A count with three digits."""
+    for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= 10 * size:
+            return f"{count / size:.0f}{suffix}"
+    return str(count)

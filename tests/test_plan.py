@@ -139,8 +139,8 @@ def test_printed_table() -> None:
     text = str(plan)
     assert "depth 6 (base 2), embedding 64 (base 32)" in text
     rows = {tuple(cell.strip() for cell in line.split("│")[1:-1]) for line in text.splitlines() if "│" in line}
-    assert ("branch_out", "6", "122,880", "3", "4", "2", "0.3333", "0.3536", "0.25", "0.1667", "4") in rows
-    assert ("branches.*", "3", "attention", "8 (base 2)", "16", "0.3333") in rows
+    assert ("branch_out", "6", "123k", "3", "4", "2", "0.333", "0.354", "0.25", "0.167", "4") in rows
+    assert ("branches.*", "3", "attention", "8 (base 2)", "16", "0.333") in rows
     assert ("readout.weight", "", "readout", "", "", "0.5") in rows
     assert "factors for sgd" in plan.table("sgd")
 
