@@ -27,7 +27,7 @@ def plan_table(plan: Plan, family: OptimizerFamily) -> str:
         family: kind of optimizer whose factors are shown.
     """
     text = StringIO()
-    console = Console(file=text, width=120, color_system=None)
+    console = Console(file=text, width=125, color_system=None)
     base = "the paper's absolute form" if plan.base is None else "relative to the base shape"
     richness = "" if plan.alpha == 1 else f", alpha {plan.alpha:g}"
     console.print(f"MLU plan, {base}{richness}: factors for {family.value}")
@@ -59,9 +59,9 @@ def _roles(plan: Plan, family: OptimizerFamily) -> Table:
     order = list(Role)
     for row, count in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
         role, ratios, factors = row
-        numbers = [ratios.depth, ratios.inputs, ratios.outputs, factors.multiplier, factors.std]
-        numbers += [factors.lr, factors.eps, factors.weight_decay]
-        table.add_row(role.value, str(count), _short(entries[row]), *(f"{number:.3g}" for number in numbers))
+        shape = (f"{ratio:.5g}" for ratio in (ratios.depth, ratios.inputs, ratios.outputs))
+        numbers = (factors.multiplier, factors.std, factors.lr, factors.eps, factors.weight_decay)
+        table.add_row(role.value, str(count), _short(entries[row]), *shape, *(f"{number:.3g}" for number in numbers))
     return table
 
 
