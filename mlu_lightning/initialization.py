@@ -71,7 +71,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
-            draws.update(_draws(group, _known(names[0], target), seed, _stream_axis(names[0], planned)))
+            draws.update(_coupled(group, planned, target, seed))
         elif target is None:
             continue
         elif mode == "normal" and planned.role.is_matrix:
@@ -148,15 +148,20 @@ def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: in
     return {name: _Draw(name, seed, std, axis, axes) for name, axes in alive.items()}
 
 
-def _known(name: str, target: float | None) -> float:
-    """Refuse to draw without a scale."""
+def _coupled(
+    group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int
+) -> dict[str, _Draw]:
+    """Draw a group's embeddings or readouts one stream coordinate after the other."""
+    if not any(bool(_full(parameter).any()) for parameter in group.values()):
+        return {}
+    first = next(iter(group))
     if target is None:
         raise ValueError(
-            f'Initialization "coupled" draws {name} anew, but the plan does not know the std of the base\'s (base_std '
+            f'Initialization "coupled" draws {first} anew, but the plan does not know the std of the base\'s (base_std '
             "is not given). Plan relative to a base module, write base_std into the saved plan, or use "
             '"rescale", which leaves the parameter as it was built.'
         )
-    return target
+    return _draws(group, target, seed, _stream_axis(first, planned))
 
 
 def _stream_axis(name: str, planned: ParameterPlan) -> int:

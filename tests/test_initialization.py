@@ -257,6 +257,14 @@ def test_a_layer_of_zeros_counts_in_the_scale_of_the_others(mode: str) -> None:
     assert rms(layers[0].weight) == pytest.approx(math.sqrt(2) * BASE_STD, rel=SAMPLED)
 
 
+def test_zero_needs_no_std_to_be_coupled() -> None:
+    """As the bias of an embedding in the absolute form."""
+    module = nn.Linear(4, 4)
+    nn.init.zeros_(module.bias)
+    plan = plan_of(module, role=Role.EMBEDDING, **{"bias": {"base_std": None}})
+    assert not initialize(module, plan, "coupled").bias.any()
+
+
 @pytest.mark.parametrize("mode", ["rescale", "normal"])
 def test_without_a_std_of_the_base_nothing_is_set(mode: str) -> None:
     module = seeded(lambda: nn.Linear(4, 4))
