@@ -1,8 +1,35 @@
-"""MLU parameterization of residual networks for PyTorch Lightning."""
+"""MLU parameterization of residual networks for PyTorch Lightning: hyperparameters that hold at every shape."""
 
+from importlib.util import find_spec
+
+if find_spec("lightning") is None:
+    raise ImportError(
+        "mlu_lightning needs the package 'lightning' (import lightning.pytorch), and it is not installed. The package "
+        "'pytorch_lightning' alone is not enough, because its Trainer and LightningModule are different classes: "
+        "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
+    )
+
+from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.discovery import discover
+from mlu_lightning.initialization import initialize
+from mlu_lightning.multipliers import attach_multipliers, fold
+from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale
-from mlu_lightning.structure import Structure
+from mlu_lightning.structure import Branch, Structure
 
-__all__ = ["OptimizerFamily", "Plan", "Ratios", "Role", "Scale", "Structure", "discover"]
+__all__ = [
+    "Branch",
+    "MLUCallback",
+    "OptimizerFamily",
+    "Plan",
+    "Ratios",
+    "Role",
+    "Scale",
+    "Structure",
+    "attach_multipliers",
+    "discover",
+    "fold",
+    "initialize",
+    "scale_optimizer",
+]

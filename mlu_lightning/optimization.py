@@ -9,13 +9,14 @@ times the factors of theory.md, section 3; when it ends they are exchanged back.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mlu_lightning.multipliers import fingerprint, residual_state
@@ -48,7 +49,7 @@ def scale_optimizer(
             of the size that the plan's initialization gives them.
         module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
         plan: the module's plan.
-        family: column of the table, for an optimizer that ``torch.optim`` does not define.
+        family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs.
 
     Returns:
         A handle with ``.remove()``.
@@ -295,17 +296,15 @@ def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     """Find the optimizer that does the update inside a wrapper of it."""
     if isinstance(optimizer, LightningOptimizer):
         return optimizer.optimizer
-    if distributed.is_available():
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            inner = getattr(optimizer, "optim", None)
-            if not isinstance(inner, Optimizer):
-                raise ValueError(
-                    "A ZeroRedundancyOptimizer with overlap_with_ddp=True makes its optimizer during the first "
-                    "iterations, so it cannot be scaled. Leave overlap_with_ddp at False."
-                )
-            return inner
+    sharding = sys.modules.get("torch.distributed.optim")  # not imported here: it is slow, and whoever uses it has
+    if sharding is not None and isinstance(optimizer, sharding.ZeroRedundancyOptimizer):
+        inner = getattr(optimizer, "optim", None)
+        if not isinstance(inner, Optimizer):
+            raise ValueError(
+                "A ZeroRedundancyOptimizer with overlap_with_ddp=True makes its optimizer during the first "
+                "iterations, so it cannot be scaled. Leave overlap_with_ddp at False."
+            )
+        return inner
     return optimizer
 
 
