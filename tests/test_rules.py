@@ -1,0 +1,434 @@
+"""The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers.
+
+``EXPECTED`` is transcribed by hand from the table of theory.md, section 3, column by column; nothing in it comes from
+the code that is tested.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlu_lightning.rules import TABLE, OptimizerFamily, Ratios, Role, Scale, scale
+
+SGD, ADAM, ADAMW, MUON = OptimizerFamily
+CLOSE = {"rel": 1e-12}  # a few roundings
+
+
+class Shape(NamedTuple):
+    """Ratios to the base: depth, hidden units before and after, stream before and after a matrix on it."""
+
+    depth: float
+    m: float
+    m2: float
+    d: float
+    d2: float
+
+
+Column = Callable[[Shape], float]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One line of theory.md's table. ``None`` in Muon's column: trained by AdamW next to Muon."""
+
+    ratios: Callable[[Shape], Ratios]
+    multiplier: Column
+    std: Column
+    adam: Column
+    sgd: Column
+    muon: Column | None
+    eps: Column
+    decay: Column
+
+
+def one(_: Shape) -> float:
+    return 1.0
+
+
+EXPECTED = {
+    Role.EMBEDDING: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
+        multiplier=one,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.d,
+        muon=None,
+        eps=lambda s: 1 / s.d,
+        decay=one,
+    ),
+    Role.BRANCH_IN: Expected(
+        ratios=lambda s: Ratios(s.depth, s.d, s.m),
+        multiplier=one,
+        std=lambda s: s.d**-0.5,
+        adam=lambda s: 1 / s.d,
+        sgd=lambda s: s.depth * s.m / s.d,
+        muon=lambda s: math.sqrt(s.m / s.d),
+        eps=lambda s: 1 / (s.depth * s.m),
+        decay=lambda s: s.d,
+    ),
+    Role.BRANCH_IN_BIAS: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, s.m),
+        multiplier=one,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.depth * s.m,
+        muon=None,
+        eps=lambda s: 1 / (s.depth * s.m),
+        decay=one,
+    ),
+    Role.BRANCH_HIDDEN: Expected(
+        ratios=lambda s: Ratios(s.depth, s.m, s.m2),
+        multiplier=one,
+        std=lambda s: s.m**-0.5,
+        adam=lambda s: 1 / s.m,
+        sgd=lambda s: s.depth * s.m2 / s.m,
+        muon=lambda s: math.sqrt(s.m2 / s.m),
+        eps=lambda s: 1 / (s.depth * s.m2),
+        decay=lambda s: s.m,
+    ),
+    Role.BRANCH_OUT: Expected(
+        ratios=lambda s: Ratios(s.depth, s.m, s.d),
+        multiplier=lambda s: 1 / s.depth,
+        std=lambda s: s.d**0.5 / s.m,
+        adam=lambda s: 1 / s.m,
+        sgd=lambda s: s.depth * s.d / s.m,
+        muon=lambda s: math.sqrt(s.d / s.m),
+        eps=lambda s: 1 / (s.depth * s.d),
+        decay=lambda s: s.m,
+    ),
+    Role.BRANCH_OUT_BIAS: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
+        multiplier=lambda s: 1 / s.depth,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.depth * s.d,
+        muon=None,
+        eps=lambda s: 1 / (s.depth * s.d),
+        decay=one,
+    ),
+    Role.STREAM_MATRIX: Expected(
+        ratios=lambda s: Ratios(s.depth, s.d, s.d2),
+        multiplier=one,
+        std=lambda s: s.d**-0.5,
+        adam=lambda s: 1 / s.d,
+        sgd=lambda s: s.d2 / s.d,
+        muon=lambda s: math.sqrt(s.d2 / s.d),
+        eps=lambda s: 1 / s.d2,
+        decay=lambda s: s.d,
+    ),
+    Role.BRANCH_NORM: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
+        multiplier=one,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.depth * s.d,
+        muon=None,
+        eps=lambda s: 1 / (s.depth * s.d),
+        decay=one,
+    ),
+    Role.BRANCH_BOUNDED: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, 1.0),
+        multiplier=one,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.depth,
+        muon=None,
+        eps=lambda s: 1 / s.depth,
+        decay=one,
+    ),
+    Role.BRANCH_BOUNDED_MATRIX: Expected(
+        ratios=lambda s: Ratios(s.depth, s.d, 1.0),
+        multiplier=one,
+        std=lambda s: s.d**-0.5,
+        adam=lambda s: 1 / s.d,
+        sgd=lambda s: s.depth / s.d,
+        muon=lambda s: math.sqrt(1 / s.d),  # no entry in the table; "sqrt(out ratio / in ratio)" of its rule
+        eps=lambda s: 1 / s.depth,
+        decay=lambda s: s.d,
+    ),
+    Role.STREAM_NORM: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
+        multiplier=one,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.d,
+        muon=None,
+        eps=lambda s: 1 / s.d,
+        decay=one,
+    ),
+    # "divide the lr of those norms by l", and decay by what lr is multiplied with
+    Role.POST_NORM: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
+        multiplier=one,
+        std=one,
+        adam=lambda s: 1 / s.depth,
+        sgd=lambda s: s.d / s.depth,
+        muon=None,
+        eps=lambda s: 1 / s.d,
+        decay=lambda s: s.depth,
+    ),
+    Role.READOUT: Expected(
+        ratios=lambda s: Ratios(s.depth, s.d, 1.0),
+        multiplier=lambda s: 1 / s.d,
+        std=one,
+        adam=one,
+        sgd=lambda s: s.d,
+        muon=None,
+        eps=lambda s: 1 / s.d,
+        decay=one,
+    ),
+    Role.READOUT_BIAS: Expected(
+        ratios=lambda s: Ratios(s.depth, 1.0, 1.0),
+        multiplier=one,
+        std=one,
+        adam=one,
+        sgd=one,
+        muon=None,
+        eps=one,
+        decay=one,
+    ),
+}
+
+SHAPES = [
+    Shape(2, 3, 5, 7, 11),
+    Shape(4, 1, 1, 1, 1),
+    Shape(1, 8, 8, 1, 1),
+    Shape(1, 1, 1, 16, 16),
+    Shape(0.5, 0.25, 3, 0.125, 6),  # smaller than the base in some dimensions
+]
+
+
+def wanted(role: Role, family: OptimizerFamily, shape: Shape) -> Scale:
+    """What theory.md says, with footnote 2 for the decay that is added to the gradient."""
+    row = EXPECTED[role]
+    lr, eps, decay = row.adam(shape), row.eps(shape), row.decay(shape)
+    if family is SGD:
+        lr = row.sgd(shape)
+    if family in (SGD, ADAM):
+        decay = 1 / row.sgd(shape)
+    if family is MUON and row.muon is not None:
+        lr = row.muon(shape)
+        decay = 1 / lr
+        # Muon divides a gradient of inputs x outputs entries of this size by its Frobenius norm, which eps bounds
+        ratios = row.ratios(shape)
+        eps *= math.sqrt(ratios.inputs * ratios.outputs)
+    return Scale(row.multiplier(shape), row.std(shape), lr, eps, decay)
+
+
+@pytest.mark.parametrize("family", OptimizerFamily)
+@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: ",".join(f"{x:g}" for x in shape))
+def test_every_entry(role: Role, family: OptimizerFamily, shape: Shape) -> None:
+    found = scale(role, EXPECTED[role].ratios(shape), family)
+    assert astuple(found) == pytest.approx(astuple(wanted(role, family, shape)), **CLOSE)
+
+
+def test_every_role_has_a_row() -> None:
+    assert set(TABLE) == set(EXPECTED) == set(Role)
+
+
+@pytest.mark.parametrize("family", OptimizerFamily)
+@pytest.mark.parametrize("role", Role)
+def test_identity_at_base_is_exact(role: Role, family: OptimizerFamily) -> None:
+    assert scale(role, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
+
+
+# --- known parameterizations that it contains
+
+
+@pytest.mark.parametrize(("width", "depth"), [(8.0, 1.0), (1.0, 32.0), (4.0, 16.0), (0.5, 0.25)])
+def test_completep_where_hidden_width_is_proportional_to_embedding(width: float, depth: float) -> None:
+    """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
+    shape = Shape(depth, width, width, width, width)
+    in_blocks = 1 / (width * depth)
+    completep = {
+        Role.EMBEDDING: Scale(1, 1, 1, 1 / width, 1),
+        Role.BRANCH_IN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
+        Role.BRANCH_HIDDEN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
+        Role.BRANCH_OUT: Scale(1 / depth, width**-0.5, 1 / width, in_blocks, width),
+        Role.BRANCH_IN_BIAS: Scale(1, 1, 1, in_blocks, 1),
+        Role.BRANCH_OUT_BIAS: Scale(1 / depth, 1, 1, in_blocks, 1),
+        Role.BRANCH_NORM: Scale(1, 1, 1, in_blocks, 1),
+        Role.READOUT: Scale(1 / width, 1, 1, 1 / width, 1),
+    }
+    for role, expected in completep.items():
+        found = scale(role, EXPECTED[role].ratios(shape), ADAMW)
+        assert astuple(found) == pytest.approx(astuple(expected), **CLOSE), role
+
+
+@pytest.mark.parametrize("width", [0.25, 3.0, 64.0])
+@pytest.mark.parametrize("family", [SGD, ADAM, ADAMW])
+def test_mup_at_fixed_depth(width: float, family: OptimizerFamily) -> None:
+    """Table 8 of Yang et al., arXiv 2203.03466: multiplier, std and learning rate at a ratio of widths."""
+    shape = Shape(1, width, width, width, width)
+    sgd = family is SGD
+    hidden = (1, width**-0.5, 1 if sgd else 1 / width)
+    vectors = (1, 1, width if sgd else 1)
+    mup = {
+        Role.EMBEDDING: vectors,
+        Role.BRANCH_IN: hidden,
+        Role.BRANCH_HIDDEN: hidden,
+        Role.BRANCH_OUT: hidden,
+        Role.STREAM_MATRIX: hidden,
+        Role.BRANCH_IN_BIAS: vectors,
+        Role.BRANCH_OUT_BIAS: vectors,
+        Role.BRANCH_NORM: vectors,
+        Role.STREAM_NORM: vectors,
+        Role.READOUT: (1 / width, 1, width if sgd else 1),
+    }
+    for role, expected in mup.items():
+        found = scale(role, EXPECTED[role].ratios(shape), family)
+        assert (found.multiplier, found.std, found.lr) == pytest.approx(expected, **CLOSE), role
+
+
+def test_numbers_where_the_ratio_of_hidden_to_embedding_changes() -> None:
+    """Depth 2, hidden width 16 and embedding 4 times the base's, worked out by hand: all powers of two, so exact."""
+    branch_in, branch_out = Ratios(2.0, 4.0, 16.0), Ratios(2.0, 16.0, 4.0)
+    assert scale(Role.BRANCH_IN, branch_in, ADAMW) == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 4.0)
+    assert scale(Role.BRANCH_IN, branch_in, SGD) == Scale(1.0, 1 / 2, 8.0, 1 / 32, 1 / 8)
+    assert scale(Role.BRANCH_IN, branch_in, ADAM) == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 1 / 8)
+    assert scale(Role.BRANCH_IN, branch_in, MUON) == Scale(1.0, 1 / 2, 2.0, 1 / 4, 1 / 2)
+    assert scale(Role.BRANCH_OUT, branch_out, ADAMW) == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 16.0)
+    assert scale(Role.BRANCH_OUT, branch_out, SGD) == Scale(1 / 2, 1 / 8, 1 / 2, 1 / 8, 2.0)
+    assert scale(Role.BRANCH_OUT, branch_out, ADAM) == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 2.0)
+    assert scale(Role.BRANCH_OUT, branch_out, MUON) == Scale(1 / 2, 1 / 8, 1 / 2, 1.0, 2.0)
+    # CompleteP and µP have the std of a sum over hidden units here, 1/4
+    assert scale(Role.BRANCH_OUT, branch_out, ADAMW).std == 1 / 8 != 16**-0.5
+
+
+# --- properties
+
+sizes = st.floats(min_value=1 / 64, max_value=64, allow_nan=False)
+ratios = st.builds(Ratios, sizes, sizes, sizes)
+roles = st.sampled_from(list(Role))
+families = st.sampled_from(list(OptimizerFamily))
+
+
+@given(roles, families, ratios, ratios)
+def test_factors_from_base_to_target_multiply_along_the_way(
+    role: Role, family: OptimizerFamily, first: Ratios, second: Ratios
+) -> None:
+    through = Ratios(*(a * b for a, b in zip(astuple(first), astuple(second), strict=True)))
+    product = [
+        a * b for a, b in zip(astuple(scale(role, first, family)), astuple(scale(role, second, family)), strict=True)
+    ]
+    assert astuple(scale(role, through, family)) == pytest.approx(product, rel=1e-10)
+
+
+@given(roles, ratios)
+def test_one_rule(role: Role, at: Ratios) -> None:
+    """Adam family: lr 1/n, eps g, decoupled decay n; SGD: lr 1/(n·g); decay in the gradient (any): n·g."""
+    sgd, adam, adamw = (scale(role, at, family) for family in (SGD, ADAM, ADAMW))
+    assert adam.lr == adamw.lr
+    assert adamw.lr * adamw.weight_decay == pytest.approx(1.0, **CLOSE)
+    assert sgd.lr * adam.eps == pytest.approx(adam.lr, **CLOSE)
+    assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE)
+    assert adam.weight_decay == sgd.weight_decay
+    assert sgd.std == adam.std == scale(role, at, MUON).std
+    assert sgd.multiplier == adam.multiplier == scale(role, at, MUON).multiplier
+
+
+@given(roles, ratios)
+def test_muon_leaves_vectors_embeddings_and_readouts_to_adamw(role: Role, at: Ratios) -> None:
+    muon, adamw = scale(role, at, MUON), scale(role, at, ADAMW)
+    if EXPECTED[role].muon is None:
+        assert muon == adamw
+    else:
+        assert muon.lr == pytest.approx(math.sqrt(at.outputs / at.inputs), **CLOSE)
+        assert muon.lr * muon.weight_decay == pytest.approx(1.0, **CLOSE)
+
+
+BRANCH_ROLES = {role for role in Role if role.value.startswith("branch_")}
+
+
+@given(roles, families, ratios, st.floats(min_value=0.1, max_value=10))
+def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float) -> None:
+    """α on branches, their lr by α² (gradient descent) or α (Adam, Muon); gradients of branches grow by α."""
+    plain, rich = scale(role, at, family), scale(role, at, family, alpha)
+    if role not in BRANCH_ROLES:
+        assert rich == plain
+        return
+    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
+    lr = alpha**-2 if family is SGD else 1 / alpha
+    decay = 1 / lr if family in (SGD, ADAMW, MUON) else alpha**2  # Adam's L2 goes as SGD's
+    expected = Scale(
+        plain.multiplier * (alpha if writes else 1),
+        plain.std,
+        plain.lr * lr,
+        plain.eps * alpha,
+        plain.weight_decay * decay,
+    )
+    assert astuple(rich) == pytest.approx(astuple(expected), **CLOSE)
+
+
+# --- folding
+
+
+def optimizer_of(family: OptimizerFamily, parameter: torch.nn.Parameter, factors: Scale) -> torch.optim.Optimizer:
+    numbers = {"lr": 0.03 * factors.lr, "weight_decay": 0.1 * factors.weight_decay}
+    if family is SGD:
+        return torch.optim.SGD([parameter], momentum=0.9, **numbers)
+    eps = 0.02 * factors.eps  # large enough to matter
+    if family is MUON:
+        return torch.optim.Muon([parameter], eps=eps, **numbers)
+    return {ADAM: torch.optim.Adam, ADAMW: torch.optim.AdamW}[family]([parameter], eps=eps, **numbers)
+
+
+def trained(family: OptimizerFamily, factors: Scale, folded: Scale | None) -> torch.Tensor:
+    """Effective weight, multiplier times parameter, after a few steps of regression."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, w = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, 4), (9, 3), (3, 4)))
+    multiplier = factors.multiplier if folded is None else 1.0
+    parameter = torch.nn.Parameter(w * (factors.std if folded is None else folded.std))
+    optimizer = optimizer_of(family, parameter, factors if folded is None else folded)
+    for _ in range(15):
+        optimizer.zero_grad()
+        (multiplier * x @ parameter.T - y).square().mean().backward()
+        optimizer.step()
+    return multiplier * parameter.detach()
+
+
+@pytest.mark.parametrize("family", OptimizerFamily)
+@pytest.mark.parametrize("factors", [Scale(0.25, 0.5, 2.0, 0.5, 0.25), Scale(2.0, 1.0, 1.0, 1.0, 1.0)])
+def test_folded_numbers_train_the_same_effective_weight(family: OptimizerFamily, factors: Scale) -> None:
+    """With torch's own optimizers; multipliers are powers of two, so that Muon's bfloat16 rounds the same way."""
+    attached = trained(family, factors, None)
+    torch.testing.assert_close(trained(family, factors, factors.folded(family)), attached, rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(trained(family, factors, replace(factors, multiplier=1.0)), attached, rtol=1e-3)
+
+
+@given(families, st.tuples(*[sizes] * 5))
+def test_folding_with_the_formulas_of_the_table(family: OptimizerFamily, numbers: tuple[float, ...]) -> None:
+    """Effective weight a·W: std a·b, Adam lr a·c and eps ε/a, SGD lr a²·c, decay λ/a decoupled and λ/a² in the gradient."""
+    a, std, lr, eps, decay = numbers
+    expected = {
+        SGD: (1.0, std * a, lr * a**2, eps / a, decay / a**2),
+        ADAM: (1.0, std * a, lr * a, eps / a, decay / a**2),
+        ADAMW: (1.0, std * a, lr * a, eps / a, decay / a),
+        MUON: (1.0, std * a, lr * a, eps / a, decay / a),
+    }
+    assert astuple(Scale(*numbers).folded(family)) == pytest.approx(expected[family], **CLOSE)
+
+
+@pytest.mark.parametrize("role", Role)
+def test_where_roles_are(role: Role) -> None:
+    matrices = (
+        "embedding",
+        "branch_in",
+        "branch_hidden",
+        "branch_out",
+        "branch_bounded_matrix",
+        "stream_matrix",
+        "readout",
+    )
+    assert str(role) == role.value
+    assert role.in_branch == (role in BRANCH_ROLES)
+    assert role.is_matrix == (role.value in matrices)
