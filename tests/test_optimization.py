@@ -505,10 +505,12 @@ def test_lightning_wrapper_stands_for_its_optimizer() -> None:
 
 
 def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and warns
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         ours, theirs = Weights(), Weights()
-        zero = torch.distributed.optim.ZeroRedundancyOptimizer(ours.parameters(), optim.AdamW, lr=0.1, eps=0.01)
+        zero = ZeroRedundancyOptimizer(ours.parameters(), optim.AdamW, lr=0.1, eps=0.01)
         handle = scale_optimizer(zero, ours, plan_of(ours))
         assert handle.optimizer is zero.optim
         zero.param_groups[0]["lr"] = 0.2
