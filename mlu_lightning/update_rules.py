@@ -77,10 +77,10 @@ def update_rule(optimizer: Optimizer, family: OptimizerFamily | str | None = Non
     Args:
         optimizer: the optimizer.
         family: column of the table for a class that ``torch.optim`` does not define and whose groups have ``lr``, and
-            perhaps ``eps`` and ``weight_decay``, with the usual meaning.
+            perhaps ``eps`` and ``weight_decay``, with the usual meaning. Classes of ``torch.optim`` have their own.
 
     Raises:
-        TypeError: if there is no rule for the class, or if ``family`` is given for a class that has one.
+        TypeError: if there is no rule for the class.
 
     >>> update_rule(torch.optim.AdamW([torch.zeros(1)])).family.value
     'adamw'
@@ -89,12 +89,6 @@ def update_rule(optimizer: Optimizer, family: OptimizerFamily | str | None = Non
     if name in _REFUSED:
         raise TypeError(f"{name} cannot be scaled: {_REFUSED[name]} Use another optimizer, for example AdamW or SGD.")
     if name in _RULES:
-        if family is not None:
-            raise TypeError(
-                f"family={str(family)!r} was given for {type(optimizer).__name__}, whose update is that of "
-                f"torch.optim.{name} and is known. Leave family out; it is for optimizers that torch.optim does not "
-                "define."
-            )
         return _RULES[name]
     if family is None:
         raise TypeError(

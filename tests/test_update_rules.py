@@ -352,10 +352,14 @@ def test_unknown_optimizer_is_refused() -> None:
         scale_optimizer(OwnAdam(module.parameters()), module, plan_of(module))
 
 
-def test_family_of_a_known_optimizer_is_refused() -> None:
-    module = Weights()
-    with pytest.raises(TypeError, match=r"family='sgd' was given for AdamW, .* torch.optim.AdamW .* Leave family out"):
-        scale_optimizer(optim.AdamW(module.parameters()), module, plan_of(module), family="sgd")
+def test_family_is_not_asked_for_what_torch_defines() -> None:
+    ours, theirs = Weights(), Weights()
+    optimizer = optim.AdamW(ours.parameters(), lr=0.1, eps=0.01)
+    scale_optimizer(optimizer, ours, plan_of(ours), family="sgd")
+    ours.load_gradients(0)
+    optimizer.step()
+    run_by_hand(Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}), theirs, 1)
+    assert identical(ours, theirs)
 
 
 @pytest.mark.parametrize("numbers", [{"eps": (1e-30, 1e-3)}, {"lr": None}])

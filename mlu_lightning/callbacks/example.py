@@ -1,0 +1,91 @@
+"""A training batch to plan with, taken without disturbing the training that follows."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ["find_example"]
+
+
+def find_example(trainer: Trainer, module: LightningModule) -> Any:
+    """Take a batch as ``training_step`` will be given it, or None if only ``example_input_array`` can serve.
+
+    The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and the random
+    states of torch, NumPy and Python stay as they are. ``train_dataloader()`` is called once more than without, and the
+    samples are read once more.
+
+    Args:
+        trainer: which is about to fit the module.
+        module: the trainer's.
+
+    Raises:
+        ValueError: if no batch can be taken and the module has no ``example_input_array``.
+    """
+    with isolate_rng():
+        loaders = trainer.fit_loop._data_source.dataloader()
+        if isinstance(loaders, CombinedLoader):
+            loaders = loaders.iterables
+        try:
+            batch = tree_map(_first_batch, loaders)
+        except _NoBatchError as reason:
+            if module.example_input_array is None:
+                raise ValueError(
+                    f"To plan {type(module).__name__} one forward pass has to be run, and there is no example to run "
+                    f"it on: {reason}. Give MLUCallback(example=...) a batch as training_step takes it, or set "
+                    "example_input_array in the module."
+                ) from reason
+            return None
+        return _transferred(batch, trainer, module)
+
+
+class _NoBatchError(Exception):
+    """Why no batch can be taken from a loader."""
+
+
+def _first_batch(loader: Any) -> Any:
+    """First batch in the order of the data."""
+    if isinstance(loader, DataLoader):
+        samples = _first_samples(loader)
+        return loader.collate_fn(samples if loader.batch_sampler is not None else samples[0])
+    iterator = iter(loader)
+    if iterator is loader:
+        raise _NoBatchError(f"the training data come from a {type(loader).__name__}, which gives them only once")
+    return next(iterator)
+
+
+def _first_samples(loader: DataLoader[Any]) -> list[Any]:
+    """As many samples as a batch has, without the loader's sampler and workers."""
+    dataset: Any = loader.dataset
+    size = loader.batch_size or int(getattr(loader.batch_sampler, "batch_size", 1))
+    if isinstance(dataset, IterableDataset):
+        iterator = iter(dataset)
+        if iterator is dataset:
+            raise _NoBatchError(f"the training data come from a {type(dataset).__name__}, which gives them only once")
+        samples = list(islice(iterator, size))
+    else:
+        try:
+            samples = [dataset[index] for index in range(min(size, len(dataset)))]
+        except LookupError as error:
+            raise _NoBatchError(f"{type(dataset).__name__} has no samples numbered from 0") from error
+    if not samples:
+        raise _NoBatchError(f"{type(dataset).__name__} has no samples")
+    return samples
+
+
+def _transferred(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
+    """Run the hooks that change a batch before ``training_step``, on the CPU."""
+    precision = trainer.precision_plugin
+    # setup comes before the precision plugin converts the module: convert the batch only if the module is converted
+    converted = precision.convert_input(torch.zeros(())).dtype
+    if any(parameter.dtype == converted for parameter in module.parameters()):
+        batch = precision.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch)
+    return trainer.strategy.batch_to_device(batch, torch.device("cpu"))

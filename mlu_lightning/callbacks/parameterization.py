@@ -1,0 +1,308 @@
+"""The callback that makes a Lightning training an MLU training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from mlu_lightning.callbacks.example import find_example
+from mlu_lightning.initialization import InitMode, initialize
+from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
+from mlu_lightning.optimization import scale_optimizer
+from mlu_lightning.plan import Plan
+from mlu_lightning.plan_files import plan_from_yaml, plan_to_yaml
+
+__all__ = ["MLUCallback", "Residual"]
+
+Residual = Literal["hook", "fold", "folded"]
+
+
+class MLUCallback(Callback):
+    """Train a LightningModule in the MLU parameterization, with the hyperparameters of a base shape.
+
+    Add one to a Trainer, and ``fit`` plans the module (theory.md, section 3), sets the scale of its initial weights,
+    multiplies its branches and readouts, and scales its optimizers. The module, its ``configure_optimizers``, its
+    schedulers and loggers stay as they are: learning rates in them are those of the base. At the base's own shape the
+    run is bit for bit the run without the callback.
+
+    The module is planned and initialized when it is built: before ``fit`` does anything else, or, if the module
+    overrides ``setup`` or ``configure_model``, right after the later of them. A module that was fitted with the callback
+    goes on from its weights in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that
+    a checkpoint of a run with ``residual="hook"`` brings its multipliers along.
+
+    Args:
+        base: the shape at which the hyperparameters are known to be good: a freshly built module of that shape, or the
+            path of a saved plan whose base has it. None for the paper's absolute form, whose learning rates are those
+            of the infinite model.
+        plan: a finished plan, or the path of a saved one, instead of ``base``, ``overrides`` and ``alpha``.
+        init: ``"rescale"`` keeps the form of the initial distributions and sets their scale, ``"normal"`` draws matrices
+            anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
+            weights alone, for those of a checkpoint.
+        residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
+            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function.
+            ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
+        overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
+        alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
+        example: a batch as ``training_step`` takes it, for planning. By default the first samples of the training data,
+            or else the module's ``example_input_array``.
+        seed: of what ``init`` draws.
+        family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
+            does not define.
+
+    Raises:
+        ValueError: if arguments contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from mlu_lightning.models import ResNet
+        >>> base = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> deeper = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
+        >>> trainer.fit(deeper, data)
+        >>> trainer.callbacks[0].plan.multipliers[0].value
+        0.5
+    """
+
+    def __init__(
+        self,
+        base: nn.Module | str | None = None,
+        plan: Plan | str | None = None,
+        init: InitMode | None = "rescale",
+        residual: Residual = "hook",
+        overrides: dict[str, str] | None = None,
+        alpha: float = 1.0,
+        example: Any = None,
+        seed: int = 0,
+        family: Literal["sgd", "adam", "adamw", "muon"] | None = None,
+    ) -> None:
+        super().__init__()
+        if init not in (*get_args(InitMode), None):
+            raise ValueError(f"init={init!r} is none of: {', '.join(get_args(InitMode))}, None.")
+        if residual not in get_args(Residual):
+            raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
+        if residual == "folded" and init is not None:
+            raise ValueError(
+                f'residual="folded" is for weights that hold their multipliers, and init={init!r} would change them. '
+                'Give init=None with it, or residual="fold" for weights that were just built.'
+            )
+        if plan is not None and (base is not None or overrides is not None or alpha != 1.0):
+            raise ValueError(
+                "A plan holds its base, roles and alpha, so it cannot be given together with base, overrides or alpha. "
+                "Give these alone, to plan anew, or edit the plan."
+            )
+        self._base = base
+        self._given = plan
+        self._init = init
+        self._residual = residual
+        self._overrides = overrides
+        self._alpha = alpha
+        self._example = example
+        self._seed = seed
+        self._family = family
+        self._plan: Plan | None = None
+        self._cleanup = ExitStack()
+
+    @property
+    def plan(self) -> Plan | None:
+        """Plan of the module that was fitted last, None before."""
+        return self._plan
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Plan and initialize the module, now or when it will have been built.
+
+        Raises:
+            TypeError: in a Trainer of ``pytorch_lightning``.
+            ValueError: if the module cannot be planned, or the plan does not fit it.
+        """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
+                f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
+            )
+        if sum(isinstance(callback, MLUCallback) for callback in vars(trainer)["callbacks"]) > 1:
+            raise ValueError(
+                "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
+            )
+        if stage != TrainerFn.FITTING:
+            return
+        builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
+        if not builders:
+            self._prepare(trainer, pl_module)
+            return
+
+        def build(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            with torch.device("cpu"):  # instead of the device that new parameters were made on
+                self._prepare(trainer, pl_module)
+            return result
+
+        self._cleanup.callback(_wrap(pl_module, builders[-1], build))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan.
+
+        Raises:
+            ValueError: if the checkpoint is of a run with another plan, or with multipliers in another place.
+        """
+        saved = checkpoint["callbacks"].get(self.state_key)
+        present = residual_state(pl_module)
+        if saved is None:
+            if present is not None:
+                rank_zero_warn(
+                    "The checkpoint is of a run without MLUCallback. Its weights were trained as another function of "
+                    "the module, which now has the plan's multipliers, and at other learning rates."
+                )
+            return
+        plan = Plan(**plan_from_yaml(saved["plan"], "the plan in the checkpoint"))
+        if present is None:
+            _put_multipliers(pl_module, plan, saved["mode"], multiplied=True)
+        elif present.mode != saved["mode"]:
+            raise ValueError(
+                f"The checkpoint is of a run with residual={saved['mode']!r}, and the module has its multipliers "
+                f"{_PLACES[present.mode]}, so the weights would not fit. Give residual={saved['mode']!r} to MLUCallback, "
+                "and a module that was built anew."
+            )
+        elif present.fingerprint != fingerprint(plan):
+            raise ValueError(
+                "The checkpoint is of a run with another plan than the one in effect on the module. Give MLUCallback "
+                "the base, overrides and alpha of that run, or its plan, and a module that was built anew."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, as YAML, and the place of the multipliers."""
+        if self._plan is None:
+            return {}
+        return {"plan": plan_to_yaml(self._plan), "mode": self._mode}
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its methods back, and make its optimizers plain."""
+        self._cleanup.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module its methods back, and make its optimizers plain."""
+        self._cleanup.close()
+
+    @property
+    def _mode(self) -> Literal["hook", "fold"]:
+        return "hook" if self._residual == "hook" else "fold"
+
+    def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made."""
+        self._plan = plan = self._plan_of(trainer, module)
+        for warning in plan.warnings:
+            rank_zero_warn(warning)
+        deferred = any(parameter.is_meta for parameter in module.parameters())
+        if not deferred:
+            self._apply(module, plan)
+
+        def configure(method: Callable[..., Any]) -> Any:
+            if deferred:
+                # a sharded strategy has given the parameters their values now, and restores checkpoints later
+                self._apply(module, plan)
+            configured = method()
+            optimizers = [] if configured is None else _configure_optimizers(configured)[0]
+            for optimizer in optimizers:
+                self._cleanup.callback(scale_optimizer(optimizer, module, plan, self._family).remove)
+            return configured
+
+        self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
+
+    def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
+        """Plan in effect on the module, the given one, or a new one."""
+        state = residual_state(module)
+        if self._plan is not None and state is not None and state.fingerprint == fingerprint(self._plan):
+            return self._plan
+        if self._given is not None:
+            return Plan.load(self._given) if isinstance(self._given, str) else self._given
+        example = find_example(trainer, module) if self._example is None else self._example
+        with _built(self._base, trainer) as base:
+            return Plan.from_model(module, example, base=base, overrides=self._overrides, alpha=self._alpha)
+
+    def _apply(self, module: LightningModule, plan: Plan) -> None:
+        """Initialize the module and put the multipliers in, unless an earlier fit did."""
+        state = residual_state(module)
+        if state is None:
+            if self._init is not None:
+                initialize(module, plan, self._init, self._seed)
+            _put_multipliers(module, plan, self._mode, multiplied=self._residual == "folded")
+        elif state.mode != self._mode:
+            raise ValueError(
+                f"The module has its multipliers {_PLACES[state.mode]} already, but MLUCallback has "
+                f"residual={self._residual!r}. Give it residual={state.mode!r}, or a module that was built anew."
+            )
+        elif state.fingerprint != fingerprint(plan):
+            raise ValueError(
+                "The module has the multipliers of another plan than that of this MLUCallback. Give it the base, "
+                "overrides and alpha, or the plan, that the module was trained with, or a module that was built anew."
+            )
+        elif self._init is not None and _MARK not in vars(module):
+            raise ValueError(
+                "The module has its multipliers already, and not from an MLUCallback, so it is not known whether it was "
+                "initialized. Call initialize(module, plan) before attach_multipliers or fold and give init=None to "
+                "MLUCallback, or leave both to MLUCallback."
+            )
+
+
+_MARK = "_mlu_callback"
+_PLACES = {"hook": "in hooks", "fold": "in its weights"}
+
+
+def _put_multipliers(module: nn.Module, plan: Plan, mode: Literal["hook", "fold"], multiplied: bool) -> None:
+    """Put the plan's multipliers into the module, which the weights of a checkpoint may have already."""
+    if mode == "hook":
+        attach_multipliers(module, plan)
+    else:
+        fold(module, plan, multiplied)
+    vars(module)[_MARK] = True
+
+
+@contextmanager
+def _built(base: nn.Module | str | None, trainer: Trainer) -> Iterator[nn.Module | str | None]:
+    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
+    if not isinstance(base, LightningModule):
+        yield base
+        return
+    base.trainer = trainer
+    try:
+        if next(base.parameters(), None) is None:
+            with isolate_rng():
+                base.setup("fit")
+                base.configure_model()
+        yield base
+    finally:
+        base.trainer = None
+
+
+def _wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Let ``around`` be called instead of a method of an instance, with the method first; return what undoes this."""
+    method = getattr(module, name)
+    own = vars(module).get(name)  # LightningCLI, for one, keeps its configure_optimizers on the instance
+    active = True
+
+    @functools.wraps(method)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(method, *args, **kwargs) if active else method(*args, **kwargs)
+
+    def restore() -> None:
+        nonlocal active
+        active = False
+        if vars(module).get(name) is not wrapper:
+            return  # somebody has wrapped it since; what is left of it here only passes the call on
+        del vars(module)[name]
+        if own is not None:
+            vars(module)[name] = own
+
+    vars(module)[name] = wrapper
+    return restore

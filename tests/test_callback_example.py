@@ -1,0 +1,209 @@
+"""The batch that MLUCallback plans with: the one that training_step would get, taken without a trace."""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, get_worker_info
+
+from mlu_lightning.callbacks.example import find_example
+
+
+class Numbers(Dataset[Any]):
+    """Sample i is (i, a random number); not to be read in a worker."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[Tensor, float]:
+        assert get_worker_info() is None
+        return torch.tensor(float(index)), torch.rand(()).item() + np.random.rand() + random.random()
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return (torch.tensor(float(index)) for index in range(10))
+
+
+class Once(Stream):
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Tensor:
+        raise AssertionError("must not be read")
+
+
+class Nothing(Stream):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class Named(Dataset[Any]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, name: str) -> Tensor:
+        return {"a": torch.ones(1), "b": torch.ones(1)}[name]
+
+
+class Batches:
+    """A loader that is none of torch's."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([{"x": torch.ones(2), "text": ["one", "two"]}, {}])
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Finds(LightningModule):
+    """Looks for an example in setup, and keeps the batch that training_step is given."""
+
+    def __init__(self, example_input_array: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.example_input_array = example_input_array
+
+    def setup(self, stage: str) -> None:
+        self.found = find_example(self.trainer, self)
+
+    def training_step(self, batch: Any) -> Tensor:
+        self.given = batch
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.SGD:
+        return torch.optim.SGD(self.parameters())
+
+
+def fit(module: LightningModule, **data: Any) -> Trainer:
+    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, plugins=data.pop("plugins", None))
+    trainer.fit(module, **data)
+    return trainer
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "batches": lambda: DataLoader(Numbers(), batch_size=4),
+    "smaller-than-a-batch": lambda: DataLoader(Numbers(), batch_size=40),
+    "own-collation": lambda: DataLoader(Numbers(), batch_size=4, collate_fn=lambda samples: samples[-1]),
+    "samples": lambda: DataLoader(Numbers(), batch_size=None),
+    "batch-sampler": lambda: DataLoader(Numbers(), batch_sampler=BatchSampler(range(10), 3, drop_last=True)),
+    "stream": lambda: DataLoader(Stream(), batch_size=3),
+    "stream-of-samples": lambda: DataLoader(Stream(), batch_size=None),
+    "mapping": lambda: {"a": DataLoader(Numbers(), batch_size=2), "b": DataLoader(Stream(), batch_size=3)},
+    "sequence": lambda: [DataLoader(Numbers(), batch_size=2), DataLoader(Stream(), batch_size=3)],
+    "combined": lambda: CombinedLoader({"a": DataLoader(Numbers(), batch_size=2), "b": [Batches()]}, "min_size"),
+    "other": Batches,
+}
+
+
+@pytest.mark.parametrize("loaders", LOADERS.values(), ids=LOADERS)
+def test_example_is_what_training_step_is_given(loaders: Callable[[], Any]) -> None:
+    module = Finds()
+    fit(module, train_dataloaders=loaders())
+    found, structure = tree_flatten(module.found)
+    given, expected = tree_flatten(module.given)
+    assert structure == expected
+    assert found
+    for one, other in zip(found, given, strict=True):
+        # samples hold random numbers, which are of another time
+        assert type(one) is type(other)
+        assert not isinstance(one, Tensor) or (one.shape == other.shape and one.dtype == other.dtype)
+
+
+class Hooked(Finds):
+    """Changes its batches on the way."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {"images": batch}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return {**batch, "labels": 2 * batch["images"][0]}
+
+
+def test_hooks_of_the_module_change_the_example() -> None:
+    module = Hooked()
+    fit(module, train_dataloaders=DataLoader(Numbers(), batch_size=2))
+    assert module.found.keys() == {"images", "labels"}
+    assert torch.equal(module.found["labels"], torch.tensor([0.0, 2.0]))
+
+
+class Data(LightningDataModule):
+    """Builds its data in setup, and changes its batches."""
+
+    def setup(self, stage: str) -> None:
+        self.dataset = Numbers()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.dataset, batch_size=2)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [-batch[0]]
+
+
+def test_example_from_a_datamodule() -> None:
+    module = Finds()
+    fit(module, datamodule=Data())
+    assert torch.equal(module.found[0], torch.tensor([0.0, -1.0]))
+
+
+class Loads(Finds):
+    """Has its data itself."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(Numbers(), batch_size=2)
+
+
+def test_example_from_the_module() -> None:
+    module = Loads()
+    fit(module)
+    assert torch.equal(module.found[0], torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_has_the_precision_of_the_module(dtype: torch.dtype) -> None:
+    """In setup the module is not converted yet, except where it is built in that precision."""
+    module = Finds().to(dtype)
+    fit(module, train_dataloaders=DataLoader(Stream(), batch_size=2), plugins=DoublePrecision())
+    assert module.found.dtype == dtype
+
+
+def test_random_states_samplers_and_workers_are_left_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    loaders = DataLoader(Numbers(), batch_size=4, shuffle=True, generator=generator, num_workers=2)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    module = Finds()
+    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=0)
+    trainer.fit(module, loaders)
+    assert torch.equal(module.found[0], torch.arange(4.0))
+    assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
+    after = torch.rand(()).item(), np.random.rand(), random.random()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    assert after == (torch.rand(()).item(), np.random.rand(), random.random())
+
+
+NOT_TWICE: dict[str, tuple[Callable[[], Any], str]] = {
+    "generator": (lambda: (torch.ones(2) for _ in range(3)), "from a generator, which gives them only once"),
+    "one-stream": (lambda: DataLoader(Once(), batch_size=2), "from a Once, which gives them only once"),
+    "names": (lambda: DataLoader(Named(), sampler=["a", "b"]), "Named has no samples numbered from 0"),
+    "nothing": (lambda: DataLoader(Nothing(), batch_size=2), "Nothing has no samples"),
+}
+
+
+@pytest.mark.parametrize(("loaders", "message"), NOT_TWICE.values(), ids=NOT_TWICE)
+def test_without_a_batch_the_example_input_array_serves(loaders: Callable[[], Any], message: str) -> None:
+    module = Finds(torch.ones(1, 3))
+    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=0)
+    trainer.fit(module, loaders())
+    assert module.found is None
+    with pytest.raises(ValueError, match=rf"no example to run it on: .*{message}. Give MLUCallback\(example=\.\.\.\)"):
+        trainer.fit(Finds(), loaders())
