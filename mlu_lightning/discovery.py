@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -120,13 +119,14 @@ def _spots(graph: Graph, regions: Regions) -> list[_Spot]:
         _Spot(region.ops, BranchPlacement(graph, region), region.stream, i, region.position)
         for i, region in enumerate(regions.branches)
     ]
+    post_norms: list[bool] = []
     for stream, (stem, trunk) in enumerate(zip(regions.stems, regions.trunks, strict=True)):
         norms = sum(1 for op in trunk for use in graph.uses.get(op.index, ())[:1] if use.kind in ("norm", "mul"))
         # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
-        post_norm = norms > 0 and 2 * norms >= regions.depths[stream] - 1
+        post_norms.append(norms > 0 and 2 * norms >= regions.depths[stream] - 1)
         spots.append(_Spot(stem, StemPlacement(graph, stem), stream))
-        spots.append(_Spot(trunk, TrunkPlacement(post_norm), stream))
-    spots.append(_Spot(regions.head, HeadPlacement(graph, regions.head), 0))
+        spots.append(_Spot(trunk, TrunkPlacement(post_norms[stream]), stream))
+    spots.append(_Spot(regions.head, HeadPlacement(graph, regions.head, post_norms[0]), 0))
     return spots
 
 
@@ -143,11 +143,6 @@ def _placed_uses(graph: Graph, spots: list[_Spot]) -> defaultdict[str, list[_Pla
                     placed[use.parameter].append(_PlacedUse(use, spot, found))
                 else:
                     placed[use.parameter].append(_PlacedUse(use, spot, None, found))
-    # the last norm of a post-norm stream comes after the last addition, but is one of the many
-    post_norms = {_pattern(name) for name, uses in placed.items() if any(u.role is Role.POST_NORM for u in uses)}
-    for name, uses in placed.items():
-        if _pattern(name) in post_norms:
-            placed[name] = [replace(u, role=Role.POST_NORM) if u.role is Role.STREAM_NORM else u for u in uses]
     return placed
 
 
@@ -247,11 +242,6 @@ def _common_module(names: list[str]) -> str:
             break
         shared.append(parts[0])
     return ".".join(shared)
-
-
-def _pattern(name: str) -> str:
-    """A parameter's name without the places along the depth."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _warnings(

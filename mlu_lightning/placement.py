@@ -199,10 +199,17 @@ class TrunkPlacement:
 
 @dataclass(frozen=True)
 class HeadPlacement:
-    """Roles between the last addition and the output."""
+    """Roles between the last addition and the output.
+
+    Args:
+        graph: of the forward pass.
+        ops: of the head.
+        post_norm: whether the stream has a norm after every addition; the one after the last is in the head.
+    """
 
     graph: Graph
     ops: tuple[Op, ...]
+    post_norm: bool
 
     def role(self, use: Use) -> Role | str:
         """Role of a parameter at one use, or why it has none."""
@@ -213,7 +220,14 @@ class HeadPlacement:
             return "it is a table that is looked up after the last addition"
         if math.prod(use.shape) != max(use.shape, default=1):
             return f"it enters {use.op.name} with shape {list(use.shape)} after the last addition"
-        return Role.READOUT_BIAS if self._upstream[use.op] & self.readouts else Role.STREAM_NORM
+        if self._upstream[use.op] & self.readouts:
+            return Role.READOUT_BIAS
+        return Role.POST_NORM if self.post_norm and use.op is self._first_norm else Role.STREAM_NORM
+
+    @cached_property
+    def _first_norm(self) -> Op | None:
+        norms = (op for op in self.ops if any(use.kind in ("norm", "mul") for use in self.graph.uses.get(op.index, ())))
+        return next(norms, None)
 
     @cached_property
     def readouts(self) -> frozenset[Op]:
