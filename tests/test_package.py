@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlu_lightning
+
+ROOT = Path(__file__).parents[1]
+
+
+def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",)], ids=lambda a: " ".join(a[:2])
+)
+def test_clean(arguments: tuple[str, ...]) -> None:
+    result = _python("-m", *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_public_names_are_there_and_documented() -> None:
+    for name in mlu_lightning.__all__:
+        assert getattr(mlu_lightning, name).__doc__, name
+
+
+def test_pytorch_lightning_alone_is_refused_with_a_sentence() -> None:
+    result = _python("-c", "import sys; sys.modules['lightning'] = None; import mlu_lightning")
+    assert "ImportError: mlu_lightning needs the package 'lightning'" in result.stderr
+    assert "pip install 'lightning>=2.4,<3'" in result.stderr
+
+
+def test_importing_changes_nothing() -> None:
+    code = (
+        "import sys, torch, lightning.pytorch; state, modules = torch.get_rng_state(), set(sys.modules);"
+        "import mlu_lightning;"
+        "assert torch.equal(state, torch.get_rng_state());"
+        "print({'transformers', 'wandb', 'matplotlib.pyplot', 'torch._dynamo'} & (set(sys.modules) - modules))"
+    )
+    result = _python("-c", code)
+    assert result.stdout.strip() == "set()", result.stdout + result.stderr
+
+
+def test_continuous_integration_runs_the_command_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line for line in readme.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert script[-1] == commands[1], "word for word, last"
+    assert any(line.endswith("pip install torch==2.13.0") for line in script[:-1]), (
+        "before it, so that no CUDA comes in"
+    )
