@@ -653,11 +653,12 @@ def test_module_on_meta_is_initialized_when_it_has_values(residual: Any) -> None
     assert not identical(ours, theirs)
 
 
+@pytest.mark.parametrize("function", [False, True], ids=["module", "function"])
 @pytest.mark.parametrize("make", MODULES)
-def test_base_that_is_built_by_hooks(make: type[Net]) -> None:
+def test_base_that_is_built_late(make: type[Net], function: bool) -> None:
     ours, theirs = Net(**WIDE), Net(**WIDE)
     base = make()
-    fit(ours, MLUCallback(base))
+    fit(ours, MLUCallback((lambda: base) if function else base))
     fit(theirs, MLUCallback(Net()))
     assert identical(ours, theirs)
     assert base._trainer is None

@@ -42,9 +42,9 @@ class MLUCallback(Callback):
     a checkpoint of a run with ``residual="hook"`` brings its multipliers along.
 
     Args:
-        base: the shape at which the hyperparameters are known to be good: a freshly built module of that shape, or the
-            path of a saved plan whose base has it. None for the paper's absolute form, whose learning rates are those
-            of the infinite model.
+        base: the shape at which the hyperparameters are known to be good: a freshly built module of that shape, a
+            function that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan
+            whose base has it. None for the paper's absolute form, whose learning rates are those of the infinite model.
         plan: a finished plan, or the path of a saved one, instead of ``base``, ``overrides`` and ``alpha``.
         init: ``"rescale"`` keeps the form of the initial distributions and sets their scale, ``"normal"`` draws matrices
             anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
@@ -77,7 +77,7 @@ class MLUCallback(Callback):
 
     def __init__(
         self,
-        base: nn.Module | str | None = None,
+        base: str | Callable[[], nn.Module] | nn.Module | None = None,
         plan: Plan | str | None = None,
         init: InitMode | None = "rescale",
         residual: Residual = "hook",
@@ -226,6 +226,12 @@ class MLUCallback(Callback):
             return self._plan
         if self._given is not None:
             return Plan.load(self._given) if isinstance(self._given, str) else self._given
+        if any(hasattr(parameter, "placements") for parameter in module.parameters()):
+            raise ValueError(
+                "The module's parameters are sharded already (DTensor), and planning needs a forward pass of the whole "
+                "module. Plan it before, as it is without configure_model's sharding: "
+                "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
+            )
         example = find_example(trainer, module) if self._example is None else self._example
         with _built(self._base, trainer) as base:
             return Plan.from_model(module, example, base=base, overrides=self._overrides, alpha=self._alpha)
@@ -269,20 +275,24 @@ def _put_multipliers(module: nn.Module, plan: Plan, mode: Literal["hook", "fold"
 
 
 @contextmanager
-def _built(base: nn.Module | str | None, trainer: Trainer) -> Iterator[nn.Module | str | None]:
+def _built(
+    base: str | Callable[[], nn.Module] | nn.Module | None, trainer: Trainer
+) -> Iterator[nn.Module | str | None]:
     """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
-    if not isinstance(base, LightningModule):
-        yield base
+    with isolate_rng():
+        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
+    if not isinstance(built, LightningModule):
+        yield built
         return
-    base.trainer = trainer
+    built.trainer = trainer
     try:
-        if next(base.parameters(), None) is None:
+        if next(built.parameters(), None) is None:
             with isolate_rng():
-                base.setup("fit")
-                base.configure_model()
-        yield base
+                built.setup("fit")
+                built.configure_model()
+        yield built
     finally:
-        base.trainer = None
+        built.trainer = None
 
 
 def _wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:

@@ -1,0 +1,115 @@
+"""MLUCallback from the YAML of a LightningCLI."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning.models import ResNet
+from mlu_lightning.multipliers import residual_state
+from mlu_lightning.plan import Plan
+
+BASE = {"depth": 2, "hidden": 8, "embedding": 4, "inputs": 3, "outputs": 2}
+WIDE = {"depth": 4, "hidden": 32, "embedding": 16, "inputs": 3, "outputs": 2}
+OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02, "weight_decay": 0.1}}
+
+
+class Data(LightningDataModule):
+    """A few random pairs."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(0)
+        inputs, targets = torch.randn(16, 3, generator=generator), torch.randn(16, 2, generator=generator)
+        return DataLoader(TensorDataset(inputs, targets), batch_size=8)
+
+
+def run(tmp_path: Path, callback: dict[str, Any] | None, **config: Any) -> LightningCLI:
+    """The command line `fit --config config.yaml`; without the callback if its arguments are None."""
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    entry = {"class_path": "mlu_lightning.callbacks.MLUCallback", "init_args": callback}
+    settings = {"accelerator": "cpu", "max_epochs": 2, "callbacks": [] if callback is None else [entry], **quiet}
+    content = {"seed_everything": 1, "trainer": settings, "model": WIDE, **config}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    return LightningCLI(ResNet, Data, save_config_callback=None, args=["fit", "--config", f"{tmp_path}/config.yaml"])
+
+
+def by_hand(model: ResNet, callback: MLUCallback, adam: bool) -> ResNet:
+    """The same run without the command line."""
+    if adam:
+        vars(model)["configure_optimizers"] = lambda: torch.optim.Adam(model.parameters(), lr=0.02, weight_decay=0.1)
+    Trainer(accelerator="cpu", max_epochs=2, barebones=True, callbacks=[callback]).fit(model, datamodule=Data())
+    return model
+
+
+def identical(one: nn.Module, other: nn.Module) -> bool:
+    return all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@pytest.fixture
+def plan() -> Plan:
+    batch = next(iter(Data().train_dataloader()))
+    seed_everything(5)
+    return Plan.from_model(ResNet(**WIDE), batch, base=ResNet(**BASE))
+
+
+@pytest.mark.parametrize("adam", [False, True], ids=["own-optimizer", "--optimizer"])
+@pytest.mark.parametrize("given", ["plan", "base"])
+def test_saved_plan(given: str, adam: bool, plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.yaml")
+    path = str(tmp_path / "plan.yaml")
+    cli = run(
+        tmp_path, {given: path, "residual": "fold", "init": "normal"}, **({"optimizer": OPTIMIZER} if adam else {})
+    )
+    arguments: dict[str, Any] = {given: path, "residual": "fold", "init": "normal"}
+    seed_everything(1)
+    theirs = by_hand(ResNet(**WIDE), MLUCallback(**arguments), adam)
+    assert identical(cli.model, theirs)
+    state = residual_state(cli.model)
+    assert state is not None
+    assert state.mode == "fold"
+
+
+def test_base_by_class_path(tmp_path: Path) -> None:
+    base = {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}
+    overrides = {"embed.*": "embedding"}
+    cli = run(tmp_path, {"base": base, "overrides": overrides, "alpha": 2.0, "seed": 3}, optimizer=OPTIMIZER)
+    callback = next(callback for callback in cli.trainer.callbacks if isinstance(callback, MLUCallback))
+    assert callback.plan is not None
+    assert callback.plan.alpha == 2.0
+    assert (callback.plan.streams[0].depth, callback.plan.streams[0].base_depth) == (4, 2)
+    assert isinstance(cli.model, LightningModule)
+    # what LightningCLI made of --optimizer is there again, and makes a plain optimizer
+    assert "configure_optimizers" in vars(cli.model)
+    made: Any = cli.model.configure_optimizers()
+    assert [group["lr"] for group in made.param_groups] == [0.02]
+
+
+def test_base_by_class_path_draws_no_random_numbers(tmp_path: Path) -> None:
+    """It is built when it is needed, not among the other objects of the configuration."""
+    runs = []
+    for callback in (None, {"base": {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}}):
+        runs.append((run(tmp_path, callback, model=BASE).model, torch.get_rng_state()))
+    assert identical(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert residual_state(runs[1][0]) is not None
+
+
+def test_callback_from_the_command_line(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.yaml")
+    model = [f"--model.{name}={value}" for name, value in WIDE.items()]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.barebones=true"]
+    callback = ["--trainer.callbacks+=MLUCallback", f"--trainer.callbacks.plan={tmp_path}/plan.yaml"]
+    cli = LightningCLI(ResNet, Data, save_config_callback=None, args=["fit", *model, *trainer, *callback])
+    assert residual_state(cli.model) is not None
