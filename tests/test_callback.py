@@ -597,25 +597,30 @@ def test_after_an_error_optimizers_are_plain_and_methods_the_modules_own() -> No
 
 
 class Wraps(Callback):
-    """Somebody else who wraps configure_optimizers, and puts back what was there."""
+    """Somebody else who wraps configure_optimizers, and may put back what was there."""
+
+    def __init__(self, restores: bool) -> None:
+        self.restores = restores
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.before = pl_module.configure_optimizers
-        vars(pl_module)["configure_optimizers"] = lambda: self.before()
+        vars(pl_module)["configure_optimizers"] = self.after = lambda: self.before()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        vars(pl_module)["configure_optimizers"] = self.before
+        if self.restores:
+            vars(pl_module)["configure_optimizers"] = self.before
 
 
-def test_another_wrapper_of_configure_optimizers_is_left_alone() -> None:
-    module = Net(**WIDE)
-    callback = MLUCallback(Net())
-    fit(module, callback, Wraps())
+@pytest.mark.parametrize("restores", [False, True])
+def test_another_wrapper_of_configure_optimizers_is_left_alone(restores: bool) -> None:
+    module, other = Net(**WIDE), Wraps(restores)
+    fit(module, MLUCallback(Net()), other)
     seen: list[int] = []
     optimizer = module.configure_optimizers()["optimizer"]
     optimizer.register_step_post_hook(lambda opt, *_: seen.append(len(opt.param_groups)))
     optimizer.step()
     assert seen == [1]
+    assert (module.configure_optimizers is other.after) is not restores
 
 
 # Modules that get their values late
@@ -651,6 +656,26 @@ def test_module_on_meta_is_initialized_when_it_has_values(residual: Any) -> None
     assert identical(ours, theirs)
     fit(ours, MLUCallback(Net(), residual=residual))
     assert not identical(ours, theirs)
+
+
+class OnOtherDevice(SingleDeviceStrategy):
+    """Makes new tensors elsewhere by default while the module is built."""
+
+    def tensor_init_context(self, empty_init: bool | None = None) -> Any:
+        return torch.device("meta")
+
+
+class OnCPU(InConfigureModel):
+    def configure_model(self) -> None:
+        with torch.device("cpu"):
+            super().configure_model()
+
+
+def test_default_device_of_the_build_is_not_that_of_the_plan() -> None:
+    ours, theirs = OnCPU(**WIDE), Net(**WIDE)
+    fit(ours, MLUCallback(Net(), init="normal"), strategy=OnOtherDevice("cpu"))
+    fit(theirs, MLUCallback(Net(), init="normal"))
+    assert identical(ours, theirs)
 
 
 @pytest.mark.parametrize("function", [False, True], ids=["module", "function"])
