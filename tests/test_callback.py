@@ -698,6 +698,13 @@ def test_warnings_of_the_plan_are_given() -> None:
         fit(Net(**WIDE), MLUCallback(plan=replace(plan, warnings=("heads have grown",))))
 
 
+def test_processes_that_send_only_weights_back_are_warned_about() -> None:
+    callback, module = MLUCallback(Net(), example=next(iter(loader()))), Net(**WIDE)
+    run = trainer(callback, strategy="ddp_spawn", devices=1)
+    with pytest.warns(UserWarning, match=r"only weights come back.* Go on from a checkpoint"):
+        callback.setup(run, module, "fit")
+
+
 def test_plan_from_a_file(tmp_path: Path) -> None:
     ours, theirs = Net(**WIDE), Net(**WIDE)
     plan = Plan.from_model(ours, next(iter(loader())), base=Net(), alpha=2.0)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -137,6 +138,12 @@ class MLUCallback(Callback):
             )
         if stage != TrainerFn.FITTING:
             return
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
+                "will have neither its multipliers nor a mark that it was initialized. Go on from a checkpoint, with "
+                'ckpt_path=..., or use strategy="ddp".'
+            )
         builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         if not builders:
             self._prepare(trainer, pl_module)
