@@ -63,30 +63,25 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
             "from through a weight matrix. The MLU parameterization is one of residual networks; if the module is one, "
             "check that the example runs its residual blocks."
         )
-    spots = _spots(graph, regions)
+    spots, depths = _spots(graph, regions)
     uses = _placed_uses(graph, spots)
     parameters = {
         name: _facts(name, tuple(parameter.shape), uses[name]) for name, parameter in module.named_parameters()
     }
     sites = Sites(rehearsal, graph)
-    branches = tuple(_branch(spot, names, sites) for spot, names in _branch_names(spots, uses).items())
-    embeddings = [0 for _ in regions.depths]
-    for region in regions.branches:
-        embeddings[region.stream] = region.addition.shape[-1]
+    branches = tuple(_branch(named, sites) for named in _named_branches(spots, uses))
+    embeddings = [0 for _ in depths]
+    for spot in spots:
+        if isinstance(spot.placement, BranchPlacement):
+            embeddings[spot.stream] = spot.placement.region.addition.shape[-1]
     for facts in parameters.values():
         if facts.role is Role.BRANCH_OUT:
             embeddings[facts.stream] = facts.fan_out  # the channels of a convolution are not its last dimension
     return Structure(
         parameters=parameters,
         branches=branches,
-        streams=tuple(map(Stream, regions.depths, embeddings)),
-        readouts=tuple(
-            Readout(use.parameter, spot.stream, sites.readout(use.op), sites.folds_weight(use), fans(use)[0])
-            for spot in spots
-            if isinstance(spot.placement, HeadPlacement)
-            for op in sorted(spot.placement.readouts, key=lambda op: op.index)
-            for use in graph.matrices(op)
-        ),
+        streams=tuple(map(Stream, depths, embeddings)),
+        readouts=tuple(_readouts(uses, sites)),
         unassigned={name: _why(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(_warnings(regions, parameters, uses)),
     )
@@ -113,21 +108,35 @@ class _PlacedUse:
     reason: str = ""
 
 
-def _spots(graph: Graph, regions: Regions) -> list[_Spot]:
-    """Regions in the order in which they are looked at."""
+def _spots(graph: Graph, regions: Regions) -> tuple[list[_Spot], list[int]]:
+    """Regions in the order in which they are looked at, and the depth of every stream.
+
+    A branch that is called again, in a second forward pass or at another depth, is one branch, and the streams of
+    several forward passes are one stream.
+    """
+    placements = [BranchPlacement(graph, region) for region in regions.branches]
+    groups: dict[tuple[str, ...], int] = {}
+    numbers = [groups.setdefault(_matrix_names(placement), len(groups)) for placement in placements]
+    stream_of_group: dict[int, int] = {}
+    merged: dict[int, int] = {}
+    for number, region in zip(numbers, regions.branches, strict=True):
+        merged.setdefault(region.stream, stream_of_group.setdefault(number, region.stream))
+    kept = sorted(set(merged.values()))
+    streams = {old: kept.index(new) for old, new in merged.items()}
+
     spots = [
-        _Spot(region.ops, BranchPlacement(graph, region), region.stream, i, region.position)
-        for i, region in enumerate(regions.branches)
+        _Spot(region.ops, placement, streams[region.stream], number, region.position)
+        for number, region, placement in zip(numbers, regions.branches, placements, strict=True)
     ]
     post_norms: list[bool] = []
     for stream, (stem, trunk) in enumerate(zip(regions.stems, regions.trunks, strict=True)):
         norms = sum(1 for op in trunk for use in graph.uses.get(op.index, ())[:1] if use.kind in ("norm", "mul"))
         # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
         post_norms.append(norms > 0 and 2 * norms >= regions.depths[stream] - 1)
-        spots.append(_Spot(stem, StemPlacement(graph, stem), stream))
-        spots.append(_Spot(trunk, TrunkPlacement(post_norms[stream]), stream))
+        spots.append(_Spot(stem, StemPlacement(graph, stem), streams[stream]))
+        spots.append(_Spot(trunk, TrunkPlacement(post_norms[stream]), streams[stream]))
     spots.append(_Spot(regions.head, HeadPlacement(graph, regions.head, post_norms[0]), 0))
-    return spots
+    return spots, [regions.depths[old] for old in kept]
 
 
 def _placed_uses(graph: Graph, spots: list[_Spot]) -> defaultdict[str, list[_PlacedUse]]:
@@ -191,49 +200,75 @@ def _why(uses: list[_PlacedUse]) -> str:
     return "it is used as " + " and as ".join(dict.fromkeys(str(u.role) for u in uses))
 
 
-def _branch_names(spots: list[_Spot], uses: dict[str, list[_PlacedUse]]) -> dict[_Spot, tuple[str, tuple[str, ...]]]:
-    """Name and parameters of every branch, in order."""
+@dataclass(frozen=True)
+class _NamedBranch:
+    """One branch, wherever it is called."""
+
+    name: str
+    parameters: tuple[str, ...]
+    calls: tuple[_Spot, ...]
+
+
+def _named_branches(spots: list[_Spot], uses: dict[str, list[_PlacedUse]]) -> list[_NamedBranch]:
+    """Every branch with its name and parameters, in order."""
     members: dict[int, list[str]] = defaultdict(list)
     for name, placed in uses.items():
         for branch in dict.fromkeys(u.spot.branch for u in placed):
             if branch is not None:
                 members[branch].append(name)
-    named: dict[_Spot, tuple[str, tuple[str, ...]]] = {}
-    taken: set[str] = set()
+    calls: dict[int, list[_Spot]] = defaultdict(list)
     for spot in spots:
-        if isinstance(spot.placement, BranchPlacement) and spot.branch is not None:
-            graph = spot.placement.graph
-            matrices = [use.parameter for op in spot.placement.matrices for use in graph.matrices(op)]
-            name = _common_module(matrices)
-            if name in taken:
-                name = matrices[-1].rpartition(".")[0]
-            taken.add(name)
-            named[spot] = name, tuple(members[spot.branch])
-    return named
+        if spot.branch is not None:
+            calls[spot.branch].append(spot)
+    named: dict[str, _NamedBranch] = {}
+    for branch, of_branch in calls.items():
+        placement = of_branch[0].placement
+        assert isinstance(placement, BranchPlacement)
+        matrices = _matrix_names(placement)
+        name = _common_module(matrices)
+        if name in named:
+            name = matrices[-1].rpartition(".")[0]
+        named[name] = _NamedBranch(name, tuple(members[branch]), tuple(of_branch))
+    return list(named.values())
 
 
-def _branch(spot: _Spot, named: tuple[str, tuple[str, ...]], sites: Sites) -> Branch:
-    name, parameters = named
+def _matrix_names(placement: BranchPlacement) -> tuple[str, ...]:
+    return tuple(use.parameter for op in placement.matrices for use in placement.graph.matrices(op))
+
+
+def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
+    spot = branch.calls[0]
     placement = spot.placement
     assert isinstance(placement, BranchPlacement)
     attention = placement.attention
     writers = [use.parameter for op in placement.writers for use in placement.graph.matrices(op)]
-    owner = writers[-1].rpartition(".")[0] if writers else name
+    owner = writers[-1].rpartition(".")[0] if writers else branch.name
+    ends = [call.placement.region.end for call in branch.calls if isinstance(call.placement, BranchPlacement)]
     return Branch(
-        name=name,
+        name=branch.name,
         kind=placement.kind,
         hidden=placement.hidden,
         stream=spot.stream,
         position=placement.region.position,
-        parameters=parameters,
-        site=sites.branch(placement.region.end, name, owner),
-        folds=sites.folds(placement.region.end),
+        parameters=branch.parameters,
+        site=sites.branch(ends, branch.name, owner),
+        folds=sites.folds(ends),
         head_dim=None if attention is None else attention.key_dim,
-        logits=None if attention is None else sites.logits(attention.queries),
+        logits=None if attention is None else sites.logits(attention.queries, len(ends)),
     )
 
 
-def _common_module(names: list[str]) -> str:
+def _readouts(uses: dict[str, list[_PlacedUse]], sites: Sites) -> Iterator[Readout]:
+    """Every readout matrix, wherever it is used."""
+    for name, placed in uses.items():
+        reads = [u for u in placed if u.role is Role.READOUT and u.use.kind == "matrix"]
+        if reads:
+            site = sites.readout([u.use.op for u in reads])
+            alone = len(reads) == len(placed) and all(u.use.homogeneous for u in reads)
+            yield Readout(name, reads[0].spot.stream, site, (name,) if alone else (), fans(reads[0].use)[0])
+
+
+def _common_module(names: tuple[str, ...]) -> str:
     """Longest module name that parameters share."""
     modules = [name.split(".")[:-1] for name in names]
     shared: list[str] = []

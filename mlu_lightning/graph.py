@@ -179,7 +179,7 @@ def transparent_source(op: Op) -> Op:
         op: where to start.
     """
     while True:
-        if op.name in RESHAPES or (op.name in ARITHMETIC | {"Neg"} and _single(op)):
+        if op.data and (op.name in RESHAPES or (op.name in ARITHMETIC | {"Neg"} and _single(op))):
             op = op.data[0]
         else:
             return op

@@ -222,12 +222,20 @@ class HeadPlacement:
             return f"it enters {use.op.name} with shape {list(use.shape)} after the last addition"
         if self._upstream[use.op] & self.readouts:
             return Role.READOUT_BIAS
-        return Role.POST_NORM if self.post_norm and use.op is self._first_norm else Role.STREAM_NORM
+        return Role.POST_NORM if self.post_norm and use.op in self._first_norms else Role.STREAM_NORM
 
     @cached_property
-    def _first_norm(self) -> Op | None:
-        norms = (op for op in self.ops if any(use.kind in ("norm", "mul") for use in self.graph.uses.get(op.index, ())))
-        return next(norms, None)
+    def _first_norms(self) -> frozenset[Op]:
+        """Norms that no other norm of the head comes before: one for each forward pass."""
+        after: set[Op] = set()
+        first: set[Op] = set()
+        for op in self.ops:
+            is_norm = any(use.kind in ("norm", "mul") for use in self.graph.uses.get(op.index, ()))
+            if any(operand in after or operand in first for operand in op.data):
+                after.add(op)
+            elif is_norm:
+                first.add(op)
+        return frozenset(first)
 
     @cached_property
     def readouts(self) -> frozenset[Op]:

@@ -135,12 +135,13 @@ def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     if fake is not None:
         for buffer in module.buffers():
             memo[id(buffer)] = _fake(buffer, fake)
-    for submodule in module.modules():
+    twin = copy.deepcopy(module, memo).train()
+    for original, copied in zip(module.modules(), twin.modules(), strict=True):
         # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
-        trainer = submodule.__dict__.get("_trainer")
+        trainer = vars(original).get("_trainer")
         if trainer is not None:
-            memo[id(trainer)] = trainer
-    return copy.deepcopy(module, memo).train()
+            vars(copied)["_trainer"] = trainer
+    return twin
 
 
 def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,39 +41,44 @@ class Sites:
     rehearsal: Rehearsal
     graph: Graph
 
-    def branch(self, end: Op, name: str, owner: str) -> Site | None:
+    def branch(self, ends: list[Op], name: str, owner: str) -> Site | None:
         """A module whose output, multiplied, multiplies a branch and nothing else.
 
         Args:
-            end: last operation of the branch.
+            ends: last operation of the branch in each of its calls.
             name: of the branch; a module of that name is preferred.
             owner: module of the matrix that writes; second choice.
         """
-        chain = [end]
-        while len(self._readers[chain[-1]]) == 1 and self._multiplies(chain[-1]):
-            chain.append(chain[-1].data[0])
-        found = self._makers(op for op in chain if len(self._readers[op]) == 1)
+        makers = [self._makers(self._proportional(end), len(ends)) for end in ends]
+        found = [site for site in makers[0] if all(site in others for others in makers)]
         return min(found, key=lambda site: (site.module != name, site.module != owner, len(site.module)), default=None)
 
-    def readout(self, matrix: Op) -> Site | None:
-        """A place to multiply what a readout matrix reads, so that its bias is not multiplied."""
-        if not matrix.data:
-            return None
-        source = transparent_source(matrix.data[0])
-        for name, calls in self._calls.items():
-            if len(calls) == 1 and len(calls[0].outputs) == 1 and calls[0].inputs:
-                read = transparent_source(self.graph.by_node[calls[0].inputs[0]])
-                made = self.graph.by_node.get(calls[0].outputs[0][1])
-                if read is source and made is not None and matrix in (self._before_bias(made), made):
-                    return Site(name, "input")
-        readers = {
-            op for op in self.graph.ops if transparent_source(op) is op and source in map(transparent_source, op.data)
-        }
-        # a tied table is used without a module of its own: multiply what makes its input, if nothing else reads that
-        return next(iter(self._makers([source])), None) if readers == {matrix} else None
+    def readout(self, matrices: list[Op]) -> Site | None:
+        """A place to multiply what a readout matrix reads, so that its bias is not multiplied.
 
-    def logits(self, queries: Op) -> Logits:
-        """Where the queries of an attention can be multiplied."""
+        Args:
+            matrices: every operation with the matrix.
+        """
+        if not all(matrix.data for matrix in matrices):
+            return None
+        source = {matrix: transparent_source(matrix.data[0]) for matrix in matrices}
+        for name, calls in self._calls.items():
+            reads = [self._matrix_of(call, source) for call in calls]
+            if len(reads) == len(matrices) and None not in reads:
+                return Site(name, "input")
+        # a tied table is used without a module of its own: multiply what makes its input, if nothing else reads that
+        if any(self._lasting_readers(source[matrix]) != {matrix} for matrix in matrices):
+            return None
+        makers = [self._makers([op], len(matrices)) for op in source.values()]
+        return next((site for site in makers[0] if all(site in others for others in makers)), None)
+
+    def logits(self, queries: Op, calls: int) -> Logits:
+        """Where the queries of an attention can be multiplied.
+
+        Args:
+            queries: operand of the attention in the first of its calls.
+            calls: number of calls of the branch.
+        """
         size = math.prod(queries.shape)
         reached: dict[Op, tuple[int, int] | None] = {}
         stack: list[tuple[Op, tuple[int, int] | None]] = [(queries, None)]
@@ -87,9 +92,9 @@ class Sites:
                 stack.extend((operand, _last_part(operand, output, size) or part) for operand, output in operands)
         whole = [op for op in reached if math.prod(op.shape) == size and reached[op] is None]
         matrices = [op for op in reached if self.graph.is_matrix(op)]
-        folds = self.folds(matrices[0]) if len(matrices) == 1 and matrices[0] in whole else ()
+        folds = self.folds([matrices[0]]) if calls == len(matrices) == 1 and matrices[0] in whole else ()
         for op in (*whole, *(op for op in reached if reached[op] is not None)):
-            for site in self._makers([op]):
+            for site in self._makers([op], calls):
                 return Logits(replace(site, part=reached[op]), folds)
         return Logits(self._query_rows(matrices), folds)
 
@@ -103,15 +108,18 @@ class Sites:
                     return Site(name, "weight", part=(0, owner.embed_dim))
         return None
 
-    def folds_weight(self, use: Use) -> tuple[str, ...]:
-        """The matrix of one use, if it can be multiplied without another effect; empty if it is tied."""
-        return (use.parameter,) if len(self._uses[use.parameter]) == 1 and use.homogeneous else ()
+    def folds(self, ends: list[Op]) -> tuple[str, ...]:
+        """Parameters whose multiplication multiplies all of the operations and nothing else, empty if there is none.
 
-    def folds(self, op: Op) -> tuple[str, ...]:
-        """Parameters whose multiplication multiplies an operation's output and nothing else, empty if there is none."""
-        found = self._factors(op) or []
-        alone = all(len(self._uses[use.parameter]) == 1 and use.homogeneous for use in found)
-        return tuple(use.parameter for use in found) if alone else ()
+        Args:
+            ends: last operation of a branch in each of its calls.
+        """
+        found = [self._factors(end) or [] for end in ends]
+        names = [tuple(dict.fromkeys(use.parameter for use in uses)) for uses in found]
+        together = [use for uses in found for use in uses]
+        counts = Counter(use.parameter for use in together)
+        alone = all(len(self._uses[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
+        return names[0] if alone and len(set(names)) == 1 else ()
 
     def _factors(self, op: Op) -> list[Use] | None:
         """Uses of parameters that an operation's output is proportional to, taken together."""
@@ -133,24 +141,42 @@ class Sites:
             return None if None in parts else uses + [use for part in parts for use in part or ()]
         return None
 
-    def _multiplies(self, op: Op) -> bool:
-        """Whether an operation's output is proportional to its only data."""
-        if len(op.data) != 1 or op.name in ("Add", "Sub", "Rsub"):
-            return False
-        return op.name in RESHAPES | JOINS | ARITHMETIC
+    def _proportional(self, end: Op) -> list[Op]:
+        """The end of a branch, and what it is proportional to, as far back as nothing else reads that."""
+        chain: list[Op] = []
+        op = end
+        while len(self._readers[op]) == 1:
+            chain.append(op)
+            if len(op.data) != 1 or op.name not in RESHAPES | JOINS | ARITHMETIC - {"Add", "Sub", "Rsub"}:
+                break
+            op = op.data[0]
+        return chain
 
-    def _before_bias(self, op: Op) -> Op:
-        """The operation before a bias that is added on its own, or the operation itself."""
-        op = transparent_source(op)
-        return transparent_source(op.data[0]) if op.name == "Add" and len(op.data) == 1 else op
+    def _matrix_of(self, call: Call, source: dict[Op, Op]) -> Op | None:
+        """The readout matrix that a call of a module is, from its first input to its only output."""
+        if len(call.outputs) != 1 or not call.inputs:
+            return None
+        read = transparent_source(self.graph.by_node[call.inputs[0]])
+        made = self.graph.by_node.get(call.outputs[0][1])
+        if made is None:
+            return None
+        made = transparent_source(made)
+        before_bias = transparent_source(made.data[0]) if made.name == "Add" and len(made.data) == 1 else made
+        return next((matrix for matrix in (made, before_bias) if source.get(matrix) is read), None)
 
-    def _makers(self, ops: Iterable[Op]) -> list[Site]:
-        """Modules that are called once and return one of the operations' outputs, in the order of ``ops``."""
+    def _lasting_readers(self, source: Op) -> set[Op]:
+        """Operations that read another one's output, not counting those that only arrange it."""
+        readers = self._readers[source]
+        arranged = {reader for reader in readers if transparent_source(reader) is source}
+        return (readers - arranged).union(*(self._lasting_readers(reader) for reader in arranged))
+
+    def _makers(self, ops: Iterable[Op], calls: int = 1) -> list[Site]:
+        """Modules that are called so many times and return one of the operations' outputs, in the order of ``ops``."""
         return [
             Site(call.module, "output", index)
             for op in ops
             for call, index in self._made_by[op]
-            if len(self._calls[call.module]) == 1
+            if len(self._calls[call.module]) == calls
         ]
 
     @cached_property

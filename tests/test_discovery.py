@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -305,4 +305,30 @@ def test_weights_shared_across_depth_are_planned_with_a_warning() -> None:
     structure = discover(SharedBlock(), torch.ones(1, 3))
     assert structure.depth == 3 and structure.roles["branch.2.weight"] == "branch_out"
     assert any("shared across depth" in warning for warning in structure.warnings)
-    assert all(branch.folds == () for branch in structure.branches), "folding once would multiply every use"
+    (branch,) = structure.branches
+    assert str(branch.site) == "branch output" and set(branch.folds) == {"branch.2.weight", "branch.2.bias"}
+
+
+class Twice(LightningModule):
+    """Two forward passes in one step, and a look at the trainer."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.net = ResNet(depth, 8, 4, inputs=3, outputs=2)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        first, second = self.net(batch), self.net(batch.flip(0))
+        return (first - second).square().mean() * (1 + self.trainer.current_epoch)
+
+
+def test_two_forward_passes_are_one_network() -> None:
+    module = Twice()
+    module.trainer = Trainer(barebones=True, accelerator="cpu")
+    structure = discover(module, torch.ones(4, 3))
+    assert [stream.depth for stream in structure.streams] == [2]
+    assert [(str(branch.site), branch.folds) for branch in structure.branches] == [
+        (f"net.blocks.{i} output", (f"net.blocks.{i}.write.weight",)) for i in (0, 1)
+    ]
+    (readout,) = structure.readouts
+    assert (str(readout.site), readout.folds) == ("net.readout input", ("net.readout.weight",))
+    assert module.trainer is not None
