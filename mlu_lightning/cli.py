@@ -1,0 +1,58 @@
+"""The command line: ``mlu-lightning quickstart``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mlu_lightning.quickstart import Study, load_text, run_study, save_runs
+from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
+
+__all__ = ["main", "quickstart"]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command of ``mlu-lightning``.
+
+    Args:
+        args: of the command line; by default those of the process.
+    """
+    try:
+        auto_cli({"quickstart": quickstart}, args=args, prog="mlu-lightning")
+    except ValueError as error:
+        Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int = 220, seed: int = 0) -> None:
+    """Train small Transformers on text at several learning rates and shapes, with MLU and without.
+
+    Args:
+        text: path of the text to train on; by default the documentation inside Python's standard library.
+        out: folder for the figure and the losses; it is made if it does not exist.
+        steps: optimizer steps of each run.
+        seed: of initial weights and batches.
+    """
+    content = load_text(text)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = Study(steps=steps, seed=seed)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    total = len(study.exponents) * (2 * len(study.shapes) - 1)
+    source = "the documentation in Python's standard library" if text is None else text
+    console.print(f"{total} runs of {steps} steps on {len(content):,} bytes of {source}", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=total)
+        runs = run_study(study, content, lambda run: progress.advance(task))
+    save_runs(study, runs, folder / "runs.json")
+    save_figure(study, runs, folder / "quickstart.png")
+    console.print("Validation loss (nats per byte) by learning rate; * marks the least of a row.", highlight=False)
+    console.print(loss_table(study, runs))
+    for sentence in verdicts(study, runs):
+        console.print(sentence, highlight=False)
+    console.print(f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, soft_wrap=True)

@@ -1,0 +1,289 @@
+"""A small study: does the best learning rate stay where it is when depth, hidden width or embedding grows?
+
+Small Transformers are trained on text at a few learning rates, first at a base shape, then with eight times its depth,
+its hidden width and its embedding dimension, each on its own, in the MLU parameterization (the base's hyperparameters and
+:class:`mlu_lightning.MLUCallback`) and in the standard one (the base's hyperparameters and nothing else).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning.models import CausalTransformer
+
+__all__ = [
+    "BASE",
+    "SHAPES",
+    "Run",
+    "Study",
+    "TransformerShape",
+    "best_exponent",
+    "curve_of",
+    "load_text",
+    "run_study",
+    "save_runs",
+]
+
+BASE = "base"
+"""Name of the shape at which the hyperparameters are tuned."""
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """Shape of a :class:`mlu_lightning.models.CausalTransformer` with heads of dimension 16.
+
+    Args:
+        depth: attention branches, and MLP branches.
+        heads: of each attention branch.
+        mlp_hidden: units of each MLP branch.
+        embedding: dimension of the stream.
+    """
+
+    depth: int
+    heads: int
+    mlp_hidden: int
+    embedding: int
+
+
+SHAPES: dict[str, TransformerShape] = {
+    BASE: TransformerShape(depth=2, heads=2, mlp_hidden=128, embedding=32),
+    "8 x depth": TransformerShape(depth=16, heads=2, mlp_hidden=128, embedding=32),
+    "8 x hidden width": TransformerShape(depth=2, heads=16, mlp_hidden=1024, embedding=32),
+    "8 x embedding": TransformerShape(depth=2, heads=2, mlp_hidden=128, embedding=256),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained, and on what.
+
+    Args:
+        shapes: by name; the first is the base.
+        exponents: of the learning rates, powers of two.
+        steps: optimizer steps of every run.
+        samples: in a batch.
+        context: length of a sample in bytes.
+        seed: of initial weights and batches.
+    """
+
+    shapes: dict[str, TransformerShape] = field(default_factory=lambda: dict(SHAPES))
+    exponents: tuple[int, ...] = (-10, -9, -8, -7, -6, -5, -4)
+    steps: int = 220
+    samples: int = 16
+    context: int = 32
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        shape: name of its shape.
+        mlu: whether it is in the MLU parameterization; at the base shape that is the same run.
+        exponent: of its learning rate, a power of two.
+        loss: validation loss in nats per byte; NaN if the run diverged.
+    """
+
+    shape: str
+    mlu: bool
+    exponent: int
+    loss: float = math.nan
+
+
+def load_text(path: str | None = None) -> bytes:
+    """Read the text to train on.
+
+    Args:
+        path: of a file; by default the documentation inside Python's standard library (``pydoc_data.topics``).
+
+    Raises:
+        ValueError: if the file cannot be read or has less than 10 000 bytes.
+
+    >>> len(load_text()) > 400_000
+    True
+    """
+    if path is None:
+        return "\n".join(topics[name] for name in sorted(topics)).encode()
+    try:
+        text = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"The text {path} cannot be read: {error.strerror}. Give --text the path of a file."
+        ) from error
+    if len(text) < 10_000:
+        raise ValueError(
+            f"The text {path} has {len(text)} bytes, and there is nothing to learn from less than 10 000. Give --text a "
+            "longer file."
+        )
+    return text
+
+
+def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda run: None) -> list[Run]:
+    """Train every shape at every learning rate, two runs at a time where there are two cores.
+
+    Args:
+        study: what to train.
+        text: what to train on.
+        report: called with each run when it is done.
+
+    Returns:
+        The runs, in the order of shapes, parameterizations and learning rates. The base's stand for both.
+    """
+    plans = list(_runs(study))
+    order = sorted(
+        plans, key=lambda run: -_cost(study.shapes[run.shape])
+    )  # longest first, so that both cores end together
+    workers = min(2, os.cpu_count() or 1)
+    done: dict[Run, Run] = {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        pending = {pool.submit(_train, study, text, run): run for run in order}
+        for future in as_completed(pending):
+            done[pending[future]] = future.result()
+            report(future.result())
+    return [done[run] for run in plans]
+
+
+def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
+    """Exponent of the learning rate with the least validation loss, between those tried by a parabola.
+
+    Args:
+        runs: of a study.
+        shape: name of the shape.
+        mlu: whether in the MLU parameterization.
+
+    Returns:
+        The vertex of the parabola through the best run and its two neighbours, or the best run's exponent at an end of
+        the range or next to a run that diverged.
+
+    >>> runs = [Run("base", False, exponent, (exponent + 6.2) ** 2) for exponent in (-8, -7, -6, -5)]
+    >>> round(best_exponent(runs, "base", mlu=True), 6)
+    -6.2
+    """
+    curve = sorted(curve_of(runs, shape, mlu))
+    losses = [loss if math.isfinite(loss) else math.inf for _, loss in curve]
+    best = losses.index(min(losses))
+    exponent = curve[best][0]
+    if best in (0, len(curve) - 1) or not math.isfinite(losses[best - 1] + losses[best + 1]):
+        return float(exponent)
+    left, middle, right = losses[best - 1 : best + 2]
+    spacing = (curve[best + 1][0] - curve[best - 1][0]) / 2
+    return exponent + spacing * (left - right) / (2 * (left - 2 * middle + right))
+
+
+def curve_of(runs: list[Run], shape: str, mlu: bool) -> list[tuple[int, float]]:
+    """Exponents and losses of one shape; the base's runs are those of both parameterizations.
+
+    Args:
+        runs: of a study.
+        shape: name of the shape.
+        mlu: whether in the MLU parameterization.
+    """
+    return [(run.exponent, run.loss) for run in runs if run.shape == shape and (run.mlu == mlu or shape == BASE)]
+
+
+def save_runs(study: Study, runs: list[Run], path: Path) -> None:
+    """Write a study and its runs as JSON.
+
+    Args:
+        study: what was trained.
+        runs: with their losses.
+        path: of the file.
+    """
+    content = {"study": asdict(study), "runs": [asdict(run) for run in runs]}
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _runs(study: Study) -> Iterator[Run]:
+    for shape in study.shapes:
+        for mlu in (False,) if shape == BASE else (True, False):
+            for exponent in study.exponents:
+                yield Run(shape, mlu, exponent)
+
+
+def _cost(shape: TransformerShape) -> int:
+    return shape.depth * shape.embedding * (shape.mlp_hidden + 32 * shape.heads)
+
+
+def _start_worker() -> None:
+    """One core for each run, and none of Lightning's notes on hardware that these runs do not need."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def _train(study: Study, text: bytes, run: Run) -> Run:
+    """Train one model as any Lightning user would, and validate it."""
+    training, validation, vocabulary = _tokens(text)
+
+    def build(name: str) -> CausalTransformer:
+        shape = study.shapes[name]
+        return CausalTransformer(
+            vocabulary,
+            study.context,
+            shape.depth,
+            shape.embedding,
+            shape.heads,
+            mlp_hidden=shape.mlp_hidden,
+            lr=2.0**run.exponent,
+            schedule_steps=study.steps,
+        )
+
+    seed_everything(study.seed, verbose=False)
+    model = build(run.shape)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=study.steps,
+        callbacks=[MLUCallback(base=build(BASE))] if run.mlu else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    draws = torch.Generator().manual_seed(study.seed)
+    starts = torch.randint(len(training) - study.context, (study.steps * study.samples,), generator=draws)
+    trainer.fit(model, DataLoader(_Windows(training, starts, study.context + 1), batch_size=study.samples))
+    spaced = torch.linspace(0, len(validation) - study.context - 1, 256).long()
+    loader = DataLoader(_Windows(validation, spaced, study.context + 1), batch_size=64)
+    (metrics,) = trainer.validate(model, loader, verbose=False)
+    return replace(run, loss=metrics["val_loss"])
+
+
+def _tokens(text: bytes) -> tuple[Tensor, Tensor, int]:
+    """Training and validation tokens, the last tenth, and the number of different ones."""
+    values = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    vocabulary, tokens = torch.unique(values, return_inverse=True)
+    cut = len(tokens) * 9 // 10
+    return tokens[:cut], tokens[cut:], len(vocabulary)
+
+
+@dataclass(frozen=True)
+class _Windows(Dataset[Tensor]):
+    """Samples of consecutive tokens, the last of which is only predicted."""
+
+    tokens: Tensor
+    starts: Tensor
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = int(self.starts[index])
+        return self.tokens[start : start + self.length]
