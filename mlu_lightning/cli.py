@@ -56,3 +56,7 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     for sentence in verdicts(study, runs):
         console.print(sentence, highlight=False)
     console.print(f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

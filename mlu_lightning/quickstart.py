@@ -63,9 +63,9 @@ class TransformerShape:
 
 SHAPES: dict[str, TransformerShape] = {
     BASE: TransformerShape(depth=2, heads=2, mlp_hidden=128, embedding=32),
-    "8 x depth": TransformerShape(depth=16, heads=2, mlp_hidden=128, embedding=32),
-    "8 x hidden width": TransformerShape(depth=2, heads=16, mlp_hidden=1024, embedding=32),
-    "8 x embedding": TransformerShape(depth=2, heads=2, mlp_hidden=128, embedding=256),
+    "8 × depth": TransformerShape(depth=16, heads=2, mlp_hidden=128, embedding=32),
+    "8 × hidden width": TransformerShape(depth=2, heads=16, mlp_hidden=1024, embedding=32),
+    "8 × embedding": TransformerShape(depth=2, heads=2, mlp_hidden=128, embedding=256),
 }
 
 

@@ -78,7 +78,11 @@ def save_figure(study: Study, runs: list[Run], path: Path) -> None:
 
 def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
     """One panel; dots mark the best run of each curve, and the dotted line the base's best learning rate."""
-    axes.axvline(2.0 ** best_exponent(runs, BASE, mlu), color="0.6", linestyle=":", linewidth=1, zorder=0)
+    best_rate = 2.0 ** best_exponent(runs, BASE, mlu)
+    axes.axvline(best_rate, color="0.6", linestyle=":", linewidth=1.2, zorder=0)
+    axes.annotate(
+        "best at base ", (best_rate, 0.01), xycoords=("data", "axes fraction"), ha="right", fontsize=8, color="0.4"
+    )
     for shape, color in zip(study.shapes, _COLORS, strict=False):
         curve = curve_of(runs, shape, mlu)
         rates, losses = [2.0**exponent for exponent, _ in curve], [loss for _, loss in curve]
@@ -92,7 +96,8 @@ def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
     axes.set_xlabel("learning rate")
     axes.set_title(_TITLES[mlu], loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper center", ncols=2, fontsize=9)
+    if mlu:
+        axes.legend(frameon=False, loc="upper center", fontsize=9)
 
 
 def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:

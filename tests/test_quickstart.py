@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlu_lightning.cli import main
+from mlu_lightning.quickstart import SHAPES, Run, Study, TransformerShape, best_exponent, load_text, run_study
+from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
+
+EXPONENTS = (-8, -7, -6, -5, -4)
+
+
+def _valley(shape: str, mlu: bool, bottom: float, least: float = 2.0) -> list[Run]:
+    return [Run(shape, mlu, exponent, least + 0.1 * (exponent - bottom) ** 2) for exponent in EXPONENTS]
+
+
+@pytest.fixture
+def study() -> Study:
+    return Study(exponents=EXPONENTS)
+
+
+@pytest.fixture
+def runs() -> list[Run]:
+    """Losses whose minima are known: at 2^-6 for the base and with MLU, elsewhere without."""
+    found = _valley("base", False, -6.0)
+    for shape, bottom in zip(list(SHAPES)[1:], (-7.0, -5.5, -9.0), strict=True):
+        found += _valley(shape, True, -6.0, 1.9) + _valley(shape, False, bottom, 1.95)
+    return found
+
+
+def test_default_text_is_that_of_the_standard_library() -> None:
+    text = load_text()
+    assert len(text) > 400_000
+    assert b"The standard type hierarchy" in text
+
+
+def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"The text .*missing.txt cannot be read: No such file or directory"):
+        load_text(str(tmp_path / "missing.txt"))
+    (tmp_path / "short.txt").write_text("to be or not to be")
+    with pytest.raises(
+        ValueError, match=r"short.txt has 18 bytes, and there is nothing to learn from less than 10 000"
+    ):
+        load_text(str(tmp_path / "short.txt"))
+
+
+def test_best_learning_rate_is_the_vertex_of_a_parabola(runs: list[Run]) -> None:
+    assert best_exponent(runs, "base", mlu=True) == pytest.approx(-6)
+    assert best_exponent(_valley("x", True, -6.3), "x", mlu=True) == pytest.approx(-6.3)
+    assert best_exponent(_valley("x", True, -9.0), "x", mlu=True) == -8, "at an end nothing is extrapolated"
+    diverged = [*_valley("x", True, -5.0)[:-1], Run("x", True, -4, math.nan)]
+    assert best_exponent(diverged, "x", mlu=True) == -5, "nor next to a run that diverged"
+
+
+def test_table_and_verdicts_are_those_of_the_runs(study: Study, runs: list[Run], tmp_path: Path) -> None:
+    console = Console(width=120, record=True, file=(tmp_path / "table.txt").open("w"))
+    console.print(loss_table(study, runs))
+    text = console.export_text()
+    assert text.count("2.000*") == 2, "the base's runs stand for both parameterizations"
+    assert text.count("1.900*") == 3
+    assert verdicts(study, runs) == [
+        "8 × depth: the best learning rate is 1.00 times the base's with MLU, and 0.50 times the base's without.",
+        "8 × hidden width: the best learning rate is 1.00 times the base's with MLU, and 1.41 times the base's without.",
+        "8 × embedding: the best learning rate is 1.00 times the base's with MLU, and at most 0.25 times the base's "
+        "(the smallest that was tried) without.",
+    ]
+
+
+def test_figure_is_drawn_also_of_runs_that_diverged(study: Study, runs: list[Run], tmp_path: Path) -> None:
+    runs[-1] = Run(runs[-1].shape, runs[-1].mlu, runs[-1].exponent, math.nan)
+    save_figure(study, runs, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_small_study_trains_and_is_the_same_again() -> None:
+    shapes = {"base": TransformerShape(1, 1, 16, 16), "deeper": TransformerShape(2, 1, 16, 16)}
+    study = Study(shapes=shapes, exponents=(-7, -5), steps=20)
+    reported: list[Run] = []
+    runs = run_study(study, load_text(), reported.append)
+    assert [(run.shape, run.mlu, run.exponent) for run in runs] == [
+        (shape, mlu, exponent)
+        for shape, mlu in (("base", False), ("deeper", True), ("deeper", False))
+        for exponent in (-7, -5)
+    ]
+    assert sorted(map(str, reported)) == sorted(map(str, runs))
+    assert all(1.5 < run.loss < math.log(256) for run in runs), "better than guessing among 256 bytes"
+    assert len({run.loss for run in runs}) == len(runs)
+    assert run_study(study, load_text()) == runs
+
+
+def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["quickstart", "--text", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out")])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mlu-lightning: The text ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_quickstart_in_a_process_of_its_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mlu_lightning.cli", "quickstart", "--out", str(tmp_path), "--steps", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "49 runs of 5 steps" in result.stdout and "8 × depth: the best learning rate is" in result.stdout
+    assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 49
+    assert (tmp_path / "quickstart.png").stat().st_size > 20_000
