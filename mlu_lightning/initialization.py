@@ -126,12 +126,15 @@ class _Draw:
         """Draw in float32 on the CPU."""
         digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        drawn = torch.empty(shape)
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
         if self.axis is None:
             drawn.normal_(generator=generator)
         else:
             for coordinate in drawn.movedim(self.axis, 0):
-                coordinate.copy_(torch.randn(coordinate.shape, generator=generator))
+                # drawn contiguously: normal_ on a column draws otherwise than on a row
+                coordinate.copy_(
+                    torch.empty(coordinate.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+                )
         for axis, alive in self.alive.items():
             drawn.movedim(axis, -1).mul_(alive)
         return drawn

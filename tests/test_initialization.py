@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlu_lightning import Plan, Ratios, Role
 from mlu_lightning.initialization import initialize
-from mlu_lightning.models import CausalTransformer
+from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.multipliers import attach_multipliers, fold
 from mlu_lightning.planning import Multiplier, ParameterPlan
 
@@ -488,3 +488,16 @@ def test_multipliers_that_are_attached_do_not_matter() -> None:
     attach_multipliers(hooked, plan)
     initialize(hooked, plan)
     assert_same(hooked, values_of(initialize(plain, plan)))
+
+
+@pytest.mark.parametrize("mode", ["normal", "coupled"])
+def test_draws_do_not_depend_on_the_default_dtype(mode: Literal["normal", "coupled"]) -> None:
+    base, built = (ResNet(2, 8, embedding, inputs=3, outputs=2) for embedding in (4, 6))
+    plan = Plan.from_model(built, base=base)
+    usual = initialize(copy.deepcopy(built), plan, mode)
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = initialize(copy.deepcopy(built), plan, mode)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(usual.parameters(), other.parameters(), strict=True))
