@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from jsonargparse import auto_cli
@@ -10,7 +11,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlu_lightning.quickstart import Study, load_text, run_study, save_runs
-from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
 
 __all__ = ["main", "quickstart"]
 
@@ -24,7 +24,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         auto_cli({"quickstart": quickstart}, args=args, prog="mlu-lightning")
     except ValueError as error:
-        Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -37,6 +37,12 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         steps: optimizer steps of each run.
         seed: of initial weights and batches.
     """
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "quickstart draws a figure, and matplotlib is not installed: pip install 'mlu-lightning[plots]'."
+        )
+    from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
+
     content = load_text(text)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,18 +50,22 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     console = Console(width=None if sys.stdout.isatty() else 110)
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
     source = "the documentation in Python's standard library" if text is None else text
-    console.print(f"{total} runs of {steps} steps on {len(content):,} bytes of {source}", highlight=False)
+    console.print(f"{total} runs of {steps} steps on {len(content):,} bytes of {source}", highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=total)
         runs = run_study(study, content, lambda run: progress.advance(task))
     save_runs(study, runs, folder / "runs.json")
     save_figure(study, runs, folder / "quickstart.png")
-    console.print("Validation loss (nats per byte) by learning rate; * marks the least of a row.", highlight=False)
+    console.print(
+        "Validation loss (nats per byte) by learning rate; * marks the least of a row.", highlight=False, markup=False
+    )
     console.print(loss_table(study, runs))
     for sentence in verdicts(study, runs):
-        console.print(sentence, highlight=False)
-    console.print(f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, soft_wrap=True)
+        console.print(sentence, highlight=False, markup=False)
+    console.print(
+        f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

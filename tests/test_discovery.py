@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -53,6 +53,14 @@ def test_streams_branches_and_readout(architecture: Architecture) -> None:
     assert bool(structure.readouts[0].folds) != architecture.tied
     assert all(bool(branch.folds) != architecture.unfoldable for branch in structure.branches)
     assert bool(structure.warnings) == architecture.warns
+
+
+def test_a_branch_that_ends_in_a_norm_is_multiplied_after_it() -> None:
+    structure = discover(ARCHITECTURES["gemma2"].build(1, 2, 16), LANGUAGE)
+    assert [str(branch.site) for branch in structure.branches] == [
+        "model.layers.0.post_attention_layernorm output",
+        "model.layers.0.post_feedforward_layernorm output",
+    ]
 
 
 def test_structure_is_the_same_on_meta(architecture: Architecture) -> None:

@@ -103,6 +103,13 @@ def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out").exists()
 
 
+def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        main(["quickstart"])
+    assert "matplotlib is not installed: pip install 'mlu-lightning[plots]'" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_quickstart_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mlu_lightning.cli", "quickstart", "--out", str(tmp_path), "--steps", "5"]
