@@ -12,6 +12,7 @@ from architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 
 from mlu_lightning import Plan, discover
 from mlu_lightning.base import name_pattern
@@ -340,3 +341,108 @@ def test_two_forward_passes_are_one_network() -> None:
     (readout,) = structure.readouts
     assert (str(readout.site), readout.folds) == ("net.readout input", ("net.readout.weight",))
     assert module.trainer is not None
+
+
+class Blocks(nn.Module):
+    """Two residual blocks between an embedding and a readout; subclasses say what a block adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.read = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
+        self.write = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
+        self.more = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.norm = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for i in range(2):
+            h = self.block(h, i)
+        output: Tensor = self.out(h)
+        return output
+
+    def block(self, h: Tensor, i: int) -> Tensor:
+        return h + self.branch(h, i)
+
+    def branch(self, h: Tensor, i: int) -> Tensor:
+        branch: Tensor = self.write[i](torch.tanh(self.read[i](h)))
+        return branch
+
+
+class InTurn(Blocks):
+    """Parallel branches that are added one after the other."""
+
+    def block(self, h: Tensor, i: int) -> Tensor:
+        return (h + self.branch(h, i)) + torch.tanh(self.more[i](h))
+
+
+def test_parallel_branches_that_are_added_in_turn_count_once() -> None:
+    structure = discover(InTurn(), torch.ones(1, 3))
+    assert structure.depth == 2
+    assert [branch.position for branch in structure.branches] == [0, 0, 1, 1]
+
+
+class SharedDropout(Blocks):
+    """The only modules that return a whole branch are called for every branch."""
+
+    def branch(self, h: Tensor, i: int) -> Tensor:
+        units = torch.tanh(self.read[i](h))
+        branch: Tensor = self.drop(F.linear(units, self.write[i].weight, self.write[i].bias))
+        return branch
+
+
+def test_a_module_that_other_branches_call_too_is_no_place_for_a_multiplier() -> None:
+    structure = discover(SharedDropout(), torch.ones(1, 3))
+    assert len(structure.branches) == 2
+    assert [branch.site for branch in structure.branches] == [None, None]
+    assert set(structure.branches[0].folds) == {"write.0.weight", "write.0.bias"}
+
+
+class CalledTwice(Blocks):
+    """A block's matrices are used twice in it."""
+
+    def branch(self, h: Tensor, i: int) -> Tensor:
+        return super().branch(h, i) + super().branch(-h, i)
+
+
+def test_a_module_that_is_called_twice_in_one_branch_is_multiplied_in_both() -> None:
+    structure = discover(CalledTwice(), torch.ones(1, 3))
+    assert structure.depth == 2
+    assert [str(branch.site) for branch in structure.branches] == ["write.0 output", "write.1 output"]
+    assert set(structure.branches[0].folds) == {"write.0.weight", "write.0.bias"}
+
+
+class Shifted(Blocks):
+    """A constant that no parameter multiplies is added to the branch."""
+
+    def branch(self, h: Tensor, i: int) -> Tensor:
+        return super().branch(h, i) + 1.0
+
+
+def test_a_branch_with_a_constant_cannot_be_folded() -> None:
+    structure = discover(Shifted(), torch.ones(1, 3))
+    assert [(branch.site, branch.folds) for branch in structure.branches] == [(None, ()), (None, ())]
+
+
+class NormedBranch(Blocks):
+    """A layer norm ends the branch."""
+
+    def branch(self, h: Tensor, i: int) -> Tensor:
+        branch: Tensor = self.norm[i](super().branch(h, i))
+        return branch
+
+
+def test_a_norm_that_ends_a_branch_is_what_is_folded() -> None:
+    module = NormedBranch()
+    torch.nn.init.normal_(module.norm[1].bias)
+    (_, branch) = discover(module, torch.ones(1, 3)).branches
+    assert str(branch.site) == "norm.1 output"
+    assert set(branch.folds) == {"norm.1.weight", "norm.1.bias"}
+
+
+def test_a_pooler_after_the_stream_is_a_matrix_on_it() -> None:
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    structure = discover(BertModel(config), {"input_ids": TOKENS})
+    assert structure.roles["pooler.dense.weight"] == "stream_matrix"
+    assert structure.readouts == ()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+import transformers
+from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
-from mlu_lightning.models import ResNet
+from mlu_lightning.models import CausalTransformer, ResNet
 
 STEPS = 20
 # eps is as large as gradients are, so that its factor counts; with a small one, Adam amplifies rounding errors without
@@ -104,3 +106,49 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
     plain = architecture.build(2, 4, 32).double().eval()
     plain.load_state_dict(module.state_dict())
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
+
+
+def _gpt2(head_dim: int) -> nn.Module:
+    numbers = {
+        "vocab_size": 50,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 8,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=2 * head_dim, **numbers))
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "queries"),
+    [
+        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight"),
+        (_gpt2, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
+        (lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), "in_proj_"),
+    ],
+)
+def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], example: Any, queries: str) -> None:
+    """Multiplying logits is multiplying the rows of the queries by hand."""
+    torch.manual_seed(0)
+    module, base = build(32).double().eval(), build(16)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    plan = Plan.from_model(module, example, base=base)
+    by_hand = copy.deepcopy(module)
+    others = replace(plan, multipliers=tuple(m for m in plan.multipliers if m.kind != "logits"))
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if queries in name:
+                rows = parameter.T if "c_attn.weight" in name else parameter
+                rows[:64] *= 0.5**0.5
+    expected = _loss(fold(by_hand, others), example)
+    assert not torch.allclose(_loss(fold(copy.deepcopy(module), others), example), expected, rtol=1e-6, atol=0)
+    for put in (attach_multipliers, fold):
+        copied = copy.deepcopy(module)
+        put(copied, plan)
+        loss = _loss(copied, example)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in copied.parameters())
+        assert list(copied.state_dict()) == list(module.state_dict())

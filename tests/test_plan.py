@@ -296,3 +296,13 @@ def test_a_plan_with_a_wrong_entry(tmp_path: Path) -> None:
     path.write_text(text.replace("base_depth", "depth0"))
     with pytest.raises(ValueError, match=r"streams: .*should be a mapping with the keys depth, base_depth"):
         Plan.load(path)
+
+
+def test_the_bases_std_is_that_of_the_nearest_place_along_the_depth() -> None:
+    base, module = (ResNet(depth, 8, 4, inputs=3, outputs=2) for depth in (3, 6))
+    with torch.no_grad():
+        for i, block in enumerate(base.blocks):
+            block.write.weight.fill_(i + 1.0)
+    plan = Plan.from_model(module, base=base)
+    stds = [plan.parameters[f"blocks.{i}.write.weight"].base_std for i in range(6)]
+    assert stds == pytest.approx([1, 2, 3, 3, 3, 3])
