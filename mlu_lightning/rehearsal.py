@@ -70,7 +70,7 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
             LightningModule, for its ``forward``.
 
     Raises:
-        ValueError: if there is no example.
+        ValueError: if there is no example, or the module cannot be copied.
         RuntimeError: if nothing that requires a gradient comes out.
 
     >>> len(rehearse(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3)).calls)
@@ -135,7 +135,14 @@ def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     if fake is not None:
         for buffer in module.buffers():
             memo[id(buffer)] = _fake(buffer, fake)
-    twin = copy.deepcopy(module, memo).train()
+    try:
+        twin = copy.deepcopy(module, memo).train()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{type(module).__name__} cannot be copied ({error}), and planning runs a copy, so that the module itself "
+            "stays as it is. Plan it before it holds open files, locks or results of a forward pass, or keep these "
+            "outside of the module."
+        ) from error
     for original, copied in zip(module.modules(), twin.modules(), strict=True):
         # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
         trainer = vars(original).get("_trainer")

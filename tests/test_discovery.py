@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+import threading
 from collections import Counter
 from fnmatch import fnmatch
 
@@ -220,6 +221,15 @@ def test_parameters_that_cannot_be_placed_are_named_with_the_override_that_would
 def test_no_residual_branches() -> None:
     with pytest.raises(ValueError, match=r"Sequential has no residual branches.*check that the example runs"):
         discover(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 3))
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    module = ResNet(1, 8, 4, inputs=3, outputs=2)
+    module.lock = threading.Lock()
+    with pytest.raises(
+        ValueError, match=r"ResNet cannot be copied \(cannot pickle .*Plan it before it holds open files"
+    ):
+        discover(module)
 
 
 def test_no_example() -> None:
