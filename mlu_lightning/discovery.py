@@ -135,6 +135,7 @@ def _spots(graph: Graph, regions: Regions) -> tuple[list[_Spot], list[int]]:
         post_norms.append(norms > 0 and 2 * norms >= regions.depths[stream] - 1)
         spots.append(_Spot(stem, StemPlacement(graph, stem), streams[stream]))
         spots.append(_Spot(trunk, TrunkPlacement(post_norms[stream]), streams[stream]))
+        spots.append(_Spot(regions.shortcuts[stream], TrunkPlacement(post_norm=False), streams[stream]))
     spots.append(_Spot(regions.head, HeadPlacement(graph, regions.head, post_norms[0]), 0))
     return spots, [regions.depths[old] for old in kept]
 

@@ -58,7 +58,7 @@ def require_roles(structure: Structure, module: nn.Module) -> None:
         f"{name} {list(structure.parameters[name].shape)}: {why}" for name, why in structure.unassigned.items()
     )
     lines = ", ".join(
-        f'"{name}": "{Role.STREAM_MATRIX if len(structure.parameters[name].shape) > 1 else Role.STREAM_NORM}"'
+        f'"{name}": "{Role.STREAM_MATRIX if sum(n > 1 for n in structure.parameters[name].shape) > 1 else Role.STREAM_NORM}"'
         for name in structure.unassigned
     )
     raise ValueError(

@@ -1,9 +1,10 @@
 """Streams and branches in an autograd graph: which additions are residual, and which operations lie between them.
 
 A residual addition adds two tensors of one shape, one of which (the stream) goes into the other (the branch) through
-at least one parameter matrix. Everything else follows from walking back: from a branch to the stream it reads, from
-the stream to the addition before, from the first one to the data (the stem), and from the output to the last one (the
-head).
+at least one parameter matrix. Where a stage of a network changes the shape, both operands are computed from the stream:
+the one without a nonlinearity (a strided convolution, pooling) is the stream's shortcut. Everything else follows from
+walking back: from a branch to the stream it reads, from the stream to the addition before, from the first one to the data
+(the stem), and from the output to the last one (the head).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mlu_lightning.graph import Graph, Op, transparent_source
+from mlu_lightning.graph import NONLINEAR, Graph, Op, transparent_source
 
 __all__ = ["BranchRegion", "Regions", "find_regions"]
 
@@ -44,6 +45,7 @@ class Regions:
     Args:
         branches: in order of their additions.
         trunks: operations on each stream between two of its additions.
+        shortcuts: operations on each stream beside a branch, where a stage changes its shape.
         stems: operations before the first addition of each stream, and on what branches read besides their stream.
         head: operations between the last addition and the output.
         depths: number of positions of each stream; the stream that reaches the output comes first.
@@ -52,6 +54,7 @@ class Regions:
 
     branches: tuple[BranchRegion, ...]
     trunks: tuple[tuple[Op, ...], ...]
+    shortcuts: tuple[tuple[Op, ...], ...]
     stems: tuple[tuple[Op, ...], ...]
     head: tuple[Op, ...]
     depths: tuple[int, ...]
@@ -60,12 +63,12 @@ class Regions:
 
 @dataclass(frozen=True)
 class _Addition:
-    """A residual addition, where its stream was read, the branch, and the addition whose position it shares."""
+    """A residual addition, where its stream was read, the branch, and the operand that is the stream or its shortcut."""
 
     op: Op
     root: Op
     branch: Op
-    partner: Op | None
+    stream: Op
 
 
 def find_regions(graph: Graph) -> Regions:
@@ -99,16 +102,20 @@ def find_regions(graph: Graph) -> Regions:
             where = stream_of[addition.op], position_of[addition.op]
             branches.append(BranchRegion(end, addition.root, addition.op, ops, *where))
 
+    shortcuts: list[tuple[Op, ...]] = [() for _ in depths]
+    for addition in additions:
+        shortcuts[stream_of[addition.op]] += _walk(graph, [addition.stream], stops)[0]
     trunks: list[tuple[Op, ...]] = [() for _ in depths]
     stems: list[tuple[Op, ...]] = [() for _ in depths]
     for root, (ops, hits) in behind.items():
         part = trunks if hits else stems
         part[stream_of[root]] += ops
-    taken = {op for part in (*trunks, *stems, head, *(branch.ops for branch in branches)) for op in part}
+    taken = {op for part in (*trunks, *shortcuts, *stems, head, *(branch.ops for branch in branches)) for op in part}
     aside, _, _ = _walk(graph, context, stops | taken)
     if depths:
         stems[-1] += aside
-    return Regions(tuple(branches), tuple(trunks), tuple(stems), head, depths, len(found) - len(additions))
+    nested = len(found) - len(additions)
+    return Regions(tuple(branches), tuple(trunks), tuple(shortcuts), tuple(stems), head, depths, nested)
 
 
 def _ancestors(graph: Graph, marked: Iterable[Op]) -> tuple[list[int], dict[Op, int], list[int]]:
@@ -131,21 +138,42 @@ def _ancestors(graph: Graph, marked: Iterable[Op]) -> tuple[list[int], dict[Op, 
 def _residual_additions(graph: Graph) -> list[_Addition]:
     """Additions of a stream and a branch, in order."""
     candidates = [op for op in graph.ops if _adds_two(op)]
-    sources = {operand: transparent_source(operand) for op in candidates for operand in op.data}
-    _, bit, through_matrix = _ancestors(graph, sources.values())
+    chains = {operand: _linear_chain(graph, operand) for op in candidates for operand in op.data}
+    above, bit, through_matrix = _ancestors(graph, {op for chain in chains.values() for op in chain})
     found: dict[Op, _Addition] = {}
     for op in candidates:
         first, second = op.data
         for stream, branch in ((first, second), (second, first)):
-            root, partner = sources[stream], None
-            reached = through_matrix[branch.index]
-            if not reached & bit[root] and root in found:
+            root = transparent_source(stream)
+            if root in found and not through_matrix[branch.index] & bit[root]:
                 # (x + attention(x)) + mlp(x): the second branch reads the root of the first
-                root, partner = found[root].root, root
-            if reached & bit.get(root, 0):
-                found[op] = _Addition(op, root, branch, partner)
+                root = found[root].root
+            if through_matrix[branch.index] & bit[root]:
+                found[op] = _Addition(op, root, branch, stream)
                 break
+        else:
+            for stream, branch in ((first, second), (second, first)):
+                # where the two paths part; x + x³ inside a GELU part where no matrix follows
+                root = next((o for o in chains[stream] if above[branch.index] & bit[o]), stream)
+                if through_matrix[branch.index] & bit[root] and _is_nonlinear(graph, branch, root):
+                    found[op] = _Addition(op, root, branch, stream)
+                    break
     return list(found.values())
+
+
+def _linear_chain(graph: Graph, op: Op) -> list[Op]:
+    """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
+    chain = [op]
+    while len(op.data) == 1 and op.name not in NONLINEAR:
+        op = op.data[0]
+        chain.append(op)
+    return chain
+
+
+def _is_nonlinear(graph: Graph, branch: Op, root: Op) -> bool:
+    """Whether a nonlinearity lies between a root and the end of a branch."""
+    ops, _, _ = _walk(graph, [branch], {root})
+    return any(op.name in NONLINEAR and op.index > root.index for op in ops)
 
 
 def _adds_two(op: Op) -> bool:

@@ -156,11 +156,11 @@ class Sites:
         """The readout matrix that a call of a module is, from its first input to its only output."""
         if len(call.outputs) != 1 or not call.inputs:
             return None
-        read = transparent_source(self.graph.by_node[call.inputs[0]])
+        given = self.graph.by_node.get(call.inputs[0])
         made = self.graph.by_node.get(call.outputs[0][1])
-        if made is None:
-            return None
-        made = transparent_source(made)
+        if given is None or made is None:
+            return None  # nothing that reaches the loss
+        read, made = transparent_source(given), transparent_source(made)
         before_bias = transparent_source(made.data[0]) if made.name == "Add" and len(made.data) == 1 else made
         return next((matrix for matrix in (made, before_bias) if source.get(matrix) is read), None)
 

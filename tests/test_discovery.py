@@ -456,3 +456,60 @@ def test_a_pooler_after_the_stream_is_a_matrix_on_it() -> None:
     structure = discover(BertModel(config), {"input_ids": TOKENS})
     assert structure.roles["pooler.dense.weight"] == "stream_matrix"
     assert structure.readouts == ()
+
+
+class Stages(nn.Module):
+    """Two stages of residual convolutions; the second begins with a strided shortcut, by a matrix or by pooling."""
+
+    def __init__(self, pool: bool, channels: int = 4, inner: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.first = self._block(channels, inner, channels, 1)
+        wide = channels if pool else 2 * channels
+        self.second = self._block(channels, inner, wide, 2)
+        self.third = self._block(wide, inner, wide, 1)
+        matrix = nn.Sequential(nn.Conv2d(channels, wide, 1, stride=2, bias=False), nn.BatchNorm2d(wide))
+        self.shortcut = nn.AvgPool2d(2) if pool else matrix
+        self.out = nn.Linear(wide, 5)
+
+    @staticmethod
+    def _block(inputs: int, inner: int, outputs: int, stride: int) -> nn.Sequential:
+        last = nn.Conv2d(inner, outputs, 1)
+        return nn.Sequential(nn.Conv2d(inputs, inner, 3, stride, 1), nn.BatchNorm2d(inner), nn.ReLU(), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        h = F.relu(h + self.first(h))
+        h = F.relu(self.second(h) + self.shortcut(h))
+        h = F.gelu(h + self.third(h), approximate="tanh")
+        output: Tensor = self.out(h.mean((2, 3)))
+        return output
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_strided_shortcuts(pool: bool) -> None:
+    structure = discover(Stages(pool), torch.ones(2, 3, 8, 8))
+    assert not structure.unassigned and not structure.warnings
+    assert structure.depth == 3
+    assert [branch.name for branch in structure.branches] == ["first", "second", "third"]
+    assert [str(branch.site) for branch in structure.branches] == ["first output", "second output", "third output"]
+    assert structure.roles["second.0.weight"] == "branch_in" and structure.roles["second.3.weight"] == "branch_out"
+    if not pool:
+        assert structure.roles["shortcut.0.weight"] == "stream_matrix"
+        assert structure.roles["shortcut.1.weight"] == "stream_norm"
+
+
+class HeadWithGelu(Blocks):
+    """A GELU written by hand after the stream: x + 0.044715 x³ adds what a matrix made to a power of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.more[0](self.block(self.embed(x), 0))
+        h = 0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * h**3)))
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_a_gelu_written_by_hand_is_no_residual_addition() -> None:
+    structure = discover(HeadWithGelu(), torch.ones(1, 3))
+    assert structure.depth == 1 and not structure.warnings
+    assert structure.roles["more.0.weight"] == "stream_matrix"
