@@ -7,8 +7,9 @@ device, takes seconds. Where a forward pass needs values (data-dependent control
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cache
 from typing import Any
@@ -109,6 +110,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if fake is not None:
+            stack.enter_context(_silenced("torch._subclasses.fake_tensor"))
             stack.enter_context(fake)
         example = tree_map(lambda leaf: _as_data(leaf, fake), example)
         losses.extend(_tensors(_train(twin, example, losses) if step else _call(twin, example)))
@@ -149,6 +151,18 @@ def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         if trainer is not None:
             vars(copied)["_trainer"] = trainer
     return twin
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Let a logger be silent: what fails without values is tried again with them, and then speaks for itself."""
+    logger = logging.getLogger(name)
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
