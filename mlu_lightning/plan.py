@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import nn
 from mlu_lightning.base import Base, BaseParameter, base_of_module, name_pattern
 from mlu_lightning.discovery import discover
 from mlu_lightning.overrides import override_roles, require_roles
-from mlu_lightning.plan_files import plan_from_yaml, plan_to_yaml
+from mlu_lightning.plan_files import parts_from_yaml, parts_to_yaml
 from mlu_lightning.plan_table import plan_table
 from mlu_lightning.planning import (
     BranchPlan,
@@ -194,7 +194,7 @@ class Plan:
         Args:
             path: of the file.
         """
-        Path(path).write_text(plan_to_yaml(self), encoding="utf-8")
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -206,7 +206,24 @@ class Plan:
         Raises:
             ValueError: if the file does not hold a plan, saying where it goes wrong.
         """
-        return cls(**plan_from_yaml(Path(path).read_text(encoding="utf-8"), str(path)))
+        return cls.from_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+
+    def to_yaml(self) -> str:
+        """The text that ``save`` writes."""
+        return parts_to_yaml({part.name: getattr(self, part.name) for part in fields(self)})
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str) -> Plan:
+        """Read what ``to_yaml`` wrote.
+
+        Args:
+            text: YAML.
+            source: where it comes from, for errors.
+
+        Raises:
+            ValueError: if it is not a plan, saying where it goes wrong.
+        """
+        return cls(**parts_from_yaml(text, source))
 
     def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
         """The plan as a table for one kind of optimizer.

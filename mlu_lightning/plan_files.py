@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -11,10 +12,7 @@ from mlu_lightning.planning import BranchPlan, Multiplier, ParameterPlan, Stream
 from mlu_lightning.rules import Ratios, Role
 from mlu_lightning.structure import Site
 
-if TYPE_CHECKING:
-    from mlu_lightning.plan import Plan
-
-__all__ = ["plan_from_yaml", "plan_to_yaml"]
+__all__ = ["parts_from_yaml", "parts_to_yaml"]
 
 _HEADER = """\
 # Plan of an MLU parameterization. Roles and ratios (to the base shape) decide every factor; base_std is the root mean
@@ -24,29 +22,28 @@ _HEADER = """\
 _VERSION = 1
 
 
-def plan_to_yaml(plan: Plan) -> str:
+def parts_to_yaml(parts: Mapping[str, Any]) -> str:
     """Write a plan, one line for each parameter, branch and multiplier.
 
     Args:
-        plan: to be written.
+        parts: the fields of a ``Plan``.
     """
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
-    lines.append(f"alpha: {_flow(plan.alpha)}")
-    for key, values in (("warnings", plan.warnings), ("streams", plan.streams), ("branches", plan.branches)):
+    lines.append(f"alpha: {_flow(parts['alpha'])}")
+    for key in ("warnings", "streams", "branches", "multipliers"):
+        values = parts[key]
         lines.append(f"{key}:" if values else f"{key}: []")
         lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
-    lines.append("multipliers:" if plan.multipliers else "multipliers: []")
-    lines.extend(f"  - {_flow(asdict(multiplier))}" for multiplier in plan.multipliers)
     lines.append("parameters:")
     lines.extend(
         f"  {name}: {_flow(asdict(parameter) | {'role': parameter.role.value})}"
-        for name, parameter in plan.parameters.items()
+        for name, parameter in parts["parameters"].items()
     )
     return "\n".join(lines) + "\n"
 
 
-def plan_from_yaml(text: str, source: str) -> dict[str, Any]:
-    """Read what ``plan_to_yaml`` wrote, as arguments of ``Plan``.
+def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
+    """Read what ``parts_to_yaml`` wrote, as the fields of a ``Plan``.
 
     Args:
         text: YAML.

@@ -22,7 +22,6 @@ from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
-from mlu_lightning.plan_files import plan_from_yaml, plan_to_yaml
 
 __all__ = ["MLUCallback", "Residual"]
 
@@ -172,7 +171,7 @@ class MLUCallback(Callback):
                     "the module, which now has the plan's multipliers, and at other learning rates."
                 )
             return
-        plan = Plan(**plan_from_yaml(saved["plan"], "the plan in the checkpoint"))
+        plan = Plan.from_yaml(saved["plan"], "the plan in the checkpoint")
         if present is None:
             _put_multipliers(pl_module, plan, saved["mode"], multiplied=True)
         elif present.mode != saved["mode"]:
@@ -191,7 +190,7 @@ class MLUCallback(Callback):
         """The plan, as YAML, and the place of the multipliers."""
         if self._plan is None:
             return {}
-        return {"plan": plan_to_yaml(self._plan), "mode": self._mode}
+        return {"plan": self._plan.to_yaml(), "mode": self._mode}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its methods back, and make its optimizers plain."""
