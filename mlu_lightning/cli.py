@@ -26,6 +26,8 @@ def main(args: list[str] | None = None) -> None:
     except ValueError as error:
         Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells report a command that Ctrl-C ended
 
 
 def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int = 220, seed: int = 0) -> None:
@@ -44,8 +46,7 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
 
     content = load_text(text)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     study = Study(steps=steps, seed=seed)
     console = Console(width=None if sys.stdout.isatty() else 110)
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
@@ -66,6 +67,18 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     console.print(
         f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, markup=False, soft_wrap=True
     )
+
+
+def _folder(path: str) -> Path:
+    """Make the folder for results, before anything is trained."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The folder {path} cannot be made: {error.strerror}. Give --out the path of a folder that can be written to."
+        ) from error
+    return folder
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -154,9 +155,15 @@ def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda 
     done: dict[Run, Run] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
         pending = {pool.submit(_train, study, text, run): run for run in order}
-        for future in as_completed(pending):
-            done[pending[future]] = future.result()
-            report(future.result())
+        try:
+            for future in as_completed(pending):
+                done[pending[future]] = future.result()
+                report(future.result())
+        except BaseException:
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # or the other runs would be trained before anybody hears of it
+            raise
     return [done[run] for run in plans]
 
 
@@ -199,15 +206,19 @@ def curve_of(runs: list[Run], shape: str, mlu: bool) -> list[tuple[int, float]]:
 
 
 def save_runs(study: Study, runs: list[Run], path: Path) -> None:
-    """Write a study and its runs as JSON.
+    """Write a study and its runs as JSON, in which the loss of a run that diverged is null.
 
     Args:
         study: what was trained.
         runs: with their losses.
         path: of the file.
     """
-    content = {"study": asdict(study), "runs": [asdict(run) for run in runs]}
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    losses = [run.loss if math.isfinite(run.loss) else None for run in runs]
+    content = {
+        "study": asdict(study),
+        "runs": [{**asdict(run), "loss": loss} for run, loss in zip(runs, losses, strict=True)],
+    }
+    path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def _runs(study: Study) -> Iterator[Run]:
@@ -222,7 +233,8 @@ def _cost(shape: TransformerShape) -> int:
 
 
 def _start_worker() -> None:
-    """One core for each run, and none of Lightning's notes on hardware that these runs do not need."""
+    """One core for each run, none of Lightning's notes on hardware that these runs do not need, and a quiet Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, cycle
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -49,7 +51,9 @@ def verdicts(study: Study, runs: list[Run]) -> list[str]:
         study: what was trained.
         runs: with their losses.
     """
-    return [
+    ends = {min(study.exponents), max(study.exponents)}
+    caution = f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little."
+    return [caution] * (best_exponent(runs, BASE, False) in ends) + [
         f"{shape}: the best learning rate is {_moved(study, runs, shape, True)} with MLU, "
         f"and {_moved(study, runs, shape, False)} without."
         for shape in study.shapes
@@ -60,6 +64,9 @@ def verdicts(study: Study, runs: list[Run]) -> list[str]:
 def save_figure(study: Study, runs: list[Run], path: Path) -> None:
     """Draw validation loss against learning rate, with MLU and without, one curve for each shape.
 
+    A large dot marks the best learning rate of a curve, between those tried as in
+    :func:`~mlu_lightning.quickstart.best_exponent`.
+
     Args:
         study: what was trained.
         runs: with their losses.
@@ -68,40 +75,69 @@ def save_figure(study: Study, runs: list[Run], path: Path) -> None:
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    finite = [run.loss for run in runs if math.isfinite(run.loss)]
+    finite = [run.loss for run in runs if math.isfinite(run.loss)] or [0.0]
+    left.set_ylim(min(finite) - 0.05, min(max(finite), min(finite) + 1.1) + 0.02)
     for axes, mlu in ((left, True), (right, False)):
         _draw(axes, study, runs, mlu)
-        axes.set_ylim(min(finite) - 0.05, min(max(finite), min(finite) + 1.1) + 0.02)
     left.set_ylabel("validation loss (nats per byte)")
     figure.savefig(path, dpi=160)
 
 
 def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
-    """One panel; dots mark the best run of each curve, and the dotted line the base's best learning rate."""
-    best_rate = 2.0 ** best_exponent(runs, BASE, mlu)
-    axes.axvline(best_rate, color="0.6", linestyle=":", linewidth=1.2, zorder=0)
-    axes.annotate(
-        "best at base ", (best_rate, 0.01), xycoords=("data", "axes fraction"), ha="right", fontsize=8, color="0.4"
-    )
-    for shape, color in zip(study.shapes, _COLORS, strict=False):
-        curve = curve_of(runs, shape, mlu)
-        rates, losses = [2.0**exponent for exponent, _ in curve], [loss for _, loss in curve]
-        width = 2.4 if shape == BASE else 1.6
-        axes.plot(rates, losses, color=color, linewidth=width, marker=".", markersize=4, label=shape)
-        known = [i for i, loss in enumerate(losses) if math.isfinite(loss)]
-        if known:
-            best = min(known, key=losses.__getitem__)
-            axes.plot(rates[best], losses[best], marker="o", markersize=8, color=color)
+    """One panel; the dotted line is the base's best learning rate."""
+    axes.axvline(2.0 ** best_exponent(runs, BASE, mlu), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
+    ends: dict[str, tuple[float, float]] = {}
+    for shape, color in _colors(study).items():
+        curve = [(exponent, loss) for exponent, loss in curve_of(runs, shape, mlu) if math.isfinite(loss)]
+        if not curve:
+            continue
+        exponents, losses = zip(*curve, strict=True)
+        rates = [2.0**exponent for exponent in exponents]
+        axes.plot(rates, losses, color=color, linewidth=2.4 if shape == BASE else 1.6, marker=".", markersize=4)
+        best = best_exponent(runs, shape, mlu)
+        axes.plot(2.0**best, np.interp(best, exponents, losses), marker="o", markersize=8, color=color)
+        ends[shape] = (rates[-1], losses[-1])
+    _label(axes, ends, _colors(study))
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("learning rate")
+    axes.set_xlabel("learning rate (large dots: the best; dotted line: the base's best)")
     axes.set_title(_TITLES[mlu], loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    if mlu:
-        axes.legend(frameon=False, loc="upper center", fontsize=9)
+
+
+def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
+    """Name every curve at its right end, with names apart from each other."""
+    bottom, top = axes.get_ylim()
+    shapes = sorted(ends, key=lambda shape: ends[shape][1])
+    wanted = [min(ends[shape][1], top) for shape in shapes]
+    for shape, height in zip(shapes, _apart(wanted, (top - bottom) / 20), strict=True):
+        axes.annotate(
+            shape,
+            (ends[shape][0], height),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=colors[shape],
+            annotation_clip=False,
+        )
+
+
+def _apart(places: list[float], gap: float) -> list[float]:
+    """Move ascending places apart to at least a gap: the mean of pushing all up and pushing all down."""
+    up = list(accumulate(places, lambda last, place: max(place, last + gap)))
+    down = list(accumulate(reversed(places), lambda last, place: min(place, last - gap)))
+    return [(high + low) / 2 for high, low in zip(up, reversed(down), strict=True)]
+
+
+def _colors(study: Study) -> dict[str, str]:
+    """Colour of each shape."""
+    return dict(zip(study.shapes, cycle(_COLORS)))
 
 
 def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
     """By what factor the best learning rate is not the base's."""
+    if not any(math.isfinite(loss) for _, loss in curve_of(runs, shape, mlu)):
+        return "unknown (every run diverged)"
     exponent = best_exponent(runs, shape, mlu)
     factor = 2.0 ** (exponent - best_exponent(runs, BASE, mlu))
     times = f"{factor:.2f} times the base's"

@@ -4,13 +4,28 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
+from mlu_lightning import quickstart
 from mlu_lightning.cli import main
-from mlu_lightning.quickstart import SHAPES, Run, Study, TransformerShape, best_exponent, load_text, run_study
+from mlu_lightning.quickstart import (
+    SHAPES,
+    Run,
+    Study,
+    TransformerShape,
+    best_exponent,
+    load_text,
+    run_study,
+    save_runs,
+)
 from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
 
 EXPONENTS = (-8, -7, -6, -5, -4)
@@ -72,6 +87,42 @@ def test_table_and_verdicts_are_those_of_the_runs(study: Study, runs: list[Run],
     ]
 
 
+def test_verdicts_say_when_they_know_little(study: Study, runs: list[Run]) -> None:
+    diverged = [replace(run, loss=math.nan) if run.shape == "8 × embedding" and not run.mlu else run for run in runs]
+    assert verdicts(study, diverged)[-1].endswith("with MLU, and unknown (every run diverged) without.")
+    at_end = _valley("base", False, -3.0) + runs[len(EXPONENTS) :]
+    assert verdicts(study, at_end)[0].startswith("base: the best learning rate is at an end of those tried")
+    assert len(verdicts(study, at_end)) == len(verdicts(study, runs)) + 1
+
+
+def test_runs_are_saved_as_json_that_any_reader_takes(study: Study, runs: list[Run], tmp_path: Path) -> None:
+    runs[-1] = replace(runs[-1], loss=math.nan)
+    save_runs(study, runs, tmp_path / "runs.json")
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is not JSON")
+
+    content = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert content["study"]["exponents"] == list(EXPONENTS)
+    assert content["runs"][0] == {"shape": "base", "mlu": False, "exponent": -8, "loss": runs[0].loss}
+    assert content["runs"][-1]["loss"] is None
+
+
+def test_figure_marks_the_best_learning_rates_and_names_the_curves(
+    study: Study, runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    save_figure(study, runs, tmp_path / "figure.png")
+    for axes, exponents in zip(figures[0].axes, [(-6, -6, -6, -6), (-6, -7, -5.5, -8)], strict=True):
+        large = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert large == pytest.approx([2.0**exponent for exponent in exponents])
+        assert {text.get_text() for text in axes.texts} == set(SHAPES)
+        places = sorted(text.xy[1] for text in axes.texts)
+        gap = np.diff(axes.get_ylim())[0] / 20
+        assert min(np.diff(places)) > 0.99 * gap, "names do not overlap"
+
+
 def test_figure_is_drawn_also_of_runs_that_diverged(study: Study, runs: list[Run], tmp_path: Path) -> None:
     runs[-1] = Run(runs[-1].shape, runs[-1].mlu, runs[-1].exponent, math.nan)
     save_figure(study, runs, tmp_path / "figure.png")
@@ -92,6 +143,33 @@ def test_a_small_study_trains_and_is_the_same_again() -> None:
     assert all(1.5 < run.loss < math.log(256) for run in runs), "better than guessing among 256 bytes"
     assert len({run.loss for run in runs}) == len(runs)
     assert run_study(study, load_text()) == runs
+
+
+def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Run] = []
+
+    def fail(study: Study, text: bytes, run: Run) -> Run:
+        started.append(run)
+        time.sleep(0.05)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(quickstart, "_train", fail)
+    monkeypatch.setattr(quickstart, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run_study(study, b"")
+    assert len(started) < 10, "the other runs of 35 were not begun"
+
+
+@pytest.mark.parametrize("out", ["file", "file/folder"])
+def test_command_line_refuses_a_folder_that_cannot_be(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as exit_:
+        main(["quickstart", "--out", str(tmp_path / out)])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert f"{out} cannot be made: " in error and "Give --out the path of a folder" in error and error.count("\n") == 1
 
 
 def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
