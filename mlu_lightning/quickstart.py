@@ -160,9 +160,8 @@ def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda 
                 done[pending[future]] = future.result()
                 report(future.result())
         except BaseException:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # or the other runs would be trained before anybody hears of it
+            # else all other runs would be trained before anybody hears of it
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [done[run] for run in plans]
 

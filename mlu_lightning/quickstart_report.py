@@ -53,7 +53,7 @@ def verdicts(study: Study, runs: list[Run]) -> list[str]:
     """
     ends = {min(study.exponents), max(study.exponents)}
     caution = f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little."
-    return [caution] * (best_exponent(runs, BASE, False) in ends) + [
+    return [caution] * (_learned(runs, BASE, False) and best_exponent(runs, BASE, False) in ends) + [
         f"{shape}: the best learning rate is {_moved(study, runs, shape, True)} with MLU, "
         f"and {_moved(study, runs, shape, False)} without."
         for shape in study.shapes
@@ -136,8 +136,10 @@ def _colors(study: Study) -> dict[str, str]:
 
 def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
     """By what factor the best learning rate is not the base's."""
-    if not any(math.isfinite(loss) for _, loss in curve_of(runs, shape, mlu)):
+    if not _learned(runs, shape, mlu):
         return "unknown (every run diverged)"
+    if not _learned(runs, BASE, mlu):
+        return "unknown (every run of the base diverged)"
     exponent = best_exponent(runs, shape, mlu)
     factor = 2.0 ** (exponent - best_exponent(runs, BASE, mlu))
     times = f"{factor:.2f} times the base's"
@@ -146,3 +148,8 @@ def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
     if exponent == max(study.exponents):
         return f"at least {times} (the largest that was tried)"
     return times
+
+
+def _learned(runs: list[Run], shape: str, mlu: bool) -> bool:
+    """Whether any run of a shape did not diverge."""
+    return any(math.isfinite(loss) for _, loss in curve_of(runs, shape, mlu))

@@ -90,6 +90,11 @@ def test_table_and_verdicts_are_those_of_the_runs(study: Study, runs: list[Run],
 def test_verdicts_say_when_they_know_little(study: Study, runs: list[Run]) -> None:
     diverged = [replace(run, loss=math.nan) if run.shape == "8 × embedding" and not run.mlu else run for run in runs]
     assert verdicts(study, diverged)[-1].endswith("with MLU, and unknown (every run diverged) without.")
+    without_base = [replace(run, loss=math.nan) if run.shape == "base" else run for run in runs]
+    assert verdicts(study, without_base)[0] == (
+        "8 × depth: the best learning rate is unknown (every run of the base diverged) with MLU, "
+        "and unknown (every run of the base diverged) without."
+    )
     at_end = _valley("base", False, -3.0) + runs[len(EXPONENTS) :]
     assert verdicts(study, at_end)[0].startswith("base: the best learning rate is at an end of those tried")
     assert len(verdicts(study, at_end)) == len(verdicts(study, runs)) + 1
