@@ -228,7 +228,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         example=torch.zeros(2, 9, dtype=torch.long),
         roles={
             "tokens.weight": "embedding",
-            "positions.weight": "embedding",
             "branches.*.norm.weight": "branch_norm",
             "branches.*.query.weight": "branch_in",
             "branches.*.key.weight": "branch_in",
