@@ -90,7 +90,8 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
         try:
             return _run(module, example, step, FakeTensorMode(allow_non_fake_inputs=True))
         except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            # the pass may depend on values, which fake tensors do not have, in any of these ways
+            # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
+            # for another reason fails with real values below too, and that error is the user's
             if any(parameter.is_meta for parameter in module.parameters()):
                 raise RuntimeError(
                     f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
