@@ -16,7 +16,8 @@ from mlu_lightning.regions import Regions, find_regions
 from mlu_lightning.rehearsal import rehearse
 from mlu_lightning.rules import Role
 from mlu_lightning.sites import Sites
-from mlu_lightning.structure import Branch, ParameterFacts, Readout, Stream, Structure
+from mlu_lightning.structure import Branch, ParameterFacts, Readout, Site, Stream, Structure, Tap
+from mlu_lightning.taps import Taps
 
 __all__ = ["discover"]
 
@@ -70,6 +71,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     }
     sites = Sites(rehearsal, graph)
     branches = tuple(_branch(named, sites) for named in _named_branches(spots, uses))
+    readouts = tuple(_readouts(uses, sites))
     embeddings = [0 for _ in depths]
     for spot in spots:
         if isinstance(spot.placement, BranchPlacement):
@@ -81,7 +83,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         parameters=parameters,
         branches=branches,
         streams=tuple(map(Stream, depths, embeddings)),
-        readouts=tuple(_readouts(uses, sites)),
+        readouts=readouts,
+        taps=tuple(_taps(Taps(rehearsal, graph, _multiplied(branches, readouts)), len(depths), readouts, spots, uses)),
         unassigned={name: _why(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(_warnings(regions, parameters, uses)),
     )
@@ -267,6 +270,30 @@ def _readouts(uses: dict[str, list[_PlacedUse]], sites: Sites) -> Iterator[Reado
             site = sites.readout([u.use.op for u in reads])
             alone = len(reads) == len(placed) and all(u.use.homogeneous for u in reads)
             yield Readout(name, reads[0].spot.stream, site, (name,) if alone else (), fans(reads[0].use)[0])
+
+
+def _multiplied(branches: tuple[Branch, ...], readouts: tuple[Readout, ...]) -> frozenset[Site]:
+    """Where multipliers may be attached."""
+    sites = [branch.site for branch in branches] + [readout.site for readout in readouts]
+    sites += [branch.logits.site for branch in branches if branch.logits is not None]
+    return frozenset(site for site in sites if site is not None)
+
+
+def _taps(
+    taps: Taps, streams: int, readouts: tuple[Readout, ...], spots: list[_Spot], uses: dict[str, list[_PlacedUse]]
+) -> Iterator[Tap]:
+    """Where streams, then readouts can be read."""
+    for number in range(streams):
+        placements = (spot.placement for spot in spots if spot.stream == number)
+        yield from taps.stream(number, (p for p in placements if isinstance(p, BranchPlacement)))
+    biases = {
+        u.use.op for placed in uses.values() for u in placed if u.role is Role.READOUT_BIAS and u.use.kind == "add"
+    }
+    for number, readout in enumerate(readouts):
+        matrices = [u.use.op for u in uses[readout.parameter] if u.role is Role.READOUT and u.use.kind == "matrix"]
+        tap = taps.readout(number, matrices, biases)
+        if tap is not None:
+            yield tap
 
 
 def _common_module(names: tuple[str, ...]) -> str:

@@ -27,6 +27,7 @@ from mlu_lightning.planning import (
     plan_streams,
 )
 from mlu_lightning.rules import OptimizerFamily, Role, Scale, scale
+from mlu_lightning.structure import Tap
 
 __all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "Plan", "StreamPlan"]
 
@@ -42,6 +43,7 @@ class Plan:
         multipliers: factors in the forward pass.
         alpha: richness, 1 for MLU; large values tend to a linearized model (theory.md, section 3).
         warnings: what the theory does not cover in this module.
+        taps: where streams and outputs can be read.
     """
 
     parameters: dict[str, ParameterPlan]
@@ -50,6 +52,7 @@ class Plan:
     multipliers: tuple[Multiplier, ...]
     alpha: float = 1.0
     warnings: tuple[str, ...] = ()
+    taps: tuple[Tap, ...] = ()
 
     @classmethod
     def from_model(
@@ -107,6 +110,7 @@ class Plan:
             multipliers=multipliers,
             alpha=alpha,
             warnings=structure.warnings + warnings,
+            taps=structure.taps,
         )
 
     @property

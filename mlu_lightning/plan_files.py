@@ -10,7 +10,7 @@ import yaml
 
 from mlu_lightning.planning import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.rules import Ratios, Role
-from mlu_lightning.structure import Site
+from mlu_lightning.structure import Site, Tap
 
 __all__ = ["parts_from_yaml", "parts_to_yaml"]
 
@@ -23,14 +23,14 @@ _VERSION = 1
 
 
 def parts_to_yaml(parts: Mapping[str, Any]) -> str:
-    """Write a plan, one line for each parameter, branch and multiplier.
+    """Write a plan, one line for each parameter, branch, multiplier and tap.
 
     Args:
         parts: the fields of a ``Plan``.
     """
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
     lines.append(f"alpha: {_flow(parts['alpha'])}")
-    for key in ("warnings", "streams", "branches", "multipliers"):
+    for key in ("warnings", "streams", "branches", "multipliers", "taps"):
         values = parts[key]
         lines.append(f"{key}:" if values else f"{key}: []")
         lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
@@ -60,7 +60,7 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         raise ValueError(
             f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
         )
-    parts = {"alpha", "warnings", "streams", "branches", "multipliers", "parameters"}
+    parts = {"alpha", "warnings", "streams", "branches", "multipliers", "taps", "parameters"}
     if set(content) - {"mlu_plan"} != parts:
         wrong = sorted(set(content) - {"mlu_plan"} ^ parts)
         raise ValueError(f"{source} is not a complete plan: {', '.join(wrong)} should be there or should not be.")
@@ -70,6 +70,7 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         "streams": tuple(_value(StreamPlan, entry, source, "streams") for entry in content["streams"]),
         "branches": tuple(_value(BranchPlan, entry, source, "branches") for entry in content["branches"]),
         "multipliers": tuple(_value(Multiplier, entry, source, "multipliers") for entry in content["multipliers"]),
+        "taps": tuple(_value(Tap, entry, source, "taps") for entry in content["taps"]),
         "parameters": {
             name: _value(ParameterPlan, entry, source, name) for name, entry in content["parameters"].items()
         },

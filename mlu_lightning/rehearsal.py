@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cache
@@ -24,7 +24,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-__all__ = ["Call", "Rehearsal", "rehearse"]
+__all__ = ["Call", "Passed", "Rehearsal", "rehearse", "tensors_in"]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A tensor with a gradient that a submodule was given or returned.
+
+    Args:
+        index: of what it was given, its number among all tensors, as ``tensors_in((args, kwargs))`` has them; of what
+            it returned, its position in a tuple, list or mapping, None for a bare tensor.
+        node: graph node that made it.
+        output: which of the node's outputs it is.
+    """
+
+    index: int | None
+    node: Node
+    output: int
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,13 @@ class Call:
 
     Args:
         module: its name.
-        inputs: graph nodes of the tensors it was given, in order.
-        outputs: graph nodes of the tensors it returned, by position (None for a bare tensor).
+        inputs: tensors that the caller gave it, before any hook changed them.
+        outputs: tensors that the caller got, after all hooks.
     """
 
     module: str
-    inputs: tuple[Node, ...]
-    outputs: tuple[tuple[int | None, Node], ...]
+    inputs: tuple[Passed, ...]
+    outputs: tuple[Passed, ...]
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,9 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     for name, submodule in twin.named_modules():
-        submodule.register_forward_hook(_Recorder(name, calls), with_kwargs=True)
+        recorder = _Recorder(name, calls)
+        submodule.register_forward_pre_hook(recorder.given, prepend=True, with_kwargs=True)
+        submodule.register_forward_hook(recorder.returned)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -114,7 +132,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             stack.enter_context(_silenced("torch._subclasses.fake_tensor"))
             stack.enter_context(fake)
         example = tree_map(lambda leaf: _as_data(leaf, fake), example)
-        losses.extend(_tensors(_train(twin, example, losses) if step else _call(twin, example)))
+        losses.extend(tensors_in(_train(twin, example, losses) if step else _call(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
         raise RuntimeError(
@@ -127,6 +145,27 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
 def is_lightning_module(module: nn.Module) -> bool:
     """Whether a module is trained through ``training_step``."""
     return callable(getattr(module, "training_step", None))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in what a module was given or returned, in order; Hugging Face outputs are mappings.
+
+    Args:
+        value: a tensor, or tuples, lists, mappings and dataclasses that hold tensors.
+
+    >>> [tensor.item() for tensor in tensors_in(((torch.ones(1), "text"), {"mask": [torch.zeros(1)]}))]
+    [1.0, 0.0]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value):
+        yield from tensors_in(vars(value))
 
 
 def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -196,35 +235,31 @@ def _call(module: nn.Module, example: Any) -> Any:
     return module(*example) if isinstance(example, (tuple, list)) else module(example)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Tensors in an output, in order; Hugging Face outputs are mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value):
-        yield from _tensors(vars(value))
-
-
 class _Recorder:
-    """Forward hook that notes which graph nodes went into a submodule and came out of it."""
+    """Hooks that note which graph nodes went into a submodule and came out of it."""
 
     def __init__(self, name: str, calls: list[Call]) -> None:
         self.name, self.calls = name, calls
+        self.pending: list[tuple[Passed, ...]] = []  # more than one while the module calls itself
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        inputs = tuple(tensor.grad_fn for tensor in _tensors((args, kwargs)) if tensor.grad_fn is not None)
-        parts: list[tuple[int | None, Any]] = [(None, output)]
+    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.pending.append(_passed(enumerate(tensors_in((args, kwargs)))))
+
+    def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        parts: Iterable[tuple[int | None, Any]] = [(None, output)]
         if isinstance(output, Mapping):
-            parts = list(enumerate(output.values()))
+            parts = enumerate(output.values())
         elif isinstance(output, (tuple, list)):
-            parts = list(enumerate(output))
-        outputs = tuple((i, part.grad_fn) for i, part in parts if isinstance(part, Tensor) and part.grad_fn is not None)
-        self.calls.append(Call(self.name, inputs, outputs))
+            parts = enumerate(output)
+        self.calls.append(Call(self.name, self.pending.pop(), _passed(parts)))
+
+
+def _passed(parts: Iterable[tuple[int | None, Any]]) -> tuple[Passed, ...]:
+    return tuple(
+        Passed(index, part.grad_fn, part.output_nr)
+        for index, part in parts
+        if isinstance(part, Tensor) and part.grad_fn is not None
+    )
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:

@@ -156,8 +156,8 @@ class Sites:
         """The readout matrix that a call of a module is, from its first input to its only output."""
         if len(call.outputs) != 1 or not call.inputs:
             return None
-        given = self.graph.by_node.get(call.inputs[0])
-        made = self.graph.by_node.get(call.outputs[0][1])
+        given = self.graph.by_node.get(call.inputs[0].node)
+        made = self.graph.by_node.get(call.outputs[0].node)
         if given is None or made is None:
             return None  # nothing that reaches the loss
         read, made = transparent_source(given), transparent_source(made)
@@ -206,9 +206,9 @@ class Sites:
     def _made_by(self) -> dict[Op, list[tuple[Call, int | None]]]:
         made: dict[Op, list[tuple[Call, int | None]]] = defaultdict(list)
         for call in self.rehearsal.calls:
-            for index, node in call.outputs:
-                if node in self.graph.by_node:
-                    made[self.graph.by_node[node]].append((call, index))
+            for passed in call.outputs:
+                if passed.node in self.graph.by_node:
+                    made[self.graph.by_node[passed.node]].append((call, passed.index))
         return made
 
 

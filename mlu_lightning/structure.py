@@ -7,7 +7,7 @@ from typing import Literal
 
 from mlu_lightning.rules import Role
 
-__all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure"]
+__all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
 
 BranchKind = Literal["attention", "convolution", "mlp"]
 
@@ -144,6 +144,41 @@ class Readout:
 
 
 @dataclass(frozen=True)
+class Tap:
+    """Where a stream or a readout's output can be read in a forward pass: at the first call of a submodule.
+
+    The stream after a residual addition is the sum itself, or, if no submodule is given or returns that, what a norm or
+    activation makes of it before the next branch reads it. A readout's output is that with its bias.
+
+    Args:
+        reads: ``"stream"`` or ``"readout"``.
+        number: index into ``Structure.streams`` or ``Structure.readouts``.
+        position: residual additions before it, from 0 to the stream's depth; 0 for a readout.
+        module: name of the submodule, as in ``named_modules()``.
+        where: its ``"output"``, after all hooks, or its ``"input"``, before any hook.
+        index: position of the tensor if the output is a tuple, list or mapping, None if it is a bare tensor; for an
+            input its number among all tensors that the submodule is given, positional ones first.
+        axis: of the stream's coordinates or the targets: -1 where that is the last one, 1 for channels of an image.
+
+    >>> print(Tap("stream", 0, 3, "blocks.3", "input", 0, -1))
+    stream 0 after 3 additions: blocks.3 input[0]
+    """
+
+    reads: Literal["stream", "readout"]
+    number: int
+    position: int
+    module: str
+    where: Literal["output", "input"]
+    index: int | None
+    axis: int
+
+    def __str__(self) -> str:
+        after = f" after {self.position} additions" if self.reads == "stream" else ""
+        index = "" if self.index is None else f"[{self.index}]"
+        return f"{self.reads} {self.number}{after}: {self.module or '(module itself)'} {self.where}{index}"
+
+
+@dataclass(frozen=True)
 class Structure:
     """Streams, branches and parameter roles of a module.
 
@@ -152,6 +187,8 @@ class Structure:
         branches: residual branches in order of execution.
         streams: residual streams; the first is the one that reaches the loss last.
         readouts: maps to targets.
+        taps: where streams and outputs can be read: streams by number and position, then readouts. A place that no
+            submodule is given or returns has none.
         unassigned: parameters without a role, and what was found around them.
         warnings: what the theory does not cover in this module.
     """
@@ -160,6 +197,7 @@ class Structure:
     branches: tuple[Branch, ...]
     streams: tuple[Stream, ...]
     readouts: tuple[Readout, ...] = ()
+    taps: tuple[Tap, ...] = ()
     unassigned: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

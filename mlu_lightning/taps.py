@@ -1,0 +1,293 @@
+"""Where streams and outputs can be read: the submodules that are given them or return them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from mlu_lightning.graph import CONVOLUTIONS, RESHAPES, Graph, Op, transparent_source
+from mlu_lightning.placement import BranchPlacement, fans
+from mlu_lightning.rehearsal import Call, Rehearsal
+from mlu_lightning.structure import Site, Tap
+
+__all__ = ["Taps"]
+
+_Value = tuple[Op, int]
+_PERMUTING = frozenset({"T", "Transpose", "Permute"})
+_VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"})
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the first call of a submodule is given or returns."""
+
+    module: str
+    where: Literal["output", "input"]
+    index: int | None
+    calls: int
+
+    @property
+    def rank(self) -> tuple[bool | int | str, ...]:
+        """Small for places that another forward pass passes as surely as this one."""
+        inside = self.where == "output" and self.index is not None
+        return (
+            self.calls > 1,
+            self.where == "input",
+            inside,
+            not self.module,
+            len(self.module),
+            self.module,
+            self.index or 0,
+        )
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Places to read from in one rehearsed module.
+
+    Only the first call of a submodule counts, because that is the one that is read later.
+
+    Args:
+        rehearsal: a forward pass.
+        graph: its graph.
+        multiplied: where multipliers can be attached; outputs that these change are not read.
+    """
+
+    rehearsal: Rehearsal
+    graph: Graph
+    multiplied: frozenset[Site]
+
+    def stream(self, number: int, placements: Iterable[BranchPlacement]) -> list[Tap]:
+        """Where a stream can be read, by position.
+
+        Args:
+            number: of the stream.
+            placements: its branches; where several forward passes run along it, the one that can be read best counts.
+        """
+        passes: dict[int, list[BranchPlacement]] = defaultdict(list)
+        for placement in placements:
+            passes[placement.region.stream].append(placement)
+        return max((list(self._along(number, of_pass)) for of_pass in passes.values()), key=len)
+
+    def readout(self, number: int, matrices: Iterable[Op], biases: set[Op]) -> Tap | None:
+        """Where the output of a readout can be read.
+
+        Args:
+            number: of the readout.
+            matrices: every operation with its matrix.
+            biases: operations that add a readout's bias.
+        """
+        for matrix in matrices:
+            for op in self._outputs(matrix, biases):
+                tap = self._tap("readout", number, 0, (op, 0), self._axes.get(op))
+                if tap is not None:
+                    return tap
+        return None
+
+    def _along(self, number: int, placements: list[BranchPlacement]) -> Iterator[Tap]:
+        """Taps of a stream in one forward pass."""
+        at: dict[int, list[BranchPlacement]] = defaultdict(list)
+        for placement in placements:
+            at[placement.region.position].append(placement)
+        steps = [at[position] for position in range(len(at))]
+        # branches that are added in turn but read one root are one addition, whose last sum is the stream
+        sums = [max((p.region.addition for p in step), key=lambda op: op.index) for step in steps]
+        roots = [step[0].region.root for step in steps]
+        axes = [self._axis(addition, step[0]) for addition, step in zip(sums, steps, strict=True)]
+        begin = _added(min((p.region.addition for p in steps[0]), key=lambda op: op.index), roots[0])
+        values: list[tuple[list[_Value], int | None]] = [([begin], self._axis_before(begin[0], sums[0], axes[0]))]
+        for addition, root, axis in zip(sums, roots[1:], axes, strict=False):
+            values.append(([(op, 0) for op in (addition, *_read_next(self.graph, addition, root))], axis))
+        values.append(([(op, 0) for op in (sums[-1], *self._read_last(sums, roots))], axes[-1]))
+        for position, (choices, axis) in enumerate(values):
+            taps = (self._tap("stream", number, position, value, axis) for value in choices)
+            yield from [tap for tap in taps if tap is not None][:1]
+
+    def _read_last(self, sums: Sequence[Op], roots: Sequence[Op]) -> list[Op]:
+        """What is read of the last addition, if what follows the one before it follows it too."""
+        if len(sums) < 2:
+            return []
+        op, found = sums[-1], list[Op]()
+        for before in reversed(_read_next(self.graph, sums[-2], roots[-1])):
+            readers = self._readers[op]
+            if [reader.name for reader in readers] != [before.name] or readers[0].shape != op.shape:
+                return []
+            op = readers[0]
+            found.append(op)
+        return found[::-1]
+
+    def _outputs(self, matrix: Op, biases: set[Op]) -> list[Op]:
+        """A readout's matrix and its arrangements; only those with the bias if one is added on its own."""
+        plain, biased = [matrix], list[Op]()
+        for ops in (plain, biased):
+            for op in ops:  # which grows
+                for reader in self._readers[op]:
+                    if reader in biases:
+                        biased.append(reader)
+                    elif reader.name in RESHAPES and len(reader.data) == 1:
+                        ops.append(reader)
+        return biased or plain
+
+    def _tap(
+        self, reads: Literal["stream", "readout"], number: int, position: int, value: _Value, axis: int | None
+    ) -> Tap | None:
+        """The best place for a value, None if there is none."""
+        places = self._places.get(_canonical(*value))
+        if places is None or axis is None:
+            return None
+        place = min(places, key=lambda place: place.rank)
+        last = len(value[0].shape) - 1
+        return Tap(reads, number, position, place.module, place.where, place.index, -1 if axis == last else axis)
+
+    def _axis(self, addition: Op, placement: BranchPlacement) -> int | None:
+        """Axis of the stream's coordinates in what an addition makes."""
+        if addition in self._axes:
+            return self._axes[addition]
+        # an operation that cannot be followed lies in between: the size of the axis gives it away
+        writer = (placement.writers or placement.matrices)[-1]
+        dimension = fans(self.graph.matrices(writer)[0])[1]
+        return max((axis for axis, size in enumerate(addition.shape) if size == dimension), default=None)
+
+    def _axis_before(self, begin: Op, addition: Op, axis: int | None) -> int | None:
+        """Axis of the coordinates in what the first branch reads, where a pooling may come before."""
+        return axis if len(begin.shape) == len(addition.shape) else self._axes.get(begin)
+
+    @cached_property
+    def _axes(self) -> dict[Op, int]:
+        """Axis of the units that the last matrix made, where it can be followed."""
+        axes: dict[Op, int] = {}
+        for op in self.graph.ops:
+            if self.graph.is_matrix(op):
+                axes[op] = _written_axis(self.graph, op)
+            elif any(use.kind == "lookup" for use in self.graph.uses.get(op.index, ())):
+                axes[op] = len(op.shape) - 1
+            else:
+                moved = (_moved(op, operand, axes[operand]) for operand in op.data if operand in axes)
+                axis = next((axis for axis in moved if axis is not None), None)
+                if axis is not None:
+                    axes[op] = axis
+        return axes
+
+    @cached_property
+    def _places(self) -> dict[_Value, list[_Place]]:
+        """Places of every value that some submodule's first call is given or returns."""
+        calls: dict[str, list[Call]] = defaultdict(list)
+        for call in self.rehearsal.calls:
+            calls[call.module].append(call)
+        changed = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
+        places: dict[_Value, list[_Place]] = defaultdict(list)
+        for module, of_module in calls.items():
+            first = of_module[0]
+            given = [(passed, _Place(module, "input", passed.index, len(of_module))) for passed in first.inputs]
+            returned = [
+                (passed, _Place(module, "output", passed.index, len(of_module)))
+                for passed in first.outputs
+                if (module, passed.index) not in changed
+            ]
+            for passed, place in given + returned:
+                if passed.node in self.graph.by_node:  # else it does not reach the loss
+                    places[_canonical(self.graph.by_node[passed.node], passed.output)].append(place)
+        return places
+
+    @cached_property
+    def _readers(self) -> dict[Op, list[Op]]:
+        readers: dict[Op, list[Op]] = defaultdict(list)
+        for op in self.graph.ops:
+            for operand in dict.fromkeys(op.data):
+                readers[operand].append(op)
+        return readers
+
+
+def _added(addition: Op, root: Op) -> _Value:
+    """What goes into an addition as the stream; what its branch reads, where a shortcut changes the shape."""
+    operands = (operand for operand in addition.operands if operand is not None and operand[0].from_data)
+    return next((operand for operand in operands if transparent_source(operand[0]) is root), (root, 0))
+
+
+def _read_next(graph: Graph, addition: Op, root: Op) -> list[Op]:
+    """What may stand for an addition: what the next branch reads of it, then what comes in between, the last first.
+
+    Args:
+        graph: of the forward pass.
+        addition: a residual one.
+        root: what the branches of the next one read.
+    """
+    between: set[Op] = set()
+    stack = [root]
+    while stack:
+        op = stack.pop()
+        if op is addition or op in between:
+            continue
+        if op.index < addition.index or graph.is_matrix(op) or not op.data:
+            return []
+        between.add(op)
+        stack.extend(op.data)
+    # inside of a norm that is written by hand are squares and sizes, which do not stand for the stream
+    chain = all(len(op.data) == 1 for op in between)
+    ops = sorted(between, key=lambda op: op.index, reverse=True)
+    return [op for op in ops if op.shape == addition.shape and (chain or op is root)]
+
+
+def _canonical(op: Op, output: int) -> _Value:
+    """Walk back over operations that keep every entry in its place."""
+    while output == 0 and len(op.data) == 1:
+        operand = next(o for o in op.operands if o is not None and o[0].from_data)
+        kept = op.name in RESHAPES - _PERMUTING - {"AsStrided"} and operand[0].shapes[operand[1]] == op.shape
+        if not kept and not _is_dropout(op):
+            break
+        op, output = operand
+    return op, output
+
+
+def _is_dropout(op: Op) -> bool:
+    """Whether data is multiplied with a constant for each of its entries, as dropout on a CPU does."""
+    if op.name != "Mul" or op.operands[1] is not None or op.shape == ():
+        return False
+    node: Any = op.node
+    noise = node._saved_other
+    return tuple(noise.shape) == op.shape and 0 not in noise.stride()  # a mask for all coordinates is expanded
+
+
+def _written_axis(graph: Graph, op: Op) -> int:
+    """Axis of the units that a parameter matrix makes."""
+    if op.name in CONVOLUTIONS:
+        return 1
+    matrix_first = op.name in ("Mm", "Bmm", "Addmm", "Baddbmm") and not graph.matrices(op)[0].inputs_first
+    return len(op.shape) - (2 if matrix_first else 1)
+
+
+def _moved(op: Op, operand: Op, axis: int) -> int | None:
+    """Where an operation puts an axis of its operand, None if that cannot be told."""
+    before, after = operand.shape, op.shape
+    if op.name in _PERMUTING:
+        order = _order(op, len(before))
+        return order.index(axis)
+    if op.name in _VIEWS:
+        ahead = math.prod(before[:axis])
+        fits = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead)
+        return next(fits, None)
+    axis_after = axis + len(after) - len(before)  # shapes are broadcast at the front
+    kept = len(after) >= len(before) and after[axis_after] == before[axis]
+    return axis_after if kept and op.name not in ("Mm", "Bmm", "AsStrided") else None
+
+
+def _order(op: Op, dimensions: int) -> list[int]:
+    """Axis of the operand that each axis of a permutation is."""
+    node: Any = op.node
+    if op.name == "Permute":
+        return [_signed(axis) % dimensions for axis in node._saved_dims]
+    order = list(range(dimensions))
+    if op.name == "Transpose":
+        first, second = (_signed(axis) % dimensions for axis in (node._saved_dim0, node._saved_dim1))
+        order[first], order[second] = second, first
+        return order
+    return order[::-1]
+
+
+def _signed(axis: int) -> int:
+    """Autograd shows negative axes as unsigned numbers."""
+    return axis - 2**64 if axis >= 2**63 else axis
