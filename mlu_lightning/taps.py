@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mlu_lightning.graph import CONVOLUTIONS, RESHAPES, Graph, Op, transparent_source
 from mlu_lightning.placement import BranchPlacement, fans
-from mlu_lightning.rehearsal import Call, Rehearsal
+from mlu_lightning.rehearsal import Passed, Rehearsal
 from mlu_lightning.structure import Site, Tap
 
 __all__ = ["Taps"]
@@ -19,30 +19,6 @@ __all__ = ["Taps"]
 _Value = tuple[Op, int]
 _PERMUTING = frozenset({"T", "Transpose", "Permute"})
 _VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"})
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What the first call of a submodule is given or returns."""
-
-    module: str
-    where: Literal["output", "input"]
-    index: int | None
-    calls: int
-
-    @property
-    def rank(self) -> tuple[bool | int | str, ...]:
-        """Small for places that another forward pass passes as surely as this one."""
-        inside = self.where == "output" and self.index is not None
-        return (
-            self.calls > 1,
-            self.where == "input",
-            inside,
-            not self.module,
-            len(self.module),
-            self.module,
-            self.index or 0,
-        )
 
 
 @dataclass(frozen=True)
@@ -139,7 +115,7 @@ class Taps:
         places = self._places.get(_canonical(*value))
         if places is None or axis is None:
             return None
-        place = min(places, key=lambda place: place.rank)
+        place = min(places, key=lambda place: place.inner_rank if reads == "readout" else place.rank)
         last = len(value[0].shape) - 1
         return Tap(reads, number, position, place.module, place.where, place.index, -1 if axis == last else axis)
 
@@ -175,22 +151,17 @@ class Taps:
     @cached_property
     def _places(self) -> dict[_Value, list[_Place]]:
         """Places of every value that some submodule's first call is given or returns."""
-        calls: dict[str, list[Call]] = defaultdict(list)
-        for call in self.rehearsal.calls:
-            calls[call.module].append(call)
+        calls = Counter(call.module for call in self.rehearsal.calls)
+        firsts = {call.module: (turn, call) for turn, call in reversed(list(enumerate(self.rehearsal.calls)))}
         changed = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
         places: dict[_Value, list[_Place]] = defaultdict(list)
-        for module, of_module in calls.items():
-            first = of_module[0]
-            given = [(passed, _Place(module, "input", passed.index, len(of_module))) for passed in first.inputs]
-            returned = [
-                (passed, _Place(module, "output", passed.index, len(of_module)))
-                for passed in first.outputs
-                if (module, passed.index) not in changed
-            ]
-            for passed, place in given + returned:
-                if passed.node in self.graph.by_node:  # else it does not reach the loss
-                    places[_canonical(self.graph.by_node[passed.node], passed.output)].append(place)
+        for module, (turn, first) in firsts.items():
+            passed: list[tuple[Literal["input", "output"], Passed]] = [("input", tensor) for tensor in first.inputs]
+            passed += [("output", tensor) for tensor in first.outputs if (module, tensor.index) not in changed]
+            for where, tensor in passed:
+                if tensor.node in self.graph.by_node:  # else it does not reach the loss
+                    value = _canonical(self.graph.by_node[tensor.node], tensor.output)
+                    places[value].append(_Place(module, where, tensor.index, calls[module], turn))
         return places
 
     @cached_property
@@ -200,6 +171,32 @@ class Taps:
             for operand in dict.fromkeys(op.data):
                 readers[operand].append(op)
         return readers
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the first call of a submodule is given or returns; the call is one of so many, and ended at that turn."""
+
+    module: str
+    where: Literal["output", "input"]
+    index: int | None
+    calls: int
+    turn: int
+
+    @property
+    def doubts(self) -> tuple[bool, bool, bool]:
+        """What another forward pass may do in another way, the worst first."""
+        return self.calls > 1, self.where == "input", self.where == "output" and self.index is not None
+
+    @property
+    def rank(self) -> tuple[object, ...]:
+        """Prefers outer modules, which have short names, but the module itself last, because steps may not call it."""
+        return *self.doubts, not self.module, len(self.module), self.module, self.index or 0
+
+    @property
+    def inner_rank(self) -> tuple[object, ...]:
+        """Prefers inner modules, whose calls end first."""
+        return *self.doubts, self.turn, self.index or 0
 
 
 def _added(addition: Op, root: Op) -> _Value:

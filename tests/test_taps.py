@@ -1,0 +1,476 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, TOKENS, Architecture
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlu_lightning import Plan, attach_multipliers, discover, initialize
+from mlu_lightning.models import ResNet
+from mlu_lightning.structure import Tap
+
+DEPTH, HEADS, EMBEDDING = 2, 4, 32
+EXACT = {"rtol": 1e-12, "atol": 1e-13}  # double precision; only the order of sums differs
+
+
+def read(module: nn.Module, taps: tuple[Tap, ...], forward: Callable[[], object]) -> dict[tuple[str, int, int], Tensor]:
+    """What is at each tap in a forward pass, in double precision and evaluation mode."""
+    found: dict[tuple[str, int, int], Tensor] = {}
+    handles = []
+    for tap in taps:
+        key = (tap.reads, tap.number, tap.position)
+
+        def given(_: nn.Module, args: Any, kwargs: Any, tap: Tap = tap, key: tuple[str, int, int] = key) -> None:
+            tensors = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)]
+            found.setdefault(key, tensors[tap.index or 0].detach().clone())
+
+        def returned(_: nn.Module, args: Any, out: Any, tap: Tap = tap, key: tuple[str, int, int] = key) -> None:
+            value = out if tap.index is None else list(out.values() if isinstance(out, dict) else out)[tap.index]
+            found.setdefault(key, value.detach().clone())
+
+        target = module.get_submodule(tap.module)
+        if tap.where == "input":
+            handles.append(target.register_forward_pre_hook(given, prepend=True, with_kwargs=True))
+        else:
+            handles.append(target.register_forward_hook(returned))
+    with torch.no_grad():
+        forward()
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def streams(found: dict[tuple[str, int, int], Tensor], number: int = 0) -> list[Tensor]:
+    return [value for (reads, n, _), value in sorted(found.items()) if (reads, n) == ("stream", number)]
+
+
+def places(module: nn.Module, example: Any) -> list[str]:
+    return [str(tap) for tap in discover(module, example).taps]
+
+
+def doubles(example: Any) -> Any:
+    if isinstance(example, dict):
+        return {key: doubles(value) for key, value in example.items()}
+    if isinstance(example, tuple):
+        return tuple(map(doubles, example))
+    return example.double() if example.is_floating_point() else example
+
+
+def inputs(architecture: Architecture) -> Any:
+    """Arguments of forward; the registry has batches for LightningModules."""
+    example = architecture.example
+    return doubles(example if isinstance(example, (dict, tuple)) else (TOKENS,))
+
+
+def logits(module: nn.Module, example: Any) -> Tensor:
+    if isinstance(module, ResNet):
+        example = example[:1]
+    output = module(**example) if isinstance(example, dict) else module(*example)
+    result: Tensor = getattr(output, "logits", output)
+    return result
+
+
+# What a person reads off the source: how the first branch's stream is made, and the output from the last sum.
+BEGIN: dict[str, Callable[[Any, Any], Tensor]] = {
+    "resnet": lambda m, x: m.embed(x[0]),
+    "causal transformer": lambda m, x: m.tokens(x[0]),
+    "functional": lambda m, x: m.stem(F.relu(m.patches(x[0]))),
+    "pre-norm encoder": lambda m, x: m.tokens(x[0]) + m.positions,
+    "post-norm encoder": lambda m, x: m.tokens(x[0]) + m.positions,
+    "gpt2": lambda m, x: m.transformer.wte(TOKENS) + m.transformer.wpe.weight[:8],
+    "llama": lambda m, x: m.model.embed_tokens.weight[TOKENS],
+    "tied llama": lambda m, x: m.model.embed_tokens.weight[TOKENS],
+    "gemma2": lambda m, x: m.model.embed_tokens.weight[TOKENS] * float(torch.tensor(EMBEDDING**0.5)),
+    "gpt-neox": lambda m, x: m.gpt_neox.embed_in.weight[TOKENS],
+    "bert": lambda m, x: m.bert.embeddings(TOKENS),
+    "vit": lambda m, x: m.vit.embeddings(x["pixel_values"]),
+}
+END: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "resnet": lambda m, h: m.readout(h),
+    "causal transformer": lambda m, h: m.readout(m.norm(h)),
+    "functional": lambda m, h: m.out(torch.tanh(m.transform(h))),
+    "pre-norm encoder": lambda m, h: m.readout(m.encoder.norm(h)),
+    "post-norm encoder": lambda m, h: m.readout(m.encoder.layers[-1].norm2(h)),
+    "gpt2": lambda m, h: m.transformer.ln_f(h) @ m.transformer.wte.weight.T,
+    "llama": lambda m, h: m.lm_head(m.model.norm(h)),
+    "tied llama": lambda m, h: m.model.norm(h) @ m.model.embed_tokens.weight.T,
+    "gemma2": lambda m, h: m.model.norm(h) @ m.model.embed_tokens.weight.T,
+    "gpt-neox": lambda m, h: m.lm_head(m.gpt_neox.final_layer_norm(h)),
+    "bert": lambda m, h: m.cls(m.bert.encoder.layer[-1].output.LayerNorm(h)),
+    "vit": lambda m, h: m.classifier(m.vit.layernorm(h)[:, 0]),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def name(request: pytest.FixtureRequest) -> str:
+    result: str = request.param
+    return result
+
+
+def test_streams_and_outputs_are_those_read_off_the_source(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    module = architecture.build(DEPTH, HEADS, EMBEDDING).double().eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)  # norms, too, so that a wrong one shows
+    structure = discover(module, architecture.example)
+    depth = DEPTH * (1 if architecture.parallel else len(architecture.branches))
+    keys = [(tap.reads, tap.number, tap.position) for tap in structure.taps]
+    assert keys == [("stream", 0, position) for position in range(depth + 1)] + [("readout", 0, 0)]
+    assert {tap.axis for tap in structure.taps} == {-1}
+
+    sites = [(branch.position, branch.site) for branch in structure.branches if branch.site is not None]
+    # a branch is a tap of its own here: read as one, it is numbered by its place among the branches
+    written = tuple(Tap("stream", 1, i, site.module, "output", site.index, -1) for i, (_, site) in enumerate(sites))
+    example = inputs(architecture)
+    outputs: list[Tensor] = []
+    found = read(module, structure.taps + written, lambda: outputs.append(logits(module, example)))
+    h, branches = streams(found), streams(found, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(h[0], BEGIN[name](module, example), **EXACT)
+        torch.testing.assert_close(found["readout", 0, 0], END[name](module, h[-1]), **EXACT)
+        for position in range(depth):
+            if name == "functional":  # its branches are no module's output
+                torch.testing.assert_close(h[position + 1], module.blocks[position](h[position]), **EXACT)
+                continue
+            before = h[position]
+            if architecture.warns and position > 0:
+                before = post_norm(module, position)(before)
+            change = sum(branch for (at, _), branch in zip(sites, branches, strict=True) if at == position)
+            torch.testing.assert_close(h[position + 1] - before, change, **EXACT)
+    made = 30 * torch.tanh(found["readout", 0, 0] / 30) if name == "gemma2" else found["readout", 0, 0]
+    torch.testing.assert_close(made, outputs[0], **EXACT)
+
+
+def post_norm(module: Any, position: int) -> nn.Module:
+    """The norm after an addition."""
+    block, half = divmod(position - 1, 2)
+    if hasattr(module, "bert"):
+        layer = module.bert.encoder.layer[block]
+        norm: nn.Module = layer.output.LayerNorm if half else layer.attention.output.LayerNorm
+    else:
+        norm = module.encoder.layers[block].norm2 if half else module.encoder.layers[block].norm1
+    return norm
+
+
+def test_attached_multipliers_do_not_change_what_is_read(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    module = architecture.build(DEPTH, HEADS, EMBEDDING).double().eval()
+    plan = Plan.from_model(module, architecture.example, base=architecture.build(1, 2, 16), alpha=1.5)
+    initialize(module, plan)
+    assert plan.taps == discover(module, architecture.example).taps
+    if any(multiplier.site is None for multiplier in plan.multipliers):
+        assert name == "functional", "only its branches are no module's output"
+        return
+    attach_multipliers(module, plan)
+    assert discover(module, architecture.example).taps == plan.taps
+    example = inputs(architecture)
+    found = read(module, plan.taps, lambda: logits(module, example))
+    h = streams(found)
+    with torch.no_grad():
+        torch.testing.assert_close(h[0], BEGIN[name](module, example), **EXACT)
+        end = END[name](module, h[-1])
+    if name in ("gpt2", "tied llama", "gemma2"):
+        end = end / 2  # where END takes the tied table by itself, without the readout's hook
+    torch.testing.assert_close(found["readout", 0, 0], end, **EXACT)
+
+
+def test_taps_are_in_the_plan_and_its_file(tmp_path: Path) -> None:
+    for name in ("causal transformer", "bert"):
+        architecture = ARCHITECTURES[name]
+        plan = Plan.from_model(architecture.build(2, 4, 32), architecture.example)
+        assert plan.taps == discover(architecture.build(2, 4, 32), architecture.example).taps
+        plan.save(tmp_path / "plan.yaml")
+        assert Plan.load(tmp_path / "plan.yaml") == plan
+        lines = (tmp_path / "plan.yaml").read_text().splitlines()
+        assert sum("reads: " in line for line in lines) == len(plan.taps) == 6, "one line for a tap"
+    (tmp_path / "plan.yaml").write_text("\n".join(line for line in lines if "reads: " not in line).replace("taps:", ""))
+    with pytest.raises(ValueError, match="is not a complete plan: taps should be there"):
+        Plan.load(tmp_path / "plan.yaml")
+
+
+class Block(nn.Module):
+    """A residual block, with or without the sum in it."""
+
+    def __init__(self, width: int = 8, adds: bool = True) -> None:
+        super().__init__()
+        self.adds = adds
+        self.read, self.write = nn.Linear(width, 16), nn.Linear(16, width)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        branch: Tensor = self.write(torch.tanh(self.read(stream)))
+        return stream + branch if self.adds else branch
+
+
+class Net(nn.Module):
+    """Two blocks between an embedding and a readout; subclasses say how they are put together."""
+
+    def __init__(self, adds: bool = True) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.blocks = nn.ModuleList(Block(adds=adds) for _ in range(2))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h)
+        output: Tensor = self.out(h)
+        return output
+
+
+X = torch.ones(4, 3)
+
+
+class ByKeyword(Net):
+    """Blocks are given a mask without a gradient first, and the stream by keyword."""
+
+    class Masked(Block):
+        def forward(self, *, mask: Tensor, stream: Tensor) -> Tensor:
+            return super().forward(stream) * mask
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Masked(adds=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            h = h + block(mask=torch.ones(4, 1), stream=h)
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_tensors_without_gradient_count_among_inputs() -> None:
+    assert places(ByKeyword(), X) == [
+        "stream 0 after 0 additions: embed output",
+        "stream 0 after 1 additions: blocks.1 input[1]",
+        "stream 0 after 2 additions: out input[0]",
+        "readout 0: out output",
+    ]
+
+
+class InPlace(Net):
+    """The sum is made in place, which changes what the block was given while it runs."""
+
+    class Adding(Block):
+        def forward(self, stream: Tensor) -> Tensor:
+            stream += super().forward(stream)
+            return stream
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Adding(adds=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_sums_in_place() -> None:
+    torch.manual_seed(0)
+    module = InPlace()
+    structure = discover(module, X)
+    assert [str(tap).partition(": ")[2] for tap in structure.taps] == [
+        "embed output",
+        "blocks.0 output",
+        "blocks.1 output",
+        "out output",
+    ]
+    h = streams(read(module, structure.taps, lambda: module(X)))
+    with torch.no_grad():
+        torch.testing.assert_close(h[1], h[0] + Block.forward(module.blocks[0], h[0]))
+
+
+class Dropped(Net):
+    """Dropout before, between and after the sums; only functions are between the last of them and the readout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.embed(x), 0.5, self.training)
+        for block in self.blocks:
+            h = self.drop(h + block(h))
+        return F.dropout(h, 0.5, self.training) @ self.out.weight.T + self.out.bias
+
+
+def test_dropout_is_nothing_when_the_stream_is_read() -> None:
+    torch.manual_seed(0)
+    module = Dropped(adds=False).eval()
+    structure = discover(module, X)
+    assert [str(tap) for tap in structure.taps] == [
+        "stream 0 after 0 additions: embed output",
+        "stream 0 after 1 additions: blocks.1 input[0]",
+        # only the second call of the dropout module is given the last sum
+        "readout 0: (module itself) output",
+    ]
+    h = streams(read(module, structure.taps, lambda: module(X)))
+    with torch.no_grad():
+        torch.testing.assert_close(h[1], h[0] + module.blocks[0](h[0]))
+
+
+class Scaled(Net):
+    """The embedding is multiplied before it is the stream, and so is what the readout is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) * 3
+        mask = torch.ones(4, 1).expand(4, 8)
+        for block in self.blocks:
+            h = block(h)
+        return self.out(h * mask)
+
+
+def test_constant_factors_are_not_passed_over() -> None:
+    assert places(Scaled(), X)[0] == "stream 0 after 0 additions: blocks.0 input[0]"
+    assert places(Scaled(), X)[2] == "stream 0 after 2 additions: blocks.1 output"
+
+
+class Shared(Net):
+    """One block that is called at every depth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for _ in range(3):
+            h = h + self.blocks[0](h)
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_only_first_calls_are_read() -> None:
+    assert places(Shared(adds=False), X) == [
+        "stream 0 after 0 additions: embed output",
+        "stream 0 after 3 additions: out input[0]",
+        "readout 0: out output",
+    ]
+
+
+class Twice(Net):
+    """Two forward passes, the second on something else, before which nothing, or another without gradients runs."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first:
+            with torch.no_grad():
+                super().forward(-x)
+        return super().forward(2 * x) - super().forward(x)
+
+
+def test_the_first_of_two_passes_is_read() -> None:
+    module = Twice(first=False)
+    structure = discover(module, X)
+    assert [tap.position for tap in structure.taps] == [0, 1, 2, 0]
+    found = read(module, structure.taps, lambda: module(X))
+    with torch.no_grad():
+        torch.testing.assert_close(found["stream", 0, 2], _blocks(module, 2 * X))
+        torch.testing.assert_close(found["readout", 0, 0], Net.forward(module, 2 * X))
+
+
+def test_a_pass_after_one_without_gradients_cannot_be_read() -> None:
+    """What is read later is the first call, which is not the one that is trained."""
+    assert discover(Twice(first=True), X).taps == ()
+
+
+class StepTwice(LightningModule):
+    """Two passes of a network in a training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ResNet(2, 8, 4, inputs=3, outputs=2)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return (self.net(batch) - self.net(batch.flip(0))).square().mean()
+
+
+def test_passes_of_a_training_step() -> None:
+    assert places(StepTwice(), X) == [
+        "stream 0 after 0 additions: net.embed output",
+        "stream 0 after 1 additions: net.blocks.1 input[0]",
+        "stream 0 after 2 additions: net.readout input[0]",
+        "readout 0: net.readout output",
+    ]
+
+
+def _blocks(module: Net, x: Tensor) -> Tensor:
+    h: Tensor = module.embed(x)
+    for block in module.blocks:
+        h = block(h)
+    return h
+
+
+class Halves(nn.Module):
+    """Half of the coordinates are the stream of the other half's branch, as in reversible networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 16), nn.Linear(8, 2)
+        self.block = Block(adds=False)
+        self.look = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.embed(x).chunk(2, -1)
+        output: Tensor = self.out(self.look(first) + self.block(second))
+        return output
+
+
+def test_outputs_of_one_operation_are_told_apart() -> None:
+    module = Halves()
+    structure = discover(module, X)
+    assert str(structure.taps[0]) == "stream 0 after 0 additions: look output"
+    (first, *_) = streams(read(module, structure.taps, lambda: module(X)))
+    torch.testing.assert_close(first, module.embed(X)[:, :8].detach())
+
+
+class Tied(Net):
+    """The table of tokens is the readout without a module of its own, of a stream that is given to no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ self.embed.weight.T
+
+
+def test_an_output_that_is_multiplied_is_not_read() -> None:
+    """The readout's 1/d goes to the last module that returns the stream: it is read before that."""
+    module, base = Tied(), Tied()
+    module.blocks = nn.ModuleList(Block() for _ in range(2))
+    structure = discover(module, TOKENS)
+    assert structure.readouts[0].site is not None and structure.readouts[0].site.where == "output"
+    site = str(structure.readouts[0].site)
+    taps = [str(tap) for tap in structure.taps]
+    assert not any(tap.endswith(": " + site) for tap in taps)
+    assert [tap.position for tap in structure.taps] == [0, 1, 2, 0]
+    assert taps[-1] == "readout 0: (module itself) output"
+    del base
+
+
+class Biased(Net):
+    """The readout's bias is added on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 2, bias=False)
+        self.bias = nn.Parameter(torch.randn(2))
+        self.flat = nn.Flatten(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.flat(super().forward(x) + self.bias)
+        return logits
+
+
+def test_an_output_is_read_with_its_bias() -> None:
+    module = Biased()
+    structure = discover(module, X[None])
+    assert str(structure.taps[-1]) == "readout 0: flat input[0]"
+    found = read(module, structure.taps, lambda: module(X[None]))
+    expected = Net.forward(module, X[None]) + module.bias
+    torch.testing.assert_close(found["readout", 0, 0], expected.detach())
