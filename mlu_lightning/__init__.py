@@ -9,7 +9,7 @@ if find_spec("lightning") is None:
         "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
-from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning.callbacks import EmbeddingDistance, MLUCallback, ReferenceRecorder
 from mlu_lightning.discovery import discover
 from mlu_lightning.initialization import initialize
 from mlu_lightning.multipliers import attach_multipliers, fold
@@ -20,10 +20,12 @@ from mlu_lightning.structure import Branch, Structure
 
 __all__ = [
     "Branch",
+    "EmbeddingDistance",
     "MLUCallback",
     "OptimizerFamily",
     "Plan",
     "Ratios",
+    "ReferenceRecorder",
     "Role",
     "Scale",
     "Structure",

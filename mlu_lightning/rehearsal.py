@@ -12,17 +12,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
+
+from mlu_lightning.lightning_steps import call_step, is_lightning_module, mute
 
 __all__ = ["Call", "Passed", "Rehearsal", "rehearse", "tensors_in"]
 
@@ -51,11 +52,15 @@ class Call:
         module: its name.
         inputs: tensors that the caller gave it, before any hook changed them.
         outputs: tensors that the caller got, after all hooks.
+        begin: when it was called, counted in calls and returns of all submodules.
+        end: when it returned.
     """
 
     module: str
     inputs: tuple[Passed, ...]
     outputs: tuple[Passed, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,9 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     calls: list[Call] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    clock = count()
     for name, submodule in twin.named_modules():
-        recorder = _Recorder(name, calls)
+        recorder = _Recorder(name, calls, clock)
         submodule.register_forward_pre_hook(recorder.given, prepend=True, with_kwargs=True)
         submodule.register_forward_hook(recorder.returned)
     with ExitStack() as stack:
@@ -140,11 +146,6 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             "graph to look at. Give an example for which it returns a loss or an output."
         )
     return Rehearsal(roots, names, tuple(calls), twin)
-
-
-def is_lightning_module(module: nn.Module) -> bool:
-    """Whether a module is trained through ``training_step``."""
-    return callable(getattr(module, "training_step", None))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -224,8 +225,7 @@ def _train(module: Any, example: Any, losses: list[Tensor]) -> Any:
     for submodule in module.modules():
         if is_lightning_module(submodule):
             _mute(submodule, losses)
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    output = module.training_step(example, 0) if takes_index else module.training_step(example)
+    output = call_step(module, "training_step", example)
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
@@ -238,12 +238,12 @@ def _call(module: nn.Module, example: Any) -> Any:
 class _Recorder:
     """Hooks that note which graph nodes went into a submodule and came out of it."""
 
-    def __init__(self, name: str, calls: list[Call]) -> None:
-        self.name, self.calls = name, calls
-        self.pending: list[tuple[Passed, ...]] = []  # more than one while the module calls itself
+    def __init__(self, name: str, calls: list[Call], clock: Iterator[int]) -> None:
+        self.name, self.calls, self.clock = name, calls, clock
+        self.begun: list[tuple[int, tuple[Passed, ...]]] = []  # more than one while the module calls itself
 
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.pending.append(_passed(enumerate(tensors_in((args, kwargs)))))
+        self.begun.append((next(self.clock), _passed(enumerate(tensors_in((args, kwargs))))))
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts: Iterable[tuple[int | None, Any]] = [(None, output)]
@@ -251,7 +251,8 @@ class _Recorder:
             parts = enumerate(output.values())
         elif isinstance(output, (tuple, list)):
             parts = enumerate(output)
-        self.calls.append(Call(self.name, self.pending.pop(), _passed(parts)))
+        begin, inputs = self.begun.pop()
+        self.calls.append(Call(self.name, inputs, _passed(parts), begin, next(self.clock)))
 
 
 def _passed(parts: Iterable[tuple[int | None, Any]]) -> tuple[Passed, ...]:
@@ -263,36 +264,11 @@ def _passed(parts: Iterable[tuple[int | None, Any]]) -> tuple[Passed, ...]:
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:
-    """Give a copied LightningModule a class whose ``training_step`` does not reach loggers and changes no weights."""
+    """Mute a copied LightningModule, whose optimizers are its own, made anew."""
 
     @cache
     def configured() -> tuple[list[Any], list[Any]]:
         optimizers, schedulers, _ = _configure_optimizers(module.configure_optimizers())
-        return list(optimizers), list(schedulers)
+        return list(optimizers), [found["scheduler"] if isinstance(found, dict) else found for found in schedulers]
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
-    def manual_backward(self: nn.Module, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        losses.append(loss)
-
-    def optimizers(self: nn.Module, use_pl_optimizer: bool = True) -> Any:
-        # no backward pass runs, so no parameter has a gradient and a step of these changes nothing
-        found = configured()[0]
-        return found[0] if len(found) == 1 else found
-
-    def lr_schedulers(self: nn.Module) -> Any:
-        silent = [DummyLogger() for _ in configured()[1]]
-        return silent[0] if len(silent) == 1 else silent
-
-    quiet = ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
-    methods: dict[str, Any] = dict.fromkeys(quiet, nothing)
-    methods |= {
-        "manual_backward": manual_backward,
-        "optimizers": optimizers,
-        "lr_schedulers": lr_schedulers,
-        "logger": property(lambda self: DummyLogger()),
-        "loggers": property(lambda self: [DummyLogger()]),
-    }
-    cls = type(module)
-    module.__class__ = type(cls.__name__, (cls,), methods)
+    mute(module, losses, lambda: configured()[0], lambda: configured()[1])

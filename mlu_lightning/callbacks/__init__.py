@@ -1,5 +1,7 @@
 """Lightning callbacks: thin adapters of the functions of the package."""
 
+from mlu_lightning.callbacks.distance import EmbeddingDistance
 from mlu_lightning.callbacks.parameterization import MLUCallback
+from mlu_lightning.callbacks.recorder import ReferenceRecorder
 
-__all__ = ["MLUCallback"]
+__all__ = ["EmbeddingDistance", "MLUCallback", "ReferenceRecorder"]

@@ -1,4 +1,4 @@
-"""A training batch to plan with, taken without disturbing the training that follows."""
+"""Batches to plan with and to probe with, taken without disturbing the training that follows."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["find_example"]
+from mlu_lightning.lightning_steps import StepName
+
+__all__ = ["find_example", "find_probe"]
 
 
 def find_example(trainer: Trainer, module: LightningModule) -> Any:
@@ -30,9 +33,7 @@ def find_example(trainer: Trainer, module: LightningModule) -> Any:
         ValueError: if no batch can be taken and the module has no ``example_input_array``.
     """
     with isolate_rng():
-        loaders = trainer.fit_loop._data_source.dataloader()
-        if isinstance(loaders, CombinedLoader):
-            loaders = loaders.iterables
+        loaders = _iterables(trainer.fit_loop._data_source.dataloader())
         try:
             batch = tree_map(_first_batch, loaders)
         except _NoBatchError as reason:
@@ -46,8 +47,52 @@ def find_example(trainer: Trainer, module: LightningModule) -> Any:
         return _transferred(batch, trainer, module)
 
 
+def find_probe(trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
+    """Take a batch to probe a run with: of the first validation data, or of the training data if there are none.
+
+    It is made of the first samples of the dataset, as for :func:`find_example`, and not transferred.
+
+    Args:
+        trainer: which is fitting the module.
+        module: the trainer's.
+
+    Returns:
+        The batch, and the step that takes it.
+
+    Raises:
+        ValueError: if no batch can be taken.
+    """
+    with isolate_rng():
+        loaders = _validation_loader(trainer, module)
+        step: StepName = "training_step" if loaders is None else "validation_step"
+        if loaders is None:
+            loaders = _iterables(trainer.fit_loop._data_source.dataloader())
+        try:
+            return tree_map(_first_batch, loaders), step
+        except _NoBatchError as reason:
+            raise ValueError(
+                f"There is no batch to probe {type(module).__name__} with: {reason}. Give ReferenceRecorder(probe=...) a "
+                "batch or the path of a safetensors file that holds one."
+            ) from reason
+
+
 class _NoBatchError(Exception):
     """Why no batch can be taken from a loader."""
+
+
+def _validation_loader(trainer: Trainer, module: LightningModule) -> Any:
+    """The first of the loaders that validation goes through, None if there is no validation."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not is_overridden("validation_step", module) or not source.is_defined():
+        return None
+    loaders = source.dataloader()
+    if isinstance(loaders, CombinedLoader) and loaders._mode != "sequential":
+        return loaders.iterables  # a batch has a part of each
+    return next(iter(tree_leaves(_iterables(loaders))), None)
+
+
+def _iterables(loaders: Any) -> Any:
+    return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
 
 
 def _first_batch(loader: Any) -> Any:

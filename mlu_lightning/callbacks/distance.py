@@ -1,0 +1,289 @@
+"""The callback that logs how far a run is from reference runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mlu_lightning.callbacks.loggers import fetch_reference, log_values
+from mlu_lightning.callbacks.probe import Layout, Probe
+from mlu_lightning.comparison import MetricName, check_coupled, compare, validated_metrics
+from mlu_lightning.probing import Observation
+from mlu_lightning.reference import Reference
+
+__all__ = ["EmbeddingDistance"]
+
+
+class EmbeddingDistance(Callback):
+    """Log the distance of a run, in embedding space, from runs that :class:`ReferenceRecorder` recorded.
+
+    At the steps of the reference, its probe is passed through the module in evaluation mode, and what the residual stream
+    and the outputs are is compared with the recording (theory.md, section 4). Runs of all shapes in the MLU
+    parameterization follow one limit, so the distance falls as both grow. The training is, bit for bit, the training
+    without the callback.
+
+    Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
+    steps made, to all loggers whatever ``log_every_n_steps`` is, and with ``self.log``, so that other callbacks can
+    monitor them. With several references the name of the reference is added, as in ``mlu/distance/gram/s=1/seed1``, and
+    their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer.
+    Values that are not finite in the run make the distance NaN, and the run goes on.
+
+    Args:
+        reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
+            W&B artifact; a list of these, whose names are the files' without extension; or a dict of them by name.
+        metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs),
+            ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
+            :mod:`mlu_lightning.distances`.
+
+    Raises:
+        ValueError: if an argument is not of these.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from mlu_lightning.callbacks import ReferenceRecorder
+        >>> from mlu_lightning.models import ResNet
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> def fit(embedding, callback):
+        ...     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback],
+        ...         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        ...     trainer.fit(ResNet(depth=4, hidden=16, embedding=embedding, inputs=3, outputs=2), data)
+        ...     return trainer.callback_metrics
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = fit(32, ReferenceRecorder(f"{folder}/large.safetensors", depths=[0, 1]))
+        ...     logged = fit(8, EmbeddingDistance(f"{folder}/large.safetensors", metrics=["gram", "output"]))
+        >>> sorted(name for name in logged if "distance" in name)
+        ['mlu/distance/gram/s=0', 'mlu/distance/gram/s=1', 'mlu/distance/output']
+    """
+
+    def __init__(
+        self,
+        reference: str | Path | list[str] | dict[str, str],
+        metrics: Sequence[MetricName] = ("rms", "gram", "cka", "procrustes", "output"),
+    ) -> None:
+        super().__init__()
+        if isinstance(reference, Mapping):
+            self._sources = {name: str(source) for name, source in reference.items()}
+        else:
+            sources = [str(source) for source in reference] if isinstance(reference, list) else [str(reference)]
+            self._sources = {Path(source).stem: source for source in sources}
+            if len(self._sources) < len(sources):
+                raise ValueError(
+                    f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
+                )
+        if not self._sources or "floor" in self._sources:
+            raise ValueError(
+                f'reference={reference!r} should be one or more references, none of them by the name "floor", which is '
+                "that of their distance from each other."
+            )
+        self._metrics = validated_metrics(metrics)
+        self._references: dict[str, Reference] = {}
+        self._probe: Probe | None = None
+        self._first: Observation | None = None
+        self._coupled = False
+        self._last = -1
+
+    @property
+    def state_key(self) -> str:
+        """One callback for each choice of references can be in a Trainer."""
+        return self._generate_state_key(references=self._sources)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the embeddings were found to be coupled, which is seen at step 0, and the last step that was logged."""
+        return {"coupled": self._coupled, "last": self._last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run that is resumed was."""
+        self._coupled, self._last = state_dict["coupled"], state_dict["last"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the references, pass the probe through the module once, and refuse what cannot be compared.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if a file is not a readable reference, references have different probes, the module cannot take
+                the probe, shapes do not fit, embeddings are not coupled although ``"rms"`` needs them to be, or no step
+                of a reference is still to come.
+        """
+        step = trainer.global_step
+        if step == 0:  # else it is what the checkpoint said
+            self._coupled, self._last = False, -1
+        self._references = {
+            name: Reference.load(fetch_reference(trainer, source)) for name, source in self._sources.items()
+        }
+        references = list(self._references.values())
+        _check_one_probe(references)
+        _check_steps(trainer, pl_module, references)
+        layout = Layout.of(trainer, pl_module)
+        for reference in references:
+            _check_layout(layout, reference)
+        header = references[0].header
+        self._probe = Probe.of(
+            trainer,
+            pl_module,
+            references[0].probe,
+            header.runs,
+            layout,
+            sorted({depth for reference in references for depth in reference.header.depths}),
+            max(rows for rows, _ in header.locations.values()),
+        )
+        self._first = _first_observation(trainer, pl_module, self._probe)
+        for reference in references:
+            _check_shapes(self._first, reference, self._metrics)
+        if "rms" in self._metrics and not self._coupled:
+            for reference in references:
+                _check_coupled(self._first, reference, step)
+            self._coupled = True
+        if step <= self._last or not self._recorded_at(step):
+            self._first = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log the distance before the first step, where ``self.log`` is allowed."""
+        if self._first is not None:
+            self._compare(trainer, pl_module, self._first)
+            self._first = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the distance, if a reference was recorded at this step."""
+        step = trainer.global_step
+        if step > self._last and self._probe is not None and self._recorded_at(step):
+            self._compare(trainer, pl_module, self._probe.observe(trainer, pl_module))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the probe and of the references."""
+        self._probe = self._first = None
+        self._references = {}
+
+    def _recorded_at(self, step: int) -> dict[str, Reference]:
+        return {name: reference for name, reference in self._references.items() if step in reference.steps}
+
+    def _compare(self, trainer: Trainer, module: LightningModule, observation: Observation) -> None:
+        """Log the distance of an observation at the present step from every reference that has it."""
+        step = self._last = trainer.global_step
+        recorded = {name: reference.read(step) for name, reference in self._recorded_at(step).items()}
+        values: dict[str, float] = {}
+        for name, reference in recorded.items():
+            suffix = f"/{name}" if len(self._references) > 1 else ""
+            found = compare(observation, reference, self._metrics)
+            values.update({f"mlu/distance/{key}{suffix}": value for key, value in found.items()})
+        # the smaller one first, because "rms" is of its coordinates
+        pairs = combinations(sorted(recorded.values(), key=_width), 2)
+        between = [compare(one, other, self._metrics) for one, other in pairs]
+        for key in between[0] if between else ():
+            values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
+        log_values(trainer, module, values, step)
+
+
+def _width(observation: Observation) -> int:
+    return max(values.shape[1] for values in observation.values())
+
+
+def _first_observation(trainer: Trainer, module: LightningModule, probe: Probe) -> Observation:
+    """Pass the probe through the module for the first time."""
+    try:
+        return probe.observe(trainer, module)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        # whatever the user's module raises for a batch that is not one of its own
+        raise ValueError(
+            f"{type(module).__name__} cannot take the probe of the reference in its {probe.step}: {error} "
+            "A run can be compared with a reference of the same data: the same form of batches, sizes of inputs, "
+            "vocabulary and outputs. Record a reference with this run's data."
+        ) from error
+
+
+def _check_one_probe(references: Sequence[Reference]) -> None:
+    first = references[0]
+    for other in references[1:]:
+        if other.probe_hash != first.probe_hash or other.header.runs != first.header.runs:
+            raise ValueError(
+                f"{first.path} and {other.path} were recorded with different probes, so a run cannot be compared with "
+                f"both. Record one of them again with ReferenceRecorder(probe={str(first.path)!r}), or use one callback "
+                "for each."
+            )
+
+
+def _check_steps(trainer: Trainer, module: LightningModule, references: Sequence[Reference]) -> None:
+    """Refuse a run that will never be at a step of a reference."""
+    now = trainer.global_step
+    last = trainer.estimated_stepping_batches if module.automatic_optimization else float("inf")
+    for reference in references:
+        if not any(now <= step <= last for step in reference.steps):
+            raise ValueError(
+                f"{reference.path} was recorded at the steps {_few(reference.steps)}, and this run goes from {now} to "
+                f"{last}, so there is no step at which they can be compared. Train longer, or record the reference at "
+                "steps of this run."
+            )
+
+
+def _check_layout(layout: Layout, reference: Reference) -> None:
+    """Refuse a module with other streams or data than the reference's."""
+    header = reference.header
+    if len(layout.depth) != len(header.depth):
+        raise ValueError(
+            f"The module has {len(layout.depth)} residual streams, and that of {reference.path} {len(header.depth)}: they "
+            "are of different architecture. Record a reference of this architecture."
+        )
+    for name, sizes in layout.data_sizes.items():
+        if header.data_sizes.get(name, sizes) != sizes:
+            raise ValueError(
+                f"{name} has {_few(sizes)} entries beside the embedding dimension in this module, and "
+                f"{_few(header.data_sizes[name])} in that of {reference.path}: they are made for different data, such as "
+                "another tokenizer or other classes. Record a reference with this run's data."
+            )
+
+
+def _check_shapes(observation: Observation, reference: Reference, metrics: Sequence[MetricName]) -> None:
+    """Refuse what the metrics cannot compare."""
+    header = reference.header
+    streams = [name for name in observation if name in header.locations and not name.startswith("output")]
+    outputs = [name for name in observation if name in header.locations and name.startswith("output")]
+    for metric in metrics:
+        if not (outputs if metric == "output" else streams):
+            raise ValueError(
+                f'"{metric}" cannot be measured: {reference.path} and this module have no '
+                f"{'output' if metric == 'output' else 'depth of a stream'} in common that can be read. Leave it out of "
+                "metrics."
+            )
+    for name in streams + outputs:
+        rows, dimension = header.locations[name]
+        if observation[name].shape[0] != rows:
+            raise ValueError(
+                f"At {name} this module makes {observation[name].shape[0]} positions of the probe, and that of "
+                f"{reference.path} made {rows}: they divide their data otherwise. Record a reference of this architecture."
+            )
+        if name in outputs and "output" in metrics and observation[name].shape[1] != dimension:
+            raise ValueError(
+                f"This module has {observation[name].shape[1]} outputs, and that of {reference.path} {dimension}: they "
+                'are made for different data. Record a reference with this run\'s data, or leave "output" out of metrics.'
+            )
+        if name in streams and "rms" in metrics and observation[name].shape[1] > dimension:
+            raise ValueError(
+                f"The stream at {name} has {observation[name].shape[1]} coordinates in this run and {dimension} in "
+                f'{reference.path}, and "rms" compares with the first coordinates of a larger reference. Record a reference '
+                'of at least this embedding dimension, or leave "rms" out of metrics: "gram", "cka", "procrustes" and '
+                '"output" compare any dimensions.'
+            )
+
+
+def _check_coupled(observation: Observation, reference: Reference, step: int) -> None:
+    if step > 0 or 0 not in reference.steps:
+        at = f"{reference.path} has no recording at step 0" if step == 0 else f"this run goes on from step {step}"
+        raise ValueError(
+            f'"rms" needs coupled embeddings, and these are seen at step 0, but {at}. Leave "rms" out of metrics ("gram", '
+            '"cka", "procrustes" and "output" need no coupling), or begin both runs at step 0 with EmbeddingDistance and '
+            "ReferenceRecorder."
+        )
+    check_coupled(observation, reference.read(0))
+
+
+def _few(numbers: Sequence[int]) -> str:
+    """Numbers as text, without most of them if they are many."""
+    shown = [str(number) for number in numbers]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])

@@ -1,0 +1,171 @@
+"""What the callbacks that watch a run share: what to read in its module, and a probe batch on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lightning.pytorch import LightningModule, Trainer
+
+from mlu_lightning.callbacks.example import find_example
+from mlu_lightning.callbacks.parameterization import MLUCallback
+from mlu_lightning.discovery import discover
+from mlu_lightning.lightning_steps import StepName
+from mlu_lightning.plan import Plan
+from mlu_lightning.probing import Location, Observation, locate, observe
+from mlu_lightning.rules import Role
+from mlu_lightning.structure import Structure, Tap
+
+__all__ = ["Layout", "Probe", "on_rank_zero"]
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What there is to read in a module.
+
+    Args:
+        depth: residual additions of every stream, L.
+        embedding: dimension of every stream, D.
+        hidden: hidden width M by kind of branch.
+        taps: where streams and outputs are read.
+        data_sizes: sizes of embeddings and readouts other than D, such as that of a vocabulary, by parameter name.
+        plan: in effect on the module, None without :class:`MLUCallback`.
+
+    >>> Layout((8,), (64,), {"mlp": 256}, (), {"tokens.weight": (100,)}, None).depth
+    (8,)
+    """
+
+    depth: tuple[int, ...]
+    embedding: tuple[int, ...]
+    hidden: dict[str, int]
+    taps: tuple[Tap, ...]
+    data_sizes: dict[str, tuple[int, ...]]
+    plan: Plan | None
+
+    @classmethod
+    def of(cls, trainer: Trainer, module: LightningModule) -> Layout:
+        """Take it from the plan of the Trainer's :class:`MLUCallback`, or else discover it.
+
+        Args:
+            trainer: which is fitting the module.
+            module: the trainer's.
+
+        Raises:
+            ValueError: if the module's parameters are sharded and there is no plan, or if it cannot be discovered.
+        """
+        callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback)]
+        plan = callbacks[0].plan if callbacks else None
+        if plan is None and any(hasattr(parameter, "placements") for parameter in module.parameters()):
+            raise ValueError(
+                "The module's parameters are sharded (DTensor), and finding its residual stream needs a forward pass of "
+                "the whole module. Plan it before, as it is without sharding: Plan.from_model(module, example, "
+                "base=...).save(path), and give the Trainer MLUCallback(plan=path)."
+            )
+        found: Plan | Structure = plan or discover(module, find_example(trainer, module))
+        streams = found.streams
+        return cls(
+            depth=tuple(stream.depth for stream in streams),
+            embedding=tuple(stream.embedding for stream in streams),
+            hidden={branch.kind: branch.hidden for branch in found.branches},
+            taps=found.taps,
+            data_sizes=_data_sizes(found),
+            plan=plan,
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A batch on the module's device, and what is read when it is passed through.
+
+    Args:
+        batch: as the step takes it.
+        step: that takes it.
+        locations: what is read.
+        positions: rows of it that are kept.
+
+    >>> Probe(None, "training_step", (), 128).positions
+    128
+    """
+
+    batch: Any
+    step: StepName
+    locations: tuple[Location, ...]
+    positions: int
+
+    @classmethod
+    def of(
+        cls,
+        trainer: Trainer,
+        module: LightningModule,
+        batch: Any,
+        step: StepName,
+        layout: Layout,
+        depths: Sequence[float],
+        positions: int,
+    ) -> Probe:
+        """Transfer a batch as the Trainer does, and locate what is read.
+
+        Args:
+            trainer: which is fitting the module.
+            module: the trainer's, on its device.
+            batch: as a loader gives it.
+            step: that takes it.
+            layout: of the module.
+            depths: relative depths.
+            positions: rows to keep.
+
+        Raises:
+            ValueError: if a depth cannot be read.
+        """
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = module._on_before_batch_transfer(batch)
+        batch = trainer.strategy.batch_to_device(batch)
+        return cls(batch, step, locate(layout.taps, layout.depth, depths), positions)
+
+    def observe(self, trainer: Trainer, module: LightningModule) -> Observation:
+        """Pass the batch through the module.
+
+        Args:
+            trainer: which is fitting the module.
+            module: the trainer's.
+        """
+        with trainer.precision_plugin.val_step_context():
+            return observe(module, self.batch, self.locations, self.step, self.positions)
+
+
+def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:
+    """Do something in the first process, and give the others its result or its error.
+
+    Args:
+        trainer: which knows the processes.
+        make: what to do; what it returns is sent to the others.
+
+    Raises:
+        OSError: in every process, if ``make`` raised it.
+        ValueError: the same.
+    """
+    result: ResultT | OSError | ValueError | None = None
+    if trainer.is_global_zero:
+        try:
+            result = make()
+        except (OSError, ValueError) as error:
+            result = error
+    result = trainer.strategy.broadcast(result)
+    if isinstance(result, (OSError, ValueError)):
+        raise result
+    return result  # type: ignore[return-value]
+
+
+def _data_sizes(found: Plan | Structure) -> dict[str, tuple[int, ...]]:
+    """Sizes of embeddings and readouts without the one that is the stream's."""
+    embeddings = {stream.embedding for stream in found.streams}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in found.parameters.items():
+        own = [axis for axis, size in enumerate(parameter.shape) if size in embeddings]
+        if parameter.role in (Role.EMBEDDING, Role.READOUT) and own:
+            # where both sizes are that of a stream they are equal, unless two streams differ: either may be left out
+            sizes[name] = parameter.shape[: own[0]] + parameter.shape[own[0] + 1 :]
+    return sizes

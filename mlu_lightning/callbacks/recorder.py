@@ -1,0 +1,256 @@
+"""The callback that records a run, so that runs of other shapes can be compared with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+
+from mlu_lightning.batches import decode_batch, encode_batch, load_batch
+from mlu_lightning.callbacks.example import find_probe
+from mlu_lightning.callbacks.loggers import log_reference
+from mlu_lightning.callbacks.probe import Layout, Probe, on_rank_zero
+from mlu_lightning.lightning_steps import StepName
+from mlu_lightning.probing import Observation, first_samples, sample_count
+from mlu_lightning.recording_steps import Steps, is_due, validated_steps
+from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter
+
+__all__ = ["ReferenceRecorder"]
+
+
+class ReferenceRecorder(Callback):
+    """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.
+
+    At chosen steps the probe is passed through the module in evaluation mode, and what the stream is at relative depths
+    and what the outputs are goes into a file, with the training loss of every step, the plan, the shape and the probe
+    itself (theory.md, section 4). The training is, bit for bit, the training without the recorder.
+
+    The file is whole at every moment: a run that is killed leaves a reference up to its last recorded step, and one that
+    is resumed with ``fit(ckpt_path=...)`` goes on in it. It holds 4 (or 2) bytes for each of K · positions · (number of
+    depths · D + outputs) values, K being the number of recorded steps; see :mod:`mlu_lightning.reference`.
+
+    If there is a :class:`MLUCallback` in the Trainer, its plan tells where the stream is; otherwise it is discovered with
+    the first samples of the training data. With a ``WandbLogger`` the file becomes an artifact when training ends.
+
+    Args:
+        path: of the file to be written; there must be none yet, unless the run is resumed.
+        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+            safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
+            validation data, or of the training data if there is no validation.
+        steps: optimizer steps after which to record: ``"log"`` for 0, 1, 2, 3, 4, 6, 8, 11, 16, ... (two per octave) and
+            the last one, a number n for every n, or a list.
+        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
+            have as many rows, and than 8, is cut.
+        dtype: of values in the file, ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ValueError: if an argument is not of these.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from mlu_lightning.models import ResNet
+        >>> model = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> with TemporaryDirectory() as folder:
+        ...     recorder = ReferenceRecorder(f"{folder}/reference.safetensors")
+        ...     trainer = Trainer(max_epochs=2, accelerator="cpu", barebones=True, callbacks=[recorder])
+        ...     trainer.fit(model, data)
+        ...     Reference.load(recorder.path).steps
+        (0, 1, 2, 3, 4)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        probe: Any = None,
+        steps: Steps = "log",
+        depths: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
+        positions: int = 128,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if not depths or not all(0 <= depth <= 1 for depth in depths):
+            raise ValueError(
+                f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
+            )
+        if positions < 1:
+            raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} is none of: 'float32', 'bfloat16'.")
+        self.path = Path(path)
+        self._given = probe
+        self._steps = validated_steps(steps)
+        self._depths = tuple(sorted({float(depth) for depth in depths}))
+        self._positions = positions
+        self._dtype = dtype
+        self._probe: Probe | None = None
+        self._writer: ReferenceWriter | None = None
+        self._losses = _Losses()
+        self._last = -1
+        self._failed = False
+
+    @property
+    def state_key(self) -> str:
+        """One recorder for each file can be in a Trainer."""
+        return self._generate_state_key(path=str(self.path))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the probe once, open the file, and record the step if it is due.
+
+        Raises:
+            FileExistsError: if there is a file already and the run is not resumed.
+            ValueError: if the module has no stream that can be read, if it cannot take the probe, or if the existing
+                file is of another run.
+        """
+        step = trainer.global_step
+        batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
+        layout = Layout.of(trainer, pl_module)
+
+        def observe(positions: int) -> Observation:
+            self._probe = Probe.of(trainer, pl_module, batch, name, layout, self._depths, positions)
+            return self._probe.observe(trainer, pl_module)
+
+        if (samples := sample_count(batch)) is not None:
+            rows = max(len(values) for values in observe(_ALL).values())
+            batch = first_samples(batch, max(_FEWEST_SAMPLES, math.ceil(self._positions * samples / rows)))
+        observation = observe(self._positions)
+        header = ReferenceHeader(
+            depth=layout.depth,
+            embedding=layout.embedding,
+            hidden=layout.hidden,
+            depths=self._depths,
+            locations={name: (values.shape[0], values.shape[1]) for name, values in observation.items()},
+            runs=name,
+            data_sizes=layout.data_sizes,
+            plan=None if layout.plan is None else layout.plan.to_yaml(),
+            dtype=self._dtype,
+        )
+
+        def open_file() -> tuple[int, Tensor]:
+            self._writer = self._open(header, batch, step)
+            return (self._writer.steps or (-1,))[-1], self._writer.losses
+
+        self._last, losses = on_rank_zero(trainer, open_file)
+        self._losses = _Losses(losses, step)
+        self._failed = False
+        if step > self._last and is_due(self._steps, step):
+            self._record(trainer, step, observation)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss, and record the step if it is due."""
+        step = trainer.global_step
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = torch.tensor(math.nan, device=pl_module.device) if loss is None else loss.detach()
+        if pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+            loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
+        self._losses.add(trainer, loss, step)
+        if is_due(self._steps, step):
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the last step, and log the file as an artifact where there is a place for it."""
+        if self._steps == "log":
+            self._look(trainer, pl_module)
+        if trainer.is_global_zero and self.path.exists():
+            log_reference(trainer.loggers, self.path)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the recordings, which are in the file."""
+        self._probe = self._writer = None
+
+    def _find_probe(self, trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
+        """The probe, as it will be read from the file, and the step that takes it."""
+        if self._given is None and trainer.global_step > 0 and self.path.exists():
+            existing = Reference.load(self.path)
+            return existing.probe, existing.header.runs
+        if self._given is None:
+            batch, step = find_probe(trainer, module)
+        else:
+            batch = load_batch(self._given) if isinstance(self._given, (str, Path)) else self._given
+            step = "validation_step" if is_overridden("validation_step", module) else "training_step"
+        return decode_batch(*encode_batch(first_samples(batch, self._positions))), step
+
+    def _open(self, header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
+        if not self.path.exists():
+            if step > 0:
+                rank_zero_warn(
+                    f"The run goes on from step {step}, and there is no {self.path} with what was recorded before: the "
+                    "reference begins here."
+                )
+            return ReferenceWriter(self.path, header, probe)
+        if step > 0:
+            return ReferenceWriter.resume(self.path, header, probe, step)
+        raise FileExistsError(
+            f"{self.path} exists, and a new run would overwrite it. Delete it, give ReferenceRecorder another path, or "
+            "resume its run with trainer.fit(ckpt_path=...)."
+        )
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Record the present step, if it is not yet."""
+        step = trainer.global_step
+        if self._probe is not None and step > self._last:
+            self._record(trainer, step, self._probe.observe(trainer, module))
+
+    def _record(self, trainer: Trainer, step: int, observation: Observation) -> None:
+        """Write a step; a disk that is full does not end the training."""
+        self._last = step
+        losses = self._losses.all(trainer)
+        if self._writer is None:
+            return
+        try:
+            self._writer.write(step, observation, losses)
+        except OSError as error:
+            if not self._failed:
+                rank_zero_warn(
+                    f"The reference {self.path} could not be written at step {step}: {error}. The training goes on; the "
+                    "file is as it was before, and each further recording tries to write all of them again."
+                )
+            self._failed = True
+
+
+class _Losses:
+    """Training loss of every optimizer step: the mean over its batches and over processes."""
+
+    def __init__(self, known: Tensor | None = None, step: int = 0) -> None:
+        known = torch.empty(0) if known is None else known[:step]
+        missing = torch.full((step - len(known),), math.nan)
+        self._known = torch.cat((known, missing))
+        self._steps = step
+        self._pending: list[Tensor] = []
+        self._batches: list[Tensor] = []
+
+    def add(self, trainer: Trainer, loss: Tensor, step: int) -> None:
+        """Add the loss of a batch, after which so many optimizer steps had been made."""
+        self._batches.append(loss)
+        if step > self._steps:
+            loss = loss if len(self._batches) == 1 else torch.stack(self._batches).mean()
+            self._pending.extend([loss] * (step - self._steps))
+            self._batches = []
+            self._steps = step
+        if len(self._pending) >= _MOST_PENDING:
+            self.all(trainer)
+
+    def all(self, trainer: Trainer) -> Tensor:
+        """Losses [steps] so far, on the CPU; every process has to ask."""
+        if self._pending:
+            pending = trainer.strategy.reduce(torch.stack(self._pending).float(), reduce_op="mean")
+            self._known = torch.cat((self._known, torch.as_tensor(pending).cpu()))
+            self._pending = []
+        return self._known
+
+
+_ALL = 2**62
+_FEWEST_SAMPLES = 8
+"""Samples of a probe that are kept even if fewer have enough positions, so that it is not one long text."""
+_MOST_PENDING = 1000
+"""Losses that wait on the device, so that the host need not wait for each."""

@@ -1,0 +1,318 @@
+"""Look at a residual stream and at outputs of a model while it trains, and leave no trace in it.
+
+A probe batch is passed through the model's own ``validation_step`` or ``training_step`` in evaluation mode, without
+gradients; hooks that are there for this one pass read the stream and the outputs (theory.md, section 4).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mlu_lightning.lightning_steps import StepName, call_step, is_lightning_module, muted
+from mlu_lightning.rehearsal import tensors_in
+from mlu_lightning.structure import Tap
+
+__all__ = ["Location", "Observation", "first_samples", "locate", "observe", "sample_count"]
+
+Observation = dict[str, Tensor]
+"""Values of streams and outputs by the name of their location: float32, on the CPU, [positions, dimension]."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """What is read under one name: a weighted sum of values, each of which is a sum of what taps read.
+
+    Args:
+        name: ``"s=0.25"``, ``"stream1/s=0.25"`` for further streams, ``"output"``, ``"output1"`` for further readouts.
+        parts: weights, which sum to one, and taps.
+
+    >>> tap = Tap("readout", 0, 0, "head", "output", None, -1)
+    >>> Location("output", ((1.0, (tap,)),)).taps[0].module
+    'head'
+    """
+
+    name: str
+    parts: tuple[tuple[float, tuple[Tap, ...]], ...]
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """All taps that are read."""
+        return tuple(tap for _, taps in self.parts for tap in taps)
+
+
+def locate(taps: Sequence[Tap], stream_depths: Sequence[int], depths: Sequence[float]) -> tuple[Location, ...]:
+    """Find what to read at relative depths s of every stream, and at every readout.
+
+    The stream at s is that after s · L residual additions; where that is not a whole number, the two next to it are
+    interpolated, h(s) = (1 - w) h_k + w h_(k+1) with w = s · L - k, which is exact up to O(1/L²) in the limit of
+    large depth (theory.md, section 5). Where no submodule is given or returns the stream itself, it is the stream before
+    plus the branches.
+
+    Args:
+        taps: of a structure or plan.
+        stream_depths: residual additions L of every stream.
+        depths: relative depths s between 0 (the embedding) and 1 (the last addition).
+
+    Returns:
+        Streams in order, each at all depths, then readouts.
+
+    Raises:
+        ValueError: if a depth is not between 0 and 1, or there is no tap for one.
+
+    >>> taps = [Tap("stream", 0, position, "", "output", None, -1) for position in range(3)]
+    >>> [(location.name, [w for w, _ in location.parts]) for location in locate(taps, [2], [0, 0.25])]
+    [('s=0', [1.0]), ('s=0.25', [0.5, 0.5])]
+    """
+    for s in depths:
+        if not 0 <= s <= 1:
+            raise ValueError(
+                f"A relative depth lies between 0 (the embedding) and 1 (the last addition), and {s} does not."
+            )
+    found = []
+    for number, depth in enumerate(stream_depths):
+        along = _positions([tap for tap in taps if tap.number == number])
+        for s in depths:
+            below = round(float(s) * depth, 9)  # without what 0.7 * 10 has too much
+            weight = below % 1
+            weights = [(int(below), 1 - weight), (int(below) + 1, weight)]
+            for position, part in weights:
+                if part and position not in along:
+                    raise ValueError(
+                        f"The residual stream after {position} of its {depth} additions cannot be read: no submodule is "
+                        "given it or returns it. Let it pass through a submodule there (an nn.Identity is enough), or "
+                        f"choose depths other than {s:g}."
+                    )
+            name = f"s={s:g}" if number == 0 else f"stream{number}/s={s:g}"
+            found.append(Location(name, tuple((part, along[position]) for position, part in weights if part)))
+    for tap in taps:
+        if tap.reads == "readout":
+            found.append(Location(f"output{tap.number or ''}", ((1.0, (tap,)),)))
+    return tuple(found)
+
+
+def observe(
+    module: nn.Module, batch: Any, locations: Sequence[Location], step: StepName = "training_step", positions: int = 128
+) -> Observation:
+    """Pass a batch through a model and read its streams and outputs.
+
+    The model is in evaluation mode and builds no graph; code of ``torch.compile`` is not used. Afterwards parameters,
+    gradients, buffers, metric states, training modes and random states are as before, nothing was logged, and
+    attributes that the step assigned, or lists, dicts and sets that it changed, are restored. Random numbers of the pass
+    are the same in every call.
+
+    Args:
+        module: a LightningModule, of which the step is run, or any other module, of which ``forward`` is run.
+        batch: what the step takes, on the module's device; the arguments of ``forward`` for other modules.
+        locations: what to read.
+        step: which method of a LightningModule takes the batch.
+        positions: number of rows to keep, evenly spaced over all samples (times tokens, pixels) of the batch.
+
+    Returns:
+        For every location the values [rows, dimension], in float32 on the CPU.
+
+    Raises:
+        ValueError: if a location was not passed.
+
+    >>> from mlu_lightning import discover
+    >>> from mlu_lightning.models import ResNet
+    >>> model = ResNet(depth=4, hidden=8, embedding=6, inputs=3, outputs=2)
+    >>> batch = torch.ones(5, 3), torch.ones(5, 2)
+    >>> structure = discover(model, batch)
+    >>> values = observe(model, batch, locate(structure.taps, [structure.depth], [0, 1]))
+    >>> {name: list(value.shape) for name, value in values.items()}
+    {'s=0': [5, 6], 's=1': [5, 6], 'output': [5, 2]}
+    """
+    read: dict[Tap, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(_undisturbed(module))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for tap in dict.fromkeys(tap for location in locations for tap in location.taps):
+            stack.callback(_attach(module.get_submodule(tap.module), tap, read, positions).remove)
+        module.eval()
+        torch.manual_seed(0)
+        if is_lightning_module(module):
+            for submodule in module.modules():
+                if is_lightning_module(submodule):
+                    stack.enter_context(muted(submodule))
+            call_step(module, step, batch)
+        else:
+            _call(module, batch)
+    missing = next((tap for location in locations for tap in location.taps if tap not in read), None)
+    if missing is not None:
+        raise ValueError(
+            f"The submodule {missing.module!r}, which takes part in training_step, was not called by {step} in evaluation "
+            "mode, so the stream cannot be read there. Give a probe for which it is called."
+        )
+    return {
+        location.name: _interpolated([(weight, _sum([read[tap] for tap in taps])) for weight, taps in location.parts])
+        for location in locations
+    }
+
+
+def sample_count(batch: Any) -> int | None:
+    """Number of samples in a batch: the first dimension of its tensors, None if it is not the same in all.
+
+    Args:
+        batch: tensors in tuples, lists and dicts.
+
+    >>> sample_count({"x": torch.ones(8, 3), "label": torch.ones(8), "name": "words"})
+    8
+    """
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    return sizes.pop() if len(sizes) == 1 and 0 not in sizes else None
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """Leave only the first samples of a batch, if it can be told what they are.
+
+    Args:
+        batch: tensors in tuples, lists and dicts.
+        count: number of samples to leave.
+
+    >>> [list(part.shape) for part in first_samples((torch.ones(8, 3), torch.ones(8)), 2)]
+    [[2, 3], [2]]
+    """
+    if (sample_count(batch) or 0) <= count:
+        return batch
+    return tree_map(lambda leaf: leaf[:count].clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _attach(module: nn.Module, tap: Tap, read: dict[Tap, Tensor], positions: int) -> Any:
+    """Hook a module for one pass, before all other hooks on its inputs and after all others on its outputs."""
+
+    def keep(values: Any) -> None:
+        if tap not in read:  # the first call is the one that the tap means
+            read[tap] = _rows(values, tap.axis, positions)
+
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(list(tensors_in((args, kwargs)))[tap.index or 0])
+
+    def returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if tap.index is not None:
+            output = list(output.values() if isinstance(output, Mapping) else output)[tap.index]
+        keep(output)
+
+    if tap.where == "input":
+        return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
+    return module.register_forward_hook(returned)
+
+
+def _rows(values: Tensor, axis: int, positions: int) -> Tensor:
+    """Evenly spaced rows of a tensor, copied at once, because what follows may change it in place."""
+    whole = getattr(values, "full_tensor", None)
+    if whole is not None:  # a DTensor, of tensor parallelism
+        values = whole()
+    rows = values.detach().movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values.detach()[None]
+    count = min(positions, len(rows))
+    chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
+    return rows[chosen.to(rows.device)].to("cpu", torch.float32, copy=True)
+
+
+def _positions(taps: Sequence[Tap]) -> dict[int, tuple[Tap, ...]]:
+    """What to add up for a stream at each position where it can be read."""
+    along: dict[int, tuple[Tap, ...]] = {tap.position: (tap,) for tap in taps if tap.reads == "stream"}
+    branches: dict[int, tuple[Tap, ...]] = {}
+    for tap in taps:
+        if tap.reads == "branch":
+            branches[tap.position] = (*branches.get(tap.position, ()), tap)
+    for position, added in sorted(branches.items()):
+        if position in along:
+            along.setdefault(position + 1, along[position] + added)
+    return along
+
+
+def _interpolated(parts: list[tuple[float, Tensor]]) -> Tensor:
+    """Weighted sum; where a stage of the network changes the shape in between, the nearer part."""
+    if len({part.shape for _, part in parts}) > 1:
+        return max(reversed(parts), key=lambda part: part[0])[1]
+    return _sum([part if weight == 1 else part * weight for weight, part in parts])
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _call(module: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        module(**batch)
+    elif isinstance(batch, (tuple, list)):
+        module(*batch)
+    else:
+        module(batch)
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Put everything that a forward pass may change in a module, except parameters, back afterwards."""
+    restorers = [_remember(submodule) for submodule in module.modules()]
+    try:
+        yield
+    finally:
+        for restore in restorers:
+            restore()
+
+
+def _remember(module: nn.Module) -> Callable[[], None]:
+    """What puts a module's buffers and attributes back."""
+    attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    buffers = dict(module._buffers)
+    contents = [_remember_content(value) for value in (*attributes.values(), *buffers.values())]
+
+    def restore() -> None:
+        now = vars(module)
+        for name in [name for name in now if name not in _INTERNAL and name not in attributes]:
+            del now[name]
+        now.update(attributes)
+        module._buffers.clear()
+        module._buffers.update(buffers)
+        for put_back in contents:
+            if put_back is not None:
+                put_back()
+
+    return restore
+
+
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _remember_content(value: Any) -> Callable[[], None] | None:
+    """What puts the content of a tensor or container back, None for anything else."""
+    if isinstance(value, Tensor):
+        return partial(_restore_tensor, value, value.detach().clone(), value._version)
+    if isinstance(value, (list, deque)):
+        return partial(_restore_sequence, value, tuple(value))
+    if isinstance(value, (dict, set)):
+        return partial(_restore_collection, value, value.copy())
+    return None
+
+
+def _restore_tensor(tensor: Tensor, before: Tensor, version: int) -> None:
+    if tensor._version != version:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+
+def _restore_sequence(sequence: list[Any] | deque[Any], before: tuple[Any, ...]) -> None:
+    if len(sequence) != len(before) or any(now is not then for now, then in zip(sequence, before, strict=True)):
+        sequence.clear()
+        sequence.extend(before)
+
+
+def _restore_collection(collection: dict[Any, Any] | set[Any], before: Any) -> None:
+    collection.clear()
+    collection.update(before)

@@ -1,0 +1,88 @@
+"""A run in one or two processes, for test_distances_distributed.py: ``distributed_run.py STRATEGY FOLDER``.
+
+It records a large model and measures a small one against the recording.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from mlu_lightning import EmbeddingDistance, MLUCallback, Plan, ReferenceRecorder
+from mlu_lightning.models import ResNet
+
+SMALL = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
+LARGE = SMALL | {"hidden": 64, "embedding": 32}
+BASE = SMALL | {"depth": 2}
+SAMPLES = 8
+"""In a batch of all processes together."""
+
+
+class Sharded(ResNet):
+    """Shards its blocks and itself."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        assert mesh is not None
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self, mesh=mesh["data_parallel"])
+
+
+def dataset(seed: int) -> TensorDataset:
+    draws = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(48, 3, generator=draws), torch.randn(48, 2, generator=draws))
+
+
+class Data(LightningDataModule):
+    """The same samples in every batch of all processes together, however many they are."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        assert self.trainer is not None
+        rank, processes = self.trainer.global_rank, self.trainer.world_size
+        data = dataset(0)
+        sampler: DistributedSampler[Any] = DistributedSampler(data, processes, rank, shuffle=False)
+        return DataLoader(data, SAMPLES // processes, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(dataset(1), batch_size=6)
+
+
+def fit(strategy: str, shape: dict[str, int], folder: Path, callback: Any) -> None:
+    processes = 1 if strategy == "single" else 2
+    seed_everything(0, verbose=False)
+    model = (Sharded if strategy == "fsdp2" else ResNet)(**shape)
+    strategies: dict[str, Any] = {
+        "single": "auto",
+        "ddp": "ddp",
+        "fsdp2": ModelParallelStrategy(2, 1, process_group_backend="gloo") if strategy == "fsdp2" else None,
+    }
+    torch.manual_seed(1)
+    base = ResNet(**BASE)
+    plan = Plan.from_model(ResNet(**shape), (torch.ones(2, 3), torch.ones(2, 2)), base=base)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=strategies[strategy],
+        max_epochs=2,
+        callbacks=[MLUCallback(plan=plan, init="coupled"), callback],
+        logger=CSVLogger(folder, name=str(shape["embedding"]), version=0),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(model, datamodule=Data())
+
+
+if __name__ == "__main__":
+    strategy, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"))
+    fit(strategy, SMALL, folder, EmbeddingDistance(folder / "large.safetensors"))

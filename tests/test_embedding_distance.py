@@ -1,0 +1,331 @@
+"""EmbeddingDistance: what it logs, when, and what it refuses."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from test_recorder import SHAPE, SILENT, Busy, Weights, fit, loader, samples, stream_of
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mlu_lightning import MLUCallback
+from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
+from mlu_lightning.comparison import compare_references
+from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.reference import Reference
+
+LARGE = SHAPE | {"embedding": 32, "hidden": 64}
+
+
+class Memory(DummyLogger):
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:  # type: ignore[override]
+        self.logged.setdefault(step, {}).update(metrics)
+
+    def save(self) -> None: ...
+
+    def distances(self) -> dict[int, dict[str, float]]:
+        found = {
+            step: {name: value for name, value in values.items() if name.startswith("mlu/distance/")}
+            for step, values in self.logged.items()
+        }
+        return {step: values for step, values in found.items() if values}
+
+
+def build_base() -> nn.Module:
+    return ResNet(**SHAPE | {"depth": 2})
+
+
+def coupled(seed: int = 0) -> MLUCallback:
+    return MLUCallback(build_base, init="coupled", seed=seed)
+
+
+def record(path: Path, module: LightningModule | None = None, *callbacks: Callback, **settings: Any) -> Path:
+    recorder = ReferenceRecorder(path, **{key: settings.pop(key) for key in ("steps", "probe") if key in settings})
+    fit(ResNet(**LARGE) if module is None else module, recorder, *callbacks, **settings)
+    return path
+
+
+def measure(
+    reference: Any, *callbacks: Callback, module: LightningModule | None = None, metrics: Any = None, **settings: Any
+) -> Memory:
+    memory = Memory()
+    distance = EmbeddingDistance(reference) if metrics is None else EmbeddingDistance(reference, metrics)
+    fit(ResNet(**SHAPE) if module is None else module, distance, *callbacks, logger=memory, **settings)
+    return memory
+
+
+def test_logged_values_are_those_of_numpy(tmp_path: Path) -> None:
+    theirs, ours = Weights(), Weights()
+    path = record(tmp_path / "large.safetensors", None, coupled(), theirs)
+    logged = measure(path, coupled(), ours).distances()
+    assert list(logged) == [0, 1, 2, 3, 4, 6]  # although the Trainer logs every 50 steps
+    x = samples().tensors[0][:4]
+    for step, values in logged.items():
+        small, large = (stream_of(weights.at[step], x, branch=0.5) for weights in (ours, theirs))
+        expected: dict[str, float] = {}
+        for position, s in enumerate(("0", "0.25", "0.5", "0.75", "1")):
+            h, r = (stream[position].double().numpy() for stream in (small, large))
+            expected[f"rms/s={s}"] = float(np.sqrt(np.mean((h - r[:, :8]) ** 2)))
+            expected[f"gram/s={s}"] = float(np.linalg.norm(h @ h.T / 8 - r @ r.T / 32) / 4)
+            a, b = h - h.mean(0), r - r.mean(0)
+            norms = np.linalg.norm(a @ a.T) * np.linalg.norm(b @ b.T)
+            expected[f"cka/s={s}"] = float(1 - np.sum((a @ a.T) * (b @ b.T)) / norms)
+            nuclear = np.linalg.svd((h / 8**0.5).T @ (r / 32**0.5), compute_uv=False).sum()
+            square = (h**2).sum() / 8 + (r**2).sum() / 32 - 2 * nuclear
+            expected[f"procrustes/s={s}"] = float(np.sqrt(max(0.0, square) / 4))
+        f, f_ref = (
+            stream[-1].double() @ weights.at[step]["readout.weight"].double().T * factor
+            for stream, weights, factor in ((small, ours, 1.0), (large, theirs, 0.25))
+        )
+        expected["output"] = float(((f - f_ref) ** 2).mean().sqrt())
+        found = {name.removeprefix("mlu/distance/"): value for name, value in values.items()}
+        # float32 forward passes; a distance that is a small difference of large numbers has their rounding
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert (found["rms/s=0"] < 1e-6) == (step == 0)  # one embedding, but matrix products of two shapes
+
+
+@pytest.mark.parametrize("metrics", [["gram"], ["cka", "output"]])
+def test_only_chosen_metrics_are_logged_and_can_be_monitored(metrics: Any, tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors")
+    checkpoint = ModelCheckpoint(
+        tmp_path, monitor=f"mlu/distance/{metrics[0]}/s=1", every_n_train_steps=2, save_top_k=2
+    )
+    logged = measure(path, checkpoint, metrics=metrics, enable_checkpointing=True).distances()
+    found = {name.split("/")[2] for values in logged.values() for name in values}
+    assert found == set(metrics)
+    assert checkpoint.best_model_score is not None
+    best = min(logged[step][f"mlu/distance/{metrics[0]}/s=1"] for step in (2, 4, 6))
+    assert float(checkpoint.best_model_score) == pytest.approx(best, rel=1e-6)
+
+
+def test_training_is_bit_for_bit_that_without_the_callback(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    path = record(tmp_path / "large.safetensors", Busy(), steps=1)
+    runs = []
+    for callbacks in ([], [EmbeddingDistance(path, ["gram", "output"])]):
+        seed_everything(3, verbose=False)
+        module = Busy()
+        fit(module, *callbacks)
+        runs.append((module.state_dict(), module.seen, torch.rand(1)))
+    plain, watched = runs
+    assert all(value.equal(watched[0][name]) for name, value in plain[0].items())
+    assert plain[1:] == watched[1:]
+
+
+def test_run_at_the_same_shape_and_seed_is_at_distance_zero(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    path = record(tmp_path / "run.safetensors", ResNet(**SHAPE))
+    seed_everything(0, verbose=False)
+    for values in measure(path).distances().values():
+        for name, value in values.items():
+            assert value == pytest.approx(0, abs=1e-7 if "procrustes" in name else 1e-14), name
+
+
+def test_uncoupled_embeddings_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", None, coupled(seed=0))
+    for callbacks in ([], [coupled(seed=1)], [MLUCallback(build_base)]):
+        with pytest.raises(
+            ValueError, match=r"not coupled: .* of its size \(independent embeddings by 1.4\).*init=\"coupl"
+        ):
+            measure(path, *callbacks)
+    measure(path, metrics=["gram", "cka", "procrustes", "output"])
+
+
+def test_base_that_each_run_builds_couples_exactly(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = record(tmp_path / "large.safetensors", None, coupled())
+    torch.manual_seed(1)
+    # one embedding, but matrix products of two shapes
+    assert measure(path, coupled()).distances()[0]["mlu/distance/rms/s=0"] < 1e-6
+
+
+def test_larger_embedding_than_the_references_is_refused_for_rms_only(tmp_path: Path) -> None:
+    path = record(tmp_path / "small.safetensors", ResNet(**SHAPE), coupled())
+    with pytest.raises(ValueError, match=r"has 32 coordinates in this run and 8 in .*leave \"rms\" out of metrics"):
+        measure(path, coupled(), module=ResNet(**LARGE))
+    measure(path, coupled(), module=ResNet(**LARGE), metrics=["gram", "cka", "procrustes", "output"])
+
+
+def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    fit(ResNet(**LARGE), coupled(), ReferenceRecorder(path, steps=3), steps=12)
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+    first = measure(path, coupled(), checkpoint, enable_checkpointing=True)
+    assert list(first.distances()) == [0, 3, 6]
+    ckpt = tmp_path / "step=6.ckpt"
+    assert list(measure(path, coupled(), steps=12, ckpt_path=ckpt).distances()) == [9, 12]
+    plain = tmp_path / "plain"
+    fit(
+        ResNet(**SHAPE),
+        coupled(),
+        ModelCheckpoint(plain, "{step}", every_n_train_steps=6, save_top_k=-1),
+        enable_checkpointing=True,
+    )
+    with pytest.raises(ValueError, match=r"seen at step 0, but this run goes on from step 6.*Leave \"rms\" out"):
+        measure(path, coupled(), steps=12, ckpt_path=plain / "step=6.ckpt")
+
+
+def test_several_references_and_their_floor(tmp_path: Path) -> None:
+    paths = []
+    for seed, name in ((1, "one"), (2, "two"), (3, "three")):
+        torch.manual_seed(seed)
+        paths.append(record(tmp_path / f"{name}.safetensors", None, coupled(), data=loader(shuffle=False)))
+    settings: dict[str, Any] = {"metrics": ["rms", "gram", "output"], "data": loader(shuffle=False)}
+    runs = []
+    for reference in ([str(path) for path in paths], {"a": str(paths[0]), "b": str(paths[1])}, paths[0]):
+        torch.manual_seed(7)
+        runs.append(measure(reference, coupled(), **settings).distances())
+    three, two, one = runs
+    assert {name.split("/")[-1] for name in three[0]} == {"one", "two", "three", "floor"}
+    assert {name.split("/")[-1] for name in two[0]} == {"a", "b", "floor"}
+    for step, values in one.items():
+        for name, value in values.items():
+            assert three[step][f"{name}/one"] == two[step][f"{name}/a"] == value
+    references = [Reference.load(path) for path in paths]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    between = [compare_references(references[i], references[j], ["rms", "gram", "output"]) for i, j in pairs]
+    for step in (0, 6):
+        for key in ("rms/s=1", "gram/s=0.5", "output"):
+            mean = sum(found[step][key] for found in between) / 3
+            assert three[step][f"mlu/distance/{key}/floor"] == pytest.approx(mean)
+            assert two[step][f"mlu/distance/{key}/floor"] == pytest.approx(between[0][step][key])
+
+
+def test_references_of_other_steps_are_each_logged_at_their_own(tmp_path: Path) -> None:
+    record(tmp_path / "one.safetensors", steps=[0, 2, 4])
+    record(tmp_path / "two.safetensors", steps=[0, 3, 4])
+    reference = [str(tmp_path / f"{name}.safetensors") for name in ("one", "two")]
+    logged = measure(reference, metrics=["gram"]).distances()
+    names = {step: {name.split("/")[-1] for name in values} for step, values in logged.items()}
+    assert names == {0: {"one", "two", "floor"}, 2: {"one"}, 3: {"two"}, 4: {"one", "two", "floor"}}
+
+
+def test_references_with_different_probes_are_refused(tmp_path: Path) -> None:
+    record(tmp_path / "one.safetensors")
+    record(tmp_path / "two.safetensors", probe=(torch.ones(4, 3), torch.ones(4, 2)))
+    with pytest.raises(
+        ValueError, match=r"recorded with different probes.*ReferenceRecorder\(probe='.*one.safetensors'\)"
+    ):
+        measure([str(tmp_path / "one.safetensors"), str(tmp_path / "two.safetensors")], metrics=["gram"])
+
+
+def test_run_that_diverges_logs_nan_and_goes_on(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", None, coupled())
+    logged = measure(path, coupled(), module=ResNet(**SHAPE, lr=1e30)).distances()
+    assert list(logged) == [0, 1, 2, 3, 4, 6]
+    assert all(math.isnan(value) for name, value in logged[6].items() if name.endswith("s=1") or "output" in name)
+    assert all(math.isfinite(value) for value in logged[0].values())
+
+
+def tokens_of(vocabulary: int) -> DataLoader[Any]:
+    draws = torch.Generator().manual_seed(0)
+    return DataLoader(torch.randint(vocabulary, (24, 9), generator=draws), batch_size=4)  # type: ignore[arg-type]
+
+
+def transformer(vocabulary: int, embedding: int = 6) -> CausalTransformer:
+    return CausalTransformer(vocabulary, context=8, depth=2, embedding=embedding, heads=2, head_dim=4)
+
+
+@pytest.mark.parametrize(("reference", "run"), [(20, 10), (10, 20)])
+def test_other_vocabulary_is_refused_before_the_probe_is_passed(reference: int, run: int, tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", transformer(reference, 12), data=tokens_of(reference))
+    with pytest.raises(ValueError, match=rf"tokens.weight has {run} entries .* and {reference} in .*another tokenizer"):
+        measure(path, module=transformer(run), data=tokens_of(run), metrics=["gram"])
+
+
+def test_probe_that_the_module_cannot_take_is_refused(tmp_path: Path) -> None:
+    class Renamed(LightningModule):
+        """The same data by other names, so that only the pass itself fails."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(5, 8)
+            self.block = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+            self.head = nn.Linear(8, 2)
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            h = self.stem(batch[0])
+            return nn.functional.mse_loss(self.head(h + self.block(h)), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    path = record(tmp_path / "large.safetensors")
+    data = DataLoader([(torch.ones(5), torch.ones(2))] * 8, batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"Renamed cannot take the probe of the reference in its training_step: .*Record a"
+    ):
+        measure(path, module=Renamed(), data=data, metrics=["gram"])
+
+
+def test_other_outputs_are_refused(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors")
+    module = ResNet(**SHAPE | {"outputs": 5})
+    data = DataLoader([(torch.ones(3), torch.ones(5))] * 8, batch_size=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"readout.weight has 5 entries"):
+        measure(path, module=module, data=data, metrics=["gram"])
+
+
+def test_no_common_step_is_refused(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", steps=[5, 6])
+    with pytest.raises(ValueError, match=r"at the steps 5, 6, and this run goes from 0 to 3.*Train longer"):
+        measure(path, metrics=["gram"], steps=3)
+    assert list(measure(path, metrics=["gram"], steps=5).distances()) == [5]
+    with pytest.raises(ValueError, match=r"seen at step 0, but .* has no recording at step 0"):
+        measure(path, metrics=["rms"])
+
+
+def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"missing.safetensors"):
+        measure(tmp_path / "missing.safetensors")
+    path = record(tmp_path / "large.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="not a readable reference"):
+        measure(path)
+
+
+def test_arguments_are_checked() -> None:
+    for arguments, message in (
+        (("a.safetensors", ["rms", "l2"]), r"metrics=\['rms', 'l2'\] should be .* rms, gram, cka, procrustes, output"),
+        (("a.safetensors", []), "should be a list of some of"),
+        (("a.safetensors", "gram"), "should be a list of some of"),
+        ((["x/a.safetensors", "y/a.safetensors"],), "files of the same name; give a dict"),
+        (({},), "one or more references"),
+        (({"floor": "a.safetensors"},), 'none of them by the name "floor"'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EmbeddingDistance(*arguments)  # type: ignore[arg-type]
+
+
+def test_callback_can_be_used_for_one_run_after_another(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", None, coupled())
+    distance = EmbeddingDistance(path)
+    for callbacks in ([coupled()], [coupled()]):
+        memory = Memory()
+        fit(ResNet(**SHAPE), distance, *callbacks, logger=memory)
+        assert list(memory.distances()) == [0, 1, 2, 3, 4, 6]
+    with pytest.raises(ValueError, match="not coupled"):
+        fit(ResNet(**SHAPE), distance)
+
+
+def test_two_callbacks_with_their_own_references(tmp_path: Path) -> None:
+    record(tmp_path / "one.safetensors")
+    record(tmp_path / "two.safetensors")
+    memory = Memory()
+    callbacks = [EmbeddingDistance({name: str(tmp_path / f"{name}.safetensors")}, ["gram"]) for name in ("one", "two")]
+    trainer = Trainer(max_steps=2, callbacks=callbacks, **SILENT | {"logger": memory})
+    trainer.fit(ResNet(**SHAPE), loader())
+    assert list(memory.distances()) == [0, 1, 2]

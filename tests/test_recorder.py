@@ -1,0 +1,415 @@
+"""ReferenceRecorder: what it writes, when, and that the training does not notice."""
+
+import resource
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.callbacks import ReferenceRecorder
+from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.reference import Reference
+
+SHAPE = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
+SILENT: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def samples(count: int = 24, seed: int = 0) -> TensorDataset:
+    draws = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))
+
+
+def loader(count: int = 24, seed: int = 0, shuffle: bool = True) -> DataLoader[Any]:
+    return DataLoader(samples(count, seed), batch_size=4, shuffle=shuffle)
+
+
+def fit(
+    module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **settings: Any
+) -> Trainer:
+    data, validation = settings.pop("data", loader()), settings.pop("validation", None)
+    trainer = Trainer(max_steps=steps, max_epochs=-1, callbacks=[*callbacks], **SILENT | settings)
+    trainer.fit(module, data, validation, ckpt_path=ckpt_path)
+    return trainer
+
+
+class Weights(Callback):
+    """Keeps the weights after every optimizer step, and the losses."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, dict[str, Tensor]] = {}
+        self.losses: list[Tensor] = []
+
+    def keep(self, trainer: Trainer, module: LightningModule) -> None:
+        self.at[trainer.global_step] = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.keep(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self.keep(trainer, pl_module)
+        self.losses.append(outputs["loss"])
+
+
+def stream_of(weights: dict[str, Tensor], x: Tensor, branch: float = 1.0) -> list[Tensor]:
+    """The stream of a ResNet, as theory.md, section 2, writes it in ordinary layers."""
+    h = [x @ weights["embed.weight"].T]
+    for block in range(SHAPE["depth"]):
+        units = torch.tanh(h[-1] @ weights[f"blocks.{block}.read.weight"].T)
+        h.append(h[-1] + branch * units @ weights[f"blocks.{block}.write.weight"].T)
+    return h
+
+
+def test_recorded_values_are_those_of_the_formula(tmp_path: Path) -> None:
+    weights = Weights()
+    fit(ResNet(**SHAPE), ReferenceRecorder(tmp_path / "run.safetensors"), weights)
+    reference = Reference.load(tmp_path / "run.safetensors")
+    assert reference.steps == (0, 1, 2, 3, 4, 6)
+    x = samples().tensors[0][:4]  # one batch, in the order of the data
+    for step in reference.steps:
+        h = stream_of(weights.at[step], x)
+        found = reference.read(step)
+        for position, s in enumerate(("0", "0.25", "0.5", "0.75", "1")):
+            torch.testing.assert_close(found[f"s={s}"], h[position])
+        torch.testing.assert_close(found["output"], h[-1] @ weights.at[step]["readout.weight"].T)
+    assert reference.losses.equal(torch.stack(weights.losses))
+    assert (reference.header.depth, reference.header.embedding, reference.header.hidden) == ((4,), (8,), {"mlp": 16})
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_stream_is_read_before_the_readout_is_multiplied_and_the_output_after(residual: Any, tmp_path: Path) -> None:
+    base = ResNet(**SHAPE | {"depth": 2, "embedding": 2})
+    weights = Weights()
+    mlu = MLUCallback(base, residual=residual)
+    fit(ResNet(**SHAPE), mlu, ReferenceRecorder(tmp_path / "run.safetensors"), weights)
+    reference = Reference.load(tmp_path / "run.safetensors")
+    branch, readout = (0.5, 0.25) if residual == "hook" else (1.0, 1.0)
+    for step in (0, 4):
+        h = stream_of(weights.at[step], samples().tensors[0][:4], branch)
+        torch.testing.assert_close(reference.read(step)["s=1"], h[-1])
+        output = readout * h[-1] @ weights.at[step]["readout.weight"].T
+        torch.testing.assert_close(reference.read(step)["output"], output)
+    assert reference.header.plan is not None
+    assert Plan.from_yaml(reference.header.plan, "the reference") == mlu.plan
+
+
+class Busy(ResNet):
+    """Has whatever a pass in between could change: dropout, running statistics, metrics, attributes, random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__(**SHAPE)
+        self.norm = nn.BatchNorm1d(3)
+        self.drop = nn.Dropout(0.3)
+        self.average = MeanMetric()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        loss = nn.functional.mse_loss(self(self.drop(self.norm(x)) + 0.1 * torch.randn_like(x)), y)
+        self.average.update(loss)
+        self.seen.append(float(self.average.compute()))
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.average.update(nn.functional.mse_loss(self(self.norm(batch[0])), batch[1]))
+
+
+@pytest.mark.parametrize("validation", [None, loader(8, seed=1)])
+def test_training_is_bit_for_bit_that_without_the_recorder(validation: Any, tmp_path: Path) -> None:
+    runs = []
+    for callbacks in ([], [ReferenceRecorder(tmp_path / "run.safetensors", steps=1)]):
+        seed_everything(3, verbose=False)
+        module = Busy()
+        trainer = fit(module, *callbacks, validation=validation, num_sanity_val_steps=0)
+        runs.append((module.state_dict(), module.seen, trainer.callback_metrics, torch.rand(1)))
+    plain, recorded = runs
+    assert all(value.equal(recorded[0][name]) for name, value in plain[0].items())
+    assert plain[1:] == recorded[1:]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [("log", (0, 1, 2, 3, 4, 6, 7)), (3, (0, 3, 6)), ([2, 5], (2, 5)), ([7, 100], (7,))]
+)
+def test_steps(steps: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
+    fit(ResNet(**SHAPE), ReferenceRecorder(tmp_path / "run.safetensors", steps=steps), steps=7)
+    assert Reference.load(tmp_path / "run.safetensors").steps == expected
+
+
+def test_losses_are_means_over_accumulated_batches(tmp_path: Path) -> None:
+    weights = Weights()
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[1, 3])
+    fit(ResNet(**SHAPE), recorder, weights, steps=3, accumulate_grad_batches=3)
+    reference = Reference.load(recorder.path)
+    assert reference.steps == (1, 3)
+    # the Trainer has divided them by 3
+    torch.testing.assert_close(reference.losses, torch.stack(weights.losses).reshape(3, 3).sum(1))
+
+
+class Two(ResNet):
+    """Manual optimization with two optimizers, which both count."""
+
+    def __init__(self) -> None:
+        super().__init__(**SHAPE)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.mse_loss(self(batch[0]), batch[1]))
+            with optimizer.toggle_model():
+                optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.blocks.parameters(), 0.1), torch.optim.SGD(self.readout.parameters(), 0.1)]
+
+
+def test_manual_optimization_counts_as_the_trainer_does(tmp_path: Path) -> None:
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors")
+    plain, recorded = Two(), Two()
+    recorded.load_state_dict(plain.state_dict())
+    for module, callbacks in ((plain, []), (recorded, [recorder])):
+        fit(module, *callbacks, steps=8, data=loader(shuffle=False))
+    reference = Reference.load(recorder.path)
+    assert reference.steps == (0, 2, 4, 6, 8)
+    assert reference.losses.shape == (8,) and reference.losses.isnan().all()
+    assert all(value.equal(recorded.state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+def test_probe_is_of_the_validation_data_if_there_are_any(tmp_path: Path) -> None:
+    for name, validation, expected in (
+        ("validation", loader(8, seed=1), samples(8, seed=1)),
+        ("several", [loader(8, seed=2), loader(8, seed=1)], samples(8, seed=2)),
+        ("training", None, samples()),
+    ):
+        recorder = ReferenceRecorder(tmp_path / f"{name}.safetensors", steps=[0])
+        fit(ResNet(**SHAPE), recorder, steps=1, validation=validation, limit_val_batches=0)
+        reference = Reference.load(recorder.path)
+        for found, tensor in zip(reference.probe, expected.tensors, strict=True):
+            assert found.equal(tensor[:4]), name
+        assert reference.header.runs == ("training_step" if name == "training" else "validation_step")
+
+
+def test_probe_can_be_given_as_batch_file_or_reference(tmp_path: Path) -> None:
+    x, y = torch.randn(30, 3), torch.randn(30, 2)
+    save_file({"0": x, "1": y}, tmp_path / "probe.safetensors")
+    probes: list[Any] = [(x, y), tmp_path / "probe.safetensors", str(tmp_path / "0.safetensors")]
+    hashes = set()
+    for number, probe in enumerate(probes):
+        recorder = ReferenceRecorder(tmp_path / f"{number}.safetensors", probe, steps=[0], positions=20)
+        fit(ResNet(**SHAPE), recorder, steps=1)
+        reference = Reference.load(recorder.path)
+        assert reference.probe[0].equal(x[:20]) and reference.probe[1].equal(y[:20])
+        assert reference.header.locations["s=0"] == (20, 8)
+        hashes.add(reference.probe_hash)
+    assert len(hashes) == 1
+
+
+def test_probe_has_as_many_samples_as_the_positions_need_and_not_few(tmp_path: Path) -> None:
+    tokens = torch.randint(20, (40, 9))
+    for positions, samples_kept in ((100, 13), (10, 8), (10**6, 30)):
+        model = CausalTransformer(vocabulary=20, context=8, depth=1, embedding=6, heads=1, head_dim=4)
+        recorder = ReferenceRecorder(tmp_path / f"{positions}.safetensors", steps=[0], positions=positions)
+        fit(model, recorder, steps=1, data=DataLoader(tokens, batch_size=30))  # type: ignore[arg-type]
+        reference = Reference.load(recorder.path)
+        assert reference.probe.equal(tokens[:samples_kept])
+        assert reference.header.locations["s=0"] == (min(positions, 240), 6)
+
+
+def test_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(20, (12, 9))
+    model = CausalTransformer(vocabulary=20, context=8, depth=2, embedding=6, heads=2, head_dim=4)
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[0], positions=10, dtype="bfloat16")
+    weights = Weights()
+    fit(model, recorder, weights, steps=1, data=DataLoader(tokens, batch_size=6))  # type: ignore[arg-type]
+    reference = Reference.load(recorder.path)
+    assert reference.header.locations == {f"s={s}": (10, 6) for s in ("0", "0.25", "0.5", "0.75", "1")} | {
+        "output": (10, 20)
+    }
+    assert reference.header.data_sizes == {"tokens.weight": (20,), "readout.weight": (20,)}
+    rows = [round(i * 47 / 9) for i in range(10)]
+    expected = weights.at[0]["tokens.weight"][tokens[:6, :-1].flatten()[rows]]
+    assert reference.read(0)["s=0"].equal(expected.bfloat16().float())
+
+
+class Images(LightningModule):
+    """A convolutional network with a strided stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(fan, 10, 3, stride, 1), nn.ReLU(), nn.Conv2d(10, 12 if stride == 2 else fan, 3, 1, 1)
+            )
+            for fan, stride in ((6, 1), (6, 2), (12, 1))
+        )
+        self.down = nn.Conv2d(6, 12, 1, 2)
+        self.last = nn.Identity()
+        self.head = nn.Linear(12, 3)
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        h = self.stem(batch["image"])
+        h = h + self.blocks[0](h)
+        h = self.down(h) + self.blocks[1](h)
+        h = self.last(h + self.blocks[2](h))
+        return nn.functional.cross_entropy(self.head(h.mean((2, 3))), batch["label"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_images(tmp_path: Path) -> None:
+    data = [{"image": torch.randn(1, 8, 8), "label": i % 3} for i in range(8)]
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[0], depths=[0, 0.25, 0.75], positions=100)
+    weights = Weights()
+    fit(Images(), recorder, weights, steps=1, data=DataLoader(data, batch_size=4))  # type: ignore[arg-type]
+    reference = Reference.load(recorder.path)
+    # 4 images of 64 pixels are cut to 100 positions; the last stage has 4 images of 16
+    assert reference.header.locations == {"s=0": (100, 6), "s=0.25": (100, 6), "s=0.75": (64, 12), "output": (4, 3)}
+    images = torch.stack([sample["image"] for sample in data[:4]])  # type: ignore[misc]
+    stem = nn.functional.conv2d(images, weights.at[0]["stem.weight"], weights.at[0]["stem.bias"], padding=1)
+    rows = [round(i * 255 / 99) for i in range(100)]
+    torch.testing.assert_close(reference.read(0)["s=0"], stem.permute(0, 2, 3, 1).reshape(-1, 6)[rows])
+
+
+def test_resumed_run_writes_the_file_of_the_uninterrupted_run(tmp_path: Path) -> None:
+    plain, half = tmp_path / "plain.safetensors", tmp_path / "half.safetensors"
+    for path, steps in ((plain, 12), (half, 7)):
+        seed_everything(0, verbose=False)
+        checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
+        recorder = ReferenceRecorder(path, steps=[0, 3, 5, 6, 7, 9, 12])
+        fit(ResNet(**SHAPE), recorder, checkpoint, steps=steps, data=loader(shuffle=False), enable_checkpointing=True)
+    assert Reference.load(half).steps == (0, 3, 5, 6, 7)
+    seed_everything(1, verbose=False)
+    recorder = ReferenceRecorder(half, steps=[0, 3, 5, 6, 7, 9, 12])
+    ckpt = tmp_path / "step=6.ckpt"
+    fit(ResNet(**SHAPE), recorder, steps=12, data=loader(shuffle=False), ckpt_path=ckpt)
+    one, other = Reference.load(plain), Reference.load(half)
+    assert one.steps == other.steps == (0, 3, 5, 6, 7, 9, 12)
+    assert one.losses.equal(other.losses)
+    assert all(one.read(step)[name].equal(other.read(step)[name]) for step in one.steps for name in one.read(step))
+
+    half.unlink()
+    with pytest.warns(UserWarning, match=r"goes on from step 6, and there is no .*half.safetensors"):
+        fit(ResNet(**SHAPE), ReferenceRecorder(half), steps=7, data=loader(shuffle=False), ckpt_path=ckpt)
+    assert Reference.load(half).steps == (6, 7)
+    assert Reference.load(half).losses.isnan().tolist() == [True] * 6 + [False]
+
+    with pytest.raises(ValueError, match="probe"):
+        other_probe = ReferenceRecorder(plain, probe=(torch.ones(4, 3), torch.ones(4, 2)))
+        fit(ResNet(**SHAPE), other_probe, steps=12, data=loader(shuffle=False), ckpt_path=ckpt)
+
+
+def test_existing_file_is_not_overwritten_by_a_new_run(tmp_path: Path) -> None:
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors")
+    fit(ResNet(**SHAPE), recorder)
+    before = recorder.path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"would overwrite it. Delete it, give .* another path, or resume"):
+        fit(ResNet(**SHAPE), ReferenceRecorder(recorder.path))
+    assert recorder.path.read_bytes() == before
+
+
+def test_second_fit_goes_on(tmp_path: Path) -> None:
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=2)
+    trainer = fit(ResNet(**SHAPE), recorder, steps=3)
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    module: Any = trainer.lightning_module
+    trainer.fit(module, loader())
+    assert Reference.load(recorder.path).steps == (0, 2, 4, 6)
+
+
+def test_full_disk_is_one_warning_and_the_training_goes_on(tmp_path: Path) -> None:
+    """The disk takes no file of more than 2000 bytes from step 2 to step 5."""
+
+    class FullDisk(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            limit = 2000 if 1 <= trainer.global_step < 5 else before[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=1)
+    kept: dict[int, tuple[int, ...]] = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            kept[trainer.global_step] = Reference.load(recorder.path).steps
+
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = fit(ResNet(**SHAPE), FullDisk(), recorder, Look(), steps=7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert trainer.global_step == 7
+    messages = [str(warning.message) for warning in caught if "could not be written" in str(warning.message)]
+    assert len(messages) == 1
+    assert "at step 2" in messages[0] and "The training goes on" in messages[0]
+    assert kept[4] == (0, 1)
+    assert kept[7] == (0, 1, 2, 3, 4, 5, 6, 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_run_that_diverges_is_recorded(tmp_path: Path) -> None:
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[0, 6])
+    fit(ResNet(**SHAPE, lr=1e30), recorder)
+    assert Reference.load(recorder.path).read(6)["s=1"].isnan().any()
+
+
+def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    for arguments, message in (
+        ({"steps": "all"}, "steps='all' is none of"),
+        ({"steps": 0}, "steps=0 is none of"),
+        ({"steps": [1, -2]}, "list of steps from 0"),
+        ({"steps": []}, "is none of"),
+        ({"depths": [0, 2]}, "relative depths between 0"),
+        ({"depths": []}, "relative depths between 0"),
+        ({"positions": 0}, "1 or more"),
+        ({"dtype": "float16"}, "none of: 'float32', 'bfloat16'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ReferenceRecorder(path, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Foreign.*a batch of tensors, numbers and strings"):
+
+        class Foreign: ...
+
+        fit(ResNet(**SHAPE), ReferenceRecorder(path, probe=(torch.ones(2, 3), Foreign())))
+    with pytest.raises(ValueError, match="no residual branches"):
+        fit(Plain(), ReferenceRecorder(path))
+    with pytest.raises(ValueError, match=r"no batch to probe Iterated with: .*Give ReferenceRecorder\(probe"):
+        fit(Iterated(**SHAPE), ReferenceRecorder(path), data=iter([]))  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+class Iterated(ResNet): ...
+
+
+class Plain(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self.layer(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
