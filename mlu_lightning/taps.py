@@ -30,7 +30,7 @@ class Taps:
     Args:
         rehearsal: a forward pass.
         graph: its graph.
-        multiplied: where multipliers can be attached; outputs that these change are not read.
+        multiplied: where multipliers can be attached; what one of these has changed is not read.
     """
 
     rehearsal: Rehearsal
@@ -113,7 +113,7 @@ class Taps:
     ) -> Tap | None:
         """The best place for a value, None if there is none."""
         places = self._places.get(_canonical(*value))
-        if places is None or axis is None:
+        if not places or axis is None:
             return None
         place = min(places, key=lambda place: place.inner_rank if reads == "readout" else place.rank)
         last = len(value[0].shape) - 1
@@ -151,17 +151,26 @@ class Taps:
     @cached_property
     def _places(self) -> dict[_Value, list[_Place]]:
         """Places of every value that some submodule's first call is given or returns."""
-        calls = Counter(call.module for call in self.rehearsal.calls)
-        firsts = {call.module: (turn, call) for turn, call in reversed(list(enumerate(self.rehearsal.calls)))}
-        changed = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
+        counts = Counter(call.module for call in self.rehearsal.calls)
+        sites = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
         places: dict[_Value, list[_Place]] = defaultdict(list)
-        for module, (turn, first) in firsts.items():
-            passed: list[tuple[Literal["input", "output"], Passed]] = [("input", tensor) for tensor in first.inputs]
-            passed += [("output", tensor) for tensor in first.outputs if (module, tensor.index) not in changed]
-            for where, tensor in passed:
-                if tensor.node in self.graph.by_node:  # else it does not reach the loss
-                    value = _canonical(self.graph.by_node[tensor.node], tensor.output)
-                    places[value].append(_Place(module, where, tensor.index, calls[module], turn))
+        changed: dict[_Value, int] = {}
+        seen: set[str] = set()
+        for call in self.rehearsal.calls:
+            passed: list[tuple[Literal["input", "output"], int, Passed]]
+            passed = [("input", call.begin, tensor) for tensor in call.inputs]
+            passed += [("output", call.end, tensor) for tensor in call.outputs]
+            for where, time, tensor in passed:
+                if tensor.node not in self.graph.by_node:
+                    continue  # it does not reach the loss
+                value = _canonical(self.graph.by_node[tensor.node], tensor.output)
+                if call.module not in seen:
+                    places[value].append(_Place(call.module, where, tensor.index, counts[call.module], time))
+                if where == "output" and (call.module, tensor.index) in sites:
+                    changed.setdefault(value, time)
+            seen.add(call.module)
+        for value, time in changed.items():
+            places[value] = [place for place in places[value] if place.time < time]
         return places
 
     @cached_property
@@ -175,13 +184,13 @@ class Taps:
 
 @dataclass(frozen=True)
 class _Place:
-    """What the first call of a submodule is given or returns; the call is one of so many, and ended at that turn."""
+    """What the first of so many calls of a submodule is given or returns, and when."""
 
     module: str
     where: Literal["output", "input"]
     index: int | None
     calls: int
-    turn: int
+    time: int
 
     @property
     def doubts(self) -> tuple[bool, bool, bool]:
@@ -195,8 +204,8 @@ class _Place:
 
     @property
     def inner_rank(self) -> tuple[object, ...]:
-        """Prefers inner modules, whose calls end first."""
-        return *self.doubts, self.turn, self.index or 0
+        """Prefers inner modules, which return first."""
+        return *self.doubts, self.time, self.index or 0
 
 
 def _added(addition: Op, root: Op) -> _Value:
@@ -231,7 +240,7 @@ def _read_next(graph: Graph, addition: Op, root: Op) -> list[Op]:
 
 def _canonical(op: Op, output: int) -> _Value:
     """Walk back over operations that keep every entry in its place."""
-    while output == 0 and len(op.data) == 1:
+    while len(op.data) == 1:
         operand = next(o for o in op.operands if o is not None and o[0].from_data)
         kept = op.name in RESHAPES - _PERMUTING - {"AsStrided"} and operand[0].shapes[operand[1]] == op.shape
         if not kept and not _is_dropout(op):

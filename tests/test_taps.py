@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, TOKENS, Architecture
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -269,9 +271,6 @@ class InPlace(Net):
         super().__init__()
         self.blocks = nn.ModuleList(self.Adding(adds=False) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
 
 def test_sums_in_place() -> None:
     torch.manual_seed(0)
@@ -314,19 +313,52 @@ def test_dropout_is_nothing_when_the_stream_is_read() -> None:
 
 
 class Scaled(Net):
-    """The embedding is multiplied before it is the stream, and so is what the readout is given."""
+    """The embedding is multiplied before it is the stream, and so are sums before they are given to anything."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x) * 3
         mask = torch.ones(4, 1).expand(4, 8)
         for block in self.blocks:
-            h = block(h)
-        return self.out(h * mask)
+            h = (h + block(h)) * mask
+        output: Tensor = self.out(2 * h)
+        return output
 
 
 def test_constant_factors_are_not_passed_over() -> None:
-    assert places(Scaled(), X)[0] == "stream 0 after 0 additions: blocks.0 input[0]"
-    assert places(Scaled(), X)[2] == "stream 0 after 2 additions: blocks.1 output"
+    assert places(Scaled(adds=False), X) == ["stream 0 after 0 additions: blocks.0 input[0]", "readout 0: out output"]
+
+
+class Between(Net):
+    """A matrix without a module between the sums: what the next block is given is not what was summed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            h = F.linear(h + block(h), block.read.weight[:8])
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_what_a_matrix_makes_of_a_sum_does_not_stand_for_it() -> None:
+    assert places(Between(adds=False), X) == ["stream 0 after 0 additions: embed output", "readout 0: out output"]
+
+
+class InTurn(Net):
+    """Two branches that read the same stream are added one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        first, second = self.blocks
+        output: Tensor = self.out(self.drop(h + first(h)) + second(h))
+        return output
+
+
+def test_branches_that_are_added_in_turn_make_one_position() -> None:
+    assert places(InTurn(adds=False), X) == [
+        "stream 0 after 0 additions: embed output",
+        "stream 0 after 1 additions: out input[0]",
+        "readout 0: out output",
+    ]
 
 
 class Shared(Net):
@@ -411,46 +443,51 @@ class Halves(nn.Module):
         super().__init__()
         self.embed, self.out = nn.Linear(3, 16), nn.Linear(8, 2)
         self.block = Block(adds=False)
-        self.look = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = self.embed(x).chunk(2, -1)
-        output: Tensor = self.out(self.look(first) + self.block(second))
+        output: Tensor = self.out(first + self.block(second))
         return output
 
 
 def test_outputs_of_one_operation_are_told_apart() -> None:
-    module = Halves()
-    structure = discover(module, X)
-    assert str(structure.taps[0]) == "stream 0 after 0 additions: look output"
-    (first, *_) = streams(read(module, structure.taps, lambda: module(X)))
-    torch.testing.assert_close(first, module.embed(X)[:, :8].detach())
+    assert [str(tap) for tap in discover(Halves(), X).taps] == [
+        "stream 0 after 1 additions: out input[0]",  # before it, the block is given the other half
+        "readout 0: out output",
+    ]
 
 
 class Tied(Net):
     """The table of tokens is the readout without a module of its own, of a stream that is given to no norm."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, adds: bool) -> None:
+        super().__init__(adds)
         self.embed = nn.Embedding(50, 8)
-        self.out = nn.Identity()
+        self.out = nn.Sequential(nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) @ self.embed.weight.T
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h) if block.adds else h + block(h)
+        output: Tensor = self.out(h) @ self.embed.weight.T
+        return output
 
 
-def test_an_output_that_is_multiplied_is_not_read() -> None:
-    """The readout's 1/d goes to the last module that returns the stream: it is read before that."""
-    module, base = Tied(), Tied()
-    module.blocks = nn.ModuleList(Block() for _ in range(2))
-    structure = discover(module, TOKENS)
-    assert structure.readouts[0].site is not None and structure.readouts[0].site.where == "output"
-    site = str(structure.readouts[0].site)
-    taps = [str(tap) for tap in structure.taps]
-    assert not any(tap.endswith(": " + site) for tap in taps)
-    assert [tap.position for tap in structure.taps] == [0, 1, 2, 0]
-    assert taps[-1] == "readout 0: (module itself) output"
-    del base
+@pytest.mark.parametrize(
+    ("adds", "site", "expected"),
+    [
+        (True, "blocks.1 output", ["embed output", "blocks.0 output", "(module itself) output"]),
+        (False, "out.0 output", ["embed output", "blocks.1 input[0]", "out input[0]", "(module itself) output"]),
+    ],
+)
+def test_what_a_multiplier_changes_is_not_read(adds: bool, site: str, expected: list[str]) -> None:
+    """The readout's 1/d goes to the first module that returns the last sum; then it is not given to any other."""
+    module = Tied(adds)
+    plan = Plan.from_model(module, TOKENS)  # in the absolute form: d = 8
+    assert [str(m.site) for m in plan.multipliers if m.kind == "readout"] == [site]
+    assert [str(tap).partition(": ")[2] for tap in plan.taps] == expected
+    attach_multipliers(module, replace(plan, multipliers=plan.multipliers[-1:]))
+    assert discover(module, TOKENS).taps == plan.taps
 
 
 class Biased(Net):
@@ -474,3 +511,242 @@ def test_an_output_is_read_with_its_bias() -> None:
     found = read(module, structure.taps, lambda: module(X[None]))
     expected = Net.forward(module, X[None]) + module.bias
     torch.testing.assert_close(found["readout", 0, 0], expected.detach())
+
+
+class BasicBlock(nn.Module):
+    """The block of image classifiers: one activation for two places, the second on the sum and in place."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.downsample = nn.Identity() if inputs == outputs else nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += self.downsample(x)
+        result: Tensor = self.relu(out)
+        return result
+
+
+class Images(nn.Module):
+    """Two stages of two blocks; the second begins with a strided shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2)
+        self.layer1 = nn.Sequential(BasicBlock(8, 8, 1), BasicBlock(8, 8, 1))
+        self.layer2 = nn.Sequential(BasicBlock(8, 16, 2), BasicBlock(16, 16, 1))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pool(F.relu(self.bn(self.conv(x))))
+        h = self.layer2(F.avg_pool2d(self.layer1(h), 2))
+        output: Tensor = self.fc(h.mean((2, 3)))
+        return output
+
+
+def test_activations_stand_for_sums_that_no_module_is_given_first() -> None:
+    torch.manual_seed(0)
+    module, x = Images().eval(), torch.randn(8, 3, 16, 16)  # so that channels are as many as samples and pixels
+    structure = discover(module, x)
+    assert [str(tap).partition(": ")[2] for tap in structure.taps] == [
+        "pool output",
+        "layer1.0 output",
+        "layer1 output",
+        "layer2.0 output",
+        "layer2 output",
+        "fc output",
+    ]
+    assert [tap.axis for tap in structure.taps] == [1, 1, 1, 1, 1, -1]
+    h = streams(read(module, structure.taps, lambda: module(x)))
+    assert [value.shape[1] for value in h] == [8, 8, 8, 16, 16]
+    with torch.no_grad():
+        torch.testing.assert_close(h[1], module.layer1[0](h[0]))
+        torch.testing.assert_close(h[2], module.layer1[1](h[1]))
+        torch.testing.assert_close(h[3], module.layer2[0](F.avg_pool2d(h[2], 2)))
+        torch.testing.assert_close(h[4], module.layer2[1](h[3]))
+
+
+class Turned(nn.Module):
+    """Convolutions whose branches write with a matrix, which makes channels the last axis, and turn it back."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, width, 1), nn.Conv2d(width, 5, 1)
+        self.blocks = nn.ModuleList(Block(width, adds=False) for _ in range(2))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for i, block in enumerate(self.blocks):
+            turned = block(h.permute(0, 2, 3, 1))
+            h = (turned.permute(0, -1, 1, 2) if i else turned.transpose(-1, 1).transpose(2, 3)) + h
+        output: Tensor = self.head(self.pool(h))
+        return output
+
+
+def test_axis_of_the_coordinates_is_followed_through_permutations() -> None:
+    module, x = Turned(), torch.randn(8, 3, 8, 8)  # every axis of the stream has 8 entries
+    structure = discover(module, x)
+    assert [(str(tap).partition(": ")[2], tap.axis) for tap in structure.taps] == [
+        ("stem output", 1),
+        ("pool input[0]", 1),
+        ("head output", 1),
+    ], "the second block is given the stream the other way round"
+
+
+class TimeFirst(nn.Module):
+    """An encoder whose first axis is time, of as many steps as there are samples and coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(3, 16), nn.Linear(16, 2)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.out(self.encoder(self.embed(x)))
+        return output
+
+
+def test_axis_where_time_comes_first() -> None:
+    structure = discover(TimeFirst(), torch.randn(16, 16, 3))
+    assert [(str(tap).partition(": ")[2], tap.axis) for tap in structure.taps] == [
+        ("embed output", -1),
+        ("encoder.layers.0.norm2 input[0]", -1),
+        ("encoder output", -1),
+        ("out output", -1),
+    ]
+
+
+class FunctionalPostNorm(Net):
+    """Norms without modules after the sums, whole or written by hand."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__(adds=False)
+        self.whole = whole
+        self.sizes = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            h = self.norm(h + block(h))
+        output: Tensor = self.out(h)
+        return output
+
+    def norm(self, h: Tensor) -> Tensor:
+        return (
+            F.layer_norm(h, (8,))
+            if self.whole
+            else h * torch.rsqrt(self.sizes(h.square()).mean(-1, keepdim=True) + 1e-5)
+        )
+
+
+class OtherAtTheEnd(Net):
+    """What follows the last sum is not what follows the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        first, second = self.blocks
+        h = torch.relu(h + first(h))
+        output: Tensor = self.out(torch.tanh(h + second(h)))
+        return output
+
+
+def test_the_head_does_not_stand_for_the_last_sum() -> None:
+    assert [tap.position for tap in discover(OtherAtTheEnd(adds=False), X).taps if tap.reads == "stream"] == [0, 1]
+
+
+class PostNormWithoutModules(FunctionalPostNorm):
+    """Only the squares are given to a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            units = torch.tanh(F.linear(h, block.read.weight))
+            h = self.norm(h + F.linear(units, block.write.weight))
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_parts_of_a_norm_do_not_stand_for_sums() -> None:
+    structure = discover(PostNormWithoutModules(whole=False), X)
+    assert [(tap.module, tap.position) for tap in structure.taps if tap.reads == "stream"] == [("embed", 0)]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_norms_stand_for_sums_that_no_module_is_given(whole: bool) -> None:
+    torch.manual_seed(0)
+    module = FunctionalPostNorm(whole)
+    structure = discover(module, X)
+    expected = ["embed output", "blocks.1 input[0]", "out input[0]", "out output"]
+    if not whole:
+        del expected[2]  # what follows the last sum has many parts, and is not known to be a norm
+    assert [str(tap).partition(": ")[2] for tap in structure.taps] == expected
+    h = streams(read(module, structure.taps, lambda: module(X)))
+    with torch.no_grad():
+        torch.testing.assert_close(h[1], module.norm(h[0] + module.blocks[0](h[0])))
+
+
+class Translator(nn.Module):
+    """An encoder stream and a decoder stream that reads it."""
+
+    def __init__(self, embedding: int = 16) -> None:
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(50, embedding), nn.Linear(embedding, 9)
+        self.encoder = nn.TransformerEncoderLayer(embedding, 2, 32, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoderLayer(embedding, 2, 32, batch_first=True, norm_first=True)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.encoder(self.tokens(source))
+        output: Tensor = self.out(self.decoder(tgt=self.tokens(target), memory=memory))
+        return output
+
+
+def test_encoder_and_decoder() -> None:
+    torch.manual_seed(0)
+    module, source, target = Translator().eval(), TOKENS, TOKENS.flip(1)
+    structure = discover(module, (source, target))
+    assert [str(tap) for tap in structure.taps] == [
+        "stream 0 after 0 additions: decoder input[0]",
+        "stream 0 after 1 additions: decoder.norm2 input[0]",
+        "stream 0 after 2 additions: decoder.norm3 input[0]",
+        "stream 0 after 3 additions: decoder output",
+        "stream 1 after 0 additions: encoder input[0]",
+        "stream 1 after 1 additions: encoder.norm2 input[0]",
+        "stream 1 after 2 additions: encoder output",
+        "readout 0: out output",
+    ]
+    found = read(module, structure.taps, lambda: module(source, target))
+    decoder, encoder = streams(found), streams(found, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder[0], module.tokens(source))
+        torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
+        torch.testing.assert_close(decoder[0], module.tokens(target))
+        torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))
+
+
+def test_encoder_and_decoder_of_hugging_face() -> None:
+    torch.manual_seed(0)
+    numbers = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.1}
+    module = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **numbers)).eval()
+    batch = {"input_ids": TOKENS, "labels": TOKENS, "decoder_input_ids": TOKENS.flip(1)}
+    structure = discover(module, batch)
+    assert [(tap.number, tap.position) for tap in structure.taps if tap.reads == "stream"] == [
+        *((0, position) for position in range(7)),
+        *((1, position) for position in range(5)),
+    ]
+    outputs: list[Any] = []
+    found = read(module, structure.taps, lambda: outputs.append(module(**batch)))
+    decoder, encoder = streams(found), streams(found, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder[0], module.shared(TOKENS))
+        torch.testing.assert_close(module.encoder.final_layer_norm(encoder[4]), outputs[0].encoder_last_hidden_state)
+        torch.testing.assert_close(found["readout", 0, 0], outputs[0].logits)
+        # a tied readout of T5 is divided by the square root of the dimension
+        end = module.lm_head(module.decoder.final_layer_norm(decoder[6]) / 32**0.5)
+        torch.testing.assert_close(found["readout", 0, 0], end)
