@@ -276,7 +276,10 @@ def test_overrides_that_match_nothing_or_name_no_role() -> None:
     [
         ("a: [", "plan.yaml is not YAML"),
         ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 1'"),
-        ("mlu_plan: 1\nalpha: 1.0", "is not a complete plan: branches, multipliers, parameters, streams, taps, warnings"),
+        (
+            "mlu_plan: 1\nalpha: 1.0",
+            "is not a complete plan: branches, multipliers, parameters, streams, taps, warnings",
+        ),
     ],
 )
 def test_files_that_are_no_plans(tmp_path: Path, text: str, message: str) -> None:
