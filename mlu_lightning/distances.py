@@ -1,0 +1,266 @@
+"""Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
+
+All of them compute in float64 and return a float64 scalar. 0 means equal as far as the distance can see; any NaN or
+infinite value, in either model, makes the distance NaN. They differ in what they need and in what they see:
+
+==========================  ==================  ================================================================
+distance                    coupled embeddings  does not change under
+==========================  ==================  ================================================================
+:func:`rms_distance`        needed              --
+:func:`gram_distance`       not needed          rotations of either embedding space
+:func:`cka_distance`        not needed          rotations, shifts and rescaling of either embedding space
+:func:`procrustes_distance` not needed          rotations of either embedding space
+:func:`output_distance`     --                  --
+==========================  ==================  ================================================================
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cka_distance",
+    "comparable",
+    "gram_distance",
+    "output_distance",
+    "procrustes_distance",
+    "rms_distance",
+]
+
+
+def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square of h - h_ref[:, :D], for coupled embeddings: the embedding-space error of [C25] and [CCM26].
+
+    Coordinates are compared one with one, so they must mean the same in both models: initialize both with
+    ``mode="coupled"`` and the same seed (theory.md, section 4).
+
+    Args:
+        streams: residual stream h of the smaller model, [samples, embedding], of any floating-point type.
+        reference: residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
+
+    Returns:
+        sqrt(mean((h - h_ref[:, :D])^2)) over samples and the D coordinates of ``streams``.
+
+    Raises:
+        ValueError: if the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
+
+    >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> h_ref = torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]])
+    >>> rms_distance(h, h_ref)
+    tensor(1., dtype=torch.float64)
+    """
+    streams, reference = comparable(streams, reference)
+    width = streams.shape[1]
+    if width > reference.shape[1]:
+        raise ValueError(
+            f"The streams have {width} coordinates and the reference has {reference.shape[1]}, but each of them needs the "
+            "coordinate of the reference that it is coupled with. Take a reference of an embedding dimension of "
+            f"{width} or more, or a distance that needs no coupling: gram, cka or procrustes."
+        )
+    if not _finite(streams, reference):
+        return _nan(streams)
+    return (streams - reference[:, :width]).square().mean().sqrt()
+
+
+def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
+    """Distance of the Gram matrices over samples, which need no coupling of the embeddings (theory.md, section 4).
+
+    Args:
+        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
+        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
+
+    Returns:
+        ||h h^T / D - h_ref h_ref^T / D_ref||_F / N: the root mean square over all pairs of samples.
+
+    Raises:
+        ValueError: if the tensors cannot be compared.
+
+    >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    >>> gram_distance(h, h.flip(1))
+    tensor(0., dtype=torch.float64)
+    >>> gram_distance(h, torch.zeros(2, 3))  # h h^T / 2 is the identity, and the root mean square of its 4 entries
+    tensor(0.7071, dtype=torch.float64)
+    """
+    streams, reference = comparable(streams, reference)
+    if not _finite(streams, reference):
+        return _nan(streams)
+    samples = len(streams)
+    a, b = _fewer_rows(streams / math.sqrt(streams.shape[1]), reference / math.sqrt(reference.shape[1]))
+    distance: Tensor = torch.linalg.vector_norm(a @ a.T - b @ b.T) / samples
+    return distance
+
+
+def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
+    """One minus the linear centred kernel alignment of Kornblith et al. (2019), arXiv 1905.00414.
+
+    CKA itself is 1 for equal streams; subtracted from 1 it is a distance like the others, 0 for equal ones. It is
+    quadratic in small differences: where the other distances fall by 2, it falls by 4.
+
+    Args:
+        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
+        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
+
+    Returns:
+        1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), between 0 and 1, where X and Y are the streams minus their mean
+        over samples. Of streams that are the same for all samples, where this is 0/0: 0 if both are, 1 if one is.
+
+    Raises:
+        ValueError: if the tensors cannot be compared.
+
+    >>> h = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
+    >>> cka_distance(h, 3 * h.flip(1) + 1)
+    tensor(0., dtype=torch.float64)
+    >>> cka_distance(h, torch.ones(3, 4))
+    tensor(1., dtype=torch.float64)
+    """
+    streams, reference = comparable(streams, reference)
+    if not _finite(streams, reference):
+        return _nan(streams)
+    x, y = _centred(streams), _centred(reference)
+    constant = not bool(x.any()), not bool(y.any())
+    if any(constant):
+        return streams.new_tensor(0.0 if all(constant) else 1.0)
+    x, y = _fewer_rows(x, y)
+    # 1 - <K, L> for matrices of norm 1 is this square, which does not cancel
+    return (_unit(x @ x.T) - _unit(y @ y.T)).square().sum() / 2
+
+
+def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square left between the streams after the best rotation of one onto the other (Schönemann, 1966).
+
+    The model with fewer coordinates is embedded into the other's space, so samples of the larger one that span more
+    dimensions than the smaller has leave a distance. Nothing is centred or rescaled: the distance is in the units of
+    :func:`rms_distance`, and for models of the same D never larger.
+
+    Args:
+        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
+        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
+
+    Returns:
+        min over Q of ||h / sqrt(D) Q - h_ref / sqrt(D_ref)||_F / sqrt(N) with Q Q^T = 1 for D <= D_ref, and the other
+        way round for D > D_ref. It is computed from the best Q = U V^T, where U S V^T = h^T h_ref, so that equal
+        streams are at 1e-15 of their size (the closed form with the nuclear norm of h^T h_ref stops at 1e-8).
+
+    Raises:
+        ValueError: if the tensors cannot be compared.
+
+    >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    >>> bool(procrustes_distance(h, h.flip(1)) < 1e-14)
+    True
+    >>> procrustes_distance(h, -2 * h) / procrustes_distance(h, 0 * h)  # -h is a rotation of h, and one h is left
+    tensor(1.0000, dtype=torch.float64)
+    """
+    streams, reference = comparable(streams, reference)
+    if not _finite(streams, reference):
+        return _nan(streams)
+    samples = len(streams)
+    a, b = _fewer_rows(streams / math.sqrt(streams.shape[1]), reference / math.sqrt(reference.shape[1]))
+    if a.shape[1] > b.shape[1]:
+        a, b = b, a
+    if len(a) < a.shape[1]:
+        # the distance depends on the Gram matrices only: samples x samples coordinates are enough
+        a, b = _triangle(a.T).T, _triangle(b.T).T
+    u, _, vh = torch.linalg.svd(_unit(a).T @ _unit(b), full_matrices=False)
+    distance: Tensor = torch.linalg.vector_norm(a @ (u @ vh) - b) / math.sqrt(samples)
+    return distance
+
+
+def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square difference of the outputs of two models, which have the same meaning at every shape.
+
+    Args:
+        outputs: output f of one model, such as logits: [samples, targets], of any floating-point type.
+        reference: output f_ref of the other model on the same samples, of the same shape.
+
+    Returns:
+        sqrt(mean((f - f_ref)^2)) over samples and targets.
+
+    Raises:
+        ValueError: if the shapes differ, or the tensors cannot be compared.
+
+    >>> output_distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+    tensor(1.4142, dtype=torch.float64)
+    """
+    outputs, reference = comparable(outputs, reference)
+    if outputs.shape != reference.shape:
+        raise ValueError(
+            f"The outputs have {outputs.shape[1]} entries and the reference has {reference.shape[1]}. Outputs can only be "
+            "compared with those of a model that has the same targets."
+        )
+    if not _finite(outputs, reference):
+        return _nan(outputs)
+    return (outputs - reference).square().mean().sqrt()
+
+
+def comparable(streams: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Check that two tensors are values on the same samples, and convert them to float64.
+
+    Args:
+        streams: [samples, embedding], of any floating-point type.
+        reference: [samples, reference embedding], of any floating-point type.
+
+    Returns:
+        Both in float64.
+
+    Raises:
+        ValueError: if they are not floating-point matrices with the same number of rows, or are empty.
+
+    >>> h, h_ref = comparable(torch.ones(2, 3), torch.ones(2, 5, dtype=torch.bfloat16))
+    >>> h_ref.dtype
+    torch.float64
+    """
+    for name, values in (("streams or outputs", streams), ("reference", reference)):
+        if values.ndim != 2 or not values.numel() or not values.is_floating_point():
+            raise ValueError(
+                f"The {name} should be floating-point values [samples, coordinates], at least one of each, and the tensor "
+                f"given is {values.dtype} of shape {list(values.shape)}. Put batch and positions into one axis, for "
+                "example with tensor.flatten(0, -2)."
+            )
+    if len(streams) != len(reference):
+        raise ValueError(
+            f"There are {len(streams)} samples of one model and {len(reference)} of its reference. Pass the same samples, "
+            "in the same order, through both."
+        )
+    return streams.double(), reference.double()
+
+
+def _finite(streams: Tensor, reference: Tensor) -> bool:
+    # faster than isfinite of every entry; the largest size is NaN if any is
+    return all(math.isfinite(float(values.detach().abs().amax())) for values in (streams, reference))
+
+
+def _nan(like: Tensor) -> Tensor:
+    return like.new_full((), math.nan)
+
+
+def _centred(streams: Tensor) -> Tensor:
+    """Subtract the mean over samples; what is the same for all samples becomes exactly zero."""
+    shifted = streams - streams[0]  # the mean of equal numbers need not be that number, their difference is 0
+    return shifted - shifted.mean(0)
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    """Divide by the Frobenius norm; zero stays zero."""
+    norm: Tensor = torch.linalg.vector_norm(matrix)
+    return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
+
+
+def _fewer_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the samples of both so that as few as possible are not zero, where that is cheaper than Gram matrices.
+
+    Nothing that is made of products of columns changes; Gram matrices become small, and stay free of cancellation.
+    """
+    columns = a.shape[1] + b.shape[1]
+    if len(a) <= 2 * columns:
+        return a, b
+    joined = _triangle(torch.cat((a, b), dim=1))
+    return joined[:, : a.shape[1]], joined[:, a.shape[1] :]
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the thin QR decomposition: a smaller matrix whose columns have the same products."""
+    triangle: Tensor = torch.linalg.qr(matrix, mode="r").R
+    return triangle
