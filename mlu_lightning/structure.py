@@ -151,7 +151,8 @@ class Tap:
     activation makes of it before the next branch reads it. A readout's output is that with its bias.
 
     Args:
-        reads: ``"stream"`` or ``"readout"``.
+        reads: ``"stream"``, ``"readout"``, or, where a stream cannot be read after an addition, the ``"branch"`` es that
+            the addition adds to it.
         number: index into ``Structure.streams`` or ``Structure.readouts``.
         position: residual additions before it, from 0 to the stream's depth; 0 for a readout.
         module: name of the submodule, as in ``named_modules()``.
@@ -164,7 +165,7 @@ class Tap:
     stream 0 after 3 additions: blocks.3 input[0]
     """
 
-    reads: Literal["stream", "readout"]
+    reads: Literal["stream", "branch", "readout"]
     number: int
     position: int
     module: str
@@ -173,7 +174,7 @@ class Tap:
     axis: int
 
     def __str__(self) -> str:
-        after = f" after {self.position} additions" if self.reads == "stream" else ""
+        after = f" after {self.position} additions" if self.reads != "readout" else ""
         index = "" if self.index is None else f"[{self.index}]"
         return f"{self.reads} {self.number}{after}: {self.module or '(module itself)'} {self.where}{index}"
 

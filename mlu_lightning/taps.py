@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mlu_lightning.graph import CONVOLUTIONS, RESHAPES, Graph, Op, transparent_source
 from mlu_lightning.placement import BranchPlacement, fans
@@ -79,9 +79,44 @@ class Taps:
         for addition, root, axis in zip(sums, roots[1:], axes, strict=False):
             values.append(([(op, 0) for op in (addition, *_read_next(self.graph, addition, root))], axis))
         values.append(([(op, 0) for op in (sums[-1], *self._read_last(sums, roots))], axes[-1]))
+        before: _Value | None = None
         for position, (choices, axis) in enumerate(values):
-            taps = (self._tap("stream", number, position, value, axis) for value in choices)
-            yield from [tap for tap in taps if tap is not None][:1]
+            taps = ((value, self._tap("stream", number, position, value, axis)) for value in choices)
+            value, tap = next((found for found in taps if found[1] is not None), (choices[0], None))
+            if tap is not None:
+                yield tap
+            elif position > 0 and before is not None:
+                branches = [placement.region.end for placement in steps[position - 1]]
+                added = self._branches_added(number, position - 1, sums[position - 1], before, branches, axis)
+                yield from added
+                tap = added[0] if added else None
+            before = None if tap is None else _canonical(*value)
+
+    def _branches_added(
+        self, number: int, position: int, addition: Op, before: _Value, branches: Sequence[Op], axis: int | None
+    ) -> list[Tap]:
+        """Taps of branches that add up, with the stream before, to the stream after; none if others are added too.
+
+        Args:
+            number: of the stream.
+            position: of the addition.
+            addition: its last sum.
+            before: the stream that can be read before.
+            branches: their last operations.
+            axis: of the coordinates.
+        """
+        ends = [_canonical(end, 0) for end in branches]
+        summands, stack = Counter[_Value](), [_canonical(addition, 0)]
+        while stack:
+            value = stack.pop()
+            op, node = value[0], cast(Any, value[0].node)
+            if value == before or value in ends or op.name != "Add" or len(op.data) < 2 or node._saved_alpha != 1:
+                summands[value] += 1
+            else:
+                stack.extend(_canonical(*operand) for operand in op.operands if operand is not None)
+        taps = [self._tap("branch", number, position, end, axis) for end in ends]
+        plain = summands == Counter([before, *ends]) and all(op.shape == addition.shape for op, _ in summands)
+        return [tap for tap in taps if tap is not None] if plain and None not in taps else []
 
     def _read_last(self, sums: Sequence[Op], roots: Sequence[Op]) -> list[Op]:
         """What is read of the last addition, if what follows the one before it follows it too."""
@@ -109,10 +144,13 @@ class Taps:
         return biased or plain
 
     def _tap(
-        self, reads: Literal["stream", "readout"], number: int, position: int, value: _Value, axis: int | None
+        self, reads: Literal["stream", "branch", "readout"], number: int, position: int, value: _Value, axis: int | None
     ) -> Tap | None:
-        """The best place for a value, None if there is none."""
-        places = self._places.get(_canonical(*value))
+        """The best place for a value, None if there is none; a branch is read as it is added, multiplied."""
+        value = _canonical(*value)
+        changed = self._changed.get(value, math.inf)
+        multiplied = reads == "branch" and value in self._changed
+        places = [place for place in self._places.get(value, ()) if (place.time >= changed) == multiplied]
         if not places or axis is None:
             return None
         place = min(places, key=lambda place: place.inner_rank if reads == "readout" else place.rank)
@@ -152,26 +190,29 @@ class Taps:
     def _places(self) -> dict[_Value, list[_Place]]:
         """Places of every value that some submodule's first call is given or returns."""
         counts = Counter(call.module for call in self.rehearsal.calls)
-        sites = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
         places: dict[_Value, list[_Place]] = defaultdict(list)
-        changed: dict[_Value, int] = {}
         seen: set[str] = set()
         for call in self.rehearsal.calls:
             passed: list[tuple[Literal["input", "output"], int, Passed]]
             passed = [("input", call.begin, tensor) for tensor in call.inputs]
             passed += [("output", call.end, tensor) for tensor in call.outputs]
-            for where, time, tensor in passed:
-                if tensor.node not in self.graph.by_node:
-                    continue  # it does not reach the loss
-                value = _canonical(self.graph.by_node[tensor.node], tensor.output)
-                if call.module not in seen:
+            for where, time, tensor in passed if call.module not in seen else ():
+                if tensor.node in self.graph.by_node:  # else it does not reach the loss
+                    value = _canonical(self.graph.by_node[tensor.node], tensor.output)
                     places[value].append(_Place(call.module, where, tensor.index, counts[call.module], time))
-                if where == "output" and (call.module, tensor.index) in sites:
-                    changed.setdefault(value, time)
             seen.add(call.module)
-        for value, time in changed.items():
-            places[value] = [place for place in places[value] if place.time < time]
         return places
+
+    @cached_property
+    def _changed(self) -> dict[_Value, int]:
+        """When a multiplier changes a value that a submodule returns."""
+        sites = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
+        changed: dict[_Value, int] = {}
+        for call in self.rehearsal.calls:
+            for tensor in call.outputs:
+                if (call.module, tensor.index) in sites and tensor.node in self.graph.by_node:
+                    changed.setdefault(_canonical(self.graph.by_node[tensor.node], tensor.output), call.end)
+        return changed
 
     @cached_property
     def _readers(self) -> dict[Op, list[Op]]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, discover, initialize
 from mlu_lightning.models import ResNet
+from mlu_lightning.probing import locate, observe
 from mlu_lightning.structure import Tap
 
 DEPTH, HEADS, EMBEDDING = 2, 4, 32
@@ -305,6 +306,7 @@ def test_dropout_is_nothing_when_the_stream_is_read() -> None:
         "stream 0 after 0 additions: embed output",
         "stream 0 after 1 additions: blocks.1 input[0]",
         # only the second call of the dropout module is given the last sum
+        "branch 0 after 1 additions: blocks.1 output",
         "readout 0: (module itself) output",
     ]
     h = streams(read(module, structure.taps, lambda: module(X)))
@@ -325,7 +327,81 @@ class Scaled(Net):
 
 
 def test_constant_factors_are_not_passed_over() -> None:
-    assert places(Scaled(adds=False), X) == ["stream 0 after 0 additions: blocks.0 input[0]", "readout 0: out output"]
+    assert places(Scaled(adds=False), X) == [
+        "stream 0 after 0 additions: blocks.0 input[0]",
+        "branch 0 after 0 additions: blocks.0 output",
+        "readout 0: out output",
+    ]
+
+
+class Bare(Net):
+    """Nothing is given the last sum, which the mean over samples follows; branches can be added in several ways."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__(adds=False)
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        first, second = self.blocks
+        if self.form == "one":
+            h = h + first(h)
+            h = h + second(h)
+        elif self.form == "parallel":
+            h = h + (second(h) + first(h))
+        elif self.form == "in turn":
+            h = h + first(h) + second(h)
+        elif self.form == "scaled":
+            h = h + 0.5 * first(h)
+        elif self.form == "alpha":
+            h = torch.add(h, first(h), alpha=2)
+        elif self.form == "difference":
+            h = h - first(h)
+        else:
+            h = h + first(h) + self.embed(x)
+        output: Tensor = h.mean(0) @ self.out.weight.T + self.out.bias
+        return output
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("form", ["one", "parallel", "in turn"])
+def test_a_sum_that_is_given_to_nothing_is_read_as_its_summands(form: str, hooked: bool) -> None:
+    torch.manual_seed(0)
+    module = Bare(form)
+    plan = Plan.from_model(module, X)
+    if hooked:
+        # that of the readout has no place, which is not what this is about
+        branches = tuple(multiplier for multiplier in plan.multipliers if multiplier.kind == "branch")
+        attach_multipliers(module, replace(plan, multipliers=branches))
+    assert discover(module, X).taps == plan.taps
+    depth = plan.streams[0].depth
+    taps = [(tap.reads, tap.position, tap.module, tap.where) for tap in plan.taps[:-1]]
+    before = ("stream", 0, "embed", "output")
+    if form == "one":
+        assert taps == [before, ("stream", 1, "blocks.1", "input"), ("branch", 1, "blocks.1", "output")]
+    else:
+        assert sorted(taps) == [("branch", 0, f"blocks.{i}", "output") for i in (0, 1)] + [before]
+    found = observe(module, X, locate(plan.taps, [depth], [0, 1]))
+    factor = 1 / depth if hooked else 1.0
+    with torch.no_grad():
+        h = module.embed(X)
+        if form == "one":
+            h = h + factor * module_alone(module.blocks[0], h)
+            h = h + factor * module_alone(module.blocks[1], h)
+        else:
+            h = h + factor * (module_alone(module.blocks[0], h) + module_alone(module.blocks[1], h))
+    torch.testing.assert_close(found["s=1"], h)
+
+
+def module_alone(block: nn.Module, h: Tensor) -> Tensor:
+    """A block without its hooks."""
+    return type(block).forward(block, h)
+
+
+@pytest.mark.parametrize("form", ["scaled", "alpha", "difference", "more"])
+def test_a_sum_of_anything_else_is_not_read(form: str) -> None:
+    structure = discover(Bare(form), X)
+    assert [tap.reads for tap in structure.taps if tap.position == 0] == ["stream", "readout"][: len(structure.taps)]
 
 
 class Between(Net):
@@ -340,7 +416,11 @@ class Between(Net):
 
 
 def test_what_a_matrix_makes_of_a_sum_does_not_stand_for_it() -> None:
-    assert places(Between(adds=False), X) == ["stream 0 after 0 additions: embed output", "readout 0: out output"]
+    assert places(Between(adds=False), X) == [
+        "stream 0 after 0 additions: embed output",
+        "branch 0 after 0 additions: blocks.0 output",
+        "readout 0: out output",
+    ]
 
 
 class InTurn(Net):
@@ -375,6 +455,7 @@ class Shared(Net):
 def test_only_first_calls_are_read() -> None:
     assert places(Shared(adds=False), X) == [
         "stream 0 after 0 additions: embed output",
+        "branch 0 after 0 additions: blocks.0 output",
         "stream 0 after 3 additions: out input[0]",
         "readout 0: out output",
     ]
@@ -476,7 +557,11 @@ class Tied(Net):
 @pytest.mark.parametrize(
     ("adds", "site", "expected"),
     [
-        (True, "blocks.1 output", ["embed output", "blocks.0 output", "(module itself) output"]),
+        (
+            True,
+            "blocks.1 output",
+            ["embed output", "blocks.0 output", "blocks.1.write output", "(module itself) output"],
+        ),
         (False, "out.0 output", ["embed output", "blocks.1 input[0]", "out input[0]", "(module itself) output"]),
     ],
 )
@@ -685,7 +770,7 @@ def test_norms_stand_for_sums_that_no_module_is_given(whole: bool) -> None:
     structure = discover(module, X)
     expected = ["embed output", "blocks.1 input[0]", "out input[0]", "out output"]
     if not whole:
-        del expected[2]  # what follows the last sum has many parts, and is not known to be a norm
+        expected[2] = "blocks.1 output"  # what follows the last sum has many parts, and is not known to be a norm
     assert [str(tap).partition(": ")[2] for tap in structure.taps] == expected
     h = streams(read(module, structure.taps, lambda: module(X)))
     with torch.no_grad():
