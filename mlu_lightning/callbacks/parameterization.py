@@ -18,10 +18,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from mlu_lightning.callbacks.example import find_example
+from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
+from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.update_rules import Group, UpdateRule, update_rule
 
 __all__ = ["MLUCallback", "Residual"]
 
@@ -56,7 +59,7 @@ class MLUCallback(Callback):
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
         example: a batch as ``training_step`` takes it, for planning. By default the first samples of the training data,
             or else the module's ``example_input_array``.
-        seed: of what ``init`` draws.
+        seed: of what ``init`` draws, and of a base that is built here.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
             does not define.
 
@@ -112,6 +115,7 @@ class MLUCallback(Callback):
         self._seed = seed
         self._family = family
         self._plan: Plan | None = None
+        self._families: dict[str, OptimizerFamily] = {}
         self._cleanup = ExitStack()
 
     @property
@@ -155,6 +159,11 @@ class MLUCallback(Callback):
             return result
 
         self._cleanup.callback(_wrap(pl_module, builders[-1], build))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the plan, where a logger has a place for it."""
+        if self._plan is not None:
+            log_plan(trainer.loggers, self._plan, self._residual, self._families)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan.
@@ -219,8 +228,12 @@ class MLUCallback(Callback):
                 self._apply(module, plan)
             configured = method()
             optimizers = [] if configured is None else _configure_optimizers(configured)[0]
+            self._families = {}
             for optimizer in optimizers:
-                self._cleanup.callback(scale_optimizer(optimizer, module, plan, self._family).remove)
+                scaled = scale_optimizer(optimizer, module, plan, self._family)
+                self._cleanup.callback(scaled.remove)
+                rule = update_rule(scaled.optimizer, self._family)
+                self._families.update(_families(rule, optimizer.param_groups, module))
             return configured
 
         self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
@@ -239,7 +252,7 @@ class MLUCallback(Callback):
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
             )
         example = find_example(trainer, module) if self._example is None else self._example
-        with _built(self._base, trainer) as base:
+        with _built(self._base, trainer, self._seed) as base:
             return Plan.from_model(module, example, base=base, overrides=self._overrides, alpha=self._alpha)
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
@@ -280,12 +293,22 @@ def _put_multipliers(module: nn.Module, plan: Plan, mode: Literal["hook", "fold"
     vars(module)[_MARK] = True
 
 
+def _families(rule: UpdateRule, groups: list[Group], module: nn.Module) -> dict[str, OptimizerFamily]:
+    """Column of the table by the name of every parameter that an optimizer has."""
+    names = {id(p): name.replace("_fsdp_wrapped_module.", "") for name, p in module.named_parameters()}
+    return {names[id(p)]: rule.family_of(group) for group in groups for p in group["params"]}
+
+
 @contextmanager
 def _built(
-    base: str | Callable[[], nn.Module] | nn.Module | None, trainer: Trainer
+    base: str | Callable[[], nn.Module] | nn.Module | None, trainer: Trainer, seed: int
 ) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
+    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make.
+
+    One that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly.
+    """
     with isolate_rng():
+        torch.manual_seed(seed)
         built = base if base is None or isinstance(base, (nn.Module, str)) else base()
     if not isinstance(built, LightningModule):
         yield built
@@ -294,6 +317,7 @@ def _built(
     try:
         if next(built.parameters(), None) is None:
             with isolate_rng():
+                torch.manual_seed(seed)
                 built.setup("fit")
                 built.configure_model()
         yield built

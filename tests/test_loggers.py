@@ -1,0 +1,600 @@
+"""What loggers are given: the same values at the same steps in all of them, the plan, and reference files."""
+
+import csv
+import json
+import math
+import os
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from torch import nn, optim
+from torch.utils.data import DataLoader, TensorDataset
+from wandb.proto.wandb_internal_pb2 import Record
+
+from mlu_lightning import MLUCallback
+from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
+from mlu_lightning.callbacks.loggers import fetch_reference, log_plan, log_reference
+from mlu_lightning.models import ResidualBlock, ResNet
+from mlu_lightning.plan import Plan
+from mlu_lightning.reference import Reference
+from mlu_lightning.rules import OptimizerFamily
+
+BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
+SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}
+LARGE = SMALL | {"embedding": 32}
+STEPS = [0, 1, 2, 3, 4, 6, 8, 10]  # "log", and the last one
+NAMES = {
+    f"mlu/distance/{name}"
+    for name in (
+        "output",
+        *(f"{kind}/s={s}" for kind in ("rms", "gram", "cka", "procrustes") for s in ("0", "0.5", "1")),
+    )
+}
+Values = dict[str, dict[int, float]]
+"""Logged values by name and step."""
+
+
+def data() -> DataLoader[Any]:
+    draws = torch.Generator().manual_seed(0)
+    samples = TensorDataset(torch.randn(20, 3, generator=draws), torch.randn(20, 2, generator=draws))
+    return DataLoader(samples, batch_size=4)
+
+
+def fit(folder: Path, module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_steps": 10,
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    trainer = Trainer(callbacks=[*callbacks], **defaults | settings)
+    trainer.fit(module, data())
+    return trainer
+
+
+def mlu(**settings: Any) -> MLUCallback:
+    return MLUCallback(lambda: ResNet(**BASE), init="coupled", **settings)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """W&B without a network, and without files anywhere but in a folder of the test."""
+    folder = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            patch.setenv(name, str(folder))
+        for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
+            patch.setenv(f"WANDB_{name}", value)
+        yield
+        wandb.teardown()
+
+
+@pytest.fixture
+def logger(tmp_path: Path) -> Iterator[WandbLogger]:
+    yield WandbLogger(offline=True, save_dir=tmp_path)
+    wandb.finish()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recorded by a wider run."""
+    folder = tmp_path_factory.mktemp("reference")
+    fit(folder, ResNet(**LARGE), mlu(), ReferenceRecorder(folder / "large.safetensors", depths=[0, 0.5, 1]))
+    return folder / "large.safetensors"
+
+
+class Seen(Callback):
+    """Keeps the distances that other callbacks can monitor, by step."""
+
+    def __init__(self) -> None:
+        self.values: Values = defaultdict(dict)
+
+    def look(self, trainer: Trainer) -> None:
+        for name in NAMES & set(trainer.callback_metrics):
+            self.values[name][trainer.global_step] = trainer.callback_metrics[name].item()
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.look(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.look(trainer)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with all loggers, all callbacks of the package, and the default log_every_n_steps.
+
+    Args:
+        folder: of W&B's run.
+        records: that it wrote.
+        csv: folder of the CSVLogger.
+        events: that TensorBoard reads.
+        seen: what could be monitored.
+        best: score of a ModelCheckpoint that monitored a distance at even steps.
+        recorded: reference that was recorded during the run.
+        plan: of the run.
+    """
+
+    folder: Path
+    records: list[Any]
+    csv: Path
+    events: EventAccumulator
+    seen: Values
+    best: float
+    recorded: Path
+    plan: Plan
+
+
+@pytest.fixture(scope="module")
+def run(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    loggers: list[Any] = [
+        WandbLogger(offline=True, save_dir=folder),
+        CSVLogger(folder / "csv"),
+        TensorBoardLogger(folder / "tensorboard"),
+    ]
+    seen, recorder = Seen(), ReferenceRecorder(folder / "small, seed 1.safetensors", steps=[0, 5], positions=3)
+    best = ModelCheckpoint(folder, monitor="mlu/distance/gram/s=1", mode="max", every_n_train_steps=2)
+    trainer = fit(folder, ResNet(**SMALL), mlu(), recorder, EmbeddingDistance(reference), seen, best, logger=loggers)
+    files = Path(loggers[0].experiment.dir)
+    finish()
+    callback = next(callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback))
+    assert callback.plan is not None and best.best_model_score is not None
+    return Run(
+        folder=files,
+        records=list(records(files.parent)),
+        csv=Path(loggers[1].log_dir),
+        events=EventAccumulator(loggers[2].log_dir).Reload(),
+        seen=seen.values,
+        best=best.best_model_score.item(),
+        recorded=recorder.path,
+        plan=callback.plan,
+    )
+
+
+def finish() -> None:
+    """End the run, and wait until its file is written, which W&B does not do when it is offline."""
+    wandb.finish()
+    wandb.teardown()
+
+
+def records(folder: Path) -> Iterator[Any]:
+    """Records of W&B's file, a LevelDB log: in blocks of 32 KiB, parts with checksum, length, and whether it is the last."""
+    (path,) = folder.glob("*.wandb")
+    content, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (rest := 2**15 - at % 2**15) < 7:
+            at += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def rows(found: list[Any]) -> list[dict[str, Any]]:
+    """What was logged with wandb.log, one dict for each call."""
+    history = [record.history.item for record in found if record.HasField("history")]
+    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in history]
+
+
+def config(found: list[Any]) -> dict[str, Any]:
+    updates = [update for record in found if record.HasField("config") for update in record.config.update]
+    return {update.key: json.loads(update.value_json) for update in updates}
+
+
+def artifacts(found: list[Any], kind: str) -> list[Any]:
+    return [record.artifact for record in found if record.HasField("artifact") and record.artifact.type == kind]
+
+
+def in_wandb(run: Run) -> Values:
+    values: Values = defaultdict(dict)
+    for row in rows(run.records):
+        for name in NAMES & set(row):
+            assert row["trainer/global_step"] not in values[name]
+            values[name][row["trainer/global_step"]] = row[name]
+    return values
+
+
+def in_csv(run: Run) -> Values:
+    values: Values = defaultdict(dict)
+    with open(run.csv / "metrics.csv") as file:
+        for row in csv.DictReader(file):
+            values_of = {name: value for name, value in row.items() if name.startswith("mlu/") and value}
+            for name, value in values_of.items():
+                assert int(row["step"]) not in values[name]
+                values[name][int(row["step"])] = float(value)
+    return values
+
+
+def in_tensorboard(run: Run) -> Values:
+    names = [name for name in run.events.Tags()["scalars"] if name.startswith("mlu/")]
+    return {name: {event.step: event.value for event in run.events.Scalars(name)} for name in names}
+
+
+def test_loggers_have_the_same_values_at_the_same_steps(run: Run) -> None:
+    # log_every_n_steps is 50, and there are 10 steps
+    written = in_csv(run)
+    assert set(written) == NAMES
+    assert all(list(values) == STEPS for values in written.values())
+    assert in_wandb(run) == written  # both with all digits
+    stored = in_tensorboard(run)  # in float32
+    assert set(stored) == NAMES
+    for name, values in written.items():
+        assert stored[name] == pytest.approx(values, rel=2**-23, abs=1e-40)
+    assert all(math.isfinite(value) for values in written.values() for value in values.values())
+
+
+def test_values_are_logged_once_where_all_steps_are_logged(reference: Path, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    distance = EmbeddingDistance(reference, metrics=["output"])
+    fit(tmp_path, ResNet(**SMALL), mlu(), distance, logger=logger, log_every_n_steps=1)
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["mlu/distance/output"]] == STEPS
+
+
+def test_values_can_be_monitored_at_every_step_that_has_one(run: Run) -> None:
+    for name, values in in_csv(run).items():
+        for step, value in values.items():
+            assert run.seen[name][step] == pytest.approx(value, rel=2**-23, abs=1e-40)
+        assert run.seen[name][5] == run.seen[name][4]  # the latest
+    even = [value for step, value in in_csv(run)["mlu/distance/gram/s=1"].items() if step % 2 == 0 and step]
+    assert run.best == pytest.approx(max(even), rel=1e-6)
+
+
+def test_a_run_can_be_stopped_by_a_distance(reference: Path, tmp_path: Path) -> None:
+    stop = EarlyStopping("mlu/distance/output", stopping_threshold=1e9, check_on_train_epoch_end=True)
+    trainer = fit(tmp_path, ResNet(**SMALL), mlu(), EmbeddingDistance(reference, metrics=["output"]), stop)
+    assert trainer.global_step == len(data())  # an epoch: every distance is below the threshold
+
+
+def test_config_has_shape_and_factors(run: Run) -> None:
+    found = config(run.records)["mlu"]
+    factors = found.pop("factors")
+    assert found == {
+        "depth": 4,
+        "embedding": 8,
+        "hidden": {"mlp": 16},
+        "base": {"depth": 2, "embedding": 4, "hidden": {"mlp": 4}},
+        "alpha": 1.0,
+        "residual": "hook",
+        "optimizer": "sgd",
+    }
+    # theory.md, section 3, for SGD at l = 2, m = 4, d = 2
+    keys = "multiplier", "std", "lr", "eps", "weight_decay"
+    assert {role: tuple(factors[role][key] for key in keys) for role in factors} == {
+        "embedding": (1, 1, 2, 1 / 2, 1 / 2),
+        "branch_in": (1, pytest.approx(2**-0.5), 4, 1 / 8, 1 / 4),
+        "branch_out": (1 / 2, pytest.approx(2**0.5 / 4), 1, 1 / 4, 1),
+        "readout": (1 / 2, 1, 2, 1 / 2, 1 / 2),
+    }
+
+
+def test_table_has_a_row_for_each_kind_of_parameter(run: Run) -> None:
+    (path,) = run.folder.glob("media/table/mlu/plan_*.table.json")
+    table = json.loads(path.read_text())
+    assert table["columns"][:5] == ["parameters", "tensors", "role", "shape", "optimizer"]
+    assert [row[:5] for row in table["data"]] == [
+        ["embed.weight", 1, "embedding", "8 x 3", "sgd"],
+        ["blocks.*.read.weight", 4, "branch_in", "16 x 8", "sgd"],
+        ["blocks.*.write.weight", 4, "branch_out", "8 x 16", "sgd"],
+        ["readout.weight", 1, "readout", "2 x 8", "sgd"],
+    ]
+    assert dict(zip(table["columns"], table["data"][1], strict=True))["lr"] == 4
+    (row,) = (row for row in rows(run.records) if "mlu/plan/path" in row)
+    assert run.folder / row["mlu/plan/path"] == path
+
+
+def test_tensorboard_shows_the_plan_as_printed(run: Run) -> None:
+    assert "mlu/plan/text_summary" in run.events.Tags()["tensors"]
+    (event,) = run.events.Tensors("mlu/plan/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == f"```\n{run.plan.table('sgd')}\n```"
+    assert "<code>MLU plan, relative to the base shape: factors for sgd\n" in markdown_to_safe_html(text)
+
+
+def test_recorded_reference_is_an_artifact(run: Run) -> None:
+    (artifact,) = artifacts(run.records, "reference")
+    assert artifact.name == "small--seed-1"
+    assert list(artifact.aliases) == ["latest"]
+    assert json.loads(artifact.metadata) == {
+        "depth": 4,
+        "embedding": 8,
+        "hidden": {"mlp": 16},
+        "depths": [0, 0.25, 0.5, 0.75, 1],
+        "steps": [0, 5],
+        "positions": 3,
+    }
+    (content,) = artifact.manifest.contents
+    assert content.path == "small, seed 1.safetensors"
+    kept = Reference.load(content.local_path)
+    assert (kept.steps, kept.digests) == ((0, 5), Reference.load(run.recorded).digests)
+
+
+class Mixed(ResNet):
+    """Matrices of branches by one optimizer, the readout by another, and the embedding by none."""
+
+    def configure_optimizers(self) -> Any:
+        return [optim.SGD(self.blocks.parameters(), lr=0.1), optim.AdamW(self.readout.parameters())]
+
+    def training_step(self, batch: Any) -> None:
+        assert not self.automatic_optimization
+        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():  # type: ignore[union-attr]
+            optimizer.step()
+
+
+def test_each_parameter_has_the_factors_of_its_optimizer(logger: WandbLogger, tmp_path: Path) -> None:
+    module = Mixed(**SMALL)
+    module.automatic_optimization = False
+    board = TensorBoardLogger(tmp_path)
+    fit(tmp_path, module, MLUCallback(ResNet(**BASE), residual="fold"), logger=[logger, board], max_steps=2)
+    found = logger.experiment.config["mlu"]
+    assert (found["residual"], found["optimizer"]) == ("fold", ["sgd", "adamw"])
+    rates = {role: factors["lr"] for role, factors in found["factors"].items()}
+    assert rates == {"embedding": None, "branch_in": 4, "branch_out": 1, "readout": 1}
+    (path,) = Path(logger.experiment.dir).glob("media/table/mlu/plan_*.table.json")
+    optimizers = [row[4] for row in json.loads(path.read_text())["data"]]
+    assert optimizers == [None, "sgd", "sgd", "adamw"]
+    (event,) = EventAccumulator(board.log_dir).Reload().Tensors("mlu/plan/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert "factors for sgd" in text and "factors for adamw" in text
+
+
+class EncoderDecoder(nn.Module):
+    """Two streams of different depth and dimension, with branches of different width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(9, 8), nn.Embedding(9, 4)
+        self.encoder = nn.ModuleList(ResidualBlock(hidden, 8) for hidden in (5, 6, 5))
+        self.context = nn.Linear(8, 4)
+        self.cross = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.decoder = ResidualBlock(7, 4)
+        self.readout = nn.Linear(4, 9)
+
+    def forward(self, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        memory = self.source(source)
+        for block in self.encoder:
+            memory = memory + block(memory)
+        x = self.target(target)
+        x = x + self.cross(x, self.context(memory), self.context(memory))[0]
+        return self.readout(x + self.decoder(x))
+
+
+def test_config_lists_what_differs_within_the_module(logger: WandbLogger) -> None:
+    words = torch.zeros(2, 3, dtype=torch.long)
+    plan = Plan.from_model(EncoderDecoder(), (words, words))
+    log_plan([logger], plan, "hook", dict.fromkeys(plan.parameters, OptimizerFamily.ADAMW))
+    found = logger.experiment.config["mlu"]
+    assert found["base"] is None
+    assert (found["depth"], found["embedding"]) == ([2, 3], [4, 8])  # of the decoder first, as in the plan
+    assert {kind: sorted(widths) for kind, widths in found["hidden"].items() if kind == "mlp"} == {"mlp": [5, 6, 7]}
+    assert found["hidden"]["attention"] == 2
+    assert sorted(found["factors"]["branch_in"]["lr"]) == [1 / 8, 1 / 4]
+    assert found["factors"]["branch_in"]["multiplier"] == 1
+    assert found["factors"]["branch_out"]["multiplier"] == [1 / 3, 1 / 2]
+
+
+def test_plan_is_logged_once_a_fit_and_can_change(logger: WandbLogger, tmp_path: Path) -> None:
+    for alpha in (1.0, 2.0):
+        fit(tmp_path, ResNet(**SMALL), MLUCallback(ResNet(**BASE), alpha=alpha), logger=logger, max_steps=1)
+        assert logger.experiment.config["mlu"]["alpha"] == alpha
+    folder = Path(logger.experiment.dir)
+    finish()
+    assert sum("mlu/plan/path" in row for row in rows(list(records(folder.parent)))) == 2
+
+
+@pytest.mark.parametrize("settings", [{"barebones": True}, {"fast_dev_run": True}, {}])
+def test_runs_without_a_place_for_values_go_on(settings: Any, reference: Path, tmp_path: Path) -> None:
+    if settings == {}:
+        settings = {"logger": CSVLogger(tmp_path)}
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[mlu(), EmbeddingDistance(reference), ReferenceRecorder(tmp_path / "run.safetensors")],
+        **settings,
+    )
+    trainer.fit(ResNet(**SMALL), data())
+    assert (tmp_path / "run.safetensors").exists()
+
+
+def test_disabled_wandb_is_silent(reference: Path, tmp_path: Path) -> None:
+    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors")
+    fit(tmp_path, ResNet(**SMALL), mlu(), EmbeddingDistance(reference), recorder, logger=logger)
+    with pytest.raises(ValueError, match="online"):
+        fetch_reference(trainer_of(logger, tmp_path), "team/project/large:v0")
+    wandb.finish()
+
+
+def test_artifact_that_cannot_be_staged_is_warned_of(
+    reference: Path, logger: WandbLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb.Artifact, "add_file", full)
+    with pytest.warns(UserWarning, match=r"large.safetensors did not become.*No space left.*Upload the file later"):
+        log_reference([logger], reference)
+
+
+class Logged(wandb.Artifact):
+    """An artifact that need not be uploaded to be downloaded."""
+
+    def download(self, root: Any = None, path_prefix: Any = None, **kwargs: Any) -> Any:
+        for name, entry in self.manifest.entries.items():
+            if name.startswith(path_prefix) and entry.local_path is not None:
+                assert name.endswith(".safetensors")  # and not what else is in the artifact
+                Path(root, name).parent.mkdir(parents=True, exist_ok=True)
+                copyfile(entry.local_path, Path(root, name))
+        return root
+
+
+class Online:
+    """The side of a run, and of the API, that needs the network."""
+
+    offline = disabled = False
+
+    def __init__(self, stored: dict[str, wandb.Artifact]) -> None:
+        self.stored = stored
+        self.used: list[str] = []
+
+    def use_artifact(self, name: str) -> wandb.Artifact:
+        if name not in self.stored:
+            raise wandb.errors.CommError(f"artifact '{name}' not found")
+        self.used.append(name)
+        return self.stored[name]
+
+    artifact = use_artifact
+
+
+def stored(*paths: Path) -> wandb.Artifact:
+    artifact = Logged("large", "reference")
+    for path in paths:
+        artifact.add_file(str(path))
+    return artifact
+
+
+def trainer_of(logger: Logger | bool, folder: Path) -> Trainer:
+    return Trainer(logger=logger, default_root_dir=folder, accelerator="cpu")
+
+
+def test_path_of_a_file_is_that_file(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fetch_reference(trainer_of(False, tmp_path), str(reference)) == reference
+    name = tmp_path / "team" / "project" / "large:v0"  # the form of an artifact does not matter
+    name.parent.mkdir(parents=True)
+    copyfile(reference, name)
+    monkeypatch.chdir(tmp_path)
+    assert fetch_reference(trainer_of(False, tmp_path), "team/project/large:v0").resolve() == name
+
+
+@pytest.mark.parametrize("through", ["run", "api"])
+def test_artifact_is_downloaded(through: str, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "readme.md"
+    readme.write_text("a wide run")
+    online = Online({"team/project/large:v0": stored(reference, readme), "large:best": stored(reference)})
+    monkeypatch.delenv("WANDB_MODE")
+    if through == "api":
+        monkeypatch.setattr(wandb, "Api", lambda: online)
+        logger: Logger | bool = False
+    else:
+        logger = WandbLogger(experiment=online)  # type: ignore[arg-type]
+    trainer = trainer_of(logger, tmp_path)
+    folder = tmp_path / "mlu_references"
+    for source, place in {"team/project/large:v0": "team/project/large-v0", "large:best": "large-best"}.items():
+        for _ in range(2):
+            path = fetch_reference(trainer, source)
+            assert path == folder / place / "large.safetensors"
+            assert path.read_bytes() == reference.read_bytes()
+            assert list(path.parent.iterdir()) == [path]
+    assert online.used == ["team/project/large:v0"] * 2 + ["large:best"] * 2
+
+
+def test_artifact_of_another_version_takes_the_place(reference: Path, tmp_path: Path) -> None:
+    other = tmp_path / "large.safetensors"
+    other.write_bytes(b"other")
+    online = Online({"large:latest": stored(other)})
+    trainer = trainer_of(WandbLogger(experiment=online), tmp_path / "runs")  # type: ignore[arg-type]
+    assert fetch_reference(trainer, "large:latest").read_bytes() == b"other"
+    online.stored["large:latest"] = stored(reference)
+    assert fetch_reference(trainer, "large:latest").read_bytes() == reference.read_bytes()
+
+
+def test_a_run_is_compared_with_an_artifact(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "Api", lambda: Online({"team/project/large:v0": stored(reference)}))
+    monkeypatch.delenv("WANDB_MODE")
+    logged = []
+    for source in (str(reference), "team/project/large:v0"):
+        torch.manual_seed(0)
+        trainer = fit(tmp_path, ResNet(**SMALL), mlu(), EmbeddingDistance(source))
+        logged.append({name: trainer.callback_metrics[name] for name in NAMES})
+    assert logged[0] == logged[1]
+
+
+def test_artifacts_that_cannot_be_used_are_refused(reference: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.safetensors"
+    copyfile(reference, second)
+    online = Online({"a/b/two:v0": stored(reference, second), "a/b/none:v0": stored()})
+    trainer = trainer_of(WandbLogger(experiment=online), tmp_path)  # type: ignore[arg-type]
+    for name, problem in {
+        "two": "holds 2 safe",
+        "none": "holds 0 safe",
+        "missing": "'a/b/missing:v0' not found",
+    }.items():
+        with pytest.raises(ValueError, match=rf"a/b/{name}:v0.*{problem}.*path of its local file"):
+            fetch_reference(trainer, f"a/b/{name}:v0")
+    assert not list(tmp_path.glob("mlu_references/**/*.safetensors"))
+
+
+def test_artifacts_need_wandb_online(logger: WandbLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = pytest.raises(ValueError, match=r"need W&B online, and it is offline here.*path of the local file")
+    for present in (logger, False):
+        with refused:
+            fetch_reference(trainer_of(present, tmp_path), "team/project/large:v0")
+    monkeypatch.delenv("WANDB_MODE")
+    absent = "mlu_lightning.callbacks.loggers.find_spec"
+    for spec in (None, SimpleNamespace(origin=None)):  # not at all, or only a folder of runs of this name
+        monkeypatch.setattr(absent, lambda name, spec=spec: spec)
+        with pytest.raises(ValueError, match="need W&B online, and it is not installed here"):
+            fetch_reference(trainer_of(False, tmp_path), "team/project/large:v0")
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "first", "everywhere", "expected"),
+    [
+        (1, Path("there/large.safetensors"), True, Path("there/large.safetensors")),
+        (1, ValueError("of the first process"), False, "of the first process"),
+        (1, Path("there/large.safetensors"), False, "on another machine"),
+        (0, Path("there/large.safetensors"), False, "offline"),  # its own error, in the first process of a machine
+    ],
+)
+def test_all_processes_have_the_path_or_an_error(
+    local_rank: int, first: Any, everywhere: bool, expected: Any, tmp_path: Path
+) -> None:
+    trainer: Any = SimpleNamespace(
+        local_rank=local_rank,
+        is_global_zero=False,
+        loggers=[],
+        default_root_dir=tmp_path,
+        strategy=SimpleNamespace(broadcast=lambda found: first, reduce_boolean_decision=lambda found: everywhere),
+    )
+    if isinstance(expected, Path):
+        assert fetch_reference(trainer, "team/project/large:v0") == expected
+        return
+    with pytest.raises(ValueError, match=expected):
+        fetch_reference(trainer, "team/project/large:v0")
+
+
+@pytest.mark.parametrize("source", ["missing.safetensors", "runs/missing", "/a/b/c/d:v0", "C:/runs/large", "large:"])
+def test_neither_a_file_nor_an_artifact(source: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"no file {source}, and.*entity/project/name:alias.*Give the path"):
+        fetch_reference(trainer_of(False, tmp_path), source)
