@@ -191,6 +191,12 @@ def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         trainer = vars(original).get("_trainer")
         if trainer is not None:
             vars(copied)["_trainer"] = trainer
+        # compiled methods are kept on the instance, are the original's, and would run that
+        compiled = ["_compiled_call_impl"]
+        if vars(original).get("_compiler_ctx") is not None:
+            compiled += ["forward", "training_step", "validation_step", "test_step", "predict_step"]
+        for name in compiled:
+            vars(copied).pop(name, None)
     return twin
 
 

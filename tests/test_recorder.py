@@ -413,3 +413,38 @@ class Plain(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Unlogged(ResNet):
+    """``self.log`` cannot be compiled."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_compiled_module_is_recorded_and_compiled_no_more_often(how: str, tmp_path: Path) -> None:
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    runs = []
+    for name in ("plain", "eager", "compiled"):
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        module: Any = Unlogged(**SHAPE)
+        if name != "eager" and how == "wrapped":
+            module = torch.compile(module, backend=backend)
+        elif name != "eager":
+            module.compile(backend=backend)
+        recorder = ReferenceRecorder(tmp_path / f"{name}.safetensors", steps=1)
+        fit(module, *([] if name == "plain" else [recorder]), data=loader(shuffle=False))
+        runs.append(len(graphs))
+    torch.compiler.reset()
+    plain, eager, compiled = runs
+    assert 0 < plain == eager == compiled - plain
+    one, other = Reference.load(tmp_path / "eager.safetensors"), Reference.load(tmp_path / "compiled.safetensors")
+    for step in one.steps:
+        torch.testing.assert_close(one.read(step), other.read(step))
