@@ -303,6 +303,7 @@ def test_arguments_are_checked() -> None:
         (("a.safetensors", []), "should be a list of some of"),
         (("a.safetensors", "gram"), "should be a list of some of"),
         ((["x/a.safetensors", "y/a.safetensors"],), "files of the same name; give a dict"),
+        ((["x/a:v0", "y/a:v0"],), "files of the same name; give a dict"),
         (({},), "one or more references"),
         (({"floor": "a.safetensors"},), 'none of them by the name "floor"'),
     ):
@@ -319,6 +320,14 @@ def test_callback_can_be_used_for_one_run_after_another(tmp_path: Path) -> None:
         assert list(memory.distances()) == [0, 1, 2, 3, 4, 6]
     with pytest.raises(ValueError, match="not coupled"):
         fit(ResNet(**SHAPE), distance)
+
+
+def test_names_of_references_are_their_last_parts() -> None:
+    distance = EmbeddingDistance(["runs/large.v2.safetensors", "entity/project/large:v0"])
+    assert (
+        distance.state_key
+        == EmbeddingDistance({"large.v2": "runs/large.v2.safetensors", "large-v0": "entity/project/large:v0"}).state_key
+    )
 
 
 def test_two_callbacks_with_their_own_references(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ class EmbeddingDistance(Callback):
 
     Args:
         reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
-            W&B artifact; a list of these, whose names are the files' without extension; or a dict of them by name.
+            W&B artifact; a list of these, whose names are the last parts without extension; or a dict of them by name.
         metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs),
             ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
             :mod:`mlu_lightning.distances`.
@@ -71,7 +71,7 @@ class EmbeddingDistance(Callback):
             self._sources = {name: str(source) for name, source in reference.items()}
         else:
             sources = [str(source) for source in reference] if isinstance(reference, list) else [str(reference)]
-            self._sources = {Path(source).stem: source for source in sources}
+            self._sources = {_name(source): source for source in sources}
             if len(self._sources) < len(sources):
                 raise ValueError(
                     f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
@@ -179,6 +179,11 @@ class EmbeddingDistance(Callback):
         for key in between[0] if between else ():
             values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
         log_values(trainer, module, values, step)
+
+
+def _name(source: str) -> str:
+    """The last part of a path or of an artifact's name; ":" has a meaning in templates of file names."""
+    return Path(source).name.removesuffix(".safetensors").replace(":", "-")
 
 
 def _width(observation: Observation) -> int:
