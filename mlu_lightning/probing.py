@@ -215,9 +215,10 @@ def _rows(values: Tensor, axis: int, positions: int) -> Tensor:
     if whole is not None:  # a DTensor, of tensor parallelism
         values = whole()
     rows = values.detach().movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values.detach()[None]
-    count = min(positions, len(rows))
-    chosen = torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).round().long()
-    return rows[chosen.to(rows.device)].to("cpu", torch.float32, copy=True)
+    if positions < len(rows):
+        chosen = torch.linspace(0, len(rows) - 1, positions, dtype=torch.float64).round().long()
+        rows = rows[chosen.to(rows.device)]
+    return rows.to("cpu", torch.float32, copy=True)
 
 
 def _positions(taps: Sequence[Tap]) -> dict[int, tuple[Tap, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 __all__ = ["Steps", "is_due", "validated_steps"]
@@ -28,7 +27,7 @@ def validated_steps(steps: Steps) -> Steps:
     numbers = steps if isinstance(steps, list) else [steps]
     if not numbers or not all(type(number) is int and number >= 0 for number in numbers) or steps == 0:
         raise ValueError(
-            f'steps={steps!r} is none of: "log" (0, 1, 2, 3, 4, 6, 8, 11, 16, ...), a number n (every n steps), or a list '
+            f'steps={steps!r} is none of: "log" (0, 1, 2, 4, 8, 16, ...), a number n (every n steps), or a list '
             "of steps from 0."
         )
     return steps
@@ -38,15 +37,14 @@ def is_due(steps: Steps, step: int) -> bool:
     """Whether a run is looked at after a number of optimizer steps.
 
     Args:
-        steps: ``"log"`` for 0 and the powers of the square root of two, rounded (1, 2, 3, 4, 6, 8, 11, 16, 23, ...),
-            a number n for 0 and the multiples of n, or a list.
+        steps: ``"log"`` for 0 and the powers of two, a number n for 0 and the multiples of n, or a list.
         step: optimizer steps made so far.
 
     >>> [step for step in range(50) if is_due("log", step)]
-    [0, 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45]
+    [0, 1, 2, 4, 8, 16, 32]
     """
     if isinstance(steps, list):
         return step in steps
     if isinstance(steps, int):
         return step % steps == 0
-    return step == 0 or step == round(2 ** (round(2 * math.log2(step)) / 2))
+    return step & (step - 1) == 0

@@ -42,7 +42,7 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
     result = run(strategy, tmp_path)
     assert result.returncode == 0, result.stderr
     one, two = (Reference.load(folder / "large.safetensors") for folder in (single, tmp_path))
-    assert one.steps == two.steps == (0, 1, 2, 3, 4, 6, 8, 11, 12)
+    assert one.steps == two.steps == (0, 1, 2, 4, 8, 12)
     assert one.header == two.header
     assert one.probe_hash == two.probe_hash
     # a mean of gradients over two halves of a batch, and over the batch, in float32, for 12 steps

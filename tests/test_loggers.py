@@ -36,7 +36,7 @@ from mlu_lightning.rules import OptimizerFamily
 BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
 SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}
 LARGE = SMALL | {"embedding": 32}
-STEPS = [0, 1, 2, 3, 4, 6, 8, 10]  # "log", and the last one
+STEPS = [0, 1, 2, 4, 8, 10]  # "log", and the last one
 NAMES = {
     f"mlu/distance/{name}"
     for name in (

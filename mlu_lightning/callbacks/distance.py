@@ -28,10 +28,10 @@ class EmbeddingDistance(Callback):
     without the callback.
 
     Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
-    steps made, to all loggers whatever ``log_every_n_steps`` is, and with ``self.log``, so that other callbacks can
-    monitor them. With several references the name of the reference is added, as in ``mlu/distance/gram/s=1/seed1``, and
-    their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer.
-    Values that are not finite in the run make the distance NaN, and the run goes on.
+    steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them as they can what
+    ``self.log`` was given. With several references the name of the reference is added, as in
+    ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can
+    be expected to be nearer. Values that are not finite in the run make the distance NaN, and the run goes on.
 
     Args:
         reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
@@ -84,8 +84,8 @@ class EmbeddingDistance(Callback):
         self._metrics = validated_metrics(metrics)
         self._references: dict[str, Reference] = {}
         self._probe: Probe | None = None
-        self._first: Observation | None = None
         self._coupled = False
+        self._due: frozenset[int] = frozenset()
         self._last = -1
 
     @property
@@ -102,7 +102,7 @@ class EmbeddingDistance(Callback):
         self._coupled, self._last = state_dict["coupled"], state_dict["last"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the references, pass the probe through the module once, and refuse what cannot be compared.
+        """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -117,6 +117,7 @@ class EmbeddingDistance(Callback):
             name: Reference.load(fetch_reference(trainer, source)) for name, source in self._sources.items()
         }
         references = list(self._references.values())
+        self._due = frozenset(number for reference in references for number in reference.steps)
         _check_one_probe(references)
         _check_steps(trainer, pl_module, references)
         layout = Layout.of(trainer, pl_module)
@@ -132,42 +133,35 @@ class EmbeddingDistance(Callback):
             sorted({depth for reference in references for depth in reference.header.depths}),
             max(rows for rows, _ in header.locations.values()),
         )
-        self._first = _first_observation(trainer, pl_module, self._probe)
+        observation = _first_observation(trainer, pl_module, self._probe)
         for reference in references:
-            _check_shapes(self._first, reference, self._metrics)
+            _check_shapes(observation, reference, self._metrics)
         if "rms" in self._metrics and not self._coupled:
             for reference in references:
-                _check_coupled(self._first, reference, step)
+                _check_coupled(observation, reference, step)
             self._coupled = True
-        if step <= self._last or not self._recorded_at(step):
-            self._first = None
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log the distance before the first step, where ``self.log`` is allowed."""
-        if self._first is not None:
-            self._compare(trainer, pl_module, self._first)
-            self._first = None
+        if step in self._due and step > self._last:
+            self._compare(trainer, observation)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the distance, if a reference was recorded at this step."""
         step = trainer.global_step
-        if step > self._last and self._probe is not None and self._recorded_at(step):
-            self._compare(trainer, pl_module, self._probe.observe(trainer, pl_module))
+        if step in self._due and step > self._last and self._probe is not None:
+            self._compare(trainer, self._probe.observe(trainer, pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the probe and of the references."""
-        self._probe = self._first = None
+        self._probe = None
         self._references = {}
 
-    def _recorded_at(self, step: int) -> dict[str, Reference]:
-        return {name: reference for name, reference in self._references.items() if step in reference.steps}
-
-    def _compare(self, trainer: Trainer, module: LightningModule, observation: Observation) -> None:
+    def _compare(self, trainer: Trainer, observation: Observation) -> None:
         """Log the distance of an observation at the present step from every reference that has it."""
         step = self._last = trainer.global_step
-        recorded = {name: reference.read(step) for name, reference in self._recorded_at(step).items()}
+        recorded = {
+            name: reference.read(step) for name, reference in self._references.items() if step in reference.steps
+        }
         values: dict[str, float] = {}
         for name, reference in recorded.items():
             suffix = f"/{name}" if len(self._references) > 1 else ""
@@ -178,7 +172,7 @@ class EmbeddingDistance(Callback):
         between = [compare(one, other, self._metrics) for one, other in pairs]
         for key in between[0] if between else ():
             values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
-        log_values(trainer, module, values, step)
+        log_values(trainer, values, step)
 
 
 def _name(source: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,8 +44,8 @@ class ReferenceRecorder(Callback):
         probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
             safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
             validation data, or of the training data if there is no validation.
-        steps: optimizer steps after which to record: ``"log"`` for 0, 1, 2, 3, 4, 6, 8, 11, 16, ... (two per octave) and
-            the last one, a number n for every n, or a list.
+        steps: optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+            for every n, or a list.
         depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
         positions: number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
             have as many rows, and than 8, is cut.
@@ -64,7 +64,7 @@ class ReferenceRecorder(Callback):
         ...     trainer = Trainer(max_epochs=2, accelerator="cpu", barebones=True, callbacks=[recorder])
         ...     trainer.fit(model, data)
         ...     Reference.load(recorder.path).steps
-        (0, 1, 2, 3, 4)
+        (0, 1, 2, 4)
     """
 
     def __init__(
@@ -148,13 +148,14 @@ class ReferenceRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the loss, and record the step if it is due."""
-        step = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        loss = torch.tensor(math.nan, device=pl_module.device) if loss is None else loss.detach()
-        if pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+        loss = outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else outputs
+        if not isinstance(loss, Tensor):
+            loss = torch.tensor(math.nan, device=pl_module.device)
+        if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
-        self._losses.add(trainer, loss, step)
-        if is_due(self._steps, step):
+        step = trainer.global_step
+        self._losses.add(trainer, loss.detach(), step)
+        if step > self._last and is_due(self._steps, step):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
