@@ -92,18 +92,18 @@ def encoded_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_batch(path: str | PathLike[str]) -> Any:
-    """Read a batch from a safetensors file, such as ``safetensors.torch.save_file`` writes, or from a reference.
+    """Read a batch from a safetensors file, such as ``safetensors.torch.save_file`` writes.
 
     Args:
         path: of the file.
 
     Returns:
         The tensor, if there is one by the name of ``"batch"`` and no other; a tuple, if their names are ``"0"``,
-        ``"1"`` and so on; otherwise a dict by their names. Of a reference, its probe.
+        ``"1"`` and so on; otherwise a dict by their names.
 
     Raises:
         FileNotFoundError: if there is no file.
-        ValueError: if it is not a safetensors file, has no tensors, or is a reference that cannot be read.
+        ValueError: if it is not a safetensors file, or has no tensors.
 
     >>> import torch
     >>> from tempfile import TemporaryDirectory
@@ -113,25 +113,18 @@ def load_batch(path: str | PathLike[str]) -> Any:
     ...     load_batch(f"{folder}/probe.safetensors")
     (tensor([1.]), tensor([0., 0.]))
     """
-    # these build on this module
-    from mlu_lightning.reference import Reference
-    from mlu_lightning.reference_contents import FORMAT
-
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder. Give the path of a safetensors file with a batch.")
     try:
         with safe_open(path, framework="pt") as file:
-            is_reference = (file.metadata() or {}).get("format") == FORMAT
             # copies, because what is read is the file itself, which somebody may write to
-            tensors = {} if is_reference else {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file with a batch: {error}. Write one with "
             'safetensors.torch.save_file({"batch": tensor}, path), or with the names "0", "1", ... for a tuple of '
             "tensors, or those of a dict."
         ) from error
-    if is_reference:
-        return Reference.load(path).probe
     if not tensors:
         raise ValueError(f"{path} holds no tensors. Write a batch with safetensors.torch.save_file(...).")
     if set(tensors) == {"batch"}:

@@ -6,11 +6,9 @@ gradients; hooks that are there for this one pass read the stream and the output
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +19,18 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mlu_lightning.lightning_steps import StepName, call_step, is_lightning_module, muted
 from mlu_lightning.rehearsal import tensors_in
 from mlu_lightning.structure import Tap
+from mlu_lightning.undisturbed import undisturbed
 
-__all__ = ["Location", "Observation", "first_samples", "locate", "observe", "sample_count"]
+__all__ = [
+    "Location",
+    "Observation",
+    "copied",
+    "count_positions",
+    "first_samples",
+    "locate",
+    "observe",
+    "sample_count",
+]
 
 Observation = dict[str, Tensor]
 """Values of streams and outputs by the name of their location: float32, on the CPU, [positions, dimension]."""
@@ -106,9 +114,10 @@ def observe(
     """Pass a batch through a model and read its streams and outputs.
 
     The model is in evaluation mode and builds no graph; code of ``torch.compile`` is not used. Afterwards parameters,
-    gradients, buffers, metric states, training modes and random states are as before, nothing was logged, and
-    attributes that the step assigned, or lists, dicts and sets that it changed, are restored. Random numbers of the pass
-    are the same in every call.
+    buffers, metric states, training modes and random states are as before, nothing was logged, and attributes that the
+    step assigned, or tensors, generators, lists, dicts and sets in them that it changed, are restored; for that the pass
+    needs the memory of another copy of the parameters. Only objects of other classes that the step changes keep the
+    change. Random numbers of the pass are the same in every call.
 
     Args:
         module: a LightningModule, of which the step is run, or any other module, of which ``forward`` is run.
@@ -118,10 +127,11 @@ def observe(
         positions: number of rows to keep, evenly spaced over all samples (times tokens, pixels) of the batch.
 
     Returns:
-        For every location the values [rows, dimension], in float32 on the CPU.
+        For every location the values [rows, dimension], in float32 on the CPU. A readout that was not called in
+        evaluation mode, such as one that only helps in training, is left out.
 
     Raises:
-        ValueError: if a location was not passed.
+        ValueError: if the stream was not passed at a location.
 
     >>> from mlu_lightning import discover
     >>> from mlu_lightning.models import ResNet
@@ -133,32 +143,42 @@ def observe(
     {'s=0': [5, 6], 's=1': [5, 6], 'output': [5, 2]}
     """
     read: dict[Tap, Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(isolate_rng())
-        stack.enter_context(_undisturbed(module))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for tap in dict.fromkeys(tap for location in locations for tap in location.taps):
-            stack.callback(_attach(module.get_submodule(tap.module), tap, read, positions).remove)
-        module.eval()
-        torch.manual_seed(0)
-        if is_lightning_module(module):
-            for submodule in module.modules():
-                if is_lightning_module(submodule):
-                    stack.enter_context(muted(submodule))
-            call_step(module, step, batch)
-        else:
-            _call(module, batch)
-    missing = next((tap for location in locations for tap in location.taps if tap not in read), None)
-    if missing is not None:
-        raise ValueError(
-            f"The submodule {missing.module!r}, which takes part in training_step, was not called by {step} in evaluation "
-            "mode, so the stream cannot be read there. Give a probe for which it is called."
-        )
+
+    def keep(tap: Tap, values: Tensor) -> None:
+        read[tap] = _rows(values, tap.axis, positions)
+
+    _pass(module, batch, locations, step, keep)
     return {
         location.name: _interpolated([(weight, _sum([read[tap] for tap in taps])) for weight, taps in location.parts])
         for location in locations
+        if all(tap in read for tap in location.taps)
     }
+
+
+def count_positions(
+    module: nn.Module, batch: Any, locations: Sequence[Location], step: StepName = "training_step"
+) -> int:
+    """Pass a batch through a model and count the positions (samples, times tokens or pixels) that its streams have.
+
+    Args:
+        module: as for :func:`observe`.
+        batch: as for :func:`observe`.
+        locations: as for :func:`observe`.
+        step: as for :func:`observe`.
+
+    Returns:
+        The most that any location has.
+
+    >>> from mlu_lightning import discover
+    >>> from mlu_lightning.models import CausalTransformer
+    >>> model = CausalTransformer(vocabulary=10, context=4, depth=1, embedding=6, heads=1, head_dim=2)
+    >>> tokens = torch.ones(3, 5, dtype=torch.long)
+    >>> count_positions(model, tokens, locate(discover(model, tokens).taps, [2], [0, 1]))
+    12
+    """
+    counts = [1]
+    _pass(module, batch, locations, step, lambda tap, values: counts.append(values.numel() // values.shape[tap.axis]))
+    return max(counts)
 
 
 def sample_count(batch: Any) -> int | None:
@@ -189,20 +209,81 @@ def first_samples(batch: Any, count: int) -> Any:
     return tree_map(lambda leaf: leaf[:count].clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def _attach(module: nn.Module, tap: Tap, read: dict[Tap, Tensor], positions: int) -> Any:
+def _pass(
+    module: nn.Module,
+    batch: Any,
+    locations: Sequence[Location],
+    step: StepName,
+    keep: Callable[[Tap, Tensor], None],
+) -> None:
+    """Pass a copy of a batch through a model, with hooks that hand over what is at its taps."""
+    passed: set[Tap] = set()
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng())
+        stack.enter_context(undisturbed(module))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_without_fast_path())
+        for tap in dict.fromkeys(tap for location in locations for tap in location.taps):
+            stack.callback(_attach(module.get_submodule(tap.module), tap, passed, keep).remove)
+        module.eval()
+        torch.manual_seed(0)
+        if is_lightning_module(module):
+            for submodule in module.modules():
+                if is_lightning_module(submodule):
+                    stack.enter_context(muted(submodule))
+            call_step(module, step, copied(batch))
+        else:
+            _call(module, copied(batch))
+    for location in locations:
+        missing = [tap for tap in location.taps if tap not in passed and tap.reads != "readout"]
+        if missing:
+            raise ValueError(
+                f"The submodule {missing[0].module!r}, which takes part in training_step, was not called by {step} in "
+                f"evaluation mode, so the stream cannot be read at {location.name}. Choose other depths, or a step that "
+                "calls it: modules without a validation_step are passed through training_step."
+            )
+
+
+def copied(batch: Any) -> Any:
+    """Copy the tensors and the containers of a batch, which steps may change.
+
+    Args:
+        batch: tensors in tuples, lists and dicts.
+
+    >>> batch = {"x": torch.zeros(2)}
+    >>> copied(batch)["x"].add_(1), batch["x"]
+    (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """``nn.TransformerEncoder`` without its fused code for evaluation, which calls no submodules and drops padding."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _attach(module: nn.Module, tap: Tap, passed: set[Tap], keep: Callable[[Tap, Tensor], None]) -> Any:
     """Hook a module for one pass, before all other hooks on its inputs and after all others on its outputs."""
 
-    def keep(values: Any) -> None:
-        if tap not in read:  # the first call is the one that the tap means
-            read[tap] = _rows(values, tap.axis, positions)
+    def first(values: Any) -> None:
+        if tap not in passed:  # the first call is the one that the tap means
+            passed.add(tap)
+            keep(tap, values)
 
     def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(list(tensors_in((args, kwargs)))[tap.index or 0])
+        first(list(tensors_in((args, kwargs)))[tap.index or 0])
 
     def returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if tap.index is not None:
             output = list(output.values() if isinstance(output, Mapping) else output)[tap.index]
-        keep(output)
+        first(output)
 
     if tap.where == "input":
         return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
@@ -255,65 +336,3 @@ def _call(module: nn.Module, batch: Any) -> None:
         module(*batch)
     else:
         module(batch)
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put everything that a forward pass may change in a module, except parameters, back afterwards."""
-    restorers = [_remember(submodule) for submodule in module.modules()]
-    try:
-        yield
-    finally:
-        for restore in restorers:
-            restore()
-
-
-def _remember(module: nn.Module) -> Callable[[], None]:
-    """What puts a module's buffers and attributes back."""
-    attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-    buffers = dict(module._buffers)
-    contents = [_remember_content(value) for value in (*attributes.values(), *buffers.values())]
-
-    def restore() -> None:
-        now = vars(module)
-        for name in [name for name in now if name not in _INTERNAL and name not in attributes]:
-            del now[name]
-        now.update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
-        for put_back in contents:
-            if put_back is not None:
-                put_back()
-
-    return restore
-
-
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-
-
-def _remember_content(value: Any) -> Callable[[], None] | None:
-    """What puts the content of a tensor or container back, None for anything else."""
-    if isinstance(value, Tensor):
-        return partial(_restore_tensor, value, value.detach().clone(), value._version)
-    if isinstance(value, (list, deque)):
-        return partial(_restore_sequence, value, tuple(value))
-    if isinstance(value, (dict, set)):
-        return partial(_restore_collection, value, value.copy())
-    return None
-
-
-def _restore_tensor(tensor: Tensor, before: Tensor, version: int) -> None:
-    if tensor._version != version:
-        with torch.no_grad():
-            tensor.copy_(before)
-
-
-def _restore_sequence(sequence: list[Any] | deque[Any], before: tuple[Any, ...]) -> None:
-    if len(sequence) != len(before) or any(now is not then for now, then in zip(sequence, before, strict=True)):
-        sequence.clear()
-        sequence.extend(before)
-
-
-def _restore_collection(collection: dict[Any, Any] | set[Any], before: Any) -> None:
-    collection.clear()
-    collection.update(before)

@@ -27,10 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mlu_lightning.batches import encode_batch, encoded_hash
+from mlu_lightning.batches import encode_batch, encoded_hash, load_batch
+from mlu_lightning.lightning_steps import StepName
 from mlu_lightning.reference_contents import (
+    FORMAT,
     ReferenceContents,
     ReferenceHeader,
     losses_hash,
@@ -40,7 +43,7 @@ from mlu_lightning.reference_contents import (
 )
 from mlu_lightning.tensor_files import TensorSpec, write_tensors
 
-__all__ = ["Reference", "ReferenceHeader", "ReferenceWriter"]
+__all__ = ["Reference", "ReferenceHeader", "ReferenceWriter", "load_probe"]
 
 
 class ReferenceWriter:
@@ -276,6 +279,39 @@ class Reference:
                 f"  read at: {', '.join(header.locations)} (positions: {_listed(positions)}; {header.dtype})",
             )
         )
+
+
+def load_probe(path: str | PathLike[str]) -> tuple[Any, StepName | None]:
+    """Read a probe from a reference, or from a safetensors file that only holds a batch.
+
+    Args:
+        path: of the file; see :func:`mlu_lightning.batches.load_batch`.
+
+    Returns:
+        The batch, and the step that it was passed through, None if it is not of a reference.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it is neither.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from safetensors.torch import save_file
+    >>> with TemporaryDirectory() as folder:
+    ...     save_file({"batch": torch.ones(1)}, f"{folder}/probe.safetensors")
+    ...     load_probe(f"{folder}/probe.safetensors")
+    (tensor([1.]), None)
+    """
+    is_reference = False
+    if not Path(path).is_dir():
+        try:
+            with safe_open(path, framework="pt") as file:
+                is_reference = (file.metadata() or {}).get("format") == FORMAT
+        except SafetensorError:
+            pass  # load_batch says what is wrong
+    if not is_reference:
+        return load_batch(path), None
+    reference = Reference.load(path)
+    return reference.probe, reference.header.runs
 
 
 def _copy(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -282,3 +282,168 @@ def test_only_first_samples_of_a_larger_probe_are_kept() -> None:
     assert first_samples(batch, 4) is batch
     uneven = torch.ones(4), torch.ones(3)
     assert first_samples(uneven, 2) is uneven
+
+
+class Careless(ResNet):
+    """Changes weights, statistics and the batch itself where nobody counts it."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=2, hidden=7, embedding=6, inputs=4, outputs=2)
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("seen", torch.zeros(4))
+        self.generator = torch.Generator()
+        self.dice = random.Random(0)
+        self.numbers = np.random.default_rng(0)
+        self.outputs: dict[str, list[Any]] = {"training": [[torch.zeros(2)]]}
+
+    def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+        x, y = batch.pop("x"), batch["y"].mul_(2)
+        self.teacher.weight.data.mul_(0.9)
+        self.readout.weight.data.clamp_(-0.01, 0.01)
+        self.norm.train()
+        x = self.norm(x) + torch.rand(4, generator=self.generator) + self.dice.random() + float(self.numbers.random())
+        self.seen.data.add_(1)
+        self.outputs["training"][0][0] += 1
+        self.outputs["training"].append([1])
+        return nn.functional.mse_loss(self(x), y)
+
+
+class Frozen(dict[str, Any]):
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("this cannot be changed")
+
+    clear = __setitem__ = update  # type: ignore[assignment]
+
+
+def test_what_nobody_counts_is_not_disturbed_either() -> None:
+    module = Careless()
+    batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
+    given = {name: value.clone() for name, value in batch.items()}
+    locations = locate(discover(module, batch).taps, [2], [0, 1])
+    module.frozen = Frozen(a=1)
+
+    def state() -> Any:
+        return [
+            {name: value.clone() for name, value in module.state_dict().items()},
+            module.generator.get_state(),
+            module.dice.getstate(),
+            str(module.numbers.bit_generator.state),
+            copy.deepcopy(module.outputs),
+            module.norm.training,
+        ]
+
+    before = state()
+    passes = [observe(module, batch, locations) for _ in range(2)]
+    assert same(before, state())
+    assert same(given, batch)
+    assert same(*passes)
+    module.training_step(batch)
+    assert not any(same(one, other) for one, other in zip(before[:5], state()[:5], strict=True))
+
+
+def test_tensors_of_an_inference_are_no_obstacle() -> None:
+    model = ResNet(depth=1, hidden=7, embedding=6, inputs=4, outputs=2)
+    batch = torch.randn(5, 4), torch.randn(5, 2)
+    locations = locate(discover(model, batch).taps, [1], [0, 1])
+    with torch.inference_mode():
+        model.cache = torch.ones(3)
+        model.register_buffer("table", torch.ones(3))
+    observe(model, batch, locations)
+
+
+def test_no_gradient_is_computed() -> None:
+    class Watching(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            assert not torch.is_grad_enabled() or torch.compiler.is_compiling() or self.rehearsed
+            assert not self.training or self.rehearsed
+            return super().forward(x)
+
+        rehearsed = True
+
+    model = Watching(depth=1, hidden=7, embedding=6, inputs=4, outputs=2)
+    batch = torch.randn(5, 4), torch.randn(5, 2)
+    locations = locate(discover(model, batch).taps, [1], [0, 1])
+    Watching.rehearsed = False
+    observe(model, batch, locations)
+
+
+@pytest.mark.parametrize(("depth", "s", "position"), [(10, 0.7, 7), (10, 0.3, 3), (7, 1 / 7, 1)])
+def test_relative_depth_of_a_whole_position_is_that_position(depth: int, s: float, position: int) -> None:
+    (location,) = locate(stream_taps(depth), [depth], [s])
+    assert [taps[0].position for _, taps in location.parts] == [position]
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Linear(3, 8), nn.Linear(8, 4)
+        self.one = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 8))
+        self.two = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = h + self.one(h)
+        h = self.down(h) + self.two(h)
+        output: Tensor = self.head(h)
+        return output
+
+
+def test_between_two_stages_the_nearer_one_is_read() -> None:
+    module, x = Stages(), torch.randn(5, 3)
+    taps = discover(module, x).taps
+    found = observe(module, x, locate(taps, [2], [0.5, 0.6, 0.75, 0.9, 1]))
+    assert [values.shape[1] for name, values in found.items() if name != "output"] == [8, 8, 4, 4, 4]
+    assert found["s=0.6"].equal(found["s=0.5"]) and found["s=0.9"].equal(found["s=1"])
+
+
+def test_first_call_of_a_submodule_is_the_one_that_is_read() -> None:
+    class Twice(Stages):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * super().forward(-x)
+
+    module, x = Twice(), torch.randn(5, 3)
+    found = observe(module, x, locate(discover(Stages(), x).taps, [2], [0]))
+    assert found["s=0"].equal(module.stem(x).detach())
+
+
+def test_readout_that_only_helps_in_training_is_left_out() -> None:
+    class Helped(Stages):
+        def __init__(self) -> None:
+            super().__init__()
+            self.helper = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            h = self.stem(x)
+            h = h + self.one(h)
+            h = self.down(h) + self.two(h)
+            return (self.head(h), self.helper(h)) if self.training else (self.head(h),)
+
+    module, x = Helped(), torch.randn(5, 3)
+    locations = locate(discover(module, x).taps, [2], [0])
+    assert {location.name for location in locations} == {"s=0", "output", "output1"}
+    assert set(observe(module, x, locations)) == {"s=0", "output"}
+
+
+def test_padding_in_an_encoder_of_torch() -> None:
+    """Its fused code for evaluation drops padded positions."""
+
+    class Padded(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(9, 8), nn.Linear(8, 2)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            h = self.encoder(self.tokens(batch), src_key_padding_mask=batch == 0)
+            logits: Tensor = self.head(h)
+            return logits.square().mean()
+
+    module = Padded()
+    batch = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])
+    taps = discover(module, batch).taps
+    found = observe(module, batch, locate(taps, [4], [0, 0.5, 1]))
+    assert {values.shape[0] for values in found.values()} == {8}
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -43,7 +43,8 @@ def fit(
     module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **settings: Any
 ) -> Trainer:
     data, validation = settings.pop("data", loader()), settings.pop("validation", None)
-    trainer = Trainer(max_steps=steps, max_epochs=-1, callbacks=[*callbacks], **SILENT | settings)
+    settings = SILENT | {"max_steps": steps, "max_epochs": -1} | settings
+    trainer = Trainer(callbacks=[*callbacks], **settings)
     trainer.fit(module, data, validation, ckpt_path=ckpt_path)
     return trainer
 
@@ -383,6 +384,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         ({"steps": []}, "is none of"),
         ({"depths": [0, 2]}, "relative depths between 0"),
         ({"depths": []}, "relative depths between 0"),
+        ({"depths": 0.5}, "relative depths between 0"),
         ({"positions": 0}, "1 or more"),
         ({"dtype": "float16"}, "none of: 'float32', 'bfloat16'"),
     ):
@@ -413,6 +415,109 @@ class Plain(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_random_transfer_is_the_same_in_each_run_and_moves_no_random_state(tmp_path: Path) -> None:
+    class Augmented(ResNet):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0].add_(torch.randn(3)), batch[1]]
+
+    x, y = torch.randn(8, 3), torch.randn(8, 2)
+    kept = x.clone()
+    values = []
+    for name in ("one", "two"):
+        torch.manual_seed(0)
+        module = Augmented(**SHAPE)
+        torch.manual_seed(len(values))
+        recorder = ReferenceRecorder(tmp_path / f"{name}.safetensors", (x, y), steps=[0])
+        fit(module, recorder, steps=1)
+        reference = Reference.load(recorder.path)
+        assert reference.probe[0].equal(kept) and x.equal(kept)
+        values.append(reference.read(0)["s=0"])
+    assert values[0].equal(values[1])
+    torch.manual_seed(0)
+    module = Augmented(**SHAPE)
+    runs = []
+    for callbacks in ([], [ReferenceRecorder(tmp_path / "three.safetensors", (x, y))]):
+        torch.manual_seed(0)
+        weights = Weights()
+        fit(Augmented(**SHAPE), *callbacks, weights)
+        runs.append(weights.losses)
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("form", ["vector", "float", "one"])
+def test_loss_of_any_form(form: str, tmp_path: Path) -> None:
+    class Odd(ResNet):
+        def __init__(self) -> None:
+            super().__init__(**SHAPE)
+            self.automatic_optimization = form == "one"
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+            loss = nn.functional.mse_loss(self(batch[0]), batch[1], reduction="none").mean(1)
+            if form != "one":
+                self.manual_backward(loss.mean())
+            return {"vector": {"loss": loss}, "float": {"loss": float(loss.mean())}, "one": loss.mean()[None]}[form]
+
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[0])
+    module = Odd()
+    if form == "one":
+        fit(module, recorder, steps=2)
+    else:
+        fit(module, recorder, max_epochs=1, steps=-1)
+    assert Reference.load(recorder.path).steps == (0,)
+
+
+def test_probe_of_a_reference_is_passed_through_the_same_step(tmp_path: Path) -> None:
+    one = ReferenceRecorder(tmp_path / "one.safetensors")
+    fit(ResNet(**SHAPE), one)  # without validation data
+    two = ReferenceRecorder(tmp_path / "two.safetensors", one.path)
+    fit(ResNet(**SHAPE), two, validation=loader())
+    assert Reference.load(two.path).header.runs == Reference.load(one.path).header.runs == "training_step"
+
+
+def test_given_probe_goes_through_validation_step_if_there_is_one(tmp_path: Path) -> None:
+    class Untested(ResNet):
+        validation_step = LightningModule.validation_step  # type: ignore[assignment]
+
+    for module, expected in ((ResNet(**SHAPE), "validation_step"), (Untested(**SHAPE), "training_step")):
+        recorder = ReferenceRecorder(tmp_path / f"{expected}.safetensors", (torch.ones(4, 3), torch.ones(4, 2)))
+        fit(module, recorder)
+        assert Reference.load(recorder.path).header.runs == expected
+
+
+def test_probe_that_the_module_cannot_take_is_refused(tmp_path: Path) -> None:
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", (torch.ones(4, 5), torch.ones(4, 2)))
+    with pytest.raises(
+        ValueError, match=r"ResNet cannot take the probe in its validation_step: .*probe=\.\.\.\) a batch as"
+    ):
+        fit(ResNet(**SHAPE), recorder)
+    assert not recorder.path.exists()
+
+
+def test_places_that_cannot_be_written_are_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match=r"cannot be written: it is a folder.*the path of a file"):
+        fit(ResNet(**SHAPE), ReferenceRecorder(tmp_path / "folder"))
+    recorder = ReferenceRecorder(tmp_path / "new" / "folder" / "run.safetensors")
+    fit(ResNet(**SHAPE), recorder)
+    assert recorder.path.exists()
+
+
+def test_depths_are_recorded_in_order(tmp_path: Path) -> None:
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", depths=[1, 0.5, 0, 0.5], steps=[0])
+    fit(ResNet(**SHAPE), recorder)
+    assert Reference.load(recorder.path).header.depths == (0, 0.5, 1)
+
+
+def test_datasets_that_are_asked_for_whole_batches(tmp_path: Path) -> None:
+    from torch.utils.data import BatchSampler, SequentialSampler
+
+    data = samples()
+    whole = DataLoader(data, sampler=BatchSampler(SequentialSampler(data), 4, drop_last=False), batch_size=None)
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[0])
+    fit(ResNet(**SHAPE), recorder, data=whole)
+    assert Reference.load(recorder.path).probe[0].equal(data.tensors[0][:4])
 
 
 class Unlogged(ResNet):

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlu_lightning.batches import batch_hash, load_batch
-from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.batches import batch_hash
+from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter, load_probe
 
 LOCATIONS = {"s=0": (3, 2), "s=0.5": (3, 2), "output": (2, 1)}
 HEADER = ReferenceHeader(
@@ -94,7 +94,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert set(reference.probe) == {"x", "meta", "mask"}
     assert torch.equal(reference.probe["x"], PROBE["x"])
     assert os.listdir(path.parent) == [path.name]
-    assert batch_hash(load_batch(path)) == batch_hash(PROBE)
+    probe, step = load_probe(path)
+    assert batch_hash(probe) == batch_hash(PROBE)
+    assert step == Reference.load(path).header.runs
 
 
 def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -70,7 +71,7 @@ class EmbeddingDistance(Callback):
         if isinstance(reference, Mapping):
             self._sources = {name: str(source) for name, source in reference.items()}
         else:
-            sources = [str(source) for source in reference] if isinstance(reference, list) else [str(reference)]
+            sources = [str(reference)] if isinstance(reference, (str, Path)) else [str(source) for source in reference]
             self._sources = {_name(source): source for source in sources}
             if len(self._sources) < len(sources):
                 raise ValueError(
@@ -133,7 +134,8 @@ class EmbeddingDistance(Callback):
             sorted({depth for reference in references for depth in reference.header.depths}),
             max(rows for rows, _ in header.locations.values()),
         )
-        observation = _first_observation(trainer, pl_module, self._probe)
+        with self._probe.first_pass(pl_module, _OTHER_DATA):
+            observation = self._probe.observe(trainer, pl_module)
         for reference in references:
             _check_shapes(observation, reference, self._metrics)
         if "rms" in self._metrics and not self._coupled:
@@ -181,20 +183,14 @@ def _name(source: str) -> str:
 
 
 def _width(observation: Observation) -> int:
-    return max(values.shape[1] for values in observation.values())
+    """Dimension of the streams."""
+    return max((values.shape[1] for name, values in observation.items() if not name.startswith("output")), default=0)
 
 
-def _first_observation(trainer: Trainer, module: LightningModule, probe: Probe) -> Observation:
-    """Pass the probe through the module for the first time."""
-    try:
-        return probe.observe(trainer, module)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        # whatever the user's module raises for a batch that is not one of its own
-        raise ValueError(
-            f"{type(module).__name__} cannot take the probe of the reference in its {probe.step}: {error} "
-            "A run can be compared with a reference of the same data: the same form of batches, sizes of inputs, "
-            "vocabulary and outputs. Record a reference with this run's data."
-        ) from error
+_OTHER_DATA = (
+    "A run can be compared with a reference of the same data: the same form of batches, sizes of inputs, vocabulary and "
+    "outputs. Record a reference with this run's data."
+)
 
 
 def _check_one_probe(references: Sequence[Reference]) -> None:
@@ -211,7 +207,8 @@ def _check_one_probe(references: Sequence[Reference]) -> None:
 def _check_steps(trainer: Trainer, module: LightningModule, references: Sequence[Reference]) -> None:
     """Refuse a run that will never be at a step of a reference."""
     now = trainer.global_step
-    last = trainer.estimated_stepping_batches if module.automatic_optimization else float("inf")
+    last = trainer.estimated_stepping_batches if module.automatic_optimization else math.inf
+    last = math.inf if last < 0 else last  # of data whose length is not known
     for reference in references:
         if not any(now <= step <= last for step in reference.steps):
             raise ValueError(

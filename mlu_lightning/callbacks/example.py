@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from mlu_lightning.lightning_steps import StepName
 
@@ -98,6 +98,10 @@ def _iterables(loaders: Any) -> Any:
 def _first_batch(loader: Any) -> Any:
     """First batch in the order of the data."""
     if isinstance(loader, DataLoader):
+        if isinstance(loader.sampler, BatchSampler) and loader.batch_sampler is None:
+            # the dataset is asked for whole batches
+            size = min(loader.sampler.batch_size, len(loader.dataset))  # type: ignore[arg-type]
+            return loader.collate_fn(loader.dataset[list(range(size))])
         samples = _first_samples(loader)
         return loader.collate_fn(samples if loader.batch_sampler is not None else samples[0])
     iterator = iter(loader)
@@ -126,11 +130,12 @@ def _first_samples(loader: DataLoader[Any]) -> list[Any]:
 
 
 def _transferred(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
-    """Run the hooks that change a batch before ``training_step``, on the CPU."""
+    """Run the hooks that change a batch before ``training_step``, on the device of the module."""
     precision = trainer.precision_plugin
     # setup comes before the precision plugin converts the module: convert the batch only if the module is converted
     converted = precision.convert_input(torch.zeros(())).dtype
     if any(parameter.dtype == converted for parameter in module.parameters()):
         batch = precision.convert_input(batch)
     batch = module._on_before_batch_transfer(batch)
-    return trainer.strategy.batch_to_device(batch, torch.device("cpu"))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return trainer.strategy.batch_to_device(batch, torch.device("cpu") if device.type == "meta" else device)

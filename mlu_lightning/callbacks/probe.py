@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.discovery import discover
 from mlu_lightning.lightning_steps import StepName
 from mlu_lightning.plan import Plan
-from mlu_lightning.probing import Location, Observation, locate, observe
+from mlu_lightning.probing import Location, Observation, copied, count_positions, locate, observe
 from mlu_lightning.rules import Role
 from mlu_lightning.structure import Structure, Tap
 
@@ -120,10 +123,22 @@ class Probe:
         Raises:
             ValueError: if a depth cannot be read.
         """
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = module._on_before_batch_transfer(batch)
-        batch = trainer.strategy.batch_to_device(batch)
+        with isolate_rng():
+            torch.manual_seed(0)  # hooks may change a batch at random
+            batch = trainer.precision_plugin.convert_input(copied(batch))
+            batch = module._on_before_batch_transfer(batch)
+            batch = trainer.strategy.batch_to_device(batch)
         return cls(batch, step, locate(layout.taps, layout.depth, depths), positions)
+
+    def count_positions(self, trainer: Trainer, module: LightningModule) -> int:
+        """Count the positions that the batch has in the module.
+
+        Args:
+            trainer: which is fitting the module.
+            module: the trainer's.
+        """
+        with trainer.precision_plugin.val_step_context():
+            return count_positions(module, self.batch, self.locations, self.step)
 
     def observe(self, trainer: Trainer, module: LightningModule) -> Observation:
         """Pass the batch through the module.
@@ -134,6 +149,25 @@ class Probe:
         """
         with trainer.precision_plugin.val_step_context():
             return observe(module, self.batch, self.locations, self.step, self.positions)
+
+    @contextmanager
+    def first_pass(self, module: LightningModule, advice: str) -> Iterator[None]:
+        """Say what fails if the module cannot take the batch.
+
+        Args:
+            module: the trainer's.
+            advice: what to do.
+
+        Raises:
+            ValueError: if anything inside fails as a module does for a batch that is not one of its own.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+            raise ValueError(
+                f"{type(module).__name__} cannot take the probe in its {self.step}: "
+                f"{type(error).__name__}: {str(error).rstrip('.')}. {advice}"
+            ) from error
 
 
 def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from mlu_lightning.batches import decode_batch, encode_batch, load_batch
+from mlu_lightning.batches import decode_batch, encode_batch
 from mlu_lightning.callbacks.example import find_probe
 from mlu_lightning.callbacks.loggers import log_reference
 from mlu_lightning.callbacks.probe import Layout, Probe, on_rank_zero
 from mlu_lightning.lightning_steps import StepName
 from mlu_lightning.probing import Observation, first_samples, sample_count
 from mlu_lightning.recording_steps import Steps, is_due, validated_steps
-from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter, load_probe
 
 __all__ = ["ReferenceRecorder"]
 
@@ -77,7 +78,7 @@ class ReferenceRecorder(Callback):
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if not depths or not all(0 <= depth <= 1 for depth in depths):
+        if isinstance(depths, (int, float)) or not len(depths) or not all(0 <= depth <= 1 for depth in depths):
             raise ValueError(
                 f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
             )
@@ -114,14 +115,16 @@ class ReferenceRecorder(Callback):
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
 
-        def observe(positions: int) -> Observation:
-            self._probe = Probe.of(trainer, pl_module, batch, name, layout, self._depths, positions)
-            return self._probe.observe(trainer, pl_module)
+        def probe() -> Probe:
+            return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
 
-        if (samples := sample_count(batch)) is not None:
-            rows = max(len(values) for values in observe(_ALL).values())
-            batch = first_samples(batch, max(_FEWEST_SAMPLES, math.ceil(self._positions * samples / rows)))
-        observation = observe(self._positions)
+        self._probe = probe()
+        with self._probe.first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
+            if (samples := sample_count(batch)) is not None:
+                rows = self._probe.count_positions(trainer, pl_module)
+                batch = first_samples(batch, max(_FEWEST_SAMPLES, math.ceil(self._positions * samples / rows)))
+                self._probe = probe()
+            observation = self._probe.observe(trainer, pl_module)
         header = ReferenceHeader(
             depth=layout.depth,
             embedding=layout.embedding,
@@ -135,6 +138,8 @@ class ReferenceRecorder(Callback):
         )
 
         def open_file() -> tuple[int, Tensor]:
+            if vars(trainer)["fast_dev_run"]:
+                return -1, torch.empty(0)  # it leaves no files
             self._writer = self._open(header, batch, step)
             return (self._writer.steps or (-1,))[-1], self._writer.losses
 
@@ -148,13 +153,13 @@ class ReferenceRecorder(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the loss, and record the step if it is due."""
-        loss = outputs["loss"] if isinstance(outputs, dict) and "loss" in outputs else outputs
-        if not isinstance(loss, Tensor):
-            loss = torch.tensor(math.nan, device=pl_module.device)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        # manual optimization may return anything
+        loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).detach().float().mean()
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
         step = trainer.global_step
-        self._losses.add(trainer, loss.detach(), step)
+        self._losses.add(trainer, loss, step)
         if step > self._last and is_due(self._steps, step):
             self._look(trainer, pl_module)
 
@@ -174,14 +179,23 @@ class ReferenceRecorder(Callback):
         if self._given is None and trainer.global_step > 0 and self.path.exists():
             existing = Reference.load(self.path)
             return existing.probe, existing.header.runs
+        step: StepName = "validation_step" if is_overridden("validation_step", module) else "training_step"
         if self._given is None:
             batch, step = find_probe(trainer, module)
+        elif isinstance(self._given, (str, Path)):
+            batch, recorded = load_probe(self._given)
+            step = recorded or step
         else:
-            batch = load_batch(self._given) if isinstance(self._given, (str, Path)) else self._given
-            step = "validation_step" if is_overridden("validation_step", module) else "training_step"
+            batch = self._given
         return decode_batch(*encode_batch(first_samples(batch, self._positions))), step
 
     def _open(self, header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
+            raise OSError(
+                f"{self.path} cannot be written: it is a folder, or is in one that is not writable. Give "
+                "ReferenceRecorder the path of a file."
+            )
         if not self.path.exists():
             if step > 0:
                 rank_zero_warn(
@@ -206,7 +220,7 @@ class ReferenceRecorder(Callback):
         """Write a step; a disk that is full does not end the training."""
         self._last = step
         losses = self._losses.all(trainer)
-        if self._writer is None:
+        if self._writer is None:  # in another process than the first, or with fast_dev_run
             return
         try:
             self._writer.write(step, observation, losses)
@@ -250,7 +264,6 @@ class _Losses:
         return self._known
 
 
-_ALL = 2**62
 _FEWEST_SAMPLES = 8
 """Samples of a probe that are kept even if fewer have enough positions, so that it is not one long text."""
 _MOST_PENDING = 1000
