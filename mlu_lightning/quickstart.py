@@ -34,6 +34,7 @@ __all__ = [
     "Run",
     "Study",
     "TransformerShape",
+    "Windows",
     "best_exponent",
     "curve_of",
     "load_text",
@@ -106,6 +107,31 @@ class Run:
     mlu: bool
     exponent: int
     loss: float = math.nan
+
+
+@dataclass(frozen=True)
+class Windows(Dataset[Tensor]):
+    """Samples of consecutive tokens, the last of which is only predicted.
+
+    Args:
+        tokens: of a text.
+        starts: where samples begin.
+        length: of a sample.
+
+    >>> Windows(torch.arange(9), torch.tensor([0, 4]), 3)[1]
+    tensor([4, 5, 6])
+    """
+
+    tokens: Tensor
+    starts: Tensor
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Tensor:
+        start = int(self.starts[index])
+        return self.tokens[start : start + self.length]
 
 
 def load_text(path: str | None = None) -> bytes:
@@ -269,9 +295,9 @@ def _train(study: Study, text: bytes, run: Run) -> Run:
     )
     draws = torch.Generator().manual_seed(study.seed)
     starts = torch.randint(len(training) - study.context, (study.steps * study.samples,), generator=draws)
-    trainer.fit(model, DataLoader(_Windows(training, starts, study.context + 1), batch_size=study.samples))
+    trainer.fit(model, DataLoader(Windows(training, starts, study.context + 1), batch_size=study.samples))
     spaced = torch.linspace(0, len(validation) - study.context - 1, 256).long()
-    loader = DataLoader(_Windows(validation, spaced, study.context + 1), batch_size=64)
+    loader = DataLoader(Windows(validation, spaced, study.context + 1), batch_size=64)
     (metrics,) = trainer.validate(model, loader, verbose=False)
     return replace(run, loss=metrics["val_loss"])
 
@@ -282,19 +308,3 @@ def _tokens(text: bytes) -> tuple[Tensor, Tensor, int]:
     vocabulary, tokens = torch.unique(values, return_inverse=True)
     cut = len(tokens) * 9 // 10
     return tokens[:cut], tokens[cut:], len(vocabulary)
-
-
-@dataclass(frozen=True)
-class _Windows(Dataset[Tensor]):
-    """Samples of consecutive tokens, the last of which is only predicted."""
-
-    tokens: Tensor
-    starts: Tensor
-    length: int
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Tensor:
-        start = int(self.starts[index])
-        return self.tokens[start : start + self.length]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import math
 import re
 import subprocess
@@ -11,7 +11,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,15 @@ TINY = ["--model.depth=2", "--model.heads=2", "--model.embedding=8", "--data.bat
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reference_run", RECIPE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def load(name: str) -> Any:
+    sys.path.insert(0, str(RECIPE.parent))  # as it is for a script
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(RECIPE.parent))
 
 
-recipe: Any = load()
+recipe, report = load("reference_run"), load("reference_run_report")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -89,12 +87,12 @@ def test_samples_are_parts_of_the_text() -> None:
 
 
 def test_slope_of_a_power_law() -> None:
-    three = recipe.fit_slope([2, 8, 32], [5 * x**-0.75 for x in (2, 8, 32)])
+    three = report.fit_slope([2, 8, 32], [5 * x**-0.75 for x in (2, 8, 32)])
     assert (three.value, three.factor, str(three)) == (pytest.approx(-0.75), pytest.approx(5), "-0.75 ± 0.00")
-    two = recipe.fit_slope([2, 8], [5 * 2**-0.75, 5 * 8**-0.75])
+    two = report.fit_slope([2, 8], [5 * 2**-0.75, 5 * 8**-0.75])
     assert two.value == pytest.approx(-0.75) and math.isnan(two.error), "two points say nothing about the error"
-    assert math.isnan(recipe.fit_slope([2, 8], [5, math.nan]).value)
-    assert recipe._theory("rms", "D", [3, 2]) == f"-1/2 ({math.log(2**-0.5) / math.log(1.5):.2f})"
+    assert math.isnan(report.fit_slope([2, 8], [5, math.nan]).value)
+    assert report._theory("rms", "D", [3, 2]) == f"-1/2 ({math.log(2**-0.5) / math.log(1.5):.2f})"
 
 
 def test_slope_and_its_error_are_those_of_numpy() -> None:
@@ -102,7 +100,7 @@ def test_slope_and_its_error_are_those_of_numpy() -> None:
     x = np.array([1, 2, 4, 8, 16.0])
     y = 3 * x**-0.5 * np.exp(0.1 * draws.standard_normal(5))
     (value, offset), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-    slope = recipe.fit_slope([*x, 32.0], [*y, math.nan])
+    slope = report.fit_slope([*x, 32.0], [*y, math.nan])
     assert slope.value == pytest.approx(value)
     assert slope.error == pytest.approx(covariance[0, 0] ** 0.5)
     assert slope.factor == pytest.approx(math.exp(offset))
@@ -110,12 +108,12 @@ def test_slope_and_its_error_are_those_of_numpy() -> None:
 
 def test_floor_is_taken_out() -> None:
     """Of err(small) = 3 and err(reference) = 4: distances are 5, and 4 √2 between references."""
-    run = recipe.Run("M", 2, 1, 1, 1, 2)
+    run = report.Run("M", 2, 1, 1, 1, 2)
     curve = {"rms": {1: 90.0, 2: 5.0, 3: 5.0, 4: 5.0}, "rms/floor": {1: 0.0, 2: 32**0.5, 3: 32**0.5, 4: 32**0.5}}
-    found = recipe.Distances(run, 2.0, curve)
+    found = report.Distances(run, 2.0, curve)
     assert found.final("rms") == pytest.approx(5), "of the last recordings"
     assert found.beyond("rms") == pytest.approx(3)
-    near = recipe.Distances(run, 2.0, {"rms": {1: 1.0}, "rms/floor": {1: 2.0}})
+    near = report.Distances(run, 2.0, {"rms": {1: 1.0}, "rms/floor": {1: 2.0}})
     assert math.isnan(near.beyond("rms")), "nearer than a reference could be"
 
 
