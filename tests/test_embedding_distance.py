@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
 from mlu_lightning.comparison import compare_references
-from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.models import CausalTransformer, ResidualBlock, ResNet
 from mlu_lightning.reference import Reference
 
 LARGE = SHAPE | {"embedding": 32, "hidden": 64}
@@ -52,7 +52,9 @@ def coupled(seed: int = 0) -> MLUCallback:
 
 
 def record(path: Path, module: LightningModule | None = None, *callbacks: Callback, **settings: Any) -> Path:
-    recorder = ReferenceRecorder(path, **{key: settings.pop(key) for key in ("steps", "probe") if key in settings})
+    recorder = ReferenceRecorder(
+        path, **{key: settings.pop(key) for key in ("steps", "probe", "depths") if key in settings}
+    )
     fit(ResNet(**LARGE) if module is None else module, recorder, *callbacks, **settings)
     return path
 
@@ -265,7 +267,7 @@ def test_probe_that_the_module_cannot_take_is_refused(tmp_path: Path) -> None:
     path = record(tmp_path / "large.safetensors")
     data = DataLoader([(torch.ones(5), torch.ones(2))] * 8, batch_size=4)  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match=r"Renamed cannot take the probe of the reference in its training_step: .*Record a"
+        ValueError, match=r"Renamed cannot take the probe in its training_step: .*of the same data.*Record a"
     ):
         measure(path, module=Renamed(), data=data, metrics=["gram"])
 
@@ -338,3 +340,197 @@ def test_two_callbacks_with_their_own_references(tmp_path: Path) -> None:
     trainer = Trainer(max_steps=2, callbacks=callbacks, **SILENT | {"logger": memory})
     trainer.fit(ResNet(**SHAPE), loader())
     assert list(memory.distances()) == [0, 1, 2]
+
+
+class Calls(Memory):
+    """A logger that also keeps the steps of all calls that had distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:  # type: ignore[override]
+        super().log_metrics(metrics, step)
+        if any(name.startswith("mlu/distance/") for name in metrics):
+            self.calls.append(step)
+
+
+def test_each_logger_gets_each_step_once_though_it_takes_several_batches(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors")
+    loggers = [Calls(), Calls()]
+    fit(ResNet(**SHAPE), EmbeddingDistance(path, ["gram"]), logger=loggers, accumulate_grad_batches=2)
+    assert [logger.calls for logger in loggers] == [[0, 1, 2, 4, 6]] * 2
+
+
+@pytest.mark.parametrize("outputs", [2, 40])  # fewer than any embedding has coordinates, and more
+def test_references_of_different_embeddings(outputs: int, tmp_path: Path) -> None:
+    def mlu() -> MLUCallback:
+        return MLUCallback(lambda: ResNet(**SHAPE | {"depth": 2, "outputs": outputs}), init="coupled")
+
+    data = DataLoader([(x, torch.ones(outputs)) for x in samples(8).tensors[0]], batch_size=4)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"data": data, "steps": 2}
+    sizes = {"small": 16, "large": 32}
+    for name, size in sizes.items():
+        fit(
+            ResNet(**SHAPE | {"embedding": size, "outputs": outputs}),
+            mlu(),
+            ReferenceRecorder(tmp_path / f"{name}.safetensors"),
+            **settings,
+        )
+    small, large = (Reference.load(tmp_path / f"{name}.safetensors") for name in sizes)
+    for order in (["small", "large"], ["large", "small"]):
+        paths = [str(tmp_path / f"{name}.safetensors") for name in order]
+        module = ResNet(**SHAPE | {"outputs": outputs})
+        logged = measure(paths, mlu(), module=module, metrics=["rms", "output"], **settings).distances()
+        assert list(logged) == [0, 1, 2]
+        for step, values in logged.items():
+            h, r = (reference.read(step)["s=0.5"].double().numpy() for reference in (small, large))
+            # the same operations on the same numbers in float64
+            floor = pytest.approx(np.sqrt(np.mean((h - r[:, :16]) ** 2)), rel=1e-12)
+            assert values["mlu/distance/rms/s=0.5/floor"] == floor
+            assert {"mlu/distance/rms/s=1/small", "mlu/distance/rms/s=1/large"} < set(values)
+
+
+def test_references_are_each_logged_at_their_own_depths(tmp_path: Path) -> None:
+    depths = {"one": [0.0, 0.5], "two": [0.3, 0.5, 1.0]}
+    for name, chosen in depths.items():
+        record(tmp_path / f"{name}.safetensors", steps=[0, 2], depths=chosen)
+    reference = [str(tmp_path / f"{name}.safetensors") for name in depths]
+    logged = measure(reference, metrics=["gram"], steps=2).distances()
+    expected = {f"mlu/distance/gram/s={s:g}/{name}" for name, chosen in depths.items() for s in chosen}
+    assert {step: set(values) for step, values in logged.items()} == dict.fromkeys(
+        (0, 2), expected | {"mlu/distance/gram/s=0.5/floor"}
+    )
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_one_common_step_is_enough(step: int, tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", steps=[step])
+    assert list(measure(path, metrics=["gram"], steps=6).distances()) == [step]
+
+
+def test_resumed_run_that_is_past_all_steps_of_the_reference_is_refused(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", steps=[0, 2])
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3)
+    fit(ResNet(**SHAPE), checkpoint, steps=3, enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"at the steps 0, 2, and this run goes from 3 to 6.*Train longer, or record"):
+        measure(path, metrics=["gram"], ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_references_of_different_steps_of_the_module_are_refused(tmp_path: Path) -> None:
+    record(tmp_path / "one.safetensors", steps=[0])
+    record(tmp_path / "two.safetensors", steps=[0], validation=loader(shuffle=False))
+    one, two = (Reference.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
+    assert one.probe_hash == two.probe_hash  # the same samples, in training_step and in validation_step
+    with pytest.raises(ValueError, match=r"one.safetensors and .*two.safetensors were recorded with different probes"):
+        measure([str(one.path), str(two.path)], metrics=["gram"])
+
+
+class Patches(LightningModule):
+    """A stream with a position for each patch of two numbers; patches may overlap, which no weight shows."""
+
+    def __init__(self, stride: int, embedding: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.embed = nn.Linear(2, embedding)
+        self.block = ResidualBlock(8, embedding)
+        self.readout = nn.Linear(embedding, 2)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        h = self.embed(batch[0].unfold(1, 2, self.stride))
+        return nn.functional.mse_loss(self.readout((h + self.block(h)).mean(1)), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_other_positions_of_the_same_probe_are_refused(tmp_path: Path) -> None:
+    data = DataLoader([(torch.ones(8), torch.ones(2))] * 8, batch_size=4)  # type: ignore[arg-type]
+    path = record(tmp_path / "large.safetensors", Patches(1, 16), data=data, steps=[0])
+    message = (
+        r"At s=0 this module makes 16 positions of the probe, and that of .* made 28: .*reference of this architect"
+    )
+    with pytest.raises(ValueError, match=message):
+        measure(path, module=Patches(2, 8), data=data, metrics=["gram"])
+    measure(path, module=Patches(1, 8), data=data, metrics=["gram"])
+
+
+class Translator(LightningModule):
+    """A decoder that attends to an encoder's stream, or to the embedded source if there is no encoder."""
+
+    def __init__(self, encoder: bool, embedding: int = 8) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(9, embedding), nn.Embedding(9, embedding)
+        self.encoder = nn.ModuleList(ResidualBlock(5, embedding) for _ in range(2 if encoder else 0))
+        self.cross = nn.MultiheadAttention(embedding, 2, batch_first=True)
+        self.decoder = ResidualBlock(7, embedding)
+        self.readout = nn.Linear(embedding, 9)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        memory = self.source(batch[0])
+        for block in self.encoder:
+            memory = memory + block(memory)
+        h = self.target(batch[1])
+        h = h + self.cross(h, memory, memory)[0]
+        logits = self.readout(h + self.decoder(h))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("reference", "run"), [(True, False), (False, True)])
+def test_other_number_of_streams_is_refused(reference: bool, run: bool, tmp_path: Path) -> None:
+    data = DataLoader([(torch.arange(4), torch.arange(4, 8))] * 8, batch_size=4)  # type: ignore[arg-type]
+    path = record(tmp_path / "large.safetensors", Translator(reference), data=data, steps=[0])
+    message = (
+        rf"has {1 + run} residual streams, and that of .* {1 + reference}: .*Record a reference of this architecture"
+    )
+    with pytest.raises(ValueError, match=message):
+        measure(path, module=Translator(run), data=data, metrics=["gram"])
+
+
+class Headed(ResNet):
+    """Outputs of any number, from a readout by another name, for a loss that takes any."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(**SHAPE)
+        del self.readout
+        self.head = nn.Linear(SHAPE["embedding"], outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        for block in self.blocks:
+            stream = stream + block(stream)
+        output: Tensor = self.head(stream)
+        return output
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss: Tensor = self(batch[0]).square().mean()
+        return loss
+
+
+def test_outputs_that_only_the_pass_shows_to_be_others_are_refused(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", steps=[0])
+    message = r"This module has 5 outputs, and that of .* 2: .*Record a reference with.*leave \"output\" out of metrics"
+    with pytest.raises(ValueError, match=message):
+        measure(path, module=Headed(5), metrics=["gram", "output"])
+    measure(path, module=Headed(5), metrics=["gram"])
+    measure(path, module=Headed(2), metrics=["gram", "output"])
+
+
+def test_other_precisions_measure_nearly_the_same(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", None, coupled(), data=loader(shuffle=False))
+
+    def run(precision: Any) -> dict[int, dict[str, float]]:
+        torch.manual_seed(0)
+        return measure(path, coupled(), data=loader(shuffle=False), precision=precision).distances()
+
+    expected = run("32-true")
+    # rounding of values of size 1, over a few steps: 2^-24 in float32, and 2^-9 in bfloat16
+    for precision, tolerance in (("64-true", 1e-6), ("bf16-true", 0.01), ("bf16-mixed", 0.01)):
+        found = run(precision)
+        assert found != expected  # it was another precision
+        assert list(found) == [0, 1, 2, 4, 6]
+        for step, values in found.items():
+            assert values == pytest.approx(expected[step], abs=tolerance, rel=0), (precision, step)
