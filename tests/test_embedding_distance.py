@@ -530,7 +530,7 @@ def test_other_precisions_measure_nearly_the_same(tmp_path: Path) -> None:
     # rounding of values of size 1, over a few steps: 2^-24 in float32, and 2^-9 in bfloat16
     for precision, tolerance in (("64-true", 1e-6), ("bf16-true", 0.01), ("bf16-mixed", 0.01)):
         found = run(precision)
-        assert found != expected  # it was another precision
         assert list(found) == [0, 1, 2, 4, 6]
+        assert found[0] != expected[0]  # the pass itself was in this precision, the weights are still the same
         for step, values in found.items():
             assert values == pytest.approx(expected[step], abs=tolerance, rel=0), (precision, step)
