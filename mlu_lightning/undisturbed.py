@@ -71,6 +71,8 @@ def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
 
 def _remember(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
     """What puts the content of a tensor, generator or container back, and of those in the container."""
+    if isinstance(value, (str, int, float, type(None))):
+        return  # first, because most attributes are of these
     if isinstance(value, _WITH_CONTENT):
         if id(value) in seen:
             return

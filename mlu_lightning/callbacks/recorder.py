@@ -154,12 +154,12 @@ class ReferenceRecorder(Callback):
     ) -> None:
         """Note the loss, and record the step if it is due."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        # manual optimization may return anything
-        loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).detach().float().mean()
+        if not isinstance(loss, Tensor) or loss.ndim > 0:  # manual optimization may return anything
+            loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).float().mean()
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
         step = trainer.global_step
-        self._losses.add(trainer, loss, step)
+        self._losses.add(trainer, loss.detach(), step)
         if step > self._last and is_due(self._steps, step):
             self._look(trainer, pl_module)
 
