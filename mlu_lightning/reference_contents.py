@@ -38,6 +38,7 @@ class ReferenceHeader:
             the parameter.
         plan: YAML of the plan of the run, None without one.
         dtype: of values in the file, ``"float32"`` or ``"bfloat16"``.
+        count: positions that the probe has in the module, of which those that were recorded are some; None if unknown.
 
     Raises:
         ValueError: if a field is not of this kind.
@@ -56,6 +57,7 @@ class ReferenceHeader:
     data_sizes: dict[str, tuple[int, ...]]
     plan: str | None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    count: int | None = None
 
     def __post_init__(self) -> None:
         sizes = "a tuple of whole numbers from 1 on"
@@ -73,6 +75,7 @@ class ReferenceHeader:
         data_sizes = _is_table(self.data_sizes) and all(_is_sizes(shape) for shape in self.data_sizes.values())
         self._require("data_sizes", data_sizes, f"a dict of which each value is {sizes}")
         self._require("plan", self.plan is None or isinstance(self.plan, str), "YAML or None")
+        self._require("count", self.count is None or _is_sizes((self.count,)), "a whole number from 1 on, or None")
         self._require("dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
 
     @property

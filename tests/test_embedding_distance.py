@@ -444,15 +444,18 @@ class Patches(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_other_positions_of_the_same_probe_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("positions", [128, 10])
+@pytest.mark.parametrize(("reference", "run"), [((1, 28), (2, 16)), ((2, 16), (1, 28))])
+def test_other_positions_of_the_same_probe_are_refused(
+    reference: tuple[int, int], run: tuple[int, int], positions: int, tmp_path: Path
+) -> None:
     data = DataLoader([(torch.ones(8), torch.ones(2))] * 8, batch_size=4)  # type: ignore[arg-type]
-    path = record(tmp_path / "large.safetensors", Patches(1, 16), data=data, steps=[0])
-    message = (
-        r"At s=0 this module makes 16 positions of the probe, and that of .* made 28: .*reference of this architect"
-    )
+    recorder = ReferenceRecorder(tmp_path / "large.safetensors", steps=[0], positions=positions)
+    fit(Patches(reference[0], 16), recorder, data=data)
+    message = rf"makes {run[1]} positions of the probe, and that of .* made {reference[1]}: .*reference of this archit"
     with pytest.raises(ValueError, match=message):
-        measure(path, module=Patches(2, 8), data=data, metrics=["gram"])
-    measure(path, module=Patches(1, 8), data=data, metrics=["gram"])
+        measure(recorder.path, module=Patches(run[0], 8), data=data, metrics=["gram"])
+    measure(recorder.path, module=Patches(reference[0], 8), data=data, metrics=["gram"])
 
 
 class Translator(LightningModule):

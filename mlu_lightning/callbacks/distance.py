@@ -136,7 +136,9 @@ class EmbeddingDistance(Callback):
         )
         with self._probe.first_pass(pl_module, _OTHER_DATA):
             observation = self._probe.observe(trainer, pl_module)
+            count = self._probe.count_positions(trainer, pl_module)
         for reference in references:
+            _check_count(count, reference.header.count, reference)
             _check_shapes(observation, reference, self._metrics)
         if "rms" in self._metrics and not self._coupled:
             for reference in references:
@@ -172,7 +174,7 @@ class EmbeddingDistance(Callback):
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)
         between = [compare(one, other, self._metrics) for one, other in pairs]
-        for key in between[0] if between else ():
+        for key in dict.fromkeys(key for found in between for key in found):
             values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
         log_values(trainer, values, step)
 
@@ -235,6 +237,15 @@ def _check_layout(layout: Layout, reference: Reference) -> None:
             )
 
 
+def _check_count(count: int, recorded: int | None, reference: Reference) -> None:
+    """Refuse a module that divides its data otherwise, so that its positions are not those of the reference."""
+    if recorded is not None and count != recorded:
+        raise ValueError(
+            f"This module makes {count} positions of the probe, and that of {reference.path} made {recorded}: they divide "
+            "their data otherwise. Record a reference of this architecture."
+        )
+
+
 def _check_shapes(observation: Observation, reference: Reference, metrics: Sequence[MetricName]) -> None:
     """Refuse what the metrics cannot compare."""
     header = reference.header
@@ -249,11 +260,7 @@ def _check_shapes(observation: Observation, reference: Reference, metrics: Seque
             )
     for name in streams + outputs:
         rows, dimension = header.locations[name]
-        if observation[name].shape[0] != rows:
-            raise ValueError(
-                f"At {name} this module makes {observation[name].shape[0]} positions of the probe, and that of "
-                f"{reference.path} made {rows}: they divide their data otherwise. Record a reference of this architecture."
-            )
+        _check_count(observation[name].shape[0], rows, reference)
         if name in outputs and "output" in metrics and observation[name].shape[1] != dimension:
             raise ValueError(
                 f"This module has {observation[name].shape[1]} outputs, and that of {reference.path} {dimension}: they "

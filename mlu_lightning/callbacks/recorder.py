@@ -120,9 +120,10 @@ class ReferenceRecorder(Callback):
 
         self._probe = probe()
         with self._probe.first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
+            count = self._probe.count_positions(trainer, pl_module)
             if (samples := sample_count(batch)) is not None:
-                rows = self._probe.count_positions(trainer, pl_module)
-                batch = first_samples(batch, max(_FEWEST_SAMPLES, math.ceil(self._positions * samples / rows)))
+                kept = min(samples, max(_FEWEST_SAMPLES, math.ceil(self._positions * samples / count)))
+                batch, count = first_samples(batch, kept), count * kept // samples
                 self._probe = probe()
             observation = self._probe.observe(trainer, pl_module)
         header = ReferenceHeader(
@@ -135,6 +136,7 @@ class ReferenceRecorder(Callback):
             data_sizes=layout.data_sizes,
             plan=None if layout.plan is None else layout.plan.to_yaml(),
             dtype=self._dtype,
+            count=count,
         )
 
         def open_file() -> tuple[int, Tensor]:
