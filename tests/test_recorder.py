@@ -468,6 +468,16 @@ def test_loss_of_any_form(form: str, tmp_path: Path) -> None:
     assert Reference.load(recorder.path).steps == (0,)
 
 
+def test_steps_without_a_loss_are_nan_in_any_precision(tmp_path: Path) -> None:
+    class Skipping(ResNet):
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Any:
+            return None if self.global_step == 2 else super().training_step(batch)
+
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[4])
+    fit(Skipping(**SHAPE), recorder, steps=4, precision="bf16-true")
+    assert Reference.load(recorder.path).losses.isnan().tolist() == [False, False, True, False]
+
+
 def test_probe_of_a_reference_is_passed_through_the_same_step(tmp_path: Path) -> None:
     one = ReferenceRecorder(tmp_path / "one.safetensors")
     fit(ResNet(**SHAPE), one)  # without validation data

@@ -250,7 +250,7 @@ class _Losses:
         """Add the loss of a batch, after which so many optimizer steps had been made."""
         self._batches.append(loss)
         if step > self._steps:
-            loss = loss if len(self._batches) == 1 else torch.stack(self._batches).mean()
+            loss = loss if len(self._batches) == 1 else _stacked(self._batches).mean()
             self._pending.extend([loss] * (step - self._steps))
             self._batches = []
             self._steps = step
@@ -260,10 +260,15 @@ class _Losses:
     def all(self, trainer: Trainer) -> Tensor:
         """Losses [steps] so far, on the CPU; every process has to ask."""
         if self._pending:
-            pending = trainer.strategy.reduce(torch.stack(self._pending).float(), reduce_op="mean")
+            pending = trainer.strategy.reduce(_stacked(self._pending), reduce_op="mean")
             self._known = torch.cat((self._known, torch.as_tensor(pending).cpu()))
             self._pending = []
         return self._known
+
+
+def _stacked(losses: Sequence[Tensor]) -> Tensor:
+    # steps without a loss are NaN in float32 among losses of the run's precision
+    return torch.stack([loss.float() for loss in losses])
 
 
 _FEWEST_SAMPLES = 8
