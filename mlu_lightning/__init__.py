@@ -9,18 +9,23 @@ if find_spec("lightning") is None:
         "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
-from mlu_lightning.callbacks import EmbeddingDistance, MLUCallback, ReferenceRecorder
+from mlu_lightning.callbacks import EmbeddingDistance, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.discovery import discover
 from mlu_lightning.initialization import initialize
 from mlu_lightning.multipliers import attach_multipliers, fold
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale
+from mlu_lightning.shape_search import Architecture, optimal_shape
+from mlu_lightning.shapes import ErrorConstants, Shape, error_bound, fit_error_bound
 from mlu_lightning.structure import Branch, Structure
 
 __all__ = [
+    "Architecture",
     "Branch",
     "EmbeddingDistance",
+    "ErrorConstants",
+    "Limit",
     "MLUCallback",
     "OptimizerFamily",
     "Plan",
@@ -28,10 +33,14 @@ __all__ = [
     "ReferenceRecorder",
     "Role",
     "Scale",
+    "Shape",
     "Structure",
     "attach_multipliers",
     "discover",
+    "error_bound",
+    "fit_error_bound",
     "fold",
     "initialize",
+    "optimal_shape",
     "scale_optimizer",
 ]

@@ -22,7 +22,7 @@ from mlu_lightning.plan import Plan
 from mlu_lightning.planning import ParameterPlan
 from mlu_lightning.rules import OptimizerFamily, Role
 
-__all__ = ["InitMode", "initialize"]
+__all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -86,6 +86,50 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
         for name, draw in draws.items():
             _assign(parameters[name], draw)
     return module
+
+
+def planned_stds(plan: Plan) -> dict[str, float | None]:
+    """Root mean square that every parameter has after :func:`initialize`; None for those that it leaves as built.
+
+    Args:
+        plan: of the module.
+
+    >>> from mlu_lightning.rules import Ratios
+    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (8, 100), Ratios(inputs=4.0), base_std=0.1, fans=(400, 8))
+    >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
+    {'weight': 0.05}
+    """
+    return {name: target for names, target in _groups(plan) for name in names}
+
+
+def stream_axis(name: str, planned: ParameterPlan) -> int:
+    """Axis of an embedding or readout along which the stream's coordinates are.
+
+    Args:
+        name: of the parameter, for the error.
+        planned: what the plan says about it.
+
+    Raises:
+        ValueError: if its shape does not tell.
+
+    >>> from mlu_lightning.rules import Ratios
+    >>> stream_axis("tokens.weight", ParameterPlan(Role.EMBEDDING, (100, 8), None, Ratios(), None, (1, 8), transposed=True))
+    1
+    """
+    shape, reads = planned.shape, planned.role is Role.READOUT
+    width = planned.fans[0] if reads else planned.fans[1]
+    # [outputs, inputs, ...] unless transposed, where tables may have more axes in front: [1, positions, D]
+    usual = (0 if planned.transposed else 1) if reads else (len(shape) - 1 if planned.transposed else 0)
+    if usual < len(shape) and shape[usual] == width:
+        return usual
+    axes = [axis for axis, size in enumerate(shape) if size == width]
+    if len(axes) != 1:
+        raise ValueError(
+            f"It cannot be told which axis of {name}, of shape {list(shape)}, holds the {width} coordinates of the "
+            'stream, as init="coupled" and the infinite model need. Use init="rescale" or "normal", or build the module '
+            "with an nn.Linear or nn.Embedding there."
+        )
+    return axes[0]
 
 
 def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
@@ -164,25 +208,7 @@ def _coupled(
             "is not given). Plan relative to a base module, write base_std into the saved plan, or use "
             '"rescale", which leaves the parameter as it was built.'
         )
-    return _draws(group, target, seed, _stream_axis(first, planned))
-
-
-def _stream_axis(name: str, planned: ParameterPlan) -> int:
-    """Axis of an embedding or readout along which the stream's coordinates are."""
-    shape, reads = planned.shape, planned.role is Role.READOUT
-    width = planned.fans[0] if reads else planned.fans[1]
-    # [outputs, inputs, ...] unless transposed, where tables may have more axes in front: [1, positions, D]
-    usual = (0 if planned.transposed else 1) if reads else (len(shape) - 1 if planned.transposed else 0)
-    if usual < len(shape) and shape[usual] == width:
-        return usual
-    axes = [axis for axis, size in enumerate(shape) if size == width]
-    if len(axes) != 1:
-        raise ValueError(
-            f'Initialization "coupled" cannot tell which axis of {name}, of shape {list(shape)}, holds the {width} '
-            'coordinates of the stream. Use "rescale" or "normal", or build the module with an nn.Linear or '
-            "nn.Embedding there."
-        )
-    return axes[0]
+    return _draws(group, target, seed, stream_axis(first, planned))
 
 
 def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ residual branch is a module of its own whose *output is the branch*; the additio
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,20 +112,24 @@ class CausalTransformer(LightningModule):
     Args:
         vocabulary: number of different tokens.
         context: length of the sequences it is made for; the slowest rotary angle turns by one radian over it.
-        depth: number of attention branches and of MLP branches; the stream has L = 2 * depth residual additions.
+        depth: number of attention branches and of MLP branches; the stream has L = 2 * depth residual additions, or
+            depth of them without MLP branches.
         embedding: dimension of the residual stream, D.
         heads: attention heads, M of an attention branch.
         head_dim: dimension of one head's queries, keys and values, an even number.
-        mlp_hidden: units of an MLP branch, its M; by default 4 * heads * head_dim.
+        mlp_hidden: units of an MLP branch, its M; by default 4 * heads * head_dim. With 0 there are no MLP branches.
         lr: learning rate, at its peak if there is a schedule.
         betas: decay rates of AdamW's moments.
         eps: AdamW's eps.
-        weight_decay: AdamW's decoupled decay.
+        weight_decay: AdamW's decoupled decay, or what SGD adds to the gradient.
         schedule_steps: optimizer steps of a linear warm-up over the first tenth and a linear decay to zero; by default
             the learning rate is constant.
+        norm_gains: whether norms have gains; the infinite model (theory.md, section 5) has none.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        momentum: of SGD.
 
     Raises:
-        ValueError: if ``head_dim`` is odd.
+        ValueError: if ``head_dim`` is odd, or ``optimizer`` is unknown.
 
     Example:
         >>> model = CausalTransformer(vocabulary=100, context=16, depth=2, embedding=32, heads=2)
@@ -148,22 +153,32 @@ class CausalTransformer(LightningModule):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         schedule_steps: int | None = None,
+        norm_gains: bool = True,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        momentum: float = 0.0,
     ) -> None:
         super().__init__()
+        if optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer={optimizer!r} is none of: 'adamw', 'sgd'.")
         self.save_hyperparameters()
         self.lr = lr
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
         self.schedule_steps = schedule_steps
+        self.optimizer = optimizer
+        self.momentum = momentum
         units = 4 * heads * head_dim if mlp_hidden is None else mlp_hidden
         self.tokens = nn.Embedding(vocabulary, embedding)
         self.branches = nn.ModuleList(
             branch
             for _ in range(depth)
-            for branch in (Attention(embedding, heads, head_dim, context), MLP(embedding, units))
+            for branch in (
+                Attention(embedding, heads, head_dim, context, norm_gains),
+                *([MLP(embedding, units, norm_gains)] if units else []),
+            )
         )
-        self.norm = nn.RMSNorm(embedding)
+        self.norm = nn.RMSNorm(embedding, elementwise_affine=norm_gains)
         self.readout = nn.Linear(embedding, vocabulary, bias=False)
         self.example_input_array = torch.zeros(1, context, dtype=torch.long)
 
@@ -184,8 +199,12 @@ class CausalTransformer(LightningModule):
         return self._loss(batch, "val_loss")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over all parameters, with the schedule if ``schedule_steps`` is given."""
-        optimizer = torch.optim.AdamW(self.parameters(), self.lr, self.betas, self.eps, self.weight_decay)
+        """AdamW or SGD over all parameters, with the schedule if ``schedule_steps`` is given."""
+        optimizer: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(self.parameters(), self.lr, self.betas, self.eps, self.weight_decay)
         if self.schedule_steps is None:
             return optimizer
         schedule = LambdaLR(optimizer, _warmup_and_decay(self.schedule_steps))
@@ -234,6 +253,7 @@ class Attention(nn.Module):
         heads: number of heads, M.
         head_dim: dimension of one head, an even number; logits are scaled by its inverse square root.
         context: length of sequences over which the slowest rotary angle turns by one radian.
+        norm_gain: whether the norm has gains.
 
     Raises:
         ValueError: if ``head_dim`` is odd.
@@ -243,7 +263,7 @@ class Attention(nn.Module):
         torch.Size([3, 5, 24])
     """
 
-    def __init__(self, embedding: int, heads: int, head_dim: int, context: int) -> None:
+    def __init__(self, embedding: int, heads: int, head_dim: int, context: int, norm_gain: bool = True) -> None:
         super().__init__()
         if head_dim % 2:
             raise ValueError(
@@ -251,7 +271,7 @@ class Attention(nn.Module):
             )
         self.heads = heads
         self.context = context
-        self.norm = nn.RMSNorm(embedding)
+        self.norm = nn.RMSNorm(embedding, elementwise_affine=norm_gain)
         self.query = nn.Linear(embedding, heads * head_dim, bias=False)
         self.key = nn.Linear(embedding, heads * head_dim, bias=False)
         self.value = nn.Linear(embedding, heads * head_dim, bias=False)
@@ -277,15 +297,16 @@ class MLP(nn.Module):
     Args:
         embedding: dimension of the stream, D.
         hidden: hidden units, M.
+        norm_gain: whether the norm has gains.
 
     Example:
         >>> MLP(embedding=24, hidden=64)(torch.zeros(3, 5, 24)).shape
         torch.Size([3, 5, 24])
     """
 
-    def __init__(self, embedding: int, hidden: int) -> None:
+    def __init__(self, embedding: int, hidden: int, norm_gain: bool = True) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(embedding)
+        self.norm = nn.RMSNorm(embedding, elementwise_affine=norm_gain)
         self.read = nn.Linear(embedding, hidden, bias=False)
         self.write = nn.Linear(hidden, embedding, bias=False)
 

@@ -1,7 +1,8 @@
 """Lightning callbacks: thin adapters of the functions of the package."""
 
 from mlu_lightning.callbacks.distance import EmbeddingDistance
+from mlu_lightning.callbacks.limit_run import Limit
 from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.callbacks.recorder import ReferenceRecorder
 
-__all__ = ["EmbeddingDistance", "MLUCallback", "ReferenceRecorder"]
+__all__ = ["EmbeddingDistance", "Limit", "MLUCallback", "ReferenceRecorder"]

@@ -10,7 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
+from mlu_lightning.callbacks.limit_run import Limit, LimitRun
 from mlu_lightning.callbacks.loggers import fetch_reference, log_values
 from mlu_lightning.callbacks.probe import Layout, Probe
 from mlu_lightning.comparison import MetricName, check_coupled, compare, validated_metrics
@@ -34,10 +36,16 @@ class EmbeddingDistance(Callback):
     ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can
     be expected to be nearer. Values that are not finite in the run make the distance NaN, and the run goes on.
 
+    With ``reference="limit"`` the run is compared with what it tends to as L, M and D grow: the infinite model, which is
+    trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). No other run and no
+    coupling is needed, but gradient descent and a model whose limit is known.
+
     Args:
         reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
-            W&B artifact; a list of these, whose names are the last parts without extension; or a dict of them by name.
-        metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs),
+            W&B artifact; a list of these, whose names are the last parts without extension; a dict of them by name; or
+            ``"limit"``, the infinite model, or a :class:`Limit`, which says how finely that is computed.
+        metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
+            of h - W a for the limit, which needs no coupling),
             ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
             :mod:`mlu_lightning.distances`.
 
@@ -64,11 +72,14 @@ class EmbeddingDistance(Callback):
 
     def __init__(
         self,
-        reference: str | Path | list[str] | dict[str, str],
+        reference: str | Path | list[str] | dict[str, str] | Limit,
         metrics: Sequence[MetricName] = ("rms", "gram", "cka", "procrustes", "output"),
     ) -> None:
         super().__init__()
-        if isinstance(reference, Mapping):
+        self._limit = Limit() if reference == "limit" else reference if isinstance(reference, Limit) else None
+        if isinstance(reference, Limit):
+            self._sources = {"limit": repr(reference)}
+        elif isinstance(reference, Mapping):
             self._sources = {name: str(source) for name, source in reference.items()}
         else:
             sources = [str(reference)] if isinstance(reference, (str, Path)) else [str(source) for source in reference]
@@ -85,6 +96,8 @@ class EmbeddingDistance(Callback):
         self._metrics = validated_metrics(metrics)
         self._references: dict[str, Reference] = {}
         self._probe: Probe | None = None
+        self._limit_run: LimitRun | None = None
+        self._limit_state: dict[str, Any] | None = None
         self._coupled = False
         self._due: frozenset[int] = frozenset()
         self._last = -1
@@ -95,12 +108,14 @@ class EmbeddingDistance(Callback):
         return self._generate_state_key(references=self._sources)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the embeddings were found to be coupled, which is seen at step 0, and the last step that was logged."""
-        return {"coupled": self._coupled, "last": self._last}
+        """The last step that was logged, whether embeddings were found to be coupled at step 0, and the infinite model."""
+        limit = {} if self._limit_run is None else {"limit": self._limit_run.state_dict()}
+        return {"coupled": self._coupled, "last": self._last, **limit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
         self._coupled, self._last = state_dict["coupled"], state_dict["last"]
+        self._limit_state = state_dict.get("limit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance.
@@ -109,11 +124,16 @@ class EmbeddingDistance(Callback):
             FileNotFoundError: if there is no such file.
             ValueError: if a file is not a readable reference, references have different probes, the module cannot take
                 the probe, shapes do not fit, embeddings are not coupled although ``"rms"`` needs them to be, or no step
-                of a reference is still to come.
+                of a reference is still to come; or if the run has no limit that it can be compared with.
         """
         step = trainer.global_step
         if step == 0:  # else it is what the checkpoint said
-            self._coupled, self._last = False, -1
+            self._coupled, self._last, self._limit_state = False, -1, None
+        if self._limit is not None:
+            self._limit_run = LimitRun(self._limit, trainer, pl_module, self._limit_state)
+            self._limit_state = None
+            self._compare_with_limit(trainer, pl_module)
+            return
         self._references = {
             name: Reference.load(fetch_reference(trainer, source)) for name, source in self._sources.items()
         }
@@ -147,18 +167,42 @@ class EmbeddingDistance(Callback):
         if step in self._due and step > self._last:
             self._compare(trainer, observation)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Train the infinite model on the batch."""
+        if self._limit_run is not None:
+            self._limit_run.learn(trainer, batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Update the infinite model at the learning rate of the run."""
+        if self._limit_run is not None:
+            self._limit_run.step(trainer, optimizer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the distance, if a reference was recorded at this step."""
+        """Log the distance, if a reference was recorded at this step, or the limit is looked at."""
         step = trainer.global_step
+        self._compare_with_limit(trainer, pl_module)
         if step in self._due and step > self._last and self._probe is not None:
             self._compare(trainer, self._probe.observe(trainer, pl_module))
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the distance from the limit after the last step."""
+        if self._limit_run is not None and self._limit_run.ends_due:
+            self._compare_with_limit(trainer, pl_module, due=True)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the probe and of the references."""
-        self._probe = None
+        """Let go of the probe, of the references and of the infinite model."""
+        self._probe = self._limit_run = None
         self._references = {}
+
+    def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
+        """Log the distance from the limit at the present step, unless it was, if it is due."""
+        step, run = trainer.global_step, self._limit_run
+        if run is not None and step > self._last and (due or run.is_due(step)):
+            self._last = step
+            values = run.distances(trainer, module, self._metrics)
+            log_values(trainer, {f"mlu/distance/{name}": value for name, value in values.items()}, step)
 
     def _compare(self, trainer: Trainer, observation: Observation) -> None:
         """Log the distance of an observation at the present step from every reference that has it."""

@@ -1,0 +1,87 @@
+"""Hidden units of the infinite model: samples of what one unit reads and writes, with less noise than independent ones.
+
+A unit of the infinite model is a draw of Gaussian numbers, those that it reads the stream with and those that it writes
+to it with, and its layer is the mean over all of them (theory.md, section 5). A finite sample of n has an error of
+1/sqrt(n), of which most can be taken away:
+
+* *antithetic*: of two units that read the same and write the opposite, the sum is what training has changed, alone;
+* *orthogonal*: n units in n dimensions, of the lengths of Gaussian vectors but perpendicular, cover all directions evenly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["Sampling", "draw_units", "exact_units"]
+
+Sampling = Literal["orthogonal", "independent"]
+
+
+def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw what hidden units read and write, all entries of which are N(0, 1).
+
+    Args:
+        units: number of units, even for ``"orthogonal"``.
+        reads: numbers that a unit reads with: r for a perceptron, 3 · head_dim · r for a head.
+        writes: numbers that it writes with.
+        sampling: ``"independent"``, or ``"orthogonal"``: pairs of units that read the same and write the opposite,
+            perpendicular to all other pairs in a block of as many as there are dimensions. Each unit by itself is
+            distributed as an independent one.
+        generator: on the CPU.
+
+    Returns:
+        [units, reads + writes], in float32.
+
+    Raises:
+        ValueError: if ``sampling`` is unknown, or orthogonal units are odd in number.
+
+    >>> drawn = draw_units(4, 3, 3, "orthogonal", torch.Generator().manual_seed(0))
+    >>> torch.equal(drawn[:2, :3], drawn[2:, :3]), torch.equal(drawn[:2, 3:], -drawn[2:, 3:])
+    (True, True)
+    >>> bool(torch.linalg.vecdot(drawn[0], drawn[1]).abs() < 1e-5)
+    True
+    """
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"sampling={sampling!r} is none of: {', '.join(get_args(Sampling))}.")
+    dimensions = reads + writes
+    if sampling == "independent":
+        return torch.randn(units, dimensions, generator=generator, device="cpu")
+    if units % 2:
+        raise ValueError(
+            f'{units} hidden units cannot be "orthogonal", which come in pairs: give an even number, or '
+            'sampling="independent".'
+        )
+    pairs = units // 2
+    full = math.ceil(pairs / dimensions)
+    height = math.ceil(pairs / full)  # of blocks of equal height, none of them taller than it is wide
+    gaussian = torch.randn(full, dimensions, height, generator=generator, device="cpu")
+    # QR fixes signs by its own rule; those of the diagonal of R make the directions uniform
+    directions, triangle = torch.linalg.qr(gaussian)
+    directions = directions * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
+    lengths = torch.randn(full, height, dimensions, generator=generator, device="cpu").norm(dim=2)
+    drawn = (directions.mT * lengths[..., None]).flatten(0, 1)[:pairs]
+    return torch.cat((drawn, torch.cat((drawn[:, :reads], -drawn[:, reads:]), 1)))
+
+
+def exact_units(dimension: int) -> Tensor:
+    """The units with which a linear activation has its exact expectations.
+
+    Linear branches depend on the second moments C = E[(u, v)(u, v)ᵀ] alone, and an update is linear in (u, v), so any
+    units with the moments of the infinite population keep them for ever: what is carried is theory.md's C ← T C Tᵀ
+    (section 5), by its factors.
+
+    Args:
+        dimension: of the infinite model, r.
+
+    Returns:
+        2r units, of which each reads or writes one coordinate, [2r, 2r].
+
+    >>> units = exact_units(3)
+    >>> torch.allclose(units.T @ units / len(units), torch.eye(6))
+    True
+    """
+    return math.sqrt(2 * dimension) * torch.eye(2 * dimension)

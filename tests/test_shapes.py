@@ -1,0 +1,463 @@
+"""Shapes against the project's models, SciPy's optimizers, brute force and the theory's exponents."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mlu_lightning import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
+from mlu_lightning.cli import main
+from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.shape_search import RESNET, Candidate, candidate_shapes
+from mlu_lightning.shapes import ATTENTION, PAPER
+
+ANY_SHAPE = replace(RESNET, multiples=Shape(1, 1, 1))
+GRID = [Shape(*sizes) for sizes in product((2, 8, 50), (16, 200), (32, 64, 512))]
+
+
+def squared_terms(shape: Shape, constants: ErrorConstants) -> tuple[float, float, float]:
+    return (
+        constants.depth**2 / shape.depth**2,
+        constants.hidden**2 * shape.embedding / shape.depth / shape.hidden,
+        constants.embedding**2 / shape.embedding,
+    )
+
+
+def by_hand(shape: Shape, constants: ErrorConstants) -> float:
+    return sum(squared_terms(shape, constants)) ** 0.5
+
+
+# --- shapes and the bound
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (1, -2, 1), (1, 1, 2.0), (True, 1, 1), (1, "2", 1)])
+def test_shapes_are_whole_numbers_from_one(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=r"(depth|hidden|embedding)=.* of a shape should be a whole number of 1 or more"
+    ):
+        Shape(*sizes)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_constants_are_finite_and_not_negative(value: float) -> None:
+    with pytest.raises(ValueError, match=r"The constant hidden=.* should be finite and not negative"):
+        ErrorConstants(1, value, 1)
+
+
+@pytest.mark.parametrize(("embedding", "published"), [(64, 0.315), (256, 0.176), (1024, 0.180)])
+def test_bound_is_the_published_fit_where_depth_does_not_count(embedding: int, published: float) -> None:
+    """Values of theory.md, section 6; M = 500, L = 50."""
+    shape = Shape(50, 500, embedding)
+    assert error_bound(shape, replace(PAPER, depth=0.0)) == pytest.approx(published, abs=5e-4)
+    assert error_bound(shape) == pytest.approx(math.hypot(published, 1 / 50), abs=1e-3), "the assumed term in L"
+
+
+@pytest.mark.parametrize(("heads", "measured"), [(64, 1.69), (256, 0.80)])
+def test_bound_of_attention_is_near_what_was_measured(heads: int, measured: float) -> None:
+    """Errors of theory.md, section 6, at L = 8 and D = 256, which scatter around their fit."""
+    assert error_bound(Shape(8, heads, 256), ATTENTION) == pytest.approx(measured, rel=0.1)
+
+
+# --- fit
+
+
+@pytest.mark.parametrize("constants", [PAPER, ATTENTION, ErrorConstants(30, 0.01, 1e-3), ErrorConstants(0, 1, 0)])
+def test_exact_errors_give_back_their_constants(constants: ErrorConstants) -> None:
+    fit = fit_error_bound({shape: by_hand(shape, constants) for shape in GRID})
+    wanted = pytest.approx((constants.depth, constants.hidden, constants.embedding), rel=1e-6, abs=1e-6)
+    assert (fit.depth, fit.hidden, fit.embedding) == wanted
+    assert fit.scatter < 1e-9
+    assert error_bound(GRID[0], fit) == pytest.approx(by_hand(GRID[0], constants), rel=1e-9)
+
+
+def test_three_points_suffice_and_say_nothing_of_uncertainty() -> None:
+    shapes = [Shape(2, 64, 32), Shape(20, 64, 32), Shape(20, 64, 512)]
+    fit = fit_error_bound((shape, by_hand(shape, PAPER)) for shape in shapes)
+    assert (fit.depth, fit.hidden, fit.embedding) == pytest.approx((1, 0.8, 2.5), rel=1e-9)
+    assert fit.uncertainty is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fit_is_the_least_squares_of_logarithms(seed: int) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(seed)
+    errors = np.array([by_hand(shape, PAPER) for shape in GRID]) * np.exp(0.5 * rng.standard_normal(len(GRID)))
+    terms = np.array([squared_terms(shape, ErrorConstants(1, 1, 1)) for shape in GRID])
+    fit = fit_error_bound(zip(GRID, errors.tolist(), strict=True))
+
+    def residuals(constants: np.ndarray) -> np.ndarray:
+        return np.log(terms @ constants**2) / 2 - np.log(errors)
+
+    starts = [rng.uniform(0.1, 5, 3) for _ in range(10)]
+    tight = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14}
+    solutions = [optimize.least_squares(residuals, start, bounds=(0, np.inf), **tight) for start in starts]
+    best = min(solutions, key=lambda solution: solution.cost)
+    assert (fit.depth, fit.hidden, fit.embedding) == pytest.approx(best.x, rel=1e-4, abs=1e-3)
+    assert fit.scatter == pytest.approx(np.sqrt(2 * best.cost / len(GRID)), rel=1e-8)
+
+
+def test_uncertainty_is_the_spread_of_fits_to_noisy_errors() -> None:
+    constants = ErrorConstants(2.0, 0.8, 2.5)
+    rng = np.random.default_rng(0)
+    fits = []
+    for _ in range(200):
+        noise = np.exp(0.05 * rng.standard_normal(len(GRID)))
+        fits.append(fit_error_bound([(s, by_hand(s, constants) * n) for s, n in zip(GRID, noise, strict=True)]))
+    found = np.array([[fit.depth, fit.hidden, fit.embedding] for fit in fits])
+    said = np.array(
+        [[f.uncertainty.depth, f.uncertainty.hidden, f.uncertainty.embedding] for f in fits if f.uncertainty]
+    )
+    assert len(said) == len(fits)
+    wanted = [constants.depth, constants.hidden, constants.embedding]
+    np.testing.assert_allclose(found.mean(0), wanted, rtol=0.02)  # 200 fits know their mean to a 14th of their spread
+    np.testing.assert_allclose(said.mean(0), found.std(0), rtol=0.15)  # a spread of 200 is known to 5 %
+    assert np.mean([fit.scatter for fit in fits]) == pytest.approx(0.05, rel=0.15)
+
+
+def test_a_term_that_is_not_seen_becomes_zero_with_an_uncertainty() -> None:
+    rng = np.random.default_rng(1)
+    constants = ErrorConstants(0, 0.8, 2.5)
+    fits = [
+        fit_error_bound({shape: by_hand(shape, constants) * math.exp(0.05 * rng.standard_normal()) for shape in GRID})
+        for _ in range(20)
+    ]
+    zero = [fit for fit in fits if fit.depth == 0]
+    assert 5 <= len(zero) <= 15, "half of them"
+    assert all(fit.uncertainty is not None and 0.01 < fit.uncertainty.depth < 0.5 for fit in zero)
+
+
+@pytest.mark.parametrize("error", [0.0, -1.0, math.nan, math.inf])
+def test_errors_that_no_bound_can_fit(error: float) -> None:
+    points = [(shape, by_hand(shape, PAPER)) for shape in GRID] + [(Shape(3, 4, 5), error)]
+    with pytest.raises(ValueError, match=r"measured at Shape\(depth=3, .*finite errors above zero. Leave out runs"):
+        fit_error_bound(points)
+
+
+def test_three_different_shapes_are_needed() -> None:
+    points = [(shape, 0.1) for shape in GRID[:2] * 5]
+    with pytest.raises(ValueError, match=r"are 2 different shapes.*three constants. Measure three shapes or more"):
+        fit_error_bound(points)
+    with pytest.raises(ValueError, match="are 0 different shapes"):
+        fit_error_bound({})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (
+            [Shape(50, 4 * d, d) for d in (8, 16, 32, 64)],
+            r"shapes \(all have the same depth\) cannot tell the constants depth and hidden apart.*1/L\^2, .*"
+            r"in depth alone, in hidden alone\.",
+        ),
+        (
+            [Shape(depth, depth, 64) for depth in (2, 4, 8, 16)],
+            r"shapes cannot tell the constants depth and hidden apart",
+        ),
+        (
+            [Shape(depth, 64, depth**2) for depth in (2, 4, 8)],
+            r"shapes cannot tell the constants depth and embedding apart.*in depth alone, in embedding alone\.",
+        ),
+        ([Shape(d, d, d) for d in (2, 4, 8)], r"constants hidden and embedding apart"),
+    ],
+)
+def test_shapes_that_change_together_are_refused(shapes: list[Shape], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_error_bound(dict.fromkeys(shapes, 0.1))
+
+
+def test_what_the_refusal_asks_for_helps() -> None:
+    more = [*(Shape(50, 4 * d, d) for d in (8, 16, 32, 64)), Shape(25, 256, 64), Shape(50, 512, 64)]
+    fit = fit_error_bound({shape: by_hand(shape, PAPER) for shape in more})
+    assert (fit.depth, fit.hidden, fit.embedding) == pytest.approx((1, 0.8, 2.5), rel=1e-6)
+
+
+# --- parameters
+
+
+@pytest.mark.parametrize("shape", [Shape(1, 1, 1), Shape(3, 8, 4), Shape(12, 640, 128)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (784, 10)])
+def test_parameters_of_a_resnet(shape: Shape, inputs: int, outputs: int) -> None:
+    with torch.device("meta"):
+        model = ResNet(shape.depth, shape.hidden, shape.embedding, inputs, outputs)
+    assert Architecture.resnet(inputs, outputs).parameters(shape) == sum(p.numel() for p in model.parameters())
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    assert RESNET.parameters(shape) == blocks
+
+
+@pytest.mark.parametrize("shape", [Shape(2, 1, 1), Shape(6, 3, 20), Shape(24, 12, 768)])
+@pytest.mark.parametrize(("vocabulary", "head_dim", "mlp_ratio"), [(1, 2, 4), (1000, 64, 4), (50, 16, 3)])
+def test_parameters_of_a_transformer(shape: Shape, vocabulary: int, head_dim: int, mlp_ratio: int) -> None:
+    units = None if mlp_ratio == 4 else mlp_ratio * shape.hidden * head_dim
+    with torch.device("meta"):
+        model = CausalTransformer(vocabulary, 8, shape.depth // 2, shape.embedding, shape.hidden, head_dim, units)
+    architecture = Architecture.transformer(vocabulary, head_dim, mlp_ratio)
+    assert architecture.parameters(shape) == sum(p.numel() for p in model.parameters())
+    assert len(model.branches) == shape.depth
+
+
+def test_architectures_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0 parameters per unit, .*give a head dimension of 1 or more"):
+        Architecture.transformer(100, head_dim=0)
+    with pytest.raises(ValueError, match=r"-3 per coordinate are none of a network.*no negative sizes"):
+        Architecture.resnet(inputs=-3)
+
+
+# --- the best shape
+
+
+def test_best_shape_has_the_exponents_of_the_theory() -> None:
+    """theory.md, section 2: L ~ P^(1/6), M ~ P^(1/2), D ~ P^(1/3), error ~ P^(-1/6)."""
+    budgets = np.logspace(6, 12, 13)
+    found = [optimal_shape(budget, ANY_SHAPE) for budget in budgets]
+    columns = [(c.shape.depth, c.shape.hidden, c.shape.embedding, c.error) for c in found]
+    exponents = np.polyfit(np.log(budgets), np.log(columns), 1)[0]
+    np.testing.assert_allclose(exponents, [1 / 6, 1 / 2, 1 / 3, -1 / 6], atol=0.005)  # depths are whole numbers from 13
+
+
+@pytest.mark.parametrize("constants", [PAPER, ATTENTION, ErrorConstants(5, 0.3, 1)])
+@pytest.mark.parametrize("gain", [0.02, 0.05, 0.2])
+@pytest.mark.parametrize("budget", [1e7, 1e10])
+def test_best_shape_is_near_the_continuous_optimum(constants: ErrorConstants, gain: float, budget: float) -> None:
+    optimize = pytest.importorskip("scipy.optimize")
+    inputs, outputs = 500, 100
+    exponent = -math.log2(1 - gain)
+
+    def terms(logarithms: np.ndarray) -> tuple[float, float, float]:
+        depth, embedding = np.exp(logarithms)
+        return depth, (budget - (inputs + outputs) * embedding) / (2 * depth * embedding), embedding
+
+    def price(logarithms: np.ndarray) -> float:
+        depth, hidden, embedding = terms(logarithms)
+        if hidden <= 0:
+            return math.inf
+        c = constants
+        square = (c.depth / depth) ** 2 + c.hidden**2 * embedding / (depth * hidden) + c.embedding**2 / embedding
+        return float(np.log(square) / 2 + exponent * np.log(depth))
+
+    options = {"xatol": 1e-9, "fatol": 1e-13, "maxiter": 10_000}
+    wanted = optimize.minimize(price, np.log([20, 100]), method="Nelder-Mead", options=options)
+    depth, hidden, embedding = terms(wanted.x)
+    best = optimal_shape(budget, Architecture.resnet(inputs, outputs, 1, constants), gain)
+    found = price(np.log([best.shape.depth, best.shape.embedding]))
+    # whole numbers: the least price is flat, its place less so
+    assert wanted.fun - 1e-9 <= found
+    assert best.error * best.shape.depth**exponent == pytest.approx(math.exp(wanted.fun), rel=2e-3)
+    assert best.shape.depth == pytest.approx(depth, rel=0.1)
+    assert best.shape.hidden == pytest.approx(hidden, rel=0.15)
+    assert best.shape.embedding == pytest.approx(embedding, rel=0.05)
+    assert best.parameters <= budget
+
+
+positive = st.floats(0.05, 20)
+sizes = st.integers(1, 6)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    budget=st.floats(10, 4000),
+    architecture=st.builds(
+        Architecture,
+        st.integers(1, 8),
+        st.integers(0, 3),
+        st.integers(0, 20),
+        st.builds(Shape, sizes, sizes, sizes),
+        st.builds(ErrorConstants, st.just(0.0) | positive, st.just(0.0) | positive, st.just(0.0) | positive),
+    ),
+    gain=st.floats(0.01, 0.49),
+)
+def test_best_shape_is_that_of_brute_force(budget: float, architecture: Architecture, gain: float) -> None:
+    step, (u, a, c) = (
+        architecture.multiples,
+        (architecture.per_unit, architecture.per_addition, architecture.per_coordinate),
+    )
+    prices = {}
+    for embedding in range(step.embedding, int(budget) + 1, step.embedding):
+        for depth in range(step.depth, int(budget) + 1, step.depth):
+            if embedding * (depth * (u * step.hidden + a) + c) > budget:
+                break
+            for hidden in range(step.hidden, int(budget) + 1, step.hidden):
+                if embedding * (depth * (u * hidden + a) + c) > budget:
+                    break
+                shape = Shape(depth, hidden, embedding)
+                prices[shape] = by_hand(shape, architecture.constants) * 2 ** (-math.log2(1 - gain) * math.log2(depth))
+    if not prices:
+        with pytest.raises(ValueError, match="there is no shape"):
+            optimal_shape(budget, architecture, gain)
+        return
+    best = optimal_shape(budget, architecture, gain)
+    assert best.shape in prices, "in multiples and within the budget"
+    assert prices[best.shape] <= min(prices.values()) * (1 + 1e-12)
+    assert best == Candidate(
+        best.shape, architecture.parameters(best.shape), error_bound(best.shape, architecture.constants)
+    )
+    assert best.parameters <= budget
+
+
+def test_twice_the_depth_is_taken_for_the_gain() -> None:
+    depths = [optimal_shape(1e9, ANY_SHAPE, gain).shape.depth for gain in (0.01, 0.05, 0.1, 0.3)]
+    assert depths == sorted(depths, reverse=True) and len(set(depths)) == 4
+    for gain in (0.02, 0.1):
+        best = optimal_shape(1e9, ANY_SHAPE, gain)
+        for factor in (0.5, 2):
+            shape = replace(best.shape, depth=round(factor * best.shape.depth))
+            other = Shape(shape.depth, 10**9 // (2 * shape.depth * shape.embedding), shape.embedding)
+            assert error_bound(other) * (other.depth / best.shape.depth) ** -math.log2(1 - gain) >= best.error
+
+
+@pytest.mark.parametrize("architecture", [RESNET, ANY_SHAPE, Architecture.transformer(50257)])
+def test_large_budgets_take_no_time(architecture: Architecture) -> None:
+    start = time.perf_counter()
+    for exponent in range(8, 13):
+        best = optimal_shape(10.0**exponent, architecture)
+        step = architecture.multiples
+        for size, multiple in zip(vars(best.shape).values(), vars(step).values(), strict=True):
+            assert size % multiple == 0
+        assert 0.9 * 10**exponent < best.parameters <= 10**exponent
+    assert time.perf_counter() - start < 2  # seconds; a tenth of one on an idle core
+
+
+def test_the_smallest_budget_is_the_smallest_shape() -> None:
+    architecture = Architecture.transformer(vocabulary=100, head_dim=16)
+    least = architecture.parameters(Shape(2, 1, 64))
+    assert optimal_shape(least, architecture).shape == Shape(2, 1, 64)
+    with pytest.raises(ValueError, match=rf"smallest allowed one, Shape.*has {least:,} parameters. Allow as many, or"):
+        optimal_shape(least - 1, architecture)
+
+
+@pytest.mark.parametrize("parameters", [0, -1, math.nan, math.inf])
+def test_budgets_that_are_none(parameters: float) -> None:
+    with pytest.raises(ValueError, match=f"parameters={parameters:g} there is no shape"):
+        optimal_shape(parameters)
+
+
+@pytest.mark.parametrize("gain", [0, 0.009, 0.5, -1, math.nan])
+def test_gains_that_are_none(gain: float) -> None:
+    with pytest.raises(ValueError, match=rf"gain={gain} should be from 0.01 to below 0.5"):
+        optimal_shape(1e6, gain=gain)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(exponent=st.floats(5, 10), multiples=st.builds(Shape, st.integers(1, 4), st.integers(1, 64), st.integers(1, 64)))
+def test_candidates_surround_the_best(exponent: float, multiples: Shape) -> None:
+    budget, architecture = 10**exponent, replace(Architecture.resnet(20, 5), multiples=multiples)
+    assume(architecture.parameters(multiples) <= budget)
+    best, candidates = optimal_shape(budget, architecture), candidate_shapes(budget, architecture)
+    assert best in candidates
+    keys = [(c.shape.depth, c.shape.embedding) for c in candidates]
+    assert keys == sorted(set(keys))
+    for c in candidates:
+        assert all(size % m == 0 for size, m in zip(vars(c.shape).values(), vars(multiples).values(), strict=True))
+        wider = replace(c.shape, hidden=c.shape.hidden + multiples.hidden)
+        assert c.parameters <= budget < architecture.parameters(wider), "as wide as it can be"
+        if c.shape.depth != best.shape.depth:
+            at_depth = c.shape.embedding
+            for embedding in (at_depth - multiples.embedding, at_depth + multiples.embedding):
+                room = (int(budget) // max(1, embedding) - 25) // (2 * c.shape.depth) // multiples.hidden
+                if embedding and room > 0:
+                    neighbour = Shape(c.shape.depth, room * multiples.hidden, embedding)
+                    assert error_bound(neighbour) >= c.error * (1 - 1e-12), "the best at its depth"
+
+
+# --- command line
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    main(["shape", *arguments])
+    return capsys.readouterr().out
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_command_line_prints_a_table_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--parameters", "100e6", "--present", "{depth: 24, hidden: 12, embedding: 768}")
+    table = rows(text)
+    best = next(row for row in table if row[0] == "*")
+    _, depth, blocks, heads, head_dim, units, embedding, parameters, _, ratio = best
+    wanted = optimal_shape(1e8, Architecture.transformer(50257))
+    assert Shape(int(depth), int(heads), int(embedding)) == wanted.shape
+    assert (int(blocks), head_dim, int(units)) == (wanted.shape.depth // 2, "64", 256 * wanted.shape.hidden)
+    with torch.device("meta"):
+        model = CausalTransformer(50257, 8, int(blocks), int(embedding), int(heads), 64, int(units))
+    assert int(parameters.replace(",", "")) == sum(p.numel() for p in model.parameters()) <= 1e8
+    present = by_hand(Shape(24, 12, 768), ATTENTION)
+    assert table[-1][0] == "present" and table[-1][-2:] == [f"{present:.3f}", "1.000"]
+    assert float(ratio) == pytest.approx(wanted.error / present, abs=6e-4)
+    assert [row[0] for row in table].count("*") == 1 and len(table) > 5
+    sentences = " ".join(text.split())
+    for assumption in (
+        "c1 = 1, c2 = 2.2, c3 = 2.5. c2 was measured with attention of head dimension 4 at L = 8 only",
+        "c1 is assumed",
+        "gradient descent and a bounded number of steps",
+        "promises nothing for Adam or longer training, and the error is not the loss",
+        "M counts heads, whose dimension stays 64 at every shape, and each MLP keeps 256 units for each head",
+        "L counts two additions for each block",
+        "twice the depth is taken only if that lowers the error by 5 % or more",
+        "present shape's error of 3.6 is as large as the stream itself",
+    ):
+        assert assumption in sentences
+
+
+def test_command_line_prints_a_table_for_resnets(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--parameters 1e6 --model resnet --inputs 784 --outputs 10 --multiple 32 --gain 0.1".split()
+    present = "--present.depth 7 --present.hidden 100 --present.embedding 300".split()
+    text = printed(capsys, *arguments, *present, "--constants", "{depth: 2, hidden: 1, embedding: 3}")
+    constants = ErrorConstants(2, 1, 3)
+    best = next(row for row in rows(text) if row[0] == "*")
+    wanted = optimal_shape(1e6, Architecture.resnet(784, 10, 32, constants), 0.1)
+    assert best[1:4] == [str(size) for size in vars(wanted.shape).values()]
+    assert best[4:6] == [f"{wanted.parameters:,}", f"{wanted.error:.3f}"]
+    assert float(best[6]) == pytest.approx(wanted.error / by_hand(Shape(7, 100, 300), constants), abs=6e-4)
+    sentences = " ".join(text.split())
+    assert "c1 = 2, c2 = 1, c3 = 3. These constants were given." in sentences
+    assert "heads" not in sentences and "as large as the stream" not in sentences
+
+
+def test_command_line_without_a_present_shape_compares_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--parameters", "1_000_000", "--model", "resnet")
+    assert "present" not in text and "published fit to the paper's experiment" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--parameters 1e3",
+            r"smallest allowed one, Shape\(depth=2, hidden=1, embedding=64\), has 6,482,240 parameters",
+        ),
+        ("--parameters 1e8 --inputs 3 --outputs 4", r"--inputs and --outputs cannot be used with --model transformer"),
+        ("--parameters 1e8 --model resnet --head_dim 3", r"with --model resnet, which has --inputs, --outputs\. Leave"),
+        (
+            "--parameters 1e8 --present.depth 4",
+            r"--present has depth, and should have depth, hidden and embedding: --pr",
+        ),
+        ("--parameters 1e8 --constants {}", r"--constants has nothing, and should have"),
+        (
+            "--parameters 1e8 --present {depth:\u00a00,hidden:\u00a01,embedding:\u00a01}",
+            r"depth=0 of a shape should be a whole number",
+        ),
+        (
+            "--parameters 1e8 --present {depth:\u00a05,hidden:\u00a01,embedding:\u00a01}",
+            r"no depth of 5: depth counts residual additions, two for each block\. Give twice",
+        ),
+        ("--parameters 1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["shape", *(argument.replace("\u00a0", " ") for argument in arguments.split(" "))])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mlu-lightning: ") and error.count("\n") == 1
+    assert re.search(message, error), error
