@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,16 @@ __all__ = [
     "PAPER",
     "ErrorConstants",
     "FittedConstants",
+    "Measured",
     "Shape",
     "error_at",
     "error_bound",
     "fit_error_bound",
 ]
+
+
+Measured = Literal["stream", "output"]
+"""What an error is of: the residual stream, in embedding space, or the output."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ ATTENTION = ErrorConstants(depth=1.0, hidden=2.2, embedding=2.5)
 two were not measured with attention: embedding is that of :data:`PAPER`, and depth = 1 is an assumption."""
 
 
-def error_bound(shape: Shape, constants: ErrorConstants = PAPER) -> float:
+def error_bound(shape: Shape, constants: ErrorConstants = PAPER, of: Measured = "stream") -> float:
     """Predict the error of a shape to the infinite model in embedding space: sqrt((c1/L)^2 + c2^2 D/(L M) + c3^2/D).
 
     The bound is that of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168), with its terms added as
@@ -125,17 +131,20 @@ def error_bound(shape: Shape, constants: ErrorConstants = PAPER) -> float:
     Args:
         shape: of the network.
         constants: of the bound; by default those of the paper's experiment, with an assumed term in L.
+        of: ``"stream"``, or ``"output"``, on which the second term is c2 D/(L M) in the paper's experiments.
 
     Returns:
-        Root mean square over coordinates of h - h_inf.
+        Root mean square over coordinates of h - h_inf, or of the outputs' difference.
 
     >>> round(error_bound(Shape(depth=50, hidden=500, embedding=256), ErrorConstants(0, 0.8, 2.5)), 3)
     0.176
     """
-    return error_at(shape.depth, shape.hidden, shape.embedding, constants)
+    return error_at(shape.depth, shape.hidden, shape.embedding, constants, of)
 
 
-def error_at(depth: float, hidden: float, embedding: float, constants: ErrorConstants) -> float:
+def error_at(
+    depth: float, hidden: float, embedding: float, constants: ErrorConstants, of: Measured = "stream"
+) -> float:
     """Predict the error as :func:`error_bound`, at sizes that need not be whole.
 
     Args:
@@ -143,19 +152,19 @@ def error_at(depth: float, hidden: float, embedding: float, constants: ErrorCons
         hidden: M.
         embedding: D.
         constants: of the bound.
+        of: what the error is of.
 
     >>> error_at(2.0, 0.5, 1.0, ErrorConstants(depth=2, hidden=0, embedding=0))
     1.0
     """
-    squares = (
-        (constants.depth / depth) ** 2,
-        constants.hidden**2 * embedding / (depth * hidden),
-        constants.embedding**2 / embedding,
-    )
-    return math.sqrt(math.fsum(squares))
+    squares = constants.depth**2, constants.hidden**2, constants.embedding**2
+    terms = _terms(depth, hidden, embedding, of)
+    return math.sqrt(math.fsum(square * term for square, term in zip(squares, terms, strict=True)))
 
 
-def fit_error_bound(points: Mapping[Shape, float] | Iterable[tuple[Shape, float]]) -> FittedConstants:
+def fit_error_bound(
+    points: Mapping[Shape, float] | Iterable[tuple[Shape, float]], of: Measured = "stream"
+) -> FittedConstants:
     """Find the constants of the error bound from measured errors, by least squares of their logarithms.
 
     Squared errors are linear in the squares of the constants. Constants are not negative; one whose term is not seen in
@@ -164,6 +173,7 @@ def fit_error_bound(points: Mapping[Shape, float] | Iterable[tuple[Shape, float]
     Args:
         points: shapes with the error measured at each, as from
             :func:`~mlu_lightning.distances.rms_distance` to a limit; a shape can occur several times.
+        of: what was measured, as in :func:`error_bound`.
 
     Returns:
         The constants, their uncertainty, and the scatter of the points around the bound.
@@ -192,7 +202,7 @@ def fit_error_bound(points: Mapping[Shape, float] | Iterable[tuple[Shape, float]
             f"There are {len({shape for shape, _ in pairs})} different shapes, and the bound has three constants. Measure "
             "three shapes or more, among which depth, hidden and embedding all change."
         )
-    terms = np.array([[1 / s.depth**2, s.embedding / (s.depth * s.hidden), 1 / s.embedding] for s, _ in pairs])
+    terms = np.array([_terms(s.depth, s.hidden, s.embedding, of) for s, _ in pairs])
     # each point relative to its error, and terms of size one
     terms /= np.array([[error**2] for _, error in pairs])
     sizes = np.linalg.norm(terms, axis=0)
@@ -209,6 +219,12 @@ def fit_error_bound(points: Mapping[Shape, float] | Iterable[tuple[Shape, float]
         uncertainty = ErrorConstants(*raised.tolist())
     depth, hidden, embedding = np.sqrt(squares / sizes).tolist()
     return FittedConstants(depth, hidden, embedding, uncertainty, scatter=float(np.sqrt(np.mean(residuals**2))))
+
+
+def _terms(depth: float, hidden: float, embedding: float, of: Measured) -> tuple[float, float, float]:
+    """What the squares of the constants are multiplied with in the square of the bound."""
+    width = embedding / (depth * hidden)
+    return 1 / depth**2, width if of == "stream" else width**2, 1 / embedding
 
 
 def _require_independent(terms: NDArray[np.float64], shapes: list[Shape]) -> None:

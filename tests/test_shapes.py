@@ -180,6 +180,18 @@ def test_what_the_refusal_asks_for_helps() -> None:
     assert (fit.depth, fit.hidden, fit.embedding) == pytest.approx((1, 0.8, 2.5), rel=1e-6)
 
 
+def test_on_outputs_the_second_term_is_a_square_of_that_of_the_stream() -> None:
+    """theory.md, section 2: D/(LM) instead of sqrt(D/(LM))."""
+    shapes = [Shape(50, m, d) for m, d in product((4, 40, 400), (8, 64, 512))] + [Shape(5, 400, 512)]
+    measured = {
+        s: math.sqrt(0.01 / s.depth**2 + (3 * s.embedding / (s.depth * s.hidden)) ** 2 + 0.25 / s.embedding)
+        for s in shapes
+    }
+    fit = fit_error_bound(measured, of="output")
+    assert (fit.depth, fit.hidden, fit.embedding) == pytest.approx((0.1, 3, 0.5), rel=1e-6)
+    assert [error_bound(s, fit, of="output") for s in shapes] == pytest.approx([*measured.values()], rel=1e-6)
+
+
 # --- parameters
 
 
