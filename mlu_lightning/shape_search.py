@@ -148,7 +148,7 @@ def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: 
         ValueError: if the number of parameters does not suffice for the smallest shape, or ``gain`` is out of range.
 
     >>> optimal_shape(100e6).shape
-    Shape(depth=29, hidden=2688, embedding=640)
+    Shape(depth=4, hidden=19520, embedding=640)
     >>> measured = ErrorConstants(depth=2.0, hidden=0.5, embedding=2.5)  # or what fit_error_bound returned
     >>> optimal_shape(100e6, Architecture.resnet(constants=measured)).shape
     Shape(depth=67, hidden=896, embedding=832)
@@ -172,7 +172,7 @@ def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gai
         ValueError: as in :func:`optimal_shape`.
 
     >>> [(c.shape.depth, c.shape.embedding) for c in candidate_shapes(100e6)]
-    [(7, 640), (14, 640), (29, 128), (29, 320), (29, 640), (29, 1280), (29, 2560), (58, 640), (116, 640)]
+    [(1, 640), (2, 640), (4, 128), (4, 320), (4, 640), (4, 1280), (4, 2560), (8, 640), (16, 640)]
     """
     search = _search(parameters, architecture, gain)
     best = search.best().shape

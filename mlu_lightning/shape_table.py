@@ -10,7 +10,8 @@ from mlu_lightning.shapes import ATTENTION, PAPER, ErrorConstants
 __all__ = ["assumptions", "shape_table"]
 
 _SOURCES = {
-    PAPER: "c2 and c3 are the published fit to the paper's experiment (tanh perceptrons, L = 50); c1 is assumed.",
+    PAPER: "c2 and c3 are the published fit to the paper's experiment (tanh perceptrons, 15 steps), "
+    "and c1 was measured in the same experiment.",
     ATTENTION: "c2 was measured with attention of head dimension 4 at L = 8 only; c3 is that of the paper's experiment, "
     "which had perceptrons; c1 is assumed.",
 }

@@ -76,7 +76,7 @@ class ErrorConstants:
     Raises:
         ValueError: if one of them is negative or not finite.
 
-    >>> ErrorConstants(depth=1.0, hidden=0.8, embedding=2.5) == PAPER
+    >>> ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5) == PAPER
     True
     """
 
@@ -112,9 +112,10 @@ class FittedConstants(ErrorConstants):
     scatter: float
 
 
-PAPER = ErrorConstants(depth=1.0, hidden=0.8, embedding=2.5)
+PAPER = ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5)
 """Perceptron blocks: hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D)) is the published fit to the paper's experiment with tanh.
-Its only depth was L = 50, so that it has no term in L: depth = 1 is an assumption, not a measurement."""
+Its only depth was L = 50, so that it has no term in L: depth = 0.13 was measured with infinite models of few Euler steps
+in the same experiment (``recipes/paper_rates.py``)."""
 
 ATTENTION = ErrorConstants(depth=1.0, hidden=2.2, embedding=2.5)
 """Attention blocks, M = heads: hidden = 2.2 was measured at head dimension 4 and L = 8 (theory.md, section 6). The other
@@ -130,7 +131,7 @@ def error_bound(shape: Shape, constants: ErrorConstants = PAPER, of: Measured = 
 
     Args:
         shape: of the network.
-        constants: of the bound; by default those of the paper's experiment, with an assumed term in L.
+        constants: of the bound; by default those of the paper's experiment.
         of: ``"stream"``, or ``"output"``, on which the second term is c2 D/(L M) in the paper's experiments.
 
     Returns:
@@ -186,7 +187,7 @@ def fit_error_bound(
     >>> shapes = [Shape(50, 500, 64), Shape(50, 500, 1024), Shape(5, 500, 256), Shape(50, 50, 256)]
     >>> fit = fit_error_bound({shape: error_bound(shape) for shape in shapes})
     >>> round(fit.depth, 6), round(fit.hidden, 6), round(fit.embedding, 6)
-    (1.0, 0.8, 2.5)
+    (0.13, 0.8, 2.5)
     """
     if find_spec("scipy") is None:
         raise ImportError("Fits need scipy, which is not installed: pip install 'mlu-lightning[plots]'.")

@@ -1,0 +1,223 @@
+"""Tables and the figure of ``paper_rates.py``."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.table import Table
+from scipy.stats import linregress
+
+from mlu_lightning.shapes import PAPER, ErrorConstants, FittedConstants, Measured, Shape, error_at, fit_error_bound
+
+__all__ = ["Errors", "Point", "means", "report", "save_figure"]
+
+Errors = Literal["stream", "output", "reference_stream", "reference_output"]
+
+PUBLISHED = ErrorConstants(0.0, PAPER.hidden, PAPER.embedding)
+"""The paper's fit of the error in embedding space, hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D))."""
+
+FROM = 16
+"""Sizes from which on a network is one of the asymptotic regime that bounds and slopes are fitted to."""
+
+MOSTLY = 0.75
+"""Share of a term in the square of the fitted bound from which on a slope against its size is fitted."""
+
+TITLES: dict[Errors, str] = {
+    "stream": "stream, to the infinite model",
+    "reference_stream": "stream, to the largest network",
+    "output": "output, to the infinite model",
+    "reference_output": "output, to the largest network",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network.
+
+    Args:
+        hidden: M.
+        embedding: D.
+        seed: of its weights.
+        stream: root mean square distance of its stream from that of the infinite model, in its coordinates.
+        output: the same of outputs.
+        reference_stream: distance from the largest network, of the first seed.
+        reference_output: the same of outputs.
+        seconds: that it took.
+    """
+
+    hidden: int
+    embedding: int
+    seed: int
+    stream: float
+    output: float
+    reference_stream: float | None = None
+    reference_output: float | None = None
+    seconds: float = 0.0
+
+
+def means(points: Sequence[Point], errors: Errors) -> dict[tuple[int, int], float]:
+    """Root mean square over seeds of an error, by hidden width and embedding dimension.
+
+    Args:
+        points: of networks.
+        errors: which one.
+    """
+    squares: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for point in points:
+        value = getattr(point, errors)
+        if value:  # the largest network is at 0 from itself only if it is the same one
+            squares[point.hidden, point.embedding].append(value**2)
+    return {shape: math.sqrt(math.fsum(values) / len(values)) for shape, values in squares.items()}
+
+
+def report(points: Sequence[Point], depth: int, limits: Mapping[str, Mapping[Errors, float]]) -> list[Any]:
+    """Tables of fits and slopes.
+
+    Args:
+        points: of networks.
+        depth: L of all of them.
+        limits: distances from the infinite model of one with other units, ``"1"``, and of some of few Euler steps,
+            ``"L=2"`` and so on.
+    """
+    fits = Table("error", "shapes", "c1/L", "c2", "c3", "scatter", title=f"Fits to networks with M and D from {FROM}")
+    slopes = Table(
+        "error", "against", "theory", "slope", "over", title="d log error / d log size, where its term dominates"
+    )
+    for name, title in TITLES.items():
+        found = means(points, name)
+        fit = _fit(found, name, depth)
+        kind: Measured = "stream" if "stream" in name else "output"
+        if fit is not None:
+            bars = fit.uncertainty or ErrorConstants(0, 0, 0)
+            fits.add_row(
+                title,
+                str(len(_asymptotic(found))),
+                f"{fit.depth / depth:.4f} ± {bars.depth / depth:.4f}",
+                f"{fit.hidden:.2f} ± {bars.hidden:.2f}",
+                f"{fit.embedding:.2f} ± {bars.embedding:.2f}",
+                f"{fit.scatter:.0%}",
+            )
+        for axis, theory in (("D", "-1/2"), ("M", "-1/2" if "stream" in name else "-1"), ("P", "-1/6")):
+            slope = None if fit is None else _slope(found, axis, depth, fit, kind)
+            if slope is not None:
+                slopes.add_row(title, axis, theory, f"{slope[0]:.2f} ± {slope[1]:.2f}", slope[2])
+        slopes.add_section()
+    fits.add_row("published, stream", "", "", f"{PUBLISHED.hidden}", f"{PUBLISHED.embedding}", "")
+    few = {int(key[2:]): errors for key, errors in limits.items() if key.startswith("L=")}
+    alone = {name: [size * errors[name] for size, errors in few.items()] for name in ("stream", "output")}
+    return [
+        fits,
+        "second term of the stream: c2 sqrt(D/(L M)), of the output: c2 D/(L M); third term: c3/sqrt(D)",
+        slopes,
+        "Infinite models with other units differ by "
+        f"{limits['1']['stream']:.1g} in the stream and {limits['1']['output']:.1g} on the output.",
+        f"Infinite models of L = {', '.join(map(str, few))} are at c1/L from that of many Euler steps, with c1 = "
+        f"{_range(alone['stream'])} in the stream and {_range(alone['output'])} on the output.",
+    ]
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def save_figure(points: Sequence[Point], depth: int, path: Path) -> None:
+    """Draw errors against D, M and P = LMD, with the fitted bound and the published one.
+
+    Args:
+        points: of networks.
+        depth: L of all of them.
+        path: of the PNG.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 13), layout="constrained")
+    rows: tuple[Errors, ...] = ("stream", "reference_stream", "output")
+    for axes, name in zip(figure.subplots(len(rows), 3, sharey="row"), rows, strict=True):
+        found = means(points, name)
+        fit = _fit(found, name, depth)
+        kind: Measured = "stream" if "stream" in name else "output"
+        for axis, (fixed, size) in zip(axes, (("M", 1), ("D", 0)), strict=False):
+            widths = sorted({shape[1 - size] for shape in found})
+            shown = widths[:: max(1, len(widths) // 6)] if len(widths) > 7 else widths
+            for number, width in enumerate(shown):
+                color = colormaps["viridis"](number / max(1, len(shown) - 1) * 0.9)
+                line = sorted((shape[size], error) for shape, error in found.items() if shape[1 - size] == width)
+                sizes = np.array([x for x, _ in line], dtype=float)
+                axis.loglog(sizes, [error for _, error in line], "o", ms=4, color=color, label=f"{fixed} = {width}")
+                for constants, style, least in ((fit, "-", FROM), (PUBLISHED if kind == "stream" else None, ":", 1)):
+                    within = sizes[sizes >= least] if width >= least else sizes[:0]
+                    if constants is not None:
+                        shapes = [(width, x) if size else (x, width) for x in within]
+                        bound = [error_at(depth, m, d, constants, kind) for m, d in shapes]
+                        axis.loglog(within, bound, style, lw=1.2, color=color)
+            axis.set_xlabel("embedding dimension D" if size else "hidden width M")
+            axis.legend(fontsize=8)
+        _draw_budgets(axes[2], found, depth, fit, kind)
+        axes[0].set_ylabel(f"{TITLES[name]}\nroot mean square error")
+    figure.suptitle(
+        f"Distance after training, L = {depth}: dots are networks, lines the fitted bound, dotted the published one"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _draw_budgets(axis: Any, found: dict[tuple[int, int], float], depth: int, fit: Any, kind: Measured) -> None:
+    """All errors against the number of parameters in branches, and the least."""
+    budgets = np.array([depth * m * d for m, d in found], dtype=float)
+    errors = np.array(list(found.values()))
+    axis.loglog(budgets, errors, ".", color="0.75", ms=4, label="all shapes")
+    best = _front(found, depth)
+    axis.loglog(*zip(*best, strict=True), "o-", ms=4, color="C3", label="best shape")
+    if len(best) > 2:
+        x = np.array([budget for budget, _ in best])
+        axis.loglog(x, best[-1][1] * (x / x[-1]) ** (-1 / 6), "k--", lw=1, label=r"$P^{-1/6}$")
+    axis.set_xlabel("P = L M D")
+    axis.legend(fontsize=8)
+
+
+def _front(found: dict[tuple[int, int], float], depth: int) -> list[tuple[float, float]]:
+    """Budgets and errors of the shapes than which no smaller one is better."""
+    front: list[tuple[float, float]] = []
+    for budget, error in sorted((float(depth * m * d), error) for (m, d), error in found.items()):
+        if not front or error < front[-1][1]:
+            front.append((budget, error))
+    return front
+
+
+def _asymptotic(found: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    return {shape: error for shape, error in found.items() if min(shape) >= FROM}
+
+
+def _fit(found: dict[tuple[int, int], float], name: Errors, depth: int) -> FittedConstants | None:
+    """The bound, fitted to what is asymptotic, if that is enough for it."""
+    points = {Shape(depth, m, d): error for (m, d), error in _asymptotic(found).items()}
+    if len({shape.hidden for shape in points}) < 3 or len({shape.embedding for shape in points}) < 3:
+        return None
+    return fit_error_bound(points, of="stream" if "stream" in name else "output")
+
+
+def _slope(
+    found: dict[tuple[int, int], float], axis: str, depth: int, fit: FittedConstants, kind: Measured
+) -> tuple[float, float, str] | None:
+    """Slope against one size, with its standard error, where the fitted bound is mostly the term of that size."""
+    if axis == "P":
+        lines = {"best shapes": [(p, error) for p, error in _front(found, depth) if p >= depth * FROM**2]}
+    else:
+        size, other = (1, "M") if axis == "D" else (0, "D")
+        alone = ErrorConstants(0, 0, fit.embedding) if axis == "D" else ErrorConstants(0, fit.hidden, 0)
+        lines = defaultdict(list)
+        for shape, error in sorted(_asymptotic(found).items()):
+            share = error_at(depth, *shape, alone, kind) / error_at(depth, *shape, fit, kind)
+            if share**2 >= MOSTLY:
+                lines[f"{other} = {shape[1 - size]}"].append((float(shape[size]), error))
+    where, line = max(lines.items(), key=lambda item: (len(item[1]), item[0]), default=("", []))
+    if len(line) < 3:
+        return None
+    result = linregress(np.log([x for x, _ in line]), np.log([y for _, y in line]))
+    return result.slope, result.stderr, f"{where}, {axis} from {line[0][0]:.3g} to {line[-1][0]:.3g}"

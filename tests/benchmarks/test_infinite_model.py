@@ -1,0 +1,156 @@
+"""What gradient descent and its limit cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k infinite``.
+
+One gradient step of the paper's network beside a plain NumPy one, taking turns; and the infinite model beside the finite
+network that published experiments used in its place, with the error that is left in each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning.distances import output_distance, rms_distance
+from mlu_lightning.limit import embedding_weights, infinite_model
+from mlu_lightning.models import ResNet
+
+DEPTH, WIDTH, DATA = 100, 256, 5
+ROUNDS, WARM_UP = 25, 3
+Array = NDArray[np.float64]
+
+
+def numpy_step(u: Array, v: Array, w_e: Array, w_u: Array, x: Array, y: Array, lr: float) -> tuple[Array, Array]:
+    """theory.md, section 2, as one would write it: u and v [L, D, M], frozen W_E and W_U, loss half the squared error."""
+    depth, embedding, hidden = u.shape
+    stream, preactivations = [w_e @ x], []
+    for u_l, v_l in zip(u, v, strict=True):
+        preactivations.append(u_l.T @ stream[-1] / embedding)
+        stream.append(stream[-1] + v_l @ np.tanh(preactivations[-1]) / (depth * hidden))
+    b = w_u @ (w_u.T @ stream[-1] / embedding - y)
+    du, dv = np.empty_like(u), np.empty_like(v)
+    for layer in reversed(range(depth)):
+        units = np.tanh(preactivations[layer])
+        q = (1 - units**2) * (v[layer].T @ b / embedding)
+        du[layer], dv[layer] = stream[layer] @ q.T, b @ units.T
+        b = b + u[layer] @ q / (depth * hidden)
+    return u - lr * du, v - lr * dv
+
+
+def torch_step(dtype: torch.dtype, residual: str, arrays: dict[str, Array]) -> tuple[ResNet, Callable[[], None]]:
+    """The same step of the same network by the package."""
+    module = ResNet(DEPTH, WIDTH, WIDTH, DATA, DATA, train_embedding=False).to(dtype)
+    plan = Plan.from_model(module)
+    with torch.no_grad():
+        module.embed.weight.copy_(torch.from_numpy(arrays["w_e"]))
+        module.readout.weight.copy_(torch.from_numpy(arrays["w_u"].T))
+        for block, u_l, v_l in zip(module.blocks, arrays["u"], arrays["v"], strict=True):
+            block.read.weight.copy_(torch.from_numpy(u_l.T / WIDTH))
+            block.write.weight.copy_(torch.from_numpy(v_l / WIDTH))
+    fold(module, plan) if residual == "fold" else attach_multipliers(module, plan)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
+    scale_optimizer(optimizer, module, plan)
+    x, y = (torch.from_numpy(arrays[name].T.copy()).to(dtype) for name in ("x", "y"))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (0.5 * (module(x) - y).square().sum()).backward()
+        optimizer.step()
+
+    return module, step
+
+
+@pytest.mark.slow
+def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    """D = M = 256, L = 100, N = 1. The aim is 10 times NumPy in float32 and 5 times in float64."""
+    rng = np.random.default_rng(0)
+    root = WIDTH**0.5
+    arrays = {name: root * rng.normal(size=(DEPTH, WIDTH, WIDTH)) for name in ("u", "v")}
+    arrays |= {name: rng.normal(size=(WIDTH, DATA)) for name in ("w_e", "w_u")}
+    arrays |= {name: rng.normal(size=(DATA, 1)) for name in ("x", "y")}
+    expected, _ = numpy_step(**arrays, lr=1.0)
+    steps: dict[str, Callable[[], object]] = {"NumPy": lambda: numpy_step(**arrays, lr=1.0)}
+    for dtype in (torch.float32, torch.float64):
+        for residual in ("hook", "fold"):
+            module, step = torch_step(dtype, residual, arrays)
+            step()
+            found = torch.stack([block.read.weight for block in module.blocks]).mT * WIDTH
+            np.testing.assert_allclose(found.detach(), expected, rtol=1e-3, atol=1e-3)
+            steps[f"{str(dtype).removeprefix('torch.')}, {residual}"] = step
+
+    def measure() -> dict[str, Array]:
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for _ in range(ROUNDS):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                seconds[name].append(time.perf_counter() - start)
+        return {name: np.array(values[WARM_UP:]) for name, values in seconds.items()}
+
+    measured = benchmark.pedantic(measure, rounds=1)
+    with capsys.disabled():
+        print(
+            f"\nNumPy step in float64: {1e3 * np.median(measured['NumPy']):.0f} ms; {torch.get_num_threads()} threads"
+        )
+        for name in list(steps)[1:]:
+            ratios = measured["NumPy"] / measured[name]
+            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+            benchmark.extra_info[f"NumPy / {name}"] = {"median": middle, "quartiles": [low, high]}
+            print(f"NumPy / {name}: {middle:.2f} (quartiles {low:.2f} to {high:.2f}, {ratios.size} steps)")
+
+
+@pytest.mark.slow
+def test_infinite_model_and_the_network_in_its_place(
+    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D = M = 2000, L = 50, K = 15 steps, N = 10. The aim is 100 times less for a smaller error."""
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(10, DATA, generator=draws), torch.randn(10, DATA, generator=draws)
+
+    def train(module: ResNet, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, float]:
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
+        scale_optimizer(optimizer, module, plan)
+        start = time.perf_counter()
+        for _ in range(15):
+            (module(x) - y).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            stream = module.embed(x)
+            for block in module.blocks:
+                stream = stream + block(stream)
+            return stream, module(x), seconds
+
+    def measure() -> tuple[dict[str, float], dict[str, float]]:
+        finite = ResNet(50, 2000, 2000, DATA, DATA, train_embedding=False)
+        plan = Plan.from_model(finite)
+        initialize(finite, plan, "normal")
+        attach_multipliers(finite, plan)
+        weights = embedding_weights(finite, plan)
+        stream, output, seconds = train(finite, plan)
+        limits = [infinite_model(finite, plan, depth=50, units=2000, seed=seed) for seed in (0, 1)]
+        trained = [train(limit.module, limit.plan) for limit in limits]
+        streams = [limit.in_coordinates_of(weights, found[0]) for limit, found in zip(limits, trained, strict=True)]
+        errors = {
+            "stream, D = M = 2000": float(rms_distance(stream, streams[0])),
+            "stream, two infinite models": float(rms_distance(streams[1], streams[0])),
+            "output, D = M = 2000": float(output_distance(output, trained[0][1])),
+            "output, two infinite models": float(output_distance(trained[1][1], trained[0][1])),
+        }
+        return {"finite": seconds, "infinite": min(found[2] for found in trained)}, errors
+
+    seconds, errors = benchmark.pedantic(measure, rounds=1)
+    ratio = seconds["finite"] / seconds["infinite"]
+    benchmark.extra_info.update(ratio=ratio, **errors)
+    with capsys.disabled():
+        print(f"\nD = M = 2000 / infinite model: {ratio:.0f} times as long ({seconds['finite']:.1f} s)")
+        for name, error in errors.items():
+            print(f"distance of {name}: {error:.4f}")
+    assert errors["stream, two infinite models"] < errors["stream, D = M = 2000"]
+    assert errors["output, two infinite models"] < errors["output, D = M = 2000"]
