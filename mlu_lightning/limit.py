@@ -142,19 +142,21 @@ def infinite_model(
     with isolate_rng():
         built = _BUILDERS[type(module)](arguments, depth, units, heads, dimension)
     first = next(module.parameters())
-    built.to(first.device, torch.promote_types(first.dtype, torch.float32))
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    built.to(first.device, dtype)
     limit_plan = _planned_alike(built, plan)
     frozen = {name_pattern(name): not parameter.requires_grad for name, parameter in module.named_parameters()}
     for name, parameter in built.named_parameters():
         parameter.requires_grad_(not frozen[name_pattern(name)])
-    spread = torch.cat([torch.full((weight.shape[1],), stds[name] or 0.0) for name, weight in weights.items()])
+    spread = torch.cat(
+        [torch.full((matrix.shape[1],), stds[name] or 0.0, dtype=dtype) for name, matrix in weights.items()]
+    )
     with torch.no_grad():
         columns = torch.split(math.sqrt(dimension) * spread.diag(), [matrix.shape[1] for matrix in weights.values()], 1)
         for matrix, wanted in zip(_matrices(built, limit_plan).values(), columns, strict=True):
             matrix.copy_(wanted)
         generator = torch.Generator().manual_seed(seed)
-        for branch in range(len(limit_plan.branches)):
-            _fill(built, limit_plan, branch, None if exact else sampling, generator)
+        _fill(built, limit_plan, None if exact else sampling, generator)
     attach_multipliers(built, limit_plan)
     return InfiniteModel(built, limit_plan, spread)
 
@@ -234,12 +236,12 @@ def check_initialization(module: nn.Module, plan: Plan) -> None:
     scales, stds = plan.scales(OptimizerFamily.SGD), planned_stds(plan)
     for name, parameter in module.named_parameters():
         planned = stds[name]
-        if plan.parameters[name].role not in _ROLES or planned is None:
-            continue
+        if plan.parameters[name].role not in _ROLES or not planned:
+            continue  # infinite_model refuses those that start at zero
         found = parameter.detach().double().square().mean().sqrt().item()
         planned *= scales[name].multiplier if name in folded else 1
-        spread = 6 * math.sqrt(2 / parameter.numel())
-        if not abs((found / planned) ** 2 - 1) <= spread:
+        spread = 6 / math.sqrt(2 * parameter.numel())  # of the logarithm, so that too small is seen as too large is
+        if not (found > 0 and abs(math.log(found / planned)) <= spread):
             raise ValueError(
                 f"{name} has entries of root mean square {found:.3g}, and the plan's initialization has {planned:.3g}, so "
                 "the infinite model, which starts from the plan's, is not the limit of this run. Begin with weights that "
@@ -258,6 +260,7 @@ def _check_known(module: nn.Module, plan: Plan) -> None:
             f"The infinite model of {type(module).__name__} is not known: it is of this package's ResNet and "
             f"CausalTransformer alone, because it needs a module of other sizes. Use one of these, or {_RECORD}."
         )
+    plan.check(module)
     for name, parameter in module.named_parameters():
         role = plan.parameters[name].role
         if role not in _ROLES and (parameter.requires_grad or bool((parameter != 1).any())):
@@ -334,20 +337,22 @@ def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
     return replace(own, parameters=parameters)
 
 
-def _fill(module: nn.Module, plan: Plan, branch: int, sampling: Sampling | None, generator: torch.Generator) -> None:
-    """Give a branch units that are draws from the infinite population, or the exact ones of a linear activation."""
+def _fill(module: nn.Module, plan: Plan, sampling: Sampling | None, generator: torch.Generator) -> None:
+    """Give branches units that are draws from the infinite population, or the exact ones of a linear activation."""
     parameters, stds = dict(module.named_parameters()), planned_stds(plan)
-    units = plan.branches[branch].hidden
-    rows: dict[str, Tensor] = {}  # what each unit has in a matrix
+    members: dict[int, dict[str, Tensor]] = {}  # what each unit has in a matrix, by branch and name of the matrix
     for role, axis in ((Role.BRANCH_IN, 0), (Role.BRANCH_OUT, 1)):
         for name, planned in plan.parameters.items():
-            if planned.branch == branch and planned.role is role:
+            if planned.branch is not None and planned.role is role:
                 moved = parameters[name].movedim(axis, 0)
-                rows[name] = moved.view(units, -1, moved.shape[1])
-    sizes = [row[0].numel() for row in rows.values()]
-    if sampling is None:
-        drawn = exact_units(sizes[0])
-    else:
-        drawn = draw_units(units, sum(sizes) - sizes[-1], sizes[-1], sampling, generator)
-    for (name, row), values in zip(rows.items(), torch.split(drawn, sizes, 1), strict=True):
-        row.copy_(values.view(row.shape) * (stds[name] or 0.0))
+                units = plan.branches[planned.branch].hidden
+                members.setdefault(planned.branch, {})[name] = moved.view(units, -1, moved.shape[1])
+    for _, rows in sorted(members.items()):
+        sizes = [row[0].numel() for row in rows.values()]
+        if sampling is None:
+            drawn = exact_units(sizes[0])
+        else:
+            units = len(next(iter(rows.values())))
+            drawn = draw_units(units, sum(sizes) - sizes[-1], sizes[-1], sampling, generator)
+        for (name, row), values in zip(rows.items(), torch.split(drawn, sizes, 1), strict=True):
+            row.copy_(values.view(row.shape) * (stds[name] or 0.0))

@@ -49,7 +49,7 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
         raise ValueError(f"sampling={sampling!r} is none of: {', '.join(get_args(Sampling))}.")
     dimensions = reads + writes
     if sampling == "independent":
-        return torch.randn(units, dimensions, generator=generator, device="cpu")
+        return torch.randn(units, dimensions, generator=generator, dtype=torch.float32, device="cpu")
     if units % 2:
         raise ValueError(
             f'{units} hidden units cannot be "orthogonal", which come in pairs: give an even number, or '
@@ -58,11 +58,11 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
     pairs = units // 2
     full = math.ceil(pairs / dimensions)
     height = math.ceil(pairs / full)  # of blocks of equal height, none of them taller than it is wide
-    gaussian = torch.randn(full, dimensions, height, generator=generator, device="cpu")
+    gaussian = torch.randn(full, dimensions, height, generator=generator, dtype=torch.float32, device="cpu")
     # QR fixes signs by its own rule; those of the diagonal of R make the directions uniform
     directions, triangle = torch.linalg.qr(gaussian)
     directions = directions * triangle.diagonal(dim1=1, dim2=2).sign()[:, None, :]
-    lengths = torch.randn(full, height, dimensions, generator=generator, device="cpu").norm(dim=2)
+    lengths = torch.randn(full, height, dimensions, generator=generator, dtype=torch.float32, device="cpu").norm(dim=2)
     drawn = (directions.mT * lengths[..., None]).flatten(0, 1)[:pairs]
     return torch.cat((drawn, torch.cat((drawn[:, :reads], -drawn[:, reads:]), 1)))
 
@@ -78,10 +78,10 @@ def exact_units(dimension: int) -> Tensor:
         dimension: of the infinite model, r.
 
     Returns:
-        2r units, of which each reads or writes one coordinate, [2r, 2r].
+        2r units, of which each reads or writes one coordinate, [2r, 2r], in float64.
 
     >>> units = exact_units(3)
-    >>> torch.allclose(units.T @ units / len(units), torch.eye(6))
+    >>> torch.allclose(units.T @ units / len(units), torch.eye(6, dtype=torch.float64))
     True
     """
-    return math.sqrt(2 * dimension) * torch.eye(2 * dimension)
+    return math.sqrt(2 * dimension) * torch.eye(2 * dimension, dtype=torch.float64, device="cpu")

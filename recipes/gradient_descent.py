@@ -6,10 +6,21 @@ and readout frozen, and their limit is :func:`mlu_lightning.limit.infinite_model
 
 from __future__ import annotations
 
+import csv
+import logging
+import multiprocessing
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
@@ -17,7 +28,20 @@ from mlu_lightning.limit import InfiniteModel, embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
 from mlu_lightning.probing import Observation, locate, observe
 
-__all__ = ["Problem", "descend", "finite_model", "look"]
+__all__ = [
+    "Problem",
+    "check_command",
+    "command",
+    "descend",
+    "finite_model",
+    "in_processes",
+    "look",
+    "save_points",
+    "start_worker",
+]
+
+CaseT = TypeVar("CaseT")
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -141,3 +165,77 @@ def look(module: ResNet, plan: Plan, problem: Problem, depths: Sequence[float] =
     """
     batch = problem.inputs, problem.targets
     return observe(module, batch, locate(plan.taps, [plan.streams[0].depth], depths), positions=len(problem.inputs))
+
+
+def command(function: Callable[..., None], program: str, args: Sequence[str] | None) -> None:
+    """Call a study with the arguments of a command line.
+
+    Args:
+        function: of which ``quick`` is one argument.
+        program: name of the command.
+        args: of the command line; by default those of the process.
+    """
+    parser = ArgumentParser(prog=program)
+    parser.add_function_arguments(function, skip={"quick"})
+    parser.add_argument("--quick", action="store_true", help="try the machinery only: tiny networks")
+    function(**parser.parse_args(None if args is None else list(args)).as_dict())
+
+
+def check_command(workers: int, seeds: int) -> None:
+    """End the command if it cannot be run, before anything is trained.
+
+    Args:
+        workers: number of networks at a time.
+        seeds: networks of every shape.
+    """
+    if find_spec("matplotlib") is None:
+        sys.exit("The study draws a figure, and matplotlib is not installed: pip install 'mlu-lightning[plots]'.")
+    for name, number in (("workers", workers), ("seeds", seeds)):
+        if number < 1:
+            sys.exit(f"--{name} is {number}, and at least one is needed.")
+
+
+def in_processes(
+    function: Callable[[CaseT], ResultT], cases: Sequence[CaseT], workers: int, title: str, console: Console
+) -> list[ResultT]:
+    """Apply a function to cases, the last ones first, each in a process that has one core.
+
+    Args:
+        function: of a module, so that other processes find it.
+        cases: what it is applied to, the cheapest first.
+        workers: number of processes.
+        title: of the progress bar.
+        console: of the progress bar.
+
+    Returns:
+        What the function gave, in the order of the cases.
+    """
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
+        pending = [pool.submit(function, case) for case in reversed(cases)]
+        try:
+            for future in track(as_completed(pending), title, len(pending), console=console):
+                future.result()
+        except BaseException:
+            # else all others would be trained before anybody hears of it
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in reversed(pending)]
+
+
+def save_points(points: Sequence[Any], path: Path) -> None:
+    """Write results as a table of comma-separated values.
+
+    Args:
+        points: instances of one dataclass.
+        path: of the file.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow([field.name for field in fields(points[0])])
+        table.writerows(astuple(point) for point in points)
+
+
+def start_worker() -> None:
+    """Let a process have one core, and be quiet."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -15,19 +15,17 @@ experiment.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import multiprocessing
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from gradient_descent import Problem, descend, finite_model, look
+from gradient_descent import Problem, check_command, descend, finite_model, look, start_worker
 from jsonargparse import auto_cli
 from paper_rates_report import Errors, Point, report, save_figure
 from rich.console import Console
@@ -109,13 +107,12 @@ def run(
         minutes: after which no network is begun; null for all of them.
         workers: number of networks at a time, each on one core.
     """
-    if find_spec("matplotlib") is None:
-        sys.exit("The report is a figure, and matplotlib is not installed: pip install 'mlu-lightning[plots]'.")
     start = time.monotonic()
     study, folder = study or Study(), Path(output)
+    check_command(workers, study.seeds)
     _check_same(study, folder)
     console = Console(width=None if sys.stdout.isatty() else 110)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         waiting = [
             pool.submit(make, study, folder / name)
             for name, make in ((_REFERENCE, _train_reference), (_LIMITS, _train_limits))
@@ -152,11 +149,6 @@ def _check_same(study: Study, folder: Path) -> None:
         sys.exit(
             f"{folder} holds another study: {settings.read_text(encoding='utf-8')}. Give another --output, or delete it."
         )
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 def _train_limits(study: Study, path: Path) -> None:

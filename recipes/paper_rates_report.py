@@ -220,4 +220,5 @@ def _slope(
     if len(line) < 3:
         return None
     result = linregress(np.log([x for x, _ in line]), np.log([y for _, y in line]))
-    return result.slope, result.stderr, f"{where}, {axis} from {line[0][0]:.3g} to {line[-1][0]:.3g}"
+    first, last = (f"{line[end][0]:{'.0e' if axis == 'P' else '.0f'}}" for end in (0, -1))
+    return result.slope, result.stderr, f"{where}, {axis} from {first} to {last}"

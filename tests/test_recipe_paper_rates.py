@@ -60,8 +60,6 @@ def test_loss_is_that_of_the_paper() -> None:
 def test_run_that_is_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from paper_rates import main
 
-    main(arguments(tmp_path, "--minutes=0"))
-    assert "18 of 18 networks are left for another call" in capsys.readouterr().out
     main(arguments(tmp_path))
     whole = points_in(tmp_path)
     assert set(whole) == {(m, d, s) for m in (2, 5, 17) for d in (2, 5, 17) for s in (0, 1)}
@@ -73,8 +71,13 @@ def test_run_that_is_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
         )
     made = (tmp_path / "limits.safetensors").stat().st_mtime_ns
     path = tmp_path / "points.jsonl"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text[:-30], encoding="utf-8")  # as a run leaves it that is killed while writing
+    path.write_text("", encoding="utf-8")
+    main(arguments(tmp_path, "--minutes=0"))
+    assert "18 of 18 networks are left for another call" in capsys.readouterr().out
+    lines = [json.dumps(point) for point in list(whole.values())[:16]]
+    path.write_text("\n".join([*lines, lines[-1][:-30]]), encoding="utf-8")  # as a run that is killed leaves it
+    main(arguments(tmp_path, "--minutes=0"))
+    assert "2 of 18 networks are left for another call" in capsys.readouterr().out
     main(arguments(tmp_path))
     again = points_in(tmp_path)
     for key, point in whole.items():
