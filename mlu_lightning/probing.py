@@ -227,7 +227,7 @@ def _pass(
         for tap in dict.fromkeys(tap for location in locations for tap in location.taps):
             stack.callback(_attach(module.get_submodule(tap.module), tap, passed, keep).remove)
         module.eval()
-        torch.manual_seed(0)
+        _seed()
         if is_lightning_module(module):
             for submodule in module.modules():
                 if is_lightning_module(submodule):
@@ -267,6 +267,14 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _seed() -> None:
+    """Seed all generators; ``torch.manual_seed`` takes a stack trace for each kind of device that is not there."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:
+        torch.default_generator.manual_seed(0)
 
 
 def _attach(module: nn.Module, tap: Tap, passed: set[Tap], keep: Callable[[Tap, Tensor], None]) -> Any:

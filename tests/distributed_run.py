@@ -1,6 +1,7 @@
 """A run in one or two processes, for test_distances_distributed.py: ``distributed_run.py STRATEGY FOLDER``.
 
-It records a large model and measures a small one against the recording.
+It records a large model and measures a small one against the recording; or, for test_limit_run.py and with a third
+argument, ``limit``, measures the small one against the infinite model.
 """
 
 import sys
@@ -15,11 +16,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from mlu_lightning import EmbeddingDistance, MLUCallback, Plan, ReferenceRecorder
+from mlu_lightning.callbacks.limit_run import Limit
 from mlu_lightning.models import ResNet
 
 SMALL = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 LARGE = SMALL | {"hidden": 64, "embedding": 32}
 BASE = SMALL | {"depth": 2}
+LIMIT = Limit(depth=6, units=32)
 SAMPLES = 8
 """In a batch of all processes together."""
 
@@ -84,5 +87,8 @@ def fit(strategy: str, shape: dict[str, int], folder: Path, callback: Any) -> No
 if __name__ == "__main__":
     strategy, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"))
-    fit(strategy, SMALL, folder, EmbeddingDistance(folder / "large.safetensors"))
+    if sys.argv[3:] == ["limit"]:
+        fit(strategy, SMALL, folder, EmbeddingDistance(LIMIT))
+    else:
+        fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"))
+        fit(strategy, SMALL, folder, EmbeddingDistance(folder / "large.safetensors"))

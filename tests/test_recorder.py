@@ -192,6 +192,24 @@ def test_manual_optimization_counts_as_the_trainer_does(tmp_path: Path) -> None:
     assert all(value.equal(recorded.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
+class TwoWithLoss(Two):
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        super().training_step(batch)
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(("model", "batches", "repeats"), [(ResNet, 2, 1), (TwoWithLoss, 1, 2)])
+def test_no_loss_is_lost_when_more_wait_than_there_is_place_for(
+    model: type[ResNet], batches: int, repeats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlu_lightning.callbacks.recorder._MOST_PENDING", 3)
+    weights, recorder = Weights(), ReferenceRecorder(tmp_path / "run.safetensors", steps=[0, 8])
+    module = model(**SHAPE) if model is ResNet else model()
+    fit(module, recorder, weights, steps=8, **({} if batches == 1 else {"accumulate_grad_batches": batches}))
+    losses = torch.stack(weights.losses).reshape(-1, batches).sum(1)
+    torch.testing.assert_close(Reference.load(recorder.path).losses, losses.repeat_interleave(repeats))
+
+
 def test_probe_is_of_the_validation_data_if_there_are_any(tmp_path: Path) -> None:
     for name, validation, expected in (
         ("validation", loader(8, seed=1), samples(8, seed=1)),
