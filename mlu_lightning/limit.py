@@ -198,10 +198,10 @@ def check_gradient_descent(optimizers: Sequence[Optimizer]) -> None:
 
     >>> check_gradient_descent([SGD([torch.ones(1)], lr=0.1, momentum=0.9)])
     """
-    names = [type(optimizer).__name__ for optimizer in optimizers]
-    if names != ["SGD"]:
+    names = " and ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
+    if names != "SGD":
         raise ValueError(
-            f"The infinite model is that of gradient descent (torch.optim.SGD), and this run has {' and '.join(names)}: "
+            f"The infinite model is that of gradient descent (torch.optim.SGD), and this run has {names}: "
             "updates of another form leave the span of embedding and readout, and theory has no limit for them. Train with "
             "SGD, or compare with a large run that ReferenceRecorder recorded."
         )

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Sampling", "draw_units", "exact_units"]
+__all__ = ["Sampling", "check_sampling", "draw_units", "exact_units"]
 
 Sampling = Literal["orthogonal", "independent"]
 
@@ -45,16 +45,10 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
     >>> bool(torch.linalg.vecdot(drawn[0], drawn[1]).abs() < 1e-5)
     True
     """
-    if sampling not in get_args(Sampling):
-        raise ValueError(f"sampling={sampling!r} is none of: {', '.join(get_args(Sampling))}.")
+    check_sampling(sampling, units)
     dimensions = reads + writes
     if sampling == "independent":
         return torch.randn(units, dimensions, generator=generator, dtype=torch.float32, device="cpu")
-    if units % 2:
-        raise ValueError(
-            f'{units} hidden units cannot be "orthogonal", which come in pairs: give an even number, or '
-            'sampling="independent".'
-        )
     pairs = units // 2
     full = math.ceil(pairs / dimensions)
     height = math.ceil(pairs / full)  # of blocks of equal height, none of them taller than it is wide
@@ -65,6 +59,28 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
     lengths = torch.randn(full, height, dimensions, generator=generator, dtype=torch.float32, device="cpu").norm(dim=2)
     drawn = (directions.mT * lengths[..., None]).flatten(0, 1)[:pairs]
     return torch.cat((drawn, torch.cat((drawn[:, :reads], -drawn[:, reads:]), 1)))
+
+
+def check_sampling(sampling: str, *sizes: int) -> None:
+    """Refuse what :func:`draw_units` cannot draw.
+
+    Args:
+        sampling: as there.
+        sizes: numbers of units.
+
+    Raises:
+        ValueError: if ``sampling`` is unknown, or orthogonal units are odd in number.
+
+    >>> check_sampling("independent", 7)
+    """
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"sampling={sampling!r} is none of: {', '.join(get_args(Sampling))}.")
+    for units in sizes:
+        if sampling == "orthogonal" and units % 2:
+            raise ValueError(
+                f'{units} hidden units or heads cannot be "orthogonal", which come in pairs: give an even number, or '
+                'sampling="independent".'
+            )
 
 
 def exact_units(dimension: int) -> Tensor:

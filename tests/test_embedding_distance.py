@@ -340,6 +340,25 @@ def test_two_callbacks_with_their_own_references(tmp_path: Path) -> None:
     trainer = Trainer(max_steps=2, callbacks=callbacks, **SILENT | {"logger": memory})
     trainer.fit(ResNet(**SHAPE), loader())
     assert list(memory.distances()) == [0, 1, 2]
+    assert {name for name in memory.distances()[1] if "/s=1/" in name} == {
+        "mlu/distance/gram/s=1/one",
+        "mlu/distance/gram/s=1/two",
+    }
+
+
+@pytest.mark.parametrize("other", ["two.safetensors", "limit"])
+def test_two_callbacks_that_log_under_the_same_names_are_refused(other: str, tmp_path: Path) -> None:
+    record(tmp_path / "one.safetensors")
+    reference = other if other == "limit" else str(tmp_path / other)
+    callbacks = [
+        EmbeddingDistance(str(tmp_path / "one.safetensors"), ["gram", "cka"]),
+        EmbeddingDistance(reference, ["output", "gram"]),
+    ]
+    trainer = Trainer(max_steps=2, callbacks=callbacks, **SILENT)
+    with pytest.raises(
+        ValueError, match=r"of one and of (two|limit), would log .*different metrics, or the references as a"
+    ):
+        trainer.fit(ResNet(**SHAPE), loader())
 
 
 class Calls(Memory):

@@ -717,7 +717,7 @@ def test_sizes_that_the_limit_cannot_have_are_refused() -> None:
     module = transformer()
     with pytest.raises(ValueError, match=r"depth=5 of the infinite model is no even number.*Give an even depth"):
         infinite_model(module, Plan.from_model(module), depth=5)
-    with pytest.raises(ValueError, match=r'7 hidden units cannot be "orthogonal"'):
+    with pytest.raises(ValueError, match=r'7 hidden units or heads cannot be "orthogonal"'):
         infinite_model(*planned(), units=7)
     assert len(infinite_model(*planned(), units=7, sampling="independent").module.blocks) == 2  # type: ignore[arg-type]
     attention = transformer(mlp_hidden=0)

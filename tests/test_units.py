@@ -118,7 +118,9 @@ def test_draws_depend_on_the_generator_alone(sampling: Sampling) -> None:
 
 
 def test_odd_orthogonal_units_are_refused_and_independent_ones_are_not() -> None:
-    with pytest.raises(ValueError, match=r'7 hidden units cannot be "orthogonal".*even number, or sampling="indepen'):
+    with pytest.raises(
+        ValueError, match=r'7 hidden units or heads cannot be "orthogonal".*even number, or sampling="indepen'
+    ):
         draw_units(7, 2, 2, "orthogonal", generator(0))
     assert draw_units(7, 2, 2, "independent", generator(0)).shape == (7, 4)
 

@@ -32,7 +32,7 @@ class EmbeddingDistance(Callback):
 
     Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
     steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them as they can what
-    ``self.log`` was given. With several references the name of the reference is added, as in
+    ``self.log`` was given. With references in a list or dict the name of the reference is added, as in
     ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can
     be expected to be nearer. Values that are not finite in the run make the distance NaN, and the run goes on.
 
@@ -78,7 +78,7 @@ class EmbeddingDistance(Callback):
         super().__init__()
         self._limit = Limit() if reference == "limit" else reference if isinstance(reference, Limit) else None
         if isinstance(reference, Limit):
-            self._sources = {"limit": repr(reference)}
+            self._sources = {"limit": "limit"}
         elif isinstance(reference, Mapping):
             self._sources = {name: str(source) for name, source in reference.items()}
         else:
@@ -93,6 +93,8 @@ class EmbeddingDistance(Callback):
                 f'reference={reference!r} should be one or more references, none of them by the name "floor", which is '
                 "that of their distance from each other."
             )
+        named = isinstance(reference, Mapping) or len(self._sources) > 1
+        self._suffixes = {name: f"/{name}" if named else "" for name in self._sources}
         self._metrics = validated_metrics(metrics)
         self._references: dict[str, Reference] = {}
         self._probe: Probe | None = None
@@ -124,8 +126,10 @@ class EmbeddingDistance(Callback):
             FileNotFoundError: if there is no such file.
             ValueError: if a file is not a readable reference, references have different probes, the module cannot take
                 the probe, shapes do not fit, embeddings are not coupled although ``"rms"`` needs them to be, or no step
-                of a reference is still to come; or if the run has no limit that it can be compared with.
+                of a reference is still to come; if the run has no limit that it can be compared with; or if another
+            callback logs under the same names.
         """
+        self._check_names(trainer)
         step = trainer.global_step
         if step == 0:  # else it is what the checkpoint said
             self._coupled, self._last, self._limit_state = False, -1, None
@@ -196,6 +200,26 @@ class EmbeddingDistance(Callback):
         self._probe = self._limit_run = None
         self._references = {}
 
+    def _check_names(self, trainer: Trainer) -> None:
+        """Refuse callbacks of which one would write over what the other logs."""
+
+        def names(callback: EmbeddingDistance) -> set[str]:
+            suffixes = {*callback._suffixes.values()}
+            if len(suffixes) > 1 or callback._limit is not None:
+                suffixes.add("/floor")
+            return {metric + suffix for metric in callback._metrics for suffix in suffixes}
+
+        callbacks = [one for one in vars(trainer)["callbacks"] if isinstance(one, EmbeddingDistance)]
+        for one, other in combinations(callbacks, 2):
+            if names(one) & names(other):
+                of, and_of = (", ".join(callback._sources) for callback in (one, other))
+                raise ValueError(
+                    f"Two EmbeddingDistance callbacks, of {of} and of {and_of}, would log distances "
+                    "under the same names. Give them different metrics, or the references as a dict by name, "
+                    'such as EmbeddingDistance({"large": "large.safetensors"}), whose names become part of those of the '
+                    "values."
+                )
+
     def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
         """Log the distance from the limit at the present step, unless it was, if it is due."""
         step, run = trainer.global_step, self._limit_run
@@ -212,9 +236,8 @@ class EmbeddingDistance(Callback):
         }
         values: dict[str, float] = {}
         for name, reference in recorded.items():
-            suffix = f"/{name}" if len(self._references) > 1 else ""
             found = compare(observation, reference, self._metrics)
-            values.update({f"mlu/distance/{key}{suffix}": value for key, value in found.items()})
+            values.update({f"mlu/distance/{key}{self._suffixes[name]}": value for key, value in found.items()})
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)
         between = [compare(one, other, self._metrics) for one, other in pairs]

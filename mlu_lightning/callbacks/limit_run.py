@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from mlu_lightning.batches import decode_batch, encode_batch
 from mlu_lightning.callbacks.example import find_probe
+from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.callbacks.probe import Layout, Probe, on_rank_zero
 from mlu_lightning.comparison import MetricName, compare
 from mlu_lightning.lightning_steps import StepName, call_step, mute
@@ -28,7 +29,7 @@ from mlu_lightning.limit import (
 from mlu_lightning.plan import Plan
 from mlu_lightning.probing import Observation, first_samples, locate, observe
 from mlu_lightning.recording_steps import Steps, is_due, validated_steps
-from mlu_lightning.units import Sampling
+from mlu_lightning.units import Sampling, check_sampling
 
 __all__ = ["Limit", "LimitRun"]
 
@@ -76,6 +77,7 @@ class Limit:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} of a Limit should be 1 or more.")
+        check_sampling(self.sampling, *(size for size in (self.units, self.heads) if size is not None))
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths={self.depths!r} of a Limit should be relative depths between 0 and 1.")
         validated_steps(self.steps)
@@ -106,6 +108,12 @@ class LimitRun:
             )
         check_gradient_descent(trainer.optimizers)
         if state is None:
+            if not any(one.initialized for one in vars(trainer)["callbacks"] if isinstance(one, MLUCallback)):
+                raise ValueError(
+                    "The infinite model starts from initial weights, and MLUCallback did not initialize this module in this "
+                    "fit: it has init=None, or the module was trained before. Build the module anew, and let MLUCallback "
+                    'initialize it with init="rescale", "normal" or "coupled".'
+                )
             check_initialization(module, plan)
         self._settings = settings
         self._models: list[InfiniteModel] = []
@@ -153,7 +161,11 @@ class LimitRun:
         Args:
             trainer: which is fitting the module.
             optimizer: of the module, with its present learning rate.
+
+        Raises:
+            ValueError: if its groups have different hyperparameters by now.
         """
+        check_gradient_descent([optimizer])  # a schedule may have given groups other learning rates meanwhile
         group = optimizer.param_groups[0]
         for own in self._optimizers:
             for parameters in own.param_groups:

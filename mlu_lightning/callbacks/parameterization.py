@@ -115,6 +115,7 @@ class MLUCallback(Callback):
         self._seed = seed
         self._family = family
         self._plan: Plan | None = None
+        self._initialized = False
         self._families: dict[str, OptimizerFamily] = {}
         self._cleanup = ExitStack()
 
@@ -122,6 +123,11 @@ class MLUCallback(Callback):
     def plan(self) -> Plan | None:
         """Plan of the module that was fitted last, None before."""
         return self._plan
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the last fit initialized the module, which a fit of a module that was trained before does not."""
+        return self._initialized
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan and initialize the module, now or when it will have been built.
@@ -258,6 +264,7 @@ class MLUCallback(Callback):
     def _apply(self, module: LightningModule, plan: Plan) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
         state = residual_state(module)
+        self._initialized = state is None and self._init is not None
         if state is None:
             if self._init is not None:
                 initialize(module, plan, self._init, self._seed)
