@@ -137,8 +137,8 @@ def save_figure(points: Sequence[Point], depth: int, path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 13), layout="constrained")
-    rows: tuple[Errors, ...] = ("stream", "reference_stream", "output")
+    figure = Figure(figsize=(15, 17), layout="constrained")
+    rows: tuple[Errors, ...] = ("stream", "reference_stream", "output", "reference_output")
     for axes, name in zip(figure.subplots(len(rows), 3, sharey="row"), rows, strict=True):
         found = means(points, name)
         fit = _fit(found, name, depth)
