@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from recipe_modules import load
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
@@ -28,9 +26,7 @@ from mlu_lightning.limit import (
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.units import Sampling
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-recipe: Any = importlib.import_module("gradient_descent")
-sys.path.pop(0)
+recipe = load("gradient_descent")
 
 Array = NDArray[np.float64]
 

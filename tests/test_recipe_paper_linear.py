@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 import subprocess
@@ -16,16 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipe_modules import RECIPES, load
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "paper_linear.py"
-
-
-def load(name: str) -> Any:
-    sys.path.insert(0, str(RECIPE.parent))  # as it is for a script
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPE.parent))
+RECIPE = RECIPES / "paper_linear.py"
 
 
 descent, recipe, report = load("gradient_descent"), load("paper_linear"), load("paper_linear_report")

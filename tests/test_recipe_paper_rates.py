@@ -8,15 +8,12 @@ import math
 from pathlib import Path
 
 import pytest
+from recipe_modules import RECIPES, load
 from rich.console import Console
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 QUICK = {"depth": 4, "sizes": 3, "smallest": 2, "largest": 17, "seeds": 2, "limit_depth": 8, "limit_units": 32}
 
-
-@pytest.fixture(autouse=True)
-def _recipes_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))
+recipe, report = load("paper_rates"), load("paper_rates_report")
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -33,21 +30,17 @@ def points_in(folder: Path) -> dict[tuple[int, int, int], dict[str, float]]:
 
 def test_widths_are_the_papers() -> None:
     """20 log-spaced values from 1.5 to 2000, rounded down."""
-    from paper_rates import Study
-
     by_hand = [math.floor(1.5 * (2000 / 1.5) ** (i / 19) + 1e-9) for i in range(20)]
-    assert Study().widths == by_hand
+    assert recipe.Study().widths == by_hand
     assert by_hand[:4] == [1, 2, 3, 4] and by_hand[-1] == 2000
-    jobs = Study().jobs
+    jobs = recipe.Study().jobs
     assert len(jobs) == 20 * 20 * 5 == len(set(jobs))
     assert [m * d for m, d, _ in jobs] == sorted(m * d for m, d, _ in jobs)
 
 
 def test_loss_is_that_of_the_paper() -> None:
     """Σ(f − Y)²/(2·N·d_out) at η = 1 is half the mean squared error that ResNet has."""
-    from paper_rates import paper_problem
-
-    problem = paper_problem()
+    problem = recipe.paper_problem()
     assert problem.inputs.shape == problem.targets.shape == (10, 5)
     assert problem.module_lr == pytest.approx(0.5)
     assert (problem.embedding_std**2, problem.readout_std**2, problem.steps) == (
@@ -57,10 +50,11 @@ def test_loss_is_that_of_the_paper() -> None:
     )
 
 
-def test_run_that_is_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from paper_rates import main
-
-    main(arguments(tmp_path))
+def test_run_that_is_cut_off_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))  # for the processes that it starts
+    recipe.main(arguments(tmp_path))
     whole = points_in(tmp_path)
     assert set(whole) == {(m, d, s) for m in (2, 5, 17) for d in (2, 5, 17) for s in (0, 1)}
     assert "left for another call" not in capsys.readouterr().out
@@ -72,13 +66,13 @@ def test_run_that_is_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     made = (tmp_path / "limits.safetensors").stat().st_mtime_ns
     path = tmp_path / "points.jsonl"
     path.write_text("", encoding="utf-8")
-    main(arguments(tmp_path, "--minutes=0"))
+    recipe.main(arguments(tmp_path, "--minutes=0"))
     assert "18 of 18 networks are left for another call" in capsys.readouterr().out
     lines = [json.dumps(point) for point in list(whole.values())[:16]]
     path.write_text("\n".join([*lines, lines[-1][:-30]]), encoding="utf-8")  # as a run that is killed leaves it
-    main(arguments(tmp_path, "--minutes=0"))
+    recipe.main(arguments(tmp_path, "--minutes=0"))
     assert "2 of 18 networks are left for another call" in capsys.readouterr().out
-    main(arguments(tmp_path))
+    recipe.main(arguments(tmp_path))
     again = points_in(tmp_path)
     for key, point in whole.items():
         for name, value in point.items():
@@ -86,28 +80,26 @@ def test_run_that_is_cut_off_goes_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "limits.safetensors").stat().st_mtime_ns == made, "the limit is not made again"
     assert (tmp_path / "paper_rates.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"holds another study: .*\"seeds\": 2.*another --output, or delete it"):
-        main(arguments(tmp_path, "--study.seeds=3"))
+        recipe.main(arguments(tmp_path, "--study.seeds=3"))
 
 
 def test_report_recovers_the_constants_of_synthetic_networks() -> None:
-    from paper_rates_report import Point, means, report
-
     def error(m: int, d: int, output: bool) -> float:
         second = 3 * d / (50 * m) if output else 0.8 * math.sqrt(d / (50 * m))
         return math.hypot(second, 2.5 / math.sqrt(d), 0.01)
 
     sizes = (4, 16, 64, 256, 1024)
     points = [
-        Point(m, d, seed, error(m, d, False) * factor, error(m, d, True) * factor)
+        report.Point(m, d, seed, error(m, d, False) * factor, error(m, d, True) * factor)
         for m in sizes
         for d in sizes
         for seed, factor in enumerate((math.sqrt(0.5), math.sqrt(1.5)))  # whose mean square is one
     ]
-    assert means(points, "stream") == pytest.approx({(m, d): error(m, d, False) for m in sizes for d in sizes})
+    assert report.means(points, "stream") == pytest.approx({(m, d): error(m, d, False) for m in sizes for d in sizes})
     console = Console(width=140, record=True, file=io.StringIO())
     limits = {"1": {"stream": 1e-3, "output": 2e-3}}
     limits |= {f"L={depth}": {"stream": 0.3 / depth, "output": 0.2 / depth} for depth in (2, 4)}
-    console.print(*report(points, 50, limits))
+    console.print(*report.report(points, 50, limits))
     text = console.export_text()
     stream = next(line for line in text.splitlines() if "stream, to the infinite model" in line and "0.80" in line)
     assert "2.50 ± 0.00" in stream and "0.0100 ± 0.0000" in stream and "0%" in stream

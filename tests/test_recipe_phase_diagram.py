@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import math
 import subprocess
 import sys
@@ -15,19 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recipe_modules import RECIPES, load
 
 from mlu_lightning import attach_multipliers, initialize
 from mlu_lightning.initialization import planned_stds
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "phase_diagram.py"
-
-
-def load(name: str) -> Any:
-    sys.path.insert(0, str(RECIPE.parent))  # as it is for a script
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPE.parent))
+RECIPE = RECIPES / "phase_diagram.py"
 
 
 descent, recipe, report = load("gradient_descent"), load("phase_diagram"), load("phase_diagram_report")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import math
 import re
 import subprocess
@@ -18,23 +17,16 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import WandbLogger
+from recipe_modules import RECIPES, load
 
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.quickstart import load_text
 from mlu_lightning.reference import Reference
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "reference_run.py"
+RECIPE = RECIPES / "reference_run.py"
 YAML = RECIPE.with_suffix(".yaml")
 TINY = ["--model.depth=2", "--model.heads=2", "--model.embedding=8", "--data.batches=4", "--model.schedule_steps=4"]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
-
-
-def load(name: str) -> Any:
-    sys.path.insert(0, str(RECIPE.parent))  # as it is for a script
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(RECIPE.parent))
 
 
 recipe, report = load("reference_run"), load("reference_run_report")
