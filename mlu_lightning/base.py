@@ -15,12 +15,13 @@ __all__ = ["Base", "BaseParameter", "base_of_module", "name_pattern", "partners"
 
 @dataclass(frozen=True)
 class BaseParameter:
-    """One parameter of the base: its role, shape, fans and root mean square at initialization."""
+    """One parameter of the base: its role, shape, fans, root mean square at initialization, and experts averaged over."""
 
     role: Role
     shape: tuple[int, ...]
     fans: tuple[int, int]
     std: float | None
+    active: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 shape=facts.shape,
                 fans=(facts.fan_in, facts.fan_out),
                 std=values[name].detach().double().square().mean().sqrt().item(),
+                active=facts.active,
             )
             for name, facts in structure.parameters.items()
         },

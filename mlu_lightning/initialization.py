@@ -138,7 +138,7 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     for name, planned in plan.parameters.items():
         place = name_pattern(name), planned.role, planned.shape, planned.base_shape, planned.ratios
         groups.setdefault((place, planned.base_std is None), []).append(name)
-    std = {name: scale.std for name, scale in plan.scales(OptimizerFamily.SGD).items()}  # the same for all families
+    std = {name: scale.std for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}  # the same for all families
     found: list[tuple[list[str], float | None]] = []
     for names in groups.values():
         stds = [plan.parameters[name].base_std for name in names]

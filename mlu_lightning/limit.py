@@ -29,7 +29,7 @@ from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.multipliers import attach_multipliers, residual_state
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
-from mlu_lightning.rules import OptimizerFamily, Role
+from mlu_lightning.rules import OptimizerFamily, Parameterization, Role
 from mlu_lightning.units import Sampling, draw_units, exact_units
 
 __all__ = [
@@ -325,6 +325,13 @@ _BUILDERS: Mapping[type[nn.Module], Callable[..., Any]] = {ResNet: _resnet, Caus
 
 def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
     """Plan of the infinite model, with the standard deviations of the finite one's, which may have been edited."""
+    if plan.rules is not Parameterization.MLU or not plan.horizon.is_identity:
+        raise ValueError(
+            f"The plan has rules={plan.rules.value!r}, batch_ratio={plan.horizon.batch_ratio:g} and token_ratio="
+            f"{plan.horizon.token_ratio:g}. The infinite model is that of the MLU parameterization under gradient descent: "
+            "make the plan with rules='mlu' and without these ratios, or compare with a large run that ReferenceRecorder "
+            "recorded."
+        )
     own = Plan.from_model(built, base=plan if plan.base is not None else None, alpha=plan.alpha)
     squares: dict[str, list[float]] = {}
     for name, parameter in plan.parameters.items():

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -185,7 +185,8 @@ def residual_state(module: nn.Module) -> ResidualState | None:
 def fingerprint(plan: Plan) -> str:
     """Name the numbers of a plan that a training run depends on: equal runs have equal fingerprints.
 
-    Roles, shapes, ratios, multipliers and alpha count; what only initialization uses (``base_std``) and texts do not.
+    Roles, shapes, ratios, multipliers, rules, alpha, batch size and duration count; what only initialization uses
+    (``base_std``) and texts do not.
 
     Args:
         plan: any plan.
@@ -202,7 +203,7 @@ def fingerprint(plan: Plan) -> str:
             name: [
                 str(parameter.role),
                 list(parameter.shape),
-                *map(float, (parameter.ratios.depth, parameter.ratios.inputs, parameter.ratios.outputs)),
+                *map(float, astuple(parameter.ratios)),
             ]
             for name, parameter in plan.parameters.items()
         },
@@ -210,7 +211,9 @@ def fingerprint(plan: Plan) -> str:
             [multiplier.name, multiplier.kind, float(multiplier.value), str(multiplier.site), list(multiplier.folds)]
             for multiplier in plan.multipliers
         ],
+        "rules": plan.rules.value,
         "alpha": float(plan.alpha),
+        "horizon": [*map(float, astuple(plan.horizon))],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

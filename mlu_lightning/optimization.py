@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mlu_lightning.multipliers import fingerprint, residual_state
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
-from mlu_lightning.update_rules import Factor, Group, UpdateRule, divided, multiplied, update_rule
+from mlu_lightning.update_rules import Factor, Family, Group, UpdateRule, divided, multiplied, update_rules
 
 __all__ = ["ScaledOptimizer", "scale_optimizer"]
 
@@ -31,7 +31,7 @@ def scale_optimizer(
     optimizer: Optimizer | LightningOptimizer,
     module: nn.Module,
     plan: Plan,
-    family: OptimizerFamily | str | None = None,
+    family: Family | None = None,
 ) -> ScaledOptimizer:
     """Let an optimizer update each parameter with its own multiple of learning rate, eps and weight decay.
 
@@ -49,7 +49,8 @@ def scale_optimizer(
             of the size that the plan's initialization gives them.
         module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
         plan: the module's plan.
-        family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs.
+        family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs. A list
+            has one for each parameter group, for an optimizer that treats them differently.
 
     Returns:
         A handle with ``.remove()``.
@@ -74,7 +75,7 @@ def scale_optimizer(
     >>> handle.remove()
     """
     optimizer = _unwrapped(optimizer)
-    rule = update_rule(optimizer, family)
+    update_rules(optimizer, family)  # refuses what has none
     if not isinstance(vars(optimizer).get("param_groups"), list):
         raise ValueError(
             f"The param_groups of {type(optimizer).__name__} are not a list of its own, so its update cannot be given "
@@ -90,32 +91,39 @@ def scale_optimizer(
         # FSDP1 leaves shards, of other shapes
         plan.check(module)
     _check_multipliers(module, plan)
-    return ScaledOptimizer(optimizer, module, plan, rule)
+    return ScaledOptimizer(optimizer, module, plan, family)
 
 
 class ScaledOptimizer:
     """Handle of an optimizer that :func:`scale_optimizer` has scaled."""
 
-    def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, rule: UpdateRule) -> None:
+    def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
         """Scale an optimizer; :func:`scale_optimizer` checks before that it can be.
 
         Args:
             optimizer: the optimizer itself, not a wrapper of it.
             module: the module that has its parameters.
             plan: the module's plan.
-            rule: how the optimizer uses its numbers.
+            family: as in :func:`scale_optimizer`.
         """
         self.optimizer = optimizer
         self.active = True
         self._module = module
         self._plan = plan
-        self._rule = rule
+        self._family = family
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hook = optimizer.register_state_dict_pre_hook(lambda _: self._swap_out())
         self._step_before = vars(optimizer).get("step")
         self._step = self._wrapped_step()
         vars(optimizer)["step"] = self._step
+
+    @property
+    def families(self) -> dict[str, OptimizerFamily]:
+        """Column of the table by the name of every parameter that the optimizer has."""
+        names = self._names()
+        groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
+        return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
     def remove(self) -> None:
         """Make the optimizer plain again. Safe to call twice."""
@@ -187,23 +195,28 @@ class ScaledOptimizer:
     def _split(self, index: int) -> _Split:
         """Divide a group of the user's into shadows, one for each distinct set of factors."""
         group = self.optimizer.param_groups[index]
-        family = self._rule.family_of(group)
+        rule = update_rules(self.optimizer, self._family)[index]
+        family = rule.family_of(group)
         scales = self._plan.scales(family)
         state = residual_state(self._module)
         folded = frozenset[str]() if state is None else state.folded
-        names = {id(p): name.replace(_FSDP, "") for name, p in self._module.named_parameters()}
+        names = self._names()
         members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
         for parameter in group["params"]:
             name = names.get(id(parameter))
             if name not in scales:
                 raise ValueError(_foreign(index, parameter, name))
             scale = scales[name].folded(family) if name in folded else scales[name]
-            factors = self._rule.factors(group, name, self._plan.parameters[name], scale)
+            factors = rule.factors(group, name, self._plan, scale)
             members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
         shadows = [_Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
-        shadows.sort(key=lambda shadow: shadow.factors.get("lr", 1.0), reverse=True)
-        return _Split(group, [id(parameter) for parameter in group["params"]], shadows)
+        shadows.sort(key=_Shadow.lr_factor, reverse=True)
+        return _Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+
+    def _names(self) -> dict[int, str]:
+        """Names of the module's parameters by identity, as the plan has them."""
+        return {id(p): name.replace(_FSDP, "") for name, p in self._module.named_parameters()}
 
     def _filled(self, split: _Split) -> list[Group]:
         """Groups that take the place of one of the user's in this step."""
@@ -211,8 +224,8 @@ class ScaledOptimizer:
             return [split.user]
         for shadow in split.shadows:
             shadow.fill(split.user)
-            if self._rule.at_step is not None:
-                self._rule.at_step(split.user, shadow.group, shadow.factors, self._step_number(shadow))
+            if split.rule.at_step is not None:
+                split.rule.at_step(split.user, shadow.group, shadow.factors, self._step_number(shadow))
             shadow.given = {**shadow.group}
         return [shadow.group for shadow in split.shadows]
 
@@ -238,6 +251,12 @@ class _Shadow:
     seen: Group = field(default_factory=dict)
     given: Group = field(default_factory=dict)
 
+    def lr_factor(self) -> float:
+        """Factor of the learning rate."""
+        factor = self.factors.get("lr", 1.0)
+        assert isinstance(factor, float)
+        return factor
+
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
         for key, value in user.items():
@@ -257,11 +276,13 @@ class _Split:
         user: the group.
         members: ids of its parameters.
         shadows: what the optimizer sees instead.
+        rule: how the optimizer uses the group's numbers.
     """
 
     user: Group
     members: list[int]
     shadows: list[_Shadow]
+    rule: UpdateRule
 
     @property
     def is_plain(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import nn
 
 from mlu_lightning.base import Base, BaseParameter, base_of_module, name_pattern
 from mlu_lightning.discovery import discover
+from mlu_lightning.horizon import Horizon
 from mlu_lightning.overrides import override_roles, require_roles
 from mlu_lightning.plan_files import parts_from_yaml, parts_to_yaml
 from mlu_lightning.plan_table import plan_table
@@ -26,7 +27,7 @@ from mlu_lightning.planning import (
     plan_parameters,
     plan_streams,
 )
-from mlu_lightning.rules import OptimizerFamily, Role, Scale, scale
+from mlu_lightning.rules import OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.structure import Tap
 
 __all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "Plan", "StreamPlan"]
@@ -44,6 +45,8 @@ class Plan:
         alpha: richness, 1 for MLU; large values tend to a linearized model (theory.md, section 3).
         warnings: what the theory does not cover in this module.
         taps: where streams and outputs can be read.
+        rules: whose table the factors are looked up in.
+        horizon: batch size and duration next to the base's.
     """
 
     parameters: dict[str, ParameterPlan]
@@ -53,6 +56,8 @@ class Plan:
     alpha: float = 1.0
     warnings: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
+    rules: Parameterization = Parameterization.MLU
+    horizon: Horizon = field(default_factory=Horizon)
 
     @classmethod
     def from_model(
@@ -63,6 +68,9 @@ class Plan:
         base: nn.Module | Plan | str | PathLike[str] | None = None,
         overrides: Mapping[str, Role | str] | None = None,
         alpha: float = 1.0,
+        rules: Parameterization | str = Parameterization.MLU,
+        batch_ratio: float = 1.0,
+        token_ratio: float = 1.0,
     ) -> Plan:
         """Discover a module's structure and put it next to a base.
 
@@ -75,10 +83,16 @@ class Plan:
                 rates are those of the infinite model.
             overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
             alpha: richness.
+            rules: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``
+                (:class:`mlu_lightning.rules.Parameterization`).
+            batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
+                AdamW's lr and decay are multiplied by s, eps by 1/s, and 1 - β by s² (Complete(d)P, arXiv 2512.22382).
+            token_ratio: tokens seen in all of the training over those that the base saw.
 
         Raises:
             ValueError: without residual branches, without an example, with a parameter that has no role, with an
-                override that matches nothing, or with a base of another architecture.
+                override that matches nothing, with a base of another architecture, or with rules that need a base or
+                have no richness.
 
         >>> from mlu_lightning.models import ResNet
         >>> import torch
@@ -89,6 +103,13 @@ class Plan:
         >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
+        rules, horizon = Parameterization(rules), Horizon(batch_ratio, token_ratio)
+        if rules is not Parameterization.MLU and (base is None or alpha != 1.0):
+            given = "base=None" if base is None else f"alpha={alpha:g}"
+            raise ValueError(
+                f"rules={rules.value!r} was given with {given}. The absolute form and the richness alpha are those of the "
+                "MLU parameterization: give the others a base, and leave alpha at 1."
+            )
         overrides = overrides or {}
         structure = override_roles(discover(module, example), overrides)
         require_roles(structure, module)
@@ -102,7 +123,7 @@ class Plan:
         else:
             reference = (base if isinstance(base, Plan) else cls.load(base)).base
         streams = plan_streams(structure, reference)
-        multipliers, warnings = plan_multipliers(structure, reference, streams)
+        multipliers, warnings = plan_multipliers(structure, reference, streams, rules)
         return cls(
             parameters=plan_parameters(structure, reference, streams),
             branches=plan_branches(structure, reference),
@@ -111,6 +132,8 @@ class Plan:
             alpha=alpha,
             warnings=structure.warnings + warnings,
             taps=structure.taps,
+            rules=rules,
+            horizon=horizon,
         )
 
     @property
@@ -133,6 +156,7 @@ class Plan:
                         round(parameter.fans[1] / parameter.ratios.outputs),
                     ),
                     std=parameter.base_std,
+                    active=round(parameter.active / parameter.ratios.active),
                 )
                 for name, parameter in self.parameters.items()
             },
@@ -160,13 +184,17 @@ class Plan:
         Returns:
             The table's entries. The multiplier is that of the branch or readout that a parameter writes to, and that
             can be folded into it; it is 1 where a multiplier can only be attached, as on a tied readout.
+
+        Raises:
+            ValueError: if batch size or duration differ from the base's, and there are no rules for the family.
         """
         family = OptimizerFamily(family)
         folds = self._forward_factors
-        return {
-            name: replace(scale(parameter.role, parameter.ratios, family, self.alpha), multiplier=folds.get(name, 1.0))
-            for name, parameter in self.parameters.items()
-        }
+        found: dict[str, Scale] = {}
+        for name, parameter in self.parameters.items():
+            entry = scale(parameter.role, parameter.ratios, family, self.alpha, self.rules)
+            found[name] = self.horizon.scaled(replace(entry, multiplier=folds.get(name, 1.0)), family)
+        return found
 
     def check(self, module: nn.Module) -> None:
         """Refuse a module that the plan was not made for.

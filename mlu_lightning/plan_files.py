@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from mlu_lightning.horizon import Horizon
 from mlu_lightning.planning import BranchPlan, Multiplier, ParameterPlan, StreamPlan
-from mlu_lightning.rules import Ratios, Role
+from mlu_lightning.rules import Parameterization, Ratios, Role
 from mlu_lightning.structure import Site, Tap
 
 __all__ = ["parts_from_yaml", "parts_to_yaml"]
@@ -29,7 +30,9 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
         parts: the fields of a ``Plan``.
     """
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
+    lines.append(f"rules: {Parameterization(parts['rules']).value}")
     lines.append(f"alpha: {_flow(parts['alpha'])}")
+    lines.append(f"horizon: {_flow(asdict(parts['horizon']))}")
     for key in ("warnings", "streams", "branches", "multipliers", "taps"):
         values = parts[key]
         lines.append(f"{key}:" if values else f"{key}: []")
@@ -60,12 +63,17 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         raise ValueError(
             f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
         )
-    parts = {"alpha", "warnings", "streams", "branches", "multipliers", "taps", "parameters"}
+    parts = {"rules", "alpha", "horizon", "warnings", "streams", "branches", "multipliers", "taps", "parameters"}
     if set(content) - {"mlu_plan"} != parts:
         wrong = sorted(set(content) - {"mlu_plan"} ^ parts)
         raise ValueError(f"{source} is not a complete plan: {', '.join(wrong)} should be there or should not be.")
+    if content["rules"] not in set(Parameterization):
+        known = ", ".join(Parameterization)
+        raise ValueError(f"{source}: there are no rules {content['rules']!r}. Rules are: {known}.")
     return {
+        "rules": Parameterization(content["rules"]),
         "alpha": float(content["alpha"]),
+        "horizon": _value(Horizon, content["horizon"], source, "horizon"),
         "warnings": tuple(content["warnings"]),
         "streams": tuple(_value(StreamPlan, entry, source, "streams") for entry in content["streams"]),
         "branches": tuple(_value(BranchPlan, entry, source, "branches") for entry in content["branches"]),

@@ -11,12 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from mlu_lightning.base import name_pattern
-from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale
+from mlu_lightning.rules import OptimizerFamily, Parameterization, Ratios, Role, Scale
 
 if TYPE_CHECKING:
     from mlu_lightning.plan import Plan
 
 __all__ = ["plan_table"]
+
+_TITLES = {
+    Parameterization.MLU: "MLU",
+    Parameterization.COMPLETEP: "CompleteP",
+    Parameterization.MUP: "µP",
+    Parameterization.SP: "Standard",
+}
 
 
 def plan_table(plan: Plan, family: OptimizerFamily) -> str:
@@ -30,7 +37,13 @@ def plan_table(plan: Plan, family: OptimizerFamily) -> str:
     console = Console(file=text, width=125, color_system=None)
     base = "the paper's absolute form" if plan.base is None else "relative to the base shape"
     richness = "" if plan.alpha == 1 else f", alpha {plan.alpha:g}"
-    console.print(f"MLU plan, {base}{richness}: factors for {family.value}")
+    console.print(f"{_TITLES[plan.rules]} plan, {base}{richness}: factors for {family.value}")
+    if not plan.horizon.is_identity:
+        batch, tokens = plan.horizon.batch_ratio, plan.horizon.token_ratio
+        forgetting = plan.horizon.forgetting.factor
+        console.print(
+            f"batch {batch:g} and tokens {tokens:g} times the base's: 1 - beta is multiplied by {forgetting:g}"
+        )
     for i, stream in enumerate(plan.streams):
         name = "stream" if len(plan.streams) == 1 else f"stream {i}"
         console.print(

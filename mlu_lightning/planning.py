@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlu_lightning.base import Base, name_pattern, partners
-from mlu_lightning.rules import TABLE, Ratios, Role
+from mlu_lightning.rules import TABLE, TABLES, Parameterization, Ratios, Role
 from mlu_lightning.structure import Branch, BranchKind, ParameterFacts, Site, Structure
 
 __all__ = [
@@ -36,6 +36,7 @@ class ParameterPlan:
         fans: inputs and outputs of its map, in units.
         branch: index into ``Plan.branches``, None outside branches.
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
+        active: number of experts over whose outputs a mixture of experts averages; 1 outside of experts.
     """
 
     role: Role
@@ -46,6 +47,7 @@ class ParameterPlan:
     fans: tuple[int, int]
     branch: int | None = None
     transposed: bool = False
+    active: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,15 +151,16 @@ def plan_parameters(
         depth = streams[facts.stream].depth / streams[facts.stream].base_depth
         if counterparts is None:
             fans = _units(facts, structure)
-            ratios = _counted(facts.role, Ratios(depth, *map(float, fans)))
+            ratios = _counted(facts.role, Ratios(depth, float(fans[0]), float(fans[1]), float(facts.active)))
             base_shape, base_std = None, _absolute_std(facts)
         else:
             partner = counterparts[name]
             fans = facts.fan_in, facts.fan_out
-            ratios = _counted(facts.role, Ratios(depth, fans[0] / partner.fans[0], fans[1] / partner.fans[1]))
+            inputs, outputs = fans[0] / partner.fans[0], fans[1] / partner.fans[1]
+            ratios = _counted(facts.role, Ratios(depth, inputs, outputs, facts.active / partner.active))
             base_shape, base_std = partner.shape, partner.std
         planned[name] = ParameterPlan(
-            facts.role, facts.shape, base_shape, ratios, base_std, fans, facts.branch, facts.transposed
+            facts.role, facts.shape, base_shape, ratios, base_std, fans, facts.branch, facts.transposed, facts.active
         )
     return planned
 
@@ -189,7 +192,10 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
 
 
 def plan_multipliers(
-    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...]
+    structure: Structure,
+    base: Base | None,
+    streams: tuple[StreamPlan, ...],
+    rules: Parameterization = Parameterization.MLU,
 ) -> tuple[tuple[Multiplier, ...], tuple[str, ...]]:
     """Factors in the forward pass: 1/l on branches, 1/d on readouts, and on logits where head_dim is not the base's.
 
@@ -197,6 +203,7 @@ def plan_multipliers(
         structure: of the module.
         base: None for the paper's absolute form.
         streams: next to the base's.
+        rules: whose table they are looked up in; the standard parameterization leaves logits as they are too.
 
     Returns:
         The multipliers, and warnings.
@@ -207,16 +214,16 @@ def plan_multipliers(
     found: list[Multiplier] = []
     for branch in structure.branches:
         stream = streams[branch.stream]
-        value = TABLE[Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
+        value = TABLES[rules][Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
         found.append(Multiplier(branch.name, "branch", value, branch.site, branch.folds))
     counterparts = None if base is None else partners(structure, base)
     for readout in structure.readouts:
         # a tied table has the fans of an embedding, whose outputs are the readout's inputs
         tied = structure.parameters[readout.parameter].tied
         width = 1 if counterparts is None else counterparts[readout.parameter].fans[1 if tied else 0]
-        value = TABLE[Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
+        value = TABLES[rules][Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
         found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
-    changed = list(_changed_heads(structure, base))
+    changed = [] if rules is Parameterization.SP else list(_changed_heads(structure, base))
     found.extend(_logits(branch, base_dim) for branch, base_dim in changed)
     if not changed:
         return tuple(found), ()
@@ -274,11 +281,12 @@ def _absolute_std(facts: ParameterFacts) -> float | None:
 
 
 def _counted(role: Role, ratios: Ratios) -> Ratios:
-    """Only the ratios that the role's row of the table uses; data, targets and bounded sizes do not count."""
+    """Only the ratios that the role's row of MLU's table uses; data, targets and bounded sizes do not count."""
     row = TABLE[role]
     powers = (row.n, row.g, row.multiplier, row.std, row.lr)
     return Ratios(
         depth=ratios.depth if any(power.depth for power in powers) else 1.0,
         inputs=ratios.inputs if any(power.inputs for power in powers) else 1.0,
         outputs=ratios.outputs if any(power.outputs for power in powers) else 1.0,
+        active=ratios.active,
     )

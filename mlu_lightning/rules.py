@@ -1,22 +1,33 @@
 """The MLU table: what each role of a parameter means for its multiplier, init, learning rate, eps and decay.
 
 The table of theory.md, section 3 (Chizat, arXiv 2509.10167; Chaintron, Chizat, Maass, arXiv 2603.18168) stands here
-once, as data. A row says two things about a role, both as powers of three ratios to the base shape:
+once, as data. A row says two things about a role, both as powers of ratios to the base shape:
 
 * ``n``: over how many inputs each output sums,
 * ``g``: how large the gradient is at one output.
 
 Learning rates, eps and weight decay of every optimizer family follow from ``n`` and ``g``; only the forward multiplier
-and the init std are entries of their own.
+and the init std are entries of their own. Other parameterizations, to compare with, are what differs from this table.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 
-__all__ = ["TABLE", "OptimizerFamily", "Powers", "Ratios", "Role", "Row", "Scale", "scale"]
+__all__ = [
+    "TABLE",
+    "TABLES",
+    "OptimizerFamily",
+    "Parameterization",
+    "Powers",
+    "Ratios",
+    "Role",
+    "Row",
+    "Scale",
+    "scale",
+]
 
 
 class Role(str, Enum):
@@ -91,6 +102,28 @@ class OptimizerFamily(str, Enum):
         return self.value
 
 
+class Parameterization(str, Enum):
+    """Whose rules turn ratios to the base shape into factors: those of this package, and three to compare them with.
+
+    ``mlu``: maximal local feature updates (theory.md, section 3).
+    ``completep``: CompleteP (Dey et al., arXiv 2505.01618) with depth exponent 1, each matrix by its own number of inputs.
+    It is ``mlu`` but for the std of ``branch_out``, and ``mlu`` itself where hidden width and embedding grow alike.
+    ``mup``: µP (Yang et al., arXiv 2203.03466), each matrix by its own number of inputs; depth changes nothing.
+    ``sp``: the standard parameterization: std by the number of inputs, everything else that of the base.
+
+    >>> Parameterization("mup")
+    <Parameterization.MUP: 'mup'>
+    """
+
+    MLU = "mlu"
+    COMPLETEP = "completep"
+    MUP = "mup"
+    SP = "sp"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
 class Ratios:
     """Ratios of a parameter's surroundings to those at the base shape.
@@ -99,6 +132,7 @@ class Ratios:
         depth: ratio of the number of residual additions along its stream, l = L/L0.
         inputs: ratio of the number of inputs (d or m; 1 where inputs are data, or for vectors).
         outputs: ratio of the number of outputs (d or m; 1 where outputs are targets or of bounded size).
+        active: ratio of the number of experts over whose outputs a mixture of experts averages (1 elsewhere).
 
     >>> Ratios(depth=2.0).is_identity, Ratios().is_identity
     (False, True)
@@ -107,6 +141,7 @@ class Ratios:
     depth: float = 1.0
     inputs: float = 1.0
     outputs: float = 1.0
+    active: float = 1.0
 
     @property
     def is_identity(self) -> bool:
@@ -153,7 +188,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Powers:
-    """A monomial in the ratios of a parameter: exponents of depth, inputs and outputs.
+    """A monomial in the ratios of a parameter: exponents of depth, inputs, outputs, outputs/inputs and active experts.
 
     >>> Powers(depth=-1, outputs=-1)(Ratios(depth=4.0, outputs=2.0))
     0.125
@@ -162,10 +197,14 @@ class Powers:
     depth: float = 0
     inputs: float = 0
     outputs: float = 0
+    aspect: float = 0
+    active: float = 0
 
     def __call__(self, ratios: Ratios) -> float:
         """Value at the given ratios; exactly 1 at the base shape."""
-        return float(ratios.depth**self.depth * ratios.inputs**self.inputs * ratios.outputs**self.outputs)
+        aspect = ratios.outputs / ratios.inputs  # exactly 1 where both grow alike
+        widths = ratios.inputs**self.inputs * ratios.outputs**self.outputs * aspect**self.aspect
+        return float(ratios.depth**self.depth * widths * ratios.active**self.active)
 
 
 @dataclass(frozen=True)
@@ -202,7 +241,7 @@ _MATRICES = frozenset(
 _SUM = Powers(inputs=1)  # n: every output sums over all inputs
 _KEEP = Powers(inputs=-0.5)  # std: outputs keep the size that inputs have
 _PER_OUTPUT = Powers(outputs=-1)  # g: 1/d at stream coordinates
-_PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1)  # g: 1/(l·m) at hidden units, 1/(l·d) at stream coordinates
+_PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1)  # g: 1/(l·m) at hidden units, 1/(l·d) at coordinates
 _PER_BRANCH = Powers(depth=-1)  # g: outputs of bounded size, and what the 1/l of all branches divides
 
 TABLE: dict[Role, Row] = {
@@ -210,7 +249,12 @@ TABLE: dict[Role, Row] = {
     Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP),
     Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
     Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP),
-    Role.BRANCH_OUT: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH, std=Powers(inputs=-1, outputs=0.5)),
+    Role.BRANCH_OUT: Row(
+        n=_SUM,
+        g=_PER_BRANCH_OUTPUT,
+        multiplier=_PER_BRANCH,
+        std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
+    ),
     Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH),
     Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
     Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
@@ -224,7 +268,29 @@ TABLE: dict[Role, Row] = {
 """The table of theory.md, section 3."""
 
 
-def scale(role: Role, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.0) -> Scale:
+def _without_depth(row: Row) -> Row:
+    return Row(**{field.name: replace(getattr(row, field.name), depth=0) for field in fields(row)})
+
+
+_COMPLETEP = TABLE | {Role.BRANCH_OUT: replace(TABLE[Role.BRANCH_OUT], std=_KEEP)}
+_SUMMING = _MATRICES - {Role.EMBEDDING}
+
+TABLES: dict[Parameterization, dict[Role, Row]] = {
+    Parameterization.MLU: TABLE,
+    Parameterization.COMPLETEP: _COMPLETEP,
+    Parameterization.MUP: {role: _without_depth(row) for role, row in _COMPLETEP.items()},
+    Parameterization.SP: {role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+}
+"""The table, and those of other parameterizations as what differs from it."""
+
+
+def scale(
+    role: Role,
+    ratios: Ratios,
+    family: OptimizerFamily,
+    alpha: float = 1.0,
+    rules: Parameterization = Parameterization.MLU,
+) -> Scale:
     """Look one parameter up in the table.
 
     With n and g of the role's row: Adam lr 1/n, SGD lr 1/(n·g), Muon lr sqrt(outputs/inputs), eps g; decoupled decay
@@ -236,6 +302,7 @@ def scale(role: Role, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.
         ratios: ratios to the base shape.
         family: kind of optimizer.
         alpha: richness, 1 for MLU; large values tend to a linearized model.
+        rules: whose table it is looked up in.
 
     Returns:
         Factors relative to the base, the identity if ``ratios`` are all 1 and ``alpha`` is 1.
@@ -243,7 +310,10 @@ def scale(role: Role, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.
     >>> scale(Role.BRANCH_IN, Ratios(depth=2, inputs=4, outputs=8), OptimizerFamily.SGD)
     Scale(multiplier=1.0, std=0.5, lr=4.0, eps=0.0625, weight_decay=0.25)
     """
-    row = TABLE[role]
+    row = TABLES[rules][role]
+    multiplier, std = row.multiplier(ratios), row.std(ratios)
+    if rules is Parameterization.SP:
+        return Scale(multiplier, std)  # optimizers are left as they are
     n, g, extra = row.n(ratios), row.g(ratios), row.lr(ratios)
     sgd_lr = extra / (n * g)
     if family is OptimizerFamily.SGD:
@@ -256,7 +326,7 @@ def scale(role: Role, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.
         lr = extra / n
     in_gradient = family in (OptimizerFamily.SGD, OptimizerFamily.ADAM)
     decay = 1 / (sgd_lr if in_gradient else lr)
-    base = Scale(row.multiplier(ratios), row.std(ratios), lr, g, decay)
+    base = Scale(multiplier, std, lr, g, decay)
     return _enriched(base, role, family, alpha)
 
 

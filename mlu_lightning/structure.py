@@ -55,6 +55,7 @@ class ParameterFacts:
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
         head_dim: size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1.
         tied: whether it is also the readout.
+        active: number of experts over whose outputs a mixture of experts averages, for parameters of experts; else 1.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ParameterFacts:
     transposed: bool = False
     head_dim: int = 1
     tied: bool = False
+    active: int = 1
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mlu_lightning.plan import ParameterPlan
-from mlu_lightning.rules import OptimizerFamily, Role, Scale
+from mlu_lightning.horizon import Forgetting, Horizon
+from mlu_lightning.plan import ParameterPlan, Plan
+from mlu_lightning.rules import OptimizerFamily, Parameterization, Role, Scale
 
-__all__ = ["Factor", "Group", "UpdateRule", "divided", "multiplied", "update_rule"]
+__all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "multiplied", "update_rules"]
 
 Group = dict[str, Any]
 """A parameter group of an optimizer."""
-Factor = float | tuple[float, ...]
-"""By what to multiply a number of a group, or the numbers in a tuple of it."""
+Factor = float | tuple[float, ...] | Forgetting
+"""By what to multiply a number of a group, or the numbers in a tuple of it; or what to make of betas."""
+Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]
+"""Column of the table, for all groups of an optimizer or for each of them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class UpdateRule:
         at_step: where constant factors are not enough, changes the multiplied group for the step with the given
             number, from 1; called with the user's group, the multiplied one, its factors, and the number.
 
-    >>> rule = update_rule(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    >>> (rule,) = update_rules(torch.optim.SGD([torch.zeros(1)], lr=0.1))
     >>> rule.family
     <OptimizerFamily.SGD: 'sgd'>
     """
@@ -56,51 +59,72 @@ class UpdateRule:
             return OptimizerFamily.ADAMW
         return self.family
 
-    def factors(self, group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> dict[str, Factor]:
+    def factors(self, group: Group, name: str, plan: Plan, scale: Scale) -> dict[str, Factor]:
         """Factors for one parameter, without those that are 1 or that the group has no number for.
 
+        Raises:
+            ValueError: if a number of the group cannot be made what the plan asks for.
+
         >>> from mlu_lightning import Ratios
-        >>> plan = ParameterPlan(Role.READOUT, (2,), None, Ratios(), None, (1, 2))
+        >>> plan = Plan({"head.weight": ParameterPlan(Role.READOUT, (2,), None, Ratios(), None, (1, 2))}, (), (), ())
         >>> optimizer = torch.optim.SGD([torch.zeros(2)], lr=0.1)
-        >>> update_rule(optimizer).factors(optimizer.param_groups[0], "head.weight", plan, Scale(lr=4.0, eps=0.5))
+        >>> (rule,) = update_rules(optimizer)
+        >>> rule.factors(optimizer.param_groups[0], "head.weight", plan, Scale(lr=4.0, eps=0.5))
         {'lr': 4.0}
         """
-        numbers = self.numbers(group, name, parameter, scale)
+        parameter = plan.parameters[name]
+        if plan.rules is Parameterization.SP:
+            # optimizers are left as they are, also where they look at shapes (Muon) or sizes (Adafactor) themselves
+            parameter, scale = replace(parameter, base_shape=parameter.shape), replace(scale, std=1.0)
+        numbers = dict(self.numbers(group, name, parameter, scale))
+        if not plan.horizon.is_identity:
+            _check_horizon(plan.horizon, group, self.family_of(group))
+            numbers["betas"] = plan.horizon.forgetting
+            plan.horizon.forgetting(group["betas"])  # refuses those that would become negative
         return {key: factor for key, factor in numbers.items() if key in group and factor not in (1.0, (1.0, 1.0))}
 
 
-def update_rule(optimizer: Optimizer, family: OptimizerFamily | str | None = None) -> UpdateRule:
-    """Find the rule of an optimizer.
+def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[UpdateRule]:
+    """Find the rule of every parameter group of an optimizer.
 
     A class that inherits from one of ``torch.optim`` has the rule of that class if it also inherits its ``step``.
 
     Args:
         optimizer: the optimizer.
         family: column of the table for a class that ``torch.optim`` does not define and whose groups have ``lr``, and
-            perhaps ``eps`` and ``weight_decay``, with the usual meaning. Classes of ``torch.optim`` have their own.
+            perhaps ``eps`` and ``weight_decay``, with the usual meaning; a list with one for each group where they
+            differ, as in a Muon that trains the rest by AdamW itself. Classes of ``torch.optim`` have their own.
 
     Raises:
         TypeError: if there is no rule for the class.
+        ValueError: if a list has another length than there are groups.
 
-    >>> update_rule(torch.optim.AdamW([torch.zeros(1)])).family.value
+    >>> update_rules(torch.optim.AdamW([torch.zeros(1)]))[0].family.value
     'adamw'
     """
     name = _torch_class(optimizer)
     if name in _REFUSED:
         raise TypeError(f"{name} cannot be scaled: {_REFUSED[name]} Use another optimizer, for example AdamW or SGD.")
+    groups = len(optimizer.param_groups)
     if name in _RULES:
-        return _RULES[name]
+        return [_RULES[name]] * groups
     if family is None:
         raise TypeError(
             f"How {type(optimizer).__name__} uses its learning rate, eps and weight decay is not known: it is not an "
             "optimizer of torch.optim, or it has a step of its own. Use one of torch.optim, or say which column of the "
-            'MLU table it follows with scale_optimizer(..., family=...): "sgd" (update proportional to the gradient, '
-            'decay added to the gradient), "adam" (update independent of the size of the gradient, decay added to the '
-            'gradient), "adamw" (the same with decoupled decay) or "muon" (update of unit spectral norm, decoupled '
-            "decay)."
+            'MLU table it follows, with family=... of MLUCallback or scale_optimizer: "sgd" (update proportional to the '
+            'gradient, decay added to the gradient), "adam" (update independent of the size of the gradient, decay added to '
+            'the gradient), "adamw" (the same with decoupled decay) or "muon" (update of unit spectral norm, decoupled '
+            "decay), or a list with one for each parameter group."
         )
-    column = OptimizerFamily(family)
-    return UpdateRule(column, _declared_muon if column is OptimizerFamily.MUON else _declared)
+    families = [family] * groups if isinstance(family, str) else [*family]
+    if len(families) != groups:
+        raise ValueError(
+            f"family={families} names {len(families)} families, and {type(optimizer).__name__} has {groups} parameter "
+            "groups. Give one for each group, in their order, or one for all of them."
+        )
+    columns = [OptimizerFamily(each) for each in families]
+    return [UpdateRule(column, _declared_muon if column is OptimizerFamily.MUON else _declared) for column in columns]
 
 
 def multiplied(value: Any, factor: Factor) -> Any:
@@ -109,6 +133,8 @@ def multiplied(value: Any, factor: Factor) -> Any:
     >>> multiplied((0.5, None), (4.0, 2.0))
     (2.0, None)
     """
+    if isinstance(factor, Forgetting):
+        return factor(value)
     if isinstance(factor, tuple):
         return tuple(multiplied(part, by) for part, by in zip(value, factor, strict=True))
     return value if value is None or factor == 1.0 else value * factor
@@ -120,6 +146,8 @@ def divided(value: Any, factor: Factor) -> Any:
     >>> divided(multiplied(0.3, 4.0), 4.0)
     0.3
     """
+    if isinstance(factor, Forgetting):
+        return factor.undone(value)
     if isinstance(factor, tuple):
         return tuple(divided(part, by) for part, by in zip(value, factor, strict=True))
     return value if value is None or factor == 1.0 else value / factor
@@ -184,7 +212,7 @@ def _adadelta(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -
 
 def _radam_step(group: Group, scaled: Group, factors: Mapping[str, Factor], step: int) -> None:
     """RAdam's first steps, as long as its rectification is undefined, are proportional to the gradient."""
-    beta2 = float(group["betas"][1])
+    beta2 = float(scaled["betas"][1])
     if 2 / (1 - beta2) - 1 - 2 * step * beta2**step / (1 - beta2**step) > 5:
         return
     gradient = factors.get("eps", 1.0)
@@ -243,6 +271,21 @@ def _muon_adjustment(adjust: str | None, rows: float, columns: float) -> float:
     if adjust == "match_rms_adamw":
         return math.sqrt(max(rows, columns))
     return math.sqrt(max(1.0, rows / columns))
+
+
+def _check_horizon(horizon: Horizon, group: Group, family: OptimizerFamily) -> None:
+    """Refuse groups for which Complete(d)P has no rule: it is AdamW's."""
+    ratios = f"batch_ratio={horizon.batch_ratio:g} and token_ratio={horizon.token_ratio:g}"
+    if "betas" not in group or "momentum_decay" in group:
+        raise ValueError(
+            f"{ratios} change how fast an optimizer's averages forget, and those of this optimizer are not given by "
+            "betas alone. Use AdamW, or leave the ratios at 1 and tune the learning rate for this batch size and duration."
+        )
+    if family is OptimizerFamily.ADAM and group.get("weight_decay", 0) != 0:
+        raise ValueError(
+            f"{ratios} have a rule for decoupled weight decay only, and the decay of this optimizer, "
+            f"{group['weight_decay']:g}, is added to the gradient. Use AdamW, or weight_decay=0."
+        )
 
 
 def _check_muon(name: str, parameter: ParameterPlan) -> None:

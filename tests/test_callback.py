@@ -727,9 +727,9 @@ def test_overrides_reach_the_plan() -> None:
         ({"init": "xavier"}, "init='xavier' is none of: rescale, normal, coupled, None"),
         ({"residual": "scale"}, "residual='scale' is none of: hook, fold, folded"),
         ({"residual": "folded"}, 'residual="folded" is for weights that hold their multipliers.*Give init=None'),
-        ({"plan": "plan.yaml", "base": "base.yaml"}, "cannot be given together with base, overrides or alpha"),
-        ({"plan": "plan.yaml", "overrides": {}}, "cannot be given together with base, overrides or alpha"),
-        ({"plan": "plan.yaml", "alpha": 2.0}, "cannot be given together with base, overrides or alpha"),
+        ({"plan": "plan.yaml", "base": "base.yaml"}, "cannot be given together with base, overrides, alpha"),
+        ({"plan": "plan.yaml", "overrides": {}}, "cannot be given together with base, overrides, alpha"),
+        ({"plan": "plan.yaml", "alpha": 2.0}, "cannot be given together with base, overrides, alpha"),
     ],
 )
 def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> None:

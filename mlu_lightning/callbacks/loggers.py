@@ -179,7 +179,10 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         "embedding": _short([stream.embedding for stream in plan.streams]),
         "hidden": {kind: _short(_distinct(widths)) for kind, widths in hidden.items()},
         "base": None if plan.base is None else base,
+        "rules": plan.rules.value,
         "alpha": plan.alpha,
+        "batch_ratio": plan.horizon.batch_ratio,
+        "token_ratio": plan.horizon.token_ratio,
         "residual": residual,
         "optimizer": _short([family.value for family in _distinct(families.values())]),
         "factors": {
@@ -202,10 +205,11 @@ def _rows(plan: Plan, families: Mapping[str, OptimizerFamily]) -> list[list[Any]
 
 def _factors(plan: Plan, families: Mapping[str, OptimizerFamily]) -> dict[str, dict[str, float | None]]:
     """Factors of every parameter; those for the optimizer are None for a parameter that none has."""
-    scales = {family: plan.scales(family) for family in OptimizerFamily}
+    columns = {name: families.get(name, OptimizerFamily.ADAMW) for name in plan.parameters}
+    scales = {family: plan.scales(family) for family in _distinct(columns.values())}
     found: dict[str, dict[str, float | None]] = {}
-    for name in plan.parameters:
-        factors = scales[families.get(name, OptimizerFamily.ADAMW)][name]
+    for name, family in columns.items():
+        factors = scales[family][name]
         found[name] = {key: getattr(factors, key) for key in _FACTORS}
         if name not in families:
             found[name].update(lr=None, eps=None, weight_decay=None)

@@ -24,11 +24,11 @@ from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, res
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
-from mlu_lightning.update_rules import Group, UpdateRule, update_rule
 
 __all__ = ["MLUCallback", "Residual"]
 
 Residual = Literal["hook", "fold", "folded"]
+FamilyName = Literal["sgd", "adam", "adamw", "muon"]
 
 
 class MLUCallback(Callback):
@@ -61,7 +61,10 @@ class MLUCallback(Callback):
             or else the module's ``example_input_array``.
         seed: of what ``init`` draws, and of a base that is built here.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
-            does not define.
+            does not define; a list with one for each parameter group where they differ.
+        rules: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
+        batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
+        token_ratio: tokens seen in all of the training over those that the base saw.
 
     Raises:
         ValueError: if arguments contradict each other.
@@ -88,7 +91,10 @@ class MLUCallback(Callback):
         alpha: float = 1.0,
         example: Any = None,
         seed: int = 0,
-        family: Literal["sgd", "adam", "adamw", "muon"] | None = None,
+        family: FamilyName | list[FamilyName] | None = None,
+        rules: Literal["mlu", "completep", "mup", "sp"] = "mlu",
+        batch_ratio: float = 1.0,
+        token_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         if init not in (*get_args(InitMode), None):
@@ -100,10 +106,12 @@ class MLUCallback(Callback):
                 f'residual="folded" is for weights that hold their multipliers, and init={init!r} would change them. '
                 'Give init=None with it, or residual="fold" for weights that were just built.'
             )
-        if plan is not None and (base is not None or overrides is not None or alpha != 1.0):
+        planning = (base, overrides, alpha, rules, batch_ratio, token_ratio)
+        if plan is not None and planning != (None, None, 1.0, "mlu", 1.0, 1.0):
             raise ValueError(
-                "A plan holds its base, roles and alpha, so it cannot be given together with base, overrides or alpha. "
-                "Give these alone, to plan anew, or edit the plan."
+                "A plan holds its base, roles, alpha, rules and ratios of batch and tokens, so it cannot be given together "
+                "with base, overrides, alpha, rules, batch_ratio or token_ratio. Give these alone, to plan anew, or edit "
+                "the plan."
             )
         self._base = base
         self._given = plan
@@ -114,6 +122,9 @@ class MLUCallback(Callback):
         self._example = example
         self._seed = seed
         self._family = family
+        self._rules = rules
+        self._batch_ratio = batch_ratio
+        self._token_ratio = token_ratio
         self._plan: Plan | None = None
         self._initialized = False
         self._families: dict[str, OptimizerFamily] = {}
@@ -238,8 +249,7 @@ class MLUCallback(Callback):
             for optimizer in optimizers:
                 scaled = scale_optimizer(optimizer, module, plan, self._family)
                 self._cleanup.callback(scaled.remove)
-                rule = update_rule(scaled.optimizer, self._family)
-                self._families.update(_families(rule, optimizer.param_groups, module))
+                self._families.update(scaled.families)
             return configured
 
         self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
@@ -259,7 +269,16 @@ class MLUCallback(Callback):
             )
         example = find_example(trainer, module) if self._example is None else self._example
         with _built(self._base, trainer, self._seed) as base:
-            return Plan.from_model(module, example, base=base, overrides=self._overrides, alpha=self._alpha)
+            return Plan.from_model(
+                module,
+                example,
+                base=base,
+                overrides=self._overrides,
+                alpha=self._alpha,
+                rules=self._rules,
+                batch_ratio=self._batch_ratio,
+                token_ratio=self._token_ratio,
+            )
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
@@ -298,12 +317,6 @@ def _put_multipliers(module: nn.Module, plan: Plan, mode: Literal["hook", "fold"
     else:
         fold(module, plan, multiplied)
     vars(module)[_MARK] = True
-
-
-def _families(rule: UpdateRule, groups: list[Group], module: nn.Module) -> dict[str, OptimizerFamily]:
-    """Column of the table by the name of every parameter that an optimizer has."""
-    names = {id(p): name.replace("_fsdp_wrapped_module.", "") for name, p in module.named_parameters()}
-    return {names[id(p)]: rule.family_of(group) for group in groups for p in group["params"]}
 
 
 @contextmanager
