@@ -15,7 +15,7 @@ from mlu_lightning.initialization import initialize
 from mlu_lightning.multipliers import attach_multipliers, fold
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
-from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale
+from mlu_lightning.rules import OptimizerFamily, Parameterization, Ratios, Role, Scale
 from mlu_lightning.shape_search import Architecture, optimal_shape
 from mlu_lightning.shapes import ErrorConstants, Shape, error_bound, fit_error_bound
 from mlu_lightning.structure import Branch, Structure
@@ -28,6 +28,7 @@ __all__ = [
     "Limit",
     "MLUCallback",
     "OptimizerFamily",
+    "Parameterization",
     "Plan",
     "Ratios",
     "ReferenceRecorder",

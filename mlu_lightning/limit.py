@@ -325,7 +325,7 @@ _BUILDERS: Mapping[type[nn.Module], Callable[..., Any]] = {ResNet: _resnet, Caus
 
 def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
     """Plan of the infinite model, with the standard deviations of the finite one's, which may have been edited."""
-    if plan.rules is not Parameterization.MLU or not plan.horizon.is_identity:
+    if plan.rules != Parameterization.MLU or not plan.horizon.is_identity:
         raise ValueError(
             f"The plan has rules={plan.rules.value!r}, batch_ratio={plan.horizon.batch_ratio:g} and token_ratio="
             f"{plan.horizon.token_ratio:g}. The infinite model is that of the MLU parameterization under gradient descent: "

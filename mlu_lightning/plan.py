@@ -104,7 +104,7 @@ class Plan:
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
         rules, horizon = Parameterization(rules), Horizon(batch_ratio, token_ratio)
-        if rules is not Parameterization.MLU and (base is None or alpha != 1.0):
+        if rules != Parameterization.MLU and (base is None or alpha != 1.0):
             given = "base=None" if base is None else f"alpha={alpha:g}"
             raise ValueError(
                 f"rules={rules.value!r} was given with {given}. The absolute form and the richness alpha are those of the "

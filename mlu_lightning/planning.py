@@ -223,7 +223,7 @@ def plan_multipliers(
         width = 1 if counterparts is None else counterparts[readout.parameter].fans[1 if tied else 0]
         value = TABLES[rules][Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
         found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
-    changed = [] if rules is Parameterization.SP else list(_changed_heads(structure, base))
+    changed = [] if rules == Parameterization.SP else list(_changed_heads(structure, base))
     found.extend(_logits(branch, base_dim) for branch, base_dim in changed)
     if not changed:
         return tuple(found), ()

@@ -312,7 +312,7 @@ def scale(
     """
     row = TABLES[rules][role]
     multiplier, std = row.multiplier(ratios), row.std(ratios)
-    if rules is Parameterization.SP:
+    if rules == Parameterization.SP:
         return Scale(multiplier, std)  # optimizers are left as they are
     n, g, extra = row.n(ratios), row.g(ratios), row.lr(ratios)
     sgd_lr = extra / (n * g)

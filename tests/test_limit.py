@@ -16,6 +16,7 @@ from recipe_modules import load
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning.horizon import Horizon
 from mlu_lightning.limit import (
     InfiniteModel,
     check_gradient_descent,
@@ -24,6 +25,7 @@ from mlu_lightning.limit import (
     infinite_model,
 )
 from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.rules import Parameterization
 from mlu_lightning.units import Sampling
 
 recipe = load("gradient_descent")
@@ -661,6 +663,16 @@ def test_unknown_classes_are_refused() -> None:
 def test_plan_of_another_module_is_refused(shape: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"The plan was not made for this ResNet: .* (is in the|in the module)"):
         infinite_model(planned(**shape)[0], planned()[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"rules": Parameterization.MUP}, "rules='mup'"), ({"horizon": Horizon(batch_ratio=2.0)}, "batch_ratio=2")],
+)
+def test_limit_of_other_rules_is_refused(changes: dict[str, Any], message: str) -> None:
+    module, plan = planned()
+    with pytest.raises(ValueError, match=rf"{message}.*is that of the MLU parameterization under gradient descent"):
+        infinite_model(module, replace(plan, **changes))
 
 
 def test_gains_of_norms_are_refused_unless_they_stay_one() -> None:

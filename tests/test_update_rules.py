@@ -337,6 +337,65 @@ def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transp
     assert seen[-1][0]["lr"] == pytest.approx(0.1 * MUON_LR["branch_in"] / own, rel=1e-14)  # float64 rounding
 
 
+class Combined(optim.Optimizer):
+    """Muon for its first group, by an exact polar factor, and AdamW for the other: as many training scripts have it."""
+
+    def __init__(self, muon: list[Numbers], adamw: list[Numbers]) -> None:
+        groups = [{"use_muon": True, "eps": 1e-7, **group} for group in muon]
+        super().__init__([*groups, *({"use_muon": False, "eps": 1e-8, **group} for group in adamw)], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                first = state.setdefault("first", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["use_muon"]:
+                    left, _, right = torch.linalg.svd(first, full_matrices=False)
+                    parameter.sub_(left @ right, alpha=group["lr"])
+                    continue
+                second = state.setdefault("second", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.05)
+                root = (second / (1 - 0.95 ** state["step"])).sqrt()
+                parameter.sub_(first / (1 - 0.9 ** state["step"]) / (root + group["eps"]), alpha=group["lr"])
+
+
+def test_combined_optimizers_have_a_family_for_each_group() -> None:
+    ours, theirs = Weights(), Weights()
+    others = [name for name in SHAPES if name not in MATRICES]
+    muon, rest = {"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, "eps": 0.1, "weight_decay": 0.3}
+
+    def of(module: nn.Module, *names: str) -> list[nn.Parameter]:
+        return [module.get_parameter(name) for name in names]
+
+    optimizer = Combined([{"params": of(ours, *MATRICES), **muon}], [{"params": of(ours, *others), **rest}])
+    with pytest.raises(TypeError, match=r"How Combined uses .*a list with one for each parameter group"):
+        scale_optimizer(optimizer, ours, plan_of(ours))
+    with pytest.raises(ValueError, match=r"names 3 families, and Combined has 2 parameter groups\. Give one for each"):
+        scale_optimizer(optimizer, ours, plan_of(ours), family=["muon", "adamw", "adamw"])
+    with pytest.raises(ValueError, match="Muon was given embedding"):
+        scale_optimizer(optimizer, ours, plan_of(ours), family="muon")
+    scaled = scale_optimizer(optimizer, ours, plan_of(ours), family=["muon", "adamw"])
+    assert scaled.families == {name: "muon" if name in MATRICES else "adamw" for name in SHAPES}
+    by_hand = Combined(
+        [
+            {
+                "params": of(theirs, name),
+                "lr": muon["lr"] * MUON_LR[name],
+                "weight_decay": muon["weight_decay"] / MUON_LR[name],
+            }
+            for name in MATRICES
+        ],
+        [{"params": of(theirs, name), **adamw(rest, name, 0)} for name in others],
+    )
+    for step in range(4):
+        for module, each in ((ours, optimizer), (theirs, by_hand)):
+            module.load_gradients(step)
+            each.step()
+    assert identical(ours, theirs)
+
+
 # Refusals
 
 
