@@ -13,7 +13,9 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning.horizon import Horizon
 from mlu_lightning.models import CausalTransformer
+from mlu_lightning.multipliers import fingerprint
 from mlu_lightning.quickstart import Windows
 from mlu_lightning.rules import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, scale
 
@@ -100,7 +102,7 @@ def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
 @pytest.mark.parametrize("family", OptimizerFamily)
 def test_standard_parameterization_has_the_std_of_a_sum_and_nothing_else(family: OptimizerFamily) -> None:
     for role, ratios, inputs in (
-        (Role.EMBEDDING, COORDINATES, 1.0),
+        (Role.EMBEDDING, Ratios(DEPTH, HIDDEN, EMBEDDING), 1.0),  # data do not count
         (Role.BRANCH_IN, INTO, EMBEDDING),
         (Role.BRANCH_HIDDEN, WITHIN, HIDDEN),
         (Role.BRANCH_OUT, OUT, HIDDEN),
@@ -225,6 +227,15 @@ def test_rules_are_kept_in_a_file_and_printed(tmp_path: Any) -> None:
         # a plan is a base for any rules: it holds the base's shape
         again = Plan.from_model(module, example, base=tmp_path / "plan.yaml")
         assert again.scales("adamw") == plans[MLU].scales("adamw")
+
+
+def test_fingerprints_tell_runs_apart() -> None:
+    """A run is not to go on from the checkpoint of one with other rules, or with other betas."""
+    plan = plan_of(Weights())
+    others = [replace(plan, rules=rules) for rules in Parameterization if rules is not MLU]
+    others += [replace(plan, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))]
+    assert len({fingerprint(each) for each in (plan, *others)}) == 6
+    assert fingerprint(replace(plan, rules=MLU, horizon=Horizon())) == fingerprint(plan)
 
 
 def test_rules_that_do_not_exist(tmp_path: Any) -> None:
