@@ -20,11 +20,7 @@ from mlu_lightning.graph import ATTENTION, JOINS, NORMS, PARTS, RESHAPES, Graph,
 
 __all__ = ["Attention", "find_attention", "own_scale"]
 
-_SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {
-    "Copy",
-    "CopySlices",
-    "Sum",
-}
+_SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {"Sum"}
 _POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
 _SOFTMAXES = ("Softmax", "SafeSoftmax")
 Scalars = Sequence[tuple[Tensor, float]]
@@ -133,6 +129,8 @@ def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scala
         return 1.0
     if op.name in ("Mul", "Div"):
         return _product(op, sizes, scalars)
+    if op.name == "CopySlices" and op.operands[1:] in ((), (None,)):
+        return None  # a part of it was changed in place by a number, not filled with other data
     operands = [sizes.get(operand, 1.0) for operand in op.data]
     first = operands[0]
     if first is None or any(size is None or not math.isclose(size, first, rel_tol=1e-6) for size in operands):

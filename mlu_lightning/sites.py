@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 
 from torch import nn
 
@@ -137,29 +136,24 @@ class Sites:
                 stack.extend(op.data)
         return False
 
-    def _parts(self, queries: Op, behind: list[Op], calls: int) -> list[Site]:
+    def _parts(self, queries: Op, behind: list[Op], calls: int) -> Iterator[Site]:
         """Modules that return queries together with keys and values, side by side in their last dimension."""
-        size = math.prod(queries.shape)
-        outputs = {operand for op in behind for operand in op.operands if operand is not None}
-        found: list[Site] = []
-        for split in behind:
-            taken = [output for op, output in outputs if op is split]
-            if split.name not in ("Split", "SplitWithSizes") or len(taken) != 1:
+        taken: dict[Op, set[int]] = defaultdict(set)
+        for op in behind:
+            for operand, output in filter(None, op.operands):
+                taken[operand].add(output)
+        for part in behind:
+            entries = _entries(part, *taken[part]) if len(taken[part]) == 1 else None
+            if entries is None or not self._is_proportional(queries, part):
                 continue
-            ends = list(accumulate(shape[-1] for shape in split.shapes))
-            start, stop = (0, *ends)[taken[0]], ends[taken[0]]
-            op = split.data[0]
-            if op.shape[-1] != ends[-1] or not self._is_proportional(queries, split):
-                continue
-            if math.prod(split.shapes[taken[0]]) != size:
-                continue
+            op = part.data[0]
+            length = op.shape[-1]
             while True:
-                period = None if op.shape[-1] == ends[-1] else ends[-1]
-                found += [replace(site, part=(start, stop), period=period) for site in self._makers([op], calls)]
-                if not _keeps_lots(op, ends[-1]):
+                period = None if op.shape[-1] == length else length
+                yield from (replace(site, part=entries, period=period) for site in self._makers([op], calls))
+                if not _keeps_lots(op, length):
                     break
                 op = op.data[0]
-        return found
 
     def _query_rows(self, behind: list[Op]) -> Iterator[Site]:
         """The rows of queries in the projection that ``nn.MultiheadAttention`` holds for all three."""
@@ -273,6 +267,23 @@ class Sites:
                 if passed.node in self.graph.by_node:
                     made[self.graph.by_node[passed.node]].append((call, passed.index))
         return made
+
+
+def _entries(part: Op, output: int) -> tuple[int, int] | None:
+    """First and last (exclusive) entry of its operand's last dimension that one output of an operation takes."""
+    if len(part.data) != 1:
+        return None
+    shape = part.data[0].shape
+    if any(taken[:-1] != shape[:-1] for taken in part.shapes) or part.shapes[output][-1] == shape[-1]:
+        return None
+    if part.name in ("Split", "SplitWithSizes"):
+        start = sum(taken[-1] for taken in part.shapes[:output])
+    elif part.name == "Slice" and getattr(part.node, "_saved_step", None) == 1:
+        start = getattr(part.node, "_saved_start", 0) % 2**64
+        start = start - 2**64 + shape[-1] if start >= 2**63 else start
+    else:
+        return None
+    return start, start + part.shapes[output][-1]
 
 
 def _keeps_lots(op: Op, length: int) -> bool:
