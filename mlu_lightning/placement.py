@@ -64,6 +64,8 @@ class BranchPlacement:
         source = transparent_source(op.data[0]) if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return _BIAS_ROLES[self._matrix_role(source)]
+        if attention is not None and size == self.hidden and use.shape[-1] == 1:
+            return Role.BRANCH_IN_BIAS  # one entry per head, as a temperature
         if attention is not None and size == attention.key_dim:
             return Role.BRANCH_BOUNDED
         if size in self._sizes or (attention is not None and size % attention.key_dim == 0):
