@@ -201,10 +201,13 @@ def plan_multipliers(
 
     The theory has a bounded head_dim d_k (theory.md, section 3). Where it differs from the base's, logits are to be
     proportional to 1/d_k relative to it, whatever the module's own factor c is: they are multiplied by
-    (base d_k / d_k) / (c / base c). After a few steps queries and keys are correlated, and a logit is c times d_k
-    products of one sign. With query-key norm the same rule holds for another reason: products of normalized
-    coordinates are bounded, and so is the logit by c · d_k times the gains, a bound that has to be the base's. Without
-    the norm, logits of any size are possible, and their size changes with that of the projections.
+    (base d_k / d_k) / (c / base c), because training correlates queries and keys, so that a logit becomes c times a sum
+    of d_k products of one sign.
+
+    With query-key norm the rule is the same, for a stronger reason: a logit is at most c · d_k times the gains, however
+    long the training, and 1/d_k keeps that bound. It has to come after the norm, which undoes what multiplies its
+    input. For the same reason the std of the queries' and keys' projections has no effect on the function there, but
+    it divides what a step of a given size does; without the norm, logits grow with it.
 
     Args:
         structure: of the module.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from mlu_lightning import Plan, attach_multipliers, fold, scale_optimizer
+from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.planning import Multiplier
 
@@ -365,6 +365,23 @@ def test_a_logit_is_that_of_the_base(name: str) -> None:
     torch.testing.assert_close(_loss(fold(module, plan), case.example), expected, rtol=RTOL, atol=0)
 
 
+class Channels(nn.Module):
+    """Residual attention whose queries, keys and values are parts of what a convolution returns, by channels."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.embed, self.readout = nn.Linear(3, 16), nn.Linear(16, 2)
+        self.packed, self.out = nn.Conv1d(16, 6 * head_dim, 1), nn.Linear(2 * head_dim, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        packed = self.packed(h.mT).mT.chunk(3, -1)
+        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in packed)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        output: Tensor = self.readout(h + self.out(attended.transpose(1, 2).flatten(2)))
+        return output
+
+
 def _changed(how: str, head_dim: int = 16) -> Plan:
     return Plan.from_model(Plain(how, head_dim), EXAMPLE, base=Plain(how, 8))
 
@@ -393,6 +410,11 @@ def test_queries_that_cannot_be_multiplied(how: str) -> None:
     with pytest.raises(ValueError, match=message):
         _changed(how)
     assert not _changed(how, head_dim=8).warnings
+
+
+def test_parts_that_are_not_in_the_last_dimension() -> None:
+    with pytest.raises(ValueError, match="its queries can be multiplied nowhere: they are made together with keys"):
+        Plan.from_model(Channels(16), EXAMPLE, base=Channels(8))
 
 
 def test_a_factor_that_differs_along_the_depth() -> None:
@@ -523,3 +545,68 @@ def test_ratios_of_grouped_queries(heads: int, key_heads: int) -> None:
     assert scales["model.layers.1.self_attn.k_proj.weight"].lr == key_heads / 2
     assert scales["model.layers.1.self_attn.q_proj.weight"].lr == heads / 4
     assert _logits(plan) == []
+
+
+class TwoBlocks(nn.Module):
+    """Two residual attentions on tokens, with or without a norm of queries and keys, that keep their logits."""
+
+    def __init__(self, head_dim: int, norm: bool) -> None:
+        super().__init__()
+        self.embed, self.readout = nn.Embedding(VOCABULARY, 64), nn.Linear(64, VOCABULARY, bias=False)
+        self.blocks = nn.ModuleList(self._block(head_dim, norm) for _ in range(2))
+        self.logits: list[Tensor] = []
+
+    @staticmethod
+    def _block(head_dim: int, norm: bool) -> nn.ModuleDict:
+        parts: dict[str, nn.Module] = {"norm": nn.RMSNorm(64)}
+        parts |= {part: nn.Linear(64, 4 * head_dim, bias=False) for part in ("query", "key", "value")}
+        parts |= {f"{part}_norm": nn.RMSNorm(head_dim) if norm else nn.Identity() for part in ("query", "key")}
+        return nn.ModuleDict(parts | {"out": nn.Linear(4 * head_dim, 64, bias=False)})
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embed(tokens)
+        self.logits.clear()
+        for block in self.blocks:
+            x = block["norm"](h)
+            query, key, value = (
+                block[part](x).unflatten(-1, (4, -1)).transpose(1, 2) for part in ("query", "key", "value")
+            )
+            logits = block["query_norm"](query) @ block["key_norm"](key).mT * query.shape[-1] ** -0.5
+            self.logits.append(logits)
+            h = h + block["out"]((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
+        output: Tensor = self.readout(h)
+        return output
+
+
+def _moved(head_dim: int, norm: bool, multiplied: bool) -> float:
+    """Root mean square by which attention logits have changed after ten steps of AdamW."""
+    tokens = torch.randint(VOCABULARY, (32, 16), generator=torch.Generator().manual_seed(7))
+    tokens[:, 8:] = tokens[:, :8]
+    changes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        base, module = TwoBlocks(16, norm), TwoBlocks(head_dim, norm)
+        plan = Plan.from_model(module, (tokens,), base=base)
+        initialize(module, plan, "normal", seed=seed)
+        if not multiplied:
+            plan = replace(plan, multipliers=tuple(m for m in plan.multipliers if m.kind != "logits"))
+        attach_multipliers(module, plan)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0.0)
+        scale_optimizer(optimizer, module, plan)
+        seen = []
+        for _ in range(11):
+            output = module(tokens)
+            seen.append(torch.stack(module.logits).detach())
+            optimizer.zero_grad()
+            F.cross_entropy(output[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            optimizer.step()
+        changes.append((seen[-1] - seen[0]).square().mean().sqrt().item())
+    return sum(changes) / len(changes)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_logits_move_as_far_at_every_head_dim(norm: bool) -> None:
+    """Queries and keys become correlated, so that 1/sqrt(head_dim) is too much, with query-key norm and without."""
+    at_base = _moved(16, norm, multiplied=True)
+    assert 0.7 < _moved(64, norm, multiplied=True) / at_base < 1.3
+    assert _moved(64, norm, multiplied=False) / at_base > 1.4
