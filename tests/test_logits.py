@@ -172,6 +172,9 @@ class Plain(nn.Module):
         query = query * torch.rsqrt(query.square().sum(-1, keepdim=True) + 1e-12)
         return (3 * (query @ (key / key.norm(dim=-1, keepdim=True)).mT)).softmax(-1) @ value
 
+    def normalized_queries(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return (F.normalize(query, dim=-1) @ key.mT).softmax(-1) @ value
+
     def normalized(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.fused(F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:]), value)
 
@@ -400,7 +403,7 @@ def test_a_factor_that_cannot_be_read(how: str) -> None:
     assert (same.warnings, _logits(same), same.branches[0].logits_scale) == ((), [], None)
 
 
-@pytest.mark.parametrize("how", ["normalized", "shifted", "queries_for_keys"])
+@pytest.mark.parametrize("how", ["normalized", "normalized_queries", "shifted", "queries_for_keys"])
 def test_queries_that_cannot_be_multiplied(how: str) -> None:
     """What is before a norm or a constant, or makes keys too, does not multiply logits; an identity after it does."""
     message = (
