@@ -259,7 +259,8 @@ def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Br
 
 def _logits(branch: Branch, base_dim: int, scale: float | None, base_scale: float | None) -> Multiplier:
     assert branch.head_dim is not None and branch.logits is not None
-    reason = f"head_dim of {branch.name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
+    name = branch.name or "the module itself"
+    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
     if not scale or not base_scale:
         whose = "the module" if not scale else "the base"
         raise ValueError(

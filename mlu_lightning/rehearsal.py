@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
@@ -207,7 +207,10 @@ def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], 
     return tuple(
         (copied, buffer.item())
         for buffer, copied in zip(module.buffers(), twin.buffers(), strict=True)
-        if buffer.numel() == 1 and buffer.is_floating_point() and not buffer.is_meta
+        if buffer.numel() == 1
+        and buffer.is_floating_point()
+        and not buffer.is_meta
+        and not isinstance(buffer, FakeTensor)
     )
 
 
