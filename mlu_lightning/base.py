@@ -10,7 +10,7 @@ from torch import nn
 from mlu_lightning.rules import Role
 from mlu_lightning.structure import Structure
 
-__all__ = ["Base", "BaseParameter", "base_of_module", "name_pattern", "partners"]
+__all__ = ["Base", "BaseParameter", "base_of_module", "logits_scales", "name_pattern", "partners"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Base:
     Args:
         parameters: by name.
         streams: depth and embedding of each stream.
-        branches: hidden width and head dimension by name pattern and kind of branch.
+        branches: hidden width, head dimension and own factor of logits by name pattern and kind of branch.
     """
 
     parameters: dict[str, BaseParameter]
     streams: tuple[tuple[int, int], ...]
-    branches: dict[tuple[str, str], tuple[int, int | None]]
+    branches: dict[tuple[str, str], tuple[int, int | None, float | None]]
 
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:
@@ -55,6 +55,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             f"The base {type(module).__name__} is on the meta device, so its initial standard deviations, which the plan "
             "needs, do not exist. Build the base on a real device; it is the small model."
         )
+    scales = logits_scales(structure)
     return Base(
         {
             name: BaseParameter(
@@ -68,10 +69,25 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         },
         tuple((stream.depth, stream.embedding) for stream in structure.streams),
         {
-            (name_pattern(branch.name), branch.kind): (branch.hidden, branch.head_dim)
+            (name_pattern(branch.name), branch.kind): (branch.hidden, branch.head_dim, scales[branch.name])
             for branch in reversed(structure.branches)
         },
     )
+
+
+def logits_scales(structure: Structure) -> dict[str, float | None]:
+    """What each attention branch itself multiplies its logits by; None where that is unknown or differs along the depth.
+
+    Args:
+        structure: of a module.
+    """
+    of_kind: dict[tuple[str, str], set[float | None]] = {}
+    for branch in structure.branches:
+        of_kind.setdefault((name_pattern(branch.name), branch.kind), set()).add(branch.logits_scale)
+    return {
+        branch.name: branch.logits_scale if len(of_kind[name_pattern(branch.name), branch.kind]) == 1 else None
+        for branch in structure.branches
+    }
 
 
 def partners(structure: Structure, base: Base) -> dict[str, BaseParameter]:

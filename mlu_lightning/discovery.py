@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from mlu_lightning.graph import Graph, Op, Use, build_graph
+from mlu_lightning.logits import own_scale
 from mlu_lightning.placement import BranchPlacement, HeadPlacement, StemPlacement, TrunkPlacement, fans
 from mlu_lightning.regions import Regions, find_regions
 from mlu_lightning.rehearsal import rehearse
@@ -258,7 +259,10 @@ def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
         site=sites.branch(ends, branch.name, owner),
         folds=sites.folds(ends),
         head_dim=None if attention is None else attention.key_dim,
-        logits=None if attention is None else sites.logits(attention.queries, len(ends)),
+        logits=None if attention is None else sites.logits(attention, len(ends)),
+        logits_scale=None
+        if attention is None
+        else own_scale(attention, spot.ops, sites.graph, sites.rehearsal.scalars),
     )
 
 

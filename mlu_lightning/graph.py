@@ -13,7 +13,7 @@ __all__ = ["Graph", "Op", "Use", "build_graph", "is_normalizer", "transparent_so
 
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
-    "NativeDropout FusedDropout".split()
+    "ViewAsComplex ViewAsReal NativeDropout FusedDropout".split()
 )
 """Operations that keep every entry (dropout: on average) and only arrange them."""
 PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
@@ -192,7 +192,8 @@ def is_normalizer(op: Op) -> bool:
     if op.name not in ("Mul", "Div") or len(op.data) != 2:
         return False
     sizes = ("Rsqrt", "Sqrt", "Reciprocal", "LinalgVectorNorm", "Norm", "Std", "ClampMin", "Clamp", "Pow")
-    return any(transparent_source(operand).name in sizes and operand.shape[-1:] == (1,) for operand in op.data)
+    sources = ((transparent_source(operand), operand) for operand in op.data)
+    return any(source.name in sizes and (1,) in (source.shape[-1:], operand.shape[-1:]) for source, operand in sources)
 
 
 def _single(op: Op) -> bool:

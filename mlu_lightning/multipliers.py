@@ -225,6 +225,7 @@ class _OutputMultiplier:
     factor: float
     index: int | None
     part: tuple[int, int] | None
+    period: int | None
     where: str
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -246,7 +247,9 @@ class _OutputMultiplier:
             if self.part is None:
                 return value * self.factor
             start, stop = self.part
-            return torch.cat((value[..., :start], value[..., start:stop] * self.factor, value[..., stop:]), dim=-1)
+            lots = value if self.period is None else value.reshape(*value.shape[:-1], -1, self.period)
+            scaled = torch.cat((lots[..., :start], lots[..., start:stop] * self.factor, lots[..., stop:]), dim=-1)
+            return scaled.reshape(value.shape)
         raise TypeError(self._complaint(f"a {type(value).__name__} where the plan has a tensor"))
 
     def _complaint(self, found: str) -> str:
@@ -330,7 +333,7 @@ def _attach(module: nn.Module, active: list[tuple[Multiplier, float]]) -> list[R
     for target, site, factor in sites:
         # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
         if site.where == "output":
-            hook = _OutputMultiplier(factor, site.index, site.part, str(site))
+            hook = _OutputMultiplier(factor, site.index, site.part, site.period, str(site))
             hooks.append(target.register_forward_hook(hook, prepend=True))
         elif site.where == "weight":
             assert site.part is not None

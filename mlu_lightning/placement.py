@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlu_lightning.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use, transparent_source
+from mlu_lightning.logits import Attention, find_attention
 from mlu_lightning.regions import BranchRegion
 from mlu_lightning.rules import Role
 from mlu_lightning.structure import BranchKind
 
-__all__ = ["Attention", "BranchPlacement", "HeadPlacement", "StemPlacement", "TrunkPlacement", "fans"]
+__all__ = ["BranchPlacement", "HeadPlacement", "StemPlacement", "TrunkPlacement", "fans"]
 
 _BIAS_ROLES = {
     Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
@@ -24,21 +25,6 @@ _BIAS_ROLES = {
     Role.READOUT: Role.READOUT_BIAS,
 }
 """Role of the bias that belongs to a matrix."""
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The attention of a branch.
-
-    Args:
-        queries: operand of the logits.
-        key_dim: dimension of queries and keys per head, d_k.
-        value_dim: dimension of values per head, d_v.
-    """
-
-    queries: Op
-    key_dim: int
-    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -78,6 +64,8 @@ class BranchPlacement:
         source = transparent_source(op.data[0]) if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return _BIAS_ROLES[self._matrix_role(source)]
+        if attention is not None and size == self.hidden and use.shape[-1] == 1:
+            return Role.BRANCH_IN_BIAS  # one entry per head, as a temperature
         if attention is not None and size == attention.key_dim:
             return Role.BRANCH_BOUNDED
         if size in self._sizes or (attention is not None and size % attention.key_dim == 0):
@@ -97,16 +85,7 @@ class BranchPlacement:
     @cached_property
     def attention(self) -> Attention | None:
         """The attention in the branch, if there is any."""
-        for op in self.region.ops:
-            if op.name.startswith(ATTENTION):
-                queries = op.operands[0]
-                assert queries is not None
-                return Attention(queries[0], queries[0].shape[-1], op.shape[-1])
-            if op.name == "Bmm" and not self.graph.is_matrix(op):
-                logits = _logits(op)
-                if logits is not None:
-                    return Attention(logits.data[0], logits.data[0].shape[-1], op.shape[-1])
-        return None
+        return find_attention(self.region.ops, self.graph)
 
     @cached_property
     def kind(self) -> BranchKind:
@@ -294,19 +273,3 @@ def _upstream(graph: Graph, ops: Iterable[Op]) -> dict[Op, frozenset[Op]]:
 
 def _is_lookup(graph: Graph, op: Op) -> bool:
     return any(use.kind == "lookup" for use in graph.uses.get(op.index, ()))
-
-
-def _logits(weighted: Op) -> Op | None:
-    """The product of queries and keys behind a product of attention weights and values."""
-    stack = [transparent_source(weighted.data[0])] if len(weighted.data) == 2 else []
-    if not stack or stack[0].name not in ("Softmax", "SafeSoftmax"):
-        return None
-    seen: set[Op] = set()
-    while stack:
-        op = stack.pop()
-        if op.name == "Bmm" and len(op.data) == 2:
-            return op
-        if op not in seen:
-            seen.add(op)
-            stack.extend(op.data)
-    return None

@@ -162,7 +162,11 @@ class Plan:
             },
             tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
             {
-                (name_pattern(branch.name), branch.kind): (branch.base_hidden, branch.base_head_dim)
+                (name_pattern(branch.name), branch.kind): (
+                    branch.base_hidden,
+                    branch.base_head_dim,
+                    branch.base_logits_scale,
+                )
                 for branch in reversed(self.branches)
             },
         )

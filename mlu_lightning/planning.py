@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mlu_lightning.base import Base, name_pattern, partners
+from mlu_lightning.base import Base, logits_scales, name_pattern, partners
 from mlu_lightning.rules import TABLE, TABLES, Parameterization, Ratios, Role
 from mlu_lightning.structure import Branch, BranchKind, ParameterFacts, Site, Structure
 
@@ -80,6 +80,8 @@ class BranchPlan:
         position: place along the stream.
         head_dim: dimension of queries and keys per head, None for other kinds.
         base_head_dim: the same of the base, None in the absolute form.
+        logits_scale: what the module itself multiplies logits by, None for other kinds and where it cannot be read.
+        base_logits_scale: the same of the base.
     """
 
     name: str
@@ -90,6 +92,8 @@ class BranchPlan:
     position: int
     head_dim: int | None = None
     base_head_dim: int | None = None
+    logits_scale: float | None = None
+    base_logits_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
     shapes = {} if base is None else base.branches
     planned = []
     for branch in structure.branches:
-        base_hidden, base_head_dim = shapes.get((name_pattern(branch.name), branch.kind), (1, None))
+        base_hidden, base_head_dim, base_scale = shapes.get((name_pattern(branch.name), branch.kind), (1, None, None))
         planned.append(
             BranchPlan(
                 name=branch.name,
@@ -186,6 +190,8 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
                 position=branch.position,
                 head_dim=branch.head_dim,
                 base_head_dim=base_head_dim,
+                logits_scale=branch.logits_scale,
+                base_logits_scale=base_scale,
             )
         )
     return tuple(planned)
@@ -199,6 +205,16 @@ def plan_multipliers(
 ) -> tuple[tuple[Multiplier, ...], tuple[str, ...]]:
     """Factors in the forward pass: 1/l on branches, 1/d on readouts, and on logits where head_dim is not the base's.
 
+    The theory has a bounded head_dim d_k (theory.md, section 3). Where it differs from the base's, logits are to be
+    proportional to 1/d_k relative to it, whatever the module's own factor c is: they are multiplied by
+    (base d_k / d_k) / (c / base c), because training correlates queries and keys, so that a logit becomes c times a sum
+    of d_k products of one sign.
+
+    With query-key norm the rule is the same, for a stronger reason: a logit is at most c · d_k times the gains, however
+    long the training, and 1/d_k keeps that bound. It has to come after the norm, which undoes what multiplies its
+    input. For the same reason the std of the queries' and keys' projections has no effect on the function there, but
+    it divides what a step of a given size does; without the norm, logits grow with it.
+
     Args:
         structure: of the module.
         base: None for the paper's absolute form.
@@ -209,7 +225,8 @@ def plan_multipliers(
         The multipliers, and warnings.
 
     Raises:
-        ValueError: if head_dim differs from the base's and the logits of a branch cannot be multiplied.
+        ValueError: if head_dim differs from the base's, and the logits of a branch cannot be multiplied or the module's
+            own factor cannot be read.
     """
     found: list[Multiplier] = []
     for branch in structure.branches:
@@ -224,37 +241,50 @@ def plan_multipliers(
         value = TABLES[rules][Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
         found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
     changed = [] if rules == Parameterization.SP else list(_changed_heads(structure, base))
-    found.extend(_logits(branch, base_dim) for branch, base_dim in changed)
+    scales = logits_scales(structure)
+    found.extend(_logits(branch, base_dim, scales[branch.name], scale) for branch, base_dim, scale in changed)
     if not changed:
         return tuple(found), ()
-    branch, base_dim = changed[0]
+    branch, base_dim, _ = changed[0]
     warning = (
         f"head_dim is {branch.head_dim} and the base's is {base_dim}. The theory holds for a bounded key-query dimension "
         "only, so for these branches µP's rule is used instead: logits proportional to 1/head_dim relative to the base "
-        "(the module's own 1/sqrt(head_dim) times sqrt(base head_dim/head_dim)), and the fan-in ratio of the output "
-        "matrix as the ratio of hidden widths. Keep head_dim and change the number of heads to stay within the theory"
+        "(whatever factor modules have themselves), and the fan-in ratio of the output matrix as the ratio of hidden "
+        "widths. Keep head_dim and change the number of heads to stay within the theory"
     )
     return tuple(found), (warning,)
 
 
-def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Branch, int]]:
-    """Attention branches whose head_dim is not the base's."""
+def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Branch, int, float | None]]:
+    """Attention branches whose head_dim is not the base's, with that and the base's own factor of logits."""
     shapes = {} if base is None else base.branches
     for branch in structure.branches:
-        _, base_dim = shapes.get((name_pattern(branch.name), branch.kind), (0, None))
+        _, base_dim, base_scale = shapes.get((name_pattern(branch.name), branch.kind), (0, None, None))
         if branch.head_dim is not None and base_dim is not None and branch.head_dim != base_dim:
-            yield branch, base_dim
+            yield branch, base_dim, base_scale
 
 
-def _logits(branch: Branch, base_dim: int) -> Multiplier:
+def _logits(branch: Branch, base_dim: int, scale: float | None, base_scale: float | None) -> Multiplier:
     assert branch.head_dim is not None and branch.logits is not None
-    if branch.logits.site is None and not branch.logits.folds:
+    name = branch.name or "the module itself"
+    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
+    if not scale or not base_scale:
+        whose = "the module" if not scale else "the base"
         raise ValueError(
-            f"head_dim of {branch.name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
-            "multiplied, but its queries are made together with keys and values, where they cannot be multiplied on their "
-            "own. Keep head_dim at the base's value and change the number of heads, or use a projection for queries alone."
+            f"{reason}multiplied, but the factor that {whose} itself puts on them cannot be read from its forward pass, "
+            "or is not the same in all blocks. Multiply queries times keys by a Python number, not in place and not by "
+            "a tensor, or keep head_dim at the base's value and change the number of heads."
         )
-    value = math.sqrt(base_dim / branch.head_dim)
+    value = base_dim / branch.head_dim * base_scale / scale
+    if math.isclose(value, 1.0, rel_tol=1e-6):  # the module has the rule already, up to rounding of its constants
+        value = 1.0
+    elif branch.logits.site is None and not branch.logits.folds:
+        raise ValueError(
+            f"{reason}multiplied by {value:.4g}, but its queries can be multiplied nowhere: they are made together with "
+            "keys or values, or normalized outside of any submodule, and no submodule returns them on their own after "
+            "that. Keep head_dim at the base's value and change the number of heads, or pass the queries through a "
+            "submodule of their own, after their norm if they have one (an nn.Identity is enough)."
+        )
     return Multiplier(branch.name, "logits", value, branch.logits.site, branch.logits.folds)
 
 

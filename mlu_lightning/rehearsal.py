@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
@@ -72,12 +72,14 @@ class Rehearsal:
         parameters: name by identity of the copy's parameter.
         calls: every call of a submodule, in order of completion.
         copy: the copy, which keeps the graph's parameters alive.
+        scalars: the copy's floating-point buffers of one entry, each with its value; those on the meta device have none.
     """
 
     roots: tuple[Node, ...]
     parameters: dict[int, str]
     calls: tuple[Call, ...]
     copy: nn.Module
+    scalars: tuple[tuple[Tensor, float], ...]
 
 
 def rehearse(module: nn.Module, example: Any) -> Rehearsal:
@@ -126,6 +128,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     calls: list[Call] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    scalars = _scalars(module, twin)
     clock = count()
     for name, submodule in twin.named_modules():
         recorder = _Recorder(name, calls, clock)
@@ -145,7 +148,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give an example for which it returns a loss or an output."
         )
-    return Rehearsal(roots, names, tuple(calls), twin)
+    return Rehearsal(roots, names, tuple(calls), twin, scalars)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -198,6 +201,17 @@ def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         for name in compiled:
             vars(copied).pop(name, None)
     return twin
+
+
+def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
+    return tuple(
+        (copied, buffer.item())
+        for buffer, copied in zip(module.buffers(), twin.buffers(), strict=True)
+        if buffer.numel() == 1
+        and buffer.is_floating_point()
+        and not buffer.is_meta
+        and not isinstance(buffer, FakeTensor)
+    )
 
 
 @contextmanager

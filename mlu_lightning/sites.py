@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,6 +23,7 @@ from mlu_lightning.graph import (
     is_normalizer,
     transparent_source,
 )
+from mlu_lightning.logits import Attention
 from mlu_lightning.rehearsal import Call, Rehearsal
 from mlu_lightning.structure import Logits, Site
 
@@ -72,41 +73,96 @@ class Sites:
         makers = [self._makers([op], len(matrices)) for op in source.values()]
         return next((site for site in makers[0] if all(site in others for others in makers)), None)
 
-    def logits(self, queries: Op, calls: int) -> Logits:
-        """Where the queries of an attention can be multiplied.
+    def logits(self, attention: Attention, calls: int) -> Logits:
+        """Where the queries of an attention can be multiplied: after their norm, which would undo it, if they have one.
 
         Args:
-            queries: operand of the attention in the first of its calls.
+            attention: in the first of its calls.
             calls: number of calls of the branch.
         """
+        queries = attention.queries
         size = math.prod(queries.shape)
-        reached: dict[Op, tuple[int, int] | None] = {}
-        stack: list[tuple[Op, tuple[int, int] | None]] = [(queries, None)]
-        while stack:
-            op, part = stack.pop()
-            if op in reached:
-                continue
-            reached[op] = part
-            if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and not is_normalizer(op):
-                operands = [operand for operand in op.operands if operand is not None and operand[0].from_data]
-                stack.extend((operand, _last_part(operand, output, size) or part) for operand, output in operands)
-        whole = [op for op in reached if math.prod(op.shape) == size and reached[op] is None]
-        matrices = [op for op in reached if self.graph.is_matrix(op)]
-        folds = self.folds([matrices[0]]) if calls == len(matrices) == 1 and matrices[0] in whole else ()
-        for op in (*whole, *(op for op in reached if reached[op] is not None)):
-            for site in self._makers([op], calls):
-                return Logits(replace(site, part=reached[op]), folds)
-        return Logits(self._query_rows(matrices), folds)
+        behind = self._behind(queries)
+        alone = [
+            op
+            for op in behind
+            if math.prod(op.shape) == size
+            and self._is_proportional(queries, op)
+            and not self._depends(attention.keys, op)
+            and not self._depends(attention.values, op)
+        ]
+        factors = self._factors(queries) or []
+        folds = self.folds([queries]) if calls == 1 and all(use.op in alone for use in factors) else ()
+        sites = (*self._makers(alone, calls), *self._parts(queries, behind, calls), *self._query_rows(behind))
+        return Logits(next(iter(sites), None), folds)
 
-    def _query_rows(self, matrices: list[Op]) -> Site | None:
+    def _behind(self, queries: Op) -> list[Op]:
+        """What queries are made of by linear operations, nearest first."""
+        reached: dict[Op, None] = {}
+        stack = [queries]
+        while stack:
+            op = stack.pop()
+            if op not in reached:
+                reached[op] = None
+                if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and not is_normalizer(op):
+                    stack.extend(op.data)
+        return sorted(reached, key=lambda op: -op.index)
+
+    def _is_proportional(self, op: Op, to: Op) -> bool:
+        """Whether multiplying the output of one operation multiplies that of another."""
+        if op is to:
+            return True
+        if op.index < to.index or is_normalizer(op):
+            return False
+        if op.name in ("Mul", "Div"):
+            numerators = op.data if op.name == "Mul" else [o[0] for o in op.operands[:1] if o is not None]
+            return any(self._is_proportional(operand, to) for operand in numerators)
+        if op.name not in RESHAPES | PARTS | JOINS | ARITHMETIC or not op.data:
+            return False
+        if op.name in ARITHMETIC | {"Cat", "Stack"} and len(op.data) < len(op.operands):
+            return False  # a constant or a parameter is joined, which would not be multiplied
+        return all(self._is_proportional(operand, to) for operand in op.data)
+
+    def _depends(self, op: Op, on: Op) -> bool:
+        """Whether one operation's output is made of another's."""
+        seen: set[Op] = set()
+        stack = [op]
+        while stack:
+            op = stack.pop()
+            if op is on:
+                return True
+            if op not in seen and op.index > on.index:
+                seen.add(op)
+                stack.extend(op.data)
+        return False
+
+    def _parts(self, queries: Op, behind: list[Op], calls: int) -> Iterator[Site]:
+        """Modules that return queries together with keys and values, side by side in their last dimension."""
+        taken: dict[Op, set[int]] = defaultdict(set)
+        for op in behind:
+            for operand, output in filter(None, op.operands):
+                taken[operand].add(output)
+        for part in behind:
+            entries = _entries(part, *taken[part]) if len(taken[part]) == 1 else None
+            if entries is None or not self._is_proportional(queries, part):
+                continue
+            op = part.data[0]
+            length = op.shape[-1]
+            while True:
+                period = None if op.shape[-1] == length else length
+                yield from (replace(site, part=entries, period=period) for site in self._makers([op], calls))
+                if not _keeps_lots(op, length):
+                    break
+                op = op.data[0]
+
+    def _query_rows(self, behind: list[Op]) -> Iterator[Site]:
         """The rows of queries in the projection that ``nn.MultiheadAttention`` holds for all three."""
-        for op in matrices:
+        for op in behind:
             for use in self.graph.matrices(op):
                 name, _, attribute = use.parameter.rpartition(".")
                 owner = self.rehearsal.copy.get_submodule(name)
                 if isinstance(owner, nn.MultiheadAttention) and attribute == "in_proj_weight":
-                    return Site(name, "weight", part=(0, owner.embed_dim))
-        return None
+                    yield Site(name, "weight", part=(0, owner.embed_dim))
 
     def folds(self, ends: list[Op]) -> tuple[str, ...]:
         """Parameters whose multiplication multiplies all of the operations and nothing else, empty if there is none.
@@ -114,7 +170,8 @@ class Sites:
         Args:
             ends: last operation of a branch in each of its calls.
         """
-        found = [self._factors(end) or [] for end in ends]
+        # what is read twice, as by a rotation of positions, is used once
+        found = [list(dict.fromkeys(self._factors(end) or [])) for end in ends]
         names = [tuple(dict.fromkeys(use.parameter for use in uses)) for uses in found]
         together = [use for uses in found for use in uses]
         counts = Counter(use.parameter for use in together)
@@ -212,11 +269,31 @@ class Sites:
         return made
 
 
-def _last_part(op: Op, output: int, size: int) -> tuple[int, int] | None:
-    """Entries of the last dimension that one output of a split holds, if that output has the given size."""
-    if op.name not in ("Split", "SplitWithSizes") or math.prod(op.shapes[output]) != size:
+def _entries(part: Op, output: int) -> tuple[int, int] | None:
+    """First and last (exclusive) entry of its operand's last dimension that one output of an operation takes."""
+    if len(part.data) != 1:
         return None
-    if {shape[:-1] for shape in op.shapes} != {op.data[0].shape[:-1]}:
+    shape = part.data[0].shape
+    if any(taken[:-1] != shape[:-1] for taken in part.shapes) or part.shapes[output][-1] == shape[-1]:
         return None
-    start = sum(shape[-1] for shape in op.shapes[:output])
-    return start, start + op.shapes[output][-1]
+    if part.name in ("Split", "SplitWithSizes"):
+        start = sum(taken[-1] for taken in part.shapes[:output])
+    elif part.name == "Slice" and getattr(part.node, "_saved_step", None) == 1:
+        start = getattr(part.node, "_saved_start", 0) % 2**64
+        start = start - 2**64 + shape[-1] if start >= 2**63 else start
+    else:
+        return None
+    return start, start + part.shapes[output][-1]
+
+
+def _keeps_lots(op: Op, length: int) -> bool:
+    """Whether an operation leaves every lot of so many neighbours in the last dimension together, and in order."""
+    if len(op.data) != 1:
+        return False
+    before, after = op.data[0].shape, op.shape
+    if op.name in ("View", "UnsafeView", "ReshapeAlias"):
+        return bool(before) and before[-1] % length == 0 and after[-1] % length == 0
+    if op.name == "Transpose":
+        moved = {getattr(op.node, name) % 2**64 for name in ("_saved_dim0", "_saved_dim1")}
+        return not moved & {len(after) - 1, 2**64 - 1}
+    return op.name in ("Clone", "Alias", "ToCopy")

@@ -22,6 +22,7 @@ class Site:
         index: position of the tensor if the output is a tuple or list, else None.
         part: first and last (exclusive) entry to be multiplied, of an output's last dimension or a weight's rows, if
             not all of them are.
+        period: entries after which ``part`` comes again, as where each head's queries, keys and values lie together.
 
     >>> print(Site("layers.0.attention", "output", 0))
     layers.0.attention output[0]
@@ -33,10 +34,12 @@ class Site:
     where: Literal["output", "input", "weight"] = "output"
     index: int | None = None
     part: tuple[int, int] | None = None
+    period: int | None = None
 
     def __str__(self) -> str:
         index = "" if self.index is None else f"[{self.index}]"
         part = "" if self.part is None else f", entries {self.part[0]} to {self.part[1]}"
+        part += "" if self.period is None else f" of every {self.period}"
         return f"{self.module or '(module itself)'} {self.where}{index}{part}"
 
 
@@ -86,6 +89,8 @@ class Branch:
         folds: parameters whose multiplication multiplies the branch, empty if there are none.
         head_dim: size of an attention head, None for other kinds.
         logits: where attention logits can be multiplied, None for other kinds.
+        logits_scale: what the module itself multiplies the sum of products of queries and keys by, such as
+            1/sqrt(head_dim); None for other kinds, and where it cannot be read.
     """
 
     name: str
@@ -98,15 +103,20 @@ class Branch:
     folds: tuple[str, ...] = ()
     head_dim: int | None = None
     logits: Logits | None = None
+    logits_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Logits:
-    """How the logits of an attention branch can be multiplied: through the queries.
+    """How the logits of an attention branch can be multiplied: through the queries, after their norm if they have one.
+
+    A norm undoes what multiplies its input, so that with query-key norm the size of the queries' projection does not
+    matter, and only what comes after the norm can be multiplied: its output, or its gain.
 
     Args:
         site: module whose output the queries are, None if there is none of their own.
-        folds: weight and bias that make the queries, empty if they make keys or values too.
+        folds: parameters that queries are proportional to, and neither keys nor values: weight and bias of their
+            projection, or the gain of their norm; empty if there are none.
     """
 
     site: Site | None = None
