@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
+from mlu_lightning import Plan
 from mlu_lightning.models import CausalTransformer, ResNet
 
 # depth, heads, embedding
@@ -83,7 +84,12 @@ class Trained(LightningModule):
 def built(architecture: Architecture, shape: tuple[int, int, int] = LARGE, seed: int = 0) -> Trained:
     """A module of a shape, in training mode, the same for the same seed."""
     torch.manual_seed(seed)
-    return Trained(architecture.build(*shape)).train()
+    module: Any = architecture.build(*shape)
+    if hasattr(module, "loss_type") and module.loss_type is None:
+        module.loss_type = (
+            "ForCausalLM"  # what transformers takes then, with a warning that torch.compile stumbles over
+        )
+    return Trained(module).train()
 
 
 def fit(
@@ -124,3 +130,8 @@ def identical(one: nn.Module, other: nn.Module) -> bool:
     """Whether parameters and buffers are equal, bit for bit."""
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def attachable(plan: Plan) -> bool:
+    """Whether hooks have a place for all of its multipliers; elsewhere they can be folded only."""
+    return all(multiplier.site is not None for multiplier in plan.multipliers)
