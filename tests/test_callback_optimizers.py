@@ -69,7 +69,7 @@ def lion(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
 def adafactor(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
     """Steps are relative to the size of the weights, which is std·a: so are they, and bounds of squared gradients."""
     factor = ADAM_LR[role] / STD[role]
-    eps = torch.finfo(torch.float32).eps * (EPS[role] / a) ** 2, 1e-3 * STD[role] * a
+    eps = numbers["eps"][0] * (EPS[role] / a) ** 2, numbers["eps"][1] * STD[role] * a
     return {**numbers, "lr": numbers["lr"] * factor, "eps": eps, "weight_decay": numbers["weight_decay"] / factor}
 
 
@@ -129,7 +129,7 @@ RUNS = {
     "lion": (Case(Lion, {"lr": 0.003, "weight_decay": 0.1}, lion),),
     "sgd-momentum": (Case(optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}, sgd),),
     "sgd-nesterov": (Case(optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, sgd),),
-    "adafactor": (Case(optim.Adafactor, {"lr": 0.01, "weight_decay": 0.1}, adafactor),),
+    "adafactor": (Case(optim.Adafactor, {"lr": 0.01, "eps": (1e-5, 0.1), "weight_decay": 0.1}, adafactor),),
     "muon": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "original"}, muon), ADAMW),
     "muon-rms": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "match_rms_adamw"}, muon), ADAMW),
 }
