@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from architectures import Architecture
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import Plan
 from mlu_lightning.models import CausalTransformer, ResNet
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # depth, heads, embedding
 SMALL, LARGE = (1, 2, 16), (2, 4, 32)
@@ -40,6 +42,14 @@ def loss_of(module: nn.Module, batch: Any) -> Tensor:
 def in_double(batch: Any) -> Any:
     """A batch with its floating-point tensors in double precision."""
     return tree_map_only(Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, batch)
+
+
+def doubled(module: ModuleT) -> ModuleT:
+    """A module in double precision; experts of transformers are one by one then, as all at once needs single precision."""
+    for part in module.modules():
+        if getattr(part, "_can_set_experts_implementation", bool)():
+            part.set_experts_implementation("eager")
+    return module.double()
 
 
 def batches_like(example: Any, count: int = BATCHES) -> list[Any]:

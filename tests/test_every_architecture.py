@@ -20,6 +20,7 @@ from architecture_runs import (
     attachable,
     batches_like,
     built,
+    doubled,
     fit,
     identical,
     in_double,
@@ -69,11 +70,11 @@ def batches(architecture: Architecture) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    base = built(architecture, SMALL, seed=1).double()
+    base = doubled(built(architecture, SMALL, seed=1))
 
     @functools.cache
     def run(residual: str) -> Run:
-        module, folder = built(architecture).double(), tmp_path_factory.mktemp(residual)
+        module, folder = doubled(built(architecture)), tmp_path_factory.mktemp(residual)
         if residual == "fold":
             callback = MLUCallback(base, residual="fold", alpha=1.5)
         else:
@@ -156,7 +157,7 @@ def test_hook_and_fold_are_the_same_run(runs: Runs, architecture: Architecture, 
 def test_resumed_run_is_the_uninterrupted_run(
     run: Run, architecture: Architecture, batches: list[Any], residual: Any
 ) -> None:
-    module, callback = built(architecture, seed=5).double(), MLUCallback(plan=run.plan, residual=residual)
+    module, callback = doubled(built(architecture, seed=5)), MLUCallback(plan=run.plan, residual=residual)
     resumed = fit(module, batches, callback, Seeded(), ckpt_path=run.folder / "epoch=0.ckpt")
     assert module.losses == run.module.losses[BATCHES:]
     assert len(module.losses) == BATCHES * (EPOCHS - 1)
@@ -170,7 +171,7 @@ def test_resumed_run_is_the_uninterrupted_run(
 def test_checkpoint_in_a_plain_module(run: Run, architecture: Architecture, batches: list[Any], residual: str) -> None:
     """It has the same weights; the same outputs too, if all multipliers are in them, or as soon as they are put in."""
     checkpoint = torch.load(run.folder / "epoch=1.ckpt", weights_only=True)
-    plain = built(architecture, seed=5).double()
+    plain = doubled(built(architecture, seed=5))
     plain.load_state_dict(checkpoint["state_dict"])
     assert identical(plain, run.module)
     expected, found = evaluated(run.module, batches), evaluated(plain, batches)
@@ -191,7 +192,7 @@ def test_checkpoint_in_a_run_with_the_callback(
     run: Run, architecture: Architecture, batches: list[Any], residual: str
 ) -> None:
     """Its multipliers come along into an evaluation, whatever the callback's base."""
-    module = built(architecture, seed=5).double()
+    module = doubled(built(architecture, seed=5))
     quiet(MLUCallback()).validate(module, loader(batches), ckpt_path=run.folder / "epoch=1.ckpt", verbose=False)
     assert module.validated == evaluated(run.module, batches)
     assert identical(module, run.module)
@@ -202,11 +203,11 @@ def test_saved_plan_is_the_plan(runs: Runs, architecture: Architecture, batches:
     plan.save(tmp_path / "plan.yaml")
     loaded = Plan.load(tmp_path / "plan.yaml")
     assert loaded == plan
-    ours, theirs = built(architecture).double(), built(architecture).double()
+    ours, theirs = doubled(built(architecture)), doubled(built(architecture))
     initialize(ours, plan)
     initialize(theirs, loaded)
     assert identical(ours, theirs)
-    assert not identical(ours, built(architecture).double())
+    assert not identical(ours, doubled(built(architecture)))
     before = evaluated(ours, batches)
     for put in [attach_multipliers, fold] if attachable(plan) else [fold]:
         one, other = copy.deepcopy(ours), copy.deepcopy(theirs)

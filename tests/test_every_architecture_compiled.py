@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from architecture_runs import BATCHES, Seeded, attachable, batches_like, built, fit, identical, in_double
+from architecture_runs import BATCHES, Seeded, attachable, batches_like, built, fit, identical
 from architectures import ARCHITECTURES
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
@@ -50,13 +50,12 @@ class Counting:
 
 
 def cases() -> Iterator[Any]:
-    """Each name, backend and residual; slow are backward passes, which aot_eager compiles, and folds without any hook."""
+    """Each name, backend and residual; slow are backward passes, which aot_eager compiles, and folds with few hooks."""
     for name, architecture in ARCHITECTURES.items():
         for backend in ("eager", "aot_eager"):
             for residual in ("hook", "fold"):
-                interesting = residual == "hook" or architecture.tied or architecture.unfoldable
-                fast = name == "resnet" or (backend == "eager" and interesting)
-                marks = [] if fast else [pytest.mark.slow]
+                hooks = residual == "hook" or architecture.unfoldable
+                marks = [] if name == "resnet" or (backend == "eager" and hooks) else [pytest.mark.slow]
                 yield pytest.param(name, backend, residual, id=f"{name}-{backend}-{residual}", marks=marks)
 
 
@@ -64,8 +63,8 @@ def cases() -> Iterator[Any]:
 def test_compiled_run_is_the_run(name: str, backend: str, residual: Literal["hook", "fold"]) -> None:
     """Also where code without the multipliers was compiled before; and without more graphs or breaks than that has."""
     architecture = ARCHITECTURES[name]
-    batches = [in_double(batch) for batch in batches_like(architecture.example)]
-    compiled, plain = built(architecture, SHAPE).double(), built(architecture, SHAPE).double()
+    batches = batches_like(architecture.example)
+    compiled, plain = built(architecture, SHAPE), built(architecture, SHAPE)
     counting = Counting(backend)
     wrapped: Any = torch.compile(compiled, backend=counting)
     for module in (wrapped, plain):
@@ -73,19 +72,20 @@ def test_compiled_run_is_the_run(name: str, backend: str, residual: Literal["hoo
     graphs, breaks = counting.taken()
     assert graphs > 0
 
-    plan = Plan.from_model(compiled, batches[0], base=built(architecture, BASE, seed=1).double(), alpha=1.5)
+    plan = Plan.from_model(compiled, batches[0], base=built(architecture, BASE, seed=1), alpha=1.5)
     assert counting.taken() == (0, Counter()), "planning runs the module as it is written"
     if residual == "hook" and not attachable(plan):
         pytest.skip("its multipliers can be folded only")
     for module in (wrapped, plain):
         fit(module, batches, MLUCallback(plan=plan, residual=residual), Seeded(), epochs=1)
     more_graphs, more_breaks = counting.taken()
-    assert more_graphs <= graphs
-    assert more_breaks <= breaks
+    assert more_breaks.keys() <= breaks.keys()
+    # where the module has breaks, how many of them and of graphs there are depends on data: experts are chosen by them
+    assert breaks or more_graphs <= graphs
     assert len(compiled.losses) == 2 * BATCHES
     if backend == "eager":
         assert compiled.losses == plain.losses
         assert identical(compiled, plain)
     else:
-        # rounding of float64: operations are taken apart and put together in another way
-        assert compiled.losses == pytest.approx(plain.losses, rel=1e-9)
+        # rounding of float32: operations are taken apart and put together in another way
+        assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)

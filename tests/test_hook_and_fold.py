@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architecture_runs import in_double, loss_of
+from architecture_runs import doubled, in_double, loss_of
 from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
     module = architecture.build(2, 4, 32)
     plan = Plan.from_model(module, architecture.example, base=base, alpha=1.5)
     initialize(module, plan)
-    return module.double().eval(), plan
+    return doubled(module).eval(), plan
 
 
 def _loss(module: nn.Module, example: Any) -> Tensor:
@@ -92,7 +92,7 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
         assert architecture.tied or architecture.unfoldable
         return
     fold(module, plan)
-    plain = architecture.build(2, 4, 32).double().eval()
+    plain = doubled(architecture.build(2, 4, 32)).eval()
     plain.load_state_dict(module.state_dict())
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
 
