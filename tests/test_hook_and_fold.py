@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from architecture_runs import doubled, in_double, loss_of
 from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
-from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.models import CausalTransformer
 
 STEPS = 20
 # eps is as large as gradients are, so that its factor counts; with a small one, Adam amplifies rounding errors without
@@ -40,21 +39,11 @@ def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
     module = architecture.build(2, 4, 32)
     plan = Plan.from_model(module, architecture.example, base=base, alpha=1.5)
     initialize(module, plan)
-    return module.double().eval(), plan
+    return doubled(module).eval(), plan
 
 
 def _loss(module: nn.Module, example: Any) -> Tensor:
-    if isinstance(module, ResNet):
-        x, y = example
-        return F.mse_loss(module(x.double()), y.double())
-    if isinstance(module, LightningModule):
-        return F.cross_entropy(module(example[:, :-1]).flatten(0, 1), example[:, 1:].flatten())
-    if isinstance(example, dict):
-        example = {k: v.double() if v.is_floating_point() else v for k, v in example.items()}
-        loss: Tensor = module(**example).loss
-        return loss
-    output = module(*(v.double() if v.is_floating_point() else v for v in example))
-    return (output - torch.linspace(-1, 1, output.shape[-1])).square().mean()
+    return loss_of(module, in_double(example))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -103,7 +92,7 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
         assert architecture.tied or architecture.unfoldable
         return
     fold(module, plan)
-    plain = architecture.build(2, 4, 32).double().eval()
+    plain = doubled(architecture.build(2, 4, 32)).eval()
     plain.load_state_dict(module.state_dict())
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
 
