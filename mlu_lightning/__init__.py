@@ -11,6 +11,7 @@ if find_spec("lightning") is None:
 
 from mlu_lightning.callbacks import EmbeddingDistance, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.discovery import discover
+from mlu_lightning.granite import to_granite
 from mlu_lightning.initialization import initialize
 from mlu_lightning.leaving import bake, restore_multipliers
 from mlu_lightning.multipliers import attach_multipliers, fold
@@ -46,4 +47,5 @@ __all__ = [
     "optimal_shape",
     "restore_multipliers",
     "scale_optimizer",
+    "to_granite",
 ]
