@@ -47,8 +47,9 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), (folder, info)
-    logits = model.eval()(**load_file(folder / "inputs")).logits
-    save_file({"logits": logits.detach().contiguous()}, folder / "loaded")
+    with torch.no_grad():
+        logits = model.eval()(**load_file(folder / "inputs")).logits
+    save_file({"logits": logits.contiguous()}, folder / "loaded")
 """
 
 
@@ -133,7 +134,8 @@ def test_loaded_without_the_package(folders: Path, name: str, form: str, run: st
     folder = folders / f"{name}, {run}, {form}"
     expected, loaded = (load_file(folder / file)["logits"] for file in ("expected", "loaded"))
     assert expected.std() > 0.01  # and not zero everywhere
-    exact = run != "rounded" and name != "gemma2"  # one plus a gain that is stored minus one is rounded
+    # one plus a gain that is stored minus one is rounded
+    exact = run != "rounded" and not HUGGING_FACE[name].unfoldable
     torch.testing.assert_close(loaded, expected, **({"rtol": 0, "atol": 0} if exact else ROUNDED))
 
 
@@ -173,7 +175,16 @@ def test_from_a_checkpoint(tmp_path: Path, mode: Literal["hook", "fold"]) -> Non
     assert torch.equal(logits(bake(again, plan), architecture), expected)
 
 
-def test_a_checkpoint_without_a_plan(tmp_path: Path) -> None:
+def test_a_baked_module_is_not_initialized_again() -> None:
+    architecture = ARCHITECTURES["llama"]
+    module, plan, trainer = trained(architecture, "hook", TWICE)
+    state = copy.deepcopy(bake(module, plan).state_dict())
+    with pytest.raises(ValueError, match="has its multipliers in its weights already"):
+        trainer.fit(module, DataLoader([architecture.example], batch_size=None))
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_a_checkpoint_without_a_plan() -> None:
     with pytest.raises(ValueError, match=r"no plan, because .* Trainer with MLUCallback wrote.*multiplied=True"):
         restore_multipliers(nn.Linear(1, 1), {"callbacks": {"ModelCheckpoint": {}}})
 
