@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
 
-__all__ = ["attach_hooks", "forget_compiled_code"]
+__all__ = ["attach_hooks"]
 
 
 def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) -> list[RemovableHandle]:
@@ -65,15 +65,9 @@ def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) 
         else:
             pre_hook = _InputMultiplier(factor, str(site))
             hooks.append(target.register_forward_pre_hook(pre_hook, with_kwargs=True))
-    if hooks:
-        forget_compiled_code()
+    if hooks and "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # code compiled before does not notice hooks that come later
     return hooks
-
-
-def forget_compiled_code() -> None:
-    """Drop what ``torch.compile`` made before, which does not notice hooks that come later."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.multiplier_hooks import attach_hooks, forget_compiled_code
+from mlu_lightning.multiplier_hooks import attach_hooks
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 
@@ -296,8 +296,6 @@ class _Applied:
         """Take the hooks and this note off the module."""
         for hook in self.hooks:
             hook.remove()
-        if self.hooks:
-            forget_compiled_code()
         module.__dict__.pop(_STATE, None)
 
 

@@ -18,10 +18,13 @@ from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, bake, fold, restore_multipliers, to_granite
 from mlu_lightning.multipliers import residual_state
+from mlu_lightning.planning import Multiplier
+from mlu_lightning.structure import Site
 
 HUGGING_FACE = {
     name: architecture
@@ -383,27 +386,37 @@ def test_a_forward_that_depends_on_the_setting_keeps_it(monkeypatch: pytest.Monk
     assert torch.equal(bake(module, plan)(TOKENS).logits, expected)
 
 
-class Normed(nn.Module):
-    """A branch that ends in a norm without a gain."""
+class PowerNorm(nn.Module):
+    """A norm that multiplies by two to the power of its gain: by 1 and 2 at gains of 0 and 1, but not by 1 + gain."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(size))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.layer_norm(h, h.shape[-1:]) * torch.exp2(self.gain)
+
+
+class Normed(nn.Module):
+    """Branches that end in a norm."""
+
+    def __init__(self, depth: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.embed = nn.Linear(3, 8)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.LayerNorm(8, elementwise_affine=False))
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(depth))
+        self.norms = nn.ModuleList(norm(8) for _ in range(depth))
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.embed(x)
-        for block in self.blocks:
-            h = h + block(h)
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            h = h + norm(block(h))
         return h
 
 
-def test_a_branch_that_no_weight_multiplies() -> None:
-    module, plan = multiplied(Normed, (torch.ones(2, 3),), (1,), (2,), double=False)
-    message = r"branch 'blocks\.0', at blocks\.0(\.3)? output, cannot be put into weights.*multiply there by 0\.75"
+@pytest.mark.parametrize("norm", [lambda size: nn.LayerNorm(size, elementwise_affine=False), PowerNorm])
+def test_a_branch_that_no_weight_multiplies(norm: Callable[[int], nn.Module]) -> None:
+    module, plan = multiplied(Normed, (torch.ones(2, 3),), (1, norm), (2, norm), double=False)
+    message = r"branch '.*', at norms\.0 output, cannot be put into weights.*multiply there by 0\.75"
     assert_refused(bake, module, plan, message)
 
 
@@ -473,6 +486,16 @@ def test_granite_has_one_multiplier_for_all_branches() -> None:
     plan = _branch_factor(plan, "model.layers.1.mlp")
     attach_multipliers(module, plan)
     assert_refused(to_granite, module, plan, r"branches have different multipliers, 0\.125, 0\.5, and Granite has one")
+
+
+def test_granite_does_not_hold_what_is_outside_of_the_model() -> None:
+    architecture = ARCHITECTURES["tied llama"]
+    module = lit(architecture, TWICE)
+    module.extra = nn.Identity()
+    plan = Plan.from_model(module, architecture.example, base=lit(architecture, BASE))
+    plan = replace(plan, multipliers=(*plan.multipliers, Multiplier("extra", "branch", 0.5, Site("extra"), ())))
+    attach_multipliers(module, plan)
+    assert_refused(to_granite, module, plan, "'extra', which the plan multiplies, is outside of it")
 
 
 def test_granite_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
