@@ -138,8 +138,7 @@ def _beginning(data: Iterable[Any], size: int) -> list[Any]:
         if iterator is data:
             raise _NoBatchError(f"the data come from a {type(data).__name__}, which gives them only once")
         items = list(islice(iterator, size))
-    with isolate_rng():
-        again = list(islice(iter(data), size))
+    again = list(islice(iter(data), size))
     leaves, others = tree_leaves(items), tree_leaves(again)
     if len(leaves) != len(others) or not all(map(_same, leaves, others)):
         rank_zero_warn(
