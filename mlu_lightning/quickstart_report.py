@@ -61,7 +61,7 @@ def verdicts(study: Study, runs: list[Run]) -> list[str]:
     ]
 
 
-def save_figure(study: Study, runs: list[Run], path: Path) -> None:
+def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validation loss (nats per byte)") -> None:
     """Draw validation loss against learning rate, with MLU and without, one curve for each shape.
 
     A large dot marks the best learning rate of a curve, between those tried as in
@@ -71,6 +71,7 @@ def save_figure(study: Study, runs: list[Run], path: Path) -> None:
         study: what was trained.
         runs: with their losses.
         path: of the PNG file.
+        label: of the losses.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -79,7 +80,7 @@ def save_figure(study: Study, runs: list[Run], path: Path) -> None:
     left.set_ylim(min(finite) - 0.05, min(max(finite), min(finite) + 1.1) + 0.02)
     for axes, mlu in ((left, True), (right, False)):
         _draw(axes, study, runs, mlu)
-    left.set_ylabel("validation loss (nats per byte)")
+    left.set_ylabel(label)
     figure.savefig(path, dpi=160)
 
 

@@ -1,7 +1,9 @@
 """The batch that MLUCallback plans with: the one that training_step would get, taken without a trace."""
 
 import random
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, cycle, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,27 @@ class Batches:
 
     def __len__(self) -> int:
         return 2
+
+
+class Slice(IterableDataset[Any]):
+    """The first items of what is behind it, which may go on where it was left."""
+
+    def __init__(self, behind: Iterable[Any], length: int = 4) -> None:
+        self.behind, self.length = behind, length
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.behind, self.length)
+
+
+class Draws:
+    """Endless numbers from a generator."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        self.draw = draw
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield self.draw()
 
 
 class Finds(LightningModule):
@@ -196,6 +219,7 @@ NOT_TWICE: dict[str, tuple[Callable[[], Any], str]] = {
     "one-stream": (lambda: DataLoader(Once(), batch_size=2), "from a Once, which gives them only once"),
     "names": (lambda: DataLoader(Named(), sampler=["a", "b"]), "Named has no samples numbered from 0"),
     "nothing": (lambda: DataLoader(Nothing(), batch_size=2), "Nothing has no samples"),
+    "no-batches": (lambda: [Slice(())], "Slice has no batches"),
 }
 
 
@@ -207,3 +231,51 @@ def test_without_a_batch_the_example_input_array_serves(loaders: Callable[[], An
     assert module.found is None
     with pytest.raises(ValueError, match=rf"no example to run it on: .*{message}. Give MLUCallback\(example=\.\.\.\)"):
         trainer.fit(Finds(), loaders())
+
+
+def find(loaders: Any) -> tuple[Any, list[str]]:
+    """The example, and what was warned of."""
+    module = Finds()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=0).fit(module, loaders)
+    return module.found, [str(one.message) for one in caught if "gave other data" in str(one.message)]
+
+
+OWN = np.random.default_rng(0)
+GOES_ON: dict[str, Callable[[], Any]] = {
+    "batches": lambda: [Slice(cycle([torch.zeros(1), torch.ones(1)]), 3)],
+    "arrays": lambda: [Slice(cycle([np.zeros(1), np.ones(1)]))],
+    "samples": lambda: DataLoader(Slice(cycle([0.0, 1.0, 2.0])), batch_size=2),
+    "text": lambda: DataLoader(Slice(cycle(["one", "two", "three"])), batch_size=2),
+    "sizes": lambda: [Slice(chain([torch.ones(1)], repeat(torch.ones(2))))],
+    "kinds": lambda: [Slice(chain([torch.ones(1)], repeat(np.ones(1))))],
+    "to-an-end": lambda: [Slice(iter([torch.ones(1)]))],
+    "draws": lambda: DataLoader(Slice(Draws(OWN.random)), batch_size=2),
+}
+
+
+@pytest.mark.parametrize("loaders", GOES_ON.values(), ids=GOES_ON)
+def test_data_that_go_on_where_they_were_left(loaders: Callable[[], Any]) -> None:
+    found, warned = find(loaders())
+    assert len(found) > 0
+    assert len(warned) == 1
+    assert "Slice gave other data" in warned[0]
+    assert "MLUCallback(example=...)" in warned[0]
+
+
+STARTS_ANEW: dict[str, Callable[[], Any]] = {
+    "batches": lambda: [Slice([torch.zeros(1), torch.ones(1)])],
+    "missing-values": lambda: [Slice([(torch.tensor([1.0, torch.nan]), np.array([np.nan, 1.0]), float("nan"))])],
+    "drawn-by-torch": lambda: [Slice(Draws(lambda: torch.rand(2)))],
+    "drawn-by-numpy": lambda: DataLoader(Slice(Draws(lambda: np.random.rand(3))), batch_size=2),
+    "sparse": lambda: [Slice([torch.eye(2).to_sparse()])],
+    "other-objects": lambda: [Slice(Draws(object))],
+}
+
+
+@pytest.mark.parametrize("loaders", STARTS_ANEW.values(), ids=STARTS_ANEW)
+def test_data_that_start_anew_are_left_alone(loaders: Callable[[], Any]) -> None:
+    found, warned = find(loaders())
+    assert found is not None
+    assert not warned

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -23,7 +27,8 @@ def find_example(trainer: Trainer, module: LightningModule) -> Any:
 
     The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and the random
     states of torch, NumPy and Python stay as they are. ``train_dataloader()`` is called once more than without, and the
-    samples are read once more.
+    samples are read once more. Data that can only be iterated over are read twice, to see whether they begin anew each
+    time, and there is a warning if they do not.
 
     Args:
         trainer: which is about to fit the module.
@@ -104,10 +109,10 @@ def _first_batch(loader: Any) -> Any:
             return loader.collate_fn(loader.dataset[list(range(size))])
         samples = _first_samples(loader)
         return loader.collate_fn(samples if loader.batch_sampler is not None else samples[0])
-    iterator = iter(loader)
-    if iterator is loader:
-        raise _NoBatchError(f"the training data come from a {type(loader).__name__}, which gives them only once")
-    return next(iterator)
+    batches = _beginning(loader, 1)
+    if not batches:
+        raise _NoBatchError(f"{type(loader).__name__} has no batches")
+    return batches[0]
 
 
 def _first_samples(loader: DataLoader[Any]) -> list[Any]:
@@ -115,10 +120,7 @@ def _first_samples(loader: DataLoader[Any]) -> list[Any]:
     dataset: Any = loader.dataset
     size = loader.batch_size or int(getattr(loader.batch_sampler, "batch_size", 1))
     if isinstance(dataset, IterableDataset):
-        iterator = iter(dataset)
-        if iterator is dataset:
-            raise _NoBatchError(f"the training data come from a {type(dataset).__name__}, which gives them only once")
-        samples = list(islice(iterator, size))
+        samples = _beginning(dataset, size)
     else:
         try:
             samples = [dataset[index] for index in range(min(size, len(dataset)))]
@@ -127,6 +129,34 @@ def _first_samples(loader: DataLoader[Any]) -> list[Any]:
     if not samples:
         raise _NoBatchError(f"{type(dataset).__name__} has no samples")
     return samples
+
+
+def _beginning(data: Iterable[Any], size: int) -> list[Any]:
+    """First items of what can only be iterated over, which should be the first ones again for whoever comes next."""
+    with isolate_rng():
+        iterator = iter(data)
+        if iterator is data:
+            raise _NoBatchError(f"the data come from a {type(data).__name__}, which gives them only once")
+        items = list(islice(iterator, size))
+    again = list(islice(iter(data), size))
+    leaves, others = tree_leaves(items), tree_leaves(again)
+    if len(leaves) != len(others) or not all(map(_same, leaves, others)):
+        rank_zero_warn(
+            f"{type(data).__name__} gave other data when it was asked for the first ones again: it goes on where it was "
+            "left, or draws them anew. What was taken from it, to plan or to probe with, is missing from the run. To "
+            "leave it alone, give the callback a batch: MLUCallback(example=...), ReferenceRecorder(probe=...)."
+        )
+    return items
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors, arrays, numbers or texts are equal, as NaN is to itself; others are not looked at."""
+    if isinstance(one, np.ndarray) or (isinstance(one, Tensor) and one.layout is torch.strided):
+        if type(one) is not type(other) or one.shape != other.shape:
+            return False
+        equal: Any = (one == other) | ((one != one) & (other != other))
+        return bool(equal.all())
+    return not isinstance(one, (str, bytes, int, float)) or one == other or one != one
 
 
 def _transferred(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
