@@ -105,8 +105,10 @@ def study(
     console, folder = _console(), Path(output)
     shared, runs = _make_runs(chosen, folder, workers, _end(minutes), console)
     found = transfers(chosen, shared, runs)
-    console.print(size_table(chosen, shared, found), summary_table(chosen, found))
     console.print(_state(chosen, shared, runs), highlight=False)
+    if not found:
+        return
+    console.print(size_table(chosen, shared, found), summary_table(chosen, found))
     save_figure(chosen, found, folder / "lr_transfer.png")
     save_curves(chosen, shared, runs, folder / "lr_transfer_curves.png")
     console.print(f"Wrote lr_transfer.png and lr_transfer_curves.png in {folder}.", highlight=False, soft_wrap=True)
@@ -133,13 +135,15 @@ def horizon(
         shared, runs = _make_runs(one, folder / name, workers, end, console)
         console.print(f"{name}: {_state(one, shared, runs)}", highlight=False)
         found.setdefault(name.split("-")[0], []).extend(transfers(one, shared, runs))
+    if not any(found.values()):
+        return
     console.print(horizon_table(found))
     save_horizons(found, folder / "lr_transfer_horizon.png")
     console.print(f"Wrote lr_transfer_horizon.png in {folder}.", highlight=False, soft_wrap=True)
 
 
-def _text(steps: int, context: int = 32, batch_size: int = 16) -> dict[str, Any]:
-    arguments = {"context": context, "batches": steps, "batch_size": batch_size, "validation_batches": 16}
+def _text(steps: int, context: int = 32, batch_size: int = 16, validation: int = 16) -> dict[str, Any]:
+    arguments = {"context": context, "batches": steps, "batch_size": batch_size, "validation_batches": validation}
     return {"class_path": "reference_run.Text", "init_args": arguments}
 
 
@@ -197,12 +201,11 @@ PRESETS = {
 
 QUICK: dict[str, Any] = {
     "axes": {
-        "depth": {"depth": [1, 2]},
         "MLP width": {"mlp_hidden": [16, 32]},
         "all together": {"depth": [1, 2], "heads": [1, 2], "mlp_hidden": [16, 32], "embedding": [8, 16]},
     },
     "model": _transformer(steps=4, warmup=1, **_TINY),
-    "data": _text(4, context=8, batch_size=4),
+    "data": _text(4, context=8, batch_size=4, validation=2),
     "horizons": [4],
     "exponents": [-3.0, -2.5, -2.0],
     "seeds": 2,
@@ -213,7 +216,7 @@ QUICK: dict[str, Any] = {
 def _long_studies(quick: bool) -> dict[str, Study]:
     """Studies of long horizons by the name of their folders, schedule first."""
     depths, horizons, cosines = ([1, 2], [2, 4], [4]) if quick else ([2, 4, 8, 16], [32, 64, 128, 256, 512], [64, 256])
-    sizes, batches = (_TINY, {"context": 8, "batch_size": 4}) if quick else (_SMALL, {})
+    sizes, batches = (_TINY, {"context": 8, "batch_size": 4, "validation": 2}) if quick else (_SMALL, {})
 
     def depth_study(horizons: list[int], warmup: int, schedule: str) -> Study:
         return replace(
@@ -272,7 +275,10 @@ def _make_runs(
                     pending[pool.submit(train, study, run, plans[run.shape, run.rules])] = run
                 if not pending:
                     return shared, runs
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                done = wait(pending, return_when=FIRST_COMPLETED).done
+                for future in sorted(
+                    done, key=lambda future: future.exception() is not None
+                ):  # none is lost by an error
                     del pending[future]
                     runs.append(future.result())
                     file.append(future.result())
@@ -294,11 +300,12 @@ def _end(minutes: float | None) -> float:
 
 def _state(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence[Run]) -> str:
     """How many runs there are, and what is missing."""
+    made = f"{len(runs)} runs, {math.fsum(run.seconds for run in runs) / 60:.1f} minutes of processor time."
     cases = {(run.shape, run.rules) for run in missing_runs(study, shared, runs)}
     if not cases:
-        return f"{len(runs)} runs."
+        return made
     names = ", ".join(sorted(f"{rules} at {_changes(study, shape)}" for shape, rules in cases))
-    return f"{len(runs)} runs. The time is over before these were complete; the same command goes on: {names}."
+    return f"{made} The time is over before these were complete; the same command goes on: {names}."
 
 
 def _changes(study: Study, shape: Shape) -> str:

@@ -184,13 +184,11 @@ def save_curves(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Seq
         shapes = study.shapes(axis)
         for axes, rules in zip(row, study.rules, strict=True):
             for place, (factor, shape) in enumerate(zip(study.factors(axis), shapes, strict=True)):
-                curve = curves.get((shape, shared[shape, rules], horizon), {})
-                if curve:
-                    color = _shade(place / max(1, len(shapes) - 1))
-                    _draw_curve(axes, curve, color, f"× {factor:g}")
-            base = curves.get((study.base, shared[study.base, rules], horizon))
-            if base:
-                axes.axvline(2.0 ** best(base).exponent, color="0.6", linestyle=":", linewidth=1, zorder=0)
+                curve = curves.get((shape, shared[shape, rules], horizon))
+                if curve is not None:  # else the time was over
+                    _draw_curve(axes, curve, _shade(place / max(1, len(shapes) - 1)), f"× {factor:g}")
+            base = curves[study.base, shared[study.base, rules], horizon]
+            axes.axvline(2.0 ** best(base).exponent, color="0.6", linestyle=":", linewidth=1, zorder=0)
             axes.set_xscale("log", base=2)
             axes.spines[["top", "right"]].set_visible(False)
         _fit_height(row[0], [curve for (shape, _, _), curve in curves.items() if shape in shapes])
@@ -211,7 +209,7 @@ def save_horizons(found: Mapping[str, Sequence[Transfer]], path: Path) -> None:
         path: of the PNG file.
     """
     figure = _figure(10, 4.2)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.05})
     every = [one for transfers in found.values() for one in transfers]
     factors = sorted({one.factor for one in every if one.factor > 1})
     for place, factor in enumerate(factors):

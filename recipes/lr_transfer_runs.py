@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import signal
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -119,6 +120,7 @@ class Run:
         exponent: of the learning rate, a power of two.
         seed: of weights and data.
         losses: on validation, at the horizons; NaN if the run diverged, nothing before it was made.
+        seconds: of processor time that it took.
     """
 
     shape: Shape
@@ -126,6 +128,7 @@ class Run:
     exponent: float
     seed: int
     losses: tuple[float, ...] = ()
+    seconds: float = 0.0
 
 
 class ScheduledTransformer(CausalTransformer):
@@ -218,6 +221,7 @@ def train(study: Study, run: Run, plan: Plan) -> Run:
         run: to be made.
         plan: of its shape and rules.
     """
+    start = time.process_time()
     seed_everything(run.seed, verbose=False)
     model = _model(study, run.shape, 2.0**run.exponent)
     validations = _Validations()
@@ -233,7 +237,8 @@ def train(study: Study, run: Run, plan: Plan) -> Run:
         **study.trainer,
     )
     trainer.fit(model, datamodule=_data(study, run.seed))
-    return replace(run, losses=tuple(validations.losses[step] for step in study.horizons))
+    losses = tuple(validations.losses[step] for step in study.horizons)
+    return replace(run, losses=losses, seconds=round(time.process_time() - start, 2))
 
 
 def start_process() -> None:
@@ -308,7 +313,7 @@ class _Validations(Callback):
 
 def _run_of(line: Mapping[str, Any]) -> Run:
     losses = (math.nan if loss is None else loss for loss in line["losses"])
-    return Run(tuple(line["shape"].items()), line["rules"], line["exponent"], line["seed"], tuple(losses))
+    return Run(**{**line, "shape": tuple(line["shape"].items()), "losses": tuple(losses)})
 
 
 def _model(study: Study, shape: Shape, lr: float) -> Any:
