@@ -70,9 +70,12 @@ class Text(LightningDataModule):
         batches: number of training batches.
         batch_size: samples in a batch.
         seed: of the places of the training samples, which depend on nothing else.
+        validation_batches: number of batches for validation.
     """
 
-    def __init__(self, context: int = 32, batches: int = 200, batch_size: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, context: int = 32, batches: int = 200, batch_size: int = 16, seed: int = 0, validation_batches: int = 4
+    ) -> None:
         super().__init__()
         values = torch.frombuffer(bytearray(load_text()), dtype=torch.uint8).long()
         cut = len(values) * 9 // 10
@@ -80,7 +83,7 @@ class Text(LightningDataModule):
         draws = torch.Generator().manual_seed(seed)
         starts = torch.randint(cut - context, (batches * batch_size,), generator=draws)
         self.training = Windows(values[:cut], starts, context + 1)
-        spaced = torch.linspace(0, len(values) - cut - context - 1, 4 * batch_size).long()
+        spaced = torch.linspace(0, len(values) - cut - context - 1, validation_batches * batch_size).long()
         self.validation = Windows(values[cut:], spaced, context + 1)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
