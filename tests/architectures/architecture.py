@@ -29,6 +29,8 @@ class Architecture:
         readout: name of the readout's matrix.
         encoder: branches of a block of a second stream, which the first one reads; empty if there is none.
         active: number of experts over which a mixture averages, by pattern of parameter names; 1 for all others.
+        tokens: patterns of names of matrices and biases that act on tokens, whose number stays, instead of coordinates.
+        ends: patterns of names of norms that end branches, and whose gains and biases hold the branch's multiplier.
         axis: of the stream's coordinates.
         parallel: whether the branches of a block share an addition.
         tied: whether the readout is the embedding.
@@ -43,6 +45,8 @@ class Architecture:
     readout: str
     encoder: Branches = ()
     active: dict[str, int] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
     axis: int = -1
     parallel: bool = False
     tied: bool = False

@@ -64,6 +64,62 @@ class Functional(nn.Module):
         return output
 
 
+class Decoder(nn.Module):
+    """``nn.TransformerDecoder`` with cross-attention to a memory that is made of data."""
+
+    def __init__(self, depth: int, heads: int, embedding: int, norm_first: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, embedding)
+        self.memory = nn.Linear(5, embedding)
+        layer = nn.TransformerDecoderLayer(
+            embedding, heads, 32 * heads, dropout=0.1, batch_first=True, norm_first=norm_first
+        )
+        self.decoder = nn.TransformerDecoder(layer, depth, nn.LayerNorm(embedding) if norm_first else None)
+        self.readout = nn.Linear(embedding, VOCABULARY)
+
+    def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
+        output: Tensor = self.readout(self.decoder(self.tokens(tokens), self.memory(memory)))
+        return output
+
+
+class Experts(nn.Module):
+    """Top-2 routing over SwiGLU experts, of which each is a module; routing weights add up to one if asked to."""
+
+    def __init__(self, embedding: int, hidden: int, normalized: bool) -> None:
+        super().__init__()
+        self.normalized = normalized
+        self.router = nn.Linear(embedding, 4)
+        self.gate = nn.ModuleList(nn.Linear(embedding, hidden, bias=False) for _ in range(4))
+        self.up = nn.ModuleList(nn.Linear(embedding, hidden, bias=False) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(hidden, embedding) for _ in range(4))
+
+    def forward(self, h: Tensor) -> Tensor:
+        weights, chosen = self.router(h).softmax(-1).topk(2, dim=-1)
+        if self.normalized:
+            weights = weights / weights.sum(-1, keepdim=True)
+        shares = [(weights * (chosen == i)).sum(-1, keepdim=True) for i in range(4)]
+        outputs = [self.down[i](F.silu(self.gate[i](h)) * self.up[i](h)) for i in range(4)]
+        return torch.stack([share * output for share, output in zip(shares, outputs, strict=True)]).sum(0)
+
+
+class MixtureOfExperts(nn.Module):
+    """Residual blocks of experts that are all computed, and weighted with zero where they are not chosen."""
+
+    def __init__(self, depth: int, heads: int, embedding: int, normalized: bool) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, embedding)
+        self.norms = nn.ModuleList(nn.RMSNorm(embedding) for _ in range(depth))
+        self.experts = nn.ModuleList(Experts(embedding, 8 * heads, normalized) for _ in range(depth))
+        self.readout = nn.Linear(embedding, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for norm, experts in zip(self.norms, self.experts, strict=True):
+            h = h + experts(norm(h))
+        output: Tensor = self.readout(h)
+        return output
+
+
 _ENCODER_ROLES = {
     "tokens.weight": "embedding",
     "positions": "embedding",
@@ -79,6 +135,38 @@ _ENCODER_ROLES = {
     "readout.bias": "readout_bias",
 }
 _ENCODER_BRANCHES = (("encoder.layers.*.self_attn", "attention", 1), ("encoder.layers.*", "mlp", 32))
+
+_DECODER_ROLES = {
+    "tokens.weight": "embedding",
+    "memory.*": "embedding",
+    "decoder.layers.*.in_proj_weight": "branch_in",
+    "decoder.layers.*.in_proj_bias": "branch_in_bias",
+    "decoder.layers.*.out_proj.weight": "branch_out",
+    "decoder.layers.*.out_proj.bias": "branch_out_bias",
+    "decoder.layers.*.linear1.weight": "branch_in",
+    "decoder.layers.*.linear1.bias": "branch_in_bias",
+    "decoder.layers.*.linear2.weight": "branch_out",
+    "decoder.layers.*.linear2.bias": "branch_out_bias",
+    "readout.weight": "readout",
+    "readout.bias": "readout_bias",
+}
+_DECODER_BRANCHES = (
+    ("decoder.layers.*.self_attn", "attention", 1),
+    ("decoder.layers.*.multihead_attn", "attention", 1),
+    ("decoder.layers.*", "mlp", 32),
+)
+_EXPERT_ROLES = {
+    "embed.*": "embedding",
+    "norms.*": "branch_norm",
+    "experts.*.router.weight": "branch_bounded_matrix",
+    "experts.*.router.bias": "branch_bounded",
+    "experts.*.gate.*.weight": "branch_in",
+    "experts.*.up.*.weight": "branch_in",
+    "experts.*.down.*.weight": "branch_out",
+    "experts.*.down.*.bias": "branch_out_bias",
+    "readout.weight": "readout",
+    "readout.bias": "readout_bias",
+}
 
 PLAIN: dict[str, Architecture] = {
     "resnet": Architecture(
@@ -148,5 +236,35 @@ PLAIN: dict[str, Architecture] = {
         branches=_ENCODER_BRANCHES,
         readout="readout.weight",
         warns="post-norm",
+    ),
+    "pre-norm decoder": Architecture(
+        build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=True),
+        example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
+        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "branch_norm", "decoder.norm.*": "stream_norm"},
+        branches=_DECODER_BRANCHES,
+        readout="readout.weight",
+    ),
+    "post-norm decoder": Architecture(
+        build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=False),
+        example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
+        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "post_norm"},
+        branches=_DECODER_BRANCHES,
+        readout="readout.weight",
+        warns="post-norm",
+    ),
+    "average of experts": Architecture(
+        build=lambda depth, heads, embedding: MixtureOfExperts(depth, heads, embedding, normalized=True),
+        example=(torch.linspace(-1, 1, 20).reshape(4, 5),),
+        roles=_EXPERT_ROLES,
+        branches=(("experts.*", "mlp", 2 * 8),),
+        readout="readout.weight",
+        active={"experts.*.gate.*": 2, "experts.*.up.*": 2, "experts.*.down.*": 2},
+    ),
+    "sum of experts": Architecture(
+        build=lambda depth, heads, embedding: MixtureOfExperts(depth, heads, embedding, normalized=False),
+        example=(torch.linspace(-1, 1, 20).reshape(4, 5),),
+        roles=_EXPERT_ROLES,
+        branches=(("experts.*", "mlp", 2 * 8),),
+        readout="readout.weight",
     ),
 }
