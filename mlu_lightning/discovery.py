@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,13 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from mlu_lightning.graph import Graph, Op, Use, build_graph
+from mlu_lightning.axes import coordinate_axes
+from mlu_lightning.graph import Graph, build_graph
 from mlu_lightning.logits import own_scale
-from mlu_lightning.placement import BranchPlacement, HeadPlacement, StemPlacement, TrunkPlacement, fans
+from mlu_lightning.placement import BranchPlacement, fans
+from mlu_lightning.recurrence import find_recurrence
 from mlu_lightning.regions import Regions, find_regions
 from mlu_lightning.rehearsal import rehearse
 from mlu_lightning.rules import Role
 from mlu_lightning.sites import Sites
+from mlu_lightning.spots import PlacedUse, Spot, find_spots, parameter_facts, place_uses, why_unassigned
 from mlu_lightning.structure import Branch, ParameterFacts, Readout, Site, Stream, Structure, Tap
 from mlu_lightning.taps import Taps
 
@@ -39,7 +41,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         The structure. Parameters that could not be placed are in its ``unassigned``, with what was found around them.
 
     Raises:
-        ValueError: if the module has no residual branches, or there is no example.
+        ValueError: if the module has no residual branches, or recurrent ones, or there is no example.
 
     >>> class Residual(nn.Module):
     ...     def __init__(self):
@@ -65,144 +67,51 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
             "from through a weight matrix. The MLU parameterization is one of residual networks; if the module is one, "
             "check that the example runs its residual blocks."
         )
-    spots, depths = _spots(graph, regions)
-    uses = _placed_uses(graph, spots)
-    parameters = {
-        name: _facts(name, tuple(parameter.shape), uses[name]) for name, parameter in module.named_parameters()
-    }
+    _require_no_recurrence(module, graph, regions)
+    spots, depths = find_spots(graph, regions)
+    uses = place_uses(graph, spots)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    idle = _idle_experts(shapes, uses)
+    uses |= {name: uses[sibling] for name, sibling in idle.items()}
+    parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
     sites = Sites(rehearsal, graph)
     branches = tuple(_branch(named, sites) for named in _named_branches(spots, uses))
     readouts = tuple(_readouts(uses, sites))
+    additions = {region.addition: region.before for region in regions.branches}
+    axes = coordinate_axes(graph, additions)
     embeddings = [0 for _ in depths]
     for spot in spots:
         if isinstance(spot.placement, BranchPlacement):
-            embeddings[spot.stream] = spot.placement.region.addition.shape[-1]
-    for facts in parameters.values():
-        if facts.role is Role.BRANCH_OUT:
-            embeddings[facts.stream] = facts.fan_out  # the channels of a convolution are not its last dimension
+            last = spot.placement.region.addition
+            embeddings[spot.stream] = last.shape[axes.get(last, -1)]
+    taps = Taps(rehearsal, graph, additions, _multiplied(branches, readouts))
     return Structure(
         parameters=parameters,
         branches=branches,
         streams=tuple(map(Stream, depths, embeddings)),
         readouts=readouts,
-        taps=tuple(_taps(Taps(rehearsal, graph, _multiplied(branches, readouts)), len(depths), readouts, spots, uses)),
-        unassigned={name: _why(uses[name]) for name, facts in parameters.items() if facts.role is None},
-        warnings=tuple(_warnings(regions, parameters, uses)),
+        taps=tuple(_taps(taps, len(depths), readouts, spots, uses)),
+        unassigned={name: why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
+        warnings=tuple(_warnings(regions, parameters, spots, uses, idle)),
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Spot:
-    """A region of the graph and the rules for roles in it."""
-
-    ops: tuple[Op, ...]
-    placement: BranchPlacement | StemPlacement | TrunkPlacement | HeadPlacement
-    stream: int
-    branch: int | None = None
-    position: int | None = None
-
-
-@dataclass(frozen=True)
-class _PlacedUse:
-    """One use of a parameter, where it is, and its role there or why it has none."""
-
-    use: Use
-    spot: _Spot
-    role: Role | None
-    reason: str = ""
-
-
-def _spots(graph: Graph, regions: Regions) -> tuple[list[_Spot], list[int]]:
-    """Regions in the order in which they are looked at, and the depth of every stream.
-
-    A branch that is called again, in a second forward pass or at another depth, is one branch, and the streams of
-    several forward passes are one stream.
-    """
-    placements = [BranchPlacement(graph, region) for region in regions.branches]
-    groups: dict[tuple[str, ...], int] = {}
-    numbers = [groups.setdefault(_matrix_names(placement), len(groups)) for placement in placements]
-    stream_of_group: dict[int, int] = {}
-    merged: dict[int, int] = {}
-    for number, region in zip(numbers, regions.branches, strict=True):
-        merged.setdefault(region.stream, stream_of_group.setdefault(number, region.stream))
-    kept = sorted(set(merged.values()))
-    streams = {old: kept.index(new) for old, new in merged.items()}
-
-    spots = [
-        _Spot(region.ops, placement, streams[region.stream], number, region.position)
-        for number, region, placement in zip(numbers, regions.branches, placements, strict=True)
-    ]
-    post_norms: list[bool] = []
-    for stream, (stem, trunk) in enumerate(zip(regions.stems, regions.trunks, strict=True)):
-        norms = sum(1 for op in trunk for use in graph.uses.get(op.index, ())[:1] if use.kind in ("norm", "mul"))
-        # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
-        post_norms.append(norms > 0 and 2 * norms >= regions.depths[stream] - 1)
-        spots.append(_Spot(stem, StemPlacement(graph, stem), streams[stream]))
-        spots.append(_Spot(trunk, TrunkPlacement(post_norms[stream]), streams[stream]))
-        spots.append(_Spot(regions.shortcuts[stream], TrunkPlacement(post_norm=False), streams[stream]))
-    spots.append(_Spot(regions.head, HeadPlacement(graph, regions.head, post_norms[0]), 0))
-    return spots, [regions.depths[old] for old in kept]
-
-
-def _placed_uses(graph: Graph, spots: list[_Spot]) -> defaultdict[str, list[_PlacedUse]]:
-    """All uses of every parameter with their roles."""
-    placed: defaultdict[str, list[_PlacedUse]] = defaultdict(list)
-    for spot in spots:
-        for op in spot.ops:
-            for use in graph.uses.get(op.index, ()):
-                found = spot.placement.role(use)
-                if use.kind == "matrix" and use.shared:
-                    found = "it is combined with other parameters before it meets data"
-                if isinstance(found, Role):
-                    placed[use.parameter].append(_PlacedUse(use, spot, found))
-                else:
-                    placed[use.parameter].append(_PlacedUse(use, spot, None, found))
-    return placed
-
-
-def _facts(name: str, shape: tuple[int, ...], uses: list[_PlacedUse]) -> ParameterFacts:
-    """Where a parameter sits, from all its uses."""
-    roles = {placed.role for placed in uses}
-    tied = roles == {Role.EMBEDDING, Role.READOUT}
-    if len(roles) != 1 and not tied:
-        return ParameterFacts(name, None, shape, *_plain_fans(shape))
-    placed = next(u for u in uses if not tied or u.role is Role.EMBEDDING)
-    use, spot, role = placed.use, placed.spot, placed.role
-    fan_in, fan_out = fans(use)
-    head_dim = 1
-    if isinstance(spot.placement, BranchPlacement) and spot.placement.attention is not None:
-        attention = spot.placement.attention
-        if role is Role.BRANCH_OUT:
-            head_dim = attention.value_dim
-        elif role is Role.BRANCH_IN or (role is Role.BRANCH_IN_BIAS and fan_out != spot.placement.hidden):
-            head_dim = attention.key_dim
-    return ParameterFacts(
-        name=name,
-        role=role,
-        shape=shape,
-        fan_in=fan_in,
-        fan_out=fan_out,
-        branch=spot.branch,
-        stream=spot.stream,
-        transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
-        head_dim=head_dim,
-        tied=tied,
-    )
-
-
-def _plain_fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Inputs and outputs of a parameter about which only its shape is known, stored as ``nn.Linear`` does."""
-    return (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
-
-
-def _why(uses: list[_PlacedUse]) -> str:
-    """What was found around a parameter that could not be placed."""
-    if not uses:
-        return "it took no part in the forward pass of the example"
-    reasons = list(dict.fromkeys(u.reason for u in uses if u.role is None))
-    if reasons:
-        return "; ".join(reasons)
-    return "it is used as " + " and as ".join(dict.fromkeys(str(u.role) for u in uses))
+def _require_no_recurrence(module: nn.Module, graph: Graph, regions: Regions) -> None:
+    found: dict[str, str] = {}
+    for region in regions.branches:
+        how = find_recurrence(graph, region.ops)
+        if how is not None:
+            names = tuple(use.parameter for op in region.ops for use in graph.matrices(op))
+            found.setdefault(_common_module(names), how)
+    if found:
+        first, *others = found
+        more = f" and {len(others)} more" if others else ""
+        raise ValueError(
+            f"{type(module).__name__} has recurrent or state-space branches, which the theory does not cover: "
+            f"{first or 'the module itself'}{more} ({found[first]}). There are no numbers to plan it by: the MLU "
+            "parameterization is one of residual branches whose units do not feed back into themselves from token to "
+            "token, such as perceptrons, attention and convolutions."
+        )
 
 
 @dataclass(frozen=True)
@@ -211,17 +120,17 @@ class _NamedBranch:
 
     name: str
     parameters: tuple[str, ...]
-    calls: tuple[_Spot, ...]
+    calls: tuple[Spot, ...]
 
 
-def _named_branches(spots: list[_Spot], uses: dict[str, list[_PlacedUse]]) -> list[_NamedBranch]:
+def _named_branches(spots: list[Spot], uses: dict[str, list[PlacedUse]]) -> list[_NamedBranch]:
     """Every branch with its name and parameters, in order."""
     members: dict[int, list[str]] = defaultdict(list)
     for name, placed in uses.items():
         for branch in dict.fromkeys(u.spot.branch for u in placed):
             if branch is not None:
                 members[branch].append(name)
-    calls: dict[int, list[_Spot]] = defaultdict(list)
+    calls: dict[int, list[Spot]] = defaultdict(list)
     for spot in spots:
         if spot.branch is not None:
             calls[spot.branch].append(spot)
@@ -229,16 +138,18 @@ def _named_branches(spots: list[_Spot], uses: dict[str, list[_PlacedUse]]) -> li
     for branch, of_branch in calls.items():
         placement = of_branch[0].placement
         assert isinstance(placement, BranchPlacement)
-        matrices = _matrix_names(placement)
-        name = _common_module(matrices)
-        if name in named:
-            name = matrices[-1].rpartition(".")[0]
+        matrices = placement.matrix_names
+        # beside another branch of that name, gates of this one and then all but what it writes with are left out
+        units = tuple(u for u in matrices if _role_in(placement, uses[u]) is not Role.BRANCH_BOUNDED_MATRIX)
+        names = [_common_module(matrices), _common_module(units), matrices[-1].rpartition(".")[0]]
+        name = next((name for name in names if name not in named), names[-1])
         named[name] = _NamedBranch(name, tuple(members[branch]), tuple(of_branch))
     return list(named.values())
 
 
-def _matrix_names(placement: BranchPlacement) -> tuple[str, ...]:
-    return tuple(use.parameter for op in placement.matrices for use in placement.graph.matrices(op))
+def _role_in(placement: BranchPlacement, uses: list[PlacedUse]) -> Role | None:
+    """Role of a parameter in a branch."""
+    return next((u.role for u in uses if u.spot.placement is placement), None)
 
 
 def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
@@ -266,7 +177,7 @@ def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
     )
 
 
-def _readouts(uses: dict[str, list[_PlacedUse]], sites: Sites) -> Iterator[Readout]:
+def _readouts(uses: dict[str, list[PlacedUse]], sites: Sites) -> Iterator[Readout]:
     """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
         reads = [u for u in placed if u.role is Role.READOUT and u.use.kind == "matrix"]
@@ -284,7 +195,7 @@ def _multiplied(branches: tuple[Branch, ...], readouts: tuple[Readout, ...]) -> 
 
 
 def _taps(
-    taps: Taps, streams: int, readouts: tuple[Readout, ...], spots: list[_Spot], uses: dict[str, list[_PlacedUse]]
+    taps: Taps, streams: int, readouts: tuple[Readout, ...], spots: list[Spot], uses: dict[str, list[PlacedUse]]
 ) -> Iterator[Tap]:
     """Where streams, then readouts can be read."""
     for number in range(streams):
@@ -311,8 +222,42 @@ def _common_module(names: tuple[str, ...]) -> str:
     return ".".join(shared)
 
 
+def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: dict[str, list[PlacedUse]]) -> dict[str, str]:
+    """Parameters of experts that no token of the example was sent to, each with that of another expert beside it."""
+    siblings = {
+        tuple(_numbered(name, i)): name
+        for name, placed in uses.items()
+        for i in range(name.count(".") + 1)
+        if any(_is_of_expert(u) for u in placed)
+    }
+    found: dict[str, str] = {}
+    for name, shape in shapes.items():
+        if not uses.get(name):
+            beside = (siblings.get(tuple(_numbered(name, i))) for i in range(name.count(".") + 1))
+            other = next((other for other in beside if other is not None and shapes[other] == shape), None)
+            if other is not None:
+                found[name] = other
+    return found
+
+
+def _numbered(name: str, place: int) -> list[str]:
+    """Parts of a name, without the number at a place."""
+    parts = name.split(".")
+    parts[place] = "*" if parts[place].isdigit() else parts[place] + " is no number"
+    return parts
+
+
+def _is_of_expert(placed: PlacedUse) -> bool:
+    placement = placed.spot.placement
+    return isinstance(placement, BranchPlacement) and placement.is_expert(placed.use.op)
+
+
 def _warnings(
-    regions: Regions, parameters: dict[str, ParameterFacts], uses: dict[str, list[_PlacedUse]]
+    regions: Regions,
+    parameters: dict[str, ParameterFacts],
+    spots: list[Spot],
+    uses: dict[str, list[PlacedUse]],
+    idle: dict[str, str],
 ) -> Iterator[str]:
     """What the theory does not cover."""
     if any(facts.role is Role.POST_NORM for facts in parameters.values()):
@@ -323,12 +268,28 @@ def _warnings(
     shared = [
         name
         for name, placed in uses.items()
-        if len({u.spot.position for u in placed if u.use.kind == "matrix" and u.spot.branch is not None}) > 1
+        if len({u.spot.position for u in placed if u.use.kind in ("matrix", "lookup") and u.spot.branch is not None})
+        > 1
     ]
     if shared:
         yield (
             "weights shared across depth are not covered by the theory, they are planned as if each use were its own: "
             + ", ".join(shared)
+        )
+    mixtures = [
+        _common_module(spot.placement.matrix_names)
+        for spot in spots
+        if isinstance(spot.placement, BranchPlacement) and spot.placement.is_selection_hidden
+    ]
+    if mixtures:
+        yield (
+            "the number of experts that a token is sent to cannot be read in the graph, so that the hidden units of one "
+            "expert are counted, which is right as long as that number is the base's: " + ", ".join(mixtures)
+        )
+    if idle:
+        yield (
+            "experts that no token of the example was sent to are planned as the experts beside them: "
+            + ", ".join(idle)
         )
     if regions.nested:
         yield f"{regions.nested} residual additions inside other residual branches are taken for parts of these"

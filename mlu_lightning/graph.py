@@ -36,6 +36,7 @@ NORMS = frozenset(
     "BatchNorm NativeBatchNormLegit".split()
 )
 LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
+_SELECTS = frozenset({"Index", "IndexSelect"})
 ATTENTION = "ScaledDotProduct"
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
 _WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
@@ -95,6 +96,7 @@ class Use:
         kind: ``"matrix"``, ``"bias"`` (of a matrix), ``"lookup"``, ``"norm"``, ``"add"``, ``"mul"``, or ``"other"``.
         path: operations on parameters alone between the two, from the parameter on.
         shape: of the operand that the parameter has become.
+        stored: shape of the parameter.
         inputs_first: for matrices, whether the operand is [inputs, outputs].
         shared: whether other parameters make up the operand too.
     """
@@ -104,13 +106,21 @@ class Use:
     kind: str
     path: tuple[Op, ...]
     shape: tuple[int, ...]
+    stored: tuple[int, ...]
     inputs_first: bool = False
     shared: bool = False
 
     @property
     def homogeneous(self) -> bool:
         """Whether multiplying the parameter multiplies the operand."""
-        return not self.shared and all(step.name in RESHAPES | PARTS | {"Neg"} for step in self.path)
+        return not self.shared and all(step.name in RESHAPES | PARTS | _SELECTS | {"Neg"} for step in self.path)
+
+    @property
+    def is_section(self) -> bool:
+        """Whether it is one of several parts, side by side, of the parameter, such as the queries' part of in_proj."""
+        return len(self.shape) == len(self.stored) and any(
+            step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path
+        )
 
     @property
     def stored_inputs_first(self) -> bool:
@@ -223,12 +233,18 @@ def _plain_name(node: Node) -> str:
 
 
 def _takes_data(name: str, operands: tuple[tuple[Op, int] | None, ...]) -> bool:
-    if name in LOOKUPS:
+    if name in LOOKUPS and not _selects_matrices(name, operands):
         return True  # indices are data that need no gradient
     if any(operand is not None and operand[0].from_data for operand in operands):
         return True
     factors = [operands[slot] for slot in _data_slots(name) if slot < len(operands)]
     return any(factor is None for factor in factors)  # so is a constant that a parameter matrix multiplies
+
+
+def _selects_matrices(name: str, operands: tuple[tuple[Op, int] | None, ...]) -> bool:
+    """Whether a lookup takes matrices from a parameter that holds one for each expert."""
+    stack = operands[0] if operands else None
+    return name in _SELECTS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
 
 
 def _data_slots(name: str) -> tuple[int, ...]:
@@ -248,13 +264,16 @@ def _uses(op: Op) -> Iterator[Use]:
         leaves = list(_leaves(operand[0], ()))
         shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
         inputs_first = _WEIGHT_SLOTS.get(op.name, {}).get(slot)
-        for name, path in leaves:
-            yield Use(name, op, _use_kind(op, slot), path, shape, bool(inputs_first), shared=len(leaves) > 1)
+        for leaf, path in leaves:
+            name = leaf.parameter or ""
+            kind = _use_kind(op, slot)
+            yield Use(name, op, kind, path, shape, leaf.shape, bool(inputs_first), shared=len(leaves) > 1)
 
 
-def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[str, tuple[Op, ...]]]:
+def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]:
+    """Parameters that an operation is made of, and the operations from each of them on."""
     if op.parameter is not None:
-        yield op.parameter, path
+        yield op, path
     for operand in op.operands:
         if operand is not None:
             yield from _leaves(operand[0], (op, *path))

@@ -105,7 +105,8 @@ def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Sc
 def _way_to_product(weights: Op) -> tuple[Op, ...] | None:
     """From the input of the softmax that makes attention weights back to a product of queries and keys."""
     while weights.name not in _SOFTMAXES:
-        if weights.name not in RESHAPES | {"Mul", "Div"} or len(weights.data) != 1:  # arranged or dropped out
+        # arranged, dropped out, or without the weight of a sink, which is another logit of the softmax
+        if weights.name not in RESHAPES | {"Mul", "Div", "Slice"} or len(weights.data) != 1:
             return None
         weights = weights.data[0]
     tried: set[Op] = set()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from mlu_lightning.experts import Experts, find_experts
 from mlu_lightning.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use, transparent_source
 from mlu_lightning.logits import Attention, find_attention
 from mlu_lightning.regions import BranchRegion
@@ -46,14 +47,10 @@ class BranchPlacement:
             return self._matrix_role(op)
         if use.kind == "bias":
             return _BIAS_ROLES[self._matrix_role(op)]
-        size, attention = math.prod(use.shape), self.attention
         if use.kind == "lookup":
-            if use.shape[-1] == self.hidden and attention is not None:
-                return Role.BRANCH_IN_BIAS  # one logit per head, as in relative position biases
-            if attention is not None and use.shape[-1] == attention.key_dim:
-                return Role.BRANCH_BOUNDED
-            return "it is a table that is looked up inside a branch"
-        if size != max(use.shape, default=1):
+            return self._table_role(use)
+        size, attention = math.prod(use.stored), self.attention
+        if size != max(use.stored, default=1) and not self._is_per_head(use):
             return f"it enters {op.name} with shape {list(use.shape)}"
         if size == 1:
             return Role.BRANCH_BOUNDED
@@ -64,11 +61,14 @@ class BranchPlacement:
         source = transparent_source(op.data[0]) if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return _BIAS_ROLES[self._matrix_role(source)]
-        if attention is not None and size == self.hidden and use.shape[-1] == 1:
-            return Role.BRANCH_IN_BIAS  # one entry per head, as a temperature
-        if attention is not None and size == attention.key_dim:
-            return Role.BRANCH_BOUNDED
-        if size in self._sizes or (attention is not None and size % attention.key_dim == 0):
+        if attention is not None:
+            if size == self.hidden and use.shape[-1] == 1:
+                return Role.BRANCH_IN_BIAS  # a number for each head
+            if size == attention.key_dim and self._is_in_heads(op):
+                return Role.BRANCH_BOUNDED
+            if size % attention.key_dim == 0:
+                return Role.BRANCH_IN_BIAS
+        if size in self._sizes:
             return Role.BRANCH_IN_BIAS
         return f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
 
@@ -77,10 +77,15 @@ class BranchPlacement:
         """Operations with a parameter matrix, in order."""
         return tuple(op for op in self.region.ops if self.graph.is_matrix(op))
 
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are matrices, in order of use."""
+        return tuple(use.parameter for op in self.matrices for use in self.graph.matrices(op))
+
     @cached_property
     def writers(self) -> tuple[Op, ...]:
         """Matrices that write to the addition: nothing but linear operations and norms lies between."""
-        return tuple(op for op in self._writing_path if self.graph.is_matrix(op))
+        return tuple(op for op in self.matrices if op in self._writing_path)
 
     @cached_property
     def attention(self) -> Attention | None:
@@ -101,16 +106,80 @@ class BranchPlacement:
     def hidden(self) -> int:
         """Hidden width M: inputs of the matrix that writes, in heads for attention."""
         last = self.writers or self.matrices
-        inputs = fans(self.graph.matrices(last[-1])[0])[0]
+        inputs = fans(self.graph.matrices(last[-1])[0])[0] * (self.active if self.is_expert(last[-1]) else 1)
         return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
 
+    @cached_property
+    def experts(self) -> Experts | None:
+        """The experts in the branch, if it is a mixture of experts."""
+        return find_experts(self.graph, self.region.ops)
+
+    @property
+    def active(self) -> int:
+        """Number of experts that a token is sent to; 1 if there are none, or it cannot be read."""
+        return 1 if self.experts is None else self.experts.active or 1
+
+    @property
+    def is_selection_hidden(self) -> bool:
+        """Whether it is a mixture of experts, and how many of them a token is sent to cannot be read."""
+        return self.experts is not None and self.experts.active is None
+
+    def is_expert(self, op: Op) -> bool:
+        """Whether an operation is a matrix of an expert, or looks up its bias."""
+        if self.experts is None:
+            return False
+        return op in self.experts.ops or self._biased.get(op) in self.experts.ops
+
     def _matrix_role(self, op: Op) -> Role:
+        router = None if self.experts is None else self.experts.router
+        if op is router:
+            return Role.BRANCH_BOUNDED_MATRIX
         if op in self.writers:
             return Role.BRANCH_OUT
-        if self._upstream[op]:
+        if self._upstream[op] - {router}:
             return Role.BRANCH_HIDDEN
         feeds = any(op in self._upstream[other] for other in self.matrices)
         return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
+
+    def _table_role(self, use: Use) -> Role | str:
+        """Role of a table that is looked up."""
+        attention, matrix = self.attention, self._biased.get(use.op)
+        if matrix is not None:
+            return _BIAS_ROLES[self._matrix_role(matrix)]
+        if attention is not None and use.shape[-1] == self.hidden:
+            return Role.BRANCH_IN_BIAS  # one logit per head, as in relative position biases
+        if attention is not None and use.shape[-1] == attention.key_dim:
+            return Role.BRANCH_BOUNDED
+        return "it is a table that is looked up inside a branch"
+
+    def _is_per_head(self, use: Use) -> bool:
+        """Whether a parameter is [heads, head_dim]."""
+        attention = self.attention
+        entries = [size for size in use.stored if size > 1]
+        return attention is not None and len(entries) == 2 and entries[1] in (attention.key_dim, attention.value_dim)
+
+    def _is_in_heads(self, op: Op) -> bool:
+        """Whether units have been split into heads, which one head alone does not show in the size of the last axis."""
+        assert self.attention is not None
+        while op.data and not self.graph.is_matrix(op):
+            op = op.data[0]
+            if self.graph.is_matrix(op) and op.shape[-1] != self.attention.key_dim:
+                return True
+            if op.shape[-2:] == (1, self.attention.key_dim):
+                return True
+        return False
+
+    @cached_property
+    def _biased(self) -> dict[Op, Op]:
+        """The matrix to whose output each table is added, as the biases of the experts that tokens are sent to."""
+        found: dict[Op, Op] = {}
+        for op in self.region.ops:
+            if op.name == "Add" and len(op.data) == 2:
+                for table, other in (op.data, op.data[::-1]):
+                    source, matrix = transparent_source(table), transparent_source(other)
+                    if _is_lookup(self.graph, source) and self.graph.is_matrix(matrix):
+                        found[source] = matrix
+        return found
 
     @cached_property
     def _upstream(self) -> dict[Op, frozenset[Op]]:
@@ -130,7 +199,9 @@ class BranchPlacement:
             if op.name.startswith(ATTENTION):
                 stack.extend(operand[0] for operand in op.operands[2:3] if operand is not None)
             elif not self.graph.is_matrix(op):
-                stack.extend(op.data)
+                # a factor with fewer entries, such as the weight of an expert, is not what is written
+                size = math.prod(op.shape)
+                stack.extend(o for o in op.data if op.name != "Mul" or 2 * math.prod(o.shape) > size)
         return frozenset(seen)
 
     @cached_property
@@ -171,7 +242,9 @@ class TrunkPlacement:
         """Role of a parameter at one use, or why it has none."""
         if use.kind == "matrix":
             return Role.STREAM_MATRIX
-        if use.kind == "lookup" or math.prod(use.shape) != max(use.shape, default=1):
+        if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
+            return Role.EMBEDDING  # a table that is added, as at the beginning
+        if math.prod(use.shape) != max(use.shape, default=1):
             return f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
         return Role.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else Role.STREAM_NORM
 
@@ -255,7 +328,8 @@ def fans(use: Use) -> tuple[int, int]:
             return first // groups, second * groups
         return second, first
     first, second = use.shape[-2:] if len(use.shape) > 1 else (1, use.shape[-1])
-    return (first, second) if use.inputs_first else (second, first)
+    inputs, outputs = (first, second) if use.inputs_first else (second, first)
+    return inputs, math.prod(use.stored) // inputs if use.is_section else outputs
 
 
 def _upstream(graph: Graph, ops: Iterable[Op]) -> dict[Op, frozenset[Op]]:

@@ -26,6 +26,7 @@ class BranchRegion:
         root: the stream that the branch reads.
         addition: the residual addition.
         ops: operations of the branch, in order.
+        before: the other operand of the addition: the stream or its shortcut.
         stream: index of its stream.
         position: place along its stream; branches that read the same root share it.
     """
@@ -34,6 +35,7 @@ class BranchRegion:
     root: Op
     addition: Op
     ops: tuple[Op, ...]
+    before: Op
     stream: int
     position: int
 
@@ -44,19 +46,21 @@ class Regions:
 
     Args:
         branches: in order of their additions.
-        trunks: operations on each stream between two of its additions.
+        trunks: operations on each stream between two of its additions, for each pair of them.
         shortcuts: operations on each stream beside a branch, where a stage changes its shape.
-        stems: operations before the first addition of each stream, and on what branches read besides their stream.
-        head: operations between the last addition and the output.
+        stems: operations before the first addition of each stream, and on data that branches read besides their stream.
+        links: operations between the last addition of each stream and branches of another one that read it.
+        heads: operations between the last addition of each stream and the output; where several meet, the first's.
         depths: number of positions of each stream; the stream that reaches the output comes first.
         nested: number of residual additions inside branches, which belong to them.
     """
 
     branches: tuple[BranchRegion, ...]
-    trunks: tuple[tuple[Op, ...], ...]
+    trunks: tuple[tuple[tuple[Op, ...], ...], ...]
     shortcuts: tuple[tuple[Op, ...], ...]
     stems: tuple[tuple[Op, ...], ...]
-    head: tuple[Op, ...]
+    links: tuple[tuple[Op, ...], ...]
+    heads: tuple[tuple[Op, ...], ...]
     depths: tuple[int, ...]
     nested: int
 
@@ -79,7 +83,8 @@ def find_regions(graph: Graph) -> Regions:
     """
     found = _residual_additions(graph)
     above, bit, _ = _ancestors(graph, {op for addition in found for op in (addition.op, addition.root)})
-    additions = _without_nested(found, above, bit)
+    inner = _without_outermost(graph, found, above, bit)
+    additions = _without_nested(inner, above, bit)
     stops = {op for addition in additions for op in (addition.op, addition.root)}
     head, head_stops, _ = _walk(graph, graph.roots, stops)
 
@@ -100,22 +105,34 @@ def find_regions(graph: Graph) -> Regions:
             ops, _, outside = _walk(graph, [end], stops, reads_root)
             context.extend(outside)
             where = stream_of[addition.op], position_of[addition.op]
-            branches.append(BranchRegion(end, addition.root, addition.op, ops, *where))
+            branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *where))
 
     shortcuts: list[tuple[Op, ...]] = [() for _ in depths]
     for addition in additions:
         shortcuts[stream_of[addition.op]] += _walk(graph, [addition.stream], stops)[0]
-    trunks: list[tuple[Op, ...]] = [() for _ in depths]
+    trunks: list[tuple[tuple[Op, ...], ...]] = [() for _ in depths]
     stems: list[tuple[Op, ...]] = [() for _ in depths]
     for root, (ops, hits) in behind.items():
-        part = trunks if hits else stems
-        part[stream_of[root]] += ops
-    taken = {op for part in (*trunks, *shortcuts, *stems, head, *(branch.ops for branch in branches)) for op in part}
-    aside, _, _ = _walk(graph, context, stops | taken)
+        if hits:
+            trunks[stream_of[root]] += (ops,)
+        else:
+            stems[stream_of[root]] += ops
+    between = [segment for segments in trunks for segment in segments]
+    taken = {op for part in (*between, *shortcuts, *stems, head, *(branch.ops for branch in branches)) for op in part}
+    aside = _by_stream(_walk(graph, context, stops | taken)[0], stream_of)
     if depths:
-        stems[-1] += aside
-    nested = len(found) - len(additions)
-    return Regions(tuple(branches), tuple(trunks), tuple(shortcuts), tuple(stems), head, depths, nested)
+        stems[-1] += aside.get(None, ())  # data that a branch reads besides its stream
+    heads = _by_stream(head, stream_of)
+    return Regions(
+        branches=tuple(branches),
+        trunks=tuple(trunks),
+        shortcuts=tuple(shortcuts),
+        stems=tuple(stems),
+        links=tuple(aside.get(stream, ()) for stream in range(len(depths))),
+        heads=tuple(heads.get(stream, ()) + (() if stream else heads.get(None, ())) for stream in range(len(depths))),
+        depths=depths,
+        nested=len(inner) - len(additions),
+    )
 
 
 def _ancestors(graph: Graph, marked: Iterable[Op]) -> tuple[list[int], dict[Op, int], list[int]]:
@@ -145,7 +162,7 @@ def _residual_additions(graph: Graph) -> list[_Addition]:
         first, second = op.data
         for stream, branch in ((first, second), (second, first)):
             root = transparent_source(stream)
-            if root in found and not through_matrix[branch.index] & bit[root]:
+            if root in found and not above[branch.index] & bit[root]:
                 # (x + attention(x)) + mlp(x): the second branch reads the root of the first
                 root = found[root].root
             if through_matrix[branch.index] & bit[root]:
@@ -179,6 +196,20 @@ def _is_nonlinear(graph: Graph, branch: Op, root: Op) -> bool:
 def _adds_two(op: Op) -> bool:
     data = op.data
     return op.name in ("Add", "Sub") and op.shape != () and len(data) == 2 and all(d.shape == op.shape for d in data)
+
+
+def _without_outermost(graph: Graph, found: list[_Addition], above: list[int], bit: dict[Op, int]) -> list[_Addition]:
+    """Additions but those of the data itself and a network with residual additions: losses, skips around all of it."""
+    made: set[Op] = set()  # what a parameter has a part in
+    for op in graph.ops:
+        if op.index in graph.uses or any(operand in made for operand in op.data):
+            made.add(op)
+    return [
+        addition
+        for addition in found
+        if addition.root in made
+        or not any(inner.root in made and above[addition.branch.index] & bit[inner.op] for inner in found)
+    ]
 
 
 def _without_nested(found: list[_Addition], above: list[int], bit: dict[Op, int]) -> list[_Addition]:
@@ -220,6 +251,19 @@ def _walk(
             else:
                 stack.extend(data)
     return tuple(sorted(seen, key=lambda op: op.index)), met, outside
+
+
+def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:
+    """Operations by the first of the streams that they come from, None if they come from data alone."""
+    first: dict[Op, int] = {}
+    parts: dict[int | None, tuple[Op, ...]] = {}
+    for op in ops:
+        streams = [first.get(operand, stream_of.get(operand)) for operand in op.data]
+        known = [stream for stream in streams if stream is not None]
+        if known:
+            first[op] = min(known)
+        parts[first.get(op)] = (*parts.get(first.get(op), ()), op)
+    return parts
 
 
 def _descendants_of(graph: Graph, root: Op, up_to: Op) -> Callable[[Op], bool]:

@@ -204,9 +204,13 @@ class Sites:
         op = end
         while len(self._readers[op]) == 1:
             chain.append(op)
-            if len(op.data) != 1 or op.name not in RESHAPES | JOINS | ARITHMETIC - {"Add", "Sub", "Rsub"}:
+            operands = op.data
+            if op.name == "Mul" and len(operands) == 2 and not is_normalizer(op):
+                # the factor that holds what is written, such as an expert's output beside its weight
+                operands = [operand for operand in operands if self._factors(operand) is not None]
+            if len(operands) != 1 or op.name not in RESHAPES | JOINS | ARITHMETIC - {"Add", "Sub", "Rsub"}:
                 break
-            op = op.data[0]
+            op = operands[0]
         return chain
 
     def _matrix_of(self, call: Call, source: dict[Op, Op]) -> Op | None:

@@ -51,7 +51,8 @@ class ParameterFacts:
         name: as in ``named_parameters()``.
         role: row of the table, None if it could not be placed.
         shape: its shape.
-        fan_in: number of inputs of the map (units; kernel sizes do not count); 1 for vectors.
+        fan_in: number of inputs of the map (units; kernel sizes do not count); 1 for vectors. Units of experts whose
+            outputs are summed count in all experts that a token is sent to, here and in ``fan_out``.
         fan_out: number of outputs of the map; entries of a vector.
         branch: index into ``Structure.branches``, None outside branches.
         stream: index into ``Structure.streams``.
@@ -81,7 +82,8 @@ class Branch:
     Args:
         name: longest module name that its parameters share, such as ``layers.3.mlp``.
         kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
-        hidden: hidden width M: heads of an attention block, inputs of the last matrix otherwise.
+        hidden: hidden width M: heads of an attention block, inputs of the last matrix otherwise, in all experts that a
+            token is sent to.
         stream: index into ``Structure.streams``.
         position: place along the stream, from 0; parallel branches of one addition share it.
         parameters: names of its parameters.

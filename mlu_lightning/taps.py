@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
-from mlu_lightning.graph import CONVOLUTIONS, RESHAPES, Graph, Op, transparent_source
+from mlu_lightning.axes import PERMUTING, coordinate_axes
+from mlu_lightning.graph import RESHAPES, Graph, Op, transparent_source
 from mlu_lightning.placement import BranchPlacement, fans
 from mlu_lightning.rehearsal import Passed, Rehearsal
 from mlu_lightning.structure import Site, Tap
@@ -17,8 +18,6 @@ from mlu_lightning.structure import Site, Tap
 __all__ = ["Taps"]
 
 _Value = tuple[Op, int]
-_PERMUTING = frozenset({"T", "Transpose", "Permute"})
-_VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,13 @@ class Taps:
     Args:
         rehearsal: a forward pass.
         graph: its graph.
+        streams: what of every residual addition is the stream.
         multiplied: where multipliers can be attached; what one of these has changed is not read.
     """
 
     rehearsal: Rehearsal
     graph: Graph
+    streams: Mapping[Op, Op]
     multiplied: frozenset[Site]
 
     def stream(self, number: int, placements: Iterable[BranchPlacement]) -> list[Tap]:
@@ -172,19 +173,7 @@ class Taps:
 
     @cached_property
     def _axes(self) -> dict[Op, int]:
-        """Axis of the units that the last matrix made, where it can be followed."""
-        axes: dict[Op, int] = {}
-        for op in self.graph.ops:
-            if self.graph.is_matrix(op):
-                axes[op] = _written_axis(self.graph, op)
-            elif any(use.kind == "lookup" for use in self.graph.uses.get(op.index, ())):
-                axes[op] = len(op.shape) - 1
-            else:
-                moved = (_moved(op, operand, axes[operand]) for operand in op.data if operand in axes)
-                axis = next((axis for axis in moved if axis is not None), None)
-                if axis is not None:
-                    axes[op] = axis
-        return axes
+        return coordinate_axes(self.graph, self.streams)
 
     @cached_property
     def _places(self) -> dict[_Value, list[_Place]]:
@@ -283,7 +272,7 @@ def _canonical(op: Op, output: int) -> _Value:
     """Walk back over operations that keep every entry in its place."""
     while len(op.data) == 1:
         operand = next(o for o in op.operands if o is not None and o[0].from_data)
-        kept = op.name in RESHAPES - _PERMUTING - {"AsStrided"} and operand[0].shapes[operand[1]] == op.shape
+        kept = op.name in RESHAPES - PERMUTING - {"AsStrided"} and operand[0].shapes[operand[1]] == op.shape
         if not kept and not _is_dropout(op):
             break
         op, output = operand
@@ -297,44 +286,3 @@ def _is_dropout(op: Op) -> bool:
     node: Any = op.node
     noise = node._saved_other
     return tuple(noise.shape) == op.shape and 0 not in noise.stride()  # a mask for all coordinates is expanded
-
-
-def _written_axis(graph: Graph, op: Op) -> int:
-    """Axis of the units that a parameter matrix makes."""
-    if op.name in CONVOLUTIONS:
-        return 1
-    matrix_first = op.name in ("Mm", "Bmm", "Addmm", "Baddbmm") and not graph.matrices(op)[0].inputs_first
-    return len(op.shape) - (2 if matrix_first else 1)
-
-
-def _moved(op: Op, operand: Op, axis: int) -> int | None:
-    """Where an operation puts an axis of its operand, None if that cannot be told."""
-    before, after = operand.shape, op.shape
-    if op.name in _PERMUTING:
-        order = _order(op, len(before))
-        return order.index(axis)
-    if op.name in _VIEWS:
-        ahead = math.prod(before[:axis])
-        fits = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead)
-        return next(fits, None)
-    axis_after = axis + len(after) - len(before)  # shapes are broadcast at the front
-    kept = len(after) >= len(before) and after[axis_after] == before[axis]
-    return axis_after if kept and op.name not in ("Mm", "Bmm", "AsStrided") else None
-
-
-def _order(op: Op, dimensions: int) -> list[int]:
-    """Axis of the operand that each axis of a permutation is."""
-    node: Any = op.node
-    if op.name == "Permute":
-        return [_signed(axis) % dimensions for axis in node._saved_dims]
-    order = list(range(dimensions))
-    if op.name == "Transpose":
-        first, second = (_signed(axis) % dimensions for axis in (node._saved_dim0, node._saved_dim1))
-        order[first], order[second] = second, first
-        return order
-    return order[::-1]
-
-
-def _signed(axis: int) -> int:
-    """Autograd shows negative axes as unsigned numbers."""
-    return axis - 2**64 if axis >= 2**63 else axis

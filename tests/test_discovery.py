@@ -38,23 +38,30 @@ def test_roles_are_those_read_off_the_source(architecture: Architecture) -> None
         assert len(matches) == 1, f"the registry has {len(matches)} roles for {name}"
         expected[name] = matches[0]
     assert {name: role.value for name, role in structure.roles.items()} == expected
+    for name, facts in structure.parameters.items():
+        assert facts.active == next((n for p, n in architecture.active.items() if fnmatch(name, p)), 1), name
 
 
 def test_streams_branches_and_readout(architecture: Architecture) -> None:
     structure = discover(architecture.build(DEPTH, HEADS, EMBEDDING), architecture.example)
-    additions = 1 if architecture.parallel else len(architecture.branches)
-    assert [(stream.depth, stream.embedding) for stream in structure.streams] == [(DEPTH * additions, EMBEDDING)]
-    found = Counter((name_pattern(b.name), b.kind, b.hidden, b.head_dim) for b in structure.branches)
-    assert found == {
-        (name, kind, hidden * HEADS, 8 if kind == "attention" else None): DEPTH
-        for name, kind, hidden in architecture.branches
-    }
-    assert max(b.position for b in structure.branches) == DEPTH * additions - 1
+    blocks = [architecture.branches, architecture.encoder] if architecture.encoder else [architecture.branches]
+    depths = [DEPTH if architecture.parallel else DEPTH * len(branches) for branches in blocks]
+    assert [(stream.depth, stream.embedding) for stream in structure.streams] == [(d, EMBEDDING) for d in depths]
+    for number, (branches, depth) in enumerate(zip(blocks, depths, strict=True)):
+        along = [branch for branch in structure.branches if branch.stream == number]
+        found = Counter((name_pattern(b.name), b.kind, b.hidden, b.head_dim) for b in along)
+        assert found == {
+            (name, kind, hidden * HEADS, 8 if kind == "attention" else None): DEPTH for name, kind, hidden in branches
+        }
+        assert sorted({branch.position for branch in along}) == list(range(depth))
+        members = {name for branch in along for name in branch.parameters}
+        assert {structure.parameters[name].stream for name in members} == {number}
     assert [readout.parameter for readout in structure.readouts] == [architecture.readout]
     assert structure.parameters[architecture.readout].tied == architecture.tied
     assert bool(structure.readouts[0].folds) != architecture.tied
     assert all(bool(branch.folds) != architecture.unfoldable for branch in structure.branches)
-    assert bool(structure.warnings) == architecture.warns
+    assert len(structure.warnings) == bool(architecture.warns)
+    assert all(architecture.warns in warning for warning in structure.warnings)
 
 
 def test_a_branch_that_ends_in_a_norm_is_multiplied_after_it() -> None:
@@ -75,9 +82,10 @@ def test_structure_is_the_same_on_meta(architecture: Architecture) -> None:
 def test_multiplying_at_every_site_is_multiplying_every_branch(architecture: Architecture) -> None:
     """The site's output, times zero, removes the branch: the module then is its stem and head alone."""
     torch.manual_seed(0)
-    module = architecture.build(DEPTH, HEADS, EMBEDDING).double().eval()
-    shallow = copy.deepcopy(module)
+    module = architecture.build(DEPTH, HEADS, EMBEDDING)
     structure = discover(module, architecture.example)
+    module = module.double().eval()
+    shallow = copy.deepcopy(module)
     if any(branch.site is None for branch in structure.branches):
         assert architecture is ARCHITECTURES["functional"], "only its branches are no module's output"
         return

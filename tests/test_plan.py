@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def by_hand(depth: float, m: float, d: float) -> Numbers:
         "branch_out": (1 / depth, d**0.5 / m, 1 / m, 1 / (depth * d), m),
         "branch_out_bias": (1 / depth, 1, 1, 1 / (depth * d), 1),
         "branch_norm": (1, 1, 1, 1 / (depth * d), 1),
+        "branch_bounded": (1, 1, 1, 1 / depth, 1),
+        "branch_bounded_matrix": (1, d**-0.5, 1 / d, 1 / depth, d),
         "stream_matrix": (1, d**-0.5, 1 / d, 1 / d, d),
         "stream_norm": (1, 1, 1, 1 / d, 1),
         "post_norm": (1, 1, 1 / depth, 1 / d, depth),
@@ -45,28 +48,34 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> None:
     base, module = architecture.build(*BASE), architecture.build(6, 8, 64)
     plan = Plan.from_model(module, architecture.example, base=base)
-    expected = by_hand(depth=3, m=2, d=2)
     for name, scale in plan.scales("adamw").items():
         numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
+        across_tokens = any(fnmatch(name, pattern) for pattern in architecture.tokens)
+        expected = by_hand(depth=3, m=2, d=1 if across_tokens else 2)
         multiplier, *rest = expected[plan.roles[name].value]
         if architecture.unfoldable:
             multiplier = 1  # the norm at the end of the branch is multiplied, which no parameter can hold
+        elif architecture.ends and plan.roles[name].in_branch:
+            multiplier = 1 / 3 if any(fnmatch(name, pattern) for pattern in architecture.ends) else 1
         assert numbers == pytest.approx((multiplier, *rest)), name
     values = {multiplier.name: multiplier.value for multiplier in plan.multipliers}
     assert values.pop(architecture.readout) == pytest.approx(1 / 2)
     assert len(values) == len(plan.branches) and all(value == pytest.approx(1 / 3) for value in values.values())
 
 
-@pytest.mark.parametrize("name", ["resnet", "causal transformer", "llama", "functional"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "causal transformer", "llama", "functional", "mixer", "mixtral", "basic resnet", "t5"]
+)
 @pytest.mark.parametrize(("heads", "embedding"), [(16, 32), (4, 128), (2, 64), (4, 16)])
 def test_numbers_with_hidden_and_embedding_changed_on_their_own(name: str, heads: int, embedding: int) -> None:
     architecture = ARCHITECTURES[name]
     plan = Plan.from_model(
         architecture.build(2, heads, embedding), architecture.example, base=architecture.build(*BASE)
     )
-    expected = by_hand(depth=1, m=heads / 4, d=embedding / 32)
     for parameter, scale in plan.scales("adamw").items():
         numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
+        across_tokens = any(fnmatch(parameter, pattern) for pattern in architecture.tokens)
+        expected = by_hand(depth=1, m=heads / 4, d=1 if across_tokens else embedding / 32)
         assert numbers == pytest.approx(expected[plan.roles[parameter].value]), parameter
 
 

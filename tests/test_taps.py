@@ -93,6 +93,19 @@ BEGIN: dict[str, Callable[[Any, Any], Tensor]] = {
     "gpt-neox": lambda m, x: m.gpt_neox.embed_in.weight[TOKENS],
     "bert": lambda m, x: m.bert.embeddings(TOKENS),
     "vit": lambda m, x: m.vit.embeddings(x["pixel_values"]),
+    "pre-norm decoder": lambda m, x: m.tokens(x[0]),
+    "post-norm decoder": lambda m, x: m.tokens(x[0]),
+    "average of experts": lambda m, x: m.embed(x[0]),
+    "sum of experts": lambda m, x: m.embed(x[0]),
+    "mistral": lambda m, x: m.model.embed_tokens.weight[TOKENS],
+    "qwen3": lambda m, x: m.model.embed_tokens.weight[TOKENS],
+    "mixtral": lambda m, x: m.model.embed_tokens.weight[TOKENS],
+    "t5": lambda m, x: m.shared.weight[F.pad(TOKENS, (1, 0))[:, :-1]],
+    "tied t5": lambda m, x: m.shared.weight[F.pad(TOKENS, (1, 0))[:, :-1]],
+    "mixer": lambda m, x: m.patches(x[0]).flatten(2).transpose(1, 2),
+    "basic resnet": lambda m, x: m.pool(F.relu(m.stem(x[0]))),
+    "bottleneck resnet": lambda m, x: m.pool(F.relu(m.stem(x[0]))),
+    "hugging face resnet": lambda m, x: m.resnet.embedder(x["pixel_values"]),
 }
 END: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "resnet": lambda m, h: m.readout(h),
@@ -107,6 +120,19 @@ END: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "gpt-neox": lambda m, h: m.lm_head(m.gpt_neox.final_layer_norm(h)),
     "bert": lambda m, h: m.cls(m.bert.encoder.layer[-1].output.LayerNorm(h)),
     "vit": lambda m, h: m.classifier(m.vit.layernorm(h)[:, 0]),
+    "pre-norm decoder": lambda m, h: m.readout(m.decoder.norm(h)),
+    "post-norm decoder": lambda m, h: m.readout(m.decoder.layers[-1].norm3(h)),
+    "average of experts": lambda m, h: m.readout(h),
+    "sum of experts": lambda m, h: m.readout(h),
+    "mistral": lambda m, h: m.lm_head(m.model.norm(h)),
+    "qwen3": lambda m, h: m.lm_head(m.model.norm(h)),
+    "mixtral": lambda m, h: m.lm_head(m.model.norm(h)),
+    "t5": lambda m, h: m.lm_head(m.decoder.final_layer_norm(h)),
+    "tied t5": lambda m, h: m.decoder.final_layer_norm(h) * EMBEDDING**-0.5 @ m.shared.weight.T,
+    "mixer": lambda m, h: m.classifier(m.norm(h).mean(1)),
+    "basic resnet": lambda m, h: m.fc(h.mean((2, 3))),
+    "bottleneck resnet": lambda m, h: m.fc(h.mean((2, 3))),
+    "hugging face resnet": lambda m, h: m.classifier(F.relu(h).mean((2, 3))),
 }
 
 
@@ -119,44 +145,68 @@ def name(request: pytest.FixtureRequest) -> str:
 def test_streams_and_outputs_are_those_read_off_the_source(name: str) -> None:
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
-    module = architecture.build(DEPTH, HEADS, EMBEDDING).double().eval()
+    module = architecture.build(DEPTH, HEADS, EMBEDDING)
+    structure = discover(module, architecture.example)
+    module = module.double().eval()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)  # norms, too, so that a wrong one shows
-    structure = discover(module, architecture.example)
-    depth = DEPTH * (1 if architecture.parallel else len(architecture.branches))
+    blocks = [architecture.branches, architecture.encoder] if architecture.encoder else [architecture.branches]
+    depths = [DEPTH if architecture.parallel else DEPTH * len(branches) for branches in blocks]
     keys = [(tap.reads, tap.number, tap.position) for tap in structure.taps]
-    assert keys == [("stream", 0, position) for position in range(depth + 1)] + [("readout", 0, 0)]
-    assert {tap.axis for tap in structure.taps} == {-1}
+    expected = [("stream", number, at) for number, depth in enumerate(depths) for at in range(depth + 1)]
+    assert keys == [*expected, ("readout", 0, 0)]
+    assert [tap.axis for tap in structure.taps] == [architecture.axis] * len(expected) + [-1]
 
-    sites = [(branch.position, branch.site) for branch in structure.branches if branch.site is not None]
+    sites = [(b.stream, b.position, b.site) for b in structure.branches if b.site is not None]
     # a branch is a tap of its own here: read as one, it is numbered by its place among the branches
-    written = tuple(Tap("stream", 1, i, site.module, "output", site.index, -1) for i, (_, site) in enumerate(sites))
+    written = tuple(Tap("stream", 2, i, site.module, "output", site.index, -1) for i, (_, _, site) in enumerate(sites))
     example = inputs(architecture)
     outputs: list[Tensor] = []
     found = read(module, structure.taps + written, lambda: outputs.append(logits(module, example)))
-    h, branches = streams(found), streams(found, 1)
+    branches = streams(found, 2)
     with torch.no_grad():
-        torch.testing.assert_close(h[0], BEGIN[name](module, example), **EXACT)
-        torch.testing.assert_close(found["readout", 0, 0], END[name](module, h[-1]), **EXACT)
-        for position in range(depth):
-            if name == "functional":  # its branches are no module's output
-                torch.testing.assert_close(h[position + 1], module.blocks[position](h[position]), **EXACT)
-                continue
-            before = h[position]
-            if architecture.warns and position > 0:
-                before = post_norm(module, position)(before)
-            change = sum(branch for (at, _), branch in zip(sites, branches, strict=True) if at == position)
-            torch.testing.assert_close(h[position + 1] - before, change, **EXACT)
+        for number, depth in enumerate(depths):
+            h = streams(found, number)
+            if number == 0:
+                torch.testing.assert_close(h[0], BEGIN[name](module, example), **EXACT)
+                torch.testing.assert_close(found["readout", 0, 0], END[name](module, h[-1]), **EXACT)
+            else:
+                torch.testing.assert_close(h[0], module.shared.weight[TOKENS], **EXACT)
+            for position in range(depth):
+                if name == "functional":  # its branches are no module's output
+                    torch.testing.assert_close(h[position + 1], module.blocks[position](h[position]), **EXACT)
+                    continue
+                change = sum(b for (*at, _), b in zip(sites, branches, strict=True) if at == [number, position])
+                torch.testing.assert_close(h[position + 1], after(name, module, position, h[position], change), **EXACT)
     made = 30 * torch.tanh(found["readout", 0, 0] / 30) if name == "gemma2" else found["readout", 0, 0]
     torch.testing.assert_close(made, outputs[0], **EXACT)
 
 
+def after(name: str, module: Any, position: int, before: Tensor, change: Tensor) -> Tensor:
+    """What a person reads off the source: the stream after an addition, as the next branch reads it."""
+    if name in ("basic resnet", "bottleneck resnet"):
+        return F.relu(module.stages[position // DEPTH][position % DEPTH].shortcut(before) + change)
+    if name == "hugging face resnet":
+        layer = module.resnet.encoder.stages[position // DEPTH].layers[position % DEPTH]
+        return layer.shortcut(F.relu(before) if position > 0 else before) + change  # the sum is given to its activation
+    if name == "mixer" and position % 2 == 0:
+        return before + change.transpose(1, 2)
+    if ARCHITECTURES[name].warns == "post-norm" and position > 0:
+        before = post_norm(module, position)(before)
+    return before + change
+
+
 def post_norm(module: Any, position: int) -> nn.Module:
     """The norm after an addition."""
+    if hasattr(module, "decoder"):
+        block, part = divmod(position - 1, 3)
+        layer = module.decoder.layers[block]
+        norm: nn.Module = (layer.norm1, layer.norm2, layer.norm3)[part]
+        return norm
     block, half = divmod(position - 1, 2)
     if hasattr(module, "bert"):
         layer = module.bert.encoder.layer[block]
-        norm: nn.Module = layer.output.LayerNorm if half else layer.attention.output.LayerNorm
+        norm = layer.output.LayerNorm if half else layer.attention.output.LayerNorm
     else:
         norm = module.encoder.layers[block].norm2 if half else module.encoder.layers[block].norm1
     return norm
@@ -165,7 +215,7 @@ def post_norm(module: Any, position: int) -> nn.Module:
 def test_attached_multipliers_do_not_change_what_is_read(name: str) -> None:
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
-    module = architecture.build(DEPTH, HEADS, EMBEDDING).double().eval()
+    module = architecture.build(DEPTH, HEADS, EMBEDDING)
     plan = Plan.from_model(module, architecture.example, base=architecture.build(1, 2, 16), alpha=1.5)
     initialize(module, plan)
     assert plan.taps == discover(module, architecture.example).taps
@@ -174,13 +224,14 @@ def test_attached_multipliers_do_not_change_what_is_read(name: str) -> None:
         return
     attach_multipliers(module, plan)
     assert discover(module, architecture.example).taps == plan.taps
+    module = module.double().eval()
     example = inputs(architecture)
     found = read(module, plan.taps, lambda: logits(module, example))
     h = streams(found)
     with torch.no_grad():
         torch.testing.assert_close(h[0], BEGIN[name](module, example), **EXACT)
         end = END[name](module, h[-1])
-    if name in ("gpt2", "tied llama", "gemma2"):
+    if name in ("gpt2", "tied llama", "gemma2", "tied t5"):
         end = end / 2  # where END takes the tied table by itself, without the readout's hook
     torch.testing.assert_close(found["readout", 0, 0], end, **EXACT)
 
