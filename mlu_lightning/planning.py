@@ -294,7 +294,7 @@ def _units(facts: ParameterFacts, structure: Structure) -> tuple[int, int]:
         return facts.fan_in // facts.head_dim, facts.fan_out
     outputs = facts.fan_out // facts.head_dim
     if facts.role in (Role.BRANCH_IN, Role.BRANCH_IN_BIAS) and facts.branch is not None:
-        hidden = structure.branches[facts.branch].hidden
+        hidden = structure.branches[facts.branch].hidden // facts.active
         outputs = hidden if outputs in (2 * hidden, 3 * hidden) else outputs
     return facts.fan_in, outputs
 
