@@ -152,8 +152,8 @@ def _transformer(steps: int, warmup: int, schedule: str = "cosine", **sizes: Any
     return {"class_path": "lr_transfer_runs.ScheduledTransformer", "init_args": init_args}
 
 
-_SMALL = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
-_TINY = {"depth": 1, "heads": 1, "mlp_hidden": 16, "embedding": 8, "context": 8, "head_dim": 4}
+_SMALL: dict[str, Any] = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
+_TINY: dict[str, Any] = {"depth": 1, "heads": 1, "mlp_hidden": 16, "embedding": 8, "context": 8, "head_dim": 4}
 
 PRESETS = {
     "cpu": Study(
@@ -197,8 +197,8 @@ PRESETS = {
         trainer={"accelerator": "auto", "devices": 1, "precision": "bf16-mixed"},
     ),
 }
-"""Studies by name: one for two CPU cores, and one for an accelerator, of larger sizes, whose own runs have not been tried: only
-its quick study has been, on a CPU."""
+"""Studies by name: one for two CPU cores, and one for an accelerator, of larger sizes, of which only ``--quick`` has been
+tried, on a CPU."""
 
 QUICK: dict[str, Any] = {
     "axes": {
