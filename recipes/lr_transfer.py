@@ -32,7 +32,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import fields, replace
 from pathlib import Path
@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: of the command line; by default those of the process.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    functions = {"study": study, "horizon": horizon}
+    functions: dict[str, Callable[..., None]] = {"study": study, "horizon": horizon}
     if arguments[:1] and arguments[0] in functions:
         command(functions[arguments[0]], f"{Path(__file__).name} {arguments[0]}", arguments[1:])
     else:
@@ -147,13 +147,13 @@ def _text(steps: int, context: int = 32, batch_size: int = 16, validation: int =
     return {"class_path": "reference_run.Text", "init_args": arguments}
 
 
-def _transformer(steps: int, warmup: int, schedule: str = "cosine", **sizes: int) -> dict[str, Any]:
+def _transformer(steps: int, warmup: int, schedule: str = "cosine", **sizes: Any) -> dict[str, Any]:
     init_args = {"steps": steps, "warmup": warmup, "schedule": schedule, **sizes}
     return {"class_path": "lr_transfer_runs.ScheduledTransformer", "init_args": init_args}
 
 
-_SMALL = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
-_TINY = {"depth": 1, "heads": 1, "mlp_hidden": 16, "embedding": 8, "context": 8, "head_dim": 4}
+_SMALL: dict[str, Any] = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
+_TINY: dict[str, Any] = {"depth": 1, "heads": 1, "mlp_hidden": 16, "embedding": 8, "context": 8, "head_dim": 4}
 
 PRESETS = {
     "cpu": Study(
@@ -197,7 +197,8 @@ PRESETS = {
         trainer={"accelerator": "auto", "devices": 1, "precision": "bf16-mixed"},
     ),
 }
-"""Studies by name: one for two CPU cores, and one for an accelerator, whose sizes are more than a CPU has time for."""
+"""Studies by name: one for two CPU cores, and one for an accelerator, of larger sizes, of which only ``--quick`` has been
+tried, on a CPU."""
 
 QUICK: dict[str, Any] = {
     "axes": {
@@ -216,7 +217,9 @@ QUICK: dict[str, Any] = {
 def _long_studies(quick: bool) -> dict[str, Study]:
     """Studies of long horizons by the name of their folders, schedule first."""
     depths, horizons, cosines = ([1, 2], [2, 4], [4]) if quick else ([2, 4, 8, 16], [32, 64, 128, 256, 512], [64, 256])
-    sizes, batches = (_TINY, {"context": 8, "batch_size": 4, "validation": 2}) if quick else (_SMALL, {})
+    sizes = _TINY if quick else _SMALL
+    # validation is half as long as in the other study, for there are 16 of them in a run
+    batches = {"context": 8, "batch_size": 4, "validation": 2} if quick else {"validation": 8}
 
     def depth_study(horizons: list[int], warmup: int, schedule: str) -> Study:
         return replace(
