@@ -14,6 +14,12 @@ the mean over seeds. It reports the *drift*, decades from the base's best learni
 the loss at the base's best learning rate less the least one. Where two rules have the same numbers at a shape, as MLU and
 CompleteP have along depth, their runs are the same and are made once.
 
+With MLU and CompleteP the drift is within 0.17 decades along every axis, mostly within its error, and the regret within 0.02
+nats per byte. Where M/D changes the two differ in the initial size of ``branch_out``, and at these sizes and 128 steps of
+AdamW that is not seen: both keep their optimum. SP drifts by a decade as the embedding grows sixteenfold (regret 0.43), and
+with µP by a third of one as depth does. At learning rates that are tuned anew at each size, SP is a little better where the
+embedding grows, and worst where depth does.
+
 A study of another architecture, or of other sizes, is a YAML file with what is to be replaced in a preset (the fields of
 ``Study`` in ``lr_transfer_runs.py``), as
 
