@@ -169,7 +169,8 @@ def _own_matrices(products: list[Op], matrices: list[Op], router: Op) -> set[Op]
 
 
 def _ancestors(op: Op) -> set[Op]:
-    found: set[Op] = set()
+    """Operations that one comes from, that included."""
+    found = {op}
     stack = [op]
     while stack:
         for operand in stack.pop().data:
