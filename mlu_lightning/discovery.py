@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mlu_lightning.axes import coordinate_axes
-from mlu_lightning.graph import Graph, build_graph
+from mlu_lightning.graph import Graph, Op, build_graph
 from mlu_lightning.logits import own_scale
 from mlu_lightning.placement import BranchPlacement, fans
 from mlu_lightning.recurrence import find_recurrence
@@ -75,7 +75,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
     sites = Sites(rehearsal, graph)
-    branches = tuple(_branch(named, sites) for named in _named_branches(spots, uses))
+    branches = tuple(_branch(named, sites, idle) for named in _named_branches(spots, uses))
     readouts = tuple(_readouts(uses, sites))
     additions = {region.addition: region.before for region in regions.branches}
     axes = coordinate_axes(graph, additions)
@@ -152,7 +152,7 @@ def _role_in(placement: BranchPlacement, uses: list[PlacedUse]) -> Role | None:
     return next((u.role for u in uses if u.spot.placement is placement), None)
 
 
-def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
+def _branch(branch: _NamedBranch, sites: Sites, idle: dict[str, str]) -> Branch:
     spot = branch.calls[0]
     placement = spot.placement
     assert isinstance(placement, BranchPlacement)
@@ -160,6 +160,7 @@ def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
     writers = [use.parameter for op in placement.writers for use in placement.graph.matrices(op)]
     owner = writers[-1].rpartition(".")[0] if writers else branch.name
     ends = [call.placement.region.end for call in branch.calls if isinstance(call.placement, BranchPlacement)]
+    folds = sites.folds(ends)
     return Branch(
         name=branch.name,
         kind=placement.kind,
@@ -168,7 +169,7 @@ def _branch(branch: _NamedBranch, sites: Sites) -> Branch:
         position=placement.region.position,
         parameters=branch.parameters,
         site=sites.branch(ends, branch.name, owner),
-        folds=sites.folds(ends),
+        folds=folds + tuple(name for name, beside in idle.items() if beside in folds),
         head_dim=None if attention is None else attention.key_dim,
         logits=None if attention is None else sites.logits(attention, len(ends)),
         logits_scale=None
@@ -265,12 +266,7 @@ def _warnings(
             "the stream is normalized after its additions (post-norm), which the theory does not cover: the learning "
             "rates of these norms are divided by the depth ratio, because their effects compound"
         )
-    shared = [
-        name
-        for name, placed in uses.items()
-        if len({u.spot.position for u in placed if u.use.kind in ("matrix", "lookup") and u.spot.branch is not None})
-        > 1
-    ]
+    shared = [name for name, placed in uses.items() if _is_shared(placed)]
     if shared:
         yield (
             "weights shared across depth are not covered by the theory, they are planned as if each use were its own: "
@@ -293,3 +289,31 @@ def _warnings(
         )
     if regions.nested:
         yield f"{regions.nested} residual additions inside other residual branches are taken for parts of these"
+
+
+def _is_shared(uses: list[PlacedUse]) -> bool:
+    """Whether a matrix or a table acts at several places along the depth."""
+    spots: dict[Op, dict[int | None, Spot]] = defaultdict(dict)
+    for placed in uses:
+        if placed.use.kind in ("matrix", "lookup") and placed.spot.branch is not None:
+            spots[placed.use.op].setdefault(placed.spot.position, placed.spot)
+    if len({position for at in spots.values() for position in at}) < 2:
+        return False
+    return len(spots) > 1 or any(_is_read_again(op, list(at.values())) for op, at in spots.items())
+
+
+def _is_read_again(op: Op, spots: list[Spot]) -> bool:
+    """Whether several branches read the same of what an operation makes, and not parts of their own."""
+    common = set(spots[0].ops).intersection(*(spot.ops for spot in spots[1:]))
+    made = {op}
+    for other in sorted(common, key=lambda other: other.index):
+        if any(operand in made for operand in other.data):
+            made.add(other)
+    seen: set[tuple[Op, int]] = set()
+    for spot in spots:
+        own = (o for o in spot.ops if o not in common)
+        read = {operand for o in own for operand in o.operands if operand is not None and operand[0] in made}
+        if seen & read:
+            return True
+        seen |= read
+    return False

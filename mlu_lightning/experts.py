@@ -9,7 +9,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from mlu_lightning.graph import CONVOLUTIONS, Graph, Op, Use, is_normalizer
+from mlu_lightning.graph import CONVOLUTIONS, Graph, Op, Use, full_factors, is_normalizer, transparent_source
 
 __all__ = ["Experts", "find_experts"]
 
@@ -97,7 +97,8 @@ class Experts:
 def find_experts(graph: Graph, ops: Iterable[Op]) -> Experts | None:
     """Find the experts of a branch: as many matrices in one parameter, or as many modules, as a router has outputs.
 
-    A router is a matrix whose outputs multiply something larger, one number for all of its last dimension.
+    A router is a matrix whose outputs multiply something larger, one number for all of its last dimension, or are
+    multiplied and summed with what the matrices of one parameter make.
 
     Args:
         graph: of the forward pass.
@@ -108,10 +109,11 @@ def find_experts(graph: Graph, ops: Iterable[Op]) -> Experts | None:
     gates: dict[Op, list[tuple[Op, Op]]] = {}  # by router: a weight, and the product that it goes into
     ways: dict[Op, dict[Op, None]] = {}
     for op in members:
-        if op.name != "Mul" or len(op.data) != 2 or is_normalizer(op):
+        if op.name not in ("Mul", "Bmm") or len(op.data) != 2 or is_normalizer(op):
             continue
         for weight in op.data:
-            if math.prod(weight.shape) * 2 > math.prod(op.shape) or weight.shape[-1:] != (1,):
+            whole = op.name == "Mul" and (2 * math.prod(weight.shape) > math.prod(op.shape) or weight.shape[-1] != 1)
+            if whole or (op.name == "Bmm" and graph.is_matrix(op)):
                 continue
             way, sources = _back(graph, weight, frozenset(members))
             if len(sources) == 1:
@@ -121,9 +123,10 @@ def find_experts(graph: Graph, ops: Iterable[Op]) -> Experts | None:
         number = _outputs(graph.matrices(router)[0])
         stacked = {op for op in matrices if op is not router and _is_stacked(graph.matrices(op), number)}
         own = stacked
-        if not stacked and 1 < len(found) <= number:  # those that no token was sent to may be missing
-            own = _own_matrices([product for _, product in found], matrices, router)
-        if number > 1 and len(own) >= (1 if stacked else len(found)):
+        outputs = _each([(weight, product) for weight, product in found if product.name == "Mul"], number)
+        if not stacked and 1 < len(outputs) <= number:  # those that no token was sent to may be missing
+            own = _own_matrices(outputs, matrices, router)
+        if number > 1 and own and (stacked or len(own) >= len(outputs)):
             weights = tuple(sorted(ways[router], key=lambda op: op.index))
             return Experts(graph, router, frozenset(own), number, weights)
     return None
@@ -147,6 +150,15 @@ def _back(graph: Graph, start: Op, members: frozenset[Op]) -> tuple[list[Op], li
     return way, sources
 
 
+def _each(gates: list[tuple[Op, Op]], number: int) -> list[Op]:
+    """What each expert makes, where weights multiply one after the other, or all of them stacked."""
+    if len(gates) != 1:
+        return [product for _, product in gates]
+    weight, product = gates[0]
+    stack = next((op for op in map(transparent_source, full_factors(product)) if op.name in ("Stack", "Cat")), None)
+    return stack.data if stack is not None and weight.shape[-2:] == (number, 1) else []
+
+
 def _own_matrices(products: list[Op], matrices: list[Op], router: Op) -> set[Op]:
     """Matrices behind one of the products of experts and weights, but not behind all of them."""
     behind = [
@@ -157,7 +169,8 @@ def _own_matrices(products: list[Op], matrices: list[Op], router: Op) -> set[Op]
 
 
 def _ancestors(op: Op) -> set[Op]:
-    found: set[Op] = set()
+    """Operations that one comes from, that included."""
+    found = {op}
     stack = [op]
     while stack:
         for operand in stack.pop().data:
@@ -168,8 +181,14 @@ def _ancestors(op: Op) -> set[Op]:
 
 
 def _is_stacked(uses: tuple[Use, ...], number: int) -> bool:
-    """Whether a parameter holds a matrix for each of so many experts."""
-    return any(use.op.name not in CONVOLUTIONS and len(use.stored) > 2 and use.stored[0] == number for use in uses)
+    """Whether a parameter holds a matrix for each of so many experts: inputs are not in its first dimension."""
+    return any(
+        use.op.name not in CONVOLUTIONS
+        and len(use.stored) > 2
+        and use.stored[0] == number
+        and use.shape[-2 if use.inputs_first else -1] in use.stored[1:]
+        for use in uses
+    )
 
 
 def _outputs(use: Use) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch.autograd.graph import Node
 
 from mlu_lightning.rehearsal import Rehearsal
 
-__all__ = ["Graph", "Op", "Use", "build_graph", "is_normalizer", "transparent_source"]
+__all__ = ["Graph", "Op", "Use", "build_graph", "full_factors", "is_normalizer", "transparent_source"]
 
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
@@ -37,6 +38,7 @@ NORMS = frozenset(
 )
 LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
 _SELECTS = frozenset({"Index", "IndexSelect"})
+_PICKS = _SELECTS | {"Select", "Unbind"}
 ATTENTION = "ScaledDotProduct"
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
 _WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
@@ -116,6 +118,11 @@ class Use:
         return not self.shared and all(step.name in RESHAPES | PARTS | _SELECTS | {"Neg"} for step in self.path)
 
     @property
+    def taken(self) -> tuple[int, ...]:
+        """Shape of what is taken of the parameter in one use, before it is arranged to meet data."""
+        return self.shape if any(step.name in _PICKS for step in self.path) else self.stored
+
+    @property
     def is_section(self) -> bool:
         """Whether it is one of several parts, side by side, of the parameter, such as the queries' part of in_proj."""
         return len(self.shape) == len(self.stored) and any(
@@ -193,6 +200,16 @@ def transparent_source(op: Op) -> Op:
             op = op.data[0]
         else:
             return op
+
+
+def full_factors(op: Op) -> list[Op]:
+    """Data that an operation multiplies, without factors that one number stands for many entries of, such as weights.
+
+    Args:
+        op: a product.
+    """
+    size = math.prod(op.shape)
+    return [operand for operand in op.data if 2 * math.prod(operand.shape) > size] or op.data
 
 
 def is_normalizer(op: Op) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlu_lightning.experts import Experts, find_experts
-from mlu_lightning.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use, transparent_source
+from mlu_lightning.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use, full_factors, transparent_source
 from mlu_lightning.logits import Attention, find_attention
 from mlu_lightning.regions import BranchRegion
 from mlu_lightning.rules import Role
@@ -49,8 +49,10 @@ class BranchPlacement:
             return _BIAS_ROLES[self._matrix_role(op)]
         if use.kind == "lookup":
             return self._table_role(use)
-        size, attention = math.prod(use.stored), self.attention
-        if size != max(use.stored, default=1) and not self._is_per_head(use):
+        size, attention = math.prod(use.taken), self.attention
+        if use.kind == "add" and op in self._biased:
+            return _BIAS_ROLES[self._matrix_role(self._biased[op])]
+        if size != max(use.taken, default=1) and not self._is_per_head(use):
             return f"it enters {op.name} with shape {list(use.shape)}"
         if size == 1:
             return Role.BRANCH_BOUNDED
@@ -155,7 +157,7 @@ class BranchPlacement:
     def _is_per_head(self, use: Use) -> bool:
         """Whether a parameter is [heads, head_dim]."""
         attention = self.attention
-        entries = [size for size in use.stored if size > 1]
+        entries = [size for size in use.taken if size > 1]
         return attention is not None and len(entries) == 2 and entries[1] in (attention.key_dim, attention.value_dim)
 
     def _is_in_heads(self, op: Op) -> bool:
@@ -171,14 +173,14 @@ class BranchPlacement:
 
     @cached_property
     def _biased(self) -> dict[Op, Op]:
-        """The matrix to whose output each table is added, as the biases of the experts that tokens are sent to."""
+        """The matrix of experts to whose output biases of experts are added, by the lookup of these or the addition."""
         found: dict[Op, Op] = {}
-        for op in self.region.ops:
-            if op.name == "Add" and len(op.data) == 2:
-                for table, other in (op.data, op.data[::-1]):
-                    source, matrix = transparent_source(table), transparent_source(other)
-                    if _is_lookup(self.graph, source) and self.graph.is_matrix(matrix):
-                        found[source] = matrix
+        for op in self.region.ops if self.experts is not None else ():
+            sources = [transparent_source(operand) for operand in op.data]
+            matrices = [source for source in sources if self.experts is not None and source in self.experts.ops]
+            if op.name == "Add" and len(matrices) == 1:
+                tables = [source for source in sources if _is_lookup(self.graph, source)]
+                found |= dict.fromkeys(tables or [op], matrices[0])
         return found
 
     @cached_property
@@ -199,9 +201,7 @@ class BranchPlacement:
             if op.name.startswith(ATTENTION):
                 stack.extend(operand[0] for operand in op.operands[2:3] if operand is not None)
             elif not self.graph.is_matrix(op):
-                # a factor with fewer entries, such as the weight of an expert, is not what is written
-                size = math.prod(op.shape)
-                stack.extend(o for o in op.data if op.name != "Mul" or 2 * math.prod(o.shape) > size)
+                stack.extend(full_factors(op) if op.name == "Mul" else op.data)
         return frozenset(seen)
 
     @cached_property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from itertools import permutations
 
 from mlu_lightning.graph import PARTS, RESHAPES, Graph, Op, transparent_source
 
@@ -47,20 +47,23 @@ def _applied_again(graph: Graph, ops: tuple[Op, ...]) -> str | None:
 
 
 def _is_scan(graph: Graph, ops: tuple[Op, ...]) -> bool:
-    """Whether sums are multiplied and added to again and again, without a further matrix: s ← a s + b."""
+    """Whether sums are multiplied and added to again and again: s ← a s + b, with another a but no further matrix."""
     matrices: dict[Op, frozenset[Op]] = {}
-    steps: Counter[Op] = Counter()
+    multipliers: dict[Op, frozenset[Op]] = {}
     for op in ops:
         before = frozenset[Op]().union(*(matrices.get(operand, frozenset()) for operand in op.data))
         matrices[op] = before | {op} if graph.is_matrix(op) else before
         if op.name != "Add":
             continue
+        steps = [frozenset[Op]()]
         for product in map(transparent_source, op.data):
-            if product.name == "Mul":
-                states = [transparent_source(factor) for factor in product.data]
-                same = (s for s in states if s.name == "Add" and s.shape == op.shape and matrices.get(s) == before)
-                steps[op] = max([steps[op], *(steps[state] + 1 for state in same)])
-    return max(steps.values(), default=0) >= _STEPS
+            factors = [transparent_source(factor) for factor in product.data] if product.name == "Mul" else []
+            for state, multiplier in permutations(factors, 2):
+                used = multipliers.get(state, frozenset())
+                if state in multipliers and state.shape == op.shape and matrices[state] == before:
+                    steps.append(used | {multiplier})
+        multipliers[op] = max(steps, key=len)
+    return max(map(len, multipliers.values()), default=0) >= _STEPS
 
 
 def _is_cumulative_decay(ops: tuple[Op, ...]) -> bool:

@@ -48,9 +48,9 @@ class Regions:
         branches: in order of their additions.
         trunks: operations on each stream between two of its additions, for each pair of them.
         shortcuts: operations on each stream beside a branch, where a stage changes its shape.
-        stems: operations before the first addition of each stream, and on data that branches read besides their stream.
+        stems: operations before the first addition of each stream, and on data that is read besides the streams.
         links: operations between the last addition of each stream and branches of another one that read it.
-        heads: operations between the last addition of each stream and the output; where several meet, the first's.
+        heads: operations between the last addition of each stream and the output; where several meet, of the first.
         depths: number of positions of each stream; the stream that reaches the output comes first.
         nested: number of residual additions inside branches, which belong to them.
     """
@@ -120,16 +120,16 @@ def find_regions(graph: Graph) -> Regions:
     between = [segment for segments in trunks for segment in segments]
     taken = {op for part in (*between, *shortcuts, *stems, head, *(branch.ops for branch in branches)) for op in part}
     aside = _by_stream(_walk(graph, context, stops | taken)[0], stream_of)
-    if depths:
-        stems[-1] += aside.get(None, ())  # data that a branch reads besides its stream
     heads = _by_stream(head, stream_of)
+    if depths:
+        stems[-1] += aside.get(None, ()) + heads.get(None, ())
     return Regions(
         branches=tuple(branches),
         trunks=tuple(trunks),
         shortcuts=tuple(shortcuts),
         stems=tuple(stems),
         links=tuple(aside.get(stream, ()) for stream in range(len(depths))),
-        heads=tuple(heads.get(stream, ()) + (() if stream else heads.get(None, ())) for stream in range(len(depths))),
+        heads=tuple(heads.get(stream, ()) for stream in range(len(depths))),
         depths=depths,
         nested=len(inner) - len(additions),
     )

@@ -20,6 +20,7 @@ from mlu_lightning.graph import (
     Graph,
     Op,
     Use,
+    full_factors,
     is_normalizer,
     transparent_source,
 )
@@ -171,30 +172,49 @@ class Sites:
             ends: last operation of a branch in each of its calls.
         """
         # what is read twice, as by a rotation of positions, is used once
-        found = [list(dict.fromkeys(self._factors(end) or [])) for end in ends]
+        ways: list[set[Op]] = [set() for _ in ends]
+        found = [list(dict.fromkeys(self._factors(end, way) or [])) for end, way in zip(ends, ways, strict=True)]
+        if any(self._leaves(end, way) for end, way in zip(ends, ways, strict=True)):
+            return ()
         names = [tuple(dict.fromkeys(use.parameter for use in uses)) for uses in found]
         together = [use for uses in found for use in uses]
         counts = Counter(use.parameter for use in together)
         alone = all(len(self._uses[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
         return names[0] if alone and len(set(names)) == 1 else ()
 
-    def _factors(self, op: Op) -> list[Use] | None:
-        """Uses of parameters that an operation's output is proportional to, taken together."""
+    def _leaves(self, end: Op, way: set[Op]) -> bool:
+        """Whether anything else reads what lies on the way from parameters to the end of a branch."""
+        return any(reader not in way for op in way if op is not end for reader in self._readers[op])
+
+    def _factors(self, op: Op, way: set[Op] | None = None) -> list[Use] | None:
+        """Uses of parameters that an operation's output is proportional to, taken together.
+
+        Args:
+            op: the operation.
+            way: is given the operations between the parameters and it.
+        """
+        way = set() if way is None else way
+        way.add(op)
         uses = list(self.graph.uses.get(op.index, ()))
         if self.graph.is_matrix(op) or op.name in NORMS:
             return uses or None
         if is_normalizer(op):
             return None
         if op.name in ("Mul", "Div"):
-            inner = (self._factors(operand) for operand in op.data)
-            return next((factors for factors in inner if factors is not None), uses or None)
+            for operand in full_factors(op):
+                further: set[Op] = set()
+                factors = self._factors(operand, further)
+                if factors is not None:
+                    way |= further
+                    return factors
+            return uses or None
         if op.name == "Bmm" or op.name.startswith(ATTENTION):
             values = op.operands[1 if op.name == "Bmm" else 2]
-            return self._factors(values[0]) if values is not None else None
+            return self._factors(values[0], way) if values is not None else None
         if op.name in ("Add", "Sub") and None in op.operands:
             return None  # a constant is added, which no parameter multiplies
         if op.name in RESHAPES | PARTS | JOINS | ARITHMETIC and op.data:
-            parts = [self._factors(operand) for operand in op.data]
+            parts = [self._factors(operand, way) for operand in op.data]
             return None if None in parts else uses + [use for part in parts for use in part or ()]
         return None
 
@@ -207,7 +227,7 @@ class Sites:
             operands = op.data
             if op.name == "Mul" and len(operands) == 2 and not is_normalizer(op):
                 # the factor that holds what is written, such as an expert's output beside its weight
-                operands = [operand for operand in operands if self._factors(operand) is not None]
+                operands = [operand for operand in full_factors(op) if self._factors(operand) is not None]
             if len(operands) != 1 or op.name not in RESHAPES | JOINS | ARITHMETIC - {"Add", "Sub", "Rsub"}:
                 break
             op = operands[0]

@@ -139,8 +139,10 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     placement = spot.placement
     if isinstance(placement, BranchPlacement):
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
-            fan_out = math.prod(use.stored)
+            fan_out = use.taken[-1] if placement.is_expert(use.op) else math.prod(use.taken)
         if placement.is_expert(use.op):
+            if use.kind == "matrix" and placement.experts is not None and use.taken[0] == placement.experts.number:
+                fan_out = math.prod(use.taken[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(placement, role, fan_in, fan_out)
     if isinstance(placement, BranchPlacement) and placement.attention is not None:
         attention = placement.attention

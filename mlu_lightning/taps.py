@@ -91,7 +91,7 @@ class Taps:
                 added = self._branches_added(number, position - 1, sums[position - 1], before, branches, axis)
                 yield from added
                 tap = added[0] if added else None
-            before = None if tap is None else _canonical(*value)
+            before = None if tap is None else self._canonical(*value)
 
     def _branches_added(
         self, number: int, position: int, addition: Op, before: _Value, branches: Sequence[Op], axis: int | None
@@ -106,17 +106,19 @@ class Taps:
             branches: their last operations.
             axis: of the coordinates.
         """
-        ends = [_canonical(end, 0) for end in branches]
-        summands, stack = Counter[_Value](), [_canonical(addition, 0)]
+        ends = [self._canonical(end, 0) for end in branches]
+        summands, stack = Counter[_Value](), [self._canonical(addition, 0)]
         while stack:
             value = stack.pop()
             op, node = value[0], cast(Any, value[0].node)
             if value == before or value in ends or op.name != "Add" or len(op.data) < 2 or node._saved_alpha != 1:
                 summands[value] += 1
             else:
-                stack.extend(_canonical(*operand) for operand in op.operands if operand is not None)
+                stack.extend(self._canonical(*operand) for operand in op.operands if operand is not None)
         taps = [self._tap("branch", number, position, end, axis) for end in ends]
-        plain = summands == Counter([before, *ends]) and all(op.shape == addition.shape for op, _ in summands)
+        plain = summands == Counter([before, *ends]) and all(
+            math.prod(op.shape) == math.prod(addition.shape) for op, _ in summands
+        )
         return [tap for tap in taps if tap is not None] if plain and None not in taps else []
 
     def _read_last(self, sums: Sequence[Op], roots: Sequence[Op]) -> list[Op]:
@@ -148,14 +150,14 @@ class Taps:
         self, reads: Literal["stream", "branch", "readout"], number: int, position: int, value: _Value, axis: int | None
     ) -> Tap | None:
         """The best place for a value, None if there is none; a branch is read as it is added, multiplied."""
-        value = _canonical(*value)
+        last = len(value[0].shape) - 1
+        value = self._canonical(*value)
         changed = self._changed.get(value, math.inf)
         multiplied = reads == "branch" and value in self._changed
         places = [place for place in self._places.get(value, ()) if (place.time >= changed) == multiplied]
         if not places or axis is None:
             return None
         place = min(places, key=lambda place: place.inner_rank if reads == "readout" else place.rank)
-        last = len(value[0].shape) - 1
         return Tap(reads, number, position, place.module, place.where, place.index, -1 if axis == last else axis)
 
     def _axis(self, addition: Op, placement: BranchPlacement) -> int | None:
@@ -170,6 +172,20 @@ class Taps:
     def _axis_before(self, begin: Op, addition: Op, axis: int | None) -> int | None:
         """Axis of the coordinates in what the first branch reads, where a pooling may come before."""
         return axis if len(begin.shape) == len(addition.shape) else self._axes.get(begin)
+
+    def _canonical(self, op: Op, output: int) -> _Value:
+        """Walk back over operations that keep every entry in its place, and coordinates in the last axis."""
+        while len(op.data) == 1:
+            operand = next(o for o in op.operands if o is not None and o[0].from_data)
+            same = operand[0].shapes[operand[1]] == op.shape or self._flattens(op, operand[0])
+            if not (op.name in RESHAPES - PERMUTING - {"AsStrided"} and same) and not _is_dropout(op):
+                break
+            op, output = operand
+        return op, output
+
+    def _flattens(self, op: Op, operand: Op) -> bool:
+        """Whether an operation splits or joins the axes before the last one, in which the coordinates are."""
+        return all(self._axes.get(o) == len(o.shape) - 1 for o in (op, operand)) and op.shape[-1] == operand.shape[-1]
 
     @cached_property
     def _axes(self) -> dict[Op, int]:
@@ -187,7 +203,7 @@ class Taps:
             passed += [("output", call.end, tensor) for tensor in call.outputs]
             for where, time, tensor in passed if call.module not in seen else ():
                 if tensor.node in self.graph.by_node:  # else it does not reach the loss
-                    value = _canonical(self.graph.by_node[tensor.node], tensor.output)
+                    value = self._canonical(self.graph.by_node[tensor.node], tensor.output)
                     places[value].append(_Place(call.module, where, tensor.index, counts[call.module], time))
             seen.add(call.module)
         return places
@@ -200,7 +216,7 @@ class Taps:
         for call in self.rehearsal.calls:
             for tensor in call.outputs:
                 if (call.module, tensor.index) in sites and tensor.node in self.graph.by_node:
-                    changed.setdefault(_canonical(self.graph.by_node[tensor.node], tensor.output), call.end)
+                    changed.setdefault(self._canonical(self.graph.by_node[tensor.node], tensor.output), call.end)
         return changed
 
     @cached_property
@@ -266,17 +282,6 @@ def _read_next(graph: Graph, addition: Op, root: Op) -> list[Op]:
     chain = all(len(op.data) == 1 for op in between)
     ops = sorted(between, key=lambda op: op.index, reverse=True)
     return [op for op in ops if op.shape == addition.shape and (chain or op is root)]
-
-
-def _canonical(op: Op, output: int) -> _Value:
-    """Walk back over operations that keep every entry in its place."""
-    while len(op.data) == 1:
-        operand = next(o for o in op.operands if o is not None and o[0].from_data)
-        kept = op.name in RESHAPES - PERMUTING - {"AsStrided"} and operand[0].shapes[operand[1]] == op.shape
-        if not kept and not _is_dropout(op):
-            break
-        op, output = operand
-    return op, output
 
 
 def _is_dropout(op: Op) -> bool:
