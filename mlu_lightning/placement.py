@@ -163,13 +163,13 @@ class BranchPlacement:
     def _is_in_heads(self, op: Op) -> bool:
         """Whether units have been split into heads, which one head alone does not show in the size of the last axis."""
         assert self.attention is not None
-        while op.data and not self.graph.is_matrix(op):
-            op = op.data[0]
-            if self.graph.is_matrix(op) and op.shape[-1] != self.attention.key_dim:
-                return True
-            if op.shape[-2:] == (1, self.attention.key_dim):
-                return True
-        return False
+        key_dim, way = self.attention.key_dim, [op]
+        while way[-1].data and not self.graph.is_matrix(way[-1]):
+            way.append(way[-1].data[0])
+        tokens = math.prod(way[-1].shape[:-1])
+        return any(
+            o.shape[-1:] == (key_dim,) and (math.prod(o.shape[:-1]) > tokens or o.shape[-2] == 1) for o in way[:-1]
+        )
 
     @cached_property
     def _biased(self) -> dict[Op, Op]:

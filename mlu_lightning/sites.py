@@ -184,7 +184,8 @@ class Sites:
 
     def _leaves(self, end: Op, way: set[Op]) -> bool:
         """Whether anything else reads what lies on the way from parameters to the end of a branch."""
-        return any(reader not in way for op in way if op is not end for reader in self._readers[op])
+        inside = any(reader not in way for op in way if op is not end for reader in self._readers[op])
+        return inside or len(self._readers[end]) > 1
 
     def _factors(self, op: Op, way: set[Op] | None = None) -> list[Use] | None:
         """Uses of parameters that an operation's output is proportional to, taken together.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
 
-STEPS = 20
+STEPS = 8
 # eps is as large as gradients are, so that its factor counts; with a small one, Adam amplifies rounding errors without
 # bound where the gradient is zero but for these, as that of the bias of keys is
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

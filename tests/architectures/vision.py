@@ -22,7 +22,7 @@ class MixerBlock(nn.Module):
         self.tokens = nn.Sequential(nn.Linear(patches, 8 * heads), nn.GELU(), nn.Linear(8 * heads, patches))
 
     def forward(self, h: Tensor) -> Tensor:
-        h = h + self.tokens(self.token_norm(h).transpose(1, 2)).transpose(1, 2)
+        h = self.tokens(self.token_norm(h).transpose(1, 2)).transpose(1, 2) + h
         output: Tensor = h + self.channels(self.channel_norm(h))
         return output
 
