@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from architecture_runs import doubled, in_double, loss_of
 from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from architectures.language import gpt2_with_heads_of
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
@@ -97,23 +97,11 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
 
 
-def _gpt2(head_dim: int) -> nn.Module:
-    numbers = {
-        "vocab_size": 50,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 8,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=2 * head_dim, **numbers))
-
-
 @pytest.mark.parametrize(
     ("build", "example", "queries"),
     [
         (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight"),
-        (_gpt2, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
+        (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
         (lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), "in_proj_"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from architectures.language import gpt2_with_heads_of
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -267,18 +268,6 @@ def test_untied_readouts_are_written_by_hand() -> None:
     assert predictions.decoder.weight is not words.weight
 
 
-def _gpt2(head_dim: int) -> nn.Module:
-    numbers = {
-        "vocab_size": 50,
-        "n_layer": 2,
-        "n_head": 2,
-        "n_positions": 8,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=2 * head_dim, **numbers))
-
-
 def _neox(head_dim: int) -> nn.Module:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=2 * head_dim, **sizes)
@@ -291,7 +280,7 @@ QUERIES = range(64)  # of two heads with 32 each, where they come before all key
 @pytest.mark.parametrize(
     ("build", "example", "queries", "rows"),
     [
-        (_gpt2, {"input_ids": TOKENS, "labels": TOKENS}, "transformer.h.0.attn.c_attn.weight", QUERIES),
+        (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "transformer.h.0.attn.c_attn.weight", QUERIES),
         (
             lambda dim: Encoder(2, 2, 2 * dim, norm_first=True),
             (TOKENS,),

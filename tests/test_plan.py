@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
+from architectures.language import gpt2_with_heads_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -212,16 +212,11 @@ def test_base_on_meta_has_no_standard_deviations() -> None:
         Plan.from_model(CausalTransformer(50, 8, 2, 16, heads=1), torch.zeros(1, 8, dtype=torch.long), base=base)
 
 
-def _gpt2(head_dim: int) -> nn.Module:
-    config = transformers.GPT2Config(vocab_size=50, n_layer=2, n_head=2, n_embd=2 * head_dim, n_positions=8)
-    return transformers.GPT2LMHeadModel(config)
-
-
 @pytest.mark.parametrize(
     ("build", "example", "where"),
     [
         (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), None, "branches.0.query output"),
-        (_gpt2, {"input_ids": TOKENS}, "transformer.h.0.attn.c_attn output, entries 0 to 64"),
+        (gpt2_with_heads_of, {"input_ids": TOKENS}, "transformer.h.0.attn.c_attn output, entries 0 to 64"),
         (
             lambda dim: Encoder(2, 2, 2 * dim, norm_first=True),
             TOKENS,

@@ -15,6 +15,12 @@ def _config(cls: type, **numbers: Any) -> Any:
     return cls(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None, **numbers)
 
 
+def gpt2_with_heads_of(head_dim: int) -> nn.Module:
+    """GPT-2 with two blocks and two heads, of any dimension, which its embedding then has twice."""
+    config = _config(transformers.GPT2Config, n_layer=2, n_head=2, n_embd=2 * head_dim, n_positions=8)
+    return transformers.GPT2LMHeadModel(config)
+
+
 def _gpt2(depth: int, heads: int, embedding: int) -> nn.Module:
     assert embedding == 8 * heads, "GPT-2 has no head_dim of its own"
     config = _config(transformers.GPT2Config, n_layer=depth, n_head=heads, n_embd=embedding, n_positions=8)
