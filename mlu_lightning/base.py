@@ -109,7 +109,7 @@ def partners(structure: Structure, base: Base) -> dict[str, BaseParameter]:
         candidates = [
             other
             for other in by_pattern.get(name_pattern(name), [])
-            if base.parameters[other].role is facts.role and len(base.parameters[other].shape) == len(facts.shape)
+            if _alike(base.parameters[other].role, facts.role) and len(base.parameters[other].shape) == len(facts.shape)
         ]
         if candidates:
             found[name] = base.parameters[min(candidates, key=lambda other: _distance(name, other))]
@@ -142,6 +142,12 @@ def name_pattern(name: str) -> str:
     'blocks.*.mlp.out1.weight'
     """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _alike(one: Role, other: Role | None) -> bool:
+    """Whether roles are the same, or differ only in what a plan has made of them: a head's matrix may narrow."""
+    narrowing = {Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX}
+    return one is other or {one, other} == narrowing
 
 
 def _distance(name: str, other: str) -> list[int]:

@@ -22,7 +22,8 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
         overrides: role by glob pattern of parameter names; later ones win.
 
     Raises:
-        ValueError: if a pattern matches nothing or a role does not exist.
+        ValueError: if a pattern matches nothing, if a role does not exist, or if a matrix is made or unmade a readout, whose
+            output has a multiplier.
     """
     parameters = dict(structure.parameters)
     for pattern, role in overrides.items():
@@ -37,6 +38,7 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
                 f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: {_role_names()}."
             )
         for name in matches:
+            _check_readout(structure, name, Role(role), pattern)
             parameters[name] = replace(parameters[name], role=Role(role))
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
     return replace(structure, parameters=parameters, unassigned=unassigned)
@@ -65,6 +67,20 @@ def require_roles(structure: Structure, module: nn.Module) -> None:
         f"{len(structure.unassigned)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what "
         f"they are for, for example overrides={{{lines}}}; roles are: {_role_names()}."
     )
+
+
+def _check_readout(structure: Structure, name: str, role: Role, pattern: str) -> None:
+    """Refuse to change which matrices are readouts: their multipliers are placed by discovery."""
+    facts = structure.parameters[name]
+    is_matrix = sum(size > 1 for size in facts.shape) > 1
+    found = any(readout.parameter == name for readout in structure.readouts)
+    if found != (role is Role.READOUT) and (found or is_matrix):
+        here = "was found to be a readout" if found else f"was not found to be one (its role is {facts.role})"
+        raise ValueError(
+            f"The override {pattern!r} makes {name} {'a' if found else 'the'} {role}, but it {here}. A readout's output is "
+            "multiplied by 1/d, and where that is cannot be said by a role. Leave the role of this matrix as it was "
+            f"found; a matrix from the stream to an output of bounded size is a {Role.STREAM_BOUNDED_MATRIX}."
+        )
 
 
 def _role_names() -> str:

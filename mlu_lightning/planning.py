@@ -163,8 +163,12 @@ def plan_parameters(
             inputs, outputs = fans[0] / partner.fans[0], fans[1] / partner.fans[1]
             ratios = _counted(facts.role, Ratios(depth, inputs, outputs, facts.active / partner.active))
             base_shape, base_std = partner.shape, partner.std
+        role = facts.role
+        if facts.in_head and role is Role.STREAM_MATRIX and base is not None and ratios.outputs == 1 != ratios.inputs:
+            # it ends the stream as a readout does: with a random sum over D, gradients there would be of d^(-1/2)
+            role = Role.STREAM_BOUNDED_MATRIX
         planned[name] = ParameterPlan(
-            facts.role, facts.shape, base_shape, ratios, base_std, fans, facts.branch, facts.transposed, facts.active
+            role, facts.shape, base_shape, ratios, base_std, fans, facts.branch, facts.transposed, facts.active
         )
     return planned
 

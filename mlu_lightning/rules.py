@@ -57,6 +57,8 @@ class Role(str, Enum):
     """Stream to an output of bounded size inside a branch, as the router of a mixture of experts."""
     STREAM_MATRIX = "stream_matrix"
     """Stream to stream outside every branch: stem, downsampling, head transform."""
+    STREAM_BOUNDED_MATRIX = "stream_bounded_matrix"
+    """Stream to an output of bounded size that is not the last: a head's matrix whose outputs do not grow with D."""
     STREAM_NORM = "stream_norm"
     """Gain or bias of a norm on the stream, outside every branch and before or after all of them."""
     POST_NORM = "post_norm"
@@ -234,6 +236,7 @@ _MATRICES = frozenset(
         Role.BRANCH_OUT,
         Role.BRANCH_BOUNDED_MATRIX,
         Role.STREAM_MATRIX,
+        Role.STREAM_BOUNDED_MATRIX,
         Role.READOUT,
     }
 )
@@ -260,6 +263,7 @@ TABLE: dict[Role, Row] = {
     Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
     Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH, std=_KEEP),
     Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP),
+    Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, std=Powers(inputs=-1)),  # a readout whose 1/d is folded
     Role.STREAM_NORM: Row(g=_PER_OUTPUT),
     Role.POST_NORM: Row(g=_PER_OUTPUT, lr=_PER_BRANCH),  # L norms of a post-norm stream compound
     Role.READOUT: Row(g=Powers(inputs=-1), multiplier=Powers(inputs=-1)),

@@ -162,6 +162,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         head_dim=head_dim,
         tied=tied,
         active=active,
+        in_head=isinstance(placement, HeadPlacement),
     )
 
 

@@ -60,6 +60,7 @@ class ParameterFacts:
         head_dim: size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1.
         tied: whether it is also the readout.
         active: number of experts over whose outputs a mixture of experts averages, for parameters of experts; else 1.
+        in_head: whether it comes after the last residual addition.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ParameterFacts:
     head_dim: int = 1
     tied: bool = False
     active: int = 1
+    in_head: bool = False
 
 
 @dataclass(frozen=True)

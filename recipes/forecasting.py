@@ -11,6 +11,11 @@ told three things, for reasons that are in GluonTS:
 - ``overrides``, because the table of sinusoidal positions is a frozen parameter that autograd never sees;
 - ``example``, because training data are a stream that goes on where it was left. Without it there is a warning, and the
   training begins a few batches later.
+
+The learning rate is tuned at a small shape. At eight times its depth, MLP width and embedding the best one is 0.72, 0.99
+and 0.53 times the base's with MLU, and 0.37, 0.57 and 0.15 times without. At 2^-8, the best that was tried at the base, all
+three are better than the base with MLU (6.999, 7.011, 6.971 against 7.031), and worse without (7.139, 7.091, 7.315). These
+are means over two seeds, which differ by 0.03 in the median, and by up to 0.13, for learning rates up to 2^-7.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ SHAPES = {
     BASE: TransformerShape(depth=2, heads=2, mlp_hidden=64, embedding=16),
     "8 × depth": TransformerShape(depth=16, heads=2, mlp_hidden=64, embedding=16),
     "8 × MLP width": TransformerShape(depth=2, heads=2, mlp_hidden=512, embedding=16),
-    "8 × embedding, heads": TransformerShape(depth=2, heads=16, mlp_hidden=64, embedding=128),
+    "8 × embedding": TransformerShape(depth=2, heads=16, mlp_hidden=64, embedding=128),
 }
 """Shapes by name. In PyTorch's encoder heads are parts of the embedding, so that they grow with it; they stay 8 wide."""
 POSITIONS = {"model.positional_encoding.weight": "embedding"}

@@ -14,6 +14,15 @@ the mean over seeds. It reports the *drift*, decades from the base's best learni
 the loss at the base's best learning rate less the least one. Where two rules have the same numbers at a shape, as MLU and
 CompleteP have along depth, their runs are the same and are made once.
 
+With MLU and CompleteP the drift is within 0.17 decades along every axis, mostly within its error, and the regret within 0.02
+nats per byte. Where M/D changes the two differ in the initial size of ``branch_out``, and at these sizes and 128 steps of
+AdamW that is not seen: both keep their optimum. SP drifts by a decade as the embedding grows sixteenfold (regret 0.43), and
+with µP by a third of one as depth does. At learning rates that are tuned anew at each size, SP is a little better where the
+embedding grows, and worst where depth does.
+
+At a constant learning rate the best one falls with the horizon, and at 64 to 512 steps it does so at every depth alike: the
+drift with depth, of which others warn at long horizons, is largest at the shortest one, 32 steps.
+
 A study of another architecture, or of other sizes, is a YAML file with what is to be replaced in a preset (the fields of
 ``Study`` in ``lr_transfer_runs.py``), as
 
@@ -32,7 +41,7 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import fields, replace
 from pathlib import Path
@@ -70,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: of the command line; by default those of the process.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    functions = {"study": study, "horizon": horizon}
+    functions: dict[str, Callable[..., None]] = {"study": study, "horizon": horizon}
     if arguments[:1] and arguments[0] in functions:
         command(functions[arguments[0]], f"{Path(__file__).name} {arguments[0]}", arguments[1:])
     else:
@@ -147,13 +156,13 @@ def _text(steps: int, context: int = 32, batch_size: int = 16, validation: int =
     return {"class_path": "reference_run.Text", "init_args": arguments}
 
 
-def _transformer(steps: int, warmup: int, schedule: str = "cosine", **sizes: int) -> dict[str, Any]:
+def _transformer(steps: int, warmup: int, schedule: str = "cosine", **sizes: Any) -> dict[str, Any]:
     init_args = {"steps": steps, "warmup": warmup, "schedule": schedule, **sizes}
     return {"class_path": "lr_transfer_runs.ScheduledTransformer", "init_args": init_args}
 
 
-_SMALL = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
-_TINY = {"depth": 1, "heads": 1, "mlp_hidden": 16, "embedding": 8, "context": 8, "head_dim": 4}
+_SMALL: dict[str, Any] = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
+_TINY: dict[str, Any] = {"depth": 1, "heads": 1, "mlp_hidden": 16, "embedding": 8, "context": 8, "head_dim": 4}
 
 PRESETS = {
     "cpu": Study(
@@ -197,7 +206,8 @@ PRESETS = {
         trainer={"accelerator": "auto", "devices": 1, "precision": "bf16-mixed"},
     ),
 }
-"""Studies by name: one for two CPU cores, and one for an accelerator, whose sizes are more than a CPU has time for."""
+"""Studies by name: one for two CPU cores, and one for an accelerator, of larger sizes, of which only ``--quick`` has been
+tried, on a CPU."""
 
 QUICK: dict[str, Any] = {
     "axes": {
@@ -216,7 +226,9 @@ QUICK: dict[str, Any] = {
 def _long_studies(quick: bool) -> dict[str, Study]:
     """Studies of long horizons by the name of their folders, schedule first."""
     depths, horizons, cosines = ([1, 2], [2, 4], [4]) if quick else ([2, 4, 8, 16], [32, 64, 128, 256, 512], [64, 256])
-    sizes, batches = (_TINY, {"context": 8, "batch_size": 4, "validation": 2}) if quick else (_SMALL, {})
+    sizes = _TINY if quick else _SMALL
+    # validation is half as long as in the other study, for there are 16 of them in a run
+    batches = {"context": 8, "batch_size": 4, "validation": 2} if quick else {"validation": 8}
 
     def depth_study(horizons: list[int], warmup: int, schedule: str) -> Study:
         return replace(

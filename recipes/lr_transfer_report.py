@@ -202,7 +202,9 @@ def save_curves(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Seq
 
 
 def save_horizons(found: Mapping[str, Sequence[Transfer]], path: Path) -> None:
-    """Draw drift and regret against the number of steps, for each depth: lines constant, hollow markers cosine.
+    """Draw drift and regret against the number of steps, for each depth: solid lines constant, hollow markers cosine.
+
+    The dotted lines are the base: its regret is not 0 because its best learning rate is between those tried.
 
     Args:
         found: what was measured, by schedule.
@@ -230,6 +232,8 @@ def save_horizons(found: Mapping[str, Sequence[Transfer]], path: Path) -> None:
             for axes, values in ((left, _drifts(sweep)), (right, _regrets(sweep))):
                 axes.errorbar(steps, *values, **style, capsize=2, elinewidth=1)
             _mark_bounds(left, sweep, color, steps)
+    base = [one for one in found["constant"] if one.factor == 1]
+    right.plot([one.horizon for one in base], _regrets(base)[0], color="0.6", linestyle=":", zorder=0)
     left.axhline(0, color="0.6", linewidth=1, linestyle=":", zorder=0)
     left.set_ylabel("drift of the best lr from the base's (decades)")
     right.set_ylabel("regret (nats per byte)")
@@ -241,7 +245,7 @@ def save_horizons(found: Mapping[str, Sequence[Transfer]], path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "mlu": {"color": "#D55E00", "linewidth": 3.2, "marker": "o", "markersize": 6, "linestyle": "-"},
     "completep": {"color": "#0072B2", "linewidth": 2.2, "marker": "s", "markersize": 4.5, "linestyle": "-"},
     "mup": {"color": "#009E73", "linewidth": 1.4, "marker": "^", "markersize": 4, "linestyle": "-"},

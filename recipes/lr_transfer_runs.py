@@ -194,13 +194,13 @@ def plans_of(study: Study) -> dict[tuple[Shape, str], Plan]:
 
 
 def numbers(plan: Plan) -> tuple[Any, ...]:
-    """All that a plan does to a run: factors for parameters, whatever the optimizer, and in the forward pass.
+    """All that a plan does to a run: AdamW's factors, from which those of any optimizer follow, and the forward pass's.
 
     Args:
         plan: whose.
     """
-    scales = (tuple(plan.scales(family).items()) for family in OptimizerFamily)
-    return (*scales, tuple(plan.forward_multiplier(multiplier) for multiplier in plan.multipliers))
+    multipliers = (plan.forward_multiplier(multiplier) for multiplier in plan.multipliers)
+    return (*plan.scales(OptimizerFamily.ADAMW).items(), *multipliers)
 
 
 def shared_runs(plans: Mapping[tuple[Shape, str], Plan]) -> dict[tuple[Shape, str], str]:

@@ -65,7 +65,7 @@ class Estimate:
             digits: after the point.
         """
         error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
-        return f"{self.value:.{digits}f}{error}"
+        return f"{round(self.value, digits) + 0.0:.{digits}f}{error}"  # no minus before zero
 
 
 @dataclass(frozen=True)

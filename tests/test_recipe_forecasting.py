@@ -46,7 +46,7 @@ def test_at_the_base_shape_the_training_is_that_of_gluonts_bit_for_bit() -> None
 
 @pytest.mark.parametrize(
     ("shape", "depth", "units", "width"),
-    [("8 × depth", 8, 1, 1), ("8 × MLP width", 1, 8, 1), ("8 × embedding, heads", 1, 1, 8)],
+    [("8 × depth", 8, 1, 1), ("8 × MLP width", 1, 8, 1), ("8 × embedding", 1, 1, 8)],
 )
 def test_the_plan_is_the_table(shape: str, depth: float, units: float, width: float) -> None:
     """theory.md, section 3, by hand, for Adam; heads grow as the embedding does."""

@@ -124,6 +124,17 @@ EXPECTED = {
         eps=lambda s: 1 / s.d2,
         decay=lambda s: s.d,
     ),
+    # no line of the table: n = d and g = 1 of its rule, and the std of a readout's weight with the 1/d of its output
+    Role.STREAM_BOUNDED_MATRIX: Expected(
+        ratios=lambda s: Ratios(s.depth, s.d, 1.0),
+        multiplier=one,
+        std=lambda s: 1 / s.d,
+        adam=lambda s: 1 / s.d,
+        sgd=lambda s: 1 / s.d,
+        muon=lambda s: math.sqrt(1 / s.d),
+        eps=one,
+        decay=lambda s: s.d,
+    ),
     Role.BRANCH_NORM: Expected(
         ratios=lambda s: Ratios(s.depth, 1.0, s.d),
         multiplier=one,
@@ -427,6 +438,7 @@ def test_where_roles_are(role: Role) -> None:
         "branch_out",
         "branch_bounded_matrix",
         "stream_matrix",
+        "stream_bounded_matrix",
         "readout",
     )
     assert str(role) == role.value
