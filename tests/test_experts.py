@@ -201,6 +201,32 @@ class Product(nn.Module):
         return output
 
 
+class Weighted(Product):
+    """What experts are given is weighted, and not what they make."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        best, chosen = self.router(h).topk(CHOSEN, -1)
+        weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.sigmoid())
+        units = F.gelu(torch.einsum("end,edm->enm", weights.T[..., None] * h, self.read) + self.bias[:, None])
+        output: Tensor = self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
+        return output
+
+
+def test_experts_whose_inputs_are_weighted() -> None:
+    structure = discover(Weighted(), X)
+    assert not structure.unassigned
+    assert [branch.hidden for branch in structure.branches] == [CHOSEN * UNITS]
+    roles = {name: structure.roles[name].value for name in ("router.weight", "read", "bias", "write")}
+    assert roles == {
+        "router.weight": "branch_bounded_matrix",
+        "read": "branch_in",
+        "bias": "branch_in_bias",
+        "write": "branch_out",
+    }
+    assert {facts.active for facts in structure.parameters.values()} == {1}
+
+
 @pytest.mark.parametrize(
     ("build", "active", "hidden"),
     [(Loop, 2, 2 * UNITS), (All, 4, 4 * UNITS), (Best, 1, UNITS), (Product, 2, 2 * UNITS)],

@@ -90,21 +90,22 @@ def test_a_norm_before_units_are_split_into_heads(heads: int) -> None:
 
 
 class Gated(nn.Module):
-    """A condition shifts, scales and gates each branch, as in a diffusion transformer."""
+    """A condition shifts, scales and gates two branches, by parts of one matrix, as in a diffusion transformer."""
 
     def __init__(self, modulated: bool) -> None:
         super().__init__()
         self.modulated = modulated
         self.embed, self.condition, self.out = nn.Linear(5, D), nn.Linear(2, D), nn.Linear(D, 3)
-        self.modulation = nn.ModuleList(nn.Linear(D, 3 * D) for _ in range(2))
+        self.modulation = nn.Linear(D, 6 * D)
         self.read = nn.ModuleList(nn.Linear(D, 24) for _ in range(2))
         self.write = nn.ModuleList(nn.Linear(24, D) for _ in range(2))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.embed(x)
         c = F.silu(self.condition(condition))[:, None]
-        for modulation, read, write in zip(self.modulation, self.read, self.write, strict=True):
-            shift, scale, gate = modulation(c).chunk(3, -1)
+        parts = self.modulation(c).chunk(6, -1)
+        for i, (read, write) in enumerate(zip(self.read, self.write, strict=True)):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
             z = h * (1 + scale) + shift if self.modulated else h
             h = h + gate * write(torch.tanh(read(z)))
         output: Tensor = self.out(h)
@@ -121,7 +122,7 @@ def test_a_branch_is_folded_into_what_writes_it_and_not_into_its_gate(modulated:
         (f"write.{i}.bias", f"write.{i}.weight") for i in range(2)
     ]
     assert [str(branch.site) for branch in structure.branches] == [f"write.{i} output" for i in range(2)]
-    assert structure.parameters["modulation.0.weight"].fan_in == D
+    assert structure.parameters["modulation.weight"].fan_in == D
     assert structure.roles["condition.weight"] == "embedding"
     # without its branches the module is its embedding and readout
     plain = copy.deepcopy(module)
