@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -225,27 +226,21 @@ def _common_module(names: tuple[str, ...]) -> str:
 
 def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: dict[str, list[PlacedUse]]) -> dict[str, str]:
     """Parameters of experts that no token of the example was sent to, each with that of another expert beside it."""
-    siblings = {
-        tuple(_numbered(name, i)): name
-        for name, placed in uses.items()
-        for i in range(name.count(".") + 1)
-        if any(_is_of_expert(u) for u in placed)
+    others = {
+        pattern: name for name, placed in uses.items() if any(map(_is_of_expert, placed)) for pattern in _patterns(name)
     }
     found: dict[str, str] = {}
     for name, shape in shapes.items():
-        if not uses.get(name):
-            beside = (siblings.get(tuple(_numbered(name, i))) for i in range(name.count(".") + 1))
-            other = next((other for other in beside if other is not None and shapes[other] == shape), None)
-            if other is not None:
-                found[name] = other
+        beside = next((others[pattern] for pattern in _patterns(name) if pattern in others), None)
+        if not uses.get(name) and beside is not None and shapes[beside] == shape:
+            found[name] = beside
     return found
 
 
-def _numbered(name: str, place: int) -> list[str]:
-    """Parts of a name, without the number at a place."""
-    parts = name.split(".")
-    parts[place] = "*" if parts[place].isdigit() else parts[place] + " is no number"
-    return parts
+def _patterns(name: str) -> list[str]:
+    """A name without one of its numbers, the last one first, which is that of an expert and not of its block."""
+    numbers = reversed(list(re.finditer(r"\d+(?=\.)", name)))
+    return [f"{name[: number.start()]}*{name[number.end() :]}" for number in numbers]
 
 
 def _is_of_expert(placed: PlacedUse) -> bool:

@@ -265,6 +265,41 @@ def test_experts_without_tokens_are_planned_and_folded_as_those_beside_them() ->
         torch.testing.assert_close(folded.get_parameter(f"write.{i}.weight"), before[i] * 0.5, rtol=1e-6, atol=0)
 
 
+class Two(nn.Module):
+    """Two blocks of experts, of which the last and the one before it never get a token; names end in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
+        self.blocks = nn.ModuleList()
+        for _ in range(2):
+            block = nn.Module()
+            block.router = nn.Linear(EMBEDDING, EXPERTS)
+            for i in range(EXPERTS):
+                expert = nn.Sequential(nn.Linear(EMBEDDING, UNITS), nn.Tanh(), nn.Linear(UNITS, EMBEDDING))
+                block.add_module(f"expert_{i}", expert)
+            self.blocks.append(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for idle, block in zip((3, 2), self.blocks, strict=True):
+            weights = block.router(h).softmax(-1)
+            busy = [i for i in range(EXPERTS) if i != idle]
+            made = [getattr(block, f"expert_{i}")(h) * weights[:, i : i + 1] for i in busy]
+            h = h + torch.stack(made).sum(0)
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_experts_without_tokens_belong_to_their_own_block() -> None:
+    structure = discover(Two(), X)
+    assert not structure.unassigned
+    for block in (0, 1):
+        facts = structure.parameters[f"blocks.{block}.expert_{3 - block}.2.weight"]
+        assert (facts.role, facts.branch) == ("branch_out", block)
+        assert facts.name in structure.branches[block].folds and facts.name in structure.branches[block].parameters
+
+
 def test_a_number_of_experts_that_cannot_be_read_is_said() -> None:
     structure = discover(Masked(), X)
     (warning,) = structure.warnings
