@@ -1,7 +1,10 @@
 """One core for every test: sums over experts are not the same twice on several, and small networks are faster on one."""
 
+import pytest
 import torch
 
 
-def pytest_configure() -> None:
+@pytest.fixture(autouse=True)
+def one_core() -> None:
+    # before each, because Lightning's strategies set the number of threads, too
     torch.set_num_threads(1)
