@@ -4,7 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
-def one_core() -> None:
-    # before each, because Lightning's strategies set the number of threads, too
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    # before each with its fixtures, because Lightning's strategies set the number of threads, too
     torch.set_num_threads(1)
