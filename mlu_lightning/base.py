@@ -145,9 +145,9 @@ def name_pattern(name: str) -> str:
 
 
 def _alike(one: Role, other: Role | None) -> bool:
-    """Whether roles are the same, or differ only in what a plan has made of them: a head's matrix may narrow."""
-    narrowing = {Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX}
-    return one is other or {one, other} == narrowing
+    """Whether roles are the same, or one is what a plan has made of the other, which discovery finds."""
+    made = ({Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX}, {Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED})
+    return one is other or {one, other} in made
 
 
 def _distance(name: str, other: str) -> list[int]:

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlu_lightning.experts import Experts, find_experts
-from mlu_lightning.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use, full_factors, transparent_source
+from mlu_lightning.graph import (
+    ATTENTION,
+    CONVOLUTIONS,
+    NONLINEAR,
+    Graph,
+    Op,
+    Use,
+    full_factors,
+    is_normalizer,
+    transparent_source,
+)
 from mlu_lightning.logits import Attention, find_attention
 from mlu_lightning.regions import BranchRegion
 from mlu_lightning.rules import Role
@@ -88,6 +98,11 @@ class BranchPlacement:
     def writers(self) -> tuple[Op, ...]:
         """Matrices that write to the addition: nothing but linear operations and norms lies between."""
         return tuple(op for op in self.matrices if op in self._writing_path)
+
+    @cached_property
+    def ends_in_norm(self) -> bool:
+        """Whether a norm comes after the matrices that write."""
+        return any(is_normalizer(op) for op in self._writing_path)
 
     @cached_property
     def attention(self) -> Attention | None:

@@ -167,6 +167,8 @@ def plan_parameters(
         if facts.in_head and role is Role.STREAM_MATRIX and base is not None and ratios.outputs == 1 != ratios.inputs:
             # it ends the stream as a readout does: with a random sum over D, gradients there would be of d^(-1/2)
             role = Role.STREAM_BOUNDED_MATRIX
+        elif facts.normed:
+            role = Role.BRANCH_OUT_NORMED
         planned[name] = ParameterPlan(
             role, facts.shape, base_shape, ratios, base_std, fans, facts.branch, facts.transposed, facts.active
         )

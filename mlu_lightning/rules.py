@@ -47,6 +47,8 @@ class Role(str, Enum):
     """Hidden units to hidden units inside a branch."""
     BRANCH_OUT = "branch_out"
     """Hidden units to stream: the matrix that writes to the residual addition."""
+    BRANCH_OUT_NORMED = "branch_out_normed"
+    """The same where a norm comes between it and the addition, which undoes the scale of what it writes."""
     BRANCH_OUT_BIAS = "branch_out_bias"
     """Vector added to the branch's output."""
     BRANCH_NORM = "branch_norm"
@@ -234,6 +236,7 @@ _MATRICES = frozenset(
         Role.BRANCH_IN,
         Role.BRANCH_HIDDEN,
         Role.BRANCH_OUT,
+        Role.BRANCH_OUT_NORMED,
         Role.BRANCH_BOUNDED_MATRIX,
         Role.STREAM_MATRIX,
         Role.STREAM_BOUNDED_MATRIX,
@@ -258,6 +261,8 @@ TABLE: dict[Role, Row] = {
         multiplier=_PER_BRANCH,
         std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
     ),
+    # only steps relative to the weight count there, and these are even where outputs keep their size
+    Role.BRANCH_OUT_NORMED: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH, std=_KEEP),
     Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH),
     Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
     Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
@@ -338,7 +343,7 @@ def _enriched(base: Scale, role: Role, family: OptimizerFamily, alpha: float) ->
     """Apply the richness to the parameters of branches."""
     if alpha == 1.0 or not role.in_branch:
         return base
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
+    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS)
     square = alpha * alpha
     return replace(
         base,

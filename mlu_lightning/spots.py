@@ -163,6 +163,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         tied=tied,
         active=active,
         in_head=isinstance(placement, HeadPlacement),
+        normed=role is Role.BRANCH_OUT and isinstance(placement, BranchPlacement) and placement.ends_in_norm,
     )
 
 

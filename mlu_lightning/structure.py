@@ -61,6 +61,7 @@ class ParameterFacts:
         tied: whether it is also the readout.
         active: number of experts over whose outputs a mixture of experts averages, for parameters of experts; else 1.
         in_head: whether it comes after the last residual addition.
+        normed: whether a norm comes between it, the last matrix of a branch, and the addition.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ParameterFacts:
     tied: bool = False
     active: int = 1
     in_head: bool = False
+    normed: bool = False
 
 
 @dataclass(frozen=True)

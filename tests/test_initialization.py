@@ -34,6 +34,7 @@ STD = {
     Role.BRANCH_IN_BIAS: 1.0,
     Role.BRANCH_HIDDEN: 1 / 2,
     Role.BRANCH_OUT: 3 / 4,
+    Role.BRANCH_OUT_NORMED: 1 / 2,
     Role.BRANCH_OUT_BIAS: 1.0,
     Role.BRANCH_NORM: 1.0,
     Role.BRANCH_BOUNDED: 1.0,
@@ -108,7 +109,7 @@ def test_every_role_gets_the_std_of_the_table(role: Role, mode: str) -> None:
     initialize(module, plan_of(module, role=role), mode)
     assert rms(module.p) == pytest.approx(BASE_STD * STD[role], rel=SAMPLED)
     matrix = role.value in ("embedding", "branch_in", "branch_hidden", "branch_out", "stream_matrix", "readout")
-    matrix |= role.value in ("branch_bounded_matrix", "stream_bounded_matrix")
+    matrix |= role.value in ("branch_out_normed", "branch_bounded_matrix", "stream_bounded_matrix")
     drawn = {"rescale": False, "normal": matrix, "coupled": role.value in ("embedding", "readout")}[mode]
     if drawn:
         # the mean of 2e4 numbers has a standard error of std/141; the built mean, scaled, would be 26 % of the std

@@ -28,6 +28,7 @@ def by_hand(depth: float, m: float, d: float) -> Numbers:
         "branch_in_bias": (1, 1, 1, 1 / (depth * m), 1),
         "branch_hidden": (1, m**-0.5, 1 / m, 1 / (depth * m), m),
         "branch_out": (1 / depth, d**0.5 / m, 1 / m, 1 / (depth * d), m),
+        "branch_out_normed": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
         "branch_out_bias": (1 / depth, 1, 1, 1 / (depth * d), 1),
         "branch_norm": (1, 1, 1, 1 / (depth * d), 1),
         "branch_bounded": (1, 1, 1, 1 / depth, 1),
@@ -64,7 +65,7 @@ def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet", "causal transformer", "llama", "functional", "mixer", "mixtral", "basic resnet", "t5"]
+    "name", ["resnet", "causal transformer", "llama", "functional", "mixer", "mixtral", "basic resnet", "t5", "gemma2"]
 )
 @pytest.mark.parametrize(("heads", "embedding"), [(16, 32), (4, 128), (2, 64), (4, 16)])
 def test_numbers_with_hidden_and_embedding_changed_on_their_own(name: str, heads: int, embedding: int) -> None:

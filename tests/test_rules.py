@@ -104,6 +104,17 @@ EXPECTED = {
         eps=lambda s: 1 / (s.depth * s.d),
         decay=lambda s: s.m,
     ),
+    # no line of the table: that of branch_out, with the std of a sum, for the norm after it undoes any other
+    Role.BRANCH_OUT_NORMED: Expected(
+        ratios=lambda s: Ratios(s.depth, s.m, s.d),
+        multiplier=lambda s: 1 / s.depth,
+        std=lambda s: s.m**-0.5,
+        adam=lambda s: 1 / s.m,
+        sgd=lambda s: s.depth * s.d / s.m,
+        muon=lambda s: math.sqrt(s.d / s.m),
+        eps=lambda s: 1 / (s.depth * s.d),
+        decay=lambda s: s.m,
+    ),
     Role.BRANCH_OUT_BIAS: Expected(
         ratios=lambda s: Ratios(s.depth, 1.0, s.d),
         multiplier=lambda s: 1 / s.depth,
@@ -367,7 +378,7 @@ def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float)
     if role not in BRANCH_ROLES:
         assert rich == plain
         return
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
+    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS)
     lr = alpha**-2 if family is SGD else 1 / alpha
     decay = 1 / lr if family in (SGD, ADAMW, MUON) else alpha**2  # Adam's L2 goes as SGD's
     expected = Scale(
@@ -436,6 +447,7 @@ def test_where_roles_are(role: Role) -> None:
         "branch_in",
         "branch_hidden",
         "branch_out",
+        "branch_out_normed",
         "branch_bounded_matrix",
         "stream_matrix",
         "stream_bounded_matrix",
