@@ -74,7 +74,7 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
     facts = structure.parameters[name]
     is_matrix = sum(size > 1 for size in facts.shape) > 1
     found = any(readout.parameter == name for readout in structure.readouts)
-    if found != (role is Role.READOUT) and (found or is_matrix):
+    if role is not facts.role and found != (role is Role.READOUT) and (found or is_matrix):
         here = "was found to be a readout" if found else f"was not found to be one (its role is {facts.role})"
         raise ValueError(
             f"The override {pattern!r} makes {name} {'a' if found else 'the'} {role}, but it {here}. A readout's output is "

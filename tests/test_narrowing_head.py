@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from torch import Tensor, nn, optim
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
@@ -106,6 +107,14 @@ def _moved(width: int, role: Role | None, part: str, family: type[optim.Optimize
         (module(INPUTS) - TARGETS).square().mean().backward()
         optimizer.step()
     return (module(INPUTS) - before).square().mean().sqrt().item()
+
+
+def test_a_role_that_was_found_may_be_said_also_of_a_tied_readout() -> None:
+    architecture = ARCHITECTURES["tied llama"]
+    module, said = architecture.build(1, 2, 16), {"model.embed_tokens.weight": "embedding"}
+    assert Plan.from_model(module, architecture.example, overrides=said) == Plan.from_model(
+        module, architecture.example
+    )
 
 
 @pytest.mark.parametrize(
