@@ -117,7 +117,7 @@ def load_batch(path: str | PathLike[str]) -> Any:
         raise ValueError(f"{path} is a folder. Give the path of a safetensors file with a batch.")
     try:
         with safe_open(path, framework="pt") as file:
-            # copies, because what is read is the file itself, which somebody may write to
+            # copies, because what is read is the file itself, which somebody may write to; a safe_open has keys() only
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(

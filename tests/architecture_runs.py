@@ -120,7 +120,7 @@ def fit(
 
 def loader(batches: list[Any]) -> DataLoader[Any]:
     """Whole batches in their order."""
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list serves as a Dataset
 
 
 def quiet(*callbacks: Callback, **settings: Any) -> Trainer:

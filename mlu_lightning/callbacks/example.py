@@ -104,7 +104,7 @@ def _first_batch(loader: Any) -> Any:
     """First batch in the order of the data."""
     if isinstance(loader, DataLoader):
         if isinstance(loader.sampler, BatchSampler) and loader.batch_sampler is None:
-            # the dataset is asked for whole batches
+            # the dataset is asked for whole batches, by index, so that it has a length, which Dataset does not declare
             size = min(loader.sampler.batch_size, len(loader.dataset))  # type: ignore[arg-type]
             return loader.collate_fn(loader.dataset[list(range(size))])
         samples = _first_samples(loader)

@@ -190,7 +190,7 @@ def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:
     result = trainer.strategy.broadcast(result)
     if isinstance(result, (OSError, ValueError)):
         raise result
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[return-value]  # broadcast to all: no longer None, and what make returns is no error
 
 
 def _data_sizes(found: Plan | Structure) -> dict[str, tuple[int, ...]]:
