@@ -10,6 +10,8 @@ if find_spec("lightning") is None:
     )
 
 from mlu_lightning.callbacks import EmbeddingDistance, Limit, MLUCallback, ReferenceRecorder
+from mlu_lightning.checking.check import check
+from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.discovery import discover
 from mlu_lightning.granite import to_granite
 from mlu_lightning.initialization import initialize
@@ -25,6 +27,7 @@ from mlu_lightning.structure import Branch, Structure
 __all__ = [
     "Architecture",
     "Branch",
+    "CheckReport",
     "EmbeddingDistance",
     "ErrorConstants",
     "Limit",
@@ -40,6 +43,7 @@ __all__ = [
     "Structure",
     "attach_multipliers",
     "bake",
+    "check",
     "discover",
     "error_bound",
     "fit_error_bound",

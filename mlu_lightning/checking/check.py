@@ -1,0 +1,169 @@
+"""Train a module at several shapes for a few steps, and say whether it does what the MLU parameterization says."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from mlu_lightning.callbacks.parameterization import MLUCallback
+from mlu_lightning.checking.measurement import Batches, Measurement, measure
+from mlu_lightning.checking.quantities import KINDS, Quantity
+from mlu_lightning.checking.report import CheckReport
+from mlu_lightning.checking.sizes import AXES, Size, sizes
+from mlu_lightning.checking.verdicts import Point, fit_row
+from mlu_lightning.plan import Plan
+from mlu_lightning.shapes import Shape
+
+__all__ = ["check"]
+
+
+def check(
+    module_factory: Callable[..., LightningModule],
+    base: Shape,
+    data: Any = None,
+    *,
+    callbacks: Callable[[LightningModule], Sequence[Callback]] | None = None,
+    factors: Sequence[int] = (1, 2, 4, 8),
+    seeds: int = 4,
+    steps: int = 4,
+    seed: int = 0,
+    trainer: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CheckReport:
+    """Check that a module's features move alike at every shape, and name the role that is at fault if they do not.
+
+    The module is built at several shapes along depth, hidden width and embedding, separately and together, and trained
+    for a few steps by its own optimizers in a Trainer with the callbacks that are to be checked. Everything that the MLU
+    parameterization makes independent of the shape (theory.md, sections 1 and 3) is measured in each run: how far
+    pre-activations, streams and outputs move; what every parameter does where it acts, at the start and because it was
+    updated; what weight decay takes away; and what the update of each role does to streams and outputs. Slopes against
+    size, fitted with a confidence interval, are the verdict: at most 1/4 away from what is expected passes.
+
+    Args:
+        module_factory: builds the module, called with ``depth=``, ``hidden=`` and ``embedding=``. The depth of what it
+            builds may be any multiple of the argument, as two additions for each block of a Transformer.
+        base: arguments at which the hyperparameters are known to be good.
+        data: batches as ``training_step`` takes them: a DataLoader, a list of batches or a ``LightningDataModule``; None
+            for a module that has its own ``train_dataloader``.
+        callbacks: makes the callbacks of a Trainer, given a freshly built module of the base shape. By default an
+            :class:`MLUCallback` with that base.
+        factors: by which each of the three grows, ascending from 1.
+        seeds: number of runs at every shape, each with other initial weights and batches.
+        steps: of the optimizer in every run.
+        seed: of the first of these runs.
+        trainer: further arguments of the Trainer, such as ``precision`` or ``gradient_clip_val``.
+        progress: called with the number of runs made and that of all.
+
+    Returns:
+        The report, which prints as a table and says which roles are at fault.
+
+    Raises:
+        ValueError: if an argument is not of these, or the module cannot be planned at one of the shapes.
+
+    >>> from mlu_lightning.models import ResNet
+    >>> def build(depth, hidden, embedding):
+    ...     return ResNet(depth, hidden, embedding, inputs=3, outputs=2)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> batches = [(torch.randn(16, 3, generator=generator), torch.randn(16, 2, generator=generator)) for _ in range(3)]
+    >>> report = check(build, Shape(depth=4, hidden=64, embedding=16), batches, factors=(1, 2, 4), seeds=2, steps=2)
+    >>> report.verdict, report.causes
+    ('pass', ())
+    """
+    if seeds < 1 or steps < 1:
+        raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
+    grid = sizes(base, factors)
+    make = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
+    numbers = range(seed, seed + seeds)
+    runs = [(shape, number) for shape in dict.fromkeys(size.shape for size in grid) for number in numbers]
+    settings = {**(trainer or {})}
+    count = steps * int(settings.get("accumulate_grad_batches", 1))
+    measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
+    with isolate_rng():
+        first = _built(module_factory, base, seed)
+        batches = {number: _batches(data, first, count + 1, number) for number in numbers}
+        probe = batches[seed][-1]
+        reference = Plan.from_model(first, probe, base=first)
+        warnings: dict[str, None] = {}
+        for shape, number in runs:
+            module = _built(module_factory, shape, number)
+            plan = Plan.from_model(module, probe, base=reference)
+            warnings.update(dict.fromkeys(plan.warnings))
+            at_base = _built(module_factory, base, number)
+            seed_everything(number, verbose=False)
+            measured[shape, number] = measure(
+                module,
+                plan,
+                make(at_base),
+                batches[number][:count],
+                probe,
+                steps,
+                settings,
+                data if isinstance(data, LightningDataModule) else None,
+            )
+            progress(len(measured), len(runs))
+    return CheckReport(
+        base=base,
+        factors=tuple(factors),
+        seeds=seeds,
+        steps=steps,
+        rows=tuple(_rows(grid, measured)),
+        warnings=tuple(warnings),
+    )
+
+
+def _built(module_factory: Callable[..., LightningModule], shape: Shape, seed: int) -> LightningModule:
+    seed_everything(seed, verbose=False)
+    return module_factory(depth=shape.depth, hidden=shape.hidden, embedding=shape.embedding)
+
+
+def _batches(data: Any, module: LightningModule, count: int, seed: int) -> list[Any]:
+    """The first batches that a run with a seed is given, again from the beginning if there are not as many."""
+    source = module if data is None else data
+    if isinstance(source, LightningDataModule):
+        source.prepare_data()
+        source.setup("fit")
+    loader = source.train_dataloader() if callable(getattr(source, "train_dataloader", None)) else source
+    if isinstance(loader, list):
+        begin = seed * count % max(len(loader), 1)
+        loader = Batches(loader[begin:] + loader[:begin])
+    seed_everything(seed, verbose=False)
+    combined = CombinedLoader(loader, "max_size_cycle")
+    found: list[Any] = []
+    while len(found) < count:
+        before = len(found)
+        for batch, _, _ in combined:
+            found.append(batch)
+            if len(found) == count:
+                break
+        if len(found) == before:
+            raise ValueError("There are no batches in the data. Give check() data that has some.")
+    return found
+
+
+def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Any:
+    """One row for every quantity and axis, in order of kind."""
+    points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
+    for size in grid:
+        for (shape, seed), found in measured.items():
+            if shape == size.shape:
+                for one in found:
+                    mean = _geometric_mean(one.values)
+                    point = Point(size.factor, seed, mean, min(one.values), max(one.values))
+                    points[one.quantity, size.axis].append(point)
+    order = sorted(points, key=lambda key: (KINDS.index(key[0].kind), AXES.index(key[1])))
+    for quantity, axis in order:
+        yield fit_row(quantity, axis, points[quantity, axis])
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    if not all(math.isfinite(value) for value in values):
+        return math.nan
+    if min(values) == 0:
+        return 0.0
+    return math.exp(math.fsum(map(math.log, values)) / len(values))

@@ -1,0 +1,133 @@
+"""The figure of a check: everything that should not change with the size, against the size."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mlu_lightning.checking.quantities import TOLERANCES, Kind, lowest_and_highest
+from mlu_lightning.checking.report import CheckReport
+from mlu_lightning.checking.sizes import AXES
+from mlu_lightning.checking.verdicts import Row, Verdict
+
+__all__ = ["draw_check", "save_figure"]
+
+
+def save_figure(report: CheckReport, path: Path) -> None:
+    """Draw a report into a PNG file.
+
+    Args:
+        report: of a check.
+        path: of the file.
+    """
+    draw_check(report).savefig(path, dpi=110)
+
+
+def draw_check(report: CheckReport) -> Figure:
+    """Draw every quantity over its value at the smallest size, one panel for each kind and axis.
+
+    The grey band is what passes: slopes within the tolerance. What passes is thin and blue, what fails thick, red and
+    named, what is undecided yellow.
+
+    Args:
+        report: of a check.
+    """
+    panels: dict[str, list[Row]] = defaultdict(list)
+    for row in report.rows:
+        panels[_group(row.quantity.kind)].append(row)
+    axes = [axis for axis in AXES if any(row.axis == axis for row in report.rows)]
+    figure = Figure(figsize=(3.1 * len(axes) + 0.6, 2.3 * len(panels) + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
+    for line, (group, rows) in zip(grid, panels.items(), strict=True):
+        for panel, axis in zip(line, axes, strict=True):
+            _draw(panel, [row for row in rows if row.axis == axis], axis)
+        line[0].set_ylabel(group)
+    for panel, axis in zip(grid[0], axes, strict=True):
+        panel.set_title(axis, loc="left", fontsize=10)
+    for panel in grid[-1]:
+        panel.set_xlabel("times the base")
+    base = report.base
+    figure.suptitle(
+        f"{report.verdict.upper()}   sizes over that at the smallest network, from L={base.depth}, M={base.hidden}, "
+        f"D={base.embedding}",
+        color=_COLORS[report.verdict],
+        x=0.01,
+        ha="left",
+    )
+    return figure
+
+
+_COLORS: dict[Verdict, str] = {"pass": "#0072B2", "fail": "#C40000", "undecided": "#E69F00"}
+"""Of Okabe and Ito's palette but for the red: people with any colour vision can tell them apart."""
+
+
+def _group(kind: Kind) -> str:
+    return "features, stream, output" if kind in ("features", "stream", "output") else kind
+
+
+def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log", base=2)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.axhline(1, color="0.6", linewidth=0.8, zorder=0)
+    factors = sorted({point.factor for row in rows for point in row.points})
+    if not factors:
+        return
+    sizes = np.array(factors, dtype=float) / factors[0]
+    tolerance = TOLERANCES[rows[0].quantity.kind]
+    lowest, highest = lowest_and_highest(rows[0].quantity.kind, axis)
+    panel.fill_between(factors, sizes ** (lowest - tolerance), sizes ** (highest + tolerance), color="0.92", zorder=-1)
+    named = []
+    for row in sorted(rows, key=lambda row: _ORDER.index(row.verdict)):
+        curve = _curve(row, factors)
+        if curve is None:
+            continue
+        failing = row.verdict == "fail"
+        panel.plot(
+            factors, curve, color=_COLORS[row.verdict], linewidth=2 if failing else 0.9, alpha=1 if failing else 0.7
+        )
+        if failing:
+            named.append((curve[-1], row.quantity.role or row.quantity.name))
+    panel.set_xticks(factors, [f"{factor}" for factor in factors])
+    panel.minorticks_off()
+    for place, name in {name: place for place, name in named}.items():
+        panel.annotate(
+            place,
+            (factors[-1], name),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=_COLORS["fail"],
+        )
+
+
+_ORDER: tuple[Verdict, ...] = ("pass", "undecided", "fail")
+
+
+def _curve(row: Row, factors: Sequence[int]) -> list[float] | None:
+    """Geometric means over seeds, over that at the smallest size."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for point in row.points:
+        values[point.factor].append(
+            {"at the place where it is largest": point.highest, "at the place where it is smallest": point.lowest}.get(
+                row.reason, point.value
+            )
+        )
+    if any(not all(math.isfinite(value) and value > 0 for value in found) for found in values.values()):
+        return None
+    means = [
+        math.exp(math.fsum(map(math.log, values[factor])) / len(values[factor]))
+        for factor in factors
+        if factor in values
+    ]
+    return [mean / means[0] for mean in means] if len(means) == len(factors) else None

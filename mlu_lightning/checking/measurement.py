@@ -1,0 +1,213 @@
+"""Train a module for a few steps as its Trainer does, and measure what moves and what moves it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor
+
+from mlu_lightning.base import name_pattern
+from mlu_lightning.checking.local_effects import find_readers, local_effects, rms
+from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
+from mlu_lightning.checking.shrinkage import shrinkage
+from mlu_lightning.plan import Plan
+from mlu_lightning.probing import locate, observe
+
+__all__ = ["Batches", "Measurement", "measure"]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A quantity in one run, at every place along the depth where it is.
+
+    Args:
+        quantity: what was measured.
+        values: over what it is expected to grow as: constant in the limit of large networks.
+    """
+
+    quantity: Quantity
+    values: tuple[float, ...]
+
+
+def measure(
+    module: LightningModule,
+    plan: Plan,
+    callbacks: Sequence[Callback],
+    batches: Sequence[Any],
+    probe: Any,
+    steps: int,
+    trainer: Mapping[str, Any],
+    datamodule: LightningDataModule | None = None,
+) -> tuple[Measurement, ...]:
+    """Train a module, and measure it before the first step, before the last and after it.
+
+    Args:
+        module: freshly built.
+        plan: of the module, for roles, ratios and where to read; none of its factors are used.
+        callbacks: of the Trainer.
+        batches: to train on.
+        probe: batch on which effects are measured, by ``training_step`` in evaluation mode.
+        steps: of the optimizer.
+        trainer: further arguments of the Trainer.
+        datamodule: whose hooks transfer batches.
+
+    >>> from mlu_lightning.models import ResNet
+    >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
+    >>> batch = torch.ones(5, 3), torch.ones(5, 2)
+    >>> found = measure(model, Plan.from_model(model, batch, base=model), [], [batch], batch, 1, {})
+    >>> [len(one.values) for one in found if one.quantity.name == "blocks.*.read.weight"]
+    [2, 2]
+    """
+    watch = _Watch(plan, probe, steps)
+    arguments = {
+        "accelerator": "cpu",
+        "devices": 1,
+        **trainer,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [*callbacks, watch],
+    }
+    with _quiet():
+        fitting = Trainer(**arguments)
+        if datamodule is None:
+            fitting.fit(module, Batches(batches))
+        else:
+            vars(datamodule)["train_dataloader"] = lambda: Batches(batches)
+            try:
+                fitting.fit(module, datamodule=datamodule)
+            finally:
+                del vars(datamodule)["train_dataloader"]
+    return watch.measurements()
+
+
+class _Watch(Callback):
+    """Measures a module while it is trained."""
+
+    def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
+        super().__init__()
+        self._plan = plan
+        self._probe = probe
+        self._steps = steps
+        self._readers = find_readers(plan)
+        self._locations = locate(plan.taps, [stream.depth for stream in plan.streams], (0, 1))
+        self._found: dict[Quantity, list[float]] = defaultdict(list)
+        self._start: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._decayed = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+        self._before = self._observe(pl_module)
+        self._add_local("start", pl_module, {name: torch.zeros_like(value) for name, value in self._start.items()})
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._decayed or trainer.global_step < self._steps - 1:
+            return
+        self._decayed = True  # schedules may end at a learning rate of zero, so not after the last step
+        parameters = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        for name, part in shrinkage(trainer.optimizers, parameters).items():
+            self._add("decay", name, part)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._add_local("update", pl_module, self._start)
+        after = self._observe(pl_module)
+        for name, values in after.items():
+            kind: Kind = "output" if name.startswith("output") else "stream"
+            self._found[Quantity(kind, name)].append(rms(values - self._before[name]))
+        for role in dict.fromkeys(map(str, self._plan.roles.values())):
+            without = self._without(role, pl_module)
+            for name in _ends(after):
+                kind = "effect on output" if name.startswith("output") else "effect on stream"
+                moved = rms(after[name] - without[name])
+                if moved > 0:  # what comes after a stream has no effect on it
+                    self._found[Quantity(kind, role, role)].append(moved)
+
+    def measurements(self) -> tuple[Measurement, ...]:
+        return tuple(Measurement(quantity, tuple(values)) for quantity, values in self._found.items())
+
+    def _observe(self, module: LightningModule) -> dict[str, Tensor]:
+        return observe(module, self._probe, self._locations, "training_step")
+
+    def _add_local(self, kind: Kind, module: LightningModule, others: Mapping[str, Tensor]) -> None:
+        """Add what every parameter does where it acts."""
+
+        def run() -> None:
+            observe(module, self._probe, (), "training_step")
+
+        for name, effect in local_effects(module, self._readers, others, run).items():
+            if effect > 0 or kind == "update":  # what is zero at the start has no size to scale
+                self._add(kind, name, effect)
+
+    def _add(self, kind: Kind, name: str, value: float) -> None:
+        planned = self._plan.parameters[name]
+        expected = expected_powers(kind, planned.role.value)(planned.ratios)
+        self._found[Quantity(kind, name_pattern(name), planned.role.value)].append(value / expected)
+
+    def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
+        """Observe the module with the parameters of one role as they were at the start."""
+        of_role = {name: parameter for name, parameter in module.named_parameters() if self._plan.roles[name] == role}
+        now = {name: parameter.detach().clone() for name, parameter in of_role.items()}
+        with torch.no_grad():
+            for name, parameter in of_role.items():
+                parameter.copy_(self._start[name])
+            observed = self._observe(module)
+            for name, parameter in of_role.items():
+                parameter.copy_(now[name])
+        return observed
+
+
+class Batches:
+    """Batches that a Trainer takes for a loader; a list would be one of several loaders.
+
+    >>> list(Batches([1, 2]))
+    [1, 2]
+    """
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        """Keep batches.
+
+        Args:
+            batches: in their order.
+        """
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def _ends(observed: Mapping[str, Tensor]) -> list[str]:
+    """Where streams end, and outputs."""
+    return [name for name in observed if name.startswith("output") or name.endswith("s=1")]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the Trainer says about devices and loaders in each of many short runs."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,220 @@
+"""What a check found, as a value that prints as tables and is saved as JSON with a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mlu_lightning.checking.quantities import Quantity
+from mlu_lightning.checking.sizes import AXES
+from mlu_lightning.checking.verdicts import Cause, Point, Row, Verdict, find_causes, overall_verdict
+from mlu_lightning.shapes import Shape
+
+__all__ = ["CheckReport"]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a check found.
+
+    Args:
+        base: L, M and D at which hyperparameters are known to be good.
+        factors: by which they grew.
+        seeds: runs at every shape.
+        steps: of the optimizer in every run.
+        rows: slopes and verdicts of everything that was measured.
+        warnings: what the theory does not cover in the module, and what could not be measured.
+
+    >>> row = Row(Quantity("update", "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail", "", ())
+    >>> report = CheckReport(Shape(2, 4, 8), (1, 2, 4), 2, 3, (row,))
+    >>> report.verdict, report.causes[0].role
+    ('fail', 'branch_in')
+    """
+
+    base: Shape
+    factors: tuple[int, ...]
+    seeds: int
+    steps: int
+    rows: tuple[Row, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"fail"`` if any row fails, ``"undecided"`` if any is but effects of roles, else ``"pass"``."""
+        return overall_verdict(self.rows)
+
+    @property
+    def causes(self) -> tuple[Cause, ...]:
+        """Roles that are at fault, the worst first."""
+        return find_causes(self.rows)
+
+    @property
+    def summary(self) -> str:
+        """The verdict in a line, and a line for each cause."""
+        counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in _MARKS}
+        numbers = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        lines = [f"{self.verdict.upper()}: {numbers}", *(str(cause) for cause in self.causes)]
+        named = {cause.role for cause in self.causes}
+        others = [row.quantity for row in self.rows if row.verdict == "fail"]
+        follow = dict.fromkeys(one.role or one.name for one in others if (one.role or one.name) not in named)
+        if follow:
+            lines.append(f"Failing too, which may follow from that: {', '.join(follow)}")
+        return "\n".join(lines)
+
+    def tables(self) -> RenderableType:
+        """The report for a terminal: a table of what should not grow, one of the effects of roles, and the verdict."""
+        effects = [row for row in self.rows if row.quantity.kind.startswith("effect")]
+        others = [row for row in self.rows if not row.quantity.kind.startswith("effect")]
+        parts: list[RenderableType] = [
+            "Slopes of log size of what moves against log size of the network, less what is expected, "
+            f"with {_CONFIDENCE} intervals ({self.seeds} seeds, {self.steps} steps, sizes "
+            f"{' : '.join(map(str, self.factors))} from L={self.base.depth}, M={self.base.hidden}, "
+            f"D={self.base.embedding})",
+            _table(others),
+        ]
+        if effects:
+            parts += ["Effect of each role's own update on streams and outputs", _table(effects)]
+        parts += [f"Warning: {warning}." for warning in self.warnings]
+        parts.append(Text(self.summary, style=_STYLES[self.verdict]))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=125, color_system=None).print(self.tables())
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").splitlines())
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder.
+
+        Args:
+            folder: which is made if it does not exist.
+        """
+        from mlu_lightning.checking.figure import save_figure  # which needs matplotlib
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "check.json").write_text(self.to_json(), encoding="utf-8")
+        (path / "check.txt").write_text(f"{self}\n", encoding="utf-8")
+        save_figure(self, path / "check.png")
+
+    def to_json(self) -> str:
+        """The report as JSON; a number that is not finite is null."""
+        content = {
+            "verdict": self.verdict,
+            "causes": [{"role": one.role, "factor": one.factor, "says": str(one)} for one in self.causes],
+            "base": asdict(self.base),
+            "factors": list(self.factors),
+            "seeds": self.seeds,
+            "steps": self.steps,
+            "warnings": list(self.warnings),
+            "rows": [_finite(asdict(row)) for row in self.rows],
+        }
+        return json.dumps(content, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckReport:
+        """Read what :meth:`to_json` wrote.
+
+        Args:
+            text: of the file.
+
+        Raises:
+            ValueError: if it is not a report.
+        """
+        try:
+            content = json.loads(text)
+            return cls(
+                base=Shape(**content["base"]),
+                factors=tuple(content["factors"]),
+                seeds=content["seeds"],
+                steps=content["steps"],
+                rows=tuple(map(_row, content["rows"])),
+                warnings=tuple(content["warnings"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"This is not a report of a check ({error}). Make one with mlu-lightning check."
+            ) from error
+
+
+_CONFIDENCE = "95 %"
+_MARKS: dict[Verdict, str] = {"pass": " ", "fail": "✗", "undecided": "?"}
+_STYLES: dict[Verdict, str] = {"pass": "green", "fail": "bold red", "undecided": "yellow"}
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    """A line for every quantity, with a slope for each axis."""
+    of_quantity: dict[Quantity, dict[str, Row]] = {}
+    for row in rows:
+        of_quantity.setdefault(row.quantity, {})[row.axis] = row
+    axes = [axis for axis in AXES if any(row.axis == axis for row in rows)]
+    table = Table("", "what", "role", *axes, "verdict")
+    table.columns[1].overflow = "fold"
+    for column in table.columns[3 : 3 + len(axes)]:
+        column.justify = "right"
+        column.no_wrap = True
+    kind = ""
+    for quantity, found in of_quantity.items():
+        if kind and quantity.kind != kind:
+            table.add_section()
+        shown = quantity.kind if quantity.kind != kind else ""
+        kind = quantity.kind
+        name = "" if quantity.name == quantity.role else quantity.name
+        verdict = _worst(found.values())
+        table.add_row(shown, name, quantity.role or "", *_cells(found, axes), Text(verdict, style=_STYLES[verdict]))
+    return table
+
+
+def _cells(found: dict[str, Row], axes: Sequence[str]) -> Iterator[Text]:
+    for axis in axes:
+        row = found.get(axis)
+        if row is None:
+            yield Text("")
+        elif math.isnan(row.slope):
+            yield Text(f"-{_MARKS[row.verdict]}", style=_STYLES[row.verdict])
+        else:
+            style = "" if row.verdict == "pass" else _STYLES[row.verdict]
+            yield Text(f"{row.slope:+.2f}±{row.error:.2f}{_MARKS[row.verdict]}", style=style)
+
+
+def _worst(rows: Iterable[Row]) -> Verdict:
+    verdicts = {row.verdict for row in rows}
+    return next(verdict for verdict in ("fail", "undecided", "pass") if verdict in verdicts)
+
+
+def _finite(value: Any) -> Any:
+    """The same without numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(content: dict[str, Any]) -> Row:
+    def number(value: float | None) -> float:
+        return math.nan if value is None else float(value)
+
+    points = tuple(
+        Point(one["factor"], one["seed"], *(number(one[key]) for key in ("value", "lowest", "highest")))
+        for one in content["points"]
+    )
+    return Row(
+        quantity=Quantity(**content["quantity"]),
+        axis=content["axis"],
+        slope=number(content["slope"]),
+        error=number(content["error"]),
+        verdict=content["verdict"],
+        reason=content["reason"],
+        points=points,
+    )

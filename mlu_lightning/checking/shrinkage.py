@@ -1,0 +1,85 @@
+"""How much of a parameter weight decay takes away in one step of an optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mlu_lightning.checking.local_effects import rms
+
+__all__ = ["shrinkage"]
+
+
+def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """Measure the part of every parameter that weight decay takes away in the next step.
+
+    A step without gradients is made twice, with the optimizer's weight decay and without, and taken back: the difference
+    is lr · λ for decoupled decay and for SGD. For Adam's L2 decay it is what decay adds to the update, divided by the
+    running size of the gradients.
+
+    Args:
+        optimizers: that have the parameters; they and the parameters are as before afterwards.
+        parameters: by name.
+
+    Returns:
+        By name, the root mean square of the difference over that of the parameter; without parameters that are zero or
+        have no decay.
+
+    >>> weight = nn.Parameter(torch.ones(3))
+    >>> optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.1)
+    >>> {name: round(part, 6) for name, part in shrinkage([optimizer], {"weight": weight}).items()}
+    {'weight': 0.05}
+    """
+    with_decay = _stepped(optimizers, parameters)
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            stack.enter_context(_without_decay(optimizer))
+        without = _stepped(optimizers, parameters)
+    found = {}
+    for name, parameter in parameters.items():
+        moved, size = rms(with_decay[name] - without[name]), rms(parameter)
+        if moved > 0 and size > 0:
+            found[name] = moved / size
+    return found
+
+
+def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Values after a step without gradients, which is taken back."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    states = [
+        {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()} for optimizer in optimizers
+    ]
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for optimizer in optimizers:
+        optimizer.step()
+    after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+            parameter.grad = gradients[name]
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.state.clear()
+        optimizer.state.update(state)
+    return after
+
+
+@contextmanager
+def _without_decay(optimizer: Optimizer) -> Iterator[None]:
+    """An optimizer whose groups have no weight decay."""
+    decays = [group.get("weight_decay") for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if "weight_decay" in group:
+            group["weight_decay"] = 0.0 * group["weight_decay"]
+    try:
+        yield
+    finally:
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay

@@ -1,0 +1,217 @@
+"""From measurements at several sizes to slopes with confidence intervals, and from these to verdicts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from mlu_lightning.checking.quantities import KINDS, TOLERANCES, Kind, Quantity, lowest_and_highest
+
+__all__ = ["CONFIDENCE", "Cause", "Point", "Row", "Verdict", "find_causes", "fit_row", "overall_verdict"]
+
+Verdict = Literal["pass", "fail", "undecided"]
+
+CONFIDENCE = 0.95
+"""Of the intervals of slopes."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A quantity in one run.
+
+    Args:
+        factor: of the size, next to where the axis begins.
+        seed: of the run.
+        value: over what it is expected to grow as, the geometric mean over places along the depth.
+        lowest: of these places.
+        highest: of these places.
+    """
+
+    factor: int
+    seed: int
+    value: float
+    lowest: float
+    highest: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a quantity grows along an axis.
+
+    Args:
+        quantity: what was measured.
+        axis: depth, hidden, embedding, or together.
+        slope: d log quantity / d log size, less what is expected; NaN if there is none.
+        error: half the width of its confidence interval.
+        verdict: ``"pass"`` if the interval lies within the tolerance, ``"fail"`` if it lies outside, else ``"undecided"``.
+        reason: why there is no slope, or which of several places along the depth is meant; empty otherwise.
+        points: that it was fitted to.
+
+    >>> row = Row(Quantity("update", "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail", "", ())
+    >>> print(row)
+    update of mlp.weight (branch_in) grows as depth^1.02±0.04 next to what is expected
+    """
+
+    quantity: Quantity
+    axis: str
+    slope: float
+    error: float
+    verdict: Verdict
+    reason: str
+    points: tuple[Point, ...]
+
+    def __str__(self) -> str:
+        if math.isnan(self.slope):
+            return f"{self.quantity}, {self.axis}: {self.reason}"
+        size = "size" if self.axis == "together" else self.axis
+        reason = f", {self.reason}" if self.reason else ""
+        moves = "grows" if self.slope > 0 else "falls"
+        return f"{self.quantity} {moves} as {size}^{self.slope:.2f}±{self.error:.2f} next to what is expected{reason}"
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A role that something is wrong with.
+
+    Args:
+        role: of the parameters; the name of what moves if no role can be told.
+        factor: which of the plan's factors may be wrong.
+        rows: that fail, the worst first.
+    """
+
+    role: str
+    factor: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        return f"{self.role}: look at its {self.factor}; {self.rows[0]}"
+
+
+def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
+    """Fit the slope of a quantity against size, and judge it.
+
+    Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. If the mean over
+    places along the depth passes, the lowest and the highest of them are fitted as well: a single branch that is wrong
+    among many is seen there.
+
+    Args:
+        quantity: that was measured.
+        axis: along which the shape grew.
+        points: of every size and seed.
+
+    >>> quantity = Quantity("update", "mlp.weight", "branch_in")
+    >>> points = [Point(n, seed, 2.0 * n, 2.0 * n, 2.0 * n) for n in (1, 2, 4) for seed in (0, 1)]
+    >>> row = fit_row(quantity, "embedding", points)
+    >>> round(row.slope, 6), row.verdict
+    (1.0, 'fail')
+    """
+    points = tuple(points)
+    mean = _judged(quantity, axis, points, [point.value for point in points], "")
+    if mean.verdict == "fail" or math.isnan(mean.slope):
+        return mean
+    extremes = [
+        _judged(quantity, axis, points, [point.highest for point in points], "at the place where it is largest"),
+        _judged(quantity, axis, points, [point.lowest for point in points], "at the place where it is smallest"),
+    ]
+    failing = [row for row in extremes if row.verdict == "fail"]
+    return max(failing, key=lambda row: abs(row.slope), default=mean)
+
+
+def overall_verdict(rows: Sequence[Row]) -> Verdict:
+    """``"fail"`` if any row fails, else ``"undecided"`` if any is, else ``"pass"``.
+
+    Effects of roles can make a check fail; that one of them is too noisy to tell does not make it undecided.
+
+    Args:
+        rows: of a check.
+
+    >>> overall_verdict([])
+    'undecided'
+    """
+    if any(row.verdict == "fail" for row in rows):
+        return "fail"
+    verdicts = {row.verdict for row in rows if not row.quantity.kind.startswith("effect")}
+    return "pass" if verdicts == {"pass"} else "undecided"
+
+
+def find_causes(rows: Sequence[Row]) -> tuple[Cause, ...]:
+    """Say which roles are wrong, from what fails.
+
+    What is wrong at the start makes updates wrong, and these make features and streams wrong; so only the earliest kind
+    of failing rows says what the cause is. Rows about parameters' own starts, updates and decays name their roles.
+
+    Args:
+        rows: of a check.
+
+    Returns:
+        Causes, the worst first.
+
+    >>> find_causes([])
+    ()
+    """
+    failing = sorted((row for row in rows if row.verdict == "fail"), key=lambda row: -_deviation(row))
+    kinds = [kind for kind in KINDS if any(row.quantity.kind == kind for row in failing)]
+    if not kinds:
+        return ()
+    first = [row for row in failing if row.quantity.kind == kinds[0]]
+    names = dict.fromkeys(row.quantity.role or row.quantity.name for row in first)
+    causes = []
+    for name in names:
+        own = [row for row in failing if (row.quantity.role or row.quantity.name) == name]
+        failing_kinds = {row.quantity.kind for row in own}
+        causes.append(Cause(name, _factor(failing_kinds), tuple(row for row in own if row in first)))
+    return tuple(causes)
+
+
+def _factor(kinds: set[Kind]) -> str:
+    """What may be wrong, from the kinds of rows that fail for a role."""
+    if "start" in kinds:
+        return "multiplier or std"
+    if "update" in kinds:
+        return "lr" if "decay" in kinds else "lr or eps"
+    if "decay" in kinds:
+        return "weight decay"
+    return "numbers"
+
+
+def _deviation(row: Row) -> float:
+    return math.inf if math.isnan(row.slope) else abs(row.slope) - row.error
+
+
+def _judged(quantity: Quantity, axis: str, points: tuple[Point, ...], values: Sequence[float], reason: str) -> Row:
+    row = Row(quantity, axis, math.nan, math.nan, "undecided", reason, points)
+    if not all(math.isfinite(value) for value in values):
+        return replace(row, verdict="fail", reason="it is not finite")
+    if any(value == 0 for value in values):
+        return replace(row, reason="it does not move" if not any(values) else "it does not move in some runs")
+    seeds = sorted({point.seed for point in points})
+    freedom = len(points) - len(seeds) - 1
+    if len({point.factor for point in points}) < 3 or freedom < 2:
+        return replace(row, reason="there are too few sizes or seeds")
+    slope, error = _fit(points, values, seeds, freedom)
+    lowest, highest = lowest_and_highest(quantity.kind, axis)
+    tolerance = TOLERANCES[quantity.kind]
+    least, most = lowest - tolerance, highest + tolerance
+    verdict: Verdict = "undecided"
+    if slope + error < least or slope - error > most:
+        verdict = "fail"
+    elif least <= slope - error and slope + error <= most:
+        verdict = "pass"
+    return replace(row, slope=slope, error=error, verdict=verdict)
+
+
+def _fit(points: Sequence[Point], values: Sequence[float], seeds: Sequence[int], freedom: int) -> tuple[float, float]:
+    """Slope and half its confidence interval, with a constant for each seed."""
+    from scipy import stats  # which is optional, for those who only train
+
+    sizes, logs = np.log([point.factor for point in points]), np.log(values)
+    of_seed = np.array([[point.seed == seed for seed in seeds] for point in points], dtype=float)
+    design = np.column_stack((sizes, of_seed))
+    coefficients, *_ = np.linalg.lstsq(design, logs, rcond=None)
+    residual = logs - design @ coefficients
+    variance = residual @ residual / freedom * np.linalg.inv(design.T @ design)[0, 0]
+    return float(coefficients[0]), float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance))
