@@ -43,7 +43,8 @@ def check(
     parameterization makes independent of the shape (theory.md, sections 1 and 3) is measured in each run: how far
     pre-activations, streams and outputs move; what every parameter does where it acts, at the start and because it was
     updated; what weight decay takes away; and what the update of each role does to streams and outputs. Slopes against
-    size, fitted with a confidence interval, are the verdict: at most 1/4 away from what is expected passes.
+    size, fitted with a confidence interval, are the verdict. Powers in the table are multiples of 1/2, so that a factor
+    that is missing shifts a slope by 1/2 at least; 1/4 is left to how networks of finite size drift.
 
     Args:
         module_factory: builds the module, called with ``depth=``, ``hidden=`` and ``embedding=``. The depth of what it

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mlu_lightning.checking.quantities import TOLERANCES, Kind, lowest_and_highest
+from mlu_lightning.checking.quantities import Kind, lowest_and_highest
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row, Verdict
@@ -82,9 +82,8 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> None:
     if not factors:
         return
     sizes = np.array(factors, dtype=float) / factors[0]
-    tolerance = TOLERANCES[rows[0].quantity.kind]
     lowest, highest = lowest_and_highest(rows[0].quantity.kind, axis)
-    panel.fill_between(factors, sizes ** (lowest - tolerance), sizes ** (highest + tolerance), color="0.92", zorder=-1)
+    panel.fill_between(factors, sizes**lowest, sizes**highest, color="0.92", zorder=-1)
     named = []
     for row in sorted(rows, key=lambda row: _ORDER.index(row.verdict)):
         curve = _curve(row, factors)

@@ -7,12 +7,14 @@ belongs to the matrix that writes there and is part of it.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -20,7 +22,7 @@ from mlu_lightning.plan import Plan
 from mlu_lightning.rehearsal import tensors_in
 from mlu_lightning.rules import Role
 
-__all__ = ["Reader", "find_readers", "local_effects", "rms"]
+__all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Reader:
         module: the submodule that is run again: the owner, or the smallest one with the owner and the parameter's
             multiplier in it.
         role: of the parameter.
+        multiplied: whether the multiplier of a branch is part of what is read.
 
-    >>> Reader("mlp.write.weight", "mlp.write", "mlp", Role.BRANCH_OUT).module
+    >>> Reader("mlp.write.weight", "mlp.write", "mlp", Role.BRANCH_OUT, multiplied=True).module
     'mlp'
     """
 
@@ -42,14 +45,14 @@ class Reader:
     owner: str
     module: str
     role: Role
+    multiplied: bool = False
 
 
 def find_readers(plan: Plan) -> tuple[Reader, ...]:
-    """Say where the effect of every parameter can be read.
+    """Say where the effects of parameters can be read.
 
-    Parameters whose submodule has matrices of several maps in it, such as the projections of
-    ``nn.MultiheadAttention`` or a stack of experts, are left out: what one of them does cannot be told from what the
-    others do there.
+    Those in whose submodule other matrices come after them are left out, such as the projections of queries, keys and
+    values in ``nn.MultiheadAttention``, or what a stack of experts reads with: see :func:`value_effects` for these.
 
     Args:
         plan: of the module; its numbers do not matter.
@@ -61,22 +64,27 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
     [('blocks.0.read.weight', 'blocks.0.read'), ('blocks.0.write.weight', 'blocks.0'), ('readout.weight', 'readout')]
     """
     sites = {
-        name: multiplier.site
+        name: multiplier
         for multiplier in plan.multipliers
         if multiplier.kind in ("branch", "readout") and multiplier.site is not None
-        for name in multiplier.folds or (multiplier.name,)
+        for name in multiplier.folds
     }
-    matrices: dict[str, int] = defaultdict(int)
-    for name, parameter in plan.parameters.items():
-        matrices[name.rpartition(".")[0]] += parameter.role.is_matrix
+    matrices = [name for name, one in plan.parameters.items() if one.role.is_matrix and one.role is not Role.EMBEDDING]
     found = []
     for name, parameter in plan.parameters.items():
-        owner = name.rpartition(".")[0]
-        if matrices[owner] > 1:
-            continue
-        site = sites.get(name)
-        module = owner if site is None else _common(owner, site.module)
-        found.append(Reader(name, owner, module, parameter.role))
+        owner, multiplier = name.rpartition(".")[0], sites.get(name)
+        module = owner
+        if multiplier is not None and multiplier.site is not None:
+            module = _common(owner, multiplier.site.module)
+        others = [other for other in matrices if other != name and _is_in(other, module)]
+        if multiplier is not None or parameter.role in _LAST:  # all others in its branch come before it
+            others = [other for other in others if plan.parameters[other].branch != parameter.branch]
+        alone = not others or (
+            not parameter.role.is_matrix and [other.rpartition(".")[0] for other in others] == [owner]
+        )
+        if alone or parameter.role is Role.EMBEDDING:
+            branch = multiplier is not None and multiplier.kind == "branch"
+            found.append(Reader(name, owner, module, parameter.role, branch))
     return tuple(found)
 
 
@@ -119,6 +127,44 @@ def local_effects(
         for reader in readers
         if reader.parameter in moved
     }
+
+
+def value_effects(
+    plan: Plan, names: Iterable[str], values: Mapping[str, Tensor], others: Mapping[str, Tensor], aligned: bool
+) -> dict[str, float]:
+    """Say from values alone how far the outputs of parameters would move, if each had another value.
+
+    Args:
+        plan: of the module.
+        names: of the parameters.
+        values: of each parameter, by name.
+        others: another value of each.
+        aligned: whether inputs are what the difference responds to most, as those are that it was learned from; then it
+            is the spectral norm between root mean squares. Otherwise inputs are random, as to a matrix that was drawn.
+
+    Returns:
+        By parameter name, the root mean square of the difference of the output, for an input of root mean square one.
+
+    >>> from mlu_lightning.models import ResNet
+    >>> model = ResNet(depth=1, hidden=8, embedding=6, inputs=3, outputs=2)
+    >>> plan = Plan.from_model(model, (torch.ones(5, 3), torch.ones(5, 2)), base=model)
+    >>> ones, zeros = {"blocks.0.read.weight": torch.ones(8, 6)}, {"blocks.0.read.weight": torch.zeros(8, 6)}
+    >>> round(value_effects(plan, ones, ones, zeros, aligned=True)["blocks.0.read.weight"], 4)  # six inputs, each of them 1
+    6.0
+    """
+    found = {}
+    for name in names:
+        parameter, difference = plan.parameters[name], (values[name] - others[name]).detach().double()
+        inputs, outputs = parameter.fans
+        if not parameter.role.is_matrix or difference.ndim < 2 or parameter.role is Role.EMBEDDING:
+            found[name] = rms(difference)
+        elif aligned:
+            maps = difference if difference.ndim == 3 else difference.flatten(1)
+            norms = torch.linalg.matrix_norm(maps, ord=2)
+            found[name] = rms(norms) * math.sqrt(inputs / outputs)
+        else:
+            found[name] = rms(difference) * math.sqrt(inputs)
+    return found
 
 
 def rms(values: Tensor) -> float:
@@ -187,6 +233,13 @@ def _rerun(
 
 def _first(output: Any) -> Tensor:
     return next(tensor for tensor in tensors_in(output) if tensor.is_floating_point())
+
+
+_LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
+
+
+def _is_in(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
 
 
 def _common(one: str, other: str) -> str:

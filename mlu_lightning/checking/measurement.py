@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from mlu_lightning.base import name_pattern
-from mlu_lightning.checking.local_effects import find_readers, local_effects, rms
+from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.plan import Plan
@@ -102,7 +102,7 @@ class _Watch(Callback):
         self._plan = plan
         self._probe = probe
         self._steps = steps
-        self._readers = find_readers(plan)
+        self._readers = {reader.parameter: reader for reader in find_readers(plan)}
         self._locations = locate(plan.taps, [stream.depth for stream in plan.streams], (0, 1))
         self._found: dict[Quantity, list[float]] = defaultdict(list)
         self._start: dict[str, Tensor] = {}
@@ -148,13 +148,19 @@ class _Watch(Callback):
         def run() -> None:
             observe(module, self._probe, (), "training_step")
 
-        for name, effect in local_effects(module, self._readers, others, run).items():
+        effects = local_effects(module, tuple(self._readers.values()), others, run)
+        # experts without tokens are not read, as others beside them are
+        read = {name_pattern(name) for name in effects}
+        parameters = dict(module.named_parameters())
+        unread = [name for name in parameters if name_pattern(name) not in read]
+        effects |= value_effects(self._plan, unread, parameters, others, aligned=kind == "update")
+        for name, effect in effects.items():
             if effect > 0 or kind == "update":  # what is zero at the start has no size to scale
-                self._add(kind, name, effect)
+                self._add(kind, name, effect, self._readers[name].multiplied if name in self._readers else False)
 
-    def _add(self, kind: Kind, name: str, value: float) -> None:
+    def _add(self, kind: Kind, name: str, value: float, multiplied: bool = False) -> None:
         planned = self._plan.parameters[name]
-        expected = expected_powers(kind, planned.role.value)(planned.ratios)
+        expected = expected_powers(kind, planned.role, multiplied)(planned.ratios)
         self._found[Quantity(kind, name_pattern(name), planned.role.value)].append(value / expected)
 
     def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from mlu_lightning.checking.quantities import KINDS, TOLERANCES, Kind, Quantity, lowest_and_highest
+from mlu_lightning.checking.quantities import DRIFT, FAULT, KINDS, Kind, Quantity, lowest_and_highest
 
 __all__ = ["CONFIDENCE", "Cause", "Point", "Row", "Verdict", "find_causes", "fit_row", "overall_verdict"]
 
@@ -47,7 +47,8 @@ class Row:
         axis: depth, hidden, embedding, or together.
         slope: d log quantity / d log size, less what is expected; NaN if there is none.
         error: half the width of its confidence interval.
-        verdict: ``"pass"`` if the interval lies within the tolerance, ``"fail"`` if it lies outside, else ``"undecided"``.
+        verdict: ``"pass"`` if the interval has a slope of finite networks in it and none of a fault, ``"fail"`` if the
+            other way round, else ``"undecided"``.
         reason: why there is no slope, or which of several places along the depth is meant; empty otherwise.
         points: that it was fitted to.
 
@@ -194,13 +195,12 @@ def _judged(quantity: Quantity, axis: str, points: tuple[Point, ...], values: Se
         return replace(row, reason="there are too few sizes or seeds")
     slope, error = _fit(points, values, seeds, freedom)
     lowest, highest = lowest_and_highest(quantity.kind, axis)
-    tolerance = TOLERANCES[quantity.kind]
-    least, most = lowest - tolerance, highest + tolerance
+    beyond = FAULT - DRIFT
+    may_be_right = lowest <= slope + error and slope - error <= highest
+    may_be_wrong = slope - error <= lowest - beyond or highest + beyond <= slope + error
     verdict: Verdict = "undecided"
-    if slope + error < least or slope - error > most:
-        verdict = "fail"
-    elif least <= slope - error and slope + error <= most:
-        verdict = "pass"
+    if may_be_right != may_be_wrong:
+        verdict = "pass" if may_be_right else "fail"
     return replace(row, slope=slope, error=error, verdict=verdict)
 
 
