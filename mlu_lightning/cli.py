@@ -1,4 +1,4 @@
-"""The command line: ``mlu-lightning quickstart | shape``."""
+"""The command line: ``mlu-lightning quickstart | check | shape``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlu_lightning.shape_search import Architecture, candidate_shapes, optimal_s
 from mlu_lightning.shape_table import assumptions, shape_table
 from mlu_lightning.shapes import ErrorConstants, Shape
 
-__all__ = ["main", "quickstart", "shape"]
+__all__ = ["check", "main", "quickstart", "shape"]
 
 _Value = TypeVar("_Value")
 
@@ -32,8 +32,16 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: of the command line; by default those of the process.
     """
+    given = list(sys.argv[1:] if args is None else args)
+    if given[:1] == ["check"] and len(given) > 1 and not given[1].startswith("-"):
+        given.insert(1, "--path")  # what a command is about needs no option
     try:
-        auto_cli({"quickstart": quickstart, "shape": shape}, args=args, prog="mlu-lightning", as_positional=False)
+        auto_cli(
+            {"quickstart": quickstart, "check": check, "shape": shape},
+            args=given,
+            prog="mlu-lightning",
+            as_positional=False,
+        )
     except ValueError as error:
         Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
@@ -78,6 +86,74 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     console.print(
         f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, markup=False, soft_wrap=True
     )
+
+
+def check(
+    path: str,
+    depth: str | None = "depth",
+    hidden: str | None = "hidden",
+    embedding: str | None = "embedding",
+    out: str = "mlu-check",
+    factors: list[int] = [1, 2, 4, 8],  # noqa: B006  # jsonargparse shows the default, and nothing changes it
+    seeds: int = 4,
+    steps: int = 4,
+    seed: int = 0,
+    model: str | None = None,
+    data: str | None = None,
+) -> None:
+    """Train what a configuration trains for a few steps at several shapes, and say whether its features move alike.
+
+    Exits with 0 if everything passes, 1 if there is an error, 3 if something fails, and 4 if it is undecided.
+
+    Args:
+        path: of the YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
+        depth: arguments of the model that make up its depth, with commas between them; null leaves it as it is.
+        hidden: the same for the hidden width, such as "heads,mlp_hidden".
+        embedding: the same for the embedding dimension.
+        out: folder for check.json, check.txt and check.png; it is made if it does not exist.
+        factors: by which each of the three grows, ascending from 1.
+        seeds: number of runs at every shape.
+        steps: optimizer steps of every run.
+        seed: of the first of the runs at every shape.
+        model: class of the model, for a configuration that does not name it.
+        data: class of the data, for a configuration that does not name it.
+    """
+    if find_spec("matplotlib") is None or find_spec("scipy") is None:
+        raise ValueError(
+            "check needs matplotlib and scipy, which are not installed: pip install 'mlu-lightning[plots]'."
+        )
+    from mlu_lightning.checking.check import check as run_check
+    from mlu_lightning.checking.config import read_config
+
+    sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
+    named = {"depth": depth, "hidden": hidden, "embedding": embedding}
+    keys = {axis: names.split(",") if names else [] for axis, names in named.items()}
+    configured = read_config(path, keys, model, data)
+    folder = _folder(out)
+    axes = [axis for axis, names in keys.items() if names]
+    console = _console(125)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=None)
+        report = run_check(
+            configured.build,
+            configured.base,
+            configured.data(),
+            callbacks=configured.callbacks,
+            axes=[*axes, "together"] if len(axes) > 1 else axes,
+            factors=factors,
+            seeds=seeds,
+            steps=steps,
+            seed=seed,
+            trainer=configured.trainer,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if not configured.has_plugin:
+        console.print("The configuration has no MLUCallback: this is the module without it.", highlight=False)
+    console.print(report.tables())
+    report.save(folder)
+    console.print(f"Wrote check.json, check.txt and check.png into {folder}.", highlight=False, markup=False)
+    sys.exit(_EXITS[report.verdict])
 
 
 def shape(
@@ -145,6 +221,9 @@ def shape(
         console.print(sentence, highlight=False, markup=False)
 
 
+_EXITS = {"pass": 0, "fail": 3, "undecided": 4}
+
+
 def _sizes(model: str, given: dict[str, int]) -> dict[str, int]:
     """Complete the sizes of a model that are not its shape."""
     wrong = [name for name in given if name not in _SIZES[model]]
@@ -166,8 +245,8 @@ def _read(kind: Callable[..., _Value], option: str, values: Mapping[str, float])
     return kind(**values)
 
 
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 110)
+def _console(width: int = 110) -> Console:
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def _folder(path: str) -> Path:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.parameterization import MLUCallback
-from mlu_lightning.checking.measurement import Batches, Measurement, measure
+from mlu_lightning.checking.measurement import Batches, Measurement, measure, quiet
 from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, sizes
@@ -29,6 +29,7 @@ def check(
     data: Any = None,
     *,
     callbacks: Callable[[LightningModule], Sequence[Callback]] | None = None,
+    axes: Sequence[str] = AXES,
     factors: Sequence[int] = (1, 2, 4, 8),
     seeds: int = 4,
     steps: int = 4,
@@ -54,6 +55,8 @@ def check(
             for a module that has its own ``train_dataloader``.
         callbacks: makes the callbacks of a Trainer, given a freshly built module of the base shape. By default an
             :class:`MLUCallback` with that base.
+        axes: along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without those
+            that a module does not have on its own, such as heads whose dimension times their number is the embedding.
         factors: by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
         steps: of the optimizer in every run.
@@ -70,22 +73,23 @@ def check(
     >>> from mlu_lightning.models import ResNet
     >>> def build(depth, hidden, embedding):
     ...     return ResNet(depth, hidden, embedding, inputs=3, outputs=2)
-    >>> generator = torch.Generator().manual_seed(0)
-    >>> batches = [(torch.randn(16, 3, generator=generator), torch.randn(16, 2, generator=generator)) for _ in range(3)]
-    >>> report = check(build, Shape(depth=4, hidden=64, embedding=16), batches, factors=(1, 2, 4), seeds=2, steps=2)
-    >>> report.verdict, report.causes
-    ('pass', ())
+    >>> import torch
+    >>> inputs = torch.randn(8, 16, 3, generator=torch.Generator().manual_seed(0))
+    >>> batches = [(x, torch.stack((x[:, 0] * x[:, 1], x[:, 2].abs()), 1)) for x in inputs]
+    >>> plain = check(build, Shape(2, 32, 16), batches, axes=["depth"], factors=[1, 2, 4], seeds=2, callbacks=lambda _: [])
+    >>> plain.verdict, plain.causes[0].role  # without MLUCallback
+    ('fail', 'branch_out')
     """
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
-    grid = sizes(base, factors)
+    grid = sizes(base, factors, axes)
     make = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
     numbers = range(seed, seed + seeds)
     runs = [(shape, number) for shape in dict.fromkeys(size.shape for size in grid) for number in numbers]
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
     measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
-    with isolate_rng():
+    with isolate_rng(), quiet():
         first = _built(module_factory, base, seed)
         batches = {number: _batches(data, first, count + 1, number) for number in numbers}
         probe = batches[seed][-1]

@@ -21,7 +21,7 @@ from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.plan import Plan
 from mlu_lightning.probing import locate, observe
 
-__all__ = ["Batches", "Measurement", "measure"]
+__all__ = ["Batches", "Measurement", "measure", "quiet"]
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,36 @@ def measure(
         "enable_model_summary": False,
         "callbacks": [*callbacks, watch],
     }
-    with _quiet():
-        fitting = Trainer(**arguments)
-        if datamodule is None:
-            fitting.fit(module, Batches(batches))
-        else:
-            vars(datamodule)["train_dataloader"] = lambda: Batches(batches)
-            try:
-                fitting.fit(module, datamodule=datamodule)
-            finally:
-                del vars(datamodule)["train_dataloader"]
+    fitting = Trainer(**arguments)
+    if datamodule is None:
+        fitting.fit(module, Batches(batches))
+    else:
+        vars(datamodule)["train_dataloader"] = lambda: Batches(batches)
+        try:
+            fitting.fit(module, datamodule=datamodule)
+        finally:
+            del vars(datamodule)["train_dataloader"]
     return watch.measurements()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Be without what the Trainer says about devices and loaders in each of many short runs.
+
+    >>> with quiet():
+    ...     warnings.warn("The loader does not have many workers.")
+    """
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _Watch(Callback):
@@ -201,19 +220,3 @@ class Batches:
 def _ends(observed: Mapping[str, Tensor]) -> list[str]:
     """Where streams end, and outputs."""
     return [name for name in observed if name.startswith("output") or name.endswith("s=1")]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the Trainer says about devices and loaders in each of many short runs."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -69,6 +69,10 @@ class CheckReport:
         follow = dict.fromkeys(one.role or one.name for one in others if (one.role or one.name) not in named)
         if follow:
             lines.append(f"Failing too, which may follow from that: {', '.join(follow)}")
+        if self.verdict == "undecided":
+            lines.append(
+                "Runs differ too much to tell from one size to the next. More seeds, or more factors, would tell."
+            )
         return "\n".join(lines)
 
     def tables(self) -> RenderableType:

@@ -32,7 +32,7 @@ class Size:
     shape: Shape
 
 
-def sizes(base: Shape, factors: Sequence[int]) -> tuple[Size, ...]:
+def sizes(base: Shape, factors: Sequence[int], axes: Sequence[str] = AXES) -> tuple[Size, ...]:
     """All shapes, along each axis; those that lie on several are there for each.
 
     Depth and hidden width grow from the base. The embedding grows where the hidden width is largest: in a network of
@@ -43,15 +43,18 @@ def sizes(base: Shape, factors: Sequence[int]) -> tuple[Size, ...]:
     Args:
         base: L, M and D of the base.
         factors: by which they grow, ascending from 1.
+        axes: along which.
 
     Raises:
-        ValueError: if there are less than two factors, or they do not ascend from 1.
+        ValueError: if there are less than two factors, or they do not ascend from 1, or there is no such axis.
 
     >>> [(size.axis, size.shape.hidden, size.shape.embedding) for size in sizes(Shape(2, 4, 8), [1, 2]) if size.factor == 2]
     [('depth', 4, 8), ('hidden', 8, 8), ('embedding', 8, 16)]
     """
     if len(factors) < 2 or factors[0] != 1 or any(one >= next_ for one, next_ in itertools.pairwise(factors)):
         raise ValueError(f"factors={list(factors)} should be two or more that ascend from 1, such as [1, 2, 4, 8].")
+    if not axes or not set(axes) <= set(AXES):
+        raise ValueError(f"axes={list(axes)} should be some of: {', '.join(AXES)}.")
     depth, hidden, embedding = base.depth, base.hidden, base.embedding
     widest = hidden * factors[-1]
     found = [Size("depth", factor, Shape(depth * factor, hidden, embedding)) for factor in factors]
@@ -60,4 +63,4 @@ def sizes(base: Shape, factors: Sequence[int]) -> tuple[Size, ...]:
     found += [
         Size("together", factor, Shape(depth * factor, hidden * factor, embedding * factor)) for factor in factors[:-1]
     ]
-    return tuple(found)
+    return tuple(size for size in found if size.axis in axes)
