@@ -40,8 +40,8 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
         module: with its initial weights, before multipliers are folded into them; changed in place.
         plan: the module's plan.
         mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
-            (uniform, orthogonal, ...), and leaves what equals the base alone, bit for bit. ``"normal"`` draws every
-            matrix anew from a normal distribution. ``"coupled"`` draws embeddings and readouts from a normal
+            (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
+            every matrix anew from a normal distribution. ``"coupled"`` draws embeddings and readouts from a normal
             distribution, one stream coordinate after the other, so that those of a model of embedding dimension D are
             the first D coordinates of a bigger one's (theory.md, section 4), and rescales the rest.
         seed: of the draws. They depend on the parameter's name and are the same on every device.
@@ -67,6 +67,8 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     _check_values(module, parameters)
     factors: dict[str, float] = {}
     draws: dict[str, _Draw] = {}
+    # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
+    at_base = all(one.ratios.is_identity and one.shape == one.base_shape for one in plan.parameters.values())
     for names, target in _groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names}
@@ -76,7 +78,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
             continue
         elif mode == "normal" and planned.role.is_matrix:
             draws.update(_draws(group, target, seed, axis=None))
-        elif not (planned.ratios.is_identity and planned.shape == planned.base_shape):
+        elif not at_base:
             built = _rms(group)
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
                 factors.update(dict.fromkeys(names, target / built))

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, se
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from mlu_lightning.base import name_pattern
 from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.checking.measurement import Batches, Measurement, measure, quiet
 from mlu_lightning.checking.quantities import KINDS, Quantity
@@ -94,16 +95,19 @@ def check(
         batches = {number: _batches(data, first, count + 1, number) for number in numbers}
         probe = batches[seed][-1]
         reference = Plan.from_model(first, probe, base=first)
-        warnings: dict[str, None] = {}
+        largest = max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0]
+        plan = Plan.from_model(_built(module_factory, largest, seed), probe, base=reference)
+        roles = {name_pattern(name): role for name, role in plan.roles.items()}
+        warnings = dict.fromkeys(plan.warnings)
         for shape, number in runs:
             module = _built(module_factory, shape, number)
             plan = Plan.from_model(module, probe, base=reference)
-            warnings.update(dict.fromkeys(plan.warnings))
             at_base = _built(module_factory, base, number)
             seed_everything(number, verbose=False)
             measured[shape, number] = measure(
                 module,
                 plan,
+                roles,
                 make(at_base),
                 batches[number][:count],
                 probe,

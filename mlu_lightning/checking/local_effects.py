@@ -123,7 +123,7 @@ def local_effects(
             stack.enter_context(_rerun(module.get_submodule(name), name, here, others, moved))
         run()
     return {
-        reader.parameter: moved[reader.parameter] / sizes.get(reader.owner, 1.0)
+        reader.parameter: moved[reader.parameter] / (sizes.get(reader.owner, 1.0) if reader.role.is_matrix else 1.0)
         for reader in readers
         if reader.parameter in moved
     }

@@ -20,6 +20,7 @@ from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.plan import Plan
 from mlu_lightning.probing import locate, observe
+from mlu_lightning.rules import Role
 
 __all__ = ["Batches", "Measurement", "measure", "quiet"]
 
@@ -40,6 +41,7 @@ class Measurement:
 def measure(
     module: LightningModule,
     plan: Plan,
+    roles: Mapping[str, Role],
     callbacks: Sequence[Callback],
     batches: Sequence[Any],
     probe: Any,
@@ -51,7 +53,9 @@ def measure(
 
     Args:
         module: freshly built.
-        plan: of the module, for roles, ratios and where to read; none of its factors are used.
+        plan: of the module, for ratios and where to read; none of its factors are used.
+        roles: by pattern of parameter names. They are those at a large shape, because what a matrix is for may not be
+            told where its outputs are as many as at the base.
         callbacks: of the Trainer.
         batches: to train on.
         probe: batch on which effects are measured, by ``training_step`` in evaluation mode.
@@ -62,11 +66,13 @@ def measure(
     >>> from mlu_lightning.models import ResNet
     >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
     >>> batch = torch.ones(5, 3), torch.ones(5, 2)
-    >>> found = measure(model, Plan.from_model(model, batch, base=model), [], [batch], batch, 1, {})
+    >>> plan = Plan.from_model(model, batch, base=model)
+    >>> roles = {name_pattern(name): role for name, role in plan.roles.items()}
+    >>> found = measure(model, plan, roles, [], [batch], batch, 1, {})
     >>> [len(one.values) for one in found if one.quantity.name == "blocks.*.read.weight"]
     [2, 2]
     """
-    watch = _Watch(plan, probe, steps)
+    watch = _Watch(plan, roles, probe, steps)
     arguments = {
         "accelerator": "cpu",
         "devices": 1,
@@ -116,9 +122,10 @@ def quiet() -> Iterator[None]:
 class _Watch(Callback):
     """Measures a module while it is trained."""
 
-    def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
+    def __init__(self, plan: Plan, roles: Mapping[str, Role], probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
+        self._roles = {name: roles[name_pattern(name)] for name in plan.parameters}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -147,7 +154,7 @@ class _Watch(Callback):
         for name, values in after.items():
             kind: Kind = "output" if name.startswith("output") else "stream"
             self._found[Quantity(kind, name)].append(rms(values - self._before[name]))
-        for role in dict.fromkeys(map(str, self._plan.roles.values())):
+        for role in dict.fromkeys(map(str, self._roles.values())):
             without = self._without(role, pl_module)
             for name in _ends(after):
                 kind = "effect on output" if name.startswith("output") else "effect on stream"
@@ -178,13 +185,13 @@ class _Watch(Callback):
                 self._add(kind, name, effect, self._readers[name].multiplied if name in self._readers else False)
 
     def _add(self, kind: Kind, name: str, value: float, multiplied: bool = False) -> None:
-        planned = self._plan.parameters[name]
-        expected = expected_powers(kind, planned.role, multiplied)(planned.ratios)
-        self._found[Quantity(kind, name_pattern(name), planned.role.value)].append(value / expected)
+        role = self._roles[name]
+        expected = expected_powers(kind, role, multiplied)(self._plan.parameters[name].ratios)
+        self._found[Quantity(kind, name_pattern(name), role.value)].append(value / expected)
 
     def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
         """Observe the module with the parameters of one role as they were at the start."""
-        of_role = {name: parameter for name, parameter in module.named_parameters() if self._plan.roles[name] == role}
+        of_role = {name: parameter for name, parameter in module.named_parameters() if self._roles[name] == role}
         now = {name: parameter.detach().clone() for name, parameter in of_role.items()}
         with torch.no_grad():
             for name, parameter in of_role.items():

@@ -7,7 +7,7 @@ from typing import Literal
 
 from mlu_lightning.rules import Powers, Role
 
-__all__ = ["DRIFT", "FAULT", "KINDS", "Kind", "Quantity", "expected_powers", "lowest_and_highest"]
+__all__ = ["ALONE", "DRIFT", "FAULT", "KINDS", "Kind", "Quantity", "expected_powers", "lowest_and_highest"]
 
 Kind = Literal["start", "update", "decay", "features", "stream", "output", "effect on stream", "effect on output"]
 
@@ -37,6 +37,10 @@ DRIFT = 0.25
 
 FAULT = 0.4
 """How far slopes are, at least, if something is missing: powers in the table are multiples of 1/2, and drift as well."""
+
+
+ALONE = 0.65
+"""The same for a single place along the depth: the lowest and the highest of ever more random values drift further."""
 
 
 @dataclass(frozen=True)

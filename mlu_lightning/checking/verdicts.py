@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from mlu_lightning.checking.quantities import DRIFT, FAULT, KINDS, Kind, Quantity, lowest_and_highest
+from mlu_lightning.checking.quantities import ALONE, DRIFT, FAULT, KINDS, Kind, Quantity, lowest_and_highest
 
 __all__ = ["CONFIDENCE", "Cause", "Point", "Row", "Verdict", "find_causes", "fit_row", "overall_verdict"]
 
@@ -118,7 +118,7 @@ def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
         _judged(quantity, axis, points, [point.highest for point in points], "at the place where it is largest"),
         _judged(quantity, axis, points, [point.lowest for point in points], "at the place where it is smallest"),
     ]
-    failing = [row for row in extremes if row.verdict == "fail"]
+    failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
 
 

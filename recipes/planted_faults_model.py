@@ -1,0 +1,155 @@
+"""A Transformer in which every role of the table occurs, for faults to be planted in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlu_lightning.rules import OptimizerFamily
+
+__all__ = ["CLASSES", "Everything", "Norms"]
+
+Norms = Literal["before", "both", "after"]
+"""Where branches have norms: before them; at both ends; or on the stream after each addition (post-norm)."""
+
+
+CLASSES = 32
+"""Of tokens, which the second head tells apart."""
+
+
+class Everything(LightningModule):
+    """A Transformer with gains on queries and keys, three-layer perceptrons with biases, a router, and two heads.
+
+    One head is a matrix on the stream with a norm, and a readout with a bias; the other narrows the stream to 16 units.
+
+    Args:
+        vocabulary: number of tokens.
+        depth: blocks.
+        heads: of dimension 8, and 32 units of each layer of a perceptron per head.
+        embedding: dimension of the stream.
+        norms: where branches have them.
+        optimizer: that trains it.
+        lr: learning rate.
+        eps: of AdamW and Adam.
+        weight_decay: of all parameters.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        depth: int,
+        heads: int,
+        embedding: int,
+        norms: Norms = "before",
+        optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
+        lr: float = 2**-6,
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.family = OptimizerFamily(optimizer)
+        self.lr = lr
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.tokens = nn.Embedding(vocabulary, embedding)
+        self.blocks = nn.ModuleList(_Block(heads, embedding, norms) for _ in range(depth))
+        self.transform = nn.Linear(embedding, embedding)
+        self.norm = nn.LayerNorm(embedding)
+        self.readout = nn.Linear(embedding, vocabulary)
+        self.narrow = nn.Linear(embedding, 16)
+        self.classes = nn.Linear(16, CLASSES)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map token ids ``[samples, length]`` to logits of the next token, and of which class it is in."""
+        stream: Tensor = self.tokens(tokens)
+        for block in self.blocks:
+            stream = block(stream)
+        logits = self.readout(self.norm(torch.tanh(self.transform(stream))))
+        return logits, self.classes(F.gelu(self.narrow(stream)))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        """Cross-entropy of the next token, and of its class, which is the rest that it leaves."""
+        logits, classes = self(batch[:, :-1])
+        after = batch[:, 1:].flatten()
+        return F.cross_entropy(logits.flatten(0, 1), after) + F.cross_entropy(classes.flatten(0, 1), after % CLASSES)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The chosen optimizer over all parameters."""
+        if self.family is OptimizerFamily.SGD:
+            return torch.optim.SGD(self.parameters(), self.lr, weight_decay=self.weight_decay)
+        kind = torch.optim.AdamW if self.family is OptimizerFamily.ADAMW else torch.optim.Adam
+        return kind(self.parameters(), self.lr, (0.9, 0.95), self.eps, self.weight_decay)
+
+
+class _Block(nn.Module):
+    """Attention, a perceptron of three layers, and four experts of which a router makes an average."""
+
+    def __init__(self, heads: int, embedding: int, norms: Norms) -> None:
+        super().__init__()
+        self.norms = norms
+        branches = _Attention(heads, embedding), _Perceptron(32 * heads, embedding), _Experts(16 * heads, embedding)
+        self.branches = nn.ModuleList(branches)
+        self.before = nn.ModuleList(nn.LayerNorm(embedding) for _ in self.branches if norms != "after")
+        self.after = nn.ModuleList(nn.LayerNorm(embedding) for _ in self.branches if norms != "before")
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for i, branch in enumerate(self.branches):
+            given = stream if self.norms == "after" else self.before[i](stream)
+            added = self.after[i](branch(given)) if self.norms == "both" else branch(given)
+            stream = self.after[i](stream + added) if self.norms == "after" else stream + added
+        return stream
+
+
+class _Attention(nn.Module):
+    def __init__(self, heads: int, embedding: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value = (nn.Linear(embedding, 8 * heads) for _ in range(3))
+        self.query_norm, self.key_norm = nn.RMSNorm(8), nn.RMSNorm(8)
+        self.out = nn.Linear(8 * heads, embedding)
+
+    def forward(self, given: Tensor) -> Tensor:
+        query, key, value = (
+            project(given).unflatten(-1, (self.heads, 8)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value, is_causal=True)
+        branch: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return branch
+
+
+class _Perceptron(nn.Module):
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.read, self.between = nn.Linear(embedding, hidden), nn.Linear(hidden, hidden)
+        self.write = nn.Linear(hidden, embedding)
+
+    def forward(self, given: Tensor) -> Tensor:
+        branch: Tensor = self.write(F.gelu(self.between(F.gelu(self.read(given)))))
+        return branch
+
+
+class _Experts(nn.Module):
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(embedding, 4)
+        self.experts = nn.ModuleList(_Expert(hidden, embedding) for _ in range(4))
+
+    def forward(self, given: Tensor) -> Tensor:
+        weights = self.router(given).softmax(-1)
+        parts = [weights[..., i, None] * expert(given) for i, expert in enumerate(self.experts)]
+        return torch.stack(parts).sum(0)
+
+
+class _Expert(nn.Module):
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(embedding, hidden), nn.Linear(hidden, embedding)
+
+    def forward(self, given: Tensor) -> Tensor:
+        branch: Tensor = self.write(F.gelu(self.read(given)))
+        return branch
