@@ -9,7 +9,7 @@ if find_spec("lightning") is None:
         "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
-from mlu_lightning.callbacks import EmbeddingDistance, Limit, MLUCallback, ReferenceRecorder
+from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.checking.check import check
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.discovery import discover
@@ -30,6 +30,7 @@ __all__ = [
     "CheckReport",
     "EmbeddingDistance",
     "ErrorConstants",
+    "FeatureUpdate",
     "Limit",
     "MLUCallback",
     "OptimizerFamily",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +76,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
     sites = Sites(rehearsal, graph)
-    branches = tuple(_branch(named, sites, idle) for named in _named_branches(spots, uses))
+    named = _named_branches(spots, uses)
+    branches = tuple(_branch(one, sites, idle) for one in named)
     readouts = tuple(_readouts(uses, sites))
     additions = {region.addition: region.before for region in regions.branches}
     axes = coordinate_axes(graph, additions)
@@ -92,6 +93,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         streams=tuple(map(Stream, depths, embeddings)),
         readouts=readouts,
         taps=tuple(_taps(taps, len(depths), readouts, spots, uses)),
+        features=tuple(_features(taps, named)),
         unassigned={name: why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(_warnings(regions, parameters, spots, uses, idle)),
     )
@@ -209,6 +211,18 @@ def _taps(
     for number, readout in enumerate(readouts):
         matrices = [u.use.op for u in uses[readout.parameter] if u.role is Role.READOUT and u.use.kind == "matrix"]
         tap = taps.readout(number, matrices, biases)
+        if tap is not None:
+            yield tap
+
+
+def _features(taps: Taps, branches: list[_NamedBranch]) -> Iterator[Tap]:
+    """Where the pre-activations of branches can be read."""
+    attentions: Counter[str] = Counter()
+    for number, branch in enumerate(branches):
+        placement = branch.calls[0].placement
+        assert isinstance(placement, BranchPlacement)
+        tap = taps.pre_activations(number, branch.name, placement, attentions[branch.name])
+        attentions[branch.name] += placement.attention is not None
         if tap is not None:
             yield tap
 

@@ -45,6 +45,7 @@ class Plan:
         alpha: richness, 1 for MLU; large values tend to a linearized model (theory.md, section 3).
         warnings: what the theory does not cover in this module.
         taps: where streams and outputs can be read.
+        features: where pre-activations of branches can be read.
         rules: whose table the factors are looked up in.
         horizon: batch size and duration next to the base's.
     """
@@ -56,6 +57,7 @@ class Plan:
     alpha: float = 1.0
     warnings: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
+    features: tuple[Tap, ...] = ()
     rules: Parameterization = Parameterization.MLU
     horizon: Horizon = field(default_factory=Horizon)
 
@@ -132,6 +134,7 @@ class Plan:
             alpha=alpha,
             warnings=structure.warnings + warnings,
             taps=structure.taps,
+            features=structure.features,
             rules=rules,
             horizon=horizon,
         )

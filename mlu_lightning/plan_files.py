@@ -33,7 +33,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
     lines.append(f"rules: {Parameterization(parts['rules']).value}")
     lines.append(f"alpha: {_flow(parts['alpha'])}")
     lines.append(f"horizon: {_flow(asdict(parts['horizon']))}")
-    for key in ("warnings", "streams", "branches", "multipliers", "taps"):
+    for key in ("warnings", "streams", "branches", "multipliers", "taps", "features"):
         values = parts[key]
         lines.append(f"{key}:" if values else f"{key}: []")
         lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
@@ -63,7 +63,8 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         raise ValueError(
             f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
         )
-    parts = {"rules", "alpha", "horizon", "warnings", "streams", "branches", "multipliers", "taps", "parameters"}
+    lists = {"warnings", "streams", "branches", "multipliers", "taps", "features"}
+    parts = {"rules", "alpha", "horizon", "parameters"} | lists
     if set(content) - {"mlu_plan"} != parts:
         wrong = sorted(set(content) - {"mlu_plan"} ^ parts)
         raise ValueError(f"{source} is not a complete plan: {', '.join(wrong)} should be there or should not be.")
@@ -79,6 +80,7 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         "branches": tuple(_value(BranchPlan, entry, source, "branches") for entry in content["branches"]),
         "multipliers": tuple(_value(Multiplier, entry, source, "multipliers") for entry in content["multipliers"]),
         "taps": tuple(_value(Tap, entry, source, "taps") for entry in content["taps"]),
+        "features": tuple(_value(Tap, entry, source, "features") for entry in content["features"]),
         "parameters": {
             name: _value(ParameterPlan, entry, source, name) for name, entry in content["parameters"].items()
         },

@@ -15,10 +15,13 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.lightning_steps import StepName, call_step, is_lightning_module, muted
+from mlu_lightning.planning import BranchPlan
+from mlu_lightning.pre_activations import WatchedAttention
 from mlu_lightning.rehearsal import tensors_in
-from mlu_lightning.structure import Tap
+from mlu_lightning.structure import Branch, Tap
 from mlu_lightning.undisturbed import undisturbed
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "count_positions",
     "first_samples",
     "locate",
+    "locate_features",
     "observe",
     "sample_count",
 ]
@@ -41,7 +45,8 @@ class Location:
     """What is read under one name: a weighted sum of values, each of which is a sum of what taps read.
 
     Args:
-        name: ``"s=0.25"``, ``"stream1/s=0.25"`` for further streams, ``"output"``, ``"output1"`` for further readouts.
+        name: ``"s=0.25"``, ``"stream1/s=0.25"`` for further streams, ``"output"``, ``"output1"`` for further readouts,
+            ``"attention/blocks.0.attention"`` for pre-activations.
         parts: weights, which sum to one, and taps.
 
     >>> tap = Tap("readout", 0, 0, "head", "output", None, -1)
@@ -108,6 +113,26 @@ def locate(taps: Sequence[Tap], stream_depths: Sequence[int], depths: Sequence[f
     return tuple(found)
 
 
+def locate_features(features: Sequence[Tap], branches: Sequence[Branch | BranchPlan]) -> tuple[Location, ...]:
+    """Find where to read the pre-activations of branches: what enters their nonlinearity, or the logits of attention.
+
+    Args:
+        features: of a structure or plan.
+        branches: of the same.
+
+    Returns:
+        One for each branch that can be read, ``"mlp/blocks.0.mlp"`` by kind and name.
+
+    >>> from mlu_lightning.structure import Branch
+    >>> tap = Tap("units", 0, 0, "blocks.0.read", "output", None, -1)
+    >>> [location.name for location in locate_features([tap], [Branch("blocks.0", "mlp", 8, 0, 0, ())])]
+    ['mlp/blocks.0']
+    """
+    return tuple(
+        Location(f"{branches[tap.number].kind}/{branches[tap.number].name}", ((1.0, (tap,)),)) for tap in features
+    )
+
+
 def observe(
     module: nn.Module, batch: Any, locations: Sequence[Location], step: StepName = "training_step", positions: int = 128
 ) -> Observation:
@@ -128,7 +153,8 @@ def observe(
 
     Returns:
         For every location the values [rows, dimension], in float32 on the CPU. A readout that was not called in
-        evaluation mode, such as one that only helps in training, is left out.
+        evaluation mode, such as one that only helps in training, is left out, and so are pre-activations. Of these there
+        are up to 32 rows of 256 units or keys, evenly spaced, and NaN where a key cannot be seen.
 
     Raises:
         ValueError: if the stream was not passed at a location.
@@ -145,7 +171,10 @@ def observe(
     read: dict[Tap, Tensor] = {}
 
     def keep(tap: Tap, values: Tensor) -> None:
-        read[tap] = _rows(values, tap.axis, positions)
+        if tap.reads in ("units", "logits"):
+            read[tap] = _rows(_rows(values, tap.axis, min(positions, _FEATURE_ROWS)).T, -1, _FEATURE_COLUMNS).T
+        else:
+            read[tap] = _rows(values, tap.axis, positions)
 
     _pass(module, batch, locations, step, keep)
     return {
@@ -236,7 +265,7 @@ def _pass(
         else:
             _call(module, copied(batch))
     for location in locations:
-        missing = [tap for tap in location.taps if tap not in passed and tap.reads != "readout"]
+        missing = [tap for tap in location.taps if tap not in passed and tap.reads in ("stream", "branch")]
         if missing:
             raise ValueError(
                 f"The submodule {missing[0].module!r}, which takes part in training_step, was not called by {step} in "
@@ -269,6 +298,10 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+_FEATURE_ROWS, _FEATURE_COLUMNS = 32, 256
+"""Of pre-activations, which are kept from the first step on, for each branch."""
+
+
 def _seed() -> None:
     """Seed all generators; ``torch.manual_seed`` takes a stack trace for each kind of device that is not there."""
     if torch.accelerator.is_available():
@@ -293,9 +326,44 @@ def _attach(module: nn.Module, tap: Tap, passed: set[Tap], keep: Callable[[Tap, 
             output = list(output.values() if isinstance(output, Mapping) else output)[tap.index]
         first(output)
 
+    if tap.where == "inside":
+        return _attach_inside(module, tap.index or 0, first)
     if tap.where == "input":
         return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
     return module.register_forward_hook(returned)
+
+
+def _attach_inside(module: nn.Module, number: int, keep: Callable[[Tensor], None]) -> _Handles:
+    """Hook a module so that one of the attentions in its first call is watched."""
+    watched = ExitStack()
+    begun = False
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            watched.enter_context(WatchedAttention(number, keep))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        watched.close()
+
+    # also if the forward pass fails, so that the mode does not stay
+    handles = (
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True),
+    )
+    return _Handles(handles)
+
+
+@dataclass(frozen=True)
+class _Handles:
+    """Handles of several hooks."""
+
+    handles: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
 def _rows(values: Tensor, axis: int, positions: int) -> Tensor:

@@ -163,31 +163,34 @@ class Readout:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a stream or a readout's output can be read in a forward pass: at the first call of a submodule.
+    """Where a stream, an output or pre-activations can be read in a forward pass: at the first call of a submodule.
 
     The stream after a residual addition is the sum itself, or, if no submodule is given or returns that, what a norm or
-    activation makes of it before the next branch reads it. A readout's output is that with its bias.
+    activation makes of it before the next branch reads it. A readout's output is that with its bias. Pre-activations are
+    what enters the first nonlinearity of a branch, or the logits of its attention.
 
     Args:
         reads: ``"stream"``, ``"readout"``, or, where a stream cannot be read after an addition, the ``"branch"`` es that
-            the addition adds to it.
-        number: index into ``Structure.streams`` or ``Structure.readouts``.
+            the addition adds to it; ``"units"`` or ``"logits"`` of a branch.
+        number: index into ``Structure.streams``, ``Structure.readouts`` or, for pre-activations, ``Structure.branches``.
         position: residual additions before it, from 0 to the stream's depth; 0 for a readout.
         module: name of the submodule, as in ``named_modules()``.
-        where: its ``"output"``, after all hooks, or its ``"input"``, before any hook.
+        where: its ``"output"``, after all hooks, its ``"input"``, before any hook, or ``"inside"`` of it, for logits.
         index: position of the tensor if the output is a tuple, list or mapping, None if it is a bare tensor; for an
-            input its number among all tensors that the submodule is given, positional ones first.
-        axis: of the stream's coordinates or the targets: -1 where that is the last one, 1 for channels of an image.
+            input its number among all tensors that the submodule is given, positional ones first; for logits the number
+            of the attention among all inside.
+        axis: of the stream's coordinates, the targets, the units or the keys: -1 where that is the last one, 1 for
+            channels of an image.
 
     >>> print(Tap("stream", 0, 3, "blocks.3", "input", 0, -1))
     stream 0 after 3 additions: blocks.3 input[0]
     """
 
-    reads: Literal["stream", "branch", "readout"]
+    reads: Literal["stream", "branch", "readout", "units", "logits"]
     number: int
     position: int
     module: str
-    where: Literal["output", "input"]
+    where: Literal["output", "input", "inside"]
     index: int | None
     axis: int
 
@@ -208,6 +211,7 @@ class Structure:
         readouts: maps to targets.
         taps: where streams and outputs can be read: streams by number and position, then readouts. A place that no
             submodule is given or returns has none.
+        features: where pre-activations of branches can be read; none of experts, and of what no submodule has.
         unassigned: parameters without a role, and what was found around them.
         warnings: what the theory does not cover in this module.
     """
@@ -217,6 +221,7 @@ class Structure:
     streams: tuple[Stream, ...]
     readouts: tuple[Readout, ...] = ()
     taps: tuple[Tap, ...] = ()
+    features: tuple[Tap, ...] = ()
     unassigned: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 

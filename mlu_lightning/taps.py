@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 from mlu_lightning.axes import PERMUTING, coordinate_axes
 from mlu_lightning.graph import RESHAPES, Graph, Op, transparent_source
 from mlu_lightning.placement import BranchPlacement, fans
+from mlu_lightning.pre_activations import entering_nonlinearity
 from mlu_lightning.rehearsal import Passed, Rehearsal
 from mlu_lightning.structure import Site, Tap
 
@@ -64,6 +65,23 @@ class Taps:
                 if tap is not None:
                     return tap
         return None
+
+    def pre_activations(self, number: int, branch: str, placement: BranchPlacement, before: int) -> Tap | None:
+        """Where the pre-activations of a branch can be read; None for experts, and what no submodule has.
+
+        Args:
+            number: of the branch.
+            branch: its name.
+            placement: its first call.
+            before: other attentions in the submodule of that name that come first.
+        """
+        position = placement.region.position
+        if placement.attention is not None:
+            called = any(call.module == branch for call in self.rehearsal.calls)
+            return Tap("logits", number, position, branch, "inside", before, -1) if called else None
+        op = entering_nonlinearity(placement)
+        axis = 1 if placement.kind == "convolution" else None if op is None else len(op.shape) - 1
+        return None if op is None else self._tap("units", number, position, (op, 0), axis)
 
     def _along(self, number: int, placements: list[BranchPlacement]) -> Iterator[Tap]:
         """Taps of a stream in one forward pass."""
@@ -147,7 +165,12 @@ class Taps:
         return biased or plain
 
     def _tap(
-        self, reads: Literal["stream", "branch", "readout"], number: int, position: int, value: _Value, axis: int | None
+        self,
+        reads: Literal["stream", "branch", "readout", "units"],
+        number: int,
+        position: int,
+        value: _Value,
+        axis: int | None,
     ) -> Tap | None:
         """The best place for a value, None if there is none; a branch is read as it is added, multiplied."""
         last = len(value[0].shape) - 1

@@ -244,7 +244,7 @@ def test_taps_are_in_the_plan_and_its_file(tmp_path: Path) -> None:
         plan.save(tmp_path / "plan.yaml")
         assert Plan.load(tmp_path / "plan.yaml") == plan
         lines = (tmp_path / "plan.yaml").read_text().splitlines()
-        assert sum("reads: " in line for line in lines) == len(plan.taps) == 6, "one line for a tap"
+        assert sum("reads: " in line for line in lines) == len(plan.taps) + len(plan.features) == 10, "one line each"
     (tmp_path / "plan.yaml").write_text("\n".join(line for line in lines if "reads: " not in line).replace("taps:", ""))
     with pytest.raises(ValueError, match="is not a complete plan: taps should be there"):
         Plan.load(tmp_path / "plan.yaml")

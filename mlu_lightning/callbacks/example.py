@@ -76,7 +76,7 @@ def find_probe(trainer: Trainer, module: LightningModule) -> tuple[Any, StepName
             return tree_map(_first_batch, loaders), step
         except _NoBatchError as reason:
             raise ValueError(
-                f"There is no batch to probe {type(module).__name__} with: {reason}. Give ReferenceRecorder(probe=...) a "
+                f"There is no batch to probe {type(module).__name__} with: {reason}. Give the callback probe=..., a "
                 "batch or the path of a safetensors file that holds one."
             ) from reason
 

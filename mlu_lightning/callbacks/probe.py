@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mlu_lightning.callbacks.example import find_example
+from mlu_lightning.batches import decode_batch, encode_batch
+from mlu_lightning.callbacks.example import find_example, find_probe
 from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.discovery import discover
 from mlu_lightning.lightning_steps import StepName
 from mlu_lightning.plan import Plan
-from mlu_lightning.probing import Location, Observation, copied, count_positions, locate, observe
+from mlu_lightning.planning import BranchPlan
+from mlu_lightning.probing import (
+    Location,
+    Observation,
+    copied,
+    count_positions,
+    first_samples,
+    locate,
+    observe,
+    sample_count,
+)
+from mlu_lightning.reference import load_probe
 from mlu_lightning.rules import Role
-from mlu_lightning.structure import Structure, Tap
+from mlu_lightning.structure import Branch, Structure, Tap
 
-__all__ = ["Layout", "Probe", "on_rank_zero"]
+__all__ = ["Layout", "Probe", "given_probe", "on_rank_zero", "smallest_probe"]
 
 ResultT = TypeVar("ResultT")
 
@@ -34,10 +49,12 @@ class Layout:
         embedding: dimension of every stream, D.
         hidden: hidden width M by kind of branch.
         taps: where streams and outputs are read.
+        features: where pre-activations of branches are read.
+        branches: the residual branches.
         data_sizes: sizes of embeddings and readouts other than D, such as that of a vocabulary, by parameter name.
         plan: in effect on the module, None without :class:`MLUCallback`.
 
-    >>> Layout((8,), (64,), {"mlp": 256}, (), {"tokens.weight": (100,)}, None).depth
+    >>> Layout((8,), (64,), {"mlp": 256}, (), (), (), {"tokens.weight": (100,)}, None).depth
     (8,)
     """
 
@@ -45,6 +62,8 @@ class Layout:
     embedding: tuple[int, ...]
     hidden: dict[str, int]
     taps: tuple[Tap, ...]
+    features: tuple[Tap, ...]
+    branches: tuple[Branch, ...] | tuple[BranchPlan, ...]
     data_sizes: dict[str, tuple[int, ...]]
     plan: Plan | None
 
@@ -74,6 +93,8 @@ class Layout:
             embedding=tuple(stream.embedding for stream in streams),
             hidden={branch.kind: branch.hidden for branch in found.branches},
             taps=found.taps,
+            features=found.features,
+            branches=found.branches,
             data_sizes=_data_sizes(found),
             plan=plan,
         )
@@ -108,6 +129,7 @@ class Probe:
         layout: Layout,
         depths: Sequence[float],
         positions: int,
+        features: tuple[Location, ...] = (),
     ) -> Probe:
         """Transfer a batch as the Trainer does, and locate what is read.
 
@@ -119,6 +141,7 @@ class Probe:
             layout: of the module.
             depths: relative depths.
             positions: rows to keep.
+            features: further locations, of pre-activations.
 
         Raises:
             ValueError: if a depth cannot be read.
@@ -128,7 +151,7 @@ class Probe:
             batch = trainer.precision_plugin.convert_input(copied(batch))
             batch = module._on_before_batch_transfer(batch)
             batch = trainer.strategy.batch_to_device(batch)
-        return cls(batch, step, locate(layout.taps, layout.depth, depths), positions)
+        return cls(batch, step, locate(layout.taps, layout.depth, depths) + features, positions)
 
     def count_positions(self, trainer: Trainer, module: LightningModule) -> int:
         """Count the positions that the batch has in the module.
@@ -168,6 +191,60 @@ class Probe:
                 f"{type(module).__name__} cannot take the probe in its {self.step}: "
                 f"{type(error).__name__}: {str(error).rstrip('.')}. {advice}"
             ) from error
+
+
+def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: int) -> tuple[Any, StepName]:
+    """Take the batch that a user has given, or the first samples of the data, as it will be read from a file.
+
+    Args:
+        trainer: which is fitting the module.
+        module: the trainer's.
+        given: a batch, the path of a file with one, or None.
+        samples: the most that are taken.
+
+    Returns:
+        The batch, and the step that takes it.
+
+    Raises:
+        ValueError: if it is no batch, or there is none.
+    """
+    step: StepName = "validation_step" if is_overridden("validation_step", module) else "training_step"
+    if given is None:
+        batch, step = find_probe(trainer, module)
+    elif isinstance(given, (str, Path)):
+        batch, recorded = load_probe(given)
+        step = recorded or step
+    else:
+        batch = given
+    return decode_batch(*encode_batch(first_samples(batch, samples))), step
+
+
+def smallest_probe(
+    trainer: Trainer, module: LightningModule, probe_of: Callable[[Any], Probe], batch: Any
+) -> tuple[Probe, Any, int]:
+    """Cut a batch to the samples that have as many positions as are kept, and to 8 at least.
+
+    Args:
+        trainer: which is fitting the module.
+        module: the trainer's.
+        probe_of: makes the probe of a batch.
+        batch: to be cut.
+
+    Returns:
+        The probe, its batch before it was transferred, and the number of its positions.
+    """
+    probe = probe_of(batch)
+    count = probe.count_positions(trainer, module)
+    samples = sample_count(batch)
+    if samples is None:
+        return probe, batch, count
+    kept = min(samples, max(_FEWEST_SAMPLES, math.ceil(probe.positions * samples / count)))
+    batch = first_samples(batch, kept)
+    return probe_of(batch), batch, count * kept // samples
+
+
+_FEWEST_SAMPLES = 8
+"""Samples of a probe that are kept even if fewer have enough positions, so that it is not one long text."""
 
 
 def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:

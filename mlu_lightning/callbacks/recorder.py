@@ -11,17 +11,14 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from mlu_lightning.batches import decode_batch, encode_batch
-from mlu_lightning.callbacks.example import find_probe
 from mlu_lightning.callbacks.loggers import log_reference
-from mlu_lightning.callbacks.probe import Layout, Probe, on_rank_zero
+from mlu_lightning.callbacks.probe import Layout, Probe, given_probe, on_rank_zero, smallest_probe
 from mlu_lightning.lightning_steps import StepName
-from mlu_lightning.probing import Observation, first_samples, sample_count
+from mlu_lightning.probing import Observation
 from mlu_lightning.recording_steps import Steps, is_due, validated_steps
-from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter, load_probe
+from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter
 
 __all__ = ["ReferenceRecorder"]
 
@@ -115,16 +112,11 @@ class ReferenceRecorder(Callback):
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
 
-        def probe() -> Probe:
+        def probe_of(batch: Any) -> Probe:
             return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
 
-        self._probe = probe()
-        with self._probe.first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
-            count = self._probe.count_positions(trainer, pl_module)
-            if (samples := sample_count(batch)) is not None:
-                kept = min(samples, max(_FEWEST_SAMPLES, math.ceil(self._positions * samples / count)))
-                batch, count = first_samples(batch, kept), count * kept // samples
-                self._probe = probe()
+        with probe_of(batch).first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
+            self._probe, batch, count = smallest_probe(trainer, pl_module, probe_of, batch)
             observation = self._probe.observe(trainer, pl_module)
         header = ReferenceHeader(
             depth=layout.depth,
@@ -181,15 +173,7 @@ class ReferenceRecorder(Callback):
         if self._given is None and trainer.global_step > 0 and self.path.exists():
             existing = Reference.load(self.path)
             return existing.probe, existing.header.runs
-        step: StepName = "validation_step" if is_overridden("validation_step", module) else "training_step"
-        if self._given is None:
-            batch, step = find_probe(trainer, module)
-        elif isinstance(self._given, (str, Path)):
-            batch, recorded = load_probe(self._given)
-            step = recorded or step
-        else:
-            batch = self._given
-        return decode_batch(*encode_batch(first_samples(batch, self._positions))), step
+        return given_probe(trainer, module, self._given, self._positions)
 
     def _open(self, header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +265,5 @@ class _Losses:
         return self._known
 
 
-_FEWEST_SAMPLES = 8
-"""Samples of a probe that are kept even if fewer have enough positions, so that it is not one long text."""
 _MOST_PENDING = 1000
 """Losses that wait on the device, so that the host need not wait for each."""

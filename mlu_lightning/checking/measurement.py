@@ -15,12 +15,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from mlu_lightning.base import name_pattern
-from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
+from mlu_lightning.checking.local_effects import find_readers, local_effects, value_effects
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.plan import Plan
-from mlu_lightning.probing import locate, observe
+from mlu_lightning.probing import locate, locate_features, observe
 from mlu_lightning.rules import Role
+from mlu_lightning.updates import moved
 
 __all__ = ["Batches", "Measurement", "measure", "quiet"]
 
@@ -129,7 +130,8 @@ class _Watch(Callback):
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
-        self._locations = locate(plan.taps, [stream.depth for stream in plan.streams], (0, 1))
+        depths = [stream.depth for stream in plan.streams]
+        self._locations = locate(plan.taps, depths, (0, 1)) + locate_features(plan.features, plan.branches)
         self._found: dict[Quantity, list[float]] = defaultdict(list)
         self._start: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
@@ -152,15 +154,19 @@ class _Watch(Callback):
         self._add_local("update", pl_module, self._start)
         after = self._observe(pl_module)
         for name, values in after.items():
-            kind: Kind = "output" if name.startswith("output") else "stream"
-            self._found[Quantity(kind, name)].append(rms(values - self._before[name]))
+            moves = moved(self._before[name], values)
+            kind, _, branch = name.partition("/")
+            if branch and not kind.startswith("stream"):
+                self._found[Quantity("features", f"{name_pattern(branch)} ({kind})")].append(moves)
+            else:
+                self._found[Quantity("output" if kind.startswith("output") else "stream", name)].append(moves)
         for role in dict.fromkeys(map(str, self._roles.values())):
             without = self._without(role, pl_module)
             for name in _ends(after):
-                kind = "effect on output" if name.startswith("output") else "effect on stream"
-                moved = rms(after[name] - without[name])
-                if moved > 0:  # what comes after a stream has no effect on it
-                    self._found[Quantity(kind, role, role)].append(moved)
+                effect: Kind = "effect on output" if name.startswith("output") else "effect on stream"
+                moves = moved(without[name], after[name])
+                if moves > 0:  # what comes after a stream has no effect on it
+                    self._found[Quantity(effect, role, role)].append(moves)
 
     def measurements(self) -> tuple[Measurement, ...]:
         return tuple(Measurement(quantity, tuple(values)) for quantity, values in self._found.items())
