@@ -217,14 +217,19 @@ def _taps(
 
 def _features(taps: Taps, branches: list[_NamedBranch]) -> Iterator[Tap]:
     """Where the pre-activations of branches can be read."""
-    attentions: Counter[str] = Counter()
+    attentions: Counter[str] = Counter()  # that were there before, by the module inside of which they are
     for number, branch in enumerate(branches):
         placement = branch.calls[0].placement
         assert isinstance(placement, BranchPlacement)
-        tap = taps.pre_activations(number, branch.name, placement, attentions[branch.name])
-        attentions[branch.name] += placement.attention is not None
-        if tap is not None:
-            yield tap
+        if placement.attention is None:
+            tap = taps.units(number, placement)
+            if tap is not None:
+                yield tap
+            continue
+        module = taps.around(branch.name)
+        if module is not None:
+            yield Tap("logits", number, placement.region.position, module, "inside", attentions[module], -1)
+            attentions[module] += 1
 
 
 def _common_module(names: tuple[str, ...]) -> str:

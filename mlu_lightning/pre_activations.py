@@ -63,6 +63,8 @@ def attention_logits(arguments: Mapping[str, Any]) -> Tensor:
     """
     query, key = arguments["query"], arguments["key"]
     scale = arguments.get("scale")
+    if query.ndim > 2 and key.shape[-3] != query.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)  # one for a group of heads
     logits: Tensor = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if arguments.get(name) is not None), None)
     if mask is not None:

@@ -66,22 +66,27 @@ class Taps:
                     return tap
         return None
 
-    def pre_activations(self, number: int, branch: str, placement: BranchPlacement, before: int) -> Tap | None:
+    def units(self, number: int, placement: BranchPlacement) -> Tap | None:
         """Where the pre-activations of a branch can be read; None for experts, and what no submodule has.
 
         Args:
             number: of the branch.
-            branch: its name.
             placement: its first call.
-            before: other attentions in the submodule of that name that come first.
         """
-        position = placement.region.position
-        if placement.attention is not None:
-            called = any(call.module == branch for call in self.rehearsal.calls)
-            return Tap("logits", number, position, branch, "inside", before, -1) if called else None
         op = entering_nonlinearity(placement)
         axis = 1 if placement.kind == "convolution" else None if op is None else len(op.shape) - 1
-        return None if op is None else self._tap("units", number, position, (op, 0), axis)
+        return None if op is None else self._tap("units", number, placement.region.position, (op, 0), axis)
+
+    def around(self, name: str) -> str | None:
+        """The submodule of a name, or the smallest one around it, that is called; None if there is none.
+
+        Args:
+            name: of a submodule.
+        """
+        called = {call.module for call in self.rehearsal.calls}
+        parts = name.split(".") if name else []
+        around = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+        return next((module for module in around if module in called), None)
 
     def _along(self, number: int, placements: list[BranchPlacement]) -> Iterator[Tap]:
         """Taps of a stream in one forward pass."""

@@ -1,6 +1,6 @@
 """A run in one or two processes, for test_distances_distributed.py: ``distributed_run.py STRATEGY FOLDER``.
 
-It records a large model and measures a small one against the recording; or, for test_limit_run.py and with a third
+It records a large model, whose features it watches, and measures a small one against the recording; or, for test_limit_run.py and with a third
 argument, ``limit``, measures the small one against the infinite model.
 """
 
@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from mlu_lightning import EmbeddingDistance, MLUCallback, Plan, ReferenceRecorder
+from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, Plan, ReferenceRecorder
 from mlu_lightning.callbacks.limit_run import Limit
 from mlu_lightning.models import ResNet
 
@@ -57,7 +57,7 @@ class Data(LightningDataModule):
         return DataLoader(dataset(1), batch_size=6)
 
 
-def fit(strategy: str, shape: dict[str, int], folder: Path, callback: Any) -> None:
+def fit(strategy: str, shape: dict[str, int], folder: Path, *callbacks: Any) -> None:
     processes = 1 if strategy == "single" else 2
     seed_everything(0, verbose=False)
     model = (Sharded if strategy == "fsdp2" else ResNet)(**shape)
@@ -74,7 +74,7 @@ def fit(strategy: str, shape: dict[str, int], folder: Path, callback: Any) -> No
         devices=processes,
         strategy=strategies[strategy],
         max_epochs=2,
-        callbacks=[MLUCallback(plan=plan, init="coupled"), callback],
+        callbacks=[MLUCallback(plan=plan, init="coupled"), *callbacks],
         logger=CSVLogger(folder, name=str(shape["embedding"]), version=0),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -90,5 +90,5 @@ if __name__ == "__main__":
     if sys.argv[3:] == ["limit"]:
         fit(strategy, SMALL, folder, EmbeddingDistance(LIMIT))
     else:
-        fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"))
+        fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"), FeatureUpdate())
         fit(strategy, SMALL, folder, EmbeddingDistance(folder / "large.safetensors"))

@@ -21,11 +21,15 @@ def run(strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def distances(folder: Path) -> dict[int, dict[str, float]]:
-    with (folder / "8" / "version_0" / "metrics.csv").open() as file:
+    return logged(folder / "8", "mlu/distance/")
+
+
+def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
+    with (folder / "version_0" / "metrics.csv").open() as file:
         return {
-            int(row["step"]): {name: float(value) for name, value in row.items() if "distance" in name}
+            int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith(prefix)}
             for row in csv.DictReader(file)
-            if row["mlu/distance/output"]
+            if row[f"{prefix}output"]
         }
 
 
@@ -52,6 +56,11 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
         torch.testing.assert_close(one.read(step), two.read(step), **tolerance)
     # and the losses are means over both processes: those of a half differ by far more
     assert one.losses.std() > 0.01
+
+    updates, of_two = (logged(folder / "32", "mlu/update/") for folder in (single, tmp_path))
+    assert list(of_two) == list(updates) == [1, 2, 4, 8, 12]
+    for step in updates:
+        assert of_two[step] == pytest.approx(updates[step], rel=1e-3, abs=1e-5)
 
     expected, found = distances(single), distances(tmp_path)
     assert list(found) == list(expected) == list(one.steps)

@@ -415,7 +415,7 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
         fit(ResNet(**SHAPE), ReferenceRecorder(path, probe=(torch.ones(2, 3), Foreign())))
     with pytest.raises(ValueError, match="no residual branches"):
         fit(Plain(), ReferenceRecorder(path))
-    with pytest.raises(ValueError, match=r"no batch to probe Iterated with: .*Give ReferenceRecorder\(probe"):
+    with pytest.raises(ValueError, match=r"no batch to probe Iterated with: .*Give the callback probe="):
         fit(Iterated(**SHAPE), ReferenceRecorder(path), data=iter([]))  # type: ignore[arg-type]
     assert not path.exists()
 
