@@ -69,7 +69,7 @@ class Everything(LightningModule):
         for block in self.blocks:
             stream = block(stream)
         logits = self.readout(self.norm(torch.tanh(self.transform(stream))))
-        return logits, self.classes(F.gelu(self.narrow(stream)))
+        return logits, self.classes(torch.sigmoid(self.narrow(stream)))
 
     def training_step(self, batch: Tensor) -> Tensor:
         """Cross-entropy of the next token, and of its class, which is the rest that it leaves."""

@@ -86,13 +86,8 @@ class FeatureUpdate(Callback):
         """Look at the probe, and keep what is seen if it is the first step.
 
         Raises:
-            ValueError: if the module has no stream that can be read, if it cannot take the probe, or if there are two of
-                these callbacks.
+            ValueError: if the module has no stream that can be read, or if it cannot take the probe.
         """
-        if sum(isinstance(callback, FeatureUpdate) for callback in vars(trainer)["callbacks"]) > 1:
-            raise ValueError(
-                "The Trainer has more than one FeatureUpdate, which would log under the same names. Leave one of them."
-            )
         batch, step = on_rank_zero(trainer, lambda: given_probe(trainer, pl_module, self._given, self._positions))
         layout = Layout.of(trainer, pl_module)
         features = locate_features(layout.features, layout.branches)

@@ -82,7 +82,7 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> None:
     if not factors:
         return
     sizes = np.array(factors, dtype=float) / factors[0]
-    lowest, highest = lowest_and_highest(rows[0].quantity.kind, axis)
+    lowest, highest = lowest_and_highest(rows[0].quantity, axis)
     panel.fill_between(factors, sizes**lowest, sizes**highest, color="0.92", zorder=-1)
     named = []
     for row in sorted(rows, key=lambda row: _ORDER.index(row.verdict)):

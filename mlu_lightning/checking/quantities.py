@@ -90,27 +90,33 @@ def expected_powers(kind: Kind, role: Role, multiplied: bool) -> Powers:
     return replace(powers, depth=-1) if part or (kind == "update" and role is Role.POST_NORM) else powers
 
 
-def lowest_and_highest(kind: Kind, axis: str) -> tuple[float, float]:
+def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
     """Range of slopes that networks of finite size may have on the way to the expected one.
 
     What happens at random in the stream is sqrt(D/(L M)) of a coordinate, and in outputs 1/sqrt(D) or 1/sqrt(L M)
-    (theory.md, section 2). An effect which is that at first, as that of a gain in a branch, which acts through matrices
-    that know nothing of it yet, falls or grows as that does. Effects are sums of such parts and of steady ones, and may
-    drift from either by as much again.
+    (theory.md, section 2). Gradients of gains and gates in a branch come through matrices that know nothing of them yet,
+    and so do effects of all roles on streams and outputs: they are of this size at first, and of the expected one later.
+    Effects are sums of such parts, and may drift from either by as much again.
 
     Args:
-        kind: of quantity.
+        quantity: whose slope it is.
         axis: along which the shape grows.
 
-    >>> lowest_and_highest("effect on stream", "embedding")
+    >>> lowest_and_highest(Quantity("update", "mlp.weight", "branch_in"), "embedding")
+    (-0.25, 0.25)
+    >>> lowest_and_highest(Quantity("effect on stream", "branch_in", "branch_in"), "embedding")
     (-0.5, 1.0)
     """
-    if not kind.startswith("effect"):
-        return -DRIFT, DRIFT
-    grows = kind == "effect on stream" and axis == "embedding"
-    return (0.0 if grows else -0.5) - 2 * DRIFT, (0.5 if grows else 0.0) + 2 * DRIFT
+    low = high = 0.0
+    if quantity.kind == "effect on output":
+        low = -0.5
+    elif quantity.kind == "effect on stream" or (quantity.kind == "update" and quantity.role in _AT_RANDOM):
+        low, high = (0.0, 0.5) if axis == "embedding" else (-0.5, 0.0)
+    drift = 2 * DRIFT if quantity.kind.startswith("effect") else DRIFT
+    return low - drift, high + drift
 
 
+_AT_RANDOM = (Role.BRANCH_NORM, Role.BRANCH_BOUNDED, Role.BRANCH_BOUNDED_MATRIX)
 _START = {
     Role.BRANCH_OUT: Powers(aspect=0.5),
     Role.READOUT: Powers(inputs=-0.5),

@@ -96,8 +96,8 @@ def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
     """Fit the slope of a quantity against size, and judge it.
 
     Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. If the mean over
-    places along the depth passes, the lowest and the highest of them are fitted as well: a single branch that is wrong
-    among many is seen there.
+    places along the depth passes, the lowest and the highest of what parameters do themselves are fitted as well: a single
+    branch that is wrong among many is seen there.
 
     Args:
         quantity: that was measured.
@@ -112,7 +112,7 @@ def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
     """
     points = tuple(points)
     mean = _judged(quantity, axis, points, [point.value for point in points], "")
-    if mean.verdict == "fail" or math.isnan(mean.slope):
+    if mean.verdict == "fail" or math.isnan(mean.slope) or quantity.kind not in ("start", "update", "decay"):
         return mean
     extremes = [
         _judged(quantity, axis, points, [point.highest for point in points], "at the place where it is largest"),
@@ -194,7 +194,7 @@ def _judged(quantity: Quantity, axis: str, points: tuple[Point, ...], values: Se
     if len({point.factor for point in points}) < 3 or freedom < 2:
         return replace(row, reason="there are too few sizes or seeds")
     slope, error = _fit(points, values, seeds, freedom)
-    lowest, highest = lowest_and_highest(quantity.kind, axis)
+    lowest, highest = lowest_and_highest(quantity, axis)
     beyond = FAULT - DRIFT
     may_be_right = lowest <= slope + error and slope - error <= highest
     may_be_wrong = slope - error <= lowest - beyond or highest + beyond <= slope + error
