@@ -108,7 +108,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def run(
     output: str = "planted-faults",
     workers: int = 2,
-    seeds: int = 4,
+    seeds: int = 3,
     repeats: int = 2,
     right: int = 10,
     quick: bool = False,
@@ -118,9 +118,9 @@ def run(
     Args:
         output: folder of the outcomes.
         workers: number of checks at a time, each on one core.
-        seeds: runs at every shape of a check.
+        seeds: runs at every shape of a check of a fault; those without one have as many as a check has by default.
         repeats: checks of every fault, each with other seeds.
-        right: checks of every model and optimizer without a fault.
+        right: checks of every model and optimizer without a fault; a third of them where norms are elsewhere.
         quick: whether to try the machinery only, with one fault (``--quick``).
     """
     check_command(workers, seeds)
@@ -203,6 +203,8 @@ MODELS = {
     "norms at both ends": Model(_everything("both"), Shape(1, 2, 32), (Role.BRANCH_OUT_NORMED,)),
     "norms after": Model(_everything("after"), Shape(1, 2, 32), (Role.POST_NORM,)),
 }
+_SEEDS = 4
+"""Of a check by default."""
 _LEARNING_RATES = {"adamw": 2**-6, "sgd": 0.1}
 
 
@@ -223,7 +225,8 @@ def _cases(seeds: int, repeats: int, right: int, quick: bool) -> list[Case]:
                 if fault.is_possible(family)
                 for number in range(repeats)
             ]
-            cases += [Case(name, optimizer, None, False, seeds * number, seeds) for number in range(right)]
+            count = right // 3 if name.startswith("norms") else right
+            cases += [Case(name, optimizer, None, False, _SEEDS * number, _SEEDS) for number in range(count)]
     return sorted(cases, key=lambda case: case.model != "Transformer")
 
 

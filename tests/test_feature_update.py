@@ -181,7 +181,7 @@ def test_what_cannot_be() -> None:
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `FeatureUpdate`"):  # Lightning's
         fit(seeded(), FeatureUpdate(), FeatureUpdate())
     with pytest.raises(
-        ValueError, match=r"cannot take the probe in its training_step: .*Give FeatureUpdate\(probe=...\)"
+        ValueError, match=r"cannot take the probe in its validation_step: .*Give FeatureUpdate\(probe=...\)"
     ):
         fit(seeded(), FeatureUpdate(probe=(torch.ones(2, 5), torch.ones(2, 2))))
     with pytest.raises(ValueError, match='steps=-1 is none of: "log"'):
