@@ -33,7 +33,7 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.quickstart import load_text
 from mlu_lightning.rules import OptimizerFamily, Role
 
-__all__ = ["MODELS", "Case", "Outcome", "main", "measure", "run"]
+__all__ = ["MODELS", "Case", "Outcome", "main", "measure", "run", "text_batches"]
 
 _CONTEXT = 32
 _SAMPLES = 16
@@ -143,7 +143,7 @@ def measure(case: Case) -> Outcome:
     Args:
         case: which one.
     """
-    model, data = MODELS[case.model], _batches()
+    model, data = MODELS[case.model], text_batches()
     # so large that updates are proportional to gradients, beside which decay would be all that is seen
     lr, eps, decay = (0.3, 1.0, 0.0) if case.eps else (_LEARNING_RATES[case.optimizer], 1e-8, 0.1)
 
@@ -239,7 +239,8 @@ def _tokens() -> tuple[Tensor, int]:
 
 
 @cache
-def _batches() -> list[Tensor]:
+def text_batches() -> list[Tensor]:
+    """Batches of consecutive characters, from places drawn at random, the same ones in every process."""
     tokens = _tokens()[0]
     starts = torch.randint(len(tokens) - _CONTEXT, (64, _SAMPLES, 1), generator=torch.Generator().manual_seed(0))
     return list(tokens[starts + torch.arange(_CONTEXT + 1)])
