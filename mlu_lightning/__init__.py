@@ -11,6 +11,7 @@ if find_spec("lightning") is None:
 
 from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.checking.check import check
+from mlu_lightning.checking.logged import log_check
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.discovery import discover
 from mlu_lightning.granite import to_granite
@@ -50,6 +51,7 @@ __all__ = [
     "fit_error_bound",
     "fold",
     "initialize",
+    "log_check",
     "optimal_shape",
     "restore_multipliers",
     "scale_optimizer",

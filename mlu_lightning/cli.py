@@ -1,4 +1,4 @@
-"""The command line: ``mlu-lightning quickstart | check | shape``."""
+"""The command line: ``mlu-lightning quickstart | check | report | shape``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlu_lightning.shape_search import Architecture, candidate_shapes, optimal_s
 from mlu_lightning.shape_table import assumptions, shape_table
 from mlu_lightning.shapes import ErrorConstants, Shape
 
-__all__ = ["check", "main", "quickstart", "shape"]
+__all__ = ["check", "main", "quickstart", "report", "shape"]
 
 _Value = TypeVar("_Value")
 
@@ -33,11 +33,11 @@ def main(args: list[str] | None = None) -> None:
         args: of the command line; by default those of the process.
     """
     given = list(sys.argv[1:] if args is None else args)
-    if given[:1] == ["check"] and len(given) > 1 and not given[1].startswith("-"):
+    if given[:1] in (["check"], ["report"]) and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--path")  # what a command is about needs no option
     try:
         auto_cli(
-            {"quickstart": quickstart, "check": check, "shape": shape},
+            {"quickstart": quickstart, "check": check, "report": report, "shape": shape},
             args=given,
             prog="mlu-lightning",
             as_positional=False,
@@ -100,6 +100,7 @@ def check(
     seed: int = 0,
     model: str | None = None,
     data: str | None = None,
+    log: bool = False,
 ) -> None:
     """Train what a configuration trains for a few steps at several shapes, and say whether its features move alike.
 
@@ -117,6 +118,7 @@ def check(
         seed: of the first of the runs at every shape.
         model: class of the model, for a configuration that does not name it.
         data: class of the data, for a configuration that does not name it.
+        log: whether the loggers of the configuration get the figure and the verdict.
     """
     if find_spec("matplotlib") is None or find_spec("scipy") is None:
         raise ValueError(
@@ -124,6 +126,7 @@ def check(
         )
     from mlu_lightning.checking.check import check as run_check
     from mlu_lightning.checking.config import read_config
+    from mlu_lightning.checking.logged import log_check
 
     sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
@@ -135,7 +138,7 @@ def check(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=None)
-        report = run_check(
+        found = run_check(
             configured.build,
             configured.base,
             configured.data(),
@@ -150,10 +153,42 @@ def check(
         )
     if not configured.has_plugin:
         console.print("The configuration has no MLUCallback: this is the module without it.", highlight=False)
-    console.print(report.tables())
-    report.save(folder)
+    console.print(found.tables())
+    found.save(folder)
+    if log:
+        log_check(configured.loggers(), found)
     console.print(f"Wrote check.json, check.txt and check.png into {folder}.", highlight=False, markup=False)
-    sys.exit(_EXITS[report.verdict])
+    sys.exit(_EXITS[found.verdict])
+
+
+def report(path: str, out: str = "report.html") -> None:
+    """Collect the plan, the checks, and what was logged of a run into one HTML page.
+
+    Args:
+        path: folder of the run, given as "mlu-lightning report lightning_logs/version_0": what CSVLogger,
+            TensorBoardLogger or W&B has written, checkpoints, saved plans, check.json and references in it.
+        out: HTML file to be written.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("report draws figures, and matplotlib is not installed: pip install 'mlu-lightning[plots]'.")
+    from mlu_lightning.reporting.page import run_page
+    from mlu_lightning.reporting.run_folder import read_run
+
+    record = read_run(Path(path))
+    page = run_page(record)
+    target = _folder(str(Path(out).parent)) / Path(out).name
+    target.write_text(page, encoding="utf-8")
+    console = _console()
+    found: dict[str, Mapping[str, object]] = {
+        "plan": record.plans,
+        "check": record.checks,
+        "logged value": record.values,
+        "reference": record.references,
+    }
+    counts = ", ".join(f"{len(items)} {name}{'' if len(items) == 1 else 's'}" for name, items in found.items())
+    console.print(f"Wrote {target}: {counts}.", highlight=False, markup=False, soft_wrap=True)
+    for name, reason in record.problems.items():
+        console.print(f"{name} could not be read: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def shape(

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import Logger
 
 from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.shapes import Shape
@@ -62,6 +63,13 @@ class Configured:
         data: LightningDataModule | None = self._parsed(self.base).datamodule
         return data
 
+    def loggers(self) -> list[Logger]:
+        """Loggers of the configuration, built; those that Lightning makes by itself are not among them."""
+        logger = (self.content.get("trainer") or {}).get("logger")
+        given = logger if isinstance(logger, list) else [logger]
+        named = [one for one in given if isinstance(one, (dict, str))]
+        return list(self._parsed(self.base, named).loggers) if named else []
+
     @property
     def trainer(self) -> dict[str, Any]:
         """Arguments of the Trainer that change how a step is made."""
@@ -73,14 +81,14 @@ class Configured:
         """Whether there is an :class:`MLUCallback`."""
         return any(_is_plugin(callback) for callback in _callbacks(self.content))
 
-    def _parsed(self, shape: Shape) -> _Parsed:
+    def _parsed(self, shape: Shape, loggers: Sequence[Any] = ()) -> _Parsed:
         content: dict[str, Any] = copy.deepcopy(dict(self.content))
         arguments = content["model"].setdefault("init_args", {})
         for axis, names in self.keys.items():
             factor = getattr(shape, axis) // getattr(self.base, axis)
             arguments.update({name: self.start[name] * factor for name in names})
         kept = [callback for callback in _callbacks(content) if _takes_part(callback)]
-        content["trainer"] = {"callbacks": kept}
+        content["trainer"] = {"callbacks": kept, "logger": list(loggers) or False}
         content["seed_everything"] = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the command line of this process is not parsed
@@ -145,10 +153,12 @@ class _Parsed(LightningCLI):
     """A configuration whose module, data and callbacks are built, and no Trainer."""
 
     callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Keep the callbacks."""
-        self.callbacks = self.config_init["trainer"]["callbacks"] or []
+        """Keep callbacks and loggers."""
+        trainer = self.config_init["trainer"]
+        self.callbacks, self.loggers = trainer["callbacks"] or [], trainer["logger"] or []
 
 
 def _content(path: Path) -> dict[str, Any]:
