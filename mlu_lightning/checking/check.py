@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -93,7 +94,7 @@ def check(
     with isolate_rng(), quiet():
         first = _built(module_factory, base, seed)
         batches = {number: _batches(data, first, count + 1, number) for number in numbers}
-        probe = batches[seed][-1]
+        probe = _transferred(batches[seed][-1], data if isinstance(data, LightningDataModule) else first)
         reference = Plan.from_model(first, probe, base=first)
         largest = max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0]
         plan = Plan.from_model(_built(module_factory, largest, seed), probe, base=reference)
@@ -153,6 +154,12 @@ def _batches(data: Any, module: LightningModule, count: int, seed: int) -> list[
         if len(found) == before:
             raise ValueError("There are no batches in the data. Give check() data that has some.")
     return found
+
+
+def _transferred(batch: Any, hooks: LightningDataModule | LightningModule) -> Any:
+    """A batch as a Trainer hands it to a step."""
+    with torch.no_grad():
+        return hooks.on_after_batch_transfer(hooks.on_before_batch_transfer(batch, 0), 0)
 
 
 def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Any:

@@ -85,19 +85,22 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool
             continue
         floor = name.endswith("floor")
         place = plain.index(name) if name in plain else _belongs_to(name, plain)
-        color = _COLORS(0.85 * place / max(len(plain) - 1, 1))
+        color = "black" if name == "all" else _COLORS(0.85 * place / max(len(plain) - 1, 1))
         named = not floor and place % every == 0
         label = _visible(name) if named else None
         style = ":" if floor else "-"
         axes.plot(*zip(*points, strict=True), style, color=color, marker="." if not floor else "", label=label)
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set_xlim(left=0)
+    if any(step < 1 for curve in curves.values() for step, _ in curve):
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(left=0)
+    else:
+        axes.set_xscale("log")
     if logarithmic:
         axes.set_yscale("log")
     axes.set_title(_visible(title), loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[1]:
+    if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(fontsize=7, frameon=False)
 
 
