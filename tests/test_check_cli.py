@@ -1,0 +1,169 @@
+"""``mlu-lightning check``: from the configuration of a LightningCLI to a verdict, an exit code and files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, TensorDataset
+
+from mlu_lightning import Shape
+from mlu_lightning.checking.config import read_config
+from mlu_lightning.cli import main
+
+BASE = {"inputs": 3, "outputs": 2, "depth": 2, "hidden": 32, "embedding": 8}
+LARGE = BASE | {"depth": 24, "hidden": 512, "embedding": 64}
+KEYS = {"depth": ["depth"], "hidden": ["hidden"], "embedding": ["embedding"]}
+QUICK = ["--factors", "[1,2,4]", "--seeds", "2", "--steps", "2", "--hidden", "null", "--embedding", "null"]
+CALLBACK = {
+    "class_path": "mlu_lightning.MLUCallback",
+    "init_args": {"base": {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}},
+}
+
+
+class Pairs(LightningDataModule):
+    """Products and sizes to be learned."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        x = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, torch.stack((x[:, 0] * x[:, 1], x[:, 2].abs()), 1)), batch_size=16)
+
+
+class Twice(Callback):
+    """A user's callback that changes the training: it makes the gradients twice as large."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for parameter in pl_module.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= 2
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    return {
+        "seed_everything": 1,
+        "trainer": {"max_steps": 100, "callbacks": [CALLBACK]},
+        "model": {"class_path": "mlu_lightning.models.ResNet", "init_args": LARGE},
+        "data": {"class_path": f"{Pairs.__module__}.Pairs"},
+    } | changes
+
+
+def write(folder: Path, **changes: Any) -> str:
+    (folder / "config.yaml").write_text(yaml.safe_dump(content(**changes)))
+    return str(folder / "config.yaml")
+
+
+def command(*args: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([*args])
+    return int(end.value.code or 0)
+
+
+def test_configuration_without_the_plugin_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}
+    path = write(tmp_path, trainer={"max_steps": 9}, model=model)
+    assert command("check", path, "--out", str(tmp_path / "out"), *QUICK) == 3
+    printed = capsys.readouterr().out
+    assert "The configuration has no MLUCallback: this is the module without it." in printed
+    assert "branch_out: look at its multiplier or std" in printed
+    written = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert written["verdict"] == "fail"
+    assert written["base"] == {"depth": 2, "hidden": 1, "embedding": 1}
+    assert {row["axis"] for row in written["rows"]} == {"depth"}
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["check.json", "check.png", "check.txt"]
+
+
+def test_exit_code_of_what_is_undecided(tmp_path: Path) -> None:
+    path = write(tmp_path, trainer={"max_steps": 9, "callbacks": [CALLBACK]})
+    args = ["--factors", "[1,2]", "--seeds", "1", "--steps", "1", "--hidden", "null", "--embedding", "null"]
+    assert command("check", path, "--out", str(tmp_path / "out"), *args) == 4
+
+
+def test_base_is_that_of_the_callback_and_all_of_an_axis_grow_alike(tmp_path: Path) -> None:
+    transformer = {"vocabulary": 9, "context": 8, "depth": 1, "embedding": 16, "heads": 2, "mlp_hidden": 24}
+    callback = {"class_path": "mlu_lightning.MLUCallback", "init_args": {"base": {
+        "class_path": "mlu_lightning.models.CausalTransformer", "init_args": transformer}}}  # fmt: skip
+    large = transformer | {"depth": 12, "embedding": 128, "heads": 16, "mlp_hidden": 512}
+    model = {"class_path": "mlu_lightning.models.CausalTransformer", "init_args": large}
+    path = write(tmp_path, model=model, trainer={"callbacks": [callback]})
+    keys = {"depth": ["depth"], "hidden": ["heads", "mlp_hidden"], "embedding": ["embedding"]}
+    configured = read_config(path, keys)
+    assert configured.base == Shape(1, 2, 16)
+    module: Any = configured.build(depth=3, hidden=8, embedding=16)
+    assert len(module.branches) == 6
+    assert module.branches[0].heads == 8
+    assert module.branches[1].read.weight.shape == (96, 16)
+    assert configured.has_plugin
+
+
+def test_what_of_the_trainer_takes_part(tmp_path: Path) -> None:
+    callbacks = [
+        CALLBACK,
+        {"class_path": f"{Twice.__module__}.Twice"},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "no")}},
+        {"class_path": "mlu_lightning.FeatureUpdate"},
+    ]
+    trainer = {"max_steps": 9, "callbacks": callbacks, "gradient_clip_val": 0.5, "precision": "64-true", "devices": 4}
+    configured = read_config(write(tmp_path, trainer=trainer), KEYS)
+    assert configured.trainer == {"gradient_clip_val": 0.5, "precision": "64-true"}
+    found = configured.callbacks(configured.build(2, 32, 8))
+    assert [type(callback).__name__ for callback in found] == ["MLUCallback", "Twice"]
+    assert type(configured.data()).__name__ == "Pairs"
+
+
+def test_loggers_get_the_figure_and_the_verdict(tmp_path: Path) -> None:
+    logger = {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": str(tmp_path / "tb")},
+    }
+    configured = read_config(write(tmp_path, trainer={"logger": [logger], "callbacks": [CALLBACK]}), KEYS)
+    assert [type(one).__name__ for one in configured.loggers()] == ["TensorBoardLogger"]
+    for given in (True, False, None):
+        assert read_config(write(tmp_path, trainer={"logger": given}), KEYS).loggers() == []
+    assert not isinstance(configured.loggers()[0], CSVLogger)
+
+
+def test_configuration_of_a_command_and_of_one_class(tmp_path: Path) -> None:
+    """What ``LightningCLI(ResNet, Pairs)`` saves does not name its classes."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"fit": {"model": LARGE, "data": {}, "trainer": {"callbacks": [CALLBACK]}}}))
+    with pytest.raises(
+        ValueError, match=r"does not say which class its model is of.* Give it: --model my_package.MyModule"
+    ):
+        read_config(path, KEYS)
+    configured = read_config(path, KEYS, "mlu_lightning.models.ResNet", f"{Pairs.__module__}.Pairs")
+    assert configured.base == Shape(2, 32, 8)
+    module: Any = configured.build(4, 32, 8)
+    assert len(module.blocks) == 4
+    assert type(configured.data()).__name__ == "Pairs"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "cannot be read as a configuration"),
+        ("[1, 2]", "is not the configuration of a LightningCLI: it has no model"),
+        ("name: value", "is not the configuration of a LightningCLI: it has no model"),
+        (yaml.safe_dump(content(data={"batch": 3})), "does not say which class its data are of"),
+    ],
+)
+def test_files_that_are_no_configurations(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path / "config.yaml", KEYS)
+
+
+def test_names_that_are_not_the_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path)
+    assert command("check", path, "--hidden", "heads", "--out", str(tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert "has no argument 'heads' that is a whole number, to be its hidden" in said
+    assert "Its arguments are depth, embedding, hidden, inputs, outputs; name those that make it up" in said
+    assert command("check", str(tmp_path / "none.yaml")) == 1
+    assert "none.yaml cannot be read as a configuration" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
