@@ -24,7 +24,7 @@ TOKENS = torch.arange(66).reshape(2, 33) % 60
 
 def plan_of(norms: Norms) -> Plan:
     torch.manual_seed(0)
-    return Plan.from_model(Everything(60, 2, 4, 64, norms), TOKENS, base=Everything(60, 1, 2, 32, norms))
+    return Plan.from_model(Everything(60, 3, 4, 64, norms), TOKENS, base=Everything(60, 1, 2, 32, norms))
 
 
 def test_every_role_of_the_table_has_its_faults() -> None:
@@ -69,6 +69,7 @@ def test_forgotten_is_one_and_foreign_is_a_power_of_the_embedding() -> None:
     assert faulty(plan, Fault(Role.EMBEDDING, "lr")).scales("adamw")["tokens.weight"].lr == 0.5
 
 
+@pytest.mark.slow
 def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planted_faults, "in_processes", lambda function, cases, *_: [function(case) for case in cases])
     planted_faults.main(["--quick", "--output", str(tmp_path), "--seeds", "1"])

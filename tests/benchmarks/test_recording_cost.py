@@ -1,7 +1,7 @@
-"""What recording and distances cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k 2000``.
+"""What recording, distances and features cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k 2000``.
 
 Trainings of 2,000 steps of the quickstart's smallest Transformer, the one whose steps are shortest, take turns of one step
-in threads: plain ones, ones that record and ones that measure distances, a few of each. What a callback costs is the
+in threads: plain ones, ones that record, that measure distances and that watch features, a few of each. What a callback costs is the
 processor time in its hooks, as a share of a plain training, and what it makes the rest of the steps slower. The latter is
 the median ratio of steps without hooks to those of the plain trainings, and differs between trainings of one kind, by where
 in memory their tensors happen to lie; the standard error is that of these differences.
@@ -24,12 +24,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from test_speed import Runner, Turns
 from torch.utils.data import DataLoader
 
-from mlu_lightning import EmbeddingDistance, MLUCallback, ReferenceRecorder
+from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, ReferenceRecorder
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.quickstart import BASE, SHAPES, Study, load_text
 
 STEPS = 2000
-ORDER = "plain recorder distance recorder distance plain distance plain recorder".split()
+ORDER = "plain recorder distance features recorder distance plain features distance plain features recorder".split()
 HOOKS = (
     "on_train_start",
     "on_train_batch_start",
@@ -117,6 +117,7 @@ def test_run_of_2000_steps(benchmark: BenchmarkFixture, capsys: pytest.CaptureFi
         "plain": lambda number: [],
         "recorder": lambda number: [ReferenceRecorder(tmp_path / f"{number}.safetensors")],
         "distance": lambda number: [EmbeddingDistance(reference)],
+        "features": lambda number: [FeatureUpdate()],
     }
     variants = [make[kind](number) for number, kind in enumerate(ORDER)]
     wholes, hooks, steps = benchmark.pedantic(train, (variants,), rounds=1)
@@ -132,7 +133,7 @@ def test_run_of_2000_steps(benchmark: BenchmarkFixture, capsys: pytest.CaptureFi
         print(
             f"\nplain step: {1e3 * np.median(steps[kinds == 'plain']):.2f} ms; they differ by {plain.std(ddof=1):.2%}"
         )
-        for kind in ("recorder", "distance"):
+        for kind in ("recorder", "distance", "features"):
             share, later = shares[kinds == kind], slower[kinds == kind]
             total = share.mean() + later.mean()
             uncertain = float(np.hypot(error(share + later), error(plain)))
