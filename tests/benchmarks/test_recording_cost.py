@@ -1,10 +1,10 @@
 """What recording, distances and features cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k 2000``.
 
 Trainings of 2,000 steps of the quickstart's smallest Transformer, the one whose steps are shortest, take turns of one step
-in threads: plain ones, ones that record, that measure distances and that watch features, a few of each. What a callback costs is the
-processor time in its hooks, as a share of a plain training, and what it makes the rest of the steps slower. The latter is
-the median ratio of steps without hooks to those of the plain trainings, and differs between trainings of one kind, by where
-in memory their tensors happen to lie; the standard error is that of these differences.
+in threads: plain ones, ones that record, that measure distances and that watch features, a few of each. What a callback
+costs is the processor time in its hooks, as a share of a plain training, and what it makes the rest of the steps slower.
+The latter is the median ratio of steps without hooks to those of the plain trainings, and differs between trainings of one
+kind, by where in memory their tensors happen to lie; the standard error is that of these differences.
 """
 
 from __future__ import annotations
