@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import accumulate, cycle
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from mlu_lightning.figure_labels import apart
 from mlu_lightning.quickstart import BASE, Run, Study, best_exponent, curve_of
 
 __all__ = ["loss_table", "save_figure", "verdicts"]
@@ -110,7 +111,7 @@ def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, s
     bottom, top = axes.get_ylim()
     shapes = sorted(ends, key=lambda shape: ends[shape][1])
     wanted = [min(ends[shape][1], top) for shape in shapes]
-    for shape, height in zip(shapes, _apart(wanted, (top - bottom) / 20), strict=True):
+    for shape, height in zip(shapes, apart(wanted, (top - bottom) / 20), strict=True):
         axes.annotate(
             shape,
             (ends[shape][0], height),
@@ -121,13 +122,6 @@ def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, s
             color=colors[shape],
             annotation_clip=False,
         )
-
-
-def _apart(places: list[float], gap: float) -> list[float]:
-    """Move ascending places apart to at least a gap: the mean of pushing all up and pushing all down."""
-    up = list(accumulate(places, lambda last, place: max(place, last + gap)))
-    down = list(accumulate(reversed(places), lambda last, place: min(place, last - gap)))
-    return [(high + low) / 2 for high, low in zip(up, reversed(down), strict=True)]
 
 
 def _colors(study: Study) -> dict[str, str]:

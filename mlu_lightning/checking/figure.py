@@ -16,6 +16,7 @@ from mlu_lightning.checking.quantities import Kind, lowest_and_highest
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row, Verdict
+from mlu_lightning.figure_labels import apart
 
 __all__ = ["draw_check", "save_figure"]
 
@@ -47,8 +48,12 @@ def draw_check(report: CheckReport) -> Figure:
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
     for line, (group, rows) in zip(grid, panels.items(), strict=True):
-        for panel, axis in zip(line, axes, strict=True):
+        ends = [
             _draw(panel, [row for row in rows if row.axis == axis], axis)
+            for panel, axis in zip(line, axes, strict=True)
+        ]
+        for panel, places in zip(line, ends, strict=True):  # after all of a line, which share an axis
+            _name(panel, places)
         line[0].set_ylabel(group)
     for panel, axis in zip(grid[0], axes, strict=True):
         panel.set_title(axis, loc="left", fontsize=10)
@@ -73,14 +78,15 @@ def _group(kind: Kind) -> str:
     return "features, stream, output" if kind in ("features", "stream", "output") else kind
 
 
-def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> None:
+def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
+    """One panel; where the curves end that are to be named, by name."""
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
     panel.spines[["top", "right"]].set_visible(False)
     panel.axhline(1, color="0.6", linewidth=0.8, zorder=0)
     factors = sorted({point.factor for row in rows for point in row.points})
     if not factors:
-        return
+        return {}
     sizes = np.array(factors, dtype=float) / factors[0]
     lowest, highest = lowest_and_highest(rows[0].quantity, axis)
     panel.fill_between(factors, sizes**lowest, sizes**highest, color="0.92", zorder=-1)
@@ -95,13 +101,22 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> None:
         )
         if failing:
             named.append((curve[-1], row.quantity.role or row.quantity.name))
+    panel.plot([factors[0]] * 2, [1 / 2, 2], alpha=0)  # the least that is shown
     panel.set_xticks(factors, [f"{factor}" for factor in factors])
     panel.minorticks_off()
-    for place, name in {name: place for place, name in named}.items():
+    return {name: place for place, name in named}
+
+
+def _name(panel: Axes, places: dict[str, float]) -> None:
+    """Name curves at their right ends."""
+    at = max(panel.get_xticks())
+    names = sorted(places, key=lambda name: places[name])
+    bottom, top = np.log(panel.get_ylim())
+    for name, height in zip(names, apart([math.log(places[name]) for name in names], (top - bottom) / 12), strict=True):
         panel.annotate(
-            place,
-            (factors[-1], name),
-            xytext=(-3, 3),
+            name,
+            (at, math.exp(height)),
+            xytext=(-4, 4),
             textcoords="offset points",
             ha="right",
             va="bottom",
