@@ -118,9 +118,10 @@ def run(
     Args:
         output: folder of the outcomes.
         workers: number of checks at a time, each on one core.
-        seeds: runs at every shape of a check of a fault; those without one have as many as a check has by default.
+        seeds: runs at every shape of a check of a fault, which has three sizes; those without one have the four sizes and
+            the seeds of a check by default.
         repeats: checks of every fault, each with other seeds.
-        right: checks of every model and optimizer without a fault; a third of them where norms are elsewhere.
+        right: checks of the Transformer without a fault, with either optimizer; a third of them of the other models.
         quick: whether to try the machinery only, with one fault (``--quick``).
     """
     check_command(workers, seeds)
@@ -154,7 +155,8 @@ def measure(case: Case) -> Outcome:
         return [FaultyCallback(case.fault, base, "fold" if case.residual == "fold" else "hook")]
 
     begin = perf_counter()
-    report = check(build, model.base, data, callbacks=callbacks, seeds=case.seeds, seed=case.seed)
+    factors = (1, 2, 4, 8) if case.fault is None else (1, 2, 4)
+    report = check(build, model.base, data, callbacks=callbacks, factors=factors, seeds=case.seeds, seed=case.seed)
     named = tuple(cause.role for cause in report.causes)
     return Outcome(case, report.verdict, named[0] if named else "", named, perf_counter() - begin)
 
@@ -225,7 +227,7 @@ def _cases(seeds: int, repeats: int, right: int, quick: bool) -> list[Case]:
                 if fault.is_possible(family)
                 for number in range(repeats)
             ]
-            count = right // 3 if name.startswith("norms") else right
+            count = right if name == "Transformer" else right // 3
             cases += [Case(name, optimizer, None, False, _SEEDS * number, _SEEDS) for number in range(count)]
     return sorted(cases, key=lambda case: case.model != "Transformer")
 
