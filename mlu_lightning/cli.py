@@ -177,7 +177,12 @@ def report(path: str, out: str = "report.html") -> None:
     record = read_run(Path(path))
     page = run_page(record)
     target = _folder(str(Path(out).parent)) / Path(out).name
-    target.write_text(page, encoding="utf-8")
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"The page cannot be written to {out}: {error.strerror}. Give --out the path of an HTML file."
+        ) from error
     console = _console()
     found: dict[str, Mapping[str, object]] = {
         "plan": record.plans,
@@ -188,7 +193,7 @@ def report(path: str, out: str = "report.html") -> None:
     counts = ", ".join(f"{len(items)} {name}{'' if len(items) == 1 else 's'}" for name, items in found.items())
     console.print(f"Wrote {target}: {counts}.", highlight=False, markup=False, soft_wrap=True)
     for name, reason in record.problems.items():
-        console.print(f"{name} could not be read: {reason}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def shape(

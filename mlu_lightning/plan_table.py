@@ -34,7 +34,7 @@ def plan_table(plan: Plan, family: OptimizerFamily) -> str:
         family: kind of optimizer whose factors are shown.
     """
     text = StringIO()
-    console = Console(file=text, width=125, color_system=None)
+    console = Console(file=text, width=125, color_system=None, markup=False, emoji=False)
     base = "the paper's absolute form" if plan.base is None else "relative to the base shape"
     richness = "" if plan.alpha == 1 else f", alpha {plan.alpha:g}"
     console.print(f"{_TITLES[plan.rules]} plan, {base}{richness}: factors for {family.value}")

@@ -133,6 +133,9 @@ def test_loggers_tell_the_same(folder: Path) -> None:
         found = read_run(other).values
         for name, curve in values.items():
             assert dict(found[name]) == pytest.approx(curve, rel=1e-6), (other.name, name)
+    together = read_run(folder)
+    assert not together.problems
+    assert {name: dict(curve) for name, curve in together.values.items() if name in values} == values
 
 
 def test_page_has_it_all_and_needs_nothing_else(folder: Path) -> None:

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlu_lightning.checking.quantities import Quantity
+from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Cause, Point, Row, Verdict, find_causes, overall_verdict
 from mlu_lightning.shapes import Shape
@@ -94,7 +94,7 @@ class CheckReport:
 
     def __str__(self) -> str:
         text = StringIO()
-        Console(file=text, width=125, color_system=None).print(self.tables())
+        Console(file=text, width=125, color_system=None, markup=False, emoji=False).print(self.tables())
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").splitlines())
 
     def save(self, folder: str | PathLike[str]) -> None:
@@ -139,13 +139,13 @@ class CheckReport:
             content = json.loads(text)
             return cls(
                 base=Shape(**content["base"]),
-                factors=tuple(content["factors"]),
-                seeds=content["seeds"],
-                steps=content["steps"],
+                factors=tuple(_a(int, factor) for factor in content["factors"]),
+                seeds=_a(int, content["seeds"]),
+                steps=_a(int, content["steps"]),
                 rows=tuple(map(_row, content["rows"])),
-                warnings=tuple(content["warnings"]),
+                warnings=tuple(_a(str, warning) for warning in content["warnings"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"This is not a report of a check ({error}). Make one with mlu-lightning check."
             ) from error
@@ -210,15 +210,34 @@ def _row(content: dict[str, Any]) -> Row:
         return math.nan if value is None else float(value)
 
     points = tuple(
-        Point(one["factor"], one["seed"], *(number(one[key]) for key in ("value", "lowest", "highest")))
+        Point(
+            _a(int, one["factor"]), _a(int, one["seed"]), *(number(one[key]) for key in ("value", "lowest", "highest"))
+        )
         for one in content["points"]
     )
+    quantity = content["quantity"]
+    role = quantity.get("role")
     return Row(
-        quantity=Quantity(**content["quantity"]),
-        axis=content["axis"],
+        quantity=Quantity(_one_of(KINDS, quantity["kind"]), _a(str, quantity["name"]), role and _a(str, role)),
+        axis=_one_of(AXES, content["axis"]),
         slope=number(content["slope"]),
         error=number(content["error"]),
-        verdict=content["verdict"],
-        reason=content["reason"],
+        verdict=_one_of(get_args(Verdict), content["verdict"]),
+        reason=_a(str, content["reason"]),
         points=points,
     )
+
+
+def _a(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} should be {_NAMES[kind]}")
+    return value
+
+
+_NAMES = {int: "a whole number", str: "text"}
+
+
+def _one_of(known: Sequence[Any], value: Any) -> Any:
+    if value not in known:
+        raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    return value

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from mlu_lightning.reporting.run_folder import Curve
 
-__all__ = ["as_data_uri", "curves_figure", "panels_of"]
+__all__ = ["as_data_uri", "curves_figure", "not_drawn", "panels_of"]
 
 
 def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, Curve]]:
@@ -41,9 +41,10 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) 
     """Draw curves against steps.
 
     Args:
-        panels: curves by the name of their panel and their own; those whose name ends in "floor" are dotted, and with more
-            than eight in a panel only some are named.
-        logarithmic: whether values are drawn on a logarithmic axis; steps always are.
+        panels: curves by the name of their panel and their own; those named "floor", or so in the last part of their name,
+            are dotted, and with more than eight in a panel only some are named.
+        logarithmic: whether values are drawn on a logarithmic axis, of at most six decades below the largest; steps always
+            are.
     """
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
@@ -54,6 +55,20 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) 
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
+
+
+def not_drawn(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> int:
+    """How many values have no place in a figure: what is not finite, or, on a logarithmic axis, not above zero.
+
+    Args:
+        panels: as in :func:`curves_figure`.
+        logarithmic: as well.
+
+    >>> not_drawn({"rms": {"s=1": ((0, 0.0), (1, 0.5), (2, math.inf))}}, logarithmic=True)
+    2
+    """
+    curves = [curve for panel in panels.values() for curve in panel.values()]
+    return sum(len(curve) - len(_drawn(curve, logarithmic)) for curve in curves)
 
 
 def as_data_uri(figure: Figure) -> str:
@@ -69,27 +84,41 @@ def as_data_uri(figure: Figure) -> str:
     buffer = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "mlu_lightning", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    content = _NOT_XML.sub("\ufffd", buffer.getvalue().decode())
+    return "data:image/svg+xml;base64," + base64.b64encode(content.encode()).decode()
 
 
+_Color = tuple[float, float, float, float]
 _COLORS = mpl.colormaps["viridis"]
 _MOST_NAMED = 8
+_LONGEST_NAME = 40
+_LARGEST = 1e100
+"""Beyond it, and below its inverse, matplotlib cannot place ticks."""
+_DECADES = 6
+_NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+"""What names from files may have, and a browser refuses in an image."""
 
 
 def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool) -> None:
-    plain = [name for name in curves if not name.endswith("floor")]
+    plain = [name for name in curves if not _is_floor(name)]
     every = max(1, math.ceil(len(plain) / _MOST_NAMED))
+    colors = {name: _COLORS(0.85 * place / max(len(plain) - 1, 1)) for place, name in enumerate(plain)}
+    colors["all"] = mpl.colors.to_rgba("black")
+    shown: list[float] = []
+    unnamed_floor = True
     for name, curve in curves.items():
-        points = [(step, value) for step, value in curve if math.isfinite(value) and (value > 0 or not logarithmic)]
+        points = _drawn(curve, logarithmic)
         if not points:
             continue
-        floor = name.endswith("floor")
-        place = plain.index(name) if name in plain else _belongs_to(name, plain)
-        color = "black" if name == "all" else _COLORS(0.85 * place / max(len(plain) - 1, 1))
-        named = not floor and place % every == 0
-        label = _visible(name) if named else None
-        style = ":" if floor else "-"
-        axes.plot(*zip(*points, strict=True), style, color=color, marker="." if not floor else "", label=label)
+        shown.extend(value for _, value in points)
+        if _is_floor(name):
+            # one name for all of them, which are those of the curves in their colour
+            label = "floor" if unnamed_floor else None
+            unnamed_floor = False
+            axes.plot(*zip(*points, strict=True), ":", color=_color_of_floor(name, colors), label=label)
+        else:
+            label = _visible(name) if plain.index(name) % every == 0 else None
+            axes.plot(*zip(*points, strict=True), "-", color=colors[name], marker=".", label=label)
     if any(step < 1 for curve in curves.values() for step, _ in curve):
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(left=0)
@@ -97,6 +126,8 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool
         axes.set_xscale("log")
     if logarithmic:
         axes.set_yscale("log")
+        if shown and min(shown) < max(shown) * 10.0**-_DECADES:
+            axes.set_ylim(bottom=max(shown) * 10.0**-_DECADES)  # what is rounding only would make the rest look flat
     axes.set_title(_visible(title), loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")
     axes.spines[["top", "right"]].set_visible(False)
@@ -104,14 +135,26 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool
         axes.legend(fontsize=7, frameon=False)
 
 
-def _belongs_to(floor: str, names: list[str]) -> int:
-    base = floor.removesuffix("floor").rstrip("/")
-    return names.index(base) if base in names else 0
+def _drawn(curve: Curve, logarithmic: bool) -> Curve:
+    """The points that have a place in a figure."""
+    lowest = 1 / _LARGEST if logarithmic else -_LARGEST
+    return tuple((step, value) for step, value in curve if lowest < value < _LARGEST)
+
+
+def _is_floor(name: str) -> bool:
+    return name.rpartition("/")[2] == "floor"
+
+
+def _color_of_floor(floor: str, colors: Mapping[str, _Color]) -> _Color:
+    """That of the first of the curves it is the floor of, which have the other parts of its name, such as the depth."""
+    base = floor.removesuffix("floor")
+    return next((color for name, color in colors.items() if f"{name}/".startswith(base)), colors["all"])
 
 
 def _visible(name: str) -> str:
-    """A name as it is, and not as mathematics, or hidden because of what it begins with."""
-    return name.replace("$", r"\$").lstrip("_") or "_"
+    """A name in one short line as it is, and not as mathematics, or hidden because of what it begins with."""
+    shown = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
+    return " ".join(shown.split()).replace("$", r"\$").lstrip("_") or "_"
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from string import Template
+from typing import TypeVar
 
 from mlu_lightning.checking.figure import draw_check
 from mlu_lightning.checking.report import CheckReport
@@ -13,8 +14,9 @@ from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row
 from mlu_lightning.plan import Plan
 from mlu_lightning.reference import Reference
-from mlu_lightning.reporting.curves import as_data_uri, curves_figure, panels_of
-from mlu_lightning.reporting.run_folder import Curve, RunRecord
+from mlu_lightning.reporting.curves import as_data_uri, curves_figure, not_drawn, panels_of
+from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, reason
+from mlu_lightning.rules import OptimizerFamily
 
 __all__ = ["run_page"]
 
@@ -26,13 +28,14 @@ def run_page(record: RunRecord) -> str:
         record: what was found of the run.
 
     Returns:
-        HTML, in which everything that comes from files is escaped.
+        HTML, in which everything that comes from files is escaped. What was read, but cannot be shown, is named in its
+        place with the reason.
 
     >>> page = run_page(RunRecord(__import__("pathlib").Path("runs/<1>")))
     >>> "<title>runs/&lt;1&gt;</title>" in page, "http" in page
     (True, False)
     """
-    name = escape(str(record.folder))
+    name = _text(record.folder if record.folder.name else record.folder.resolve())  # "." says nothing
     sections = [
         ("Checks", _checks(record.checks)),
         ("Plan", _plans(record.plans)),
@@ -49,14 +52,35 @@ def run_page(record: RunRecord) -> str:
     return _PAGE.substitute(name=name, verdict=_badges(record.checks), links=links, body=body)
 
 
+_Item = TypeVar("_Item")
+
+
+def _text(value: object) -> str:
+    """Text from a file: escaped, and characters that cannot be seen, or encoded, by their numbers."""
+    seen = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(value))
+    return escape("".join(seen))
+
+
+def _each(items: Mapping[str, _Item], show: Callable[[str, _Item], str]) -> str:
+    """Everything that was read, or why it cannot be shown: files can be well-formed, and hold what makes no sense."""
+    parts = []
+    for path, item in items.items():
+        try:
+            parts.append(show(path, item))
+        except UNREADABLE as error:
+            parts.append(f'<p class="fail">{_text(path)} cannot be shown: {_text(reason(error))}</p>')
+    return "\n".join(parts)
+
+
 def _badges(checks: Mapping[str, CheckReport]) -> str:
-    return " ".join(f'<span class="badge {check.verdict}">{check.verdict}</span>' for check in checks.values())
+    verdicts = [_text(check.verdict) for check in checks.values()]
+    return " ".join(f'<span class="badge {verdict}">{verdict}</span>' for verdict in verdicts)
 
 
 def _checks(checks: Mapping[str, CheckReport]) -> str:
     if not checks:
         return _missing("No check.json was found. <code>mlu-lightning check config.yaml --out FOLDER</code> makes one.")
-    return "\n".join(_check(path, check) for path, check in checks.items())
+    return _each(checks, _check)
 
 
 def _check(path: str, check: CheckReport) -> str:
@@ -65,12 +89,12 @@ def _check(path: str, check: CheckReport) -> str:
         f"{path}: {check.seeds} seeds, {check.steps} steps, sizes {' : '.join(map(str, check.factors))} from "
         f"L={base.depth}, M={base.hidden}, D={base.embedding}"
     )
-    lines = "".join(f"<li>{escape(line)}</li>" for line in check.summary.splitlines())
-    warnings = "".join(f'<p class="warning">Warning: {escape(warning)}.</p>' for warning in check.warnings)
-    figure = f'<img alt="Sizes against shape" src="{as_data_uri(draw_check(check))}">'
+    lines = "".join(f"<li>{_text(line)}</li>" for line in check.summary.splitlines())
+    warnings = "".join(f'<p class="warning">Warning: {_text(warning)}.</p>' for warning in check.warnings)
+    figure = f'<img alt="Sizes against shape" src="{as_data_uri(draw_check(check))}">' if check.rows else ""
     return (
-        f"<p>{escape(about)}</p>\n<ul class='summary {check.verdict}'>{lines}</ul>\n{warnings}{figure}\n"
-        f"<details><summary>All slopes</summary>{_slopes(check.rows)}</details>"
+        f"<p>{_text(about)}</p>\n<ul class='summary {check.verdict}'>{lines}</ul>\n{warnings}{figure}\n"
+        f"<details open><summary>All slopes</summary>{_slopes(check.rows)}</details>"
     )
 
 
@@ -83,7 +107,7 @@ def _slopes(rows: Sequence[Row]) -> str:
     lines = []
     for quantity, found in of_quantity.items():
         cells = "".join(_slope(found.get(axis)) for axis in axes)
-        lines.append(f"<tr><td>{escape(quantity)}</td>{cells}</tr>")
+        lines.append(f"<tr><td>{_text(quantity)}</td>{cells}</tr>")
     head = "".join(f"<th>{axis}</th>" for axis in axes)
     return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
@@ -91,14 +115,31 @@ def _slopes(rows: Sequence[Row]) -> str:
 def _slope(row: Row | None) -> str:
     if row is None:
         return "<td></td>"
-    text = escape(row.reason) if math.isnan(row.slope) else f"{row.slope:+.2f} ± {row.error:.2f}"
-    return f'<td class="number {row.verdict}">{text}</td>'
+    text = _text(row.reason) if math.isnan(row.slope) else f"{row.slope:+.2f} ± {row.error:.2f}"
+    return f'<td class="number {_text(row.verdict)}">{text}</td>'
 
 
 def _plans(plans: Mapping[str, Plan]) -> str:
     if not plans:
         return _missing("No plan was found: neither a checkpoint of a run with MLUCallback, nor a saved plan.")
-    return "\n".join(f"<p>{escape(path)}</p>\n<pre>{escape(str(plan))}</pre>" for path, plan in plans.items())
+    return _each(plans, _plan)
+
+
+def _plan(path: str, plan: Plan) -> str:
+    """The table for AdamW, and those for other optimizers, whose factors are not the same."""
+    others = "".join(
+        f"<details><summary>Factors for {family.value}</summary>{_factors(plan, family)}</details>"
+        for family in OptimizerFamily
+        if family is not OptimizerFamily.ADAMW
+    )
+    return f"<p>{_text(path)}</p>\n{_factors(plan, OptimizerFamily.ADAMW)}\n{others}"
+
+
+def _factors(plan: Plan, family: OptimizerFamily) -> str:
+    try:
+        return f"<pre>{_text(plan.table(family))}</pre>"
+    except ValueError as error:  # there are no rules for other batch sizes with some optimizers
+        return f"<p>{_text(error)}</p>"
 
 
 def _figures(values: Mapping[str, Curve], prefix: str, callback: str) -> str:
@@ -107,16 +148,25 @@ def _figures(values: Mapping[str, Curve], prefix: str, callback: str) -> str:
         return _missing(
             f"Nothing was logged under {prefix}. <code>{callback}</code> among the callbacks of a run does."
         )
-    return f'<img alt="{escape(prefix)} against step" src="{as_data_uri(curves_figure(panels, logarithmic=True))}">'
+    return _each({f"{prefix} against step": panels}, lambda title, panels: _drawn(title, panels, logarithmic=True))
+
+
+def _drawn(title: str, panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> str:
+    """A figure of curves, and how many values are not in it."""
+    count = not_drawn(panels, logarithmic)
+    limits = ", or not above 0, as a logarithmic axis has them" if logarithmic else ""
+    note = f"<p>Values that are not drawn because they are not finite{limits}: {count}</p>" if count else ""
+    return f'<img alt="{_text(title)}" src="{as_data_uri(curves_figure(panels, logarithmic))}">{note}'
 
 
 def _losses(values: Mapping[str, Curve]) -> str:
     losses = {name: curve for name, curve in values.items() if "loss" in name.lower()}
     if not losses:
         return _missing('Nothing was logged with "loss" in its name.')
-    figure = as_data_uri(curves_figure({"losses": losses}, logarithmic=False))
+    panels = {"Losses against step": {"losses": losses}}
+    figure = _each(panels, lambda title, panels: _drawn(title, panels, logarithmic=False))
     last = [[name, str(curve[-1][0]), f"{curve[-1][1]:.6g}"] for name, curve in losses.items() if curve]
-    return f'<img alt="Losses against step" src="{figure}">{_table(["loss", "last step", "value"], last)}'
+    return figure + _table(["loss", "last step", "value"], last)
 
 
 def _references(references: Mapping[str, Reference]) -> str:
@@ -136,8 +186,8 @@ def _numbers(numbers: Iterable[int]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{escape(title)}</th>" for title in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    titles = "".join(f"<th>{_text(title)}</th>" for title in head)
+    lines = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
 
 
@@ -179,7 +229,8 @@ td.pass { color: inherit; }
 .summary { list-style: none; padding: 0.6rem 0.9rem; background: var(--card); border-radius: 6px; border-left: 4px solid; }
 .missing, .warning { color: var(--soft); }
 details summary { cursor: pointer; margin: 0.5rem 0; }
-@media print { body { max-width: none; } section { break-inside: avoid-page; } nav { display: none; } }
+@media print { body { max-width: none; margin: 0; } nav { display: none; } h2 { break-after: avoid; }
+  img, tr, pre { break-inside: avoid; } pre { font-size: 8px; } }
 </style>
 </head>
 <body>

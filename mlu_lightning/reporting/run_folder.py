@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from mlu_lightning.plan import Plan
 from mlu_lightning.reference import Reference
 from mlu_lightning.reference_contents import FORMAT
 
-__all__ = ["Curve", "RunRecord", "read_run"]
+__all__ = ["UNREADABLE", "Curve", "RunRecord", "read_run", "reason"]
 
 Curve = tuple[tuple[int, float], ...]
 """Logged values with their steps, ascending."""
@@ -35,9 +38,9 @@ class RunRecord:
         folder: of the run.
         plans: by path of the file or checkpoint that has it; checkpoints of one run have one plan, and the first is named.
         checks: by path.
-        values: curves by name, from all logs.
+        values: curves by name, from all logs of the run.
         references: by path.
-        problems: why a file could not be read, by path.
+        problems: why a file could not be read, or was only in part, by path.
 
     >>> RunRecord(Path("lightning_logs/version_0")).is_empty
     True
@@ -59,26 +62,36 @@ class RunRecord:
 def read_run(folder: Path) -> RunRecord:
     """Collect what a run has left: what ``CSVLogger``, ``TensorBoardLogger`` and W&B write, checkpoints and reports.
 
+    Several loggers of one run tell the same. A log that contradicts those before it is of another run: it is left out, and
+    named among the problems.
+
     Args:
         folder: of the run, such as ``lightning_logs/version_0`` or ``wandb/offline-run-...``.
 
     Raises:
         ValueError: if there is no such folder, or nothing of a run in it.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "metrics.csv").write_text("step,train_loss\\n0,2.5\\n1,2.25\\n")
+    ...     read_run(Path(folder)).values
+    {'train_loss': ((0, 2.5), (1, 2.25))}
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}. Give that of a run, such as lightning_logs/version_0.")
     record = RunRecord(folder)
-    values: dict[str, dict[int, float]] = defaultdict(dict)
+    logs: dict[str, _Values] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = str(path.relative_to(folder))
+        name = _encodable(str(path.relative_to(folder)))
         read = _reader(path)
         if read is None:
             continue
         try:
-            read(path, name, record, values)
-        except _UNREADABLE as error:
-            record.problems[name] = f"{type(error).__name__}: {error}"
-    record.values.update({name: tuple(sorted(curve.items())) for name, curve in sorted(values.items())})
+            read(path, name, record, logs.setdefault(_log(path, name), defaultdict(dict)))
+        except UNREADABLE as error:
+            record.problems[name] = reason(error)
+    merged = _merged(logs, record.problems)
+    record.values.update({name: tuple(sorted(curve.items())) for name, curve in sorted(merged.items())})
     if record.is_empty:
         raise ValueError(
             f"Nothing of a run was found in {folder}: no metrics.csv, TensorBoard events or W&B file, no checkpoint, plan, "
@@ -87,10 +100,11 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
+    ArithmeticError,
     TypeError,
     AttributeError,
     ImportError,
@@ -101,9 +115,62 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     csv.Error,
 )
-"""What readers of damaged files raise."""
+"""What readers of damaged files raise, and what shows them."""
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line that is not too long.
+
+    Args:
+        error: one of ``UNREADABLE``.
+
+    >>> reason(KeyError("step")), reason(ValueError("it is\\nempty"))
+    ("KeyError: 'step'", 'it is empty')
+    """
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return shorten(_encodable(f"{kind}{error}"), 400, placeholder=" ...")
+
+
 _Values = dict[str, dict[int, float]]
 _Read = Callable[[Path, str, RunRecord, _Values], None]
+
+
+def _encodable(text: str) -> str:
+    """Names of files may hold bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _log(path: Path, name: str) -> str:
+    """What the files of one log have in common: a resumed run goes on in another file, and may go over steps again."""
+    if path.name.startswith("events.out.tfevents"):
+        return str(Path(name).parent)
+    return path.name if path.suffix == ".wandb" else name
+
+
+def _merged(logs: Mapping[str, _Values], problems: dict[str, str]) -> _Values:
+    """Values of all logs but for those that contradict the ones before."""
+    merged: _Values = defaultdict(dict)
+    for log, values in logs.items():
+        values.pop("epoch", None)  # which some loggers have beside the values
+        other = next((name for name in values if not _agree(merged.get(name, {}), values[name])), None)
+        if other is not None:
+            problems[log] = (
+                f"It is the log of another run than those before it, which have other values of {other}, so it is left "
+                "out. Give the folder of one run."
+            )
+            continue
+        for name, curve in values.items():
+            merged[name] = curve | merged[name]
+    return merged
+
+
+def _agree(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    """Whether values at the same steps are the same, in float32, as TensorBoard has them."""
+    pairs = [(value, other[step]) for step, value in one.items() if step in other]
+    return all(
+        math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-37) or (math.isnan(first) and math.isnan(second))
+        for first, second in pairs
+    )
 
 
 def _reader(path: Path) -> _Read | None:
@@ -119,53 +186,81 @@ def _reader(path: Path) -> _Read | None:
 
 
 def _read_csv(path: Path, name: str, record: RunRecord, values: _Values) -> None:
+    wrong = []
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
+            step = int(row["step"])
+            if abs(step) >= 2**63:
+                raise ValueError(f"There is no step {row['step']}")
             for metric, text in row.items():
-                if metric not in (None, "step", "epoch") and text:
-                    values[metric][int(row["step"])] = float(text)
+                if metric in (None, "step") or not text:
+                    continue
+                try:
+                    values[metric][step] = float(text)
+                except ValueError:
+                    wrong.append(f"{metric} at step {step} is {text!r}")
+    if wrong:
+        raise ValueError(f"Not all of it are numbers: {', '.join(wrong)}")
 
 
 def _read_events(path: Path, name: str, record: RunRecord, values: _Values) -> None:
     try:
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     except ImportError as error:
         raise ImportError("TensorBoard's events are read with its package: pip install tensorboard") from error
     events = EventAccumulator(str(path), {SCALARS: 0}).Reload()
     for metric in events.Tags()["scalars"]:
         for event in events.Scalars(metric):
             values[metric][event.step] = event.value
+    # damage ends its reading without a word; every event has 16 bytes of length and checksums
+    read, size = sum(len(event) + 16 for event in RawEventFileLoader(str(path)).Load()), path.stat().st_size
+    if read < size:
+        raise ValueError(_in_part(read, size))
+
+
+def _in_part(read: int, size: int) -> str:
+    return f"Only {read:,} of its {size:,} bytes can be read: it is damaged, or its run was killed or goes on"
 
 
 def _read_wandb(path: Path, name: str, record: RunRecord, values: _Values) -> None:
     for row in _wandb_rows(path):
         step = row.get("trainer/global_step", row.get("_step"))
+        media = {metric.removesuffix("/_type") for metric in row if metric.endswith("/_type")}
         for metric, value in row.items():
-            if isinstance(value, (int, float)) and not metric.startswith("_") and isinstance(step, int):
+            if not isinstance(value, (int, float)) or not isinstance(step, int):
+                continue
+            if metric != "trainer/global_step" and metric[:1] != "_" and metric.rpartition("/")[0] not in media:
                 values[metric][step] = float(value)
-    values.pop("trainer/global_step", None)
-    values.pop("epoch", None)
 
 
 def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """What was logged with ``wandb.log``, from W&B's file: a LevelDB log of protocol buffers, in blocks of 32 KiB."""
+    """What was logged with ``wandb.log``, from W&B's file: a LevelDB log of protocol buffers, in blocks of 32 KiB.
+
+    Every part of a record has a header of 7 bytes, with a CRC-32 of its kind and content, its length, and its kind.
+    """
     try:
         from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
     except ImportError as error:
         raise ImportError("W&B's files are read with its package: pip install wandb") from error
-    content, at, part = path.read_bytes(), 7, b""
-    if content[:4] != b":W&B":
-        raise ValueError("it does not begin as files of W&B do")
-    while at + 7 <= len(content):
+    content, at, record = path.read_bytes(), 7, b""
+    if content[:7] != b":W&B\xe1\xbe\0":
+        raise ValueError("It does not begin as files of W&B do")
+    while at < len(content):
         if (rest := 2**15 - at % 2**15) < 7:  # where no header fits
             at += rest
             continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        part += content[at + 7 : at + 7 + length]
+        if len(content) < at + 7:
+            raise ValueError(_in_part(at, len(content)))
+        checksum, length, kind = struct.unpack_from("<IHB", content, at)
+        part = content[at + 7 : at + 7 + length]
+        if len(part) < length or zlib.crc32(bytes([kind]) + part) != checksum:
+            raise ValueError(_in_part(at, len(content)))
+        record += part
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
-            found = Record.FromString(part)
-            part = b""
+            found = Record.FromString(record)
+            record = b""
             if found.HasField("history"):
                 yield {
                     "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in found.history.item
@@ -177,10 +272,20 @@ def _read_check(path: Path, name: str, record: RunRecord, values: _Values) -> No
 
 
 def _read_checkpoint(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for key, state in checkpoint["callbacks"].items():
-        if key.startswith(MLUCallback.__name__) and "plan" in state:
-            plan = Plan.from_yaml(state["plan"], name)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        # what torch says is how to read it nevertheless
+        raise ValueError(
+            "It is no checkpoint, is damaged, or holds objects, such as hyperparameters, whose reading could execute code, "
+            "which is not done here. A plan that Plan.save writes beside it is read"
+        ) from error
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    if not isinstance(callbacks, dict):
+        raise ValueError("It is not a checkpoint of a Trainer: it has no callbacks")
+    for key, state in callbacks.items():
+        if str(key).startswith(MLUCallback.__name__) and isinstance(state, dict) and "plan" in state:
+            plan = Plan.from_yaml(str(state["plan"]), name)
             if plan not in record.plans.values():
                 record.plans[name] = plan
 
@@ -199,5 +304,8 @@ def _read_reference(path: Path, name: str, record: RunRecord, values: _Values) -
 def _has_header(path: Path) -> bool:
     """Whether a safetensors file is a reference, and not the weights of a model."""
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        size = file.read(8)
+        if len(size) < 8:
+            raise ValueError("It is too short for a safetensors file")
+        length = int.from_bytes(size, "little")
         return FORMAT.encode() in file.read(min(length, 10_000_000))
