@@ -122,6 +122,7 @@ def _name(panel: Axes, places: dict[str, float]) -> None:
             va="bottom",
             fontsize=8,
             color=_COLORS["fail"],
+            parse_math=False,  # names may come from files
         )
 
 
