@@ -1,0 +1,106 @@
+"""Plans with one number that is wrong, as of a parameterization that somebody wrote by hand and got almost right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.planning import Multiplier
+from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale, scale
+
+__all__ = ["FACTORS", "Factor", "Fault", "FaultyCallback", "faulty"]
+
+Factor = Literal["std", "multiplier", "lr", "eps", "weight_decay"]
+FACTORS: tuple[Factor, ...] = ("std", "multiplier", "lr", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A factor of all parameters of one role that is not what the table says.
+
+    Where the table has a power of the shape, the factor is forgotten: it is 1 at every shape. Where it has 1, it is that
+    of a matrix instead, 1/d of the stream's ratio d, and d^(-1/2) for a std.
+
+    Args:
+        role: of the parameters.
+        factor: that is wrong.
+
+    >>> print(Fault(Role.BRANCH_IN, "lr"))
+    lr of branch_in
+    """
+
+    role: Role
+    factor: Factor
+
+    def __str__(self) -> str:
+        return f"{self.factor.replace('_', ' ')} of {self.role}"
+
+    def is_possible(self, family: OptimizerFamily) -> bool:
+        """Whether there is such a number for an optimizer: multipliers are of branches and readouts, SGD has no eps.
+
+        Args:
+            family: of optimizers.
+        """
+        if self.factor == "multiplier":
+            return self.role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.READOUT)
+        return self.factor != "eps" or family in (OptimizerFamily.ADAM, OptimizerFamily.ADAMW)
+
+    def is_forgotten(self, family: OptimizerFamily) -> bool:
+        """Whether the table has a power of the shape there.
+
+        Args:
+            family: of optimizers.
+        """
+        if self.factor == "multiplier":
+            return True
+        ratios = Ratios(depth=2.0, inputs=3.0, outputs=5.0)
+        return bool(getattr(scale(self.role, ratios, family), self.factor) != 1)
+
+
+def faulty(plan: Plan, fault: Fault) -> Plan:
+    """Plant a fault into a plan.
+
+    Args:
+        plan: that is right.
+        fault: one wrong factor.
+    """
+    stream = plan.streams[0]
+    foreign = stream.base_embedding / stream.embedding
+    reads = fault.role is Role.READOUT
+
+    class Faulty(Plan):
+        def scales(self, family: OptimizerFamily | str) -> dict[str, Scale]:
+            family = OptimizerFamily(family)
+            found = super().scales(family)
+            if fault.factor == "multiplier":
+                return found
+            wrong = 1.0 if fault.is_forgotten(family) else foreign ** (0.5 if fault.factor == "std" else 1)
+            of_role = (name for name, one in self.parameters.items() if one.role is fault.role)
+            return found | {name: replace(found[name], **{fault.factor: wrong}) for name in of_role}
+
+        def forward_multiplier(self, multiplier: Multiplier) -> float:
+            wrong = fault.factor == "multiplier" and multiplier.kind == ("readout" if reads else "branch")
+            return 1.0 if wrong else super().forward_multiplier(multiplier)
+
+    return Faulty(**{field.name: getattr(plan, field.name) for field in fields(Plan)})
+
+
+class FaultyCallback(MLUCallback):
+    """An :class:`MLUCallback` whose plan has a fault.
+
+    Args:
+        fault: one wrong factor; None for none.
+        base: the base shape.
+        residual: how multipliers are applied.
+    """
+
+    def __init__(self, fault: Fault | None, base: Any, residual: Literal["hook", "fold"] = "hook") -> None:
+        super().__init__(base, residual=residual)
+        self._fault = fault
+
+    def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
+        plan = super()._plan_of(trainer, module)
+        return plan if self._fault is None else faulty(plan, self._fault)
