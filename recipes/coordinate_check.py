@@ -69,13 +69,13 @@ def coordinate_check(
         factors: widths, next to the narrowest.
         seeds: networks of every width.
         steps: updates of each; there is one panel more.
-        seed: of the first network's weights; others have the numbers after it.
+        seed: of the first networks' weights, one for every width; others have the numbers after it.
 
     Returns:
         Curves in the order of panels, and within each as modules end in the forward pass; not that of the whole network,
         which is its last module's, and which mup does not plot.
     """
-    numbers = itertools.count(seed)
+    numbers = itertools.count(seed * len(factors))
 
     def lazy(factor: int) -> Callable[[], nn.Module]:
         def built() -> nn.Module:
