@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mlu_lightning.checking.quantities import DRIFT, FAULT, Quantity
 from mlu_lightning.checking.verdicts import Point, fit_row
 
-__all__ = ["Curve", "coordinate_check", "is_off"]
+__all__ = ["Curve", "coordinate_check", "excess", "is_off"]
 
 
 @dataclass(frozen=True)
@@ -102,27 +102,42 @@ def coordinate_check(
     ]
 
 
-def is_off(curve: Curve, output: str) -> bool:
-    """Whether a curve blows up or shrinks, by the rule that the check of this package has for its own slopes.
+def excess(curve: Curve, output: str) -> float:
+    """How far a slope is from flat.
 
-    Flat is a slope of at most 1/4, because networks are of finite size; what is off has a confidence interval that reaches
-    0.4, the least that something missing makes, and not 1/4. The output may fall as width^(-1/2), as mup's README says,
-    and here after updates too, with what is left of the start in it; before the first it has to.
+    The output may fall as width^(-1/2) at first, as mup's README says, and here as well after updates, with what is left of
+    the start in it. Before the first of them it has to.
 
     Args:
         curve: of the picture.
         output: name of the module of the network's output.
+
+    >>> excess(Curve("read", 2, -0.3, 0.05), "readout"), excess(Curve("readout", 2, -0.3, 0.05), "readout")
+    (0.3, 0.0)
+    """
+    least, most = 0.0, 0.0
+    if curve.module == output:
+        least, most = -0.5, -0.5 if curve.t == 1 else 0.0
+    return abs(curve.slope - min(max(curve.slope, least), most))
+
+
+def is_off(curve: Curve, output: str) -> bool:
+    """Whether a curve blows up or shrinks, by the rule that the check of this package has for its own slopes.
+
+    Flat is a slope of at most 1/4, because networks are of finite size; what is off has a confidence interval that reaches
+    0.4, the least that something missing makes, and not 1/4.
+
+    Args:
+        curve: of the picture.
+        output: name of the module of the network's output.
+
+    >>> is_off(Curve("read", 2, 0.5, 0.05), "readout"), is_off(Curve("read", 2, 0.5, 0.3), "readout")
+    (True, False)
     """
     if math.isnan(curve.slope):
         return True  # it is not finite
-    least, most = -DRIFT, DRIFT
-    if curve.module == output:
-        least, most = (-0.5 - DRIFT, -0.5 + DRIFT) if curve.t == 1 else (-0.5 - DRIFT, DRIFT)
-    beyond = FAULT - DRIFT
-    low, high = curve.slope - curve.error, curve.slope + curve.error
-    may_be_right = least <= high and low <= most
-    may_be_wrong = low <= least - beyond or most + beyond <= high
-    return may_be_wrong and not may_be_right
+    beyond = excess(curve, output)
+    return beyond - curve.error > DRIFT and beyond + curve.error >= FAULT
 
 
 def _fitted(module: str, t: int, records: Sequence[Mapping[str, Any]]) -> Curve:
