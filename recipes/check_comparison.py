@@ -1,100 +1,116 @@
-"""The check of this package and the coordinate check of microsoft/mup, on the same faults of the same model.
+"""Our check beside the coordinate check of microsoft/mup: the same networks, the same faults, and what each of them finds.
 
-    pip install --no-deps mup pandas tqdm
+    pip install --no-deps mup pandas
     python recipes/check_comparison.py
 
-Without ``--no-deps``, mup installs torchvision, and with that another torch. Only the width grows, heads and embedding
-alike, because mup does not change depth, and there the MLU parameterization is µP. Every plan has one wrong factor
-(``plan_faults.py``); modules, plans, optimizers and seeds are the same for both, and so are batches, of which the coordinate
-check takes the first one in every step, as by default.
-
-The coordinate check records the mean absolute value of what every submodule returns, at every step, and leaves it to the
-user to look at the curves. Here they are read as its documentation says, with the bound that the check of this package has
-for finite networks: a curve that grows with the width at any step is wrong, and so is one that falls at the last step; at
-the first ones outputs may fall, because a random readout cancels out. The role that it names is that of the steepest curve.
+mup's parameterization is of width alone. So a causal Transformer grows in width alone here, heads and embedding together,
+where µP and MLU have the same numbers. There is one wrong factor after the other (``plan_faults.py``) in two of them:
+*plan* is the package's Transformer with the package's plan and its scaled AdamW, and *mup* is the same Transformer as mup's
+README makes it, with ``MuReadout`` and ``MuAdamW`` (``mup_transformer.py``), which has no rule for eps. Each of them is
+checked in both ways, with the same widths, seeds and number of updates, on one core. Ours *found* a fault if its verdict is
+fail, and *named* it if the first role that it names is the one that is wrong. mup's draws curves and leaves the verdict to
+its reader; ``coordinate_check.py`` reads them by the rule that ours has for its slopes. There a fault is named if it is in
+the module whose curve is the first to be off.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from time import process_time
 
-import numpy as np
 import torch
 from gradient_descent import check_command, command, in_processes
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from plan_faults import FACTORS, Fault, FaultyCallback, faulty
-from planted_faults import text_batches
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mlu_lightning import Plan, Shape, attach_multipliers, check, initialize, scale_optimizer
-from mlu_lightning.checking.quantities import DRIFT
 from mlu_lightning.models import CausalTransformer
+from mlu_lightning.quickstart import load_text
 from mlu_lightning.rules import OptimizerFamily, Role
 
-__all__ = ["Case", "Finding", "Outcome", "compare", "main", "run"]
+__all__ = ["SUBJECTS", "Case", "Outcome", "cases", "main", "measure", "run"]
 
-FACTORS_OF_WIDTH = (1, 2, 4, 8)
-STEPS = 4
-_BASE = 32
-_ROLES = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.BRANCH_NORM, Role.STREAM_NORM, Role.READOUT)
+SUBJECTS = ("plan", "mup")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What both are asked.
+    """Networks that are checked in both ways.
 
     Args:
-        fault: of the plan, None if it is right.
-        seed: of the first run.
-        seeds: runs at every width.
+        subject: one of :data:`SUBJECTS`.
+        fault: what is wrong with it, None if nothing is.
+        eps: whether eps is large beside the gradients.
+        seed: of the first network of every width.
+        seeds: networks of every width.
+        factors: widths, next to the narrowest.
     """
 
+    subject: str
     fault: Fault | None
+    eps: bool
     seed: int
     seeds: int
+    factors: tuple[int, ...]
+
+    @property
+    def wrong(self) -> tuple[Role, ...]:
+        """Roles that have a wrong number, which all have whose eps does not scale."""
+        if self.fault is not None:
+            return (self.fault.role,)
+        return _ROLES if self.subject == "mup" and self.eps else ()
+
+    def __str__(self) -> str:
+        if self.fault is not None:
+            return str(self.fault)
+        return "eps of every role" if self.wrong else "no fault"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What one of them says.
+class Answer:
+    """What one of the two checks said.
 
     Args:
-        verdict: ``"fail"``, ``"pass"`` or ``"undecided"``.
-        role: that it names first, empty if none.
-        seconds: that it took.
+        verdict: ``"pass"``, ``"fail"``, or ``"undecided"``, which ours has.
+        says: the role that ours names first; how many curves of mup's are off, and the slope of the first of them, or
+            the largest slope if none is.
+        named: whether that is the role with the fault.
+        seconds: of one core that the check took.
     """
 
     verdict: str
-    role: str
+    says: str
+    named: bool
     seconds: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What both say.
+    """What both said.
 
     Args:
-        case: that they were asked.
-        ours: of this package.
-        theirs: of mup.
+        case: that was checked.
+        ours: our check.
+        mups: that of mup.
     """
 
     case: Case
-    ours: Finding
-    theirs: Finding
+    ours: Answer
+    mups: Answer
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the comparison as the command line says.
+    """Run the study as the command line says.
 
     Args:
         args: of the command line; by default those of the process.
@@ -102,167 +118,222 @@ def main(args: Sequence[str] | None = None) -> None:
     command(run, Path(__file__).name, args)
 
 
-def run(workers: int = 2, seeds: int = 4, right: int = 5, quick: bool = False) -> None:
-    """Plant every fault that width shows, and ask both.
+def run(
+    output: str = "check-comparison", workers: int = 2, seeds: int = 4, right: int = 10, quick: bool = False
+) -> None:
+    """Check networks with every fault, and networks without one, in both ways.
 
     Args:
-        workers: number of comparisons at a time, each on one core.
-        seeds: runs at every width.
-        right: number of comparisons without a fault.
-        quick: whether to try one fault only (``--quick``).
+        output: folder of the outcomes.
+        workers: number of cases at a time, each on one core.
+        seeds: networks of every width in a check.
+        right: checks of networks without a fault, each with other seeds.
+        quick: whether to try the machinery only, with few faults and widths (``--quick``).
     """
     check_command(workers, seeds)
-    if find_spec("mup") is None:
-        sys.exit("mup is not installed: pip install --no-deps mup pandas tqdm")
-    console = Console(width=None if sys.stdout.isatty() else 125)
-    faults = [Fault(role, factor) for role in _ROLES for factor in FACTORS]
-    faults = [fault for fault in faults if fault.is_possible(OptimizerFamily.ADAMW) and _shows_in_width(fault)]
-    cases = [Case(fault, 0, seeds) for fault in faults[:1] if quick] or [
-        *(Case(fault, 0, seeds) for fault in faults),
-        *(Case(None, number * seeds, seeds) for number in range(right)),
-    ]
-    console.print(_table(in_processes(compare, cases, workers, "comparisons", console)))
+    if find_spec("mup") is None or find_spec("pandas") is None:
+        sys.exit("The study compares with mup, which is not installed: pip install --no-deps mup pandas.")
+    console = Console(width=None if sys.stdout.isatty() else 155)
+    outcomes = in_processes(measure, cases(seeds, right, quick), workers, "cases", console)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = [{**asdict(one), "case": {**asdict(one.case), "fault": str(one.case)}} for one in outcomes]
+    (folder / "outcomes.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    console.print(_faults_table([one for one in outcomes if one.case.wrong]))
+    console.print(_right_table([one for one in outcomes if not one.case.wrong]))
 
 
-def compare(case: Case) -> Outcome:
-    """Ask both.
+def cases(seeds: int, right: int, quick: bool) -> list[Case]:
+    """List what is checked: every fault that there is along the width, and nothing wrong with ever other seeds.
 
     Args:
-        case: what they are asked.
+        seeds: networks of every width in a check.
+        right: checks without a fault.
+        quick: whether to take few faults and widths.
     """
-    return Outcome(case, _ours(case), _theirs(case))
+    factors = (1, 2, 4) if quick else (1, 2, 4, 8)
+    faults = [Fault(role, factor) for role in _ROLES for factor in FACTORS]
+    faults = [fault for fault in faults if fault.is_possible(OptimizerFamily.ADAMW) and _is_in_widths(fault)]
+    if quick:
+        faults = [fault for fault in faults if fault.role is Role.BRANCH_IN and fault.factor != "std"]
+    found = []
+    for subject in SUBJECTS:
+        own_eps = subject == "plan"
+        found += [
+            Case(subject, fault, fault.factor == "eps", 1000, seeds, factors)
+            for fault in faults
+            if own_eps or fault.factor != "eps"
+        ]
+        found += [Case(subject, None, False, seeds * number, seeds, factors) for number in range(right)]
+        found += [
+            Case(subject, None, True, seeds * number, seeds, factors) for number in range(right if own_eps else 1)
+        ]
+    return found
 
 
-def _ours(case: Case) -> Finding:
-    begin = perf_counter()
+def measure(case: Case) -> Outcome:
+    """Check a case in both ways.
+
+    Args:
+        case: which one.
+    """
+    return Outcome(case, _ours(case), _mups(case))
+
+
+def _ours(case: Case) -> Answer:
+    def build(depth: int, hidden: int, embedding: int) -> LightningModule:
+        return _transformer(case, embedding)
+
+    def callbacks(base: LightningModule) -> list[Callback]:
+        return [FaultyCallback(case.fault, base)] if case.subject == "plan" else []
+
+    begin = process_time()
     report = check(
-        lambda depth, hidden, embedding: _model(embedding, case.fault),
-        Shape(1, 1, _BASE),
-        text_batches(),
-        callbacks=lambda base: [FaultyCallback(case.fault, base)],
-        axes=["embedding"],
-        factors=FACTORS_OF_WIDTH,
+        build,
+        Shape(1, 1, 1),
+        _batches(),
+        callbacks=callbacks,
+        axes=["together"],
+        factors=(*case.factors, 2 * case.factors[-1]),  # all grow together by all of these but the last
         seeds=case.seeds,
-        steps=STEPS,
+        steps=_STEPS,
         seed=case.seed,
     )
+    seconds = process_time() - begin
     first = report.causes[0].role if report.causes else ""
-    return Finding(report.verdict, first, perf_counter() - begin)
+    return Answer(report.verdict, first, first in case.wrong, seconds)
 
 
-def _theirs(case: Case) -> Finding:
-    from mup.coord_check import _get_coord_data  # the public function makes its optimizers itself
+def _mups(case: Case) -> Answer:
+    from coordinate_check import coordinate_check, excess, is_off  # which needs mup
 
-    begin = perf_counter()
-    batch = text_batches()[0]
-    plans: dict[nn.Module, Plan] = {}
-    base = Plan.from_model(_model(_BASE, case.fault), batch, base=_model(_BASE, case.fault))
-
-    def lazy(width: int) -> Callable[[], nn.Module]:
-        def build() -> nn.Module:
-            module = _model(width, case.fault)
-            plan = Plan.from_model(module, batch, base=base)
-            plans[module] = plan if case.fault is None else faulty(plan, case.fault)
-            initialize(module, plans[module], seed=torch.initial_seed())
-            attach_multipliers(module, plans[module])
-            return module
-
-        return build
-
-    def optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        made: torch.optim.Optimizer = module.configure_optimizers()  # type: ignore[operator]  # a LightningModule
-        scale_optimizer(made, module, plans[module])
-        return made
-
-    torch.manual_seed(case.seed)
-    frame = _get_coord_data(
-        {_BASE * factor: lazy(_BASE * factor) for factor in FACTORS_OF_WIDTH},
-        [(batch[:, :-1], batch[:, 1:].flatten())],
-        optimizer,
-        nsteps=STEPS,
-        flatten_output=True,
-        cuda=False,
-        nseeds=case.seeds,
-        show_progress=False,
+    batch = _batches()[case.seed % len(_batches())]
+    begin = process_time()
+    curves = coordinate_check(
+        lambda factor: _network(case, factor), _optimizer, batch, case.factors, case.seeds, _STEPS, case.seed
     )
-    slopes = _slopes(frame)
-    wrong = {
-        (module, step): slope
-        for (module, step), slope in slopes.items()
-        if slope > DRIFT or (step == STEPS and slope < -DRIFT)
-    }
-    if not wrong:
-        return Finding("pass", "", perf_counter() - begin)
-    steepest, _ = max(wrong, key=lambda key: abs(wrong[key]))
-    return Finding("fail", _role_of(steepest, base), perf_counter() - begin)
+    seconds = process_time() - begin
+    off = [curve for curve in curves if is_off(curve, "readout")]
+    if not off:
+        largest = max(curves, key=lambda curve: excess(curve, "readout"))
+        return Answer("pass", f"largest {largest}", False, seconds)
+    base = _transformer(case, 1)
+    roles = Plan.from_model(base, base=base).roles
+    named = roles.get(f"{off[0].module}.weight") in case.wrong
+    return Answer("fail", f"{len(off)} of {len(curves)}: {off[0]}", named, seconds)
 
 
-def _model(embedding: int, fault: Fault | None) -> LightningModule:
-    # with eps so large, updates are proportional to gradients, beside which decay would be all that is seen
-    lr, eps, decay = (0.3, 1.0, 0.0) if fault is not None and fault.factor == "eps" else (2**-6, 1e-8, 0.1)
-    heads = embedding // 16
-    return CausalTransformer(128, 32, 2, embedding, heads, mlp_hidden=64 * heads, lr=lr, eps=eps, weight_decay=decay)
+def _transformer(case: Case, factor: int) -> CausalTransformer:
+    # eps so large that updates are proportional to gradients, beside which decay would be all that is seen
+    lr, eps, decay = (0.3, 1.0, 0.0) if case.eps else (2**-6, 1e-8, 0.1)
+    vocabulary = _tokens()[1]
+    if case.subject == "mup":
+        from mup_transformer import MuTransformer
+
+        return MuTransformer(factor, case.fault, vocabulary, _CONTEXT, _DEPTH, _EMBEDDING, _HEADS, lr, eps, decay)
+    embedding, heads = _EMBEDDING * factor, _HEADS * factor
+    return CausalTransformer(vocabulary, _CONTEXT, _DEPTH, embedding, heads, lr=lr, eps=eps, weight_decay=decay)
 
 
-def _shows_in_width(fault: Fault) -> bool:
-    """Multipliers of branches are powers of the depth alone."""
-    return fault.factor != "multiplier" or fault.role is Role.READOUT
+def _network(case: Case, factor: int) -> CausalTransformer:
+    """Build a network for mup's check, as our check and its callback do."""
+    module = _transformer(case, factor)
+    if case.subject == "mup":
+        return module
+    plan = Plan.from_model(module, base=_transformer(case, 1))
+    plan = plan if case.fault is None else faulty(plan, case.fault)
+    initialize(module, plan)
+    attach_multipliers(module, plan)
+    make = module.configure_optimizers
+
+    def scaled() -> Optimizer:
+        optimizer = make()
+        assert isinstance(optimizer, Optimizer)
+        scale_optimizer(optimizer, module, plan)
+        return optimizer
+
+    vars(module)["configure_optimizers"] = scaled
+    return module
 
 
-def _slopes(frame: Any) -> dict[tuple[str, int], float]:
-    """Slope of log l1 against log width for every submodule and step, over the mean of seeds."""
-    means = frame.groupby(["module", "t", "width"])["l1"].mean()
-    curves: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for (module, step, width), size in means.items():
-        curves[module, step].append((np.log(width), np.log(size)))
-    return {key: float(np.polyfit(*np.array(curve).T, 1)[0]) for key, curve in curves.items()}
+def _optimizer(module: nn.Module) -> Optimizer:
+    assert isinstance(module, CausalTransformer)
+    optimizer = module.configure_optimizers()
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
 
 
-def _role_of(module: str, plan: Plan) -> str:
-    """Role of the matrix, or else of the gain, that a submodule has, or that is the last one in it."""
-    roles = [one.role for name, one in plan.parameters.items() if name.startswith(f"{module}.") or not module]
-    matrices = [role for role in roles if role.is_matrix]
-    return str((matrices or roles or [""])[-1])
+def _is_in_widths(fault: Fault) -> bool:
+    """Whether a fault is one where only widths grow: multipliers of branches are 1/l."""
+    return fault != Fault(Role.BRANCH_OUT, "multiplier")
 
 
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table("", "mlu_lightning", "names", "seconds", "mup", "names", "seconds")
-    faults = [one for one in outcomes if one.case.fault is not None]
-    for one in faults:
-        cells = [cell for finding in (one.ours, one.theirs) for cell in _cells(finding, one.case.fault)]
-        table.add_row(str(one.case.fault), *cells)
-    table.add_section()
-    for title, part in (("found", _is_found), ("named", _is_named)):
-        counts = [sum(part(finding(one), one.case.fault) for one in faults) for finding in (_first, _second)]
-        table.add_row(f"{title}, of {len(faults)}", str(counts[0]), "", "", str(counts[1]), "", "")
-    rights = [one for one in outcomes if one.case.fault is None]
-    if rights:
-        passed = [sum(finding(one).verdict == "pass" for one in rights) for finding in (_first, _second)]
-        table.add_row(f"no fault: pass, of {len(rights)}", str(passed[0]), "", "", str(passed[1]), "", "")
-    seconds = [sum(finding(one).seconds for one in outcomes) / len(outcomes) for finding in (_first, _second)]
-    table.add_row("mean", "", "", f"{seconds[0]:.1f}", "", "", f"{seconds[1]:.1f}")
+@cache
+def _tokens() -> tuple[Tensor, int]:
+    """The text and the number of its characters."""
+    text = torch.frombuffer(bytearray(load_text()), dtype=torch.uint8)
+    vocabulary, tokens = torch.unique(text, return_inverse=True)
+    return tokens, len(vocabulary)
+
+
+@cache
+def _batches() -> list[Tensor]:
+    tokens = _tokens()[0]
+    starts = torch.randint(len(tokens) - _CONTEXT, (64, _SAMPLES, 1), generator=torch.Generator().manual_seed(0))
+    return list(tokens[starts + torch.arange(_CONTEXT + 1)])
+
+
+def _faults_table(outcomes: Sequence[Outcome]) -> Table:
+    """A line for every fault, and how many of them were found and named."""
+    table = Table("in", "fault", "ours", "names first", "s", "mup's", "curves off: slope of the first", "s")
+    table.columns[4].justify = table.columns[7].justify = "right"
+    for subject in SUBJECTS:
+        found = [one for one in outcomes if one.case.subject == subject]
+        for one in found:
+            cells = (*_cells(one.ours), *_cells(one.mups))
+            table.add_row(subject, str(one.case), *cells)
+        counts = (_counts([one.ours for one in found]), _counts([one.mups for one in found]))
+        table.add_row(
+            subject, f"all {len(found)}", counts[0], "", "", counts[1], "", "", end_section=True, style="bold"
+        )
     return table
 
 
-def _first(outcome: Outcome) -> Finding:
-    return outcome.ours
+def _cells(answer: Answer) -> tuple[str, str, str]:
+    verdict = {"fail": "found, named" if answer.named else "found", "pass": "-"}.get(answer.verdict, answer.verdict)
+    return verdict, answer.says, f"{answer.seconds:.1f}"
 
 
-def _second(outcome: Outcome) -> Finding:
-    return outcome.theirs
+def _counts(answers: Sequence[Answer]) -> str:
+    found = sum(one.verdict == "fail" for one in answers)
+    return f"{found} found, {sum(one.named for one in answers)} named"
 
 
-def _is_found(finding: Finding, _: Fault | None) -> bool:
-    return finding.verdict == "fail"
+def _right_table(outcomes: Sequence[Outcome]) -> Table:
+    """What both said of networks without a fault."""
+    table = Table(
+        "in", "eps", "checks", "ours: pass", "undecided", "fail", "s", "mup's: pass", "fail", "s", title="no fault"
+    )
+    for subject, eps in dict.fromkeys((one.case.subject, one.case.eps) for one in outcomes):
+        found = [one for one in outcomes if (one.case.subject, one.case.eps) == (subject, eps)]
+        cells = []
+        for answers, verdicts in (
+            ([one.ours for one in found], ("pass", "undecided", "fail")),
+            ([one.mups for one in found], ("pass", "fail")),
+        ):
+            cells += [str(sum(one.verdict == verdict for one in answers)) for verdict in verdicts]
+            cells.append(f"{sum(one.seconds for one in answers) / len(answers):.1f}")
+        table.add_row(subject, "large" if eps else "", str(len(found)), *cells)
+    return table
 
 
-def _is_named(finding: Finding, fault: Fault | None) -> bool:
-    return fault is not None and finding.role == fault.role.value
-
-
-def _cells(finding: Finding, fault: Fault | None) -> tuple[str, str, str]:
-    mark = " ✓" if _is_named(finding, fault) else ""
-    return finding.verdict, f"{finding.role}{mark}", f"{finding.seconds:.1f}"
+_STEPS = 4
+_CONTEXT = 32
+_SAMPLES = 16
+_DEPTH = 2
+_EMBEDDING = 32
+_HEADS = 2
+_ROLES = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.BRANCH_NORM, Role.STREAM_NORM, Role.READOUT)
 
 
 if __name__ == "__main__":
