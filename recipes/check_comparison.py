@@ -1,7 +1,10 @@
 """Our check beside the coordinate check of microsoft/mup: the same networks, the same faults, and what each of them finds.
 
-    pip install --no-deps mup pandas
+    pip install pandas
+    pip install --no-deps mup
     python recipes/check_comparison.py
+
+Without ``--no-deps``, mup installs torchvision, and with that another torch. pandas is all else that its check needs.
 
 mup's parameterization is of width alone. So a causal Transformer grows in width alone here, heads and embedding together,
 where µP and MLU have the same numbers. There is one wrong factor after the other (``plan_faults.py``) in two of them:
@@ -19,23 +22,21 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 
-import torch
 from gradient_descent import check_command, command, in_processes
 from lightning.pytorch import Callback, LightningModule
 from plan_faults import FACTORS, Fault, FaultyCallback, faulty
+from planted_faults import text_batches
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from mlu_lightning import Plan, Shape, attach_multipliers, check, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.quickstart import load_text
 from mlu_lightning.rules import OptimizerFamily, Role
 
 __all__ = ["SUBJECTS", "Case", "Outcome", "cases", "main", "measure", "run"]
@@ -132,7 +133,7 @@ def run(
     """
     check_command(workers, seeds)
     if find_spec("mup") is None or find_spec("pandas") is None:
-        sys.exit("The study compares with mup, which is not installed: pip install --no-deps mup pandas.")
+        sys.exit("The study compares with mup: pip install pandas, and pip install --no-deps mup.")
     console = Console(width=None if sys.stdout.isatty() else 155)
     outcomes = in_processes(measure, cases(seeds, right, quick), workers, "cases", console)
     folder = Path(output)
@@ -191,7 +192,7 @@ def _ours(case: Case) -> Answer:
     report = check(
         build,
         Shape(1, 1, 1),
-        _batches(),
+        text_batches(),
         callbacks=callbacks,
         axes=["together"],
         factors=(*case.factors, 2 * case.factors[-1]),  # all grow together by all of these but the last
@@ -207,7 +208,8 @@ def _ours(case: Case) -> Answer:
 def _mups(case: Case) -> Answer:
     from coordinate_check import coordinate_check, excess, is_off  # which needs mup
 
-    batch = _batches()[case.seed % len(_batches())]
+    batches = text_batches()
+    batch = batches[case.seed % len(batches)]
     begin = process_time()
     curves = coordinate_check(
         lambda factor: _network(case, factor), _optimizer, batch, case.factors, case.seeds, _STEPS, case.seed
@@ -226,13 +228,12 @@ def _mups(case: Case) -> Answer:
 def _transformer(case: Case, factor: int) -> CausalTransformer:
     # eps so large that updates are proportional to gradients, beside which decay would be all that is seen
     lr, eps, decay = (0.3, 1.0, 0.0) if case.eps else (2**-6, 1e-8, 0.1)
-    vocabulary = _tokens()[1]
     if case.subject == "mup":
         from mup_transformer import MuTransformer
 
-        return MuTransformer(factor, case.fault, vocabulary, _CONTEXT, _DEPTH, _EMBEDDING, _HEADS, lr, eps, decay)
+        return MuTransformer(factor, case.fault, _VOCABULARY, _CONTEXT, _DEPTH, _EMBEDDING, _HEADS, lr, eps, decay)
     embedding, heads = _EMBEDDING * factor, _HEADS * factor
-    return CausalTransformer(vocabulary, _CONTEXT, _DEPTH, embedding, heads, lr=lr, eps=eps, weight_decay=decay)
+    return CausalTransformer(_VOCABULARY, _CONTEXT, _DEPTH, embedding, heads, lr=lr, eps=eps, weight_decay=decay)
 
 
 def _network(case: Case, factor: int) -> CausalTransformer:
@@ -266,21 +267,6 @@ def _optimizer(module: nn.Module) -> Optimizer:
 def _is_in_widths(fault: Fault) -> bool:
     """Whether a fault is one where only widths grow: multipliers of branches are 1/l."""
     return fault != Fault(Role.BRANCH_OUT, "multiplier")
-
-
-@cache
-def _tokens() -> tuple[Tensor, int]:
-    """The text and the number of its characters."""
-    text = torch.frombuffer(bytearray(load_text()), dtype=torch.uint8)
-    vocabulary, tokens = torch.unique(text, return_inverse=True)
-    return tokens, len(vocabulary)
-
-
-@cache
-def _batches() -> list[Tensor]:
-    tokens = _tokens()[0]
-    starts = torch.randint(len(tokens) - _CONTEXT, (64, _SAMPLES, 1), generator=torch.Generator().manual_seed(0))
-    return list(tokens[starts + torch.arange(_CONTEXT + 1)])
 
 
 def _faults_table(outcomes: Sequence[Outcome]) -> Table:
@@ -328,8 +314,8 @@ def _right_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 _STEPS = 4
+_VOCABULARY = 128
 _CONTEXT = 32
-_SAMPLES = 16
 _DEPTH = 2
 _EMBEDDING = 32
 _HEADS = 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -76,7 +75,7 @@ def test_mup_has_the_numbers_of_the_plan_with_the_same_fault(fault: Any) -> None
 @pytest.mark.parametrize("fault", [None, READ_STD, READOUT_MULTIPLIER], ids=str)
 def test_networks_of_both_checks_are_the_same(fault: Any) -> None:
     case = recipe.Case("plan", fault, False, 0, 1, (1, 2, 4))
-    batch = recipe._batches()[0]
+    batch = recipe.text_batches()[0]
     torch.manual_seed(3)
     ours = recipe._transformer(case, 2)
     callback = faults.FaultyCallback(fault, recipe._transformer(case, 1))
@@ -158,13 +157,11 @@ def test_what_is_off(module: str, t: int, slope: float, error: float, off: bool)
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block, and batches of fewer and shorter samples."""
-    for name, value in (("_DEPTH", 1), ("_CONTEXT", 16), ("_SAMPLES", 8)):
-        monkeypatch.setattr(recipe, name, value)
-    recipe._batches.cache_clear()
-    yield
-    recipe._batches.cache_clear()
+    batches = [batch[:8, :17] for batch in recipe.text_batches()]
+    monkeypatch.setattr(recipe, "text_batches", lambda: batches)
+    monkeypatch.setattr(recipe, "_DEPTH", 1)
 
 
 def test_how_far_the_output_may_fall() -> None:
@@ -176,7 +173,7 @@ def test_how_far_the_output_may_fall() -> None:
 
 def test_what_both_find(small: None) -> None:
     """A learning rate that does not fall with the width: in mup's own networks, by both checks."""
-    case = recipe.Case("mup", faults.Fault(Role.BRANCH_IN, "lr"), False, 0, 2, (1, 2, 4))
+    case = recipe.Case("mup", faults.Fault(Role.BRANCH_IN, "lr"), False, 0, 2, (1, 2, 4, 8))
     outcome = recipe.measure(case)
     assert (outcome.ours.verdict, outcome.ours.says, outcome.ours.named) == ("fail", "branch_in", True)
     assert outcome.mups.verdict == "fail"
@@ -186,7 +183,7 @@ def test_what_both_find(small: None) -> None:
 
 def test_what_activations_do_not_show(small: None) -> None:
     """Decay that is wrong by a power of the width takes away a part in a thousand of a weight in a few steps."""
-    case = recipe.Case("plan", faults.Fault(Role.BRANCH_IN, "weight_decay"), False, 0, 2, (1, 2, 4))
+    case = recipe.Case("plan", faults.Fault(Role.BRANCH_IN, "weight_decay"), False, 0, 2, (1, 2, 4, 8))
     outcome = recipe.measure(case)
     assert (outcome.ours.verdict, outcome.ours.says, outcome.ours.named) == ("fail", "branch_in", True)
     assert (outcome.mups.verdict, outcome.mups.says[:8]) == ("pass", "largest ")
@@ -205,7 +202,7 @@ def test_cases() -> None:
 
 def test_without_mup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(recipe, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="mup, which is not installed: pip install --no-deps mup pandas"):
+    with pytest.raises(SystemExit, match="compares with mup: pip install pandas, and pip install --no-deps mup"):
         recipe.main([f"--output={tmp_path}"])
 
 
