@@ -174,7 +174,8 @@ def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Me
                     points[one.quantity, size.axis].append(point)
     order = sorted(points, key=lambda key: (KINDS.index(key[0].kind), AXES.index(key[1])))
     for quantity, axis in order:
-        yield fit_row(quantity, axis, points[quantity, axis])
+        others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
+        yield fit_row(quantity, axis, points[quantity, axis], others)
 
 
 def _geometric_mean(values: Sequence[float]) -> float:

@@ -35,7 +35,7 @@ its place, over the input.
 DRIFT = 0.25
 """How far slopes may be from those of the limit because networks are of finite size."""
 
-FAULT = 0.4
+FAULT = 0.45
 """How far slopes are, at least, if something is missing: powers in the table are multiples of 1/2, and drift as well."""
 
 
@@ -94,9 +94,10 @@ def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
     """Range of slopes that networks of finite size may have on the way to the expected one.
 
     What happens at random in the stream is sqrt(D/(L M)) of a coordinate, and in outputs 1/sqrt(D) or 1/sqrt(L M)
-    (theory.md, section 2). Gradients of gains and gates in a branch come through matrices that know nothing of them yet,
-    and so do effects of all roles on streams and outputs: they are of this size at first, and of the expected one later.
-    Effects are sums of such parts, and may drift from either by as much again.
+    (theory.md, section 2), so that it falls with all three together as the inverse root and the inverse of the size. Streams
+    and outputs move by such parts at first, and by the expected ones later, as a whole and by the effects of roles.
+    Gradients of gains and gates in a branch come through matrices that know nothing of them yet, and are of this size as
+    well. Effects may drift from either by as much again.
 
     Args:
         quantity: whose slope it is.
@@ -108,10 +109,12 @@ def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
     (-0.5, 1.0)
     """
     low = high = 0.0
-    if quantity.kind == "effect on output":
-        low = -0.5
-    elif quantity.kind == "effect on stream" or (quantity.kind == "update" and quantity.role in _AT_RANDOM):
-        low, high = (0.0, 0.5) if axis == "embedding" else (-0.5, 0.0)
+    if quantity.kind in ("output", "effect on output"):
+        low = -1.0 if axis == "together" else -0.5
+    of_stream = quantity.kind in ("stream", "effect on stream")
+    gain = quantity.role in _AT_RANDOM and quantity.kind not in ("start", "decay")
+    if of_stream or gain:
+        low, high = (low, high + 0.5) if axis == "embedding" else (low - 0.5, high)
     drift = 2 * DRIFT if quantity.kind.startswith("effect") else DRIFT
     return low - drift, high + drift
 

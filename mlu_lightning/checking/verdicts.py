@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -92,7 +92,7 @@ class Cause:
         return f"{self.role}: look at its {self.factor}; {self.rows[0]}"
 
 
-def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
+def fit_row(quantity: Quantity, axis: str, points: Sequence[Point], others: Sequence[Sequence[Point]] = ()) -> Row:
     """Fit the slope of a quantity against size, and judge it.
 
     Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. If the mean over
@@ -103,6 +103,7 @@ def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
         quantity: that was measured.
         axis: along which the shape grew.
         points: of every size and seed.
+        others: those of other axes, along which the quantity is as noisy.
 
     >>> quantity = Quantity("update", "mlp.weight", "branch_in")
     >>> points = [Point(n, seed, 2.0 * n, 2.0 * n, 2.0 * n) for n in (1, 2, 4) for seed in (0, 1)]
@@ -111,12 +112,16 @@ def fit_row(quantity: Quantity, axis: str, points: Sequence[Point]) -> Row:
     (1.0, 'fail')
     """
     points = tuple(points)
-    mean = _judged(quantity, axis, points, [point.value for point in points], "")
+
+    def judged(of: Callable[[Point], float], reason: str) -> Row:
+        return _judged(quantity, axis, points, of, reason, others)
+
+    mean = judged(lambda point: point.value, "")
     if mean.verdict == "fail" or math.isnan(mean.slope) or quantity.kind not in ("start", "update", "decay"):
         return mean
     extremes = [
-        _judged(quantity, axis, points, [point.highest for point in points], "at the place where it is largest"),
-        _judged(quantity, axis, points, [point.lowest for point in points], "at the place where it is smallest"),
+        judged(lambda point: point.highest, "at the place where it is largest"),
+        judged(lambda point: point.lowest, "at the place where it is smallest"),
     ]
     failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
@@ -183,17 +188,25 @@ def _deviation(row: Row) -> float:
     return math.inf if math.isnan(row.slope) else abs(row.slope) - row.error
 
 
-def _judged(quantity: Quantity, axis: str, points: tuple[Point, ...], values: Sequence[float], reason: str) -> Row:
+def _judged(
+    quantity: Quantity,
+    axis: str,
+    points: tuple[Point, ...],
+    of: Callable[[Point], float],
+    reason: str,
+    others: Sequence[Sequence[Point]],
+) -> Row:
+    values = [of(point) for point in points]
     row = Row(quantity, axis, math.nan, math.nan, "undecided", reason, points)
     if not all(math.isfinite(value) for value in values):
         return replace(row, verdict="fail", reason="it is not finite")
     if any(value == 0 for value in values):
         return replace(row, reason="it does not move" if not any(values) else "it does not move in some runs")
-    seeds = sorted({point.seed for point in points})
-    freedom = len(points) - len(seeds) - 1
-    if len({point.factor for point in points}) < 3 or freedom < 2:
+    fit = _Fit.of(points, values)
+    if len({point.factor for point in points}) < 3 or fit.freedom < 2:
         return replace(row, reason="there are too few sizes or seeds")
-    slope, error = _fit(points, values, seeds, freedom)
+    clean = [other for other in others if all(0 < of(point) < math.inf for point in other)]
+    slope, error = fit.slope, fit.error([_Fit.of(other, [of(point) for point in other]) for other in clean])
     lowest, highest = lowest_and_highest(quantity, axis)
     beyond = FAULT - DRIFT
     may_be_right = lowest <= slope + error and slope - error <= highest
@@ -204,14 +217,32 @@ def _judged(quantity: Quantity, axis: str, points: tuple[Point, ...], values: Se
     return replace(row, slope=slope, error=error, verdict=verdict)
 
 
-def _fit(points: Sequence[Point], values: Sequence[float], seeds: Sequence[int], freedom: int) -> tuple[float, float]:
-    """Slope and half its confidence interval, with a constant for each seed."""
-    from scipy import stats  # which is optional, for those who only train
+@dataclass(frozen=True)
+class _Fit:
+    """A line through logarithms, with a constant for each seed."""
 
-    sizes, logs = np.log([point.factor for point in points]), np.log(values)
-    of_seed = np.array([[point.seed == seed for seed in seeds] for point in points], dtype=float)
-    design = np.column_stack((sizes, of_seed))
-    coefficients, *_ = np.linalg.lstsq(design, logs, rcond=None)
-    residual = logs - design @ coefficients
-    variance = residual @ residual / freedom * np.linalg.inv(design.T @ design)[0, 0]
-    return float(coefficients[0]), float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance))
+    slope: float
+    squares: float
+    freedom: int
+    spread: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point], values: Sequence[float]) -> _Fit:
+        seeds = sorted({point.seed for point in points})
+        sizes, logs = np.log([point.factor for point in points]), np.log(values)
+        of_seed = np.array([[point.seed == seed for seed in seeds] for point in points], dtype=float)
+        design = np.column_stack((sizes, of_seed))
+        coefficients, *_ = np.linalg.lstsq(design, logs, rcond=None)
+        residual = logs - design @ coefficients
+        spread = sizes - of_seed @ np.linalg.lstsq(of_seed, sizes, rcond=None)[0]
+        freedom = len(points) - len(seeds) - 1
+        return cls(float(coefficients[0]), float(residual @ residual), freedom, float(spread @ spread))
+
+    def error(self, others: Sequence[_Fit]) -> float:
+        """Half the confidence interval of the slope, with the noise of all fits together."""
+        from scipy import stats  # which is optional, for those who only train
+
+        fits = [self, *(other for other in others if other.freedom > 0)]
+        freedom = sum(fit.freedom for fit in fits)
+        variance = sum(fit.squares for fit in fits) / freedom / self.spread
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(variance))
