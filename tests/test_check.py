@@ -267,7 +267,11 @@ def test_shrinkage_is_lr_times_decay_and_leaves_no_trace(build: Any, expected: f
             assert value is None or torch.equal(after["state"][index][key], value)
 
 
-ARCHITECTURES_CHECKED = ("gpt2", "llama", "tied llama", "mixtral", "gpt-neox")
+UNEXPLAINED = pytest.mark.xfail(reason="fails or is undecided along the depth, and it is not known why")
+ARCHITECTURES_CHECKED = (
+    *("gpt2", "llama", "tied llama", "mixtral", "gpt-neox"),
+    *(pytest.param(name, marks=UNEXPLAINED) for name in ("pre-norm encoder", "vit")),
+)
 
 
 def shapes_of(name: str) -> Iterator[Any]:
