@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -165,17 +166,31 @@ def _transferred(batch: Any, hooks: LightningDataModule | LightningModule) -> An
 def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Any:
     """One row for every quantity and axis, in order of kind."""
     points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
+    shallowest: dict[Quantity, Measurement] = {}
+    for found in measured.values():
+        for one in found:
+            if len(one.values) < len(shallowest.setdefault(one.quantity, one).values):
+                shallowest[one.quantity] = one
     for size in grid:
         for (shape, seed), found in measured.items():
             if shape == size.shape:
                 for one in found:
-                    mean = _geometric_mean(one.values)
+                    mean = _geometric_mean(_at(shallowest[one.quantity].depths, one))
                     point = Point(size.factor, seed, mean, min(one.values), max(one.values))
                     points[one.quantity, size.axis].append(point)
     order = sorted(points, key=lambda key: (KINDS.index(key[0].kind), AXES.index(key[1])))
     for quantity, axis in order:
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
         yield fit_row(quantity, axis, points[quantity, axis], others)
+
+
+def _at(depths: Sequence[float], measurement: Measurement) -> Sequence[float]:
+    """Values at some relative depths, between those where they were measured, if they are a function of that."""
+    values = measurement.values
+    if not measurement.depths or not all(0 < value < math.inf for value in values):
+        return values
+    along = sorted(zip(measurement.depths, values, strict=True))
+    return tuple(np.exp(np.interp(depths, [depth for depth, _ in along], np.log([value for _, value in along]))))
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
