@@ -48,12 +48,14 @@ class FeatureTaps:
 
     def _attention(self, entering: Op) -> FunctionCall | None:
         """The attention that is an operation, or whose softmax takes what that makes."""
+        return next((call for op, call in self._attentions if op is entering or entering in op.data), None)
+
+    @cached_property
+    def _attentions(self) -> list[tuple[Op, FunctionCall]]:
+        """Attentions with their operations."""
         by_number = {op.node._sequence_nr(): op for op in self.graph.ops}
-        for call in self.rehearsal.functions:
-            op = by_number.get(call.sequence) if call.place.function == ATTENTION_CALL else None
-            if op is not None and (op is entering or entering in op.data):
-                return call
-        return None
+        calls = (call for call in self.rehearsal.functions if call.place.function == ATTENTION_CALL)
+        return [(by_number[call.sequence], call) for call in calls if call.sequence in by_number]
 
     @cached_property
     def _places(self) -> dict[Value, list[_Place]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -66,7 +66,6 @@ def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
             # always called, because an error that the code around it catches ends a call, too
             stack.callback(submodule.register_forward_hook(calls.leave, always_call=True).remove)
         stack.enter_context(_Functions(calls))
-        stack.enter_context(_Attentions(calls))
         yield
 
 
@@ -114,11 +113,12 @@ class _Functions(TorchFunctionMode):
         given, name = kwargs or {}, getattr(func, "__name__", "")
         if name in ("", "__get__", "__set__"):  # attributes of tensors
             return func(*args, **given)
-        return self.calls.call(name, args, given, lambda: func(*args, **given))
+        with _Attentions(self.calls) if "softmax" in name or "attention" in name else nullcontext():
+            return self.calls.call(name, args, given, lambda: func(*args, **given))
 
 
 class _Attentions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Sees attentions as torch dispatches them."""
+    """Sees attentions as torch dispatches them inside of a function; everywhere it would make a pass slow."""
 
     def __init__(self, calls: _Calls) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
