@@ -18,7 +18,7 @@ from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.checking.measurement import Batches, Measurement, measure, quiet
 from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.checking.sizes import AXES, Size, sizes
+from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, fit_row
 from mlu_lightning.plan import Plan
 from mlu_lightning.shapes import Shape
@@ -32,7 +32,7 @@ def check(
     data: Any = None,
     *,
     callbacks: Callable[[LightningModule], Sequence[Callback]] | None = None,
-    axes: Sequence[str] = AXES,
+    axes: Sequence[str] | None = None,
     factors: Sequence[int] = (1, 2, 4, 8),
     seeds: int = 4,
     steps: int = 4,
@@ -59,7 +59,8 @@ def check(
         callbacks: makes the callbacks of a Trainer, given a freshly built module of the base shape. By default an
             :class:`MLUCallback` with that base.
         axes: along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without those
-            that a module does not have on its own, such as heads whose dimension times their number is the embedding.
+            that a module does not have on its own, such as heads whose dimension times their number is the embedding. By
+            default all, together if there are four factors or more, because they grow together by all but the last.
         factors: by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
         steps: of the optimizer in every run.
@@ -85,7 +86,7 @@ def check(
     """
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
-    grid = sizes(base, factors, axes)
+    grid = sizes(base, factors, default_axes(factors) if axes is None else axes)
     make = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
     numbers = range(seed, seed + seeds)
     runs = [(shape, number) for shape in dict.fromkeys(size.shape for size in grid) for number in numbers]
