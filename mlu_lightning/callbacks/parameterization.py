@@ -19,6 +19,7 @@ from torch import nn
 
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
 from mlu_lightning.optimization import scale_optimizer
@@ -252,7 +253,23 @@ class MLUCallback(Callback):
                 self._families.update(scaled.families)
             return configured
 
+        clipping = False
+
+        def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal clipping
+            if clipping:  # one of the two calls the other
+                return method(*args, **kwargs)
+            clipping = True
+            try:
+                with unfolded_gradients(module, plan):
+                    return method(*args, **kwargs)
+            finally:
+                clipping = False
+
         self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
+        if self._mode == "fold":
+            for name in ("configure_gradient_clipping", "clip_gradients"):
+                self._cleanup.callback(_wrap(module, name, clip))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
