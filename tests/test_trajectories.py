@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -145,6 +146,8 @@ SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
 }
 # SparseAdam takes nothing but sparse gradients
 OPTIMIZERS = [name for name, case in CASES.items() if not case.sparse]
+# Adafactor bounds squared gradients by eps[0]², too, which is meant to be small and is not here
+ABSOLUTE = "adafactor-eps"
 CLIPS: tuple[Clip, ...] = ("none", "norm", "value")
 MATRIX = [Cell(*values) for values in itertools.product(OPTIMIZERS, SCHEDULERS, (1, 3), CLIPS)]
 
@@ -256,9 +259,9 @@ def clip(parameters: dict[str, nn.Parameter], how: Clip, folded: dict[str, float
 def check(cell: Cell) -> None:
     """Bit for bit: all factors are powers of two."""
     runs = []
+    start = dict(Net(**SHAPE).named_parameters())
     for residual in ("hook", "fold"):
         ours, theirs = fitted(cell, residual), by_hand(cell, residual)
-        start = dict(Net(**SHAPE).named_parameters())
         assert ours.rates == theirs.rates, (cell, residual)
         assert torch.equal(torch.stack(ours.losses), torch.stack(theirs.losses)), (cell, residual)
         for name, parameter in theirs.named_parameters():
@@ -268,7 +271,8 @@ def check(cell: Cell) -> None:
     hook, fold = runs
     for name, parameter in hook.named_parameters():
         held = EXPECTED[role_of(name)].multiplier(RATIOS)
-        assert torch.equal(fold.get_parameter(name), parameter * held), (cell, name)
+        if cell.optimizer != ABSOLUTE:
+            assert torch.equal(fold.get_parameter(name), parameter * held), (cell, name)
         if name in trained(hook, cell):
             assert not torch.equal(parameter, start[name]), (cell, name)
 
@@ -277,13 +281,26 @@ def test_every_scheduler_of_torch_is_in_the_matrix() -> None:
     assert {*SCHEDULERS} == {*lr_scheduler.__all__} - {"LRScheduler"}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_run_is_that_of_numbers_by_hand(name: str) -> None:
-    """One cell of each optimizer, with the schedulers, accumulations and clips in turn."""
-    index = OPTIMIZERS.index(name)
-    rest = list(itertools.product((1, 3), CLIPS))
-    schedulers = list(SCHEDULERS)
-    check(Cell(name, schedulers[index % len(schedulers)], *rest[index % len(rest)]))
+def sample(cells: list[Cell], each: int) -> list[Cell]:
+    """Some cells of each optimizer that have, together, as many pairs of values as they can."""
+    chosen: list[Cell] = []
+    counts: Counter[Any] = Counter()
+
+    def pairs(cell: Cell) -> list[Any]:
+        return list(itertools.combinations(enumerate(cell), 2))
+
+    for _ in range(each):
+        for optimizer in OPTIMIZERS:
+            candidates = [cell for cell in cells if cell.optimizer == optimizer]
+            best = min(candidates, key=lambda cell: sum(counts[pair] for pair in pairs(cell)))
+            counts.update(pairs(best))
+            chosen.append(best)
+    return chosen
+
+
+@pytest.mark.parametrize("cell", sample(MATRIX, 2), ids=lambda cell: "-".join(map(str, cell)))
+def test_run_is_that_of_numbers_by_hand(cell: Cell) -> None:
+    check(cell)
 
 
 @pytest.mark.slow
