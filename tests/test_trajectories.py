@@ -296,6 +296,10 @@ def check(cell: Cell) -> None:
             assert not torch.equal(parameter, start[name]), (cell, name)
 
 
+def test_every_scheduler_of_torch_is_in_the_matrix() -> None:
+    assert {*SCHEDULERS} == {*lr_scheduler.__all__} - {"LRScheduler"}
+
+
 def sample(cells: list[Cell], each: int) -> list[Cell]:
     """Some cells of each optimizer that have, together, as many pairs of values as they can."""
     chosen: list[Cell] = []
@@ -331,7 +335,7 @@ UNEVEN = [name for name in OPTIMIZERS if not name.startswith(("rprop", "muon", "
 SIZES = st.tuples(*[st.integers(1, 6)] * 3)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.builds(Sizes, SIZES, SIZES),
     st.builds(Cell, *map(st.sampled_from, (UNEVEN, list(SCHEDULERS), (1, 3), CLIPS))),

@@ -54,7 +54,8 @@ class MLUCallback(Callback):
             anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
             weights alone, for those of a checkpoint.
         residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
-            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function.
+            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function;
+            their gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
             ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
