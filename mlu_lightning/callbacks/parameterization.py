@@ -19,6 +19,7 @@ from torch import nn
 
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
 from mlu_lightning.optimization import scale_optimizer
@@ -53,7 +54,8 @@ class MLUCallback(Callback):
             anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
             weights alone, for those of a checkpoint.
         residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
-            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function.
+            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function;
+            their gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
             ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
@@ -252,7 +254,23 @@ class MLUCallback(Callback):
                 self._families.update(scaled.families)
             return configured
 
+        clipping = False
+
+        def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal clipping
+            if clipping:  # one of the two calls the other
+                return method(*args, **kwargs)
+            clipping = True
+            try:
+                with unfolded_gradients(module, plan):
+                    return method(*args, **kwargs)
+            finally:
+                clipping = False
+
         self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
+        if self._mode == "fold":
+            for name in ("configure_gradient_clipping", "clip_gradients"):
+                self._cleanup.callback(_wrap(module, name, clip))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
