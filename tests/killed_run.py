@@ -1,21 +1,23 @@
 """Runs that can be killed, for test_killed_runs.py: ``killed_run.py`` reads one run per line of its standard input.
 
-A line is JSON: the folder, and names of the optimizer, the schedule and the residual mode. Each run is a process of its
-own, forked when everything is imported; its id is printed when it begins, and its exit code when it ends. It goes on from
-the last checkpoint in its folder, if there is one.
+A line is JSON: the folder, names of the optimizer, the schedule and the residual mode, and, for one that is killed, the
+number of steps and the seconds until then. Each run is a process of its own, forked when everything is imported, and goes
+on from the last checkpoint in its folder, if there is one. Its exit code is printed when it ends.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, optim
 from torch.optim import lr_scheduler
@@ -84,32 +86,51 @@ class Noisy(ResNet):
         return {"optimizer": made, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "monitor": "loss"}}
 
 
+class Killed(Callback):
+    """Lets another process kill this one, some seconds after some steps."""
+
+    def __init__(self, steps: int, seconds: float) -> None:
+        self.steps = steps
+        self.seconds = seconds
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.steps -= 1
+        if self.steps == 0 and os.fork() == 0:
+            time.sleep(self.seconds)
+            os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(0)
+        if trainer.global_step == STEPS:
+            time.sleep(60)  # it will come
+
+
 def newest(folder: Path) -> Path | None:
     found = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem))
     return found[-1] if found else None
 
 
-def run(folder: Path, optimizer: str, schedule: str, residual: Any) -> None:
+def run(folder: Path, optimizer: str, schedule: str, residual: Any, kill: tuple[int, float] | None) -> None:
     """Train to the end, and keep what came out."""
+    checkpoint, recording = newest(folder), folder / "run.safetensors"
+    if checkpoint is None:
+        recording.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     torch.manual_seed(0)
     module, base = Noisy(optimizer, schedule, str(folder / "losses")), ResNet(**BASE)
     probe = (torch.ones(4, 3), torch.ones(4, 2))
-    saving = ModelCheckpoint(
-        str(folder), "{step}", save_top_k=-1, every_n_train_steps=2, auto_insert_metric_name=False
-    )
+    saving = ModelCheckpoint(str(folder), "{step}", save_top_k=-1, every_n_train_steps=2, auto_insert_metric_name=False)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=STEPS,
         callbacks=[
             MLUCallback(base, residual=residual, example=probe),
-            ReferenceRecorder(folder / "run.safetensors", probe, steps=1),
+            ReferenceRecorder(recording, probe, steps=1),
+            *([] if kill is None else [Killed(*kill)]),
             saving,
         ],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(range(STEPS)), ckpt_path=newest(folder))
+    trainer.fit(module, DataLoader(range(STEPS)), ckpt_path=checkpoint)
     torch.save(
         {
             "weights": module.state_dict(),
@@ -128,6 +149,5 @@ if __name__ == "__main__":
         if child == 0:
             run(Path(arguments.pop("folder")), **arguments)
             os._exit(0)
-        print(child, flush=True)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
