@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -27,12 +27,16 @@ class Net(LightningModule):
 
     def __init__(self, shape: tuple[int, int, int] = SHAPE) -> None:
         super().__init__()
-        depth, hidden, embedding = shape
         self.lr = 0.02
         self.batch_size = 4
         self.losses: list[float] = []
         self.validated: list[float] = []
         self.branch = self.head = 1.0
+        self.shape = shape
+        self.build()
+
+    def build(self) -> None:
+        depth, hidden, embedding = self.shape
         with isolate_rng():
             torch.manual_seed(7)
             self.embed = nn.Linear(3, embedding, bias=False)
@@ -130,9 +134,9 @@ def data(seed: int, batch_size: int) -> DataLoader[Any]:
 
 
 class Start(Callback):
-    """Keeps the weights that a module has after the callbacks before this one were set up."""
+    """Keeps the weights that training starts from."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
 
 
@@ -151,14 +155,10 @@ def fit(module: LightningModule, *callbacks: Callback, **settings: Any) -> Train
     return trainer
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    """Numbers and texts in dicts and lists, in order; tensors as lists."""
+def listed(value: Any) -> Any:
+    """A value with lists in the place of its tensors, so that two can be compared."""
     if isinstance(value, dict):
-        for key in value:
-            yield key
-            yield from leaves(value[key])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value.tolist() if isinstance(value, Tensor) else value
+        return {key: listed(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [listed(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor) else value
