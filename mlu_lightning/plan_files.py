@@ -21,6 +21,8 @@ _HEADER = """\
 # Roles: {roles}.
 """
 _VERSION = 1
+_ADDED: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+"""What a file means that was written before it had these keys."""
 
 
 def parts_to_yaml(parts: Mapping[str, Any]) -> str:
@@ -59,10 +61,16 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not YAML: {error}") from error
-    if not isinstance(content, dict) or content.get("mlu_plan") != _VERSION:
+    if not isinstance(content, dict) or "mlu_plan" not in content:
         raise ValueError(
             f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
         )
+    if content["mlu_plan"] != _VERSION:
+        raise ValueError(
+            f"{source} has version {content['mlu_plan']!r} of the format of plans, and this mlu-lightning reads version "
+            f"{_VERSION}. Update mlu-lightning, or plan the same module and base again: Plan.from_model(...).save(path)."
+        )
+    content = _ADDED | content
     lists = {"warnings", "streams", "branches", "multipliers", "taps", "features"}
     parts = {"rules", "alpha", "horizon", "parameters"} | lists
     if set(content) - {"mlu_plan"} != parts:

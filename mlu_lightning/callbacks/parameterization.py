@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.clipping import unfolded_gradients
@@ -154,12 +155,14 @@ class MLUCallback(Callback):
                 f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
                 f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
             )
-        if sum(isinstance(callback, MLUCallback) for callback in vars(trainer)["callbacks"]) > 1:
+        callbacks: list[Callback] = vars(trainer)["callbacks"]
+        if sum(isinstance(callback, MLUCallback) for callback in callbacks) > 1:
             raise ValueError(
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
         if stage != TrainerFn.FITTING:
             return
+        check_copies(callbacks)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
@@ -168,13 +171,17 @@ class MLUCallback(Callback):
             )
         builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         if not builders:
-            self._prepare(trainer, pl_module)
+            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
             return
+        prepared = False
 
         def build(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal prepared
             result = method(*args, **kwargs)
-            with torch.device("cpu"):  # instead of the device that new parameters were made on
-                self._prepare(trainer, pl_module)
+            if not prepared:  # WeightAveraging calls configure_model, too
+                prepared = True
+                with torch.device("cpu"):  # instead of the device that new parameters were made on
+                    self._prepare(trainer, pl_module, callbacks)
             return result
 
         self._cleanup.callback(_wrap(pl_module, builders[-1], build))
@@ -194,10 +201,7 @@ class MLUCallback(Callback):
         present = residual_state(pl_module)
         if saved is None:
             if present is not None:
-                rank_zero_warn(
-                    "The checkpoint is of a run without MLUCallback. Its weights were trained as another function of "
-                    "the module, which now has the plan's multipliers, and at other learning rates."
-                )
+                rank_zero_warn(f"The checkpoint is of a run without MLUCallback. {_PLAIN[present.mode]}")
             return
         plan = Plan.from_yaml(saved["plan"], "the plan in the checkpoint")
         if present is None:
@@ -232,14 +236,18 @@ class MLUCallback(Callback):
     def _mode(self) -> Literal["hook", "fold"]:
         return "hook" if self._residual == "hook" else "fold"
 
-    def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made."""
+    def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
+        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made.
+
+        Callbacks that were set up earlier may have copied the module as it was.
+        """
         self._plan = plan = self._plan_of(trainer, module)
         for warning in plan.warnings:
             rank_zero_warn(warning)
         deferred = any(parameter.is_meta for parameter in module.parameters())
         if not deferred:
             self._apply(module, plan)
+            copy_again(earlier, trainer, module)
 
         def configure(method: Callable[..., Any]) -> Any:
             if deferred:
@@ -325,6 +333,12 @@ class MLUCallback(Callback):
 
 
 _MARK = "_mlu_callback"
+_PLAIN = {
+    "hook": "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "
+    'learning rates. To go on with that function, give MLUCallback residual="fold".',
+    "fold": "Its weights take the place of those that hold the plan's multipliers, so the module is the function that they "
+    "were trained as; from here on they have the plan's learning rates.",
+}
 _PLACES = {"hook": "in hooks", "fold": "in its weights"}
 
 
