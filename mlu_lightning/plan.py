@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from mlu_lightning.base import Base, BaseParameter, base_of_module, name_pattern
 from mlu_lightning.discovery import discover
 from mlu_lightning.horizon import Horizon
 from mlu_lightning.overrides import override_roles, require_roles
+from mlu_lightning.plain_yaml import read_text
 from mlu_lightning.plan_files import parts_from_yaml, parts_to_yaml
 from mlu_lightning.plan_table import plan_table
 from mlu_lightning.planning import (
@@ -48,6 +50,9 @@ class Plan:
         features: where pre-activations of branches can be read.
         rules: whose table the factors are looked up in.
         horizon: batch size and duration next to the base's.
+
+    Raises:
+        ValueError: if alpha is not a positive number.
     """
 
     parameters: dict[str, ParameterPlan]
@@ -60,6 +65,14 @@ class Plan:
     features: tuple[Tap, ...] = ()
     rules: Parameterization = Parameterization.MLU
     horizon: Horizon = field(default_factory=Horizon)
+
+    def __post_init__(self) -> None:
+        """Check the richness, which everything in branches is multiplied with."""
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(
+                f"alpha is {self.alpha!r}, and it has to be a positive number: 1 for MLU, more for a run that is closer to "
+                "that of a linearized model."
+            )
 
     @classmethod
     def from_model(
@@ -243,9 +256,10 @@ class Plan:
             path: of the file.
 
         Raises:
+            OSError: if there is no such file, or it cannot be read.
             ValueError: if the file does not hold a plan, saying where it goes wrong.
         """
-        return cls.from_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        return cls.from_yaml(read_text(path), str(path))
 
     def to_yaml(self) -> str:
         """The text that ``save`` writes."""

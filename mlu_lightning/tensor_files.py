@@ -69,7 +69,7 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
-            raise ValueError(f"there is no dtype {self.dtype!r}")
+            raise ValueError(f"there is no dtype {repr(self.dtype)[:80]}")
         sizes = len(self.shape) <= _MOST_DIMENSIONS and all(type(size) is int and size >= 0 for size in self.shape)
         if not sizes or math.prod(max(size, 1) for size in self.shape) > _LARGEST // 8:
             raise ValueError("there is no tensor of such a shape")

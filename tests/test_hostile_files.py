@@ -1,0 +1,300 @@
+"""Files that somebody has damaged or forged: a plan or reference is read as what it says, or refused with its name.
+
+Mutated inputs are read in a process that may take little more memory than it has, and little time for each of them.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_reference import forge, write
+
+from mlu_lightning.batches import load_batch
+from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.plan import Plan
+from mlu_lightning.reference import Reference, load_probe
+from mlu_lightning.rules import OptimizerFamily
+
+fork = multiprocessing.get_context("fork")
+
+MEMORY = 64 * 2**20
+"""Bytes beyond those that the process has, for files of a few thousand bytes."""
+SECONDS = 2.0
+
+Read = Callable[[Path, bytes], bool]
+"""Reads a file with a content, checks what comes back, and says whether it was refused."""
+
+
+# --- mutations, all of them from a seed
+
+SCALARS = """
+0 1 -1 2 1e3 1e-3 1.0e+400 -.inf .nan NaN 1_000 0x10 0b1 0o7 1:30:00 99999999999999999999 1.7976931348623157e308 5e-324
+null ~ true no on 2001-99-99 2001-01-01 = << [] {} [1] [[1,2]] {a:1} readout branch_in mlp hook 'x' "\\ud800" "\\x00"
+"\\u202e" é 𝛼 &a *a &a,[*a] !!python/object/apply:os.mkdir,[made] !!python/name:os.system !!binary,aGk= !!float,x !<a>
+!!set,{a} !t % @ ` | > ? - , : #
+""".split()
+VALUES: list[Any] = [
+    -1,
+    0,
+    1,
+    2**31,
+    2**53,
+    2**62,
+    2**63,
+    2**64,
+    10**30,
+    1.5,
+    1e308,
+    True,
+    None,
+    "",
+    "1",
+    "F32",
+    "é",
+    [],
+    {},
+    [[]],
+    [0, 0],
+]
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """The content with a few of its bytes changed, cut, repeated, or put elsewhere."""
+    mutated = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        start = draw.randrange(len(mutated) + 1)
+        end = min(len(mutated), start + draw.choice((0, 1, 1, 4, 20, 200)))
+        kind = draw.randrange(6)
+        if kind == 0 and start < len(mutated):
+            mutated[start] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            mutated[start:end] = draw.randbytes(draw.randrange(8))
+        elif kind == 2:
+            mutated[start:end] = mutated[start:end] * draw.choice((0, 2, 50))
+        elif kind == 3:
+            mutated[start:end] = draw.choice((b"[", b"{", b"]", b"}", b'"', b"\n", b": ", b",", b"\xff")) * draw.choice(
+                (1, 2000)
+            )
+        elif kind == 4:
+            del mutated[start:]
+        else:
+            other = draw.randrange(len(content))
+            mutated[start:end] = content[other : other + 40]
+    return bytes(mutated)
+
+
+def edited(text: str, draw: random.Random) -> str:
+    """A plan with words or lines of it changed: most of its syntax stays right."""
+    lines = text.splitlines()
+    for _ in range(draw.choice((1, 1, 2))):
+        at = draw.randrange(len(lines))
+        kind = draw.randrange(5)
+        if kind == 0:
+            del lines[at]
+        elif kind == 1:
+            lines.insert(draw.randrange(len(lines)), lines[at])
+        else:
+            words = lines[at].split(" ")
+            words[draw.randrange(len(words))] = draw.choice(SCALARS).replace(",", " ") + draw.choice(
+                ("", ",", "}", "]", ":")
+            )
+            lines[at] = " ".join(words)
+    return "\n".join(lines) + "\n"
+
+
+def forged(content: bytes, draw: random.Random) -> bytes:
+    """A reference of which one entry says something else, with hashes of its metadata that are right."""
+
+    def change(entries: dict[str, Any], parsed: dict[str, Any]) -> None:
+        place: Any = draw.choice((entries, parsed, parsed))
+        while True:
+            key = draw.choice(sorted(place) if isinstance(place, dict) else range(len(place)))
+            if not isinstance(place[key], (dict, list)) or not place[key] or draw.random() < 0.2:
+                kind = draw.randrange(4)
+                if kind == 0 and isinstance(place, dict):
+                    place[draw.choice(("more", "0", *map(str, place)))] = place.pop(key)
+                elif kind == 1:
+                    place[key] = [place[key]] * draw.choice((0, 1, 3, 1000))
+                elif kind == 2 and type(place[key]) is int:
+                    place[key] += draw.choice((-8, -1, 1, 4, 2**40))
+                else:
+                    place[key] = draw.choice(VALUES)
+                return
+            place = place[key]
+
+    return forge(content, change)
+
+
+# --- what is read, against other readers
+
+
+def check_value(value: Any, node: Any) -> None:
+    """A part of a plan is what YAML has for it, as texts."""
+    if is_dataclass(value):
+        for field in fields(value):
+            if field.name in node:
+                check_value(getattr(value, field.name), node[field.name])
+            else:
+                assert getattr(value, field.name) == field.default is not MISSING
+        assert node.keys() <= {field.name for field in fields(value)}
+    elif isinstance(value, dict):
+        assert value.keys() == node.keys()
+        for key, item in value.items():
+            check_value(item, node[key])
+    elif isinstance(value, tuple):
+        assert len(value) == len(node)
+        for item, part in zip(value, node, strict=True):
+            check_value(item, part)
+    elif isinstance(value, Enum):
+        assert value.value == node
+    elif isinstance(value, bool) or value is None:
+        assert node.lower() in ({True: ("true",), False: ("false",), None: ("null", "~", "")}[value])
+    else:
+        assert value == type(value)(node)
+
+
+def read_plan(path: Path, content: bytes) -> bool:
+    path.write_bytes(content)
+    try:
+        plan = Plan.load(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path))
+        assert len(str(error)) < 2000
+        return True
+    # what older plans do not say is as it was then
+    older: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+    node = older | yaml.load(content.decode(), Loader=yaml.BaseLoader)
+    assert node.pop("mlu_plan") == "1"
+    check_value({field.name: getattr(plan, field.name) for field in fields(plan)}, node)
+    # what was read can be used
+    assert Plan.from_yaml(plan.to_yaml(), "written again") == plan
+    for family in OptimizerFamily:
+        try:
+            plan.table(family)
+        except ValueError as error:
+            assert "batch_ratio" in str(error)
+    assert plan.base is None or plan.base.parameters.keys() == plan.parameters.keys()
+    return False
+
+
+def read_reference(path: Path, content: bytes) -> bool:
+    path.write_bytes(content)
+    for loader in (load_probe, load_batch):
+        try:
+            loader(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+    try:
+        reference = Reference.load(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path} is not a readable reference: ")
+        assert len(str(error)) < 2000
+        return True
+    tensors = load_file(path)
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    header = json.loads(metadata["header"])
+    assert json.loads(json.dumps(vars(reference.header))) == header
+    assert len(tensors) == len(reference.steps) * len(header["locations"]) + 2 + 1
+    assert torch.equal(reference.losses, tensors["losses"])
+    for step in reference.steps:
+        for name, values in reference.read(step).items():
+            assert torch.equal(values, tensors[f"{step}/{name}"].float())
+    return False
+
+
+# --- reading many of them
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Little more memory than there is, and an alarm when something takes long."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, most))
+
+    def late(number: int, frame: Any) -> None:
+        raise AssertionError("it takes too long")
+
+    signal.signal(signal.SIGALRM, late)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def read_all(read: Read, path: Path, inputs: Iterator[bytes], count: int, results: Any) -> None:
+    os.chdir(path.parent)
+    refused = 0
+    with limits():
+        for number, content in enumerate(inputs):
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            try:
+                refused += read(path, content)
+            except BaseException as error:
+                path.with_suffix(".bad").write_bytes(content)
+                results.put(f"input {number}, kept in {path.with_suffix('.bad')}: {type(error).__name__}: {error}")
+                raise
+            if number + 1 == count:
+                break
+    results.put(refused)
+
+
+def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) -> int:
+    """How many of the inputs were refused, by a process of its own; none may make something else happen."""
+    results = fork.Queue()
+    process = fork.Process(target=read_all, args=(read, folder / "input", inputs, count, results))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, results.get(timeout=1) if not results.empty() else f"it died: {process.exitcode}"
+    assert not (folder / "made").exists()
+    refused: int = results.get(timeout=1)
+    return refused
+
+
+@pytest.fixture(scope="module")
+def plans() -> list[str]:
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    return [
+        Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2), base=ResNet(1, 4, 4, inputs=3, outputs=2)).to_yaml(),
+        Plan.from_model(CausalTransformer(11, 8, depth=1, embedding=16, heads=2), tokens).to_yaml(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("reference") / "reference"
+    write(path, [0, 3])
+    return path.read_bytes()
+
+
+CASES: dict[str, tuple[Read, Callable[[Any, random.Random], bytes]]] = {
+    "damaged plan": (read_plan, lambda sources, draw: damaged(draw.choice(sources["plans"]).encode(), draw)),
+    "edited plan": (read_plan, lambda sources, draw: edited(draw.choice(sources["plans"]), draw).encode()),
+    "damaged reference": (read_reference, lambda sources, draw: damaged(sources["reference"], draw)),
+    "forged reference": (read_reference, lambda sources, draw: forged(sources["reference"], draw)),
+}
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("case", CASES)
+def test_mutated_files(case: str, seed: int, plans: list[str], reference: bytes, tmp_path: Path) -> None:
+    read, mutate = CASES[case]
+    count = 5_000 if seed else 150
+    sources = {"plans": plans, "reference": reference}
+    draw = random.Random(f"{case} {seed}")
+    refused = refused_of(read, tmp_path, (mutate(sources, draw) for _ in range(count)), count)
+    assert count * 0.5 < refused < count
