@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -113,7 +114,10 @@ class ScaledOptimizer:
         self._family = family
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
-        self._hook = optimizer.register_state_dict_pre_hook(lambda _: self._swap_out())
+        self._hooks = (
+            optimizer.register_state_dict_pre_hook(lambda _: self._swap_out()),
+            optimizer.register_state_dict_post_hook(lambda _, state: self._save_own(state)),
+        )
         self._step_before = vars(optimizer).get("step")
         self._step = self._wrapped_step()
         vars(optimizer)["step"] = self._step
@@ -129,7 +133,8 @@ class ScaledOptimizer:
         """Make the optimizer plain again. Safe to call twice."""
         self._swap_out()
         self.active = False
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if vars(self.optimizer).get("step") is not self._step:
             return  # a scheduler has wrapped the step since; what is left of it here only passes the call on
         del vars(self.optimizer)["step"]
@@ -212,7 +217,16 @@ class ScaledOptimizer:
         shadows = [_Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
         shadows.sort(key=_Shadow.lr_factor, reverse=True)
-        return _Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+        split = _Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+        split.load_own(group.pop(_OWN, []))
+        return split
+
+    def _save_own(self, state: dict[str, Any]) -> None:
+        """Keep in a checkpoint what shadows have of their own, so that a resumed run goes on with it."""
+        for split, user, saved in zip(self._splits, self.optimizer.param_groups, state["param_groups"], strict=False):
+            own = split.own() if split.is_of(user) else []
+            if any(own):
+                saved[_OWN] = own
 
     def _filled(self, split: _Split) -> list[Group]:
         """Groups that take the place of one of the user's in this step."""
@@ -302,6 +316,27 @@ class _Split:
         """Whether this is the split of the group, with the parameters that it has now."""
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
 
+    def own(self) -> list[dict[str, tuple[Any, Any]]]:
+        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers."""
+        return [
+            {
+                key: (self.user[key], value)
+                for key, value in shadow.group.items()
+                if key in shadow.seen.keys() - shadow.factors.keys() - {*_NUMBERS}
+                and _differ(value, self.user.get(key))
+            }
+            for shadow in self.shadows
+        ]
+
+    def load_own(self, own: list[dict[str, tuple[Any, Any]]]) -> None:
+        """Let shadows go on with values of :meth:`own`, unless the user's have changed since."""
+        if any(_differ(self.user.get(key), user) for values in own for key, (user, _) in values.items()):
+            return
+        for shadow, values in zip(self.shadows, own, strict=False):
+            for key, (_, value) in values.items():
+                shadow.seen[key] = self.user[key]
+                shadow.group[key] = value
+
     def give_back(self) -> None:
         """Hand what the optimizer has changed in the shadows to the user's group."""
         changed: Group = {}
@@ -319,7 +354,13 @@ _MARK = "_mlu_scaled_by"
 _MEMBERS = ("params", "param_names")
 _NUMBERS = ("lr", "eps", "weight_decay")
 _UNSEEN = object()
+_OWN = "mlu_own"
 _FSDP = "_fsdp_wrapped_module."
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values of a group differ, which may be tensors."""
+    return bool(torch.as_tensor(one != other).any())
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

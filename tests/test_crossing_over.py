@@ -67,6 +67,16 @@ def test_run_with_the_plugin_goes_on_without_it(residual: Residual, checkpoints:
     assert plain["weights"] != whole["weights"]
 
 
+def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    whole, module = checkpoints["hook"].read_bytes(), Net()
+    for size in (0, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "part.ckpt").write_bytes(whole[:size])
+        with pytest.raises((RuntimeError, OSError, EOFError)):
+            fit(module, MLUCallback(Net(BASE)), ckpt_path=tmp_path / "part.ckpt")
+        assert module.losses == []
+        assert "configure_optimizers" not in vars(module)
+
+
 # Plans
 
 

@@ -223,6 +223,36 @@ def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None
     assert optimizer.state_dict()["param_groups"][0]["k"] == 3
 
 
+def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow() -> None:
+    """A resumed run is the whole run; after plain steps what shadows had does not count any more."""
+
+    def run(module: Weights, steps: range, state: Any = None, scaled: bool = True) -> Any:
+        optimizer = Averaging(module.parameters(), lr=0.1)
+        if scaled:
+            scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in steps:
+            module.load_gradients(step)
+            optimizer.step()
+        return copy.deepcopy(optimizer.state_dict())
+
+    whole, resumed, plain, forgotten = Weights(), Weights(), Weights(), Weights()
+    run(whole, range(6))
+    state = run(resumed, range(3))
+    for module in (plain, forgotten):
+        module.load_state_dict(resumed.state_dict())
+    run(resumed, range(3, 6), state)
+    assert identical(whole, resumed)
+    state = run(plain, range(3, 4), state, scaled=False)
+    forgotten.load_state_dict(plain.state_dict())
+    run(plain, range(4, 6), state)
+    assert state["param_groups"][0].pop("mlu_own")
+    run(forgotten, range(4, 6), state)
+    assert identical(plain, forgotten)
+    assert not identical(plain, whole)
+
+
 # Schedulers
 
 

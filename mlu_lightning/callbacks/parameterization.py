@@ -46,6 +46,10 @@ class MLUCallback(Callback):
     goes on from its weights in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that
     a checkpoint of a run with ``residual="hook"`` brings its multipliers along.
 
+    Lightning's own callbacks may stand before or after it: averages of weights start from the initialized module, groups
+    that fine-tuning adds have the plan's factors, and learning rates that are found, set or logged are those of the base.
+    Callbacks of others that copy the module in their ``setup`` should come after it.
+
     Args:
         base: the shape at which the hyperparameters are known to be good: a freshly built module of that shape, a
             function that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan
