@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import test_trajectories
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_rules import Shape, wanted
 from torch import Tensor, nn
@@ -117,6 +117,9 @@ def ratios(shape: Dimensions, base: Dimensions) -> Shape:
 
 @SOME
 @given(name=MODEL, shape=DIMENSIONS, base=DIMENSIONS, samples=st.integers(1, 3))
+# a vector of one entry is that of a coordinate here, and not of bounded size
+@example(name="with norms and biases", shape=(1, 3, 1), base=(2, 3, 4), samples=2)
+@example(name="transformer", shape=(1, 3, 8), base=(1, 3, 1), samples=2)
 def test_numbers_are_those_of_the_table(name: str, shape: Dimensions, base: Dimensions, samples: int) -> None:
     _, plan = planned(name, shape, base, samples)
     for family in OptimizerFamily:
@@ -196,3 +199,25 @@ def test_hook_and_fold_are_the_same_function(name: str, shape: Dimensions, base:
     folded = fold(copy.deepcopy(module.double()), plan)
     attach_multipliers(module, plan)
     torch.testing.assert_close(output(folded, name), output(module, name), rtol=1e-11, atol=1e-13)
+
+
+class Gated(nn.Module):
+    """Its branch is multiplied by a scalar (ReZero), of bounded size at every D."""
+
+    def __init__(self, embedding: int) -> None:
+        super().__init__()
+        self.embed, self.read, self.write, self.readout = (
+            nn.Linear(*sizes) for sizes in ((3, embedding), (embedding, 5), (5, embedding), (embedding, 2))
+        )
+        self.gate = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        output: Tensor = self.readout(stream + self.gate * self.write(torch.tanh(self.read(stream))))
+        return output
+
+
+@pytest.mark.parametrize(("embedding", "base"), [(1, 4), (4, 1), (1, 1)])
+def test_a_scalar_is_of_bounded_size_also_next_to_a_single_coordinate(embedding: int, base: int) -> None:
+    plan = Plan.from_model(Gated(embedding), numbers(2)[:1], base=Gated(base))
+    assert plan.roles["gate"] is Role.BRANCH_BOUNDED
