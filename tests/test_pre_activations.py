@@ -17,8 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning import Plan, discover
 from mlu_lightning.attention_logits import chosen_logits, spread
+from mlu_lightning.feature_reading import reading
+from mlu_lightning.function_calls import ATTENTION_CALL, CallPlace
 from mlu_lightning.models import Attention, CausalTransformer, ResNet
 from mlu_lightning.probing import locate_features, observe
+from mlu_lightning.structure import Tap
 from mlu_lightning.updates import moved
 
 DEPTH, HEADS, EMBEDDING = 2, 2, 16
@@ -212,6 +215,17 @@ def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
     assert query.dtype == torch.bfloat16
     logits = ATTENTIONS["causal"].logits((query.float() @ key.float().mT / 2).detach()).reshape(-1, LENGTH)
     torch.testing.assert_close(found, logits[spread(len(logits), 32)], **CLOSE)
+
+
+def test_attention_of_which_nothing_can_be_seen_is_left_out() -> None:
+    tap = Tap("logits", 0, 0, "", "input", 0, -1, ATTENTION_CALL)
+    kept: list[Tensor] = []
+    watch = reading([tap], lambda tap, values: kept.append(values))
+    place = CallPlace("", ATTENTION_CALL, 0)
+    watch(place, (), {"self": torch.full((1, 2, 3), -math.inf), "dim": -1})
+    assert kept == []
+    watch(place, (), {"self": torch.zeros(1, 2, 3), "dim": -1})
+    assert torch.equal(kept[0], torch.zeros(2, 3))
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
