@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,12 +17,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.optim import Optimizer
 
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
-from mlu_lightning.optimization import scale_optimizer
+from mlu_lightning.optimization import is_scaled, scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
 
@@ -158,6 +160,7 @@ class MLUCallback(Callback):
             )
         if stage != TrainerFn.FITTING:
             return
+        self._cleanup.close()  # of a fit that failed where Lightning calls no hook, as after an error in another's hook
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
@@ -210,6 +213,20 @@ class MLUCallback(Callback):
             raise ValueError(
                 "The checkpoint is of a run with another plan than the one in effect on the module. Give MLUCallback "
                 "the base, overrides and alpha of that run, or its plan, and a module that was built anew."
+            )
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuse an update at other numbers than the plan's.
+
+        Raises:
+            ValueError: if somebody has put an optimizer in the place of one that was scaled.
+        """
+        if self._plan is not None and not is_scaled(optimizer):
+            raise ValueError(
+                f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
+                "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
+                "Scale it before it is used, with scale_optimizer(optimizer, module, callback.plan), or change the groups "
+                "of the optimizer that is there, whose factors stay."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -347,22 +364,33 @@ def _built(
 
 def _wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Let ``around`` be called instead of a method of an instance, with the method first; return what undoes this."""
-    method = getattr(module, name)
-    own = vars(module).get(name)  # LightningCLI, for one, keeps its configure_optimizers on the instance
+    method: Callable[..., Any] = getattr(module, name)
+    own: Callable[..., Any] | None = vars(module).get(name)  # LightningCLI, for one, keeps its configure_optimizers on the instance
     active = True
 
+    def bound(this: nn.Module) -> Callable[..., Any]:
+        if this is module:
+            return method
+        if own is None:
+            return MethodType(getattr(type(this), name), this)
+        return MethodType(own.__func__, this) if isinstance(own, MethodType) else own
+
     @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs) if active else method(*args, **kwargs)
+    def wrapper(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plain = bound(this)
+        return around(plain, *args, **kwargs) if active and this is module else plain(*args, **kwargs)
+
+    # a method, because copies of the module that are made meanwhile, and pickles, then have methods of their own
+    wrapped = MethodType(wrapper, module)
 
     def restore() -> None:
         nonlocal active
         active = False
-        if vars(module).get(name) is not wrapper:
+        if vars(module).get(name) is not wrapped:
             return  # somebody has wrapped it since; what is left of it here only passes the call on
         del vars(module)[name]
         if own is not None:
             vars(module)[name] = own
 
-    vars(module)[name] = wrapper
+    vars(module)[name] = wrapped
     return restore
