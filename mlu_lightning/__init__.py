@@ -13,6 +13,7 @@ from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLU
 from mlu_lightning.checking.check import check
 from mlu_lightning.checking.logged import log_check
 from mlu_lightning.checking.report import CheckReport
+from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.discovery import discover
 from mlu_lightning.granite import to_granite
 from mlu_lightning.initialization import initialize
@@ -56,4 +57,5 @@ __all__ = [
     "restore_multipliers",
     "scale_optimizer",
     "to_granite",
+    "unfolded_gradients",
 ]

@@ -127,6 +127,7 @@ def check(
     from mlu_lightning.checking.check import check as run_check
     from mlu_lightning.checking.config import read_config
     from mlu_lightning.checking.logged import log_check
+    from mlu_lightning.checking.sizes import default_axes
 
     sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
@@ -143,7 +144,7 @@ def check(
             configured.base,
             configured.data(),
             callbacks=configured.callbacks,
-            axes=[*axes, "together"] if len(axes) > 1 else axes,
+            axes=default_axes(factors, axes),
             factors=factors,
             seeds=seeds,
             steps=steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from mlu_lightning.axes import coordinate_axes
+from mlu_lightning.feature_taps import FeatureTaps
 from mlu_lightning.graph import Graph, Op, build_graph
 from mlu_lightning.logits import own_scale
 from mlu_lightning.placement import BranchPlacement, fans
@@ -93,7 +94,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         streams=tuple(map(Stream, depths, embeddings)),
         readouts=readouts,
         taps=tuple(_taps(taps, len(depths), readouts, spots, uses)),
-        features=tuple(_features(taps, named)),
+        features=tuple(_features(FeatureTaps(rehearsal, graph), named)),
         unassigned={name: why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(_warnings(regions, parameters, spots, uses, idle)),
     )
@@ -215,21 +216,13 @@ def _taps(
             yield tap
 
 
-def _features(taps: Taps, branches: list[_NamedBranch]) -> Iterator[Tap]:
+def _features(taps: FeatureTaps, branches: list[_NamedBranch]) -> Iterator[Tap]:
     """Where the pre-activations of branches can be read."""
-    attentions: Counter[str] = Counter()  # that were there before, by the module inside of which they are
     for number, branch in enumerate(branches):
-        placement = branch.calls[0].placement
-        assert isinstance(placement, BranchPlacement)
-        if placement.attention is None:
-            tap = taps.units(number, placement)
-            if tap is not None:
-                yield tap
-            continue
-        module = taps.around(branch.name)
-        if module is not None:
-            yield Tap("logits", number, placement.region.position, module, "inside", attentions[module], -1)
-            attentions[module] += 1
+        # of several passes through a branch only the first one is read, which need not come first in the graph
+        placements = (spot.placement for spot in branch.calls if isinstance(spot.placement, BranchPlacement))
+        found = (taps.branch(number, placement) for placement in placements)
+        yield from filter(None, [next(filter(None, found), None)])
 
 
 def _common_module(names: tuple[str, ...]) -> str:

@@ -129,7 +129,8 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     The function is that of :func:`attach_multipliers`; ``state_dict`` keys stay as they are. A readout tied to an
     embedding cannot be folded: its multiplier becomes a hook in this mode too (theory.md, section 3). A module that has
     the plan's multipliers as hooks is the same function before and after: they move into the weights. An optimizer that
-    was scaled for it has to be scaled anew then; to leave the package behind, see :func:`mlu_lightning.bake`.
+    was scaled for it has to be scaled anew then; to leave the package behind, see :func:`mlu_lightning.bake`. Gradients of
+    folded weights are larger by 1/factor: clip them in :func:`mlu_lightning.unfolded_gradients`.
 
     Args:
         module: the module that the plan was made for, plain or with the plan's hooks; changed in place.

@@ -24,7 +24,7 @@ from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
 from mlu_lightning.update_rules import Factor, Family, Group, UpdateRule, divided, multiplied, update_rules
 
-__all__ = ["ScaledOptimizer", "is_scaled", "scale_optimizer"]
+__all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
 
 
 def scale_optimizer(
@@ -134,7 +134,7 @@ class ScaledOptimizer:
     @property
     def families(self) -> dict[str, OptimizerFamily]:
         """Column of the table by the name of every parameter that the optimizer has."""
-        names = self._names()
+        names = plan_names(self._module)
         groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
@@ -214,7 +214,7 @@ class ScaledOptimizer:
         scales = self._plan.scales(family)
         state = residual_state(self._module)
         folded = frozenset[str]() if state is None else state.folded
-        names = self._names()
+        names = plan_names(self._module)
         members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
         for parameter in group["params"]:
             name = names.get(id(parameter))
@@ -227,10 +227,6 @@ class ScaledOptimizer:
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
         shadows.sort(key=_Shadow.lr_factor, reverse=True)
         return _Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
-
-    def _names(self) -> dict[int, str]:
-        """Names of the module's parameters by identity, as the plan has them."""
-        return {id(p): name.replace(_FSDP, "") for name, p in self._module.named_parameters()}
 
     def _filled(self, split: _Split) -> list[Group]:
         """Groups that take the place of one of the user's in this step."""
@@ -247,6 +243,19 @@ class ScaledOptimizer:
         """Number of the step that begins, from 1, for the parameters of a shadow group."""
         states = (self.optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
         return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
+
+
+def plan_names(module: nn.Module) -> dict[int, str]:
+    """Names of a module's parameters by identity, as its plan has them.
+
+    Args:
+        module: plain, or inside of FSDP1, which puts names of its own into those of the module.
+
+    >>> module = nn.Linear(1, 1)
+    >>> plan_names(module)[id(module.bias)]
+    'bias'
+    """
+    return {id(parameter): name.replace(_FSDP, "") for name, parameter in module.named_parameters()}
 
 
 @dataclass

@@ -64,7 +64,8 @@ class BranchPlacement:
             return _BIAS_ROLES[self._matrix_role(self._biased[op])]
         if size != max(use.taken, default=1) and not self._is_per_head(use):
             return f"it enters {op.name} with shape {list(use.shape)}"
-        if size == 1:
+        # at D = 1 the gain of a norm has one entry, too
+        if size == 1 and not (use.shape and self._embedding == 1 and not self._upstream[op]):
             return Role.BRANCH_BOUNDED
         if op in self._writing_path:
             return Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM
@@ -218,6 +219,11 @@ class BranchPlacement:
             elif not self.graph.is_matrix(op):
                 stack.extend(full_factors(op) if op.name == "Mul" else op.data)
         return frozenset(seen)
+
+    @cached_property
+    def _embedding(self) -> int | None:
+        """Dimension of the stream, D: outputs of the matrix that writes."""
+        return fans(self.graph.matrices(self.writers[-1])[0])[1] if self.writers else None
 
     @cached_property
     def _sizes(self) -> frozenset[int]:

@@ -31,6 +31,8 @@ _HEADER = """\
 # Roles: {roles}.
 """
 _VERSION = 1
+_ADDED: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+"""What a file means that was written before it had these keys."""
 
 
 def parts_to_yaml(parts: Mapping[str, Any]) -> str:
@@ -66,10 +68,17 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
         ValueError: if it is not a plan, saying where it goes wrong.
     """
     content = parse_yaml(text, source)
-    if not isinstance(content, dict) or content.pop("mlu_plan", None) != str(_VERSION):
+    if not isinstance(content, dict) or "mlu_plan" not in content:
         raise ValueError(
             f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
         )
+    version = content.pop("mlu_plan")
+    if version != str(_VERSION):
+        raise ValueError(
+            f"{source} has version {shortened(version)} of the format of plans, and this mlu-lightning reads version "
+            f"{_VERSION}. Update mlu-lightning, or plan the same module and base again: Plan.from_model(...).save(path)."
+        )
+    content = _ADDED | content
     if content.keys() != _PARTS.keys():
         wrong = ", ".join(sorted(content.keys() ^ _PARTS.keys())[:20])
         raise ValueError(f"{source} is not a complete plan: {wrong[:200]} should be there or should not be.")

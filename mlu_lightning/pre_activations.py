@@ -1,110 +1,123 @@
-"""What enters the nonlinearity of a branch: pre-activations of hidden units, and logits of attention.
+"""What enters the nonlinearity of a branch, found in the graph of a forward pass: pre-activations of its hidden units.
 
-Those of units are found in the graph of a forward pass and read like a stream, from what submodules are given and return.
-Logits mostly are nobody's input or output, and with fused attention they do not even exist; they are taken from the
-operations that a submodule dispatches, or computed from the queries and keys of a fused one (theory.md, section 3).
+Hidden units are what the last matrix of a branch reads. On the way back from there to the matrices before lie their
+nonlinearity, which may be a formula of several steps, and the product with the other half of a gated perceptron; before
+these what is linear in what the matrices make, biases and norms. Where that ends are the pre-activations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from mlu_lightning.graph import NONLINEAR, NORMS, Op
+from mlu_lightning.axes import PERMUTING
+from mlu_lightning.graph import ARITHMETIC, JOINS, NONLINEAR, NORMS, PARTS, RESHAPES, Op, is_normalizer
 from mlu_lightning.placement import BranchPlacement
 
-__all__ = ["WatchedAttention", "attention_logits", "entering_nonlinearity"]
+__all__ = ["Value", "in_order", "pre_activations"]
+
+Value = tuple[Op, int]
+"""An operation and the number of its output."""
 
 
-def entering_nonlinearity(placement: BranchPlacement) -> Op | None:
-    """Find what enters the nonlinearity after a branch's first matrices: its pre-activations.
+def pre_activations(placement: BranchPlacement) -> Value | None:
+    """Find what enters the nonlinearity of a branch's hidden units.
 
     Args:
         placement: of a branch without attention.
 
     Returns:
-        The operation that makes them; the first matrix itself in a branch without nonlinearity. None for experts, whose
-        tokens change their places from step to step.
+        The value that is the pre-activations: of gated perceptrons those of the half that enters the nonlinearity, the
+        larger value if there is none; what the first matrix makes in a branch whose units are linear. None for experts,
+        whose tokens change their places from step to step, and in a branch without matrices.
     """
-    if any(placement.is_expert(op) for op in placement.matrices):
+    if placement.experts is not None:
         return None
-    made: set[Op] = set()  # from the matrices that read the stream, and not through further ones
-    for op in placement.region.ops:
-        found = next((operand for operand in op.data if operand in made), None)
-        if placement.graph.is_matrix(op):
-            if found is None:
-                made.add(op)
-        elif found is not None:
-            if op.name in NONLINEAR - _OF_NORMS:
-                return found
-            made.add(op)
-    return placement.matrices[0] if placement.matrices else None
+    between, before = _formula(placement)
+    linear, sizes = _linear_part(between, before)
+    readers: dict[Value, dict[Value, list[Op]]] = defaultdict(lambda: defaultdict(list))
+    for op in between:
+        if op not in linear and op not in sizes:
+            for operand in op.operands:
+                if operand is not None and operand[0] in linear | before:
+                    readers[_behind(operand, _is_scaled)][in_order(*operand)].append(op)
+
+    def rank(source: Value) -> tuple[bool, int]:
+        nonlinear = any(op.name in NONLINEAR for ops in readers[source].values() for op in ops)
+        return not nonlinear, -math.prod(source[0].shapes[source[1]])
+
+    if not readers:
+        return (placement.matrices[0], 0) if placement.matrices else None
+    source = min(readers, key=rank)
+    # x and x/2 in a formula of several steps are both made of x, which is the pre-activation then
+    return next(iter(readers[source])) if len(readers[source]) == 1 else source
 
 
-def attention_logits(arguments: Mapping[str, Any]) -> Tensor:
-    """Compute the logits of a fused attention, c · q kᵀ plus its mask.
+def in_order(op: Op, output: int) -> Value:
+    """Walk back over operations that keep all entries in their order.
 
     Args:
-        arguments: of ``scaled_dot_product_attention`` or of what it dispatches to, by name: query [..., length, d_k],
-            key, and a mask, ``is_causal`` and a scale c, 1/sqrt(d_k) by default.
-
-    Returns:
-        [..., length, keys], -inf where a key cannot be seen.
-
-    >>> query = key = torch.eye(2)
-    >>> attention_logits({"query": query, "key": key, "is_causal": True, "scale": 3.0})
-    tensor([[3., -inf],
-            [0., 3.]])
+        op: that made a value.
+        output: which of its outputs the value is.
     """
-    query, key = arguments["query"], arguments["key"]
-    scale = arguments.get("scale")
-    if query.ndim > 2 and key.shape[-3] != query.shape[-3]:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)  # one for a group of heads
-    logits: Tensor = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if arguments.get(name) is not None), None)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    if arguments.get("is_causal"):
-        unseen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).triu(1)
-        logits = logits.masked_fill(unseen, -math.inf)
-    return logits
+    return _behind((op, output), _keeps_order)
 
 
-class WatchedAttention(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """While it is entered, hands over the logits of one attention; those of keys that cannot be seen are NaN."""
-
-    def __init__(self, number: int, keep: Callable[[Tensor], None]) -> None:
-        """Begin to count.
-
-        Args:
-            number: which attention is meant, from 0.
-            keep: is given its logits.
-        """
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._before = number
-        self._keep = keep
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        fused = name.startswith("_scaled_dot_product_")
-        if fused or name in _SOFTMAXES:
-            if self._before == 0:
-                names = (argument.name for argument in func._schema.arguments)
-                # positional arguments come first, and there may be fewer than names
-                arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-                logits = attention_logits(arguments) if fused else args[0]
-                # a weight is zero where a mask of whatever size was added
-                self._keep(logits.masked_fill(logits.float().softmax(-1) == 0, math.nan))
-            self._before -= 1
-        return func(*args, **(kwargs or {}))
+def _formula(placement: BranchPlacement) -> tuple[list[Op], set[Op]]:
+    """Operations between the last matrix of a branch and what comes before: matrices, or what the branch reads."""
+    inside = set(placement.region.ops)
+    stack = list(placement.writers[-1].data) if placement.writers else [placement.region.end]
+    between: set[Op] = set()
+    before: set[Op] = set()
+    while stack:
+        op = stack.pop()
+        if op not in inside or placement.graph.is_matrix(op):
+            before.add(op)
+        elif op not in between:
+            between.add(op)
+            stack.extend(op.data)
+    return sorted(between, key=lambda op: op.index), before
 
 
-_OF_NORMS = NORMS | frozenset({"Rsqrt", "Sqrt", "Softmax", "SafeSoftmax", "LogSoftmax"})
-_SOFTMAXES = frozenset({"_softmax", "_safe_softmax"})
+def _linear_part(between: list[Op], before: set[Op]) -> tuple[set[Op], set[Op]]:
+    """Operations that are linear in what comes before, or norms of that; and those that compute the size in a norm."""
+    linear: set[Op] = set()
+    sizes: set[Op] = set()
+    readers: dict[Op, list[Op]] = defaultdict(list)
+    for op in between:
+        known = [operand in linear or operand in before for operand in op.data]
+        if (all(known) and _is_linear(op)) or (any(known) and is_normalizer(op)):  # written by hand, the size is not
+            linear.add(op)
+        for operand in op.data:
+            readers[operand].append(op)
+    for op in reversed(between):
+        if op not in linear and readers[op] and all(reader in linear or reader in sizes for reader in readers[op]):
+            sizes.add(op)
+    return linear, sizes
+
+
+def _is_linear(op: Op) -> bool:
+    if op.name in ("Mul", "Div"):
+        return len(op.data) == 1 and op.operands[0] is not None and (op.name == "Mul" or op.operands[0][0].from_data)
+    return op.name in RESHAPES | PARTS | JOINS | NORMS | ARITHMETIC
+
+
+def _behind(value: Value, passes: Callable[[Op], bool]) -> Value:
+    """Walk back over operations."""
+    while passes(value[0]):
+        value = next(operand for operand in value[0].operands if operand is not None and operand[0].from_data)
+    return value
+
+
+def _keeps_order(op: Op) -> bool:
+    return op.name in _ORDERED and len(op.data) == 1
+
+
+def _is_scaled(op: Op) -> bool:
+    """Whether an operation arranges data or changes them by a number."""
+    single = len(op.data) == 1 and sum(operand is not None for operand in op.operands) == 1
+    return single and op.name in RESHAPES | ARITHMETIC | {"Neg"}
+
+
+_ORDERED = RESHAPES - PERMUTING - {"AsStrided", "Expand", "NativeDropout", "FusedDropout"}

@@ -1,7 +1,8 @@
-"""Look at a residual stream and at outputs of a model while it trains, and leave no trace in it.
+"""Look at a residual stream, at outputs and at pre-activations of a model while it trains, and leave no trace in it.
 
 A probe batch is passed through the model's own ``validation_step`` or ``training_step`` in evaluation mode, without
-gradients; hooks that are there for this one pass read the stream and the outputs (theory.md, section 4).
+gradients; hooks that are there for this one pass read the stream and the outputs (theory.md, section 4), and modes of torch
+what enters activations and attention.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.attention_logits import whole
+from mlu_lightning.feature_reading import reading
+from mlu_lightning.function_calls import watched
 from mlu_lightning.lightning_steps import StepName, call_step, is_lightning_module, muted
 from mlu_lightning.planning import BranchPlan
-from mlu_lightning.pre_activations import WatchedAttention
 from mlu_lightning.rehearsal import tensors_in
 from mlu_lightning.structure import Branch, Tap
 from mlu_lightning.undisturbed import undisturbed
@@ -121,7 +123,8 @@ def locate_features(features: Sequence[Tap], branches: Sequence[Branch | BranchP
         branches: of the same.
 
     Returns:
-        One for each branch that can be read, ``"mlp/blocks.0.mlp"`` by kind and name.
+        One for each branch that can be read, ``"mlp/blocks.0.mlp"`` by kind and name; that of the module itself is
+        ``"mlp/self"``.
 
     >>> from mlu_lightning.structure import Branch
     >>> tap = Tap("units", 0, 0, "blocks.0.read", "output", None, -1)
@@ -129,7 +132,8 @@ def locate_features(features: Sequence[Tap], branches: Sequence[Branch | BranchP
     ['mlp/blocks.0']
     """
     return tuple(
-        Location(f"{branches[tap.number].kind}/{branches[tap.number].name}", ((1.0, (tap,)),)) for tap in features
+        Location(f"{branches[tap.number].kind}/{branches[tap.number].name or 'self'}", ((1.0, (tap,)),))
+        for tap in features
     )
 
 
@@ -154,7 +158,7 @@ def observe(
     Returns:
         For every location the values [rows, dimension], in float32 on the CPU. A readout that was not called in
         evaluation mode, such as one that only helps in training, is left out, and so are pre-activations. Of these there
-        are up to 32 rows of 256 units or keys, evenly spaced, and NaN where a key cannot be seen.
+        are up to 32 rows of 256 units or keys, spread evenly, and -inf where a key cannot be seen.
 
     Raises:
         ValueError: if the stream was not passed at a location.
@@ -171,10 +175,7 @@ def observe(
     read: dict[Tap, Tensor] = {}
 
     def keep(tap: Tap, values: Tensor) -> None:
-        if tap.reads in ("units", "logits"):
-            read[tap] = _rows(_rows(values, tap.axis, min(positions, _FEATURE_ROWS)).T, -1, _FEATURE_COLUMNS).T
-        else:
-            read[tap] = _rows(values, tap.axis, positions)
+        read[tap] = values if tap.function is not None else _rows(values, tap.axis, positions)
 
     _pass(module, batch, locations, step, keep)
     return {
@@ -206,7 +207,8 @@ def count_positions(
     12
     """
     counts = [1]
-    _pass(module, batch, locations, step, lambda tap, values: counts.append(values.numel() // values.shape[tap.axis]))
+    counted = [location for location in locations if all(tap.function is None for tap in location.taps)]
+    _pass(module, batch, counted, step, lambda tap, values: counts.append(values.numel() // values.shape[tap.axis]))
     return max(counts)
 
 
@@ -253,8 +255,13 @@ def _pass(
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_without_fast_path())
-        for tap in dict.fromkeys(tap for location in locations for tap in location.taps):
-            stack.callback(_attach(module.get_submodule(tap.module), tap, passed, keep).remove)
+        taps = dict.fromkeys(tap for location in locations for tap in location.taps)
+        inside = [tap for tap in taps if tap.function is not None]
+        for tap in taps:
+            if tap.function is None:
+                stack.callback(_attach(module.get_submodule(tap.module), tap, passed, keep).remove)
+        if inside:
+            stack.enter_context(watched(module, reading(inside, keep)))
         module.eval()
         _seed()
         if is_lightning_module(module):
@@ -298,10 +305,6 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-_FEATURE_ROWS, _FEATURE_COLUMNS = 32, 256
-"""Of pre-activations, which are kept from the first step on, for each branch."""
-
-
 def _seed() -> None:
     """Seed all generators; ``torch.manual_seed`` takes a stack trace for each kind of device that is not there."""
     if torch.accelerator.is_available():
@@ -326,52 +329,15 @@ def _attach(module: nn.Module, tap: Tap, passed: set[Tap], keep: Callable[[Tap, 
             output = list(output.values() if isinstance(output, Mapping) else output)[tap.index]
         first(output)
 
-    if tap.where == "inside":
-        return _attach_inside(module, tap.index or 0, first)
     if tap.where == "input":
         return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
     return module.register_forward_hook(returned)
 
 
-def _attach_inside(module: nn.Module, number: int, keep: Callable[[Tensor], None]) -> _Handles:
-    """Hook a module so that one of the attentions in its first call is watched."""
-    watched = ExitStack()
-    begun = False
-
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal begun
-        if not begun:
-            begun = True
-            watched.enter_context(WatchedAttention(number, keep))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        watched.close()
-
-    # also if the forward pass fails, so that the mode does not stay
-    handles = (
-        module.register_forward_pre_hook(before),
-        module.register_forward_hook(after, always_call=True),
-    )
-    return _Handles(handles)
-
-
-@dataclass(frozen=True)
-class _Handles:
-    """Handles of several hooks."""
-
-    handles: tuple[RemovableHandle, ...]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
 def _rows(values: Tensor, axis: int, positions: int) -> Tensor:
     """Evenly spaced rows of a tensor, copied at once, because what follows may change it in place."""
-    whole = getattr(values, "full_tensor", None)
-    if whole is not None:  # a DTensor, of tensor parallelism
-        values = whole()
-    rows = values.detach().movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values.detach()[None]
+    values = whole(values)
+    rows = values.movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values[None]
     if positions < len(rows):
         chosen = torch.linspace(0, len(rows) - 1, positions, dtype=torch.float64).round().long()
         rows = rows[chosen.to(rows.device)]

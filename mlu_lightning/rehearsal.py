@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from typing import Any
 
@@ -23,18 +23,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
+from mlu_lightning.function_calls import CallPlace, watched
 from mlu_lightning.lightning_steps import call_step, is_lightning_module, mute
 
-__all__ = ["Call", "Passed", "Rehearsal", "rehearse", "tensors_in"]
+__all__ = ["Call", "FunctionCall", "Passed", "Rehearsal", "rehearse", "tensors_in"]
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A tensor with a gradient that a submodule was given or returned.
+    """A tensor with a gradient that a submodule or a function was given or returned.
 
     Args:
         index: of what it was given, its number among all tensors, as ``tensors_in((args, kwargs))`` has them; of what
-            it returned, its position in a tuple, list or mapping, None for a bare tensor.
+            a submodule returned, its position in a tuple, list or mapping, None for a bare tensor; of what a function
+            returned, its number.
         node: graph node that made it.
         output: which of the node's outputs it is.
     """
@@ -64,6 +66,23 @@ class Call:
 
 
 @dataclass(frozen=True)
+class FunctionCall:
+    """A call of a torch function in the first call of a submodule.
+
+    Args:
+        place: which one it is.
+        inputs: tensors that it was given.
+        outputs: tensors that it returned; those of an attention have no node yet.
+        sequence: number of the last graph node when it was called, which is an attention's own.
+    """
+
+    place: CallPlace
+    inputs: tuple[Passed, ...]
+    outputs: tuple[Passed, ...]
+    sequence: int
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What one forward pass left behind.
 
@@ -71,6 +90,7 @@ class Rehearsal:
         roots: graph nodes of the losses, or of all outputs of a plain module.
         parameters: name by identity of the copy's parameter.
         calls: every call of a submodule, in order of completion.
+        functions: calls of torch functions, in order of completion.
         copy: the copy, which keeps the graph's parameters alive.
         scalars: the copy's floating-point buffers of one entry, each with its value; those on the meta device have none.
     """
@@ -78,6 +98,7 @@ class Rehearsal:
     roots: tuple[Node, ...]
     parameters: dict[int, str]
     calls: tuple[Call, ...]
+    functions: tuple[FunctionCall, ...]
     copy: nn.Module
     scalars: tuple[tuple[Tensor, float], ...]
 
@@ -126,6 +147,7 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
 def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Rehearsal:
     twin = _copy(module, fake)
     calls: list[Call] = []
+    functions: list[FunctionCall] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     scalars = _scalars(module, twin)
@@ -141,6 +163,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             stack.enter_context(_silenced("torch._subclasses.fake_tensor"))
             stack.enter_context(fake)
         example = tree_map(lambda leaf: _as_data(leaf, fake), example)
+        stack.enter_context(watched(twin, partial(_note, functions)))
         losses.extend(tensors_in(_train(twin, example, losses) if step else _call(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
@@ -148,7 +171,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give an example for which it returns a loss or an output."
         )
-    return Rehearsal(roots, names, tuple(calls), twin, scalars)
+    return Rehearsal(roots, names, tuple(calls), tuple(functions), twin, scalars)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -281,6 +304,19 @@ def _passed(parts: Iterable[tuple[int | None, Any]]) -> tuple[Passed, ...]:
         for index, part in parts
         if isinstance(part, Tensor) and part.grad_fn is not None
     )
+
+
+def _note(
+    functions: list[FunctionCall], place: CallPlace, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Any], None]:
+    """Note which graph nodes go into a function, which may change tensors in place, and then what comes out of it."""
+    inputs = _passed(enumerate(tensors_in((args, kwargs))))
+    sequence = torch._C._autograd._get_sequence_nr() - 1
+
+    def returned(output: Any) -> None:
+        functions.append(FunctionCall(place, inputs, _passed(enumerate(tensors_in(output))), sequence))
+
+    return returned
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:

@@ -175,13 +175,17 @@ class Tap:
         number: index into ``Structure.streams``, ``Structure.readouts`` or, for pre-activations, ``Structure.branches``.
         position: residual additions before it, from 0 to the stream's depth; 0 for a readout.
         module: name of the submodule, as in ``named_modules()``.
-        where: its ``"output"``, after all hooks, its ``"input"``, before any hook, or ``"inside"`` of it, for logits.
+        where: its ``"output"``, after all hooks, or its ``"input"``, before any hook; of a function inside of it the same.
         index: position of the tensor if the output is a tuple, list or mapping, None if it is a bare tensor; for an
-            input its number among all tensors that the submodule is given, positional ones first; for logits the number
-            of the attention among all inside.
+            input its number among all tensors that the submodule is given, positional ones first; of a function the
+            number of calls of it before.
         axis: of the stream's coordinates, the targets, the units or the keys: -1 where that is the last one, 1 for
             channels of an image.
+        function: name of the torch function inside of the submodule that is given pre-activations or returns them,
+            ``"attention"`` for logits; None where the submodule itself is.
 
+    >>> print(Tap("units", 0, 3, "blocks.3", "input", 0, -1, "gelu"))
+    units 0 after 3 additions: blocks.3 gelu input[0]
     >>> print(Tap("stream", 0, 3, "blocks.3", "input", 0, -1))
     stream 0 after 3 additions: blocks.3 input[0]
     """
@@ -190,14 +194,16 @@ class Tap:
     number: int
     position: int
     module: str
-    where: Literal["output", "input", "inside"]
+    where: Literal["output", "input"]
     index: int | None
     axis: int
+    function: str | None = None
 
     def __str__(self) -> str:
         after = f" after {self.position} additions" if self.reads != "readout" else ""
         index = "" if self.index is None else f"[{self.index}]"
-        return f"{self.reads} {self.number}{after}: {self.module or '(module itself)'} {self.where}{index}"
+        function = "" if self.function is None else f"{self.function} "
+        return f"{self.reads} {self.number}{after}: {self.module or '(module itself)'} {function}{self.where}{index}"
 
 
 @dataclass(frozen=True)

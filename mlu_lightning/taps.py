@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 from mlu_lightning.axes import PERMUTING, coordinate_axes
 from mlu_lightning.graph import RESHAPES, Graph, Op, transparent_source
 from mlu_lightning.placement import BranchPlacement, fans
-from mlu_lightning.pre_activations import entering_nonlinearity
 from mlu_lightning.rehearsal import Passed, Rehearsal
 from mlu_lightning.structure import Site, Tap
 
@@ -65,28 +64,6 @@ class Taps:
                 if tap is not None:
                     return tap
         return None
-
-    def units(self, number: int, placement: BranchPlacement) -> Tap | None:
-        """Where the pre-activations of a branch can be read; None for experts, and what no submodule has.
-
-        Args:
-            number: of the branch.
-            placement: its first call.
-        """
-        op = entering_nonlinearity(placement)
-        axis = 1 if placement.kind == "convolution" else None if op is None else len(op.shape) - 1
-        return None if op is None else self._tap("units", number, placement.region.position, (op, 0), axis)
-
-    def around(self, name: str) -> str | None:
-        """The submodule of a name, or the smallest one around it, that is called; None if there is none.
-
-        Args:
-            name: of a submodule.
-        """
-        called = {call.module for call in self.rehearsal.calls}
-        parts = name.split(".") if name else []
-        around = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
-        return next((module for module in around if module in called), None)
 
     def _along(self, number: int, placements: list[BranchPlacement]) -> Iterator[Tap]:
         """Taps of a stream in one forward pass."""
@@ -171,7 +148,7 @@ class Taps:
 
     def _tap(
         self,
-        reads: Literal["stream", "branch", "readout", "units"],
+        reads: Literal["stream", "branch", "readout"],
         number: int,
         position: int,
         value: _Value,

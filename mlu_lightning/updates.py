@@ -53,14 +53,18 @@ def feature_updates(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -
 
 
 def moved(before: Tensor, after: Tensor) -> float:
-    """Root mean square of a difference, without entries that are NaN, as logits are of keys that cannot be seen.
+    """Root mean square of a difference, without entries that are -inf in both, as logits are of keys that cannot be seen.
 
     Args:
         before: values of any shape.
         after: of the same.
 
+    Returns:
+        What is not finite for values that are not.
+
     >>> import torch
-    >>> moved(torch.tensor([1.0, math.nan]), torch.tensor([3.0, math.nan]))
-    2.0
+    >>> moved(torch.tensor([1.0, -math.inf]), torch.tensor([3.0, -math.inf])), moved(torch.zeros(1), torch.ones(1) / 0)
+    (2.0, inf)
     """
-    return (after.double() - before.double()).square().nanmean().sqrt().item()
+    seen = ~(before.isneginf() & after.isneginf())
+    return (after[seen].double() - before[seen].double()).square().mean().sqrt().item()

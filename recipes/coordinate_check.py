@@ -125,7 +125,7 @@ def is_off(curve: Curve, output: str) -> bool:
     """Whether a curve blows up or shrinks, by the rule that the check of this package has for its own slopes.
 
     Flat is a slope of at most 1/4, because networks are of finite size; what is off has a confidence interval that reaches
-    0.4, the least that something missing makes, and not 1/4.
+    0.45, the least that something missing makes, and not 1/4.
 
     Args:
         curve: of the picture.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +227,19 @@ def test_what_has_other_matrices_after_it_is_told_from_its_values() -> None:
     assert random_[weight] == pytest.approx(difference.double().square().mean().sqrt().item() * inputs**0.5, rel=1e-6)
 
 
+def test_what_rounding_loses_is_no_effect() -> None:
+    """A change of the bias by less than the precision of what it is added to."""
+    layer = nn.Sequential(nn.Linear(4, 4))
+    torch.manual_seed(0)
+    reader = Reader("0.bias", "0", "0", Role.BRANCH_IN_BIAS)
+    with torch.no_grad():
+        layer[0].bias.zero_()
+        for change, seen in ((1e-9, False), (1e-3, True)):
+            others = {"0.bias": torch.full((4,), change)}
+            found = local_effects(layer, (reader,), others, lambda: layer(torch.ones(2, 4)))
+            assert found["0.bias"] == (pytest.approx(change, rel=1e-3) if seen else 0)
+
+
 def test_reader_of_what_writes_has_the_multiplier_of_its_branch() -> None:
     architecture = ARCHITECTURES["gpt2"]
     plan = Plan.from_model(architecture.build(1, 2, 16), architecture.example, base=architecture.build(1, 2, 16))
@@ -267,30 +279,23 @@ def test_shrinkage_is_lr_times_decay_and_leaves_no_trace(build: Any, expected: f
             assert value is None or torch.equal(after["state"][index][key], value)
 
 
-UNEXPLAINED = pytest.mark.xfail(reason="fails or is undecided along the depth, and it is not known why")
-ARCHITECTURES_CHECKED = (
-    *("gpt2", "llama", "tied llama", "mixtral", "gpt-neox"),
-    *(pytest.param(name, marks=UNEXPLAINED) for name in ("pre-norm encoder", "vit")),
-)
-
-
-def shapes_of(name: str) -> Iterator[Any]:
-    depth, heads, embedding = SMALL
-    yield ARCHITECTURES[name], Shape(depth, heads, embedding)
+ARCHITECTURES_CHECKED = ("gpt2", "llama", "tied llama", "mixtral", "gpt-neox", "pre-norm encoder", "vit")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES_CHECKED)
-def test_no_architecture_fails_and_one_without_the_plugin_does(name: str) -> None:
-    ((architecture, base),) = shapes_of(name)
+def test_architectures_pass_and_without_the_plugin_they_fail(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    _, heads, embedding = SMALL
+    base = Shape(2, heads, embedding)  # gradients of a single block differ from those of many by more than a drift
 
     def build(depth: int, hidden: int, embedding: int) -> LightningModule:
         return Trained(architecture.build(depth, hidden, embedding))
 
     data = batches_like(architecture.example, 24)
-    arguments: dict[str, Any] = {"axes": ["depth"], "factors": (1, 2, 4), "seeds": 4}
+    arguments: dict[str, Any] = {"axes": ["depth"], "factors": (1, 2, 4), "seeds": 8}
     report = check(build, base, data, **arguments)
     starts = [row for row in report.rows if row.quantity.kind in ("start", "decay")]
     assert {row.verdict for row in starts} == {"pass"}, report
-    assert report.verdict != "fail", report
+    assert report.verdict == "pass", report
     assert check(build, base, data, **arguments, callbacks=lambda _: []).verdict == "fail"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
 from mlu_lightning import Shape
@@ -126,6 +130,40 @@ def test_loggers_get_the_figure_and_the_verdict(tmp_path: Path) -> None:
     for given in (True, False, None):
         assert read_config(write(tmp_path, trainer={"logger": given}), KEYS).loggers() == []
     assert not isinstance(configured.loggers()[0], CSVLogger)
+
+
+@pytest.mark.slow
+def test_command_logs_to_the_loggers_of_the_configuration(tmp_path: Path) -> None:
+    """The installed command in a process of its own, with real files of TensorBoard and of W&B without a network."""
+    folders = {"TensorBoardLogger": tmp_path / "tensorboard", "WandbLogger": tmp_path / "wandb"}
+    loggers = [
+        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": str(folder)}}
+        for name, folder in folders.items()
+    ]
+    path = write(tmp_path, trainer={"logger": loggers, "callbacks": [CALLBACK]})
+    folders["WandbLogger"].mkdir()
+    command = [
+        str(Path(sys.executable).with_name("mlu-lightning")),
+        "check",
+        path,
+        *QUICK,
+        "--out",
+        "out",
+        "--log",
+        "true",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "WANDB_MODE": "offline"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 4), done.stderr
+    verdict = {0: "pass", 4: "undecided"}[done.returncode]
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["verdict"] == verdict
+    events = EventAccumulator(str(next(folders["TensorBoardLogger"].rglob("events.*")).parent)).Reload()
+    assert [image.width > 100 for image in events.Images("mlu/check")] == [True]
+    (text,) = events.Tensors("mlu/check/text_summary")
+    assert f"{verdict.upper()}: " in text.tensor_proto.string_val[0].decode()
+    (run,) = folders["WandbLogger"].glob("wandb/offline-run-*")
+    assert len(list(run.glob("files/media/images/mlu/check_*.png"))) == 1
+    assert len(list(run.glob("files/media/table/mlu/check/rows_*.json"))) == 1
 
 
 def test_configuration_of_a_command_and_of_one_class(tmp_path: Path) -> None:

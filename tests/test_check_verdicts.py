@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import pytest
 from scipy import stats
 
 from mlu_lightning import Shape
+from mlu_lightning.checking.check import _at, _rows
 from mlu_lightning.checking.figure import draw_check
+from mlu_lightning.checking.measurement import Measurement
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers, lowest_and_highest
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, sizes
@@ -67,7 +70,7 @@ def test_verdict(power: float, noise: float, verdict: str) -> None:
     [
         (lambda f, s: 1.0, 1, (1, 2), "undecided", "there are too few sizes or seeds"),
         (lambda f, s: 1.0, 4, (1, 2), "undecided", "there are too few sizes or seeds"),
-        (lambda f, s: 0.0, 3, FACTORS, "undecided", "it does not move"),
+        (lambda f, s: 0.0, 3, FACTORS, "pass", "it does not move at any size"),
         (lambda f, s: float(f > 1), 3, FACTORS, "undecided", "it does not move in some runs"),
         (lambda f, s: math.nan if f == 8 else 1.0, 3, FACTORS, "fail", "it is not finite"),
         (lambda f, s: math.inf if f == 8 else 1.0, 3, FACTORS, "fail", "it is not finite"),
@@ -78,6 +81,40 @@ def test_without_a_slope(law: Any, seeds: int, factors: tuple[int, ...], verdict
     assert (row.verdict, row.reason) == (verdict, reason)
     assert math.isnan(row.slope)
     assert str(row) == f"update of blocks.*.read.weight (branch_in), depth: {reason}"
+
+
+@pytest.mark.parametrize("kind", ["features", "stream", "output"])
+def test_a_run_in_which_nothing_moves_is_no_success(kind: Kind) -> None:
+    row = fit_row(Quantity(kind, "output"), "depth", points(lambda f, s: 0.0, 3, FACTORS))
+    assert (row.verdict, row.reason) == ("undecided", "it does not move")
+
+
+def measured_along(depth: int, value: Callable[[float], float], shift: float = 0.0) -> tuple[Measurement, ...]:
+    """What moves as a function of the relative depth."""
+    along = tuple((i + shift) / depth for i in range(depth))
+    return (Measurement(Quantity("features", "blocks.* (mlp)"), tuple(map(value, along)), along),)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])  # of a Transformer's attentions and perceptrons
+def test_features_are_compared_at_the_same_relative_depths(shift: float) -> None:
+    grid = sizes(Shape(1, 2, 8), (1, 2, 4, 8), ["depth"])
+    runs = {
+        (size.shape, seed): measured_along(size.factor, lambda s, seed=seed: (seed + 1) * math.exp(3 * s), shift)  # type: ignore[misc]
+        for size in grid
+        for seed in range(3)
+    }
+    (row,) = _rows(grid, runs)
+    assert row.slope == pytest.approx(0, abs=1e-9)
+    plain = {key: (replace(found[0], depths=()),) for key, found in runs.items()}
+    (row,) = _rows(grid, plain)  # as the mean over all places
+    assert shift or row.slope > 0.5
+
+
+def test_features_at_two_depths_and_at_four() -> None:
+    """Linear in between: at s = 1/4 and 3/4 of values at 1/8, 3/8, 5/8, 7/8, in logarithms."""
+    one = measured_along(4, lambda s: 2 ** (8 * s), 0.5)[0]
+    assert _at((0.25, 0.75), one) == pytest.approx((2**2, 2**6))
+    assert math.isnan(_at((0.25,), replace(one, values=(math.nan, 1.0, 1.0, 1.0)))[0]), "is seen"
 
 
 def test_one_branch_among_many_that_is_wrong_is_seen() -> None:

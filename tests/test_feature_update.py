@@ -138,6 +138,19 @@ def test_resumed_run_logs_what_the_uninterrupted_one_does(tmp_path: Path) -> Non
     assert list(second) == [8, 12]
 
 
+def test_resumed_run_goes_on_with_its_probe(tmp_path: Path) -> None:
+    """Nothing is learned, so that what is compared with the first step has moved if and only if it is another batch."""
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="{step}")
+    fit(seeded(lr=0.0), FeatureUpdate(steps=1), saver, steps=3, enable_checkpointing=True)
+    other = Pairs()
+    other.inputs = other.inputs.flip(0)
+    memory = Memory()
+    arguments = SILENT | {"max_epochs": 1, "max_steps": 6, "callbacks": [FeatureUpdate(steps=1)], "logger": memory}
+    Trainer(**arguments).fit(seeded(lr=0.0), DataLoader(other, batch_size=4), ckpt_path=tmp_path / "step=3.ckpt")
+    found = [memory.logged[step][f"{PREFIX}stream/s=1"] for step in (4, 5, 6)]
+    assert found == [0, 0, 0]
+
+
 def test_resuming_without_its_state_is_warned_about(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, filename="{step}")
     fit(seeded(), saver, steps=3, enable_checkpointing=True)

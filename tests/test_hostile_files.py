@@ -176,7 +176,9 @@ def read_plan(path: Path, content: bytes) -> bool:
         assert str(error).startswith(str(path))
         assert len(str(error)) < 2000
         return True
-    node = yaml.load(content.decode(), Loader=yaml.BaseLoader)
+    # what older plans do not say is as it was then
+    older: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+    node = older | yaml.load(content.decode(), Loader=yaml.BaseLoader)
     assert node.pop("mlu_plan") == "1"
     check_value({field.name: getattr(plan, field.name) for field in fields(plan)}, node)
     # what was read can be used

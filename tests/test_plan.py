@@ -283,7 +283,7 @@ def test_overrides_that_match_nothing_or_name_no_role() -> None:
         ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 1'"),
         (
             "mlu_plan: 1\nalpha: 1.0",
-            "is not a complete plan: branches, features, horizon, multipliers, parameters, rules, streams, taps, warnings",
+            "is not a complete plan: branches, multipliers, parameters, streams, warnings",
         ),
     ],
 )

@@ -8,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, TOKENS
+from feature_models import ATTENTIONS, INPUTS, LENGTH, UNITS, AttentionNet, UnitsNet
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning import Plan, discover
+from mlu_lightning.attention_logits import chosen_logits, spread
 from mlu_lightning.models import Attention, CausalTransformer, ResNet
-from mlu_lightning.pre_activations import attention_logits
 from mlu_lightning.probing import locate_features, observe
+from mlu_lightning.updates import moved
 
 DEPTH, HEADS, EMBEDDING = 2, 2, 16
 UNREADABLE = {
-    "functional": "its matrices are raw parameters: no submodule is given or returns hidden units",
     "average of experts": "experts",
     "sum of experts": "experts",
     "mixtral": "experts",
@@ -86,13 +90,12 @@ def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, 
     torch.manual_seed(0)
     module = ARCHITECTURES[architecture].build(DEPTH, HEADS, EMBEDDING)
     example = ARCHITECTURES[architecture].example
-    enters = enters or "resnet.encoder.stages.0.layers.0.layer.0.normalization"  # a convolution, a norm, and a ReLU
+    enters = enters or "resnet.encoder.stages.0.layers.0.layer.1.normalization"  # before the last of its convolutions
     run = (lambda: module(**example)) if isinstance(example, dict) else (lambda: module(*example))
     values = seen_by_hooks(module, enters, run)
     values = values.movedim(1, -1) if branch.startswith("convolution") else values
     rows = values.reshape(-1, values.shape[-1])
-    chosen = torch.linspace(0, len(rows) - 1, min(32, len(rows)), dtype=torch.float64).round().long()
-    torch.testing.assert_close(read(module, example)[branch], rows[chosen], **CLOSE)
+    torch.testing.assert_close(read(module, example)[branch], rows[spread(len(rows), 32)], **CLOSE)
 
 
 def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
     turn = torch.polar(torch.ones_like(angles), angles)
     query, key = (torch.complex(part[..., :half], part[..., half:]) * turn for part in (query, key))
     logits = (query @ key.conj().transpose(-2, -1)).real / math.sqrt(2 * half)
-    return logits.masked_fill(torch.ones(length, length).triu(1).bool(), math.nan)
+    return logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
 
 
 def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:
@@ -118,55 +121,139 @@ def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:
     assert isinstance(attention, Attention)
     logits = causal_logits(attention, model.tokens(tokens[:, :-1]))
     found = read(model, tokens)["attention/branches.0"]
-    assert found.isnan().sum() > 0
-    torch.testing.assert_close(found, logits.reshape(-1, 8)[_evenly(16)].detach(), equal_nan=True, **CLOSE)
+    assert found.isneginf().sum() > 0
+    torch.testing.assert_close(found, logits.reshape(16, 8).detach(), **CLOSE)
 
 
-def _evenly(rows: int) -> Tensor:
-    return torch.linspace(0, rows - 1, min(32, rows), dtype=torch.float64).round().long()
-
-
-class Eager(nn.Module):
-    """Attention written by hand, with a large negative number for what cannot be seen."""
-
-    def __init__(self, masked: float) -> None:
-        super().__init__()
-        self.embed, self.readout = nn.Embedding(9, 12), nn.Linear(12, 9)
-        self.attention = nn.ModuleDict({name: nn.Linear(12, 12) for name in ("query", "key", "value", "out")})
-        self.masked = masked
-        self.attend = _Attend(self)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        stream = self.embed(tokens)
-        output: Tensor = self.readout(stream + self.attend(stream))
-        return output
-
-
-class _Attend(nn.Module):
-    def __init__(self, owner: Eager) -> None:
-        super().__init__()
-        self.projections, self.masked = owner.attention, owner.masked
-
-    def forward(self, stream: Tensor) -> Tensor:
-        query, key, value = (self.projections[name](stream) for name in ("query", "key", "value"))
-        later = torch.ones(stream.shape[1], stream.shape[1]).triu(1)
-        logits = query @ key.transpose(1, 2) / math.sqrt(12) + self.masked * later
-        branch: Tensor = self.projections["out"](logits.softmax(-1) @ value)
-        return branch
-
-
-@pytest.mark.parametrize("masked", [-1e4, torch.finfo(torch.float32).min])
-def test_logits_of_eager_attention_leave_out_what_cannot_be_seen(masked: float) -> None:
+@pytest.mark.parametrize("form", UNITS)
+def test_units_of_every_form(form: str) -> None:
     torch.manual_seed(0)
-    module = Eager(masked)
-    tokens = torch.arange(8)[None]
-    structure = discover(module, tokens)
-    (branch,) = structure.branches
-    stream = module.embed(tokens)
-    query, key = module.attention["query"](stream), module.attention["key"](stream)
-    logits = (query @ key.transpose(1, 2) / math.sqrt(12)).masked_fill(torch.ones(8, 8).triu(1).bool(), math.nan)
-    found = observe(module, tokens, locate_features(structure.features, structure.branches))
-    torch.testing.assert_close(found[f"attention/{branch.name}"], logits[0].detach(), equal_nan=True, **CLOSE)
+    module, x = UnitsNet(UNITS[form]), torch.randn(4, INPUTS)
+    found = read(module, x)
+    stream = module.embed(x)
+    for number, block in enumerate(module.blocks):
+        made = block.read(block.norm(stream)).detach()
+        torch.testing.assert_close(found[f"mlp/blocks.{number}"], UNITS[form].entering(block, made), **CLOSE)
+        stream = block(stream)
+
+
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_logits_of_every_form(form: str) -> None:
+    torch.manual_seed(0)
+    module, x = AttentionNet(ATTENTIONS[form]), torch.randn(2, LENGTH, INPUTS)
+    query, key, _ = module.parts(module.embed(x))
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = ATTENTIONS[form].logits((query @ key.mT / math.sqrt(query.shape[-1])).detach()).reshape(-1, LENGTH)
+    torch.testing.assert_close(read(module, x)["attention/self"], logits[spread(len(logits), 32)], **CLOSE)
+
+
+def test_logits_of_multihead_attention_that_returns_its_weights() -> None:
+    class WithWeights(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs | {"need_weights": True})
+
+    torch.manual_seed(0)
+    module = ARCHITECTURES["pre-norm encoder"].build(1, HEADS, EMBEDDING)
+    layer: Any = module.get_submodule("encoder.layers.0")
+    fused = read(module, (TOKENS,))
+    layer.self_attn.__class__ = WithWeights
+    torch.testing.assert_close(read(module, (TOKENS,)), fused, **CLOSE)
+
+
+@pytest.mark.parametrize("how", [lambda a, b: a + b, lambda a, b: torch.cat((a, b))])
+def test_of_two_passes_through_a_network_the_first_one_is_read(how: Any) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = UnitsNet(UNITS["glu"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return how(self.net(x), self.net(2 * x))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    module, x = Twice(), torch.randn(4, INPUTS)
+    once = {name.replace("/", "/net."): values for name, values in read(module.net, x).items()}
+    assert len(once) == 2
+    torch.testing.assert_close(read(module, x), once, rtol=0, atol=0)
+
+
+def test_masked_logits_are_left_out_and_nothing_else_is() -> None:
+    hidden, seen = -math.inf, torch.tensor([[1.0, 2.0]])
+    assert moved(torch.tensor([[0.0, hidden]]), torch.tensor([[3.0, hidden]])) == 3
+    for wrong in (math.nan, math.inf):
+        assert not math.isfinite(moved(seen, torch.tensor([[wrong, 2.0]])))
+    assert moved(seen, torch.tensor([[hidden, 2.0]])) == math.inf  # seen before
+
+
+def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
+    """A weight that underflows is not one of a key that cannot be seen."""
+    torch.manual_seed(0)
+    module, x = AttentionNet(ATTENTIONS["eager, -inf"]), torch.randn(2, LENGTH, INPUTS)
+    structure = discover(module, x)
+    locations = locate_features(structure.features, structure.branches)
+    before = observe(module, x, locations)["attention/self"]
+    with torch.no_grad():
+        module.queries.weight.mul_(400)
+        module.queries.bias.mul_(400)
+    after = observe(module, x, locations)["attention/self"]
+    assert (after.softmax(-1) == 0).sum() > after.isneginf().sum()
+    seen = ~before.isneginf()
+    assert torch.equal(seen, ~after.isneginf())
+    assert moved(before, after) == pytest.approx(399 * before[seen].double().square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
+    torch.manual_seed(0)
+    module, x = AttentionNet(ATTENTIONS["causal"]), torch.randn(2, LENGTH, INPUTS)
+    structure = discover(module, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = observe(module, x, locate_features(structure.features, structure.branches))["attention/self"]
+        query, key, _ = module.parts(module.embed(x))
+    assert query.dtype == torch.bfloat16
+    logits = ATTENTIONS["causal"].logits((query.float() @ key.float().mT / 2).detach()).reshape(-1, LENGTH)
+    torch.testing.assert_close(found, logits[spread(len(logits), 32)], **CLOSE)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Notes how large the largest tensor is that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.entries = max(self.entries, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_many_logits_only_the_chosen_ones_are_computed(fused: bool) -> None:
+    samples, heads, length, head_dim = 8, 8, 1024, 16
+    shapes = {"query": (samples, heads, length, head_dim), "key": (samples, 2, length, head_dim)}
+    arguments: dict[str, Any] = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
+    arguments["attn_mask"] = torch.zeros(()).expand(samples, 1, length, length)
+    if not fused:
+        arguments = {"self": torch.ones(()).expand(samples, heads, length, length), "dim": -1}
+    with Largest() as largest:
+        assert chosen_logits(arguments, 32, 256).shape == (32, 256)
+    assert largest.entries <= 32 * 256 * head_dim
+
+
+@given(st.integers(1, 10**6), st.integers(1, 300))
+def test_spread_takes_one_of_each_part(size: int, count: int) -> None:
+    chosen = spread(size, count)
+    assert len(chosen) == min(size, count)
+    assert chosen.equal(chosen.unique())
+    assert 0 <= chosen[0] <= size // count
+    assert size - 1 - size // count - 1 <= chosen[-1] < size
+
+
+def test_spread_rows_are_of_many_queries() -> None:
+    """At one distance, 31 of 32 rows would be of the same query where samples times heads are a multiple of 31."""
+    heads, length = 62, 64
+    assert len((spread(heads * length, 32) % length).unique()) > 20
 
 
 @pytest.mark.parametrize(("mask", "causal"), [(None, False), (None, True), ("bool", False), ("float", False)])
@@ -176,7 +263,7 @@ def test_attention_by_these_logits_is_torchs(mask: str | None, causal: bool) -> 
     given = torch.rand(5, 5, generator=generator)
     masks = {None: None, "bool": (given > 0.3) | torch.eye(5).bool(), "float": given}
     arguments = {"query": query, "key": key, "attn_mask": masks[mask], "is_causal": causal, "scale": 0.7}
-    weights = attention_logits(arguments).softmax(-1)
+    weights = chosen_logits(arguments, 2 * 3 * 5, 5).softmax(-1).reshape(2, 3, 5, 5)
     expected = F.scaled_dot_product_attention(query, key, value, masks[mask], is_causal=causal, scale=0.7)
     torch.testing.assert_close(weights @ value, expected, **CLOSE)
 
@@ -188,7 +275,7 @@ def test_grouped_keys_are_read_for_every_head() -> None:
     samples, length = TOKENS.shape
     assert found.shape == (32, length)  # of samples * 4 heads * length rows
     assert samples * 4 * length >= 32
-    seen = (~found.isnan()).sum(1)
+    seen = (~found.isneginf()).sum(1)
     assert seen.min() >= 1
     assert seen.max() <= length
 
@@ -222,4 +309,5 @@ def test_watching_ends_when_the_forward_pass_fails() -> None:
         observe(model, tokens, locations)
     handle.remove()
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    assert not torch.overrides._get_current_function_mode_stack()
     assert set(observe(model, tokens, locations)) == {"attention/branches.0", "mlp/branches.1"}

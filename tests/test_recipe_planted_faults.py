@@ -33,6 +33,10 @@ def test_every_role_of_the_table_has_its_faults() -> None:
     assert planted == set(TABLE)
 
 
+def _title(case: planted_faults.Case) -> str:
+    return planted_faults._title(case).replace("/", " ")
+
+
 @pytest.mark.parametrize("family", [OptimizerFamily.ADAMW, OptimizerFamily.SGD])
 def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: OptimizerFamily) -> None:
     for norms in NORMS:
@@ -67,6 +71,22 @@ def test_forgotten_is_one_and_foreign_is_a_power_of_the_embedding() -> None:
     foreign = faulty(plan, Fault(Role.EMBEDDING, "std")).scales("adamw")["tokens.weight"]
     assert foreign.std == pytest.approx(2**-0.5)
     assert faulty(plan, Fault(Role.EMBEDDING, "lr")).scales("adamw")["tokens.weight"].lr == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", planted_faults._cases(seeds=3, repeats=1, right=0, quick=False), ids=_title)
+def test_every_fault_is_found_and_named(case: planted_faults.Case) -> None:
+    outcome = planted_faults.measure(case)
+    assert outcome.verdict == "fail"
+    assert case.fault is not None
+    assert case.fault.role in outcome.named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", planted_faults._cases(seeds=3, repeats=0, right=10, quick=False), ids=_title)
+def test_plans_without_a_fault_pass(case: planted_faults.Case) -> None:
+    """Ten in a row with either optimizer, each with other seeds; a noisy router may leave models of every role undecided."""
+    assert planted_faults.measure(case).verdict in (("pass",) if case.model == "Transformer" else ("pass", "undecided"))
 
 
 @pytest.mark.slow

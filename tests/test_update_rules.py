@@ -1,15 +1,14 @@
 """Every optimizer of torch.optim against parameter groups built by hand, and against exact scaling laws."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from optimizers_by_hand import CASES, ROWS, ByHand, Case, adam, adamw, sgd
 from parameter_groups import (
     ADAM_LR,
     EPS,
     MATRICES,
-    MUON_EPS,
     MUON_LR,
     SGD_LR,
     SHAPES,
@@ -30,123 +29,6 @@ from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import ParameterPlan, Plan
 from mlu_lightning.rules import Ratios, Role
 
-ByHand = Callable[[Numbers, str, int], Numbers]
-
-
-def sgd(numbers: Numbers, name: str, step: int) -> Numbers:
-    factor = SGD_LR[name]
-    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
-
-
-def adam(numbers: Numbers, name: str, step: int) -> Numbers:
-    scaled = {"lr": numbers["lr"] * ADAM_LR[name], "eps": numbers["eps"] * EPS[name]}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / SGD_LR[name]}
-
-
-def adamw(numbers: Numbers, name: str, step: int) -> Numbers:
-    scaled = {"lr": numbers["lr"] * ADAM_LR[name], "eps": numbers["eps"] * EPS[name]}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / ADAM_LR[name]}
-
-
-def asgd(numbers: Numbers, name: str, step: int) -> Numbers:
-    return {**sgd(numbers, name, step), "lambd": numbers["lambd"] / SGD_LR[name]}
-
-
-def radam(numbers: Numbers, name: str, step: int) -> Numbers:
-    """With beta2 = 0.999 the first five steps are plain gradient steps."""
-    return {**adam(numbers, name, step), **({"lr": numbers["lr"] * SGD_LR[name]} if step < 5 else {})}
-
-
-def radamw(numbers: Numbers, name: str, step: int) -> Numbers:
-    scaled = adamw(numbers, name, step)
-    return sgd(scaled | numbers, name, step) | {"eps": scaled["eps"]} if step < 5 else scaled
-
-
-def sparse(numbers: Numbers, name: str, step: int) -> Numbers:
-    return {**numbers, "lr": numbers["lr"] * ADAM_LR[name], "eps": numbers["eps"] * EPS[name]}
-
-
-def rprop(numbers: Numbers, name: str, step: int) -> Numbers:
-    low, high = numbers["step_sizes"]
-    factor = ADAM_LR[name]
-    return {**numbers, "lr": numbers["lr"] * factor, "step_sizes": (low * factor, high * factor)}
-
-
-def adadelta(numbers: Numbers, name: str, step: int) -> Numbers:
-    scaled = {"lr": numbers["lr"] * SGD_LR[name], "eps": numbers["eps"] * EPS[name] ** 2}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / SGD_LR[name]}
-
-
-def adafactor(numbers: Numbers, name: str, step: int) -> Numbers:
-    factor = ADAM_LR[name] / STD[name]
-    first, second = numbers["eps"]
-    first = torch.finfo(torch.float32).eps if first is None else first
-    lr = min(numbers["lr"], (step + 1) ** -0.5) * factor if factor != 1 else numbers["lr"]
-    decay = numbers["weight_decay"] * (numbers["lr"] / lr)
-    return {**numbers, "lr": lr, "eps": (first * EPS[name] ** 2, second * STD[name]), "weight_decay": decay}
-
-
-def muon(numbers: Numbers, name: str, step: int) -> Numbers:
-    rows, columns = SHAPES[name]
-    if numbers["adjust_lr_fn"] == "match_rms_adamw":
-        own = max(rows, columns) ** 0.5 / 2**0.5
-    else:
-        own = max(1, rows / columns) ** 0.5
-    scaled = {"lr": numbers["lr"] * (MUON_LR[name] / own), "eps": numbers["eps"] * MUON_EPS[name]}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] * (own / MUON_LR[name])}
-
-
-@dataclass(frozen=True)
-class Case:
-    make: Callable[..., optim.Optimizer]
-    by_hand: ByHand
-    numbers: Numbers = field(default_factory=dict)
-    names: tuple[str, ...] = tuple(SHAPES)
-    sparse: bool = False
-
-    def optimizer(self, module: nn.Module) -> optim.Optimizer:
-        return self.make(module.parameters(), **self.numbers)
-
-
-CASES = {
-    "sgd": Case(optim.SGD, sgd, {"lr": 0.1, "weight_decay": 0.1}),
-    "sgd-nesterov": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-    "sgd-dampening": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
-    "sgd-foreach": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "foreach": True}),
-    "sgd-fused": Case(optim.SGD, sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "fused": True}),
-    "sgd-tensor": Case(optim.SGD, sgd, {"lr": torch.tensor(0.1), "momentum": 0.9, "weight_decay": 0.1}),
-    "asgd": Case(optim.ASGD, asgd, {"lr": 0.1, "lambd": 0.01, "t0": 3, "weight_decay": 0.1}),
-    "asgd-foreach": Case(optim.ASGD, asgd, {"lr": 0.1, "lambd": 0.01, "foreach": True}),
-    "adam": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
-    "adam-amsgrad": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "amsgrad": True, "maximize": True}),
-    "adam-foreach": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "foreach": True}),
-    "adam-fused": Case(optim.Adam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "fused": True}),
-    "adam-decoupled": Case(optim.Adam, adamw, {"eps": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "adamw": Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}),
-    "adamw-foreach": Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01, "foreach": True}),
-    "adamw-fused": Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01, "fused": True, "amsgrad": True}),
-    "adamw-tensor": Case(optim.AdamW, adamw, {"lr": torch.tensor(0.1), "eps": 0.01, "weight_decay": 0.1}),
-    "adamw-tensor-fused": Case(optim.AdamW, adamw, {"lr": torch.tensor([0.1]), "eps": 0.01, "fused": True}),
-    "nadam": Case(optim.NAdam, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
-    "nadam-decoupled": Case(optim.NAdam, adamw, {"eps": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "radam": Case(optim.RAdam, radam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
-    "radam-foreach": Case(optim.RAdam, radam, {"lr": 0.1, "eps": 0.01, "foreach": True}),
-    "radam-decoupled": Case(optim.RAdam, radamw, {"eps": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    "adamax": Case(optim.Adamax, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}),
-    "rmsprop": Case(optim.RMSprop, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "momentum": 0.9}),
-    "rmsprop-centered": Case(optim.RMSprop, adam, {"lr": 0.1, "eps": 0.01, "centered": True, "foreach": True}),
-    "adagrad": Case(optim.Adagrad, adam, {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1, "lr_decay": 0.1}),
-    "adagrad-fused": Case(optim.Adagrad, adam, {"lr": 0.1, "eps": 0.01, "fused": True}),
-    "adadelta": Case(optim.Adadelta, adadelta, {"lr": 0.5, "eps": 0.01, "weight_decay": 0.1}),
-    "rprop": Case(optim.Rprop, rprop, {"lr": 0.1, "step_sizes": (0.08, 0.13)}),
-    "sparse-adam": Case(optim.SparseAdam, sparse, {"lr": 0.1, "eps": 0.01}, sparse=True),
-    "adafactor": Case(optim.Adafactor, adafactor, {"lr": 0.1, "weight_decay": 0.1}),
-    "adafactor-eps": Case(optim.Adafactor, adafactor, {"lr": 0.1, "eps": (2.0, 4.0), "foreach": True}),
-    "adafactor-capped": Case(optim.Adafactor, adafactor, {"lr": 0.4, "weight_decay": 0.1}),
-    "muon": Case(optim.Muon, muon, {"lr": 0.1}, names=MATRICES),
-    "muon-rms": Case(optim.Muon, muon, {"lr": 0.1, "adjust_lr_fn": "match_rms_adamw"}, names=MATRICES),
-    "muon-eps": Case(optim.Muon, muon, {"lr": 0.1, "eps": 100.0, "nesterov": False}, names=MATRICES),
-}
 IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
 
 
@@ -160,7 +42,7 @@ def run_by_hand(case: Case, module: Weights, steps: int) -> None:
     optimizer = case.make(groups, **case.numbers)
     for step in range(steps):
         for group, name in zip(optimizer.param_groups, case.names, strict=True):
-            group.update(case.by_hand(numbers, name, step))
+            group.update(case.by_hand(numbers, ROWS[name], step))
         module.load_gradients(step, case.sparse)
         optimizer.step()
 
@@ -300,7 +182,7 @@ def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_
     module.load_gradients(0)
     optimizer.step()
     for key in ("lr", "weight_decay"):
-        expected = {name: by_hand(optimizer.param_groups[0], name, 9)[key] for name in SHAPES}
+        expected = {name: by_hand(optimizer.param_groups[0], ROWS[name], 9)[key] for name in SHAPES}
         assert numbers_in_update(module, seen[-1], key) == expected
 
 
@@ -387,7 +269,7 @@ def test_combined_optimizers_have_a_family_for_each_group() -> None:
             }
             for name in MATRICES
         ],
-        [{"params": of(theirs, name), **adamw(rest, name, 0)} for name in others],
+        [{"params": of(theirs, name), **adamw(rest, ROWS[name], 0)} for name in others],
     )
     for step in range(4):
         for module, each in ((ours, optimizer), (theirs, by_hand)):

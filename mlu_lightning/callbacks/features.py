@@ -7,9 +7,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
+from mlu_lightning.batches import decode_batch, encode_batch
 from mlu_lightning.callbacks.loggers import log_values
 from mlu_lightning.callbacks.probe import Layout, Probe, given_probe, on_rank_zero, smallest_probe
+from mlu_lightning.lightning_steps import StepName
 from mlu_lightning.probing import Observation, locate_features
 from mlu_lightning.recording_steps import Steps, is_due, validated_steps
 from mlu_lightning.updates import feature_updates
@@ -26,7 +29,8 @@ class FeatureUpdate(Callback):
     ``mlu/update/mlp``; ``mlu/update/stream/s=0.5`` and ``mlu/update/output``. In the MLU parameterization they are Θ(1) at
     every shape (theory.md, section 1): the same curves for a small and a large run. The training is, bit for bit, the
     training without the callback; with a :class:`MLUCallback` in the Trainer, its plan tells what to read. Experts, whose
-    tokens change places, and units that no submodule is given or returns are left out.
+    tokens change places, are left out. Of gated perceptrons it is the half that enters the nonlinearity. A resumed run
+    goes on with the probe of its first step.
 
     Args:
         probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
@@ -71,16 +75,17 @@ class FeatureUpdate(Callback):
         self._depths = tuple(sorted({float(depth) for depth in depths}))
         self._positions = positions
         self._probe: Probe | None = None
+        self._batch: tuple[Any, dict[str, Tensor], StepName] | None = None
         self._start: Observation = {}
         self._last = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """What was observed at the first step, so that a resumed run logs what the uninterrupted one would."""
-        return {"start": self._start, "last": self._last}
+        """The probe and what was observed at the first step: a resumed run logs what the uninterrupted one would."""
+        return {"probe": self._batch, "start": self._start, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
-        self._start, self._last = state_dict["start"], state_dict["last"]
+        self._batch, self._start, self._last = state_dict["probe"], state_dict["start"], state_dict["last"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the probe, and keep what is seen if it is the first step.
@@ -88,7 +93,7 @@ class FeatureUpdate(Callback):
         Raises:
             ValueError: if the module has no stream that can be read, or if it cannot take the probe.
         """
-        batch, step = on_rank_zero(trainer, lambda: given_probe(trainer, pl_module, self._given, self._positions))
+        batch, step = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
         features = locate_features(layout.features, layout.branches)
 
@@ -96,8 +101,9 @@ class FeatureUpdate(Callback):
             return Probe.of(trainer, pl_module, batch, step, layout, self._depths, self._positions, features)
 
         with probe_of(batch).first_pass(pl_module, f"Give FeatureUpdate(probe=...) a batch as {step} takes it."):
-            self._probe, _, _ = smallest_probe(trainer, pl_module, probe_of, batch)
+            self._probe, batch, _ = smallest_probe(trainer, pl_module, probe_of, batch)
             observed = self._probe.observe(trainer, pl_module)
+        self._batch = (*encode_batch(batch), step)
         if trainer.global_step == 0:
             self._start, self._last = observed, 0
         elif not self._start:
@@ -122,6 +128,13 @@ class FeatureUpdate(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the probe."""
         self._probe = None
+
+    def _find_probe(self, trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
+        """The probe, which is that of the first step in a run that is resumed, and the step that takes it."""
+        if trainer.global_step == 0 or self._batch is None:
+            return given_probe(trainer, module, self._given, self._positions)
+        structure, tensors, step = self._batch
+        return decode_batch(structure, tensors), step
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         if self._probe is not None:

@@ -19,8 +19,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
+from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
 from mlu_lightning.optimization import is_scaled, scale_optimizer
@@ -55,7 +57,8 @@ class MLUCallback(Callback):
             anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
             weights alone, for those of a checkpoint.
         residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
-            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function.
+            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function;
+            their gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
             ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
@@ -154,13 +157,15 @@ class MLUCallback(Callback):
                 f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
                 f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
             )
-        if sum(isinstance(callback, MLUCallback) for callback in vars(trainer)["callbacks"]) > 1:
+        callbacks: list[Callback] = vars(trainer)["callbacks"]
+        if sum(isinstance(callback, MLUCallback) for callback in callbacks) > 1:
             raise ValueError(
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
         if stage != TrainerFn.FITTING:
             return
-        self._cleanup.close()  # of a fit that failed where Lightning calls no hook, as after an error in another's hook
+        self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
+        check_copies(callbacks)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
@@ -169,13 +174,17 @@ class MLUCallback(Callback):
             )
         builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         if not builders:
-            self._prepare(trainer, pl_module)
+            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
             return
+        prepared = False
 
         def build(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal prepared
             result = method(*args, **kwargs)
-            with torch.device("cpu"):  # instead of the device that new parameters were made on
-                self._prepare(trainer, pl_module)
+            if not prepared:  # WeightAveraging calls configure_model, too
+                prepared = True
+                with torch.device("cpu"):  # instead of the device that new parameters were made on
+                    self._prepare(trainer, pl_module, callbacks)
             return result
 
         self._cleanup.callback(_wrap(pl_module, builders[-1], build))
@@ -195,10 +204,7 @@ class MLUCallback(Callback):
         present = residual_state(pl_module)
         if saved is None:
             if present is not None:
-                rank_zero_warn(
-                    "The checkpoint is of a run without MLUCallback. Its weights were trained as another function of "
-                    "the module, which now has the plan's multipliers, and at other learning rates."
-                )
+                rank_zero_warn(f"The checkpoint is of a run without MLUCallback. {_PLAIN[present.mode]}")
             return
         plan = Plan.from_yaml(saved["plan"], "the plan in the checkpoint")
         if present is None:
@@ -247,14 +253,18 @@ class MLUCallback(Callback):
     def _mode(self) -> Literal["hook", "fold"]:
         return "hook" if self._residual == "hook" else "fold"
 
-    def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
-        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made."""
+    def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
+        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made.
+
+        Callbacks that were set up earlier may have copied the module as it was.
+        """
         self._plan = plan = self._plan_of(trainer, module)
         for warning in plan.warnings:
             rank_zero_warn(warning)
         deferred = any(parameter.is_meta for parameter in module.parameters())
         if not deferred:
             self._apply(module, plan)
+            copy_again(earlier, trainer, module)
 
         def configure(method: Callable[..., Any]) -> Any:
             if deferred:
@@ -269,7 +279,23 @@ class MLUCallback(Callback):
                 self._families.update(scaled.families)
             return configured
 
+        clipping = False
+
+        def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal clipping
+            if clipping:  # one of the two calls the other
+                return method(*args, **kwargs)
+            clipping = True
+            try:
+                with unfolded_gradients(module, plan):
+                    return method(*args, **kwargs)
+            finally:
+                clipping = False
+
         self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
+        if self._mode == "fold":
+            for name in ("configure_gradient_clipping", "clip_gradients"):
+                self._cleanup.callback(_wrap(module, name, clip))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
@@ -324,6 +350,12 @@ class MLUCallback(Callback):
 
 
 _MARK = "_mlu_callback"
+_PLAIN = {
+    "hook": "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "
+    'learning rates. To go on with that function, give MLUCallback residual="fold".',
+    "fold": "Its weights take the place of those that hold the plan's multipliers, so the module is the function that they "
+    "were trained as; from here on they have the plan's learning rates.",
+}
 _PLACES = {"hook": "in hooks", "fold": "in its weights"}
 
 
@@ -365,7 +397,8 @@ def _built(
 def _wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
     """Let ``around`` be called instead of a method of an instance, with the method first; return what undoes this."""
     method: Callable[..., Any] = getattr(module, name)
-    own: Callable[..., Any] | None = vars(module).get(name)  # LightningCLI, for one, keeps its configure_optimizers on the instance
+    # LightningCLI, for one, keeps its configure_optimizers on the instance
+    own: Callable[..., Any] | None = vars(module).get(name)
     active = True
 
     def bound(this: nn.Module) -> Callable[..., Any]:

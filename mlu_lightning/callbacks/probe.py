@@ -86,7 +86,8 @@ class Layout:
                 "the whole module. Plan it before, as it is without sharding: Plan.from_model(module, example, "
                 "base=...).save(path), and give the Trainer MLUCallback(plan=path)."
             )
-        found: Plan | Structure = plan or discover(module, find_example(trainer, module))
+        # plans of older versions do not say where streams can be read
+        found: Plan | Structure = plan if plan and plan.taps else discover(module, find_example(trainer, module))
         streams = found.streams
         return cls(
             depth=tuple(stream.depth for stream in streams),

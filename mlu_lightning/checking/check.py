@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -17,7 +18,7 @@ from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.checking.measurement import Batches, Measurement, measure, quiet
 from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.checking.sizes import AXES, Size, sizes
+from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, fit_row
 from mlu_lightning.plan import Plan
 from mlu_lightning.shapes import Shape
@@ -31,7 +32,7 @@ def check(
     data: Any = None,
     *,
     callbacks: Callable[[LightningModule], Sequence[Callback]] | None = None,
-    axes: Sequence[str] = AXES,
+    axes: Sequence[str] | None = None,
     factors: Sequence[int] = (1, 2, 4, 8),
     seeds: int = 4,
     steps: int = 4,
@@ -58,7 +59,8 @@ def check(
         callbacks: makes the callbacks of a Trainer, given a freshly built module of the base shape. By default an
             :class:`MLUCallback` with that base.
         axes: along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without those
-            that a module does not have on its own, such as heads whose dimension times their number is the embedding.
+            that a module does not have on its own, such as heads whose dimension times their number is the embedding. By
+            default all, together if there are four factors or more, because they grow together by all but the last.
         factors: by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
         steps: of the optimizer in every run.
@@ -84,7 +86,7 @@ def check(
     """
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
-    grid = sizes(base, factors, axes)
+    grid = sizes(base, factors, default_axes(factors) if axes is None else axes)
     make = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
     numbers = range(seed, seed + seeds)
     runs = [(shape, number) for shape in dict.fromkeys(size.shape for size in grid) for number in numbers]
@@ -165,17 +167,31 @@ def _transferred(batch: Any, hooks: LightningDataModule | LightningModule) -> An
 def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Any:
     """One row for every quantity and axis, in order of kind."""
     points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
+    shallowest: dict[Quantity, Measurement] = {}
+    for found in measured.values():
+        for one in found:
+            if len(one.values) < len(shallowest.setdefault(one.quantity, one).values):
+                shallowest[one.quantity] = one
     for size in grid:
         for (shape, seed), found in measured.items():
             if shape == size.shape:
                 for one in found:
-                    mean = _geometric_mean(one.values)
+                    mean = _geometric_mean(_at(shallowest[one.quantity].depths, one))
                     point = Point(size.factor, seed, mean, min(one.values), max(one.values))
                     points[one.quantity, size.axis].append(point)
     order = sorted(points, key=lambda key: (KINDS.index(key[0].kind), AXES.index(key[1])))
     for quantity, axis in order:
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
         yield fit_row(quantity, axis, points[quantity, axis], others)
+
+
+def _at(depths: Sequence[float], measurement: Measurement) -> Sequence[float]:
+    """Values at some relative depths, between those where they were measured, if they are a function of that."""
+    values = measurement.values
+    if not measurement.depths or not all(0 < value < math.inf for value in values):
+        return values
+    along = sorted(zip(measurement.depths, values, strict=True))
+    return tuple(np.exp(np.interp(depths, [depth for depth, _ in along], np.log([value for _, value in along]))))
 
 
 def _geometric_mean(values: Sequence[float]) -> float:

@@ -217,7 +217,9 @@ def _rerun(
         for reader in readers:
             local = reader.parameter[len(name) + 1 :] if name else reader.parameter
             other = _first(functional_call(submodule, {local: others[reader.parameter]}, args, kwargs))
-            moved[reader.parameter] = rms(now - other)
+            effect = rms(now - other)
+            # what is lost in rounding is no effect, as of biases of keys, which shift all logits of a softmax
+            moved[reader.parameter] = effect if effect > _ROUNDING * torch.finfo(now.dtype).eps * rms(now) else 0.0
 
     # what was given is kept before other hooks multiply it, because these hooks run again
     handles = (
@@ -235,6 +237,7 @@ def _first(output: Any) -> Tensor:
     return next(tensor for tensor in tensors_in(output) if tensor.is_floating_point())
 
 
+_ROUNDING = 4
 _LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
 
 

@@ -15,12 +15,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 
 from mlu_lightning.base import name_pattern
-from mlu_lightning.checking.local_effects import find_readers, local_effects, value_effects
+from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.plan import Plan
 from mlu_lightning.probing import locate, locate_features, observe
 from mlu_lightning.rules import Role
+from mlu_lightning.structure import Tap
 from mlu_lightning.updates import moved
 
 __all__ = ["Batches", "Measurement", "measure", "quiet"]
@@ -33,10 +34,14 @@ class Measurement:
     Args:
         quantity: what was measured.
         values: over what it is expected to grow as: constant in the limit of large networks.
+        depths: relative depths s of these places, ascending, if values depend on it. How far pre-activations move does,
+            because the stream before them has moved, too: in the block at s = 0, the only one of the shallowest network,
+            less than further up. Empty otherwise.
     """
 
     quantity: Quantity
     values: tuple[float, ...]
+    depths: tuple[float, ...] = ()
 
 
 def measure(
@@ -132,7 +137,12 @@ class _Watch(Callback):
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
         depths = [stream.depth for stream in plan.streams]
         self._locations = locate(plan.taps, depths, (0, 1)) + locate_features(plan.features, plan.branches)
+        self._depths = {
+            location.name: _relative_depth(plan, tap)
+            for location, tap in zip(locate_features(plan.features, plan.branches), plan.features, strict=True)
+        }
         self._found: dict[Quantity, list[float]] = defaultdict(list)
+        self._along: dict[Quantity, list[float]] = defaultdict(list)
         self._start: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._decayed = False
@@ -157,7 +167,9 @@ class _Watch(Callback):
             moves = moved(self._before[name], values)
             kind, _, branch = name.partition("/")
             if branch and not kind.startswith("stream"):
-                self._found[Quantity("features", f"{name_pattern(branch)} ({kind})")].append(moves)
+                quantity = Quantity("features", f"{name_pattern(branch)} ({kind})")
+                self._found[quantity].append(moves)
+                self._along[quantity].append(self._depths[name])
             else:
                 self._found[Quantity("output" if kind.startswith("output") else "stream", name)].append(moves)
         for role in dict.fromkeys(map(str, self._roles.values())):
@@ -169,7 +181,10 @@ class _Watch(Callback):
                     self._found[Quantity(effect, role, role)].append(moves)
 
     def measurements(self) -> tuple[Measurement, ...]:
-        return tuple(Measurement(quantity, tuple(values)) for quantity, values in self._found.items())
+        return tuple(
+            Measurement(quantity, tuple(values), tuple(self._along.get(quantity, ())))
+            for quantity, values in self._found.items()
+        )
 
     def _observe(self, module: LightningModule) -> dict[str, Tensor]:
         return observe(module, self._probe, self._locations, "training_step")
@@ -187,13 +202,27 @@ class _Watch(Callback):
         unread = [name for name in parameters if name_pattern(name) not in read]
         effects |= value_effects(self._plan, unread, parameters, others, aligned=kind == "update")
         for name, effect in effects.items():
-            if effect > 0 or kind == "update":  # what is zero at the start has no size to scale
-                self._add(kind, name, effect, self._readers[name].multiplied if name in self._readers else False)
+            multiplied = name in self._readers and self._readers[name].multiplied
+            if kind == "start" and multiplied and self._roles[name] is Role.BRANCH_NORM and effect > 0:
+                # it is the multiplier of what comes before the norm, and the norm's values are something else
+                size = rms(parameters[name])
+                self._add(kind, name, size)
+                self._add(kind, name, effect / size, Role.BRANCH_OUT_NORMED, " (multiplier)", multiplied)
+            elif effect > 0 or kind == "update":  # what is zero at the start has no size to scale
+                self._add(kind, name, effect, multiplied=multiplied)
 
-    def _add(self, kind: Kind, name: str, value: float, multiplied: bool = False) -> None:
-        role = self._roles[name]
+    def _add(
+        self,
+        kind: Kind,
+        name: str,
+        value: float,
+        role: Role | None = None,
+        what: str = "",
+        multiplied: bool = False,
+    ) -> None:
+        role = role or self._roles[name]
         expected = expected_powers(kind, role, multiplied)(self._plan.parameters[name].ratios)
-        self._found[Quantity(kind, name_pattern(name), role.value)].append(value / expected)
+        self._found[Quantity(kind, f"{name_pattern(name)}{what}", role.value)].append(value / expected)
 
     def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
         """Observe the module with the parameters of one role as they were at the start."""
@@ -228,6 +257,11 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+
+def _relative_depth(plan: Plan, tap: Tap) -> float:
+    branch = plan.branches[tap.number]
+    return tap.position / plan.streams[branch.stream].depth
 
 
 def _ends(observed: Mapping[str, Tensor]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mlu_lightning.shapes import Shape
 
-__all__ = ["AXES", "Size", "sizes"]
+__all__ = ["AXES", "Size", "default_axes", "sizes"]
 
 AXES = "depth", "hidden", "embedding", "together"
 """Ways for a shape to grow."""
@@ -30,6 +30,19 @@ class Size:
     axis: str
     factor: int
     shape: Shape
+
+
+def default_axes(factors: Sequence[int], axes: Sequence[str] = AXES[:-1]) -> tuple[str, ...]:
+    """Axes of a check: each on its own, and all together if that makes three sizes, from which slopes can be told.
+
+    Args:
+        factors: by which each grows.
+        axes: that there are on their own.
+
+    >>> default_axes((1, 2, 4)), default_axes((1, 2, 4, 8), ["depth", "embedding"])
+    (('depth', 'hidden', 'embedding'), ('depth', 'embedding', 'together'))
+    """
+    return (*axes, "together") if len(axes) > 1 and len(factors) > 3 else (*axes,)
 
 
 def sizes(base: Shape, factors: Sequence[int], axes: Sequence[str] = AXES) -> tuple[Size, ...]:

@@ -47,8 +47,8 @@ class Row:
         axis: depth, hidden, embedding, or together.
         slope: d log quantity / d log size, less what is expected; NaN if there is none.
         error: half the width of its confidence interval.
-        verdict: ``"pass"`` if the interval has a slope of finite networks in it and none of a fault, ``"fail"`` if the
-            other way round, else ``"undecided"``.
+        verdict: ``"pass"`` if the interval has a slope of finite networks in it and none of a fault, or a parameter does
+            nothing at any size, ``"fail"`` if the other way round, else ``"undecided"``.
         reason: why there is no slope, or which of several places along the depth is meant; empty otherwise.
         points: that it was fitted to.
 
@@ -117,7 +117,7 @@ def fit_row(quantity: Quantity, axis: str, points: Sequence[Point], others: Sequ
         return _judged(quantity, axis, points, of, reason, others)
 
     mean = judged(lambda point: point.value, "")
-    if mean.verdict == "fail" or math.isnan(mean.slope) or quantity.kind not in ("start", "update", "decay"):
+    if mean.verdict == "fail" or math.isnan(mean.slope) or quantity.kind not in _OF_PARAMETERS:
         return mean
     extremes = [
         judged(lambda point: point.highest, "at the place where it is largest"),
@@ -200,6 +200,8 @@ def _judged(
     row = Row(quantity, axis, math.nan, math.nan, "undecided", reason, points)
     if not all(math.isfinite(value) for value in values):
         return replace(row, verdict="fail", reason="it is not finite")
+    if not any(values) and quantity.kind in _OF_PARAMETERS:
+        return replace(row, verdict="pass", reason="it does not move at any size")
     if any(value == 0 for value in values):
         return replace(row, reason="it does not move" if not any(values) else "it does not move in some runs")
     fit = _Fit.of(points, values)
@@ -215,6 +217,9 @@ def _judged(
     if may_be_right != may_be_wrong:
         verdict = "pass" if may_be_right else "fail"
     return replace(row, slope=slope, error=error, verdict=verdict)
+
+
+_OF_PARAMETERS = ("start", "update", "decay")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Clip the gradients of folded weights as those of a module whose multipliers are attached.
+
+Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it. Every optimizer
+is scaled for that, but clipping by norm or by value is not linear: on the gradients as they are it would be another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mlu_lightning.multipliers import residual_state
+from mlu_lightning.optimization import plan_names
+from mlu_lightning.plan import Plan
+from mlu_lightning.rules import OptimizerFamily
+
+__all__ = ["unfolded_gradients"]
+
+
+@contextmanager
+def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
+    """Let gradients be those of the weights without the multipliers that are folded into them, inside of the context.
+
+    For a loop of one's own that clips gradients: in it, clipping does the same after :func:`mlu_lightning.fold` as after
+    :func:`mlu_lightning.attach_multipliers`. :class:`~mlu_lightning.MLUCallback` does this to the clipping of Lightning,
+    ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end gradients are those of the
+    stored weights again, for the scaled optimizer. A module whose multipliers are attached is left as it is.
+
+    Args:
+        module: that has the plan's multipliers.
+        plan: its plan.
+
+    >>> from mlu_lightning import Ratios, Role, fold
+    >>> from mlu_lightning.planning import Multiplier, ParameterPlan
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), (1, 1), Ratios(depth=4.0), base_std=None, fans=(1, 1))
+    >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.25, None, ("weight",)),))
+    >>> module = fold(module, plan)
+    >>> module.weight.grad = torch.tensor([[4.0]])
+    >>> with unfolded_gradients(module, plan):
+    ...     norm = nn.utils.clip_grad_norm_(module.parameters(), 2.0)
+    >>> norm.item(), module.weight.grad.item()
+    (1.0, 4.0)
+    """
+    state = residual_state(module)
+    folded = frozenset[str]() if state is None else state.folded
+    multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
+    names = plan_names(module)
+    held = [
+        (parameter.grad, multipliers[names[id(parameter)]])
+        for parameter in module.parameters()
+        if parameter.grad is not None and names[id(parameter)] in folded
+    ]
+    with torch.no_grad():
+        for gradient, factor in held:
+            gradient.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for gradient, factor in held:
+                gradient.div_(factor)

@@ -1,0 +1,150 @@
+"""Gradients of folded weights are clipped as those of attached multipliers, whoever clips them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from architecture_runs import loader, quiet
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, scale_optimizer
+from mlu_lightning.clipping import unfolded_gradients
+from mlu_lightning.models import ResNet
+
+NORM = 0.5
+BASE = {"depth": 1, "hidden": 8, "embedding": 4}
+WIDE = {"depth": 3, "hidden": 24, "embedding": 12}  # factors that are not exact
+
+
+class Net(ResNet):
+    """In double precision, with its losses."""
+
+    def __init__(self, **shape: int) -> None:
+        super().__init__(**shape, inputs=3, outputs=2)
+        torch.manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+        self.double()
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = F.mse_loss(self(batch[0]), batch[1])
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class ClipsItself(Net):
+    """Does not call Lightning's clipping."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), NORM)
+
+
+class CallsClipping(Net):
+    """As Lightning's documentation suggests."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=NORM, gradient_clip_algorithm="norm")
+
+
+class Manual(Net):
+    """Under manual optimization."""
+
+    def __init__(self, **shape: int) -> None:
+        super().__init__(**shape)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss = super().training_step(batch)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=NORM, gradient_clip_algorithm="norm")
+        optimizer.step()
+        return loss
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    draw = [torch.randn(4, size, generator=generator, dtype=torch.float64) for _ in range(4) for size in (3, 2)]
+    return list(zip(draw[::2], draw[1::2], strict=True))
+
+
+def plan() -> Plan:
+    return Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE))
+
+
+def in_a_loop(put: Callable[[nn.Module, Plan], object], clipped: bool = True) -> Net:
+    """A loop of one's own."""
+    module = Net(**WIDE)
+    put(module, plan())
+    optimizer = module.configure_optimizers()
+    scale_optimizer(optimizer, module, plan())
+    for batch in batches():
+        optimizer.zero_grad()
+        module.training_step(batch).backward()
+        if clipped:
+            with unfolded_gradients(module, plan()):
+                norm = nn.utils.clip_grad_norm_(module.parameters(), NORM)
+            assert norm > NORM
+        optimizer.step()
+    return module
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Tensor]:
+    """Losses of a loop with attached multipliers, where clipping is torch's and nothing else."""
+    module = Net(**WIDE)
+    attach_multipliers(module, plan())
+    optimizer = module.configure_optimizers()
+    scale_optimizer(optimizer, module, plan())
+    for batch in batches():
+        optimizer.zero_grad()
+        module.training_step(batch).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), NORM)
+        optimizer.step()
+    return module.losses
+
+
+def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
+    folded, attached = in_a_loop(fold), in_a_loop(attach_multipliers)
+    assert attached.losses == expected
+    torch.testing.assert_close(folded.losses, expected, rtol=1e-12, atol=0)  # rounding of factors
+    assert not torch.allclose(torch.stack(in_a_loop(fold, clipped=False).losses), torch.stack(expected), rtol=0.01)
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("make", [Net, ClipsItself, CallsClipping, Manual])
+def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -> None:
+    module = make(**WIDE)
+    settings = {"gradient_clip_val": NORM} if make is Net else {}
+    trainer = quiet(MLUCallback(plan=plan(), init=None, residual=residual), max_epochs=1, **settings)
+    trainer.fit(module, loader(batches()))
+    torch.testing.assert_close(module.losses, expected, rtol=1e-12, atol=0)
+    assert "clip_gradients" not in vars(module)
+    assert "configure_gradient_clipping" not in vars(module)
+
+
+class Overflows(Net):
+    """Fails while it clips, as clip_grad_norm_ does with error_if_nonfinite."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        raise OverflowError("not finite")
+
+
+def test_error_while_clipping_leaves_the_gradients_of_stored_weights() -> None:
+    module, plain = Overflows(**WIDE), Net(**WIDE)
+    fold(plain, plan())
+    plain.training_step(batches()[0]).backward()
+    trainer = quiet(MLUCallback(plan=plan(), init=None, residual="fold"), max_epochs=1)
+    with pytest.raises(OverflowError, match="not finite"):
+        trainer.fit(module, loader(batches()))
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(module.get_parameter(name).grad, parameter.grad, rtol=1e-14, atol=0)
