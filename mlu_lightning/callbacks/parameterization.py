@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import MethodType
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,6 +20,7 @@ from torch.optim import Optimizer
 from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.callbacks.methods import wrap_method
 from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
@@ -187,7 +186,7 @@ class MLUCallback(Callback):
                     self._prepare(trainer, pl_module, callbacks)
             return result
 
-        self._cleanup.callback(_wrap(pl_module, builders[-1], build))
+        self._cleanup.callback(wrap_method(pl_module, builders[-1], build))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan, where a logger has a place for it."""
@@ -227,7 +226,7 @@ class MLUCallback(Callback):
         Raises:
             ValueError: if somebody has put an optimizer in the place of one that was scaled.
         """
-        if self._plan is not None and not is_scaled(optimizer):
+        if not isinstance(optimizer, _MockOptimizer) and not is_scaled(optimizer):  # that of a module without one
             raise ValueError(
                 f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
                 "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
@@ -292,10 +291,10 @@ class MLUCallback(Callback):
             finally:
                 clipping = False
 
-        self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
+        self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
         if self._mode == "fold":
             for name in ("configure_gradient_clipping", "clip_gradients"):
-                self._cleanup.callback(_wrap(module, name, clip))
+                self._cleanup.callback(wrap_method(module, name, clip))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
@@ -392,38 +391,3 @@ def _built(
         yield built
     finally:
         built.trainer = None
-
-
-def _wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``around`` be called instead of a method of an instance, with the method first; return what undoes this."""
-    method: Callable[..., Any] = getattr(module, name)
-    # LightningCLI, for one, keeps its configure_optimizers on the instance
-    own: Callable[..., Any] | None = vars(module).get(name)
-    active = True
-
-    def bound(this: nn.Module) -> Callable[..., Any]:
-        if this is module:
-            return method
-        if own is None:
-            return MethodType(getattr(type(this), name), this)
-        return MethodType(own.__func__, this) if isinstance(own, MethodType) else own
-
-    @functools.wraps(method)
-    def wrapper(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = bound(this)
-        return around(plain, *args, **kwargs) if active and this is module else plain(*args, **kwargs)
-
-    # a method, because copies of the module that are made meanwhile, and pickles, then have methods of their own
-    wrapped = MethodType(wrapper, module)
-
-    def restore() -> None:
-        nonlocal active
-        active = False
-        if vars(module).get(name) is not wrapped:
-            return  # somebody has wrapped it since; what is left of it here only passes the call on
-        del vars(module)[name]
-        if own is not None:
-            vars(module)[name] = own
-
-    vars(module)[name] = wrapped
-    return restore
