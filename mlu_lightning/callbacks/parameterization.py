@@ -23,7 +23,7 @@ from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.methods import wrap_method
 from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
-from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
+from mlu_lightning.multipliers import attach_multipliers, check_attached, fingerprint, fold, residual_state
 from mlu_lightning.optimization import is_scaled, scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
@@ -257,6 +257,7 @@ class MLUCallback(Callback):
 
         Callbacks that were set up earlier may have copied the module as it was.
         """
+        check_attached(module)
         self._plan = plan = self._plan_of(trainer, module)
         for warning in plan.warnings:
             rank_zero_warn(warning)
