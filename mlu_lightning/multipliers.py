@@ -25,6 +25,7 @@ __all__ = [
     "MultiplierHandle",
     "ResidualState",
     "attach_multipliers",
+    "check_attached",
     "detach_rest",
     "fingerprint",
     "fold",
@@ -196,6 +197,33 @@ def residual_state(module: nn.Module) -> ResidualState | None:
     """
     applied = _applied(uncompiled(module))
     return None if applied is None else applied.state
+
+
+def check_attached(module: nn.Module) -> None:
+    """Refuse a module of which parts with multipliers were exchanged for others, which have none.
+
+    Args:
+        module: any.
+
+    Raises:
+        ValueError: if a hook that was attached is not on the module now. Weights do not tell whether they are folded.
+
+    >>> check_attached(nn.Linear(1, 1))
+    """
+    module = uncompiled(module)
+    applied = _applied(module)
+    if applied is None or not applied.hooks:
+        return
+    parts = list(module.modules())
+    present = {id(hooks) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)}
+    for hook in applied.hooks:
+        hooks = hook.hooks_dict_ref()
+        if hooks is None or id(hooks) not in present or hook.id not in hooks:
+            raise ValueError(
+                "A part of the module that had a multiplier was exchanged for another, which has none, or its hooks were "
+                "removed, so the module is no longer the plan's. Exchange parts before the module is given to "
+                "MLUCallback or attach_multipliers, or load new weights into the part that is there."
+            )
 
 
 def unfolded(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:

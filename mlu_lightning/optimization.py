@@ -20,12 +20,12 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.multipliers import fingerprint, residual_state
+from mlu_lightning.multipliers import check_attached, fingerprint, residual_state
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
 from mlu_lightning.update_rules import Factor, Family, Group, UpdateRule, divided, multiplied, update_rules
 
-__all__ = ["ScaledOptimizer", "plan_names", "scale_optimizer"]
+__all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
 
 
 def scale_optimizer(
@@ -82,8 +82,7 @@ def scale_optimizer(
             f"The param_groups of {type(optimizer).__name__} are not a list of its own, so its update cannot be given "
             "other groups. If there are optimizers inside it, scale each of these with scale_optimizer instead."
         )
-    present = getattr(optimizer.step, _MARK, None)
-    if isinstance(present, ScaledOptimizer) and present.active:
+    if is_scaled(optimizer):
         raise ValueError(
             "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
             "handle that scale_optimizer returned first."
@@ -93,6 +92,20 @@ def scale_optimizer(
         plan.check(module)
     _check_multipliers(module, plan)
     return ScaledOptimizer(optimizer, module, plan, family)
+
+
+def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
+    """Whether an optimizer updates each parameter with the numbers of a plan.
+
+    Args:
+        optimizer: any, or a wrapper of one.
+
+    >>> import torch
+    >>> is_scaled(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    False
+    """
+    scaled = getattr(_unwrapped(optimizer).step, _MARK, None)
+    return isinstance(scaled, ScaledOptimizer) and scaled.active
 
 
 class ScaledOptimizer:
@@ -199,6 +212,7 @@ class ScaledOptimizer:
 
     def _split(self, index: int) -> _Split:
         """Divide a group of the user's into shadows, one for each distinct set of factors."""
+        check_attached(self._module)  # a group changes when parts of the module are exchanged
         group = self.optimizer.param_groups[index]
         rule = update_rules(self.optimizer, self._family)[index]
         family = rule.family_of(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -244,9 +245,18 @@ class Plan:
         """Write the plan as YAML that a person can read and edit.
 
         Args:
-            path: of the file.
+            path: of the file; an older one stays as it is until the new one is complete.
+
+        Raises:
+            OSError: if it cannot be written.
         """
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:

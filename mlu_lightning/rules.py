@@ -174,11 +174,18 @@ class Scale:
     eps: float = 1.0
     weight_decay: float = 1.0
 
-    def folded(self, family: OptimizerFamily) -> Scale:
+    def folded(self, family: OptimizerFamily | str) -> Scale:
         """Numbers for the effective weight, the multiplier a times the stored one, that give the same run.
 
         std·a, Adam and Muon lr·a, eps/a; SGD lr·a²; decoupled decay/a, decay in the gradient/a² (theory.md, section 3).
+
+        Args:
+            family: kind of optimizer, or its name.
+
+        >>> Scale(multiplier=0.5, lr=4.0).folded("sgd").lr, Scale(multiplier=0.5, lr=4.0).folded("adamw").lr
+        (1.0, 2.0)
         """
+        family = OptimizerFamily(family)
         a = self.multiplier
         in_gradient = family in (OptimizerFamily.SGD, OptimizerFamily.ADAM)
         return Scale(
@@ -296,7 +303,7 @@ TABLES: dict[Parameterization, dict[Role, Row]] = {
 def scale(
     role: Role,
     ratios: Ratios,
-    family: OptimizerFamily,
+    family: OptimizerFamily | str,
     alpha: float = 1.0,
     rules: Parameterization = Parameterization.MLU,
 ) -> Scale:
@@ -309,7 +316,7 @@ def scale(
     Args:
         role: what the parameter is for.
         ratios: ratios to the base shape.
-        family: kind of optimizer.
+        family: kind of optimizer, or its name.
         alpha: richness, 1 for MLU; large values tend to a linearized model.
         rules: whose table it is looked up in.
 
@@ -319,6 +326,7 @@ def scale(
     >>> scale(Role.BRANCH_IN, Ratios(depth=2, inputs=4, outputs=8), OptimizerFamily.SGD)
     Scale(multiplier=1.0, std=0.5, lr=4.0, eps=0.0625, weight_decay=0.25)
     """
+    family = OptimizerFamily(family)
     row = TABLES[rules][role]
     multiplier, std = row.multiplier(ratios), row.std(ratios)
     if rules == Parameterization.SP:

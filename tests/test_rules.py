@@ -440,6 +440,16 @@ def test_folding_with_the_formulas_of_the_table(family: OptimizerFamily, numbers
     assert astuple(Scale(*numbers).folded(family)) == pytest.approx(expected[family], **CLOSE)
 
 
+@pytest.mark.parametrize("family", OptimizerFamily)
+def test_a_family_can_be_named(family: OptimizerFamily) -> None:
+    numbers, ratios = Scale(multiplier=0.5, lr=4.0, weight_decay=8.0), Ratios(2.0, 4.0, 8.0)
+    assert numbers.folded(family.value) == numbers.folded(family)
+    assert scale(Role.BRANCH_OUT, ratios, family.value, 2.0) == scale(Role.BRANCH_OUT, ratios, family, 2.0)
+    assert numbers.folded("sgd").lr == 4 * 0.5**2 and numbers.folded("adam").lr == 4 * 0.5
+    with pytest.raises(ValueError, match="'lion' is not a valid OptimizerFamily"):
+        numbers.folded("lion")
+
+
 @pytest.mark.parametrize("role", Role)
 def test_where_roles_are(role: Role) -> None:
     matrices = (

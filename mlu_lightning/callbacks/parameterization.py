@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.optim import Optimizer
 
 from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.callbacks.methods import wrap_method
 from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
-from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
-from mlu_lightning.optimization import scale_optimizer
+from mlu_lightning.multipliers import attach_multipliers, check_attached, fingerprint, fold, residual_state
+from mlu_lightning.optimization import is_scaled, scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
 
@@ -166,6 +167,7 @@ class MLUCallback(Callback):
             )
         if stage != TrainerFn.FITTING:
             return
+        self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
         check_copies(callbacks)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
@@ -188,7 +190,7 @@ class MLUCallback(Callback):
                     self._prepare(trainer, pl_module, callbacks)
             return result
 
-        self._cleanup.callback(_wrap(pl_module, builders[-1], build))
+        self._cleanup.callback(wrap_method(pl_module, builders[-1], build))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan, where a logger has a place for it."""
@@ -222,6 +224,20 @@ class MLUCallback(Callback):
                 "the base, overrides and alpha of that run, or its plan, and a module that was built anew."
             )
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuse an update at other numbers than the plan's.
+
+        Raises:
+            ValueError: if somebody has put an optimizer in the place of one that was scaled.
+        """
+        if not isinstance(optimizer, _MockOptimizer) and not is_scaled(optimizer):  # that of a module without one
+            raise ValueError(
+                f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
+                "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
+                "Scale it before it is used, with scale_optimizer(optimizer, module, callback.plan), or change the groups "
+                "of the optimizer that is there, whose factors stay."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """The plan, as YAML, and the place of the multipliers."""
         if self._plan is None:
@@ -245,6 +261,7 @@ class MLUCallback(Callback):
 
         Callbacks that were set up earlier may have copied the module as it was.
         """
+        check_attached(module)
         self._plan = plan = self._plan_of(trainer, module)
         for warning in plan.warnings:
             rank_zero_warn(warning)
@@ -279,10 +296,10 @@ class MLUCallback(Callback):
             finally:
                 clipping = False
 
-        self._cleanup.callback(_wrap(module, "configure_optimizers", configure))
+        self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
         if self._mode == "fold":
             for name in ("configure_gradient_clipping", "clip_gradients"):
-                self._cleanup.callback(_wrap(module, name, clip))
+                self._cleanup.callback(wrap_method(module, name, clip))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
@@ -379,26 +396,3 @@ def _built(
         yield built
     finally:
         built.trainer = None
-
-
-def _wrap(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Let ``around`` be called instead of a method of an instance, with the method first; return what undoes this."""
-    method = getattr(module, name)
-    own = vars(module).get(name)  # LightningCLI, for one, keeps its configure_optimizers on the instance
-    active = True
-
-    @functools.wraps(method)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return around(method, *args, **kwargs) if active else method(*args, **kwargs)
-
-    def restore() -> None:
-        nonlocal active
-        active = False
-        if vars(module).get(name) is not wrapper:
-            return  # somebody has wrapped it since; what is left of it here only passes the call on
-        del vars(module)[name]
-        if own is not None:
-            vars(module)[name] = own
-
-    vars(module)[name] = wrapper
-    return restore

@@ -1,0 +1,67 @@
+"""Methods of one instance of a module that do something more for a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+__all__ = ["wrap_method"]
+
+
+def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
+    """Let a function be called instead of a method of an instance.
+
+    Copies of the module that are made meanwhile, and pickles of it, have the method as it was, and of their own.
+
+    Args:
+        module: whose method it is; other instances of its class keep theirs.
+        name: of the method.
+        around: is called with the method first, and then with what the method is called with.
+
+    Returns:
+        What undoes this. Where somebody else has wrapped the method since, it stays, and only passes the call on.
+
+    >>> module = nn.Linear(1, 1)
+    >>> restore = wrap_method(module, "extra_repr", lambda method: method().upper())
+    >>> module
+    Linear(IN_FEATURES=1, OUT_FEATURES=1, BIAS=TRUE)
+    >>> restore()
+    >>> module
+    Linear(in_features=1, out_features=1, bias=True)
+    """
+    method: Callable[..., Any] = getattr(module, name)
+    # LightningCLI, for one, keeps its configure_optimizers on the instance
+    own: Callable[..., Any] | None = vars(module).get(name)
+    active = True
+
+    def bound(this: nn.Module) -> Callable[..., Any]:
+        if this is module:
+            return method
+        if own is None:
+            return MethodType(getattr(type(this), name), this)
+        return MethodType(own.__func__, this) if isinstance(own, MethodType) else own
+
+    @functools.wraps(method)
+    def wrapper(this: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if active and this is module:
+            return around(method, *args, **kwargs)
+        return bound(this)(*args, **kwargs)
+
+    # as a method, which a deep copy binds to the copy, and a pickle looks up by its name
+    wrapped = MethodType(wrapper, module)
+
+    def restore() -> None:
+        nonlocal active
+        active = False
+        if vars(module).get(name) is not wrapped:
+            return
+        del vars(module)[name]
+        if own is not None:
+            vars(module)[name] = own
+
+    vars(module)[name] = wrapped
+    return restore
