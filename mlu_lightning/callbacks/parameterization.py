@@ -19,6 +19,7 @@ from torch import nn
 
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.callbacks.strategies import check_strategy, check_whole
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
 from mlu_lightning.optimization import scale_optimizer
@@ -145,7 +146,8 @@ class MLUCallback(Callback):
 
         Raises:
             TypeError: in a Trainer of ``pytorch_lightning``.
-            ValueError: if the module cannot be planned, or the plan does not fit it.
+            ValueError: if the module cannot be planned, the plan does not fit it, or the strategy puts other parameters
+                in the place of the module's.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(
@@ -158,6 +160,7 @@ class MLUCallback(Callback):
             )
         if stage != TrainerFn.FITTING:
             return
+        check_strategy(trainer.strategy)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
@@ -232,7 +235,10 @@ class MLUCallback(Callback):
 
     def _prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made."""
-        self._plan = plan = self._plan_of(trainer, module)
+        if residual_state(module) is None:
+            check_whole(trainer.strategy, module)
+        # that of the first process for all: a base that each draws by itself has another std in each
+        self._plan = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
         for warning in plan.warnings:
             rank_zero_warn(warning)
         deferred = any(parameter.is_meta for parameter in module.parameters())
