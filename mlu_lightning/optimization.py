@@ -415,7 +415,8 @@ def _foreign(index: int, parameter: Tensor, name: str | None) -> str:
     what = f"A parameter of shape {list(parameter.shape)}" if name is None else f"The parameter {name}"
     return (
         f"{what} in group {index} of the optimizer is not a parameter of the module that the plan was made for. Make "
-        "the optimizer from the module's own parameters. Where a strategy replaces them by flattened ones, their "
+        "the optimizer from the module's own parameters; one that updates float32 copies of them has to keep these in its "
+        "state, not in its groups. Where a strategy replaces them by flattened ones, their "
         "learning rates cannot be told apart: use FSDP with use_orig_params=True, or ModelParallelStrategy (FSDP2), "
         "instead of FSDP with use_orig_params=False or DeepSpeed ZeRO."
     )

@@ -21,6 +21,7 @@ from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.methods import wrap_method
+from mlu_lightning.callbacks.strategies import check_strategy, check_whole
 from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, check_attached, fingerprint, fold, residual_state
@@ -153,7 +154,8 @@ class MLUCallback(Callback):
 
         Raises:
             TypeError: in a Trainer of ``pytorch_lightning``.
-            ValueError: if the module cannot be planned, or the plan does not fit it.
+            ValueError: if the module cannot be planned, the plan does not fit it, or the strategy puts other parameters
+                in the place of the module's.
         """
         if not isinstance(trainer, Trainer):
             raise TypeError(
@@ -169,6 +171,7 @@ class MLUCallback(Callback):
             return
         self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
         check_copies(callbacks)
+        check_strategy(trainer.strategy)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             rank_zero_warn(
                 "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
@@ -262,7 +265,10 @@ class MLUCallback(Callback):
         Callbacks that were set up earlier may have copied the module as it was.
         """
         check_attached(module)
-        self._plan = plan = self._plan_of(trainer, module)
+        if residual_state(module) is None:
+            check_whole(trainer.strategy, module)
+        # that of the first process for all: a base that each draws by itself has another std in each
+        self._plan = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
         for warning in plan.warnings:
             rank_zero_warn(warning)
         deferred = any(parameter.is_meta for parameter in module.parameters())

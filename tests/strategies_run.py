@@ -1,0 +1,240 @@
+"""Runs under Lightning's strategies in two processes, for test_strategies.py: ``strategies_run.py FOLDER STRATEGY...``.
+
+Every process writes a file for each strategy, with what its runs were: the plan, the initial weights, the losses.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from mlu_lightning import MLUCallback, Plan
+
+INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
+BASE = {"depth": 2, "hidden": 8, "embedding": 4}
+WIDE = {"depth": 4, "hidden": 32, "embedding": 16}
+RUNS = [*product(("hook", "fold"), (1, 2))]
+"""Where multipliers are, and over how many batches gradients are accumulated."""
+
+
+class Linear(nn.Linear):
+    """Initial values depend on its size only, also where a strategy asks for them after it has sharded the layer."""
+
+    def reset_parameters(self) -> None:
+        for parameter in (self.weight, self.bias):
+            generator = torch.Generator().manual_seed(sum(parameter.shape))
+            values = torch.randn(parameter.shape, generator=generator, device="cpu") / self.in_features**0.5
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+            with torch.no_grad():
+                parameter.copy_(values)
+
+
+class Block(nn.Module):
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(embedding)
+        self.read = Linear(embedding, hidden)
+        self.write = Linear(hidden, embedding)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        return self.write(torch.tanh(self.read(self.norm(stream))))
+
+
+class Net(LightningModule):
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.shape = depth, hidden, embedding
+        self.losses: list[Tensor] = []
+        self.build()
+
+    def build(self) -> None:
+        depth, hidden, embedding = self.shape
+        self.embed = Linear(INPUTS, embedding)
+        self.blocks = nn.ModuleList(Block(hidden, embedding) for _ in range(depth))
+        self.readout = Linear(embedding, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        for block in self.blocks:
+            stream = stream + block(stream)
+        return self.readout(stream)
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        # as large as gradients are, so that its factor counts, and rounding does not
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, eps=1e-3, weight_decay=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
+
+
+class Late(Net):
+    """Built in configure_model, and divided there."""
+
+    def build(self) -> None: ...
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "embed"):
+            Net.build(self)
+            self.divide(self.device_mesh)
+
+    def divide(self, mesh: Any) -> None:
+        raise NotImplementedError
+
+
+class Sharded(Late):
+    def divide(self, mesh: Any) -> None:
+        for block in self.blocks:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self, mesh=mesh["data_parallel"])
+
+
+class ShardedOnMeta(Sharded):
+    def configure_model(self) -> None:
+        with torch.device("meta"):
+            super().configure_model()
+
+
+class Parallel(Late):
+    """Hidden units of every branch are divided among the processes, each of which has the whole batch."""
+
+    def divide(self, mesh: Any) -> None:
+        for block in self.blocks:
+            parallelize_module(block, mesh["tensor_parallel"], {"read": ColwiseParallel(), "write": RowwiseParallel()})
+
+
+class FullySharded(FSDPStrategy):
+    """Lightning refuses FSDP1 itself on CPUs, and names it no device there; torch does not mind."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        self.kwargs["device_id"] = torch.device("cpu")
+        policy = ModuleWrapPolicy({Block})
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"}
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, **kwargs)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run is divided among processes.
+
+    Args:
+        module: of the run.
+        strategy: makes it.
+        processes: their number.
+        parts: among how many of them a batch is divided.
+        planned: whether MLUCallback is given a plan, because the module cannot be planned after it was divided.
+    """
+
+    module: type[Net]
+    strategy: Callable[[], Strategy | str]
+    processes: int = 2
+    parts: int = 2
+    planned: bool = False
+
+
+def model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:
+    return lambda: ModelParallelStrategy(data, tensor, process_group_backend="gloo")
+
+
+WAYS = {
+    "single": Way(Net, lambda: SingleDeviceStrategy("cpu"), 1, 1),
+    "ddp": Way(Net, lambda: "ddp"),
+    "fsdp2": Way(Sharded, model_parallel(2, 1), planned=True),
+    "fsdp2-meta": Way(ShardedOnMeta, model_parallel(2, 1), planned=True),
+    "tensor-parallel": Way(Parallel, model_parallel(1, 2), parts=1, planned=True),
+    "fsdp1": Way(Net, lambda: FullySharded(use_orig_params=True)),
+}
+
+
+def loader(parts: int = 1, part: int = 0) -> DataLoader[Any]:
+    """Batches of the same samples, or parts of them."""
+    draws = torch.Generator().manual_seed(0)
+    data = TensorDataset(*(torch.randn(SAMPLES, size, generator=draws) for size in (INPUTS, OUTPUTS)))
+    sampler: DistributedSampler[Any] = DistributedSampler(data, parts, part, shuffle=False)
+    return DataLoader(data, BATCH // parts, sampler=sampler)
+
+
+def rank() -> int:
+    """Of this process; the second is started during the first ``fit`` of the other."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """All of every parameter, on every process."""
+    wrapped = isinstance(module, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(module, writeback=False) if wrapped else nullcontext():
+        return {
+            name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): (
+                parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            )
+            .detach()
+            .clone()
+            for name, parameter in module.named_parameters()
+        }
+
+
+class AtStart(Callback):
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights = weights(trainer.strategy.model)
+
+
+def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
+    """Train, and tell what happened in this process."""
+    with isolate_rng():
+        # every process draws a base of its own, whose sampled std differs from those of others
+        torch.manual_seed(rank())
+        base = Net(**BASE)
+        for parameter in base.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    module = way.module(**WIDE)
+    if way.planned:
+        callback = MLUCallback(plan=Plan.from_model(Net(**WIDE), next(iter(loader())), base=base), residual=residual)
+    else:
+        callback = MLUCallback(base, residual=residual)
+    start = AtStart()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=way.processes,
+        strategy=way.strategy(),
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False,
+        callbacks=[callback, start],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader(way.parts, rank() % way.parts))
+    return {
+        "plan": callback.plan.to_yaml(),
+        "start": start.weights,
+        "losses": torch.stack(module.losses),
+        "end": weights(trainer.strategy.model),
+    }
+
+
+if __name__ == "__main__":
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    for name in names:
+        done = {run: fit(WAYS[name], *run) for run in RUNS}
+        torch.save(done, folder / f"{name}-{rank()}.pt")
