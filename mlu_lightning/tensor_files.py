@@ -44,7 +44,7 @@ DTYPES = {
 """What a tensor can hold, by its name in the file."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_LONGEST_HEADER = 2**25  # bytes; one of JSON takes up to 25 in memory, and a tensor has about 100
 _MOST_DIMENSIONS = 64
 _LARGEST = 2**62  # entries, with which strides in bytes are still 64-bit integers
 
@@ -187,6 +187,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     layout = _layout({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
     header = json.dumps({"__metadata__": dict(metadata), **layout}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    if len(header) > _LONGEST_HEADER:
+        raise OSError(f"{path} would have a header of {len(header)} bytes, and at most {_LONGEST_HEADER} are read")
     path.parent.mkdir(parents=True, exist_ok=True)
     # always the same name, so that what a killed process left behind is overwritten by the next
     temporary = path.with_name(f"{path.name}.tmp")

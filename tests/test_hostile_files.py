@@ -13,7 +13,7 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import yaml
 from safetensors.torch import load_file
 from test_reference import forge, write
 
+from mlu_lightning import tensor_files
 from mlu_lightning.batches import load_batch
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.plan import Plan
@@ -222,11 +223,11 @@ def read_reference(path: Path, content: bytes) -> bool:
 
 
 @contextmanager
-def limits() -> Iterator[None]:
+def limits(memory: int) -> Iterator[None]:
     """Little more memory than there is, and an alarm when something takes long."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, most))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, most))
 
     def late(number: int, frame: Any) -> None:
         raise AssertionError("it takes too long")
@@ -239,7 +240,7 @@ def limits() -> Iterator[None]:
 def read_all(read: Read, path: Path, inputs: Iterator[bytes], count: int, results: Any) -> None:
     os.chdir(path.parent)
     refused = 0
-    with limits():
+    with limits(MEMORY):
         for number, content in enumerate(inputs):
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             try:
@@ -298,3 +299,100 @@ def test_mutated_files(case: str, seed: int, plans: list[str], reference: bytes,
     draw = random.Random(f"{case} {seed}")
     refused = refused_of(read, tmp_path, (mutate(sources, draw) for _ in range(count)), count)
     assert count * 0.5 < refused < count
+
+
+LARGE: dict[str, Callable[[int], bytes]] = {
+    "number": lambda size: b"a: " + b"9" * (size - 3),
+    "escapes": lambda size: b'"' + b"\\x41" * (size // 4 - 1) + b'"',
+    "texts": lambda size: b"[" + b"a," * (size // 2 - 1) + b"]",
+    "long texts": lambda size: b"[" + b"abcd," * (size // 5 - 1) + b"]",
+    "lists": lambda size: b"[" + b"[]," * (size // 3 - 2) + b"1]",
+    "mappings": lambda size: b"[" + b"{a: b}," * (size // 7 - 2) + b"1]",
+    "keys": lambda size: b"".join(b"%07d: a\n" % key for key in range(size // 11)),
+    "depth": lambda size: b"[" * size,
+    "dashes": lambda size: b"- " * (size // 2),
+    "anchors": lambda size: b"a: " + b"&a " * (size // 3 - 1),
+    "bomb": lambda size: b"a: &a [b]\n" + b"c: &a [*a, *a]\n" * (size // 15 - 2),
+}
+
+
+def read_large(path: Path, read: Callable[[Path], Any], memory: int, message: str) -> None:
+    with limits(memory), pytest.raises(ValueError, match=message):
+        signal.setitimer(signal.ITIMER_REAL, 120)
+        read(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("form", ["plan", "reference"])
+def test_largest_files_that_are_read(form: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "large"
+    if form == "plan":
+        content, read, message = LARGE[kind](2**24), Plan.load, "is not YAML|is not a plan|has an anchor"
+    else:
+        header = LARGE[kind](2**25)
+        content, read, message = (
+            len(header).to_bytes(8, "little") + header,
+            Reference.load,
+            "is not a readable reference",
+        )
+    path.write_bytes(content)
+    del content
+    process = fork.Process(target=read_large, args=(path, read, 2**30, f"^{path} {message}"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_longer_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "long"
+    path.write_bytes(b" " * (2**24 + 1))
+    with pytest.raises(ValueError, match="long is longer than 16 MB, which is more than is read"):
+        Plan.load(path)
+    path.write_bytes((2**25 + 1).to_bytes(8, "little") + b" " * (2**25 + 1))
+    with pytest.raises(ValueError, match="long is not a readable reference: it does not begin with the header"):
+        Reference.load(path)
+    write(path, [0])
+    before = path.read_bytes()
+    monkeypatch.setattr(tensor_files, "_LONGEST_HEADER", len(before) // 2)
+    with pytest.raises(OSError, match=r"would have a header of \d+ bytes, and at most \d+ are read"):
+        write(path, [0, 1, 2, 3, 4])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("rules: mlu", "rules: mlu\nrules: sp", r"has the key 'rules' a second time in line \d+"),
+        ("alpha: 1.0", "alpha: &a 1.0", r"has an anchor or alias in line \d+"),
+        ("alpha: 1.0", "alpha: !!float 1.0", r"has a tag in line \d+"),
+        ("alpha: 1.0", "alpha: [[[[[[[[[[1]]]]]]]]]]", r"has more than 8 levels in line \d+"),
+        ("alpha: 1.0", "alpha: .nan", r"alpha: '.nan' should be a number from 1e-20 to 1e\+20"),
+        ("alpha: 1.0", "alpha: 0", "alpha: '0' should be a number"),
+        ("alpha: 1.0", "? [a]\n: b\nalpha: 1.0", r"has a key that is no text in line \d+"),
+        ("warnings: []", "warnings:", "warnings: '' should be a list"),
+        ("depth: 2,", "depth: 0,", "streams, depth: '0' should be a whole number from 1 on"),
+        ("transposed: false", "transposed: 0", "transposed: '0' should be true or false"),
+        ("kind: mlp", "kind: mpl", "kind: 'mpl' should be one of attention, convolution, mlp"),
+        ("fans: [3, 4]", "fans: [3]", r"embed.weight, fans: \['3'\] should be a list of 2"),
+        ("stream: 0", "stream: 1", "contradicts itself: it has a branch 'blocks.0' in a stream 1"),
+        ("name: blocks.0, kind: branch", "name: b, kind: branch", "a branch 'blocks.0' without a multiplier"),
+        (
+            "inputs: 2.0",
+            "inputs: 1e9",
+            "a parameter 'blocks.0.write.weight' with ratios that leave nothing at the base",
+        ),
+        ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
+    ],
+)
+def test_what_is_wrong_in_a_plan_is_said(old: str, new: str, message: str, plans: list[str]) -> None:
+    assert old in plans[0]
+    with pytest.raises(ValueError, match=f"^a.yaml.*({message})"):
+        Plan.from_yaml(plans[0].replace(old, new, 1), "a.yaml")
+
+
+@pytest.mark.parametrize("name", ["on", "1.5", "null", "a: b", "[x]", "#", "'", "é\n\u2028", "x" * 900])
+def test_any_name_comes_back(name: str, plans: list[str]) -> None:
+    plan = Plan.from_yaml(plans[0], "a.yaml")
+    plan = replace(plan, parameters={name: next(iter(plan.parameters.values()))}, warnings=(name,))
+    assert Plan.from_yaml(plan.to_yaml(), "a.yaml") == plan
