@@ -112,7 +112,7 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
         module: a LightningModule, of which ``training_step`` is run, or any other module, of which ``forward`` is run.
         example: what ``training_step`` takes as its batch; for other modules the arguments of ``forward``: a tensor,
             a tuple of positional or a mapping of keyword arguments. None takes the ``example_input_array`` of a
-            LightningModule, for its ``forward``.
+            LightningModule, for its ``forward``. Its floating-point tensors are given the dtype of the parameters.
 
     Raises:
         ValueError: if there is no example, or the module cannot be copied.
@@ -151,6 +151,9 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     scalars = _scalars(module, twin)
+    dtypes = {parameter.dtype for parameter in twin.parameters() if parameter.is_floating_point()}
+    # a module that was built in the precision of the Trainer and its base, built before, share an example
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
     clock = count()
     for name, submodule in twin.named_modules():
         recorder = _Recorder(name, calls, clock)
@@ -162,7 +165,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
         if fake is not None:
             stack.enter_context(_silenced("torch._subclasses.fake_tensor"))
             stack.enter_context(fake)
-        example = tree_map(lambda leaf: _as_data(leaf, fake), example)
+        example = tree_map(lambda leaf: _as_data(leaf, fake, dtype), example)
         stack.enter_context(watched(twin, partial(_note, functions)))
         losses.extend(tensors_in(_train(twin, example, losses) if step else _call(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
@@ -255,12 +258,12 @@ def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
-def _as_data(leaf: Any, fake: FakeTensorMode | None) -> Any:
+def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
     """Stand-in of an example's tensor; floating ones require a gradient, so that the graph shows where data enters."""
     if not isinstance(leaf, Tensor):
         return leaf
     tensor = leaf.detach() if fake is None else _fake(leaf, fake)
-    return tensor.requires_grad_().clone() if tensor.is_floating_point() else tensor
+    return tensor.to(dtype).requires_grad_().clone() if tensor.is_floating_point() else tensor
 
 
 def _train(module: Any, example: Any, losses: list[Tensor]) -> Any:
