@@ -289,11 +289,13 @@ class MLUCallback(Callback):
                 self._families.update(scaled.families)
             return configured
 
-        clipping = False
+        own, clipping = is_overridden("configure_gradient_clipping", module), False
 
         def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             nonlocal clipping
-            if clipping:  # one of the two calls the other
+            limits = trainer.gradient_clip_val, *args[1:2], kwargs.get("gradient_clip_val")
+            # one of the two calls the other; and what is not clipped should not be rounded
+            if clipping or not (own or any(limits)):
                 return method(*args, **kwargs)
             clipping = True
             try:
