@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from mlu_lightning.rules import Role
 from mlu_lightning.structure import Structure
 
-__all__ = ["Base", "BaseParameter", "base_of_module", "logits_scales", "name_pattern", "partners"]
+__all__ = ["Base", "BaseParameter", "advice_on_names", "base_of_module", "logits_scales", "name_pattern", "partners"]
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,10 @@ def partners(structure: Structure, base: Base) -> dict[str, BaseParameter]:
     )
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        advice = advice_on_names([*structure.parameters, *base.parameters])
         raise ValueError(
             f"The base is of a different architecture: {'; '.join(differences[:5])}{more}. Give a base that differs from "
-            "the module in depth, hidden width or embedding only."
+            f"the module in depth, hidden width or embedding only.{advice}"
         )
     return found
 
@@ -142,6 +144,23 @@ def name_pattern(name: str) -> str:
     'blocks.*.mlp.out1.weight'
     """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def advice_on_names(names: Iterable[str]) -> str:
+    """What to do about names that torch.compile has changed, to be added to an error about them; empty if there are none.
+
+    Args:
+        names: of parameters.
+
+    >>> advice_on_names(["blocks.0.weight"])
+    ''
+    """
+    if not any("_orig_mod." in name for name in names):
+        return ""
+    return (
+        " Parts wrapped by torch.compile have other names (_orig_mod): compile them in place instead, with their method "
+        ".compile(), or compile the whole module."
+    )
 
 
 def _alike(one: Role, other: Role | None) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from mlu_lightning.base import Base, BaseParameter, base_of_module, name_pattern
+from mlu_lightning.base import Base, BaseParameter, advice_on_names, base_of_module, name_pattern
 from mlu_lightning.discovery import discover
 from mlu_lightning.horizon import Horizon
 from mlu_lightning.overrides import override_roles, require_roles
@@ -239,6 +239,7 @@ class Plan:
             raise ValueError(
                 f"The plan was not made for this {type(module).__name__}: {'; '.join(found[:8])}{more}. Make a plan of "
                 "this module with Plan.from_model(...), or use the module that the plan was made for."
+                f"{advice_on_names([*shapes, *self.parameters])}"
             )
 
     def save(self, path: str | PathLike[str]) -> None:
