@@ -5,7 +5,6 @@ The structure, the data and the optimizer are the same; what differs is what a p
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 from mlu_lightning import MLUCallback
 from mlu_lightning.models import CausalTransformer, _rotate
 
-__all__ = ["OPTIMIZERS", "SIZES", "VARIANTS", "Size", "Variant", "fit", "print_start"]
+__all__ = ["OPTIMIZERS", "SIZES", "VARIANTS", "Size", "Variant", "fit", "start"]
 
 VOCABULARY, CONTEXT = 256, 64
 
@@ -198,17 +197,20 @@ def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) ->
 
 
 class _Start(Callback):
-    """Notes the processor time and the memory at which the first step begins."""
+    """Notes the processor time at which the first step begins."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         if args[-1] == 0:  # index of the batch
             self.seconds = time.process_time()
-            self.megabytes = peak_megabytes()
 
 
-def print_start(variant: str, size: str, kind: str) -> None:
-    """Build a module and train it for three steps, in a process of its own; print what that took, as JSON."""
+def start(variant: str, size: str, kind: str) -> dict[str, float]:
+    """Build a module and train it for three steps, in a process of its own.
+
+    Returns:
+        Seconds of processor time until the first step, and megabytes of memory that the process has had at most.
+    """
     torch.set_num_threads(1)
     before, watch = time.process_time(), _Start()
     fit(VARIANTS[variant], SIZES[size], kind, 3, watch)
-    print(json.dumps({"seconds": watch.seconds - before, "start": watch.megabytes, "training": peak_megabytes()}))
+    return {"seconds": watch.seconds - before, "megabytes": peak_megabytes()}
