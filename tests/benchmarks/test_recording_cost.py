@@ -60,9 +60,9 @@ class MeteredRunner(Runner):
         super().on_train_batch_start(*args)
         self._start -= self.in_hooks
 
-    def on_train_batch_end(self, *args: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         self._start += self.in_hooks
-        super().on_train_batch_end(*args)
+        super().on_train_batch_end(trainer, *args)
 
     def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> None:

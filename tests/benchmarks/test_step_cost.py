@@ -1,11 +1,13 @@
 """What training costs next to plain: with hooks, folded, with microsoft/mup and with unit-scaling.
 
 Run with ``pytest tests/benchmarks/test_step_cost.py --benchmark-enable -m slow``. ``mup`` and ``unit-scaling`` are left out
-where they are not installed. Times are processor time: that of other processes is not in them.
+where they are not installed. Times are processor time: that of other processes is not in them. The largest
+size takes 11 GB of memory.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import platform
@@ -87,6 +89,7 @@ def measure(size: str, kind: str) -> np.ndarray:
     runs, steps = RUNS[size]
     times = []
     for _ in range(runs):
+        gc.collect()  # trainers and modules refer to each other
         turns = Turns(len(PRESENT))
 
         def train(number: int, turns: Turns = turns) -> None:

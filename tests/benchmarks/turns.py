@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 __all__ = ["Runner", "Turns", "take_turns"]
 
@@ -65,8 +65,11 @@ class Runner(Callback):
         self._turns.begin(self._number)
         self._start = time.thread_time()
 
-    def on_train_batch_end(self, *_: object) -> None:
-        self._turns.end(self._number, time.thread_time() - self._start)
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        seconds = time.thread_time() - self._start
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()  # as the next step does: those who wait need no memory for gradients
+        self._turns.end(self._number, seconds)
 
 
 def take_turns(turns: Turns, fit: Callable[[int], object]) -> np.ndarray:
