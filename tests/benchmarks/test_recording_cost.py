@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from pytest_benchmark.fixture import BenchmarkFixture
-from test_speed import Runner, Turns
 from torch.utils.data import DataLoader
+from turns import Runner, Turns, take_turns
 
 from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, ReferenceRecorder
 from mlu_lightning.models import CausalTransformer
@@ -61,9 +60,9 @@ class MeteredRunner(Runner):
         super().on_train_batch_start(*args)
         self._start -= self.in_hooks
 
-    def on_train_batch_end(self, *args: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         self._start += self.in_hooks
-        super().on_train_batch_end(*args)
+        super().on_train_batch_end(trainer, *args)
 
     def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> None:
@@ -80,10 +79,10 @@ def train(variants: list[list[Callback]]) -> tuple[np.ndarray, np.ndarray, np.nd
     length = Study().context + 1
     samples: Any = text[: len(text) // length * length].reshape(-1, length)
     data = DataLoader(samples, batch_size=Study().samples)
-    turns = Turns(len(variants))
+    turns, wholes = Turns(len(variants)), np.zeros(len(variants))
     runners = [MeteredRunner(turns, number, callbacks) for number, callbacks in enumerate(variants)]
 
-    def fit(number: int) -> float:
+    def fit(number: int) -> None:
         start = time.thread_time()
         Trainer(
             max_steps=STEPS,
@@ -95,15 +94,10 @@ def train(variants: list[list[Callback]]) -> tuple[np.ndarray, np.ndarray, np.nd
             enable_model_summary=False,
             callbacks=[MLUCallback(transformer, init="coupled"), *variants[number], runners[number]],
         ).fit(transformer(), data)
-        return time.thread_time() - start
+        wholes[number] = time.thread_time() - start
 
-    with ThreadPoolExecutor(len(variants)) as pool:
-        fits = []
-        for number in range(len(variants)):
-            fits.append(pool.submit(fit, number))
-            turns.wait_for_start(number)
-        wholes = [done.result() for done in fits]
-    return np.array(wholes), np.array([runner.in_hooks for runner in runners]), np.array(turns.seconds)
+    steps = take_turns(turns, fit)
+    return wholes, np.array([runner.in_hooks for runner in runners]), steps
 
 
 @pytest.mark.slow

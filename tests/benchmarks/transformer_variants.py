@@ -1,0 +1,216 @@
+"""One Transformer at several sizes: plain, with this package's callback, with microsoft/mup and with unit-scaling.
+
+The structure, the data and the optimizer are the same; what differs is what a parameterization puts into them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from processes import peak_megabytes
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from mlu_lightning import MLUCallback
+from mlu_lightning.models import CausalTransformer, _rotate
+
+__all__ = ["OPTIMIZERS", "SIZES", "VARIANTS", "Size", "Variant", "fit", "start"]
+
+VOCABULARY, CONTEXT = 256, 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of a Transformer, and the samples of a batch, fewer the larger it is so that steps do not take too long.
+
+    Args:
+        depth: attention branches and MLP branches, each.
+        embedding: dimension of the stream; heads have 16, so that there are a sixteenth of it.
+        samples: sequences in a batch.
+    """
+
+    depth: int
+    embedding: int
+    samples: int
+
+
+SIZES = {"1M": Size(5, 128, 4), "10M": Size(13, 256, 2), "100M": Size(14, 768, 1)}
+BASE = Size(2, 64, 1)
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD": ("SGD", {"momentum": 0.9}),
+    "AdamW foreach": ("AdamW", {"foreach": True}),
+    "AdamW fused": ("AdamW", {"fused": True}),
+}
+"""Name of the class, and arguments."""
+
+
+class Transformer(CausalTransformer):
+    """The plain one, with any of the optimizers.
+
+    Args:
+        size: its shape.
+        kind: one of the optimizers.
+    """
+
+    def __init__(self, size: Size, kind: str) -> None:
+        super().__init__(VOCABULARY, CONTEXT, size.depth, size.embedding, size.embedding // 16)
+        self.kind = kind
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        name, arguments = OPTIMIZERS[self.kind]
+        optimizer: torch.optim.Optimizer = getattr(self.optimizers_of(), name)(self.parameters(), lr=1e-4, **arguments)
+        return optimizer
+
+    def optimizers_of(self) -> Any:
+        """Where the optimizers come from."""
+        return torch.optim
+
+
+def mup_transformer(size: Size, kind: str) -> Transformer:
+    """The Transformer as mup's README says: ``MuReadout``, base shapes by name, and mup's optimizers."""
+    import mup
+
+    class MuTransformer(Transformer):
+        def __init__(self, size: Size, kind: str) -> None:
+            super().__init__(size, kind)
+            self.readout = mup.MuReadout(size.embedding, VOCABULARY, bias=False)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            name, arguments = OPTIMIZERS[self.kind]
+            optimizer: torch.optim.Optimizer = getattr(mup, f"Mu{name}")(self.parameters(), lr=1e-4, **arguments)
+            return optimizer
+
+    # depths have to be the same: parameters are matched by name
+    base, wider = (MuTransformer(Size(size.depth, BASE.embedding * factor, 1), kind) for factor in (1, 2))
+    return mup.set_base_shapes(MuTransformer(size, kind), base, delta=wider)
+
+
+def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
+    """The Transformer of unit-scaling's modules and functions, with its optimizers."""
+    import unit_scaling as uu
+    import unit_scaling.functional as U
+
+    class Attention(nn.Module):
+        def __init__(self, embedding: int) -> None:
+            super().__init__()
+            self.norm = uu.RMSNorm(embedding, elementwise_affine=True)
+            self.query, self.key, self.value, self.out = (uu.Linear(embedding, embedding) for _ in range(4))
+
+        def forward(self, stream: Tensor) -> Tensor:
+            stream = self.norm(stream)
+            query, key, value = (
+                project(stream).unflatten(-1, (-1, 16)).transpose(1, 2)
+                for project in (self.query, self.key, self.value)
+            )
+            attended = U.scaled_dot_product_attention(
+                _rotate(query, CONTEXT), _rotate(key, CONTEXT), value, is_causal=True
+            )
+            return self.out(attended.transpose(1, 2).flatten(2))
+
+    class MLP(nn.Module):
+        def __init__(self, embedding: int) -> None:
+            super().__init__()
+            self.norm = uu.RMSNorm(embedding, elementwise_affine=True)
+            self.read = uu.Linear(embedding, 4 * embedding)
+            self.write = uu.Linear(4 * embedding, embedding)
+
+        def forward(self, stream: Tensor) -> Tensor:
+            return self.write(U.gelu(self.read(self.norm(stream))))
+
+    class UnitTransformer(Transformer):
+        def __init__(self, size: Size, kind: str) -> None:
+            super().__init__(Size(0, size.embedding, 1), kind)
+            self.tokens = uu.Embedding(VOCABULARY, size.embedding)
+            self.branches = uu.DepthModuleList(
+                branch for _ in range(size.depth) for branch in (Attention(size.embedding), MLP(size.embedding))
+            )
+            self.norm = uu.RMSNorm(size.embedding, elementwise_affine=True)
+            self.readout = uu.LinearReadout(size.embedding, VOCABULARY)
+            self.tau = uu.transformer_residual_scaling_rule()
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            stream = self.tokens(tokens)
+            for index, branch in enumerate(self.branches):
+                stream = U.residual_apply(branch, stream, self.tau(index, len(self.branches)))
+            return self.readout(self.norm(stream))
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            loss = U.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            self.log("train_loss", loss, prog_bar=True)
+            return loss
+
+        def optimizers_of(self) -> Any:
+            return uu.optim
+
+    return UnitTransformer(size, kind)
+
+
+def base() -> Transformer:
+    return Transformer(BASE, "SGD")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A parameterization.
+
+    Args:
+        build: makes a module of a size, with an optimizer.
+        callbacks: makes the callbacks that it needs.
+        package: that it needs.
+    """
+
+    build: Callable[[Size, str], Transformer] = Transformer
+    callbacks: Callable[[], list[Callback]] = field(default=list)
+    package: str = "mlu_lightning"
+
+
+VARIANTS = {
+    "plain": Variant(),
+    "plain again": Variant(),
+    "hook": Variant(callbacks=lambda: [MLUCallback(base, residual="hook")]),
+    "fold": Variant(callbacks=lambda: [MLUCallback(base, residual="fold")]),
+    "mup": Variant(build=mup_transformer, package="mup"),
+    "unit-scaling": Variant(build=unit_scaling_transformer, package="unit_scaling"),
+}
+
+
+def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) -> None:
+    """Train for some steps, watched by a callback."""
+    module = variant.build(size, kind)
+    tokens: Any = torch.randint(
+        VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=torch.Generator().manual_seed(0)
+    )
+    Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*variant.callbacks(), watch],
+    ).fit(module, DataLoader(tokens, batch_size=size.samples))
+
+
+class _Start(Callback):
+    """Notes the processor time at which the first step begins."""
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        if args[-1] == 0:  # index of the batch
+            self.seconds = time.process_time()
+
+
+def start(variant: str, size: str, kind: str) -> dict[str, float]:
+    """Build a module and train it for three steps, in a process of its own.
+
+    Returns:
+        Seconds of processor time until the first step, and megabytes of memory that the process has had at most.
+    """
+    torch.set_num_threads(1)
+    before, watch = time.process_time(), _Start()
+    fit(VARIANTS[variant], SIZES[size], kind, 3, watch)
+    return {"seconds": watch.seconds - before, "megabytes": peak_megabytes()}
