@@ -331,13 +331,17 @@ class _Split:
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
 
     def own(self) -> list[dict[str, tuple[Any, Any]]]:
-        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers."""
+        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers.
+
+        What the user, or a scheduler, has changed since is taken over in the next step, and so is nothing of a shadow's own.
+        """
         return [
             {
                 key: (self.user[key], value)
                 for key, value in shadow.group.items()
                 if key in shadow.seen.keys() - shadow.factors.keys() - {*_NUMBERS}
-                and _differ(value, self.user.get(key))
+                and self.user.get(key, _UNSEEN) is shadow.seen[key]
+                and _differ(value, shadow.seen[key])
             }
             for shadow in self.shadows
         ]
