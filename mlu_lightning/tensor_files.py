@@ -139,7 +139,8 @@ class TensorFile:
         """
         expected = _layout(specs)
         for name in sorted(self._entries.keys() | expected.keys()):
-            if self._entries.get(name) != expected.get(name):
+            # as texts, because to Python true and 1.0 are 1
+            if _text(self._entries.get(name)) != _text(expected.get(name)):
                 raise ValueError(f"the tensor {name[:80]!r} in it is not as it should be")
         size = self._start + sum(spec.size for spec in specs.values())
         if self.size != size:
@@ -243,6 +244,10 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text if isinstance(text, str) else text.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError("a part of it that should be JSON is not") from error
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _refuse_constant(name: str) -> None:

@@ -483,6 +483,8 @@ FORGERIES: list[tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = [
     (lambda e, p: swap(e, "0/s=0", "0/s=0.5"), "not as it should be"),
     (lambda e, p: e["0/s=0"].update(shape=[2, 3]), "not as it should be"),
     (lambda e, p: e["0/s=0"].update(dtype="I32"), "not as it should be"),
+    (lambda e, p: e["0/output"].update(shape=[2, True]), "the tensor '0/output' in it is not as it should be"),
+    (lambda e, p: e["0/output"].update(shape=[2.0, 1.0]), "the tensor '0/output' in it is not as it should be"),
     (lambda e, p: e["0/s=0"].update(data_offsets=[0, 2**62]), "not as it should be"),
     (lambda e, p: e["0/s=0"].update(data_offsets=e["0/s=0.5"]["data_offsets"]), "not as it should be"),
     (lambda e, p: e.update({"0/s=1": e.pop("0/s=0")}), "not as it should be"),
