@@ -113,7 +113,7 @@ def adafactor(numbers: Numbers, row: Row, step: int) -> Numbers:
     first, second = numbers["eps"]
     first = torch.finfo(torch.float32).eps if first is None else first
     lr = min(numbers["lr"], (step + 1) ** -0.5) * factor if factor != 1 else numbers["lr"]
-    decay = numbers["weight_decay"] * (numbers["lr"] / lr)
+    decay = numbers["weight_decay"] * (numbers["lr"] / lr) if lr else 0  # a schedule that has ended
     return {**numbers, "lr": lr, "eps": (first * row.eps**2, second * row.std), "weight_decay": decay}
 
 
