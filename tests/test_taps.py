@@ -246,7 +246,7 @@ def test_taps_are_in_the_plan_and_its_file(tmp_path: Path) -> None:
         lines = (tmp_path / "plan.yaml").read_text().splitlines()
         assert sum("reads: " in line for line in lines) == len(plan.taps) + len(plan.features) == 10, "one line each"
     (tmp_path / "plan.yaml").write_text("\n".join(line for line in lines if "reads: " not in line).replace("taps:", ""))
-    with pytest.raises(ValueError, match="is not a complete plan: taps should be there"):
+    with pytest.raises(ValueError, match="features: '' should be a list"):
         Plan.load(tmp_path / "plan.yaml")
 
 
