@@ -121,7 +121,7 @@ class _Attentions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
     """Sees attentions as torch dispatches them inside of a function; everywhere it would make a pass slow."""
 
     def __init__(self, calls: _Calls) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.calls = calls
 
     def __torch_dispatch__(

@@ -11,6 +11,7 @@ functions.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -119,8 +120,8 @@ class _SampleDistance(_Distance):
         rows = rows.view(samples, -1)
         return self._distance(rows[:, :width], rows[:, width:])
 
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor: ...
 
 
 class RMSDistance(_MeanSquareDistance):

@@ -87,7 +87,9 @@ class Net(LightningModule):
 
 
 class Late(Net):
-    """Built in configure_model, and divided there."""
+    """Built in configure_model, and divided there, as subclasses do it."""
+
+    divide: Callable[[Any], None]
 
     def build(self) -> None: ...
 
@@ -95,9 +97,6 @@ class Late(Net):
         if not hasattr(self, "embed"):
             Net.build(self)
             self.divide(self.device_mesh)
-
-    def divide(self, mesh: Any) -> None:
-        raise NotImplementedError
 
 
 class Sharded(Late):

@@ -131,20 +131,23 @@ class Text(LightningDataModule):
         return result
 
 
+def loader() -> DataLoader[Any]:
+    return DataLoader(torch.cat(tokens()), batch_size=16)  # type: ignore[arg-type]  # a tensor is a dataset of its rows
+
+
 class Own(CausalTransformer):
     """Has its own data."""
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(torch.cat(tokens()), batch_size=16)  # type: ignore[arg-type]  # a tensor is a dataset of its rows
+        return loader()
 
 
 def test_data_can_be_batches_a_loader_a_module_or_the_modules_own() -> None:
     def own(depth: int, hidden: int, embedding: int) -> Own:
         return Own(VOCABULARY, CONTEXT, depth, embedding, hidden, head_dim=8, mlp_hidden=32 * hidden)
 
-    loader = DataLoader(torch.cat(tokens()), batch_size=16)  # type: ignore[arg-type]
     settings: dict[str, Any] = {"axes": ["depth"], "seeds": 1, "factors": (1, 2), "steps": 2, "build": own}
-    of_list, of_loader, of_own = (few(data=data, **settings) for data in (tokens(), loader, None))
+    of_list, of_loader, of_own = (few(data=data, **settings) for data in (tokens(), loader(), None))
     assert of_list.to_json() == of_loader.to_json() == of_own.to_json()
     with pytest.raises(ValueError, match="There are no batches in the data"):
         few(data=[], **settings)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,12 @@ def measured_along(depth: int, value: Callable[[float], float], shift: float = 0
 @pytest.mark.parametrize("shift", [0.0, 0.5])  # of a Transformer's attentions and perceptrons
 def test_features_are_compared_at_the_same_relative_depths(shift: float) -> None:
     grid = sizes(Shape(1, 2, 8), (1, 2, 4, 8), ["depth"])
+
+    def grows(seed: int, s: float) -> float:
+        return (seed + 1) * math.exp(3 * s)
+
     runs = {
-        (size.shape, seed): measured_along(size.factor, lambda s, seed=seed: (seed + 1) * math.exp(3 * s), shift)  # type: ignore[misc]
+        (size.shape, seed): measured_along(size.factor, partial(grows, seed), shift)
         for size in grid
         for seed in range(3)
     }

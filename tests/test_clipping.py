@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -81,8 +83,12 @@ def plan() -> Plan:
     return Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE))
 
 
-def in_a_loop(put: Callable[[nn.Module, Plan], object], clipped: bool = True) -> Net:
-    """A loop of one's own."""
+def in_a_loop(
+    put: Callable[[nn.Module, Plan], object],
+    around: Callable[[nn.Module, Plan], AbstractContextManager[None]] = unfolded_gradients,
+    most: float = NORM,
+) -> list[Tensor]:
+    """Losses of a loop of one's own, which clips gradients inside of a context."""
     module = Net(**WIDE)
     put(module, plan())
     optimizer = module.configure_optimizers()
@@ -90,34 +96,27 @@ def in_a_loop(put: Callable[[nn.Module, Plan], object], clipped: bool = True) ->
     for batch in batches():
         optimizer.zero_grad()
         module.training_step(batch).backward()
-        if clipped:
-            with unfolded_gradients(module, plan()):
-                norm = nn.utils.clip_grad_norm_(module.parameters(), NORM)
-            assert norm > NORM
-        optimizer.step()
-    return module
-
-
-@pytest.fixture(scope="module")
-def expected() -> list[Tensor]:
-    """Losses of a loop with attached multipliers, where clipping is torch's and nothing else."""
-    module = Net(**WIDE)
-    attach_multipliers(module, plan())
-    optimizer = module.configure_optimizers()
-    scale_optimizer(optimizer, module, plan())
-    for batch in batches():
-        optimizer.zero_grad()
-        module.training_step(batch).backward()
-        nn.utils.clip_grad_norm_(module.parameters(), NORM)
+        with around(module, plan()):
+            assert nn.utils.clip_grad_norm_(module.parameters(), most) > NORM
         optimizer.step()
     return module.losses
 
 
+def nothing(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Tensor]:
+    """With attached multipliers, where clipping is torch's and nothing else."""
+    return in_a_loop(attach_multipliers, nothing)
+
+
 def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
-    folded, attached = in_a_loop(fold), in_a_loop(attach_multipliers)
-    assert attached.losses == expected
-    torch.testing.assert_close(folded.losses, expected, rtol=1e-12, atol=0)  # rounding of factors
-    assert not torch.allclose(torch.stack(in_a_loop(fold, clipped=False).losses), torch.stack(expected), rtol=0.01)
+    assert in_a_loop(attach_multipliers) == expected
+    torch.testing.assert_close(in_a_loop(fold), expected, rtol=1e-12, atol=0)  # rounding of factors
+    for without in (in_a_loop(fold, nothing), in_a_loop(fold, most=math.inf)):
+        assert not torch.allclose(torch.stack(without), torch.stack(expected), rtol=0.01)
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])

@@ -187,6 +187,7 @@ class Probe:
         """
         try:
             yield
+        # what code raises that is given another batch than it was written for; anything else is not the probe's doing
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
             raise ValueError(
                 f"{type(module).__name__} cannot take the probe in its {self.step}: "

@@ -1,0 +1,180 @@
+"""What has no infinite model, or another one, is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_limit import INPUTS, OUTPUTS, planned, transformer
+from torch import nn
+
+from mlu_lightning import Plan, fold, initialize
+from mlu_lightning.horizon import Horizon
+from mlu_lightning.limit import (
+    check_gradient_descent,
+    check_initialization,
+    infinite_model,
+)
+from mlu_lightning.models import ResNet
+from mlu_lightning.rules import Parameterization
+
+
+class Other(ResNet):
+    """Might do anything."""
+
+
+def test_unknown_classes_are_refused() -> None:
+    module = Other(2, 8, 6, INPUTS, OUTPUTS)
+    with pytest.raises(ValueError, match=r"The infinite model of Other is not known: .*Use one of these, or compare"):
+        infinite_model(module, Plan.from_model(module))
+    with pytest.raises(ValueError, match=r"The infinite model of Linear is not known"):
+        infinite_model(nn.Linear(2, 2), Plan.from_model(module))
+
+
+@pytest.mark.parametrize("shape", [{"depth": 4}, {"depth": 1}, {"embedding": 7}])
+def test_plan_of_another_module_is_refused(shape: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"The plan was not made for this ResNet: .* (is in the|in the module)"):
+        infinite_model(planned(**shape)[0], planned()[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"rules": Parameterization.MUP}, "rules='mup'"), ({"horizon": Horizon(batch_ratio=2.0)}, "batch_ratio=2")],
+)
+def test_limit_of_other_rules_is_refused(changes: dict[str, Any], message: str) -> None:
+    module, plan = planned()
+    with pytest.raises(ValueError, match=rf"{message}.*is that of the MLU parameterization under gradient descent"):
+        infinite_model(module, replace(plan, **changes))
+
+
+def test_gains_of_norms_are_refused_unless_they_stay_one() -> None:
+    module = transformer(norm_gains=True)
+    plan = Plan.from_model(module)
+    message = (
+        r"branches.0.norm.weight is a branch_norm, and .*gains of their own.*CausalTransformer\(norm_gains=False\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        infinite_model(module, plan)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_("norm" not in name)
+    limit = infinite_model(module, plan, units=16)
+    assert not any(p.requires_grad or bool((p != 1).any()) for n, p in limit.module.named_parameters() if "norm" in n)
+    with torch.no_grad():
+        module.norm.weight.fill_(2)
+    with pytest.raises(ValueError, match=r"norm.weight is a stream_norm, and "):
+        infinite_model(module, plan)
+
+
+def test_partly_frozen_blocks_are_refused() -> None:
+    module, plan = planned(depth=3)
+    module.blocks[1].write.weight.requires_grad_(False)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"Some of blocks.\*.write.weight are frozen and some are not.*all of them or"):
+        infinite_model(module, plan)
+    for block in module.blocks:
+        block.write.weight.requires_grad_(False)  # type: ignore[union-attr]
+    limit = infinite_model(module, plan, depth=5, units=16)
+    assert [block.write.weight.requires_grad for block in limit.module.blocks] == [False] * 5  # type: ignore[union-attr]
+    assert [block.read.weight.requires_grad for block in limit.module.blocks] == [True] * 5  # type: ignore[union-attr]
+
+
+def test_readouts_that_start_at_zero_are_refused() -> None:
+    base = ResNet(2, 8, 6, INPUTS, OUTPUTS)
+    nn.init.zeros_(base.readout.weight)
+    module = ResNet(2, 16, 12, INPUTS, OUTPUTS)
+    plan = Plan.from_model(module, base=base)
+    with pytest.raises(ValueError, match=r"readout.weight starts at zero, and .*or write base_std into the saved plan"):
+        infinite_model(module, plan)
+    check_initialization(initialize(module, plan), plan)  # that is as planned
+    unknown = {"readout.weight": replace(plan.parameters["readout.weight"], base_std=None)}
+    with pytest.raises(ValueError, match=r"readout.weight starts at a size that the plan does not know, and "):
+        infinite_model(module, replace(plan, parameters=plan.parameters | unknown))
+    known = {"readout.weight": replace(plan.parameters["readout.weight"], base_std=0.3)}
+    limit = infinite_model(module, replace(plan, parameters=plan.parameters | known))
+    torch.testing.assert_close(limit.spread[INPUTS:], torch.full((OUTPUTS,), 0.3))
+
+
+def test_sizes_that_the_limit_cannot_have_are_refused() -> None:
+    module = transformer()
+    with pytest.raises(ValueError, match=r"depth=5 of the infinite model is no even number.*Give an even depth"):
+        infinite_model(module, Plan.from_model(module), depth=5)
+    with pytest.raises(ValueError, match=r'7 hidden units or heads cannot be "orthogonal"'):
+        infinite_model(*planned(), units=7)
+    assert len(infinite_model(*planned(), units=7, sampling="independent").module.blocks) == 2  # type: ignore[arg-type]
+    attention = transformer(mlp_hidden=0)
+    assert infinite_model(attention, Plan.from_model(attention), depth=5, heads=2).module.hparams["depth"] == 5
+
+
+def weights_of(count: int) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.ones(2)) for _ in range(count)]
+
+
+def test_other_optimizers_are_refused() -> None:
+    sgd, adam = torch.optim.SGD(weights_of(1), 0.1), torch.optim.AdamW(weights_of(1), 0.1)
+    for optimizers, names in (
+        ([adam], "AdamW"),
+        ([sgd, adam], "SGD and AdamW"),
+        ([sgd, sgd], "SGD and SGD"),
+        ([torch.optim.RMSprop(weights_of(1))], "RMSprop"),
+    ):
+        with pytest.raises(ValueError, match=rf"this run has {names}: .*Train with SGD, or compare with a large run"):
+            check_gradient_descent(optimizers)
+    check_gradient_descent([sgd])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"lr": 0.2}, {"momentum": 0.5}, {"weight_decay": 0.1}, {"dampening": 0.5}, {"momentum": 0.9, "nesterov": True}],
+)
+def test_groups_with_other_hyperparameters_are_refused(other: dict[str, Any]) -> None:
+    one, two = weights_of(2)
+    optimizer = torch.optim.SGD([{"params": [one]}, {"params": [two], **other}], lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"has 2 groups with different ones, or maximizes\. Give all parameters the same"
+    ):
+        check_gradient_descent([optimizer])
+    check_gradient_descent([torch.optim.SGD([{"params": [one], **other}, {"params": [two], **other}], lr=0.1)])
+
+
+def test_maximization_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has 1 groups with different ones, or maximizes"):
+        check_gradient_descent([torch.optim.SGD(weights_of(1), 0.1, maximize=True)])
+
+
+@pytest.mark.parametrize("mode", ["rescale", "normal", "coupled"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_weights_that_were_just_initialized_are_accepted(mode: Any, folded: bool) -> None:
+    for seed in range(30):
+        torch.manual_seed(seed)
+        module = ResNet(2, 4, 3, INPUTS, OUTPUTS)
+        plan = Plan.from_model(module, base=ResNet(1, 2, 2, INPUTS, OUTPUTS))
+        initialize(module, plan, mode, seed)
+        if folded:
+            fold(module, plan)
+        check_initialization(module, plan)
+
+
+def test_other_weights_are_refused() -> None:
+    torch.manual_seed(0)
+    module = ResNet(2, 64, 32, INPUTS, OUTPUTS)
+    plan = Plan.from_model(module)
+    message = r"{} has entries of root mean square {}, and the plan's .* has {}, so .*MLUCallback\(init=\"rescale\"\)"
+    built = module.readout.weight.square().mean().sqrt().item()
+    initialize(module, plan)
+    with torch.no_grad():
+        module.readout.weight.mul_(built)
+    with pytest.raises(ValueError, match=message.format("readout.weight", f"{built:.3g}", "1")):
+        check_initialization(module, plan)
+    initialize(module, plan)
+    with torch.no_grad():
+        module.blocks[1].read.weight.mul_(1.25)  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match=message.format("blocks.1.read.weight", r"0\.\d+", f"{32**-0.5:.3g}")):
+        check_initialization(module, plan)
+    initialize(module, plan)
+    for value in (0.0, math.nan):
+        with torch.no_grad():
+            module.embed.weight.fill_(value)
+        with pytest.raises(ValueError, match=message.format("embed.weight", f"{value:.3g}", ".*")):
+            check_initialization(module, plan)
