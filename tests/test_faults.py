@@ -250,7 +250,7 @@ def test_what_is_left_after_a_fault(name: str, first: bool, tmp_path: Path) -> N
     outputs = []
     for residual in case.residuals:
         module = Broken(**WIDE)
-        mlu = MLUCallback(Net(), residual=residual)  # type: ignore[arg-type]
+        mlu = MLUCallback(Net(), residual=residual)  # type: ignore[arg-type]  # one of its two
         others = case.callbacks(tmp_path / residual)
         with pytest.raises(case.error, match=case.message):
             fit(module, *(*others, mlu) if first else (mlu, *others))
@@ -277,7 +277,7 @@ def test_what_is_left_after_a_fault(name: str, first: bool, tmp_path: Path) -> N
             check_optimizer(optimizer)
         # and it can go on
         before = copy.deepcopy(module.state_dict())
-        again = fit(module, MLUCallback(Net(), residual=residual), epochs=1)  # type: ignore[arg-type]
+        again = fit(module, MLUCallback(Net(), residual=residual), epochs=1)  # type: ignore[arg-type]  # the same
         check_module(module, residual)
         assert again.global_step == 4
         assert not torch.equal(module.embed.weight, before["embed.weight"])
@@ -342,7 +342,7 @@ class Storable(Broken):
 
     def __init__(self, **shape: int) -> None:
         super().__init__(**shape)
-        self.optimizers_of = None  # type: ignore[assignment]
+        self.optimizers_of = None  # type: ignore[assignment]  # which cannot be pickled
 
     def configure_optimizers(self) -> Any:
         return sgd(self)

@@ -171,7 +171,7 @@ def test_of_two_passes_through_a_network_the_first_one_is_read(how: Any) -> None
             self.net = UnitsNet(UNITS["glu"])
 
         def forward(self, x: Tensor) -> Tensor:
-            return how(self.net(x), self.net(2 * x))  # type: ignore[no-any-return]
+            return how(self.net(x), self.net(2 * x))  # type: ignore[no-any-return]  # how is any function
 
     torch.manual_seed(0)
     module, x = Twice(), torch.randn(4, INPUTS)
@@ -232,7 +232,7 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
     """Notes how large the largest tensor is that is computed."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.entries = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
