@@ -13,8 +13,10 @@ import random
 import resource
 import signal
 import struct
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -450,6 +452,18 @@ def test_files_that_are_something_else(tmp_path: Path, content: bytes) -> None:
 # --- forged files: their hashes are right
 
 
+@contextmanager
+def deep() -> Iterator[None]:
+    """Let what is nested deeply be written, wherever in the stack the test is run."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(10_000)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+@deep()
 def forge(content: bytes, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
     """Change the entries and the parsed metadata of a file, and make the hash of the metadata right again."""
     length = int.from_bytes(content[:8], "little")
