@@ -11,11 +11,9 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +21,8 @@ from torch.optim import Optimizer
 from mlu_lightning.multipliers import check_attached, fingerprint, residual_state
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
-from mlu_lightning.update_rules import Factor, Family, Group, UpdateRule, divided, multiplied, update_rules
+from mlu_lightning.shadow_groups import Shadow, Split
+from mlu_lightning.update_rules import Factor, Family, Group, update_rules
 
 __all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
 
@@ -210,7 +209,7 @@ class ScaledOptimizer:
         for split in self._splits:
             split.give_back()
 
-    def _split(self, index: int) -> _Split:
+    def _split(self, index: int) -> Split:
         """Divide a group of the user's into shadows, one for each distinct set of factors."""
         check_attached(self._module)  # a group changes when parts of the module are exchanged
         group = self.optimizer.param_groups[index]
@@ -228,10 +227,10 @@ class ScaledOptimizer:
             scale = scales[name].folded(family) if name in folded else scales[name]
             factors = rule.factors(group, name, self._plan, scale)
             members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
-        shadows = [_Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
+        shadows = [Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
-        shadows.sort(key=_Shadow.lr_factor, reverse=True)
-        split = _Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+        shadows.sort(key=Shadow.lr_factor, reverse=True)
+        split = Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
         split.load_own(group.pop(_OWN, []))
         return split
 
@@ -242,7 +241,7 @@ class ScaledOptimizer:
             if any(own):
                 saved[_OWN] = own
 
-    def _filled(self, split: _Split) -> list[Group]:
+    def _filled(self, split: Split) -> list[Group]:
         """Groups that take the place of one of the user's in this step."""
         if split.is_plain:
             return [split.user]
@@ -253,7 +252,7 @@ class ScaledOptimizer:
             shadow.given = {**shadow.group}
         return [shadow.group for shadow in split.shadows]
 
-    def _step_number(self, shadow: _Shadow) -> int:
+    def _step_number(self, shadow: Shadow) -> int:
         """Number of the step that begins, from 1, for the parameters of a shadow group."""
         states = (self.optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
         return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
@@ -272,113 +271,9 @@ def plan_names(module: nn.Module) -> dict[int, str]:
     return {id(parameter): name.replace(_FSDP, "") for name, parameter in module.named_parameters()}
 
 
-@dataclass
-class _Shadow:
-    """What the optimizer sees of one of the user's groups.
-
-    Args:
-        group: a parameter group, kept between steps.
-        factors: by what its numbers are multiplied.
-        seen: the user's other values when they were last taken over.
-        given: the group's values at the beginning of the update.
-    """
-
-    group: Group
-    factors: dict[str, Factor]
-    seen: Group = field(default_factory=dict)
-    given: Group = field(default_factory=dict)
-
-    def lr_factor(self) -> float:
-        """Factor of the learning rate."""
-        factor = self.factors.get("lr", 1.0)
-        assert isinstance(factor, float)
-        return factor
-
-    def fill(self, user: Group) -> None:
-        """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
-        for key, value in user.items():
-            if key in _MEMBERS:
-                continue
-            if key in self.factors or key in _NUMBERS:
-                self.group[key] = multiplied(value, self.factors.get(key, 1.0))
-            elif self.seen.get(key, _UNSEEN) is not value:
-                self.group[key] = self.seen[key] = value
-
-
-@dataclass(frozen=True)
-class _Split:
-    """One of the user's groups and its shadows.
-
-    Args:
-        user: the group.
-        members: ids of its parameters.
-        shadows: what the optimizer sees instead.
-        rule: how the optimizer uses the group's numbers.
-    """
-
-    user: Group
-    members: list[int]
-    shadows: list[_Shadow]
-    rule: UpdateRule
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all factors are 1, so that the user's group serves itself."""
-        return not any(shadow.factors for shadow in self.shadows)
-
-    def is_of(self, group: Group) -> bool:
-        """Whether this is the split of the group, with the parameters that it has now."""
-        return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
-
-    def own(self) -> list[dict[str, tuple[Any, Any]]]:
-        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers.
-
-        What the user, or a scheduler, has changed since is taken over in the next step, and so is nothing of a shadow's own.
-        """
-        return [
-            {
-                key: (self.user[key], value)
-                for key, value in shadow.group.items()
-                if key in shadow.seen.keys() - shadow.factors.keys() - {*_NUMBERS}
-                and self.user.get(key, _UNSEEN) is shadow.seen[key]
-                and _differ(value, shadow.seen[key])
-            }
-            for shadow in self.shadows
-        ]
-
-    def load_own(self, own: list[dict[str, tuple[Any, Any]]]) -> None:
-        """Let shadows go on with values of :meth:`own`, unless the user's have changed since."""
-        if any(_differ(self.user.get(key), user) for values in own for key, (user, _) in values.items()):
-            return
-        for shadow, values in zip(self.shadows, own, strict=False):
-            for key, (_, value) in values.items():
-                shadow.seen[key] = self.user[key]
-                shadow.group[key] = value
-
-    def give_back(self) -> None:
-        """Hand what the optimizer has changed in the shadows to the user's group."""
-        changed: Group = {}
-        for shadow in self.shadows:
-            for key, value in shadow.group.items():
-                if key not in changed and value is not shadow.given.get(key, _UNSEEN) and key not in _MEMBERS:
-                    changed[key] = divided(value, shadow.factors.get(key, 1.0))
-        self.user.update(changed)
-        for shadow in self.shadows:
-            # every shadow goes on with its own value until the user changes it
-            shadow.seen.update(changed)
-
-
 _MARK = "_mlu_scaled_by"
-_MEMBERS = ("params", "param_names")
-_NUMBERS = ("lr", "eps", "weight_decay")
-_UNSEEN = object()
 _OWN = "mlu_own"
 _FSDP = "_fsdp_wrapped_module."
-
-
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two values of a group differ, which may be tensors."""
-    return bool(torch.as_tensor(one != other).any())
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

@@ -17,12 +17,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
+from mlu_lightning.callbacks.clipping import wrap_clipping
 from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.methods import wrap_method
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole
-from mlu_lightning.clipping import unfolded_gradients
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, check_attached, fingerprint, fold, residual_state
 from mlu_lightning.optimization import is_scaled, scale_optimizer
@@ -289,25 +289,9 @@ class MLUCallback(Callback):
                 self._families.update(scaled.families)
             return configured
 
-        own, clipping = is_overridden("configure_gradient_clipping", module), False
-
-        def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal clipping
-            limits = trainer.gradient_clip_val, *args[1:2], kwargs.get("gradient_clip_val")
-            # one of the two calls the other; and what is not clipped should not be rounded
-            if clipping or not (own or any(limits)):
-                return method(*args, **kwargs)
-            clipping = True
-            try:
-                with unfolded_gradients(module, plan):
-                    return method(*args, **kwargs)
-            finally:
-                clipping = False
-
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
         if self._mode == "fold":
-            for name in ("configure_gradient_clipping", "clip_gradients"):
-                self._cleanup.callback(wrap_method(module, name, clip))
+            self._cleanup.callback(wrap_clipping(trainer, module, plan))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
