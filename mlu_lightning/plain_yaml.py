@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["parse_yaml", "read_text"]
+__all__ = ["LONGEST", "parse_yaml", "read_text"]
 
-_LONGEST = 2**24  # bytes; a plan has about 300 for each parameter
+LONGEST = 2**25  # bytes; a plan has about 300 for each parameter
 _MOST_LEVELS = 8
 _PARSER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
@@ -27,7 +27,7 @@ def read_text(path: str | PathLike[str]) -> str:
 
     Raises:
         OSError: if there is none, or it cannot be read.
-        ValueError: if it has more than 16 MB, or is not text.
+        ValueError: if it has more than 32 MB, or is not text.
 
     >>> from pathlib import Path
     >>> from tempfile import TemporaryDirectory
@@ -37,8 +37,8 @@ def read_text(path: str | PathLike[str]) -> str:
     'a: 1'
     """
     with open(path, "rb") as file:
-        content = file.read(_LONGEST + 1)
-    if len(content) > _LONGEST:
+        content = file.read(LONGEST + 1)
+    if len(content) > LONGEST:
         raise ValueError(f"{path} {_TOO_LONG}")
     try:
         return content.decode("utf-8")
@@ -59,7 +59,7 @@ def parse_yaml(text: str, source: str) -> Any:
     >>> parse_yaml("{on: 1.0, off: [null, '2']}", "a.yaml")
     {'on': '1.0', 'off': ['null', '2']}
     """
-    if len(text) > _LONGEST:
+    if len(text) > LONGEST:
         raise ValueError(f"{source} {_TOO_LONG}")
     try:
         events = iter(yaml.parse(text, Loader=_PARSER))
@@ -74,7 +74,7 @@ def parse_yaml(text: str, source: str) -> Any:
     return content
 
 
-_TOO_LONG = f"is longer than {_LONGEST >> 20} MB, which is more than is read."
+_TOO_LONG = f"is longer than {LONGEST >> 20} MB, which is more than is read."
 
 
 def _node(event: Any, events: Iterator[Any], source: str, level: int) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from mlu_lightning.horizon import Horizon
-from mlu_lightning.plain_yaml import parse_yaml
+from mlu_lightning.plain_yaml import LONGEST, parse_yaml
 from mlu_lightning.planning import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.rules import Parameterization, Role
 from mlu_lightning.structure import Tap
@@ -40,6 +40,9 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
 
     Args:
         parts: the fields of a ``Plan``.
+
+    Raises:
+        ValueError: if it would be longer than what is read.
     """
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
     lines.append(f"rules: {Parameterization(parts['rules']).value}")
@@ -54,7 +57,14 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
         f"  {_flow(name)}: {_flow(asdict(parameter) | {'role': parameter.role.value})}"
         for name, parameter in parts["parameters"].items()
     )
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n"
+    length = len(text.encode())
+    if length > LONGEST:
+        raise ValueError(
+            f"The plan of {len(parts['parameters'])} parameters has {length} bytes as a text, and at most {LONGEST} are read, "
+            "from a file or a checkpoint. Put parameters that are alike, such as those of experts, into one tensor."
+        )
+    return text
 
 
 def parts_from_yaml(text: str, source: str) -> dict[str, Any]:

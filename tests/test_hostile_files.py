@@ -24,9 +24,10 @@ import yaml
 from safetensors.torch import load_file
 from test_reference import forge, write
 
-from mlu_lightning import tensor_files
+from mlu_lightning import plan_files, tensor_files
 from mlu_lightning.batches import load_batch
 from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.plain_yaml import LONGEST
 from mlu_lightning.plan import Plan
 from mlu_lightning.reference import Reference, load_probe
 from mlu_lightning.rules import OptimizerFamily
@@ -329,7 +330,7 @@ def test_largest_files_that_are_read(form: str, kind: str, tmp_path: Path) -> No
     path = tmp_path / "large"
     if form == "plan":
         content, read, message = (
-            LARGE[kind](2**24),
+            LARGE[kind](LONGEST),
             Plan.load,
             "(is not YAML|is not a plan|has an anchor|has more than 8 levels)",
         )
@@ -342,7 +343,7 @@ def test_largest_files_that_are_read(form: str, kind: str, tmp_path: Path) -> No
         )
     path.write_bytes(content)
     del content
-    process = fork.Process(target=read_large, args=(path, read, 2**30, f"^{path} {message}"))
+    process = fork.Process(target=read_large, args=(path, read, 2**31, f"^{path} {message}"))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -350,8 +351,8 @@ def test_largest_files_that_are_read(form: str, kind: str, tmp_path: Path) -> No
 
 def test_longer_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "long"
-    path.write_bytes(b" " * (2**24 + 1))
-    with pytest.raises(ValueError, match="long is longer than 16 MB, which is more than is read"):
+    path.write_bytes(b" " * (LONGEST + 1))
+    with pytest.raises(ValueError, match="long is longer than 32 MB, which is more than is read"):
         Plan.load(path)
     path.write_bytes((2**25 + 1).to_bytes(8, "little") + b" " * (2**25 + 1))
     with pytest.raises(ValueError, match="long is not a readable reference: it does not begin with the header"):
@@ -362,6 +363,15 @@ def test_longer_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match=r"would have a header of \d+ bytes, and at most \d+ are read"):
         write(path, [0, 1, 2, 3, 4])
     assert path.read_bytes() == before
+
+
+def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.from_yaml(plans[0], "a plan")
+    monkeypatch.setattr(plan_files, "LONGEST", len(plans[0].encode()))
+    assert plan.to_yaml() == plans[0]
+    monkeypatch.setattr(plan_files, "LONGEST", len(plans[0].encode()) - 1)
+    with pytest.raises(ValueError, match=r"The plan of 6 parameters has \d+ bytes as a text, and at most \d+ are read"):
+        plan.to_yaml()
 
 
 @pytest.mark.parametrize(
