@@ -61,7 +61,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
     length = len(text.encode())
     if length > LONGEST:
         raise ValueError(
-            f"The plan of {len(parts['parameters'])} parameters has {length} bytes as a text, and at most {LONGEST} are read, "
+            f"The plan of {len(parts['parameters'])} parameters has {length} bytes, and at most {LONGEST} are read, "
             "from a file or a checkpoint. Put parameters that are alike, such as those of experts, into one tensor."
         )
     return text

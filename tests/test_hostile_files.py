@@ -370,7 +370,7 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
     monkeypatch.setattr(plan_files, "LONGEST", len(plans[0].encode()))
     assert plan.to_yaml() == plans[0]
     monkeypatch.setattr(plan_files, "LONGEST", len(plans[0].encode()) - 1)
-    with pytest.raises(ValueError, match=r"The plan of 6 parameters has \d+ bytes as a text, and at most \d+ are read"):
+    with pytest.raises(ValueError, match=r"The plan of 6 parameters has \d+ bytes, and at most \d+ are read"):
         plan.to_yaml()
 
 
