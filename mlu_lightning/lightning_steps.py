@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
 __all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted"]
@@ -58,6 +59,8 @@ def mute(
 ) -> None:
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
+    Its Trainer shows the same optimizers and schedulers, which it may not have yet, and keeps nothing that is set.
+
     Args:
         module: whose class is changed.
         losses: where those that are given to ``manual_backward`` go.
@@ -97,6 +100,9 @@ def mute(
         "loggers": property(lambda self: [DummyLogger()]),
     }
     cls = type(module)
+    attached = getattr(cls, "trainer", None)
+    if isinstance(attached, property):
+        methods["trainer"] = property(lambda self: _Shown(attached.__get__(self), optimizers, schedulers))
     module.__class__ = type(cls.__name__, (cls,), methods)
 
 
@@ -115,16 +121,40 @@ def muted(module: Any) -> Iterator[None]:
     True
     """
     cls = type(module)
+
+    def trainer() -> Any:
+        return cls.trainer.__get__(module)
+
     mute(
         module,
         [],
-        lambda: module.trainer.optimizers,
-        lambda: [config.scheduler for config in module.trainer.lr_scheduler_configs],
+        lambda: trainer().optimizers,
+        lambda: [config.scheduler for config in trainer().lr_scheduler_configs],
     )
     try:
         yield
     finally:
         module.__class__ = cls
+
+
+class _Shown:
+    """Stands for a Trainer, with optimizers and schedulers of its own."""
+
+    def __init__(
+        self, original: Any, optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
+    ) -> None:
+        self._original, self._optimizers, self._schedulers = original, optimizers, schedulers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    @property
+    def optimizers(self) -> list[Any]:
+        return list(self._optimizers())
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        return [LRSchedulerConfig(scheduler) for scheduler in self._schedulers()]
 
 
 class _Idle:

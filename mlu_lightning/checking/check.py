@@ -8,14 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mlu_lightning.base import name_pattern
 from mlu_lightning.callbacks.parameterization import MLUCallback
-from mlu_lightning.checking.measurement import Batches, Measurement, measure, quiet
+from mlu_lightning.checking.growth import check_growth, roles_as_in
+from mlu_lightning.checking.measurement import Measurement, make_trainer, measure, quiet
+from mlu_lightning.checking.preparation import (
+    built,
+    first_batches,
+    is_prepared_by_trainers,
+    prepared,
+    transferred,
+)
 from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
@@ -57,7 +62,7 @@ def check(
         data: batches as ``training_step`` takes them: a DataLoader, a list of batches or a ``LightningDataModule``; None
             for a module that has its own ``train_dataloader``.
         callbacks: makes the callbacks of a Trainer, given a freshly built module of the base shape. By default an
-            :class:`MLUCallback` with that base.
+            :class:`MLUCallback` with that base. Those that save checkpoints or print are left out.
         axes: along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without those
             that a module does not have on its own, such as heads whose dimension times their number is the embedding. By
             default all, together if there are four factors or more, because they grow together by all but the last.
@@ -72,7 +77,8 @@ def check(
         The report, which prints as a table and says which roles are at fault.
 
     Raises:
-        ValueError: if an argument is not of these, or the module cannot be planned at one of the shapes.
+        ValueError: if an argument is not of these, the module cannot be planned at one of the shapes or does not grow along
+            one of the axes, or a run stops before its last step.
 
     >>> from mlu_lightning.models import ResNet
     >>> def build(depth, hidden, embedding):
@@ -93,30 +99,37 @@ def check(
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
     measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
+    hooks = data if isinstance(data, LightningDataModule) else None
     with isolate_rng(), quiet():
-        first = _built(module_factory, base, seed)
-        batches = {number: _batches(data, first, count + 1, number) for number in numbers}
-        probe = _transferred(batches[seed][-1], data if isinstance(data, LightningDataModule) else first)
+        planning = make_trainer([], steps, settings)
+
+        def planned(shape: Shape, number: int) -> tuple[Plan, LightningModule]:
+            module = built(module_factory, shape, number)
+            plan = Plan.from_model(prepared(module, planning), probe, base=reference)
+            return plan, built(module_factory, shape, number) if is_prepared_by_trainers(module) else module
+
+        first = prepared(built(module_factory, base, seed), planning)
+        batches = {number: first_batches(data, first, count + 1, number) for number in numbers}
+        probe = transferred(batches[seed][-1], hooks or first)
         reference = Plan.from_model(first, probe, base=first)
-        largest = max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0]
-        plan = Plan.from_model(_built(module_factory, largest, seed), probe, base=reference)
-        roles = {name_pattern(name): role for name, role in plan.roles.items()}
-        warnings = dict.fromkeys(plan.warnings)
+        for axis in dict.fromkeys(size.axis for size in grid):
+            small, large, *_ = (size.shape for size in grid if size.axis == axis)
+            check_growth(axis, factors[1], planned(small, seed)[0], planned(large, seed)[0])
+        largest, _ = planned(max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0], seed)
         for shape, number in runs:
-            module = _built(module_factory, shape, number)
-            plan = Plan.from_model(module, probe, base=reference)
-            at_base = _built(module_factory, base, number)
+            plan, module = planned(shape, number)
+            at_base = built(module_factory, base, number)
             seed_everything(number, verbose=False)
             measured[shape, number] = measure(
                 module,
                 plan,
-                roles,
+                roles_as_in(plan, largest, reference),
                 make(at_base),
                 batches[number][:count],
                 probe,
                 steps,
                 settings,
-                data if isinstance(data, LightningDataModule) else None,
+                hooks,
             )
             progress(len(measured), len(runs))
     return CheckReport(
@@ -125,43 +138,8 @@ def check(
         seeds=seeds,
         steps=steps,
         rows=tuple(_rows(grid, measured)),
-        warnings=tuple(warnings),
+        warnings=tuple(dict.fromkeys(largest.warnings)),
     )
-
-
-def _built(module_factory: Callable[..., LightningModule], shape: Shape, seed: int) -> LightningModule:
-    seed_everything(seed, verbose=False)
-    return module_factory(depth=shape.depth, hidden=shape.hidden, embedding=shape.embedding)
-
-
-def _batches(data: Any, module: LightningModule, count: int, seed: int) -> list[Any]:
-    """The first batches that a run with a seed is given, again from the beginning if there are not as many."""
-    source = module if data is None else data
-    if isinstance(source, LightningDataModule):
-        source.prepare_data()
-        source.setup("fit")
-    loader = source.train_dataloader() if callable(getattr(source, "train_dataloader", None)) else source
-    if isinstance(loader, list):
-        begin = seed * count % max(len(loader), 1)
-        loader = Batches(loader[begin:] + loader[:begin])
-    seed_everything(seed, verbose=False)
-    combined = CombinedLoader(loader, "max_size_cycle")
-    found: list[Any] = []
-    while len(found) < count:
-        before = len(found)
-        for batch, _, _ in combined:
-            found.append(batch)
-            if len(found) == count:
-                break
-        if len(found) == before:
-            raise ValueError("There are no batches in the data. Give check() data that has some.")
-    return found
-
-
-def _transferred(batch: Any, hooks: LightningDataModule | LightningModule) -> Any:
-    """A batch as a Trainer hands it to a step."""
-    with torch.no_grad():
-        return hooks.on_after_batch_transfer(hooks.on_before_batch_transfer(batch, 0), 0)
 
 
 def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Any:

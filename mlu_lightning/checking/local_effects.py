@@ -2,7 +2,7 @@
 
 A submodule is run again on what it was given, with one parameter replaced and everything else as it is. So neither what
 comes before nor what comes after has a part in the difference, except for the multiplier of a branch or readout, which
-belongs to the matrix that writes there and is part of it.
+belongs to the matrix that writes there and is part of it, and of no other parameter of the submodule that it acts on.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Reader:
             multiplier in it.
         role: of the parameter.
         multiplied: whether the multiplier of a branch is part of what is read.
+        before_hooks: whether what is read is what the submodule returns before hooks, which have another's multiplier.
 
     >>> Reader("mlp.write.weight", "mlp.write", "mlp", Role.BRANCH_OUT, multiplied=True).module
     'mlp'
@@ -46,6 +47,7 @@ class Reader:
     module: str
     role: Role
     multiplied: bool = False
+    before_hooks: bool = False
 
 
 def find_readers(plan: Plan) -> tuple[Reader, ...]:
@@ -69,6 +71,11 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
         if multiplier.kind in ("branch", "readout") and multiplier.site is not None
         for name in multiplier.folds
     }
+    multiplied = {
+        (multiplier.site.module, multiplier.site.where): multiplier
+        for multiplier in plan.multipliers
+        if multiplier.kind in ("branch", "readout") and multiplier.site is not None
+    }
     matrices = [name for name, one in plan.parameters.items() if one.role.is_matrix and one.role is not Role.EMBEDDING]
     found = []
     for name, parameter in plan.parameters.items():
@@ -82,9 +89,10 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
         alone = not others or (
             not parameter.role.is_matrix and [other.rpartition(".")[0] for other in others] == [owner]
         )
-        if alone or parameter.role is Role.EMBEDDING:
+        if alone:
             branch = multiplier is not None and multiplier.kind == "branch"
-            found.append(Reader(name, owner, module, parameter.role, branch))
+            others_at_end = multiplied.get((module, "output"), multiplier) != multiplier
+            found.append(Reader(name, owner, module, parameter.role, branch, others_at_end))
     return tuple(found)
 
 
@@ -202,21 +210,26 @@ def _rerun(
 ) -> Iterator[None]:
     """Run a submodule again after its first call, for each of its parameters."""
     given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    returned: list[Any] = []
     begun = False
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not given:
             given.append((args, kwargs))
 
+    def early(_: nn.Module, args: Any, output: Any) -> None:
+        returned[:] = [output]
+
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal begun
         if begun:
             return
         begun = True
-        (args, kwargs), now = given[0], _first(output).clone()
+        (args, kwargs), whole, part = given[0], _first(output).clone(), _first(returned[0]).clone()
         for reader in readers:
             local = reader.parameter[len(name) + 1 :] if name else reader.parameter
-            other = _first(functional_call(submodule, {local: others[reader.parameter]}, args, kwargs))
+            again = functional_call(submodule, {local: others[reader.parameter]}, args, kwargs)
+            now, other = (part, _first(returned[0])) if reader.before_hooks else (whole, _first(again))
             effect = rms(now - other)
             # what is lost in rounding is no effect, as of biases of keys, which shift all logits of a softmax
             moved[reader.parameter] = effect if effect > _ROUNDING * torch.finfo(now.dtype).eps * rms(now) else 0.0
@@ -224,6 +237,7 @@ def _rerun(
     # what was given is kept before other hooks multiply it, because these hooks run again
     handles = (
         submodule.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        submodule.register_forward_hook(early, prepend=True),
         submodule.register_forward_hook(after, with_kwargs=True),
     )
     try:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from mlu_lightning.base import name_pattern
@@ -24,7 +26,7 @@ from mlu_lightning.rules import Role
 from mlu_lightning.structure import Tap
 from mlu_lightning.updates import moved
 
-__all__ = ["Batches", "Measurement", "measure", "quiet"]
+__all__ = ["Batches", "Measurement", "make_trainer", "measure", "quiet"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,7 @@ def measure(
     Args:
         module: freshly built.
         plan: of the module, for ratios and where to read; none of its factors are used.
-        roles: by pattern of parameter names. They are those at a large shape, because what a matrix is for may not be
-            told where its outputs are as many as at the base.
+        roles: by name of parameters.
         callbacks: of the Trainer.
         batches: to train on.
         probe: batch on which effects are measured, by ``training_step`` in evaluation mode.
@@ -69,31 +70,19 @@ def measure(
         trainer: further arguments of the Trainer.
         datamodule: whose hooks transfer batches.
 
+    Raises:
+        ValueError: if the training stops before its last step.
+
     >>> from mlu_lightning.models import ResNet
     >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
     >>> batch = torch.ones(5, 3), torch.ones(5, 2)
     >>> plan = Plan.from_model(model, batch, base=model)
-    >>> roles = {name_pattern(name): role for name, role in plan.roles.items()}
-    >>> found = measure(model, plan, roles, [], [batch], batch, 1, {})
+    >>> found = measure(model, plan, plan.roles, [], [batch], batch, 1, {})
     >>> [len(one.values) for one in found if one.quantity.name == "blocks.*.read.weight"]
     [2, 2]
     """
     watch = _Watch(plan, roles, probe, steps)
-    arguments = {
-        "accelerator": "cpu",
-        "devices": 1,
-        **trainer,
-        "max_steps": steps,
-        "max_epochs": -1,
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [*callbacks, watch],
-    }
-    fitting = Trainer(**arguments)
+    fitting = make_trainer([*callbacks, watch], steps, trainer)
     if datamodule is None:
         fitting.fit(module, Batches(batches))
     else:
@@ -102,7 +91,40 @@ def measure(
             fitting.fit(module, datamodule=datamodule)
         finally:
             del vars(datamodule)["train_dataloader"]
+    if fitting.global_step < steps:
+        raise ValueError(
+            f"A run made {fitting.global_step} of {steps} steps. Leave out what stops it, a callback or an argument of the "
+            "Trainer such as fast_dev_run."
+        )
     return watch.measurements()
+
+
+def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str, Any]) -> Trainer:
+    """Make a Trainer that trains for a few steps, and neither writes nor prints anything.
+
+    Args:
+        callbacks: of the Trainer; those that save or print are left out.
+        steps: of the optimizer.
+        trainer: further arguments.
+
+    >>> make_trainer([], 3, {"accelerator": "cpu"}).max_steps
+    3
+    """
+    arguments = {
+        "accelerator": "cpu",
+        "devices": 1,
+        **trainer,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": DummyLogger(),  # which steps and callbacks may ask for
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [one for one in callbacks if not isinstance(one, (Checkpoint, ProgressBar, ModelSummary))],
+    }
+    return Trainer(**arguments)
 
 
 @contextmanager
@@ -131,7 +153,7 @@ class _Watch(Callback):
     def __init__(self, plan: Plan, roles: Mapping[str, Role], probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._roles = {name: roles[name_pattern(name)] for name in plan.parameters}
+        self._roles = roles
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -197,9 +219,9 @@ class _Watch(Callback):
 
         effects = local_effects(module, tuple(self._readers.values()), others, run)
         # experts without tokens are not read, as others beside them are
-        read = {name_pattern(name) for name in effects}
+        read = {(name_pattern(name), self._roles[name]) for name in effects}
         parameters = dict(module.named_parameters())
-        unread = [name for name in parameters if name_pattern(name) not in read]
+        unread = [name for name in parameters if (name_pattern(name), self._roles[name]) not in read]
         effects |= value_effects(self._plan, unread, parameters, others, aligned=kind == "update")
         for name, effect in effects.items():
             multiplied = name in self._readers and self._readers[name].multiplied

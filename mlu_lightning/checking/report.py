@@ -69,10 +69,15 @@ class CheckReport:
         follow = dict.fromkeys(one.role or one.name for one in others if (one.role or one.name) not in named)
         if follow:
             lines.append(f"Failing too, which may follow from that: {', '.join(follow)}")
-        if self.verdict == "undecided":
+        undecided = [
+            row for row in self.rows if row.verdict == "undecided" and not row.quantity.kind.startswith("effect")
+        ]
+        if self.verdict == "undecided" and any(not math.isnan(row.slope) for row in undecided):
             lines.append(
                 "Runs differ too much to tell from one size to the next. More seeds, or more factors, would tell."
             )
+        elif self.verdict == "undecided":
+            lines += dict.fromkeys(f"{row.quantity}: {row.reason}" for row in undecided)
         return "\n".join(lines)
 
     def tables(self) -> RenderableType:

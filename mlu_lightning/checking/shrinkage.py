@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parame
     states = [
         {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()} for optimizer in optimizers
     ]
+    numbers = [[copy.deepcopy(_numbers(group)) for group in optimizer.param_groups] for optimizer in optimizers]
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     for optimizer in optimizers:
@@ -64,10 +66,18 @@ def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parame
         for name, parameter in parameters.items():
             parameter.copy_(before[name])
             parameter.grad = gradients[name]
-    for optimizer, state in zip(optimizers, states, strict=True):
+    for optimizer, state, groups in zip(optimizers, states, numbers, strict=True):
         optimizer.state.clear()
         optimizer.state.update(state)
+        for group, before_step in zip(optimizer.param_groups, groups, strict=True):
+            for key in _numbers(group).keys() - before_step.keys():
+                del group[key]
+            group.update(before_step)  # some optimizers count their steps there
     return after
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 @contextmanager
