@@ -136,6 +136,8 @@ def check(
     folder = _folder(out)
     axes = [axis for axis, names in keys.items() if names]
     console = _console(125)
+    for note in configured.notes:
+        console.print(note, highlight=False, markup=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=None)

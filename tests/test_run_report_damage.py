@@ -136,6 +136,19 @@ def test_a_log_of_nothing_but_noise_is_named(name: str, tmp_path: Path) -> None:
     assert not record.values
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("metrics.csv", ""), ("metrics.csv", "step,loss\n"), ("events.out.tfevents.1.host", "")],
+)
+def test_an_empty_log_is_named(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    write_csv(tmp_path / "other" / "metrics.csv", {0: 1.0})
+    record = read_run(tmp_path)
+    assert record.problems == {name: "Nothing is logged in it: its run was killed before that, or goes on"}
+    assert record.values == {"loss": ((0, 1.0),)}
+    assert f"{name}Nothing is logged in it: its run was killed" in text_of(record)  # two cells of a row
+
+
 def test_logs_of_another_run_are_left_out(tmp_path: Path) -> None:
     write_csv(tmp_path / "version_0" / "metrics.csv", {0: 1.0, 1: 0.5})
     write_csv(tmp_path / "version_1" / "metrics.csv", {1: 0.75, 2: 0.25})

@@ -186,7 +186,7 @@ def _reader(path: Path) -> _Read | None:
 
 
 def _read_csv(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    wrong = []
+    wrong, step = [], None
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             step = int(row["step"])
@@ -201,6 +201,8 @@ def _read_csv(path: Path, name: str, record: RunRecord, values: _Values) -> None
                     wrong.append(f"{metric} at step {step} is {text!r}")
     if wrong:
         raise ValueError(f"Not all of it are numbers: {', '.join(wrong)}")
+    if step is None:
+        raise ValueError(_EMPTY)
 
 
 def _read_events(path: Path, name: str, record: RunRecord, values: _Values) -> None:
@@ -209,6 +211,8 @@ def _read_events(path: Path, name: str, record: RunRecord, values: _Values) -> N
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     except ImportError as error:
         raise ImportError("TensorBoard's events are read with its package: pip install tensorboard") from error
+    if not path.stat().st_size:
+        raise ValueError(_EMPTY)
     events = EventAccumulator(str(path), {SCALARS: 0}).Reload()
     for metric in events.Tags()["scalars"]:
         for event in events.Scalars(metric):
@@ -217,6 +221,9 @@ def _read_events(path: Path, name: str, record: RunRecord, values: _Values) -> N
     read, size = sum(len(event) + 16 for event in RawEventFileLoader(str(path)).Load()), path.stat().st_size
     if read < size:
         raise ValueError(_in_part(read, size))
+
+
+_EMPTY = "Nothing is logged in it: its run was killed before that, or goes on"
 
 
 def _in_part(read: int, size: int) -> str:
