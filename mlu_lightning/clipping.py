@@ -48,7 +48,7 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     state = residual_state(module)
     folded = frozenset[str]() if state is None else state.folded
     multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
-    names = plan_names(module)
+    names = plan_names(module, plan)
     held = [
         (parameter.grad, multipliers[names[id(parameter)]])
         for parameter in module.parameters()

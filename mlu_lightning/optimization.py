@@ -137,7 +137,7 @@ class ScaledOptimizer:
     @property
     def families(self) -> dict[str, OptimizerFamily]:
         """Column of the table by the name of every parameter that the optimizer has."""
-        names = plan_names(self._module)
+        names = plan_names(self._module, self._plan)
         groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
@@ -218,7 +218,7 @@ class ScaledOptimizer:
         scales = self._plan.scales(family)
         state = residual_state(self._module)
         folded = frozenset[str]() if state is None else state.folded
-        names = plan_names(self._module)
+        names = plan_names(self._module, self._plan)
         members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
         for parameter in group["params"]:
             name = names.get(id(parameter))
@@ -258,22 +258,40 @@ class ScaledOptimizer:
         return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
 
 
-def plan_names(module: nn.Module) -> dict[int, str]:
+def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     """Names of a module's parameters by identity, as its plan has them.
 
     Args:
-        module: plain, or inside of FSDP1, which puts names of its own into those of the module.
+        module: plain, or inside of FSDP1, which puts names of its own into those of the module, or pruned since it was
+            planned, which makes ``weight_orig`` of ``weight``.
+        plan: of the module.
 
-    >>> module = nn.Linear(1, 1)
-    >>> plan_names(module)[id(module.bias)]
-    'bias'
+    >>> from torch.nn.utils import prune
+    >>> from mlu_lightning.models import ResNet
+    >>> module = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
+    >>> plan = Plan.from_model(module)
+    >>> embed = prune.identity(module.embed, "weight")
+    >>> plan_names(module, plan)[id(embed.weight_orig)]
+    'embed.weight'
     """
-    return {id(parameter): name.replace(_FSDP, "") for name, parameter in module.named_parameters()}
+    return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
 
 
 _MARK = "_mlu_scaled_by"
 _OWN = "mlu_own"
 _FSDP = "_fsdp_wrapped_module."
+_PRUNED = "_orig"
+
+
+def _planned(name: str, module: nn.Module, plan: Plan) -> str:
+    """Name that the plan has for a parameter of the module."""
+    planned = name.replace(_FSDP, "")
+    owner, _, own = name.rpartition(".")
+    if planned in plan.parameters or not own.endswith(_PRUNED):
+        return planned
+    # others, such as spectral_norm, rename it in the same way, but not without another function of the module
+    buffers = dict(module.get_submodule(owner).named_buffers(recurse=False))
+    return planned.removesuffix(_PRUNED) if f"{own.removesuffix(_PRUNED)}_mask" in buffers else planned
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architecture_runs import loader, quiet
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
@@ -129,6 +130,18 @@ def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -
     torch.testing.assert_close(module.losses, expected, rtol=1e-12, atol=0)
     assert "clip_gradients" not in vars(module)
     assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_weights_that_are_pruned_during_the_run() -> None:
+    """Pruning gives them other names; with attached multipliers clipping is Lightning's alone."""
+    losses = {}
+    for residual in ("hook", "fold"):
+        module = Net(**WIDE)
+        pruning = ModelPruning("l1_unstructured", amount=0.2, use_global_unstructured=False)
+        mlu = MLUCallback(plan=plan(), init=None, residual=residual)  # type: ignore[arg-type]  # one of its two
+        quiet(mlu, pruning, max_epochs=3, gradient_clip_val=NORM).fit(module, loader(batches()))
+        losses[residual] = module.losses
+    torch.testing.assert_close(losses["fold"], losses["hook"], rtol=1e-12, atol=0)
 
 
 class Overflows(Net):

@@ -11,6 +11,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from parameter_groups import (
     ADAM_LR,
     EPS,
+    MATRICES,
     MULTIPLIERS,
     ROLES,
     SGD_LR,
@@ -25,6 +26,7 @@ from parameter_groups import (
     plan_of,
 )
 from torch import nn, optim
+from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
 from mlu_lightning.multipliers import attach_multipliers, fold
@@ -586,6 +588,42 @@ def test_names_inside_fsdp_are_those_of_the_plan() -> None:
     weights.load_gradients(0)
     optimizer.step()
     assert numbers_in_update(weights, seen[-1], "lr") == {name: 0.1 * factor for name, factor in SGD_LR.items()}
+
+
+@pytest.mark.parametrize("names", ["before", "after"])
+def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
+    """Of the module before it was pruned, or after."""
+    module = Weights()
+    plan = plan_of(module)
+    if names == "after":
+        plan = Plan({f"{name}_orig": value for name, value in plan.parameters.items()}, (), (), ())
+    else:
+        optimizer = optim.SGD([module.norm], lr=0.1)
+        scale_optimizer(optimizer, module, plan)
+    for name in SHAPES:
+        prune.identity(module, name)
+    if names == "after":
+        optimizer = optim.SGD([module.norm_orig], lr=0.1)
+        scale_optimizer(optimizer, module, plan)
+    seen = groups_in_update(optimizer)
+    optimizer.add_param_group({"params": [p for p in module.parameters() if p is not module.norm_orig]})
+    module.load_gradients(0)
+    optimizer.step()
+    expected = {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
+    assert numbers_in_update(module, seen[-1], "lr") == expected
+
+
+def test_parameters_that_others_rename_are_refused() -> None:
+    """A norm of the weight makes the module another function."""
+    module = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False))
+    parameters = plan_of(Weights(MATRICES)).parameters
+    plan = Plan({"0.weight": parameters["branch_in"], "1.weight": parameters["branch_out"]}, (), (), ())
+    optimizer = optim.SGD(module[1].parameters(), lr=0.1)
+    scale_optimizer(optimizer, module, plan)
+    nn.utils.spectral_norm(module[0])
+    optimizer.add_param_group({"params": [module[0].weight_orig]})
+    with pytest.raises(ValueError, match=r"The parameter 0\.weight_orig in group 1 .* not a parameter of the module"):
+        optimizer.step()
 
 
 def test_second_scaling_is_refused() -> None:

@@ -25,11 +25,13 @@ class Case:
         make: the callback, given a folder.
         found: what else is compared.
         settings: of the Trainer, given a folder.
+        beside: makes one more callback, which comes after it.
     """
 
     make: Callable[[Path], Callback]
     found: Callable[[Any], Any] = lambda callback: None
     settings: Callable[[Path], dict[str, Any]] = field(default=lambda folder: {"default_root_dir": folder})
+    beside: Callable[[], Callback] | None = None
 
 
 def average(callback: Any) -> dict[str, Any]:
@@ -78,6 +80,10 @@ CASES = {
             "l1_unstructured", amount=0.1, use_global_unstructured=False, use_lottery_ticket_hypothesis=False
         )
     ),
+    "finetuning-pruned": Case(
+        lambda folder: others.BackboneFinetuning(2, backbone_initial_lr=0.004, verbose=False),
+        beside=lambda: others.ModelPruning("l1_unstructured", amount=0.1, use_lottery_ticket_hypothesis=False),
+    ),
 }
 
 
@@ -104,11 +110,11 @@ def compare_with_numbers_by_hand(
     for module in (make(), ByHand(residual)):
         place = folder / type(module).__name__
         callback = case.make(place)
-        callbacks = [callback]
+        callbacks = [callback] if case.beside is None else [callback, case.beside()]
         if isinstance(module, ByHand):
             module.load_state_dict(start.weights)
         else:
-            callbacks = [callback, ours, start] if first else [ours, start, callback]
+            callbacks = [*callbacks, ours, start] if first else [ours, start, *callbacks]
         trainer = fit(module, *callbacks, **case.settings(place))
         outcomes.append(outcome(module, trainer, callback, case))
     scaled, by_hand = outcomes
