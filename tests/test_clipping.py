@@ -50,6 +50,21 @@ class ClipsItself(Net):
         nn.utils.clip_grad_norm_(self.parameters(), NORM)
 
 
+class PutsOthers(Net):
+    """Puts other gradients in the place of those that there were, and keeps them: as torch clips."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = dict(self.named_parameters())
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters.values())
+        scaled = {name: p.grad * (NORM / (norm + 1e-6)).clamp(max=1) for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = scaled[name]
+        self.kept = scaled, {name: gradient.clone() for name, gradient in scaled.items()}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        torch.testing.assert_close(*self.kept, rtol=0, atol=0)
+
+
 class CallsClipping(Net):
     """As Lightning's documentation suggests."""
 
@@ -121,7 +136,7 @@ def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
-@pytest.mark.parametrize("make", [Net, ClipsItself, CallsClipping, Manual])
+@pytest.mark.parametrize("make", [Net, ClipsItself, PutsOthers, CallsClipping, Manual])
 def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -> None:
     module = make(**WIDE)
     settings = {"gradient_clip_val": NORM} if make is Net else {}
@@ -142,6 +157,26 @@ def test_weights_that_are_pruned_during_the_run() -> None:
         quiet(mlu, pruning, max_epochs=3, gradient_clip_val=NORM).fit(module, loader(batches()))
         losses[residual] = module.losses
     torch.testing.assert_close(losses["fold"], losses["hook"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("change", ["taken away", "new"])
+def test_gradients_that_are_taken_away_or_new(change: str) -> None:
+    """The scaled optimizer then gets what the same change makes of them where multipliers are attached."""
+    weights = []
+    for put in (attach_multipliers, fold):
+        module = Net(**WIDE)
+        put(module, plan())
+        optimizer = module.configure_optimizers()
+        scale_optimizer(optimizer, module, plan())
+        module.training_step(batches()[0]).backward()
+        if change == "new":
+            module.readout.weight.grad = None
+        with unfolded_gradients(module, plan()):
+            gradient = torch.ones_like(module.readout.weight)
+            module.readout.weight.grad = gradient if change == "new" else None
+        optimizer.step()
+        weights.append(module(batches()[1][0]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-12, atol=0)
 
 
 class Overflows(Net):
