@@ -128,7 +128,7 @@ class ScaledOptimizer:
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks = (
             optimizer.register_state_dict_pre_hook(lambda _: self._swap_out()),
-            optimizer.register_state_dict_post_hook(lambda _, state: self._save_own(state)),
+            optimizer.register_state_dict_post_hook(lambda _, state: self._save_own(state["param_groups"])),
         )
         self._step_before = vars(optimizer).get("step")
         self._step = self._wrapped_step()
@@ -142,8 +142,14 @@ class ScaledOptimizer:
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
     def remove(self) -> None:
-        """Make the optimizer plain again. Safe to call twice."""
+        """Make the optimizer plain again. Safe to call twice.
+
+        What it has kept in its shadow groups stays in the user's, for checkpoints that are saved later.
+        """
+        if not self.active:
+            return
         self._swap_out()
+        self._save_own(self.optimizer.param_groups)
         self.active = False
         for hook in self._hooks:
             hook.remove()
@@ -234,12 +240,12 @@ class ScaledOptimizer:
         split.load_own(group.pop(_OWN, []))
         return split
 
-    def _save_own(self, state: dict[str, Any]) -> None:
-        """Keep in a checkpoint what shadows have of their own, so that a resumed run goes on with it."""
-        for split, user, saved in zip(self._splits, self.optimizer.param_groups, state["param_groups"], strict=False):
+    def _save_own(self, groups: list[Group]) -> None:
+        """Keep in groups what their shadows have of their own, so that a resumed run goes on with it."""
+        for split, user, group in zip(self._splits, self.optimizer.param_groups, groups, strict=False):
             own = split.own() if split.is_of(user) else []
             if any(own):
-                saved[_OWN] = own
+                group[_OWN] = own
 
     def _filled(self, split: Split) -> list[Group]:
         """Groups that take the place of one of the user's in this step."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from optimizers_by_hand import Averaging
 from parameter_groups import (
     ADAM_LR,
     EPS,
@@ -184,26 +185,6 @@ def test_named_parameters_keep_their_names() -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
 
 
-class Averaging(optim.SGD):
-    """Keeps numbers in its groups, as schedule-free optimizers do."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        for group in self.param_groups:
-            group.update(k=0, lr_max=0.0, weight_sum=0.0)
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        for group in self.param_groups:
-            group["k"] += 1
-            group["lr_max"] = max(group["lr_max"], group["lr"])
-            group["weight_sum"] += group["lr_max"] ** 2
-            group["lr"] = group["lr"] * 0.5
-            for parameter in group["params"]:
-                rate = group["lr_max"] ** 2 / group["weight_sum"] * group["lr"] + group["lr_max"] / 8
-                parameter.data.sub_(parameter.grad, alpha=rate)
-        return None
-
-
 def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None:
     ours, theirs = Weights(), Weights()
     optimizer = Averaging(ours.parameters(), lr=0.1)
@@ -225,18 +206,21 @@ def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None
     assert optimizer.state_dict()["param_groups"][0]["k"] == 3
 
 
-def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow() -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow(removed: bool) -> None:
     """A resumed run is the whole run; after plain steps what shadows had does not count any more."""
 
     def run(module: Weights, steps: range, state: Any = None, scaled: bool = True) -> Any:
         optimizer = Averaging(module.parameters(), lr=0.1)
         if scaled:
-            scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+            handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
         if state is not None:
             optimizer.load_state_dict(state)
         for step in steps:
             module.load_gradients(step)
             optimizer.step()
+        if scaled and removed:
+            handle.remove()
         return copy.deepcopy(optimizer.state_dict())
 
     whole, resumed, plain, forgotten = Weights(), Weights(), Weights(), Weights()
@@ -253,6 +237,37 @@ def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow() -> Non
     run(forgotten, range(4, 6), state)
     assert identical(plain, forgotten)
     assert not identical(plain, whole)
+
+
+@pytest.mark.parametrize("between", ["nothing", "a plain step", "another plan"])
+def test_what_an_optimizer_keeps_in_its_groups_where_it_is_scaled_again(between: str) -> None:
+    """It goes on as if it had been scaled all the time, unless it was not."""
+
+    def run(module: Weights, again: bool, forgetting: bool = False) -> None:
+        optimizer = Averaging(module.parameters(), lr=0.1)
+        handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+        for step in range(6):
+            if step == 3 and again:
+                handle.remove()
+                handle.remove()
+                if forgetting:
+                    del optimizer.param_groups[0]["mlu_own"]
+                if between == "a plain step":
+                    module.load_gradients(9)
+                    optimizer.step()
+                    handle.remove()
+                if between == "another plan":
+                    scale_optimizer(optimizer, module, plan_of(module, identity=True), family="sgd").remove()
+                handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+            module.load_gradients(step)
+            optimizer.step()
+
+    ours, whole, forgotten = Weights(), Weights(), Weights()
+    run(ours, again=True)
+    run(whole, again=False)
+    run(forgotten, again=True, forgetting=True)
+    assert not identical(forgotten, whole)
+    assert identical(ours, whole if between == "nothing" else forgotten)
 
 
 # Schedulers

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as others
 from lightning.pytorch.loggers import CSVLogger
+from optimizers_by_hand import Averaging
 from runs_by_hand import BASE, ByHand, Net, Residual, Start, fit, listed
 
 from mlu_lightning import MLUCallback
@@ -197,6 +198,42 @@ def test_resumed_run_with_another_callback_is_that_of_numbers_by_hand(
     assert resumed["losses"][0] == whole["losses"][12]
     if name != "finetuning":
         assert resumed == whole | {what: whole[what][-len(resumed[what]) :] for what in ("losses", "validated")}
+
+
+class Averaged(Net):
+    def configure_optimizers(self) -> Averaging:
+        return Averaging(self.parameters(), lr=0.02)
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 12:
+            raise OverflowError("in the run")
+
+
+@pytest.mark.parametrize("when", ["after the fit", "on an exception"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_what_an_optimizer_keeps_in_its_groups_is_saved_when_the_fit_is_over(
+    when: str, first: bool, tmp_path: Path
+) -> None:
+    """The resumed run is the whole run."""
+    whole, part, resumed = Averaged(), Averaged(), Averaged()
+    fit(whole, MLUCallback(Averaged(BASE), family="sgd"), num_sanity_val_steps=0)
+    mlu = MLUCallback(Averaged(BASE), family="sgd")
+    settings = {"num_sanity_val_steps": 0, "enable_checkpointing": True}
+    if when == "after the fit":
+        path = tmp_path / "after.ckpt"
+        saving = others.ModelCheckpoint(str(tmp_path), every_n_epochs=9)
+        fit(part, *([saving, mlu] if first else [mlu, saving]), max_epochs=2, **settings).save_checkpoint(path)
+    else:
+        saving = others.ModelCheckpoint(str(tmp_path), every_n_epochs=9, save_on_exception=True)
+        with pytest.raises(OverflowError, match="in the run"):
+            fit(part, Fails(), *([saving, mlu] if first else [mlu, saving]), **settings)
+        (path,) = tmp_path.glob("*.ckpt")
+    mlu = MLUCallback(Averaged(BASE), family="sgd")
+    fit(resumed, mlu, ckpt_path=path, num_sanity_val_steps=0)
+    assert len(part.losses) == 12
+    assert part.losses + resumed.losses == whole.losses
 
 
 def test_weights_drawn_anew_are_refused() -> None:
