@@ -125,10 +125,11 @@ class ScaledOptimizer:
         self._plan = plan
         self._family = family
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
+        self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks = (
-            optimizer.register_state_dict_pre_hook(lambda _: self._swap_out()),
-            optimizer.register_state_dict_post_hook(lambda _, state: self._save_own(state["param_groups"])),
+            optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()),
+            optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)),
         )
         self._step_before = vars(optimizer).get("step")
         self._step = self._wrapped_step()
@@ -214,6 +215,18 @@ class ScaledOptimizer:
         self._users = None
         for split in self._splits:
             split.give_back()
+
+    def _before_saving(self) -> None:
+        """Let a state_dict have the user's groups, also in the middle of an update."""
+        self._aside = None if self._users is None else [*self.optimizer.param_groups]
+        self._swap_out()
+
+    def _after_saving(self, state: dict[str, Any]) -> None:
+        """Add what shadows have of their own, and let the update that was interrupted go on with them as they were."""
+        self._save_own(state["param_groups"])
+        if self._aside is not None:
+            self._users = [*self.optimizer.param_groups]
+            self.optimizer.param_groups[:] = self._aside
 
     def _split(self, index: int) -> Split:
         """Divide a group of the user's into shadows, one for each distinct set of factors."""

@@ -389,15 +389,37 @@ def test_state_goes_to_and_from_plain_runs() -> None:
     assert crossed.param_groups[0]["lr"] == 0.1
 
 
-def test_state_dict_in_the_update_holds_the_users_groups() -> None:
-    module = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
+@pytest.mark.parametrize("make", [optim.SGD, Averaging])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callable[..., optim.Optimizer]) -> None:
+    """And the update is the same as without it."""
+    ours, theirs = Weights(), Weights()
     states: list[Any] = []
-    optimizer.register_step_post_hook(lambda opt, args, kwargs: states.append(opt.state_dict()))
-    scale_optimizer(optimizer, module, plan_of(module))
-    module.load_gradients(0)
-    optimizer.step()
-    assert [group["lr"] for group in states[0]["param_groups"]] == [0.1]
+
+    def save(opt: optim.Optimizer, args: Any, kwargs: Any) -> None:
+        states.append(copy.deepcopy(opt.state_dict()))
+
+    final = []
+    for module, saved in ((ours, True), (theirs, False)):
+        optimizer = make(module.parameters(), lr=0.1)
+        if saved and when == "before":
+            optimizer.register_step_pre_hook(save)
+        if saved and when == "after":
+            optimizer.register_step_post_hook(save)
+        seen = groups_in_update(optimizer)
+        family = "sgd" if make is Averaging else None
+        scale_optimizer(optimizer, module, plan_of(module), family)
+        for step in range(3):
+            module.load_gradients(step)
+            optimizer.step()
+            assert len(optimizer.param_groups) == 1
+        assert {len(groups) for groups in seen} == {len(set(SGD_LR.values()))}
+        final.append(copy.deepcopy(optimizer.state_dict()["param_groups"]))
+    assert identical(ours, theirs)
+    assert final[0] == final[1]
+    assert [len(state["param_groups"]) for state in states] == [1, 1, 1]
+    halved = [0.1 / 2 ** (step + (when == "after")) if make is Averaging else 0.1 for step in range(3)]
+    assert [state["param_groups"][0]["lr"] for state in states] == halved
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
