@@ -50,7 +50,8 @@ def scale_optimizer(
         module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
         plan: the module's plan.
         family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs. A list
-            has one for each parameter group, for an optimizer that treats them differently.
+            has one for each parameter group, for an optimizer that treats them differently; groups that are added later
+            need one family for all.
 
     Returns:
         A handle with ``.remove()``.
@@ -123,7 +124,7 @@ class ScaledOptimizer:
         self.active = True
         self._module = module
         self._plan = plan
-        self._family = family
+        self._family = _for_all(family)
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
@@ -300,6 +301,13 @@ _MARK = "_mlu_scaled_by"
 _OWN = "mlu_own"
 _FSDP = "_fsdp_wrapped_module."
 _PRUNED = "_orig"
+
+
+def _for_all(family: Family | None) -> Family | None:
+    """Make one of a list of families that do not differ: groups that are added later have it, too."""
+    if family is None or isinstance(family, str):
+        return family
+    return family[0] if family and all(each == family[0] for each in family) else family
 
 
 def _planned(name: str, module: nn.Module, plan: Plan) -> str:
