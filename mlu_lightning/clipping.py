@@ -27,7 +27,8 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     For a loop of one's own that clips gradients: in it, clipping does the same after :func:`mlu_lightning.fold` as after
     :func:`mlu_lightning.attach_multipliers`. :class:`~mlu_lightning.MLUCallback` does this to the clipping of Lightning,
     ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end gradients are those of the
-    stored weights again, for the scaled optimizer. A module whose multipliers are attached is left as it is.
+    stored weights again, for the scaled optimizer, also others that were put in their place. A module whose multipliers
+    are attached is left as it is.
 
     Args:
         module: that has the plan's multipliers.
@@ -48,18 +49,21 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     state = residual_state(module)
     folded = frozenset[str]() if state is None else state.folded
     multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
-    names = plan_names(module)
-    held = [
-        (parameter.grad, multipliers[names[id(parameter)]])
-        for parameter in module.parameters()
-        if parameter.grad is not None and names[id(parameter)] in folded
-    ]
+    names = plan_names(module, plan)
+    held = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
+    before = {parameter: parameter.grad for parameter in held}
     with torch.no_grad():
-        for gradient, factor in held:
-            gradient.mul_(factor)
+        for parameter, factor in held.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
     try:
         yield
     finally:
         with torch.no_grad():
-            for gradient, factor in held:
-                gradient.div_(factor)
+            for parameter, factor in held.items():
+                if parameter.grad is None:
+                    continue
+                if parameter.grad is before[parameter]:
+                    parameter.grad.div_(factor)
+                else:  # may be kept by whoever put it there
+                    parameter.grad = parameter.grad / factor

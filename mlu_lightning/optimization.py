@@ -50,7 +50,8 @@ def scale_optimizer(
         module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
         plan: the module's plan.
         family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs. A list
-            has one for each parameter group, for an optimizer that treats them differently.
+            has one for each parameter group, for an optimizer that treats them differently; groups that are added later
+            need one family for all.
 
     Returns:
         A handle with ``.remove()``.
@@ -123,12 +124,13 @@ class ScaledOptimizer:
         self.active = True
         self._module = module
         self._plan = plan
-        self._family = family
+        self._family = _for_all(family)
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
+        self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks = (
-            optimizer.register_state_dict_pre_hook(lambda _: self._swap_out()),
-            optimizer.register_state_dict_post_hook(lambda _, state: self._save_own(state)),
+            optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()),
+            optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)),
         )
         self._step_before = vars(optimizer).get("step")
         self._step = self._wrapped_step()
@@ -137,13 +139,19 @@ class ScaledOptimizer:
     @property
     def families(self) -> dict[str, OptimizerFamily]:
         """Column of the table by the name of every parameter that the optimizer has."""
-        names = plan_names(self._module)
+        names = plan_names(self._module, self._plan)
         groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
     def remove(self) -> None:
-        """Make the optimizer plain again. Safe to call twice."""
+        """Make the optimizer plain again. Safe to call twice.
+
+        What it has kept in its shadow groups stays in the user's, for checkpoints that are saved later.
+        """
+        if not self.active:
+            return
         self._swap_out()
+        self._save_own(self.optimizer.param_groups)
         self.active = False
         for hook in self._hooks:
             hook.remove()
@@ -209,6 +217,18 @@ class ScaledOptimizer:
         for split in self._splits:
             split.give_back()
 
+    def _before_saving(self) -> None:
+        """Let a state_dict have the user's groups, also in the middle of an update."""
+        self._aside = None if self._users is None else [*self.optimizer.param_groups]
+        self._swap_out()
+
+    def _after_saving(self, state: dict[str, Any]) -> None:
+        """Add what shadows have of their own, and let the update that was interrupted go on with them as they were."""
+        self._save_own(state["param_groups"])
+        if self._aside is not None:
+            self._users = [*self.optimizer.param_groups]
+            self.optimizer.param_groups[:] = self._aside
+
     def _split(self, index: int) -> Split:
         """Divide a group of the user's into shadows, one for each distinct set of factors."""
         check_attached(self._module)  # a group changes when parts of the module are exchanged
@@ -218,7 +238,7 @@ class ScaledOptimizer:
         scales = self._plan.scales(family)
         state = residual_state(self._module)
         folded = frozenset[str]() if state is None else state.folded
-        names = plan_names(self._module)
+        names = plan_names(self._module, self._plan)
         members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
         for parameter in group["params"]:
             name = names.get(id(parameter))
@@ -234,12 +254,12 @@ class ScaledOptimizer:
         split.load_own(group.pop(_OWN, []))
         return split
 
-    def _save_own(self, state: dict[str, Any]) -> None:
-        """Keep in a checkpoint what shadows have of their own, so that a resumed run goes on with it."""
-        for split, user, saved in zip(self._splits, self.optimizer.param_groups, state["param_groups"], strict=False):
+    def _save_own(self, groups: list[Group]) -> None:
+        """Keep in groups what their shadows have of their own, so that a resumed run goes on with it."""
+        for split, user, group in zip(self._splits, self.optimizer.param_groups, groups, strict=False):
             own = split.own() if split.is_of(user) else []
             if any(own):
-                saved[_OWN] = own
+                group[_OWN] = own
 
     def _filled(self, split: Split) -> list[Group]:
         """Groups that take the place of one of the user's in this step."""
@@ -258,22 +278,47 @@ class ScaledOptimizer:
         return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
 
 
-def plan_names(module: nn.Module) -> dict[int, str]:
+def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     """Names of a module's parameters by identity, as its plan has them.
 
     Args:
-        module: plain, or inside of FSDP1, which puts names of its own into those of the module.
+        module: plain, or inside of FSDP1, which puts names of its own into those of the module, or pruned since it was
+            planned, which makes ``weight_orig`` of ``weight``.
+        plan: of the module.
 
-    >>> module = nn.Linear(1, 1)
-    >>> plan_names(module)[id(module.bias)]
-    'bias'
+    >>> from torch.nn.utils import prune
+    >>> from mlu_lightning.models import ResNet
+    >>> module = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
+    >>> plan = Plan.from_model(module)
+    >>> embed = prune.identity(module.embed, "weight")
+    >>> plan_names(module, plan)[id(embed.weight_orig)]
+    'embed.weight'
     """
-    return {id(parameter): name.replace(_FSDP, "") for name, parameter in module.named_parameters()}
+    return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
 
 
 _MARK = "_mlu_scaled_by"
 _OWN = "mlu_own"
 _FSDP = "_fsdp_wrapped_module."
+_PRUNED = "_orig"
+
+
+def _for_all(family: Family | None) -> Family | None:
+    """Make one of a list of families that do not differ: groups that are added later have it, too."""
+    if family is None or isinstance(family, str):
+        return family
+    return family[0] if family and all(each == family[0] for each in family) else family
+
+
+def _planned(name: str, module: nn.Module, plan: Plan) -> str:
+    """Name that the plan has for a parameter of the module."""
+    planned = name.replace(_FSDP, "")
+    owner, _, own = name.rpartition(".")
+    if planned in plan.parameters or not own.endswith(_PRUNED):
+        return planned
+    # others, such as spectral_norm, rename it in the same way, but not without another function of the module
+    buffers = dict(module.get_submodule(owner).named_buffers(recurse=False))
+    return planned.removesuffix(_PRUNED) if f"{own.removesuffix(_PRUNED)}_mask" in buffers else planned
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

@@ -92,10 +92,11 @@ class Split:
         ]
 
     def load_own(self, own: list[dict[str, tuple[Any, Any]]]) -> None:
-        """Let shadows go on with values of :meth:`own`, unless the user's have changed since."""
-        if any(_differ(self.user.get(key), user) for values in own for key, (user, _) in values.items()):
+        """Let shadows go on with values of :meth:`own`, unless it had others or the user's have changed since."""
+        changed = any(_differ(self.user.get(key), user) for values in own for key, (user, _) in values.items())
+        if changed or len(own) != len(self.shadows):
             return
-        for shadow, values in zip(self.shadows, own, strict=False):
+        for shadow, values in zip(self.shadows, own, strict=True):
             for key, (_, value) in values.items():
                 shadow.seen[key] = self.user[key]
                 shadow.group[key] = value

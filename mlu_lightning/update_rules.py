@@ -121,7 +121,9 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
     if len(families) != groups:
         raise ValueError(
             f"family={families} names {len(families)} families, and {type(optimizer).__name__} has {groups} parameter "
-            "groups. Give one for each group, in their order, or one for all of them."
+            "groups. Give one for each group, in their order, or one for all of them. Where families differ, a group that "
+            "is added during the run would have none: let the optimizer have it from the start. Parameters that are frozen "
+            "until later have no gradient, and are left alone."
         )
     columns = [OptimizerFamily(each) for each in families]
     return [UpdateRule(column, _declared_muon if column is OptimizerFamily.MUON else _declared) for column in columns]

@@ -1,10 +1,11 @@
-"""Optimizers of torch.optim with their numbers, and what these are for one row of the table, by hand."""
+"""Optimizers with their numbers, and what these are for one row of the table, by hand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from parameter_groups import ADAM_LR, EPS, MATRICES, MUON_EPS, MUON_LR, SGD_LR, SHAPES, STD, Numbers
@@ -126,6 +127,27 @@ def muon(numbers: Numbers, row: Row, step: int) -> Numbers:
         own = max(1, rows / columns) ** 0.5 / max(1, base_rows / base_columns) ** 0.5
     scaled = {"lr": numbers["lr"] * (row.muon / own), "eps": numbers["eps"] * row.muon_eps}
     return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] * (own / row.muon)}
+
+
+class Averaging(optim.SGD):
+    """Keeps numbers in its groups, as schedule-free optimizers do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group.update(k=0, lr_max=0.0, weight_sum=0.0)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            group["k"] += 1
+            group["lr_max"] = max(group["lr_max"], group["lr"])
+            group["weight_sum"] += group["lr_max"] ** 2
+            group["lr"] = group["lr"] * 0.5
+            for parameter in group["params"]:
+                rate = group["lr_max"] ** 2 / group["weight_sum"] * group["lr"] + group["lr_max"] / 8
+                parameter.data.sub_(parameter.grad, alpha=rate)
+        return loss
 
 
 @dataclass(frozen=True)

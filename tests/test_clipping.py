@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architecture_runs import loader, quiet
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
@@ -47,6 +48,21 @@ class ClipsItself(Net):
 
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         nn.utils.clip_grad_norm_(self.parameters(), NORM)
+
+
+class PutsOthers(Net):
+    """Puts other gradients in the place of those that there were, and keeps them: as torch clips."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        parameters = dict(self.named_parameters())
+        norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters.values())
+        scaled = {name: p.grad * (NORM / (norm + 1e-6)).clamp(max=1) for name, p in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = scaled[name]
+        self.kept = scaled, {name: gradient.clone() for name, gradient in scaled.items()}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        torch.testing.assert_close(*self.kept, rtol=0, atol=0)
 
 
 class CallsClipping(Net):
@@ -120,7 +136,7 @@ def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
-@pytest.mark.parametrize("make", [Net, ClipsItself, CallsClipping, Manual])
+@pytest.mark.parametrize("make", [Net, ClipsItself, PutsOthers, CallsClipping, Manual])
 def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -> None:
     module = make(**WIDE)
     settings = {"gradient_clip_val": NORM} if make is Net else {}
@@ -129,6 +145,38 @@ def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -
     torch.testing.assert_close(module.losses, expected, rtol=1e-12, atol=0)
     assert "clip_gradients" not in vars(module)
     assert "configure_gradient_clipping" not in vars(module)
+
+
+def test_weights_that_are_pruned_during_the_run() -> None:
+    """Pruning gives them other names; with attached multipliers clipping is Lightning's alone."""
+    losses = {}
+    for residual in ("hook", "fold"):
+        module = Net(**WIDE)
+        pruning = ModelPruning("l1_unstructured", amount=0.2, use_global_unstructured=False)
+        mlu = MLUCallback(plan=plan(), init=None, residual=residual)  # type: ignore[arg-type]  # one of its two
+        quiet(mlu, pruning, max_epochs=3, gradient_clip_val=NORM).fit(module, loader(batches()))
+        losses[residual] = module.losses
+    torch.testing.assert_close(losses["fold"], losses["hook"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("change", ["taken away", "new"])
+def test_gradients_that_are_taken_away_or_new(change: str) -> None:
+    """The scaled optimizer then gets what the same change makes of them where multipliers are attached."""
+    weights = []
+    for put in (attach_multipliers, fold):
+        module = Net(**WIDE)
+        put(module, plan())
+        optimizer = module.configure_optimizers()
+        scale_optimizer(optimizer, module, plan())
+        module.training_step(batches()[0]).backward()
+        if change == "new":
+            module.readout.weight.grad = None
+        with unfolded_gradients(module, plan()):
+            gradient = torch.ones_like(module.readout.weight)
+            module.readout.weight.grad = gradient if change == "new" else None
+        optimizer.step()
+        weights.append(module(batches()[1][0]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-12, atol=0)
 
 
 class Overflows(Net):

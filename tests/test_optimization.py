@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from optimizers_by_hand import Averaging
 from parameter_groups import (
     ADAM_LR,
     EPS,
+    MATRICES,
     MULTIPLIERS,
     ROLES,
     SGD_LR,
@@ -25,6 +27,7 @@ from parameter_groups import (
     plan_of,
 )
 from torch import nn, optim
+from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
 from mlu_lightning.multipliers import attach_multipliers, fold
@@ -182,26 +185,6 @@ def test_named_parameters_keep_their_names() -> None:
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
 
 
-class Averaging(optim.SGD):
-    """Keeps numbers in its groups, as schedule-free optimizers do."""
-
-    def __init__(self, params: Any, lr: float) -> None:
-        super().__init__(params, lr=lr)
-        for group in self.param_groups:
-            group.update(k=0, lr_max=0.0, weight_sum=0.0)
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        for group in self.param_groups:
-            group["k"] += 1
-            group["lr_max"] = max(group["lr_max"], group["lr"])
-            group["weight_sum"] += group["lr_max"] ** 2
-            group["lr"] = group["lr"] * 0.5
-            for parameter in group["params"]:
-                rate = group["lr_max"] ** 2 / group["weight_sum"] * group["lr"] + group["lr_max"] / 8
-                parameter.data.sub_(parameter.grad, alpha=rate)
-        return None
-
-
 def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None:
     ours, theirs = Weights(), Weights()
     optimizer = Averaging(ours.parameters(), lr=0.1)
@@ -223,18 +206,21 @@ def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None
     assert optimizer.state_dict()["param_groups"][0]["k"] == 3
 
 
-def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow() -> None:
+@pytest.mark.parametrize("removed", [False, True])
+def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow(removed: bool) -> None:
     """A resumed run is the whole run; after plain steps what shadows had does not count any more."""
 
     def run(module: Weights, steps: range, state: Any = None, scaled: bool = True) -> Any:
         optimizer = Averaging(module.parameters(), lr=0.1)
         if scaled:
-            scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+            handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
         if state is not None:
             optimizer.load_state_dict(state)
         for step in steps:
             module.load_gradients(step)
             optimizer.step()
+        if scaled and removed:
+            handle.remove()
         return copy.deepcopy(optimizer.state_dict())
 
     whole, resumed, plain, forgotten = Weights(), Weights(), Weights(), Weights()
@@ -251,6 +237,37 @@ def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow() -> Non
     run(forgotten, range(4, 6), state)
     assert identical(plain, forgotten)
     assert not identical(plain, whole)
+
+
+@pytest.mark.parametrize("between", ["nothing", "a plain step", "another plan"])
+def test_what_an_optimizer_keeps_in_its_groups_where_it_is_scaled_again(between: str) -> None:
+    """It goes on as if it had been scaled all the time, unless it was not."""
+
+    def run(module: Weights, again: bool, forgetting: bool = False) -> None:
+        optimizer = Averaging(module.parameters(), lr=0.1)
+        handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+        for step in range(6):
+            if step == 3 and again:
+                handle.remove()
+                handle.remove()
+                if forgetting:
+                    del optimizer.param_groups[0]["mlu_own"]
+                if between == "a plain step":
+                    module.load_gradients(9)
+                    optimizer.step()
+                    handle.remove()
+                if between == "another plan":
+                    scale_optimizer(optimizer, module, plan_of(module, identity=True), family="sgd").remove()
+                handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+            module.load_gradients(step)
+            optimizer.step()
+
+    ours, whole, forgotten = Weights(), Weights(), Weights()
+    run(ours, again=True)
+    run(whole, again=False)
+    run(forgotten, again=True, forgetting=True)
+    assert not identical(forgotten, whole)
+    assert identical(ours, whole if between == "nothing" else forgotten)
 
 
 # Schedulers
@@ -372,15 +389,37 @@ def test_state_goes_to_and_from_plain_runs() -> None:
     assert crossed.param_groups[0]["lr"] == 0.1
 
 
-def test_state_dict_in_the_update_holds_the_users_groups() -> None:
-    module = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
+@pytest.mark.parametrize("make", [optim.SGD, Averaging])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callable[..., optim.Optimizer]) -> None:
+    """And the update is the same as without it."""
+    ours, theirs = Weights(), Weights()
     states: list[Any] = []
-    optimizer.register_step_post_hook(lambda opt, args, kwargs: states.append(opt.state_dict()))
-    scale_optimizer(optimizer, module, plan_of(module))
-    module.load_gradients(0)
-    optimizer.step()
-    assert [group["lr"] for group in states[0]["param_groups"]] == [0.1]
+
+    def save(opt: optim.Optimizer, args: Any, kwargs: Any) -> None:
+        states.append(copy.deepcopy(opt.state_dict()))
+
+    final = []
+    for module, saved in ((ours, True), (theirs, False)):
+        optimizer = make(module.parameters(), lr=0.1)
+        if saved and when == "before":
+            optimizer.register_step_pre_hook(save)
+        if saved and when == "after":
+            optimizer.register_step_post_hook(save)
+        seen = groups_in_update(optimizer)
+        family = "sgd" if make is Averaging else None
+        scale_optimizer(optimizer, module, plan_of(module), family)
+        for step in range(3):
+            module.load_gradients(step)
+            optimizer.step()
+            assert len(optimizer.param_groups) == 1
+        assert {len(groups) for groups in seen} == {len(set(SGD_LR.values()))}
+        final.append(copy.deepcopy(optimizer.state_dict()["param_groups"]))
+    assert identical(ours, theirs)
+    assert final[0] == final[1]
+    assert [len(state["param_groups"]) for state in states] == [1, 1, 1]
+    halved = [0.1 / 2 ** (step + (when == "after")) if make is Averaging else 0.1 for step in range(3)]
+    assert [state["param_groups"][0]["lr"] for state in states] == halved
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
@@ -586,6 +625,42 @@ def test_names_inside_fsdp_are_those_of_the_plan() -> None:
     weights.load_gradients(0)
     optimizer.step()
     assert numbers_in_update(weights, seen[-1], "lr") == {name: 0.1 * factor for name, factor in SGD_LR.items()}
+
+
+@pytest.mark.parametrize("names", ["before", "after"])
+def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
+    """Of the module before it was pruned, or after."""
+    module = Weights()
+    plan = plan_of(module)
+    if names == "after":
+        plan = Plan({f"{name}_orig": value for name, value in plan.parameters.items()}, (), (), ())
+    else:
+        optimizer = optim.SGD([module.norm], lr=0.1)
+        scale_optimizer(optimizer, module, plan)
+    for name in SHAPES:
+        prune.identity(module, name)
+    if names == "after":
+        optimizer = optim.SGD([module.norm_orig], lr=0.1)
+        scale_optimizer(optimizer, module, plan)
+    seen = groups_in_update(optimizer)
+    optimizer.add_param_group({"params": [p for p in module.parameters() if p is not module.norm_orig]})
+    module.load_gradients(0)
+    optimizer.step()
+    expected = {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
+    assert numbers_in_update(module, seen[-1], "lr") == expected
+
+
+def test_parameters_that_others_rename_are_refused() -> None:
+    """A norm of the weight makes the module another function."""
+    module = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False))
+    parameters = plan_of(Weights(MATRICES)).parameters
+    plan = Plan({"0.weight": parameters["branch_in"], "1.weight": parameters["branch_out"]}, (), (), ())
+    optimizer = optim.SGD(module[1].parameters(), lr=0.1)
+    scale_optimizer(optimizer, module, plan)
+    nn.utils.spectral_norm(module[0])
+    optimizer.add_param_group({"params": [module[0].weight_orig]})
+    with pytest.raises(ValueError, match=r"The parameter 0\.weight_orig in group 1 .* not a parameter of the module"):
+        optimizer.step()
 
 
 def test_second_scaling_is_refused() -> None:

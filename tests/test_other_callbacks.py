@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as others
 from lightning.pytorch.loggers import CSVLogger
+from optimizers_by_hand import Averaging
 from runs_by_hand import BASE, ByHand, Net, Residual, Start, fit, listed
 
 from mlu_lightning import MLUCallback
@@ -25,11 +26,13 @@ class Case:
         make: the callback, given a folder.
         found: what else is compared.
         settings: of the Trainer, given a folder.
+        beside: makes one more callback, which comes after it.
     """
 
     make: Callable[[Path], Callback]
     found: Callable[[Any], Any] = lambda callback: None
     settings: Callable[[Path], dict[str, Any]] = field(default=lambda folder: {"default_root_dir": folder})
+    beside: Callable[[], Callback] | None = None
 
 
 def average(callback: Any) -> dict[str, Any]:
@@ -78,6 +81,10 @@ CASES = {
             "l1_unstructured", amount=0.1, use_global_unstructured=False, use_lottery_ticket_hypothesis=False
         )
     ),
+    "finetuning-pruned": Case(
+        lambda folder: others.BackboneFinetuning(2, backbone_initial_lr=0.004, verbose=False),
+        beside=lambda: others.ModelPruning("l1_unstructured", amount=0.1, use_lottery_ticket_hypothesis=False),
+    ),
 }
 
 
@@ -104,11 +111,11 @@ def compare_with_numbers_by_hand(
     for module in (make(), ByHand(residual)):
         place = folder / type(module).__name__
         callback = case.make(place)
-        callbacks = [callback]
+        callbacks = [callback] if case.beside is None else [callback, case.beside()]
         if isinstance(module, ByHand):
             module.load_state_dict(start.weights)
         else:
-            callbacks = [callback, ours, start] if first else [ours, start, callback]
+            callbacks = [*callbacks, ours, start] if first else [ours, start, *callbacks]
         trainer = fit(module, *callbacks, **case.settings(place))
         outcomes.append(outcome(module, trainer, callback, case))
     scaled, by_hand = outcomes
@@ -191,6 +198,42 @@ def test_resumed_run_with_another_callback_is_that_of_numbers_by_hand(
     assert resumed["losses"][0] == whole["losses"][12]
     if name != "finetuning":
         assert resumed == whole | {what: whole[what][-len(resumed[what]) :] for what in ("losses", "validated")}
+
+
+class Averaged(Net):
+    def configure_optimizers(self) -> Averaging:
+        return Averaging(self.parameters(), lr=0.02)
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 12:
+            raise OverflowError("in the run")
+
+
+@pytest.mark.parametrize("when", ["after the fit", "on an exception"])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_what_an_optimizer_keeps_in_its_groups_is_saved_when_the_fit_is_over(
+    when: str, first: bool, tmp_path: Path
+) -> None:
+    """The resumed run is the whole run."""
+    whole, part, resumed = Averaged(), Averaged(), Averaged()
+    fit(whole, MLUCallback(Averaged(BASE), family="sgd"), num_sanity_val_steps=0)
+    mlu = MLUCallback(Averaged(BASE), family="sgd")
+    settings = {"num_sanity_val_steps": 0, "enable_checkpointing": True}
+    if when == "after the fit":
+        path = tmp_path / "after.ckpt"
+        saving = others.ModelCheckpoint(str(tmp_path), every_n_epochs=9)
+        fit(part, *([saving, mlu] if first else [mlu, saving]), max_epochs=2, **settings).save_checkpoint(path)
+    else:
+        saving = others.ModelCheckpoint(str(tmp_path), every_n_epochs=9, save_on_exception=True)
+        with pytest.raises(OverflowError, match="in the run"):
+            fit(part, Fails(), *([saving, mlu] if first else [mlu, saving]), **settings)
+        (path,) = tmp_path.glob("*.ckpt")
+    mlu = MLUCallback(Averaged(BASE), family="sgd")
+    fit(resumed, mlu, ckpt_path=path, num_sanity_val_steps=0)
+    assert len(part.losses) == 12
+    assert part.losses + resumed.losses == whole.losses
 
 
 def test_weights_drawn_anew_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Every optimizer of torch.optim against parameter groups built by hand, and against exact scaling laws."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from torch import nn, optim
 
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import ParameterPlan, Plan
-from mlu_lightning.rules import Ratios, Role
+from mlu_lightning.rules import OptimizerFamily, Ratios, Role
 
 IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
 
@@ -272,6 +273,35 @@ def test_combined_optimizers_have_a_family_for_each_group() -> None:
         [{"params": of(theirs, name), **adamw(rest, ROWS[name], 0)} for name in others],
     )
     for step in range(4):
+        for module, each in ((ours, optimizer), (theirs, by_hand)):
+            module.load_gradients(step)
+            each.step()
+    assert identical(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("family", "refused"),
+    [
+        (["adamw", OptimizerFamily.ADAMW], None),
+        ("adamw", None),
+        (["muon", "adamw"], r"names 2 families, .* 3 parameter groups\. .*let the optimizer have it from the start"),
+    ],
+)
+def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refused: str | None) -> None:
+    ours, theirs, numbers = Weights(), Weights(), {"lr": 0.01, "eps": 0.1, "weight_decay": 0.3}
+    muon = [{"params": [ours.branch_in], **numbers}] if family[0] == "muon" else []
+    rest = [{"params": [ours.norm, ours.readout], **numbers}]
+    optimizer = Combined(muon, rest if muon else [{"params": [ours.branch_in], **numbers}, *rest])
+    scale_optimizer(optimizer, ours, plan_of(ours), family)
+    optimizer.add_param_group({"use_muon": False, "params": [ours.branch_out, ours.embedding], **numbers})
+    ours.load_gradients(0)
+    if refused is not None:
+        with pytest.raises(ValueError, match=refused):
+            optimizer.step()
+        return
+    groups = [{"params": [theirs.get_parameter(name)], **adamw(numbers, ROWS[name], 0)} for name in SHAPES]
+    by_hand = Combined([], groups)
+    for step in range(3):
         for module, each in ((ours, optimizer), (theirs, by_hand)):
             module.load_gradients(step)
             each.step()
