@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.multipliers import residual_state
+from mlu_lightning.multipliers import fingerprint, residual_state, uncompiled
 from mlu_lightning.optimization import plan_names
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
@@ -31,8 +31,11 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     are attached is left as it is.
 
     Args:
-        module: that has the plan's multipliers.
+        module: that has the plan's multipliers, or torch.compile's wrapper of it.
         plan: its plan.
+
+    Raises:
+        ValueError: if the plan's multipliers are not in the module, as they are not in a wrapper of it.
 
     >>> from mlu_lightning import Ratios, Role, fold
     >>> from mlu_lightning.planning import Multiplier, ParameterPlan
@@ -46,7 +49,15 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     >>> norm.item(), module.weight.grad.item()
     (1.0, 4.0)
     """
+    module = uncompiled(module)
     state = residual_state(module)
+    missing = state is None and any(plan.forward_multiplier(multiplier) != 1 for multiplier in plan.multipliers)
+    if missing or (state is not None and state.fingerprint != fingerprint(plan)):
+        raise ValueError(
+            f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
+            "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
+            "DistributedDataParallel, what is inside."
+        )
     folded = frozenset[str]() if state is None else state.folded
     multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
     names = plan_names(module, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -128,8 +128,14 @@ def expected() -> list[Tensor]:
     return in_a_loop(attach_multipliers, nothing)
 
 
+def compiled(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+    """With the module as torch.compile wraps it."""
+    return unfolded_gradients(cast("nn.Module", torch.compile(module, backend="eager")), plan)
+
+
 def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
     assert in_a_loop(attach_multipliers) == expected
+    assert in_a_loop(fold, compiled) == in_a_loop(fold)
     torch.testing.assert_close(in_a_loop(fold), expected, rtol=1e-12, atol=0)  # rounding of factors
     for without in (in_a_loop(fold, nothing), in_a_loop(fold, most=math.inf)):
         assert not torch.allclose(torch.stack(without), torch.stack(expected), rtol=0.01)
@@ -177,6 +183,16 @@ def test_gradients_that_are_taken_away_or_new(change: str) -> None:
         optimizer.step()
         weights.append(module(batches()[1][0]))
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-12, atol=0)
+
+
+def test_a_module_without_the_multipliers_is_refused() -> None:
+    """A wrapper has other names, and would be left as it is."""
+    module = fold(Net(**WIDE), plan())
+    other = Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE), alpha=2.0)
+    for given, numbers in ((nn.Sequential(module), plan()), (Net(**WIDE), plan()), (module, other)):
+        what = rf"not in the {type(given).__name__} that was given to unfolded_gradients. .* of a wrapper, .* what is inside"
+        with pytest.raises(ValueError, match=what), unfolded_gradients(given, numbers):
+            pass
 
 
 class Overflows(Net):
