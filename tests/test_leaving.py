@@ -211,6 +211,8 @@ def test_from_a_checkpoint_of_a_baked_module(tmp_path: Path, mode: Literal["hook
         assert torch.equal(logits(again, architecture), expected)
     hooked = lit(architecture, TWICE)
     attach_multipliers(hooked, plan)
+    with pytest.raises(ValueError, match="baked module, a plain one, and this one has multipliers in hooks already"):
+        restore_multipliers(hooked, checkpoint)
     with pytest.raises(ValueError, match=r"baked into its weights, and this one has them in hooks.* saved before bake"):
         evaluating.predict(hooked, data, ckpt_path=path)
     with pytest.raises(

@@ -164,6 +164,20 @@ def test_what_the_module_itself_saves_stays(on_instance: bool, weights_only: boo
     assert torch.equal(evaluated(tmp_path / "last.ckpt")[0](INPUTS), module(INPUTS))
 
 
+def test_place_that_a_newer_version_knows(tmp_path: Path) -> None:
+    trainer = fit(Net(), MLUCallback(Net(BASE)), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "newer.ckpt")
+    newer = read(tmp_path / "newer.ckpt")
+    newer["callbacks"]["MLUCallback"]["mode"] = "elsewhere"
+    torch.save(newer, tmp_path / "newer.ckpt")
+    message = "place that this version does not know, 'elsewhere'; it knows hook, fold, baked. Update mlu-lightning"
+    with pytest.raises(ValueError, match=message):
+        restore_multipliers(Net(), newer)
+    for evaluate in (evaluated, lambda path: trainer.validate(ckpt_path=path)):
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path / "newer.ckpt")
+
+
 def test_checkpoints_that_do_not_fit_what_the_module_became(tmp_path: Path) -> None:
     module, callback = Net(), MLUCallback(Net(BASE))
     trainer = fit(module, callback, max_epochs=1)

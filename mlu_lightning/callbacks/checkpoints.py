@@ -97,7 +97,7 @@ def load_plan(module: LightningModule, checkpoint: Mapping[str, Any]) -> Plan | 
         return None
     if present is None:
         return apply_saved(module, saved)
-    mode, plan = saved["mode"], _plan(saved)
+    plan, mode = _plan(saved), saved["mode"]
     if present.mode != mode:
         raise ValueError(
             f"The checkpoint is of a module with its multipliers {PLACES[mode]}, and this one has them "
@@ -122,7 +122,8 @@ def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
         The plan.
 
     Raises:
-        ValueError: if the plan does not fit the module, or the module has multipliers already.
+        ValueError: if the plan does not fit the module, the module has multipliers already or ties what bake has
+            untied, or the place is not known.
     """
     plan = _plan(saved)
     if saved["mode"] == "hook":
@@ -130,6 +131,12 @@ def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
     elif saved["mode"] == "fold":
         fold(module, plan, multiplied=True)
     else:
+        present = residual_state(module)
+        if present is not None:
+            raise ValueError(
+                f"The checkpoint is of a baked module, a plain one, and this one has multipliers {PLACES[present.mode]} "
+                "already. Load it into a module that was built anew."
+            )
         _check_untied(module, plan)
         mark_baked(module, plan)
     return plan
@@ -165,6 +172,11 @@ def _hooks_of_fold(plan: Plan) -> list[Multiplier]:
 
 
 def _plan(saved: Mapping[str, Any]) -> Plan:
+    if saved["mode"] not in PLACES:
+        raise ValueError(
+            f"The checkpoint has its multipliers in a place that this version does not know, {saved['mode']!r}; it knows "
+            f"{', '.join(PLACES)}. Update mlu-lightning, or save the checkpoint again with this version."
+        )
     return Plan.from_yaml(saved["plan"], "the plan in the checkpoint")
 
 
