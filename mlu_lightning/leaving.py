@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.multipliers import attach_multipliers, detach_rest, fold, residual_state, uncompiled, unfolded
+from mlu_lightning.callbacks.checkpoints import STATE_KEY, apply_saved
+from mlu_lightning.multipliers import fold, mark_baked, residual_state, uncompiled, unfolded
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
@@ -38,8 +38,9 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     - a branch that ends in a norm whose gain is stored minus one, as Gemma's;
     - attention logits whose queries are a part of a fused projection.
 
-    The module keeps a note, which is not saved, that it was trained, so that ``MLUCallback`` does not initialize it. For
-    further training with the same plan, go on from a checkpoint of the run instead.
+    The module keeps a note of it: baked twice it stays as it is, ``MLUCallback`` does not initialize it, and checkpoints of
+    its Trainer tell ``MLUCallback`` and :func:`restore_multipliers` that nothing is left to multiply. For further training
+    with the same plan, go on from a checkpoint of the run instead.
 
     Args:
         module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights from a
@@ -67,23 +68,26 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     """
     plain = uncompiled(module)
     rest = {multiplier: factor for multiplier, factor in unfolded(plain, plan).items() if not multiplier.folds}
+    state = residual_state(plain)
+    if state is not None and state.mode == "baked":
+        return module
     plan.check(plain)
     changes = [_change(plain, plan, multiplier, factor) for multiplier, factor in rest.items()]
-    state = residual_state(plain)
     if state is not None and state.mode == "hook":
         fold(plain, plan)
     with torch.no_grad():
         for change in changes:
             change()
-    detach_rest(plain)
+    mark_baked(plain, plan)
     return module
 
 
 def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
     """Put multipliers into a module with the weights of a checkpoint, as they were in the run that it is of.
 
-    A run with ``MLUCallback`` keeps its plan in the checkpoints of its Trainer, and whether the weights hold the
-    multipliers. ``load_from_checkpoint`` gives the weights alone: without this they are those of another function.
+    A module that was trained with ``MLUCallback`` has its plan in the checkpoints of its Trainer, with
+    ``save_weights_only`` too, and whether the weights hold the multipliers. ``load_from_checkpoint`` gives the weights
+    alone: without this they are those of another function.
 
     Args:
         module: a LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
@@ -97,6 +101,7 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
             multipliers already.
 
     >>> from lightning.pytorch import Trainer
+    >>> from mlu_lightning import MLUCallback
     >>> from mlu_lightning.models import ResNet
     >>> base, model = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4))
     >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
@@ -111,19 +116,14 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
     >>> torch.equal(bake(loaded, plan)(torch.ones(1, 3)), model(torch.ones(1, 3)))
     True
     """
-    saved = checkpoint.get("callbacks", {}).get(MLUCallback.__qualname__)
+    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
     if saved is None:
         raise ValueError(
-            "The checkpoint has no plan, because it is not one that a Trainer with MLUCallback wrote. Load the plan that "
-            "was saved, with Plan.load(path), and put its multipliers in with attach_multipliers(module, plan), or with "
-            "fold(module, plan, multiplied=True) if the weights hold them."
+            "The checkpoint has no plan, because it is not one that a Trainer wrote of a module with multipliers of "
+            "MLUCallback. Load the plan that was saved, with Plan.load(path), and put its multipliers in with "
+            "attach_multipliers(module, plan), or with fold(module, plan, multiplied=True) if the weights hold them."
         )
-    plan = Plan.from_yaml(saved["plan"], "the plan in the checkpoint")
-    if saved["mode"] == "hook":
-        attach_multipliers(module, plan)
-    else:
-        fold(module, plan, multiplied=True)
-    return plan
+    return apply_saved(module, saved)
 
 
 Change = Callable[[], object]

@@ -1,8 +1,9 @@
 """Put a plan's forward multipliers into a module: attached as hooks, or folded into its weights.
 
 Both make the same function. Hooks leave the weights as they are and cost a multiplication per branch; folded weights
-cost nothing per step and make a checkpoint that any plain model loads. A run stays the same either way if the
-optimizer is scaled for the form that was chosen, which :func:`residual_state` tells (theory.md, section 3).
+cost nothing per step and make a checkpoint that any plain model loads, unless a multiplier has no weight and stays a
+hook. A run stays the same either way if the optimizer is scaled for the form that was chosen, which
+:func:`residual_state` tells (theory.md, section 3).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import Literal, TypeVar
 
 import torch
@@ -24,11 +25,12 @@ from mlu_lightning.planning import Multiplier
 __all__ = [
     "MultiplierHandle",
     "ResidualState",
+    "applied_plan",
     "attach_multipliers",
     "check_attached",
-    "detach_rest",
     "fingerprint",
     "fold",
+    "mark_baked",
     "residual_state",
     "uncompiled",
     "unfolded",
@@ -44,7 +46,7 @@ class ResidualState:
     """How a plan's multipliers were put into a module.
 
     Args:
-        mode: ``"hook"`` or ``"fold"``.
+        mode: ``"hook"``, ``"fold"``, or ``"baked"``: in weights, those too that folding leaves to hooks.
         folded: names of the parameters that hold their multipliers; empty in hook mode.
         fingerprint: :func:`fingerprint` of the plan.
 
@@ -52,7 +54,7 @@ class ResidualState:
     frozenset()
     """
 
-    mode: Literal["hook", "fold"]
+    mode: Literal["hook", "fold", "baked"]
     folded: frozenset[str]
     fingerprint: str
 
@@ -108,8 +110,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     """
     module = uncompiled(module)
     _check_fresh(module, plan)
-    active = [(multiplier, plan.forward_multiplier(multiplier)) for multiplier in plan.multipliers]
-    active = [(multiplier, factor) for multiplier, factor in active if factor != 1]
+    active = [(m, plan.forward_multiplier(m)) for m in plan.multipliers if plan.forward_multiplier(m) != 1]
     for multiplier, _ in active:
         _check_place(multiplier)
         if multiplier.site is None:
@@ -119,7 +120,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
                 "fold(module, plan)."
             )
     hooks = attach_hooks(module, active)
-    module.__dict__[_STATE] = _Applied(ResidualState("hook", frozenset(), fingerprint(plan)), tuple(hooks))
+    module.__dict__[_STATE] = _Applied(ResidualState("hook", frozenset(), fingerprint(plan)), plan, tuple(hooks))
     return MultiplierHandle(module)
 
 
@@ -182,7 +183,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
         with torch.no_grad():
             for name, factor in factors.items():
                 parameters[name].mul_(factor)
-    plain.__dict__[_STATE] = _Applied(ResidualState("fold", frozenset(factors), fingerprint(plan)), tuple(rest))
+    plain.__dict__[_STATE] = _Applied(ResidualState("fold", frozenset(factors), fingerprint(plan)), plan, tuple(rest))
     return module
 
 
@@ -199,6 +200,19 @@ def residual_state(module: nn.Module) -> ResidualState | None:
     return None if applied is None else applied.state
 
 
+def applied_plan(module: nn.Module) -> Plan | None:
+    """The plan whose multipliers are in a module, None if there is none.
+
+    Args:
+        module: any.
+
+    >>> applied_plan(nn.Linear(2, 2)) is None
+    True
+    """
+    applied = _applied(uncompiled(module))
+    return None if applied is None else applied.plan
+
+
 def check_attached(module: nn.Module) -> None:
     """Refuse a module of which parts with multipliers were exchanged for others, which have none.
 
@@ -212,7 +226,7 @@ def check_attached(module: nn.Module) -> None:
     """
     module = uncompiled(module)
     applied = _applied(module)
-    if applied is None or not applied.hooks:
+    if applied is None:
         return
     parts = list(module.modules())
     present = {id(hooks) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)}
@@ -249,21 +263,27 @@ def unfolded(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
             "The module has the multipliers of another plan. Give the plan that it was trained with, such as "
             "MLUCallback.plan after fit."
         )
-    factors = {multiplier: plan.forward_multiplier(multiplier) for multiplier in plan.multipliers}
-    return {m: factor for m, factor in factors.items() if factor != 1 and (state.mode == "hook" or not m.folds)}
+    if state.mode == "baked":
+        return {}
+    acting = (m for m in plan.multipliers if state.mode == "hook" or not m.folds)
+    return {m: plan.forward_multiplier(m) for m in acting if plan.forward_multiplier(m) != 1}
 
 
-def detach_rest(module: nn.Module) -> None:
-    """Remove the hooks that are left in a module with folded multipliers, whose weights hold all of them now.
+def mark_baked(module: nn.Module, plan: Plan) -> None:
+    """Note that weights hold all of the plan's multipliers, and remove what hooks folding left; if none, it stays folded.
 
     Args:
-        module: with folded multipliers.
+        module: with folded multipliers, or with baked weights that were loaded.
+        plan: whose multipliers they are.
     """
     module = uncompiled(module)
     applied = _applied(module)
-    assert applied is not None and applied.state.mode == "fold"
-    applied.remove(module)
-    module.__dict__[_STATE] = replace(applied, hooks=())
+    if applied is not None:
+        if not applied.hooks:
+            return
+        applied.remove(module)
+    folded = frozenset(name for m in plan.multipliers if plan.forward_multiplier(m) != 1 for name in m.folds)
+    module.__dict__[_STATE] = _Applied(ResidualState("baked", folded, fingerprint(plan)), plan, ())
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
@@ -294,11 +314,7 @@ def fingerprint(plan: Plan) -> str:
     """
     content = {
         "parameters": {
-            name: [
-                str(parameter.role),
-                list(parameter.shape),
-                *map(float, astuple(parameter.ratios)),
-            ]
+            name: [str(parameter.role), list(parameter.shape), *map(float, astuple(parameter.ratios))]
             for name, parameter in plan.parameters.items()
         },
         "multipliers": [
@@ -318,10 +334,12 @@ class _Applied:
 
     Args:
         state: how the multipliers were put in.
+        plan: whose they are.
         hooks: a torch handle for each hook.
     """
 
     state: ResidualState
+    plan: Plan
     hooks: tuple[RemovableHandle, ...]
 
     def remove(self, module: nn.Module) -> None:
@@ -338,8 +356,7 @@ def _applied(module: nn.Module) -> _Applied | None:
 
 def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool) -> dict[str, nn.Parameter]:
     """Find the parameters to fold into, and refuse those that cannot be multiplied."""
-    # Later names of a shared parameter count too.
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters = dict(module.named_parameters(remove_duplicate=False))  # later names of a shared one count too
     missing = sorted(set(factors) - set(parameters))
     if missing:
         raise ValueError(
@@ -373,13 +390,11 @@ def _check_fresh(module: nn.Module, plan: Plan) -> None:
     state = residual_state(module)
     if state is None:
         return
-    which = "this plan" if state.fingerprint == fingerprint(plan) else "another plan"
-    how = {"hook": "attached as hooks", "fold": "folded into its weights"}[state.mode]
-    advice = {
-        "hook": "Remove them first, with .remove() of the handle that attach_multipliers returned.",
-        "fold": "Start from a module that was built anew.",
-    }[state.mode]
+    which = "this" if state.fingerprint == fingerprint(plan) else "another"
+    how, advice = "folded into its weights", "Start from a module that was built anew."
+    if state.mode == "hook":
+        how = "attached as hooks"
+        advice = "Remove them first, with .remove() of the handle that attach_multipliers returned."
     raise ValueError(
-        f"The module already has the multipliers of {which}, {how}; putting them in again would multiply twice. "
-        f"{advice}"
+        f"The module already has {which} plan's multipliers, {how}; putting them in again would multiply twice. {advice}"
     )

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,10 @@ class Lit(LightningModule):
         super().__init__()
         self.model = model
 
+    def predict_step(self, batch: dict[str, Tensor]) -> Tensor:
+        output: Tensor = self.model(**batch).logits
+        return output
+
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
         loss: Tensor = self.model(**batch).loss
         return loss
@@ -126,7 +131,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 exported = to_granite(module, plan)
                 assert isinstance(exported, transformers.GraniteForCausalLM)
                 leave(root / f"{name}, {run}, granite", exported, architecture, expected)
-            assert bake(module, plan) is module
+            for _ in range(2):  # of which the second changes nothing
+                assert bake(module, plan) is module
             assert hooks(module) == hooks(architecture.build(*shape))
             leave(root / f"{name}, {run}, baked", module.model, architecture, expected)
     loaded = subprocess.run([sys.executable, "-c", LOADER, root], capture_output=True, text=True, check=False)
@@ -184,6 +190,83 @@ def test_from_a_checkpoint(tmp_path: Path, mode: Literal["hook", "fold"]) -> Non
     assert torch.equal(logits(bake(again, plan), architecture), expected)
 
 
+@pytest.mark.parametrize("mode", ["hook", "fold"])
+def test_from_a_checkpoint_of_a_baked_module(tmp_path: Path, mode: Literal["hook", "fold"]) -> None:
+    """An untied readout has its multiplier in its own weight; nothing is multiplied again, or silently tied."""
+    architecture, path = ARCHITECTURES["tied llama"], tmp_path / "baked.ckpt"
+    module, plan, trainer = trained(architecture, mode, TWICE)
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    expected = logits(bake(module, plan), architecture)
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    plain, again = (Lit(transformers.LlamaForCausalLM(module.model.config)) for _ in range(2))
+    plain.load_state_dict(checkpoint["state_dict"])
+    assert torch.equal(logits(plain, architecture), expected)
+    assert restore_multipliers(plain, checkpoint) == plan
+    assert torch.equal(logits(bake(plain, plan), architecture), expected)
+    evaluating = Trainer(accelerator="cpu", barebones=True, callbacks=[MLUCallback()])
+    data = DataLoader([architecture.example], batch_size=None)
+    for _ in range(2):
+        evaluating.predict(again, data, ckpt_path=path)
+        assert torch.equal(logits(again, architecture), expected)
+    hooked = lit(architecture, TWICE)
+    attach_multipliers(hooked, plan)
+    with pytest.raises(ValueError, match="baked module, a plain one, and this one has multipliers in hooks already"):
+        restore_multipliers(hooked, checkpoint)
+    with pytest.raises(ValueError, match=r"baked into its weights, and this one has them in hooks.* saved before bake"):
+        evaluating.predict(hooked, data, ckpt_path=path)
+    with pytest.raises(
+        ValueError, match=rf"in {'hooks' if mode == 'hook' else 'its weights'}, and this one .* baked into"
+    ):
+        evaluating.predict(module, data, ckpt_path=tmp_path / "before.ckpt")
+    tied = Lit.load_from_checkpoint(path, model=architecture.build(*TWICE))
+    with pytest.raises(ValueError, match=r"model\.lm_head\.weight are different weights.*tie_word_embeddings=False"):
+        restore_multipliers(tied, checkpoint)
+
+
+SAID = "the multiplier of the readout 'model.model.embed_tokens.weight'"
+
+
+def test_hooks_that_folding_leaves_are_warned_about() -> None:
+    tied, untied = ARCHITECTURES["tied llama"], ARCHITECTURES["llama"]
+    with pytest.warns(UserWarning, match=rf"Folding leaves {SAID} in hooks.* another function.*bake\(module, callback"):
+        trained(tied, "fold", TWICE)
+    with pytest.warns(
+        UserWarning, match="Folding leaves the multipliers of the branch .*, the branch .* and 2 more in"
+    ):
+        trained(ARCHITECTURES["gemma2"], "fold", TWICE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Folding leaves")
+        trained(untied, "fold", TWICE)
+        trained(tied, "hook", TWICE)
+        trained(tied, "fold", BASE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        (
+            "hook",
+            rf"It would be another one with residual=\"fold\", too, because {SAID} can only be in hooks.*without MLUC",
+        ),
+        ("fold", rf"but the module is another function than they were trained as, because {SAID} can only be in hooks"),
+    ],
+)
+def test_plain_checkpoint_in_a_run_in_which_folding_leaves_hooks(
+    mode: Literal["hook", "fold"], message: str, tmp_path: Path
+) -> None:
+    architecture, data = ARCHITECTURES["tied llama"], DataLoader([ARCHITECTURES["tied llama"].example], batch_size=None)
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    trainer = Trainer(max_epochs=1, **settings)
+    trainer.fit(lit(architecture, TWICE), data)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    callback = MLUCallback(lit(architecture, BASE), residual=mode)
+    with pytest.warns(UserWarning, match=message):
+        Trainer(max_epochs=1, callbacks=[callback], **settings).fit(
+            lit(architecture, TWICE), data, ckpt_path=tmp_path / "plain.ckpt"
+        )
+
+
 def test_a_baked_module_is_not_initialized_again() -> None:
     architecture = ARCHITECTURES["llama"]
     module, plan, trainer = trained(architecture, "hook", TWICE)
@@ -194,7 +277,7 @@ def test_a_baked_module_is_not_initialized_again() -> None:
 
 
 def test_a_checkpoint_without_a_plan() -> None:
-    with pytest.raises(ValueError, match=r"no plan, because .* Trainer with MLUCallback wrote.*multiplied=True"):
+    with pytest.raises(ValueError, match=r"no plan, because .* multipliers of MLUCallback.*multiplied=True"):
         restore_multipliers(nn.Linear(1, 1), {"callbacks": {"ModelCheckpoint": {}}})
 
 
@@ -311,7 +394,7 @@ def test_logits_where_head_dim_differs(
     arguments = example if isinstance(example, tuple) else (example["input_ids"],)
     output = (lambda: module(*arguments)) if isinstance(example, tuple) else (lambda: module(*arguments).logits)
     expected = output()
-    bake(module, plan)
+    bake(bake(module, plan), plan)
     assert hooks(module) == 0
     torch.testing.assert_close(output(), expected, rtol=1e-10, atol=1e-12)
     ratio = module.get_parameter(queries) / before
@@ -453,8 +536,9 @@ def test_another_plan_or_none() -> None:
         assert_refused(
             leave, module, replace(plan, alpha=3.0), "multipliers of another plan. Give the plan that it was"
         )
-    bake(module, plan)
-    assert_refused(bake, module, plan, r"plan was not made for this LlamaForCausalLM: lm_head\.weight is in the module")
+    assert_refused(
+        to_granite, bake(module, plan), plan, r"plan was not made for this LlamaForCausalLM: lm_head\.weight"
+    )
 
 
 def _branch_factor(plan: Plan, name: str) -> Plan:

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
+from mlu_lightning.callbacks.checkpoints import PLACES, STATE_KEY, load_plan, warn_of_hooks, wrap_saving, write_plan
 from mlu_lightning.callbacks.clipping import wrap_clipping
 from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
@@ -24,7 +25,14 @@ from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.methods import wrap_method
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole
 from mlu_lightning.initialization import InitMode, initialize
-from mlu_lightning.multipliers import attach_multipliers, check_attached, fingerprint, fold, residual_state
+from mlu_lightning.multipliers import (
+    applied_plan,
+    attach_multipliers,
+    check_attached,
+    fingerprint,
+    fold,
+    residual_state,
+)
 from mlu_lightning.optimization import is_scaled, scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
@@ -46,7 +54,8 @@ class MLUCallback(Callback):
     The module is planned and initialized when it is built: before ``fit`` does anything else, or, if the module
     overrides ``setup`` or ``configure_model``, right after the later of them. A module that was fitted with the callback
     goes on from its weights in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that
-    a checkpoint of a run with ``residual="hook"`` brings its multipliers along.
+    a checkpoint of a run with ``residual="hook"`` brings its multipliers along. Checkpoints say where the multipliers of
+    the module are when they are saved; those with weights alone do, too.
 
     Lightning's own callbacks may stand before or after it: averages of weights start from the initialized module, groups
     that fine-tuning adds have the plan's factors, and learning rates that are found, set or logged are those of the base.
@@ -61,8 +70,9 @@ class MLUCallback(Callback):
             anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
             weights alone, for those of a checkpoint.
         residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
-            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function;
-            their gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
+            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function,
+            unless the fit warns that hooks are left (of tied readouts, gains stored minus one, fused queries); their
+            gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
             ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
@@ -135,19 +145,25 @@ class MLUCallback(Callback):
         self._batch_ratio = batch_ratio
         self._token_ratio = token_ratio
         self._plan: Plan | None = None
+        self._planned: Plan | None = None
         self._initialized = False
         self._families: dict[str, OptimizerFamily] = {}
         self._cleanup = ExitStack()
 
     @property
     def plan(self) -> Plan | None:
-        """Plan of the module that was fitted last, None before."""
+        """Plan of the module that was fitted, or evaluated with multipliers, last; None before."""
         return self._plan
 
     @property
     def initialized(self) -> bool:
         """Whether the last fit initialized the module, which a fit of a module that was trained before does not."""
         return self._initialized
+
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints have the plan; subclasses read each other's."""
+        return STATE_KEY
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan and initialize the module, now or when it will have been built.
@@ -168,6 +184,7 @@ class MLUCallback(Callback):
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
         if stage != TrainerFn.FITTING:
+            self._keep(pl_module)
             return
         self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
         check_copies(callbacks)
@@ -206,26 +223,9 @@ class MLUCallback(Callback):
         Raises:
             ValueError: if the checkpoint is of a run with another plan, or with multipliers in another place.
         """
-        saved = checkpoint["callbacks"].get(self.state_key)
-        present = residual_state(pl_module)
-        if saved is None:
-            if present is not None:
-                rank_zero_warn(f"The checkpoint is of a run without MLUCallback. {_PLAIN[present.mode]}")
-            return
-        plan = Plan.from_yaml(saved["plan"], "the plan in the checkpoint")
-        if present is None:
-            _put_multipliers(pl_module, plan, saved["mode"], multiplied=True)
-        elif present.mode != saved["mode"]:
-            raise ValueError(
-                f"The checkpoint is of a run with residual={saved['mode']!r}, and the module has its multipliers "
-                f"{_PLACES[present.mode]}, so the weights would not fit. Give residual={saved['mode']!r} to MLUCallback, "
-                "and a module that was built anew."
-            )
-        elif present.fingerprint != fingerprint(plan):
-            raise ValueError(
-                "The checkpoint is of a run with another plan than the one in effect on the module. Give MLUCallback "
-                "the base, overrides and alpha of that run, or its plan, and a module that was built anew."
-            )
+        if load_plan(pl_module, checkpoint) is not None:
+            vars(pl_module)[_MARK] = True
+        self._keep(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refuse an update at other numbers than the plan's.
@@ -241,11 +241,9 @@ class MLUCallback(Callback):
                 "of the optimizer that is there, whose factors stay."
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """The plan, as YAML, and the place of the multipliers."""
-        if self._plan is None:
-            return {}
-        return {"plan": self._plan.to_yaml(), "mode": self._mode}
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the plan that is in effect on the module, as YAML, and where its multipliers are."""
+        write_plan(pl_module, checkpoint)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its methods back, and make its optimizers plain."""
@@ -268,7 +266,7 @@ class MLUCallback(Callback):
         if residual_state(module) is None:
             check_whole(trainer.strategy, module)
         # that of the first process for all: a base that each draws by itself has another std in each
-        self._plan = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
+        self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
         for warning in plan.warnings:
             rank_zero_warn(warning)
         deferred = any(parameter.is_meta for parameter in module.parameters())
@@ -291,13 +289,14 @@ class MLUCallback(Callback):
 
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
         if self._mode == "fold":
+            warn_of_hooks(plan)
             self._cleanup.callback(wrap_clipping(trainer, module, plan))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
         state = residual_state(module)
-        if self._plan is not None and state is not None and state.fingerprint == fingerprint(self._plan):
-            return self._plan
+        if self._planned is not None and state is not None and state.fingerprint == fingerprint(self._planned):
+            return self._planned
         if self._given is not None:
             return Plan.load(self._given) if isinstance(self._given, str) else self._given
         if any(hasattr(parameter, "placements") for parameter in module.parameters()):
@@ -326,11 +325,16 @@ class MLUCallback(Callback):
         if state is None:
             if self._init is not None:
                 initialize(module, plan, self._init, self._seed)
-            _put_multipliers(module, plan, self._mode, multiplied=self._residual == "folded")
+            if self._mode == "hook":
+                attach_multipliers(module, plan)
+            else:
+                fold(module, plan, multiplied=self._residual == "folded")
+            vars(module)[_MARK] = True
         elif state.mode != self._mode:
+            advice = "" if state.mode == "baked" else f"residual={state.mode!r}, or "
             raise ValueError(
-                f"The module has its multipliers {_PLACES[state.mode]} already, but MLUCallback has "
-                f"residual={self._residual!r}. Give it residual={state.mode!r}, or a module that was built anew."
+                f"The module has its multipliers {PLACES[state.mode]} already, but MLUCallback has "
+                f"residual={self._residual!r}. Give it {advice}a module that was built anew."
             )
         elif state.fingerprint != fingerprint(plan):
             raise ValueError(
@@ -343,25 +347,17 @@ class MLUCallback(Callback):
                 "initialized. Call initialize(module, plan) before attach_multipliers or fold and give init=None to "
                 "MLUCallback, or leave both to MLUCallback."
             )
+        wrap_saving(module)
+
+    def _keep(self, module: LightningModule) -> None:
+        """Take the plan that is in effect on a module, if there is one, and let its checkpoints have it."""
+        plan = applied_plan(module)
+        if plan is not None:
+            self._plan = plan
+            wrap_saving(module)
 
 
 _MARK = "_mlu_callback"
-_PLAIN = {
-    "hook": "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "
-    'learning rates. To go on with that function, give MLUCallback residual="fold".',
-    "fold": "Its weights take the place of those that hold the plan's multipliers, so the module is the function that they "
-    "were trained as; from here on they have the plan's learning rates.",
-}
-_PLACES = {"hook": "in hooks", "fold": "in its weights"}
-
-
-def _put_multipliers(module: nn.Module, plan: Plan, mode: Literal["hook", "fold"], multiplied: bool) -> None:
-    """Put the plan's multipliers into the module, which the weights of a checkpoint may have already."""
-    if mode == "hook":
-        attach_multipliers(module, plan)
-    else:
-        fold(module, plan, multiplied)
-    vars(module)[_MARK] = True
 
 
 @contextmanager
