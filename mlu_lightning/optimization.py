@@ -352,6 +352,11 @@ def _check_multipliers(module: nn.Module, plan: Plan) -> None:
             "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
             "to both."
         )
+    if state.mode == "baked":
+        raise ValueError(
+            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
+            "rates. Go on with a checkpoint that was saved before bake."
+        )
 
 
 def _foreign(index: int, parameter: Tensor, name: str | None) -> str:

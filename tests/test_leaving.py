@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from mlu_lightning import MLUCallback, Plan, attach_multipliers, bake, fold, restore_multipliers, to_granite
+from mlu_lightning import (
+    MLUCallback,
+    Plan,
+    attach_multipliers,
+    bake,
+    fold,
+    restore_multipliers,
+    scale_optimizer,
+    to_granite,
+)
 from mlu_lightning.multipliers import residual_state
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
@@ -274,6 +283,15 @@ def test_a_baked_module_is_not_initialized_again() -> None:
     with pytest.raises(ValueError, match="has its multipliers in its weights already"):
         trainer.fit(module, DataLoader([architecture.example], batch_size=None))
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_a_baked_module_has_no_learning_rates() -> None:
+    architecture = ARCHITECTURES["tied llama"]
+    module, plan, _ = trained(architecture, "hook", TWICE)
+    bake(module, plan)
+    optimizer = torch.optim.AdamW(module.parameters())
+    with pytest.raises(ValueError, match=r"was baked.* Go on with a checkpoint that was saved before bake"):
+        scale_optimizer(optimizer, module, plan)
 
 
 def test_a_checkpoint_without_a_plan() -> None:
