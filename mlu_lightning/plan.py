@@ -53,7 +53,7 @@ class Plan:
         horizon: batch size and duration next to the base's.
 
     Raises:
-        ValueError: if alpha is not a positive number.
+        ValueError: if alpha is not a positive number, or rules other than MLU's have no base or a richness.
     """
 
     parameters: dict[str, ParameterPlan]
@@ -68,12 +68,13 @@ class Plan:
     horizon: Horizon = field(default_factory=Horizon)
 
     def __post_init__(self) -> None:
-        """Check the richness, which everything in branches is multiplied with."""
+        """Check the richness, which everything in branches is multiplied with, and that the rules have what they need."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(
                 f"alpha is {self.alpha!r}, and it has to be a positive number: 1 for MLU, more for a run that is closer to "
                 "that of a linearized model."
             )
+        _check_rules(self.rules, self.alpha, absolute=self._absolute)
 
     @classmethod
     def from_model(
@@ -120,12 +121,10 @@ class Plan:
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
         rules, horizon = Parameterization(rules), Horizon(batch_ratio, token_ratio)
-        if rules != Parameterization.MLU and (base is None or alpha != 1.0):
-            given = "base=None" if base is None else f"alpha={alpha:g}"
-            raise ValueError(
-                f"rules={rules.value!r} was given with {given}. The absolute form and the richness alpha are those of the "
-                "MLU parameterization: give the others a base, and leave alpha at 1."
-            )
+        if base is not None and not isinstance(base, nn.Module):
+            base = base if isinstance(base, Plan) else cls.load(base)
+        reference = base.base if isinstance(base, Plan) else None
+        _check_rules(rules, alpha, absolute=reference is None and not isinstance(base, nn.Module))
         overrides = overrides or {}
         structure = override_roles(discover(module, example), overrides)
         require_roles(structure, module)
@@ -133,11 +132,7 @@ class Plan:
             base_example = example if example is not None or _has_example(base) else getattr(module, _EXAMPLE, None)
             base_structure = override_roles(discover(base, base_example), overrides)
             require_roles(base_structure, base)
-            reference: Base | None = base_of_module(base, base_structure)
-        elif base is None:
-            reference = None
-        else:
-            reference = (base if isinstance(base, Plan) else cls.load(base)).base
+            reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
         multipliers, warnings = plan_multipliers(structure, reference, streams, rules)
         return cls(
@@ -161,7 +156,7 @@ class Plan:
     @property
     def base(self) -> Base | None:
         """The base shape that the plan is relative to; None in the paper's absolute form."""
-        if any(parameter.base_shape is None for parameter in self.parameters.values()):
+        if self._absolute:
             return None
         return Base(
             {
@@ -287,7 +282,11 @@ class Plan:
         Raises:
             ValueError: if it is not a plan, saying where it goes wrong.
         """
-        return cls(**parts_from_yaml(text, source))
+        parts = parts_from_yaml(text, source)
+        try:
+            return cls(**parts)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
 
     def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
         """The plan as a table for one kind of optimizer.
@@ -300,6 +299,11 @@ class Plan:
     def __str__(self) -> str:
         return self.table()
 
+    @property
+    def _absolute(self) -> bool:
+        """Whether it is relative to no base."""
+        return any(parameter.base_shape is None for parameter in self.parameters.values())
+
     @cached_property
     def _forward_factors(self) -> dict[str, float]:
         """Product of the multipliers that can be folded into each parameter."""
@@ -311,6 +315,15 @@ class Plan:
 
 
 _EXAMPLE = "example_input_array"
+
+
+def _check_rules(rules: Parameterization, alpha: float, absolute: bool) -> None:
+    if rules != Parameterization.MLU and (absolute or alpha != 1.0):
+        given = "base=None, or with a plan of a module without a base" if absolute else f"alpha={alpha:g}"
+        raise ValueError(
+            f"rules={rules.value!r} was given with {given}. The absolute form and the richness alpha are those of the "
+            "MLU parameterization: give the others a base, and leave alpha at 1."
+        )
 
 
 def _has_example(module: nn.Module) -> bool:

@@ -26,8 +26,10 @@ from mlu_lightning.structure import Tap
 __all__ = ["parts_from_yaml", "parts_to_yaml"]
 
 _HEADER = """\
-# Plan of an MLU parameterization. Roles and ratios (to the base shape) decide every factor; base_std is the root mean
-# square of the base's parameter at initialization (null: leave it as it was built).
+# Plan of a parameterization. Roles and ratios (to the base shape) decide the factors of every parameter, by the table of
+# its rules; multipliers are the numbers in their lines, whatever the rules are. For other rules make another plan: with
+# its rules edited, this one would be half of each. base_std is the root mean square of the base's parameter at
+# initialization (null: leave it as it was built).
 # Roles: {roles}.
 """
 _VERSION = 1

@@ -32,6 +32,9 @@ from torch import Tensor
 
 from mlu_lightning.batches import encode_batch, encoded_hash, load_batch
 from mlu_lightning.lightning_steps import StepName
+from mlu_lightning.multipliers import fingerprint
+from mlu_lightning.plain_yaml import parse_yaml
+from mlu_lightning.plan import Plan
 from mlu_lightning.reference_contents import (
     FORMAT,
     ReferenceContents,
@@ -91,7 +94,7 @@ class ReferenceWriter:
 
         Args:
             path: of the file, which stays as it is until the next recording.
-            header: of the run, which has to be that in the file.
+            header: of the run, which has to be that in the file, up to what initialization alone uses of the plan.
             probe: as well.
             step: optimizer steps before the checkpoint; what was recorded after them is dropped.
 
@@ -108,8 +111,9 @@ class ReferenceWriter:
             f"its {field.name} is {shown(getattr(found.header, field.name))} instead of "
             f"{shown(getattr(header, field.name))}"
             for field in fields(ReferenceHeader)
-            if getattr(found.header, field.name) != getattr(header, field.name)
+            if field.name != "plan" and getattr(found.header, field.name) != getattr(header, field.name)
         ]
+        differences += _plan_differences(found.header.plan, header.plan, f"the plan in {path}")
         if found.probe_hash != writer._contents.probe_hash:
             differences.append("its probe has other values")
         if differences:
@@ -117,6 +121,8 @@ class ReferenceWriter:
                 f"{path} is the reference of another run: {'; '.join(differences)}. Give the recorder another path, or "
                 "delete the file."
             )
+        # it has the plan that the run was initialized with, of a base that may have been drawn anew since
+        writer._contents = replace(writer._contents, header=found.header)
         writer._keep(recordings, {number: found.digests[number] for number in recordings}, losses)
         return writer
 
@@ -312,6 +318,42 @@ def load_probe(path: str | PathLike[str]) -> tuple[Any, StepName | None]:
         return load_batch(path), None
     reference = Reference.load(path)
     return reference.probe, reference.header.runs
+
+
+def _plan_differences(found: str | None, own: str | None, source: str) -> list[str]:
+    """Where the plan in a file differs first from that of a run, in what training depends on."""
+    if found == own:
+        return []
+    if found is None or own is None:
+        return ["it has no plan and this run has one" if found is None else "it has a plan and this run has none"]
+    plans = [Plan.from_yaml(found, source), Plan.from_yaml(own, "the plan of this run")]
+    if fingerprint(plans[0]) == fingerprint(plans[1]):
+        return []
+    place, one, other = _first_difference(*map(_as_trained, plans))
+    return [f"its plan has {shown(one)} instead of {shown(other)} at {': '.join(place)}"]
+
+
+def _first_difference(one: Any, other: Any, place: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Any, Any]:
+    """The first place where two that are not equal differ, and what each has there."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        pairs = [(key, one[key], other[key]) for key in one]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        # branches and multipliers are known by their names
+        names = [
+            item.get("name", str(number)) if isinstance(item, dict) else str(number) for number, item in enumerate(one)
+        ]
+        pairs = list(zip(names, one, other, strict=True))
+    elif isinstance(one, dict) and isinstance(other, dict):
+        return place, [key for key in one if key not in other], [key for key in other if key not in one]
+    else:
+        return place, one, other
+    return next(_first_difference(a, b, (*place, key)) for key, a, b in pairs if a != b)
+
+
+def _as_trained(plan: Plan) -> Any:
+    """A plan as lists and mappings of texts, without what only initialization uses, and without warnings."""
+    parameters = {name: replace(parameter, base_std=None) for name, parameter in plan.parameters.items()}
+    return parse_yaml(replace(plan, parameters=parameters, warnings=()).to_yaml(), "a plan")
 
 
 def _copy(values: Tensor, dtype: torch.dtype) -> Tensor:

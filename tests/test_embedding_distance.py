@@ -436,6 +436,29 @@ def test_resumed_run_that_is_past_all_steps_of_the_reference_is_refused(tmp_path
         measure(path, metrics=["gram"], ckpt_path=tmp_path / "step=3.ckpt")
 
 
+def test_run_that_was_at_a_step_of_the_reference_goes_on_past_all_of_them(tmp_path: Path) -> None:
+    path = record(tmp_path / "large.safetensors", steps=[0, 2])
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3)
+    measure(path, checkpoint, metrics=["gram"], steps=3, enable_checkpointing=True)
+    ckpt = tmp_path / "step=3.ckpt"
+    assert measure(path, metrics=["gram"], ckpt_path=ckpt).distances() == {}
+    assert list(measure(path, metrics=["gram"]).distances()) == [0, 2]
+
+    distance = EmbeddingDistance(path, ["gram"])
+    trainer = fit(ResNet(**SHAPE), distance, steps=3)
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    module: Any = trainer.lightning_module
+    trainer.fit(module, loader())
+    assert trainer.global_step == 6
+    assert "mlu/distance/gram/s=1" in trainer.callback_metrics, "the second fit goes on, too"
+
+    # the same callback in another run, whose checkpoint says nothing of it
+    plain = ModelCheckpoint(tmp_path / "plain", "{step}", every_n_train_steps=3)
+    fit(ResNet(**SHAPE), plain, steps=3, enable_checkpointing=True)
+    with pytest.raises(ValueError, match=r"at the steps 0, 2, and this run goes from 3 to 6"):
+        fit(ResNet(**SHAPE), distance, ckpt_path=tmp_path / "plain" / "step=3.ckpt")
+
+
 def test_references_of_different_steps_of_the_module_are_refused(tmp_path: Path) -> None:
     record(tmp_path / "one.safetensors", steps=[0])
     record(tmp_path / "two.safetensors", steps=[0], validation=loader(shuffle=False))

@@ -157,6 +157,12 @@ def test_resuming_without_its_state_is_warned_about(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="goes on from step 3, and its checkpoint has no FeatureUpdate"):
         found = fit(seeded(), FeatureUpdate(steps=1), ckpt_path=tmp_path / "step=3.ckpt")
     assert list(found) == [4, 5, 6]
+    used = FeatureUpdate(steps=1)
+    fit(seeded(), used)
+    with pytest.warns(UserWarning, match="goes on from step 3, and its checkpoint has no FeatureUpdate"):
+        assert fit(seeded(), used, ckpt_path=tmp_path / "step=3.ckpt") == found, (
+            "what it saw of another run is forgotten"
+        )
 
 
 def test_checkpoints_monitor_it(tmp_path: Path) -> None:

@@ -180,7 +180,9 @@ def read_plan(path: Path, content: bytes) -> bool:
         return True
     # what older plans do not say is as it was then
     older: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
-    node = older | yaml.load(content.decode(), Loader=yaml.BaseLoader)
+    # a tab may separate, as YAML has it, and PyYAML's own scanner refuses it
+    loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if b"\t" in content else yaml.BaseLoader
+    node = older | yaml.load(content.decode(), Loader=loader)
     assert node.pop("mlu_plan") == "1"
     check_value({field.name: getattr(plan, field.name) for field in fields(plan)}, node)
     # what was read can be used

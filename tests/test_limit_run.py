@@ -305,6 +305,32 @@ def test_resumed_run_logs_what_the_uninterrupted_one_does(tmp_path: Path) -> Non
     assert first | second == whole
 
 
+@pytest.mark.parametrize("how", ["second fit", "checkpoint after the fit"])
+def test_run_goes_on_after_its_fit_is_over(how: str, tmp_path: Path) -> None:
+    data = loader(shuffle=False)
+
+    def run(epochs: int, **settings: Any) -> tuple[dict[int, dict[str, float]], Trainer]:
+        memory = Memory()
+        distance = EmbeddingDistance(Limit(depth=6, units=16, steps=3))
+        settings = {"data": data, "logger": memory, "max_epochs": epochs, **settings}
+        trainer = fit(resnet(), MLUCallback(), distance, steps=-1, **settings)
+        return memory.distances(), trainer
+
+    whole, _ = run(2)
+    first, trainer = run(1)
+    if how == "second fit":
+        trainer.fit_loop.max_epochs = 2
+        module, logger = trainer.lightning_module, trainer.logger
+        assert isinstance(logger, Memory)
+        trainer.fit(module, data)
+        second = logger.distances()
+    else:
+        trainer.save_checkpoint(tmp_path / "after.ckpt")
+        second, _ = run(2, ckpt_path=tmp_path / "after.ckpt")
+    assert list(first) == [0, 3, 6]
+    assert first | second == whole
+
+
 def test_resumed_run_needs_the_limit_that_was_trained(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=6, save_top_k=-1)
     fit(resnet(), MLUCallback(), checkpoint, enable_checkpointing=True)

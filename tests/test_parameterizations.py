@@ -250,14 +250,49 @@ def test_rules_that_do_not_exist(tmp_path: Any) -> None:
     ("arguments", "message"),
     [
         ({"rules": "sp"}, "rules='sp' was given with base=None.*give the others a base"),
+        (
+            {"rules": "mup", "base": "a plan"},
+            "rules='mup' was given with .*a plan of a module without a base.*give the others",
+        ),
+        (
+            {"rules": "mup", "base": "a file"},
+            "rules='mup' was given with .*a plan of a module without a base.*give the others",
+        ),
         ({"rules": "completep", "alpha": 2.0, "base": "a module"}, "given with alpha=2.*leave alpha at 1"),
         ({"rules": "ntk"}, "'ntk' is not a valid Parameterization"),
     ],
 )
-def test_rules_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
-    arguments = {key: _model(BASE) if value == "a module" else value for key, value in arguments.items()}
+def test_rules_that_cannot_be(arguments: dict[str, Any], message: str, tmp_path: Any) -> None:
+    module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
+    absolute = Plan.from_model(_model(BASE), example)
+    absolute.save(tmp_path / "absolute.yaml")
+    bases = {"a module": _model(BASE), "a plan": absolute, "a file": tmp_path / "absolute.yaml"}
     with pytest.raises(ValueError, match=message):
-        Plan.from_model(_model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long), **arguments)
+        Plan.from_model(module, example, **{key: bases.get(value, value) for key, value in arguments.items()})
+
+
+def test_file_whose_rules_are_edited() -> None:
+    """Its multipliers stay as they are written, and its header says so; what no plan can be is refused."""
+    module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
+    plans = {rules: Plan.from_model(module, example, base=_model(BASE), rules=rules) for rules in (MLU, SP)}
+    text = plans[MLU].to_yaml()
+    edited = Plan.from_yaml(text.replace("rules: mlu", "rules: sp"), "edited")
+    assert edited.multipliers == plans[MLU].multipliers != plans[SP].multipliers
+    for factor in ("std", "lr", "eps", "weight_decay"):
+        found, expected = (
+            {name: getattr(one, factor) for name, one in plan.scales("adamw").items()} for plan in (edited, plans[SP])
+        )
+        assert found == expected
+    header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    assert (
+        "multipliers are the numbers in their lines, whatever the rules are. For other rules make another plan"
+        in header
+    )
+
+    rich = replace(plans[MLU], alpha=2.0)
+    for plan, given in ((Plan.from_model(module, example), "base=None"), (rich, "alpha=2")):
+        with pytest.raises(ValueError, match=f"^plan.yaml: rules='sp' was given with {given}.* leave alpha at 1"):
+            Plan.from_yaml(plan.to_yaml().replace("rules: mlu", "rules: sp"), "plan.yaml")
 
 
 def test_logits_keep_their_scale_in_the_standard_parameterization() -> None:

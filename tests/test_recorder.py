@@ -336,6 +336,25 @@ def test_resumed_run_writes_the_file_of_the_uninterrupted_run(tmp_path: Path) ->
         fit(ResNet(**SHAPE), other_probe, steps=12, data=loader(shuffle=False), ckpt_path=ckpt)
 
 
+def test_run_whose_base_is_drawn_anew_goes_on_in_its_file(tmp_path: Path) -> None:
+    """What only initialization uses of a plan makes no other run, and in the file is that of the base it began with."""
+    path = tmp_path / "run.safetensors"
+    settings: dict[str, Any] = {"data": loader(shuffle=False), "enable_checkpointing": True}
+
+    def run(*callbacks: Callback, steps: int, **more: Any) -> Plan:
+        mlu = MLUCallback(ResNet(**SHAPE | {"depth": 2, "hidden": 8}))
+        recorder = ReferenceRecorder(path, steps=3)
+        fit(ResNet(**SHAPE), mlu, recorder, *callbacks, steps=steps, **settings, **more)
+        assert mlu.plan is not None
+        return mlu.plan
+
+    first = run(ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3), steps=3)
+    assert run(steps=6, ckpt_path=tmp_path / "step=3.ckpt").base != first.base
+    reference = Reference.load(path)
+    assert reference.steps == (0, 3, 6)
+    assert reference.header.plan == first.to_yaml()
+
+
 def test_existing_file_is_not_overwritten_by_a_new_run(tmp_path: Path) -> None:
     recorder = ReferenceRecorder(tmp_path / "run.safetensors")
     fit(ResNet(**SHAPE), recorder)

@@ -30,7 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlu_lightning.batches import batch_hash
+from mlu_lightning.models import ResNet
+from mlu_lightning.plan import Plan
 from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter, load_probe
+from mlu_lightning.rules import Ratios, Role
 
 LOCATIONS = {"s=0": (3, 2), "s=0.5": (3, 2), "output": (2, 1)}
 HEADER = ReferenceHeader(
@@ -279,8 +282,9 @@ def test_a_resumed_file_is_that_of_one_run(tmp_path: Path) -> None:
 def test_resume_refuses_another_run(tmp_path: Path) -> None:
     path = tmp_path / "reference.safetensors"
     write(path, [0])
-    other = replace(HEADER, depth=(8,), plan="alpha: 2.0\n" + "p: 1\n" * 100)
-    with pytest.raises(ValueError, match=r"its depth is \(4,\) instead of \(8,\); its plan is .{90,110}\.\.\.\. Give"):
+    other = replace(HEADER, depth=(8,), plan=None)
+    message = r"its depth is \(4,\) instead of \(8,\); it has a plan and this run has none\. Give"
+    with pytest.raises(ValueError, match=message):
         ReferenceWriter.resume(path, other, PROBE, 0)
     with pytest.raises(
         ValueError, match=r"its probe has other values. Give the recorder another path, or delete the file"
@@ -291,6 +295,53 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="is not a readable reference"):
         ReferenceWriter.resume(path, HEADER, PROBE, 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "difference"),
+    [
+        (lambda plan: None, "it has a plan and this run has none"),
+        (lambda plan: replace(plan, alpha=2.0), "its plan has '1.0' instead of '2.0' at alpha"),
+        (
+            lambda plan: edited(plan, "readout.weight", role=Role.EMBEDDING),
+            "'readout' instead of 'embedding' at parameters: readout.weight: role",
+        ),
+        (
+            lambda plan: edited(plan, "readout.weight", base_std=9.0, ratios=Ratios(inputs=3.0)),
+            "its plan has '2.0' instead of '3.0' at parameters: readout.weight: ratios: inputs",
+        ),
+        (
+            lambda plan: replace(plan, multipliers=(replace(plan.multipliers[0], value=0.125), *plan.multipliers[1:])),
+            "its plan has '0.5' instead of '0.125' at multipliers: blocks.0: value",
+        ),
+        (
+            lambda plan: replace(plan, parameters=dict([*plan.parameters.items()][1:])),
+            r"its plan has \['embed.weight'\] instead of \[\] at parameters",
+        ),
+    ],
+)
+def test_resume_says_where_plans_differ(own: Any, difference: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    first, again = (Plan.from_model(ResNet(2, 8, 4, 3, 2), base=ResNet(1, 4, 2, 3, 2)) for _ in range(2))
+    header = replace(HEADER, plan=first.to_yaml())
+    write(path, [0, 3], header)
+    # a base that is drawn anew has another std, which only initialization uses, and the run goes on from another
+    redrawn = replace(again, warnings=("something",))
+    assert redrawn != first
+    ReferenceWriter.resume(path, replace(HEADER, plan=redrawn.to_yaml()), PROBE, 3).write(4, observation(4), losses(4))
+    assert Reference.load(path).header == header
+    other = own(redrawn)
+    with pytest.raises(
+        ValueError, match=rf"is the reference of another run: .*{difference}\. Give the recorder another"
+    ):
+        ReferenceWriter.resume(path, replace(HEADER, plan=other and other.to_yaml()), PROBE, 0)
+    with pytest.raises(ValueError, match=r"it has no plan and this run has one\. Give the recorder another"):
+        write(tmp_path / "plain", [0], replace(HEADER, plan=None))
+        ReferenceWriter.resume(tmp_path / "plain", header, PROBE, 0)
+
+
+def edited(plan: Plan, name: str, **changes: Any) -> Plan:
+    return replace(plan, parameters=plan.parameters | {name: replace(plan.parameters[name], **changes)})
 
 
 # --- reading lazily, while the file changes

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from mlu_lightning.callbacks.limit_run import Limit, LimitRun
-from mlu_lightning.callbacks.loggers import fetch_reference, log_values
+from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
 from mlu_lightning.callbacks.probe import Layout, Probe
 from mlu_lightning.comparison import MetricName, check_coupled, compare, validated_metrics
 from mlu_lightning.probing import Observation
@@ -103,6 +103,7 @@ class EmbeddingDistance(Callback):
         self._coupled = False
         self._due: frozenset[int] = frozenset()
         self._last = -1
+        self._values: dict[str, float] = {}
 
     @property
     def state_key(self) -> str:
@@ -110,14 +111,19 @@ class EmbeddingDistance(Callback):
         return self._generate_state_key(references=self._sources)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last step that was logged, whether embeddings were found to be coupled at step 0, and the infinite model."""
-        limit = {} if self._limit_run is None else {"limit": self._limit_run.state_dict()}
-        return {"coupled": self._coupled, "last": self._last, **limit}
+        """What was logged last and when, whether embeddings were found to be coupled at step 0, and the infinite model."""
+        limit = self._limit_state if self._limit_run is None else self._limit_run.state_dict()
+        return {"coupled": self._coupled, "last": self._last, "values": self._values, "limit": limit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
-        self._coupled, self._last = state_dict["coupled"], state_dict["last"]
-        self._limit_state = state_dict.get("limit")
+        self._coupled, self._last, self._values = state_dict["coupled"], state_dict["last"], state_dict["values"]
+        self._limit_state = state_dict["limit"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run of another Trainer; a checkpoint, if there is one, is read after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._coupled, self._last, self._values, self._limit_state = False, -1, {}, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance.
@@ -131,8 +137,7 @@ class EmbeddingDistance(Callback):
         """
         self._check_names(trainer)
         step = trainer.global_step
-        if step == 0:  # else it is what the checkpoint said
-            self._coupled, self._last, self._limit_state = False, -1, None
+        show_values(trainer, self._values)
         if self._limit is not None:
             self._limit_run = LimitRun(self._limit, trainer, pl_module, self._limit_state)
             self._limit_state = None
@@ -144,7 +149,8 @@ class EmbeddingDistance(Callback):
         references = list(self._references.values())
         self._due = frozenset(number for reference in references for number in reference.steps)
         _check_one_probe(references)
-        _check_steps(trainer, pl_module, references)
+        if self._last < 0:
+            _check_steps(trainer, pl_module, references)
         layout = Layout.of(trainer, pl_module)
         for reference in references:
             _check_layout(layout, reference)
@@ -196,7 +202,9 @@ class EmbeddingDistance(Callback):
             self._compare_with_limit(trainer, pl_module, due=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the probe, of the references and of the infinite model."""
+        """Let go of the probe and of the references; the infinite model stays, for a checkpoint or another fit."""
+        if self._limit_run is not None:
+            self._limit_state = self._limit_run.state_dict()
         self._probe = self._limit_run = None
         self._references = {}
 
@@ -224,13 +232,12 @@ class EmbeddingDistance(Callback):
         """Log the distance from the limit at the present step, unless it was, if it is due."""
         step, run = trainer.global_step, self._limit_run
         if run is not None and step > self._last and (due or run.is_due(step)):
-            self._last = step
             values = run.distances(trainer, module, self._metrics)
-            log_values(trainer, {f"mlu/distance/{name}": value for name, value in values.items()}, step)
+            self._log(trainer, {f"mlu/distance/{name}": value for name, value in values.items()})
 
     def _compare(self, trainer: Trainer, observation: Observation) -> None:
         """Log the distance of an observation at the present step from every reference that has it."""
-        step = self._last = trainer.global_step
+        step = trainer.global_step
         recorded = {
             name: reference.read(step) for name, reference in self._references.items() if step in reference.steps
         }
@@ -243,7 +250,13 @@ class EmbeddingDistance(Callback):
         between = [compare(one, other, self._metrics) for one, other in pairs]
         for key in dict.fromkeys(key for found in between for key in found):
             values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
-        log_values(trainer, values, step)
+        self._log(trainer, values)
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Log values at the present step."""
+        self._last = trainer.global_step
+        self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
+        log_values(trainer, values, self._last)
 
 
 def _name(source: str) -> str:

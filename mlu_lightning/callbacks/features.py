@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.batches import decode_batch, encode_batch
-from mlu_lightning.callbacks.loggers import log_values
+from mlu_lightning.callbacks.loggers import log_values, show_values
 from mlu_lightning.callbacks.probe import Layout, Probe, given_probe, on_rank_zero, smallest_probe
 from mlu_lightning.lightning_steps import StepName
 from mlu_lightning.probing import Observation, locate_features
@@ -78,14 +78,21 @@ class FeatureUpdate(Callback):
         self._batch: tuple[Any, dict[str, Tensor], StepName] | None = None
         self._start: Observation = {}
         self._last = -1
+        self._values: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The probe and what was observed at the first step: a resumed run logs what the uninterrupted one would."""
-        return {"probe": self._batch, "start": self._start, "last": self._last}
+        """The probe, what was observed at the first step and logged last: a resumed run is as the uninterrupted one."""
+        return {"probe": self._batch, "start": self._start, "last": self._last, "values": self._values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
         self._batch, self._start, self._last = state_dict["probe"], state_dict["start"], state_dict["last"]
+        self._values = state_dict["values"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run of another Trainer; a checkpoint, if there is one, is read after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._batch, self._start, self._last, self._values = None, {}, -1, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the probe, and keep what is seen if it is the first step.
@@ -93,6 +100,7 @@ class FeatureUpdate(Callback):
         Raises:
             ValueError: if the module has no stream that can be read, or if it cannot take the probe.
         """
+        show_values(trainer, self._values)
         batch, step = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
         features = locate_features(layout.features, layout.branches)
@@ -140,4 +148,5 @@ class FeatureUpdate(Callback):
         if self._probe is not None:
             self._last = trainer.global_step
             updates = feature_updates(self._start, self._probe.observe(trainer, module))
-            log_values(trainer, {f"mlu/update/{name}": value for name, value in updates.items()}, self._last)
+            self._values = {f"mlu/update/{name}": value for name, value in updates.items()}
+            log_values(trainer, self._values, self._last)

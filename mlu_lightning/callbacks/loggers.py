@@ -21,7 +21,7 @@ from mlu_lightning.plan import Plan
 from mlu_lightning.reference import Reference
 from mlu_lightning.rules import OptimizerFamily
 
-__all__ = ["fetch_reference", "log_plan", "log_reference", "log_values"]
+__all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
 
 
 def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
@@ -40,12 +40,30 @@ def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None
     """
     if trainer.barebones:
         return
-    metrics = {name: torch.tensor(value) for name, value in values.items()}
-    trainer.callback_metrics.update(metrics)
-    trainer.logged_metrics.update(metrics)
+    show_values(trainer, values)
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
         logger.save()
+
+
+def show_values(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Let other callbacks monitor values, also those that were logged before the checkpoint that a run goes on from.
+
+    The Trainer forgets them when a fit starts, and a run of which the next ones are due much later would have none until
+    then, where the uninterrupted run still has the last ones.
+
+    Args:
+        trainer: which is fitting a module.
+        values: by name.
+
+    >>> trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+    >>> show_values(trainer, {"mlu/distance/output": 0.5})
+    >>> trainer.callback_metrics
+    {'mlu/distance/output': tensor(0.5000)}
+    """
+    metrics = {name: torch.tensor(value) for name, value in values.items()}
+    trainer.callback_metrics.update(metrics)
+    trainer.logged_metrics.update(metrics)
 
 
 @rank_zero_only
