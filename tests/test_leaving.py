@@ -286,7 +286,7 @@ def test_a_baked_module_is_not_initialized_again() -> None:
 
 
 def test_a_baked_module_has_no_learning_rates() -> None:
-    architecture = ARCHITECTURES["tied llama"]
+    architecture = ARCHITECTURES["gemma2"]
     module, plan, _ = trained(architecture, "hook", TWICE)
     bake(module, plan)
     optimizer = torch.optim.AdamW(module.parameters())
