@@ -87,6 +87,12 @@ def scale_optimizer(
             "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
             "handle that scale_optimizer returned first."
         )
+    state = residual_state(module)
+    if state is not None and state.mode == "baked":
+        raise ValueError(
+            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
+            "rates. Go on with a checkpoint that was saved before bake."
+        )
     if not any(_FSDP in name for name, _ in module.named_parameters()):
         # FSDP1 leaves shards, of other shapes
         plan.check(module)
@@ -351,11 +357,6 @@ def _check_multipliers(module: nn.Module, plan: Plan) -> None:
         raise ValueError(
             "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
             "to both."
-        )
-    if state.mode == "baked":
-        raise ValueError(
-            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
-            "rates. Go on with a checkpoint that was saved before bake."
         )
 
 
