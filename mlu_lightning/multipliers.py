@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.multiplier_hooks import attach_hooks
+from mlu_lightning.multiplier_hooks import attach_hooks, detach_hooks
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 
@@ -326,8 +326,7 @@ class _Applied:
 
     def remove(self, module: nn.Module) -> None:
         """Take the hooks and this note off the module."""
-        for hook in self.hooks:
-            hook.remove()
+        detach_hooks(module, self.hooks)
         module.__dict__.pop(_STATE, None)
 
 
