@@ -14,6 +14,7 @@ from mlu_lightning.axes import coordinate_axes
 from mlu_lightning.feature_taps import FeatureTaps
 from mlu_lightning.graph import Graph, Op, build_graph
 from mlu_lightning.logits import own_scale
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.placement import BranchPlacement, fans
 from mlu_lightning.recurrence import find_recurrence
 from mlu_lightning.regions import Regions, find_regions
@@ -72,7 +73,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     _require_no_recurrence(module, graph, regions)
     spots, depths = find_spots(graph, regions)
     uses = place_uses(graph, spots)
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}

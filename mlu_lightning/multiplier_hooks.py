@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.names import planned_part
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
 
@@ -38,7 +39,7 @@ def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) 
         if site is None:
             continue
         try:
-            target = module.get_submodule(site.module)
+            target = planned_part(module, site.module)
         except AttributeError:
             raise ValueError(
                 f"The plan multiplies the {multiplier.kind} {multiplier.name!r} at {site}, but the module has no "

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.multiplier_hooks import attach_hooks, detach_hooks
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 
@@ -338,7 +339,7 @@ def _applied(module: nn.Module) -> _Applied | None:
 def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool) -> dict[str, nn.Parameter]:
     """Find the parameters to fold into, and refuse those that cannot be multiplied."""
     # Later names of a shared parameter count too.
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    parameters = planned_parameters(module, remove_duplicate=False)
     missing = sorted(set(factors) - set(parameters))
     if missing:
         raise ValueError(

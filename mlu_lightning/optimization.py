@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mlu_lightning.multipliers import check_attached, fingerprint, residual_state
+from mlu_lightning.names import planned_name
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
 from mlu_lightning.shadow_groups import Shadow, Split
@@ -262,13 +263,13 @@ def plan_names(module: nn.Module) -> dict[int, str]:
     """Names of a module's parameters by identity, as its plan has them.
 
     Args:
-        module: plain, or inside of FSDP1, which puts names of its own into those of the module.
+        module: plain, or with wrappers, such as those of FSDP1 and of activation checkpointing.
 
     >>> module = nn.Linear(1, 1)
     >>> plan_names(module)[id(module.bias)]
     'bias'
     """
-    return {id(parameter): name.replace(_FSDP, "") for name, parameter in module.named_parameters()}
+    return {id(parameter): planned_name(name) for name, parameter in module.named_parameters()}
 
 
 _MARK = "_mlu_scaled_by"
