@@ -25,6 +25,7 @@ from mlu_lightning.planning import Multiplier
 __all__ = [
     "MultiplierHandle",
     "ResidualState",
+    "attach_again",
     "attach_multipliers",
     "check_attached",
     "detach_rest",
@@ -225,6 +226,22 @@ def check_attached(module: nn.Module) -> None:
                 "removed, so the module is no longer the plan's. Exchange parts before the module is given to "
                 "MLUCallback or attach_multipliers, or load new weights into the part that is there."
             )
+
+
+def attach_again(module: nn.Module, plan: Plan) -> None:
+    """Attach the hooks of a module anew, after parts were exchanged for others of the same weights.
+
+    Args:
+        module: that has the plan's multipliers.
+        plan: its plan.
+
+    Raises:
+        ValueError: if the module has another plan's multipliers, or none.
+    """
+    active, applied = unfolded(module, plan), _applied(module)
+    assert applied is not None
+    detach_hooks(module, applied.hooks)
+    module.__dict__[_STATE] = replace(applied, hooks=tuple(attach_hooks(module, active.items())))
 
 
 def unfolded(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:

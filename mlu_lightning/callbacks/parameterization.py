@@ -22,7 +22,7 @@ from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.methods import wrap_method
-from mlu_lightning.callbacks.strategies import check_strategy, check_whole
+from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import attach_multipliers, check_attached, fingerprint, fold, residual_state
 from mlu_lightning.optimization import is_scaled, scale_optimizer
@@ -290,6 +290,7 @@ class MLUCallback(Callback):
             return configured
 
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
+        self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
         if self._mode == "fold":
             self._cleanup.callback(wrap_clipping(trainer, module, plan))
 
