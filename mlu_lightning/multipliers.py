@@ -234,9 +234,6 @@ def attach_again(module: nn.Module, plan: Plan) -> None:
     Args:
         module: that has the plan's multipliers.
         plan: its plan.
-
-    Raises:
-        ValueError: if the module has another plan's multipliers, or none.
     """
     active, applied = unfolded(module, plan), _applied(module)
     assert applied is not None

@@ -1,6 +1,7 @@
 """Activations that are computed again in the backward pass: plans and runs are those of the module without that."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from architecture_runs import quiet
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
     apply_activation_checkpointing,
+    checkpoint_wrapper,
 )
 from torch.utils.checkpoint import checkpoint
 
-from mlu_lightning import restore_multipliers
+from mlu_lightning import Plan, restore_multipliers
 from mlu_lightning.callbacks import MLUCallback
 
 LARGE, SMALL = {"depth": 3, "heads": 3, "width": 12}, {"depth": 2, "heads": 1, "width": 6}
@@ -36,10 +39,13 @@ class Attention(nn.Module):
 
 
 class Net(LightningModule):
-    def __init__(self, depth: int, heads: int, width: int, reentrant: bool | None = None) -> None:
+    def __init__(
+        self, depth: int, heads: int, width: int, reentrant: bool | None = None, only: int | None = None
+    ) -> None:
         super().__init__()
         torch.manual_seed(depth)
-        self.reentrant, self.losses = reentrant, list[float]()
+        self.reentrant, self.only = reentrant, only
+        self.losses = list[float]()
         self.embed = nn.Embedding(11, width)
         branches = [[Attention(heads, width), nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width))]]
         self.blocks = nn.ModuleList(part for _ in range(depth) for part in copy.deepcopy(branches[0]))
@@ -48,9 +54,11 @@ class Net(LightningModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         stream: Tensor = self.embed(tokens)
-        for block in self.blocks:
-            again = self.reentrant is not None
-            stream = stream + (checkpoint(block, stream, use_reentrant=self.reentrant) if again else block(stream))
+        for number, block in enumerate(self.blocks):
+            if self.reentrant is not None and self.only in (None, number):
+                stream = stream + checkpoint(block, stream, use_reentrant=self.reentrant)
+            else:
+                stream = stream + block(stream)
         return torch.as_tensor(self.readout(stream))
 
     def training_step(self, batch: Tensor) -> Tensor:
@@ -115,3 +123,24 @@ def test_module_with_wrappers_has_the_base_without(tmp_path: Path) -> None:
     for each in (plain, module):
         trained(each, Net(**SMALL), "hook", tmp_path / "any.ckpt")
     assert module.losses == plain.losses
+
+
+def test_checkpointing_by_calls_is_seen_through() -> None:
+    expected = Plan.from_model(Net(**LARGE), BATCHES[0], base=Net(**SMALL)).to_yaml()
+    module = Net(**LARGE, reentrant=False)
+    assert Plan.from_model(module, BATCHES[0], base=Net(**SMALL, reentrant=False)).to_yaml() == expected
+
+
+def test_reentrant_checkpointing_is_refused_with_what_to_do() -> None:
+    expected = r"Net uses reentrant activation checkpointing.*Give use_reentrant=False.*after the module was planned"
+    for change in ({}, {"only": 1}):
+        with pytest.raises(ValueError, match=expected):
+            Plan.from_model(Net(**LARGE, reentrant=True, **change), BATCHES[0], base=Net(**SMALL))
+    wrapping = Net(**LARGE)
+    apply_activation_checkpointing(
+        wrapping,
+        checkpoint_wrapper_fn=partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
+        check_fn=lambda part: part is wrapping.blocks[1],
+    )
+    with pytest.raises(ValueError, match=expected):
+        Plan.from_model(wrapping, BATCHES[0], base=Net(**SMALL))
