@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.rules import Role
 from mlu_lightning.structure import Structure
 
@@ -50,7 +51,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
     Raises:
         ValueError: if its parameters have no values.
     """
-    values = dict(module.named_parameters())
+    values = planned_parameters(module)
     if any(parameter.is_meta for parameter in values.values()):
         raise ValueError(
             f"The base {type(module).__name__} is on the meta device, so its initial standard deviations, which the plan "

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.multipliers import fingerprint, residual_state, uncompiled
+from mlu_lightning.fingerprints import fingerprint
+from mlu_lightning.multipliers import residual_state, uncompiled
 from mlu_lightning.optimization import plan_names
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily

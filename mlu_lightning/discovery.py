@@ -14,6 +14,7 @@ from mlu_lightning.axes import coordinate_axes
 from mlu_lightning.feature_taps import FeatureTaps
 from mlu_lightning.graph import Graph, Op, build_graph
 from mlu_lightning.logits import own_scale
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.placement import BranchPlacement, fans
 from mlu_lightning.recurrence import find_recurrence
 from mlu_lightning.regions import Regions, find_regions
@@ -43,7 +44,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         The structure. Parameters that could not be placed are in its ``unassigned``, with what was found around them.
 
     Raises:
-        ValueError: if the module has no residual branches, or recurrent ones, or there is no example.
+        ValueError: if the module has no residual branches, or recurrent ones, or parts that autograd does not show, or
+            there is no example.
 
     >>> class Residual(nn.Module):
     ...     def __init__(self):
@@ -62,6 +64,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     """
     rehearsal = rehearse(module, example)
     graph = build_graph(rehearsal)
+    _require_no_reentrance(module, graph)
     regions = find_regions(graph)
     if not regions.branches:
         raise ValueError(
@@ -72,7 +75,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     _require_no_recurrence(module, graph, regions)
     spots, depths = find_spots(graph, regions)
     uses = place_uses(graph, spots)
-    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
@@ -98,6 +101,17 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         unassigned={name: why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(_warnings(regions, parameters, spots, uses, idle)),
     )
+
+
+def _require_no_reentrance(module: nn.Module, graph: Graph) -> None:
+    """Refuse activation checkpointing that runs a part without a graph until gradients are needed."""
+    if any(op.name == "CheckpointFunction" for op in graph.ops):
+        raise ValueError(
+            f"{type(module).__name__} uses reentrant activation checkpointing, inside of which nothing can be seen in the "
+            "forward pass. Give use_reentrant=False to torch.utils.checkpoint.checkpoint, which the module then trains "
+            'with, too (gradient_checkpointing_kwargs={"use_reentrant": False} of a Hugging Face model), or switch '
+            "checkpointing on after the module was planned, and give MLUCallback(plan=...)."
+        )
 
 
 def _require_no_recurrence(module: nn.Module, graph: Graph, regions: Regions) -> None:

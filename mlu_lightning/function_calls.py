@@ -16,6 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mlu_lightning.names import planned_modules
+
 __all__ = ["ATTENTION_CALL", "CallPlace", "Watch", "watched"]
 
 ATTENTION_CALL = "attention"
@@ -61,7 +63,7 @@ def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
     """
     calls = _Calls(watch)
     with ExitStack() as stack:
-        for name, submodule in module.named_modules():
+        for name, submodule in planned_modules(module):
             stack.callback(submodule.register_forward_pre_hook(calls.entering(name), prepend=True).remove)
             # always called, because an error that the code around it catches ends a call, too
             stack.callback(submodule.register_forward_hook(calls.leave, always_call=True).remove)

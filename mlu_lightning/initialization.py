@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mlu_lightning.base import name_pattern
 from mlu_lightning.multipliers import residual_state
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import ParameterPlan
 from mlu_lightning.rules import OptimizerFamily, Role
@@ -63,7 +64,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     if mode not in get_args(InitMode):
         raise ValueError(f"Unknown initialization {mode!r}. Use one of: {', '.join(get_args(InitMode))}.")
     plan.check(module)
-    parameters = dict(module.named_parameters())
+    parameters = planned_parameters(module)
     _check_values(module, parameters)
     factors: dict[str, float] = {}
     draws: dict[str, _Draw] = {}

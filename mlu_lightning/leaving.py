@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mlu_lightning.callbacks.checkpoints import STATE_KEY, apply_saved
 from mlu_lightning.multipliers import fold, mark_baked, residual_state, uncompiled, unfolded
+from mlu_lightning.names import planned_part
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
@@ -133,7 +134,7 @@ def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float
     """Find what puts a multiplier into weights that fold leaves to a hook."""
     site = multiplier.site
     assert site is not None  # there is a hook
-    target = module.get_submodule(site.module)
+    target = planned_part(module, site.module)
     if multiplier.kind == "readout":
         return _untied(module, multiplier, target, factor)
     if site.part is not None:
@@ -220,7 +221,7 @@ def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: 
     """Give a tied readout a weight of its own, multiplied, and let its model's config say so."""
     assert multiplier.site is not None
     shared = module.get_parameter(multiplier.name)
-    embedding = module.get_submodule(multiplier.name.rpartition(".")[0])
+    embedding = planned_part(module, multiplier.name.rpartition(".")[0])
     own = [name for name, parameter in head.named_parameters(recurse=False) if parameter is shared]
     model = _tying_model(module, multiplier.site.module)
     if multiplier.site.where != "input" or not own or head is embedding or model is None:

@@ -27,6 +27,7 @@ from mlu_lightning.base import name_pattern
 from mlu_lightning.initialization import planned_stds, stream_axis
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.multipliers import attach_multipliers, residual_state
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.optimization import scale_optimizer
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily, Parameterization, Role
@@ -145,8 +146,8 @@ def infinite_model(
     dtype = torch.promote_types(first.dtype, torch.float32)
     built.to(first.device, dtype)
     limit_plan = _planned_alike(built, plan)
-    frozen = {name_pattern(name): not parameter.requires_grad for name, parameter in module.named_parameters()}
-    for name, parameter in built.named_parameters():
+    frozen = {name_pattern(name): not parameter.requires_grad for name, parameter in planned_parameters(module).items()}
+    for name, parameter in planned_parameters(built).items():
         parameter.requires_grad_(not frozen[name_pattern(name)])
     spread = torch.cat(
         [torch.full((matrix.shape[1],), stds[name] or 0.0, dtype=dtype) for name, matrix in weights.items()]
@@ -234,7 +235,7 @@ def check_initialization(module: nn.Module, plan: Plan) -> None:
     state = residual_state(module)
     folded = frozenset[str]() if state is None else state.folded
     scales, stds = plan.scales(OptimizerFamily.SGD), planned_stds(plan)
-    for name, parameter in module.named_parameters():
+    for name, parameter in planned_parameters(module).items():
         planned = stds[name]
         if plan.parameters[name].role not in _ROLES or not planned:
             continue  # infinite_model refuses those that start at zero
@@ -261,7 +262,7 @@ def _check_known(module: nn.Module, plan: Plan) -> None:
             f"CausalTransformer alone, because it needs a module of other sizes. Use one of these, or {_RECORD}."
         )
     plan.check(module)
-    for name, parameter in module.named_parameters():
+    for name, parameter in planned_parameters(module).items():
         role = plan.parameters[name].role
         if role not in _ROLES and (parameter.requires_grad or bool((parameter != 1).any())):
             raise ValueError(
@@ -269,7 +270,7 @@ def _check_known(module: nn.Module, plan: Plan) -> None:
                 f"gains of their own: theory has no infinite model with them. Build CausalTransformer(norm_gains=False), or "
                 f"{_RECORD}."
             )
-    patterns = {(name_pattern(name), parameter.requires_grad) for name, parameter in module.named_parameters()}
+    patterns = {(name_pattern(name), parameter.requires_grad) for name, parameter in planned_parameters(module).items()}
     mixed = Counter(pattern for pattern, _ in patterns).most_common(1)
     if mixed and mixed[0][1] > 1:
         raise ValueError(
@@ -288,7 +289,7 @@ def _check_known(module: nn.Module, plan: Plan) -> None:
 
 def _matrices(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Views [D, columns] of embeddings and readouts."""
-    parameters = dict(module.named_parameters())
+    parameters = planned_parameters(module)
     return {
         name: parameters[name].movedim(stream_axis(name, planned), 0).flatten(1)
         for role in (Role.EMBEDDING, Role.READOUT)
@@ -346,7 +347,7 @@ def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
 
 def _fill(module: nn.Module, plan: Plan, sampling: Sampling | None, generator: torch.Generator) -> None:
     """Give branches units that are draws from the infinite population, or the exact ones of a linear activation."""
-    parameters, stds = dict(module.named_parameters()), planned_stds(plan)
+    parameters, stds = planned_parameters(module), planned_stds(plan)
     members: dict[int, dict[str, Tensor]] = {}  # what each unit has in a matrix, by branch and name of the matrix
     for role, axis in ((Role.BRANCH_IN, 0), (Role.BRANCH_OUT, 1)):
         for name, planned in plan.parameters.items():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.names import planned_part
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.structure import Site
 
-__all__ = ["attach_hooks"]
+__all__ = ["attach_hooks", "detach_hooks"]
 
 
 def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) -> list[RemovableHandle]:
@@ -37,7 +39,7 @@ def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) 
         if site is None:
             continue
         try:
-            target = module.get_submodule(site.module)
+            target = planned_part(module, site.module)
         except AttributeError:
             raise ValueError(
                 f"The plan multiplies the {multiplier.kind} {multiplier.name!r} at {site}, but the module has no "
@@ -65,9 +67,63 @@ def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) 
         else:
             pre_hook = _InputMultiplier(factor, str(site))
             hooks.append(target.register_forward_pre_hook(pre_hook, with_kwargs=True))
+    for target in {id(target): target for target, _, _ in sites}.values():
+        _set_apart(target)
     if hooks and "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # code compiled before does not notice hooks that come later
+        torch.compiler.reset()  # makes room: torch keeps a limited number of versions of compiled code
     return hooks
+
+
+def detach_hooks(module: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
+    """Take off what :func:`attach_hooks` did.
+
+    Args:
+        module: that was given to it, or a copy of that.
+        hooks: torch handles that it returned, or copies of these.
+
+    >>> from mlu_lightning.structure import Site
+    >>> module = nn.ModuleDict({"mlp": nn.Identity()})
+    >>> hooks = attach_hooks(module, [(Multiplier("mlp", "branch", 0.5, Site("mlp"), ()), 0.5)])
+    >>> module["mlp"](torch.ones(2))
+    tensor([0.5000, 0.5000])
+    >>> detach_hooks(module, hooks)
+    >>> module["mlp"](torch.ones(2))
+    tensor([1., 1.])
+    """
+    for hook in hooks:
+        hook.remove()
+    for part in module.modules():
+        _set_back(part)
+
+
+_BEFORE = "_mlu_forward"
+
+
+def _set_apart(module: nn.Module) -> None:
+    """Let compiled code tell a module with hooks from one of its class without.
+
+    All modules of a class share what torch.compile makes of it, and whether code that was made for one without hooks
+    fits another is by default decided without a look at hooks. What is always looked at is a ``forward`` of its own.
+    """
+    before = vars(module).get("forward")
+    vars(module)[_BEFORE] = before
+    vars(module)["forward"] = MethodType(type(module).forward if before is None else _forward_before, module)
+
+
+def _set_back(module: nn.Module) -> None:
+    """Undo :func:`_set_apart`, unless somebody has put another ``forward`` there since."""
+    if _BEFORE not in vars(module):
+        return
+    before = vars(module).pop(_BEFORE)
+    if getattr(vars(module).get("forward"), "__func__", None) in (type(module).forward, _forward_before):
+        vars(module).pop("forward")
+        if before is not None:
+            vars(module)["forward"] = before
+
+
+def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The ``forward`` that somebody had put into a module itself, in a function that no module without hooks has."""
+    return vars(module)[_BEFORE](*args, **kwargs)
 
 
 @dataclass(frozen=True)

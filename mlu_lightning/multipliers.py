@@ -8,17 +8,17 @@ hook. A run stays the same either way if the optimizer is scaled for the form th
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.multiplier_hooks import attach_hooks
+from mlu_lightning.fingerprints import fingerprint
+from mlu_lightning.multiplier_hooks import attach_hooks, detach_hooks
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 
@@ -26,9 +26,9 @@ __all__ = [
     "MultiplierHandle",
     "ResidualState",
     "applied_plan",
+    "attach_again",
     "attach_multipliers",
     "check_attached",
-    "fingerprint",
     "fold",
     "mark_baked",
     "residual_state",
@@ -240,6 +240,27 @@ def check_attached(module: nn.Module) -> None:
             )
 
 
+def attach_again(module: nn.Module, plan: Plan) -> None:
+    """Attach the hooks of a module anew, after parts were exchanged for others of the same weights.
+
+    Args:
+        module: that has the plan's multipliers.
+        plan: its plan.
+
+    >>> from mlu_lightning.structure import Site
+    >>> module, plan = nn.Sequential(nn.ReLU()), Plan({}, (), (), (Multiplier("0", "branch", 0.5, Site("0"), ()),))
+    >>> handle = attach_multipliers(module, plan)
+    >>> module[0] = nn.Identity()
+    >>> attach_again(module, plan)
+    >>> module(torch.ones(2))
+    tensor([0.5000, 0.5000])
+    """
+    active, applied = unfolded(module, plan), _applied(module)
+    assert applied is not None
+    detach_hooks(module, applied.hooks)
+    module.__dict__[_STATE] = replace(applied, hooks=tuple(attach_hooks(module, active.items())))
+
+
 def unfolded(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
     """Multipliers that act in a module's forward pass besides its weights, and their factors.
 
@@ -296,38 +317,6 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else module
 
 
-def fingerprint(plan: Plan) -> str:
-    """Name the numbers of a plan that a training run depends on: equal runs have equal fingerprints.
-
-    Roles, shapes, ratios, multipliers, rules, alpha, batch size and duration count; what only initialization uses
-    (``base_std``) and texts do not.
-
-    Args:
-        plan: any plan.
-
-    Returns:
-        64 hexadecimal digits.
-
-    >>> from mlu_lightning import Plan
-    >>> fingerprint(Plan({}, (), (), ())) == fingerprint(Plan({}, (), (), (), alpha=2.0))
-    False
-    """
-    content = {
-        "parameters": {
-            name: [str(parameter.role), list(parameter.shape), *map(float, astuple(parameter.ratios))]
-            for name, parameter in plan.parameters.items()
-        },
-        "multipliers": [
-            [multiplier.name, multiplier.kind, float(multiplier.value), str(multiplier.site), list(multiplier.folds)]
-            for multiplier in plan.multipliers
-        ],
-        "rules": plan.rules.value,
-        "alpha": float(plan.alpha),
-        "horizon": [*map(float, astuple(plan.horizon))],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class _Applied:
     """What was done to a module, kept on it; torch handles find their hooks in copies of the module, too.
@@ -344,8 +333,7 @@ class _Applied:
 
     def remove(self, module: nn.Module) -> None:
         """Take the hooks and this note off the module."""
-        for hook in self.hooks:
-            hook.remove()
+        detach_hooks(module, self.hooks)
         module.__dict__.pop(_STATE, None)
 
 
@@ -356,7 +344,8 @@ def _applied(module: nn.Module) -> _Applied | None:
 
 def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool) -> dict[str, nn.Parameter]:
     """Find the parameters to fold into, and refuse those that cannot be multiplied."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))  # later names of a shared one count too
+    # later names of a shared parameter count too
+    parameters = planned_parameters(module, remove_duplicate=False)
     missing = sorted(set(factors) - set(parameters))
     if missing:
         raise ValueError(

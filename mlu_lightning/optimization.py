@@ -18,7 +18,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.multipliers import check_attached, fingerprint, residual_state
+from mlu_lightning.fingerprints import fingerprint
+from mlu_lightning.multipliers import check_attached, residual_state
+from mlu_lightning.names import planned_name
 from mlu_lightning.plan import Plan
 from mlu_lightning.rules import OptimizerFamily
 from mlu_lightning.shadow_groups import Shadow, Split
@@ -288,7 +290,7 @@ def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     """Names of a module's parameters by identity, as its plan has them.
 
     Args:
-        module: plain, or inside of FSDP1, which puts names of its own into those of the module, or pruned since it was
+        module: plain, or with wrappers, such as those of FSDP1 and of activation checkpointing, or pruned since it was
             planned, which makes ``weight_orig`` of ``weight``.
         plan: of the module.
 
@@ -318,7 +320,7 @@ def _for_all(family: Family | None) -> Family | None:
 
 def _planned(name: str, module: nn.Module, plan: Plan) -> str:
     """Name that the plan has for a parameter of the module."""
-    planned = name.replace(_FSDP, "")
+    planned = planned_name(name)
     owner, _, own = name.rpartition(".")
     if planned in plan.parameters or not own.endswith(_PRUNED):
         return planned

@@ -16,6 +16,7 @@ from torch import nn
 from mlu_lightning.base import Base, BaseParameter, advice_on_names, base_of_module, name_pattern
 from mlu_lightning.discovery import discover
 from mlu_lightning.horizon import Horizon
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.overrides import override_roles, require_roles
 from mlu_lightning.plain_yaml import read_text
 from mlu_lightning.plan_files import parts_from_yaml, parts_to_yaml
@@ -221,7 +222,7 @@ class Plan:
         Raises:
             ValueError: with the difference, if a parameter is missing, extra, or of another shape.
         """
-        shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
         found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
         found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
         found += [

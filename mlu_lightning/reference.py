@@ -31,8 +31,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlu_lightning.batches import encode_batch, encoded_hash, load_batch
+from mlu_lightning.fingerprints import fingerprint
 from mlu_lightning.lightning_steps import StepName
-from mlu_lightning.multipliers import fingerprint
 from mlu_lightning.plain_yaml import parse_yaml
 from mlu_lightning.plan import Plan
 from mlu_lightning.reference_contents import (

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from mlu_lightning.function_calls import CallPlace, watched
 from mlu_lightning.lightning_steps import call_step, is_lightning_module, mute
+from mlu_lightning.names import planned_modules, planned_parameters
 
 __all__ = ["Call", "FunctionCall", "Passed", "Rehearsal", "rehearse", "tensors_in"]
 
@@ -149,13 +150,13 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     calls: list[Call] = []
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
-    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    names = {id(parameter): name for name, parameter in planned_parameters(twin).items()}
     scalars = _scalars(module, twin)
     dtypes = {parameter.dtype for parameter in twin.parameters() if parameter.is_floating_point()}
     # a module that was built in the precision of the Trainer and its base, built before, share an example
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     clock = count()
-    for name, submodule in twin.named_modules():
+    for name, submodule in planned_modules(twin):
         recorder = _Recorder(name, calls, clock)
         submodule.register_forward_pre_hook(recorder.given, prepend=True, with_kwargs=True)
         submodule.register_forward_hook(recorder.returned)

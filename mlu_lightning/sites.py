@@ -25,6 +25,7 @@ from mlu_lightning.graph import (
     transparent_source,
 )
 from mlu_lightning.logits import Attention
+from mlu_lightning.names import planned_part
 from mlu_lightning.rehearsal import Call, Rehearsal
 from mlu_lightning.structure import Logits, Site
 
@@ -161,7 +162,7 @@ class Sites:
         for op in behind:
             for use in self.graph.matrices(op):
                 name, _, attribute = use.parameter.rpartition(".")
-                owner = self.rehearsal.copy.get_submodule(name)
+                owner = planned_part(self.rehearsal.copy, name)
                 if isinstance(owner, nn.MultiheadAttention) and attribute == "in_proj_weight":
                     yield Site(name, "weight", part=(0, owner.embed_dim))
 

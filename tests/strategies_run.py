@@ -4,6 +4,7 @@ Every process writes a file for each strategy, with what its runs were: the plan
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -106,6 +109,14 @@ class Sharded(Late):
         fully_shard(self, mesh=mesh["data_parallel"])
 
 
+class ShardedCheckpointed(Sharded):
+    """Blocks are computed again in the backward pass, by torch's wrapper, which parts have inside of their names."""
+
+    def divide(self, mesh: Any) -> None:
+        apply_activation_checkpointing(self, check_fn=lambda part: isinstance(part, Block))
+        super().divide(mesh)
+
+
 class ShardedOnMeta(Sharded):
     def configure_model(self) -> None:
         with torch.device("meta"):
@@ -127,7 +138,9 @@ class FullySharded(FSDPStrategy):
         self.kwargs["device_id"] = torch.device("cpu")
         policy = ModuleWrapPolicy({Block})
         kwargs = {name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"}
-        return FullyShardedDataParallel(model, auto_wrap_policy=policy, **kwargs)
+        divided = FullyShardedDataParallel(model, auto_wrap_policy=policy, **kwargs)
+        _setup_activation_checkpointing(divided, self._activation_checkpointing_kwargs)
+        return divided
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,8 @@ WAYS = {
     "fsdp2-meta": Way(ShardedOnMeta, model_parallel(2, 1), planned=True),
     "tensor-parallel": Way(Parallel, model_parallel(1, 2), parts=1, planned=True),
     "fsdp1": Way(Net, lambda: FullySharded(use_orig_params=True)),
+    "fsdp2-checkpointed": Way(ShardedCheckpointed, model_parallel(2, 1), planned=True),
+    "fsdp1-checkpointed": Way(Net, lambda: FullySharded(use_orig_params=True, activation_checkpointing_policy={Block})),
 }
 
 
@@ -181,7 +196,7 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     wrapped = isinstance(module, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(module, writeback=False) if wrapped else nullcontext():
         return {
-            name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): (
+            re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", name).removeprefix("module."): (
                 parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             )
             .detach()

@@ -1,13 +1,16 @@
 """torch.compile in several ways, before and after the Trainer gets a module: no multiplier too few or many."""
 
 import copy
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from architecture_runs import Trained, batches_like, built, fit, identical
+from architecture_runs import BATCHES as COUNT
+from architecture_runs import Trained, batches_like, built, fit, identical, loader, loss_of
 from architectures import ARCHITECTURES
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_every_architecture_compiled import Counting
@@ -167,6 +170,127 @@ def test_no_multiplier_is_stale_after_a_compiled_call(compiled: Callable[[nn.Mod
     torch.testing.assert_close(by_hand(1.0), scaled, **exact)
     bake(call, plan)
     torch.testing.assert_close(call(x), scaled, **exact)
+
+
+# All modules of a class share what is compiled of it, those without multipliers too
+
+
+EXAMPLE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double(), torch.ones(5, 2)
+
+
+def resnet(depth: int = 3, seed: int = 0) -> ResNet:
+    torch.manual_seed(seed)
+    return ResNet(depth, hidden=8, embedding=4, inputs=3, outputs=2).double()
+
+
+def by_hand(module: Any, multiplier: float) -> Tensor:
+    stream = module.embed(EXAMPLE[0])
+    for block in module.blocks:
+        stream = stream + multiplier * block.write(block.activation(block.read(stream)))
+    return torch.as_tensor(module.readout(stream))
+
+
+@pytest.mark.parametrize("compiled", [compiled_wrapper, compiled_in_place, compiled_blocks])
+def test_modules_of_a_class_with_and_without_multipliers_do_not_take_each_others_code(
+    compiled: Callable[[nn.Module], Any],
+) -> None:
+    plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
+    hooked, again, baked, plain = (resnet(seed=seed) for seed in range(4))
+    for module in (hooked, again, baked):
+        attach_multipliers(module, plan)
+    bake(baked, plan)  # its weights hold the multipliers, and it has no hooks
+    expected = [(hooked, 2 / 3), (plain, 1.0), (baked, 1.0), (again, 2 / 3), (hooked, 2 / 3), (plain, 1.0)]
+    calls = {module: compiled(module) for module, _ in expected}
+    for module, multiplier in expected:
+        torch.testing.assert_close(calls[module](EXAMPLE[0]), by_hand(module, multiplier), rtol=1e-14, atol=0.0)
+
+
+class Adding(nn.Module):
+    """A block that adds its branch itself, so that the hook is inside of what is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def forward(self, stream: Tensor) -> Tensor:
+        return stream + torch.as_tensor(self.branch(stream))
+
+
+class Towers(Trained):
+    """Two depths in one module, of the same blocks."""
+
+    def __init__(self, depth: int, other: int) -> None:
+        torch.manual_seed(depth)
+        super().__init__(nn.Linear(3, 4))
+        self.blocks, self.others = (nn.Sequential(*(Adding() for _ in range(blocks))) for blocks in (depth, other))
+        self.readouts = nn.ModuleList(nn.Linear(4, 2) for _ in range(2))
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        streams = self.blocks(self.module(batch)), self.others(self.module(batch))
+        loss: Tensor = (self.readouts[0](streams[0]) * self.readouts[1](streams[1])).square().mean()
+        return loss
+
+
+def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() -> None:
+    """Where the factor is exactly 1 there is no hook."""
+    plain, module, base = Towers(8, 2), Towers(8, 2), Towers(2, 2)
+    batches = [EXAMPLE[0].float()] * COUNT
+    callback = MLUCallback(copy.deepcopy(base))
+    fit(plain, batches, callback)
+    assert callback.plan is not None
+    assert {callback.plan.forward_multiplier(multiplier) for multiplier in callback.plan.multipliers} == {1 / 4, 1}
+    for block in (*module.blocks, *module.others):
+        block.compile(backend="eager")
+    fit(module, batches, MLUCallback(base))
+    assert module.losses == plain.losses
+
+
+def test_module_is_validated_as_it_was_after_a_plain_one_of_its_class() -> None:
+    module, plain = Trained(resnet().float()), Trained(resnet(seed=1).float())
+    data = [tuple(part.float() for part in EXAMPLE)] * COUNT
+    trainer = fit(wrapper(module, "eager"), data, MLUCallback(Trained(resnet(2).float())))
+    for each in (plain, module):
+        trainer.validate(torch.compile(each, backend="eager"), loader(data), verbose=False)
+    assert module.validated == [loss_of(module.module, data[0])] * COUNT
+    assert plain.validated == [loss_of(plain.module, data[0])] * COUNT
+
+
+def negated(module: Any, x: Tensor) -> Tensor:
+    return -torch.as_tensor(type(module).forward(module, x))
+
+
+def test_forward_that_was_put_into_modules_of_a_class_with_and_without_multipliers() -> None:
+    plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
+    assert {multiplier.site.module for multiplier in plan.multipliers if multiplier.site} >= {"blocks.0"}
+    hooked, plain = resnet(), resnet()
+    for module in (hooked, plain):
+        for block in module.blocks:
+            vars(block)["forward"] = MethodType(negated, block)
+    handle = attach_multipliers(hooked, plan)
+    exact = {"rtol": 1e-14, "atol": 0.0}
+    for module, multiplier in ((plain, 1.0), (hooked, 2 / 3), (plain, 1.0)):
+        call = torch.compile(module, backend="eager", fullgraph=True)
+        torch.testing.assert_close(call(EXAMPLE[0]), by_hand(module, -multiplier), **exact)
+    handle.remove()
+    torch.testing.assert_close(hooked(EXAMPLE[0]), by_hand(hooked, -1.0), **exact)
+    assert all(vars(block)["forward"] == MethodType(negated, block) for block in hooked.blocks)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copy_of_a_module_with_multipliers_runs_itself_and_lets_them_go(copied: Callable[[Any], Any]) -> None:
+    plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
+    module, plain = resnet(), resnet()
+    attach_multipliers(module, plan)
+    twin = copied(module)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(1)
+    exact = {"rtol": 1e-14, "atol": 0.0}
+    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 2 / 3), **exact)
+    bake(twin, plan)
+    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 1.0), **exact)
+    assert [set(vars(part)) for part in twin.blocks.modules()] == [set(vars(part)) for part in plain.blocks.modules()]
+    torch.testing.assert_close(module(EXAMPLE[0]), by_hand(module, 2 / 3), **exact)
 
 
 # Parts that torch.compile has wrapped have other names

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mlu_lightning.multipliers import attach_multipliers, fingerprint, fold, residual_state
+from mlu_lightning.fingerprints import fingerprint
+from mlu_lightning.multipliers import attach_multipliers, fold, residual_state
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier, ParameterPlan
 from mlu_lightning.rules import Ratios, Role

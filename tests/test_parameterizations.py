@@ -13,9 +13,9 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning.fingerprints import fingerprint
 from mlu_lightning.horizon import Horizon
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.multipliers import fingerprint
 from mlu_lightning.quickstart import Windows
 from mlu_lightning.rules import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, scale
 

@@ -3,16 +3,21 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
-from strategies_run import BASE, RUNS, WAYS, WIDE, Net, fit
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
+from strategies_run import BASE, INPUTS, RUNS, WAYS, WIDE, Net, fit, loader
 from test_callback import trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from mlu_lightning import bake
 from mlu_lightning.callbacks import MLUCallback
 
 SCRIPT = Path(__file__).with_name("strategies_run.py")
@@ -114,3 +119,107 @@ def test_module_that_fsdp1_leaves_no_values_is_refused(change: Callable[[Net], A
     change(module)
     with pytest.raises(ValueError, match=message):
         callback.setup(run, module, "fit")
+
+
+# Norms that a strategy exchanges
+
+
+class Synced(nn.BatchNorm1d):
+    """In the place of torch's SyncBatchNorm, which runs on GPUs only."""
+
+
+class Exchanges(LayerSync):
+    """As torch and Lightning do it: every norm becomes a new one, of the same weights."""
+
+    def __init__(self) -> None:
+        self.exchanged: list[str] = []
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return self.to(Synced, model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self.to(nn.BatchNorm1d, model)
+
+    def to(self, kind: type[nn.BatchNorm1d], model: nn.Module) -> nn.Module:
+        for part in [*model.modules()]:
+            for name, norm in part.named_children():
+                if isinstance(norm, nn.BatchNorm1d):
+                    new = kind(norm.num_features)
+                    new._parameters, new._buffers = norm._parameters, norm._buffers
+                    setattr(part, name, new.train(norm.training))
+                    self.exchanged.append(kind.__name__)
+        return model
+
+
+class Normed(Net):
+    """Its branches end in norms."""
+
+    def build(self) -> None:
+        super().build()
+        depth, _, embedding = self.shape
+        self.norms = nn.ModuleList(nn.BatchNorm1d(embedding) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            stream = stream + norm(block(stream))
+        return self.readout(stream)
+
+
+@pytest.fixture
+def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Trainer]]:
+    """A Trainer whose strategy exchanges norms."""
+    # both want a GPU, where the sync of one process changes nothing
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.BatchNorm1d.forward)
+    monkeypatch.setattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
+
+    def made(sync: LayerSync, *callbacks: Callback) -> Trainer:
+        return trainer(*callbacks, strategy=DDPStrategy(process_group_backend="gloo"), plugins=[sync])
+
+    yield made
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("sync", [Exchanges, TorchSyncBatchNorm])
+def test_norms_that_the_strategy_exchanges_keep_their_multipliers(
+    sync: type[LayerSync], residual: Any, exchanging: Callable[..., Trainer]
+) -> None:
+    plain, module = (Normed(**WIDE) for _ in range(2))
+    x = torch.ones(2, INPUTS)
+    callback = MLUCallback(Normed(**BASE), residual=residual)
+    trainer(callback).fit(plain, loader())
+    assert callback.plan is not None
+    assert "norms.0 output" in {str(multiplier.site) for multiplier in callback.plan.multipliers}
+    again = MLUCallback(Normed(**BASE), residual=residual)
+    run = exchanging(sync(), again)
+    for _ in range(2):
+        run.fit(module, loader())
+        assert module.losses == plain.losses
+        assert torch.equal(module.eval()(x), plain.eval()(x))
+        assert not any(isinstance(part, (Synced, nn.SyncBatchNorm)) for part in module.modules())
+    bake(module, callback.plan)
+    torch.testing.assert_close(module(x), plain(x))
+
+
+class Stopped(Exception): ...
+
+
+class Stops(Callback):
+    """After as many steps as the other run has."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 3:
+            raise Stopped
+
+
+def test_norms_that_are_exchanged_back_after_an_error_keep_their_multipliers(
+    exchanging: Callable[..., Trainer],
+) -> None:
+    plain, module = (Normed(**WIDE) for _ in range(2))
+    trainer(MLUCallback(Normed(**BASE)), max_steps=3).fit(plain, loader())
+    with pytest.raises(Stopped):
+        exchanging(Exchanges(), MLUCallback(Normed(**BASE)), Stops()).fit(module, loader())
+    assert [type(norm) for norm in module.norms] == [nn.BatchNorm1d] * len(module.norms)
+    x = torch.ones(2, INPUTS)
+    assert torch.equal(module.eval()(x), plain.eval()(x))

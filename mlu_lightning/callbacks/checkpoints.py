@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from mlu_lightning.fingerprints import fingerprint
 from mlu_lightning.multipliers import (
     applied_plan,
     attach_multipliers,
-    fingerprint,
     fold,
     mark_baked,
     residual_state,

@@ -23,13 +23,13 @@ from mlu_lightning.callbacks.copies import check_copies, copy_again
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.methods import wrap_method
-from mlu_lightning.callbacks.strategies import check_strategy, check_whole
+from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
+from mlu_lightning.fingerprints import fingerprint
 from mlu_lightning.initialization import InitMode, initialize
 from mlu_lightning.multipliers import (
     applied_plan,
     attach_multipliers,
     check_attached,
-    fingerprint,
     fold,
     residual_state,
 )
@@ -288,6 +288,7 @@ class MLUCallback(Callback):
             return configured
 
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
+        self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
         if self._mode == "fold":
             warn_of_hooks(plan)
             self._cleanup.callback(wrap_clipping(trainer, module, plan))

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import nn
 
-__all__ = ["check_strategy", "check_whole"]
+from mlu_lightning.callbacks.methods import wrap_method
+from mlu_lightning.multipliers import attach_again, residual_state
+from mlu_lightning.plan import Plan
+
+__all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -62,3 +69,38 @@ def check_whole(strategy: Strategy, module: nn.Module) -> None:
         f"{found}, so it can neither be planned nor initialized. With FSDPStrategy, build a module anew, with its values "
         "and without wrappers, and name the parts to wrap in its auto_wrap_policy; or use ModelParallelStrategy (FSDP2)."
     )
+
+
+def wrap_layer_sync(strategy: Strategy, module: nn.Module, plan: Plan) -> Callable[[], None]:
+    """Let a module keep its hooks where a strategy exchanges its norms, and exchanges them back after the fit.
+
+    With ``Trainer(sync_batchnorm=True)`` every BatchNorm becomes a SyncBatchNorm of the same weights, without hooks.
+
+    Args:
+        strategy: of the Trainer.
+        module: that it fits.
+        plan: whose multipliers the module has then.
+
+    Returns:
+        What undoes this, but for the exchange that is still to come.
+
+    >>> wrap_layer_sync(FSDPStrategy(), nn.Linear(1, 1), Plan({}, (), (), ()))()
+    """
+    layers: Any = getattr(strategy, "_layer_sync", None)
+    if layers is None:
+        return lambda: None
+
+    def exchange(method: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+        before = list(module.modules())
+        exchanged = method(model)
+        if residual_state(module) is not None and before != list(module.modules()):  # equal if they are the same
+            attach_again(module, plan)
+        return exchanged
+
+    def exchange_back(method: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
+        restore()
+        return exchange(method, model)
+
+    # undone when it was called: after an error Lightning does so last, when callbacks are through
+    restore = wrap_method(layers, "revert", exchange_back)
+    return wrap_method(layers, "apply", exchange)

@@ -20,6 +20,7 @@ from mlu_lightning.base import name_pattern
 from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.plan import Plan
 from mlu_lightning.probing import locate, locate_features, observe
 from mlu_lightning.rules import Role
@@ -170,7 +171,7 @@ class _Watch(Callback):
         self._decayed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+        self._start = {name: parameter.detach().clone() for name, parameter in planned_parameters(pl_module).items()}
         self._before = self._observe(pl_module)
         self._add_local("start", pl_module, {name: torch.zeros_like(value) for name, value in self._start.items()})
 
@@ -178,7 +179,9 @@ class _Watch(Callback):
         if self._decayed or trainer.global_step < self._steps - 1:
             return
         self._decayed = True  # schedules may end at a learning rate of zero, so not after the last step
-        parameters = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        parameters = {
+            name: parameter for name, parameter in planned_parameters(pl_module).items() if parameter.requires_grad
+        }
         for name, part in shrinkage(trainer.optimizers, parameters).items():
             self._add("decay", name, part)
 
@@ -220,7 +223,7 @@ class _Watch(Callback):
         effects = local_effects(module, tuple(self._readers.values()), others, run)
         # experts without tokens are not read, as others beside them are
         read = {(name_pattern(name), self._roles[name]) for name in effects}
-        parameters = dict(module.named_parameters())
+        parameters = planned_parameters(module)
         unread = [name for name in parameters if (name_pattern(name), self._roles[name]) not in read]
         effects |= value_effects(self._plan, unread, parameters, others, aligned=kind == "update")
         for name, effect in effects.items():
@@ -248,7 +251,9 @@ class _Watch(Callback):
 
     def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
         """Observe the module with the parameters of one role as they were at the start."""
-        of_role = {name: parameter for name, parameter in module.named_parameters() if self._roles[name] == role}
+        of_role = {
+            name: parameter for name, parameter in planned_parameters(module).items() if self._roles[name] == role
+        }
         now = {name: parameter.detach().clone() for name, parameter in of_role.items()}
         with torch.no_grad():
             for name, parameter in of_role.items():

@@ -1,0 +1,80 @@
+"""Names of a module's parameters and parts as plans have them: without those that wrappers put in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+__all__ = ["planned_modules", "planned_name", "planned_parameters", "planned_part", "unwrapped"]
+
+_WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What FSDP1 and activation checkpointing call the part that they wrap; keys of ``state_dict`` do not have it."""
+
+
+def planned_name(name: str) -> str:
+    """The name that a parameter or part has in plans.
+
+    Args:
+        name: as in ``named_parameters()`` or ``named_modules()``.
+
+    >>> planned_name("blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.norm.weight")
+    'blocks.0.norm.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def planned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+    """The parameters of a module by their names in plans.
+
+    Args:
+        module: any; parts of it may be wrapped.
+        remove_duplicate: whether a shared parameter has its first name only.
+
+    >>> [*planned_parameters(nn.Linear(1, 1))]
+    ['weight', 'bias']
+    """
+    return {planned_name(name): one for name, one in module.named_parameters(remove_duplicate=remove_duplicate)}
+
+
+def planned_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The submodules of a module, and itself, with their names in plans; wrappers are left out.
+
+    Args:
+        module: any; parts of it may be wrapped.
+
+    >>> [name for name, _ in planned_modules(nn.Sequential(nn.ReLU()))]
+    ['', '0']
+    """
+    for name, part in module.named_modules():
+        if unwrapped(part) is part:
+            yield planned_name(name), part
+
+
+def planned_part(module: nn.Module, name: str) -> nn.Module:
+    """The submodule that has a name in plans, inside of its wrappers.
+
+    Args:
+        module: any; parts of it may be wrapped.
+        name: as :func:`planned_modules` has it.
+
+    Raises:
+        AttributeError: if there is none.
+
+    >>> planned_part(nn.Sequential(nn.ReLU()), "0")
+    ReLU()
+    """
+    return unwrapped(module.get_submodule(name))  # wrappers pass on attributes that they do not have
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers around it.
+
+    Args:
+        module: any.
+
+    >>> unwrapped(nn.ReLU())
+    ReLU()
+    """
+    inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+    return module if inner is None else unwrapped(inner)
