@@ -283,7 +283,18 @@ def test_shrinkage_is_lr_times_decay_and_leaves_no_trace(build: Any, expected: f
             assert value is None or torch.equal(after["state"][index][key], value)
 
 
-ARCHITECTURES_CHECKED = ("gpt2", "llama", "tied llama", "mixtral", "gpt-neox", "pre-norm encoder", "vit")
+PASSING = (
+    *("gpt2", "llama", "tied llama", "mistral", "qwen3", "mixtral", "gpt-neox", "t5", "vit"),
+    *("pre-norm encoder", "post-norm encoder", "basic resnet"),
+)
+FAILING = {
+    "gemma2": "branches that end in norms outweigh the stream that they are added to, the more the fewer they are",
+    "bert": "gains of norms move alike in the first step, and further in a deep network after four",
+}
+ARCHITECTURES_CHECKED = [
+    *PASSING,
+    *(pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=why)) for name, why in FAILING.items()),
+]
 
 
 @pytest.mark.slow
