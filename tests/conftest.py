@@ -1,4 +1,13 @@
-"""One core for every test: sums over experts are not the same twice on several, and small networks are faster on one."""
+"""One core for every test, and an environment that it does not hand on.
+
+Sums over experts are not the same twice on several cores, and small networks are faster on one. Lightning's strategies leave
+the rank and the port of their process in the environment, and a test that starts processes would wait for others of that
+run.
+"""
+
+import os
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -8,3 +17,10 @@ import torch
 def pytest_runtest_setup() -> None:
     # before each with its fixtures, because Lightning's strategies set the number of threads, too
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """The environment as it was, after every test."""
+    with mock.patch.dict(os.environ):
+        yield
