@@ -217,7 +217,7 @@ def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.Capture
     recipe.main(["--quick", "--seeds=2", "--right=1", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
-    assert len(outcomes) == 4 + 1 + 1 + 2 + 1 + 1
+    assert len(outcomes) == 3 + 1 + 1 + 2 + 1 + 1
     lines = {tuple(part.strip() for part in line.split("│")[1:3]): line for line in printed.splitlines()}
     assert "found, named" in lines["plan", "weight decay of branch_in"]
     assert "branches.0" in lines["mup", "lr of branch_in"]
