@@ -316,7 +316,7 @@ class Stops(Callback):
 
 
 class WithoutOptimizer(Layers):
-    def configure_optimizers(self) -> None:  # type: ignore[override]
+    def configure_optimizers(self) -> None:  # type: ignore[override]  # which Lightning takes
         return None
 
 
