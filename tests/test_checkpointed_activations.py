@@ -78,7 +78,7 @@ def wrapped(module: Net, *parts: type[nn.Module]) -> Net:
 def trained(module: Net, base: Net, residual: Any, path: Path) -> MLUCallback:
     callback = MLUCallback(base, residual=residual)
     trainer = quiet(callback, max_epochs=2)
-    trainer.fit(module, torch.utils.data.DataLoader(BATCHES, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module, torch.utils.data.DataLoader(BATCHES, batch_size=None))  # type: ignore[arg-type]  # a list serves as a Dataset
     trainer.save_checkpoint(path)
     return callback
 
