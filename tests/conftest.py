@@ -21,6 +21,6 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """The environment as it was, after every test."""
-    with mock.patch.dict(os.environ):
+    """The environment as it was, after every test; strategies ask it for the number of threads."""
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         yield
