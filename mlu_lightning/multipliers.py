@@ -296,6 +296,11 @@ def mark_baked(module: nn.Module, plan: Plan) -> None:
     Args:
         module: with folded multipliers, or with baked weights that were loaded.
         plan: whose multipliers they are.
+
+    >>> module = nn.Linear(1, 1)
+    >>> mark_baked(module, Plan({}, (), (), ()))
+    >>> residual_state(module).mode
+    'baked'
     """
     module = uncompiled(module)
     applied = _applied(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -108,3 +109,41 @@ def _moved(m: int, d: int, role: Role | None, seed: int) -> float:
         (module(INPUTS) - TARGETS).square().mean().backward()
         optimizer.step()
     return (module.stream(INPUTS) - before).square().mean().sqrt().item()
+
+
+class Plain(Normed):
+    """The same without the norms at the end."""
+
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__(hidden, embedding)
+        self.branches = nn.ModuleList(nn.Sequential(*[*branch.children()][:4]) for branch in self.branches)
+
+
+def test_with_sgd_what_comes_before_the_matrix_does_not_move_equally_far() -> None:
+    """A limit of the table: sqrt(m/d) times as far in the first step, 4 and 0.35, and without the norm it is 1."""
+    for kind, wide, embedded in (
+        (Normed, (4 / 1.8, 4 * 1.8), (0.35 / 2.5, 0.35 * 2.5)),
+        (Plain, *[(1 / 1.6, 1.6)] * 2),
+    ):
+        base = _features_moved(kind, 1, 1)
+        assert wide[0] < _features_moved(kind, 16, 1) / base < wide[1]
+        assert embedded[0] < _features_moved(kind, 1, 8) / base < embedded[1]
+
+
+def _features_moved(kind: type[Normed], m: int, d: int) -> float:
+    """How far the first step of SGD moves pre-activations of the second branch: the geometric mean over seeds."""
+    logs = []
+    for seed in range(24):
+        torch.manual_seed(seed)
+        module = kind(m * HIDDEN, d * EMBEDDING)
+        plan = Plan.from_model(module, (INPUTS,), base=kind(HIDDEN, EMBEDDING))
+        initialize(module, plan)
+        attach_multipliers(module, plan)
+        (module(INPUTS) - TARGETS).square().mean().backward()
+        first, second, *_ = module.branches
+        assert isinstance(second, nn.Sequential) and isinstance(second[1], nn.Linear)
+        assert second[1].weight.grad is not None
+        stream = module.embed(INPUTS)
+        step = plan.scales("sgd")["branches.1.1.weight"].lr * second[1].weight.grad
+        logs.append((second[0](stream + first(stream)) @ step.T).square().mean().sqrt().log().item())
+    return math.exp(sum(logs) / len(logs))

@@ -19,6 +19,7 @@ from mlu_lightning.multipliers import (
     residual_state,
     uncompiled,
 )
+from mlu_lightning.names import planned_parameters
 from mlu_lightning.plan import Plan
 from mlu_lightning.planning import Multiplier
 
@@ -56,6 +57,14 @@ def wrap_saving(module: LightningModule) -> None:
 
     Args:
         module: that a plan's multipliers are in.
+
+    >>> from mlu_lightning.models import ResNet
+    >>> model = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
+    >>> handle, checkpoint = attach_multipliers(model, Plan.from_model(model)), {}
+    >>> wrap_saving(model)
+    >>> model.on_save_checkpoint(checkpoint)
+    >>> checkpoint["callbacks"]["MLUCallback"]["mode"]
+    'hook'
     """
     found = vars(module).get("on_save_checkpoint")
     # a module that was pickled has the method of its class there
@@ -65,6 +74,7 @@ def wrap_saving(module: LightningModule) -> None:
     vars(module)["on_save_checkpoint"] = MethodType(on_save_checkpoint, module)
 
 
+# pickles of a module look its method up by this name
 def on_save_checkpoint(self: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Do what the module does when a checkpoint is saved, and add its plan."""
     own = vars(self)[_OWN]
@@ -87,6 +97,9 @@ def load_plan(module: LightningModule, checkpoint: Mapping[str, Any]) -> Plan | 
 
     Raises:
         ValueError: if the module has another plan's multipliers, or in another place.
+
+    >>> load_plan(LightningModule(), {"callbacks": {}}) is None
+    True
     """
     saved = checkpoint["callbacks"].get(STATE_KEY)
     present = residual_state(module)
@@ -124,6 +137,10 @@ def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
     Raises:
         ValueError: if the plan does not fit the module, the module has multipliers already or ties what bake has
             untied, or the place is not known.
+
+    >>> module, plan = nn.Identity(), Plan({}, (), (), ())
+    >>> apply_saved(module, {"plan": plan.to_yaml(), "mode": "fold"}) == plan, residual_state(module).mode
+    (True, 'fold')
     """
     plan = _plan(saved)
     if saved["mode"] == "hook":
@@ -147,6 +164,8 @@ def warn_of_hooks(plan: Plan) -> None:
 
     Args:
         plan: of the run.
+
+    >>> warn_of_hooks(Plan({}, (), (), ()))
     """
     left = _hooks_of_fold(plan)
     if left:
@@ -190,36 +209,30 @@ def _listed(multipliers: list[Multiplier]) -> str:
 
 def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
     """What became of weights without multipliers in a module with them."""
+    if mode == "hook":
+        became = (
+            "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "
+            "learning rates."
+        )
+        whole = ' To go on with that function, give MLUCallback residual="fold".'
+        in_part = ' It would be another one with residual="fold", too'
+    else:
+        became = "Its weights take the place of those that hold the plan's multipliers,"
+        whole = " so the module is the function that they were trained as; from here on they have the plan's learning rates."
+        in_part = " but the module is another function than they were trained as"
     left = _hooks_of_fold(plan)
-    only = (
-        f"{_listed(left)} can only be in hooks. To go on with that function, train without MLUCallback." if left else ""
-    )
-    became = {
-        (
-            "hook",
-            False,
-        ): "Its weights were trained as another function of the module, which now has the plan's multipliers, "
-        'and at other learning rates. To go on with that function, give MLUCallback residual="fold".',
-        (
-            "hook",
-            True,
-        ): "Its weights were trained as another function of the module, which now has the plan's multipliers, "
-        f'and at other learning rates. It would be another one with residual="fold", too, because {only}',
-        ("fold", False): "Its weights take the place of those that hold the plan's multipliers, so the module is the "
-        "function that they were trained as; from here on they have the plan's learning rates.",
-        (
-            "fold",
-            True,
-        ): "Its weights take the place of those that hold the plan's multipliers, but the module is another "
-        f"function than they were trained as, because {only}",
-    }
-    return f"The checkpoint is of a run without MLUCallback. {became[mode, bool(left)]}"
+    if left:
+        whole = (
+            f"{in_part}, because {_listed(left)} can only be in hooks. To go on with that function, train without "
+            "MLUCallback."
+        )
+    return f"The checkpoint is of a run without MLUCallback. {became}{whole}"
 
 
 def _check_untied(module: nn.Module, plan: Plan) -> None:
     """Refuse a module that ties a readout that has a weight of its own in the checkpoint, where bake untied it."""
     names: dict[int, list[str]] = {}
-    for name, parameter in uncompiled(module).named_parameters(remove_duplicate=False):
+    for name, parameter in planned_parameters(uncompiled(module), remove_duplicate=False).items():
         names.setdefault(id(parameter), []).append(name)
     for multiplier in _hooks_of_fold(plan):
         tied = next((found for found in names.values() if multiplier.name in found), [])

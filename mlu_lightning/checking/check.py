@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from mlu_lightning.callbacks.parameterization import MLUCallback
 from mlu_lightning.checking.growth import check_growth, roles_as_in
 from mlu_lightning.checking.measurement import Measurement, make_trainer, measure, quiet
-from mlu_lightning.checking.preparation import (
-    built,
-    first_batches,
-    is_prepared_by_trainers,
-    prepared,
-    transferred,
-)
+from mlu_lightning.checking.preparation import built, first_batches, prepared, transferred
 from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
@@ -103,10 +98,9 @@ def check(
     with isolate_rng(), quiet():
         planning = make_trainer([], steps, settings)
 
-        def planned(shape: Shape, number: int) -> tuple[Plan, LightningModule]:
-            module = built(module_factory, shape, number)
-            plan = Plan.from_model(prepared(module, planning), probe, base=reference)
-            return plan, built(module_factory, shape, number) if is_prepared_by_trainers(module) else module
+        @cache  # of any weights: what is used of a plan are ratios and places
+        def plan_of(shape: Shape) -> Plan:
+            return Plan.from_model(prepared(built(module_factory, shape, seed), planning), probe, base=reference)
 
         first = prepared(built(module_factory, base, seed), planning)
         batches = {number: first_batches(data, first, count + 1, number) for number in numbers}
@@ -114,10 +108,10 @@ def check(
         reference = Plan.from_model(first, probe, base=first)
         for axis in dict.fromkeys(size.axis for size in grid):
             small, large, *_ = (size.shape for size in grid if size.axis == axis)
-            check_growth(axis, factors[1], planned(small, seed)[0], planned(large, seed)[0])
-        largest, _ = planned(max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0], seed)
+            check_growth(axis, factors[1], plan_of(small), plan_of(large))
+        largest = plan_of(max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0])
         for shape, number in runs:
-            plan, module = planned(shape, number)
+            plan, module = plan_of(shape), built(module_factory, shape, number)
             at_base = built(module_factory, base, number)
             seed_everything(number, verbose=False)
             measured[shape, number] = measure(

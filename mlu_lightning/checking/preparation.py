@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from mlu_lightning.checking.measurement import Batches
 from mlu_lightning.shapes import Shape
 
-__all__ = ["built", "first_batches", "is_prepared_by_trainers", "prepared", "transferred"]
+__all__ = ["built", "first_batches", "prepared", "transferred"]
 
 
 def built(module_factory: Callable[..., LightningModule], shape: Shape, seed: int) -> LightningModule:
@@ -52,18 +52,6 @@ def prepared(module: LightningModule, trainer: Trainer) -> LightningModule:
         if is_overridden(name, module):
             getattr(module, name)(*arguments)
     return module
-
-
-def is_prepared_by_trainers(module: LightningModule) -> bool:
-    """Whether a module has hooks that :func:`prepared` has called and a Trainer would call again.
-
-    Args:
-        module: any.
-
-    >>> is_prepared_by_trainers(LightningModule())
-    False
-    """
-    return any(is_overridden(name, module) for name in _HOOKS)
 
 
 def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> list[Any]:
