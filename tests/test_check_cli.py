@@ -88,6 +88,12 @@ def test_exit_code_of_what_is_undecided(tmp_path: Path) -> None:
     assert command("check", path, "--out", str(tmp_path / "out"), *args) == 4
 
 
+def test_exit_code_of_what_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, trainer={"max_steps": 9, "callbacks": [CALLBACK]})
+    assert command("check", path, "--out", str(tmp_path / "out"), *QUICK, "--seeds", "8") == 0
+    assert "PASS: " in capsys.readouterr().out
+
+
 def test_base_is_that_of_the_callback_and_all_of_an_axis_grow_alike(tmp_path: Path) -> None:
     transformer = {"vocabulary": 9, "context": 8, "depth": 1, "embedding": 16, "heads": 2, "mlp_hidden": 24}
     callback = {"class_path": "mlu_lightning.MLUCallback", "init_args": {"base": {
