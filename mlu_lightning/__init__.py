@@ -9,22 +9,22 @@ if find_spec("lightning") is None:
         "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
+from mlu_lightning.application.clipping import unfolded_gradients
+from mlu_lightning.application.export import bake, restore_multipliers
+from mlu_lightning.application.granite import to_granite
+from mlu_lightning.application.initialization import initialize
+from mlu_lightning.application.multipliers import attach_multipliers, fold
+from mlu_lightning.application.optimization import scale_optimizer
 from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.checking.check import check
 from mlu_lightning.checking.logged import log_check
 from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.clipping import unfolded_gradients
-from mlu_lightning.discovery import discover
-from mlu_lightning.granite import to_granite
-from mlu_lightning.initialization import initialize
-from mlu_lightning.leaving import bake, restore_multipliers
-from mlu_lightning.multipliers import attach_multipliers, fold
-from mlu_lightning.optimization import scale_optimizer
-from mlu_lightning.plan import Plan
-from mlu_lightning.rules import OptimizerFamily, Parameterization, Ratios, Role, Scale
-from mlu_lightning.shape_search import Architecture, optimal_shape
-from mlu_lightning.shapes import ErrorConstants, Shape, error_bound, fit_error_bound
-from mlu_lightning.structure import Branch, Structure
+from mlu_lightning.discovery.discover import discover
+from mlu_lightning.discovery.structure import Branch, Structure
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.shapes.error_bound import ErrorConstants, Shape, error_bound, fit_error_bound
+from mlu_lightning.shapes.search import Architecture, optimal_shape
+from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale
 
 __all__ = [
     "Architecture",

@@ -13,10 +13,10 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlu_lightning.quickstart import Study, load_text, run_study, save_runs
-from mlu_lightning.shape_search import Architecture, candidate_shapes, optimal_shape
-from mlu_lightning.shape_table import assumptions, shape_table
-from mlu_lightning.shapes import ErrorConstants, Shape
+from mlu_lightning.quickstart.study import Study, load_text, run_study, save_runs
+from mlu_lightning.shapes.error_bound import ErrorConstants, Shape
+from mlu_lightning.shapes.search import Architecture, candidate_shapes, optimal_shape
+from mlu_lightning.shapes.shape_table import assumptions, shape_table
 
 __all__ = ["check", "main", "quickstart", "report", "shape"]
 
@@ -62,7 +62,7 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         raise ValueError(
             "quickstart draws a figure, and matplotlib is not installed: pip install 'mlu-lightning[plots]'."
         )
-    from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
+    from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
 
     content = load_text(text)
     folder = _folder(out)
@@ -125,7 +125,7 @@ def check(
             "check needs matplotlib and scipy, which are not installed: pip install 'mlu-lightning[plots]'."
         )
     from mlu_lightning.checking.check import check as run_check
-    from mlu_lightning.checking.config import read_config
+    from mlu_lightning.checking.configuration import read_config
     from mlu_lightning.checking.logged import log_check
     from mlu_lightning.checking.sizes import default_axes
 

@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 
 from mlu_lightning import Plan, Shape, attach_multipliers, check, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.rules import OptimizerFamily, Role
+from mlu_lightning.table import OptimizerFamily, Role
 
 __all__ = ["SUBJECTS", "Case", "Outcome", "cases", "main", "measure", "run"]
 

@@ -40,8 +40,8 @@ from rich.console import Console
 from torch import Tensor
 
 from mlu_lightning import MLUCallback
-from mlu_lightning.quickstart import BASE, Run, Study, TransformerShape
-from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
+from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
+from mlu_lightning.quickstart.study import BASE, Run, Study, TransformerShape
 
 __all__ = ["SHAPES", "Training", "estimator", "first_batch", "main", "mlu", "run", "series", "train", "training"]
 

@@ -1,7 +1,7 @@
 """What the paper's experiments have in common: residual networks on a few points, by full-batch gradient descent.
 
 Networks are this package's ``ResNet`` in the absolute form of the parameterization (theory.md, section 2), with embedding
-and readout frozen, and their limit is :func:`mlu_lightning.limit.infinite_model`.
+and readout frozen, and their limit is :func:`mlu_lightning.limit.infinite_model.infinite_model`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rich.progress import track
 from torch import Tensor
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.limit import InfiniteModel, embedding_weights, infinite_model
+from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
-from mlu_lightning.probing import Observation, locate, observe
+from mlu_lightning.observation.probe import Observation, locate, observe
 
 __all__ = [
     "Problem",
@@ -96,7 +96,7 @@ class Problem:
 
         Args:
             depth: Euler steps.
-            units: per layer; by default those of :func:`mlu_lightning.limit.infinite_model`.
+            units: per layer; by default those of :func:`mlu_lightning.limit.infinite_model.infinite_model`.
             seed: of the units.
         """
         return infinite_model(*self.model(1, 1, 1), depth=depth, units=units, seed=seed)

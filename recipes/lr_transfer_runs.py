@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.rules import OptimizerFamily, Parameterization
+from mlu_lightning.table import OptimizerFamily, Parameterization
 
 __all__ = [
     "Run",

@@ -7,9 +7,9 @@ from mup import MuAdamW, MuReadout, set_base_shapes
 from plan_faults import Fault
 from torch import nn
 
-from mlu_lightning.base import name_pattern
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.rules import OptimizerFamily, Ratios, Role, scale
+from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.table import OptimizerFamily, Ratios, Role, scale
 
 __all__ = ["ROLES", "MuTransformer"]
 

@@ -33,9 +33,9 @@ from rich.console import Console
 from torch import Tensor
 
 from mlu_lightning import Plan
-from mlu_lightning.distances import rms_distance
-from mlu_lightning.limit import InfiniteModel
+from mlu_lightning.limit.infinite_model import InfiniteModel
 from mlu_lightning.models import ResNet
+from mlu_lightning.observation.distances import rms_distance
 
 __all__ = ["Case", "limit_at", "linear_problem", "main", "measure", "run"]
 

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlu_lightning.distances import output_distance, rms_distance
+from mlu_lightning.observation.distances import output_distance, rms_distance
 
 __all__ = ["Study", "main", "paper_problem", "run"]
 

@@ -13,7 +13,15 @@ import numpy as np
 from rich.table import Table
 from scipy.stats import linregress
 
-from mlu_lightning.shapes import PAPER, ErrorConstants, FittedConstants, Measured, Shape, error_at, fit_error_bound
+from mlu_lightning.shapes.error_bound import (
+    PAPER,
+    ErrorConstants,
+    FittedConstants,
+    Measured,
+    Shape,
+    error_at,
+    fit_error_bound,
+)
 
 __all__ = ["Errors", "Point", "means", "report", "save_figure"]
 

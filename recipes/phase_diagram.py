@@ -26,10 +26,10 @@ from rich.console import Console
 from torch import Tensor
 
 from mlu_lightning import Plan, attach_multipliers, initialize
-from mlu_lightning.distances import output_distance, rms_distance
-from mlu_lightning.limit import InfiniteModel, embedding_weights
+from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights
 from mlu_lightning.models import ResNet
-from mlu_lightning.rules import Ratios, Role
+from mlu_lightning.observation.distances import output_distance, rms_distance
+from mlu_lightning.table import Ratios, Role
 
 __all__ = ["VARIANTS", "Case", "main", "measure", "run"]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from mlu_lightning import MLUCallback, Plan
-from mlu_lightning.planning import Multiplier
-from mlu_lightning.rules import OptimizerFamily, Ratios, Role, Scale, scale
+from mlu_lightning.planning.entries import Multiplier
+from mlu_lightning.table import OptimizerFamily, Ratios, Role, Scale, scale
 
 __all__ = ["FACTORS", "Factor", "Fault", "FaultyCallback", "faulty"]
 

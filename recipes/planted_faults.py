@@ -30,8 +30,8 @@ from torch import Tensor
 
 from mlu_lightning import Shape, check
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.quickstart import load_text
-from mlu_lightning.rules import OptimizerFamily, Role
+from mlu_lightning.quickstart.study import load_text
+from mlu_lightning.table import OptimizerFamily, Role
 
 __all__ = ["MODELS", "Case", "Outcome", "main", "measure", "run", "text_batches"]
 

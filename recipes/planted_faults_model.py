@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.table import OptimizerFamily
 
 __all__ = ["CLASSES", "Everything", "Norms"]
 

@@ -44,8 +44,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.quickstart import Windows, load_text
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.quickstart.study import Windows, load_text
 
 __all__ = ["Text", "main", "study"]
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, Plan, ReferenceRecorder
-from mlu_lightning.callbacks.limit_run import Limit
+from mlu_lightning.callbacks.infinite_limit import Limit
 from mlu_lightning.models import ResNet
 
 SMALL = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from mlu_lightning.plan import ParameterPlan, Plan
-from mlu_lightning.rules import Ratios, Role
+from mlu_lightning.planning.plan import ParameterPlan, Plan
+from mlu_lightning.table import Ratios, Role
 
 Numbers = dict[str, Any]
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from mlu_lightning.batches import batch_hash, decode_batch, encode_batch, load_batch
+from mlu_lightning.observation.batches import batch_hash, decode_batch, encode_batch, load_batch
 
 
 def through_json(batch: Any) -> Any:

@@ -11,7 +11,7 @@ from architectures import ARCHITECTURES
 from torch import Tensor, nn, optim
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.rules import Ratios, Role, Scale
+from mlu_lightning.table import Ratios, Role, Scale
 
 HIDDEN, EMBEDDING = 64, 32
 INPUTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
+from mlu_lightning.application.initialization import initialize
+from mlu_lightning.application.multipliers import attach_multipliers, fold, residual_state
 from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.initialization import initialize
 from mlu_lightning.models import ResidualBlock
-from mlu_lightning.multipliers import attach_multipliers, fold, residual_state
-from mlu_lightning.plan import Plan
+from mlu_lightning.planning.plan import Plan
 
 INPUTS, OUTPUTS, SAMPLES, BATCH = 3, 2, 32, 8
 BASE = {"depth": 2, "hidden": 8, "embedding": 4}

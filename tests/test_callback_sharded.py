@@ -12,10 +12,10 @@ from test_callback import BASE, WIDE, Net, loader
 from torch import Tensor, nn, optim
 from torch.distributed.fsdp import fully_shard
 
+from mlu_lightning.application.initialization import initialize
+from mlu_lightning.application.multipliers import attach_multipliers, fold
 from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.initialization import initialize
-from mlu_lightning.multipliers import attach_multipliers, fold
-from mlu_lightning.plan import Plan
+from mlu_lightning.planning.plan import Plan
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from mlu_lightning import Shape
-from mlu_lightning.checking.config import read_config
+from mlu_lightning.checking.configuration import read_config
 from mlu_lightning.cli import main
 
 BASE = {"inputs": 3, "outputs": 2, "depth": 2, "hidden": 32, "embedding": 8}

@@ -17,11 +17,11 @@ from recipe_modules import load
 from torch import Tensor, nn
 
 from mlu_lightning import Plan
-from mlu_lightning.base import name_pattern
+from mlu_lightning.application.initialization import planned_stds
 from mlu_lightning.checking.measurement import Batches
-from mlu_lightning.initialization import planned_stds
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.rules import Role
+from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.table import Role
 
 pytest.importorskip("mup")
 pytest.importorskip("pandas")

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Optimiz
 from test_check_cli import BASE, KEYS, QUICK, Pairs, command, write
 from torch.utils.data import DataLoader, TensorDataset
 
-from mlu_lightning.checking.config import read_config
+from mlu_lightning.checking.configuration import read_config
 from mlu_lightning.models import ResNet
 
 SHORTEST = ["--factors", "[1,2]", "--seeds", "1", "--steps", "1", "--hidden", "null", "--embedding", "null"]

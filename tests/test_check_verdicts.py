@@ -22,7 +22,7 @@ from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers, l
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, sizes
 from mlu_lightning.checking.verdicts import Point, Row, find_causes, fit_row, overall_verdict
-from mlu_lightning.rules import TABLE, OptimizerFamily, Ratios, Role, scale
+from mlu_lightning.table import TABLE, OptimizerFamily, Ratios, Role, scale
 
 READ = Quantity("update", "blocks.*.read.weight", "branch_in")
 FACTORS = (1, 2, 4, 8)

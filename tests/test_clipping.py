@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, scale_optimizer
-from mlu_lightning.clipping import unfolded_gradients
+from mlu_lightning.application.clipping import unfolded_gradients
 from mlu_lightning.models import ResNet
 
 NORM = 0.5

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlu_lightning.comparison import check_coupled, compare_references
-from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.observation.comparison import check_coupled, compare_references
+from mlu_lightning.observation.reference import Reference, ReferenceHeader, ReferenceWriter
 
 POSITIONS, OUTPUTS = 6, 3
 

@@ -11,7 +11,7 @@ from parameter_groups import ADAM_LR, EPS, MULTIPLIERS
 from runs_by_hand import BASE, ROLES, ByHand, Net, Residual, fit, listed
 
 from mlu_lightning import MLUCallback, Plan, ReferenceRecorder
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
 
 OLDER = Path(__file__).parent / "plan_of_the_first_version.yaml"
 """What ``Plan.save`` wrote before plans had rules, horizon, taps and features."""

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from mlu_lightning import Plan, discover
-from mlu_lightning.base import name_pattern
 from mlu_lightning.models import ResNet
+from mlu_lightning.planning.base import name_pattern
 
 DEPTH, HEADS, EMBEDDING = 3, 4, 32
 

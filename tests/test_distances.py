@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlu_lightning.distances import (
+from mlu_lightning.observation.distances import (
     cka_distance,
     gram_distance,
     output_distance,

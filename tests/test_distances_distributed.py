@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 

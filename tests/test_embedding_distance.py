@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
-from mlu_lightning.comparison import compare_references
 from mlu_lightning.models import CausalTransformer, ResidualBlock, ResNet
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.comparison import compare_references
+from mlu_lightning.observation.reference import Reference
 
 LARGE = SHAPE | {"embedding": 32, "hidden": 64}
 

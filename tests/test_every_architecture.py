@@ -33,9 +33,9 @@ from lightning.pytorch import Trainer
 from torch.utils._pytree import tree_leaves
 
 from mlu_lightning import Plan, Role, attach_multipliers, fold, initialize
+from mlu_lightning.application.multipliers import residual_state
 from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.multipliers import residual_state
-from mlu_lightning.plan import Multiplier
+from mlu_lightning.planning.plan import Multiplier
 
 
 @dataclass(frozen=True)

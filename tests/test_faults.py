@@ -20,11 +20,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from test_callback import BASE, INPUTS, WIDE, Net, fit, loader, trainer
 from torch import Tensor, nn, optim
 
+from mlu_lightning.application.multipliers import attach_multipliers, residual_state
+from mlu_lightning.application.optimization import scale_optimizer
 from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, MLUCallback, ReferenceRecorder
-from mlu_lightning.multipliers import attach_multipliers, residual_state
-from mlu_lightning.optimization import scale_optimizer
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.planning.plan import Plan
 
 LR, DECAY = 0.02, 0.1
 BRANCH, READOUT = BASE["depth"] / WIDE["depth"], BASE["embedding"] / WIDE["embedding"]

@@ -14,8 +14,8 @@ from torch import Tensor, optim
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, scale_optimizer
-from mlu_lightning.horizon import Horizon
 from mlu_lightning.models import ResNet
+from mlu_lightning.planning.horizon import Horizon
 
 # batch and tokens over those of the base, and s = sqrt(batch/tokens) by hand
 RATIOS = [(4.0, 1.0, 2.0), (1.0, 16.0, 0.25), (2.0, 8.0, 0.5), (3.0, 3.0, 1.0)]

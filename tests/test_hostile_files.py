@@ -24,13 +24,14 @@ import yaml
 from safetensors.torch import load_file
 from test_reference import forge, write
 
-from mlu_lightning import plan_files, tensor_files
-from mlu_lightning.batches import load_batch
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.plain_yaml import LONGEST
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference, load_probe
-from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.observation.batches import load_batch
+from mlu_lightning.observation.reference import Reference, load_probe
+from mlu_lightning.planning import serialization as plan_files
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities import tensor_files
+from mlu_lightning.utilities.plain_yaml import LONGEST
 
 fork = multiprocessing.get_context("fork")
 

@@ -20,10 +20,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlu_lightning import Plan, Ratios, Role
-from mlu_lightning.initialization import initialize
+from mlu_lightning.application.initialization import initialize
+from mlu_lightning.application.multipliers import attach_multipliers, fold
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.multipliers import attach_multipliers, fold
-from mlu_lightning.planning import Multiplier, ParameterPlan
+from mlu_lightning.planning.entries import Multiplier, ParameterPlan
 
 MODES = ("rescale", "normal", "coupled")
 GROWN = Ratios(depth=2.0, inputs=4.0, outputs=9.0)

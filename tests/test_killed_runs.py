@@ -17,7 +17,7 @@ import torch
 from killed_run import OPTIMIZERS, SCHEDULES, STEPS
 from torch.utils._pytree import tree_flatten
 
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
 
 Runs = subprocess.Popen[str]
 KILLED = -signal.SIGKILL

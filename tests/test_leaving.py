@@ -33,9 +33,9 @@ from mlu_lightning import (
     scale_optimizer,
     to_granite,
 )
-from mlu_lightning.multipliers import residual_state
-from mlu_lightning.planning import Multiplier
-from mlu_lightning.structure import Site
+from mlu_lightning.application.multipliers import residual_state
+from mlu_lightning.discovery.structure import Site
+from mlu_lightning.planning.entries import Multiplier
 
 HUGGING_FACE = {
     name: architecture

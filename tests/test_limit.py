@@ -16,13 +16,13 @@ from recipe_modules import load
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize
-from mlu_lightning.limit import (
+from mlu_lightning.limit.infinite_model import (
     InfiniteModel,
     embedding_weights,
     infinite_model,
 )
+from mlu_lightning.limit.unit_sampling import Sampling
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.units import Sampling
 
 recipe = load("gradient_descent")
 

@@ -14,7 +14,7 @@ from test_limit import VOCABULARY, planned, planned_transformer, slope, tensors,
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.limit import (
+from mlu_lightning.limit.infinite_model import (
     InfiniteModel,
     embedding_weights,
     infinite_model,

@@ -12,14 +12,14 @@ from test_limit import INPUTS, OUTPUTS, planned, transformer
 from torch import nn
 
 from mlu_lightning import Plan, fold, initialize
-from mlu_lightning.horizon import Horizon
-from mlu_lightning.limit import (
+from mlu_lightning.limit.infinite_model import (
     check_gradient_descent,
     check_initialization,
     infinite_model,
 )
 from mlu_lightning.models import ResNet
-from mlu_lightning.rules import Parameterization
+from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.table import Parameterization
 
 
 class Other(ResNet):

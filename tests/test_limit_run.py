@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
-from mlu_lightning.callbacks.limit_run import Limit
-from mlu_lightning.limit import InfiniteModel, infinite_model
+from mlu_lightning.callbacks.infinite_limit import Limit
+from mlu_lightning.limit.infinite_model import InfiniteModel, infinite_model
 from mlu_lightning.models import CausalTransformer, ResNet
 
 SMALL = Limit(depth=6, units=16)
@@ -269,7 +269,7 @@ def test_the_word_stands_for_the_default_settings(monkeypatch: pytest.MonkeyPatc
     def build(*arguments: Any) -> Any:
         raise BuiltError(*arguments[2:])
 
-    monkeypatch.setattr("mlu_lightning.callbacks.limit_run.infinite_model", build)
+    monkeypatch.setattr("mlu_lightning.callbacks.infinite_limit.infinite_model", build)
     for reference in ("limit", Limit(), Limit(depth=128, units=None, heads=None, sampling="orthogonal")):
         with pytest.raises(BuiltError) as raised:
             measure(reference)

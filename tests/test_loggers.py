@@ -29,9 +29,9 @@ from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
 from mlu_lightning.callbacks.loggers import fetch_reference, log_plan, log_reference
 from mlu_lightning.models import ResidualBlock, ResNet
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference
-from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily
 
 BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
 SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}

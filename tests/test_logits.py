@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.planning import Multiplier
+from mlu_lightning.planning.entries import Multiplier
 
 HALF, ROOT = 0.5, math.sqrt(0.5)
 RTOL = 1e-6  # Hugging Face models compute the loss in single precision

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric, MetricCollection
 
-from mlu_lightning.distances import (
+from mlu_lightning.observation.distances import (
     cka_distance,
     gram_distance,
     output_distance,
     procrustes_distance,
     rms_distance,
 )
-from mlu_lightning.metrics import CKADistance, GramDistance, OutputDistance, ProcrustesDistance, RMSDistance
+from mlu_lightning.observation.metrics import CKADistance, GramDistance, OutputDistance, ProcrustesDistance, RMSDistance
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mlu_lightning.fingerprints import fingerprint
-from mlu_lightning.multipliers import attach_multipliers, fold, residual_state
-from mlu_lightning.plan import Plan
-from mlu_lightning.planning import Multiplier, ParameterPlan
-from mlu_lightning.rules import Ratios, Role
-from mlu_lightning.structure import Site
+from mlu_lightning.application.multipliers import attach_multipliers, fold, residual_state
+from mlu_lightning.discovery.structure import Site
+from mlu_lightning.planning.entries import Multiplier, ParameterPlan
+from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import Ratios, Role
 
 D, HIDDEN, VOCAB = 6, 10, 7
 FACTORS = (0.5, 1 / 3, 0.7)  # one per branch

@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
 from mlu_lightning.models import ResidualBlock
-from mlu_lightning.rules import Ratios, Role, Scale
+from mlu_lightning.table import Ratios, Role, Scale
 
 BASE = 32
 

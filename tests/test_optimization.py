@@ -30,11 +30,11 @@ from torch import nn, optim
 from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
-from mlu_lightning.multipliers import attach_multipliers, fold
-from mlu_lightning.optimization import scale_optimizer
-from mlu_lightning.plan import Multiplier, ParameterPlan, Plan
-from mlu_lightning.rules import Ratios
-from mlu_lightning.structure import Site
+from mlu_lightning.application.multipliers import attach_multipliers, fold
+from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning.discovery.structure import Site
+from mlu_lightning.planning.plan import Multiplier, ParameterPlan, Plan
+from mlu_lightning.table import Ratios
 
 # Multipliers: numbers for the stored weights
 

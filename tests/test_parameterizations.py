@@ -13,11 +13,11 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.fingerprints import fingerprint
-from mlu_lightning.horizon import Horizon
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.quickstart import Windows
-from mlu_lightning.rules import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, scale
+from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.quickstart.study import Windows
+from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, scale
 
 SGD, ADAM, ADAMW, MUON = OptimizerFamily
 MLU, COMPLETEP, MUP, SP = Parameterization

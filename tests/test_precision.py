@@ -11,7 +11,7 @@ from test_callback import InConfigureModel, Net, fit, loader
 from torch import Tensor, nn, optim
 
 from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.plan import Plan
+from mlu_lightning.planning.plan import Plan
 
 # depth, heads and embedding are 5/3, 3 and 3 times the base's: multiplying by these rounds, as by powers of two it does not
 BASE = {"depth": 3, "hidden": 10, "embedding": 6}

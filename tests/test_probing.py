@@ -13,10 +13,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from mlu_lightning.discovery import discover
+from mlu_lightning.discovery.discover import discover
+from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.probing import first_samples, locate, observe
-from mlu_lightning.structure import Tap
+from mlu_lightning.observation.probe import first_samples, locate, observe
 
 
 def stream_taps(depth: int, number: int = 0) -> list[Tap]:

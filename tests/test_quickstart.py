@@ -14,9 +14,10 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from mlu_lightning import quickstart
 from mlu_lightning.cli import main
-from mlu_lightning.quickstart import (
+from mlu_lightning.quickstart import study as quickstart
+from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
+from mlu_lightning.quickstart.study import (
     SHAPES,
     Run,
     Study,
@@ -26,7 +27,6 @@ from mlu_lightning.quickstart import (
     run_study,
     save_runs,
 )
-from mlu_lightning.quickstart_report import loss_table, save_figure, verdicts
 
 EXPONENTS = (-8, -7, -6, -5, -4)
 

@@ -17,7 +17,7 @@ import torch
 from recipe_modules import RECIPES, load
 
 from mlu_lightning import attach_multipliers, initialize
-from mlu_lightning.initialization import planned_stds
+from mlu_lightning.application.initialization import planned_stds
 
 RECIPE = RECIPES / "phase_diagram.py"
 

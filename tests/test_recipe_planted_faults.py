@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from mlu_lightning import Plan, Role
-from mlu_lightning.rules import TABLE, OptimizerFamily
+from mlu_lightning.table import TABLE, OptimizerFamily
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import planted_faults

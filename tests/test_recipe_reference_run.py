@@ -20,8 +20,8 @@ from lightning.pytorch.loggers import WandbLogger
 from recipe_modules import RECIPES, load
 
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.quickstart import load_text
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.quickstart.study import load_text
 
 RECIPE = RECIPES / "reference_run.py"
 YAML = RECIPE.with_suffix(".yaml")

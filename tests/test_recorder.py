@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.callbacks import ReferenceRecorder
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
 
 SHAPE = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 SILENT: dict[str, Any] = {
@@ -202,7 +202,7 @@ class TwoWithLoss(Two):
 def test_no_loss_is_lost_when_more_wait_than_there_is_place_for(
     model: type[ResNet], batches: int, repeats: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlu_lightning.callbacks.recorder._MOST_PENDING", 3)
+    monkeypatch.setattr("mlu_lightning.callbacks.reference_recorder._MOST_PENDING", 3)
     weights, recorder = Weights(), ReferenceRecorder(tmp_path / "run.safetensors", steps=[0, 8])
     module = model(**SHAPE) if model is ResNet else model()
     fit(module, recorder, weights, steps=8, **({} if batches == 1 else {"accumulate_grad_batches": batches}))

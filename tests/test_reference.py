@@ -29,11 +29,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mlu_lightning.batches import batch_hash
 from mlu_lightning.models import ResNet
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference, ReferenceHeader, ReferenceWriter, load_probe
-from mlu_lightning.rules import Ratios, Role
+from mlu_lightning.observation.batches import batch_hash
+from mlu_lightning.observation.reference import Reference, ReferenceHeader, ReferenceWriter, load_probe
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import Ratios, Role
 
 LOCATIONS = {"s=0": (3, 2), "s=0.5": (3, 2), "output": (2, 1)}
 HEADER = ReferenceHeader(

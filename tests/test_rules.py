@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlu_lightning.rules import TABLE, OptimizerFamily, Ratios, Role, Scale, scale
+from mlu_lightning.table import TABLE, OptimizerFamily, Ratios, Role, Scale, scale
 
 SGD, ADAM, ADAMW, MUON = OptimizerFamily
 CLOSE = {"rel": 1e-12}  # a few roundings

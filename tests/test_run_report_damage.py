@@ -24,7 +24,7 @@ from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.verdicts import fit_row
 from mlu_lightning.cli import main
 from mlu_lightning.models import ResNet
-from mlu_lightning.plan import Plan
+from mlu_lightning.planning.plan import Plan
 from mlu_lightning.reporting.curves import curves_figure, panels_of
 from mlu_lightning.reporting.page import run_page
 from mlu_lightning.reporting.run_folder import RunRecord, read_run

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from mlu_lightning import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
 from mlu_lightning.cli import main
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.shape_search import RESNET, Candidate, candidate_shapes
-from mlu_lightning.shapes import ATTENTION, PAPER
+from mlu_lightning.shapes.error_bound import ATTENTION, PAPER
+from mlu_lightning.shapes.search import RESNET, Candidate, candidate_shapes
 
 DEEP = ErrorConstants(1, 0.8, 2.5)
 """With which the best depths are large, so that it does not count that they are whole numbers."""

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, discover, initialize
+from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.models import ResNet
-from mlu_lightning.probing import locate, observe
-from mlu_lightning.structure import Tap
+from mlu_lightning.observation.probe import locate, observe
 
 DEPTH, HEADS, EMBEDDING = 2, 4, 32
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # double precision; only the order of sums differs

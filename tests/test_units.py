@@ -15,8 +15,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mlu_lightning.limit import infinite_model
-from mlu_lightning.units import Sampling, draw_units, exact_units
+from mlu_lightning.limit.infinite_model import infinite_model
+from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 recipe: Any = importlib.import_module("gradient_descent")

@@ -26,9 +26,9 @@ from parameter_groups import (
 )
 from torch import nn, optim
 
-from mlu_lightning.optimization import scale_optimizer
-from mlu_lightning.plan import ParameterPlan, Plan
-from mlu_lightning.rules import OptimizerFamily, Ratios, Role
+from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning.planning.plan import ParameterPlan, Plan
+from mlu_lightning.table import OptimizerFamily, Ratios, Role
 
 IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from mlu_lightning.lightning_steps import StepName
+from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["find_example", "find_probe"]
 

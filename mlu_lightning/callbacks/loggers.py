@@ -16,10 +16,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from mlu_lightning.base import name_pattern
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference
-from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily
 
 __all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
 

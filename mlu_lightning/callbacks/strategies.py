@@ -8,9 +8,9 @@ from typing import Any
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import nn
 
-from mlu_lightning.callbacks.methods import wrap_method
-from mlu_lightning.multipliers import attach_again, residual_state
-from mlu_lightning.plan import Plan
+from mlu_lightning.application.multipliers import attach_again, residual_state
+from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.planning.plan import Plan
 
 __all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]
 

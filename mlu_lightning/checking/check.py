@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mlu_lightning.callbacks.parameterization import MLUCallback
+from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.growth import check_growth, roles_as_in
 from mlu_lightning.checking.measurement import Measurement, make_trainer, measure, quiet
 from mlu_lightning.checking.preparation import built, first_batches, prepared, transferred
@@ -20,8 +20,8 @@ from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, fit_row
-from mlu_lightning.plan import Plan
-from mlu_lightning.shapes import Shape
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.shapes.error_bound import Shape
 
 __all__ = ["check"]
 

@@ -16,7 +16,7 @@ from mlu_lightning.checking.quantities import Kind, lowest_and_highest
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row, Verdict
-from mlu_lightning.figure_labels import apart
+from mlu_lightning.utilities.plotting import apart
 
 __all__ = ["draw_check", "save_figure"]
 

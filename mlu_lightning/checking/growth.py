@@ -6,9 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 
-from mlu_lightning.base import name_pattern
-from mlu_lightning.plan import Plan
-from mlu_lightning.rules import Role
+from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import Role
 
 __all__ = ["check_growth", "roles_as_in"]
 

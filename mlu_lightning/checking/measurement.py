@@ -16,16 +16,16 @@ from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-from mlu_lightning.base import name_pattern
 from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
-from mlu_lightning.names import planned_parameters
-from mlu_lightning.plan import Plan
-from mlu_lightning.probing import locate, locate_features, observe
-from mlu_lightning.rules import Role
-from mlu_lightning.structure import Tap
-from mlu_lightning.updates import moved
+from mlu_lightning.discovery.structure import Tap
+from mlu_lightning.observation.feature_updates import moved
+from mlu_lightning.observation.probe import locate, locate_features, observe
+from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import Role
+from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["Batches", "Measurement", "make_trainer", "measure", "quiet"]
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mlu_lightning.checking.measurement import Batches
-from mlu_lightning.shapes import Shape
+from mlu_lightning.shapes.error_bound import Shape
 
 __all__ = ["built", "first_batches", "prepared", "transferred"]
 

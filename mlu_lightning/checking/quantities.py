@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mlu_lightning.rules import Powers, Role
+from mlu_lightning.table import Powers, Role
 
 __all__ = ["ALONE", "DRIFT", "FAULT", "KINDS", "Kind", "Quantity", "expected_powers", "lowest_and_highest"]
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from mlu_lightning.checking.quantities import KINDS, Quantity
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Cause, Point, Row, Verdict, find_causes, overall_verdict
-from mlu_lightning.shapes import Shape
+from mlu_lightning.shapes.error_bound import Shape
 
 __all__ = ["CheckReport"]
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlu_lightning.shapes import Shape
+from mlu_lightning.shapes.error_bound import Shape
 
 __all__ = ["AXES", "Size", "default_axes", "sizes"]
 

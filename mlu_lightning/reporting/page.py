@@ -12,11 +12,11 @@ from mlu_lightning.checking.figure import draw_check
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.planning.plan import Plan
 from mlu_lightning.reporting.curves import as_data_uri, curves_figure, not_drawn, panels_of
 from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, reason
-from mlu_lightning.rules import OptimizerFamily
+from mlu_lightning.table import OptimizerFamily
 
 __all__ = ["run_page"]
 

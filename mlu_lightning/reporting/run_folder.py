@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from mlu_lightning.callbacks.parameterization import MLUCallback
+from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.plan import Plan
-from mlu_lightning.reference import Reference
-from mlu_lightning.reference_contents import FORMAT
+from mlu_lightning.observation.reference import Reference
+from mlu_lightning.observation.reference_format import FORMAT
+from mlu_lightning.planning.plan import Plan
 
 __all__ = ["UNREADABLE", "Curve", "RunRecord", "read_run", "reason"]
 

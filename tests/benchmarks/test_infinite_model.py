@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
-from mlu_lightning.distances import output_distance, rms_distance
-from mlu_lightning.limit import embedding_weights, infinite_model
+from mlu_lightning.limit.infinite_model import embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
+from mlu_lightning.observation.distances import output_distance, rms_distance
 
 DEPTH, WIDTH, DATA = 100, 256, 5
 ROUNDS, WARM_UP = 25, 3

@@ -25,7 +25,7 @@ from turns import Runner, Turns, take_turns
 
 from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, ReferenceRecorder
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.quickstart import BASE, SHAPES, Study, load_text
+from mlu_lightning.quickstart.study import BASE, SHAPES, Study, load_text
 
 STEPS = 2000
 ORDER = "plain recorder distance features recorder distance plain features distance plain features recorder".split()

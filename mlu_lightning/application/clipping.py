@@ -1,0 +1,81 @@
+"""Clip the gradients of folded weights as those of a module whose multipliers are attached.
+
+Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it. Every optimizer
+is scaled for that, but clipping by norm or by value is not linear: on the gradients as they are it would be another run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mlu_lightning.application.multipliers import residual_state, uncompiled
+from mlu_lightning.application.optimization import plan_names
+from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily
+
+__all__ = ["unfolded_gradients"]
+
+
+@contextmanager
+def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
+    """Let gradients be those of the weights without the multipliers that are folded into them, inside of the context.
+
+    For a loop of one's own that clips gradients: in it, clipping does the same after :func:`mlu_lightning.fold` as after
+    :func:`mlu_lightning.attach_multipliers`. :class:`~mlu_lightning.MLUCallback` does this to the clipping of Lightning,
+    ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end gradients are those of the
+    stored weights again, for the scaled optimizer, also others that were put in their place. A module whose multipliers
+    are attached is left as it is.
+
+    Args:
+        module: that has the plan's multipliers, or torch.compile's wrapper of it.
+        plan: its plan.
+
+    Raises:
+        ValueError: if the plan's multipliers are not in the module, as they are not in a wrapper of it.
+
+    >>> from mlu_lightning import Ratios, Role, fold
+    >>> from mlu_lightning.planning.entries import Multiplier, ParameterPlan
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), (1, 1), Ratios(depth=4.0), base_std=None, fans=(1, 1))
+    >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.25, None, ("weight",)),))
+    >>> module = fold(module, plan)
+    >>> module.weight.grad = torch.tensor([[4.0]])
+    >>> with unfolded_gradients(module, plan):
+    ...     norm = nn.utils.clip_grad_norm_(module.parameters(), 2.0)
+    >>> norm.item(), module.weight.grad.item()
+    (1.0, 4.0)
+    """
+    module = uncompiled(module)
+    state = residual_state(module)
+    missing = state is None and any(plan.forward_multiplier(multiplier) != 1 for multiplier in plan.multipliers)
+    if missing or (state is not None and state.fingerprint != fingerprint(plan)):
+        raise ValueError(
+            f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
+            "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
+            "DistributedDataParallel, what is inside."
+        )
+    folded = frozenset[str]() if state is None else state.folded
+    multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
+    names = plan_names(module, plan)
+    held = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
+    before = {parameter: parameter.grad for parameter in held}
+    with torch.no_grad():
+        for parameter, factor in held.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, factor in held.items():
+                if parameter.grad is None:
+                    continue
+                if parameter.grad is before[parameter]:
+                    parameter.grad.div_(factor)
+                else:  # may be kept by whoever put it there
+                    parameter.grad = parameter.grad / factor

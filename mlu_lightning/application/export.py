@@ -1,0 +1,285 @@
+"""Leave the package: a plain module of the same function, which any program loads without it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
+from mlu_lightning.application.multipliers import fold, mark_baked, residual_state, uncompiled, unfolded
+from mlu_lightning.discovery.structure import Site
+from mlu_lightning.planning.entries import Multiplier
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.utilities.names import planned_part
+
+__all__ = ["bake", "restore_multipliers"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def bake(module: ModuleT, plan: Plan) -> ModuleT:
+    """Put all multipliers of a trained module into its weights, so that it is a plain module of the same function.
+
+    No hook is left, and checkpoints of it load without this package: ``model.save_pretrained(...)`` of a Hugging Face
+    model and ``from_pretrained`` elsewhere give the same outputs, exactly where factors are powers of two, else but for
+    rounding. The model may be an attribute of a LightningModule: bake that, and save its attribute.
+
+    Multipliers are folded as by :func:`mlu_lightning.fold` (theory.md, section 3). What that leaves as hooks goes into
+    the weights too:
+
+    - a readout tied to an embedding, which Hugging Face's ``tie_word_embeddings`` ties: they get weights of their own,
+      and the setting becomes False;
+    - a branch that ends in a norm whose gain is stored minus one, as Gemma's;
+    - attention logits whose queries are a part of a fused projection.
+
+    The module keeps a note of it: baked twice it stays as it is, ``MLUCallback`` does not initialize it, and checkpoints of
+    its Trainer tell ``MLUCallback`` and :func:`restore_multipliers` that nothing is left to multiply. For further training
+    with the same plan, go on from a checkpoint of the run instead.
+
+    Args:
+        module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights from a
+            checkpoint need :func:`restore_multipliers` before.
+        plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: if the plan's multipliers are not in the module, or one cannot be put into weights. Nothing was
+            changed then.
+
+    >>> from mlu_lightning import attach_multipliers
+    >>> from mlu_lightning.models import ResNet
+    >>> base, model = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4))
+    >>> plan = Plan.from_model(model, (torch.ones(4, 3), torch.ones(4, 2)), base=base)
+    >>> handle = attach_multipliers(model, plan)
+    >>> x = torch.randn(5, 3)
+    >>> outputs = model(x)
+    >>> plain = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+    >>> loaded = plain.load_state_dict(bake(model, plan).state_dict())
+    >>> torch.equal(plain(x), outputs)
+    True
+    """
+    plain = uncompiled(module)
+    rest = {multiplier: factor for multiplier, factor in unfolded(plain, plan).items() if not multiplier.folds}
+    state = residual_state(plain)
+    if state is not None and state.mode == "baked":
+        return module
+    plan.check(plain)
+    changes = [_change(plain, plan, multiplier, factor) for multiplier, factor in rest.items()]
+    if state is not None and state.mode == "hook":
+        fold(plain, plan)
+    with torch.no_grad():
+        for change in changes:
+            change()
+    mark_baked(plain, plan)
+    return module
+
+
+def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
+    """Put multipliers into a module with the weights of a checkpoint, as they were in the run that it is of.
+
+    A module that was trained with ``MLUCallback`` has its plan in the checkpoints of its Trainer, with
+    ``save_weights_only`` too, and whether the weights hold the multipliers. ``load_from_checkpoint`` gives the weights
+    alone: without this they are those of another function.
+
+    Args:
+        module: a LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
+        checkpoint: of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
+
+    Returns:
+        The run's plan.
+
+    Raises:
+        ValueError: if the checkpoint is of a run without ``MLUCallback``, or of another module, or if the module has
+            multipliers already.
+
+    >>> from lightning.pytorch import Trainer
+    >>> from mlu_lightning import MLUCallback
+    >>> from mlu_lightning.models import ResNet
+    >>> base, model = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4))
+    >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+    >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
+    >>> trainer.fit(model, data)
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     path = f"{folder}/last.ckpt"
+    ...     trainer.save_checkpoint(path)
+    ...     loaded = ResNet.load_from_checkpoint(path)
+    ...     plan = restore_multipliers(loaded, torch.load(path, weights_only=True))
+    >>> torch.equal(bake(loaded, plan)(torch.ones(1, 3)), model(torch.ones(1, 3)))
+    True
+    """
+    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
+    if saved is None:
+        raise ValueError(
+            "The checkpoint has no plan, because it is not one that a Trainer wrote of a module with multipliers of "
+            "MLUCallback. Load the plan that was saved, with Plan.load(path), and put its multipliers in with "
+            "attach_multipliers(module, plan), or with fold(module, plan, multiplied=True) if the weights hold them."
+        )
+    return apply_saved(module, saved)
+
+
+Change = Callable[[], object]
+
+
+def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> Change:
+    """Find what puts a multiplier into weights that fold leaves to a hook."""
+    site = multiplier.site
+    assert site is not None  # there is a hook
+    target = planned_part(module, site.module)
+    if multiplier.kind == "readout":
+        return _untied(module, multiplier, target, factor)
+    if site.part is not None:
+        return _part(target, site, plan, multiplier, factor)
+    gain = _offset_gain(target) if site.where == "output" and site.index is None else None
+    if gain is None:
+        raise ValueError(
+            f"The multiplier of the {multiplier.kind} {multiplier.name!r}, at {site}, cannot be put into weights, because "
+            f"no weight of {type(target).__name__} multiplies its output and nothing else. Keep it in the model's own "
+            f"code: let its forward multiply there by {factor:g}, and take the hooks off with .remove() of the handle "
+            "that attach_multipliers returned."
+        )
+    wanted = factor * (1 + gain.detach().double())
+    error = float(((1 + (wanted - 1).to(gain.dtype).double()) / wanted - 1).abs().nan_to_num().max())
+    if error > _LARGEST_ERROR:
+        raise ValueError(
+            f"The multiplier {factor:g} of the {multiplier.kind} {multiplier.name!r} would go into the gain at {site}, "
+            f"which is stored minus one, and in {str(gain.dtype).removeprefix('torch.')} the result would be wrong by up "
+            f"to {error:.1%}. Make the weights more precise first, with module.float()."
+        )
+    return partial(gain.copy_, (wanted - 1).to(gain.dtype))
+
+
+_LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by
+
+
+def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> Change:
+    """Multiply those outputs of a projection that are queries."""
+    assert site.part is not None
+    start, stop = site.part
+    prefix = f"{site.module}." if site.module else ""
+    parts = []
+    for name, parameter in target.named_parameters(recurse=False):
+        planned = plan.parameters.get(prefix + name)
+        axis = parameter.dim() - 1 if planned is not None and planned.transposed else 0
+        size = parameter.shape[axis]
+        lots = (
+            torch.unflatten(parameter, axis, (-1, site.period or size)) if size % (site.period or size) == 0 else None
+        )
+        parts.append(None if lots is None or size < stop else lots.narrow(axis + 1, start, stop - start))
+    # nn.MultiheadAttention, whose own weights these are, has its output projection in a submodule
+    if not parts or None in parts or (site.where == "output" and (site.index is not None or [*target.children()])):
+        raise ValueError(
+            f"The multiplier of the {multiplier.kind} {multiplier.name!r}, at {site}, cannot be put into weights, because "
+            f"{type(target).__name__} is not one projection. Keep head_dim at the base's value, or multiply the queries "
+            f"by {factor:g} in the model's own code."
+        )
+    found = [part for part in parts if part is not None]
+
+    def multiply() -> None:
+        for part in found:
+            part.mul_(factor)
+
+    return multiply
+
+
+def _offset_gain(module: nn.Module) -> nn.Parameter | None:
+    """The gain of a norm that multiplies by 1 + gain, None if the module is none; seen from what it computes."""
+    parameters = dict(module.named_parameters())
+    if len(parameters) != 1:
+        return None
+    ((name, gain),) = parameters.items()
+    if gain.dim() != 1 or gain.is_meta or not gain.is_floating_point():
+        return None
+    copied = copy.deepcopy(module).eval()
+    own = copied.get_parameter(name)
+    probe = torch.linspace(-1, 2, 3 * len(gain), device=gain.device).reshape(3, -1).to(gain.dtype)
+    outputs = []
+    for value in (-1.0, 0.0, 1.0):
+        with torch.no_grad():
+            own.fill_(value)
+            try:
+                outputs.append(copied.forward(probe))  # not copied(probe), which would call hooks
+            except TypeError:
+                return None  # it takes something else than a stream
+    none, once, twice = outputs
+    if not isinstance(once, Tensor) or not once.any():
+        return None
+    proportional = not none.any() and torch.allclose(twice, 2 * once, rtol=4 * torch.finfo(gain.dtype).eps, atol=0)
+    return gain if proportional else None
+
+
+def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Change:
+    """Give a tied readout a weight of its own, multiplied, and let its model's config say so."""
+    assert multiplier.site is not None
+    shared = module.get_parameter(multiplier.name)
+    embedding = planned_part(module, multiplier.name.rpartition(".")[0])
+    own = [name for name, parameter in head.named_parameters(recurse=False) if parameter is shared]
+    model = _tying_model(module, multiplier.site.module)
+    if multiplier.site.where != "input" or not own or head is embedding or model is None:
+        raise ValueError(
+            f"The readout {multiplier.name!r} is tied to an embedding, so its multiplier {factor:g} cannot be put into "
+            "the weight, and it is not known how to untie it: that takes a submodule of its own for the readout, inside "
+            "a Hugging Face model with tie_word_embeddings in its config. Multiply the readout's input by "
+            f"{factor:g} in the model's own code, and take the hooks off with .remove() of the handle that "
+            "attach_multipliers returned."
+        )
+    lasting = _lasting_untied(model)
+    if not lasting and "missing_keys" not in inspect.signature(model.tie_weights).parameters:
+        raise ValueError(
+            f"{type(model).__name__} cannot be told by its config that the readout {multiplier.name!r} is not tied, and "
+            "this version of transformers ties weights that differ. Use transformers 5 or later."
+        )
+
+    def untie() -> None:
+        setattr(head, own[0], nn.Parameter(shared.detach() * factor, shared.requires_grad))
+        if lasting:
+            _untie_all(model)
+            model.config.tie_word_embeddings = False
+
+    return untie
+
+
+def _tying_model(module: nn.Module, name: str) -> Any:
+    """The innermost model around a submodule whose config ties embeddings, None if there is none."""
+    while name:
+        name = name.rpartition(".")[0]
+        found = module.get_submodule(name)
+        if getattr(getattr(found, "config", None), "tie_word_embeddings", False) is True:
+            return found
+    return None
+
+
+def _lasting_untied(model: Any) -> bool:
+    """Whether ``tie_word_embeddings=False`` is read back from a saved config, and only says what is tied.
+
+    T5 reads True from every config, and some models scale their outputs by that setting. Without it, transformers
+    does not tie weights that differ in a file, and says so.
+    """
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    kept = type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
+    forwards = (inspect.unwrap(type(submodule).forward) for submodule in model.modules())
+    codes = (getattr(forward, "__code__", None) for forward in forwards)
+    return kept and not any("tie_word_embeddings" in code.co_names for code in codes if code is not None)
+
+
+def _untie_all(model: nn.Module) -> None:
+    """Give everything that the model's config ties a weight of its own, because the config will not tie it again."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for parameter, (_, *others) in names.items():
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(
+                model.get_submodule(owner), attribute, nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            )

@@ -1,0 +1,187 @@
+"""Export to Granite, whose Hugging Face config has a place for every multiplier: weights stay those of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mlu_lightning.application.multipliers import uncompiled, unfolded
+from mlu_lightning.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+__all__ = ["to_granite"]
+
+
+def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
+    """Make a Hugging Face Granite model of a Llama-like one, with the plan's multipliers in its config.
+
+    A Granite model is a Llama whose config has ``residual_multiplier`` (here α/l), ``logits_scaling`` (d),
+    ``attention_multiplier`` and ``embedding_multiplier`` (theory.md, section 3), so nothing is folded, tied embeddings stay
+    tied, and ``from_pretrained`` needs nothing of this package. Any model will do that has Granite's parameters and
+    computes what Granite computes, which a forward pass of a few tokens shows: Llama, Mistral without a sliding window,
+    Granite itself. For others, and where branches have different multipliers, there is :func:`mlu_lightning.bake`.
+
+    Because weights are those of the parameterization, whoever trains the exported model further has to scale the base's
+    learning rate, eps and weight decay of every parameter by ``plan.scales(family)``, as in the run before. After a run
+    with ``residual="fold"`` the config has only what is not in the weights, and the scales are their ``.folded(family)``.
+
+    Args:
+        module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it: a Hugging Face model for causal
+            language modelling, or a LightningModule with one inside. It is not changed. Weights from a checkpoint need
+            :func:`mlu_lightning.restore_multipliers` before.
+        plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
+
+    Returns:
+        A ``transformers.GraniteForCausalLM`` with copies of the weights, in evaluation mode, to be saved with
+        ``save_pretrained``.
+
+    Raises:
+        ImportError: without transformers.
+        ValueError: if the plan's multipliers are not in the module, or if Granite cannot represent it.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from mlu_lightning import attach_multipliers
+    >>> def llama(layers, heads):
+    ...     return LlamaForCausalLM(LlamaConfig(
+    ...         vocab_size=50, num_hidden_layers=layers, num_attention_heads=heads, hidden_size=8 * heads,
+    ...         intermediate_size=24 * heads, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
+    ...     ))
+    >>> model, tokens = llama(layers=4, heads=6), torch.arange(16).reshape(2, 8)
+    >>> plan = Plan.from_model(model, {"input_ids": tokens, "labels": tokens}, base=llama(layers=1, heads=2))
+    >>> handle = attach_multipliers(model, plan)
+    >>> exported = to_granite(model, plan)
+    >>> exported.config.residual_multiplier, exported.config.logits_scaling
+    (0.25, 3.0)
+    >>> torch.allclose(exported(tokens).logits, model(tokens).logits, rtol=0, atol=1e-6)
+    True
+    """
+    try:
+        from transformers import GraniteForCausalLM, PreTrainedModel
+    except ImportError as error:
+        raise ImportError(
+            "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
+        ) from error
+    plain = uncompiled(module)
+    rest = unfolded(plain, plan)
+    plan.check(plain)
+    found = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
+    prefix, model = next(found, ("", None))
+    if model is None:
+        raise ValueError(
+            f"There is no Hugging Face model in this {type(module).__name__}, and only such a model can become a Granite "
+            "model. Put the multipliers into the weights instead: bake(module, plan)."
+        )
+    outside = [m.name for m in plan.multipliers if prefix and not m.name.startswith(f"{prefix}.")]
+    if outside:
+        raise _not_granite(model, f"{outside[0]!r}, which the plan multiplies, is outside of it")
+
+    factors = {multiplier: rest.get(multiplier, 1.0) for multiplier in plan.multipliers}
+    logits = {multiplier.name: factor for multiplier, factor in factors.items() if multiplier.kind == "logits"}
+    config = _config(
+        model,
+        residual=_only(model, "branches", (factor for m, factor in factors.items() if m.kind == "branch")),
+        attention=_only(model, "attention logits", (logits.get(b.name, 1.0) for b in plan.branches if b.head_dim)),
+        readout=_only(model, "readouts", (factor for m, factor in factors.items() if m.kind == "readout")),
+    )
+    _check_weights(model, config)
+    _check_window(model)
+    copies = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    exported: GraniteForCausalLM = GraniteForCausalLM.from_pretrained(
+        None, config=config, state_dict=copies, attn_implementation=model.config._attn_implementation
+    )
+    nn.Module.to(exported, model.device)
+    _check_function(model, exported)
+    return exported
+
+
+def _config(model: Any, residual: float, attention: float, readout: float) -> GraniteConfig:
+    """The model's config as Granite's, with factors on what the model multiplies by itself."""
+    from transformers import GraniteConfig
+
+    own = model.config.to_dict()
+    names = {*GraniteConfig().to_dict(), "head_dim"} - {"model_type", "architectures", "transformers_version"}
+    config = GraniteConfig(**{name: value for name, value in own.items() if name in names})
+    heads = own.get("num_attention_heads", config.num_attention_heads)
+    head_dim = own.get("head_dim") or config.hidden_size // heads
+    config.residual_multiplier = own.get("residual_multiplier", 1.0) * residual
+    config.attention_multiplier = own.get("attention_multiplier", head_dim**-0.5) * attention
+    config.logits_scaling = own.get("logits_scaling", 1.0) / readout
+    return config
+
+
+def _only(model: nn.Module, what: str, factors: Iterable[float]) -> float:
+    """The factor that all of them are, 1 if there are none."""
+    distinct = sorted({*factors}) or [1.0]
+    if len(distinct) > 1:
+        raise _not_granite(
+            model,
+            f"its {what} have different multipliers, {', '.join(f'{f:g}' for f in distinct)}, and Granite has one",
+        )
+    return distinct[0]
+
+
+def _check_window(model: Any) -> None:
+    """Refuse a model that does not attend to everything before, which a few tokens would not show."""
+    config = model.config.to_dict()
+    window, positions = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    if window is not None and window < positions:
+        raise _not_granite(
+            model,
+            f"it attends to the last {window} tokens of up to {positions}, and Granite to all; if it was trained on "
+            "shorter sequences only, set its config.sliding_window to None",
+        )
+
+
+def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
+    """Refuse a model whose parameters and buffers are not those of Granite."""
+    from transformers import GraniteForCausalLM
+
+    with torch.device("meta"):
+        wanted = {name: [*value.shape] for name, value in GraniteForCausalLM(config).state_dict().items()}
+    given = {name: [*value.shape] for name, value in model.state_dict().items()}
+    found = [f"{name} {given[name]} is not in Granite" for name in given if name not in wanted]
+    found += [f"Granite has {name} {wanted[name]}" for name in wanted if name not in given]
+    found += [
+        f"{name} is {given[name]}, and Granite's {wanted[name]}"
+        for name in given
+        if name in wanted and given[name] != wanted[name]
+    ]
+    if found:
+        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+        raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")
+
+
+@torch.no_grad()
+def _check_function(model: Any, exported: Any) -> None:
+    """Refuse a model that computes something else than Granite with the same weights, on a few tokens."""
+    config = exported.config
+    length = min(16, config.max_position_embeddings)
+    tokens = (torch.arange(2 * length, device=model.device) * 7919 % config.vocab_size).reshape(2, length)
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        expected: Tensor = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for part, training in modes:
+            part.training = training
+    difference = (exported(input_ids=tokens, use_cache=False).logits - expected).abs().max() / expected.abs().max()
+    # norms and softmax are computed in float32; other functions differ by far more than the square root of rounding
+    tolerance = max(torch.finfo(dtype).eps for dtype in (expected.dtype, torch.float32)) ** 0.5
+    if not difference <= tolerance:
+        raise _not_granite(
+            model,
+            "it computes something else with the same weights: logits of a few tokens differ by "
+            f"{float(difference):.2g} of the largest",
+        )
+
+
+def _not_granite(model: nn.Module, why: str) -> ValueError:
+    return ValueError(
+        f"This {type(model).__name__} cannot become a Granite model: {why}. To save it as the model that it is, put the "
+        "multipliers into its weights: bake(module, plan)."
+    )

@@ -1,0 +1,281 @@
+"""Give the weights of a freshly built module the standard deviations that a plan asks for.
+
+The standard deviation of a parameter is that of the base's initial weights times the table's factor (theory.md,
+section 3). What "standard deviation" means here is the root mean square over all entries of all parameters that differ
+only in their place along the depth, so that the sampling noise of single tensors averages out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mlu_lightning.application.multipliers import residual_state
+from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.planning.entries import ParameterPlan
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily, Role
+from mlu_lightning.utilities.names import planned_parameters
+
+__all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+InitMode = Literal["rescale", "normal", "coupled"]
+
+
+def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: int = 0) -> ModuleT:
+    """Set the scale of a freshly built module's parameters: the base's initial std times the table's factor.
+
+    ``branch_in`` d^(-1/2), ``branch_out`` d^(1/2)/m, and so on (theory.md, section 3). Weights that are zero stay zero,
+    buffers are left alone, frozen parameters are initialized like others. Where ``base_std`` of the plan is None, a
+    parameter stays as it was built.
+
+    Args:
+        module: with its initial weights, before multipliers are folded into them; changed in place.
+        plan: the module's plan.
+        mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
+            (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
+            every matrix anew from a normal distribution. ``"coupled"`` draws embeddings and readouts from a normal
+            distribution, one stream coordinate after the other, so that those of a model of embedding dimension D are
+            the first D coordinates of a bigger one's (theory.md, section 4), and rescales the rest.
+        seed: of the draws. They depend on the parameter's name and are the same on every device.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: if the plan does not fit the module, if parameters have no or infinite values, if multipliers are
+            folded into them already, or if ``"coupled"`` has no std or no stream axis for one. Nothing was changed
+            then.
+
+    >>> from mlu_lightning.table import Ratios
+    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (8, 100), Ratios(inputs=4.0), base_std=0.1, fans=(400, 8))
+    >>> module = initialize(nn.Linear(400, 8, bias=False), Plan({"weight": weight}, (), (), ()))
+    >>> round(module.weight.square().mean().sqrt().item(), 6)  # 0.1 * 4^(-1/2)
+    0.05
+    """
+    if mode not in get_args(InitMode):
+        raise ValueError(f"Unknown initialization {mode!r}. Use one of: {', '.join(get_args(InitMode))}.")
+    plan.check(module)
+    parameters = planned_parameters(module)
+    _check_values(module, parameters)
+    factors: dict[str, float] = {}
+    draws: dict[str, _Draw] = {}
+    # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
+    at_base = all(one.ratios.is_identity and one.shape == one.base_shape for one in plan.parameters.values())
+    for names, target in _groups(plan):
+        planned = plan.parameters[names[0]]
+        group = {name: parameters[name] for name in names}
+        if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
+            draws.update(_coupled(group, planned, target, seed))
+        elif target is None:
+            continue
+        elif mode == "normal" and planned.role.is_matrix:
+            draws.update(_draws(group, target, seed, axis=None))
+        elif not at_base:
+            built = _rms(group)
+            if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
+                factors.update(dict.fromkeys(names, target / built))
+    with torch.no_grad():
+        for name, factor in factors.items():
+            parameters[name].mul_(factor)
+        for name, draw in draws.items():
+            _assign(parameters[name], draw)
+    return module
+
+
+def planned_stds(plan: Plan) -> dict[str, float | None]:
+    """Root mean square that every parameter has after :func:`initialize`; None for those that it leaves as built.
+
+    Args:
+        plan: of the module.
+
+    >>> from mlu_lightning.table import Ratios
+    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (8, 100), Ratios(inputs=4.0), base_std=0.1, fans=(400, 8))
+    >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
+    {'weight': 0.05}
+    """
+    return {name: target for names, target in _groups(plan) for name in names}
+
+
+def stream_axis(name: str, planned: ParameterPlan) -> int:
+    """Axis of an embedding or readout along which the stream's coordinates are.
+
+    Args:
+        name: of the parameter, for the error.
+        planned: what the plan says about it.
+
+    Raises:
+        ValueError: if its shape does not tell.
+
+    >>> from mlu_lightning.table import Ratios
+    >>> stream_axis("tokens.weight", ParameterPlan(Role.EMBEDDING, (100, 8), None, Ratios(), None, (1, 8), transposed=True))
+    1
+    """
+    shape, reads = planned.shape, planned.role is Role.READOUT
+    width = planned.fans[0] if reads else planned.fans[1]
+    # [outputs, inputs, ...] unless transposed, where tables may have more axes in front: [1, positions, D]
+    usual = (0 if planned.transposed else 1) if reads else (len(shape) - 1 if planned.transposed else 0)
+    if usual < len(shape) and shape[usual] == width:
+        return usual
+    axes = [axis for axis, size in enumerate(shape) if size == width]
+    if len(axes) != 1:
+        raise ValueError(
+            f"It cannot be told which axis of {name}, of shape {list(shape)}, holds the {width} coordinates of the "
+            'stream, as init="coupled" and the infinite model need. Use init="rescale" or "normal", or build the module '
+            "with an nn.Linear or nn.Embedding there."
+        )
+    return axes[0]
+
+
+def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
+    """Parameters that differ in their place along the depth only, and the root mean square that they should have."""
+    groups: dict[object, list[str]] = {}
+    for name, planned in plan.parameters.items():
+        place = name_pattern(name), planned.role, planned.shape, planned.base_shape, planned.ratios
+        groups.setdefault((place, planned.base_std is None), []).append(name)
+    std = {name: scale.std for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}  # the same for all families
+    found: list[tuple[list[str], float | None]] = []
+    for names in groups.values():
+        stds = [plan.parameters[name].base_std for name in names]
+        known = [value for value in stds if value is not None]
+        base = math.sqrt(sum(value**2 for value in known) / len(names))
+        found.append((names, base * std[names[0]] if known else None))
+    return found
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """New normal values for one parameter.
+
+    Args:
+        name: of the parameter; part of the seed.
+        seed: of all draws.
+        std: of the entries that are not zero.
+        axis: of the stream's coordinates, each of which is drawn by itself; None to draw all at once.
+        alive: per axis, which of its slices are not zero.
+    """
+
+    name: str
+    seed: int
+    std: float
+    axis: int | None
+    alive: dict[int, Tensor]
+
+    def values(self, shape: torch.Size) -> Tensor:
+        """Draw in float32 on the CPU."""
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
+        if self.axis is None:
+            drawn.normal_(generator=generator)
+        else:
+            for coordinate in drawn.movedim(self.axis, 0):
+                # drawn contiguously: normal_ on a column draws otherwise than on a row
+                coordinate.copy_(
+                    torch.empty(coordinate.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+                )
+        for axis, alive in self.alive.items():
+            drawn.movedim(axis, -1).mul_(alive)
+        return drawn
+
+
+def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> dict[str, _Draw]:
+    """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token.
+
+    Their number of entries counts in the root mean square, because it does at the base.
+    """
+    alive = {name: _alive(parameter, axis) for name, parameter in group.items() if bool(_full(parameter).any())}
+    shares = [math.prod(float(slices.double().mean()) for slices in axes.values()) for axes in alive.values()]
+    std = target / math.sqrt(sum(shares) / len(group)) if shares else 0.0
+    return {name: _Draw(name, seed, std, axis, axes) for name, axes in alive.items()}
+
+
+def _coupled(
+    group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int
+) -> dict[str, _Draw]:
+    """Draw a group's embeddings or readouts one stream coordinate after the other."""
+    if not any(bool(_full(parameter).any()) for parameter in group.values()):
+        return {}
+    first = next(iter(group))
+    if target is None:
+        raise ValueError(
+            f'Initialization "coupled" draws {first} anew, but the plan does not know the std of the base\'s (base_std '
+            "is not given). Plan relative to a base module, write base_std into the saved plan, or use "
+            '"rescale", which leaves the parameter as it was built.'
+        )
+    return _draws(group, target, seed, stream_axis(first, planned))
+
+
+def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor]:
+    """Per axis which slices are not all zero; axes that have no zero slice, and the stream's own, are left out.
+
+    Single zeros are not looked at: random numbers may be zero too.
+    """
+    nonzero = _full(parameter) != 0
+    found = {}
+    for axis in range(parameter.ndim):
+        slices = nonzero.movedim(axis, 0).reshape(nonzero.shape[axis], -1).any(1)
+        if axis != coordinates and not bool(slices.all()):
+            found[axis] = slices.cpu()
+    return found
+
+
+def _rms(group: Mapping[str, nn.Parameter]) -> float:
+    """Root mean square over all entries, in all shards, of parameters of one shape."""
+    squares = 0.0
+    for name, parameter in group.items():
+        norm = float(_full(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64)))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"{name} holds values that are not finite. The module has to initialize itself before the plan sets "
+                "the scale; memory from to_empty() is not an initialization."
+            )
+        squares += norm**2 / max(1, parameter.numel())
+    return math.sqrt(squares / len(group))
+
+
+def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a module whose scales cannot be set."""
+    state = residual_state(module)
+    if state is not None and state.folded:
+        raise ValueError(
+            "Multipliers are folded into the weights already, so their scale is no longer the one that a plan "
+            "describes. Initialize before fold(module, plan)."
+        )
+    empty = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if empty:
+        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+        raise ValueError(
+            f"Parameters are on the meta device and have no values to scale: {', '.join(empty[:5])}{more}. Materialize "
+            "the module and let it initialize itself first, then initialize it by the plan."
+        )
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """All of a tensor, if it is sharded."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(tensor, DTensor):
+            return tensor.full_tensor()
+    return tensor
+
+
+def _assign(parameter: nn.Parameter, draw: _Draw) -> None:
+    """Write drawn values, each rank its shard of the same full tensor."""
+    values = draw.values(parameter.shape).to(torch.promote_types(parameter.dtype, torch.float32)).mul_(draw.std)
+    values = values.to(parameter.device, parameter.dtype)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):
+            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)

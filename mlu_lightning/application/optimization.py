@@ -1,0 +1,374 @@
+"""Scale somebody else's optimizer: during its update, and only there, it sees groups with the plan's numbers.
+
+The user's optimizer keeps the user's own parameter groups and learning rates, so schedulers, the learning rate finder,
+loggers and checkpoints go on as without a plan. When the update begins the groups are exchanged for *shadow groups*,
+one for each distinct set of factors in a group, whose learning rate, eps and weight decay are those of the user's group
+times the factors of theory.md, section 3; when it ends they are exchanged back.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mlu_lightning.application.multipliers import check_attached, residual_state
+from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
+from mlu_lightning.application.shadow_groups import Shadow, Split
+from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities.names import planned_name
+
+__all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
+
+
+def scale_optimizer(
+    optimizer: Optimizer | LightningOptimizer,
+    module: nn.Module,
+    plan: Plan,
+    family: Family | None = None,
+) -> ScaledOptimizer:
+    """Let an optimizer update each parameter with its own multiple of learning rate, eps and weight decay.
+
+    The factors are those of theory.md, section 3, for the stored weights: where a multiplier a was folded into a
+    weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
+    whose factors are all 1 are updated exactly as without a plan.
+
+    In the update ``optimizer.param_groups`` holds the shadow groups; step hooks that were registered on the optimizer
+    run there. Groups may be added later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to
+    and from it. A deep copy or an unpickled optimizer is plain: scale it again.
+
+    Args:
+        optimizer: an optimizer of ``torch.optim``, a Lightning wrapper of one, or a ``ZeroRedundancyOptimizer``.
+            LBFGS cannot be scaled. Adafactor's steps are relative to the size of the weights, which are taken to be
+            of the size that the plan's initialization gives them.
+        module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
+        plan: the module's plan.
+        family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs. A list
+            has one for each parameter group, for an optimizer that treats them differently; groups that are added later
+            need one family for all.
+
+    Returns:
+        A handle with ``.remove()``.
+
+    Raises:
+        TypeError: if the optimizer's class cannot be scaled or is not known.
+        ValueError: if a parameter is not the module's, if the plan does not fit the module or its multipliers are not
+            in effect, or if a group cannot be scaled. The optimizer was not changed then.
+
+    >>> import torch
+    >>> from mlu_lightning.planning.plan import ParameterPlan
+    >>> from mlu_lightning.table import Ratios, Role
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> wide = ParameterPlan(Role.STREAM_MATRIX, (1, 1), None, Ratios(inputs=4.0), None, (1, 1))
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    >>> handle = scale_optimizer(optimizer, module, Plan({"weight": wide}, (), (), ()))
+    >>> before = module.weight.item()
+    >>> module.weight.grad = torch.ones(1, 1)
+    >>> optimizer.step()
+    >>> round(before - module.weight.item(), 6), optimizer.param_groups[0]["lr"]
+    (0.125, 0.5)
+    >>> handle.remove()
+    """
+    optimizer = _unwrapped(optimizer)
+    update_rules(optimizer, family)  # refuses what has none
+    if not isinstance(vars(optimizer).get("param_groups"), list):
+        raise ValueError(
+            f"The param_groups of {type(optimizer).__name__} are not a list of its own, so its update cannot be given "
+            "other groups. If there are optimizers inside it, scale each of these with scale_optimizer instead."
+        )
+    if is_scaled(optimizer):
+        raise ValueError(
+            "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
+            "handle that scale_optimizer returned first."
+        )
+    state = residual_state(module)
+    if state is not None and state.mode == "baked":
+        raise ValueError(
+            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
+            "rates. Go on with a checkpoint that was saved before bake."
+        )
+    if not any(_FSDP in name for name, _ in module.named_parameters()):
+        # FSDP1 leaves shards, of other shapes
+        plan.check(module)
+    _check_multipliers(module, plan)
+    return ScaledOptimizer(optimizer, module, plan, family)
+
+
+def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
+    """Whether an optimizer updates each parameter with the numbers of a plan.
+
+    Args:
+        optimizer: any, or a wrapper of one.
+
+    >>> import torch
+    >>> is_scaled(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+    False
+    """
+    scaled = getattr(_unwrapped(optimizer).step, _MARK, None)
+    return isinstance(scaled, ScaledOptimizer) and scaled.active
+
+
+class ScaledOptimizer:
+    """Handle of an optimizer that :func:`scale_optimizer` has scaled."""
+
+    def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
+        """Scale an optimizer; :func:`scale_optimizer` checks before that it can be.
+
+        Args:
+            optimizer: the optimizer itself, not a wrapper of it.
+            module: the module that has its parameters.
+            plan: the module's plan.
+            family: as in :func:`scale_optimizer`.
+        """
+        self.optimizer = optimizer
+        self.active = True
+        self._module = module
+        self._plan = plan
+        self._family = _for_all(family)
+        self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
+        self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
+        self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
+        self._hooks = (
+            optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()),
+            optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)),
+        )
+        self._step_before = vars(optimizer).get("step")
+        self._step = self._wrapped_step()
+        vars(optimizer)["step"] = self._step
+
+    @property
+    def families(self) -> dict[str, OptimizerFamily]:
+        """Column of the table by the name of every parameter that the optimizer has."""
+        names = plan_names(self._module, self._plan)
+        groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
+        return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
+
+    def remove(self) -> None:
+        """Make the optimizer plain again. Safe to call twice.
+
+        What it has kept in its shadow groups stays in the user's, for checkpoints that are saved later.
+        """
+        if not self.active:
+            return
+        self._swap_out()
+        self._save_own(self.optimizer.param_groups)
+        self.active = False
+        for hook in self._hooks:
+            hook.remove()
+        if vars(self.optimizer).get("step") is not self._step:
+            return  # a scheduler has wrapped the step since; what is left of it here only passes the call on
+        del vars(self.optimizer)["step"]
+        if self._step_before is not None:
+            vars(self.optimizer)["step"] = self._step_before
+
+    def _wrapped_step(self) -> MethodType:
+        """Wrap the optimizer's step, as a method: schedulers wrap a method too, before or after this."""
+        step = self.optimizer.step
+
+        @functools.wraps(getattr(step, "__func__", step))
+        def update(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            if not self.active:
+                return step(*args, **kwargs)
+            closure = kwargs.get("closure", args[0] if args else None)
+            try:
+                if closure is None:
+                    self._swap_in()
+                elif "closure" in kwargs:
+                    kwargs["closure"] = self._outside(closure)
+                else:
+                    args = (self._outside(closure), *args[1:])
+                return step(*args, **kwargs)
+            finally:
+                self._swap_out()
+
+        vars(update)[_MARK] = self
+        return MethodType(update, self.optimizer)
+
+    def _outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Let a closure see the user's groups: Lightning runs forward, backward, clipping and callbacks in it."""
+
+        def evaluate() -> Any:
+            self._swap_out()
+            loss = closure()
+            self._swap_in()
+            return loss
+
+        return evaluate
+
+    def _swap_in(self) -> None:
+        """Put the shadow groups, with the numbers of this step, into the optimizer's list of groups."""
+        groups = self.optimizer.param_groups
+        current = dict(enumerate(self._splits))
+        # groups are added, and load_state_dict replaces them
+        self._splits = [
+            current[index] if index in current and current[index].is_of(group) else self._split(index)
+            for index, group in enumerate(groups)
+        ]
+        shadows = [shadow for split in self._splits for shadow in self._filled(split)]
+        self._users = [*groups]
+        groups[:] = shadows
+
+    def _swap_out(self) -> None:
+        """Put the user's groups back, if they are not there."""
+        if self._users is None:
+            return
+        self.optimizer.param_groups[:] = self._users
+        self._users = None
+        for split in self._splits:
+            split.give_back()
+
+    def _before_saving(self) -> None:
+        """Let a state_dict have the user's groups, also in the middle of an update."""
+        self._aside = None if self._users is None else [*self.optimizer.param_groups]
+        self._swap_out()
+
+    def _after_saving(self, state: dict[str, Any]) -> None:
+        """Add what shadows have of their own, and let the update that was interrupted go on with them as they were."""
+        self._save_own(state["param_groups"])
+        if self._aside is not None:
+            self._users = [*self.optimizer.param_groups]
+            self.optimizer.param_groups[:] = self._aside
+
+    def _split(self, index: int) -> Split:
+        """Divide a group of the user's into shadows, one for each distinct set of factors."""
+        check_attached(self._module)  # a group changes when parts of the module are exchanged
+        group = self.optimizer.param_groups[index]
+        rule = update_rules(self.optimizer, self._family)[index]
+        family = rule.family_of(group)
+        scales = self._plan.scales(family)
+        state = residual_state(self._module)
+        folded = frozenset[str]() if state is None else state.folded
+        names = plan_names(self._module, self._plan)
+        members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name not in scales:
+                raise ValueError(_foreign(index, parameter, name))
+            scale = scales[name].folded(family) if name in folded else scales[name]
+            factors = rule.factors(group, name, self._plan, scale)
+            members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
+        shadows = [Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
+        # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
+        shadows.sort(key=Shadow.lr_factor, reverse=True)
+        split = Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+        split.load_own(group.pop(_OWN, []))
+        return split
+
+    def _save_own(self, groups: list[Group]) -> None:
+        """Keep in groups what their shadows have of their own, so that a resumed run goes on with it."""
+        for split, user, group in zip(self._splits, self.optimizer.param_groups, groups, strict=False):
+            own = split.own() if split.is_of(user) else []
+            if any(own):
+                group[_OWN] = own
+
+    def _filled(self, split: Split) -> list[Group]:
+        """Groups that take the place of one of the user's in this step."""
+        if split.is_plain:
+            return [split.user]
+        for shadow in split.shadows:
+            shadow.fill(split.user)
+            if split.rule.at_step is not None:
+                split.rule.at_step(split.user, shadow.group, shadow.factors, self._step_number(shadow))
+            shadow.given = {**shadow.group}
+        return [shadow.group for shadow in split.shadows]
+
+    def _step_number(self, shadow: Shadow) -> int:
+        """Number of the step that begins, from 1, for the parameters of a shadow group."""
+        states = (self.optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
+        return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
+
+
+def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
+    """Names of a module's parameters by identity, as its plan has them.
+
+    Args:
+        module: plain, or with wrappers, such as those of FSDP1 and of activation checkpointing, or pruned since it was
+            planned, which makes ``weight_orig`` of ``weight``.
+        plan: of the module.
+
+    >>> from torch.nn.utils import prune
+    >>> from mlu_lightning.models import ResNet
+    >>> module = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
+    >>> plan = Plan.from_model(module)
+    >>> embed = prune.identity(module.embed, "weight")
+    >>> plan_names(module, plan)[id(embed.weight_orig)]
+    'embed.weight'
+    """
+    return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
+
+
+_MARK = "_mlu_scaled_by"
+_OWN = "mlu_own"
+_FSDP = "_fsdp_wrapped_module."
+_PRUNED = "_orig"
+
+
+def _for_all(family: Family | None) -> Family | None:
+    """Make one of a list of families that do not differ: groups that are added later have it, too."""
+    if family is None or isinstance(family, str):
+        return family
+    return family[0] if family and all(each == family[0] for each in family) else family
+
+
+def _planned(name: str, module: nn.Module, plan: Plan) -> str:
+    """Name that the plan has for a parameter of the module."""
+    planned = planned_name(name)
+    owner, _, own = name.rpartition(".")
+    if planned in plan.parameters or not own.endswith(_PRUNED):
+        return planned
+    # others, such as spectral_norm, rename it in the same way, but not without another function of the module
+    buffers = dict(module.get_submodule(owner).named_buffers(recurse=False))
+    return planned.removesuffix(_PRUNED) if f"{own.removesuffix(_PRUNED)}_mask" in buffers else planned
+
+
+def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    """Find the optimizer that does the update inside a wrapper of it."""
+    if isinstance(optimizer, LightningOptimizer):
+        return optimizer.optimizer
+    sharding = sys.modules.get("torch.distributed.optim")  # not imported here: it is slow, and whoever uses it has
+    if sharding is not None and isinstance(optimizer, sharding.ZeroRedundancyOptimizer):
+        inner = getattr(optimizer, "optim", None)
+        if not isinstance(inner, Optimizer):
+            raise ValueError(
+                "A ZeroRedundancyOptimizer with overlap_with_ddp=True makes its optimizer during the first "
+                "iterations, so it cannot be scaled. Leave overlap_with_ddp at False."
+            )
+        return inner
+    return optimizer
+
+
+def _check_multipliers(module: nn.Module, plan: Plan) -> None:
+    """Refuse a module that the plan's multipliers are not in: the factors are for the run with them."""
+    state = residual_state(module)
+    if state is None:
+        if all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers):
+            return
+        raise ValueError(
+            "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
+            "be wrong. Call attach_multipliers(module, plan) or fold(module, plan) before scale_optimizer."
+        )
+    if state.fingerprint != fingerprint(plan):
+        raise ValueError(
+            "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
+            "to both."
+        )
+
+
+def _foreign(index: int, parameter: Tensor, name: str | None) -> str:
+    """Say that the plan does not know a parameter of the optimizer."""
+    what = f"A parameter of shape {list(parameter.shape)}" if name is None else f"The parameter {name}"
+    return (
+        f"{what} in group {index} of the optimizer is not a parameter of the module that the plan was made for. Make "
+        "the optimizer from the module's own parameters; one that updates float32 copies of them has to keep these in its "
+        "state, not in its groups. Where a strategy replaces them by flattened ones, their "
+        "learning rates cannot be told apart: use FSDP with use_orig_params=True, or ModelParallelStrategy (FSDP2), "
+        "instead of FSDP with use_orig_params=False or DeepSpeed ZeRO."
+    )

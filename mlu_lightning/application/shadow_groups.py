@@ -1,0 +1,124 @@
+"""Parameter groups that an optimizer sees in the place of the user's, and what goes over from one to the other.
+
+A *shadow* of a group has some of its parameters, and its numbers times the plan's factors of these. What the user or a
+scheduler changes in the group is taken over at the beginning of an update; what the optimizer changes in a shadow is handed
+to the group at its end, and a shadow goes on with its own value until the user changes that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mlu_lightning.application.optimizer_rules import Factor, Group, UpdateRule, divided, multiplied
+
+__all__ = ["Shadow", "Split"]
+
+
+@dataclass
+class Shadow:
+    """What the optimizer sees of one of the user's groups.
+
+    Args:
+        group: a parameter group, kept between steps.
+        factors: by what its numbers are multiplied.
+        seen: the user's other values when they were last taken over.
+        given: the group's values at the beginning of the update.
+    """
+
+    group: Group
+    factors: dict[str, Factor]
+    seen: Group = field(default_factory=dict)
+    given: Group = field(default_factory=dict)
+
+    def lr_factor(self) -> float:
+        """Factor of the learning rate."""
+        factor = self.factors.get("lr", 1.0)
+        assert isinstance(factor, float)
+        return factor
+
+    def fill(self, user: Group) -> None:
+        """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
+        for key, value in user.items():
+            if key in _MEMBERS:
+                continue
+            if key in self.factors or key in _NUMBERS:
+                self.group[key] = multiplied(value, self.factors.get(key, 1.0))
+            elif self.seen.get(key, _UNSEEN) is not value:
+                self.group[key] = self.seen[key] = value
+
+
+@dataclass(frozen=True)
+class Split:
+    """One of the user's groups and its shadows.
+
+    Args:
+        user: the group.
+        members: ids of its parameters.
+        shadows: what the optimizer sees instead.
+        rule: how the optimizer uses the group's numbers.
+    """
+
+    user: Group
+    members: list[int]
+    shadows: list[Shadow]
+    rule: UpdateRule
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all factors are 1, so that the user's group serves itself."""
+        return not any(shadow.factors for shadow in self.shadows)
+
+    def is_of(self, group: Group) -> bool:
+        """Whether this is the split of the group, with the parameters that it has now."""
+        return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
+
+    def own(self) -> list[dict[str, tuple[Any, Any]]]:
+        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers.
+
+        What the user, or a scheduler, has changed since is taken over in the next step, and so is nothing of a shadow's own.
+        """
+        return [
+            {
+                key: (self.user[key], value)
+                for key, value in shadow.group.items()
+                if key in shadow.seen.keys() - shadow.factors.keys() - {*_NUMBERS}
+                and self.user.get(key, _UNSEEN) is shadow.seen[key]
+                and _differ(value, shadow.seen[key])
+            }
+            for shadow in self.shadows
+        ]
+
+    def load_own(self, own: list[dict[str, tuple[Any, Any]]]) -> None:
+        """Let shadows go on with values of :meth:`own`, unless it had others or the user's have changed since."""
+        changed = any(_differ(self.user.get(key), user) for values in own for key, (user, _) in values.items())
+        if changed or len(own) != len(self.shadows):
+            return
+        for shadow, values in zip(self.shadows, own, strict=True):
+            for key, (_, value) in values.items():
+                shadow.seen[key] = self.user[key]
+                shadow.group[key] = value
+
+    def give_back(self) -> None:
+        """Hand what the optimizer has changed in the shadows to the user's group."""
+        changed: Group = {}
+        for shadow in self.shadows:
+            for key, value in shadow.group.items():
+                if key not in changed and value is not shadow.given.get(key, _UNSEEN) and key not in _MEMBERS:
+                    changed[key] = divided(value, shadow.factors.get(key, 1.0))
+        self.user.update(changed)
+        for shadow in self.shadows:
+            # every shadow goes on with its own value until the user changes it
+            shadow.seen.update(changed)
+
+
+_MEMBERS = ("params", "param_names")
+_NUMBERS = ("lr", "eps", "weight_decay")
+_UNSEEN = object()
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values of a group differ, which may be tensors."""
+    return bool(torch.as_tensor(one != other).any())

@@ -1,0 +1,372 @@
+"""The callback that logs how far a run is from reference runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from mlu_lightning.callbacks.infinite_limit import Limit, LimitRun
+from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
+from mlu_lightning.callbacks.probe_batches import Layout, Probe
+from mlu_lightning.observation.comparison import MetricName, check_coupled, compare, validated_metrics
+from mlu_lightning.observation.probe import Observation
+from mlu_lightning.observation.reference import Reference
+
+__all__ = ["EmbeddingDistance"]
+
+
+class EmbeddingDistance(Callback):
+    """Log the distance of a run, in embedding space, from runs that :class:`ReferenceRecorder` recorded.
+
+    At the steps of the reference, its probe is passed through the module in evaluation mode, and what the residual stream
+    and the outputs are is compared with the recording (theory.md, section 4). Runs of all shapes in the MLU
+    parameterization follow one limit, so the distance falls as both grow. The training is, bit for bit, the training
+    without the callback.
+
+    Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
+    steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them as they can what
+    ``self.log`` was given. With references in a list or dict the name of the reference is added, as in
+    ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can
+    be expected to be nearer. Values that are not finite in the run make the distance NaN, and the run goes on.
+
+    With ``reference="limit"`` the run is compared with what it tends to as L, M and D grow: the infinite model, which is
+    trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). No other run and no
+    coupling is needed, but gradient descent and a model whose limit is known.
+
+    Args:
+        reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
+            W&B artifact; a list of these, whose names are the last parts without extension; a dict of them by name; or
+            ``"limit"``, the infinite model, or a :class:`Limit`, which says how finely that is computed.
+        metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
+            of h - W a for the limit, which needs no coupling),
+            ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
+            :mod:`mlu_lightning.observation.distances`.
+
+    Raises:
+        ValueError: if an argument is not of these.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> from mlu_lightning.callbacks import ReferenceRecorder
+        >>> from mlu_lightning.models import ResNet
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> def fit(embedding, callback):
+        ...     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[callback],
+        ...         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        ...     trainer.fit(ResNet(depth=4, hidden=16, embedding=embedding, inputs=3, outputs=2), data)
+        ...     return trainer.callback_metrics
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = fit(32, ReferenceRecorder(f"{folder}/large.safetensors", depths=[0, 1]))
+        ...     logged = fit(8, EmbeddingDistance(f"{folder}/large.safetensors", metrics=["gram", "output"]))
+        >>> sorted(name for name in logged if "distance" in name)
+        ['mlu/distance/gram/s=0', 'mlu/distance/gram/s=1', 'mlu/distance/output']
+    """
+
+    def __init__(
+        self,
+        reference: str | Path | list[str] | dict[str, str] | Limit,
+        metrics: Sequence[MetricName] = ("rms", "gram", "cka", "procrustes", "output"),
+    ) -> None:
+        super().__init__()
+        self._limit = Limit() if reference == "limit" else reference if isinstance(reference, Limit) else None
+        if isinstance(reference, Limit):
+            self._sources = {"limit": "limit"}
+        elif isinstance(reference, Mapping):
+            self._sources = {name: str(source) for name, source in reference.items()}
+        else:
+            sources = [str(reference)] if isinstance(reference, (str, Path)) else [str(source) for source in reference]
+            self._sources = {_name(source): source for source in sources}
+            if len(self._sources) < len(sources):
+                raise ValueError(
+                    f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
+                )
+        if not self._sources or "floor" in self._sources:
+            raise ValueError(
+                f'reference={reference!r} should be one or more references, none of them by the name "floor", which is '
+                "that of their distance from each other."
+            )
+        named = isinstance(reference, Mapping) or len(self._sources) > 1
+        self._suffixes = {name: f"/{name}" if named else "" for name in self._sources}
+        self._metrics = validated_metrics(metrics)
+        self._references: dict[str, Reference] = {}
+        self._probe: Probe | None = None
+        self._limit_run: LimitRun | None = None
+        self._limit_state: dict[str, Any] | None = None
+        self._coupled = False
+        self._due: frozenset[int] = frozenset()
+        self._last = -1
+        self._values: dict[str, float] = {}
+
+    @property
+    def state_key(self) -> str:
+        """One callback for each choice of references can be in a Trainer."""
+        return self._generate_state_key(references=self._sources)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was logged last and when, whether embeddings were found to be coupled at step 0, and the infinite model."""
+        limit = self._limit_state if self._limit_run is None else self._limit_run.state_dict()
+        return {"coupled": self._coupled, "last": self._last, "values": self._values, "limit": limit}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run that is resumed was."""
+        self._coupled, self._last, self._values = state_dict["coupled"], state_dict["last"], state_dict["values"]
+        self._limit_state = state_dict["limit"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run of another Trainer; a checkpoint, if there is one, is read after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._coupled, self._last, self._values, self._limit_state = False, -1, {}, None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if a file is not a readable reference, references have different probes, the module cannot take
+                the probe, shapes do not fit, embeddings are not coupled although ``"rms"`` needs them to be, or no step
+                of a reference is still to come; if the run has no limit that it can be compared with; or if another
+            callback logs under the same names.
+        """
+        self._check_names(trainer)
+        step = trainer.global_step
+        show_values(trainer, self._values)
+        if self._limit is not None:
+            self._limit_run = LimitRun(self._limit, trainer, pl_module, self._limit_state)
+            self._limit_state = None
+            self._compare_with_limit(trainer, pl_module)
+            return
+        self._references = {
+            name: Reference.load(fetch_reference(trainer, source)) for name, source in self._sources.items()
+        }
+        references = list(self._references.values())
+        self._due = frozenset(number for reference in references for number in reference.steps)
+        _check_one_probe(references)
+        if self._last < 0:
+            _check_steps(trainer, pl_module, references)
+        layout = Layout.of(trainer, pl_module)
+        for reference in references:
+            _check_layout(layout, reference)
+        header = references[0].header
+        self._probe = Probe.of(
+            trainer,
+            pl_module,
+            references[0].probe,
+            header.runs,
+            layout,
+            sorted({depth for reference in references for depth in reference.header.depths}),
+            max(rows for rows, _ in header.locations.values()),
+        )
+        with self._probe.first_pass(pl_module, _OTHER_DATA):
+            observation = self._probe.observe(trainer, pl_module)
+            count = self._probe.count_positions(trainer, pl_module)
+        for reference in references:
+            _check_count(count, reference.header.count, reference)
+            _check_shapes(observation, reference, self._metrics)
+        if "rms" in self._metrics and not self._coupled:
+            for reference in references:
+                _check_coupled(observation, reference, step)
+            self._coupled = True
+        if step in self._due and step > self._last:
+            self._compare(trainer, observation)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Train the infinite model on the batch."""
+        if self._limit_run is not None:
+            self._limit_run.learn(trainer, batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Update the infinite model at the learning rate of the run."""
+        if self._limit_run is not None:
+            self._limit_run.step(trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the distance, if a reference was recorded at this step, or the limit is looked at."""
+        step = trainer.global_step
+        self._compare_with_limit(trainer, pl_module)
+        if step in self._due and step > self._last and self._probe is not None:
+            self._compare(trainer, self._probe.observe(trainer, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the distance from the limit after the last step."""
+        if self._limit_run is not None and self._limit_run.ends_due:
+            self._compare_with_limit(trainer, pl_module, due=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the probe and of the references; the infinite model stays, for a checkpoint or another fit."""
+        if self._limit_run is not None:
+            self._limit_state = self._limit_run.state_dict()
+        self._probe = self._limit_run = None
+        self._references = {}
+
+    def _check_names(self, trainer: Trainer) -> None:
+        """Refuse callbacks of which one would write over what the other logs."""
+
+        def names(callback: EmbeddingDistance) -> set[str]:
+            suffixes = {*callback._suffixes.values()}
+            if len(suffixes) > 1 or callback._limit is not None:
+                suffixes.add("/floor")
+            return {metric + suffix for metric in callback._metrics for suffix in suffixes}
+
+        callbacks = [one for one in vars(trainer)["callbacks"] if isinstance(one, EmbeddingDistance)]
+        for one, other in combinations(callbacks, 2):
+            if names(one) & names(other):
+                of, and_of = (", ".join(callback._sources) for callback in (one, other))
+                raise ValueError(
+                    f"Two EmbeddingDistance callbacks, of {of} and of {and_of}, would log distances "
+                    "under the same names. Give them different metrics, or the references as a dict by name, "
+                    'such as EmbeddingDistance({"large": "large.safetensors"}), whose names become part of those of the '
+                    "values."
+                )
+
+    def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
+        """Log the distance from the limit at the present step, unless it was, if it is due."""
+        step, run = trainer.global_step, self._limit_run
+        if run is not None and step > self._last and (due or run.is_due(step)):
+            values = run.distances(trainer, module, self._metrics)
+            self._log(trainer, {f"mlu/distance/{name}": value for name, value in values.items()})
+
+    def _compare(self, trainer: Trainer, observation: Observation) -> None:
+        """Log the distance of an observation at the present step from every reference that has it."""
+        step = trainer.global_step
+        recorded = {
+            name: reference.read(step) for name, reference in self._references.items() if step in reference.steps
+        }
+        values: dict[str, float] = {}
+        for name, reference in recorded.items():
+            found = compare(observation, reference, self._metrics)
+            values.update({f"mlu/distance/{key}{self._suffixes[name]}": value for key, value in found.items()})
+        # the smaller one first, because "rms" is of its coordinates
+        pairs = combinations(sorted(recorded.values(), key=_width), 2)
+        between = [compare(one, other, self._metrics) for one, other in pairs]
+        for key in dict.fromkeys(key for found in between for key in found):
+            values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
+        self._log(trainer, values)
+
+    def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Log values at the present step."""
+        self._last = trainer.global_step
+        self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
+        log_values(trainer, values, self._last)
+
+
+def _name(source: str) -> str:
+    """The last part of a path or of an artifact's name; ":" has a meaning in templates of file names."""
+    return Path(source).name.removesuffix(".safetensors").replace(":", "-")
+
+
+def _width(observation: Observation) -> int:
+    """Dimension of the streams."""
+    return max((values.shape[1] for name, values in observation.items() if not name.startswith("output")), default=0)
+
+
+_OTHER_DATA = (
+    "A run can be compared with a reference of the same data: the same form of batches, sizes of inputs, vocabulary and "
+    "outputs. Record a reference with this run's data."
+)
+
+
+def _check_one_probe(references: Sequence[Reference]) -> None:
+    first = references[0]
+    for other in references[1:]:
+        if other.probe_hash != first.probe_hash or other.header.runs != first.header.runs:
+            raise ValueError(
+                f"{first.path} and {other.path} were recorded with different probes, so a run cannot be compared with "
+                f"both. Record one of them again with ReferenceRecorder(probe={str(first.path)!r}), or use one callback "
+                "for each."
+            )
+
+
+def _check_steps(trainer: Trainer, module: LightningModule, references: Sequence[Reference]) -> None:
+    """Refuse a run that will never be at a step of a reference."""
+    now = trainer.global_step
+    last = trainer.estimated_stepping_batches if module.automatic_optimization else math.inf
+    last = math.inf if last < 0 else last  # of data whose length is not known
+    for reference in references:
+        if not any(now <= step <= last for step in reference.steps):
+            raise ValueError(
+                f"{reference.path} was recorded at the steps {_few(reference.steps)}, and this run goes from {now} to "
+                f"{last}, so there is no step at which they can be compared. Train longer, or record the reference at "
+                "steps of this run."
+            )
+
+
+def _check_layout(layout: Layout, reference: Reference) -> None:
+    """Refuse a module with other streams or data than the reference's."""
+    header = reference.header
+    if len(layout.depth) != len(header.depth):
+        raise ValueError(
+            f"The module has {len(layout.depth)} residual streams, and that of {reference.path} {len(header.depth)}: they "
+            "are of different architecture. Record a reference of this architecture."
+        )
+    for name, sizes in layout.data_sizes.items():
+        if header.data_sizes.get(name, sizes) != sizes:
+            raise ValueError(
+                f"{name} has {_few(sizes)} entries beside the embedding dimension in this module, and "
+                f"{_few(header.data_sizes[name])} in that of {reference.path}: they are made for different data, such as "
+                "another tokenizer or other classes. Record a reference with this run's data."
+            )
+
+
+def _check_count(count: int, recorded: int | None, reference: Reference) -> None:
+    """Refuse a module that divides its data otherwise, so that its positions are not those of the reference."""
+    if recorded is not None and count != recorded:
+        raise ValueError(
+            f"This module makes {count} positions of the probe, and that of {reference.path} made {recorded}: they divide "
+            "their data otherwise. Record a reference of this architecture."
+        )
+
+
+def _check_shapes(observation: Observation, reference: Reference, metrics: Sequence[MetricName]) -> None:
+    """Refuse what the metrics cannot compare."""
+    header = reference.header
+    streams = [name for name in observation if name in header.locations and not name.startswith("output")]
+    outputs = [name for name in observation if name in header.locations and name.startswith("output")]
+    for metric in metrics:
+        if not (outputs if metric == "output" else streams):
+            raise ValueError(
+                f'"{metric}" cannot be measured: {reference.path} and this module have no '
+                f"{'output' if metric == 'output' else 'depth of a stream'} in common that can be read. Leave it out of "
+                "metrics."
+            )
+    for name in streams + outputs:
+        rows, dimension = header.locations[name]
+        _check_count(observation[name].shape[0], rows, reference)
+        if name in outputs and "output" in metrics and observation[name].shape[1] != dimension:
+            raise ValueError(
+                f"This module has {observation[name].shape[1]} outputs, and that of {reference.path} {dimension}: they "
+                'are made for different data. Record a reference with this run\'s data, or leave "output" out of metrics.'
+            )
+        if name in streams and "rms" in metrics and observation[name].shape[1] > dimension:
+            raise ValueError(
+                f"The stream at {name} has {observation[name].shape[1]} coordinates in this run and {dimension} in "
+                f'{reference.path}, and "rms" compares with the first coordinates of a larger reference. Record a reference '
+                'of at least this embedding dimension, or leave "rms" out of metrics: "gram", "cka", "procrustes" and '
+                '"output" compare any dimensions.'
+            )
+
+
+def _check_coupled(observation: Observation, reference: Reference, step: int) -> None:
+    if step > 0 or 0 not in reference.steps:
+        at = f"{reference.path} has no recording at step 0" if step == 0 else f"this run goes on from step {step}"
+        raise ValueError(
+            f'"rms" needs coupled embeddings, and these are seen at step 0, but {at}. Leave "rms" out of metrics ("gram", '
+            '"cka", "procrustes" and "output" need no coupling), or begin both runs at step 0 with EmbeddingDistance and '
+            "ReferenceRecorder."
+        )
+    check_coupled(observation, reference.read(0))
+
+
+def _few(numbers: Sequence[int]) -> str:
+    """Numbers as text, without most of them if they are many."""
+    shown = [str(number) for number in numbers]
+    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])

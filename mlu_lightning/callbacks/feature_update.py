@@ -1,0 +1,152 @@
+"""The callback that logs how far the features of a run have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from mlu_lightning.callbacks.loggers import log_values, show_values
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, given_probe, on_rank_zero, smallest_probe
+from mlu_lightning.observation.batches import decode_batch, encode_batch
+from mlu_lightning.observation.feature_updates import feature_updates
+from mlu_lightning.observation.probe import Observation, locate_features
+from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
+from mlu_lightning.utilities.lightning_steps import StepName
+
+__all__ = ["FeatureUpdate"]
+
+
+class FeatureUpdate(Callback):
+    """Log how far pre-activations of every branch, the residual stream and the outputs have moved since the first step.
+
+    At chosen steps a probe batch is passed through the module in evaluation mode. Logged are root mean squares of the
+    change, of up to 32 rows and 256 units of each branch: ``mlu/update/mlp/<branch>``, ``mlu/update/convolution/<branch>``
+    (what enters the nonlinearity) and ``mlu/update/attention/<branch>`` (logits), each kind also for all its branches,
+    ``mlu/update/mlp``; ``mlu/update/stream/s=0.5`` and ``mlu/update/output``. In the MLU parameterization they are Θ(1) at
+    every shape (theory.md, section 1): the same curves for a small and a large run. The training is, bit for bit, the
+    training without the callback; with a :class:`MLUCallback` in the Trainer, its plan tells what to read. Experts, whose
+    tokens change places, are left out. Of gated perceptrons it is the half that enters the nonlinearity. A resumed run
+    goes on with the probe of its first step.
+
+    Args:
+        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+            safetensors file with one, or of a reference, whose probe is taken. By default the first samples of the
+            validation data, or of the training data if there is no validation.
+        steps: optimizer steps after which to look: ``"log"`` for 1, 2, 4, 8, 16, ... and the last one, a number n for
+            every n, or a list.
+        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: rows of the stream and of outputs (samples, times tokens or pixels) to keep.
+
+    Raises:
+        ValueError: if an argument is not of these.
+
+    Example:
+        >>> import torch
+        >>> from mlu_lightning.models import ResNet
+        >>> model = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        ...     enable_progress_bar=False, enable_model_summary=False, callbacks=[FeatureUpdate()])
+        >>> trainer.fit(model, data)
+        >>> [name for name in trainer.logged_metrics if name.startswith("mlu/update/mlp")]
+        ['mlu/update/mlp/blocks.0', 'mlu/update/mlp/blocks.1', 'mlu/update/mlp']
+    """
+
+    def __init__(
+        self,
+        probe: Any = None,
+        steps: Steps = "log",
+        depths: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
+        positions: int = 128,
+    ) -> None:
+        super().__init__()
+        if isinstance(depths, (int, float)) or not all(0 <= depth <= 1 for depth in depths):
+            raise ValueError(
+                f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
+            )
+        if positions < 1:
+            raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
+        self._given = probe
+        self._steps = validated_steps(steps)
+        self._depths = tuple(sorted({float(depth) for depth in depths}))
+        self._positions = positions
+        self._probe: Probe | None = None
+        self._batch: tuple[Any, dict[str, Tensor], StepName] | None = None
+        self._start: Observation = {}
+        self._last = -1
+        self._values: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The probe, what was observed at the first step and logged last: a resumed run is as the uninterrupted one."""
+        return {"probe": self._batch, "start": self._start, "last": self._last, "values": self._values}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run that is resumed was."""
+        self._batch, self._start, self._last = state_dict["probe"], state_dict["start"], state_dict["last"]
+        self._values = state_dict["values"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the run of another Trainer; a checkpoint, if there is one, is read after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._batch, self._start, self._last, self._values = None, {}, -1, {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the probe, and keep what is seen if it is the first step.
+
+        Raises:
+            ValueError: if the module has no stream that can be read, or if it cannot take the probe.
+        """
+        show_values(trainer, self._values)
+        batch, step = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
+        layout = Layout.of(trainer, pl_module)
+        features = locate_features(layout.features, layout.branches)
+
+        def probe_of(batch: Any) -> Probe:
+            return Probe.of(trainer, pl_module, batch, step, layout, self._depths, self._positions, features)
+
+        with probe_of(batch).first_pass(pl_module, f"Give FeatureUpdate(probe=...) a batch as {step} takes it."):
+            self._probe, batch, _ = smallest_probe(trainer, pl_module, probe_of, batch)
+            observed = self._probe.observe(trainer, pl_module)
+        self._batch = (*encode_batch(batch), step)
+        if trainer.global_step == 0:
+            self._start, self._last = observed, 0
+        elif not self._start:
+            rank_zero_warn(
+                f"The run goes on from step {trainer.global_step}, and its checkpoint has no FeatureUpdate: what is logged "
+                "is how far features have moved since this step."
+            )
+            self._start, self._last = observed, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log how far features have moved, if the step is due."""
+        if trainer.global_step > self._last and is_due(self._steps, trainer.global_step):
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how far they have moved after the last step."""
+        if self._steps == "log" and trainer.global_step > self._last:
+            self._look(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the probe."""
+        self._probe = None
+
+    def _find_probe(self, trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
+        """The probe, which is that of the first step in a run that is resumed, and the step that takes it."""
+        if trainer.global_step == 0 or self._batch is None:
+            return given_probe(trainer, module, self._given, self._positions)
+        structure, tensors, step = self._batch
+        return decode_batch(structure, tensors), step
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._probe is not None:
+            self._last = trainer.global_step
+            updates = feature_updates(self._start, self._probe.observe(trainer, module))
+            self._values = {f"mlu/update/{name}": value for name, value in updates.items()}
+            log_values(trainer, self._values, self._last)

@@ -1,0 +1,271 @@
+"""Infinite models that are trained beside a run, on its own batches, so that its distance from the limit can be logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+from torch.utils._pytree import tree_map
+
+from mlu_lightning.callbacks.example import find_probe
+from mlu_lightning.callbacks.mlu_callback import MLUCallback
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, on_rank_zero
+from mlu_lightning.limit.infinite_model import (
+    HYPERPARAMETERS,
+    InfiniteModel,
+    check_gradient_descent,
+    check_initialization,
+    embedding_weights,
+    infinite_model,
+)
+from mlu_lightning.limit.unit_sampling import Sampling, check_sampling
+from mlu_lightning.observation.batches import decode_batch, encode_batch
+from mlu_lightning.observation.comparison import MetricName, compare
+from mlu_lightning.observation.probe import Observation, first_samples, locate, observe
+from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.utilities.lightning_steps import StepName, call_step, mute
+
+__all__ = ["Limit", "LimitRun"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The infinite model as a reference: how finely it is computed, and where a run is compared with it.
+
+    For gradient descent only; the models and conditions are those of :func:`mlu_lightning.limit.infinite_model`. It is
+    trained beside the run, on the same batches. Its noise is 1/sqrt(depth · units) and its bias O(1/depth) (theory.md,
+    section 5), and it costs depth · units · r, where a run costs L · M · D.
+
+    Args:
+        depth: residual additions, the Euler steps of the limit.
+        units: hidden units of a perceptron branch. By default 1024, and for a linear activation those with which
+            expectations are exact.
+        heads: of an attention branch, by default units / (4 · head_dim).
+        sampling: of units, ``"orthogonal"`` or ``"independent"``; see :func:`mlu_lightning.limit.unit_sampling.draw_units`.
+        seeds: number of limits that are trained, each with other units. The distance of the others from the first is
+            logged as ``.../floor``: the error bar of the limit.
+        steps: optimizer steps after which to compare: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+            for every n, or a list.
+        depths: relative depths s of the stream.
+        positions: rows to keep of the probe, the first samples of the validation (or else the training) data.
+
+    Raises:
+        ValueError: if an argument is not of these.
+
+    Example:
+        >>> Limit(depth=64, units=512).seeds
+        2
+    """
+
+    depth: int = 128
+    units: int | None = None
+    heads: int | None = None
+    sampling: Sampling = "orthogonal"
+    seeds: int = 2
+    steps: Steps = "log"
+    depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)
+    positions: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "units", "heads", "seeds", "positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} of a Limit should be 1 or more.")
+        check_sampling(self.sampling, *(size for size in (self.units, self.heads) if size is not None))
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths={self.depths!r} of a Limit should be relative depths between 0 and 1.")
+        validated_steps(self.steps)
+
+
+class LimitRun:
+    """Infinite models of one run, and the probe that it is compared with them on.
+
+    Args:
+        settings: how they are computed.
+        trainer: which is fitting the module.
+        module: the trainer's, before its first step, or at the step of ``state``.
+        state: of an earlier run that is resumed, from ``state_dict``.
+
+    Raises:
+        ValueError: if theory has no limit for the run, or it begins neither at step 0 nor with a state.
+    """
+
+    def __init__(
+        self, settings: Limit, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None = None
+    ) -> None:
+        layout = Layout.of(trainer, module)
+        plan = _checked_plan(trainer, module, layout)
+        if trainer.global_step > 0 and state is None:
+            raise ValueError(
+                f"This run goes on from step {trainer.global_step}, and the infinite model has to be trained from step 0. "
+                "Resume from a checkpoint of a run with the same EmbeddingDistance, or begin at step 0."
+            )
+        check_gradient_descent(trainer.optimizers)
+        if state is None:
+            if not any(one.initialized for one in vars(trainer)["callbacks"] if isinstance(one, MLUCallback)):
+                raise ValueError(
+                    "The infinite model starts from initial weights, and MLUCallback did not initialize this module in this "
+                    "fit: it has init=None, or the module was trained before. Build the module anew, and let MLUCallback "
+                    'initialize it with init="rescale", "normal" or "coupled".'
+                )
+            check_initialization(module, plan)
+        self._settings = settings
+        self._models: list[InfiniteModel] = []
+        self._optimizers: list[SGD] = []
+        for seed in range(settings.seeds):
+            model = infinite_model(
+                module, plan, settings.depth, settings.units, settings.heads, settings.sampling, seed
+            )
+            mute(model.module, [], lambda: [], lambda: [])
+            self._models.append(model)
+            self._optimizers.append(model.optimizer(lr=0.0))
+        self._weights = embedding_weights(module, plan)
+        if state is not None:
+            self._restore(state)
+        batch, step = on_rank_zero(trainer, lambda: _find_probe(trainer, module, settings.positions))
+        self._probe = Probe.of(trainer, module, batch, step, layout, settings.depths, settings.positions)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the run is compared after a number of optimizer steps.
+
+        Args:
+            step: optimizer steps made so far.
+        """
+        return is_due(self._settings.steps, step)
+
+    @property
+    def ends_due(self) -> bool:
+        """Whether the run is compared after its last step, whatever its number is."""
+        return self._settings.steps == "log"
+
+    def learn(self, trainer: Trainer, batch: Any) -> None:
+        """Add the gradient of a batch of the run.
+
+        Args:
+            trainer: which is fitting the module.
+            batch: as ``training_step`` is about to be given it.
+        """
+        for model in self._models:
+            loss = call_step(model.module, "training_step", _converted(batch, model))
+            (loss / trainer.accumulate_grad_batches).backward()
+
+    def step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Update as the run is about to be updated.
+
+        Args:
+            trainer: which is fitting the module.
+            optimizer: of the module, with its present learning rate.
+
+        Raises:
+            ValueError: if its groups have different hyperparameters by now.
+        """
+        check_gradient_descent([optimizer])  # a schedule may have given groups other learning rates meanwhile
+        group = optimizer.param_groups[0]
+        for own in self._optimizers:
+            for parameters in own.param_groups:
+                parameters.update({name: group[name] for name in HYPERPARAMETERS})
+                if trainer.world_size > 1:
+                    for parameter in parameters["params"]:
+                        parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
+            own.step()
+            own.zero_grad()
+
+    def distances(self, trainer: Trainer, module: LightningModule, metrics: Sequence[MetricName]) -> dict[str, float]:
+        """Distances of the run from the limit, and of limits with other units from it, by name.
+
+        Args:
+            trainer: which is fitting the module.
+            module: the trainer's.
+            metrics: as in :func:`mlu_lightning.observation.comparison.compare`.
+        """
+        limits = [self._observe(model) for model in self._models]
+        observation = self._probe.observe(trainer, module)
+        others: list[MetricName] = [metric for metric in metrics if metric != "rms"]
+        values = compare(observation, limits[0], others)
+        if "rms" in metrics:
+            streams = {
+                name: self._models[0].in_coordinates_of(self._weights, limit)
+                for name, limit in limits[0].items()
+                if not name.startswith("output")
+            }
+            values |= compare(observation, streams, ["rms"])
+        floors = [compare(other, limits[0], metrics) for other in limits[1:]]
+        if floors:
+            values |= {f"{name}/floor": fmean(floor[name] for floor in floors) for name in values}
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights of the limits, states of their optimizers, and the W that the run began with."""
+        return {
+            "weights": self._weights,
+            "models": [model.module.state_dict() for model in self._models],
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if len(state["models"]) != len(self._models):
+            raise ValueError(
+                f"The checkpoint is of a run that was compared with {len(state['models'])} limits, and Limit has "
+                f"seeds={len(self._models)}. Give Limit(seeds={len(state['models'])})."
+            )
+        self._weights = state["weights"]
+        for model, optimizer, own, its in zip(
+            self._models, self._optimizers, state["models"], state["optimizers"], strict=True
+        ):
+            try:
+                model.module.load_state_dict(own)
+            except RuntimeError as error:
+                raise ValueError(
+                    "The checkpoint is of a run that was compared with a limit of other sizes. Give Limit the depth, units "
+                    f"and heads of that run: {error}"
+                ) from error
+            optimizer.load_state_dict(its)
+
+    def _observe(self, model: InfiniteModel) -> Observation:
+        streams = [stream.depth for stream in model.plan.streams]
+        locations = locate(model.plan.taps, streams, self._settings.depths)
+        batch = _converted(self._probe.batch, model)
+        return observe(model.module, batch, locations, self._probe.step, self._settings.positions)
+
+
+def _checked_plan(trainer: Trainer, module: LightningModule, layout: Layout) -> Plan:
+    """Plan in effect on a module that can have a limit in this Trainer."""
+    if layout.plan is None:
+        raise ValueError(
+            "The infinite model is the limit of runs in the MLU parameterization, and the Trainer has no MLUCallback. "
+            "Add one, or compare with a run that ReferenceRecorder recorded."
+        )
+    if trainer.gradient_clip_val is not None:
+        raise ValueError(
+            f"The run clips gradients (gradient_clip_val={trainer.gradient_clip_val}), whose norm depends on the shape, so "
+            "it has no infinite model. Train without, or compare with a run that ReferenceRecorder recorded."
+        )
+    if any(hasattr(parameter, "placements") for parameter in module.parameters()):
+        raise ValueError(
+            "The module's parameters are sharded (DTensor), and the infinite model needs its embedding and readout whole. "
+            'Use one device or strategy="ddp", or compare with a run that ReferenceRecorder recorded.'
+        )
+    return layout.plan
+
+
+def _find_probe(trainer: Trainer, module: LightningModule, positions: int) -> tuple[Any, StepName]:
+    batch, step = find_probe(trainer, module)
+    return decode_batch(*encode_batch(first_samples(batch, positions))), step
+
+
+def _converted(batch: Any, model: InfiniteModel) -> Any:
+    """A batch with floating-point numbers of the precision of an infinite model, copied, because steps may change it."""
+    dtype = next(model.module.parameters()).dtype
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+
+    return tree_map(leaf, batch)

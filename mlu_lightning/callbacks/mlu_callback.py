@@ -1,0 +1,387 @@
+"""The callback that makes a Lightning training an MLU training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.optim import Optimizer
+
+from mlu_lightning.application.checkpoint import PLACES, STATE_KEY, load_plan, warn_of_hooks, wrap_saving, write_plan
+from mlu_lightning.application.initialization import InitMode, initialize
+from mlu_lightning.application.multipliers import (
+    applied_plan,
+    attach_multipliers,
+    check_attached,
+    fold,
+    residual_state,
+)
+from mlu_lightning.application.optimization import is_scaled, scale_optimizer
+from mlu_lightning.callbacks.example import find_example
+from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
+from mlu_lightning.callbacks.loggers import log_plan
+from mlu_lightning.callbacks.model_copies import check_copies, copy_again
+from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
+from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import OptimizerFamily
+
+__all__ = ["MLUCallback", "Residual"]
+
+Residual = Literal["hook", "fold", "folded"]
+FamilyName = Literal["sgd", "adam", "adamw", "muon"]
+
+
+class MLUCallback(Callback):
+    """Train a LightningModule in the MLU parameterization, with the hyperparameters of a base shape.
+
+    Add one to a Trainer, and ``fit`` plans the module (theory.md, section 3), sets the scale of its initial weights,
+    multiplies its branches and readouts, and scales its optimizers. The module, its ``configure_optimizers``, its
+    schedulers and loggers stay as they are: learning rates in them are those of the base. At the base's own shape the
+    run is bit for bit the run without the callback.
+
+    The module is planned and initialized when it is built: before ``fit`` does anything else, or, if the module
+    overrides ``setup`` or ``configure_model``, right after the later of them. A module that was fitted with the callback
+    goes on from its weights in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that
+    a checkpoint of a run with ``residual="hook"`` brings its multipliers along. Checkpoints say where the multipliers of
+    the module are when they are saved; those with weights alone do, too.
+
+    Lightning's own callbacks may stand before or after it: averages of weights start from the initialized module, groups
+    that fine-tuning adds have the plan's factors, and learning rates that are found, set or logged are those of the base.
+    Callbacks of others that copy the module in their ``setup`` should come after it.
+
+    Args:
+        base: the shape at which the hyperparameters are known to be good: a freshly built module of that shape, a
+            function that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan
+            whose base has it. None for the paper's absolute form, whose learning rates are those of the infinite model.
+        plan: a finished plan, or the path of a saved one, instead of ``base``, ``overrides`` and ``alpha``.
+        init: ``"rescale"`` keeps the form of the initial distributions and sets their scale, ``"normal"`` draws matrices
+            anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
+            weights alone, for those of a checkpoint.
+        residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
+            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function,
+            unless the fit warns that hooks are left (of tied readouts, gains stored minus one, fused queries); their
+            gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
+            ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
+        overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
+        alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
+        example: a batch as ``training_step`` takes it, for planning. By default the first samples of the training data,
+            or else the module's ``example_input_array``.
+        seed: of what ``init`` draws, and of a base that is built here.
+        family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
+            does not define; a list with one for each parameter group where they differ.
+        rules: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
+        batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
+        token_ratio: tokens seen in all of the training over those that the base saw.
+
+    Raises:
+        ValueError: if arguments contradict each other.
+
+    Example:
+        >>> import torch
+        >>> from mlu_lightning.models import ResNet
+        >>> base = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> deeper = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
+        >>> trainer.fit(deeper, data)
+        >>> trainer.callbacks[0].plan.multipliers[0].value
+        0.5
+    """
+
+    def __init__(
+        self,
+        base: str | Callable[[], nn.Module] | nn.Module | None = None,
+        plan: Plan | str | None = None,
+        init: InitMode | None = "rescale",
+        residual: Residual = "hook",
+        overrides: dict[str, str] | None = None,
+        alpha: float = 1.0,
+        example: Any = None,
+        seed: int = 0,
+        family: FamilyName | list[FamilyName] | None = None,
+        rules: Literal["mlu", "completep", "mup", "sp"] = "mlu",
+        batch_ratio: float = 1.0,
+        token_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if init not in (*get_args(InitMode), None):
+            raise ValueError(f"init={init!r} is none of: {', '.join(get_args(InitMode))}, None.")
+        if residual not in get_args(Residual):
+            raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
+        if residual == "folded" and init is not None:
+            raise ValueError(
+                f'residual="folded" is for weights that hold their multipliers, and init={init!r} would change them. '
+                'Give init=None with it, or residual="fold" for weights that were just built.'
+            )
+        planning = (base, overrides, alpha, rules, batch_ratio, token_ratio)
+        if plan is not None and planning != (None, None, 1.0, "mlu", 1.0, 1.0):
+            raise ValueError(
+                "A plan holds its base, roles, alpha, rules and ratios of batch and tokens, so it cannot be given together "
+                "with base, overrides, alpha, rules, batch_ratio or token_ratio. Give these alone, to plan anew, or edit "
+                "the plan."
+            )
+        self._base = base
+        self._given = plan
+        self._init = init
+        self._residual = residual
+        self._overrides = overrides
+        self._alpha = alpha
+        self._example = example
+        self._seed = seed
+        self._family = family
+        self._rules = rules
+        self._batch_ratio = batch_ratio
+        self._token_ratio = token_ratio
+        self._plan: Plan | None = None
+        self._planned: Plan | None = None
+        self._initialized = False
+        self._families: dict[str, OptimizerFamily] = {}
+        self._cleanup = ExitStack()
+
+    @property
+    def plan(self) -> Plan | None:
+        """Plan of the module that was fitted, or evaluated with multipliers, last; None before."""
+        return self._plan
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the last fit initialized the module, which a fit of a module that was trained before does not."""
+        return self._initialized
+
+    @property
+    def state_key(self) -> str:
+        """Where checkpoints have the plan; subclasses read each other's."""
+        return STATE_KEY
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Plan and initialize the module, now or when it will have been built.
+
+        Raises:
+            TypeError: in a Trainer of ``pytorch_lightning``.
+            ValueError: if the module cannot be planned, the plan does not fit it, or the strategy puts other parameters
+                in the place of the module's.
+        """
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
+                f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
+            )
+        callbacks: list[Callback] = vars(trainer)["callbacks"]
+        if sum(isinstance(callback, MLUCallback) for callback in callbacks) > 1:
+            raise ValueError(
+                "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
+            )
+        if stage != TrainerFn.FITTING:
+            self._keep(pl_module)
+            return
+        self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
+        check_copies(callbacks)
+        check_strategy(trainer.strategy)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
+                "will have neither its multipliers nor a mark that it was initialized. Go on from a checkpoint, with "
+                'ckpt_path=..., or use strategy="ddp".'
+            )
+        builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
+        if not builders:
+            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
+            return
+        prepared = False
+
+        def build(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal prepared
+            result = method(*args, **kwargs)
+            if not prepared:  # WeightAveraging calls configure_model, too
+                prepared = True
+                with torch.device("cpu"):  # instead of the device that new parameters were made on
+                    self._prepare(trainer, pl_module, callbacks)
+            return result
+
+        self._cleanup.callback(wrap_method(pl_module, builders[-1], build))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the plan, where a logger has a place for it."""
+        if self._plan is not None:
+            log_plan(trainer.loggers, self._plan, self._residual, self._families)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan.
+
+        Raises:
+            ValueError: if the checkpoint is of a run with another plan, or with multipliers in another place.
+        """
+        if load_plan(pl_module, checkpoint) is not None:
+            vars(pl_module)[_MARK] = True
+        self._keep(pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuse an update at other numbers than the plan's.
+
+        Raises:
+            ValueError: if somebody has put an optimizer in the place of one that was scaled.
+        """
+        if not isinstance(optimizer, _MockOptimizer) and not is_scaled(optimizer):  # that of a module without one
+            raise ValueError(
+                f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
+                "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
+                "Scale it before it is used, with scale_optimizer(optimizer, module, callback.plan), or change the groups "
+                "of the optimizer that is there, whose factors stay."
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the plan that is in effect on the module, as YAML, and where its multipliers are."""
+        write_plan(pl_module, checkpoint)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its methods back, and make its optimizers plain."""
+        self._cleanup.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module its methods back, and make its optimizers plain."""
+        self._cleanup.close()
+
+    @property
+    def _mode(self) -> Literal["hook", "fold"]:
+        return "hook" if self._residual == "hook" else "fold"
+
+    def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
+        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made.
+
+        Callbacks that were set up earlier may have copied the module as it was.
+        """
+        check_attached(module)
+        if residual_state(module) is None:
+            check_whole(trainer.strategy, module)
+        # that of the first process for all: a base that each draws by itself has another std in each
+        self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
+        for warning in plan.warnings:
+            rank_zero_warn(warning)
+        deferred = any(parameter.is_meta for parameter in module.parameters())
+        if not deferred:
+            self._apply(module, plan)
+            copy_again(earlier, trainer, module)
+
+        def configure(method: Callable[..., Any]) -> Any:
+            if deferred:
+                # a sharded strategy has given the parameters their values now, and restores checkpoints later
+                self._apply(module, plan)
+            configured = method()
+            optimizers = [] if configured is None else _configure_optimizers(configured)[0]
+            self._families = {}
+            for optimizer in optimizers:
+                scaled = scale_optimizer(optimizer, module, plan, self._family)
+                self._cleanup.callback(scaled.remove)
+                self._families.update(scaled.families)
+            return configured
+
+        self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
+        self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
+        if self._mode == "fold":
+            warn_of_hooks(plan)
+            self._cleanup.callback(wrap_clipping(trainer, module, plan))
+
+    def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
+        """Plan in effect on the module, the given one, or a new one."""
+        state = residual_state(module)
+        if self._planned is not None and state is not None and state.fingerprint == fingerprint(self._planned):
+            return self._planned
+        if self._given is not None:
+            return Plan.load(self._given) if isinstance(self._given, str) else self._given
+        if any(hasattr(parameter, "placements") for parameter in module.parameters()):
+            raise ValueError(
+                "The module's parameters are sharded already (DTensor), and planning needs a forward pass of the whole "
+                "module. Plan it before, as it is without configure_model's sharding: "
+                "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
+            )
+        example = find_example(trainer, module) if self._example is None else self._example
+        with _built(self._base, trainer, self._seed) as base:
+            return Plan.from_model(
+                module,
+                example,
+                base=base,
+                overrides=self._overrides,
+                alpha=self._alpha,
+                rules=self._rules,
+                batch_ratio=self._batch_ratio,
+                token_ratio=self._token_ratio,
+            )
+
+    def _apply(self, module: LightningModule, plan: Plan) -> None:
+        """Initialize the module and put the multipliers in, unless an earlier fit did."""
+        state = residual_state(module)
+        self._initialized = state is None and self._init is not None
+        if state is None:
+            if self._init is not None:
+                initialize(module, plan, self._init, self._seed)
+            if self._mode == "hook":
+                attach_multipliers(module, plan)
+            else:
+                fold(module, plan, multiplied=self._residual == "folded")
+            vars(module)[_MARK] = True
+        elif state.mode != self._mode:
+            advice = "" if state.mode == "baked" else f"residual={state.mode!r}, or "
+            raise ValueError(
+                f"The module has its multipliers {PLACES[state.mode]} already, but MLUCallback has "
+                f"residual={self._residual!r}. Give it {advice}a module that was built anew."
+            )
+        elif state.fingerprint != fingerprint(plan):
+            raise ValueError(
+                "The module has the multipliers of another plan than that of this MLUCallback. Give it the base, "
+                "overrides and alpha, or the plan, that the module was trained with, or a module that was built anew."
+            )
+        elif self._init is not None and _MARK not in vars(module):
+            raise ValueError(
+                "The module has its multipliers already, and not from an MLUCallback, so it is not known whether it was "
+                "initialized. Call initialize(module, plan) before attach_multipliers or fold and give init=None to "
+                "MLUCallback, or leave both to MLUCallback."
+            )
+        wrap_saving(module)
+
+    def _keep(self, module: LightningModule) -> None:
+        """Take the plan that is in effect on a module, if there is one, and let its checkpoints have it."""
+        plan = applied_plan(module)
+        if plan is not None:
+            self._plan = plan
+            wrap_saving(module)
+
+
+_MARK = "_mlu_callback"
+
+
+@contextmanager
+def _built(
+    base: str | Callable[[], nn.Module] | nn.Module | None, trainer: Trainer, seed: int
+) -> Iterator[nn.Module | str | None]:
+    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make.
+
+    One that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly.
+    """
+    with isolate_rng():
+        torch.manual_seed(seed)
+        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
+    if not isinstance(built, LightningModule):
+        yield built
+        return
+    built.trainer = trainer
+    try:
+        if next(built.parameters(), None) is None:
+            with isolate_rng():
+                torch.manual_seed(seed)
+                built.setup("fit")
+                built.configure_model()
+        yield built
+    finally:
+        built.trainer = None

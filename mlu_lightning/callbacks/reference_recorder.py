@@ -1,0 +1,269 @@
+"""The callback that records a run, so that runs of other shapes can be compared with it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from mlu_lightning.callbacks.loggers import log_reference
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, given_probe, on_rank_zero, smallest_probe
+from mlu_lightning.observation.probe import Observation
+from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
+from mlu_lightning.observation.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.utilities.lightning_steps import StepName
+
+__all__ = ["ReferenceRecorder"]
+
+
+class ReferenceRecorder(Callback):
+    """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.
+
+    At chosen steps the probe is passed through the module in evaluation mode, and what the stream is at relative depths
+    and what the outputs are goes into a file, with the training loss of every step, the plan, the shape and the probe
+    itself (theory.md, section 4). The training is, bit for bit, the training without the recorder.
+
+    The file is whole at every moment: a run that is killed leaves a reference up to its last recorded step, and one that
+    is resumed with ``fit(ckpt_path=...)`` goes on in it. It holds 4 (or 2) bytes for each of K · positions · (number of
+    depths · D + outputs) values, K being the number of recorded steps; see :mod:`mlu_lightning.observation.reference`.
+
+    If there is a :class:`MLUCallback` in the Trainer, its plan tells where the stream is; otherwise it is discovered with
+    the first samples of the training data. With a ``WandbLogger`` the file becomes an artifact when training ends.
+
+    Args:
+        path: of the file to be written; there must be none yet, unless the run is resumed.
+        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+            safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
+            validation data, or of the training data if there is no validation.
+        steps: optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+            for every n, or a list.
+        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
+            have as many rows, and than 8, is cut.
+        dtype: of values in the file, ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ValueError: if an argument is not of these.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from mlu_lightning.models import ResNet
+        >>> model = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
+        >>> with TemporaryDirectory() as folder:
+        ...     recorder = ReferenceRecorder(f"{folder}/reference.safetensors")
+        ...     trainer = Trainer(max_epochs=2, accelerator="cpu", barebones=True, callbacks=[recorder])
+        ...     trainer.fit(model, data)
+        ...     Reference.load(recorder.path).steps
+        (0, 1, 2, 4)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        probe: Any = None,
+        steps: Steps = "log",
+        depths: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
+        positions: int = 128,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        super().__init__()
+        if isinstance(depths, (int, float)) or not len(depths) or not all(0 <= depth <= 1 for depth in depths):
+            raise ValueError(
+                f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
+            )
+        if positions < 1:
+            raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r} is none of: 'float32', 'bfloat16'.")
+        self.path = Path(path)
+        self._given = probe
+        self._steps = validated_steps(steps)
+        self._depths = tuple(sorted({float(depth) for depth in depths}))
+        self._positions = positions
+        self._dtype = dtype
+        self._probe: Probe | None = None
+        self._writer: ReferenceWriter | None = None
+        self._losses = _Losses()
+        self._last = -1
+        self._failed = False
+
+    @property
+    def state_key(self) -> str:
+        """One recorder for each file can be in a Trainer."""
+        return self._generate_state_key(path=str(self.path))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the probe once, open the file, and record the step if it is due.
+
+        Raises:
+            FileExistsError: if there is a file already and the run is not resumed.
+            ValueError: if the module has no stream that can be read, if it cannot take the probe, or if the existing
+                file is of another run.
+        """
+        step = trainer.global_step
+        batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
+        layout = Layout.of(trainer, pl_module)
+
+        def probe_of(batch: Any) -> Probe:
+            return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
+
+        with probe_of(batch).first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
+            self._probe, batch, count = smallest_probe(trainer, pl_module, probe_of, batch)
+            observation = self._probe.observe(trainer, pl_module)
+        header = ReferenceHeader(
+            depth=layout.depth,
+            embedding=layout.embedding,
+            hidden=layout.hidden,
+            depths=self._depths,
+            locations={name: (values.shape[0], values.shape[1]) for name, values in observation.items()},
+            runs=name,
+            data_sizes=layout.data_sizes,
+            plan=None if layout.plan is None else layout.plan.to_yaml(),
+            dtype=self._dtype,
+            count=count,
+        )
+
+        def open_file() -> tuple[int, Tensor]:
+            if vars(trainer)["fast_dev_run"]:
+                return -1, torch.empty(0)  # it leaves no files
+            self._writer = self._open(header, batch, step)
+            return (self._writer.steps or (-1,))[-1], self._writer.losses
+
+        self._last, losses = on_rank_zero(trainer, open_file)
+        self._losses = _Losses(losses, step, pl_module.device)
+        self._failed = False
+        if step > self._last and is_due(self._steps, step):
+            self._record(trainer, step, observation)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss, and record the step if it is due."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.ndim > 0:  # manual optimization may return anything
+            loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).float().mean()
+        if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
+            loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
+        step = trainer.global_step
+        self._losses.add(trainer, loss.detach(), step)
+        if step > self._last and is_due(self._steps, step):
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the last step, and log the file as an artifact where there is a place for it."""
+        if self._steps == "log":
+            self._look(trainer, pl_module)
+        if trainer.is_global_zero and self.path.exists():
+            log_reference(trainer.loggers, self.path)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the recordings, which are in the file."""
+        self._probe = self._writer = None
+
+    def _find_probe(self, trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
+        """The probe, as it will be read from the file, and the step that takes it."""
+        if self._given is None and trainer.global_step > 0 and self.path.exists():
+            existing = Reference.load(self.path)
+            return existing.probe, existing.header.runs
+        return given_probe(trainer, module, self._given, self._positions)
+
+    def _open(self, header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
+            raise OSError(
+                f"{self.path} cannot be written: it is a folder, or is in one that is not writable. Give "
+                "ReferenceRecorder the path of a file."
+            )
+        if not self.path.exists():
+            if step > 0:
+                rank_zero_warn(
+                    f"The run goes on from step {step}, and there is no {self.path} with what was recorded before: the "
+                    "reference begins here."
+                )
+            return ReferenceWriter(self.path, header, probe)
+        if step > 0:
+            return ReferenceWriter.resume(self.path, header, probe, step)
+        raise FileExistsError(
+            f"{self.path} exists, and a new run would overwrite it. Delete it, give ReferenceRecorder another path, or "
+            "resume its run with trainer.fit(ckpt_path=...)."
+        )
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+        """Record the present step, if it is not yet."""
+        step = trainer.global_step
+        if self._probe is not None and step > self._last:
+            self._record(trainer, step, self._probe.observe(trainer, module))
+
+    def _record(self, trainer: Trainer, step: int, observation: Observation) -> None:
+        """Write a step; a disk that is full does not end the training."""
+        self._last = step
+        losses = self._losses.all(trainer)
+        if self._writer is None:  # in another process than the first, or with fast_dev_run
+            return
+        try:
+            self._writer.write(step, observation, losses)
+        except OSError as error:
+            if not self._failed:
+                rank_zero_warn(
+                    f"The reference {self.path} could not be written at step {step}: {error}. The training goes on; the "
+                    "file is as it was before, and each further recording tries to write all of them again."
+                )
+            self._failed = True
+
+
+class _Losses:
+    """Training loss of every optimizer step: the mean over its batches and over processes.
+
+    Losses of batches are added up in a buffer on the device. If each stayed where the step has put it, among the step's
+    larger tensors, the next steps could not have the same memory again, and would be slower by a percent on a CPU.
+    """
+
+    def __init__(self, known: Tensor | None = None, step: int = 0, device: torch.device | None = None) -> None:
+        known = torch.empty(0) if known is None else known[:step]
+        missing = torch.full((step - len(known),), math.nan)
+        self._known = torch.cat((known, missing))
+        self._steps = step
+        # float32 whatever the precision of the run: the mean of many batches, and a NaN for none, among them
+        self._pending = torch.empty(_MOST_PENDING + 1, dtype=torch.float32, device=device)
+        self._repeats: list[int] = []  # how many steps each of them is the loss of
+        self._batches = 0  # that are added up behind the last of them
+
+    def add(self, trainer: Trainer, loss: Tensor, step: int) -> None:
+        """Add the loss of a batch, after which so many optimizer steps had been made."""
+        sum_ = self._pending[len(self._repeats)]
+        if self._batches == 0:
+            sum_.copy_(loss, non_blocking=True)
+        else:
+            sum_.add_(loss.to(sum_.device, non_blocking=True))
+        self._batches += 1
+        if step > self._steps:
+            if self._batches > 1:
+                sum_.div_(self._batches)
+            self._repeats.append(step - self._steps)
+            self._batches = 0
+            self._steps = step
+        if len(self._repeats) >= _MOST_PENDING:
+            self.all(trainer)
+
+    def all(self, trainer: Trainer) -> Tensor:
+        """Losses [steps] so far, on the CPU; every process has to ask."""
+        if self._repeats:
+            count = len(self._repeats)
+            pending = trainer.strategy.reduce(self._pending[:count], reduce_op="mean")
+            steps = torch.as_tensor(pending).cpu().repeat_interleave(torch.tensor(self._repeats))
+            self._known = torch.cat((self._known, steps))
+            self._pending[0] = self._pending[count]
+            self._repeats = []
+        return self._known
+
+
+_MOST_PENDING = 1000
+"""Losses that wait on the device, so that the host need not wait for each."""

@@ -1,0 +1,328 @@
+"""Modules of any shape from the configuration of a LightningCLI."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, TypeVar
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+
+from mlu_lightning.callbacks.mlu_callback import MLUCallback
+from mlu_lightning.shapes.error_bound import Shape
+
+__all__ = ["Configured", "read_config"]
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A LightningCLI's configuration, with the names of what makes up a shape in it.
+
+    Args:
+        content: of the file.
+        keys: names in the module's arguments by axis; all of an axis grow by one factor.
+        start: what each of them is at the base.
+        base: the same as a shape, of the first name of each axis.
+        notes: sentences about what the check does not take from the configuration as it stands.
+
+    >>> content = {"model": {"class_path": "mlu_lightning.models.ResNet", "init_args": {"inputs": 3, "outputs": 2}}}
+    >>> keys = {"depth": ("depth",), "hidden": ("hidden",), "embedding": ("embedding",)}
+    >>> start = {"depth": 2, "hidden": 8, "embedding": 4}
+    >>> configured = Configured(content, keys, start, Shape(2, 8, 4))
+    >>> len(configured.build(depth=4, hidden=8, embedding=4).blocks)
+    4
+    """
+
+    content: Mapping[str, Any]
+    keys: Mapping[str, tuple[str, ...]]
+    start: Mapping[str, int]
+    base: Shape
+    notes: tuple[str, ...] = ()
+
+    def build(self, depth: int, hidden: int, embedding: int) -> LightningModule:
+        """Build the module at a shape.
+
+        Args:
+            depth: of the shape; all that belongs to it grows by the same factor.
+            hidden: of the shape.
+            embedding: of the shape.
+        """
+        module: LightningModule = self._parsed(Shape(depth, hidden, embedding)).model
+        return module
+
+    def callbacks(self, _: LightningModule) -> list[Callback]:
+        """Callbacks that take part in the training: all of the configuration's but Lightning's and those that watch."""
+        return list(self._parsed(self.base).callbacks)
+
+    def data(self) -> LightningDataModule | None:
+        """The configuration's data; None if the module has its own."""
+        data: LightningDataModule | None = self._parsed(self.base).datamodule
+        return data
+
+    def loggers(self) -> list[Logger]:
+        """Loggers of the configuration, built; those that Lightning makes by itself are not among them."""
+        logger = (self.content.get("trainer") or {}).get("logger")
+        given = logger if isinstance(logger, list) else [logger]
+        named = [one for one in given if isinstance(one, (dict, str))]
+        return list(self._parsed(self.base, named).loggers) if named else []
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        """Arguments of the Trainer that change how a step is made."""
+        given = self.content.get("trainer") or {}
+        return {name: given[name] for name in _OF_A_STEP if given.get(name) is not None}
+
+    @property
+    def has_plugin(self) -> bool:
+        """Whether there is an :class:`MLUCallback`."""
+        return any(_is_plugin(callback) for callback in _callbacks(self.content))
+
+    def _parsed(self, shape: Shape, loggers: Sequence[Any] = ()) -> _Parsed:
+        factors = {axis: getattr(shape, axis) // getattr(self.base, axis) for axis in self.keys}
+        sizes = {name: self.start[name] * factors[axis] for axis, names in self.keys.items() for name in names}
+        return _parse(_Parsed, self.content, sizes, loggers)
+
+
+def read_config(
+    path: str | Path, keys: Mapping[str, Sequence[str]], model: str | None = None, data: str | None = None
+) -> Configured:
+    """Read a LightningCLI's configuration, and find the base's shape in it.
+
+    The base is that of the configuration's :class:`MLUCallback`, where it has a ``class_path`` with ``init_args``;
+    without one, what the configuration trains is taken for it. Arguments that the model lacks are the base's, too: a CLI
+    that links arguments does not save those that it sets. Of keys at the top, those of LightningCLI itself are taken.
+
+    Args:
+        path: of the YAML file, of a command or of all of them.
+        keys: names in the module's ``init_args`` that make up depth, hidden width and embedding.
+        model: class of the module, for configurations that do not name it, as of ``LightningCLI(MyModule)``.
+        data: class of the data, where it is not named.
+
+    Raises:
+        ValueError: if the file is not such a configuration, does not have one of the names, lacks arguments that are
+            linked, or has an :class:`MLUCallback` that is for one shape.
+    """
+    content = _content(Path(path))
+    others = [name for name in content if name not in _OF_LIGHTNING]
+    content = {name: value for name, value in content.items() if name in _OF_LIGHTNING}
+    for name, given in (("model", model), ("data", data)):
+        if given is not None:
+            content[name] = {"class_path": given, "init_args": _arguments(content.get(name) or {})}
+    if "class_path" not in (content.get("model") or {}):
+        raise ValueError(
+            f"{path} does not say which class its model is of, as configurations of LightningCLI(MyModule) do not. Give it: "
+            "--model my_package.MyModule (and --data my_package.MyData if there is a class of data)."
+        )
+    if content.get("data") and "class_path" not in content["data"]:
+        raise ValueError(f"{path} does not say which class its data are of. Give it: --data my_package.MyData.")
+    for name in ("optimizer", "lr_scheduler"):
+        if isinstance(content.get(name), dict) and "class_path" not in content[name]:
+            raise ValueError(
+                f"{path} does not say which class its {name} is of, as where a CLI adds one class for it. Write it into a "
+                f"copy of the file, as class_path under {name}, with the arguments that are there as init_args, and check "
+                "the copy."
+            )
+    base = _base(content, path)
+    arguments = _arguments(content["model"]) | _arguments(base)
+    start: dict[str, int] = {}
+    for axis, names in keys.items():
+        for name in names:
+            value = arguments.get(name)
+            if type(value) is not int:
+                raise ValueError(
+                    f"The model of {path} has no argument {name!r} that is a whole number, to be its {axis}. Its arguments "
+                    f"are {', '.join(arguments) or 'none'}; name those that make it up, as in --{axis} "
+                    f"{','.join(list(arguments)[:2]) or 'width,heads'}, or leave the {axis} as it is with --{axis} null."
+                )
+            start[name] = value
+    first = {axis: start[names[0]] if names else 1 for axis, names in keys.items()}
+    own, missing = _arguments(content["model"]) | start, _of_base(content["model"], base)
+    filled = content | {"model": content["model"] | {"init_args": missing | own}}
+    parsed = _parse(_Arguments, filled, {}).config
+    if _is_saved(content):
+        data_arguments = _arguments(content.get("data") or {})
+        linked = _linked("model", parsed, own, missing) + _linked("data", parsed, data_arguments, {})
+        if linked:
+            raise ValueError(
+                f"{path} has no value of {', '.join(linked)}, although LightningCLI has saved it, with all arguments but "
+                "those that a CLI links to others (link_arguments): what the training had is not known. Write what is "
+                "missing into a copy of the file, beside the other arguments, and check the copy."
+            )
+    taken = {name: value for name, value in missing.items() if name not in start}
+    axes = {axis: tuple(names) for axis, names in keys.items()}
+    return Configured(filled, axes, start, Shape(**first), _notes(others, taken))
+
+
+_OF_A_STEP = (
+    "accelerator",
+    "accumulate_grad_batches",
+    "deterministic",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "precision",
+)
+_OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
+_OTHER_VERSIONS = 4
+"""How many arguments a Trainer of this version of Lightning may have that another did not."""
+
+
+class _Arguments(LightningCLI):
+    """A configuration of which nothing is built."""
+
+    def instantiate_classes(self) -> None:
+        """Leave it at arguments."""
+
+
+class _Parsed(LightningCLI):
+    """A configuration whose module, data and callbacks are built, and no Trainer."""
+
+    callbacks: Sequence[Callback] = ()
+    loggers: Sequence[Logger] = ()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Keep callbacks and loggers."""
+        trainer = self.config_init["trainer"]
+        self.callbacks, self.loggers = trainer["callbacks"] or [], trainer["logger"] or []
+
+
+_CLI = TypeVar("_CLI", bound=LightningCLI)
+
+
+def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int], loggers: Sequence[Any] = ()) -> _CLI:
+    """Read a configuration with some arguments of the model changed, and with the callbacks that take part."""
+    changed: dict[str, Any] = copy.deepcopy(dict(content))
+    changed["model"].setdefault("init_args", {}).update(sizes)
+    kept = [callback for callback in _callbacks(changed) if _takes_part(callback)]
+    changed["trainer"] = {"callbacks": kept, "logger": list(loggers) or False}
+    changed["seed_everything"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the command line of this process is not parsed
+        try:
+            return kind(save_config_callback=None, run=False, args=changed, parser_kwargs={"exit_on_error": False})
+        except ArgumentError as error:
+            raise ValueError(
+                f"LightningCLI cannot read the configuration: {error}\nCorrect it in the file, or in a copy. Arguments that "
+                "a CLI of your own links to others (link_arguments) have to be in it, too, and classes have to be found "
+                "from the folder in which the command is run."
+            ) from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The configuration of ``fit``, whether the file is of this command or of all."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as a configuration: {error}") from error
+    if isinstance(content, dict) and isinstance(content.get("fit"), dict):
+        content = content["fit"]
+    if not isinstance(content, dict) or not ({"model", "trainer", "data"} & content.keys()):
+        raise ValueError(
+            f"{path} is not the configuration of a LightningCLI: it has no model. Give that of a training."
+        )
+    # arguments of fit itself
+    return {name: value for name, value in content.items() if name not in ("ckpt_path", "config", "weights_only")}
+
+
+def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a class, with or without its name beside them."""
+    if "class_path" in section:
+        return dict(section.get("init_args") or {})
+    return dict(section)
+
+
+def _callbacks(content: Mapping[str, Any]) -> list[Any]:
+    callbacks = (content.get("trainer") or {}).get("callbacks") or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _is_plugin(callback: Any) -> bool:
+    return _class_of(callback).rpartition(".")[2] == MLUCallback.__name__
+
+
+def _takes_part(callback: Any) -> bool:
+    """Whether a callback may change the training; Lightning's write files and stop, and others of this package watch."""
+    watches = _class_of(callback).startswith(("lightning.", "mlu_lightning."))
+    return _is_plugin(callback) or not (watches or "." not in _class_of(callback))
+
+
+def _class_of(callback: Any) -> str:
+    return str(callback.get("class_path", "") if isinstance(callback, dict) else callback)
+
+
+def _base(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The section of the base, where the plugin is told how to build it."""
+    for callback in _callbacks(content):
+        if not (_is_plugin(callback) and isinstance(callback, dict)):
+            continue
+        arguments = callback.get("init_args") or {}
+        instead = (
+            "as base: {class_path: my_package.MyModule, init_args: {...}} in a copy of the file, and check the copy."
+        )
+        if arguments.get("plan") is not None:
+            raise ValueError(
+                f"The MLUCallback of {path} has a finished plan, which is for one shape, and a check trains several. Give "
+                f"it a base instead, {instead}"
+            )
+        base = arguments.get("base")
+        if isinstance(base, dict):
+            return base
+        if base is not None:
+            raise ValueError(
+                f"The base of the MLUCallback of {path} is a saved plan, from which a module of its shape cannot be "
+                f"built, to begin there. Give it another, {instead}"
+            )
+    return {}
+
+
+def _of_base(model: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a base of the model's class that the model has no value for."""
+    if _class_of(base).rpartition(".")[2] != _class_of(model).rpartition(".")[2]:
+        return {}
+    given = _arguments(model)
+    return {name: value for name, value in _arguments(base).items() if name not in given}
+
+
+def _notes(left_out: Sequence[str], taken: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences about keys that are not LightningCLI's, and about arguments that the model has from the base."""
+    notes = []
+    if left_out:
+        notes.append(
+            f"Left out, because LightningCLI itself does not have them: {', '.join(map(str, left_out))}. Optimizers and "
+            "callbacks that your own CLI makes of them are not in this check."
+        )
+    if taken:
+        values = ", ".join(f"{name}={value}" for name, value in taken.items())
+        notes.append(f"Taken from the MLUCallback's base, because the model has no value for them: {values}.")
+    return tuple(notes)
+
+
+def _is_saved(content: Mapping[str, Any]) -> bool:
+    """Whether LightningCLI has written the file, with all that can be given; people do not write all of a Trainer."""
+    every = inspect.signature(Trainer).parameters.keys()
+    return "seed_everything" in content and len(every - (content.get("trainer") or {}).keys()) <= _OTHER_VERSIONS
+
+
+def _linked(section: str, parsed: Any, given: Mapping[str, Any], of_base: Mapping[str, Any]) -> list[str]:
+    """Arguments of a class that a saved configuration has no value for, and its base none that somebody has chosen."""
+    found = parsed.as_dict().get(section) or {}
+    arguments = found.get("init_args") or {}
+    if not arguments:
+        return []
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(resolve_name(found["class_path"]), "of")
+    # which LightningCLI has saved with the base, whatever the model had
+    defaults = parser.get_defaults().as_dict()["of"]
+    return [
+        f"{section}.{name}"
+        for name, value in arguments.items()
+        if name not in given and (name not in of_base or value == defaults.get(name))
+    ]

@@ -1,0 +1,183 @@
+"""What an attention itself multiplies its logits by, read from the graph of a forward pass.
+
+Logits are c · Σ q_i k_i over the head_dim coordinates of a query and a key. Modules put c in different places: into
+``scale=`` of ``scaled_dot_product_attention``, between the product and the softmax, or on queries or keys before the
+product; it is 1/sqrt(head_dim) in most of them, 1 in T5, a number of the configuration in Gemma 2 and Granite. A norm
+that gives queries the length one (cosine attention) is a factor 1/sqrt(head_dim), too. What counts is how large logits
+are for coordinates of order one, as projections and root-mean-square norms make them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mlu_lightning.discovery.graph import ATTENTION, JOINS, NORMS, PARTS, RESHAPES, Graph, Op
+
+__all__ = ["Attention", "find_attention", "own_scale"]
+
+_SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {"Sum"}
+_POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
+_SOFTMAXES = ("Softmax", "SafeSoftmax")
+Scalars = Sequence[tuple[Tensor, float]]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of a branch.
+
+    Args:
+        queries: operand of the logits.
+        keys: the other operand.
+        values: what the attention weights multiply.
+        way: operations from the softmax's input back to the product of queries and keys, that included; the whole
+            attention if it is one operation.
+        key_dim: dimension of queries and keys per head, d_k.
+        value_dim: dimension of values per head, d_v.
+    """
+
+    queries: Op
+    keys: Op
+    values: Op
+    way: tuple[Op, ...]
+    key_dim: int
+    value_dim: int
+
+
+def find_attention(ops: Iterable[Op], graph: Graph) -> Attention | None:
+    """Find the first attention among operations: one that is fused, or a product, a softmax and another product.
+
+    Args:
+        ops: of a branch, in order.
+        graph: that they are in.
+    """
+    for op in ops:
+        if op.name.startswith(ATTENTION):
+            queries, keys, values = (operand[0] for operand in op.operands[:3] if operand is not None)
+            return Attention(queries, keys, values, (op,), queries.shape[-1], op.shape[-1])
+        if op.name == "Bmm" and len(op.data) == 2 and not graph.is_matrix(op):
+            way = _way_to_product(op.data[0])
+            if way is not None:
+                queries, keys = way[-1].data[-2:]
+                return Attention(queries, keys, op.data[1], way, queries.shape[-1], op.shape[-1])
+    return None
+
+
+def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Scalars) -> float | None:
+    """Read c: how large logits are for queries and keys with coordinates of order one, over their sum of products.
+
+    Parameters on the way, such as the gain of a query-key norm or a learned temperature, count as 1: they are at the
+    base what they are in the module.
+
+    Args:
+        attention: of a branch.
+        ops: of that branch, in order.
+        graph: that they are in.
+        scalars: buffers of one entry with their values.
+
+    Returns:
+        c, or None if it cannot be read: behind an operation in place, a tensor of unknown value, or where queries or
+        keys are made in another way than by projections, norms and linear operations.
+    """
+    *path, product = attention.way
+    sizes: dict[Op, float | None] = {}
+    for op in ops:
+        if op.index < product.index:
+            sizes[op] = _size(op, sizes, graph, scalars)
+    factors = [sizes.get(attention.queries, 1.0), sizes.get(attention.keys, 1.0)]
+    if product.name.startswith(ATTENTION):
+        scale = getattr(product.node, "_saved_scale", None)
+        factors.append(attention.key_dim**-0.5 if scale is None else float(scale))
+    else:
+        factors.append(float(getattr(product.node, "_saved_alpha", 1.0)))
+    before = product
+    for op in reversed(path):
+        factors.append(_slope(op, before, scalars))
+        before = op
+    known = [factor for factor in factors if factor is not None]
+    return math.prod(known) if len(known) == len(factors) else None
+
+
+def _way_to_product(weights: Op) -> tuple[Op, ...] | None:
+    """From the input of the softmax that makes attention weights back to a product of queries and keys."""
+    while weights.name not in _SOFTMAXES:
+        # arranged, dropped out, or without the weight of a sink, which is another logit of the softmax
+        if weights.name not in RESHAPES | {"Mul", "Div", "Slice"} or len(weights.data) != 1:
+            return None
+        weights = weights.data[0]
+    tried: set[Op] = set()
+    way = weights.data[:1]
+    while way:
+        op = way[-1]
+        tried.add(op)
+        if op.name in ("Bmm", "Baddbmm") and len(op.data) > 1:
+            return tuple(way)
+        further = next((operand for operand in op.data if operand not in tried), None)
+        if further is None:
+            way.pop()
+        else:
+            way.append(further)
+    return None
+
+
+def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scalars) -> float | None:
+    """Size of an operation's entries if those of the stream and of projections are 1."""
+    if graph.is_matrix(op) or op.name in NORMS or not op.data:
+        return 1.0
+    if op.name in ("Mul", "Div"):
+        return _product(op, sizes, scalars)
+    if op.name == "CopySlices" and op.operands[1:] in ((), (None,)):
+        return None  # a part of it was changed in place by a number, not filled with other data
+    operands = [sizes.get(operand, 1.0) for operand in op.data]
+    first = operands[0]
+    if first is None or any(size is None or not math.isclose(size, first, rel_tol=1e-6) for size in operands):
+        return None
+    summed = math.prod(op.data[0].shape) / max(math.prod(op.shape), 1)
+    if op.name in _SAME_SIZE:
+        return first
+    exponent = getattr(op.node, "_saved_exponent", None) if op.name == "Pow" else _POWERS.get(op.name)
+    if isinstance(exponent, (int, float)):
+        return math.pow(first, exponent)
+    if op.name == "Sum":
+        return first * summed  # of squares, in a norm that is written by hand
+    if op.name == "LinalgVectorNorm" and getattr(op.node, "_saved_ord", None) == 2:
+        return first * math.sqrt(summed)
+    return None
+
+
+def _slope(op: Op, before: Op, scalars: Scalars) -> float | None:
+    """Factor of an operation on logits; c · tanh(logits/c), which caps them, keeps them where they are small."""
+    if op.name in ("Mul", "Div") and op.data == [before]:
+        return _product(op, {before: 1.0}, scalars)
+    return 1.0 if op.name in _SAME_SIZE | {"Tanh"} else None
+
+
+def _product(op: Op, sizes: Mapping[Op, float | None], scalars: Scalars) -> float | None:
+    """Size of a product or a quotient."""
+    found: list[float | None] = []
+    operands = (*op.operands, None)[:2]  # a product with a number may have one operand
+    for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True):
+        if operand is None:
+            found.append(_constant(getattr(op.node, attribute), scalars))
+        else:
+            found.append(sizes.get(operand[0], 1.0) if operand[0].from_data else 1.0)
+    first, second = found
+    if first is None or not second:
+        return None
+    return first * second if op.name == "Mul" else first / second
+
+
+def _constant(value: object, scalars: Scalars) -> float | None:
+    """A number; 1 for what differs between coordinates or keys, as the rotations of positions and masks do."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    if not isinstance(value, Tensor):
+        return None
+    if value.numel() != 1:
+        return 1.0 if value.shape[-1] > 1 else None
+    known = value.constant if isinstance(value, FakeTensor) else value
+    return next((number for buffer, number in scalars if buffer is value), None if known is None else known.item())

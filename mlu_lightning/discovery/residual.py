@@ -1,0 +1,316 @@
+"""Streams and branches in an autograd graph: which additions are residual, and which operations lie between them.
+
+A residual addition adds two tensors of one shape, one of which (the stream) goes into the other (the branch) through
+at least one parameter matrix. Where a stage of a network changes the shape, both operands are computed from the stream:
+the one without a nonlinearity (a strided convolution, pooling) is the stream's shortcut. Everything else follows from
+walking back: from a branch to the stream it reads, from the stream to the addition before, from the first one to the data
+(the stem), and from the output to the last one (the head).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op, transparent_source
+
+__all__ = ["BranchRegion", "Regions", "find_regions"]
+
+
+@dataclass(frozen=True)
+class BranchRegion:
+    """What one branch of a residual addition consists of.
+
+    Args:
+        end: the operand of the addition.
+        root: the stream that the branch reads.
+        addition: the residual addition.
+        ops: operations of the branch, in order.
+        before: the other operand of the addition: the stream or its shortcut.
+        stream: index of its stream.
+        position: place along its stream; branches that read the same root share it.
+    """
+
+    end: Op
+    root: Op
+    addition: Op
+    ops: tuple[Op, ...]
+    before: Op
+    stream: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Every operation's region.
+
+    Args:
+        branches: in order of their additions.
+        trunks: operations on each stream between two of its additions, for each pair of them.
+        shortcuts: operations on each stream beside a branch, where a stage changes its shape.
+        stems: operations before the first addition of each stream, and on data that is read besides the streams.
+        links: operations between the last addition of each stream and branches of another one that read it.
+        heads: operations between the last addition of each stream and the output; where several meet, of the first.
+        depths: number of positions of each stream; the stream that reaches the output comes first.
+        nested: number of residual additions inside branches, which belong to them.
+    """
+
+    branches: tuple[BranchRegion, ...]
+    trunks: tuple[tuple[tuple[Op, ...], ...], ...]
+    shortcuts: tuple[tuple[Op, ...], ...]
+    stems: tuple[tuple[Op, ...], ...]
+    links: tuple[tuple[Op, ...], ...]
+    heads: tuple[tuple[Op, ...], ...]
+    depths: tuple[int, ...]
+    nested: int
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """A residual addition, where its stream was read, the branch, and the operand that is the stream or its shortcut."""
+
+    op: Op
+    root: Op
+    branch: Op
+    stream: Op
+
+
+def find_regions(graph: Graph) -> Regions:
+    """Divide a graph into streams, branches, stem and head.
+
+    Args:
+        graph: of one forward pass.
+    """
+    found = _residual_additions(graph)
+    above, bit, _ = _ancestors(graph, {op for addition in found for op in (addition.op, addition.root)})
+    inner = _without_outermost(graph, found, above, bit)
+    additions = _without_nested(inner, above, bit)
+    stops = {op for addition in additions for op in (addition.op, addition.root)}
+    head, head_stops, _ = _walk(graph, graph.roots, stops)
+
+    behind: dict[Op, tuple[tuple[Op, ...], set[Op]]] = {}
+    own = {addition.op for addition in additions}
+    for addition in additions:
+        if addition.root not in own and addition.root not in behind:
+            ops, hits, _ = _walk(graph, [addition.root], stops - {addition.root})
+            behind[addition.root] = ops, hits
+    stream_of = _streams(additions, {root: hits for root, (_, hits) in behind.items()}, head_stops)
+    position_of, depths = _positions(additions, stream_of)
+
+    branches: list[BranchRegion] = []
+    context: list[Op] = []
+    for addition in additions:
+        reads_root = _descendants_of(graph, addition.root, up_to=addition.op)
+        for end in _parallel_ends(graph, addition.branch, stops, reads_root):
+            ops, _, outside = _walk(graph, [end], stops, reads_root)
+            context.extend(outside)
+            where = stream_of[addition.op], position_of[addition.op]
+            branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *where))
+
+    shortcuts: list[tuple[Op, ...]] = [() for _ in depths]
+    for addition in additions:
+        shortcuts[stream_of[addition.op]] += _walk(graph, [addition.stream], stops)[0]
+    trunks: list[tuple[tuple[Op, ...], ...]] = [() for _ in depths]
+    stems: list[tuple[Op, ...]] = [() for _ in depths]
+    for root, (ops, hits) in behind.items():
+        if hits:
+            trunks[stream_of[root]] += (ops,)
+        else:
+            stems[stream_of[root]] += ops
+    between = [segment for segments in trunks for segment in segments]
+    taken = {op for part in (*between, *shortcuts, *stems, head, *(branch.ops for branch in branches)) for op in part}
+    aside = _by_stream(_walk(graph, context, stops | taken)[0], stream_of)
+    heads = _by_stream(head, stream_of)
+    if depths:
+        stems[-1] += aside.get(None, ()) + heads.get(None, ())
+    return Regions(
+        branches=tuple(branches),
+        trunks=tuple(trunks),
+        shortcuts=tuple(shortcuts),
+        stems=tuple(stems),
+        links=tuple(aside.get(stream, ()) for stream in range(len(depths))),
+        heads=tuple(heads.get(stream, ()) for stream in range(len(depths))),
+        depths=depths,
+        nested=len(inner) - len(additions),
+    )
+
+
+def _ancestors(graph: Graph, marked: Iterable[Op]) -> tuple[list[int], dict[Op, int], list[int]]:
+    """Which marked operations are ancestors of each operation: as bits, of any, and those through a matrix."""
+    bit = {op: 1 << i for i, op in enumerate(sorted(marked, key=lambda op: op.index))}
+    above = [0] * len(graph.ops)
+    through_matrix = [0] * len(graph.ops)
+    for op in graph.ops:
+        if not op.from_data:
+            continue
+        data = op.data
+        for operand in data:
+            above[op.index] |= above[operand.index] | bit.get(operand, 0)
+            through_matrix[op.index] |= through_matrix[operand.index]
+        if graph.is_matrix(op):
+            through_matrix[op.index] |= above[op.index]
+    return above, bit, through_matrix
+
+
+def _residual_additions(graph: Graph) -> list[_Addition]:
+    """Additions of a stream and a branch, in order."""
+    candidates = [op for op in graph.ops if _adds_two(op)]
+    chains = {operand: _linear_chain(graph, operand) for op in candidates for operand in op.data}
+    above, bit, through_matrix = _ancestors(graph, {op for chain in chains.values() for op in chain})
+    found: dict[Op, _Addition] = {}
+    for op in candidates:
+        first, second = op.data
+        for stream, branch in ((first, second), (second, first)):
+            root = transparent_source(stream)
+            if root in found and not above[branch.index] & bit[root]:
+                # (x + attention(x)) + mlp(x): the second branch reads the root of the first
+                root = found[root].root
+            if through_matrix[branch.index] & bit[root]:
+                found[op] = _Addition(op, root, branch, stream)
+                break
+        else:
+            for stream, branch in ((first, second), (second, first)):
+                # where the two paths part; x + x³ inside a GELU part where no matrix follows
+                root = next((o for o in chains[stream] if above[branch.index] & bit[o]), stream)
+                if through_matrix[branch.index] & bit[root] and _is_nonlinear(graph, branch, root):
+                    found[op] = _Addition(op, root, branch, stream)
+                    break
+    return list(found.values())
+
+
+def _linear_chain(graph: Graph, op: Op) -> list[Op]:
+    """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
+    chain = [op]
+    while len(op.data) == 1 and op.name not in NONLINEAR:
+        op = op.data[0]
+        chain.append(op)
+    return chain
+
+
+def _is_nonlinear(graph: Graph, branch: Op, root: Op) -> bool:
+    """Whether a nonlinearity lies between a root and the end of a branch."""
+    ops, _, _ = _walk(graph, [branch], {root})
+    return any(op.name in NONLINEAR and op.index > root.index for op in ops)
+
+
+def _adds_two(op: Op) -> bool:
+    data = op.data
+    return op.name in ("Add", "Sub") and op.shape != () and len(data) == 2 and all(d.shape == op.shape for d in data)
+
+
+def _without_outermost(graph: Graph, found: list[_Addition], above: list[int], bit: dict[Op, int]) -> list[_Addition]:
+    """Additions but those of the data itself and a network with residual additions: losses, skips around all of it."""
+    made: set[Op] = set()  # what a parameter has a part in
+    for op in graph.ops:
+        if op.index in graph.uses or any(operand in made for operand in op.data):
+            made.add(op)
+    return [
+        addition
+        for addition in found
+        if addition.root in made
+        or not any(inner.root in made and above[addition.branch.index] & bit[inner.op] for inner in found)
+    ]
+
+
+def _without_nested(found: list[_Addition], above: list[int], bit: dict[Op, int]) -> list[_Addition]:
+    """Additions that lie in no other one's branch, on the way from the root it reads to its end."""
+    kept: list[_Addition] = []
+    for addition in reversed(found):
+        mine, ancestors = bit[addition.op], above[addition.op.index]
+        if not any(
+            ancestors & bit[outer.root] and (above[outer.branch.index] & mine or outer.branch is addition.op)
+            for outer in kept
+        ):
+            kept.append(addition)
+    return kept[::-1]
+
+
+def _walk(
+    graph: Graph, starts: Iterable[Op], stops: set[Op], inside: Callable[[Op], bool] | None = None
+) -> tuple[tuple[Op, ...], set[Op], list[Op]]:
+    """Operations on the way back from ``starts`` to ``stops``.
+
+    With ``inside``, a matrix whose data comes from elsewhere ends the way too (cross-attention reads an encoder).
+
+    Returns:
+        The operations in order, the stops that were met, and the data from elsewhere.
+    """
+    seen: set[Op] = set()
+    met: set[Op] = set()
+    outside: list[Op] = []
+    stack = list(starts)
+    while stack:
+        op = stack.pop()
+        if op in stops:
+            met.add(op)
+        elif op not in seen:
+            seen.add(op)
+            data = op.data
+            if inside is not None and graph.is_matrix(op) and not any(inside(d) or d in stops for d in data):
+                outside.extend(data)
+            else:
+                stack.extend(data)
+    return tuple(sorted(seen, key=lambda op: op.index)), met, outside
+
+
+def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:
+    """Operations by the first of the streams that they come from, None if they come from data alone."""
+    first: dict[Op, int] = {}
+    parts: dict[int | None, tuple[Op, ...]] = {}
+    for op in ops:
+        streams = [first.get(operand, stream_of.get(operand)) for operand in op.data]
+        known = [stream for stream in streams if stream is not None]
+        if known:
+            first[op] = min(known)
+        parts[first.get(op)] = (*parts.get(first.get(op), ()), op)
+    return parts
+
+
+def _descendants_of(graph: Graph, root: Op, up_to: Op) -> Callable[[Op], bool]:
+    """Whether an operation comes from ``root``; only asked about operations before ``up_to``."""
+    members = {root}
+    for op in graph.ops[root.index + 1 : up_to.index]:
+        if any(operand in members for operand in op.data):
+            members.add(op)
+    return members.__contains__
+
+
+def _parallel_ends(graph: Graph, branch: Op, stops: set[Op], inside: Callable[[Op], bool]) -> list[Op]:
+    """Ends of the branches that one operand of an addition sums: attention + mlp, unless they share matrices."""
+    total = transparent_source(branch)
+    if not _adds_two(total):
+        return [branch]
+    parts = [_walk(graph, [operand], stops, inside)[0] for operand in total.data]
+    matrices = [{op for op in part if graph.is_matrix(op)} for part in parts]
+    if not all(matrices) or matrices[0] & matrices[1]:
+        return [branch]
+    return [end for operand in total.data for end in _parallel_ends(graph, operand, stops, inside)]
+
+
+def _streams(additions: list[_Addition], behind: dict[Op, set[Op]], head_stops: set[Op]) -> dict[Op, int]:
+    """Number the streams: additions that lie behind one another are on one; that of the head comes first."""
+    parent: dict[Op, Op] = {}
+
+    def find(op: Op) -> Op:
+        while parent.setdefault(op, op) is not op:
+            op = parent[op]
+        return op
+
+    for addition in additions:
+        parent[find(addition.op)] = find(addition.root)
+    for root, hits in behind.items():
+        for hit in hits:
+            parent[find(hit)] = find(root)
+    last = {find(a.op): (a.op in head_stops, a.op.index) for a in additions}
+    order = {top: i for i, top in enumerate(sorted(last, key=lambda top: last[top], reverse=True))}
+    return {op: order[find(op)] for op in list(parent)}
+
+
+def _positions(additions: list[_Addition], stream_of: dict[Op, int]) -> tuple[dict[Op, int], tuple[int, ...]]:
+    """Place of every addition along its stream, and the number of places."""
+    places: list[dict[Op, int]] = [{} for _ in set(stream_of.values())]
+    position: dict[Op, int] = {}
+    for addition in additions:
+        along = places[stream_of[addition.op]]
+        position[addition.op] = along.setdefault(addition.root, len(along))
+    return position, tuple(len(along) for along in places)

@@ -1,0 +1,1 @@
+"""What a run does to its residual stream, read and compared without Lightning."""

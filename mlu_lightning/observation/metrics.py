@@ -1,0 +1,226 @@
+"""The distances of ``distances.py`` as torchmetrics, for data that comes in batches and on many ranks.
+
+``compute()`` is the distance of all samples seen since ``reset()``, on all processes, as if they had come at once; it is
+NaN if there were none. States are float64 always, whatever type a module is converted to, also by Lightning's
+``precision="bf16-true"`` and by ``set_dtype``. (Devices without float64, such as MPS, cannot hold them.)
+
+Inputs are detached: a metric keeps no graph alive, and its value has no gradient. Where a gradient is wanted, call the
+functions.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from mlu_lightning.observation.distances import (
+    cka_distance,
+    comparable,
+    gram_distance,
+    output_distance,
+    procrustes_distance,
+    rms_distance,
+)
+
+__all__ = ["CKADistance", "GramDistance", "OutputDistance", "ProcrustesDistance", "RMSDistance"]
+
+
+class _Distance(Metric):
+    """A metric whose states stay float64."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the states, which torchmetrics also gives to what a rank without samples sends."""
+        return torch.float64
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> nn.Module:
+        """Move the states to where ``fn`` moves tensors, and leave their type."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), *args)
+
+
+class _MeanSquareDistance(_Distance):
+    """Root mean square of entries, from their number and the sum of squares."""
+
+    total: Tensor
+    entries: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("entries", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        """Return the distance of all samples seen, a float64 scalar."""
+        return (self.total / self.entries).sqrt()
+
+    def _add(self, distance: Tensor, entries: int) -> None:
+        self.total = self.total + distance.square() * entries
+        self.entries = self.entries + entries
+
+
+class _SampleDistance(_Distance):
+    """Distance that needs all samples at once.
+
+    They are kept as one flat tensor per batch, because torchmetrics gathers from a rank without samples an empty tensor
+    of one axis. Their number and the numbers of coordinates, as the largest of all batches, give the shape.
+    """
+
+    rows: list[Tensor]
+    samples: Tensor
+    widths: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("widths", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="max")
+
+    def update(self, streams: Tensor, reference: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            streams: residual stream of one model, [samples, embedding], of any floating-point type.
+            reference: residual stream of the other on the same samples, [samples, reference embedding].
+
+        Raises:
+            ValueError: if the tensors cannot be compared.
+        """
+        streams, reference = comparable(streams.detach(), reference.detach())
+        widths = self.widths.new_tensor([streams.shape[1], reference.shape[1]])
+        self.rows.append(torch.cat((streams, reference), dim=1).flatten())
+        self.samples = self.samples + len(streams)
+        self.widths = torch.maximum(self.widths, widths)
+
+    def compute(self) -> Tensor:
+        """Return the distance of all samples seen, a float64 scalar.
+
+        Raises:
+            ValueError: if batches had streams of different dimensions.
+        """
+        samples, (width, reference_width) = int(self.samples), self.widths.tolist()
+        if not samples:
+            return torch.full((), math.nan, dtype=self.dtype, device=self.samples.device)
+        rows = dim_zero_cat(self.rows)
+        if rows.numel() != samples * (width + reference_width):
+            raise ValueError(
+                f"The batches had streams of different dimensions, up to {width} and {reference_width} of the reference. "
+                "Use one metric per pair of models and location, and reset() it before others."
+            )
+        rows = rows.view(samples, -1)
+        return self._distance(rows[:, :width], rows[:, width:])
+
+    @abstractmethod
+    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor: ...
+
+
+class RMSDistance(_MeanSquareDistance):
+    """:func:`mlu_lightning.observation.distances.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
+
+    Args:
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    >>> metric = RMSDistance()
+    >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 9.0]]))
+    >>> metric.update(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0, 9.0]]))
+    >>> metric.compute()
+    tensor(1., dtype=torch.float64)
+    """
+
+    def update(self, streams: Tensor, reference: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            streams: residual stream of the smaller model, [samples, embedding], of any floating-point type.
+            reference: residual stream of the larger one on the same samples, [samples, reference embedding].
+
+        Raises:
+            ValueError: if the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
+        """
+        self._add(rms_distance(streams.detach(), reference.detach()), streams.numel())
+
+
+class GramDistance(_SampleDistance):
+    """:func:`mlu_lightning.observation.distances.gram_distance` of all samples seen, which are kept until ``reset()``.
+
+    Args:
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    >>> metric = GramDistance()
+    >>> metric.update(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0]]))
+    >>> metric.update(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0]]))
+    >>> metric.compute()
+    tensor(0.7071, dtype=torch.float64)
+    """
+
+    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
+        return gram_distance(streams, reference)
+
+
+class CKADistance(_SampleDistance):
+    """:func:`mlu_lightning.observation.distances.cka_distance` of all samples seen, which are kept until ``reset()``.
+
+    Args:
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    >>> metric = CKADistance()
+    >>> metric.update(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[3.0], [3.0]]))
+    >>> metric.update(torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0]]))
+    >>> metric.compute()
+    tensor(1., dtype=torch.float64)
+    """
+
+    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
+        return cka_distance(streams, reference)
+
+
+class ProcrustesDistance(_SampleDistance):
+    """:func:`mlu_lightning.observation.distances.procrustes_distance` of all samples seen, which are kept until ``reset()``.
+
+    Args:
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    >>> metric = ProcrustesDistance()
+    >>> metric.update(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+    >>> metric.update(torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 0.0]]))
+    >>> metric.compute()
+    tensor(0., dtype=torch.float64)
+    """
+
+    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
+        return procrustes_distance(streams, reference)
+
+
+class OutputDistance(_MeanSquareDistance):
+    """:func:`mlu_lightning.observation.distances.output_distance` of all samples seen.
+
+    Args:
+        kwargs: of :class:`torchmetrics.Metric`.
+
+    >>> metric = OutputDistance()
+    >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
+    >>> metric.compute()
+    tensor(1.4142, dtype=torch.float64)
+    """
+
+    def update(self, outputs: Tensor, reference: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            outputs: of one model: [samples, targets], of any floating-point type.
+            reference: outputs of the other model on the same samples, of the same shape.
+
+        Raises:
+            ValueError: if the shapes differ, or the tensors cannot be compared.
+        """
+        self._add(output_distance(outputs.detach(), reference.detach()), outputs.numel())

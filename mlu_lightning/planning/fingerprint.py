@@ -1,0 +1,43 @@
+"""A name for the numbers of a plan, by which runs and modules know whether they have the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple
+
+from mlu_lightning.planning.plan import Plan
+
+__all__ = ["fingerprint"]
+
+
+def fingerprint(plan: Plan) -> str:
+    """Name the numbers of a plan that a training run depends on: equal runs have equal fingerprints.
+
+    Roles, shapes, ratios, multipliers, rules, alpha, batch size and duration count; what only initialization uses
+    (``base_std``) and texts do not.
+
+    Args:
+        plan: any plan.
+
+    Returns:
+        64 hexadecimal digits.
+
+    >>> from mlu_lightning import Plan
+    >>> fingerprint(Plan({}, (), (), ())) == fingerprint(Plan({}, (), (), (), alpha=2.0))
+    False
+    """
+    content = {
+        "parameters": {
+            name: [str(parameter.role), list(parameter.shape), *map(float, astuple(parameter.ratios))]
+            for name, parameter in plan.parameters.items()
+        },
+        "multipliers": [
+            [multiplier.name, multiplier.kind, float(multiplier.value), str(multiplier.site), list(multiplier.folds)]
+            for multiplier in plan.multipliers
+        ],
+        "rules": plan.rules.value,
+        "alpha": float(plan.alpha),
+        "horizon": [*map(float, astuple(plan.horizon))],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""Roles that the user says, where discovery cannot tell or should not."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from mlu_lightning.discovery.structure import Structure
+from mlu_lightning.table import Role
+
+__all__ = ["override_roles", "require_roles"]
+
+
+def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) -> Structure:
+    """Replace roles by what the user says.
+
+    Args:
+        structure: as discovered.
+        overrides: role by glob pattern of parameter names; later ones win.
+
+    Raises:
+        ValueError: if a pattern matches nothing, if a role does not exist, or if a matrix is made or unmade a readout, whose
+            output has a multiplier.
+    """
+    parameters = dict(structure.parameters)
+    for pattern, role in overrides.items():
+        matches = fnmatch.filter(parameters, pattern)
+        if not matches:
+            raise ValueError(
+                f"The override {pattern!r}: {str(role)!r} matches no parameter, so it would do nothing. Names are those of "
+                f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
+            )
+        if role not in set(Role):
+            raise ValueError(
+                f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: {_role_names()}."
+            )
+        for name in matches:
+            _check_readout(structure, name, Role(role), pattern)
+            parameters[name] = replace(parameters[name], role=Role(role))
+    unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
+    return replace(structure, parameters=parameters, unassigned=unassigned)
+
+
+def require_roles(structure: Structure, module: nn.Module) -> None:
+    """Refuse a structure in which a parameter has no role.
+
+    Args:
+        structure: after overrides.
+        module: for its name.
+
+    Raises:
+        ValueError: naming the parameters, what was found around them, and the overrides that would settle it.
+    """
+    if not structure.unassigned:
+        return
+    found = "; ".join(
+        f"{name} {list(structure.parameters[name].shape)}: {why}" for name, why in structure.unassigned.items()
+    )
+    lines = ", ".join(
+        f'"{name}": "{Role.STREAM_MATRIX if sum(n > 1 for n in structure.parameters[name].shape) > 1 else Role.STREAM_NORM}"'
+        for name in structure.unassigned
+    )
+    raise ValueError(
+        f"{len(structure.unassigned)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what "
+        f"they are for, for example overrides={{{lines}}}; roles are: {_role_names()}."
+    )
+
+
+def _check_readout(structure: Structure, name: str, role: Role, pattern: str) -> None:
+    """Refuse to change which matrices are readouts: their multipliers are placed by discovery."""
+    facts = structure.parameters[name]
+    is_matrix = sum(size > 1 for size in facts.shape) > 1
+    found = any(readout.parameter == name for readout in structure.readouts)
+    if role is not facts.role and found != (role is Role.READOUT) and (found or is_matrix):
+        here = "was found to be a readout" if found else f"was not found to be one (its role is {facts.role})"
+        raise ValueError(
+            f"The override {pattern!r} makes {name} {'a' if found else 'the'} {role}, but it {here}. A readout's output is "
+            "multiplied by 1/d, and where that is cannot be said by a role. Leave the role of this matrix as it was "
+            f"found; a matrix from the stream to an output of bounded size is a {Role.STREAM_BOUNDED_MATRIX}."
+        )
+
+
+def _role_names() -> str:
+    return ", ".join(role.value for role in Role)

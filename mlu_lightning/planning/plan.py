@@ -1,0 +1,331 @@
+"""The plan: for every parameter its role and ratios to a base shape, from which all factors follow."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mlu_lightning.discovery.discover import discover
+from mlu_lightning.discovery.structure import Tap
+from mlu_lightning.planning.base import Base, BaseParameter, advice_on_names, base_of_module, name_pattern
+from mlu_lightning.planning.entries import (
+    BranchPlan,
+    Multiplier,
+    ParameterPlan,
+    StreamPlan,
+    plan_branches,
+    plan_multipliers,
+    plan_parameters,
+    plan_streams,
+)
+from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.planning.overrides import override_roles, require_roles
+from mlu_lightning.planning.rendering import plan_table
+from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
+from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.plain_yaml import read_text
+
+__all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "Plan", "StreamPlan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of the MLU table for every parameter of one module relative to a base shape.
+
+    Args:
+        parameters: by name, in the order of ``named_parameters()``.
+        branches: residual branches in order of execution.
+        streams: residual streams.
+        multipliers: factors in the forward pass.
+        alpha: richness, 1 for MLU; large values tend to a linearized model (theory.md, section 3).
+        warnings: what the theory does not cover in this module.
+        taps: where streams and outputs can be read.
+        features: where pre-activations of branches can be read.
+        rules: whose table the factors are looked up in.
+        horizon: batch size and duration next to the base's.
+
+    Raises:
+        ValueError: if alpha is not a positive number, or rules other than MLU's have no base or a richness.
+    """
+
+    parameters: dict[str, ParameterPlan]
+    branches: tuple[BranchPlan, ...]
+    streams: tuple[StreamPlan, ...]
+    multipliers: tuple[Multiplier, ...]
+    alpha: float = 1.0
+    warnings: tuple[str, ...] = ()
+    taps: tuple[Tap, ...] = ()
+    features: tuple[Tap, ...] = ()
+    rules: Parameterization = Parameterization.MLU
+    horizon: Horizon = field(default_factory=Horizon)
+
+    def __post_init__(self) -> None:
+        """Check the richness, which everything in branches is multiplied with, and that the rules have what they need."""
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(
+                f"alpha is {self.alpha!r}, and it has to be a positive number: 1 for MLU, more for a run that is closer to "
+                "that of a linearized model."
+            )
+        _check_rules(self.rules, self.alpha, absolute=self._absolute)
+
+    @classmethod
+    def from_model(
+        cls,
+        module: nn.Module,
+        example: Any = None,
+        *,
+        base: nn.Module | Plan | str | PathLike[str] | None = None,
+        overrides: Mapping[str, Role | str] | None = None,
+        alpha: float = 1.0,
+        rules: Parameterization | str = Parameterization.MLU,
+        batch_ratio: float = 1.0,
+        token_ratio: float = 1.0,
+    ) -> Plan:
+        """Discover a module's structure and put it next to a base.
+
+        Args:
+            module: to be trained; it is not changed.
+            example: what ``training_step`` takes as its batch, for a LightningModule; the arguments of ``forward``
+                for any other module. By default ``example_input_array`` of a LightningModule.
+            base: a freshly built module at the shape at which the hyperparameters are known to be good, a saved plan
+                whose base that is, or None for the paper's absolute form (theory.md, section 2), at which learning
+                rates are those of the infinite model.
+            overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
+            alpha: richness.
+            rules: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``
+                (:class:`mlu_lightning.table.Parameterization`).
+            batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
+                AdamW's lr and decay are multiplied by s, eps by 1/s, and 1 - β by s² (Complete(d)P, arXiv 2512.22382).
+            token_ratio: tokens seen in all of the training over those that the base saw.
+
+        Raises:
+            ValueError: without residual branches, without an example, with a parameter that has no role, with an
+                override that matches nothing, with a base of another architecture, or with rules that need a base or
+                have no richness.
+
+        >>> from mlu_lightning.models import ResNet
+        >>> import torch
+        >>> batch = torch.ones(4, 3), torch.ones(4, 2)
+        >>> base = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> wide = ResNet(depth=2, hidden=64, embedding=8, inputs=3, outputs=2)
+        >>> plan = Plan.from_model(wide, batch, base=base)
+        >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
+        {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
+        """
+        rules, horizon = Parameterization(rules), Horizon(batch_ratio, token_ratio)
+        if base is not None and not isinstance(base, nn.Module):
+            base = base if isinstance(base, Plan) else cls.load(base)
+        reference = base.base if isinstance(base, Plan) else None
+        _check_rules(rules, alpha, absolute=reference is None and not isinstance(base, nn.Module))
+        overrides = overrides or {}
+        structure = override_roles(discover(module, example), overrides)
+        require_roles(structure, module)
+        if isinstance(base, nn.Module):
+            base_example = example if example is not None or _has_example(base) else getattr(module, _EXAMPLE, None)
+            base_structure = override_roles(discover(base, base_example), overrides)
+            require_roles(base_structure, base)
+            reference = base_of_module(base, base_structure)
+        streams = plan_streams(structure, reference)
+        multipliers, warnings = plan_multipliers(structure, reference, streams, rules)
+        return cls(
+            parameters=plan_parameters(structure, reference, streams),
+            branches=plan_branches(structure, reference),
+            streams=streams,
+            multipliers=multipliers,
+            alpha=alpha,
+            warnings=structure.warnings + warnings,
+            taps=structure.taps,
+            features=structure.features,
+            rules=rules,
+            horizon=horizon,
+        )
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Role of every parameter, by name."""
+        return {name: parameter.role for name, parameter in self.parameters.items()}
+
+    @property
+    def base(self) -> Base | None:
+        """The base shape that the plan is relative to; None in the paper's absolute form."""
+        if self._absolute:
+            return None
+        return Base(
+            {
+                name: BaseParameter(
+                    role=parameter.role,
+                    shape=parameter.base_shape or (),
+                    fans=(
+                        round(parameter.fans[0] / parameter.ratios.inputs),
+                        round(parameter.fans[1] / parameter.ratios.outputs),
+                    ),
+                    std=parameter.base_std,
+                    active=round(parameter.active / parameter.ratios.active),
+                )
+                for name, parameter in self.parameters.items()
+            },
+            tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
+            {
+                (name_pattern(branch.name), branch.kind): (
+                    branch.base_hidden,
+                    branch.base_head_dim,
+                    branch.base_logits_scale,
+                )
+                for branch in reversed(self.branches)
+            },
+        )
+
+    def forward_multiplier(self, multiplier: Multiplier) -> float:
+        """Factor that a multiplier puts into the forward pass, with the richness alpha on branches.
+
+        Args:
+            multiplier: one of ``multipliers``.
+        """
+        return multiplier.value * self.alpha if multiplier.kind == "branch" else multiplier.value
+
+    def scales(self, family: OptimizerFamily | str) -> dict[str, Scale]:
+        """Factors relative to the base for every parameter, by name.
+
+        Args:
+            family: ``"sgd"``, ``"adam"`` (decay in the gradient), ``"adamw"`` (decoupled decay) or ``"muon"``.
+
+        Returns:
+            The table's entries. The multiplier is that of the branch or readout that a parameter writes to, and that
+            can be folded into it; it is 1 where a multiplier can only be attached, as on a tied readout.
+
+        Raises:
+            ValueError: if batch size or duration differ from the base's, and there are no rules for the family.
+        """
+        family = OptimizerFamily(family)
+        folds = self._forward_factors
+        found: dict[str, Scale] = {}
+        for name, parameter in self.parameters.items():
+            entry = scale(parameter.role, parameter.ratios, family, self.alpha, self.rules)
+            found[name] = self.horizon.scaled(replace(entry, multiplier=folds.get(name, 1.0)), family)
+        return found
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse a module that the plan was not made for.
+
+        Args:
+            module: whose parameters should be the plan's.
+
+        Raises:
+            ValueError: with the difference, if a parameter is missing, extra, or of another shape.
+        """
+        shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
+        found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
+        found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
+        found += [
+            f"{name} is {list(shapes[name])} in the module and {list(parameter.shape)} in the plan"
+            for name, parameter in self.parameters.items()
+            if name in shapes and shapes[name] != parameter.shape
+        ]
+        if found:
+            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+            raise ValueError(
+                f"The plan was not made for this {type(module).__name__}: {'; '.join(found[:8])}{more}. Make a plan of "
+                "this module with Plan.from_model(...), or use the module that the plan was made for."
+                f"{advice_on_names([*shapes, *self.parameters])}"
+            )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as YAML that a person can read and edit.
+
+        Args:
+            path: of the file; an older one stays as it is until the new one is complete.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Read a plan that ``save`` wrote.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            OSError: if there is no such file, or it cannot be read.
+            ValueError: if the file does not hold a plan, saying where it goes wrong.
+        """
+        return cls.from_yaml(read_text(path), str(path))
+
+    def to_yaml(self) -> str:
+        """The text that ``save`` writes."""
+        return parts_to_yaml({part.name: getattr(self, part.name) for part in fields(self)})
+
+    @classmethod
+    def from_yaml(cls, text: str, source: str) -> Plan:
+        """Read what ``to_yaml`` wrote.
+
+        Args:
+            text: YAML.
+            source: where it comes from, for errors.
+
+        Raises:
+            ValueError: if it is not a plan, saying where it goes wrong.
+        """
+        parts = parts_from_yaml(text, source)
+        try:
+            return cls(**parts)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
+        """The plan as a table for one kind of optimizer.
+
+        Args:
+            family: as in ``scales``.
+        """
+        return plan_table(self, OptimizerFamily(family))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    @property
+    def _absolute(self) -> bool:
+        """Whether it is relative to no base."""
+        return any(parameter.base_shape is None for parameter in self.parameters.values())
+
+    @cached_property
+    def _forward_factors(self) -> dict[str, float]:
+        """Product of the multipliers that can be folded into each parameter."""
+        factors: dict[str, float] = {}
+        for multiplier in self.multipliers:
+            for name in multiplier.folds:
+                factors[name] = factors.get(name, 1.0) * self.forward_multiplier(multiplier)
+        return factors
+
+
+_EXAMPLE = "example_input_array"
+
+
+def _check_rules(rules: Parameterization, alpha: float, absolute: bool) -> None:
+    if rules != Parameterization.MLU and (absolute or alpha != 1.0):
+        given = "base=None, or with a plan of a module without a base" if absolute else f"alpha={alpha:g}"
+        raise ValueError(
+            f"rules={rules.value!r} was given with {given}. The absolute form and the richness alpha are those of the "
+            "MLU parameterization: give the others a base, and leave alpha at 1."
+        )
+
+
+def _has_example(module: nn.Module) -> bool:
+    return getattr(module, _EXAMPLE, None) is not None

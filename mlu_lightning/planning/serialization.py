@@ -1,0 +1,260 @@
+"""Plans as YAML that a person can read and edit.
+
+A file may come from anybody: every value in it has to be what its field takes, or the file is refused. A text is read as
+the field says, whatever YAML would make of it: a branch may be called ``on``, and ``1e-3`` is a number.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from enum import Enum
+from reprlib import repr as shortened
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mlu_lightning.discovery.structure import Tap
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
+from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.table import Parameterization, Role
+from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
+
+__all__ = ["parts_from_yaml", "parts_to_yaml"]
+
+_HEADER = """\
+# Plan of a parameterization. Roles and ratios (to the base shape) decide the factors of every parameter, by the table of
+# its rules; multipliers are the numbers in their lines, whatever the rules are. For other rules make another plan: with
+# its rules edited, this one would be half of each. base_std is the root mean square of the base's parameter at
+# initialization (null: leave it as it was built).
+# Roles: {roles}.
+"""
+_VERSION = 1
+_ADDED: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+"""What a file means that was written before it had these keys."""
+
+
+def parts_to_yaml(parts: Mapping[str, Any]) -> str:
+    """Write a plan, one line for each parameter, branch, multiplier and tap.
+
+    Args:
+        parts: the fields of a ``Plan``.
+
+    Raises:
+        ValueError: if it would be longer than what is read.
+    """
+    lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
+    lines.append(f"rules: {Parameterization(parts['rules']).value}")
+    lines.append(f"alpha: {_flow(parts['alpha'])}")
+    lines.append(f"horizon: {_flow(asdict(parts['horizon']))}")
+    for key in ("warnings", "streams", "branches", "multipliers", "taps", "features"):
+        values = parts[key]
+        lines.append(f"{key}:" if values else f"{key}: []")
+        lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
+    lines.append("parameters:" if parts["parameters"] else "parameters: {}")
+    lines.extend(
+        f"  {_flow(name)}: {_flow(asdict(parameter) | {'role': parameter.role.value})}"
+        for name, parameter in parts["parameters"].items()
+    )
+    text = "\n".join(lines) + "\n"
+    length = len(text.encode())
+    if length > LONGEST:
+        raise ValueError(
+            f"The plan of {len(parts['parameters'])} parameters has {length} bytes, and at most {LONGEST} are read, "
+            "from a file or a checkpoint. Put parameters that are alike, such as those of experts, into one tensor."
+        )
+    return text
+
+
+def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
+    """Read what ``parts_to_yaml`` wrote, as the fields of a ``Plan``.
+
+    Args:
+        text: YAML.
+        source: name of the file, for errors.
+
+    Raises:
+        ValueError: if it is not a plan, saying where it goes wrong.
+    """
+    content = parse_yaml(text, source)
+    if not isinstance(content, dict) or "mlu_plan" not in content:
+        raise ValueError(
+            f"{source} is not a plan: it has no line 'mlu_plan: {_VERSION}'. Write one with Plan.from_model(...).save(path)."
+        )
+    version = content.pop("mlu_plan")
+    if version != str(_VERSION):
+        raise ValueError(
+            f"{source} has version {shortened(version)} of the format of plans, and this mlu-lightning reads version "
+            f"{_VERSION}. Update mlu-lightning, or plan the same module and base again: Plan.from_model(...).save(path)."
+        )
+    content = _ADDED | content
+    if content.keys() != _PARTS.keys():
+        wrong = ", ".join(sorted(content.keys() ^ _PARTS.keys())[:20])
+        raise ValueError(f"{source} is not a complete plan: {wrong[:200]} should be there or should not be.")
+    parts = {key: _read(hint, content[key], source, key) for key, hint in _PARTS.items()}
+    _check_references(parts, source)
+    return parts
+
+
+_PARTS: dict[str, Any] = {
+    "rules": Parameterization,
+    "alpha": float,
+    "horizon": Horizon,
+    "warnings": tuple[str, ...],
+    "streams": tuple[StreamPlan, ...],
+    "branches": tuple[BranchPlan, ...],
+    "multipliers": tuple[Multiplier, ...],
+    "taps": tuple[Tap, ...],
+    "features": tuple[Tap, ...],
+    "parameters": dict[str, ParameterPlan],
+}
+_COUNTED = ("depth", "embedding", "hidden", "head_dim")
+_FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "fans", "active", "period"})
+"""Whole numbers that count something; others are from 0 on, but for the axis of a tap."""
+_LARGEST = 1e20
+"""Of ratios and factors, so that no product of them overflows."""
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NULLS = ("null", "Null", "NULL", "~", "")
+_BOOLEANS = {"true": True, "True": True, "false": False, "False": False}
+
+
+def _read(hint: Any, value: Any, where: str, key: str) -> Any:
+    """A value of a type, from what YAML has for the key."""
+    arguments = get_args(hint)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _read_fields(hint, value, where, key)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _read_enum(hint, value, where, key)
+    if NoneType in arguments:
+        (inner,) = (argument for argument in arguments if argument is not NoneType)
+        return None if isinstance(value, str) and value in _NULLS else _read(inner, value, where, key)
+    if get_origin(hint) is dict:
+        _require(isinstance(value, dict), where, key, value, "a mapping")
+        return {name: _read(arguments[1], item, where, name) for name, item in value.items()}
+    if get_origin(hint) is tuple:
+        _require(isinstance(value, list), where, key, value, "a list")
+        if arguments[1] is ...:
+            return tuple(_read(arguments[0], item, where, key) for item in value)
+        _require(len(value) == len(arguments), where, key, value, f"a list of {len(arguments)}")
+        return tuple(_read(one, item, where, key) for one, item in zip(arguments, value, strict=True))
+    if get_origin(hint) is Literal:
+        _require(value in arguments, where, key, value, f"one of {', '.join(arguments)}")
+        return value
+    _require(isinstance(value, str), where, key, value, "no list and no mapping")
+    if hint is bool:
+        _require(value in _BOOLEANS, where, key, value, "true or false")
+        return _BOOLEANS[value]
+    if hint is int:
+        return _read_integer(value, where, key)
+    return _read_number(value, where, key) if hint is float else value
+
+
+def _read_fields(cls: type, value: Any, where: str, key: str) -> Any:
+    """A dataclass from the mapping that stands for it."""
+    hints = get_type_hints(cls)
+    required = {field.name for field in fields(cls) if field.default is MISSING}
+    if not isinstance(value, dict) or not required <= value.keys() <= hints.keys():
+        raise ValueError(
+            f"{where}, {key[:80]}: {shortened(value)} should be a mapping with the keys {', '.join(hints)}."
+        )
+    where = f"{where}, {key[:80]}"
+    return cls(**{name: _read(hints[name], item, where, name) for name, item in value.items()})
+
+
+def _read_enum(cls: type[Enum], value: Any, where: str, key: str) -> Enum:
+    known = [member.value for member in cls]
+    if value not in known:
+        are, names = ("are", key) if key.endswith("s") else ("is", f"{key}s")
+        raise ValueError(
+            f"{where}: there {are} no {key} {shortened(value)}. {names.capitalize()} are: {', '.join(known)}."
+        )
+    return cls(value)
+
+
+def _read_integer(text: str, where: str, key: str) -> int:
+    smallest = -1 if key == "axis" else int(key in _FROM_ONE)
+    right = _INTEGER.fullmatch(text) is not None and int(text) >= smallest
+    _require(right, where, key, text, f"a whole number from {smallest} on")
+    return int(text)
+
+
+def _read_number(text: str, where: str, key: str) -> float:
+    number = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if key == "base_std":  # of weights that are zero, too
+        _require(0 <= number < math.inf, where, key, text, "a number from 0 on")
+    else:
+        _require(
+            1 / _LARGEST <= number <= _LARGEST, where, key, text, f"a number from {1 / _LARGEST:g} to {_LARGEST:g}"
+        )
+    return number
+
+
+def _require(right: bool, where: str, key: str, value: Any, what: str) -> None:
+    if not right:
+        raise ValueError(f"{where}, {key[:80]}: {shortened(value)} should be {what}.")
+
+
+def _check_references(parts: Mapping[str, Any], source: str) -> None:
+    """Refuse what points at a stream, branch or parameter that the plan does not have."""
+    streams, branches, parameters = len(parts["streams"]), len(parts["branches"]), parts["parameters"]
+    multiplied = {multiplier.name for multiplier in parts["multipliers"] if multiplier.kind == "branch"}
+    wrong = [
+        f"branch {branch.name!r} in a stream {branch.stream}"
+        for branch in parts["branches"]
+        if branch.stream >= streams
+    ]
+    wrong += [
+        f"branch {branch.name!r} without a multiplier" for branch in parts["branches"] if branch.name not in multiplied
+    ]
+    wrong += [
+        f"parameter {name!r} in a branch {parameter.branch}"
+        for name, parameter in parameters.items()
+        if parameter.branch is not None and parameter.branch >= branches
+    ]
+    wrong += [
+        f"tap of a stream {tap.number}" for tap in parts["taps"] if tap.reads != "readout" and tap.number >= streams
+    ]
+    wrong += [f"tap of a branch {tap.number}" for tap in parts["features"] if tap.number >= branches]
+    wrong += [
+        f"parameter {name!r} with ratios that leave nothing at the base"
+        for name, parameter in parameters.items()
+        if parameter.base_shape is not None and not _has_base(parameter)
+    ]
+    if wrong:
+        raise ValueError(f"{source} contradicts itself: it has a {wrong[0]}.")
+
+
+def _has_base(parameter: ParameterPlan) -> bool:
+    """Whether the numbers of units that the ratios are relative to are not rounded to 0."""
+    counts = (*parameter.fans, parameter.active)
+    ratios = (parameter.ratios.inputs, parameter.ratios.outputs, parameter.ratios.active)
+    return all(round(count / ratio) >= 1 for count, ratio in zip(counts, ratios, strict=True))
+
+
+def _flow(value: Any) -> str:
+    """One line of YAML."""
+    dumped: str = yaml.dump(
+        _plain(value), Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
+    )
+    return dumped.removesuffix("...\n").rstrip("\n")
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes texts with line breaks, which YAML would break up, in quotes with escapes."""
+
+    def represent_str(self, data: str) -> Any:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_OneLine.add_representer(str, _OneLine.represent_str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -1,0 +1,1 @@
+"""The study that the quickstart command runs."""

@@ -1,0 +1,150 @@
+"""What a quickstart study found: a table, a figure, and a sentence for each shape."""
+
+from __future__ import annotations
+
+import math
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from mlu_lightning.quickstart.study import BASE, Run, Study, best_exponent, curve_of
+from mlu_lightning.utilities.plotting import apart
+
+__all__ = ["loss_table", "save_figure", "verdicts"]
+
+_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+"""Okabe and Ito's palette, which people with any colour vision can tell apart."""
+_TITLES = {True: "MLU: one callback", False: "Standard: the same model, plain"}
+
+
+def loss_table(study: Study, runs: list[Run]) -> Table:
+    """Validation losses by shape, parameterization and learning rate, the least of each row marked.
+
+    Args:
+        study: what was trained.
+        runs: with their losses.
+    """
+    table = Table("shape", "", *(f"2^{exponent}" for exponent in study.exponents), "best lr")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for mlu in (True, False):
+        for shape in study.shapes:
+            losses = [loss for _, loss in curve_of(runs, shape, mlu)]
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            cells = [
+                f"[bold]{loss:.3f}*[/bold]" if finite and loss == min(finite) else f"{loss:.3f} " for loss in losses
+            ]
+            best = f"2^{best_exponent(runs, shape, mlu):.1f}" if finite else "-"
+            table.add_row(shape, "MLU" if mlu else "standard", *cells, best)
+        table.add_section()
+    return table
+
+
+def verdicts(study: Study, runs: list[Run]) -> list[str]:
+    """Say for every shape by which factor the best learning rate moved, in both parameterizations.
+
+    Args:
+        study: what was trained.
+        runs: with their losses.
+    """
+    ends = {min(study.exponents), max(study.exponents)}
+    caution = f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little."
+    return [caution] * (_learned(runs, BASE, False) and best_exponent(runs, BASE, False) in ends) + [
+        f"{shape}: the best learning rate is {_moved(study, runs, shape, True)} with MLU, "
+        f"and {_moved(study, runs, shape, False)} without."
+        for shape in study.shapes
+        if shape != BASE
+    ]
+
+
+def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validation loss (nats per byte)") -> None:
+    """Draw validation loss against learning rate, with MLU and without, one curve for each shape.
+
+    A large dot marks the best learning rate of a curve, between those tried as in
+    :func:`~mlu_lightning.quickstart.study.best_exponent`.
+
+    Args:
+        study: what was trained.
+        runs: with their losses.
+        path: of the PNG file.
+        label: of the losses.
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    finite = [run.loss for run in runs if math.isfinite(run.loss)] or [0.0]
+    left.set_ylim(min(finite) - 0.05, min(max(finite), min(finite) + 1.1) + 0.02)
+    for axes, mlu in ((left, True), (right, False)):
+        _draw(axes, study, runs, mlu)
+    left.set_ylabel(label)
+    figure.savefig(path, dpi=160)
+
+
+def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
+    """One panel; the dotted line is the base's best learning rate."""
+    axes.axvline(2.0 ** best_exponent(runs, BASE, mlu), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
+    ends: dict[str, tuple[float, float]] = {}
+    for shape, color in _colors(study).items():
+        curve = [(exponent, loss) for exponent, loss in curve_of(runs, shape, mlu) if math.isfinite(loss)]
+        if not curve:
+            continue
+        exponents, losses = zip(*curve, strict=True)
+        rates = [2.0**exponent for exponent in exponents]
+        axes.plot(rates, losses, color=color, linewidth=2.4 if shape == BASE else 1.6, marker=".", markersize=4)
+        best = best_exponent(runs, shape, mlu)
+        axes.plot(2.0**best, np.interp(best, exponents, losses), marker="o", markersize=8, color=color)
+        ends[shape] = (rates[-1], losses[-1])
+    _label(axes, ends, _colors(study))
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("learning rate (large dots: the best; dotted line: the base's best)")
+    axes.set_title(_TITLES[mlu], loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
+    """Name every curve at its right end, with names apart from each other."""
+    bottom, top = axes.get_ylim()
+    shapes = sorted(ends, key=lambda shape: ends[shape][1])
+    wanted = [min(ends[shape][1], top) for shape in shapes]
+    for shape, height in zip(shapes, apart(wanted, (top - bottom) / 20), strict=True):
+        axes.annotate(
+            shape,
+            (ends[shape][0], height),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=colors[shape],
+            annotation_clip=False,
+        )
+
+
+def _colors(study: Study) -> dict[str, str]:
+    """Colour of each shape."""
+    return dict(zip(study.shapes, cycle(_COLORS)))
+
+
+def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
+    """By what factor the best learning rate is not the base's."""
+    if not _learned(runs, shape, mlu):
+        return "unknown (every run diverged)"
+    if not _learned(runs, BASE, mlu):
+        return "unknown (every run of the base diverged)"
+    exponent = best_exponent(runs, shape, mlu)
+    factor = 2.0 ** (exponent - best_exponent(runs, BASE, mlu))
+    times = f"{factor:.2f} times the base's"
+    if exponent == min(study.exponents):
+        return f"at most {times} (the smallest that was tried)"
+    if exponent == max(study.exponents):
+        return f"at least {times} (the largest that was tried)"
+    return times
+
+
+def _learned(runs: list[Run], shape: str, mlu: bool) -> bool:
+    """Whether any run of a shape did not diverge."""
+    return any(math.isfinite(loss) for _, loss in curve_of(runs, shape, mlu))

@@ -1,0 +1,1 @@
+"""From measured errors to the best shape for a number of parameters."""

@@ -1,0 +1,262 @@
+"""Shapes of residual networks, and how far each is from the infinite model.
+
+The error bound of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168): after a bounded number of steps of
+gradient descent, the residual stream h of an MLU model is away from that of the infinite model by
+
+    RMS(h - h_inf)^2 = (c1/L)^2 + c2^2 D/(L M) + c3^2/D
+
+up to constants that depend on data, activation and number of steps. :data:`PAPER` and :data:`ATTENTION` hold constants
+from two experiments; :func:`fit_error_bound` makes your own from measured errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "ATTENTION",
+    "PAPER",
+    "ErrorConstants",
+    "FittedConstants",
+    "Measured",
+    "Shape",
+    "error_at",
+    "error_bound",
+    "fit_error_bound",
+]
+
+
+Measured = Literal["stream", "output"]
+"""What an error is of: the residual stream, in embedding space, or the output."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Shape of a residual network (theory.md, section 1).
+
+    Args:
+        depth: residual additions along the stream, L; a Transformer block makes two.
+        hidden: hidden width of a block, M: units of a perceptron, heads of attention.
+        embedding: dimension of the residual stream, D.
+
+    Raises:
+        ValueError: if one of them is not a whole number of 1 or more.
+
+    >>> Shape(depth=24, hidden=12, embedding=768)
+    Shape(depth=24, hidden=12, embedding=768)
+    """
+
+    depth: int
+    hidden: int
+    embedding: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{field.name}={value!r} of a shape should be a whole number of 1 or more.")
+
+
+@dataclass(frozen=True)
+class ErrorConstants:
+    """Constants of the error bound, in units of a coordinate of the residual stream.
+
+    Args:
+        depth: c1, of the term c1/L.
+        hidden: c2, of the term c2 sqrt(D/(L M)).
+        embedding: c3, of the term c3/sqrt(D).
+
+    Raises:
+        ValueError: if one of them is negative or not finite.
+
+    >>> ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5) == PAPER
+    True
+    """
+
+    depth: float
+    hidden: float
+    embedding: float
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "hidden", "embedding"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"The constant {name}={value!r} of the error bound should be finite and not negative.")
+
+
+@dataclass(frozen=True)
+class FittedConstants(ErrorConstants):
+    """Constants that :func:`fit_error_bound` found, and how well it knows them.
+
+    Args:
+        depth: c1.
+        hidden: c2.
+        embedding: c3.
+        uncertainty: by how much one standard error of its square would raise each constant; None if there are not more
+            points than constants, whose scatter then says nothing.
+        scatter: root mean square of log(measured / bound) over the points.
+
+    >>> fit = fit_error_bound({Shape(2, 64, 32): 0.7, Shape(20, 64, 32): 0.5, Shape(20, 64, 512): 0.4})
+    >>> fit.uncertainty is None, fit.scatter < 1e-9  # three constants go through three points
+    (True, True)
+    """
+
+    uncertainty: ErrorConstants | None
+    scatter: float
+
+
+PAPER = ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5)
+"""Perceptron blocks: hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D)) is the published fit to the paper's experiment with tanh.
+Its only depth was L = 50, so that it has no term in L: depth = 0.13 was measured with infinite models of few Euler steps
+in the same experiment (``recipes/paper_rates.py``)."""
+
+ATTENTION = ErrorConstants(depth=1.0, hidden=2.2, embedding=2.5)
+"""Attention blocks, M = heads: hidden = 2.2 was measured at head dimension 4 and L = 8 (theory.md, section 6). The other
+two were not measured with attention: embedding is that of :data:`PAPER`, and depth = 1 is an assumption."""
+
+
+def error_bound(shape: Shape, constants: ErrorConstants = PAPER, of: Measured = "stream") -> float:
+    """Predict the error of a shape to the infinite model in embedding space: sqrt((c1/L)^2 + c2^2 D/(L M) + c3^2/D).
+
+    The bound is that of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168), with its terms added as
+    independent errors. It holds for a bounded number of steps of gradient descent in the MLU parameterization.
+    Coordinates of the stream are of order one: a prediction of one or more only says that the shape is far away.
+
+    Args:
+        shape: of the network.
+        constants: of the bound; by default those of the paper's experiment.
+        of: ``"stream"``, or ``"output"``, on which the second term is c2 D/(L M) in the paper's experiments.
+
+    Returns:
+        Root mean square over coordinates of h - h_inf, or of the outputs' difference.
+
+    >>> round(error_bound(Shape(depth=50, hidden=500, embedding=256), ErrorConstants(0, 0.8, 2.5)), 3)
+    0.176
+    """
+    return error_at(shape.depth, shape.hidden, shape.embedding, constants, of)
+
+
+def error_at(
+    depth: float, hidden: float, embedding: float, constants: ErrorConstants, of: Measured = "stream"
+) -> float:
+    """Predict the error as :func:`error_bound`, at sizes that need not be whole.
+
+    Args:
+        depth: L.
+        hidden: M.
+        embedding: D.
+        constants: of the bound.
+        of: what the error is of.
+
+    >>> error_at(2.0, 0.5, 1.0, ErrorConstants(depth=2, hidden=0, embedding=0))
+    1.0
+    """
+    squares = constants.depth**2, constants.hidden**2, constants.embedding**2
+    terms = _terms(depth, hidden, embedding, of)
+    return math.sqrt(math.fsum(square * term for square, term in zip(squares, terms, strict=True)))
+
+
+def fit_error_bound(
+    points: Mapping[Shape, float] | Iterable[tuple[Shape, float]], of: Measured = "stream"
+) -> FittedConstants:
+    """Find the constants of the error bound from measured errors, by least squares of their logarithms.
+
+    Squared errors are linear in the squares of the constants. Constants are not negative; one whose term is not seen in
+    the errors becomes 0. If all points have the same depth, depth is whatever error does not fall with M and D.
+
+    Args:
+        points: shapes with the error measured at each, as from
+            :func:`~mlu_lightning.observation.distances.rms_distance` to a limit; a shape can occur several times.
+        of: what was measured, as in :func:`error_bound`.
+
+    Returns:
+        The constants, their uncertainty, and the scatter of the points around the bound.
+
+    Raises:
+        ImportError: without scipy.
+        ValueError: if an error is not finite and positive, there are fewer than three different shapes, or the shapes
+            cannot tell the constants apart.
+
+    >>> shapes = [Shape(50, 500, 64), Shape(50, 500, 1024), Shape(5, 500, 256), Shape(50, 50, 256)]
+    >>> fit = fit_error_bound({shape: error_bound(shape) for shape in shapes})
+    >>> round(fit.depth, 6), round(fit.hidden, 6), round(fit.embedding, 6)
+    (0.13, 0.8, 2.5)
+    """
+    if find_spec("scipy") is None:
+        raise ImportError("Fits need scipy, which is not installed: pip install 'mlu-lightning[plots]'.")
+    pairs = list(points.items()) if isinstance(points, Mapping) else list(points)
+    for shape, error in pairs:
+        if not 0 < error < math.inf:
+            raise ValueError(
+                f"The error measured at {shape} is {error}, and a bound can only be fitted to finite errors above zero. "
+                "Leave out runs that diverged, and the reference itself."
+            )
+    if len({shape for shape, _ in pairs}) < 3:
+        raise ValueError(
+            f"There are {len({shape for shape, _ in pairs})} different shapes, and the bound has three constants. Measure "
+            "three shapes or more, among which depth, hidden and embedding all change."
+        )
+    terms = np.array([_terms(s.depth, s.hidden, s.embedding, of) for s, _ in pairs])
+    # each point relative to its error, and terms of size one
+    terms /= np.array([[error**2] for _, error in pairs])
+    sizes = np.linalg.norm(terms, axis=0)
+    terms /= sizes
+    _require_independent(terms, [shape for shape, _ in pairs])
+    squares = _fit_logarithms(terms)
+    residuals = np.log(terms @ squares) / 2
+    uncertainty = None
+    if len(pairs) > len(squares):
+        slopes = terms / (2 * terms @ squares)[:, None]
+        variance = residuals @ residuals / (len(pairs) - len(squares))
+        deviations = np.sqrt(variance * np.diag(np.linalg.inv(slopes.T @ slopes)))
+        raised = np.sqrt((squares + deviations) / sizes) - np.sqrt(squares / sizes)
+        uncertainty = ErrorConstants(*raised.tolist())
+    depth, hidden, embedding = np.sqrt(squares / sizes).tolist()
+    return FittedConstants(depth, hidden, embedding, uncertainty, scatter=float(np.sqrt(np.mean(residuals**2))))
+
+
+def _terms(depth: float, hidden: float, embedding: float, of: Measured) -> tuple[float, float, float]:
+    """What the squares of the constants are multiplied with in the square of the bound."""
+    width = embedding / (depth * hidden)
+    return 1 / depth**2, width if of == "stream" else width**2, 1 / embedding
+
+
+def _require_independent(terms: NDArray[np.float64], shapes: list[Shape]) -> None:
+    """Refuse shapes over which a combination of terms is zero; terms have norm one."""
+    _, sizes, directions = np.linalg.svd(terms)
+    if len(sizes) == 3 and sizes[-1] > 1e-6 * sizes[0]:
+        return
+    names = [field.name for field in fields(Shape)]
+    confused = [name for name, weight in zip(names, directions[-1], strict=True) if abs(weight) > 1e-3]
+    constant = [name for name in confused if len({getattr(shape, name) for shape in shapes}) == 1]
+    remark = f" (all have the same {' and '.join(constant)})" if constant else ""
+    raise ValueError(
+        f"These shapes{remark} cannot tell the constants {' and '.join(confused)} apart, because their terms among 1/L^2, "
+        "D/(L M) and 1/D change together. Measure more shapes, which differ from one of these in "
+        f"{' alone, in '.join(confused)} alone."
+    )
+
+
+def _fit_logarithms(terms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Find x >= 0 that minimizes the sum of squares of log(terms @ x)."""
+    from scipy.optimize import least_squares, nnls
+
+    def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.log(terms @ x)
+
+    def slopes(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return terms / (terms @ x)[:, None]
+
+    tight = 4 * np.finfo(np.float64).eps
+    start = nnls(terms, np.ones(len(terms)))[0]
+    # of the methods with bounds, the one that can end on them
+    fit = least_squares(residuals, start, slopes, (0, np.inf), "dogbox", ftol=tight, xtol=tight, gtol=tight)
+    found: NDArray[np.float64] = fit.x
+    return found

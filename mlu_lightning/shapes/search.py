@@ -1,0 +1,299 @@
+"""The best shape for a number of parameters.
+
+Of all (L, M, D) that a number of parameters allows, the one with the least predicted error to the infinite model
+(:func:`~mlu_lightning.error_bound`; theory.md, section 2), for MLP ResNets and Transformers, whose parameter counts
+differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants, Shape, error_at, error_bound
+
+__all__ = ["RESNET", "Architecture", "Candidate", "candidate_shapes", "optimal_shape"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family of networks that differ in shape: how many parameters a shape has, D (L (u M + a) + c).
+
+    Args:
+        per_unit: u, parameters of a branch for each of its hidden units and coordinates of the stream, averaged over
+            the kinds of branches.
+        per_addition: a, parameters of a branch for each coordinate of the stream, whatever its hidden width.
+        per_coordinate: c, parameters outside branches for each coordinate of the stream.
+        multiples: smallest allowed depth, hidden width and embedding dimension, of which others are multiples.
+        constants: of the error bound.
+
+    Raises:
+        ValueError: if branches have no parameters, or a number is negative.
+
+    >>> Architecture.resnet(inputs=784, outputs=10).parameters(Shape(depth=8, hidden=512, embedding=128))
+    1150208
+    """
+
+    per_unit: int
+    per_addition: int
+    per_coordinate: int
+    multiples: Shape
+    constants: ErrorConstants
+
+    def __post_init__(self) -> None:
+        if self.per_unit < 1 or self.per_addition < 0 or self.per_coordinate < 0:
+            raise ValueError(
+                f"{self.per_unit} parameters per unit, {self.per_addition} per addition and {self.per_coordinate} per "
+                "coordinate are none of a network: give a head dimension of 1 or more, and no negative sizes."
+            )
+
+    @staticmethod
+    def resnet(
+        inputs: int = 0, outputs: int = 0, multiple: int = 64, constants: ErrorConstants = PAPER
+    ) -> Architecture:
+        """Perceptron blocks as in :class:`~mlu_lightning.models.ResNet`: 2 L M D + (inputs + outputs) D parameters.
+
+        Args:
+            inputs: dimension of the data; with the default the embedding is not counted.
+            outputs: dimension of the targets; with the default the readout is not counted.
+            multiple: that hidden width and embedding dimension are multiples of.
+            constants: of the error bound.
+
+        >>> Architecture.resnet(inputs=2, outputs=1).parameters(Shape(depth=3, hidden=8, embedding=4))
+        204
+        """
+        return Architecture(2, 0, inputs + outputs, Shape(1, multiple, multiple), constants)
+
+    @staticmethod
+    def transformer(
+        vocabulary: int,
+        head_dim: int = 64,
+        mlp_ratio: int = 4,
+        multiple: int = 64,
+        constants: ErrorConstants = ATTENTION,
+    ) -> Architecture:
+        """Attention and MLP branches in turn as in :class:`~mlu_lightning.models.CausalTransformer`.
+
+        Hidden width M is the number of heads of an attention branch; their dimension stays as it is, and MLP branches
+        keep mlp_ratio * head_dim units for each head (theory.md, section 3, "Attention with a bounded key-query
+        dimension"). L counts both branches of a block.
+
+        Args:
+            vocabulary: number of tokens; the token table and the readout, not tied, have 2 * vocabulary * D parameters.
+            head_dim: dimension of one head's queries, keys and values.
+            mlp_ratio: units of an MLP branch over heads * head_dim.
+            multiple: that the embedding dimension is a multiple of.
+            constants: of the error bound.
+
+        Raises:
+            ValueError: if ``head_dim`` is below 1.
+
+        >>> gpt2_small = Shape(depth=24, hidden=12, embedding=768)  # 12 blocks; here the readout is not tied
+        >>> Architecture.transformer(vocabulary=50257).parameters(gpt2_small)
+        162148608
+        """
+        # of a block with two additions: 4 matrices for heads * head_dim, 2 for the MLP's units, 2 norms
+        return Architecture((2 + mlp_ratio) * head_dim, 1, 2 * vocabulary + 1, Shape(2, 1, multiple), constants)
+
+    def parameters(self, shape: Shape) -> int:
+        """Number of parameters at a shape."""
+        branch = self.per_unit * shape.hidden + self.per_addition
+        return shape.embedding * (shape.depth * branch + self.per_coordinate)
+
+    def candidate(self, shape: Shape) -> Candidate:
+        """A shape with its number of parameters and its predicted error."""
+        return Candidate(shape, self.parameters(shape), error_bound(shape, self.constants))
+
+
+RESNET = Architecture.resnet()
+"""The paper's ResNet, blocks alone, in multiples of 64."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shape that could be trained.
+
+    Args:
+        shape: of the network.
+        parameters: number of parameters.
+        error: predicted by :func:`error_bound`.
+
+    >>> RESNET.candidate(Shape(depth=4, hidden=1024, embedding=64)).parameters
+    524288
+    """
+
+    shape: Shape
+    parameters: int
+    error: float
+
+
+def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> Candidate:
+    """Find the shape of least predicted error that a number of parameters allows, where depth has to pay for itself.
+
+    In the bound, depth is free: at the same L M, more depth and fewer hidden units only lower it. But branches run one
+    after another, so that twice the depth is taken only where it lowers the error by ``gain``: the shape minimizes
+    error * L^e with e = -log2(1 - gain). For any gain this gives L ~ P^(1/6), M ~ P^(1/2), D ~ P^(1/3) and an error
+    ~ P^(-1/6) with growing P, the shape of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168).
+
+    Args:
+        parameters: the most that the network may have, all of it counted.
+        architecture: that shapes belong to, with its multiples and constants.
+        gain: part by which twice the depth must lower the error, from 0.01 to below 0.5.
+
+    Returns:
+        The best of all shapes in the architecture's multiples, exactly.
+
+    Raises:
+        ValueError: if the number of parameters does not suffice for the smallest shape, or ``gain`` is out of range.
+
+    >>> optimal_shape(100e6).shape
+    Shape(depth=4, hidden=19520, embedding=640)
+    >>> measured = ErrorConstants(depth=2.0, hidden=0.5, embedding=2.5)  # or what fit_error_bound returned
+    >>> optimal_shape(100e6, Architecture.resnet(constants=measured)).shape
+    Shape(depth=67, hidden=896, embedding=832)
+    """
+    return _search(parameters, architecture, gain).best()
+
+
+def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> list[Candidate]:
+    """List the optimal shape and others around it, for a choice that has to respect more than the bound.
+
+    Args:
+        parameters: as in :func:`optimal_shape`.
+        architecture: as in :func:`optimal_shape`.
+        gain: as in :func:`optimal_shape`.
+
+    Returns:
+        The optimal shape; the best at a quarter, half, twice and four times its depth; and the best at its depth with
+        these parts of its embedding dimension; in order of depth and embedding dimension.
+
+    Raises:
+        ValueError: as in :func:`optimal_shape`.
+
+    >>> [(c.shape.depth, c.shape.embedding) for c in candidate_shapes(100e6)]
+    [(1, 640), (2, 640), (4, 128), (4, 320), (4, 640), (4, 1280), (4, 2560), (8, 640), (16, 640)]
+    """
+    search = _search(parameters, architecture, gain)
+    best = search.best().shape
+    factors = (0.25, 0.5, 1, 2, 4)
+    step = architecture.multiples
+    depths = {step.depth * round(best.depth * factor / step.depth) for factor in factors}
+    widths = {step.embedding * round(best.embedding * factor / step.embedding) for factor in factors}
+    found = {search.best_at_depth(depth) for depth in depths if 1 <= depth <= search.most_depth()}
+    found |= {search.widest(best.depth, width) for width in widths if 1 <= width <= search.most_embedding(best.depth)}
+    return sorted(found, key=lambda candidate: (candidate.shape.depth, candidate.shape.embedding))
+
+
+def _search(parameters: float, architecture: Architecture, gain: float) -> _Search:
+    """Check what is asked for."""
+    if not 0.01 <= gain < 0.5:
+        raise ValueError(
+            f"gain={gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the error. With "
+            "less, the bound takes depth almost without end; half of it is more than any depth gains."
+        )
+    least = architecture.parameters(architecture.multiples)
+    if not least <= parameters < math.inf:
+        raise ValueError(
+            f"With parameters={parameters:g} there is no shape: the smallest allowed one, {architecture.multiples}, has "
+            f"{least:,} parameters. Allow as many, or smaller multiples."
+        )
+    return _Search(int(parameters), architecture, -math.log2(1 - gain))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Shapes that a number of parameters allows, searched from the best of a lower bound outwards."""
+
+    budget: int
+    architecture: Architecture
+    exponent: float
+
+    def best(self) -> Candidate:
+        """Least price, over all depths."""
+        step, squares = self.architecture.multiples.depth, self.architecture.constants.depth**2
+        floor = self._floor()
+
+        def price(candidate: Candidate) -> float:
+            return candidate.error * math.pow(candidate.shape.depth, self.exponent)
+
+        def bound(i: int) -> float:
+            return math.sqrt(squares / (step * i) ** 2 + floor) * math.pow(step * i, self.exponent)
+
+        return _least(lambda i: self.best_at_depth(step * i), price, bound, self.most_depth() // step)
+
+    def best_at_depth(self, depth: int) -> Candidate:
+        """Least error, over all embedding dimensions."""
+        step = self.architecture.multiples.embedding
+
+        def bound(i: int) -> float:
+            hidden = (self._units(step * i) / depth - self.architecture.per_addition) / self.architecture.per_unit
+            return error_at(depth, hidden, step * i, self.architecture.constants)
+
+        count = self.most_embedding(depth) // step
+        return _least(lambda i: self.widest(depth, step * i), lambda candidate: candidate.error, bound, count)
+
+    def widest(self, depth: int, embedding: int) -> Candidate:
+        """The most hidden width, which the error only falls with."""
+        architecture, step = self.architecture, self.architecture.multiples.hidden
+        branch = (self.budget // embedding - architecture.per_coordinate) // depth
+        hidden = (branch - architecture.per_addition) // architecture.per_unit // step * step
+        return architecture.candidate(Shape(depth, hidden, embedding))
+
+    def most_depth(self) -> int:
+        """Largest allowed depth."""
+        step = self.architecture.multiples
+        return int(self._units(step.embedding)) // self._branch() // step.depth * step.depth
+
+    def most_embedding(self, depth: int) -> int:
+        """Largest allowed embedding dimension at a depth."""
+        step = self.architecture.multiples.embedding
+        return self.budget // (depth * self._branch() + self.architecture.per_coordinate) // step * step
+
+    def _floor(self) -> float:
+        """Square of an error that no depth goes below: all parameters in matrices of branches, no term in L."""
+        step, constants = self.architecture.multiples, self.architecture.constants
+
+        def square(i: int) -> float:
+            embedding = step.embedding * i
+            depth_times_hidden = self._units(embedding) / self.architecture.per_unit
+            return constants.hidden**2 * embedding / depth_times_hidden + constants.embedding**2 / embedding
+
+        return square(_valley(square, self.most_embedding(step.depth) // step.embedding))
+
+    def _branch(self) -> int:
+        """Parameters of the smallest branch for each coordinate of the stream."""
+        return self.architecture.per_unit * self.architecture.multiples.hidden + self.architecture.per_addition
+
+    def _units(self, embedding: int) -> float:
+        """Parameters left for branches, for each coordinate of the stream."""
+        return self.budget / embedding - self.architecture.per_coordinate
+
+
+def _least(
+    evaluate: Callable[[int], Candidate],
+    value: Callable[[Candidate], float],
+    bound: Callable[[int], float],
+    count: int,
+) -> Candidate:
+    """Least value among candidates 1 to count, given a lower bound of it that falls and then rises."""
+    start = _valley(bound, count)
+    best = evaluate(start)
+    for direction in (-1, 1):
+        i = start + direction
+        while 1 <= i <= count and bound(i) < value(best):
+            best = min(best, evaluate(i), key=value)
+            i += direction
+    return best
+
+
+def _valley(function: Callable[[int], float], count: int) -> int:
+    """Where a function that falls and then rises is least, among 1 to count."""
+    low, high = 1, count
+    while low < high:
+        middle = (low + high) // 2
+        if function(middle) <= function(middle + 1):
+            high = middle
+        else:
+            low = middle + 1
+    return low

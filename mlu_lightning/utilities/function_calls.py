@@ -1,0 +1,141 @@
+"""Watch the torch functions that a forward pass calls, each by its place: submodule, function, and how many before it.
+
+Activations and attentions are functions more often than submodules, so that hooks do not see what goes into them. Functions
+are seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An attention
+may be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlu_lightning.utilities.names import planned_modules
+
+__all__ = ["ATTENTION_CALL", "CallPlace", "Watch", "watched"]
+
+ATTENTION_CALL = "attention"
+"""Name under which the softmax of an attention, or a fused attention, is seen."""
+
+
+class CallPlace(NamedTuple):
+    """Which call of a torch function it is.
+
+    Args:
+        module: name of the innermost submodule that is being called, in its first call.
+        function: name of the function, such as ``"gelu"``.
+        number: calls of that function before it in that call of the submodule, without those in inner submodules.
+
+    >>> CallPlace("blocks.0", "gelu", 0).function
+    'gelu'
+    """
+
+    module: str
+    function: str
+    number: int
+
+
+Watch = Callable[[CallPlace, tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
+"""What is called before each function, with its arguments, and may return what is to be called with its result."""
+
+
+@contextmanager
+def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
+    """Call ``watch`` before every torch function in the first call of any submodule.
+
+    Args:
+        module: whose submodules are hooked meanwhile. Functions that none of them calls are not seen.
+        watch: called with the place and the arguments of a call; what it returns is called with the result. An attention
+            has all of its arguments by name.
+
+    >>> import torch
+    >>> places = []
+    >>> with watched(module := nn.Sequential(nn.Linear(1, 1), nn.ReLU()), lambda place, *_: places.append(place)):
+    ...     output = module(torch.ones(1, 1))
+    >>> places[1]
+    CallPlace(module='1', function='relu', number=0)
+    """
+    calls = _Calls(watch)
+    with ExitStack() as stack:
+        for name, submodule in planned_modules(module):
+            stack.callback(submodule.register_forward_pre_hook(calls.entering(name), prepend=True).remove)
+            # always called, because an error that the code around it catches ends a call, too
+            stack.callback(submodule.register_forward_hook(calls.leave, always_call=True).remove)
+        stack.enter_context(_Functions(calls))
+        yield
+
+
+class _Calls:
+    """Counts functions in the submodule that is being called."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.seen: set[str] = set()
+        # name of each submodule that is being called, None in a further call of it, and its calls of functions so far
+        self.within: list[tuple[str | None, Counter[str]]] = [(None, Counter())]
+
+    def entering(self, name: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            self.within.append((None if name in self.seen else name, Counter()))
+            self.seen.add(name)
+
+        return enter
+
+    def leave(self, *_: Any) -> None:
+        self.within.pop()
+
+    def call(self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+        module, counts = self.within[-1]
+        if module is None:
+            return run()
+        after = self.watch(CallPlace(module, function, counts[function]), args, kwargs)
+        counts[function] += 1
+        result = run()
+        if after is not None:
+            after(result)
+        return result
+
+
+class _Functions(TorchFunctionMode):
+    """Sees functions as Python calls them."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("", "__get__", "__set__"):  # attributes of tensors
+            return func(*args, **given)
+        with _Attentions(self.calls) if "softmax" in name or "attention" in name else nullcontext():
+            return self.calls.call(name, args, given, lambda: func(*args, **given))
+
+
+class _Attentions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Sees attentions as torch dispatches them inside of a function; everywhere it would make a pass slow."""
+
+    def __init__(self, calls: _Calls) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.calls = calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given, name = kwargs or {}, func._schema.name.removeprefix("aten::")
+        if name not in _SOFTMAXES and not name.startswith("_scaled_dot_product_"):
+            return func(*args, **given)
+        names = (argument.name for argument in func._schema.arguments)
+        # positional arguments come first, and there may be fewer than names
+        arguments = {**dict(zip(names, args, strict=False)), **given}
+        return self.calls.call(ATTENTION_CALL, (), arguments, lambda: func(*args, **given))
+
+
+_SOFTMAXES = frozenset({"_softmax", "_safe_softmax"})
