@@ -1,0 +1,1 @@
+"""The study of check; see README.md beside this file."""

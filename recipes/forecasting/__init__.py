@@ -1,0 +1,1 @@
+"""The study of forecasting; see README.md beside this file."""

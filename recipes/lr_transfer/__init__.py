@@ -1,0 +1,1 @@
+"""The study of lr transfer; see README.md beside this file."""

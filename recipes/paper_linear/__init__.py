@@ -1,0 +1,1 @@
+"""The study of paper linear; see README.md beside this file."""

@@ -1,0 +1,1 @@
+"""The study of paper rates; see README.md beside this file."""

@@ -1,0 +1,1 @@
+"""The study of phase diagram; see README.md beside this file."""

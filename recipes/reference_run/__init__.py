@@ -1,0 +1,1 @@
+"""The study of reference run; see README.md beside this file."""

@@ -1,0 +1,131 @@
+"""Multipliers as hooks and folded into weights are the same function and the same training run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.architecture_runs import doubled, in_double, loss_of
+from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from helpers.architectures.language import gpt2_with_heads_of
+from torch import Tensor, nn
+
+from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning.models import CausalTransformer
+
+STEPS = 8
+# eps is as large as gradients are, so that its factor counts; with a small one, Adam amplifies rounding errors without
+# bound where the gradient is zero but for these, as that of the bias of keys is
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-2, weight_decay=0.1),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return ARCHITECTURES[request.param]
+
+
+def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
+    """A module in double precision with its plan, initialized; dropout is off, because its masks would not matter."""
+    torch.manual_seed(0)
+    base = architecture.build(1, 2, 16)
+    module = architecture.build(2, 4, 32)
+    plan = Plan.from_model(module, architecture.example, base=base, alpha=1.5)
+    initialize(module, plan)
+    return doubled(module).eval(), plan
+
+
+def _loss(module: nn.Module, example: Any) -> Tensor:
+    return loss_of(module, in_double(example))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_same_run(architecture: Architecture, name: str) -> None:
+    hooked, plan = _made(architecture)
+    folded = copy.deepcopy(hooked)
+    with_sites = all(multiplier.site is not None for multiplier in plan.multipliers)
+    if with_sites:
+        attach_multipliers(hooked, plan)
+    else:
+        with pytest.raises(ValueError, match="cannot be attached as a hook"):
+            attach_multipliers(hooked, plan)
+        return
+    fold(folded, plan)
+    torch.testing.assert_close(
+        _loss(folded, architecture.example), _loss(hooked, architecture.example), rtol=1e-13, atol=0
+    )
+
+    losses = []
+    for module in (hooked, folded):
+        optimizer = OPTIMIZERS[name](module.parameters())
+        scale_optimizer(optimizer, module, plan)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = _loss(module, architecture.example)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.detach())
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
+    factors = {parameter: scale.multiplier for parameter, scale in plan.scales("sgd").items()}
+    others = dict(folded.named_parameters())
+    for parameter, value in hooked.named_parameters():
+        torch.testing.assert_close(
+            others[parameter],
+            value * factors[parameter],
+            rtol=1e-8,
+            atol=1e-10,
+            msg=lambda text, p=parameter: f"{p}: {text}",
+        )
+
+
+def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Architecture) -> None:
+    """Its weights in a module without any hooks give the same output, unless a readout is tied or a norm ends a branch."""
+    module, plan = _made(architecture)
+    if not all(multiplier.folds for multiplier in plan.multipliers):
+        assert architecture.tied or architecture.unfoldable
+        return
+    fold(module, plan)
+    plain = doubled(architecture.build(2, 4, 32)).eval()
+    plain.load_state_dict(module.state_dict())
+    assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "queries"),
+    [
+        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight"),
+        (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
+        (lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), "in_proj_"),
+    ],
+)
+def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], example: Any, queries: str) -> None:
+    """Multiplying logits is multiplying the rows of the queries by hand."""
+    torch.manual_seed(0)
+    module, base = build(32).double().eval(), build(16)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    plan = Plan.from_model(module, example, base=base)
+    by_hand = copy.deepcopy(module)
+    others = replace(plan, multipliers=tuple(m for m in plan.multipliers if m.kind != "logits"))
+    with torch.no_grad():
+        for name, parameter in by_hand.named_parameters():
+            if queries in name:
+                rows = parameter.T if "c_attn.weight" in name else parameter
+                rows[:64] *= 0.5**0.5
+    expected = _loss(fold(by_hand, others), example)
+    assert not torch.allclose(_loss(fold(copy.deepcopy(module), others), example), expected, rtol=1e-6, atol=0)
+    for put in (attach_multipliers, fold):
+        copied = copy.deepcopy(module)
+        put(copied, plan)
+        loss = _loss(copied, example)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in copied.parameters())
+        assert list(copied.state_dict()) == list(module.state_dict())

@@ -1,0 +1,229 @@
+"""Optimizers in the Trainer, on a Transformer: MLUCallback's run is that of a module and parameter groups by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import parameter_groups as table
+import pytest
+import torch
+from helpers.architecture_runs import fit, identical
+from helpers.parameter_groups import MULTIPLIERS, D, L, M, Numbers
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn, optim
+from torch.nn import functional as F
+
+from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning.models import CausalTransformer
+
+# The shape is L, D and M times the base's in depth, embedding and hidden width
+BASE = {"depth": 1, "embedding": 16, "heads": 1}
+SHAPE = {"depth": 2, "embedding": 64, "heads": 16}
+Residual = Literal["hook", "fold"]
+
+
+class Lion(optim.Optimizer):
+    """The optimizer of Chen et al., arXiv 2302.06675, algorithm 2: the sign of an interpolation, decoupled decay."""
+
+    def __init__(
+        self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                update = torch.sign(beta1 * mean + (1 - beta1) * parameter.grad) + group["weight_decay"] * parameter
+                parameter.sub_(group["lr"] * update)
+                mean.mul_(beta2).add_(parameter.grad, alpha=1 - beta2)
+        return loss
+
+
+# Rows of theory.md, section 3, for the stored weights, which hold the multiplier a if it was folded into them
+
+
+def sgd(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
+    factor = SGD_LR[role] * a**2
+    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
+
+
+def adamw(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
+    return lion(numbers, role, shape, a) | {"eps": numbers["eps"] * EPS[role] / a}
+
+
+def lion(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
+    factor = ADAM_LR[role] * a
+    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
+
+
+def adafactor(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
+    """Steps are relative to the size of the weights, which is std·a: so are they, and bounds of squared gradients."""
+    factor = ADAM_LR[role] / STD[role]
+    eps = numbers["eps"][0] * (EPS[role] / a) ** 2, numbers["eps"][1] * STD[role] * a
+    return {**numbers, "lr": numbers["lr"] * factor, "eps": eps, "weight_decay": numbers["weight_decay"] / factor}
+
+
+def muon(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
+    """Without the factor of the shape that torch has of its own: with fan_in and fan_out of base and module, by hand."""
+    rows, columns = shape
+    base = {"branch_in": (rows / M, columns / D), "branch_out": (rows / D, columns / M)}[role]
+    if numbers["adjust_lr_fn"] == "match_rms_adamw":
+        own = (max(rows, columns) / max(base)) ** 0.5
+    else:
+        own = (max(1, rows / columns) / max(1, base[0] / base[1])) ** 0.5
+    factor = table.MUON_LR[role] / own * a
+    eps = numbers["eps"] * table.MUON_EPS[role] / a
+    return {**numbers, "lr": numbers["lr"] * factor, "eps": eps, "weight_decay": numbers["weight_decay"] / factor}
+
+
+# The norm on the stream is a row that the table for bare weights does not have
+SGD_LR = table.SGD_LR | {"stream_norm": D}
+ADAM_LR = table.ADAM_LR | {"stream_norm": 1}
+EPS = table.EPS | {"stream_norm": 1 / D}
+STD = table.STD | {"stream_norm": 1}
+ROLES = {
+    "tokens": "embedding",
+    "query": "branch_in",
+    "key": "branch_in",
+    "value": "branch_in",
+    "read": "branch_in",
+    "out": "branch_out",
+    "write": "branch_out",
+    "readout": "readout",
+}
+
+
+def role_of(name: str) -> str:
+    layer = name.split(".")[-2]
+    return ROLES[layer] if layer != "norm" else "norm" if name.startswith("branches") else "stream_norm"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer of some of the parameters.
+
+    Args:
+        make: optimizer of parameters or groups.
+        numbers: of the base.
+        by_hand: those of a parameter, from its role, shape and the multiplier that was folded into it.
+    """
+
+    make: Callable[..., optim.Optimizer]
+    numbers: Numbers
+    by_hand: Callable[[Numbers, str, torch.Size, float], Numbers]
+
+
+ADAMW = Case(optim.AdamW, {"lr": 0.01, "eps": 1e-5, "weight_decay": 0.1}, adamw)
+MUON = {"lr": 0.02, "weight_decay": 0.1, "eps": 0.01}
+RUNS = {
+    "lion": (Case(Lion, {"lr": 0.003, "weight_decay": 0.1}, lion),),
+    "sgd-momentum": (Case(optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}, sgd),),
+    "sgd-nesterov": (Case(optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, sgd),),
+    "adafactor": (Case(optim.Adafactor, {"lr": 0.01, "eps": (1e-5, 0.1), "weight_decay": 0.1}, adafactor),),
+    "muon": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "original"}, muon), ADAMW),
+    "muon-rms": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "match_rms_adamw"}, muon), ADAMW),
+}
+
+
+class Language(CausalTransformer):
+    """With one optimizer, or with Muon for the matrices of branches and AdamW for the rest; it keeps its losses."""
+
+    def __init__(self, cases: tuple[Case, ...], **shape: int) -> None:
+        super().__init__(50, 8, head_dim=8, **shape)
+        self.cases = cases
+        self.losses: list[float] = []
+        self.automatic_optimization = len(cases) == 1
+
+    def parameters_of(self, case: Case) -> dict[str, nn.Parameter]:
+        everything = dict(self.named_parameters())
+        if len(self.cases) == 1:
+            return everything
+        inner = {name: p for name, p in everything.items() if name.startswith("branches") and p.ndim == 2}
+        return inner if case.make is optim.Muon else {n: p for n, p in everything.items() if n not in inner}
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        self.losses.append(float(loss.detach()))
+        if not self.automatic_optimization:
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> list[optim.Optimizer]:
+        return [case.make(self.parameters_of(case).values(), **case.numbers) for case in self.cases]
+
+
+class ByHand(Language):
+    """With the numbers of every parameter written into a group of its own, and its multipliers in the source."""
+
+    def __init__(self, cases: tuple[Case, ...], residual: Residual) -> None:
+        super().__init__(cases, **SHAPE)
+        self.residual = residual
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        branch, readout = (1 / L, 1 / D) if self.residual == "hook" else (1, 1)
+        stream = self.tokens(tokens)
+        for block in self.branches:
+            stream = stream + branch * block(stream)
+        return readout * self.readout(self.norm(stream))
+
+    def configure_optimizers(self) -> list[optim.Optimizer]:
+        return [
+            case.make([self.group(case, name, parameter) for name, parameter in self.parameters_of(case).items()])
+            for case in self.cases
+        ]
+
+    def group(self, case: Case, name: str, parameter: nn.Parameter) -> Numbers:
+        role = role_of(name)
+        folded = MULTIPLIERS.get(role, 1.0) if self.residual == "fold" else 1.0
+        return {"params": [parameter], **case.by_hand(case.numbers, role, parameter.shape, folded)}
+
+
+class Start(Callback):
+    """Keeps the weights that training starts from."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights = copy.deepcopy(pl_module.state_dict())
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(50, (4, 9), generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("cases", RUNS.values(), ids=RUNS)
+def test_run_is_that_of_numbers_by_hand(cases: tuple[Case, ...], residual: Residual) -> None:
+    """Losses and weights, bit for bit: ratios are powers of two."""
+    torch.manual_seed(0)
+    ours, theirs, start = Language(cases, **SHAPE), ByHand(cases, residual), Start()
+    family = "adamw" if cases[0].make is Lion else None
+    fit(ours, batches(), MLUCallback(Language(cases, **BASE), residual=residual, family=family), start)
+    theirs.load_state_dict(start.weights)
+    fit(theirs, batches())
+    assert ours.losses == theirs.losses
+    assert len(ours.losses) == 6
+    assert identical(ours, theirs)
+    moved = [not torch.equal(value, start.weights[name]) for name, value in ours.state_dict().items()]
+    assert all(moved)
+
+
+def test_optimizer_that_torch_does_not_define_needs_a_family() -> None:
+    module = Language(RUNS["lion"], **SHAPE)
+    with pytest.raises(TypeError, match=r"How Lion uses .* is not known: .* with family=\.\.\. of MLUCallback"):
+        fit(module, batches(), MLUCallback(Language(RUNS["lion"], **BASE)))
+    assert module.losses == []

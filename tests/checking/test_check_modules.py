@@ -1,0 +1,356 @@
+"""Checks of modules as people write them: numbered layers, parameters of their own, hooks that build, data of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichModelSummary, TQDMProgressBar
+from test_check import CONTEXT, few, tokens, transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+from mlu_lightning import CheckReport, MLUCallback, Plan, Role, Shape
+from mlu_lightning.checking.growth import roles_as_in
+from mlu_lightning.checking.measurement import measure
+from mlu_lightning.checking.shrinkage import shrinkage
+from mlu_lightning.checking.verdicts import Point, fit_row
+from recipes.check.plan_faults import Factor, Fault, FaultyCallback
+
+FEATURES = 6
+PLAIN = Shape(depth=2, hidden=16, embedding=8)
+
+
+def points(count: int = 12, samples: int = 16) -> list[tuple[Tensor, Tensor]]:
+    draws = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(samples, FEATURES, generator=draws) for _ in range(count)]
+    return [(x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()) for x in inputs]
+
+
+class Layers(LightningModule):
+    """A perceptron whose blocks are ``nn.Sequential``, so that all of its matrices have numbers for names."""
+
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, embedding, bias=False)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(embedding, bias=False),
+                nn.Linear(embedding, hidden, bias=False),
+                nn.GELU(),
+                nn.Linear(hidden, embedding, bias=False),
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embedding, bias=False)
+        self.last = nn.Linear(embedding, 4, bias=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        stream = self.first(batch[0])
+        for block in self.blocks:
+            stream = stream + block(stream)
+        return F.cross_entropy(self.last(self.norm(stream)), batch[1])
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3, weight_decay=0.1)
+
+
+def layers(build: Callable[..., LightningModule] = Layers, **settings: Any) -> CheckReport:
+    return few(**{"build": build, "base": PLAIN, "data": points(), "axes": ["depth"], "seeds": 2} | settings)
+
+
+@pytest.mark.parametrize(
+    ("role", "factor", "axes"),
+    [
+        (Role.BRANCH_NORM, "lr", ["embedding"]),
+        (Role.BRANCH_IN, "weight_decay", ["embedding"]),
+        (Role.BRANCH_OUT, "multiplier", ["depth"]),
+    ],
+)
+def test_layers_with_numbers_for_names_are_told_apart(role: Role, factor: Factor, axes: list[str]) -> None:
+    report = layers(axes=axes, seeds=3, callbacks=lambda base: [FaultyCallback(Fault(role, factor), base)])
+    assert (report.verdict, report.causes[0].role) == ("fail", role.value), report
+    rows = {(row.quantity.name, row.quantity.role) for row in report.rows if row.quantity.kind == "update"}
+    assert {role for name, role in rows if name == "blocks.*.*.weight"} == {"branch_norm", "branch_in", "branch_out"}
+
+
+class Flat(nn.Module):
+    """Everything in one ``nn.Sequential``, in which the depth moves what comes after the blocks."""
+
+    class Block(nn.Sequential):
+        def forward(self, stream: Tensor) -> Tensor:
+            return stream + super().forward(stream)
+
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        super().__init__()
+        blocks = [Flat.Block(*block) for block in cast("Any", Layers(depth, hidden, embedding).blocks)]
+        self.layers = nn.Sequential(
+            nn.Linear(FEATURES, embedding), *blocks, nn.LayerNorm(embedding), nn.Linear(embedding, 4)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return cast("Tensor", self.layers(inputs))
+
+
+def test_roles_are_those_of_a_large_module_whatever_the_numbers() -> None:
+    inputs = torch.ones(3, FEATURES)
+    small = Plan.from_model(Flat(2, 16, 8), (inputs,), base=Flat(2, 16, 8))
+    wide = Plan.from_model(Flat(2, 32, 16), (inputs,), base=small)
+    deep = Plan.from_model(Flat(4, 16, 8), (inputs,), base=small)
+    found = roles_as_in(deep, wide, small)
+    named = {name.removeprefix("layers."): role.value for name, role in found.items()}
+    assert named["0.weight"] == "embedding"
+    assert [named[f"{block}.{place}.weight"] for block in (1, 4) for place in (0, 1, 3)] == [
+        *("branch_norm", "branch_in", "branch_out"),
+        *("branch_norm", "branch_in", "branch_out"),
+    ]
+    assert (named["5.weight"], named["6.weight"], named["6.bias"]) == ("stream_norm", "readout", "readout_bias")
+
+
+class Positions(LightningModule):
+    """A Transformer that holds its positions itself, and whose readout is its embedding, transposed."""
+
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        super().__init__()
+        inner = transformer(depth, hidden, embedding)
+        self.tokens, self.branches, self.norm = inner.tokens, inner.branches, inner.norm
+        self.positions = nn.Parameter(torch.randn(CONTEXT, embedding) / 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        stream = self.tokens(tokens) + self.positions
+        for branch in self.branches:
+            stream = stream + branch(stream)
+        return cast("Tensor", self.norm(stream)) @ self.tokens.weight.T
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def configure_optimizers(self) -> Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=2**-6, weight_decay=0.1)
+
+
+def test_positions_and_a_norm_under_a_multiplier_are_read_as_they_are() -> None:
+    model, base = Positions(2, 4, 32), Positions(2, 4, 16)
+    plan = Plan.from_model(model, tokens()[0], base=base)
+    assert [multiplier.site and multiplier.site.module for multiplier in plan.multipliers][-1] == "norm"
+    callback = MLUCallback(base)
+    batch = tokens()[0]
+    found = measure(model, plan, plan.roles, [callback, Initial()], [batch], batch, 1, {})
+    start = {one.quantity.name: one.values for one in found if one.quantity.kind == "start"}
+    assert start["positions"] == (pytest.approx(Initial.positions.square().mean().sqrt().item(), rel=1e-6),)
+    # outputs of a norm with gains of one, before the readout's multiplier of 1/2
+    assert start["norm.weight"] == (pytest.approx(1.0, abs=1e-3),)
+
+
+class Initial(Callback):
+    """Keeps the positions as they are when the training starts."""
+
+    positions: Tensor
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Initial.positions = cast("Tensor", pl_module.positions).detach().clone()
+
+
+def test_positions_of_the_module_itself_pass_along_the_embedding() -> None:
+    report = few(build=Positions, base=Shape(2, 2, 16), axes=["embedding"])
+    assert report.verdict == "pass", report
+
+
+class Counting(torch.optim.AdamW):
+    """Keeps a counter in its groups, as fused and schedule-free optimizers do, and makes shorter and shorter steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group["lr"], given = group["lr"] / group["k"], group["lr"]
+        try:
+            return super().step(closure)
+        finally:
+            for group in self.param_groups:
+                group["lr"] = given
+
+
+def test_counters_in_groups_go_back() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = Counting([weight], lr=0.5, weight_decay=0.1)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    found = shrinkage([optimizer], {"weight": weight})
+    assert found == {"weight": pytest.approx(0.5 / 2 * 0.1, rel=1e-5)}
+    assert optimizer.param_groups[0]["k"] == 1
+    del optimizer.param_groups[0]["k"]
+    shrinkage([optimizer], {"weight": weight})
+    assert "k" not in optimizer.param_groups[0]
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    assert shrinkage([optimizer], {"weight": weight}) == {}
+
+
+class OwnData(Layers):
+    """Gets its data in ``setup``."""
+
+    def setup(self, stage: str) -> None:
+        x, y = (torch.cat(parts) for parts in zip(*points(), strict=True))
+        self.samples = TensorDataset(x, y)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.samples, batch_size=16)
+
+
+class BuiltLate(Layers):
+    """Builds its layers in ``configure_model``."""
+
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        LightningModule.__init__(self)
+        self.shape = depth, hidden, embedding
+        self.late: Layers | None = None
+
+    def configure_model(self) -> None:
+        if self.late is None:
+            self.late = Layers(*self.shape)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert self.late is not None
+        return self.late.training_step(batch, batch_idx)
+
+
+class Talkative(Layers):
+    """Asks its Trainer for everything that it has in a training."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("next", self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
+        cast("Any", self.logger).experiment.add_scalar("anything", 1.0, self.trainer.global_step)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)]
+
+
+@pytest.mark.parametrize("build", [BuiltLate, Talkative])
+def test_modules_that_are_built_by_hooks_or_ask_their_trainer_are_as_others(build: Any) -> None:
+    report, plain = layers(build, factors=(1, 2), steps=2), layers(factors=(1, 2), steps=2)
+    assert _values(report) == pytest.approx(_values(plain))
+
+
+def test_data_of_the_modules_own_setup() -> None:
+    assert _values(layers(OwnData, data=None)).keys() == _values(layers()).keys()
+
+
+class World(LightningDataModule):
+    """Asks its Trainer how many processes there are, and has two loaders."""
+
+    def train_dataloader(self) -> Any:
+        assert self.trainer is not None
+        x, y = (torch.cat(parts) for parts in zip(*points(), strict=True))
+        return [DataLoader(TensorDataset(x, y), batch_size=16 // self.trainer.world_size) for _ in range(2)]
+
+
+class OfTwo(Layers):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum((super(OfTwo, self).training_step(one, batch_idx) for one in batch), torch.zeros(()))
+
+
+def test_lists_of_loaders_and_a_datamodule_that_asks_its_trainer() -> None:
+    assert _values(layers(OfTwo, data=World())).keys() == _values(layers()).keys()
+
+
+def test_callbacks_that_log_and_save_and_print_do_no_harm(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def callbacks(base: LightningModule) -> list[Callback]:
+        watching = [
+            LearningRateMonitor(),
+            ModelCheckpoint(every_n_train_steps=1),
+            TQDMProgressBar(),
+            RichModelSummary(),
+        ]
+        return [MLUCallback(base), *watching]
+
+    assert _values(layers(callbacks=callbacks)) == _values(layers())
+    assert list(tmp_path.iterdir()) == []
+
+
+def _values(report: CheckReport) -> dict[str, float]:
+    """What was measured in the first run, by name; those of modules that hold others have the others' names."""
+    return {str(row.quantity).replace("late.", ""): row.points[0].value for row in report.rows}
+
+
+@pytest.mark.parametrize(
+    ("axes", "build", "says"),
+    [
+        (
+            ["depth"],
+            lambda depth, hidden, embedding: Layers(2, hidden, embedding),
+            "depth: its streams have 2 additions",
+        ),
+        (["hidden"], lambda depth, hidden, embedding: Layers(depth, 16, embedding), "hidden: its branches have 16"),
+        (["embedding"], lambda depth, hidden, embedding: Layers(depth, hidden, 8), "embedding: its streams have 8"),
+    ],
+)
+def test_what_does_not_grow_is_refused(axes: list[str], build: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=rf"does not grow with its {says}.*as they had at half of it.*leave it out"):
+        layers(build, axes=axes, callbacks=lambda _: [])
+
+
+def test_of_what_grows_together_one_is_enough() -> None:
+    assert layers(lambda depth, hidden, embedding: Layers(2, hidden, 8), axes=["together"], factors=(1, 2, 4)).rows
+    with pytest.raises(
+        ValueError, match=r"grows neither with its depth nor .*Let the module_factory use depth=\.\.\., "
+    ):
+        layers(lambda depth, hidden, embedding: Layers(2, 16, 8), axes=["together"])
+
+
+class Stops(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = True
+
+
+class WithoutOptimizer(Layers):
+    def configure_optimizers(self) -> None:  # type: ignore[override]  # which Lightning takes
+        return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [
+        ({"callbacks": lambda base: [MLUCallback(base), Stops()]}, 1),
+        ({"trainer": {"fast_dev_run": True}}, 1),
+    ],
+)
+def test_runs_that_stop_early_are_refused(settings: Any, made: int) -> None:
+    with pytest.raises(ValueError, match=rf"A run made {made} of 3 steps. Leave out what stops it"):
+        layers(**settings)
+
+
+def test_a_module_without_an_optimizer_does_not_pass() -> None:
+    report = layers(WithoutOptimizer)
+    assert report.verdict == "undecided"
+    assert report.summary.splitlines()[1:] == [
+        "features of blocks.* (mlp): it does not move",
+        "stream of s=1: it does not move",
+        "output of output: it does not move",
+    ]
+
+
+class FromData(Layers):
+    """A stream that begins with the data."""
+
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        super().__init__(depth, hidden, FEATURES)
+        self.first = nn.Identity()
+
+
+def test_streams_that_begin_with_the_data_pass() -> None:
+    report = layers(FromData, seeds=4)
+    assert report.verdict == "pass", report
+    row = next(row for row in report.rows if str(row.quantity) == "stream of s=0")
+    assert (row.verdict, row.reason) == ("pass", "it does not move at any size")
+    still = [Point(factor, seed, 0.0, 0.0, 0.0) for factor in (1, 2, 4) for seed in (0, 1)]
+    end = next(row for row in report.rows if str(row.quantity) == "stream of s=1").quantity
+    assert fit_row(end, "depth", still).verdict == "undecided"

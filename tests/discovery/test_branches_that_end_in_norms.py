@@ -1,0 +1,149 @@
+"""A norm between a branch's last matrix and the addition undoes that matrix's scale, so that its std is another one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES
+from torch import Tensor, nn, optim
+
+from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning.table import Ratios, Role, Scale
+
+HIDDEN, EMBEDDING = 64, 32
+INPUTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
+
+
+class Normed(nn.Module):
+    """Perceptrons with norms at both of their ends, as Gemma 2 has them."""
+
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, embedding)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.RMSNorm(embedding),
+                nn.Linear(embedding, hidden),
+                nn.GELU(),
+                nn.Linear(hidden, embedding, bias=False),
+                nn.RMSNorm(embedding),
+            )
+            for _ in range(3)
+        )
+        self.out = nn.Linear(embedding, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        for branch in self.branches:
+            stream = stream + branch(stream)
+        output: Tensor = self.out(stream)
+        return output
+
+    def stream(self, x: Tensor) -> Tensor:
+        stream: Tensor = self.embed(x)
+        for branch in self.branches:
+            stream = stream + branch(stream)
+        return stream.detach()
+
+
+def _plan(module: nn.Module) -> Plan:
+    return Plan.from_model(module, (INPUTS,), base=Normed(HIDDEN, EMBEDDING))
+
+
+def test_numbers_are_those_of_branch_out_but_for_the_std() -> None:
+    """Ratios 4 and 16, so that every factor is exact."""
+    plan = _plan(Normed(16 * HIDDEN, 4 * EMBEDDING))
+    assert plan.roles["branches.0.3.weight"] is Role.BRANCH_OUT_NORMED
+    assert plan.parameters["branches.0.3.weight"].ratios == Ratios(inputs=16.0, outputs=4.0)
+    expected = Scale(std=1 / 4, lr=1 / 16, eps=1 / 4, weight_decay=16.0)
+    assert plan.scales("adamw")["branches.0.3.weight"] == expected
+    again = Plan.from_model(Normed(16 * HIDDEN, 4 * EMBEDDING), (INPUTS,), base=plan)
+    assert again.scales("adamw") == plan.scales("adamw")
+
+
+@pytest.mark.parametrize(
+    ("name", "normed"),
+    [("gemma2", True), ("bottleneck resnet", True), ("llama", False), ("bert", False), ("functional", False)],
+)
+def test_which_models_have_them(name: str, normed: bool) -> None:
+    """BERT's norms come after the addition; those before the last matrix leave its scale alone."""
+    architecture = ARCHITECTURES[name]
+    module = architecture.build(2, 4, 32)
+    roles = set(Plan.from_model(module, architecture.example, base=architecture.build(1, 4, 32)).roles.values())
+    assert (Role.BRANCH_OUT_NORMED in roles, Role.BRANCH_OUT in roles) == (normed, not normed)
+
+
+@pytest.mark.parametrize(("m", "d"), [(16, 1), (1, 8), (8, 8)])
+def test_that_matrix_moves_the_stream_equally_far(m: int, d: int) -> None:
+    """Five steps of it alone, by Adam; with the std of other branches, it is another distance where M/D changes."""
+    base, ours, others = (
+        sum(_moved(*shape, role, seed) for seed in range(3))
+        for shape, role in (((1, 1), None), ((m, d), None), ((m, d), Role.BRANCH_OUT))
+    )
+    assert 1 / 1.5 < ours / base < 1.5
+    if m != d:
+        assert not 1 / 1.5 < others / base < 1.5
+
+
+def _moved(m: int, d: int, role: Role | None, seed: int) -> float:
+    torch.manual_seed(seed)
+    module = Normed(m * HIDDEN, d * EMBEDDING)
+    plan = _plan(module)
+    if role is not None:
+        parameters = {
+            name: replace(parameter, role=role) if parameter.role is Role.BRANCH_OUT_NORMED else parameter
+            for name, parameter in plan.parameters.items()
+        }
+        plan = replace(plan, parameters=parameters)
+    initialize(module, plan)
+    attach_multipliers(module, plan)
+    optimizer = optim.Adam([branch[3].weight for branch in module.branches], lr=1e-3)
+    scale_optimizer(optimizer, module, plan)
+    before = module.stream(INPUTS)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (module(INPUTS) - TARGETS).square().mean().backward()
+        optimizer.step()
+    return (module.stream(INPUTS) - before).square().mean().sqrt().item()
+
+
+class Plain(Normed):
+    """The same without the norms at the end."""
+
+    def __init__(self, hidden: int, embedding: int) -> None:
+        super().__init__(hidden, embedding)
+        self.branches = nn.ModuleList(nn.Sequential(*[*branch.children()][:4]) for branch in self.branches)
+
+
+def test_with_sgd_what_comes_before_the_matrix_does_not_move_equally_far() -> None:
+    """A limit of the table: sqrt(m/d) times as far in the first step, 4 and 0.35, and without the norm it is 1."""
+    for kind, wide, embedded in (
+        (Normed, (4 / 1.8, 4 * 1.8), (0.35 / 2.5, 0.35 * 2.5)),
+        (Plain, *[(1 / 1.6, 1.6)] * 2),
+    ):
+        base = _features_moved(kind, 1, 1)
+        assert wide[0] < _features_moved(kind, 16, 1) / base < wide[1]
+        assert embedded[0] < _features_moved(kind, 1, 8) / base < embedded[1]
+
+
+def _features_moved(kind: type[Normed], m: int, d: int) -> float:
+    """How far the first step of SGD moves pre-activations of the second branch: the geometric mean over seeds."""
+    logs = []
+    for seed in range(24):
+        torch.manual_seed(seed)
+        module = kind(m * HIDDEN, d * EMBEDDING)
+        plan = Plan.from_model(module, (INPUTS,), base=kind(HIDDEN, EMBEDDING))
+        initialize(module, plan)
+        attach_multipliers(module, plan)
+        (module(INPUTS) - TARGETS).square().mean().backward()
+        first, second, *_ = module.branches
+        assert isinstance(second, nn.Sequential) and isinstance(second[1], nn.Linear)
+        assert second[1].weight.grad is not None
+        stream = module.embed(INPUTS)
+        step = plan.scales("sgd")["branches.1.1.weight"].lr * second[1].weight.grad
+        logs.append((second[0](stream + first(stream)) @ step.T).square().mean().sqrt().log().item())
+    return math.exp(sum(logs) / len(logs))

@@ -1,0 +1,308 @@
+"""Mixtures of experts: how many a token is sent to, and whether their outputs are averaged or summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.architectures import LANGUAGE, VOCABULARY
+from helpers.architectures.language import mixtral
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlu_lightning import Plan, discover, fold
+
+EMBEDDING, UNITS, EXPERTS, CHOSEN = 32, 24, 4, 2
+X = torch.linspace(-1, 1, 80).reshape(16, 5)
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+def test_however_experts_are_computed(implementation: str) -> None:
+    expected = discover(mixtral("batched_mm")(2, 4, EMBEDDING), LANGUAGE)
+    structure = discover(mixtral(implementation)(2, 4, EMBEDDING), LANGUAGE)
+    assert structure.parameters == expected.parameters
+    assert structure.branches == expected.branches
+
+
+def _hugging_face(name: str, **numbers: Any) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=EMBEDDING,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts_per_tok=CHOSEN,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **numbers,
+    )
+    module: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
+    return module
+
+
+_FEW = {"num_local_experts": EXPERTS, "intermediate_size": UNITS}
+_MANY = {"num_experts": EXPERTS, "moe_intermediate_size": UNITS, "head_dim": 8}
+_DEEPSEEK = {
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": UNITS,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "averaged", "experts"),
+    [
+        ("Qwen3Moe", _MANY | {"norm_topk_prob": True}, True, "mlp.experts"),
+        ("Qwen3Moe", _MANY | {"norm_topk_prob": False}, False, "mlp.experts"),
+        ("Olmoe", {"num_experts": EXPERTS, "intermediate_size": UNITS}, False, "mlp.experts"),
+        ("GptOss", _FEW | {"head_dim": 8}, True, "mlp.experts"),  # softmax over the logits of those that are chosen
+        ("GraniteMoe", _FEW, True, "block_sparse_moe.experts"),
+        ("Phimoe", _FEW, False, "mlp.experts"),  # each of the two has its own softmax
+        ("DeepseekV3", _DEEPSEEK, True, "mlp.experts"),  # chosen without a gradient, with a bias that is a buffer
+        ("Qwen2Moe", _MANY | {"shared_expert_intermediate_size": 40}, False, "mlp.experts"),
+    ],
+)
+def test_hugging_face_experts(name: str, numbers: dict[str, Any], averaged: bool, experts: str) -> None:
+    structure = discover(_hugging_face(name, **numbers), LANGUAGE)
+    assert not structure.unassigned and not structure.warnings
+    read = structure.parameters[f"model.layers.1.{experts}.gate_up_proj"]
+    write = structure.parameters[f"model.layers.1.{experts}.down_proj"]
+    together = 1 if averaged else CHOSEN  # experts that are one hidden layer
+    assert (read.role, read.fan_in, read.fan_out) == ("branch_in", EMBEDDING, 2 * UNITS * together)
+    assert (write.role, write.fan_in, write.fan_out) == ("branch_out", UNITS * together, EMBEDDING)
+    assert read.active == write.active == (CHOSEN if averaged else 1)
+    assert write.branch is not None
+    assert structure.branches[write.branch].hidden == CHOSEN * UNITS
+    (router,) = {
+        role
+        for parameter, role in structure.roles.items()
+        if parameter.endswith((".gate.weight", ".router.weight")) and "layers.1." in parameter
+    }
+    assert router == "branch_bounded_matrix"
+    # everything outside of the experts, such as experts that are always on, averages over nothing
+    assert {facts.active for facts in structure.parameters.values() if ".experts." not in facts.name} == {1}
+
+
+def test_experts_that_are_always_on_are_a_branch_beside_the_others() -> None:
+    structure = discover(_hugging_face("Qwen2Moe", **_MANY, shared_expert_intermediate_size=40), LANGUAGE)
+    found = [(b.name, b.hidden, b.position, str(b.site)) for b in structure.branches if b.kind == "mlp"]
+    assert found[:2] == [
+        ("model.layers.0.mlp", 2 * UNITS, 1, "model.layers.0.mlp.experts output"),
+        ("model.layers.0.mlp.shared_expert", 40, 1, "model.layers.0.mlp.shared_expert output"),
+    ]
+    gate = structure.parameters["model.layers.0.mlp.shared_expert_gate.weight"]
+    assert (gate.role, gate.fan_out, gate.active) == ("branch_bounded_matrix", 1, 1)
+
+
+def test_biases_of_experts() -> None:
+    structure = discover(_hugging_face("GptOss", **_FEW, head_dim=8), LANGUAGE)
+    read = structure.parameters["model.layers.0.mlp.experts.gate_up_proj_bias"]
+    write = structure.parameters["model.layers.0.mlp.experts.down_proj_bias"]
+    assert (read.role, read.fan_in, read.fan_out, read.active) == ("branch_in_bias", 1, 2 * UNITS, CHOSEN)
+    assert (write.role, write.fan_in, write.fan_out, write.active) == ("branch_out_bias", 1, EMBEDDING, CHOSEN)
+    assert structure.roles["model.layers.0.mlp.router.bias"] == "branch_bounded"
+
+
+class Mixture(nn.Module):
+    """One residual block of experts; subclasses say how they are put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
+        self.router = nn.Linear(EMBEDDING, EXPERTS, bias=False)
+        self.read = nn.ModuleList(nn.Linear(EMBEDDING, UNITS) for _ in range(EXPERTS))
+        self.write = nn.ModuleList(nn.Linear(UNITS, EMBEDDING) for _ in range(EXPERTS))
+        self.mixture = nn.Identity()
+
+    def expert(self, i: int, h: Tensor) -> Tensor:
+        output: Tensor = self.write[i](torch.tanh(self.read[i](h)))
+        return output
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        output: Tensor = self.out(h + self.mixture(self.mix(h)))
+        return output
+
+    def mix(self, h: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Loop(Mixture):
+    """Each expert computes the tokens that are sent to it; the last one of the four never gets any."""
+
+    def mix(self, h: Tensor) -> Tensor:
+        logits = self.router(h) - torch.tensor([0.0, 0.0, 0.0, 1e9])
+        weights, chosen = torch.topk(logits.softmax(-1), CHOSEN, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        output = torch.zeros_like(h)
+        for i in range(EXPERTS):
+            tokens, place = torch.where(chosen == i)
+            if len(tokens):
+                output.index_add_(0, tokens, self.expert(i, h[tokens]) * weights[tokens, place, None])
+        return output
+
+
+class All(Mixture):
+    """All experts, averaged by a softmax."""
+
+    def mix(self, h: Tensor) -> Tensor:
+        weights = self.router(h).softmax(-1)
+        return (weights[..., None] * torch.stack([self.expert(i, h) for i in range(EXPERTS)], 1)).sum(1)
+
+
+class Masked(Mixture):
+    """The logits of those that are not chosen are masked: the graph does not show how many these are."""
+
+    def mix(self, h: Tensor) -> Tensor:
+        logits = self.router(h)
+        least = logits.detach().topk(CHOSEN, -1).values[..., -1:]
+        weights = logits.masked_fill(logits < least, float("-inf")).softmax(-1)
+        return (weights[..., None] * torch.stack([self.expert(i, h) for i in range(EXPERTS)], 1)).sum(1)
+
+
+class Best(Mixture):
+    """The best expert, weighted with its probability."""
+
+    def mix(self, h: Tensor) -> Tensor:
+        weight, chosen = self.router(h).softmax(-1).max(-1, keepdim=True)
+        return torch.stack([weight * (chosen == i) * self.expert(i, h) for i in range(EXPERTS)]).sum(0)
+
+
+class Product(nn.Module):
+    """Experts in one parameter, with biases, and weights in one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
+        self.router = nn.Linear(EMBEDDING, EXPERTS, bias=False)
+        self.read = nn.Parameter(torch.randn(EXPERTS, EMBEDDING, UNITS))
+        self.bias = nn.Parameter(torch.zeros(EXPERTS, UNITS))
+        self.write = nn.Parameter(torch.randn(EXPERTS, UNITS, EMBEDDING))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        best, chosen = self.router(h).topk(CHOSEN, -1)
+        weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.softmax(-1))
+        units = F.gelu(torch.einsum("nd,edm->enm", h, self.read) + self.bias[:, None])
+        made = torch.einsum("enm,emd->end", units, self.write)
+        output: Tensor = self.out(h + torch.einsum("ne,end->nd", weights, made))
+        return output
+
+
+class Weighted(Product):
+    """What experts are given is weighted, and not what they make."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        best, chosen = self.router(h).topk(CHOSEN, -1)
+        weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.sigmoid())
+        units = F.gelu(torch.einsum("end,edm->enm", weights.T[..., None] * h, self.read) + self.bias[:, None])
+        output: Tensor = self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
+        return output
+
+
+def test_experts_whose_inputs_are_weighted() -> None:
+    structure = discover(Weighted(), X)
+    assert not structure.unassigned
+    assert [branch.hidden for branch in structure.branches] == [CHOSEN * UNITS]
+    roles = {name: structure.roles[name].value for name in ("router.weight", "read", "bias", "write")}
+    assert roles == {
+        "router.weight": "branch_bounded_matrix",
+        "read": "branch_in",
+        "bias": "branch_in_bias",
+        "write": "branch_out",
+    }
+    assert {facts.active for facts in structure.parameters.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("build", "active", "hidden"),
+    [(Loop, 2, 2 * UNITS), (All, 4, 4 * UNITS), (Best, 1, UNITS), (Product, 2, 2 * UNITS)],
+)
+def test_plain_experts(build: Callable[[], nn.Module], active: int, hidden: int) -> None:
+    structure = discover(build(), X)
+    assert not structure.unassigned
+    assert [branch.hidden for branch in structure.branches] == [hidden]
+    stacked = build is Product
+    for name, role, fan_in, fan_out in (
+        ("read" if stacked else "read.2.weight", "branch_in", EMBEDDING, UNITS),
+        ("write" if stacked else "write.2.weight", "branch_out", UNITS, EMBEDDING),
+        ("bias" if stacked else "read.2.bias", "branch_in_bias", 1, UNITS),
+    ):
+        facts = structure.parameters[name]
+        assert (facts.role, facts.fan_in, facts.fan_out, facts.active) == (role, fan_in, fan_out, active), name
+    assert structure.roles["router.weight"] == "branch_bounded_matrix"
+
+
+def test_experts_without_tokens_are_planned_and_folded_as_those_beside_them() -> None:
+    torch.manual_seed(0)
+    module, base = Loop(), Loop()
+    structure = discover(module, X)
+    (warning,) = structure.warnings
+    idle = ["read.3.weight", "read.3.bias", "write.3.weight", "write.3.bias"]
+    assert warning.startswith("experts that no token of the example was sent to") and warning.endswith(", ".join(idle))
+    for name in idle:
+        beside, facts = structure.parameters[name.replace("3", "1")], structure.parameters[name]
+        assert (facts.name, facts.role, facts.active, facts.branch) == (name, beside.role, 2, beside.branch)
+    (branch,) = structure.branches
+    assert set(branch.folds) == {f"write.{i}.{part}" for i in range(EXPERTS) for part in ("weight", "bias")}
+    before = [module.write[i].weight.clone() for i in range(EXPERTS)]
+    plan = Plan.from_model(module, X, base=base, alpha=0.5)
+    folded = fold(module, plan)
+    for i in range(EXPERTS):
+        torch.testing.assert_close(folded.get_parameter(f"write.{i}.weight"), before[i] * 0.5, rtol=1e-6, atol=0)
+
+
+class Two(nn.Module):
+    """Two blocks of experts, of which the last and the one before it never get a token; names end in numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
+        self.blocks = nn.ModuleList()
+        for _ in range(2):
+            block = nn.Module()
+            block.router = nn.Linear(EMBEDDING, EXPERTS)
+            for i in range(EXPERTS):
+                expert = nn.Sequential(nn.Linear(EMBEDDING, UNITS), nn.Tanh(), nn.Linear(UNITS, EMBEDDING))
+                block.add_module(f"expert_{i}", expert)
+            self.blocks.append(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        for idle, block in zip((3, 2), self.blocks, strict=True):
+            weights = block.router(h).softmax(-1)
+            busy = [i for i in range(EXPERTS) if i != idle]
+            made = [getattr(block, f"expert_{i}")(h) * weights[:, i : i + 1] for i in busy]
+            h = h + torch.stack(made).sum(0)
+        output: Tensor = self.out(h)
+        return output
+
+
+def test_experts_without_tokens_belong_to_their_own_block() -> None:
+    structure = discover(Two(), X)
+    assert not structure.unassigned
+    for block in (0, 1):
+        facts = structure.parameters[f"blocks.{block}.expert_{3 - block}.2.weight"]
+        assert (facts.role, facts.branch) == ("branch_out", block)
+        assert facts.name in structure.branches[block].folds and facts.name in structure.branches[block].parameters
+
+
+def test_a_number_of_experts_that_cannot_be_read_is_said() -> None:
+    structure = discover(Masked(), X)
+    (warning,) = structure.warnings
+    assert warning.startswith("the number of experts that a token is sent to cannot be read in the graph")
+    assert [branch.hidden for branch in structure.branches] == [UNITS]
+    assert structure.parameters["write.2.weight"].active == 1

@@ -1,0 +1,136 @@
+"""A head that narrows the stream to a bounded size ends it as a readout does; what a role alone cannot say is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES
+from torch import Tensor, nn, optim
+
+from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning.models import ResidualBlock
+from mlu_lightning.table import Ratios, Role, Scale
+
+BASE = 32
+
+
+class Narrowing(nn.Module):
+    """Residual blocks with two hidden units for a coordinate, and a head of 16 features."""
+
+    def __init__(self, embedding: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, embedding)
+        self.blocks = nn.ModuleList(ResidualBlock(2 * embedding, embedding) for _ in range(3))
+        self.narrow = nn.Linear(embedding, 16)
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        for block in self.blocks:
+            stream = stream + block(stream)
+        output: Tensor = self.out(torch.relu(self.narrow(stream)))
+        return output
+
+
+INPUTS = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
+
+
+def _plan(module: nn.Module, base: nn.Module) -> Plan:
+    return Plan.from_model(module, (INPUTS,), base=base)
+
+
+def test_numbers_of_a_head_that_narrows() -> None:
+    """Sums over D, and gradients do not depend on it: a readout with its 1/d folded into the weight."""
+    plan = _plan(Narrowing(4 * BASE), Narrowing(BASE))
+    assert {name: role.value for name, role in plan.roles.items() if "blocks" not in name} == {
+        "embed.weight": "embedding",
+        "embed.bias": "embedding",
+        "narrow.weight": "stream_bounded_matrix",
+        "narrow.bias": "stream_norm",
+        "out.weight": "readout",
+        "out.bias": "readout_bias",
+    }
+    assert plan.parameters["narrow.weight"].ratios == Ratios(inputs=4.0)
+    assert plan.scales("adamw")["narrow.weight"] == Scale(std=1 / 4, lr=1 / 4, weight_decay=4.0)
+    assert plan.scales("sgd")["narrow.weight"] == Scale(std=1 / 4, lr=1 / 4, weight_decay=4.0)
+    for name in ("narrow.bias", "out.weight", "out.bias"):
+        assert plan.scales("sgd")[name] == plan.scales("adamw")[name] == Scale(), name
+    assert [m.value for m in plan.multipliers if m.kind == "readout"] == [1.0]
+
+
+def test_heads_that_grow_with_the_stream_stay_what_they_were() -> None:
+    same = _plan(Narrowing(BASE), Narrowing(BASE))
+    assert same.roles["narrow.weight"] is Role.STREAM_MATRIX
+    assert all(scale == Scale() for scale in same.scales("adamw").values())
+
+
+def test_a_saved_plan_is_a_base() -> None:
+    """Whether its own head narrowed or not."""
+    grown, base = Narrowing(4 * BASE), Narrowing(BASE)
+    for plan in (_plan(grown, base), _plan(base, base)):
+        assert Plan.from_model(grown, (INPUTS,), base=plan).scales("adamw") == _plan(grown, base).scales("adamw")
+
+
+@pytest.mark.parametrize("part", ["embed", "blocks", "narrow"])
+@pytest.mark.parametrize(("family", "lr"), [(optim.Adam, 1e-3), (optim.SGD, 1e-2)])
+def test_every_part_moves_the_output_equally_far(part: str, family: type[optim.Optimizer], lr: float) -> None:
+    """Five steps of one part alone; as a matrix of the stream, the head would let it go 4 times as far at 16 times D."""
+    moved = {
+        (width, role): sum(_moved(width, role, part, family, lr, seed) for seed in range(4))
+        for width, role in ((BASE, None), (16 * BASE, None), (16 * BASE, Role.STREAM_MATRIX))
+    }
+    base = moved.pop((BASE, None))
+    ratio, plain = moved.values()
+    assert 1 / 1.5 < ratio / base < 1.5
+    if part != "narrow":
+        assert plain / base > 2
+
+
+def _moved(width: int, role: Role | None, part: str, family: type[optim.Optimizer], lr: float, seed: int) -> float:
+    torch.manual_seed(seed)
+    base, module = Narrowing(BASE), Narrowing(width)
+    plan = _plan(module, base)
+    if role is not None:
+        head = replace(plan.parameters["narrow.weight"], role=role)
+        plan = replace(plan, parameters={**plan.parameters, "narrow.weight": head})
+    initialize(module, plan)
+    attach_multipliers(module, plan)
+    trained = [parameter for name, parameter in module.named_parameters() if name.startswith(part)]
+    optimizer = family(trained, lr=lr)  # type: ignore[call-arg]
+    scale_optimizer(optimizer, module, plan)
+    before = module(INPUTS).detach()
+    for _ in range(5):
+        optimizer.zero_grad()
+        (module(INPUTS) - TARGETS).square().mean().backward()
+        optimizer.step()
+    return (module(INPUTS) - before).square().mean().sqrt().item()
+
+
+def test_a_role_that_was_found_may_be_said_also_of_a_tied_readout() -> None:
+    architecture = ARCHITECTURES["tied llama"]
+    module, said = architecture.build(1, 2, 16), {"model.embed_tokens.weight": "embedding"}
+    assert Plan.from_model(module, architecture.example, overrides=said) == Plan.from_model(
+        module, architecture.example
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"narrow.weight": "readout"},
+            r"narrow\.weight the readout, but it was not found to be one \(its role is stream_",
+        ),
+        ({"out.weight": "stream_matrix"}, r"out\.weight a stream_matrix, but it was found to be a readout"),
+    ],
+)
+def test_readouts_cannot_be_made_by_a_role(overrides: dict[str, str], message: str) -> None:
+    """Their multiplier would be missing, or left."""
+    with pytest.raises(ValueError, match=message):
+        Plan.from_model(Narrowing(BASE), (INPUTS,), base=Narrowing(BASE), overrides=overrides)
+    said = {"out.weight": "readout", "narrow.weight": "stream_bounded_matrix"}
+    plan = Plan.from_model(Narrowing(2 * BASE), (INPUTS,), base=Narrowing(BASE), overrides=said)
+    assert plan == Plan.from_model(Narrowing(2 * BASE), (INPUTS,), base=plan, overrides=said)

@@ -1,0 +1,327 @@
+"""Pre-activations of branches: where they are found in all architectures, and that what is read is what enters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES, TOKENS
+from helpers.feature_models import ATTENTIONS, INPUTS, LENGTH, UNITS, AttentionNet, UnitsNet
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mlu_lightning import Plan, discover
+from mlu_lightning.discovery.structure import Tap
+from mlu_lightning.models import Attention, CausalTransformer, ResNet
+from mlu_lightning.observation.attention_logits import chosen_logits, spread
+from mlu_lightning.observation.feature_updates import moved
+from mlu_lightning.observation.features import reading
+from mlu_lightning.observation.probe import locate_features, observe
+from mlu_lightning.utilities.function_calls import ATTENTION_CALL, CallPlace
+
+DEPTH, HEADS, EMBEDDING = 2, 2, 16
+UNREADABLE = {
+    "average of experts": "experts",
+    "sum of experts": "experts",
+    "mixtral": "experts",
+}
+"""Architectures whose perceptrons cannot be read, and why."""
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # single precision
+
+
+def read(module: nn.Module, example: Any) -> dict[str, Tensor]:
+    structure = discover(module, example)
+    return observe(module, example, locate_features(structure.features, structure.branches))
+
+
+def seen_by_hooks(module: nn.Module, name: str, run: Any) -> Tensor:
+    """What a submodule returns in evaluation mode."""
+    found: list[Tensor] = []
+    handle = module.get_submodule(name).register_forward_hook(lambda *args: found.append(args[-1]))
+    with torch.no_grad():
+        module.eval()
+        run()
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_branch_can_be_read_unless_there_is_a_reason(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    module = architecture.build(DEPTH, HEADS, EMBEDDING)
+    structure = discover(module, architecture.example)
+    expected = {
+        f"{branch.kind}/{branch.name}"
+        for branch in structure.branches
+        if branch.kind == "attention" or name not in UNREADABLE
+    }
+    assert set(read(module, architecture.example)) == expected
+
+
+def test_units_of_a_resnet_are_what_its_first_matrix_makes() -> None:
+    torch.manual_seed(0)
+    model = ResNet(depth=2, hidden=24, embedding=8, inputs=3, outputs=2)
+    x = torch.randn(5, 3)
+    stream = x @ model.embed.weight.T
+    found = read(model, (x, torch.zeros(5, 2)))
+    torch.testing.assert_close(found["mlp/blocks.0"], stream @ model.blocks[0].read.weight.T, **CLOSE)
+    stream = stream + model.blocks[0](stream)
+    torch.testing.assert_close(found["mlp/blocks.1"], stream @ model.blocks[1].read.weight.T, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "branch", "enters"),
+    [
+        ("gpt2", "mlp/transformer.h.1.mlp", "transformer.h.1.mlp.c_fc"),  # a formula of tanh and a cube follows
+        (
+            "gemma2",
+            "mlp/model.layers.1.mlp",
+            "model.layers.1.mlp.gate_proj",
+        ),  # the gate, not what it is multiplied with
+        ("llama", "mlp/model.layers.0.mlp", "model.layers.0.mlp.gate_proj"),
+        ("pre-norm encoder", "mlp/encoder.layers.1", "encoder.layers.1.linear1"),
+        ("hugging face resnet", "convolution/resnet.encoder.stages.0.layers.0.layer", None),
+    ],
+)
+def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, enters: str | None) -> None:
+    torch.manual_seed(0)
+    module = ARCHITECTURES[architecture].build(DEPTH, HEADS, EMBEDDING)
+    example = ARCHITECTURES[architecture].example
+    enters = enters or "resnet.encoder.stages.0.layers.0.layer.1.normalization"  # before the last of its convolutions
+    run = (lambda: module(**example)) if isinstance(example, dict) else (lambda: module(*example))
+    values = seen_by_hooks(module, enters, run)
+    values = values.movedim(1, -1) if branch.startswith("convolution") else values
+    rows = values.reshape(-1, values.shape[-1])
+    torch.testing.assert_close(read(module, example)[branch], rows[spread(len(rows), 32)], **CLOSE)
+
+
+def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
+    """Logits of the package's own attention, by the definition, with NaN for later tokens."""
+    given = attention.norm(stream)
+    query, key = (
+        project(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for project in (attention.query, attention.key)
+    )
+    length, half = query.shape[-2], query.shape[-1] // 2
+    angles = torch.outer(torch.arange(length), float(attention.context) ** -torch.linspace(0, 1, half))
+    turn = torch.polar(torch.ones_like(angles), angles)
+    query, key = (torch.complex(part[..., :half], part[..., half:]) * turn for part in (query, key))
+    logits = (query @ key.conj().transpose(-2, -1)).real / math.sqrt(2 * half)
+    return logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+
+
+def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:
+    torch.manual_seed(0)
+    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
+    tokens = torch.randint(9, (1, 9))
+    attention = model.branches[0]
+    assert isinstance(attention, Attention)
+    logits = causal_logits(attention, model.tokens(tokens[:, :-1]))
+    found = read(model, tokens)["attention/branches.0"]
+    assert found.isneginf().sum() > 0
+    torch.testing.assert_close(found, logits.reshape(16, 8).detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("form", UNITS)
+def test_units_of_every_form(form: str) -> None:
+    torch.manual_seed(0)
+    module, x = UnitsNet(UNITS[form]), torch.randn(4, INPUTS)
+    found = read(module, x)
+    stream = module.embed(x)
+    for number, block in enumerate(module.blocks):
+        made = block.read(block.norm(stream)).detach()
+        torch.testing.assert_close(found[f"mlp/blocks.{number}"], UNITS[form].entering(block, made), **CLOSE)
+        stream = block(stream)
+
+
+@pytest.mark.parametrize("form", ATTENTIONS)
+def test_logits_of_every_form(form: str) -> None:
+    torch.manual_seed(0)
+    module, x = AttentionNet(ATTENTIONS[form]), torch.randn(2, LENGTH, INPUTS)
+    query, key, _ = module.parts(module.embed(x))
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    logits = ATTENTIONS[form].logits((query @ key.mT / math.sqrt(query.shape[-1])).detach()).reshape(-1, LENGTH)
+    torch.testing.assert_close(read(module, x)["attention/self"], logits[spread(len(logits), 32)], **CLOSE)
+
+
+def test_logits_of_multihead_attention_that_returns_its_weights() -> None:
+    class WithWeights(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs | {"need_weights": True})
+
+    torch.manual_seed(0)
+    module = ARCHITECTURES["pre-norm encoder"].build(1, HEADS, EMBEDDING)
+    layer: Any = module.get_submodule("encoder.layers.0")
+    fused = read(module, (TOKENS,))
+    layer.self_attn.__class__ = WithWeights
+    torch.testing.assert_close(read(module, (TOKENS,)), fused, **CLOSE)
+
+
+@pytest.mark.parametrize("how", [lambda a, b: a + b, lambda a, b: torch.cat((a, b))])
+def test_of_two_passes_through_a_network_the_first_one_is_read(how: Any) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = UnitsNet(UNITS["glu"])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return how(self.net(x), self.net(2 * x))  # type: ignore[no-any-return]  # how is any function
+
+    torch.manual_seed(0)
+    module, x = Twice(), torch.randn(4, INPUTS)
+    once = {name.replace("/", "/net."): values for name, values in read(module.net, x).items()}
+    assert len(once) == 2
+    torch.testing.assert_close(read(module, x), once, rtol=0, atol=0)
+
+
+def test_masked_logits_are_left_out_and_nothing_else_is() -> None:
+    hidden, seen = -math.inf, torch.tensor([[1.0, 2.0]])
+    assert moved(torch.tensor([[0.0, hidden]]), torch.tensor([[3.0, hidden]])) == 3
+    for wrong in (math.nan, math.inf):
+        assert not math.isfinite(moved(seen, torch.tensor([[wrong, 2.0]])))
+    assert moved(seen, torch.tensor([[hidden, 2.0]])) == math.inf  # seen before
+
+
+def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
+    """A weight that underflows is not one of a key that cannot be seen."""
+    torch.manual_seed(0)
+    module, x = AttentionNet(ATTENTIONS["eager, -inf"]), torch.randn(2, LENGTH, INPUTS)
+    structure = discover(module, x)
+    locations = locate_features(structure.features, structure.branches)
+    before = observe(module, x, locations)["attention/self"]
+    with torch.no_grad():
+        module.queries.weight.mul_(400)
+        module.queries.bias.mul_(400)
+    after = observe(module, x, locations)["attention/self"]
+    assert (after.softmax(-1) == 0).sum() > after.isneginf().sum()
+    seen = ~before.isneginf()
+    assert torch.equal(seen, ~after.isneginf())
+    assert moved(before, after) == pytest.approx(399 * before[seen].double().square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
+    torch.manual_seed(0)
+    module, x = AttentionNet(ATTENTIONS["causal"]), torch.randn(2, LENGTH, INPUTS)
+    structure = discover(module, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = observe(module, x, locate_features(structure.features, structure.branches))["attention/self"]
+        query, key, _ = module.parts(module.embed(x))
+    assert query.dtype == torch.bfloat16
+    logits = ATTENTIONS["causal"].logits((query.float() @ key.float().mT / 2).detach()).reshape(-1, LENGTH)
+    torch.testing.assert_close(found, logits[spread(len(logits), 32)], **CLOSE)
+
+
+def test_attention_of_which_nothing_can_be_seen_is_left_out() -> None:
+    tap = Tap("logits", 0, 0, "", "input", 0, -1, ATTENTION_CALL)
+    kept: list[Tensor] = []
+    watch = reading([tap], lambda tap, values: kept.append(values))
+    place = CallPlace("", ATTENTION_CALL, 0)
+    watch(place, (), {"self": torch.full((1, 2, 3), -math.inf), "dim": -1})
+    assert kept == []
+    watch(place, (), {"self": torch.zeros(1, 2, 3), "dim": -1})
+    assert torch.equal(kept[0], torch.zeros(2, 3))
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Notes how large the largest tensor is that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.entries = max(self.entries, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_of_many_logits_only_the_chosen_ones_are_computed(fused: bool) -> None:
+    samples, heads, length, head_dim = 8, 8, 1024, 16
+    shapes = {"query": (samples, heads, length, head_dim), "key": (samples, 2, length, head_dim)}
+    arguments: dict[str, Any] = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
+    arguments["attn_mask"] = torch.zeros(()).expand(samples, 1, length, length)
+    if not fused:
+        arguments = {"self": torch.ones(()).expand(samples, heads, length, length), "dim": -1}
+    with Largest() as largest:
+        assert chosen_logits(arguments, 32, 256).shape == (32, 256)
+    assert largest.entries <= 32 * 256 * head_dim
+
+
+@given(st.integers(1, 10**6), st.integers(1, 300))
+def test_spread_takes_one_of_each_part(size: int, count: int) -> None:
+    chosen = spread(size, count)
+    assert len(chosen) == min(size, count)
+    assert chosen.equal(chosen.unique())
+    assert 0 <= chosen[0] <= size // count
+    assert size - 1 - size // count - 1 <= chosen[-1] < size
+
+
+def test_spread_rows_are_of_many_queries() -> None:
+    """At one distance, 31 of 32 rows would be of the same query where samples times heads are a multiple of 31."""
+    heads, length = 62, 64
+    assert len((spread(heads * length, 32) % length).unique()) > 20
+
+
+@pytest.mark.parametrize(("mask", "causal"), [(None, False), (None, True), ("bool", False), ("float", False)])
+def test_attention_by_these_logits_is_torchs(mask: str | None, causal: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(3))
+    given = torch.rand(5, 5, generator=generator)
+    masks = {None: None, "bool": (given > 0.3) | torch.eye(5).bool(), "float": given}
+    arguments = {"query": query, "key": key, "attn_mask": masks[mask], "is_causal": causal, "scale": 0.7}
+    weights = chosen_logits(arguments, 2 * 3 * 5, 5).softmax(-1).reshape(2, 3, 5, 5)
+    expected = F.scaled_dot_product_attention(query, key, value, masks[mask], is_causal=causal, scale=0.7)
+    torch.testing.assert_close(weights @ value, expected, **CLOSE)
+
+
+def test_grouped_keys_are_read_for_every_head() -> None:
+    torch.manual_seed(0)
+    module = ARCHITECTURES["mistral"].build(DEPTH, 4, 32)
+    found = read(module, ARCHITECTURES["mistral"].example)["attention/model.layers.0.self_attn"]
+    samples, length = TOKENS.shape
+    assert found.shape == (32, length)  # of samples * 4 heads * length rows
+    assert samples * 4 * length >= 32
+    seen = (~found.isneginf()).sum(1)
+    assert seen.min() >= 1
+    assert seen.max() <= length
+
+
+def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
+    torch.manual_seed(0)
+    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
+    tokens = torch.randint(9, (3, 9))
+    plan = Plan.from_model(model, tokens, base=model)
+    assert plan.features == discover(model, tokens).features
+    assert Plan.from_yaml(plan.to_yaml(), "itself").features == plan.features
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    locations = locate_features(plan.features, plan.branches)
+    first, again = (observe(model, tokens, locations) for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0, atol=0, equal_nan=True)
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+
+
+def test_watching_ends_when_the_forward_pass_fails() -> None:
+    torch.manual_seed(0)
+    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
+    tokens = torch.randint(9, (3, 9))
+    plan = Plan.from_model(model, tokens, base=model)
+    locations = locate_features(plan.features, plan.branches)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    handle = model.branches[0].out.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        observe(model, tokens, locations)
+    handle.remove()
+    assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert set(observe(model, tokens, locations)) == {"attention/branches.0", "mlp/branches.1"}

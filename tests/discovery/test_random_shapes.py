@@ -1,0 +1,223 @@
+"""Plans at random shapes, down to a single block, unit or coordinate: the table, the identity, and hook against fold."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import pytest
+import test_trajectories
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from test_table import Shape, wanted
+from torch import Tensor, nn
+
+from mlu_lightning import (
+    OptimizerFamily,
+    Plan,
+    Role,
+    Scale,
+    attach_multipliers,
+    bake,
+    fold,
+    initialize,
+    scale_optimizer,
+)
+from mlu_lightning.models import CausalTransformer, ResNet
+
+Dimensions = tuple[int, int, int]
+"""Depth, hidden width and embedding dimension."""
+
+VOCABULARY, HEAD_DIM = 5, 2
+PERCEPTRON = {
+    "embed": Role.EMBEDDING,
+    "read": Role.BRANCH_IN,
+    "write": Role.BRANCH_OUT,
+    "readout": Role.READOUT,
+}
+TRANSFORMER = {
+    "tokens": Role.EMBEDDING,
+    **dict.fromkeys(("query", "key", "value", "read"), Role.BRANCH_IN),
+    **dict.fromkeys(("out", "write"), Role.BRANCH_OUT),
+    "branches.norm": Role.BRANCH_NORM,
+    "norm": Role.STREAM_NORM,
+    "readout": Role.READOUT,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of module, at any shape.
+
+    Args:
+        build: it.
+        example: of so many samples.
+        role: of a parameter, read off the source.
+    """
+
+    build: Callable[[Dimensions], nn.Module]
+    example: Callable[[int], Any]
+    role: Callable[[str], Role]
+
+
+def resnet(dimensions: Dimensions) -> nn.Module:
+    return ResNet(*dimensions, inputs=3, outputs=2)
+
+
+def transformer(gains: bool, mlp: bool) -> Callable[[Dimensions], nn.Module]:
+    def build(dimensions: Dimensions) -> nn.Module:
+        depth, heads, embedding = dimensions
+        units = None if mlp else 0
+        return CausalTransformer(VOCABULARY, 4, depth, embedding, heads, HEAD_DIM, units, norm_gains=gains)
+
+    return build
+
+
+def numbers(samples: int) -> tuple[Tensor, Tensor]:
+    return torch.linspace(-1, 1, 3 * samples).view(samples, 3), torch.zeros(samples, 2)
+
+
+def ids(samples: int) -> Tensor:
+    return (torch.arange(4 * samples) % VOCABULARY).view(samples, 4)
+
+
+def layer_of(name: str, roles: dict[str, Role]) -> Role:
+    """By the name of the layer, or the end of its path without places."""
+    path = re.sub(r"\.\d+\.", ".", name).removesuffix(".weight")
+    return roles.get(path) or roles[path.split(".")[-1]]
+
+
+MODELS = {
+    "resnet": Model(resnet, numbers, lambda name: layer_of(name, PERCEPTRON)),
+    "with norms and biases": Model(lambda size: test_trajectories.Net(*size), numbers, test_trajectories.role_of),
+    "transformer": Model(transformer(gains=True, mlp=True), ids, lambda name: layer_of(name, TRANSFORMER)),
+    "attention alone": Model(transformer(gains=False, mlp=False), ids, lambda name: layer_of(name, TRANSFORMER)),
+}
+DIMENSIONS = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+POWERS = st.tuples(st.sampled_from((1, 2)), st.sampled_from((1, 2, 8, 16)), st.sampled_from((1, 4, 16)))
+MODEL = st.sampled_from(list(MODELS))
+SOME = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+def planned(name: str, shape: Dimensions, base: Dimensions | None, samples: int = 2) -> tuple[nn.Module, Plan]:
+    torch.manual_seed(0)
+    model = MODELS[name]
+    module, reference = model.build(shape), None if base is None else model.build(base)
+    return module, Plan.from_model(module, model.example(samples), base=reference)
+
+
+def ratios(shape: Dimensions, base: Dimensions) -> Shape:
+    depth, m, d = (size / other for size, other in zip(shape, base, strict=True))
+    return Shape(depth, m, m, d, d)
+
+
+@SOME
+@given(name=MODEL, shape=DIMENSIONS, base=DIMENSIONS, samples=st.integers(1, 3))
+# a vector of one entry is that of a coordinate here, and not of bounded size
+@example(name="with norms and biases", shape=(1, 3, 1), base=(2, 3, 4), samples=2)
+@example(name="transformer", shape=(1, 3, 8), base=(1, 3, 1), samples=2)
+def test_numbers_are_those_of_the_table(name: str, shape: Dimensions, base: Dimensions, samples: int) -> None:
+    _, plan = planned(name, shape, base, samples)
+    for family in OptimizerFamily:
+        for parameter, found in plan.scales(family).items():
+            expected = wanted(MODELS[name].role(parameter), family, ratios(shape, base))
+            assert astuple(found) == pytest.approx(astuple(expected), rel=1e-12), (parameter, family)
+    assert plan.warnings == ()
+
+
+@SOME
+@given(name=MODEL, shape=DIMENSIONS)
+def test_absolute_form_has_numbers_at_every_shape(name: str, shape: Dimensions) -> None:
+    """Those of the table at D0 = M0 = L0 = 1."""
+    _, plan = planned(name, shape, None)
+    depth, heads, embedding = shape
+    for parameter, found in plan.scales("adamw").items():
+        hidden = 4 * heads * HEAD_DIM if ".read." in parameter or ".write." in parameter else heads
+        if name != "transformer":
+            at = Shape(depth, heads, heads, embedding, embedding)
+        else:
+            at = Shape(2 * depth, hidden, hidden, embedding, embedding)
+        expected = wanted(MODELS[name].role(parameter), OptimizerFamily.ADAMW, at)
+        assert astuple(found) == pytest.approx(astuple(expected), rel=1e-12), parameter
+
+
+@SOME
+@given(name=MODEL, shape=DIMENSIONS)
+def test_at_the_bases_shape_nothing_changes(name: str, shape: Dimensions) -> None:
+    module, plan = planned(name, shape, shape)
+    assert {scale for family in OptimizerFamily for scale in plan.scales(family).values()} == {Scale()}
+    before = copy.deepcopy(module.state_dict())
+    initialize(module, plan)
+    attach_multipliers(module, plan).remove()
+    fold(module, plan)
+    assert identical(module.state_dict(), before)
+    optimizer = torch.optim.AdamW(module.parameters(), eps=0.1)
+    seen: list[bool] = []
+    optimizer.register_step_post_hook(lambda opt, *_: seen.append(opt.param_groups == [group]))
+    group = optimizer.param_groups[0]
+    scale_optimizer(optimizer, module, plan)
+    optimizer.step()
+    assert seen == [True]
+
+
+def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def output(module: nn.Module, name: str) -> Tensor:
+    example = MODELS[name].example(3)
+    found: Tensor = module(example[0].to(next(module.parameters()).dtype) if isinstance(example, tuple) else example)
+    return found
+
+
+@SOME
+@given(name=MODEL, shape=POWERS, base=POWERS)
+def test_hook_and_fold_are_exact_at_powers_of_two(name: str, shape: Dimensions, base: Dimensions) -> None:
+    """Outputs, and what is left after the hooks were removed, moved into the weights, or baked."""
+    module, plan = planned(name, shape, base)
+    folded, plain, before = copy.deepcopy(module), output(module, name), copy.deepcopy(module.state_dict())
+    handle = attach_multipliers(module, plan)
+    hooked = output(module, name)
+    assert torch.equal(output(fold(folded, plan), name), hooked)
+    assert torch.equal(output(bake(copy.deepcopy(module), plan), name), hooked)
+    assert torch.equal(output(fold(copy.deepcopy(module), plan), name), hooked)
+    multipliers = plan.scales("adamw")
+    assert all(torch.equal(p, before[key] * multipliers[key].multiplier) for key, p in folded.named_parameters())
+    handle.remove()
+    assert torch.equal(output(module, name), plain)
+    assert identical(module.state_dict(), before)
+
+
+@SOME
+@given(name=MODEL, shape=DIMENSIONS, base=DIMENSIONS)
+def test_hook_and_fold_are_the_same_function(name: str, shape: Dimensions, base: Dimensions) -> None:
+    module, plan = planned(name, shape, base)
+    folded = fold(copy.deepcopy(module.double()), plan)
+    attach_multipliers(module, plan)
+    torch.testing.assert_close(output(folded, name), output(module, name), rtol=1e-11, atol=1e-13)
+
+
+class Gated(nn.Module):
+    """Its branch is multiplied by a scalar (ReZero), of bounded size at every D."""
+
+    def __init__(self, embedding: int) -> None:
+        super().__init__()
+        self.embed, self.read, self.write, self.readout = (
+            nn.Linear(*sizes) for sizes in ((3, embedding), (embedding, 5), (5, embedding), (embedding, 2))
+        )
+        self.gate = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        output: Tensor = self.readout(stream + self.gate * self.write(torch.tanh(self.read(stream))))
+        return output
+
+
+@pytest.mark.parametrize(("embedding", "base"), [(1, 4), (4, 1), (1, 1)])
+def test_a_scalar_is_of_bounded_size_also_next_to_a_single_coordinate(embedding: int, base: int) -> None:
+    plan = Plan.from_model(Gated(embedding), numbers(2)[:1], base=Gated(base))
+    assert plan.roles["gate"] is Role.BRANCH_BOUNDED

@@ -1,0 +1,1 @@
+"""What tests share: architectures, numbers by hand, and processes that tests start."""

@@ -1,0 +1,147 @@
+"""Modules of the registry under a Trainer: their losses and data, a thin LightningModule around them, and their runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
+
+from helpers.architectures import Architecture
+from mlu_lightning import Plan
+from mlu_lightning.models import CausalTransformer, ResNet
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# depth, heads, embedding
+SMALL, LARGE = (1, 2, 16), (2, 4, 32)
+BATCHES, EPOCHS = 2, 2
+
+
+def loss_of(module: nn.Module, batch: Any) -> Tensor:
+    """What a module is trained for on a batch like its example: its own loss, or else a distance to a ramp."""
+    if isinstance(module, ResNet):
+        return F.mse_loss(module(batch[0]), batch[1])
+    if isinstance(module, CausalTransformer):
+        return F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+    if isinstance(batch, dict):
+        loss: Tensor = module(**batch).loss
+        return loss
+    output = module(*batch)
+    ramp = torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)
+    return (output - ramp).square().mean()
+
+
+def in_double(batch: Any) -> Any:
+    """A batch with its floating-point tensors in double precision."""
+    return tree_map_only(Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, batch)
+
+
+def doubled(module: ModuleT) -> ModuleT:
+    """A module in double precision; experts of transformers are one by one then, as all at once needs single precision."""
+    for part in module.modules():
+        if getattr(part, "_can_set_experts_implementation", bool)():
+            part.set_experts_implementation("eager")
+    return module.double()
+
+
+def batches_like(example: Any, count: int = BATCHES) -> list[Any]:
+    """Batches with other random numbers and ids; masks stay as they are."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(leaf: Tensor) -> Tensor:
+        if leaf.is_floating_point():
+            return torch.randn(leaf.shape, dtype=leaf.dtype, generator=generator) if leaf.isfinite().all() else leaf
+        if leaf.dtype is torch.bool or bool((leaf == 1).all()):
+            return leaf
+        return torch.randint(max(2, int(leaf.max()) + 1), leaf.shape, generator=generator)
+
+    return [tree_map_only(Tensor, drawn, example) for _ in range(count)]
+
+
+class Trained(LightningModule):
+    """Any module with its loss and a schedule whose every step differs; keeps what it lost."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.losses: list[float] = []
+        self.validated: list[float] = []
+
+    def training_step(self, batch: Any) -> Tensor:
+        return loss_of(self.module, batch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
+
+    def validation_step(self, batch: Any) -> None:
+        self.validated.append(float(loss_of(self.module, batch)))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        # eps is as large as gradients are: with a small one, Adam amplifies rounding errors where a gradient is zero
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01, eps=1e-2, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=BATCHES * EPOCHS + 1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def built(architecture: Architecture, shape: tuple[int, int, int] = LARGE, seed: int = 0) -> Trained:
+    """A module of a shape, in training mode, the same for the same seed."""
+    torch.manual_seed(seed)
+    module: Any = architecture.build(*shape)
+    if hasattr(module, "loss_type") and module.loss_type is None:
+        module.loss_type = (
+            "ForCausalLM"  # what transformers takes then, with a warning that torch.compile stumbles over
+        )
+    return Trained(module).train()
+
+
+def fit(
+    module: LightningModule,
+    batches: list[Any],
+    *callbacks: Callback,
+    epochs: int = EPOCHS,
+    ckpt_path: Path | None = None,
+    folder: Path | None = None,
+) -> Trainer:
+    """Train, from the same random state every time; a checkpoint of every epoch goes to ``folder``."""
+    saving = [] if folder is None else [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)]
+    torch.manual_seed(3)
+    trainer = quiet(*callbacks, *saving, max_epochs=epochs, enable_checkpointing=bool(saving))
+    trainer.fit(module, loader(batches), ckpt_path=ckpt_path)
+    return trainer
+
+
+def loader(batches: list[Any]) -> DataLoader[Any]:
+    """Whole batches in their order."""
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list serves as a Dataset
+
+
+def quiet(*callbacks: Callback, **settings: Any) -> Trainer:
+    """A Trainer that prints and logs nothing."""
+    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", callbacks=[*callbacks], **{"enable_checkpointing": False, **silent, **settings})
+
+
+class Seeded(Callback):
+    """Makes the random numbers of a step depend on its number alone: the Trainer does not restore random states."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        torch.manual_seed(trainer.global_step)
+
+
+def identical(one: nn.Module, other: nn.Module) -> bool:
+    """Whether parameters and buffers are equal, bit for bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def attachable(plan: Plan) -> bool:
+    """Whether hooks have a place for all of its multipliers; elsewhere they can be folded only."""
+    return all(multiplier.site is not None for multiplier in plan.multipliers)

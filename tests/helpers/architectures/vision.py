@@ -1,0 +1,224 @@
+"""Models of images: of plain code and of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from helpers.architectures.architecture import Architecture
+
+IMAGES = torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)
+
+
+class MixerBlock(nn.Module):
+    """A perceptron over the patches of every channel, and one over the channels of every patch."""
+
+    def __init__(self, patches: int, heads: int, embedding: int) -> None:
+        super().__init__()
+        self.channel_norm, self.token_norm = nn.LayerNorm(embedding), nn.LayerNorm(embedding)
+        self.channels = nn.Sequential(nn.Linear(embedding, 16 * heads), nn.GELU(), nn.Linear(16 * heads, embedding))
+        self.tokens = nn.Sequential(nn.Linear(patches, 8 * heads), nn.GELU(), nn.Linear(8 * heads, patches))
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.tokens(self.token_norm(h).transpose(1, 2)).transpose(1, 2) + h
+        output: Tensor = h + self.channels(self.channel_norm(h))
+        return output
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) over four patches."""
+
+    def __init__(self, depth: int, heads: int, embedding: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, embedding, 4, 4)
+        self.blocks = nn.Sequential(*(MixerBlock(4, heads, embedding) for _ in range(depth)))
+        self.norm = nn.LayerNorm(embedding)
+        self.classifier = nn.Linear(embedding, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.blocks(self.patches(images).flatten(2).transpose(1, 2))
+        output: Tensor = self.classifier(self.norm(h).mean(1))
+        return output
+
+
+def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs))
+
+
+class ConvolutionalBlock(nn.Module):
+    """A basic or a bottleneck block with a projection where the shape changes (He et al., arXiv 1512.03385)."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, stride: int, bottleneck: bool) -> None:
+        super().__init__()
+        if bottleneck:
+            self.first = _normed(inputs, hidden, 1)
+            self.second = _normed(hidden, hidden, 3, stride)
+            self.last = _normed(hidden, outputs, 1)
+        else:
+            self.first = _normed(inputs, hidden, 3, stride)
+            self.second = nn.Sequential()
+            self.last = _normed(hidden, outputs, 3)
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Sequential() if same else _normed(inputs, outputs, 1, stride)
+
+    def forward(self, h: Tensor) -> Tensor:
+        units = F.relu(self.second(F.relu(self.first(h))))
+        return F.relu(self.last(units) + self.shortcut(h))
+
+
+class ConvolutionalResNet(nn.Module):
+    """Two stages, of which the second has half the size, twice the channels and twice the hidden channels."""
+
+    def __init__(self, depth: int, heads: int, embedding: int, bottleneck: bool) -> None:
+        super().__init__()
+        half = embedding // 2
+        self.stem = _normed(3, half, 3)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.stages = nn.ModuleList()
+        for inputs, outputs, hidden in ((half, half, 4 * heads), (half, embedding, 8 * heads)):
+            stride = outputs // inputs
+            first = ConvolutionalBlock(inputs, hidden, outputs, stride, bottleneck)
+            rest = (ConvolutionalBlock(outputs, hidden, outputs, 1, bottleneck) for _ in range(depth - 1))
+            self.stages.append(nn.Sequential(first, *rest))
+        self.fc = nn.Linear(embedding, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.pool(F.relu(self.stem(images)))
+        for stage in self.stages:
+            h = stage(h)
+        output: Tensor = self.fc(F.adaptive_avg_pool2d(h, 1).flatten(1))
+        return output
+
+
+def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
+    """Bottlenecks whose hidden channels are a quarter of the output's."""
+    assert embedding == 8 * heads, "hidden channels are a quarter of the embedding"
+    config = transformers.ResNetConfig(
+        embedding_size=embedding // 4,
+        hidden_sizes=[embedding // 2, embedding],
+        depths=[depth, depth],
+        layer_type="bottleneck",
+        num_labels=3,
+    )
+    return transformers.ResNetForImageClassification(config)
+
+
+def _vit(depth: int, heads: int, embedding: int) -> nn.Module:
+    assert embedding == 8 * heads, "ViT has no head_dim of its own"
+    config = transformers.ViTConfig(
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        hidden_size=embedding,
+        intermediate_size=32 * heads,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+_CONVOLUTIONAL_ROLES = {
+    "stem.0.weight": "embedding",
+    "stem.1.*": "stream_norm",
+    "stages.*.*.first.0.weight": "branch_in",
+    "stages.*.*.first.1.*": "branch_in_bias",
+    "stages.*.*.last.0.weight": "branch_out",
+    "stages.*.*.last.1.*": "branch_norm",
+    "stages.*.*.shortcut.0.weight": "stream_matrix",
+    "stages.*.*.shortcut.1.*": "stream_norm",
+    "fc.weight": "readout",
+    "fc.bias": "readout_bias",
+}
+_CONVOLUTIONAL_BRANCHES = (("stages.*.*", "convolution", 4), ("stages.*.*", "convolution", 8))
+
+VISION_MODELS: dict[str, Architecture] = {
+    "vit": Architecture(
+        build=_vit,
+        example={"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.zeros(2, dtype=torch.long)},
+        roles={
+            "vit.embeddings.*": "embedding",
+            "vit.layers.*.attention.[qkv]_proj.weight": "branch_in",
+            "vit.layers.*.attention.[qkv]_proj.bias": "branch_in_bias",
+            "vit.layers.*.attention.o_proj.weight": "branch_out",
+            "vit.layers.*.attention.o_proj.bias": "branch_out_bias",
+            "vit.layers.*.mlp.fc1.weight": "branch_in",
+            "vit.layers.*.mlp.fc1.bias": "branch_in_bias",
+            "vit.layers.*.mlp.fc2.weight": "branch_out",
+            "vit.layers.*.mlp.fc2.bias": "branch_out_bias",
+            "vit.layers.*.layernorm_*": "branch_norm",
+            "vit.layernorm.*": "stream_norm",
+            "classifier.weight": "readout",
+            "classifier.bias": "readout_bias",
+        },
+        branches=(("vit.layers.*.attention", "attention", 1), ("vit.layers.*.mlp", "mlp", 32)),
+        readout="classifier.weight",
+    ),
+    "mixer": Architecture(
+        build=Mixer,
+        example=(IMAGES,),
+        roles={
+            "patches.*": "embedding",
+            "blocks.*.*_norm.*": "branch_norm",
+            "blocks.*.tokens.0.weight": "branch_in",
+            "blocks.*.tokens.0.bias": "branch_in_bias",
+            "blocks.*.tokens.2.weight": "branch_out",
+            "blocks.*.tokens.2.bias": "branch_out_bias",
+            "blocks.*.channels.0.weight": "branch_in",
+            "blocks.*.channels.0.bias": "branch_in_bias",
+            "blocks.*.channels.2.weight": "branch_out",
+            "blocks.*.channels.2.bias": "branch_out_bias",
+            "norm.*": "stream_norm",
+            "classifier.weight": "readout",
+            "classifier.bias": "readout_bias",
+        },
+        branches=(("blocks.*.tokens", "mlp", 8), ("blocks.*.channels", "mlp", 16)),
+        readout="classifier.weight",
+        tokens=("blocks.*.tokens.*",),
+    ),
+    "basic resnet": Architecture(
+        build=lambda depth, heads, embedding: ConvolutionalResNet(depth, heads, embedding, bottleneck=False),
+        example=(IMAGES,),
+        roles=_CONVOLUTIONAL_ROLES,
+        branches=_CONVOLUTIONAL_BRANCHES,
+        readout="fc.weight",
+        ends=("stages.*.*.last.1.*",),
+        axis=1,
+    ),
+    "bottleneck resnet": Architecture(
+        build=lambda depth, heads, embedding: ConvolutionalResNet(depth, heads, embedding, bottleneck=True),
+        example=(IMAGES,),
+        roles=_CONVOLUTIONAL_ROLES
+        | {"stages.*.*.second.0.weight": "branch_hidden", "stages.*.*.second.1.*": "branch_in_bias"},
+        branches=_CONVOLUTIONAL_BRANCHES,
+        readout="fc.weight",
+        ends=("stages.*.*.last.1.*",),
+        axis=1,
+    ),
+    "hugging face resnet": Architecture(
+        build=_resnet,
+        example={"pixel_values": IMAGES, "labels": torch.zeros(2, dtype=torch.long)},
+        roles={
+            "resnet.embedder.embedder.convolution.weight": "embedding",
+            "resnet.embedder.embedder.normalization.*": "stream_norm",
+            "resnet.encoder.*.shortcut.convolution.weight": "stream_matrix",
+            "resnet.encoder.*.shortcut.normalization.*": "stream_norm",
+            "resnet.encoder.*.layer.0.convolution.weight": "branch_in",
+            "resnet.encoder.*.layer.[01].normalization.*": "branch_in_bias",
+            "resnet.encoder.*.layer.1.convolution.weight": "branch_hidden",
+            "resnet.encoder.*.layer.2.convolution.weight": "branch_out",
+            "resnet.encoder.*.layer.2.normalization.*": "branch_norm",
+            "classifier.1.weight": "readout",
+            "classifier.1.bias": "readout_bias",
+        },
+        branches=(
+            ("resnet.encoder.stages.*.layers.*.layer", "convolution", 1),
+            ("resnet.encoder.stages.*.layers.*.layer", "convolution", 2),
+        ),
+        readout="classifier.1.weight",
+        ends=("resnet.encoder.*.layer.2.normalization.*",),
+        axis=1,
+    ),
+}

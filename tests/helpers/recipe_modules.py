@@ -1,0 +1,14 @@
+"""Modules of recipes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def load(name: str) -> Any:
+    """Import a module of the recipes, untyped."""
+    return importlib.import_module(name)

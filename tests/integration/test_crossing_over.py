@@ -1,0 +1,125 @@
+"""Checkpoints of runs without the plugin in runs with it, and the other way round; plans of older and newer versions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.parameter_groups import ADAM_LR, EPS, MULTIPLIERS
+from helpers.runs_by_hand import BASE, ROLES, ByHand, Net, Residual, fit, listed
+
+from mlu_lightning import MLUCallback, Plan, ReferenceRecorder
+from mlu_lightning.observation.reference import Reference
+
+OLDER = Path(__file__).parents[1] / "planning" / "plan_of_the_first_version.yaml"
+"""What ``Plan.save`` wrote before plans had rules, horizon, taps and features."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs with and without the plugin, after half of their epochs."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    found = {name: folder / f"{name}.ckpt" for name in ("plain", "hook", "fold")}
+    for name, path in found.items():
+        callbacks = [] if name == "plain" else [MLUCallback(Net(BASE), residual=name)]  # type: ignore[arg-type]  # one of its two
+        fit(Net(), *callbacks, max_epochs=2).save_checkpoint(path)
+    return found
+
+
+def end(module: Net, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, Any]:
+    trainer = fit(module, *callbacks, ckpt_path=ckpt_path, num_sanity_val_steps=0)
+    (optimizer,) = trainer.optimizers
+    return {
+        "losses": module.losses[-12:],
+        "weights": listed(module.state_dict()),
+        "optimizer": listed(optimizer.state_dict()),
+    }
+
+
+SAID = {
+    "hook": r'trained as another function .* now has the plan\'s multipliers.* give MLUCallback residual="fold"',
+    "fold": "the module is the function that they were trained as; from here on they have the plan's learning rates",
+}
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_plain_run_goes_on_with_the_plugin(residual: Residual, checkpoints: dict[str, Path]) -> None:
+    """At the plan's learning rates; folded, as the function that it was trained as."""
+    with pytest.warns(UserWarning, match=f"checkpoint is of a run without MLUCallback.* {SAID[residual]}"):
+        ours = end(Net(), MLUCallback(Net(BASE), residual=residual), ckpt_path=checkpoints["plain"])
+    assert ours == end(ByHand(residual), ckpt_path=checkpoints["plain"])
+    same = ours["losses"][0] == end(Net(), ckpt_path=checkpoints["plain"])["losses"][0]
+    assert same is (residual == "fold")
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_run_with_the_plugin_goes_on_without_it(residual: Residual, checkpoints: dict[str, Path]) -> None:
+    """Lightning says what is missing; with the numbers by hand it is the run with the plugin, bit for bit."""
+    whole = end(Net(), MLUCallback(Net(BASE), residual=residual))
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['MLUCallback'\]"):
+        plain = end(Net(), ckpt_path=checkpoints[residual])
+        by_hand = end(ByHand(residual), ckpt_path=checkpoints[residual])
+    assert by_hand == whole
+    # it has to be known to the module that goes on, with hooks; folded weights are those of the same function
+    assert (plain["losses"][0] == whole["losses"][0]) is (residual == "fold")
+    assert plain["weights"] != whole["weights"]
+
+
+def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    whole, module = checkpoints["hook"].read_bytes(), Net()
+    for size in (0, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "part.ckpt").write_bytes(whole[:size])
+        with pytest.raises((RuntimeError, OSError, EOFError)):
+            fit(module, MLUCallback(Net(BASE)), ckpt_path=tmp_path / "part.ckpt")
+        assert module.losses == []
+        assert "configure_optimizers" not in vars(module)
+
+
+# Plans
+
+
+def test_plan_of_the_first_version_has_the_same_numbers() -> None:
+    plan = Plan.load(OLDER)
+    assert {multiplier.name: multiplier.value for multiplier in plan.multipliers} == {
+        **{f"blocks.{block}": MULTIPLIERS["branch_out"] for block in range(4)},
+        "readout.weight": MULTIPLIERS["readout"],
+    }
+    for name, scale in plan.scales("adamw").items():
+        role = ROLES[name.split(".")[-2]]
+        assert (scale.lr, scale.eps, scale.weight_decay) == (ADAM_LR[role], EPS[role], 1 / ADAM_LR[role])
+    assert Plan.from_yaml(plan.to_yaml(), "the plan") == plan
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_checkpoint_with_a_plan_of_the_first_version(
+    residual: Residual, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    saved = torch.load(checkpoints[residual], weights_only=True)
+    saved["callbacks"]["MLUCallback"]["plan"] = OLDER.read_text()
+    torch.save(saved, tmp_path / "older.ckpt")
+    callback = MLUCallback(Net(BASE), residual=residual)
+    assert end(Net(), callback, ckpt_path=tmp_path / "older.ckpt") == end(
+        Net(), MLUCallback(plan=str(OLDER), residual=residual)
+    )
+
+
+def test_run_with_a_plan_of_the_first_version_is_recorded(tmp_path: Path) -> None:
+    """Such a plan does not say where the stream is."""
+    read = []
+    for name, callback in {"older": MLUCallback(plan=str(OLDER)), "newer": MLUCallback(Net(BASE))}.items():
+        recorder = ReferenceRecorder(tmp_path / name, steps=[6])
+        fit(Net(), callback, recorder, max_epochs=1)
+        read.append(Reference.load(recorder.path).read(6))
+    assert listed(read[0]) == listed(read[1])
+
+
+@pytest.mark.parametrize("version", ["2", "1.5", "next"])
+def test_plan_of_an_unknown_version_is_refused(version: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(OLDER.read_text().replace("mlu_plan: 1", f"mlu_plan: {version}"))
+    with pytest.raises(
+        ValueError, match=rf"plan\.yaml has version '?{version}'? of .* reads version 1\. Update mlu-lightning, or plan"
+    ):
+        Plan.load(path)

@@ -1,0 +1,246 @@
+"""Every module of the registry trained with MLUCallback: the base's own shape, hook and fold, checkpoints, saved plans."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.architecture_runs import (
+    BATCHES,
+    EPOCHS,
+    SMALL,
+    Seeded,
+    Trained,
+    attachable,
+    batches_like,
+    built,
+    doubled,
+    fit,
+    identical,
+    in_double,
+    loader,
+    loss_of,
+    quiet,
+)
+from helpers.architectures import ARCHITECTURES, Architecture
+from lightning.pytorch import Trainer
+from torch.utils._pytree import tree_leaves
+
+from mlu_lightning import Plan, Role, attach_multipliers, fold, initialize
+from mlu_lightning.application.multipliers import residual_state
+from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning.planning.plan import Multiplier
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training in double precision at another shape than the base's leaves behind.
+
+    Args:
+        module: trained.
+        trainer: after it.
+        plan: of the module.
+        folder: of the checkpoints of each epoch.
+    """
+
+    module: Trained
+    trainer: Trainer
+    plan: Plan
+    folder: Path
+
+
+Runs = Callable[[str], Run]
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return ARCHITECTURES[request.param]
+
+
+@pytest.fixture(scope="module")
+def batches(architecture: Architecture) -> list[Any]:
+    return [in_double(batch) for batch in batches_like(architecture.example)]
+
+
+@pytest.fixture(scope="module")
+def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    base = doubled(built(architecture, SMALL, seed=1))
+
+    @functools.cache
+    def run(residual: str) -> Run:
+        module, folder = doubled(built(architecture)), tmp_path_factory.mktemp(residual)
+        if residual == "fold":
+            callback = MLUCallback(base, residual="fold", alpha=1.5)
+        else:
+            callback = MLUCallback(plan=run("fold").plan)
+        trainer = fit(module, batches, callback, Seeded(), folder=folder)
+        assert callback.plan is not None
+        return Run(module, trainer, callback.plan, folder)
+
+    return run
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, runs: Runs, residual: str) -> Run:
+    if residual == "hook" and not attachable(runs("fold").plan):
+        pytest.skip("its multipliers can be folded only: test_hook_and_fold_are_the_same_run")
+    return runs(residual)
+
+
+def evaluated(module: Trained, batches: list[Any]) -> list[float]:
+    module.eval()
+    with torch.no_grad():
+        return [float(loss_of(module.module, batch)) for batch in batches]
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether states of optimizers and schedulers are, bit for bit."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+both = pytest.mark.parametrize("residual", ["hook", "fold"])
+
+
+def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Architecture) -> None:
+    """Weights, buffers, losses, states of the optimizer and random numbers, in single precision, bit for bit."""
+    data = batches_like(architecture.example)
+    plain = built(architecture, SMALL)
+    expected = fit(plain, data)
+    state = torch.get_rng_state()
+
+    def is_the_same_with(callback: MLUCallback) -> None:
+        module = built(architecture, SMALL)
+        trainer = fit(module, data, callback)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert module.losses == plain.losses
+        assert identical(module, plain)
+        assert equal(trainer.optimizers[0].state_dict(), expected.optimizers[0].state_dict())
+
+    hook = MLUCallback(built(architecture, SMALL, seed=1))
+    is_the_same_with(hook)
+    is_the_same_with(MLUCallback(plan=hook.plan, residual="fold"))
+    assert len(set(plain.losses)) == BATCHES * EPOCHS
+    assert not identical(plain, built(architecture, SMALL))
+
+
+def test_hook_and_fold_are_the_same_run(runs: Runs, architecture: Architecture, batches: list[Any]) -> None:
+    """With dropout, a schedule, and buffers: test_hook_and_fold.py has more optimizers and steps in plain loops."""
+    folded = runs("fold")
+    if not attachable(folded.plan):
+        with pytest.raises(ValueError, match=r'cannot be attached as a hook.*residual="fold"'):
+            runs("hook")
+        return
+    hooked = runs("hook")
+    state = residual_state(folded.module)
+    assert state is not None
+    assert state.folded == {name for multiplier in folded.plan.multipliers for name in multiplier.folds}
+    assert all(hooked.plan.forward_multiplier(multiplier) != 1 for multiplier in hooked.plan.multipliers)
+    # rounding of float64, which grows from step to step
+    assert folded.module.losses == pytest.approx(hooked.module.losses, rel=1e-9)
+    factors = {name: scale.multiplier for name, scale in hooked.plan.scales("adamw").items()}
+    ours = dict(hooked.module.named_parameters())
+    for name, value in folded.module.named_parameters():
+        torch.testing.assert_close(value, ours[name] * factors[name], rtol=1e-8, atol=1e-10, msg=_in(name))
+    ours = dict(hooked.module.named_buffers())
+    for name, value in folded.module.named_buffers():
+        torch.testing.assert_close(value, ours[name], rtol=1e-8, atol=1e-10, msg=_in(name))
+
+
+@both
+def test_resumed_run_is_the_uninterrupted_run(
+    run: Run, architecture: Architecture, batches: list[Any], residual: Any
+) -> None:
+    module, callback = doubled(built(architecture, seed=5)), MLUCallback(plan=run.plan, residual=residual)
+    resumed = fit(module, batches, callback, Seeded(), ckpt_path=run.folder / "epoch=0.ckpt")
+    assert module.losses == run.module.losses[BATCHES:]
+    assert len(module.losses) == BATCHES * (EPOCHS - 1)
+    assert identical(module, run.module)
+    assert equal(resumed.optimizers[0].state_dict(), run.trainer.optimizers[0].state_dict())
+    schedules = [trainer.lr_scheduler_configs[0].scheduler for trainer in (resumed, run.trainer)]
+    assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
+
+
+@both
+def test_checkpoint_in_a_plain_module(run: Run, architecture: Architecture, batches: list[Any], residual: str) -> None:
+    """It has the same weights; the same outputs too, if all multipliers are in them, or as soon as they are put in."""
+    checkpoint = torch.load(run.folder / "epoch=1.ckpt", weights_only=True)
+    plain = doubled(built(architecture, seed=5))
+    plain.load_state_dict(checkpoint["state_dict"])
+    assert identical(plain, run.module)
+    expected, found = evaluated(run.module, batches), evaluated(plain, batches)
+    complete = residual == "fold" and all(multiplier.folds for multiplier in run.plan.multipliers)
+    assert (found == expected) is complete
+    if complete:
+        return
+    plan = Plan.from_yaml(checkpoint["callbacks"]["MLUCallback"]["plan"], "checkpoint")
+    if residual == "hook":
+        attach_multipliers(plain, plan)
+    else:
+        fold(plain, plan, multiplied=True)
+    assert evaluated(plain, batches) == expected
+
+
+@both
+def test_checkpoint_in_a_run_with_the_callback(
+    run: Run, architecture: Architecture, batches: list[Any], residual: str
+) -> None:
+    """Its multipliers come along into an evaluation, whatever the callback's base."""
+    module = doubled(built(architecture, seed=5))
+    quiet(MLUCallback()).validate(module, loader(batches), ckpt_path=run.folder / "epoch=1.ckpt", verbose=False)
+    assert module.validated == evaluated(run.module, batches)
+    assert identical(module, run.module)
+
+
+def test_saved_plan_is_the_plan(runs: Runs, architecture: Architecture, batches: list[Any], tmp_path: Path) -> None:
+    plan = runs("fold").plan
+    plan.save(tmp_path / "plan.yaml")
+    loaded = Plan.load(tmp_path / "plan.yaml")
+    assert loaded == plan
+    ours, theirs = doubled(built(architecture)), doubled(built(architecture))
+    initialize(ours, plan)
+    initialize(theirs, loaded)
+    assert identical(ours, theirs)
+    assert not identical(ours, doubled(built(architecture)))
+    before = evaluated(ours, batches)
+    for put in [attach_multipliers, fold] if attachable(plan) else [fold]:
+        one, other = copy.deepcopy(ours), copy.deepcopy(theirs)
+        put(one, plan)
+        put(other, loaded)
+        assert evaluated(one, batches) == evaluated(other, batches) != before
+
+
+def test_saved_plan_can_be_edited(runs: Runs) -> None:
+    """Every parameter and multiplier has one line; a change of every second is a change of these and nothing else."""
+    plan = runs("fold").plan
+    lines = plan.to_yaml().splitlines()
+    parameters, multipliers = {**plan.parameters}, [*plan.multipliers]
+    for name, parameter in [*parameters.items()][::2]:
+        (index,) = [index for index, line in enumerate(lines) if line.startswith(f"  {name}: ")]
+        role = Role.STREAM_NORM if parameter.role is not Role.STREAM_NORM else Role.BRANCH_NORM
+        lines[index] = lines[index].replace(f"role: {parameter.role},", f"role: {role},")
+        parameters[name] = replace(parameter, role=role)
+    for place, multiplier in [*enumerate(multipliers)][::2]:
+        start = f"  - {{name: {multiplier.name}, kind: {multiplier.kind}, value: "
+        index = [index for index, line in enumerate(lines) if line.startswith(start)][_before(multipliers, place)]
+        lines[index] = lines[index].replace(f"{start}{multiplier.value},", f"{start}0.125,")
+        multipliers[place] = replace(multiplier, value=0.125)
+    edited = Plan.from_yaml("\n".join(lines), "edited")
+    assert edited == replace(plan, parameters=parameters, multipliers=tuple(multipliers))
+    assert edited != plan
+
+
+def _in(name: str) -> Callable[[str], str]:
+    return lambda text: f"{name}: {text}"
+
+
+def _before(multipliers: list[Multiplier], place: int) -> int:
+    """How many multipliers before one have its name and kind: parallel branches can share a name."""
+    own = multipliers[place]
+    return sum((other.name, other.kind) == (own.name, own.kind) for other in multipliers[:place])

@@ -1,0 +1,110 @@
+"""Runs that are killed in the middle of anything, and go on from their last checkpoint: bit for bit the whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.killed_run import OPTIMIZERS, SCHEDULES, STEPS
+from torch.utils._pytree import tree_flatten
+
+from mlu_lightning.observation.reference import Reference
+
+Runs = subprocess.Popen[str]
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Takes runs, and tells their exit codes."""
+    folder = tmp_path_factory.mktemp("runs")
+    root = Path(__file__).parents[1] / "helpers"
+    paths = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TMPDIR": str(folder)}
+    command = [sys.executable, "-W", "ignore", str(root / "killed_run.py")]
+    with (
+        (folder / "errors").open("w") as errors,
+        subprocess.Popen(
+            command, text=True, bufsize=1, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+        ) as process,
+    ):
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def losses(folder: Path) -> list[tuple[int, str]]:
+    """Step and loss of every step that was made, some of them more than once."""
+    path = folder / "losses"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [(int(step), loss) for step, _, loss in (line.partition(" ") for line in lines)]
+
+
+def life(runs: Runs, folder: Path, names: dict[str, str], kill: tuple[int, float] | None = None) -> int:
+    """Let a run begin or go on until it ends, or is killed so many steps and seconds later; its exit code."""
+    assert runs.stdin is not None and runs.stdout is not None
+    folder.mkdir(exist_ok=True)
+    runs.stdin.write(json.dumps({"folder": str(folder), **names, "kill": kill}) + "\n")
+    return int(runs.stdout.readline())
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Weights, and states of the optimizer and the scheduler at the end."""
+    found: dict[str, Any] = torch.load(folder / "end.pt", weights_only=True)
+    return found
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    (ours, structure), (theirs, expected) = tree_flatten(one), tree_flatten(other)
+    assert structure == expected
+    for left, right in zip(ours, theirs, strict=True):
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: int, seed: int) -> None:
+    """Compare a run that is killed so many times with the one that is not."""
+    moments = random.Random(seed)
+    assert life(runs, folder / "whole", names) == 0
+    kill = [(moments.randint(1, STEPS // 3), moments.uniform(0, 0.02)) for _ in range(kills)]
+    codes = [life(runs, folder / "killed", names, moment) for moment in kill]
+    assert codes == [KILLED] * kills
+    assert not (folder / "killed" / "end.pt").exists()
+    # what is there when a run is killed is whole
+    for path in (folder / "killed").glob("*.ckpt"):
+        assert torch.load(path, weights_only=True)["global_step"] == int(path.stem)
+    recorded = Reference.load(folder / "killed" / "run.safetensors")
+    assert life(runs, folder / "killed", names) == 0
+    assert_identical(outcome(folder / "killed"), outcome(folder / "whole"))
+    whole, killed = losses(folder / "whole"), losses(folder / "killed")
+    assert [step for step, _ in whole] == [*range(1, STEPS + 1)]
+    assert set(killed) == set(whole)  # a step that was made again had the same loss
+    ours, theirs = (Reference.load(folder / name / "run.safetensors") for name in ("killed", "whole"))
+    assert ours.steps == theirs.steps == (*range(STEPS + 1),)
+    assert torch.equal(ours.losses, theirs.losses)
+    for step in ours.steps:
+        assert_identical(ours.read(step), theirs.read(step))
+    assert set(recorded.steps) <= set(ours.steps)
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_killed_run_is_the_whole_run(residual: str, runs: Runs, tmp_path: Path) -> None:
+    compare_with_whole(runs, tmp_path, {"optimizer": "adamw", "schedule": "one-cycle", "residual": residual}, 1, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_run_killed_twice_with_every_schedule(schedule: str, residual: str, runs: Runs, tmp_path: Path) -> None:
+    seed = [*SCHEDULES].index(schedule)
+    optimizer = [*OPTIMIZERS][seed % len(OPTIMIZERS)]
+    names = {"optimizer": optimizer, "schedule": schedule, "residual": residual}
+    compare_with_whole(runs, tmp_path, names, 2, 2 * seed + (residual == "fold"))

@@ -1,0 +1,225 @@
+"""MLUCallback under Lightning's strategies, in two processes (gloo): the run is that of one process."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.strategies_run import BASE, INPUTS, RUNS, WAYS, WIDE, Net, fit, loader
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
+from test_mlu_callback import trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlu_lightning import bake
+from mlu_lightning.callbacks import MLUCallback
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "strategies_run.py"
+DIVIDED = [name for name, way in WAYS.items() if way.processes > 1]
+Runs = dict[tuple[str, int], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def single() -> Runs:
+    return {run: fit(WAYS["single"], *run) for run in RUNS}
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Runs]]:
+    """The runs of both processes by the name of the strategy; they are started once, as that takes longest."""
+    folder = tmp_path_factory.mktemp("divided")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), str(folder), *DIVIDED]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in DIVIDED}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_run_of_two_processes_is_that_of_one(name: str, single: Runs, divided: dict[str, list[Runs]]) -> None:
+    for run, expected in single.items():
+        both = [of_process[run] for of_process in divided[name]]
+        for found in both:
+            # also in the second process, which has drawn another base by itself
+            assert found["plan"] == expected["plan"]
+            assert found["start"].keys() == expected["start"].keys()
+            for parameter, value in expected["start"].items():
+                assert torch.equal(found["start"][parameter], value), parameter
+            for parameter, value in expected["end"].items():
+                # sums over two halves, in float32, for 12 batches
+                torch.testing.assert_close(found["end"][parameter], value, rtol=1e-4, atol=1e-5)
+        losses = torch.stack([found["losses"] for found in both])
+        torch.testing.assert_close(losses.mean(0), expected["losses"], rtol=1e-5, atol=1e-6)
+        same_batches = WAYS[name].parts == 1
+        assert torch.allclose(losses[0], losses[1]) == same_batches
+
+
+def test_runs_differ_by_what_they_are_run_with(single: Runs) -> None:
+    """Else the comparison above would show nothing."""
+    assert len({tuple(run["losses"].tolist()) for (residual, _), run in single.items() if residual == "hook"}) == 2
+    hook, fold = single["hook", 1], single["fold", 1]
+    torch.testing.assert_close(hook["losses"], fold["losses"], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(hook["start"]["blocks.0.write.weight"], fold["start"]["blocks.0.write.weight"])
+
+
+# What FSDP1 and DeepSpeed do with parameters
+
+
+class Uninstalled(DeepSpeedStrategy):
+    """DeepSpeed's own strategy needs its package to be constructed, and nothing here gets as far as that."""
+
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            Uninstalled(),
+            r"DeepSpeed joins parameters.*learning rates of their own\. Use ModelParallelStrategy \(FSDP2\)",
+        ),
+        (FSDPStrategy(use_orig_params=False), r"FSDPStrategy\(use_orig_params=False\) joins.*use_orig_params=True"),
+    ],
+    ids=["deepspeed", "fsdp1-flat"],
+)
+def test_strategy_that_joins_parameters_is_refused(strategy: Strategy, message: str) -> None:
+    callback, module = MLUCallback(Net(**BASE)), Net(**WIDE)
+    run = trainer(callback)
+    vars(run)["_accelerator_connector"].strategy = strategy  # which Lightning gives to machines with GPUs only
+    with pytest.raises(ValueError, match=message):
+        callback.setup(run, module, "fit")
+    assert callback.plan is None
+    assert "configure_optimizers" not in vars(module)
+    callback.setup(run, module, "validate")  # which needs no optimizer
+
+
+def wrapped(module: Net) -> None:
+    module.blocks[1]._fsdp_wrapped_module = module.blocks[0]
+    module.blocks[0] = module.blocks[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (wrapped, r"wrapped by FSDP already.*build a module anew.*auto_wrap_policy.*ModelParallelStrategy"),
+        (lambda module: module.to("meta"), r"on the meta device, and would be flattened.*build a module anew"),
+    ],
+    ids=["wrapped", "meta"],
+)
+def test_module_that_fsdp1_leaves_no_values_is_refused(change: Callable[[Net], Any], message: str) -> None:
+    callback, module = MLUCallback(Net(**BASE)), Net(**WIDE)
+    run = trainer(callback)
+    vars(run)["_accelerator_connector"].strategy = FSDPStrategy()
+    change(module)
+    with pytest.raises(ValueError, match=message):
+        callback.setup(run, module, "fit")
+
+
+# Norms that a strategy exchanges
+
+
+class Synced(nn.BatchNorm1d):
+    """In the place of torch's SyncBatchNorm, which runs on GPUs only."""
+
+
+class Exchanges(LayerSync):
+    """As torch and Lightning do it: every norm becomes a new one, of the same weights."""
+
+    def __init__(self) -> None:
+        self.exchanged: list[str] = []
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return self.to(Synced, model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self.to(nn.BatchNorm1d, model)
+
+    def to(self, kind: type[nn.BatchNorm1d], model: nn.Module) -> nn.Module:
+        for part in [*model.modules()]:
+            for name, norm in part.named_children():
+                if isinstance(norm, nn.BatchNorm1d):
+                    new = kind(norm.num_features)
+                    new._parameters, new._buffers = norm._parameters, norm._buffers
+                    setattr(part, name, new.train(norm.training))
+                    self.exchanged.append(kind.__name__)
+        return model
+
+
+class Normed(Net):
+    """Its branches end in norms."""
+
+    def build(self) -> None:
+        super().build()
+        depth, _, embedding = self.shape
+        self.norms = nn.ModuleList(nn.BatchNorm1d(embedding) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.embed(x)
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            stream = stream + norm(block(stream))
+        return self.readout(stream)
+
+
+@pytest.fixture
+def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Trainer]]:
+    """A Trainer whose strategy exchanges norms."""
+    # both want a GPU, where the sync of one process changes nothing
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.BatchNorm1d.forward)
+    monkeypatch.setattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
+
+    def made(sync: LayerSync, *callbacks: Callback) -> Trainer:
+        return trainer(*callbacks, strategy=DDPStrategy(process_group_backend="gloo"), plugins=[sync])
+
+    yield made
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("sync", [Exchanges, TorchSyncBatchNorm])
+def test_norms_that_the_strategy_exchanges_keep_their_multipliers(
+    sync: type[LayerSync], residual: Any, exchanging: Callable[..., Trainer]
+) -> None:
+    plain, module = (Normed(**WIDE) for _ in range(2))
+    x = torch.ones(2, INPUTS)
+    callback = MLUCallback(Normed(**BASE), residual=residual)
+    trainer(callback).fit(plain, loader())
+    assert callback.plan is not None
+    assert "norms.0 output" in {str(multiplier.site) for multiplier in callback.plan.multipliers}
+    again = MLUCallback(Normed(**BASE), residual=residual)
+    run = exchanging(sync(), again)
+    for _ in range(2):
+        run.fit(module, loader())
+        assert module.losses == plain.losses
+        assert torch.equal(module.eval()(x), plain.eval()(x))
+        assert not any(isinstance(part, (Synced, nn.SyncBatchNorm)) for part in module.modules())
+    bake(module, callback.plan)
+    torch.testing.assert_close(module(x), plain(x))
+
+
+class Stopped(Exception): ...
+
+
+class Stops(Callback):
+    """After as many steps as the other run has."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 3:
+            raise Stopped
+
+
+def test_norms_that_are_exchanged_back_after_an_error_keep_their_multipliers(
+    exchanging: Callable[..., Trainer],
+) -> None:
+    plain, module = (Normed(**WIDE) for _ in range(2))
+    trainer(MLUCallback(Normed(**BASE)), max_steps=3).fit(plain, loader())
+    with pytest.raises(Stopped):
+        exchanging(Exchanges(), MLUCallback(Normed(**BASE)), Stops()).fit(module, loader())
+    assert [type(norm) for norm in module.norms] == [nn.BatchNorm1d] * len(module.norms)
+    x = torch.ones(2, INPUTS)
+    assert torch.equal(module.eval()(x), plain.eval()(x))

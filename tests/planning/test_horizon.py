@@ -1,0 +1,186 @@
+"""Batch size and duration: Complete(d)P's formulas, written out; what they are for; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.parameter_groups import ADAM_LR, EPS, Weights, groups_in_update, identical, numbers_in_update, plan_of
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, optim
+from torch.utils.data import DataLoader
+
+from mlu_lightning import MLUCallback, Plan, scale_optimizer
+from mlu_lightning.models import ResNet
+from mlu_lightning.planning.horizon import Horizon
+
+# batch and tokens over those of the base, and s = sqrt(batch/tokens) by hand
+RATIOS = [(4.0, 1.0, 2.0), (1.0, 16.0, 0.25), (2.0, 8.0, 0.5), (3.0, 3.0, 1.0)]
+
+
+def _horizon(module: Weights, batch: float, tokens: float, identity: bool = False) -> Plan:
+    return replace(plan_of(module, identity), horizon=Horizon(batch, tokens))
+
+
+@pytest.mark.parametrize(("batch", "tokens", "s"), RATIOS)
+@pytest.mark.parametrize("identity", [True, False])
+def test_numbers_of_adamw(batch: float, tokens: float, s: float, identity: bool) -> None:
+    """Complete(d)P, arXiv 2512.22382: lr·s, eps/s, decay·s, (1 - β)·s², together with the factors of the shape."""
+    module = Weights()
+    optimizer = optim.AdamW(module.parameters(), lr=0.25, betas=(0.875, 0.96875), eps=0.5, weight_decay=0.125)
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, _horizon(module, batch, tokens, identity))
+    module.load_gradients(0)
+    optimizer.step()
+    shape = dict.fromkeys(ADAM_LR, 1.0) if identity else ADAM_LR
+    accuracy = dict.fromkeys(EPS, 1.0) if identity else EPS
+    assert numbers_in_update(module, seen[0], "lr") == {name: 0.25 * s * shape[name] for name in shape}
+    assert numbers_in_update(module, seen[0], "eps") == {name: 0.5 / s * accuracy[name] for name in shape}
+    assert numbers_in_update(module, seen[0], "weight_decay") == {name: 0.125 * s / shape[name] for name in shape}
+    betas = (1 - 0.125 * s**2, 1 - 0.03125 * s**2)
+    assert numbers_in_update(module, seen[0], "betas") == dict.fromkeys(shape, betas)
+    assert optimizer.param_groups[0]["betas"] == (0.875, 0.96875)
+
+
+@pytest.mark.parametrize("build", [optim.AdamW, optim.Adam, optim.Adamax])
+def test_run_is_that_of_the_numbers_by_hand(build: Callable[..., optim.Optimizer]) -> None:
+    """At the base's shape, exactly."""
+    ours, plain = Weights(), Weights()
+    optimizer = build(ours.parameters(), lr=0.01, betas=(0.875, 0.96875), eps=1e-2)
+    scale_optimizer(optimizer, ours, _horizon(ours, 4.0, 1.0, identity=True))
+    by_hand = build(plain.parameters(), lr=0.02, betas=(0.5, 0.875), eps=5e-3)
+    if build is optim.AdamW:
+        by_hand.param_groups[0]["weight_decay"] = 2 * optimizer.param_groups[0]["weight_decay"]
+    for step in range(12):
+        for module, each in ((ours, optimizer), (plain, by_hand)):
+            module.load_gradients(step)
+            each.step()
+    assert identical(ours, plain)
+
+
+def test_betas_of_a_schedule_are_taken_over() -> None:
+    module = Weights()
+    optimizer = optim.AdamW(module.parameters(), lr=0.1, betas=(0.9, 0.99))
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, _horizon(module, 2.0, 1.0))
+    schedule = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=6)  # cycles the first beta
+    wanted, found = [], []
+    for step in range(6):
+        wanted.append(1 - 2 * (1 - optimizer.param_groups[0]["betas"][0]))
+        module.load_gradients(step)
+        optimizer.step()
+        schedule.step()
+        found.append({group["betas"][0] for group in seen[-1]})
+    assert found == [{beta} for beta in wanted] and len(set(wanted)) > 3
+
+
+def test_gathered_noise_stays_the_base_s() -> None:
+    """What the rules are for: a weight that AdamW moves by noise alone has gone as far, whatever the batch and duration.
+
+    The gradient is noise whose variance falls with the batch; the number of steps is tokens over batch. 4,000 weights make
+    the root mean square of where they end exact to 1 %; steps are small, so that what is left is of their size.
+    """
+    ends = {}
+    for batch, tokens in ((1.0, 1.0), (4.0, 1.0), (1.0, 4.0), (4.0, 2.0)):
+        generator = torch.Generator().manual_seed(0)
+        module = Weights(("norm",))
+        module.norm = torch.nn.Parameter(torch.zeros(4000))
+        optimizer = optim.AdamW(module.parameters(), lr=0.01, betas=(0.98, 0.98), weight_decay=1.0)
+        plan = plan_of(module, identity=True)
+        scale_optimizer(optimizer, module, replace(plan, horizon=Horizon(batch, tokens)))
+        for _ in range(int(800 * tokens / batch)):
+            module.norm.grad = torch.randn(4000, generator=generator) / batch**0.5
+            optimizer.step()
+        ends[batch, tokens] = module.norm.detach().square().mean().sqrt().item()
+    first = ends.pop((1.0, 1.0))
+    assert {ratios: end / first for ratios, end in ends.items()} == pytest.approx(dict.fromkeys(ends, 1.0), rel=0.06)
+
+
+class Momentum(optim.Optimizer):
+    """An optimizer of somebody else's, with betas."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "betas": (0.9, 0.9)})
+
+    def step(self, closure: Any = None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("build", "family", "message"),
+    [
+        (
+            lambda p: optim.AdamW(p, betas=(0.9, 0.8)),
+            None,
+            r"beta 0\.8 would become -0\.6: .* is 8.* less than 5 times",
+        ),
+        (lambda p: optim.SGD(p, lr=0.1), None, "no rules for them in the sgd family.*or use AdamW"),
+        (lambda p: optim.Adam(p, weight_decay=0.1), None, r"decay of this optimizer, 0\.1, is added to the gradient"),
+        (lambda p: optim.RMSprop(p), None, "not given by betas alone"),
+        (lambda p: optim.NAdam(p), None, "not given by betas alone"),
+        (lambda p: optim.Adafactor(p), None, "not given by betas alone"),
+        (lambda p: Momentum(p), "sgd", "no rules for them in the sgd family"),
+        (lambda p: Momentum(p), "muon", "no rules for them in the muon family"),
+    ],
+)
+def test_what_has_no_rule_is_refused(build: Callable[..., Any], family: str | None, message: str) -> None:
+    module = Weights()
+    optimizer = build(module.parameters())
+    before = [{**group} for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=message):
+        scale_optimizer(optimizer, module, _horizon(module, 8.0, 1.0), family=family)
+    assert [{**group} for group in optimizer.param_groups] == before
+    scale_optimizer(optimizer, module, _horizon(module, 8.0, 8.0), family=None if family is None else "adamw")
+
+
+def test_an_optimizer_of_a_named_family_with_betas() -> None:
+    module = Weights()
+    optimizer = Momentum(module.parameters())
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, _horizon(module, 2.0, 1.0), family="adamw")
+    optimizer.step()
+    assert {group["betas"] for group in seen[0]} == {(1 - 2 * (1 - 0.9),) * 2}
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
+def test_ratios_that_are_none(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"token_ratio is .*it has to be a positive number"):
+        Horizon(1.0, ratio)
+
+
+class Regression(ResNet):
+    """A small network trained by AdamW."""
+
+    def __init__(self, hidden: int, lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        super().__init__(depth=2, hidden=hidden, embedding=6, inputs=3, outputs=2)
+        self.numbers = {"lr": lr, "betas": betas}
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.AdamW(self.parameters(), weight_decay=0.0, eps=1e-30, **self.numbers)
+
+
+def test_in_a_trainer_and_in_files(tmp_path: Any) -> None:
+    samples = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    data: DataLoader[list[Tensor]] = DataLoader([(x, x[:2]) for x in samples], batch_size=4)
+
+    def fitted(module: LightningModule, *callbacks: MLUCallback) -> LightningModule:
+        Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=list(callbacks)).fit(module, data)
+        return module
+
+    def built(hidden: int = 8, **numbers: Any) -> Regression:
+        torch.manual_seed(0)
+        return Regression(hidden, **numbers)
+
+    callback = MLUCallback(built(), batch_ratio=2.0, token_ratio=0.5)
+    ours = fitted(built(), callback)
+    by_hand = fitted(built(lr=0.02, betas=(1 - 4 * (1 - 0.9), 1 - 4 * (1 - 0.95))))
+    assert identical(ours, by_hand)
+    plan = callback.plan
+    assert plan is not None and "batch 2 and tokens 0.5 times the base's: 1 - beta is multiplied by 4" in str(plan)
+    plan.save(tmp_path / "plan.yaml")
+    assert Plan.load(tmp_path / "plan.yaml") == plan
+    assert identical(fitted(built(), MLUCallback(plan=plan)), by_hand)
+    with pytest.raises(ValueError, match=r"cannot be given together with .*batch_ratio"):
+        MLUCallback(plan=plan, batch_ratio=2.0)

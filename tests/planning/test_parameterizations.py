@@ -1,0 +1,328 @@
+"""CompleteP, µP and the standard parameterization as plans, against their papers' tables and against MLU itself."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.parameter_groups import Weights, identical, plan_of
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor, nn, optim
+from torch.utils.data import DataLoader
+
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning.models import CausalTransformer
+from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.quickstart.study import Windows
+from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, scale
+
+SGD, ADAM, ADAMW, MUON = OptimizerFamily
+MLU, COMPLETEP, MUP, SP = Parameterization
+CLOSE = {"rel": 1e-12}  # a few roundings
+# depth, hidden width and embedding over those of the base, all different
+DEPTH, HIDDEN, EMBEDDING = 3.0, 5.0, 7.0
+INTO = Ratios(DEPTH, EMBEDDING, HIDDEN)
+WITHIN = Ratios(DEPTH, HIDDEN, HIDDEN)
+OUT = Ratios(DEPTH, HIDDEN, EMBEDDING)
+UNITS = Ratios(DEPTH, outputs=HIDDEN)
+COORDINATES = Ratios(DEPTH, outputs=EMBEDDING)
+READ = Ratios(DEPTH, inputs=EMBEDDING)
+
+
+def test_every_role_has_a_row_in_every_table() -> None:
+    assert set(TABLES) == set(Parameterization)
+    assert all(set(table) == set(Role) for table in TABLES.values())
+
+
+@pytest.mark.parametrize("rules", Parameterization)
+@pytest.mark.parametrize("family", OptimizerFamily)
+@pytest.mark.parametrize("role", Role)
+def test_identity_at_base_is_exact(rules: Parameterization, family: OptimizerFamily, role: Role) -> None:
+    assert scale(role, Ratios(), family, rules=rules) == Scale()
+
+
+def test_completep_by_the_inputs_of_each_matrix() -> None:
+    """Dey et al., arXiv 2505.01618, Table 1 with depth exponent 1, where one width ratio has become two."""
+    expected = {
+        (Role.EMBEDDING, COORDINATES): Scale(1, 1, 1, 1 / 7, 1),
+        (Role.BRANCH_IN, INTO): Scale(1, 7**-0.5, 1 / 7, 1 / 15, 7),
+        (Role.BRANCH_HIDDEN, WITHIN): Scale(1, 5**-0.5, 1 / 5, 1 / 15, 5),
+        (Role.BRANCH_OUT, OUT): Scale(1 / 3, 5**-0.5, 1 / 5, 1 / 21, 5),
+        (Role.BRANCH_OUT_BIAS, COORDINATES): Scale(1 / 3, 1, 1, 1 / 21, 1),
+        (Role.BRANCH_NORM, COORDINATES): Scale(1, 1, 1, 1 / 21, 1),
+        (Role.STREAM_NORM, COORDINATES): Scale(1, 1, 1, 1 / 7, 1),
+        (Role.READOUT, READ): Scale(1 / 7, 1, 1, 1 / 7, 1),
+    }
+    for (role, ratios), numbers in expected.items():
+        assert astuple(scale(role, ratios, ADAMW, rules=COMPLETEP)) == pytest.approx(astuple(numbers), **CLOSE), role
+
+
+@pytest.mark.parametrize("family", OptimizerFamily)
+@pytest.mark.parametrize("role", Role)
+def test_completep_is_mlu_but_for_the_std_of_branch_out(role: Role, family: OptimizerFamily) -> None:
+    ratios = Ratios(DEPTH, HIDDEN, EMBEDDING)
+    found, mlu = scale(role, ratios, family, rules=COMPLETEP), scale(role, ratios, family)
+    if role is Role.BRANCH_OUT:
+        assert (mlu.std, found.std) == pytest.approx((7**0.5 / 5, 5**-0.5), **CLOSE)
+        found = replace(found, std=mlu.std)
+    assert found == mlu
+
+
+@pytest.mark.parametrize("width", [3.0, 7.0, 0.3, 1 / 3])
+@pytest.mark.parametrize("role", Role)
+def test_they_are_equal_exactly_where_hidden_width_and_embedding_grow_alike(role: Role, width: float) -> None:
+    """Also at ratios of which neither powers nor roots are exact."""
+    ratios = Ratios(DEPTH, width, width)
+    assert scale(role, ratios, ADAMW, rules=COMPLETEP) == scale(role, ratios, ADAMW)
+
+
+@pytest.mark.parametrize("family", [SGD, ADAMW])
+def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
+    """Yang et al., arXiv 2203.03466, Table 8: 1/fan_in for Adam, fan_out/fan_in for SGD; depth changes nothing."""
+    sgd = family is SGD
+    expected = {
+        (Role.EMBEDDING, COORDINATES): (1, 1, 7 if sgd else 1),
+        (Role.BRANCH_IN, INTO): (1, 7**-0.5, 5 / 7 if sgd else 1 / 7),
+        (Role.BRANCH_HIDDEN, WITHIN): (1, 5**-0.5, 1 if sgd else 1 / 5),
+        (Role.BRANCH_OUT, OUT): (1, 5**-0.5, 7 / 5 if sgd else 1 / 5),
+        (Role.BRANCH_IN_BIAS, UNITS): (1, 1, 5 if sgd else 1),
+        (Role.BRANCH_OUT_BIAS, COORDINATES): (1, 1, 7 if sgd else 1),
+        (Role.POST_NORM, COORDINATES): (1, 1, 7 if sgd else 1),
+        (Role.READOUT, READ): (1 / 7, 1, 7 if sgd else 1),
+    }
+    for (role, ratios), numbers in expected.items():
+        found = scale(role, ratios, family, rules=MUP)
+        assert (found.multiplier, found.std, found.lr) == pytest.approx(numbers, **CLOSE), role
+        assert found == scale(role, replace(ratios, depth=1000.0), family, rules=MUP)
+
+
+@pytest.mark.parametrize("family", OptimizerFamily)
+def test_standard_parameterization_has_the_std_of_a_sum_and_nothing_else(family: OptimizerFamily) -> None:
+    for role, ratios, inputs in (
+        (Role.EMBEDDING, Ratios(DEPTH, HIDDEN, EMBEDDING), 1.0),  # data do not count
+        (Role.BRANCH_IN, INTO, EMBEDDING),
+        (Role.BRANCH_HIDDEN, WITHIN, HIDDEN),
+        (Role.BRANCH_OUT, OUT, HIDDEN),
+        (Role.BRANCH_BOUNDED_MATRIX, READ, EMBEDDING),
+        (Role.STREAM_MATRIX, READ, EMBEDDING),
+        (Role.READOUT, READ, EMBEDDING),
+        (Role.BRANCH_NORM, COORDINATES, 1.0),
+        (Role.POST_NORM, COORDINATES, 1.0),
+        (Role.READOUT_BIAS, COORDINATES, 1.0),
+    ):
+        expected = Scale(std=pytest.approx(inputs**-0.5, **CLOSE))
+        assert scale(role, ratios, family, rules=SP) == expected, role
+
+
+def test_outputs_averaged_over_active_experts() -> None:
+    """k times the experts: gradients are 1/k of those that they were, at hidden units and at the experts' outputs."""
+    into, out = (scale(role, Ratios(active=4.0), ADAMW) for role in (Role.BRANCH_IN, Role.BRANCH_OUT))
+    assert into == out == Scale(eps=1 / 4)
+    into, out = (scale(role, Ratios(active=4.0), SGD) for role in (Role.BRANCH_IN, Role.BRANCH_OUT))
+    assert into == out == Scale(lr=4.0, eps=1 / 4, weight_decay=1 / 4)
+
+
+# --- as plans of modules
+
+BASE = {"depth": 1, "heads": 2, "embedding": 16, "mlp_hidden": 24}
+PROPORTIONAL = {"depth": 3, "heads": 6, "embedding": 48, "mlp_hidden": 72}  # M ∝ D, by factors that are not exact
+ASPECTS = {
+    "heads": {**BASE, "heads": 4},
+    "MLP": {**BASE, "mlp_hidden": 72},
+    "embedding": {**BASE, "embedding": 48},
+}
+
+
+def _model(shape: dict[str, int], **optimizer: Any) -> CausalTransformer:
+    return CausalTransformer(20, 8, head_dim=8, lr=0.01, weight_decay=0.1, **shape, **optimizer)
+
+
+def _fitted(shape: dict[str, int], rules: str | None, **optimizer: Any) -> CausalTransformer:
+    seed_everything(3, verbose=False)
+    base = _model(BASE)
+    model = _model(shape, **optimizer)
+    tokens = torch.randint(20, (200,), generator=torch.Generator().manual_seed(0))
+    data = DataLoader(Windows(tokens, torch.arange(0, 64), 9), batch_size=8)
+    callbacks = [] if rules is None else [MLUCallback(base, rules=rules)]
+    trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=callbacks)
+    trainer.fit(model, data)
+    return model
+
+
+def test_with_m_proportional_to_d_mlu_and_completep_are_the_same_run() -> None:
+    mlu = _fitted(PROPORTIONAL, "mlu")
+    assert identical(mlu, _fitted(PROPORTIONAL, "completep"))
+    for other in ("mup", "sp"):
+        assert not identical(mlu, _fitted(PROPORTIONAL, other))
+
+
+@pytest.mark.parametrize("axis", ASPECTS)
+def test_with_m_over_d_changed_they_differ(axis: str) -> None:
+    mlu, completep = _fitted(ASPECTS[axis], "mlu"), _fitted(ASPECTS[axis], "completep")
+    assert not identical(mlu, completep)
+    assert identical(completep, _fitted(ASPECTS[axis], "mup"))  # which differs by depth alone
+
+
+@pytest.mark.parametrize("rules", ["completep", "mup", "sp"])
+def test_at_the_base_they_are_the_plain_run(rules: str) -> None:
+    assert identical(_fitted(BASE, rules), _fitted(BASE, None))
+
+
+def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
+    """``nn.Linear`` draws by the number of inputs: the plan's std differs by the noise of the base's draws alone."""
+    module = _model(PROPORTIONAL)
+    built = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    plan = Plan.from_model(module, torch.zeros(2, 9, dtype=torch.long), base=_model(BASE), rules="sp")
+    assert all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers)
+    assert set(plan.scales("adamw").values()) >= {Scale(std=3**-0.5)}
+    initialize(module, plan)
+    # 256 uniform entries or more have a root mean square with a standard error of 3 % or less
+    ratios = {name: (parameter.norm() / built[name].norm()).item() for name, parameter in module.named_parameters()}
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda module: optim.Muon([module.branch_in, module.branch_out], lr=0.1),
+        lambda module: optim.Muon([module.branch_in, module.branch_out], lr=0.1, adjust_lr_fn="match_rms_adamw"),
+        lambda module: optim.Adafactor(module.parameters(), lr=0.1, weight_decay=0.1),
+        lambda module: optim.AdamW(module.parameters(), lr=0.1, eps=0.1),
+        lambda module: optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
+    ],
+    ids=["Muon", "Muon as AdamW", "Adafactor", "AdamW", "SGD"],
+)
+def test_standard_parameterization_leaves_optimizers_alone(build: Any) -> None:
+    """Also where they look at shapes or sizes of weights themselves, which the other rules divide out."""
+    ours, plain = Weights(), Weights()
+    plan = plan_of(ours)
+    attach = replace(plan, rules=SP)
+    handles = [build(ours), build(plain)]
+    scale_optimizer(handles[0], ours, attach)
+    for step in range(3):
+        for module, optimizer in zip((ours, plain), handles, strict=True):
+            module.load_gradients(step)
+            optimizer.step()
+    assert identical(ours, plain)
+    changed = Weights()
+    optimizer = build(changed)
+    scale_optimizer(optimizer, changed, plan)
+    changed.load_gradients(0)
+    optimizer.step()
+    assert not identical(changed, ours)
+
+
+def test_rules_are_kept_in_a_file_and_printed(tmp_path: Any) -> None:
+    module = _model(PROPORTIONAL)
+    example = torch.zeros(2, 9, dtype=torch.long)
+    plans = {rules: Plan.from_model(module, example, base=_model(BASE), rules=rules) for rules in Parameterization}
+    titles = {MLU: "MLU plan", COMPLETEP: "CompleteP plan", MUP: "µP plan", SP: "Standard plan"}
+    for rules, plan in plans.items():
+        plan.save(tmp_path / "plan.yaml")
+        assert Plan.load(tmp_path / "plan.yaml") == plan
+        assert str(plan).startswith(titles[rules])
+        # a plan is a base for any rules: it holds the base's shape
+        again = Plan.from_model(module, example, base=tmp_path / "plan.yaml")
+        assert again.scales("adamw") == plans[MLU].scales("adamw")
+
+
+def test_fingerprints_tell_runs_apart() -> None:
+    """A run is not to go on from the checkpoint of one with other rules, or with other betas."""
+    plan = plan_of(Weights())
+    others = [replace(plan, rules=rules) for rules in Parameterization if rules is not MLU]
+    others += [replace(plan, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))]
+    assert len({fingerprint(each) for each in (plan, *others)}) == 6
+    assert fingerprint(replace(plan, rules=MLU, horizon=Horizon())) == fingerprint(plan)
+
+
+def test_rules_that_do_not_exist(tmp_path: Any) -> None:
+    path = tmp_path / "plan.yaml"
+    Plan({}, (), (), ()).save(path)
+    path.write_text(path.read_text().replace("rules: mlu", "rules: ntk"))
+    with pytest.raises(ValueError, match=r"there are no rules 'ntk'\. Rules are: mlu, completep, mup, sp"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rules": "sp"}, "rules='sp' was given with base=None.*give the others a base"),
+        (
+            {"rules": "mup", "base": "a plan"},
+            "rules='mup' was given with .*a plan of a module without a base.*give the others",
+        ),
+        (
+            {"rules": "mup", "base": "a file"},
+            "rules='mup' was given with .*a plan of a module without a base.*give the others",
+        ),
+        ({"rules": "completep", "alpha": 2.0, "base": "a module"}, "given with alpha=2.*leave alpha at 1"),
+        ({"rules": "ntk"}, "'ntk' is not a valid Parameterization"),
+    ],
+)
+def test_rules_that_cannot_be(arguments: dict[str, Any], message: str, tmp_path: Any) -> None:
+    module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
+    absolute = Plan.from_model(_model(BASE), example)
+    absolute.save(tmp_path / "absolute.yaml")
+    bases = {"a module": _model(BASE), "a plan": absolute, "a file": tmp_path / "absolute.yaml"}
+    with pytest.raises(ValueError, match=message):
+        Plan.from_model(module, example, **{key: bases.get(value, value) for key, value in arguments.items()})
+
+
+def test_file_whose_rules_are_edited() -> None:
+    """Its multipliers stay as they are written, and its header says so; what no plan can be is refused."""
+    module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
+    plans = {rules: Plan.from_model(module, example, base=_model(BASE), rules=rules) for rules in (MLU, SP)}
+    text = plans[MLU].to_yaml()
+    edited = Plan.from_yaml(text.replace("rules: mlu", "rules: sp"), "edited")
+    assert edited.multipliers == plans[MLU].multipliers != plans[SP].multipliers
+    for factor in ("std", "lr", "eps", "weight_decay"):
+        found, expected = (
+            {name: getattr(one, factor) for name, one in plan.scales("adamw").items()} for plan in (edited, plans[SP])
+        )
+        assert found == expected
+    header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    assert (
+        "multipliers are the numbers in their lines, whatever the rules are. For other rules make another plan"
+        in header
+    )
+
+    rich = replace(plans[MLU], alpha=2.0)
+    for plan, given in ((Plan.from_model(module, example), "base=None"), (rich, "alpha=2")):
+        with pytest.raises(ValueError, match=f"^plan.yaml: rules='sp' was given with {given}.* leave alpha at 1"):
+            Plan.from_yaml(plan.to_yaml().replace("rules: mlu", "rules: sp"), "plan.yaml")
+
+
+def test_logits_keep_their_scale_in_the_standard_parameterization() -> None:
+    base = CausalTransformer(20, 8, 1, 16, heads=2, head_dim=8)
+    module = CausalTransformer(20, 8, 1, 16, heads=2, head_dim=32)
+    example = torch.zeros(2, 9, dtype=torch.long)
+    kinds = {
+        rules: {m.kind: m.value for m in Plan.from_model(module, example, base=base, rules=rules).multipliers}
+        for rules in Parameterization
+    }
+    assert "logits" not in kinds.pop(SP)
+    assert {numbers["logits"] for numbers in kinds.values()} == {0.5}
+
+
+def test_multipliers_by_hand() -> None:
+    """Depth 3 and embedding 3 times the base's: what is in the forward pass, by what it does to one."""
+    example = torch.randint(20, (2, 9))
+    expected = {"mlu": (1 / 3, 1 / 3), "completep": (1 / 3, 1 / 3), "mup": (1.0, 1 / 3), "sp": (1.0, 1.0)}
+    for rules, (branch, readout) in expected.items():
+        module = _model(PROPORTIONAL)
+        plan = Plan.from_model(module, example, base=_model(BASE), rules=rules)
+        initialize(module, plan)
+        by_hand = _forward(module, example[:, :-1], branch, readout)
+        attach_multipliers(module, plan)
+        torch.testing.assert_close(module(example[:, :-1]), by_hand, rtol=1e-5, atol=1e-6)
+
+
+def _forward(module: CausalTransformer, tokens: Tensor, branch: float, readout: float) -> Tensor:
+    stream = module.tokens(tokens)
+    for block in module.branches:
+        assert isinstance(block, nn.Module)
+        stream = stream + branch * block(stream)
+    return readout * module.readout(module.norm(stream))

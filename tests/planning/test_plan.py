@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
+from helpers.architectures.language import gpt2_with_heads_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlu_lightning import Plan, Role
+from mlu_lightning.models import CausalTransformer, ResNet
+
+BASE = (2, 4, 32)
+Numbers = dict[str, tuple[float, float, float, float, float]]
+
+
+def by_hand(depth: float, m: float, d: float) -> Numbers:
+    """Columns of theory.md, section 3, for AdamW: multiplier, std, lr, eps, decay."""
+    return {
+        "embedding": (1, 1, 1, 1 / d, 1),
+        "branch_in": (1, d**-0.5, 1 / d, 1 / (depth * m), d),
+        "branch_in_bias": (1, 1, 1, 1 / (depth * m), 1),
+        "branch_hidden": (1, m**-0.5, 1 / m, 1 / (depth * m), m),
+        "branch_out": (1 / depth, d**0.5 / m, 1 / m, 1 / (depth * d), m),
+        "branch_out_normed": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
+        "branch_out_bias": (1 / depth, 1, 1, 1 / (depth * d), 1),
+        "branch_norm": (1, 1, 1, 1 / (depth * d), 1),
+        "branch_bounded": (1, 1, 1, 1 / depth, 1),
+        "branch_bounded_matrix": (1, d**-0.5, 1 / d, 1 / depth, d),
+        "stream_matrix": (1, d**-0.5, 1 / d, 1 / d, d),
+        "stream_norm": (1, 1, 1, 1 / d, 1),
+        "post_norm": (1, 1, 1 / depth, 1 / d, depth),
+        "readout": (1 / d, 1, 1, 1 / d, 1),
+        "readout_bias": (1, 1, 1, 1, 1),
+    }
+
+
+@pytest.fixture(params=ARCHITECTURES, scope="module")
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    return ARCHITECTURES[request.param]
+
+
+def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> None:
+    base, module = architecture.build(*BASE), architecture.build(6, 8, 64)
+    plan = Plan.from_model(module, architecture.example, base=base)
+    for name, scale in plan.scales("adamw").items():
+        numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
+        across_tokens = any(fnmatch(name, pattern) for pattern in architecture.tokens)
+        expected = by_hand(depth=3, m=2, d=1 if across_tokens else 2)
+        multiplier, *rest = expected[plan.roles[name].value]
+        if architecture.unfoldable:
+            multiplier = 1  # the norm at the end of the branch is multiplied, which no parameter can hold
+        elif architecture.ends and plan.roles[name].in_branch:
+            multiplier = 1 / 3 if any(fnmatch(name, pattern) for pattern in architecture.ends) else 1
+        assert numbers == pytest.approx((multiplier, *rest)), name
+    values = {multiplier.name: multiplier.value for multiplier in plan.multipliers}
+    assert values.pop(architecture.readout) == pytest.approx(1 / 2)
+    assert len(values) == len(plan.branches) and all(value == pytest.approx(1 / 3) for value in values.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet", "causal transformer", "llama", "functional", "mixer", "mixtral", "basic resnet", "t5", "gemma2"]
+)
+@pytest.mark.parametrize(("heads", "embedding"), [(16, 32), (4, 128), (2, 64), (4, 16)])
+def test_numbers_with_hidden_and_embedding_changed_on_their_own(name: str, heads: int, embedding: int) -> None:
+    architecture = ARCHITECTURES[name]
+    plan = Plan.from_model(
+        architecture.build(2, heads, embedding), architecture.example, base=architecture.build(*BASE)
+    )
+    for parameter, scale in plan.scales("adamw").items():
+        numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
+        across_tokens = any(fnmatch(parameter, pattern) for pattern in architecture.tokens)
+        expected = by_hand(depth=1, m=heads / 4, d=1 if across_tokens else embedding / 32)
+        assert numbers == pytest.approx(expected[plan.roles[parameter].value]), parameter
+
+
+def test_at_the_base_shape_everything_is_one(architecture: Architecture) -> None:
+    plan = Plan.from_model(architecture.build(*BASE), architecture.example, base=architecture.build(*BASE))
+    for family in ("sgd", "adam", "adamw", "muon"):
+        for scale in plan.scales(family).values():
+            assert (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay) == (1, 1, 1, 1, 1)
+    assert all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers)
+
+
+def test_absolute_form_is_the_papers_resnet() -> None:
+    """theory.md, section 2: W_in = U^T/D and W_out = V/M, with lr η L M D for U and V and a readout 1/D."""
+    depth, hidden, embedding = 6, 32, 16
+    plan = Plan.from_model(ResNet(depth, hidden, embedding, inputs=3, outputs=2))
+    scales = plan.scales("sgd")
+    read, write = scales["blocks.0.read.weight"], scales["blocks.0.write.weight"]
+    lr = depth * hidden * embedding
+    assert read.std == pytest.approx(math.sqrt(embedding) / embedding)
+    assert read.lr == pytest.approx(lr / embedding**2), (
+        "a step of U is D steps of W_in, whose gradient is D times as large"
+    )
+    assert write.std == pytest.approx(math.sqrt(embedding) / hidden)
+    assert write.lr == pytest.approx(lr / hidden**2)
+    assert (read.multiplier, write.multiplier) == (1, pytest.approx(1 / depth))
+    assert scales["readout.weight"].multiplier == pytest.approx(1 / embedding)
+    assert plan.parameters["embed.weight"].base_std == pytest.approx(1 / math.sqrt(3)), "N(0, 1/d_in)"
+    assert plan.parameters["readout.weight"].base_std == 1
+
+
+def test_heads_are_hidden_units_in_the_absolute_form() -> None:
+    plan = Plan.from_model(ARCHITECTURES["gpt2"].build(2, 4, 32), LANGUAGE)
+    parameters = {name.removeprefix("transformer.h.1."): p for name, p in plan.parameters.items()}
+    assert parameters["attn.c_attn.weight"].fans == (32, 4), "queries, keys and values of a head are one unit"
+    assert parameters["attn.c_proj.weight"].fans == (4, 32)
+    assert parameters["mlp.c_proj.weight"].fans == (128, 32)
+
+
+def test_saved_edited_and_loaded(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["gemma2"]
+    plan = Plan.from_model(
+        architecture.build(3, 8, 48), architecture.example, base=architecture.build(*BASE), alpha=2.0
+    )
+    path = tmp_path / "plan.yaml"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    lines = path.read_text().splitlines()
+    edited = [line.replace("role: stream_norm", "role: branch_norm") for line in lines]
+    assert sum(a != b for a, b in zip(lines, edited, strict=True)) == 1, "one line for a parameter"
+    path.write_text("\n".join(edited))
+    assert Plan.load(path).roles["model.norm.weight"] is Role.BRANCH_NORM
+
+
+def test_a_saved_plan_stands_for_its_base(architecture: Architecture, tmp_path: Path) -> None:
+    base = architecture.build(*BASE)
+    Plan.from_model(architecture.build(3, 8, 64), architecture.example, base=base).save(tmp_path / "plan.yaml")
+    module = architecture.build(5, 12, 96)
+    again = Plan.from_model(module, architecture.example, base=tmp_path / "plan.yaml")
+    direct = Plan.from_model(module, architecture.example, base=base)
+    assert again.roles == direct.roles and again.multipliers == direct.multipliers and again.streams == direct.streams
+    for name, parameter in direct.parameters.items():
+        assert again.parameters[name].ratios == parameter.ratios
+        if "blocks.0" in name or "layers.0" in name:
+            assert again.parameters[name].base_std == parameter.base_std
+
+
+def test_printed_table() -> None:
+    base = CausalTransformer(50, 8, depth=1, embedding=32, heads=2)
+    plan = Plan.from_model(CausalTransformer(50, 8, depth=3, embedding=64, heads=8), base=base)
+    text = str(plan)
+    assert "depth 6 (base 2), embedding 64 (base 32)" in text
+    rows = {tuple(cell.strip() for cell in line.split("│")[1:-1]) for line in text.splitlines() if "│" in line}
+    assert ("branch_out", "6", "123k", "3", "4", "2", "0.333", "0.354", "0.25", "0.167", "4") in rows
+    assert ("branches.*", "3", "attention", "8 (base 2)", "16", "0.333") in rows
+    assert ("readout.weight", "", "readout", "", "", "0.5") in rows
+    assert "factors for sgd" in plan.table("sgd")
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_difference() -> None:
+    plan = Plan.from_model(ResNet(2, 16, 8, inputs=3, outputs=2))
+    other = ResNet(3, 16, 12, inputs=3, outputs=2)
+    other.extra = nn.Linear(1, 1, bias=False)
+    del other.blocks[0]
+    other.embed = nn.Linear(3, 8)
+    with pytest.raises(ValueError) as error:
+        plan.check(other)
+    message = str(error.value)
+    assert "embed.bias is in the module only" in message
+    assert "extra.weight is in the module only" in message
+    assert "readout.weight is [2, 12] in the module and [2, 8] in the plan" in message
+    plan.check(ResNet(2, 16, 8, inputs=3, outputs=2))
+    with pytest.raises(ValueError, match=r"blocks\.1\.read\.weight is in the plan only"):
+        plan.check(ResNet(1, 16, 8, inputs=3, outputs=2))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda: ARCHITECTURES["tied llama"].build(*BASE), r"lm_head\.weight has no counterpart in the base"),
+        (
+            lambda: ARCHITECTURES["gpt2"].build(*BASE),
+            r"different architecture: model\..* has no counterpart.*and \d+ more",
+        ),
+    ],
+)
+def test_base_of_another_architecture(base: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        Plan.from_model(ARCHITECTURES["llama"].build(*BASE), LANGUAGE, base=base())
+    assert "Give a base that differs from the module in depth, hidden width or embedding only" in str(error.value)
+
+
+def test_base_of_the_same_names_and_another_architecture() -> None:
+    pre, post = (Encoder(2, 2, 16, norm_first=first) for first in (True, False))
+    del pre.encoder.norm, post.encoder.norm
+    pre.encoder.norm = post.encoder.norm = None
+    with pytest.raises(ValueError, match=r"norm1\.weight is branch_norm \[16\] and the base's is post_norm \[16\]"):
+        Plan.from_model(pre, (TOKENS,), base=post)
+
+
+def test_base_that_is_bigger_in_one_dimension() -> None:
+    base, module = CausalTransformer(50, 8, 4, 64, heads=2), CausalTransformer(50, 8, 8, 32, heads=4)
+    plan = Plan.from_model(module, base=base)
+    scale = plan.scales("adamw")["branches.0.query.weight"]
+    assert (scale.lr, scale.std) == (pytest.approx(2.0), pytest.approx(math.sqrt(2)))
+    assert plan.scales("adamw")["readout.weight"].multiplier == 2
+
+
+def test_base_on_meta_has_no_standard_deviations() -> None:
+    with torch.device("meta"):
+        base = CausalTransformer(50, 8, 1, 16, heads=1)
+    with pytest.raises(
+        ValueError, match=r"base CausalTransformer is on the meta device.*Build the base on a real device"
+    ):
+        Plan.from_model(CausalTransformer(50, 8, 2, 16, heads=1), torch.zeros(1, 8, dtype=torch.long), base=base)
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "where"),
+    [
+        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), None, "branches.0.query output"),
+        (gpt2_with_heads_of, {"input_ids": TOKENS}, "transformer.h.0.attn.c_attn output, entries 0 to 64"),
+        (
+            lambda dim: Encoder(2, 2, 2 * dim, norm_first=True),
+            TOKENS,
+            "encoder.layers.0.self_attn weight, entries 0 to 64",
+        ),
+    ],
+)
+def test_head_dim_that_differs_from_the_base(build: Callable[[int], nn.Module], example: Any, where: str) -> None:
+    plan = Plan.from_model(build(32), example, base=build(16))
+    logits = [multiplier for multiplier in plan.multipliers if multiplier.kind == "logits"]
+    assert [multiplier.value for multiplier in logits] == [pytest.approx(0.5**0.5)] * 2
+    assert str(logits[0].site) == where
+    assert "head_dim is 32 and the base's is 16" in plan.warnings[0]
+    assert "µP's rule is used instead" in plan.warnings[0] and "1/head_dim" in plan.warnings[0]
+
+
+class PackedAttention(nn.Module):
+    """Residual attention whose queries, keys and values are interleaved in one projection."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.shape = (heads, 3, head_dim)
+        self.embed, self.readout = nn.Linear(3, 16), nn.Linear(16, 2)
+        self.packed, self.out = nn.Linear(16, 3 * heads * head_dim), nn.Linear(heads * head_dim, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        query, key, value = self.packed(h).unflatten(-1, self.shape).transpose(1, 2).unbind(-2)
+        h = h + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        output: Tensor = self.readout(h)
+        return output
+
+
+def test_head_dim_that_differs_where_logits_cannot_be_multiplied() -> None:
+    with pytest.raises(
+        ValueError, match=r"head_dim of .* is 16 and the base's is 8.*Keep head_dim at the base's value"
+    ):
+        Plan.from_model(PackedAttention(2, 16), torch.ones(1, 4, 3), base=PackedAttention(2, 8))
+    assert (
+        Plan.from_model(PackedAttention(4, 8), torch.ones(1, 4, 3), base=PackedAttention(2, 8)).branches[0].hidden == 4
+    )
+
+
+def test_frozen_parameters_are_planned() -> None:
+    frozen = Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2, train_embedding=False))
+    assert frozen == Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
+
+
+def test_overrides_that_match_nothing_or_name_no_role() -> None:
+    module = ResNet(2, 8, 4, inputs=3, outputs=2)
+    with pytest.raises(
+        ValueError, match=r"override 'block\.\*': 'readout' matches no parameter.*such as embed\.weight"
+    ):
+        Plan.from_model(module, overrides={"block.*": "readout"})
+    with pytest.raises(ValueError, match=r"names the role 'output', which does not exist. Roles are: embedding, "):
+        Plan.from_model(module, overrides={"readout.*": "output"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "plan.yaml is not YAML"),
+        ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 1'"),
+        (
+            "mlu_plan: 1\nalpha: 1.0",
+            "is not a complete plan: branches, multipliers, parameters, streams, warnings",
+        ),
+    ],
+)
+def test_files_that_are_no_plans(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Plan.load(path)
+
+
+def test_a_plan_with_a_wrong_entry(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    Plan.from_model(ResNet(1, 8, 4, inputs=3, outputs=2)).save(path)
+    text = path.read_text()
+    path.write_text(text.replace("role: readout", "role: output"))
+    with pytest.raises(ValueError, match=r"readout\.weight: there is no role 'output'"):
+        Plan.load(path)
+    path.write_text(text.replace("base_depth", "depth0"))
+    with pytest.raises(ValueError, match=r"streams: .*should be a mapping with the keys depth, base_depth"):
+        Plan.load(path)
+
+
+def test_the_bases_std_is_that_of_the_nearest_place_along_the_depth() -> None:
+    base, module = (ResNet(depth, 8, 4, inputs=3, outputs=2) for depth in (3, 6))
+    with torch.no_grad():
+        for i, block in enumerate(base.blocks):
+            block.write.weight.fill_(i + 1.0)
+    plan = Plan.from_model(module, base=base)
+    stds = [plan.parameters[f"blocks.{i}.write.weight"].base_std for i in range(6)]
+    assert stds == pytest.approx([1, 2, 3, 3, 3, 3])

@@ -1,0 +1,192 @@
+"""Checkpoints say where the multipliers of their module are, whoever saves them, when, and with weights alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs_by_hand import BASE, ByHand, Net, Residual, fit
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from mlu_lightning import MLUCallback, Plan, bake, fold, restore_multipliers
+
+INPUTS = torch.ones(1, 3)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+class Subclass(MLUCallback):
+    """Somebody's own, whose checkpoints are those of any other."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+def by_hand(path: Path, residual: Residual) -> Tensor:
+    """Outputs of a module without the package that has the checkpoint's weights."""
+    module = ByHand(residual)
+    module.load_state_dict(read(path)["state_dict"])
+    return module(INPUTS)
+
+
+def evaluated(path: Path, callback: MLUCallback | None = None) -> tuple[Net, Trainer]:
+    """A new module that a new Trainer has validated."""
+    module, trainer = Net(), Trainer(callbacks=[callback or MLUCallback()], **QUIET)
+    trainer.validate(module, ckpt_path=path, verbose=False)
+    return module, trainer
+
+
+# what a run is with, what is done afterwards, and where multipliers are then
+ENDS: dict[str, tuple[Residual, Callable[[Net, Plan], Any], Residual]] = {
+    "hook": ("hook", lambda module, plan: None, "hook"),
+    "fold": ("fold", lambda module, plan: None, "fold"),
+    "hook, then folded": ("hook", fold, "fold"),
+    "hook, then baked": ("hook", bake, "fold"),
+    "fold, then baked": ("fold", bake, "fold"),
+}
+
+
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+@pytest.mark.parametrize("end", ENDS)
+def test_checkpoint_after_a_fit(end: str, weights_only: bool, tmp_path: Path) -> None:
+    residual, change, place = ENDS[end]
+    module, callback = Net(), Subclass(Net(BASE), residual=residual)
+    trainer = fit(module, callback, max_epochs=1)
+    assert callback.plan is not None
+    change(module, callback.plan)
+    trainer.save_checkpoint(tmp_path / "first.ckpt", weights_only)
+    expected = by_hand(tmp_path / "first.ckpt", place)
+    assert torch.equal(module(INPUTS), expected)
+
+    loaded = Net.load_from_checkpoint(tmp_path / "first.ckpt")
+    assert torch.equal(loaded(INPUTS), expected) is (place == "fold")
+    assert restore_multipliers(loaded, read(tmp_path / "first.ckpt")) == callback.plan
+    assert torch.equal(loaded(INPUTS), expected)
+
+    # and what Trainers that only evaluated it save again
+    other = MLUCallback()
+    first, evaluating = evaluated(tmp_path / "first.ckpt", other)
+    assert torch.equal(first(INPUTS), expected)
+    assert other.plan == callback.plan
+    evaluating.save_checkpoint(tmp_path / "second.ckpt", weights_only)
+    second, _ = evaluated(tmp_path / "second.ckpt")
+    assert torch.equal(second(INPUTS), expected)
+    torch.testing.assert_close(bake(second, other.plan)(INPUTS), expected)
+    assert torch.equal(bake(second, other.plan)(INPUTS), second(INPUTS))
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_model_checkpoint_of_weights_alone(residual: Residual, tmp_path: Path) -> None:
+    module, saves = Net(), ModelCheckpoint(tmp_path, save_weights_only=True)
+    fit(module, MLUCallback(Net(BASE), residual=residual), saves, enable_checkpointing=True)
+    path = Path(saves.best_model_path)
+    assert "optimizer_states" not in read(path)
+    found, _ = evaluated(path)
+    assert torch.equal(found(INPUTS), by_hand(path, residual))
+    plain, trainer = Net(), Trainer(**QUIET)
+    with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['MLUCallback'\]"):
+        trainer.validate(plain, ckpt_path=path, verbose=False)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+def test_module_of_another_run_in_the_same_trainer(weights_only: bool, tmp_path: Path) -> None:
+    callback = MLUCallback(Net(BASE))
+    trainer = fit(Net(), callback, max_epochs=1)
+    plain, theirs = Net(), Net()
+    fit(plain, max_epochs=1)
+    trainer.validate(plain, verbose=False)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt", weights_only)
+    found, _ = evaluated(tmp_path / "plain.ckpt")
+    assert torch.equal(found(INPUTS), plain(INPUTS))
+    fit(theirs, other := MLUCallback(Net(BASE), alpha=2.0), max_epochs=1)
+    trainer.validate(theirs, verbose=False)
+    assert callback.plan == other.plan
+    trainer.save_checkpoint(tmp_path / "theirs.ckpt", weights_only)
+    found, _ = evaluated(tmp_path / "theirs.ckpt")
+    assert torch.equal(found(INPUTS), theirs(INPUTS))
+    with pytest.raises(ValueError, match="multipliers of another plan than that of this MLUCallback"):
+        trainer.fit(theirs)
+
+
+@pytest.mark.parametrize(
+    "twin", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+def test_copies(twin: Callable[[Net], Net], weights_only: bool, tmp_path: Path) -> None:
+    module = Net()
+    fit(module, MLUCallback(Net(BASE)), max_epochs=1)
+    module.trainer = None  # which cannot be pickled
+    for name, again in (("first", twin(module)), ("second", twin(twin(module)))):
+        path = tmp_path / name
+        trainer = Trainer(callbacks=[MLUCallback()], **QUIET)
+        trainer.validate(again, verbose=False)
+        with torch.no_grad():
+            again.readout.weight.mul_(2)
+        trainer.save_checkpoint(path, weights_only)
+        assert torch.equal(evaluated(path)[0](INPUTS), again(INPUTS))
+        assert not torch.equal(again(INPUTS), module(INPUTS))
+
+
+class Noting(Net):
+    """Saves something of its own."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["noted"] = [id(self)]
+
+
+@pytest.mark.parametrize("on_instance", [False, True])
+@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+def test_what_the_module_itself_saves_stays(on_instance: bool, weights_only: bool, tmp_path: Path) -> None:
+    module = Noting()
+    if on_instance:
+        vars(module)["on_save_checkpoint"] = lambda checkpoint: checkpoint.update(noted=["instance"])
+    for callback in (MLUCallback(Net(BASE)), MLUCallback(Net(BASE))):
+        fit(module, callback, max_epochs=1)
+    trainer = Trainer(callbacks=[], **QUIET)  # which goes on without it, and the multipliers stay
+    trainer.validate(module, verbose=False)
+    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only)
+    assert read(tmp_path / "last.ckpt")["noted"] == ["instance" if on_instance else id(module)]
+    assert torch.equal(evaluated(tmp_path / "last.ckpt")[0](INPUTS), module(INPUTS))
+
+
+def test_place_that_a_newer_version_knows(tmp_path: Path) -> None:
+    trainer = fit(Net(), MLUCallback(Net(BASE)), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "newer.ckpt")
+    newer = read(tmp_path / "newer.ckpt")
+    newer["callbacks"]["MLUCallback"]["mode"] = "elsewhere"
+    torch.save(newer, tmp_path / "newer.ckpt")
+    message = "place that this version does not know, 'elsewhere'; it knows hook, fold, baked. Update mlu-lightning"
+    with pytest.raises(ValueError, match=message):
+        restore_multipliers(Net(), newer)
+    for evaluate in (evaluated, lambda path: trainer.validate(ckpt_path=path)):
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path / "newer.ckpt")
+
+
+def test_checkpoints_that_do_not_fit_what_the_module_became(tmp_path: Path) -> None:
+    module, callback = Net(), MLUCallback(Net(BASE))
+    trainer = fit(module, callback, max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "hook.ckpt")
+    assert callback.plan is not None
+    bake(module, callback.plan)
+    trainer.save_checkpoint(tmp_path / "baked.ckpt")
+    message = r"module with its multipliers in {}, and this one has them in {}, .*Give residual='{}' to MLUCallback"
+    with pytest.raises(ValueError, match=message.format("hooks", "its weights", "hook")):
+        trainer.validate(module, ckpt_path=tmp_path / "hook.ckpt", verbose=False)
+    with pytest.raises(ValueError, match=message.format("its weights", "hooks", "fold")):
+        fit(Net(), MLUCallback(Net(BASE)), ckpt_path=tmp_path / "baked.ckpt")

@@ -1,0 +1,108 @@
+"""The recipe of the paper's nonlinear experiment, with few and tiny networks."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers.recipe_modules import RECIPES, load
+from rich.console import Console
+
+QUICK = {"depth": 4, "sizes": 3, "smallest": 2, "largest": 17, "seeds": 2, "limit_depth": 8, "limit_units": 32}
+
+recipe, report = load("recipes.paper_rates.run"), load("recipes.paper_rates.report")
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    study = [f"--study.{name}={value}" for name, value in QUICK.items()]
+    return [*study, f"--output={folder}", "--workers=1", *more]
+
+
+def points_in(folder: Path) -> dict[tuple[int, int, int], dict[str, float]]:
+    lines = (folder / "points.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    assert len({(p["hidden"], p["embedding"], p["seed"]) for p in found}) == len(found), "no network is trained twice"
+    return {(p["hidden"], p["embedding"], p["seed"]): p for p in found}
+
+
+def test_widths_are_the_papers() -> None:
+    """20 log-spaced values from 1.5 to 2000, rounded down."""
+    by_hand = [math.floor(1.5 * (2000 / 1.5) ** (i / 19) + 1e-9) for i in range(20)]
+    assert recipe.Study().widths == by_hand
+    assert by_hand[:4] == [1, 2, 3, 4] and by_hand[-1] == 2000
+    jobs = recipe.Study().jobs
+    assert len(jobs) == 20 * 20 * 5 == len(set(jobs))
+    assert [m * d for m, d, _ in jobs] == sorted(m * d for m, d, _ in jobs)
+
+
+def test_loss_is_that_of_the_paper() -> None:
+    """Σ(f − Y)²/(2·N·d_out) at η = 1 is half the mean squared error that ResNet has."""
+    problem = recipe.paper_problem()
+    assert problem.inputs.shape == problem.targets.shape == (10, 5)
+    assert problem.module_lr == pytest.approx(0.5)
+    assert (problem.embedding_std**2, problem.readout_std**2, problem.steps) == (
+        pytest.approx(1 / 5),
+        pytest.approx(5),
+        15,
+    )
+
+
+def test_run_that_is_cut_off_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))  # for the processes that it starts
+    recipe.main(arguments(tmp_path))
+    whole = points_in(tmp_path)
+    assert set(whole) == {(m, d, s) for m in (2, 5, 17) for d in (2, 5, 17) for s in (0, 1)}
+    assert "left for another call" not in capsys.readouterr().out
+    for (_, _, seed), point in whole.items():
+        assert 0 < point["stream"] < 10 and 0 < point["output"] < 10
+        assert (point["reference_stream"] is None) == (seed == 1), (
+            "only the first seed is coupled to the largest network"
+        )
+    made = (tmp_path / "limits.safetensors").stat().st_mtime_ns
+    path = tmp_path / "points.jsonl"
+    path.write_text("", encoding="utf-8")
+    recipe.main(arguments(tmp_path, "--minutes=0"))
+    assert "18 of 18 networks are left for another call" in capsys.readouterr().out
+    lines = [json.dumps(point) for point in list(whole.values())[:16]]
+    path.write_text("\n".join([*lines, lines[-1][:-30]]), encoding="utf-8")  # as a run that is killed leaves it
+    recipe.main(arguments(tmp_path, "--minutes=0"))
+    assert "2 of 18 networks are left for another call" in capsys.readouterr().out
+    recipe.main(arguments(tmp_path))
+    again = points_in(tmp_path)
+    for key, point in whole.items():
+        for name, value in point.items():
+            assert name == "seconds" or again[key][name] == value, "the same network has the same errors"
+    assert (tmp_path / "limits.safetensors").stat().st_mtime_ns == made, "the limit is not made again"
+    assert (tmp_path / "paper_rates.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"holds another study: .*\"seeds\": 2.*another --output, or delete it"):
+        recipe.main(arguments(tmp_path, "--study.seeds=3"))
+
+
+def test_report_recovers_the_constants_of_synthetic_networks() -> None:
+    def error(m: int, d: int, output: bool) -> float:
+        second = 3 * d / (50 * m) if output else 0.8 * math.sqrt(d / (50 * m))
+        return math.hypot(second, 2.5 / math.sqrt(d), 0.01)
+
+    sizes = (4, 16, 64, 256, 1024)
+    points = [
+        report.Point(m, d, seed, error(m, d, False) * factor, error(m, d, True) * factor)
+        for m in sizes
+        for d in sizes
+        for seed, factor in enumerate((math.sqrt(0.5), math.sqrt(1.5)))  # whose mean square is one
+    ]
+    assert report.means(points, "stream") == pytest.approx({(m, d): error(m, d, False) for m in sizes for d in sizes})
+    console = Console(width=140, record=True, file=io.StringIO())
+    limits = {"1": {"stream": 1e-3, "output": 2e-3}}
+    limits |= {f"L={depth}": {"stream": 0.3 / depth, "output": 0.2 / depth} for depth in (2, 4)}
+    console.print(*report.report(points, 50, limits))
+    text = console.export_text()
+    stream = next(line for line in text.splitlines() if "stream, to the infinite model" in line and "0.80" in line)
+    assert "2.50 ± 0.00" in stream and "0.0100 ± 0.0000" in stream and "0%" in stream
+    output = next(line for line in text.splitlines() if "output, to the infinite model" in line and "3.00" in line)
+    assert "2.50 ± 0.00" in output
+    assert "c1 = 0.30 to 0.30 in the stream and 0.20 to 0.20 on the output" in " ".join(text.split())

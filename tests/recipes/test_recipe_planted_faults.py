@@ -1,0 +1,118 @@
+"""Faults that are planted in plans, the model with every role, and the study of what the check says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import planted_faults
+import pytest
+import torch
+from rich.console import Console
+
+from mlu_lightning import Plan, Role
+from mlu_lightning.table import TABLE, OptimizerFamily
+from recipes.check.plan_faults import FACTORS, Fault, faulty
+from recipes.check.planted_faults_model import Everything, Norms
+
+NORMS: tuple[Norms, ...] = ("before", "both", "after")
+TOKENS = torch.arange(66).reshape(2, 33) % 60
+
+
+def plan_of(norms: Norms) -> Plan:
+    torch.manual_seed(0)
+    return Plan.from_model(Everything(60, 3, 4, 64, norms), TOKENS, base=Everything(60, 1, 2, 32, norms))
+
+
+def test_every_role_of_the_table_has_its_faults() -> None:
+    roles = {role for norms in NORMS for role in plan_of(norms).roles.values()}
+    assert roles == set(TABLE)
+    planted = {role for model in planted_faults.MODELS.values() for role in model.roles}
+    assert planted == set(TABLE)
+
+
+def _title(case: planted_faults.Case) -> str:
+    return planted_faults._title(case).replace("/", " ")
+
+
+@pytest.mark.parametrize("family", [OptimizerFamily.ADAMW, OptimizerFamily.SGD])
+def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: OptimizerFamily) -> None:
+    for norms in NORMS:
+        plan = plan_of(norms)
+        for fault in (Fault(role, factor) for role in dict.fromkeys(plan.roles.values()) for factor in FACTORS):
+            if not fault.is_possible(family):
+                continue
+            wrong = faulty(plan, fault)
+            before, after = plan.scales(family), wrong.scales(family)
+            changed = {
+                (plan.roles[name], factor)
+                for name in before
+                for factor in ("std", "lr", "eps", "weight_decay")
+                if getattr(before[name], factor) != getattr(after[name], factor)
+            }
+            multiplied = {
+                multiplier.kind
+                for multiplier in plan.multipliers
+                if plan.forward_multiplier(multiplier) != wrong.forward_multiplier(multiplier)
+            }
+            if fault.factor == "multiplier":
+                assert (changed, multiplied) == (set(), {"readout" if fault.role is Role.READOUT else "branch"})
+            elif fault.role is not Role.STREAM_MATRIX or family is OptimizerFamily.ADAMW:
+                assert (changed, multiplied) == ({(fault.role, fault.factor)}, set()), fault
+            # else the factors of one dimension of the stream cancel that of the other
+
+
+def test_forgotten_is_one_and_foreign_is_a_power_of_the_embedding() -> None:
+    plan = plan_of("before")
+    forgotten = faulty(plan, Fault(Role.BRANCH_IN, "lr")).scales("adamw")["blocks.0.branches.0.query.weight"]
+    assert (forgotten.lr, forgotten.weight_decay) == (1.0, 2.0)
+    foreign = faulty(plan, Fault(Role.EMBEDDING, "std")).scales("adamw")["tokens.weight"]
+    assert foreign.std == pytest.approx(2**-0.5)
+    assert faulty(plan, Fault(Role.EMBEDDING, "lr")).scales("adamw")["tokens.weight"].lr == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", planted_faults._cases(seeds=3, repeats=1, right=0, quick=False), ids=_title)
+def test_every_fault_is_found_and_named(case: planted_faults.Case) -> None:
+    outcome = planted_faults.measure(case)
+    assert outcome.verdict == "fail"
+    assert case.fault is not None
+    assert case.fault.role in outcome.named
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", planted_faults._cases(seeds=3, repeats=0, right=10, quick=False), ids=_title)
+def test_plans_without_a_fault_pass(case: planted_faults.Case) -> None:
+    """Ten in a row with either optimizer, each with other seeds; a noisy router may leave models of every role undecided."""
+    assert planted_faults.measure(case).verdict in (("pass",) if case.model == "Transformer" else ("pass", "undecided"))
+
+
+@pytest.mark.slow
+def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planted_faults, "in_processes", lambda function, cases, *_: [function(case) for case in cases])
+    planted_faults.main(["--quick", "--output", str(tmp_path), "--seeds", "1"])
+    printed = capsys.readouterr().out
+    assert "branch_in" in printed
+    assert (tmp_path / "outcomes.json").exists()
+
+
+def test_tables_count_what_is_found_and_named() -> None:
+    fault = Fault(Role.BRANCH_IN, "lr")
+
+    def outcome(verdict: str, first: str, fault: Fault | None = fault) -> planted_faults.Outcome:
+        case = planted_faults.Case("Transformer", "adamw", fault, False, 0, 1)
+        return planted_faults.Outcome(case, verdict, first, (first,), 10.0)
+
+    outcomes = [
+        outcome("fail", "branch_in"),
+        outcome("fail", "branch_out"),
+        outcome("undecided", ""),
+        outcome("pass", "", None),
+        outcome("undecided", "", None),
+    ]
+    console = Console(width=120, record=True)
+    console.print(planted_faults._faults_table(outcomes))
+    console.print(planted_faults._right_table(outcomes))
+    text = console.export_text()
+    assert "2, 1 / 3" in text
+    assert [cell.strip() for cell in text.splitlines()[-2].strip("│ ").split("│")] == [
+        "Transformer", "adamw", "2", "1", "1", "0", "10"]  # fmt: skip
