@@ -107,7 +107,7 @@ class OptimizerFamily(str, Enum):
 
 
 class Parameterization(str, Enum):
-    """Whose rules turn ratios to the base shape into factors: those of this package, and three to compare them with.
+    """How ratios to the base shape turn into factors: as this package does it, and three others to compare it with.
 
     ``mlu``: maximal local feature updates (theory.md, section 3).
     ``completep``: CompleteP (Dey et al., arXiv 2505.01618) with depth exponent 1, each matrix by its own number of inputs.
@@ -305,7 +305,7 @@ def scale(
     ratios: Ratios,
     family: OptimizerFamily | str,
     alpha: float = 1.0,
-    rules: Parameterization = Parameterization.MLU,
+    parameterization: Parameterization = Parameterization.MLU,
 ) -> Scale:
     """Look one parameter up in the table.
 
@@ -318,7 +318,7 @@ def scale(
         ratios: ratios to the base shape.
         family: kind of optimizer, or its name.
         alpha: richness, 1 for MLU; large values tend to a linearized model.
-        rules: whose table it is looked up in.
+        parameterization: whose table it is looked up in.
 
     Returns:
         Factors relative to the base, the identity if ``ratios`` are all 1 and ``alpha`` is 1.
@@ -327,9 +327,9 @@ def scale(
     Scale(multiplier=1.0, std=0.5, lr=4.0, eps=0.0625, weight_decay=0.25)
     """
     family = OptimizerFamily(family)
-    row = TABLES[rules][role]
+    row = TABLES[parameterization][role]
     multiplier, std = row.multiplier(ratios), row.std(ratios)
-    if rules == Parameterization.SP:
+    if parameterization == Parameterization.SP:
         return Scale(multiplier, std)  # optimizers are left as they are
     n, g, extra = row.n(ratios), row.g(ratios), row.lr(ratios)
     sgd_lr = extra / (n * g)

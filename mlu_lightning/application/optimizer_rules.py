@@ -73,7 +73,7 @@ class UpdateRule:
         {'lr': 4.0}
         """
         parameter = plan.parameters[name]
-        if plan.rules == Parameterization.SP:
+        if plan.parameterization == Parameterization.SP:
             # optimizers are left as they are, also where they look at shapes (Muon) or sizes (Adafactor) themselves
             parameter, scale = replace(parameter, base_shape=parameter.shape), replace(scale, std=1.0)
         numbers = dict(self.numbers(group, name, parameter, scale))

@@ -197,7 +197,7 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         "embedding": _short([stream.embedding for stream in plan.streams]),
         "hidden": {kind: _short(_distinct(widths)) for kind, widths in hidden.items()},
         "base": None if plan.base is None else base,
-        "rules": plan.rules.value,
+        "parameterization": plan.parameterization.value,
         "alpha": plan.alpha,
         "batch_ratio": plan.horizon.batch_ratio,
         "token_ratio": plan.horizon.token_ratio,

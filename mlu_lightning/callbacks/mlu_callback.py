@@ -81,7 +81,7 @@ class MLUCallback(Callback):
         seed: of what ``init`` draws, and of a base that is built here.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
             does not define; a list with one for each parameter group where they differ.
-        rules: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
+        parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
         batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
         token_ratio: tokens seen in all of the training over those that the base saw.
 
@@ -111,7 +111,7 @@ class MLUCallback(Callback):
         example: Any = None,
         seed: int = 0,
         family: FamilyName | list[FamilyName] | None = None,
-        rules: Literal["mlu", "completep", "mup", "sp"] = "mlu",
+        parameterization: Literal["mlu", "completep", "mup", "sp"] = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
     ) -> None:
@@ -125,12 +125,12 @@ class MLUCallback(Callback):
                 f'residual="folded" is for weights that hold their multipliers, and init={init!r} would change them. '
                 'Give init=None with it, or residual="fold" for weights that were just built.'
             )
-        planning = (base, overrides, alpha, rules, batch_ratio, token_ratio)
+        planning = (base, overrides, alpha, parameterization, batch_ratio, token_ratio)
         if plan is not None and planning != (None, None, 1.0, "mlu", 1.0, 1.0):
             raise ValueError(
-                "A plan holds its base, roles, alpha, rules and ratios of batch and tokens, so it cannot be given together "
-                "with base, overrides, alpha, rules, batch_ratio or token_ratio. Give these alone, to plan anew, or edit "
-                "the plan."
+                "A plan holds its base, roles, alpha, parameterization and ratios of batch and tokens, so it cannot be "
+                "given together with base, overrides, alpha, parameterization, batch_ratio or token_ratio. Give these "
+                "alone, to plan anew, or edit the plan."
             )
         self._base = base
         self._given = plan
@@ -141,7 +141,7 @@ class MLUCallback(Callback):
         self._example = example
         self._seed = seed
         self._family = family
-        self._rules = rules
+        self._parameterization = parameterization
         self._batch_ratio = batch_ratio
         self._token_ratio = token_ratio
         self._plan: Plan | None = None
@@ -314,7 +314,7 @@ class MLUCallback(Callback):
                 base=base,
                 overrides=self._overrides,
                 alpha=self._alpha,
-                rules=self._rules,
+                parameterization=self._parameterization,
                 batch_ratio=self._batch_ratio,
                 token_ratio=self._token_ratio,
             )

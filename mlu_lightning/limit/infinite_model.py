@@ -326,12 +326,12 @@ _BUILDERS: Mapping[type[nn.Module], Callable[..., Any]] = {ResNet: _resnet, Caus
 
 def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
     """Plan of the infinite model, with the standard deviations of the finite one's, which may have been edited."""
-    if plan.rules != Parameterization.MLU or not plan.horizon.is_identity:
+    if plan.parameterization != Parameterization.MLU or not plan.horizon.is_identity:
         raise ValueError(
-            f"The plan has rules={plan.rules.value!r}, batch_ratio={plan.horizon.batch_ratio:g} and token_ratio="
-            f"{plan.horizon.token_ratio:g}. The infinite model is that of the MLU parameterization under gradient descent: "
-            "make the plan with rules='mlu' and without these ratios, or compare with a large run that ReferenceRecorder "
-            "recorded."
+            f"The plan has parameterization={plan.parameterization.value!r}, batch_ratio="
+            f"{plan.horizon.batch_ratio:g} and token_ratio={plan.horizon.token_ratio:g}. The infinite model is that of "
+            "the MLU parameterization under gradient descent: make the plan with parameterization='mlu' and without "
+            "these ratios, or compare with a large run that ReferenceRecorder recorded."
         )
     own = Plan.from_model(built, base=plan if plan.base is not None else None, alpha=plan.alpha)
     squares: dict[str, list[float]] = {}

@@ -207,7 +207,7 @@ def plan_multipliers(
     structure: Structure,
     base: Base | None,
     streams: tuple[StreamPlan, ...],
-    rules: Parameterization = Parameterization.MLU,
+    parameterization: Parameterization = Parameterization.MLU,
 ) -> tuple[tuple[Multiplier, ...], tuple[str, ...]]:
     """Factors in the forward pass: 1/l on branches, 1/d on readouts, and on logits where head_dim is not the base's.
 
@@ -225,7 +225,7 @@ def plan_multipliers(
         structure: of the module.
         base: None for the paper's absolute form.
         streams: next to the base's.
-        rules: whose table they are looked up in; the standard parameterization leaves logits as they are too.
+        parameterization: whose table they are looked up in; the standard parameterization leaves logits as they are too.
 
     Returns:
         The multipliers, and warnings.
@@ -237,16 +237,16 @@ def plan_multipliers(
     found: list[Multiplier] = []
     for branch in structure.branches:
         stream = streams[branch.stream]
-        value = TABLES[rules][Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
+        value = TABLES[parameterization][Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
         found.append(Multiplier(branch.name, "branch", value, branch.site, branch.folds))
     counterparts = None if base is None else partners(structure, base)
     for readout in structure.readouts:
         # a tied table has the fans of an embedding, whose outputs are the readout's inputs
         tied = structure.parameters[readout.parameter].tied
         width = 1 if counterparts is None else counterparts[readout.parameter].fans[1 if tied else 0]
-        value = TABLES[rules][Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
+        value = TABLES[parameterization][Role.READOUT].multiplier(Ratios(inputs=readout.fan_in / width))
         found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
-    changed = [] if rules == Parameterization.SP else list(_changed_heads(structure, base))
+    changed = [] if parameterization == Parameterization.SP else list(_changed_heads(structure, base))
     scales = logits_scales(structure)
     found.extend(_logits(branch, base_dim, scales[branch.name], scale) for branch, base_dim, scale in changed)
     if not changed:

@@ -14,7 +14,7 @@ __all__ = ["fingerprint"]
 def fingerprint(plan: Plan) -> str:
     """Name the numbers of a plan that a training run depends on: equal runs have equal fingerprints.
 
-    Roles, shapes, ratios, multipliers, rules, alpha, batch size and duration count; what only initialization uses
+    Roles, shapes, ratios, multipliers, parameterization, alpha, batch size and duration count; what only initialization uses
     (``base_std``) and texts do not.
 
     Args:
@@ -36,7 +36,7 @@ def fingerprint(plan: Plan) -> str:
             [multiplier.name, multiplier.kind, float(multiplier.value), str(multiplier.site), list(multiplier.folds)]
             for multiplier in plan.multipliers
         ],
-        "rules": plan.rules.value,
+        "parameterization": plan.parameterization.value,
         "alpha": float(plan.alpha),
         "horizon": [*map(float, astuple(plan.horizon))],
     }

@@ -50,11 +50,11 @@ class Plan:
         warnings: what the theory does not cover in this module.
         taps: where streams and outputs can be read.
         features: where pre-activations of branches can be read.
-        rules: whose table the factors are looked up in.
+        parameterization: whose table the factors are looked up in.
         horizon: batch size and duration next to the base's.
 
     Raises:
-        ValueError: if alpha is not a positive number, or rules other than MLU's have no base or a richness.
+        ValueError: if alpha is not a positive number, or another parameterization than MLU has no base or a richness.
     """
 
     parameters: dict[str, ParameterPlan]
@@ -65,17 +65,17 @@ class Plan:
     warnings: tuple[str, ...] = ()
     taps: tuple[Tap, ...] = ()
     features: tuple[Tap, ...] = ()
-    rules: Parameterization = Parameterization.MLU
+    parameterization: Parameterization = Parameterization.MLU
     horizon: Horizon = field(default_factory=Horizon)
 
     def __post_init__(self) -> None:
-        """Check the richness, which everything in branches is multiplied with, and that the rules have what they need."""
+        """Check the richness, and that the parameterization has what it needs."""
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(
                 f"alpha is {self.alpha!r}, and it has to be a positive number: 1 for MLU, more for a run that is closer to "
                 "that of a linearized model."
             )
-        _check_rules(self.rules, self.alpha, absolute=self._absolute)
+        _check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
 
     @classmethod
     def from_model(
@@ -86,7 +86,7 @@ class Plan:
         base: nn.Module | Plan | str | PathLike[str] | None = None,
         overrides: Mapping[str, Role | str] | None = None,
         alpha: float = 1.0,
-        rules: Parameterization | str = Parameterization.MLU,
+        parameterization: Parameterization | str = Parameterization.MLU,
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
     ) -> Plan:
@@ -101,7 +101,7 @@ class Plan:
                 rates are those of the infinite model.
             overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
             alpha: richness.
-            rules: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``
+            parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``
                 (:class:`mlu_lightning.table.Parameterization`).
             batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
                 AdamW's lr and decay are multiplied by s, eps by 1/s, and 1 - β by s² (Complete(d)P, arXiv 2512.22382).
@@ -109,8 +109,8 @@ class Plan:
 
         Raises:
             ValueError: without residual branches, without an example, with a parameter that has no role, with an
-                override that matches nothing, with a base of another architecture, or with rules that need a base or
-                have no richness.
+                override that matches nothing, with a base of another architecture, or with a parameterization that needs a
+                base or has no richness.
 
         >>> from mlu_lightning.models import ResNet
         >>> import torch
@@ -121,11 +121,11 @@ class Plan:
         >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
-        rules, horizon = Parameterization(rules), Horizon(batch_ratio, token_ratio)
+        parameterization, horizon = Parameterization(parameterization), Horizon(batch_ratio, token_ratio)
         if base is not None and not isinstance(base, nn.Module):
             base = base if isinstance(base, Plan) else cls.load(base)
         reference = base.base if isinstance(base, Plan) else None
-        _check_rules(rules, alpha, absolute=reference is None and not isinstance(base, nn.Module))
+        _check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
         overrides = overrides or {}
         structure = override_roles(discover(module, example), overrides)
         require_roles(structure, module)
@@ -135,7 +135,7 @@ class Plan:
             require_roles(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
-        multipliers, warnings = plan_multipliers(structure, reference, streams, rules)
+        multipliers, warnings = plan_multipliers(structure, reference, streams, parameterization)
         return cls(
             parameters=plan_parameters(structure, reference, streams),
             branches=plan_branches(structure, reference),
@@ -145,7 +145,7 @@ class Plan:
             warnings=structure.warnings + warnings,
             taps=structure.taps,
             features=structure.features,
-            rules=rules,
+            parameterization=parameterization,
             horizon=horizon,
         )
 
@@ -209,7 +209,7 @@ class Plan:
         folds = self._forward_factors
         found: dict[str, Scale] = {}
         for name, parameter in self.parameters.items():
-            entry = scale(parameter.role, parameter.ratios, family, self.alpha, self.rules)
+            entry = scale(parameter.role, parameter.ratios, family, self.alpha, self.parameterization)
             found[name] = self.horizon.scaled(replace(entry, multiplier=folds.get(name, 1.0)), family)
         return found
 
@@ -318,12 +318,12 @@ class Plan:
 _EXAMPLE = "example_input_array"
 
 
-def _check_rules(rules: Parameterization, alpha: float, absolute: bool) -> None:
-    if rules != Parameterization.MLU and (absolute or alpha != 1.0):
+def _check_parameterization(parameterization: Parameterization, alpha: float, absolute: bool) -> None:
+    if parameterization != Parameterization.MLU and (absolute or alpha != 1.0):
         given = "base=None, or with a plan of a module without a base" if absolute else f"alpha={alpha:g}"
         raise ValueError(
-            f"rules={rules.value!r} was given with {given}. The absolute form and the richness alpha are those of the "
-            "MLU parameterization: give the others a base, and leave alpha at 1."
+            f"parameterization={parameterization.value!r} was given with {given}. The absolute form and the "
+            "richness alpha are those of the MLU parameterization: give the others a base, and leave alpha at 1."
         )
 
 

@@ -37,7 +37,7 @@ def plan_table(plan: Plan, family: OptimizerFamily) -> str:
     console = Console(file=text, width=125, color_system=None, markup=False, emoji=False)
     base = "the paper's absolute form" if plan.base is None else "relative to the base shape"
     richness = "" if plan.alpha == 1 else f", alpha {plan.alpha:g}"
-    console.print(f"{_TITLES[plan.rules]} plan, {base}{richness}: factors for {family.value}")
+    console.print(f"{_TITLES[plan.parameterization]} plan, {base}{richness}: factors for {family.value}")
     if not plan.horizon.is_identity:
         batch, tokens = plan.horizon.batch_ratio, plan.horizon.token_ratio
         forgetting = plan.horizon.forgetting.factor

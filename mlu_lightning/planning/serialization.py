@@ -27,13 +27,13 @@ __all__ = ["parts_from_yaml", "parts_to_yaml"]
 
 _HEADER = """\
 # Plan of a parameterization. Roles and ratios (to the base shape) decide the factors of every parameter, by the table of
-# its rules; multipliers are the numbers in their lines, whatever the rules are. For other rules make another plan: with
-# its rules edited, this one would be half of each. base_std is the root mean square of the base's parameter at
-# initialization (null: leave it as it was built).
+# its parameterization; multipliers are the numbers in their lines, whatever it is. For another parameterization make
+# another plan: with the word edited, this one would be half of each. base_std is the root mean square of the
+# base's parameter at initialization (null: leave it as it was built).
 # Roles: {roles}.
 """
 _VERSION = 1
-_ADDED: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+_ADDED: dict[str, Any] = {"parameterization": "mlu", "horizon": {}, "taps": [], "features": []}
 """What a file means that was written before it had these keys."""
 
 
@@ -47,7 +47,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
         ValueError: if it would be longer than what is read.
     """
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
-    lines.append(f"rules: {Parameterization(parts['rules']).value}")
+    lines.append(f"parameterization: {parts['parameterization'].value}")
     lines.append(f"alpha: {_flow(parts['alpha'])}")
     lines.append(f"horizon: {_flow(asdict(parts['horizon']))}")
     for key in ("warnings", "streams", "branches", "multipliers", "taps", "features"):
@@ -100,7 +100,7 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
 
 
 _PARTS: dict[str, Any] = {
-    "rules": Parameterization,
+    "parameterization": Parameterization,
     "alpha": float,
     "horizon": Horizon,
     "warnings": tuple[str, ...],

@@ -22,24 +22,28 @@ NAMES = {"mlu": "MLU", "completep": "CompleteP", "mup": "µP", "sp": "SP"}
 
 
 def size_table(study: Study, shared: Mapping[tuple[Shape, str], str], found: Sequence[Transfer]) -> Table:
-    """Best learning rate, drift, regret and loss at every shape; rules whose runs are the same have one row.
+    """Best learning rate, drift, regret and loss at every shape; parameterizations whose runs are the same have one row.
 
     Args:
         study: of the runs.
-        shared: rules whose runs stand for those of a shape and rules.
+        shared: parameterizations whose runs stand for those of a shape and parameterization.
         found: what was measured.
     """
-    table = Table("axis", "size", "rules", "best lr", "drift (decades)", "regret (nats per byte)", "loss at best lr")
+    table = Table(
+        "axis", "size", "parameterization", "best lr", "drift (decades)", "regret (nats per byte)", "loss at best lr"
+    )
     for column in table.columns[3:]:
         column.justify = "right"
     for axis in study.axes:
         shapes = dict(zip(study.factors(axis), study.shapes(axis), strict=True))
-        for rules in study.rules:
-            for one in _of(found, axis, rules):
+        for parameterization in study.parameterizations:
+            for one in _of(found, axis, parameterization):
                 shape = shapes[one.factor]
-                if shared[shape, rules] == rules:
-                    same = [NAMES[other] for other in study.rules if shared[shape, other] == rules]
-                    names = "all" if len(same) == len(study.rules) else ", ".join(same)
+                if shared[shape, parameterization] == parameterization:
+                    same = [
+                        NAMES[other] for other in study.parameterizations if shared[shape, other] == parameterization
+                    ]
+                    names = "all" if len(same) == len(study.parameterizations) else ", ".join(same)
                     table.add_row(
                         axis,
                         f"× {one.factor:g}",
@@ -54,7 +58,7 @@ def size_table(study: Study, shared: Mapping[tuple[Shape, str], str], found: Seq
 
 
 def summary_table(study: Study, found: Sequence[Transfer]) -> Table:
-    """Largest drift, slope, and regret and loss at the largest size, for each axis and rules; * marks the least of an axis.
+    """Largest drift, slope, and regret and loss at the largest size, for each axis and parameterization; * marks the least.
 
     Args:
         study: of the runs.
@@ -62,7 +66,7 @@ def summary_table(study: Study, found: Sequence[Transfer]) -> Table:
     """
     table = Table(
         "axis",
-        "rules",
+        "parameterization",
         "sizes",
         "largest drift",
         "d log lr / d log size",
@@ -72,14 +76,21 @@ def summary_table(study: Study, found: Sequence[Transfer]) -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     for axis in study.axes:
-        sweeps = {rules: sweep for rules in study.rules if len(sweep := _of(found, axis, rules)) > 1}
-        furthest = {rules: max(sweep, key=lambda one: abs(one.drift.value)) for rules, sweep in sweeps.items()}
+        sweeps = {
+            parameterization: sweep
+            for parameterization in study.parameterizations
+            if len(sweep := _of(found, axis, parameterization)) > 1
+        }
+        furthest = {
+            parameterization: max(sweep, key=lambda one: abs(one.drift.value))
+            for parameterization, sweep in sweeps.items()
+        }
         least_drift = min((abs(one.drift.value) for one in furthest.values()), default=math.nan)
         whole = [sweep[-1] for sweep in sweeps.values() if len(sweep) == len(study.factors(axis))]
         least_regret = min((one.regret.value for one in whole), default=math.nan)
         least_loss = min((one.loss.value for one in whole), default=math.nan)
-        for rules, sweep in sweeps.items():
-            one, last = furthest[rules], sweep[-1]
+        for parameterization, sweep in sweeps.items():
+            one, last = furthest[parameterization], sweep[-1]
             cells = ["-", "-"]
             if last in whole:
                 cells = [
@@ -88,7 +99,7 @@ def summary_table(study: Study, found: Sequence[Transfer]) -> Table:
                 ]
             table.add_row(
                 axis,
-                NAMES[rules],
+                NAMES[parameterization],
                 f"{len(sweep)} of {len(study.factors(axis))}",
                 _marked(_drift(one), abs(one.drift.value) == least_drift),
                 str(slope_of(sweep)),
@@ -128,7 +139,7 @@ def slope_of(sweep: Sequence[Transfer]) -> Slope:
     """Fit the logarithm of the best learning rate against that of the size.
 
     Args:
-        sweep: of one axis, rules and horizon.
+        sweep: of one axis, parameterization and horizon.
     """
     return fit_slope([one.factor for one in sweep], [2.0**one.exponent for one in sweep])
 
@@ -144,12 +155,12 @@ def save_figure(study: Study, found: Sequence[Transfer], path: Path) -> None:
     figure = _figure(2.6 * len(study.axes) + 0.4, 7.2)
     panels = figure.subplots(3, len(study.axes), sharey="row", sharex="col", squeeze=False)
     for column, axis in zip(panels.T, study.axes, strict=True):
-        for rules in study.rules:
-            sweep = _of(found, axis, rules)
+        for parameterization in study.parameterizations:
+            sweep = _of(found, axis, parameterization)
             factors = [one.factor for one in sweep]
-            style = _STYLES[rules]
+            style = _STYLES[parameterization]
             for axes, values in zip(column, (_drifts(sweep), _regrets(sweep), _losses(sweep)), strict=True):
-                axes.errorbar(factors, *values, **style, capsize=2, elinewidth=1, label=NAMES[rules])
+                axes.errorbar(factors, *values, **style, capsize=2, elinewidth=1, label=NAMES[parameterization])
             _mark_bounds(column[0], sweep, style["color"])
         for axes in column:
             _by_factor(axes, study.factors(axis))
@@ -174,29 +185,29 @@ def save_curves(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Seq
 
     Args:
         study: of the runs.
-        shared: rules whose runs stand for those of a shape and rules.
+        shared: parameterizations whose runs stand for those of a shape and parameterization.
         runs: that were made.
         path: of the PNG file.
     """
     curves, horizon = curves_of(study, runs), study.horizons[-1]
-    figure = _figure(2.6 * len(study.rules) + 0.6, 2.1 * len(study.axes) + 0.6)
-    panels = figure.subplots(len(study.axes), len(study.rules), sharex=True, sharey="row", squeeze=False)
+    figure = _figure(2.6 * len(study.parameterizations) + 0.6, 2.1 * len(study.axes) + 0.6)
+    panels = figure.subplots(len(study.axes), len(study.parameterizations), sharex=True, sharey="row", squeeze=False)
     for row, axis in zip(panels, study.axes, strict=True):
         shapes = study.shapes(axis)
-        for axes, rules in zip(row, study.rules, strict=True):
+        for axes, parameterization in zip(row, study.parameterizations, strict=True):
             for place, (factor, shape) in enumerate(zip(study.factors(axis), shapes, strict=True)):
-                curve = curves.get((shape, shared[shape, rules], horizon))
+                curve = curves.get((shape, shared[shape, parameterization], horizon))
                 if curve is not None:  # else the time was over
                     _draw_curve(axes, curve, _shade(place / max(1, len(shapes) - 1)), f"× {factor:g}")
-            base = curves[study.base, shared[study.base, rules], horizon]
+            base = curves[study.base, shared[study.base, parameterization], horizon]
             axes.axvline(2.0 ** best(base).exponent, color="0.6", linestyle=":", linewidth=1, zorder=0)
             axes.set_xscale("log", base=2)
             axes.spines[["top", "right"]].set_visible(False)
         _fit_height(row[0], [curve for (shape, _, _), curve in curves.items() if shape in shapes])
         row[0].set_ylabel(f"{axis}\nvalidation loss")
         row[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=1.2)
-    for axes, rules in zip(panels[0], study.rules, strict=True):
-        axes.set_title(NAMES[rules], loc="left", fontsize=11)
+    for axes, parameterization in zip(panels[0], study.parameterizations, strict=True):
+        axes.set_title(NAMES[parameterization], loc="left", fontsize=11)
     for axes in panels[-1]:
         axes.set_xlabel("learning rate")
     figure.savefig(path, dpi=160)
@@ -256,8 +267,8 @@ _STYLES: dict[str, dict[str, Any]] = {
 thinner ones leave the thicker ones below them to be seen."""
 
 
-def _of(found: Iterable[Transfer], axis: str, rules: str) -> list[Transfer]:
-    return [one for one in found if (one.axis, one.rules) == (axis, rules)]
+def _of(found: Iterable[Transfer], axis: str, parameterization: str) -> list[Transfer]:
+    return [one for one in found if (one.axis, one.parameterization) == (axis, parameterization)]
 
 
 def _best_lr(one: Transfer) -> str:

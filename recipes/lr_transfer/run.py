@@ -7,11 +7,11 @@ whatever is changed in it (a LightningCLI):
     python -m recipes.lr_transfer.run horizon
     python -m recipes.lr_transfer.run fit --config recipes/lr_transfer/config.yaml --model.depth=16
 
-``recipes/lr_transfer/sweep.yaml`` makes such runs as a sweep of Weights & Biases. From one base, the study changes depth,
-heads, MLP width and embedding, each on its own, and all of them together, with the rules of MLU, CompleteP, µP and the
-standard parameterization (SP). Validation loss against learning rate is searched for its least value at each shape, on
+``sweep.yaml`` makes such runs as a sweep of Weights & Biases. From one base, the study changes depth,
+heads, MLP width and embedding, each on its own, and all of them together, with MLU, CompleteP, µP and the standard
+parameterization (SP). Validation loss against learning rate is searched for its least value at each shape, on
 the mean over seeds. It reports the *drift*, decades from the base's best learning rate to the best one, and the *regret*,
-the loss at the base's best learning rate less the least one. Where two rules have the same numbers at a shape, as MLU and
+the loss at the base's best learning rate less the least one. Where two of them have the same numbers at a shape, as MLU and
 CompleteP have along depth, their runs are the same and are made once.
 
 With MLU and CompleteP the drift is within 0.17 decades along every axis, mostly within its error, and the regret within 0.02
@@ -239,7 +239,7 @@ def _long_studies(quick: bool) -> dict[str, Study]:
             horizons=horizons,
             exponents=[-6.0, -5.0, -4.0],
             spacing=1.0,
-            rules=["mlu"],
+            parameterization=["mlu"],
         )
 
     cosine = {f"cosine-{steps}": depth_study([steps], max(1, steps // 10), "cosine") for steps in cosines}
@@ -261,7 +261,7 @@ def _make_runs(
     """Make the runs that a study still needs, the longest first, until it is complete or the time is over.
 
     Returns:
-        Rules whose runs stand for those of each shape and rules, and all runs that were made, earlier ones as well.
+        Parameterizations whose runs stand for those of each shape and parameterization, and all runs that were made.
     """
     file = RunFile(folder / "runs.jsonl", study)
     try:
@@ -284,7 +284,7 @@ def _make_runs(
                 ready = sorted((run for run in missing if run not in begun), key=lambda run: _cost(plans, run))
                 while ready and len(pending) < workers and time.monotonic() < end:
                     run = ready.pop()
-                    pending[pool.submit(train, study, run, plans[run.shape, run.rules])] = run
+                    pending[pool.submit(train, study, run, plans[run.shape, run.parameterization])] = run
                 if not pending:
                     return shared, runs
                 done = wait(pending, return_when=FIRST_COMPLETED).done
@@ -302,7 +302,7 @@ def _make_runs(
 
 def _cost(plans: Mapping[tuple[Shape, str], Plan], run: Run) -> int:
     """About how long a run takes next to others: on a small scale, calls cost as much as numbers."""
-    parameters = plans[run.shape, run.rules].parameters.values()
+    parameters = plans[run.shape, run.parameterization].parameters.values()
     return sum(10_000 + math.prod(parameter.shape) for parameter in parameters)
 
 
@@ -313,10 +313,10 @@ def _end(minutes: float | None) -> float:
 def _state(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence[Run]) -> str:
     """How many runs there are, and what is missing."""
     made = f"{len(runs)} runs, {math.fsum(run.seconds for run in runs) / 60:.1f} minutes of processor time."
-    cases = {(run.shape, run.rules) for run in missing_runs(study, shared, runs)}
+    cases = {(run.shape, run.parameterization) for run in missing_runs(study, shared, runs)}
     if not cases:
         return made
-    names = ", ".join(sorted(f"{rules} at {_changes(study, shape)}" for shape, rules in cases))
+    names = ", ".join(sorted(f"{parameterization} at {_changes(study, shape)}" for shape, parameterization in cases))
     return f"{made} The time is over before these were complete; the same command goes on: {names}."
 
 

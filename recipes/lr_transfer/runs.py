@@ -53,7 +53,7 @@ class Study:
         exponents: powers of two that the base is trained at first, ``spacing`` apart.
         spacing: of the base's learning rates in octaves, 1/2 or 1; those of all other shapes are an octave apart.
         seeds: runs of each shape at each learning rate, with weights and data of their own.
-        rules: parameterizations that are compared.
+        parameterization: parameterizations that are compared.
         trainer: arguments of the Trainer.
 
     Raises:
@@ -67,7 +67,9 @@ class Study:
     exponents: list[float]
     spacing: float = 0.5
     seeds: int = 3
-    rules: list[str] = field(default_factory=lambda: [rules.value for rules in Parameterization])
+    parameterization: list[str] = field(
+        default_factory=lambda: [parameterization.value for parameterization in Parameterization]
+    )
     trainer: dict[str, Any] = field(default_factory=lambda: {"accelerator": "cpu"})
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class Run:
 
     Args:
         shape: of the model.
-        rules: of its plan.
+        parameterization: of its plan.
         exponent: of the learning rate, a power of two.
         seed: of weights and data.
         losses: on validation, at the horizons; NaN if the run diverged, nothing before it was made.
@@ -124,7 +126,7 @@ class Run:
     """
 
     shape: Shape
-    rules: str
+    parameterization: str
     exponent: float
     seed: int
     losses: tuple[float, ...] = ()
@@ -178,7 +180,7 @@ class ScheduledTransformer(CausalTransformer):
 
 
 def plans_of(study: Study) -> dict[tuple[Shape, str], Plan]:
-    """Plans of all shapes, by shape and rules.
+    """Plans of all shapes, by shape and parameterization.
 
     Args:
         study: whose.
@@ -187,9 +189,11 @@ def plans_of(study: Study) -> dict[tuple[Shape, str], Plan]:
     base = _model(study, study.base, 1.0)
     shapes = dict.fromkeys(shape for axis in study.axes for shape in study.shapes(axis))
     return {
-        (shape, rules): Plan.from_model(_model(study, shape, 1.0), example, base=base, rules=rules)
+        (shape, parameterization): Plan.from_model(
+            _model(study, shape, 1.0), example, base=base, parameterization=parameterization
+        )
         for shape in shapes
-        for rules in study.rules
+        for parameterization in study.parameterizations
     }
 
 
@@ -204,13 +208,16 @@ def numbers(plan: Plan) -> tuple[Any, ...]:
 
 
 def shared_runs(plans: Mapping[tuple[Shape, str], Plan]) -> dict[tuple[Shape, str], str]:
-    """Rules whose runs stand for those of a shape and rules: the first ones with the same numbers at that shape.
+    """Parameterizations whose runs stand for those of another: the first ones with the same numbers at that shape.
 
     Args:
-        plans: by shape and rules.
+        plans: by shape and parameterization.
     """
     first: dict[tuple[Any, ...], str] = {}
-    return {(shape, rules): first.setdefault((shape, numbers(plan)), rules) for (shape, rules), plan in plans.items()}
+    return {
+        (shape, parameterization): first.setdefault((shape, numbers(plan)), parameterization)
+        for (shape, parameterization), plan in plans.items()
+    }
 
 
 def train(study: Study, run: Run, plan: Plan) -> Run:
@@ -219,7 +226,7 @@ def train(study: Study, run: Run, plan: Plan) -> Run:
     Args:
         study: of the run.
         run: to be made.
-        plan: of its shape and rules.
+        plan: of its shape and parameterization.
     """
     start = time.process_time()
     seed_everything(run.seed, verbose=False)

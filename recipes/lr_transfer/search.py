@@ -94,7 +94,7 @@ class Transfer:
     Args:
         axis: along which the shape has grown.
         factor: by which.
-        rules: of the plans.
+        parameterization: of the plans.
         horizon: steps.
         exponent: of the best learning rate, a power of two.
         drift: decades from the base's best learning rate to the best one.
@@ -106,7 +106,7 @@ class Transfer:
 
     axis: str
     factor: float
-    rules: str
+    parameterization: str
     horizon: int
     exponent: float
     drift: Estimate
@@ -117,7 +117,7 @@ class Transfer:
 
 
 def curves_of(study: Study, runs: Sequence[Run]) -> dict[tuple[Shape, str, int], dict[float, tuple[float, ...]]]:
-    """Curves by shape, rules and horizon, with the learning rates at which all seeds were trained.
+    """Curves by shape, parameterization and horizon, with the learning rates at which all seeds were trained.
 
     Args:
         study: of the runs.
@@ -125,13 +125,13 @@ def curves_of(study: Study, runs: Sequence[Run]) -> dict[tuple[Shape, str, int],
     """
     losses: dict[tuple[Shape, str, float], dict[int, tuple[float, ...]]] = {}
     for run in runs:
-        losses.setdefault((run.shape, run.rules, run.exponent), {})[run.seed] = run.losses
+        losses.setdefault((run.shape, run.parameterization, run.exponent), {})[run.seed] = run.losses
     found: dict[tuple[Shape, str, int], dict[float, tuple[float, ...]]] = {}
-    for (shape, rules, exponent), seeds in sorted(losses.items()):
+    for (shape, parameterization, exponent), seeds in sorted(losses.items()):
         if len(seeds) == study.seeds:
             for place, horizon in enumerate(study.horizons):
                 values = tuple(seeds[seed][place] for seed in range(study.seeds))
-                found.setdefault((shape, rules, horizon), {})[exponent] = values
+                found.setdefault((shape, parameterization, horizon), {})[exponent] = values
     return found
 
 
@@ -169,68 +169,81 @@ def missing_runs(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Se
 
     Args:
         study: of the runs.
-        shared: rules whose runs stand for those of a shape and rules.
+        shared: parameterizations whose runs stand for those of a shape and parameterization.
         runs: that were made.
     """
     curves = curves_of(study, runs)
-    made = {(run.shape, run.rules, run.exponent, run.seed) for run in runs}
+    made = {(run.shape, run.parameterization, run.exponent, run.seed) for run in runs}
     step = study.spacing
     around = [-1.0, -step, 0.0, step, 1.0]
 
-    def missing(shape: Shape, rules: str, exponents: set[float]) -> list[Run]:
+    def missing(shape: Shape, parameterization: str, exponents: set[float]) -> list[Run]:
         cases = [(exponent, seed) for exponent in sorted(exponents) for seed in range(study.seeds)]
-        return [Run(shape, rules, *case) for case in cases if (shape, rules, *case) not in made]
+        return [Run(shape, parameterization, *case) for case in cases if (shape, parameterization, *case) not in made]
 
-    def search(shape: Shape, rules: str, start: set[float], offsets: Sequence[float]) -> list[Run]:
-        found = missing(shape, rules, start)
+    def search(shape: Shape, parameterization: str, start: set[float], offsets: Sequence[float]) -> list[Run]:
+        found = missing(shape, parameterization, start)
         if found:
             return found
-        tried = {best(curves[shape, rules, horizon]).tried for horizon in study.horizons}
+        tried = {best(curves[shape, parameterization, horizon]).tried for horizon in study.horizons}
         near = {one + offset for one in tried for offset in offsets}
-        return missing(shape, rules, {one for one in near if min(start) - LIMIT <= one <= max(start) + LIMIT})
+        return missing(
+            shape, parameterization, {one for one in near if min(start) - LIMIT <= one <= max(start) + LIMIT}
+        )
 
-    base_rules = shared[study.base, study.rules[0]]
-    found = search(study.base, base_rules, set(study.exponents), around)
+    base_parameterization = shared[study.base, study.parameterizations[0]]
+    found = search(study.base, base_parameterization, set(study.exponents), around)
     if found:
         return found
-    bests = {best(curves[study.base, base_rules, horizon]).tried for horizon in study.horizons}
+    bests = {best(curves[study.base, base_parameterization, horizon]).tried for horizon in study.horizons}
     start = {one + offset for one in bests for offset in (-1.0, 0.0, 1.0)}
-    others = dict.fromkeys((shape, shared[shape, rules]) for shape, rules in shared if shape != study.base)
-    return [run for shape, rules in others for run in search(shape, rules, start, (-1.0, 0.0, 1.0))]
+    others = dict.fromkeys(
+        (shape, shared[shape, parameterization]) for shape, parameterization in shared if shape != study.base
+    )
+    return [
+        run for shape, parameterization in others for run in search(shape, parameterization, start, (-1.0, 0.0, 1.0))
+    ]
 
 
 def transfers(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence[Run]) -> list[Transfer]:
-    """What became of the base's best learning rate, for all shapes, rules and horizons whose runs were all made.
+    """What became of the base's best learning rate, for all shapes, parameterizations and horizons whose runs were all made.
 
     Args:
         study: of the runs.
-        shared: rules whose runs stand for those of a shape and rules.
+        shared: parameterizations whose runs stand for those of a shape and parameterization.
         runs: that were made.
     """
-    open_cases = {(run.shape, run.rules) for run in missing_runs(study, shared, runs)}
+    open_cases = {(run.shape, run.parameterization) for run in missing_runs(study, shared, runs)}
     curves = curves_of(study, runs)
-    base_rules = shared[study.base, study.rules[0]]
-    if (study.base, base_rules) in open_cases:
+    base_parameterization = shared[study.base, study.parameterizations[0]]
+    if (study.base, base_parameterization) in open_cases:
         return []
-    bases = {horizon: best(curves[study.base, base_rules, horizon]) for horizon in study.horizons}
+    bases = {horizon: best(curves[study.base, base_parameterization, horizon]) for horizon in study.horizons}
     return [
-        _transfer(axis, factor, rules, horizon, bases[horizon], curves[shape, shared[shape, rules], horizon])
+        _transfer(
+            axis,
+            factor,
+            parameterization,
+            horizon,
+            bases[horizon],
+            curves[shape, shared[shape, parameterization], horizon],
+        )
         for axis in study.axes
         for factor, shape in zip(study.factors(axis), study.shapes(axis), strict=True)
-        for rules in study.rules
-        if (shape, shared[shape, rules]) not in open_cases
+        for parameterization in study.parameterizations
+        if (shape, shared[shape, parameterization]) not in open_cases
         for horizon in study.horizons
     ]
 
 
-def _transfer(axis: str, factor: float, rules: str, horizon: int, base: Best, curve: Curve) -> Transfer:
+def _transfer(axis: str, factor: float, parameterization: str, horizon: int, base: Best, curve: Curve) -> Transfer:
     one, kept = best(curve), curve[base.tried]
     drifts = tuple((mine - its) * DECADES for mine, its in zip(one.seeds, base.seeds, strict=True))
     regrets = [loss - least for loss, least in zip(kept, one.losses, strict=True)]
     return Transfer(
         axis,
         factor,
-        rules,
+        parameterization,
         horizon,
         one.exponent,
         Estimate.over((one.exponent - base.exponent) * DECADES, drifts),

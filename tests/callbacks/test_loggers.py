@@ -278,7 +278,7 @@ def test_config_has_shape_and_factors(run: Run) -> None:
         "embedding": 8,
         "hidden": {"mlp": 16},
         "base": {"depth": 2, "embedding": 4, "hidden": {"mlp": 4}},
-        "rules": "mlu",
+        "parameterization": "mlu",
         "alpha": 1.0,
         "batch_ratio": 1.0,
         "token_ratio": 1.0,

@@ -42,11 +42,14 @@ def test_plan_of_another_module_is_refused(shape: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"rules": Parameterization.MUP}, "rules='mup'"), ({"horizon": Horizon(batch_ratio=2.0)}, "batch_ratio=2")],
+    [
+        ({"parameterization": Parameterization.MUP}, "parameterization='mup'"),
+        ({"horizon": Horizon(batch_ratio=2.0)}, "batch_ratio=2"),
+    ],
 )
 def test_limit_of_other_rules_is_refused(changes: dict[str, Any], message: str) -> None:
     module, _ = planned()
-    plan = Plan.from_model(module, base=module)  # other rules need a base
+    plan = Plan.from_model(module, base=module)  # others need a base
     with pytest.raises(ValueError, match=rf"{message}.*is that of the MLU parameterization under gradient descent"):
         infinite_model(module, replace(plan, **changes))
 

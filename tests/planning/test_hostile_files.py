@@ -180,7 +180,7 @@ def read_plan(path: Path, content: bytes) -> bool:
         assert len(str(error)) < 2000
         return True
     # what older plans do not say is as it was then
-    older: dict[str, Any] = {"rules": "mlu", "horizon": {}, "taps": [], "features": []}
+    older: dict[str, Any] = {"parameterization": "mlu", "horizon": {}, "taps": [], "features": []}
     # a tab may separate, as YAML has it, and PyYAML's own scanner refuses it
     loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if b"\t" in content else yaml.BaseLoader
     node = older | yaml.load(content.decode(), Loader=loader)
@@ -380,7 +380,11 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("rules: mlu", "rules: mlu\nrules: sp", r"has the key 'rules' a second time in line \d+"),
+        (
+            "parameterization: mlu",
+            "parameterization: mlu\nparameterization: sp",
+            r"has the key 'parameterization' a second time in line \d+",
+        ),
         ("alpha: 1.0", "alpha: &a 1.0", r"has an anchor or alias in line \d+"),
         ("alpha: 1.0", "alpha: !!float 1.0", r"has a tag in line \d+"),
         ("alpha: 1.0", "alpha: [[[[[[[[[[1]]]]]]]]]]", r"has more than 8 levels in line \d+"),

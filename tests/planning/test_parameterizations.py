@@ -37,11 +37,11 @@ def test_every_role_has_a_row_in_every_table() -> None:
     assert all(set(table) == set(Role) for table in TABLES.values())
 
 
-@pytest.mark.parametrize("rules", Parameterization)
+@pytest.mark.parametrize("parameterization", Parameterization)
 @pytest.mark.parametrize("family", OptimizerFamily)
 @pytest.mark.parametrize("role", Role)
-def test_identity_at_base_is_exact(rules: Parameterization, family: OptimizerFamily, role: Role) -> None:
-    assert scale(role, Ratios(), family, rules=rules) == Scale()
+def test_identity_at_base_is_exact(parameterization: Parameterization, family: OptimizerFamily, role: Role) -> None:
+    assert scale(role, Ratios(), family, parameterization=parameterization) == Scale()
 
 
 def test_completep_by_the_inputs_of_each_matrix() -> None:
@@ -57,14 +57,16 @@ def test_completep_by_the_inputs_of_each_matrix() -> None:
         (Role.READOUT, READ): Scale(1 / 7, 1, 1, 1 / 7, 1),
     }
     for (role, ratios), numbers in expected.items():
-        assert astuple(scale(role, ratios, ADAMW, rules=COMPLETEP)) == pytest.approx(astuple(numbers), **CLOSE), role
+        assert astuple(scale(role, ratios, ADAMW, parameterization=COMPLETEP)) == pytest.approx(
+            astuple(numbers), **CLOSE
+        ), role
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)
 @pytest.mark.parametrize("role", Role)
 def test_completep_is_mlu_but_for_the_std_of_branch_out(role: Role, family: OptimizerFamily) -> None:
     ratios = Ratios(DEPTH, HIDDEN, EMBEDDING)
-    found, mlu = scale(role, ratios, family, rules=COMPLETEP), scale(role, ratios, family)
+    found, mlu = scale(role, ratios, family, parameterization=COMPLETEP), scale(role, ratios, family)
     if role is Role.BRANCH_OUT:
         assert (mlu.std, found.std) == pytest.approx((7**0.5 / 5, 5**-0.5), **CLOSE)
         found = replace(found, std=mlu.std)
@@ -76,7 +78,7 @@ def test_completep_is_mlu_but_for_the_std_of_branch_out(role: Role, family: Opti
 def test_they_are_equal_exactly_where_hidden_width_and_embedding_grow_alike(role: Role, width: float) -> None:
     """Also at ratios of which neither powers nor roots are exact."""
     ratios = Ratios(DEPTH, width, width)
-    assert scale(role, ratios, ADAMW, rules=COMPLETEP) == scale(role, ratios, ADAMW)
+    assert scale(role, ratios, ADAMW, parameterization=COMPLETEP) == scale(role, ratios, ADAMW)
 
 
 @pytest.mark.parametrize("family", [SGD, ADAMW])
@@ -94,9 +96,9 @@ def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
         (Role.READOUT, READ): (1 / 7, 1, 7 if sgd else 1),
     }
     for (role, ratios), numbers in expected.items():
-        found = scale(role, ratios, family, rules=MUP)
+        found = scale(role, ratios, family, parameterization=MUP)
         assert (found.multiplier, found.std, found.lr) == pytest.approx(numbers, **CLOSE), role
-        assert found == scale(role, replace(ratios, depth=1000.0), family, rules=MUP)
+        assert found == scale(role, replace(ratios, depth=1000.0), family, parameterization=MUP)
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)
@@ -114,7 +116,7 @@ def test_standard_parameterization_has_the_std_of_a_sum_and_nothing_else(family:
         (Role.READOUT_BIAS, COORDINATES, 1.0),
     ):
         expected = Scale(std=pytest.approx(inputs**-0.5, **CLOSE))
-        assert scale(role, ratios, family, rules=SP) == expected, role
+        assert scale(role, ratios, family, parameterization=SP) == expected, role
 
 
 def test_outputs_averaged_over_active_experts() -> None:
@@ -140,13 +142,13 @@ def _model(shape: dict[str, int], **optimizer: Any) -> CausalTransformer:
     return CausalTransformer(20, 8, head_dim=8, lr=0.01, weight_decay=0.1, **shape, **optimizer)
 
 
-def _fitted(shape: dict[str, int], rules: str | None, **optimizer: Any) -> CausalTransformer:
+def _fitted(shape: dict[str, int], parameterization: str | None, **optimizer: Any) -> CausalTransformer:
     seed_everything(3, verbose=False)
     base = _model(BASE)
     model = _model(shape, **optimizer)
     tokens = torch.randint(20, (200,), generator=torch.Generator().manual_seed(0))
     data = DataLoader(Windows(tokens, torch.arange(0, 64), 9), batch_size=8)
-    callbacks = [] if rules is None else [MLUCallback(base, rules=rules)]
+    callbacks = [] if parameterization is None else [MLUCallback(base, parameterization=parameterization)]
     trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=callbacks)
     trainer.fit(model, data)
     return model
@@ -166,16 +168,16 @@ def test_with_m_over_d_changed_they_differ(axis: str) -> None:
     assert identical(completep, _fitted(ASPECTS[axis], "mup"))  # which differs by depth alone
 
 
-@pytest.mark.parametrize("rules", ["completep", "mup", "sp"])
-def test_at_the_base_they_are_the_plain_run(rules: str) -> None:
-    assert identical(_fitted(BASE, rules), _fitted(BASE, None))
+@pytest.mark.parametrize("parameterization", ["completep", "mup", "sp"])
+def test_at_the_base_they_are_the_plain_run(parameterization: str) -> None:
+    assert identical(_fitted(BASE, parameterization), _fitted(BASE, None))
 
 
 def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
     """``nn.Linear`` draws by the number of inputs: the plan's std differs by the noise of the base's draws alone."""
     module = _model(PROPORTIONAL)
     built = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    plan = Plan.from_model(module, torch.zeros(2, 9, dtype=torch.long), base=_model(BASE), rules="sp")
+    plan = Plan.from_model(module, torch.zeros(2, 9, dtype=torch.long), base=_model(BASE), parameterization="sp")
     assert all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers)
     assert set(plan.scales("adamw").values()) >= {Scale(std=3**-0.5)}
     initialize(module, plan)
@@ -196,10 +198,10 @@ def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
     ids=["Muon", "Muon as AdamW", "Adafactor", "AdamW", "SGD"],
 )
 def test_standard_parameterization_leaves_optimizers_alone(build: Any) -> None:
-    """Also where they look at shapes or sizes of weights themselves, which the other rules divide out."""
+    """Also where they look at shapes or sizes of weights themselves, which the others divide out."""
     ours, plain = Weights(), Weights()
     plan = plan_of(ours)
-    attach = replace(plan, rules=SP)
+    attach = replace(plan, parameterization=SP)
     handles = [build(ours), build(plain)]
     scale_optimizer(handles[0], ours, attach)
     for step in range(3):
@@ -218,48 +220,57 @@ def test_standard_parameterization_leaves_optimizers_alone(build: Any) -> None:
 def test_rules_are_kept_in_a_file_and_printed(tmp_path: Any) -> None:
     module = _model(PROPORTIONAL)
     example = torch.zeros(2, 9, dtype=torch.long)
-    plans = {rules: Plan.from_model(module, example, base=_model(BASE), rules=rules) for rules in Parameterization}
+    plans = {
+        parameterization: Plan.from_model(module, example, base=_model(BASE), parameterization=parameterization)
+        for parameterization in Parameterization
+    }
     titles = {MLU: "MLU plan", COMPLETEP: "CompleteP plan", MUP: "µP plan", SP: "Standard plan"}
-    for rules, plan in plans.items():
+    for parameterization, plan in plans.items():
         plan.save(tmp_path / "plan.yaml")
         assert Plan.load(tmp_path / "plan.yaml") == plan
-        assert str(plan).startswith(titles[rules])
-        # a plan is a base for any rules: it holds the base's shape
+        assert str(plan).startswith(titles[parameterization])
+        # a plan is a base for any parameterization: it holds the base's shape
         again = Plan.from_model(module, example, base=tmp_path / "plan.yaml")
         assert again.scales("adamw") == plans[MLU].scales("adamw")
 
 
 def test_fingerprints_tell_runs_apart() -> None:
-    """A run is not to go on from the checkpoint of one with other rules, or with other betas."""
+    """A run is not to go on from the checkpoint of one of another parameterization, or with other betas."""
     plan = plan_of(Weights())
-    others = [replace(plan, rules=rules) for rules in Parameterization if rules is not MLU]
+    others = [
+        replace(plan, parameterization=parameterization)
+        for parameterization in Parameterization
+        if parameterization is not MLU
+    ]
     others += [replace(plan, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))]
     assert len({fingerprint(each) for each in (plan, *others)}) == 6
-    assert fingerprint(replace(plan, rules=MLU, horizon=Horizon())) == fingerprint(plan)
+    assert fingerprint(replace(plan, parameterization=MLU, horizon=Horizon())) == fingerprint(plan)
 
 
 def test_rules_that_do_not_exist(tmp_path: Any) -> None:
     path = tmp_path / "plan.yaml"
     Plan({}, (), (), ()).save(path)
-    path.write_text(path.read_text().replace("rules: mlu", "rules: ntk"))
-    with pytest.raises(ValueError, match=r"there are no rules 'ntk'\. Rules are: mlu, completep, mup, sp"):
+    path.write_text(path.read_text().replace("parameterization: mlu", "parameterization: ntk"))
+    with pytest.raises(
+        ValueError, match=r"there is no parameterization 'ntk'\. Parameterizations are: mlu, completep, mup, sp"
+    ):
         Plan.load(path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rules": "sp"}, "rules='sp' was given with base=None.*give the others a base"),
+        ({"parameterization": "sp"}, "parameterization='sp' was given with base=None.*give the others a base"),
         (
-            {"rules": "mup", "base": "a plan"},
-            "rules='mup' was given with .*a plan of a module without a base.*give the others",
+            {"parameterization": "mup", "base": "a plan"},
+            "parameterization='mup' was given with .*a plan of a module without a base.*give the others",
         ),
         (
-            {"rules": "mup", "base": "a file"},
-            "rules='mup' was given with .*a plan of a module without a base.*give the others",
+            {"parameterization": "mup", "base": "a file"},
+            "parameterization='mup' was given with .*a plan of a module without a base.*give the others",
         ),
-        ({"rules": "completep", "alpha": 2.0, "base": "a module"}, "given with alpha=2.*leave alpha at 1"),
-        ({"rules": "ntk"}, "'ntk' is not a valid Parameterization"),
+        ({"parameterization": "completep", "alpha": 2.0, "base": "a module"}, "given with alpha=2.*leave alpha at 1"),
+        ({"parameterization": "ntk"}, "'ntk' is not a valid Parameterization"),
     ],
 )
 def test_rules_that_cannot_be(arguments: dict[str, Any], message: str, tmp_path: Any) -> None:
@@ -274,9 +285,12 @@ def test_rules_that_cannot_be(arguments: dict[str, Any], message: str, tmp_path:
 def test_file_whose_rules_are_edited() -> None:
     """Its multipliers stay as they are written, and its header says so; what no plan can be is refused."""
     module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
-    plans = {rules: Plan.from_model(module, example, base=_model(BASE), rules=rules) for rules in (MLU, SP)}
+    plans = {
+        parameterization: Plan.from_model(module, example, base=_model(BASE), parameterization=parameterization)
+        for parameterization in (MLU, SP)
+    }
     text = plans[MLU].to_yaml()
-    edited = Plan.from_yaml(text.replace("rules: mlu", "rules: sp"), "edited")
+    edited = Plan.from_yaml(text.replace("parameterization: mlu", "parameterization: sp"), "edited")
     assert edited.multipliers == plans[MLU].multipliers != plans[SP].multipliers
     for factor in ("std", "lr", "eps", "weight_decay"):
         found, expected = (
@@ -284,15 +298,14 @@ def test_file_whose_rules_are_edited() -> None:
         )
         assert found == expected
     header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
-    assert (
-        "multipliers are the numbers in their lines, whatever the rules are. For other rules make another plan"
-        in header
-    )
+    assert "multipliers are the numbers in their lines, whatever it is. For another parameterization make" in header
 
     rich = replace(plans[MLU], alpha=2.0)
     for plan, given in ((Plan.from_model(module, example), "base=None"), (rich, "alpha=2")):
-        with pytest.raises(ValueError, match=f"^plan.yaml: rules='sp' was given with {given}.* leave alpha at 1"):
-            Plan.from_yaml(plan.to_yaml().replace("rules: mlu", "rules: sp"), "plan.yaml")
+        with pytest.raises(
+            ValueError, match=f"^plan.yaml: parameterization='sp' was given with {given}.* leave alpha at 1"
+        ):
+            Plan.from_yaml(plan.to_yaml().replace("parameterization: mlu", "parameterization: sp"), "plan.yaml")
 
 
 def test_logits_keep_their_scale_in_the_standard_parameterization() -> None:
@@ -300,8 +313,11 @@ def test_logits_keep_their_scale_in_the_standard_parameterization() -> None:
     module = CausalTransformer(20, 8, 1, 16, heads=2, head_dim=32)
     example = torch.zeros(2, 9, dtype=torch.long)
     kinds = {
-        rules: {m.kind: m.value for m in Plan.from_model(module, example, base=base, rules=rules).multipliers}
-        for rules in Parameterization
+        parameterization: {
+            m.kind: m.value
+            for m in Plan.from_model(module, example, base=base, parameterization=parameterization).multipliers
+        }
+        for parameterization in Parameterization
     }
     assert "logits" not in kinds.pop(SP)
     assert {numbers["logits"] for numbers in kinds.values()} == {0.5}
@@ -311,9 +327,9 @@ def test_multipliers_by_hand() -> None:
     """Depth 3 and embedding 3 times the base's: what is in the forward pass, by what it does to one."""
     example = torch.randint(20, (2, 9))
     expected = {"mlu": (1 / 3, 1 / 3), "completep": (1 / 3, 1 / 3), "mup": (1.0, 1 / 3), "sp": (1.0, 1.0)}
-    for rules, (branch, readout) in expected.items():
+    for parameterization, (branch, readout) in expected.items():
         module = _model(PROPORTIONAL)
-        plan = Plan.from_model(module, example, base=_model(BASE), rules=rules)
+        plan = Plan.from_model(module, example, base=_model(BASE), parameterization=parameterization)
         initialize(module, plan)
         by_hand = _forward(module, example[:, :-1], branch, readout)
         attach_multipliers(module, plan)

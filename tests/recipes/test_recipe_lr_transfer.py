@@ -36,7 +36,9 @@ def made_up(study: Any, shared: dict[Any, str], loss: Loss) -> list[Any]:
     runs: list[Any] = []
     while missing := searching.missing_runs(study, shared, runs):
         runs += [
-            replace(run, losses=(loss(dict(run.shape), run.rules, run.exponent, run.seed),) * len(study.horizons))
+            replace(
+                run, losses=(loss(dict(run.shape), run.parameterization, run.exponent, run.seed),) * len(study.horizons)
+            )
             for run in missing
         ]
     return runs
@@ -44,32 +46,32 @@ def made_up(study: Any, shared: dict[Any, str], loss: Loss) -> list[Any]:
 
 @pytest.fixture
 def study() -> Any:
-    """One axis of three sizes, two rules."""
+    """One axis of three sizes, two parameterizations."""
     return replace(
         recipe.PRESETS["cpu"],
         axes={"depth": {"depth": [2, 4, 8]}},
         exponents=[-7.0, -6.5, -6.0, -5.5, -5.0],
-        rules=["mlu", "sp"],
+        parameterization=["mlu", "sp"],
     )
 
 
 @pytest.fixture
 def shared(study: Any) -> dict[Any, str]:
-    """At the base, runs of both rules are the same."""
+    """At the base, runs of both parameterizations are the same."""
     return {
-        (shape, rules): "mlu" if shape == study.base else rules
+        (shape, parameterization): "mlu" if shape == study.base else parameterization
         for shape in study.shapes("depth")
-        for rules in study.rules
+        for parameterization in study.parameterizations
     }
 
 
-def valley(shape: dict[str, int], rules: str, exponent: float, seed: int) -> float:
+def valley(shape: dict[str, int], parameterization: str, exponent: float, seed: int) -> float:
     """Least at 2^-6.1 for the base; with SP 0.7 octaves lower each time that depth doubles.
 
     Seeds are 0.1 octaves apart at the base, and by 0.2 more each time.
     """
     doublings = math.log2(shape["depth"] / 2)
-    bottom = -6.1 - (0.7 * doublings if rules == "sp" else 0) + (0.1 + 0.2 * doublings) * (seed - 1)
+    bottom = -6.1 - (0.7 * doublings if parameterization == "sp" else 0) + (0.1 + 0.2 * doublings) * (seed - 1)
     return 2 - 0.1 * doublings + 0.05 * (exponent - bottom) ** 2 + 0.01 * seed
 
 
@@ -110,7 +112,7 @@ def test_search_and_its_result(study: Any, shared: dict[Any, str]) -> None:
     runs = made_up(study, shared, valley)
     tried: dict[tuple[int, str], set[float]] = {}
     for run in runs:
-        tried.setdefault((dict(run.shape)["depth"], run.rules), set()).add(run.exponent)
+        tried.setdefault((dict(run.shape)["depth"], run.parameterization), set()).add(run.exponent)
     assert tried == {
         (2, "mlu"): {-7.0, -6.5, -6.0, -5.5, -5.0},
         (4, "mlu"): {-7.0, -6.0, -5.0},
@@ -120,11 +122,11 @@ def test_search_and_its_result(study: Any, shared: dict[Any, str]) -> None:
     }
     assert len(runs) == len(set(runs)) == 3 * 20
 
-    found = {(one.factor, one.rules): one for one in searching.transfers(study, shared, runs)}
+    found = {(one.factor, one.parameterization): one for one in searching.transfers(study, shared, runs)}
     assert found.keys() == set(itertools.product((1, 2, 4), ("mlu", "sp")))
-    for (factor, rules), one in found.items():
+    for (factor, parameterization), one in found.items():
         doublings = math.log2(factor)
-        lower = 0.7 * doublings if rules == "sp" else 0
+        lower = 0.7 * doublings if parameterization == "sp" else 0
         assert one.exponent == pytest.approx(-6.1 - lower)
         assert one.drift.value == pytest.approx(-lower * math.log10(2), abs=1e-9)
         # each seed is compared with itself, so that what they are apart at the base is not in the error
@@ -135,8 +137,8 @@ def test_search_and_its_result(study: Any, shared: dict[Any, str]) -> None:
 
 
 def test_search_ends_where_losses_fall_for_ever(study: Any, shared: dict[Any, str]) -> None:
-    def loss(shape: dict[str, int], rules: str, exponent: float, seed: int) -> float:
-        return valley(shape, rules, exponent, seed) if shape["depth"] == 2 else 2 + 0.1 * exponent
+    def loss(shape: dict[str, int], parameterization: str, exponent: float, seed: int) -> float:
+        return valley(shape, parameterization, exponent, seed) if shape["depth"] == 2 else 2 + 0.1 * exponent
 
     found = searching.transfers(study, shared, made_up(study, shared, loss))
     grown = [one for one in found if one.factor > 1]
@@ -163,8 +165,11 @@ def test_runs_that_are_the_same() -> None:
     }
     small = replace(cpu, axes=ends)
     shared = work.shared_runs(work.plans_of(small))
-    assert {shared[small.base, rules] for rules in small.rules} == {"mlu"}
-    same = {axis: [shared[small.shapes(axis)[1], rules] for rules in small.rules] for axis in small.axes}
+    assert {shared[small.base, parameterization] for parameterization in small.parameterization} == {"mlu"}
+    same = {
+        axis: [shared[small.shapes(axis)[1], parameterization] for parameterization in small.parameterization]
+        for axis in small.axes
+    }
     assert same == {
         "depth": ["mlu", "mlu", "mup", "mup"],
         "heads": ["mlu", "completep", "completep", "sp"],
@@ -177,7 +182,7 @@ def test_runs_that_are_the_same() -> None:
 def test_what_makes_runs_the_same() -> None:
     """Also a factor that belongs to no parameter, as that of a tied readout."""
     quick = replace(recipe.PRESETS["cpu"], **recipe.QUICK)
-    plan = work.plans_of(replace(quick, rules=["mlu"]))[quick.shapes("all together")[1], "mlu"]
+    plan = work.plans_of(replace(quick, parameterization=["mlu"]))[quick.shapes("all together")[1], "mlu"]
     loose = tuple(replace(one, folds=()) for one in plan.multipliers)
     other = (*loose[:-1], replace(loose[-1], value=0.3))
     assert work.numbers(replace(plan, multipliers=loose)) != work.numbers(replace(plan, multipliers=other))
@@ -189,8 +194,10 @@ def test_runs_said_to_be_the_same_are() -> None:
     quick = replace(quick, axes={"depth": {"depth": [1, 2]}, "width": {"mlp_hidden": [16, 32]}})
     plans, deep, wide = work.plans_of(quick), quick.shapes("depth")[1], quick.shapes("width")[1]
 
-    def losses(shape: Any, rules: str) -> tuple[float, ...]:
-        return tuple(work.train(quick, work.Run(shape, rules, -3.0, 1), plans[shape, rules]).losses)
+    def losses(shape: Any, parameterization: str) -> tuple[float, ...]:
+        return tuple(
+            work.train(quick, work.Run(shape, parameterization, -3.0, 1), plans[shape, parameterization]).losses
+        )
 
     assert losses(deep, "mlu") == losses(deep, "completep") != losses(deep, "mup") == losses(deep, "sp")
     assert losses(wide, "mlu") != losses(wide, "completep") == losses(wide, "mup") != losses(wide, "sp")
@@ -230,8 +237,8 @@ def test_file_of_runs(study: Any, tmp_path: Path) -> None:
     assert len(file.read()) == 3
     file.append(runs[1])
     assert len(file.read()) == 4, "what was cut off is not in the way"
-    with pytest.raises(ValueError, match=r"other settings \(rules, seeds\).*another folder"):
-        replace(file, study=replace(study, seeds=2, rules=["mlu"])).read()
+    with pytest.raises(ValueError, match=r"other settings \(parameterizations, seeds\).*another folder"):
+        replace(file, study=replace(study, seeds=2, parameterization=["mlu"])).read()
 
 
 def test_settings_that_contradict_each_other() -> None:
@@ -292,7 +299,7 @@ def test_quick_study(
     wide = quick.shapes("MLP width")[1]
     losses: dict[float, list[float]] = {}
     for run in runs:
-        if (run.shape, run.rules) == (wide, "sp"):
+        if (run.shape, run.parameterization) == (wide, "sp"):
             losses.setdefault(run.exponent, []).append(run.losses[0])
     means = {exponent: np.mean(values) for exponent, values in losses.items()}
     least = min(means, key=lambda exponent: means[exponent])
@@ -350,22 +357,24 @@ def test_a_study_of_ones_own(in_this_process: list[Any], tmp_path: Path, capsys:
         "exponents": [-3, -2],
         "spacing": 1,
         "seeds": 1,
-        "rules": ["mlu", "sp"],
+        "parameterization": ["mlu", "sp"],
     }
     path = tmp_path / "settings.yaml"
     path.write_text(yaml.safe_dump(settings))
     recipe.main(["study", f"--settings={path}", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert "│ size │ × 2  │ MLU " in printed and "│ size │ × 2  │ SP " in printed
-    assert {run.rules for run in in_this_process if dict(run.shape)["depth"] == 2} == {"mlu", "sp"}
+    assert {run.parameterization for run in in_this_process if dict(run.shape)["depth"] == 2} == {"mlu", "sp"}
     path.write_text("shapes: 3")
     with pytest.raises(SystemExit, match="is not the settings of a study: give some of axes, model, data, horizons"):
         recipe.main(["study", f"--settings={path}", f"--output={tmp_path}"])
 
 
 def test_summary_is_of_the_largest_size_and_marks_the_least(study: Any, shared: dict[Any, str]) -> None:
-    def loss(shape: dict[str, int], rules: str, exponent: float, seed: int) -> float:
-        return valley(shape, rules, exponent, 1) - (0.5 if rules == "sp" and shape["depth"] == 8 else 0)
+    def loss(shape: dict[str, int], parameterization: str, exponent: float, seed: int) -> float:
+        return valley(shape, parameterization, exponent, 1) - (
+            0.5 if parameterization == "sp" and shape["depth"] == 8 else 0
+        )
 
     def cells(found: Any) -> list[list[str]]:
         columns = report.summary_table(study, found).columns
@@ -380,7 +389,7 @@ def test_summary_is_of_the_largest_size_and_marks_the_least(study: Any, shared: 
     assert sp[5:] == ["0.113 ± 0.000 ", "[bold]1.310 ± 0.000*[/bold]"]
 
     # nothing is said of a largest size that there was no time for
-    partial = cells([one for one in found if (one.factor, one.rules) != (4, "sp")])
+    partial = cells([one for one in found if (one.factor, one.parameterization) != (4, "sp")])
     assert partial[1][2:3] + partial[1][5:] == ["2 of 3", "-", "-"] and partial[0][6] == "[bold]1.810 ± 0.000*[/bold]"
 
 
@@ -411,11 +420,17 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def test_shipped_yaml_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    options = ["--model.depth=2", "--model.embedding=16", "--trainer.callbacks.init_args.rules=mup", *TINY, *QUIET]
+    options = [
+        "--model.depth=2",
+        "--model.embedding=16",
+        "--trainer.callbacks.init_args.parameterization=mup",
+        *TINY,
+        *QUIET,
+    ]
     recipe.main(["fit", "--config", str(RECIPES / "lr_transfer/config.yaml"), *options])
     assert float(rows(tmp_path / "lr-transfer" / "fit" / "metrics.csv")[-1]["val_loss"]) < 8
     used = yaml.safe_load((tmp_path / "lr-transfer" / "fit" / "config.yaml").read_text())
-    assert used["trainer"]["callbacks"][0]["init_args"]["rules"] == "mup" and used["model"]["depth"] == 2
+    assert used["trainer"]["callbacks"][0]["init_args"]["parameterization"] == "mup" and used["model"]["depth"] == 2
 
 
 def test_shipped_yaml_is_a_run_of_the_study() -> None:
@@ -436,7 +451,7 @@ def test_shipped_sweep_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     grid = itertools.product(*(values["values"] for values in sweep["parameters"].values()))
     last = dict(zip(sweep["parameters"], list(grid)[-1], strict=True))
     assert last == {
-        "trainer.callbacks.init_args.rules": "sp",
+        "trainer.callbacks.init_args.parameterization": "sp",
         "model.depth": 32,
         "model.lr": 0.0625,
         "seed_everything": 2,
