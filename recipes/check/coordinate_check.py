@@ -19,7 +19,7 @@ from mup.coord_check import _get_coord_data
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.checking.quantities import DRIFT, Quantity
+from mlu_lightning.checking.quantities import DRIFT, Kind, Quantity
 from mlu_lightning.checking.verdicts import Point, fit_row
 
 __all__ = ["Curve", "coordinate_check", "excess", "is_off"]
@@ -144,5 +144,5 @@ def _fitted(module: str, t: int, records: Sequence[Mapping[str, Any]]) -> Curve:
     """Fit one curve; records have no seed, but come seed after seed, and for each width after width."""
     widths = len({one["width"] for one in records})
     points = [Point(one["width"], i // widths, one["l1"], one["l1"], one["l1"]) for i, one in enumerate(records)]
-    row = fit_row(Quantity("features", module), "together", points)
+    row = fit_row(Quantity(Kind.FEATURES, module), "together", points)
     return Curve(module, t, row.slope, row.error)

@@ -13,6 +13,7 @@ from time import perf_counter
 from rich.console import Console
 
 from mlu_lightning import MLUCallback, Shape, check
+from mlu_lightning.checking import save_check
 from mlu_lightning.models import CausalTransformer
 from recipes.check.planted_faults import MODELS, text_batches
 from recipes.common.gradient_descent import check_command, command
@@ -51,7 +52,7 @@ def run(output: str = "check-example", quick: bool = False) -> None:
         )
         console.print(f"{name} MLUCallback ({perf_counter() - begin:.0f} s):", highlight=False)
         console.print(report.tables())
-        report.save(Path(output, name))
+        save_check(report, Path(output, name))
 
 
 if __name__ == "__main__":

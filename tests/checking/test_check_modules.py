@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers.check_runs import CONTEXT, few, tokens, transformer
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichModelSummary, TQDMProgressBar
-from test_check import CONTEXT, few, tokens, transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from mlu_lightning import CheckReport, MLUCallback, Plan, Role, Shape
 from mlu_lightning.checking.growth import roles_as_in
 from mlu_lightning.checking.measurement import measure
-from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.checking.verdicts import Point, fit_row
 from recipes.check.plan_faults import Factor, Fault, FaultyCallback
 
@@ -159,35 +158,6 @@ class Initial(Callback):
 def test_positions_of_the_module_itself_pass_along_the_embedding() -> None:
     report = few(build=Positions, base=Shape(2, 2, 16), axes=["embedding"])
     assert report.verdict == "pass", report
-
-
-class Counting(torch.optim.AdamW):
-    """Keeps a counter in its groups, as fused and schedule-free optimizers do, and makes shorter and shorter steps."""
-
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            group["k"] = group.get("k", 0) + 1
-            group["lr"], given = group["lr"] / group["k"], group["lr"]
-        try:
-            return super().step(closure)
-        finally:
-            for group in self.param_groups:
-                group["lr"] = given
-
-
-def test_counters_in_groups_go_back() -> None:
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = Counting([weight], lr=0.5, weight_decay=0.1)
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    found = shrinkage([optimizer], {"weight": weight})
-    assert found == {"weight": pytest.approx(0.5 / 2 * 0.1, rel=1e-5)}
-    assert optimizer.param_groups[0]["k"] == 1
-    del optimizer.param_groups[0]["k"]
-    shrinkage([optimizer], {"weight": weight})
-    assert "k" not in optimizer.param_groups[0]
-    optimizer.param_groups[0]["weight_decay"] = 0.0
-    assert shrinkage([optimizer], {"weight": weight}) == {}
 
 
 class OwnData(Layers):

@@ -1,9 +1,11 @@
-"""Checks where runs are shown: in W&B and TensorBoard."""
+"""Where the report of a check goes: into files of a folder, and to W&B and TensorBoard."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -11,29 +13,45 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mlu_lightning.checking.report import CheckReport
 
-__all__ = ["log_check"]
+__all__ = ["log_check", "save_check"]
+
+
+def save_check(report: CheckReport, folder: str | PathLike[str]) -> None:
+    """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder.
+
+    Args:
+        report: report of a check.
+        folder: folder, which is made if it does not exist.
+    """
+    from mlu_lightning.checking.figure import draw_check  # which needs matplotlib
+
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "check.json").write_text(report.to_json(), encoding="utf-8")
+    (path / "check.txt").write_text(f"{report}\n", encoding="utf-8")
+    draw_check(report).savefig(path / "check.png", dpi=110)
 
 
 @rank_zero_only
 def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:
-    """Show a check where a run is shown.
+    """Log a check to the loggers of a run.
 
     A ``WandbLogger`` gets the figure as the image ``mlu/check``, the verdict and the roles at fault in the run's summary,
     and the table ``mlu/check/rows`` of all slopes; a ``TensorBoardLogger`` the figure and the printed report. Other
     loggers are left alone.
 
     Args:
-        loggers: of a Trainer, or on their own: ``log_check([WandbLogger()], check(...))``.
-        report: of a check.
+        loggers: loggers of a Trainer, or on their own: ``log_check([WandbLogger()], check(...))``.
+        report: report of a check.
 
     >>> from mlu_lightning import Shape
     >>> log_check([], CheckReport(Shape(1, 1, 1), (1, 2), 1, 1, ()))
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            _to_wandb(logger, report)
+            _log_to_wandb(logger, report)
         elif isinstance(logger, TensorBoardLogger):
-            from mlu_lightning.checking.figure import draw_check  # which needs matplotlib
+            from mlu_lightning.checking.figure import draw_check
 
             logger.experiment.add_figure("mlu/check", draw_check(report))
             logger.experiment.add_text("mlu/check", f"```\n{report}\n```")
@@ -43,7 +61,7 @@ def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:
 _COLUMNS = "kind", "name", "role", "axis", "slope", "error", "verdict", "reason"
 
 
-def _to_wandb(logger: WandbLogger, report: CheckReport) -> None:
+def _log_to_wandb(logger: WandbLogger, report: CheckReport) -> None:
     import wandb
 
     from mlu_lightning.checking.figure import draw_check
@@ -56,16 +74,16 @@ def _to_wandb(logger: WandbLogger, report: CheckReport) -> None:
 
 
 def _rows(report: CheckReport) -> list[tuple[Any, ...]]:
-    """All slopes; None where there is none."""
+    """Values of the columns for every slope; None where there is no number."""
     return [
         (
-            row.quantity.kind,
+            str(row.quantity.kind),
             row.quantity.name,
             row.quantity.role,
             row.axis,
             *(None if math.isnan(number) else number for number in (row.slope, row.error)),
             row.verdict,
-            row.reason,
+            str(row.reason),
         )
         for row in report.rows
     ]
