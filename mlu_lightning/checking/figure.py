@@ -81,9 +81,8 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
         if curve is None:
             continue
         failing = row.verdict == "fail"
-        panel.plot(
-            factors, curve, color=_COLORS[row.verdict], linewidth=2 if failing else 0.9, alpha=1 if failing else 0.7
-        )
+        width, alpha = (2, 1.0) if failing else (0.9, 0.7)
+        panel.plot(factors, curve, color=_COLORS[row.verdict], linewidth=width, alpha=alpha)
         if failing:
             named[row.quantity.label] = curve[-1]
     panel.plot([factors[0]] * 2, [1 / 2, 2], alpha=0)  # the least that is shown
@@ -116,15 +115,11 @@ _ORDER: tuple[Verdict, ...] = ("pass", "undecided", "fail")
 
 
 def _curve(row: Row, factors: Sequence[int]) -> list[float] | None:
-    """Geometric means over seeds, over that at the smallest size."""
+    """Geometric means over seeds, over that at the smallest size; None if there is no such number at every size."""
     values: dict[int, list[float]] = defaultdict(list)
     for point in row.points:
         values[point.factor].append(point.at(row.reason))
-    if any(not all(math.isfinite(value) and value > 0 for value in found) for found in values.values()):
+    if values.keys() != set(factors) or not all(0 < value < math.inf for found in values.values() for value in found):
         return None
-    means = [
-        math.exp(math.fsum(map(math.log, values[factor])) / len(values[factor]))
-        for factor in factors
-        if factor in values
-    ]
-    return [mean / means[0] for mean in means] if len(means) == len(factors) else None
+    means = [math.exp(math.fsum(map(math.log, values[factor])) / len(values[factor])) for factor in factors]
+    return [mean / means[0] for mean in means]

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -218,9 +219,5 @@ def _is_in(name: str, module: str) -> bool:
 
 def _common(one: str, other: str) -> str:
     """Name of the smallest submodule that has both in it."""
-    shared = []
-    for part, same in zip(one.split("."), other.split("."), strict=False):
-        if part != same:
-            break
-        shared.append(part)
-    return ".".join(shared)
+    parts = zip(one.split("."), other.split("."), strict=False)
+    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], parts))

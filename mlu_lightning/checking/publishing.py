@@ -58,9 +58,6 @@ def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:
             logger.experiment.flush()
 
 
-_COLUMNS = "kind", "name", "role", "axis", "slope", "error", "verdict", "reason"
-
-
 def _log_to_wandb(logger: WandbLogger, report: CheckReport) -> None:
     import wandb
 
@@ -68,22 +65,14 @@ def _log_to_wandb(logger: WandbLogger, report: CheckReport) -> None:
 
     run: Any = logger.experiment
     run.log({"mlu/check": wandb.Image(draw_check(report))})
-    logger.log_table("mlu/check/rows", columns=[*_COLUMNS], data=[*map(list, _rows(report))])
+    columns = ["kind", "name", "role", "axis", "slope", "error", "verdict", "reason"]
+    data = []
+    for row in report.rows:
+        quantity = row.quantity
+        numbers = (None if math.isnan(number) else number for number in (row.slope, row.error))
+        data.append(
+            [str(quantity.kind), quantity.name, quantity.role, row.axis, *numbers, row.verdict, str(row.reason)]
+        )
+    logger.log_table("mlu/check/rows", columns=columns, data=data)
     run.summary["mlu/check/verdict"] = report.verdict
     run.summary["mlu/check/causes"] = [str(cause) for cause in report.causes]
-
-
-def _rows(report: CheckReport) -> list[tuple[Any, ...]]:
-    """Values of the columns for every slope; None where there is no number."""
-    return [
-        (
-            str(row.quantity.kind),
-            row.quantity.name,
-            row.quantity.role,
-            row.axis,
-            *(None if math.isnan(number) else number for number in (row.slope, row.error)),
-            row.verdict,
-            str(row.reason),
-        )
-        for row in report.rows
-    ]

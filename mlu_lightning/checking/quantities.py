@@ -58,10 +58,8 @@ class Kind(str, Enum):
 class Quantity:
     """Something that is measured in every run of a check.
 
-    Args:
-        kind: kind of the measurement.
-        name: pattern of parameters or of branches, location in a stream, or role.
-        role: role of the parameters; None for features, streams and outputs.
+    The name is a pattern of parameters or of branches, a location in a stream, or a role; the role is that of the
+    parameters, None for features, streams and outputs.
     """
 
     kind: Kind

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
 from typing import Any, get_args
@@ -15,16 +15,7 @@ from rich.text import Text
 
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
-from mlu_lightning.checking.verdicts import (
-    CONFIDENCE,
-    Cause,
-    Point,
-    Reason,
-    Row,
-    Verdict,
-    find_causes,
-    overall_verdict,
-)
+from mlu_lightning.checking.verdicts import CONFIDENCE, Cause, Point, Reason, Row, Verdict, find_causes, overall_verdict
 from mlu_lightning.shapes import Shape
 
 __all__ = ["CheckReport", "axes_of", "by_quantity"]
@@ -170,31 +161,24 @@ def _table(rows: Sequence[Row]) -> Table:
         column.no_wrap = True
     last: Kind | None = None
     for quantity, found in by_quantity(rows).items():
-        if last is not None and quantity.kind is not last:
-            table.add_section()
         kind = "" if quantity.kind is last else str(quantity.kind)
+        if kind and last is not None:
+            table.add_section()
         last = quantity.kind
         name = "" if quantity.name == quantity.role else quantity.name
-        verdict = _worst(found.values())
-        table.add_row(kind, name, quantity.role or "", *_cells(found, axes), Text(verdict, style=_STYLES[verdict]))
+        cells = [_cell(found.get(axis)) for axis in axes]
+        worst = min((row.verdict for row in found.values()), key=("fail", "undecided", "pass").index)
+        table.add_row(kind, name, quantity.role or "", *cells, Text(worst, style=_STYLES[worst]))
     return table
 
 
-def _cells(found: dict[str, Row], axes: Sequence[str]) -> Iterator[Text]:
-    for axis in axes:
-        row = found.get(axis)
-        if row is None:
-            yield Text("")
-        elif math.isnan(row.slope):
-            yield Text(f"-{_MARKS[row.verdict]}", style=_STYLES[row.verdict])
-        else:
-            style = "" if row.verdict == "pass" else _STYLES[row.verdict]
-            yield Text(f"{row.slope:+.2f}±{row.error:.2f}{_MARKS[row.verdict]}", style=style)
-
-
-def _worst(rows: Iterable[Row]) -> Verdict:
-    verdicts = {row.verdict for row in rows}
-    return next(verdict for verdict in ("fail", "undecided", "pass") if verdict in verdicts)
+def _cell(row: Row | None) -> Text:
+    if row is None:
+        return Text("")
+    if math.isnan(row.slope):
+        return Text(f"-{_MARKS[row.verdict]}", style=_STYLES[row.verdict])
+    style = "" if row.verdict == "pass" else _STYLES[row.verdict]
+    return Text(f"{row.slope:+.2f}±{row.error:.2f}{_MARKS[row.verdict]}", style=style)
 
 
 def _finite(value: Any) -> Any:
@@ -207,26 +191,27 @@ def _finite(value: Any) -> Any:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    def number(value: float | None) -> float:
-        return math.nan if value is None else float(value)
-
-    points = tuple(
-        Point(
-            _a(int, one["factor"]), _a(int, one["seed"]), *(number(one[key]) for key in ("value", "lowest", "highest"))
-        )
-        for one in content["points"]
-    )
-    quantity = content["quantity"]
-    kind, role = _one_of(list(Kind), quantity["kind"]), quantity.get("role")
+    quantity, role = content["quantity"], content["quantity"].get("role")
     return Row(
-        quantity=Quantity(Kind(kind), _a(str, quantity["name"]), role and _a(str, role)),
+        quantity=Quantity(
+            Kind(_one_of(list(Kind), quantity["kind"])), _a(str, quantity["name"]), role and _a(str, role)
+        ),
         axis=_one_of(AXES, content["axis"]),
-        slope=number(content["slope"]),
-        error=number(content["error"]),
+        slope=_number(content["slope"]),
+        error=_number(content["error"]),
         verdict=_one_of(get_args(Verdict), content["verdict"]),
         reason=Reason(_one_of(list(Reason), content["reason"])),
-        points=points,
+        points=tuple(map(_point, content["points"])),
     )
+
+
+def _point(content: dict[str, Any]) -> Point:
+    numbers = (_number(content[name]) for name in ("value", "lowest", "highest"))
+    return Point(_a(int, content["factor"]), _a(int, content["seed"]), *numbers)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _a(kind: type, value: Any) -> Any:

@@ -38,15 +38,7 @@ class Reason(str, Enum):
 
 @dataclass(frozen=True)
 class Point:
-    """A quantity in one run.
-
-    Args:
-        factor: size over that where the axis begins.
-        seed: seed of the run.
-        value: measured over expected, the geometric mean over places along the depth.
-        lowest: least of these places.
-        highest: largest of these places.
-    """
+    """A quantity in one run, measured over expected: the geometric mean over places along the depth, least and largest."""
 
     factor: int
     seed: int
@@ -61,17 +53,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """How a quantity grows along an axis.
+    """How a quantity grows along an axis: the slope d log quantity / d log size, less what is expected, or NaN.
 
-    Args:
-        quantity: what was measured.
-        axis: depth, hidden, embedding, or together.
-        slope: d log quantity / d log size, less what is expected; NaN if there is none.
-        error: half the width of its confidence interval.
-        verdict: ``"pass"`` if the interval has a slope of finite networks in it and none of a fault, or a parameter does
-            nothing at any size, ``"fail"`` if the other way round, else ``"undecided"``.
-        reason: why there is no slope, or which of several places along the depth it is of.
-        points: measurements that it was fitted to.
+    ``error`` is half the width of the slope's confidence interval. The verdict is ``"pass"`` if the interval has a slope of
+    finite networks in it and none of a fault, or a parameter does nothing at any size, ``"fail"`` if it is the other way
+    round, else ``"undecided"``.
     """
 
     quantity: Quantity
@@ -93,13 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cause:
-    """A role with a fault.
-
-    Args:
-        role: role of the parameters; the name of what moves if no role can be told.
-        factor: factor of the plan that may be wrong.
-        rows: failing rows, the worst first.
-    """
+    """A role with a fault (or what moves, if no role can be told), the factor of the plan that may be wrong, and why."""
 
     role: str
     factor: str

@@ -243,15 +243,10 @@ def _read_plan(path: Path, name: str, record: RunRecord, values: _Values) -> Non
 
 
 def _read_reference(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    if _has_header(path):
-        record.references[name] = Reference.load(path)
-
-
-def _has_header(path: Path) -> bool:
-    """Whether a safetensors file is a reference, and not the weights of a model."""
     with path.open("rb") as file:
-        size = file.read(8)
-        if len(size) < 8:
+        length = file.read(8)
+        if len(length) < 8:
             raise ValueError("It is too short for a safetensors file")
-        length = int.from_bytes(size, "little")
-        return FORMAT.encode() in file.read(min(length, 10_000_000))
+        header = file.read(min(int.from_bytes(length, "little"), 10_000_000))
+    if FORMAT.encode() in header:  # others are weights of a model
+        record.references[name] = Reference.load(path)
