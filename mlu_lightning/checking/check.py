@@ -13,14 +13,14 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, se
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
-from mlu_lightning.checking.growth import check_growth, roles_as_in
+from mlu_lightning.checking.growth import check_growth
 from mlu_lightning.checking.measurement import Measurement, measure
 from mlu_lightning.checking.preparation import build, first_batches, make_trainer, prepare, quiet, transfer
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
 
 __all__ = ["check"]
@@ -118,7 +118,6 @@ def check(
             measured[shape, run_seed] = measure(
                 module,
                 plan,
-                roles_as_in(plan, largest, reference),
                 make_callbacks(at_base),
                 batches[run_seed][:count],
                 probe,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlu_lightning.discovery.trace import tensors_in
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 
 __all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
@@ -210,7 +210,7 @@ def _first(output: Any) -> Tensor:
 
 
 _ROUNDING = 4
-_LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
+_LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
 
 
 def _is_in(name: str, module: str) -> bool:

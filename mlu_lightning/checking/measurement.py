@@ -18,10 +18,9 @@ from mlu_lightning.checking.shrinkage import restored, shrinkage
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.observation.feature_updates import moved
 from mlu_lightning.observation.probe import Location, locate, locate_features, observe
-from mlu_lightning.planning.base import name_pattern
-from mlu_lightning.planning.plan import Plan
-from mlu_lightning.table import Role
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.planning import Plan
+from mlu_lightning.table import Role, Variant, row_name
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["Measurement", "measure"]
 
@@ -48,7 +47,6 @@ class Measurement:
 def measure(
     module: LightningModule,
     plan: Plan,
-    roles: Mapping[str, Role],
     callbacks: Sequence[Callback],
     batches: Sequence[Any],
     probe: Any,
@@ -61,7 +59,7 @@ def measure(
     Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; of the plan, ratios and locations
     are used, and none of its factors. The hooks of a datamodule transfer batches.
     """
-    watch = _Watch(plan, roles, probe, steps)
+    watch = _Watch(plan, probe, steps)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
     if datamodule is None:
         fitting.fit(module, Batches(batches))
@@ -82,10 +80,10 @@ def measure(
 class _Watch(Callback):
     """Measures a module while it is trained."""
 
-    def __init__(self, plan: Plan, roles: Mapping[str, Role], probe: Any, steps: int) -> None:
+    def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._roles = roles
+        self._rows = {name: parameter.row for name, parameter in plan.parameters.items()}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -126,13 +124,13 @@ class _Watch(Callback):
             self._found[quantity].append(moves)
             if name in self._features:
                 self._depths[quantity].append(self._relative_depth(self._features[name]))
-        for role in dict.fromkeys(self._roles.values()):
-            without = self._observe_without(role, pl_module)
+        for row in dict.fromkeys(self._rows.values()):
+            without = self._observe_without(row, pl_module)
             for name in (name for name in after if name in self._outputs | self._ends):
                 effect = Kind.EFFECT_ON_OUTPUT if name in self._outputs else Kind.EFFECT_ON_STREAM
                 moves = moved(without[name], after[name])
                 if moves > 0:  # what comes after a stream has no effect on it
-                    self._found[Quantity(effect, role.value, role.value)].append(moves)
+                    self._found[Quantity(effect, row, row)].append(moves)
 
     def measurements(self) -> tuple[Measurement, ...]:
         still = {self._quantity_at(name) for name in self._starts}
@@ -156,13 +154,13 @@ class _Watch(Callback):
         with restored(planned_parameters(module)):
             return observe(module, self._probe, self._locations if locations is None else locations, "training_step")
 
-    def _observe_without(self, role: Role, module: LightningModule) -> dict[str, Tensor]:
-        """Observe the module with the parameters of one role as they were at the start."""
+    def _observe_without(self, row: str, module: LightningModule) -> dict[str, Tensor]:
+        """Observe the module with the parameters of one row of the table as they were at the start."""
         parameters = planned_parameters(module)
-        of_role = {name: parameter for name, parameter in parameters.items() if self._roles[name] is role}
-        with restored(of_role):
+        of_row = {name: parameter for name, parameter in parameters.items() if self._rows[name] == row}
+        with restored(of_row):
             with torch.no_grad():
-                for name, parameter in of_role.items():
+                for name, parameter in of_row.items():
                     parameter.copy_(self._start[name])
             return self._observe(module)
 
@@ -172,17 +170,18 @@ class _Watch(Callback):
             module, tuple(self._readers.values()), replacements, lambda: self._observe(module, locations=())
         )
         # experts without tokens are not read, as others beside them are
-        read = {(name_pattern(name), self._roles[name]) for name in effects}
+        read = {(name_pattern(name), self._rows[name]) for name in effects}
         parameters = planned_parameters(module)
-        unread = [name for name in parameters if (name_pattern(name), self._roles[name]) not in read]
+        unread = [name for name in parameters if (name_pattern(name), self._rows[name]) not in read]
         effects |= value_effects(self._plan, unread, parameters, replacements, aligned=kind is Kind.UPDATE)
         for name, effect in effects.items():
             multiplied = name in self._readers and self._readers[name].multiplied
-            if kind is Kind.START and multiplied and self._roles[name] is Role.BRANCH_NORM and effect > 0:
+            if kind is Kind.START and multiplied and self._plan.roles[name] is Role.BRANCH_NORM and effect > 0:
                 # it is the multiplier of what comes before the norm, and the norm's values are something else
                 size = rms(parameters[name])
                 self._add(kind, name, size)
-                self._add(kind, name, effect / size, Role.BRANCH_OUT_NORMED, " (multiplier)", multiplied)
+                before_norm = Role.BRANCH_OUT, Variant.BEFORE_NORM
+                self._add(kind, name, effect / size, before_norm, " (multiplier)", multiplied)
             elif effect > 0 or kind is Kind.UPDATE:  # what is zero at the start has no size to scale
                 self._add(kind, name, effect, multiplied=multiplied)
 
@@ -191,13 +190,14 @@ class _Watch(Callback):
         kind: Kind,
         name: str,
         value: float,
-        role: Role | None = None,
+        row: tuple[Role, Variant | None] | None = None,
         what: str = "",
         multiplied: bool = False,
     ) -> None:
-        role = role or self._roles[name]
-        expected = expected_powers(kind, role, multiplied)(self._plan.parameters[name].ratios)
-        self._found[Quantity(kind, f"{name_pattern(name)}{what}", role.value)].append(value / expected)
+        parameter = self._plan.parameters[name]
+        role, variant = row or (parameter.role, parameter.variant)
+        expected = expected_powers(kind, role, multiplied, variant, parameter.ratios)(parameter.ratios)
+        self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
 
 
 def _names(locations: Sequence[Location]) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from mlu_lightning.table import Powers, Role
+from mlu_lightning.table import TABLES, Parameterization, Powers, Ratios, Role, Variant
 
 __all__ = ["ALONE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_powers", "lowest_and_highest"]
 
@@ -79,18 +79,21 @@ class Quantity:
         return self.role or self.name
 
 
-def expected_powers(kind: Kind, role: Role, multiplied: bool) -> Powers:
+def expected_powers(
+    kind: Kind, role: Role, multiplied: bool, variant: Variant | None = None, ratios: Ratios | None = None
+) -> Powers:
     """Powers of a parameter's ratios with which a quantity should grow in the limit of large networks.
 
     Everything moves by Θ(1) in every step (theory.md, section 1), and what a branch adds to the stream is one of L such
     parts. At the start, W_in h and W h are of order one, a branch adds sqrt(D/M)/L of what goes into its last matrix, and
     outputs are of order 1/sqrt(D) (theory.md, section 2). ``multiplied`` says that the multiplier 1/L of the branch is part
-    of what is measured.
+    of what is measured; the row of a role may depend on its variant and on the ratios to the base.
     """
-    powers = _START.get(role, Powers()) if kind is Kind.START else Powers()
+    row = _TABLE.row(role, variant, ratios or Ratios())
+    powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
     part = kind in (Kind.START, Kind.UPDATE) and multiplied
     # norms on the way from one addition to the next all act on one stream
-    return replace(powers, depth=-1) if part or (kind is Kind.UPDATE and role is Role.POST_NORM) else powers
+    return replace(powers, depth=-1) if part or (kind is Kind.UPDATE and variant is Variant.POST_NORM) else powers
 
 
 def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
@@ -114,8 +117,9 @@ def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
 
 
 _AT_RANDOM = (Role.BRANCH_NORM, Role.BRANCH_BOUNDED, Role.BRANCH_BOUNDED_MATRIX)
+_TABLE = TABLES[Parameterization.MLU]
 _START = {
-    Role.BRANCH_OUT: Powers(aspect=0.5),
-    Role.READOUT: Powers(inputs=-0.5),
-    Role.STREAM_BOUNDED_MATRIX: Powers(inputs=-0.5),
+    _TABLE.rows[Role.BRANCH_OUT]: Powers(aspect=0.5),
+    _TABLE.rows[Role.READOUT]: Powers(inputs=-0.5),
+    _TABLE.rows[Role.STREAM_BOUNDED_MATRIX]: Powers(inputs=-0.5),
 }

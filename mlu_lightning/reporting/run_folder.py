@@ -19,7 +19,7 @@ from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.observation.reference import Reference
 from mlu_lightning.observation.reference_format import FORMAT
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 
 __all__ = ["UNREADABLE", "Curve", "RunRecord", "read_run", "reason"]
 

@@ -8,29 +8,37 @@ import pytest
 from helpers.check_reports import READ
 
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers, lowest_and_highest
-from mlu_lightning.table import TABLE, OptimizerFamily, Ratios, Role, scale
+from mlu_lightning.table import OptimizerFamily, Ratios, Role, Variant, scale
 
 
-def table_says(role: Role, ratios: Ratios, kind: Kind) -> float:
+def table_says(role: Role, variant: Variant | None, ratios: Ratios, kind: Kind) -> float:
     """What start and update of a role are by the table: std times inputs added at random; Adam's lr times all inputs."""
-    entry = scale(role, ratios, OptimizerFamily.ADAMW)
+    entry = scale(role, ratios, OptimizerFamily.ADAMW, variant=variant)
     if kind is Kind.START:
         return entry.multiplier * entry.std * math.sqrt(ratios.inputs)
     return entry.multiplier * entry.lr * ratios.inputs
 
 
-@pytest.mark.parametrize("role", TABLE)
+ROWS = [
+    *((role, None) for role in Role),
+    (Role.BRANCH_OUT, Variant.BEFORE_NORM),
+    (Role.STREAM_NORM, Variant.POST_NORM),
+    (Role.STREAM_MATRIX, Variant.IN_HEAD),
+]
+
+
+@pytest.mark.parametrize(("role", "variant"), ROWS)
 @pytest.mark.parametrize("kind", [Kind.START, Kind.UPDATE])
-def test_expectations_of_the_theory_are_what_the_table_makes(role: Role, kind: Kind) -> None:
+def test_expectations_of_the_theory_are_what_the_table_makes(role: Role, variant: Variant | None, kind: Kind) -> None:
     """Two statements of one theory: sizes that should not change, and the factors by which they do not."""
     ratios = Ratios(depth=3.0, inputs=5.0, outputs=7.0)
     if not role.is_matrix:
         ratios = Ratios(depth=3.0, outputs=7.0)
     if role is Role.EMBEDDING:
         ratios = Ratios(outputs=7.0)
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS)
-    expected = expected_powers(kind, role, multiplied=writes)(ratios)
-    assert expected == pytest.approx(table_says(role, ratios, kind), rel=1e-12)
+    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
+    expected = expected_powers(kind, role, writes, variant, ratios)(ratios)
+    assert expected == pytest.approx(table_says(role, variant, ratios, kind), rel=1e-12)
 
 
 def test_band_of_what_happens_at_random() -> None:
