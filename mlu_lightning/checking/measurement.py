@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
 from mlu_lightning.checking.preparation import Batches, make_trainer
-from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
+from mlu_lightning.checking.quantities import Kind, Quantity, expected_size
 from mlu_lightning.checking.shrinkage import restored, shrinkage
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.observation.feature_updates import moved
@@ -196,7 +196,7 @@ class _Watch(Callback):
     ) -> None:
         parameter = self._plan.parameters[name]
         role, variant = row or (parameter.role, parameter.variant)
-        expected = expected_powers(kind, role, multiplied, variant, parameter.ratios)(parameter.ratios)
+        expected = expected_size(kind, role, variant, parameter.ratios, multiplied)
         self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
 
 

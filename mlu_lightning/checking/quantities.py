@@ -7,7 +7,7 @@ from enum import Enum
 
 from mlu_lightning.table import TABLES, Parameterization, Powers, Ratios, Role, Variant
 
-__all__ = ["ALONE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_powers", "lowest_and_highest"]
+__all__ = ["ALONE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_size", "lowest_and_highest"]
 
 DRIFT = 0.25
 """How far slopes may be from those of the limit because networks are of finite size."""
@@ -79,21 +79,21 @@ class Quantity:
         return self.role or self.name
 
 
-def expected_powers(
-    kind: Kind, role: Role, multiplied: bool, variant: Variant | None = None, ratios: Ratios | None = None
-) -> Powers:
-    """Powers of a parameter's ratios with which a quantity should grow in the limit of large networks.
+def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratios, multiplied: bool) -> float:
+    """Size of a parameter's quantity over that at the base, in the limit of large networks.
 
     Everything moves by Θ(1) in every step (theory.md, section 1), and what a branch adds to the stream is one of L such
     parts. At the start, W_in h and W h are of order one, a branch adds sqrt(D/M)/L of what goes into its last matrix, and
     outputs are of order 1/sqrt(D) (theory.md, section 2). ``multiplied`` says that the multiplier 1/L of the branch is part
-    of what is measured; the row of a role may depend on its variant and on the ratios to the base.
+    of what is measured.
     """
-    row = _TABLE.row(role, variant, ratios or Ratios())
+    row = _TABLE.row(role, variant, ratios)
     powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
-    part = kind in (Kind.START, Kind.UPDATE) and multiplied
+    is_part = kind in (Kind.START, Kind.UPDATE) and multiplied
     # norms on the way from one addition to the next all act on one stream
-    return replace(powers, depth=-1) if part or (kind is Kind.UPDATE and variant is Variant.POST_NORM) else powers
+    if is_part or (kind is Kind.UPDATE and variant is Variant.POST_NORM):
+        powers = replace(powers, depth=-1)
+    return powers(ratios)
 
 
 def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:

@@ -136,7 +136,7 @@ def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: 
     >>> optimal_shape(100e6, Architecture.resnet(constants=measured)).shape
     Shape(depth=67, hidden=896, embedding=832)
     """
-    return _search(parameters, architecture, gain).best()
+    return _Search(parameters, architecture, gain).best()
 
 
 def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> list[Candidate]:
@@ -145,7 +145,7 @@ def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gai
     These are the best shapes at a quarter, half, twice and four times its depth, and the best at its depth with these
     parts of its embedding dimension, in order of depth and embedding dimension.
     """
-    search = _search(parameters, architecture, gain)
+    search = _Search(parameters, architecture, gain)
     best = search.best().shape
     factors = (0.25, 0.5, 1, 2, 4)
     step = architecture.multiples
@@ -156,36 +156,40 @@ def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gai
     return sorted(found, key=lambda candidate: (candidate.shape.depth, candidate.shape.embedding))
 
 
-def _search(parameters: float, architecture: Architecture, gain: float) -> _Search:
-    if not 0.01 <= gain < 0.5:
-        raise ValueError(
-            f"gain={gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the error. With "
-            "less, the bound takes depth almost without end; half of it is more than any depth gains."
-        )
-    least = architecture.parameters(architecture.multiples)
-    if not least <= parameters < math.inf:
-        raise ValueError(
-            f"With parameters={parameters:g} there is no shape: the smallest allowed one, {architecture.multiples}, has "
-            f"{least:,} parameters. Allow as many, or smaller multiples."
-        )
-    return _Search(int(parameters), architecture, -math.log2(1 - gain))
-
-
 @dataclass(frozen=True)
 class _Search:
     """Shapes that a number of parameters allows, searched outwards from where a lower bound is least."""
 
-    budget: int
+    parameters: float
     architecture: Architecture
-    exponent: float
+    gain: float
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.gain < 0.5:
+            raise ValueError(
+                f"gain={self.gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the "
+                "error. With less, the bound takes depth almost without end; half of it is more than any depth gains."
+            )
+        smallest = self.architecture.multiples
+        least = self.architecture.parameters(smallest)
+        if not least <= self.parameters < math.inf:
+            raise ValueError(
+                f"With parameters={self.parameters:g} there is no shape: the smallest allowed one, {smallest}, has "
+                f"{least:,} parameters. Allow as many, or smaller multiples."
+            )
+
+    @property
+    def budget(self) -> int:
+        return int(self.parameters)
 
     def best(self) -> Candidate:
-        """Candidate of least error * L^exponent, over all depths."""
+        """Candidate of least error * L^e with e = -log2(1 - gain), over all depths."""
+        exponent = -math.log2(1 - self.gain)
         step, squares, floor = self.architecture.multiples.depth, self.architecture.constants.depth**2, self._floor()
         return _least(
             lambda i: self.best_at_depth(step * i),
-            lambda candidate: candidate.error * math.pow(candidate.shape.depth, self.exponent),
-            lambda i: math.sqrt(squares / (step * i) ** 2 + floor) * math.pow(step * i, self.exponent),
+            lambda candidate: candidate.error * math.pow(candidate.shape.depth, exponent),
+            lambda i: math.sqrt(squares / (step * i) ** 2 + floor) * math.pow(step * i, exponent),
             self.most_depth() // step,
         )
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from helpers.check_reports import READ
 
-from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers, lowest_and_highest
+from mlu_lightning.checking.quantities import Kind, Quantity, expected_size, lowest_and_highest
 from mlu_lightning.table import OptimizerFamily, Ratios, Role, Variant, scale
 
 
@@ -37,7 +37,7 @@ def test_expectations_of_the_theory_are_what_the_table_makes(role: Role, variant
     if role is Role.EMBEDDING:
         ratios = Ratios(outputs=7.0)
     writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
-    expected = expected_powers(kind, role, writes, variant, ratios)(ratios)
+    expected = expected_size(kind, role, variant, ratios, multiplied=writes)
     assert expected == pytest.approx(table_says(role, variant, ratios, kind), rel=1e-12)
 
 
