@@ -94,21 +94,8 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    csv.Error,
-)
+_BUILT_IN = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, EOFError, RuntimeError)
+UNREADABLE = (*_BUILT_IN, ImportError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, csv.Error)
 """What is raised by reading damaged files, and by showing what was read."""
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from mlu_lightning import MLUCallback, Role, Shape, check
+from mlu_lightning.checking.quantities import Kind
 from mlu_lightning.models import CausalTransformer, ResNet
 from recipes.check.plan_faults import Fault, FaultyCallback
 
@@ -27,11 +28,12 @@ def test_right_plan_passes_and_is_the_same_with_hooks_and_folded() -> None:
         for mode in ("hook", "fold")
     )
     assert hook.verdict == "pass", hook
-    kinds = {row.quantity.kind for row in hook.rows}
-    assert kinds == {"start", "update", "decay", "features", "stream", "output", "effect on stream", "effect on output"}
+    assert {row.quantity.kind for row in hook.rows} == set(Kind)
     assert [row.quantity for row in hook.rows] == [row.quantity for row in fold.rows]
     for one, other in zip(hook.rows, fold.rows, strict=True):
-        if one.quantity.kind != "decay":  # weights that hold their multipliers have the same decay, but for rounding
+        if (
+            one.quantity.kind is not Kind.DECAY
+        ):  # weights that hold their multipliers have the same decay, but for rounding
             assert other.slope == pytest.approx(one.slope, abs=2e-3), one
 
 

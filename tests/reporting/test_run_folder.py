@@ -158,7 +158,7 @@ def test_a_check_that_is_none_is_named(change: Callable[[Any], Any], says: str, 
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("depth: 1.0", "depth: '<b>'", "ratios, depth: '<b>' should be a number"),
+        ("value: 1.0", "value: '<b>'", "value: '<b>' should be a number"),
         ("shape: [4, 3]", "shape: abc", "shape: 'abc' should be a list"),
     ],
 )
