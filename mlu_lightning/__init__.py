@@ -4,7 +4,7 @@ Begin with :class:`MLUCallback`, which takes a module of the base shape and does
 also work without Lightning: :func:`discover` finds the structure of a module, :meth:`Plan.from_model` puts it next to a
 base, :func:`initialize`, :func:`attach_multipliers` (or :func:`fold`) and :func:`scale_optimizer` apply the plan.
 :class:`FeatureUpdate`, :class:`ReferenceRecorder` and :class:`EmbeddingDistance` watch a run, :func:`check` tests a
-parameterization, and :func:`bake` makes a plain module of a trained one. The mathematics is in ``theory.md`` beside this file.
+parameterization, and :func:`bake` makes a plain module of a trained one. The mathematics is in ``theory.md``.
 """
 
 from importlib.util import find_spec
