@@ -59,9 +59,8 @@ def check(
         callbacks: function that makes the callbacks of a Trainer, given a freshly built module of the base shape; by
             default an :class:`MLUCallback` with that base. Those that save checkpoints or print are left out.
         axes: axes along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without
-            those that a module does not have on its own, such as heads whose dimension times their number is the
-            embedding. By default all, together if there are four factors or more, because they grow together by all but
-            the last.
+            those that a module cannot grow alone, such as heads whose dimension times their number is the embedding. By
+            default all, together if there are four factors or more, because they grow together by all but the last.
         factors: factors by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
         steps: optimizer steps of every run.

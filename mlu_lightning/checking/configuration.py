@@ -58,8 +58,8 @@ class Configured:
     def loggers(self) -> list[Logger]:
         """Build the loggers that the configuration names; those that Lightning makes by itself are not among them."""
         logger = (self.content.get("trainer") or {}).get("logger")
-        given = logger if isinstance(logger, list) else [logger]
-        named = [entry for entry in given if isinstance(entry, (dict, str))]
+        sections = logger if isinstance(logger, list) else [logger]
+        named = [section for section in sections if isinstance(section, (dict, str))]
         return list(self._parsed(self.base, named).loggers) if named else []
 
     @property
@@ -90,11 +90,11 @@ def read_config(
     ``model`` and ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``.
     """
     content = _content(Path(path))
-    others = [name for name in content if name not in _OF_LIGHTNING]
+    left_out = [name for name in content if name not in _OF_LIGHTNING]
     content = {name: value for name, value in content.items() if name in _OF_LIGHTNING}
-    for name, given in (("model", model), ("data", data)):
-        if given is not None:
-            content[name] = {"class_path": given, "init_args": _arguments(content.get(name) or {})}
+    for name, class_path in (("model", model), ("data", data)):
+        if class_path is not None:
+            content[name] = {"class_path": class_path, "init_args": _arguments(content.get(name) or {})}
     if "class_path" not in (content.get("model") or {}):
         raise ValueError(
             f"{path} does not say which class its model is of, as configurations of LightningCLI(MyModule) do not. Give it: "
@@ -137,7 +137,7 @@ def read_config(
             )
     taken = {name: value for name, value in missing.items() if name not in start}
     axes = {axis: tuple(names) for axis, names in keys.items()}
-    return Configured(filled, axes, start, Shape(**first), _notes(others, taken))
+    return Configured(filled, axes, start, Shape(**first), _notes(left_out, taken))
 
 
 _OF_A_STEP = (

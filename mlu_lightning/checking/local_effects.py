@@ -53,35 +53,29 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
     Parameters in whose submodule other matrices come after them are left out, such as the projections of queries, keys and
     values in ``nn.MultiheadAttention``, or what a stack of experts reads with: see :func:`value_effects` for these.
     """
-    sites = {
-        name: multiplier
+    attached = [
+        (multiplier, multiplier.site)
         for multiplier in plan.multipliers
         if multiplier.kind in ("branch", "readout") and multiplier.site is not None
-        for name in multiplier.folds
-    }
-    multiplied = {
-        (multiplier.site.module, multiplier.site.where): multiplier
-        for multiplier in plan.multipliers
-        if multiplier.kind in ("branch", "readout") and multiplier.site is not None
-    }
-    matrices = [name for name, one in plan.parameters.items() if one.role.is_matrix and one.role is not Role.EMBEDDING]
-    found = []
-    for name, parameter in plan.parameters.items():
-        owner, multiplier = name.rpartition(".")[0], sites.get(name)
-        module = owner
-        if multiplier is not None and multiplier.site is not None:
-            module = _common(owner, multiplier.site.module)
+    ]
+    of_parameter = {name: (multiplier, site) for multiplier, site in attached for name in multiplier.folds}
+    at_site = {(site.module, site.where): multiplier for multiplier, site in attached}
+    entries = plan.parameters
+    matrices = [name for name, entry in entries.items() if entry.role.is_matrix and entry.role is not Role.EMBEDDING]
+    readers = []
+    for name, entry in entries.items():
+        owner = name.rpartition(".")[0]
+        multiplier, site = of_parameter.get(name, (None, None))
+        module = owner if site is None else _common(owner, site.module)
         others = [other for other in matrices if other != name and _is_in(other, module)]
-        if multiplier is not None or parameter.role in _LAST:  # all others in its branch come before it
-            others = [other for other in others if plan.parameters[other].branch != parameter.branch]
-        alone = not others or (
-            not parameter.role.is_matrix and [other.rpartition(".")[0] for other in others] == [owner]
-        )
-        if alone:
-            branch = multiplier is not None and multiplier.kind == "branch"
-            others_at_end = multiplied.get((module, "output"), multiplier) != multiplier
-            found.append(Reader(name, owner, module, parameter.role, branch, others_at_end))
-    return tuple(found)
+        if multiplier is not None or entry.role in _LAST:  # all others in its branch come before it
+            others = [other for other in others if entries[other].branch != entry.branch]
+        is_vector_of_matrix = not entry.role.is_matrix and [other.rpartition(".")[0] for other in others] == [owner]
+        if not others or is_vector_of_matrix:
+            multiplied = multiplier is not None and multiplier.kind == "branch"
+            before_hooks = at_site.get((module, "output"), multiplier) != multiplier
+            readers.append(Reader(name, owner, module, entry.role, multiplied, before_hooks))
+    return tuple(readers)
 
 
 def local_effects(
@@ -145,13 +139,13 @@ def rms(values: Tensor) -> float:
 def _input_measured(owner: nn.Module, name: str, sizes: dict[str, float]) -> Iterator[None]:
     """Measure the input of a submodule's first call."""
 
-    def given(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         numbers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
         if name not in sizes and numbers:
             sizes[name] = rms(numbers[0]) or 1.0
 
     # before the hook that multiplies what a readout is given
-    handle = owner.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
+    handle = owner.register_forward_pre_hook(measure, prepend=True, with_kwargs=True)
     try:
         yield
     finally:
@@ -167,36 +161,36 @@ def _run_again(
     effects: dict[str, float],
 ) -> Iterator[None]:
     """Run a submodule again after its first call, with a replacement of each of its parameters."""
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    returned: list[Any] = []
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[Any] = []
     begun = False
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not given:
-            given.append((args, kwargs))
+    def keep_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not inputs:
+            inputs.append((args, kwargs))
 
-    def early(_: nn.Module, args: Any, output: Any) -> None:
-        returned[:] = [output]
+    def keep_output(_: nn.Module, args: Any, output: Any) -> None:
+        outputs[:] = [output]
 
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def run_again(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal begun
         if begun:
             return
         begun = True
-        (args, kwargs), whole, part = given[0], _first(output).clone(), _first(returned[0]).clone()
+        (args, kwargs), after_hooks, before_hooks = inputs[0], _first(output).clone(), _first(outputs[0]).clone()
         for reader in readers:
             local = reader.parameter[len(name) + 1 :] if name else reader.parameter
             again = functional_call(submodule, {local: replacements[reader.parameter]}, args, kwargs)
-            now, other = (part, _first(returned[0])) if reader.before_hooks else (whole, _first(again))
+            now, other = (before_hooks, _first(outputs[0])) if reader.before_hooks else (after_hooks, _first(again))
             effect = rms(now - other)
             # what is lost in rounding is no effect, as of biases of keys, which shift all logits of a softmax
             effects[reader.parameter] = effect if effect > _ROUNDING * torch.finfo(now.dtype).eps * rms(now) else 0.0
 
-    # what was given is kept before other hooks multiply it, because these hooks run again
+    # inputs are kept before other hooks multiply them, because these hooks run again
     handles = (
-        submodule.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        submodule.register_forward_hook(early, prepend=True),
-        submodule.register_forward_hook(after, with_kwargs=True),
+        submodule.register_forward_pre_hook(keep_inputs, prepend=True, with_kwargs=True),
+        submodule.register_forward_hook(keep_output, prepend=True),
+        submodule.register_forward_hook(run_again, with_kwargs=True),
     )
     try:
         yield
