@@ -52,7 +52,7 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         text: path of the text to train on; by default the documentation inside Python's standard library.
         out: folder for the figure and the losses; it is made if it does not exist.
         steps: optimizer steps of each run.
-        seed: of initial weights and batches.
+        seed: seed of initial weights and batches.
     """
     _require("quickstart draws a figure, and matplotlib is", "matplotlib")
     from mlu_lightning.quickstart import Study, load_text, loss_table, run_study, save_figure, save_runs, verdicts
@@ -95,15 +95,15 @@ def check(
     Exits with 0 if everything passes, 1 if there is an error, 3 if something fails, and 4 if it is undecided.
 
     Args:
-        path: of the YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
+        path: YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
         depth: arguments of the model that make up its depth, with commas between them; null leaves it as it is.
         hidden: the same for the hidden width, such as "heads,mlp_hidden".
         embedding: the same for the embedding dimension.
         out: folder for check.json, check.txt and check.png; it is made if it does not exist.
-        factors: by which each of the three grows, ascending from 1.
+        factors: factors by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape.
         steps: optimizer steps of every run.
-        seed: of the first of the runs at every shape.
+        seed: seed of the first of the runs at every shape.
         model: class of the model, for a configuration that does not name it.
         data: class of the data, for a configuration that does not name it.
         log: whether the loggers of the configuration get the figure and the verdict.
@@ -197,7 +197,7 @@ def shape(
     """Print the shapes of least predicted error to the infinite model that a number of parameters allows.
 
     Args:
-        parameters: the most that the network may have, embedding and readout included, such as 100e6.
+        parameters: most parameters that the network may have, embedding and readout included, such as 100e6.
         model: transformer (attention and MLP branches in turn) or resnet (perceptron blocks).
         present: shape to compare with, such as '{depth: 24, hidden: 12, embedding: 768}'; depth counts residual
             additions, two for each block of a Transformer, and hidden its heads, or the units of a ResNet's block.
@@ -206,8 +206,8 @@ def shape(
         mlp_ratio: units of a Transformer's MLP over heads * head_dim, by default 4.
         inputs: dimension of a ResNet's data, by default 0: its embedding is not counted.
         outputs: dimension of a ResNet's targets, by default 0: its readout is not counted.
-        multiple: that the embedding dimension and the units of a ResNet are multiples of.
-        constants: of the error bound, such as '{depth: 1, hidden: 0.8, embedding: 2.5}'; by default those of
+        multiple: number of which the embedding dimension and the units of a ResNet are multiples.
+        constants: constants of the error bound, such as '{depth: 1, hidden: 0.8, embedding: 2.5}'; by default those of
             experiments, which are named below the table.
         gain: part by which twice the depth must lower the error to be taken, from 0.01 to below 0.5.
     """

@@ -87,19 +87,12 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run.
-
-    Args:
-        shape: name of its shape.
-        mlu: whether it has the callback; at the base shape that makes no difference.
-        exponent: logarithm of its learning rate, base 2.
-        loss: validation loss in nats per byte; NaN if the run diverged.
-    """
+    """A training run of a shape at the learning rate 2^exponent."""
 
     shape: str
-    mlu: bool
+    mlu: bool  # whether it has the callback; at the base shape that makes no difference
     exponent: int
-    loss: float = math.nan
+    loss: float = math.nan  # in validation, in nats per byte; NaN if the run diverged
 
 
 @dataclass(frozen=True)
