@@ -12,9 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.multipliers import residual_state, uncompiled
+from mlu_lightning.application.applied import residual_state, uncompiled
 from mlu_lightning.application.optimization import plan_names
-from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
 
@@ -26,13 +25,13 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """Let gradients be those of the weights without the multipliers that are folded into them, inside of the context.
 
     For a loop of one's own that clips gradients: in it, clipping does the same after :func:`mlu_lightning.fold` as after
-    :func:`mlu_lightning.attach_multipliers`. :class:`~mlu_lightning.MLUCallback` does this to the clipping of Lightning,
-    ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end gradients are those of the
-    stored weights again, for the scaled optimizer, also others that were put in their place. A module whose multipliers
-    are attached is left as it is.
+    :func:`mlu_lightning.attach_multipliers` (theory.md, section 3). :class:`~mlu_lightning.MLUCallback` does this to the
+    clipping of Lightning, ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end
+    gradients are those of the stored weights again, for the scaled optimizer, also others that were put in their place. A
+    module whose multipliers are attached is left as it is.
 
     Args:
-        module: that has the plan's multipliers, or torch.compile's wrapper of it.
+        module: module that has the plan's multipliers, or torch.compile's wrapper of it.
         plan: its plan.
 
     Raises:
@@ -51,28 +50,28 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     (1.0, 4.0)
     """
     module = uncompiled(module)
-    state = residual_state(module)
-    missing = state is None and any(plan.forward_multiplier(multiplier) != 1 for multiplier in plan.multipliers)
-    if missing or (state is not None and state.fingerprint != fingerprint(plan)):
+    applied = residual_state(module)
+    missing = applied is None and any(plan.forward_multiplier(multiplier) != 1 for multiplier in plan.multipliers)
+    if missing or (applied is not None and not applied.is_of(plan)):
         raise ValueError(
             f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
             "DistributedDataParallel, what is inside."
         )
-    folded = frozenset[str]() if state is None else state.folded
+    folded = frozenset[str]() if applied is None else applied.folded
     multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
     names = plan_names(module, plan)
-    held = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
-    before = {parameter: parameter.grad for parameter in held}
+    factors = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
+    before = {parameter: parameter.grad for parameter in factors}
     with torch.no_grad():
-        for parameter, factor in held.items():
+        for parameter, factor in factors.items():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, factor in held.items():
+            for parameter, factor in factors.items():
                 if parameter.grad is None:
                     continue
                 if parameter.grad is before[parameter]:

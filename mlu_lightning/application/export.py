@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mlu_lightning.application.applied import residual_state, uncompiled
 from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
-from mlu_lightning.application.multipliers import fold, mark_baked, residual_state, uncompiled, unfolded
+from mlu_lightning.application.multipliers import acting_multipliers, fold, mark_baked
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.plan import Plan
@@ -44,8 +45,8 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     with the same plan, go on from a checkpoint of the run instead.
 
     Args:
-        module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights from a
-            checkpoint need :func:`restore_multipliers` before.
+        module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights
+            from a checkpoint need :func:`restore_multipliers` before.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
 
     Returns:
@@ -68,13 +69,12 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     True
     """
     plain = uncompiled(module)
-    rest = {multiplier: factor for multiplier, factor in unfolded(plain, plan).items() if not multiplier.folds}
-    state = residual_state(plain)
-    if state is not None and state.mode == "baked":
+    acting, applied = acting_multipliers(plain, plan), residual_state(plain)
+    if applied is not None and applied.mode == "baked":
         return module
     plan.check(plain)
-    changes = [_change(plain, plan, multiplier, factor) for multiplier, factor in rest.items()]
-    if state is not None and state.mode == "hook":
+    changes = [_change(plain, plan, m, factor) for m, factor in acting.items() if not m.folds]
+    if applied is not None and applied.mode == "hook":
         fold(plain, plan)
     with torch.no_grad():
         for change in changes:
@@ -91,8 +91,8 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
     alone: without this they are those of another function.
 
     Args:
-        module: a LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
-        checkpoint: of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
+        module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
+        checkpoint: checkpoint of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
 
     Returns:
         The run's plan.
@@ -101,19 +101,15 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
         ValueError: if the checkpoint is of a run without ``MLUCallback``, or of another module, or if the module has
             multipliers already.
 
-    >>> from lightning.pytorch import Trainer
-    >>> from mlu_lightning import MLUCallback
+    >>> from mlu_lightning import fold
+    >>> from mlu_lightning.application.checkpoint import write_plan  # as the Trainer of a run with MLUCallback does
     >>> from mlu_lightning.models import ResNet
-    >>> base, model = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4))
-    >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
-    >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
-    >>> trainer.fit(model, data)
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     path = f"{folder}/last.ckpt"
-    ...     trainer.save_checkpoint(path)
-    ...     loaded = ResNet.load_from_checkpoint(path)
-    ...     plan = restore_multipliers(loaded, torch.load(path, weights_only=True))
+    >>> base, model, loaded = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4, 4))
+    >>> model = fold(model, Plan.from_model(model, (torch.ones(4, 3), torch.ones(4, 2)), base=base))
+    >>> checkpoint = {"state_dict": model.state_dict()}
+    >>> write_plan(model, checkpoint)
+    >>> matched = loaded.load_state_dict(checkpoint["state_dict"])
+    >>> plan = restore_multipliers(loaded, checkpoint)
     >>> torch.equal(bake(loaded, plan)(torch.ones(1, 3)), model(torch.ones(1, 3)))
     True
     """
@@ -127,10 +123,10 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
     return apply_saved(module, saved)
 
 
-Change = Callable[[], object]
+_LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by
 
 
-def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> Change:
+def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> Callable[[], object]:
     """Find what puts a multiplier into weights that fold leaves to a hook."""
     site = multiplier.site
     assert site is not None  # there is a hook
@@ -158,23 +154,20 @@ def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float
     return partial(gain.copy_, (wanted - 1).to(gain.dtype))
 
 
-_LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by
-
-
-def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> Change:
+def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> Callable[[], object]:
     """Multiply those outputs of a projection that are queries."""
     assert site.part is not None
     start, stop = site.part
     prefix = f"{site.module}." if site.module else ""
-    parts = []
+    parts: list[Tensor | None] = []
     for name, parameter in target.named_parameters(recurse=False):
         planned = plan.parameters.get(prefix + name)
         axis = parameter.dim() - 1 if planned is not None and planned.transposed else 0
         size = parameter.shape[axis]
-        lots = (
-            torch.unflatten(parameter, axis, (-1, site.period or size)) if size % (site.period or size) == 0 else None
-        )
-        parts.append(None if lots is None or size < stop else lots.narrow(axis + 1, start, stop - start))
+        period = site.period or size
+        whole = size % period == 0 and size >= stop
+        blocks = torch.unflatten(parameter, axis, (-1, period)) if whole else None
+        parts.append(None if blocks is None else blocks.narrow(axis + 1, start, stop - start))
     # nn.MultiheadAttention, whose own weights these are, has its output projection in a submodule
     if not parts or None in parts or (site.where == "output" and (site.index is not None or [*target.children()])):
         raise ValueError(
@@ -192,7 +185,7 @@ def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, fac
 
 
 def _offset_gain(module: nn.Module) -> nn.Parameter | None:
-    """The gain of a norm that multiplies by 1 + gain, None if the module is none; seen from what it computes."""
+    """The gain of a norm that multiplies by 1 + gain, None if the module computes something else."""
     parameters = dict(module.named_parameters())
     if len(parameters) != 1:
         return None
@@ -217,7 +210,7 @@ def _offset_gain(module: nn.Module) -> nn.Parameter | None:
     return gain if proportional else None
 
 
-def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Change:
+def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Callable[[], object]:
     """Give a tied readout a weight of its own, multiplied, and let its model's config say so."""
     assert multiplier.site is not None
     shared = module.get_parameter(multiplier.name)

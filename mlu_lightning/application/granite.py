@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.multipliers import uncompiled, unfolded
+from mlu_lightning.application.applied import uncompiled
+from mlu_lightning.application.multipliers import acting_multipliers
 from mlu_lightning.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     with ``residual="fold"`` the config has only what is not in the weights, and the scales are their ``.folded(family)``.
 
     Args:
-        module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it: a Hugging Face model for causal
-            language modelling, or a LightningModule with one inside. It is not changed. Weights from a checkpoint need
+        module: Hugging Face model for causal language modelling, or a LightningModule with one inside, with the plan's
+            multipliers, as a run with ``MLUCallback`` leaves it; not changed. Weights from a checkpoint need
             :func:`mlu_lightning.restore_multipliers` before.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
 
@@ -67,7 +68,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
             "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
         ) from error
     plain = uncompiled(module)
-    rest = unfolded(plain, plan)
+    acting = acting_multipliers(plain, plan)
     plan.check(plain)
     found = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
     prefix, model = next(found, ("", None))
@@ -80,7 +81,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     if outside:
         raise _not_granite(model, f"{outside[0]!r}, which the plan multiplies, is outside of it")
 
-    factors = {multiplier: rest.get(multiplier, 1.0) for multiplier in plan.multipliers}
+    factors = {multiplier: acting.get(multiplier, 1.0) for multiplier in plan.multipliers}
     logits = {multiplier.name: factor for multiplier, factor in factors.items() if multiplier.kind == "logits"}
     config = _config(
         model,

@@ -11,17 +11,20 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.multipliers import residual_state
+from mlu_lightning.application.applied import residual_state
 from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily, Role
 from mlu_lightning.utilities.names import planned_parameters
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
 
@@ -38,14 +41,14 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     parameter stays as it was built.
 
     Args:
-        module: with its initial weights, before multipliers are folded into them; changed in place.
-        plan: the module's plan.
+        module: module with its initial weights, before multipliers are folded into them; changed in place.
+        plan: its plan.
         mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
             (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
             every matrix anew from a normal distribution. ``"coupled"`` draws embeddings and readouts from a normal
             distribution, one stream coordinate after the other, so that those of a model of embedding dimension D are
             the first D coordinates of a bigger one's (theory.md, section 4), and rescales the rest.
-        seed: of the draws. They depend on the parameter's name and are the same on every device.
+        seed: seed of the draws, which depend on the parameter's name too and are the same on every device.
 
     Returns:
         The same module.
@@ -69,7 +72,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     factors: dict[str, float] = {}
     draws: dict[str, _Draw] = {}
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
-    at_base = all(one.ratios.is_identity and one.shape == one.base_shape for one in plan.parameters.values())
+    at_base = all(p.ratios.is_identity and p.shape == p.base_shape for p in plan.parameters.values())
     for names, target in _groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names}
@@ -92,31 +95,31 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
 
 
 def planned_stds(plan: Plan) -> dict[str, float | None]:
-    """Root mean square that every parameter has after :func:`initialize`; None for those that it leaves as built.
+    """Find the root mean square of every parameter after :func:`initialize`; None for those that it leaves as built.
 
     Args:
-        plan: of the module.
+        plan: plan of the module.
 
-    >>> from mlu_lightning.table import Ratios
-    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (8, 100), Ratios(inputs=4.0), base_std=0.1, fans=(400, 8))
-    >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
-    {'weight': 0.05}
+    >>> from mlu_lightning.models import ResNet
+    >>> planned_stds(Plan.from_model(ResNet(depth=1, hidden=4, embedding=16, inputs=1, outputs=1)))["blocks.0.read.weight"]
+    0.25
     """
     return {name: target for names, target in _groups(plan) for name in names}
 
 
 def stream_axis(name: str, planned: ParameterPlan) -> int:
-    """Axis of an embedding or readout along which the stream's coordinates are.
+    """Find the axis of an embedding or readout along which the stream's coordinates are.
 
     Args:
-        name: of the parameter, for the error.
-        planned: what the plan says about it.
+        name: name of the parameter, for the error.
+        planned: its entry in the plan.
 
     Raises:
         ValueError: if its shape does not tell.
 
-    >>> from mlu_lightning.table import Ratios
-    >>> stream_axis("tokens.weight", ParameterPlan(Role.EMBEDDING, (100, 8), None, Ratios(), None, (1, 8), transposed=True))
+    >>> from mlu_lightning.models import ResNet
+    >>> plan = Plan.from_model(ResNet(depth=1, hidden=4, embedding=16, inputs=3, outputs=1))
+    >>> stream_axis("readout.weight", plan.parameters["readout.weight"])
     1
     """
     shape, reads = planned.shape, planned.role is Role.READOUT
@@ -153,21 +156,13 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
 
 @dataclass(frozen=True)
 class _Draw:
-    """New normal values for one parameter.
+    """New normal values for one parameter."""
 
-    Args:
-        name: of the parameter; part of the seed.
-        seed: of all draws.
-        std: of the entries that are not zero.
-        axis: of the stream's coordinates, each of which is drawn by itself; None to draw all at once.
-        alive: per axis, which of its slices are not zero.
-    """
-
-    name: str
+    name: str  # part of the seed
     seed: int
-    std: float
-    axis: int | None
-    alive: dict[int, Tensor]
+    std: float  # of the entries that are not zero
+    axis: int | None  # of the stream's coordinates, each of which is drawn by itself; None to draw all at once
+    alive: dict[int, Tensor]  # by axis, which of its slices are not zero
 
     def values(self, shape: torch.Size) -> Tensor:
         """Draw in float32 on the CPU."""
@@ -179,19 +174,16 @@ class _Draw:
         else:
             for coordinate in drawn.movedim(self.axis, 0):
                 # drawn contiguously: normal_ on a column draws otherwise than on a row
-                coordinate.copy_(
-                    torch.empty(coordinate.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
-                )
+                row = torch.empty(coordinate.shape, dtype=torch.float32, device="cpu")
+                coordinate.copy_(row.normal_(generator=generator))
         for axis, alive in self.alive.items():
             drawn.movedim(axis, -1).mul_(alive)
         return drawn
 
 
 def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> dict[str, _Draw]:
-    """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token.
-
-    Their number of entries counts in the root mean square, because it does at the base.
-    """
+    """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token."""
+    # entries that are zero count in the root mean square, because they do at the base
     alive = {name: _alive(parameter, axis) for name, parameter in group.items() if bool(_full(parameter).any())}
     shares = [math.prod(float(slices.double().mean()) for slices in axes.values()) for axes in alive.values()]
     std = target / math.sqrt(sum(shares) / len(group)) if shares else 0.0
@@ -215,10 +207,8 @@ def _coupled(
 
 
 def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor]:
-    """Per axis which slices are not all zero; axes that have no zero slice, and the stream's own, are left out.
-
-    Single zeros are not looked at: random numbers may be zero too.
-    """
+    """By axis, which slices are not all zero; axes that have no zero slice, and the stream's own, are left out."""
+    # single zeros are not looked at: random numbers may be zero too
     nonzero = _full(parameter) != 0
     found = {}
     for axis in range(parameter.ndim):
@@ -244,8 +234,8 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse a module whose scales cannot be set."""
-    state = residual_state(module)
-    if state is not None and state.folded:
+    applied = residual_state(module)
+    if applied is not None and applied.folded:
         raise ValueError(
             "Multipliers are folded into the weights already, so their scale is no longer the one that a plan "
             "describes. Initialize before fold(module, plan)."
@@ -261,21 +251,24 @@ def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 def _full(tensor: Tensor) -> Tensor:
     """All of a tensor, if it is sharded."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-    return tensor
+    sharded = _as_sharded(tensor)
+    return tensor if sharded is None else sharded.full_tensor()
 
 
 def _assign(parameter: nn.Parameter, draw: _Draw) -> None:
     """Write drawn values, each rank its shard of the same full tensor."""
     values = draw.values(parameter.shape).to(torch.promote_types(parameter.dtype, torch.float32)).mul_(draw.std)
     values = values.to(parameter.device, parameter.dtype)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        if isinstance(parameter, DTensor):
-            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    sharded = _as_sharded(parameter)
+    if sharded is not None:
+        values = torch.distributed.tensor.distribute_tensor(values, sharded.device_mesh, sharded.placements)
     parameter.copy_(values)
+
+
+def _as_sharded(tensor: Tensor) -> DTensor | None:
+    """A tensor as what it is if it is sharded, else None; the module of DTensor is slow to import."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return tensor if isinstance(tensor, DTensor) else None

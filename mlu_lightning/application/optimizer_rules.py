@@ -39,14 +39,10 @@ class UpdateRule:
 
     Args:
         family: column of the table.
-        numbers: factors of a group's numbers for one parameter, from the group, the parameter's name, what the plan
-            says about it, and its scale.
-        at_step: where constant factors are not enough, changes the multiplied group for the step with the given
-            number, from 1; called with the user's group, the multiplied one, its factors, and the number.
-
-    >>> (rule,) = update_rules(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    >>> rule.family
-    <OptimizerFamily.SGD: 'sgd'>
+        numbers: factors of a group's numbers for one parameter, from the group, the parameter's name, its entry in the
+            plan, and its scale.
+        at_step: what constant factors cannot say: changes the multiplied group for one step, given the user's group,
+            the multiplied one, its factors, and the number of the step, from 1.
     """
 
     family: OptimizerFamily
@@ -60,18 +56,7 @@ class UpdateRule:
         return self.family
 
     def factors(self, group: Group, name: str, plan: Plan, scale: Scale) -> dict[str, Factor]:
-        """Factors for one parameter, without those that are 1 or that the group has no number for.
-
-        Raises:
-            ValueError: if a number of the group cannot be made what the plan asks for.
-
-        >>> from mlu_lightning import Ratios
-        >>> plan = Plan({"head.weight": ParameterPlan(Role.READOUT, (2,), None, Ratios(), None, (1, 2))}, (), (), ())
-        >>> optimizer = torch.optim.SGD([torch.zeros(2)], lr=0.1)
-        >>> (rule,) = update_rules(optimizer)
-        >>> rule.factors(optimizer.param_groups[0], "head.weight", plan, Scale(lr=4.0, eps=0.5))
-        {'lr': 4.0}
-        """
+        """Factors for one parameter, without those that are 1 or that the group has no number for."""
         parameter = plan.parameters[name]
         if plan.parameterization == Parameterization.SP:
             # optimizers are left as they are, also where they look at shapes (Muon) or sizes (Adafactor) themselves
@@ -85,22 +70,9 @@ class UpdateRule:
 
 
 def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[UpdateRule]:
-    """Find the rule of every parameter group of an optimizer.
+    """Find the rule of every parameter group of an optimizer, from its class or, elsewhere, from a declared family.
 
     A class that inherits from one of ``torch.optim`` has the rule of that class if it also inherits its ``step``.
-
-    Args:
-        optimizer: the optimizer.
-        family: column of the table for a class that ``torch.optim`` does not define and whose groups have ``lr``, and
-            perhaps ``eps`` and ``weight_decay``, with the usual meaning; a list with one for each group where they
-            differ, as in a Muon that trains the rest by AdamW itself. Classes of ``torch.optim`` have their own.
-
-    Raises:
-        TypeError: if there is no rule for the class.
-        ValueError: if a list has another length than there are groups.
-
-    >>> update_rules(torch.optim.AdamW([torch.zeros(1)]))[0].family.value
-    'adamw'
     """
     name = _torch_class(optimizer)
     if name in _REFUSED:
@@ -130,11 +102,7 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
 
 
 def multiplied(value: Any, factor: Factor) -> Any:
-    """Multiply a number of a group, or each in a tuple; a tensor stays a tensor, None stays None, 1 changes nothing.
-
-    >>> multiplied((0.5, None), (4.0, 2.0))
-    (2.0, None)
-    """
+    """Multiply a number of a group, or each in a tuple; a tensor stays a tensor, None stays None, 1 changes nothing."""
     if isinstance(factor, Forgetting):
         return factor(value)
     if isinstance(factor, tuple):
@@ -143,11 +111,7 @@ def multiplied(value: Any, factor: Factor) -> Any:
 
 
 def divided(value: Any, factor: Factor) -> Any:
-    """Undo :func:`multiplied`.
-
-    >>> divided(multiplied(0.3, 4.0), 4.0)
-    0.3
-    """
+    """Undo :func:`multiplied`."""
     if isinstance(factor, Forgetting):
         return factor.undone(value)
     if isinstance(factor, tuple):

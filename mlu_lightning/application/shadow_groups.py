@@ -19,19 +19,12 @@ __all__ = ["Shadow", "Split"]
 
 @dataclass
 class Shadow:
-    """What the optimizer sees of one of the user's groups.
+    """What the optimizer sees of one of the user's groups."""
 
-    Args:
-        group: a parameter group, kept between steps.
-        factors: by what its numbers are multiplied.
-        seen: the user's other values when they were last taken over.
-        given: the group's values at the beginning of the update.
-    """
-
-    group: Group
+    group: Group  # kept between steps
     factors: dict[str, Factor]
-    seen: Group = field(default_factory=dict)
-    given: Group = field(default_factory=dict)
+    seen: Group = field(default_factory=dict)  # the user's other values when they were last taken over
+    given: Group = field(default_factory=dict)  # the group's values at the beginning of the update
 
     def lr_factor(self) -> float:
         """Factor of the learning rate."""
@@ -52,17 +45,10 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Split:
-    """One of the user's groups and its shadows.
-
-    Args:
-        user: the group.
-        members: ids of its parameters.
-        shadows: what the optimizer sees instead.
-        rule: how the optimizer uses the group's numbers.
-    """
+    """One of the user's groups and its shadows."""
 
     user: Group
-    members: list[int]
+    members: list[int]  # ids of its parameters
     shadows: list[Shadow]
     rule: UpdateRule
 
@@ -76,10 +62,8 @@ class Split:
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
 
     def own(self) -> list[dict[str, tuple[Any, Any]]]:
-        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers.
-
-        What the user, or a scheduler, has changed since is taken over in the next step, and so is nothing of a shadow's own.
-        """
+        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers."""
+        # what the user, or a scheduler, has changed since is taken over in the next step
         return [
             {
                 key: (self.user[key], value)
@@ -110,8 +94,7 @@ class Split:
                     changed[key] = divided(value, shadow.factors.get(key, 1.0))
         self.user.update(changed)
         for shadow in self.shadows:
-            # every shadow goes on with its own value until the user changes it
-            shadow.seen.update(changed)
+            shadow.seen.update(changed)  # each goes on with its own value until the user changes it
 
 
 _MEMBERS = ("params", "param_names")
@@ -119,6 +102,6 @@ _NUMBERS = ("lr", "eps", "weight_decay")
 _UNSEEN = object()
 
 
-def _differ(one: Any, other: Any) -> bool:
+def _differ(value: Any, other: Any) -> bool:
     """Whether two values of a group differ, which may be tensors."""
-    return bool(torch.as_tensor(one != other).any())
+    return bool(torch.as_tensor(value != other).any())

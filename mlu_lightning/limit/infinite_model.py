@@ -23,9 +23,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from mlu_lightning.application.initialization import planned_stds, stream_axis
-from mlu_lightning.application.multipliers import attach_multipliers, residual_state
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning.application import (
+    attach_multipliers,
+    planned_stds,
+    residual_state,
+    scale_optimizer,
+    stream_axis,
+)
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.planning.base import name_pattern

@@ -275,7 +275,7 @@ def test_weights_that_are_folded_already_take_the_numbers_of_fold() -> None:
     plan = Plan.from_model(fresh, next(iter(loader())), base=Net())
     folded.load_state_dict(fold(initialize(Net(**WIDE), plan), plan).state_dict())
     fit(fresh, MLUCallback(plan=plan, residual="fold"))
-    fit(folded, MLUCallback(plan=plan, residual="folded", init=None))
+    fit(fold(folded, plan, multiplied=True), MLUCallback(Net(), residual="fold", init=None))
     assert identical(fresh, folded)
     assert fresh.losses == folded.losses
 
@@ -725,8 +725,7 @@ def test_overrides_reach_the_plan() -> None:
     ("arguments", "message"),
     [
         ({"init": "xavier"}, "init='xavier' is none of: rescale, normal, coupled, None"),
-        ({"residual": "scale"}, "residual='scale' is none of: hook, fold, folded"),
-        ({"residual": "folded"}, 'residual="folded" is for weights that hold their multipliers.*Give init=None'),
+        ({"residual": "scale"}, "residual='scale' is none of: hook, fold"),
         ({"plan": "plan.yaml", "base": "base.yaml"}, "cannot be given together with base, overrides, alpha"),
         ({"plan": "plan.yaml", "overrides": {}}, "cannot be given together with base, overrides, alpha"),
         ({"plan": "plan.yaml", "alpha": 2.0}, "cannot be given together with base, overrides, alpha"),
