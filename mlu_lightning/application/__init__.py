@@ -6,7 +6,7 @@ that is scaled for it. Begin with :mod:`~mlu_lightning.application.multipliers`,
 (:mod:`~mlu_lightning.application.applied`); :func:`bake` and :func:`to_granite` make it a plain module again.
 """
 
-from mlu_lightning.application.applied import residual_state
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.clipping import unfolded_gradients
 from mlu_lightning.application.export import bake, restore_multipliers
 from mlu_lightning.application.granite import to_granite
@@ -19,6 +19,7 @@ __all__ = [
     "attach_multipliers",
     "bake",
     "fold",
+    "folded_parameters",
     "initialize",
     "is_scaled",
     "planned_stds",

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.planning.plan import Plan
 
-__all__ = ["Applied", "Mode", "mark_initialized", "residual_state", "set_applied", "uncompiled"]
+__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied", "uncompiled"]
 
 Mode = Literal["hook", "fold", "baked"]
 """Where multipliers are: in hooks, in weights as far as they fold, or in weights altogether."""
@@ -61,6 +61,12 @@ def residual_state(module: nn.Module) -> Applied | None:
     """
     found = vars(uncompiled(module)).get(_NAME)
     return found if isinstance(found, Applied) else None
+
+
+def folded_parameters(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that hold multipliers."""
+    applied = residual_state(module)
+    return frozenset() if applied is None else applied.folded
 
 
 def set_applied(module: nn.Module, applied: Applied | None) -> None:

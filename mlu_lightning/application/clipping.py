@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import residual_state, uncompiled
+from mlu_lightning.application.applied import folded_parameters, residual_state, uncompiled
 from mlu_lightning.application.optimization import plan_names
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
@@ -58,7 +58,7 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
             "DistributedDataParallel, what is inside."
         )
-    folded = frozenset[str]() if applied is None else applied.folded
+    folded = folded_parameters(module)
     multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
     names = plan_names(module, plan)
     factors = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}

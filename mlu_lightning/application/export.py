@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -40,9 +39,8 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     - a branch that ends in a norm whose gain is stored minus one, as Gemma's;
     - attention logits whose queries are a part of a fused projection.
 
-    The module keeps a note of it: baked twice it stays as it is, ``MLUCallback`` does not initialize it, and checkpoints of
-    its Trainer tell ``MLUCallback`` and :func:`restore_multipliers` that nothing is left to multiply. For further training
-    with the same plan, go on from a checkpoint of the run instead.
+    Baked twice, a module stays as it is; checkpoints of its Trainer tell ``MLUCallback`` and :func:`restore_multipliers`
+    that nothing is left to multiply. For further training with the same plan, go on from a checkpoint of the run instead.
 
     Args:
         module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights
@@ -86,9 +84,8 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
 def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
     """Put multipliers into a module with the weights of a checkpoint, as they were in the run that it is of.
 
-    A module that was trained with ``MLUCallback`` has its plan in the checkpoints of its Trainer, with
-    ``save_weights_only`` too, and whether the weights hold the multipliers. ``load_from_checkpoint`` gives the weights
-    alone: without this they are those of another function.
+    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too, and whether
+    the weights hold the multipliers. ``load_from_checkpoint`` gives the weights alone, which are those of another function.
 
     Args:
         module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
@@ -159,29 +156,24 @@ def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, fac
     assert site.part is not None
     start, stop = site.part
     prefix = f"{site.module}." if site.module else ""
-    parts: list[Tensor | None] = []
+    parts, fits = [], True
     for name, parameter in target.named_parameters(recurse=False):
         planned = plan.parameters.get(prefix + name)
         axis = parameter.dim() - 1 if planned is not None and planned.transposed else 0
         size = parameter.shape[axis]
         period = site.period or size
-        whole = size % period == 0 and size >= stop
-        blocks = torch.unflatten(parameter, axis, (-1, period)) if whole else None
-        parts.append(None if blocks is None else blocks.narrow(axis + 1, start, stop - start))
+        if size < stop or size % period:
+            fits = False
+        else:
+            parts.append(torch.unflatten(parameter, axis, (-1, period)).narrow(axis + 1, start, stop - start))
     # nn.MultiheadAttention, whose own weights these are, has its output projection in a submodule
-    if not parts or None in parts or (site.where == "output" and (site.index is not None or [*target.children()])):
+    if not parts or not fits or (site.where == "output" and (site.index is not None or [*target.children()])):
         raise ValueError(
             f"The multiplier of the {multiplier.kind} {multiplier.name!r}, at {site}, cannot be put into weights, because "
             f"{type(target).__name__} is not one projection. Keep head_dim at the base's value, or multiply the queries "
             f"by {factor:g} in the model's own code."
         )
-    found = [part for part in parts if part is not None]
-
-    def multiply() -> None:
-        for part in found:
-            part.mul_(factor)
-
-    return multiply
+    return lambda: [part.mul_(factor) for part in parts]
 
 
 def _offset_gain(module: nn.Module) -> nn.Parameter | None:
@@ -267,12 +259,10 @@ def _lasting_untied(model: Any) -> bool:
 
 def _untie_all(model: nn.Module) -> None:
     """Give everything that the model's config ties a weight of its own, because the config will not tie it again."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
-    for parameter, (_, *others) in names.items():
-        for name in others:
+    seen = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter in seen:
             owner, _, attribute = name.rpartition(".")
-            setattr(
-                model.get_submodule(owner), attribute, nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            )
+            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(model.get_submodule(owner), attribute, own)
+        seen.add(parameter)

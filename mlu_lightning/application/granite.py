@@ -70,8 +70,8 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     plain = uncompiled(module)
     acting = acting_multipliers(plain, plan)
     plan.check(plain)
-    found = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
-    prefix, model = next(found, ("", None))
+    models = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
+    prefix, model = next(models, ("", None))
     if model is None:
         raise ValueError(
             f"There is no Hugging Face model in this {type(module).__name__}, and only such a model can become a Granite "

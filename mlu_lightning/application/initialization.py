@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import residual_state
+from mlu_lightning.application.applied import folded_parameters
 from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.planning.plan import Plan
@@ -234,8 +234,7 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse a module whose scales cannot be set."""
-    applied = residual_state(module)
-    if applied is not None and applied.folded:
+    if folded_parameters(module):
         raise ValueError(
             "Multipliers are folded into the weights already, so their scale is no longer the one that a plan "
             "describes. Initialize before fold(module, plan)."

@@ -18,7 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application.applied import residual_state
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
@@ -41,9 +41,9 @@ def scale_optimizer(
     weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
     whose factors are all 1 are updated exactly as without a plan.
 
-    In the update ``optimizer.param_groups`` holds the shadow groups; step hooks that were registered on the optimizer
-    run there. Groups may be added later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to
-    and from it. A deep copy or an unpickled optimizer is plain: scale it again.
+    In the update ``optimizer.param_groups`` holds other groups, where step hooks of the optimizer run. Groups may be added
+    later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to and from it. A deep copy or an
+    unpickled optimizer is plain: scale it again.
 
     Args:
         optimizer: optimizer of ``torch.optim``, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``. LBFGS
@@ -89,15 +89,7 @@ def scale_optimizer(
             "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
             "handle that scale_optimizer returned first."
         )
-    applied = residual_state(module)
-    if applied is not None and applied.mode == "baked":
-        raise ValueError(
-            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
-            "rates. Go on with a checkpoint that was saved before bake."
-        )
-    if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
-        plan.check(module)  # FSDP1 leaves shards, of other shapes
-    _check_multipliers(module, plan)
+    _check_module(module, plan)
     return ScaledOptimizer(optimizer, module, plan, family)
 
 
@@ -189,13 +181,13 @@ class ScaledOptimizer:
     def _swap_in(self) -> None:
         """Put the shadow groups, with the numbers of this step, into the optimizer's list of groups."""
         groups = self.optimizer.param_groups
-        current = dict(enumerate(self._splits))
+        current = [*self._splits, *[None] * len(groups)]
         # groups are added, and load_state_dict replaces them
         self._splits = [
-            current[index] if index in current and current[index].is_of(group) else self._split(index)
-            for index, group in enumerate(groups)
+            split if split is not None and split.is_of(group) else self._split(index)
+            for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
-        shadows = [shadow for split in self._splits for shadow in self._filled(split)]
+        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -227,8 +219,7 @@ class ScaledOptimizer:
         rule = update_rules(self.optimizer, self._family)[index]
         family = rule.family_of(group)
         scales = self._plan.scales(family)
-        applied = residual_state(self._module)
-        folded = frozenset[str]() if applied is None else applied.folded
+        folded = folded_parameters(self._module)
         names = plan_names(self._module, self._plan)
         members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
         for parameter in group["params"]:
@@ -252,22 +243,6 @@ class ScaledOptimizer:
             if any(own):
                 group[_OWN] = own
 
-    def _filled(self, split: Split) -> list[Group]:
-        """Groups that take the place of one of the user's in this step."""
-        if split.is_plain:
-            return [split.user]
-        for shadow in split.shadows:
-            shadow.fill(split.user)
-            if split.rule.at_step is not None:
-                split.rule.at_step(split.user, shadow.group, shadow.factors, self._step_number(shadow))
-            shadow.given = {**shadow.group}
-        return [shadow.group for shadow in split.shadows]
-
-    def _step_number(self, shadow: Shadow) -> int:
-        """Number of the step that begins, from 1, for the parameters of a shadow group."""
-        states = (self.optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
-        return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
-
 
 def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     """Names of a module's parameters by ``id``, as its plan has them, also in wrappers and where they are pruned."""
@@ -284,9 +259,8 @@ _PRUNED = "_orig"
 
 def _for_all(family: Family | None) -> Family | None:
     """Make one of a list of families that do not differ: groups that are added later have it, too."""
-    if family is None or isinstance(family, str):
-        return family
-    return family[0] if family and all(each == family[0] for each in family) else family
+    several = family is not None and not isinstance(family, str)
+    return family[0] if several and family and all(each == family[0] for each in family) else family
 
 
 def _planned(name: str, module: nn.Module, plan: Plan) -> str:
@@ -316,9 +290,16 @@ def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer
 
 
-def _check_multipliers(module: nn.Module, plan: Plan) -> None:
-    """Refuse a module that the plan's multipliers are not in: the factors are for the run with them."""
+def _check_module(module: nn.Module, plan: Plan) -> None:
+    """Refuse a module that the plan does not fit, or that lacks its multipliers: the factors are for the run with them."""
     applied = residual_state(module)
+    if applied is not None and applied.mode == "baked":
+        raise ValueError(
+            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
+            "rates. Go on with a checkpoint that was saved before bake."
+        )
+    if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
+        plan.check(module)  # FSDP1 leaves shards, of other shapes
     if applied is None:
         if all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers):
             return

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from mlu_lightning.application.optimizer_rules import Factor, Group, UpdateRule, divided, multiplied
 
@@ -52,14 +53,22 @@ class Split:
     shadows: list[Shadow]
     rule: UpdateRule
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether all factors are 1, so that the user's group serves itself."""
-        return not any(shadow.factors for shadow in self.shadows)
-
     def is_of(self, group: Group) -> bool:
         """Whether this is the split of the group, with the parameters that it has now."""
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
+
+    def groups_of_step(self, optimizer: Optimizer) -> list[Group]:
+        """Groups that take the user's place in the step that begins; where all factors are 1, it serves itself."""
+        if not any(shadow.factors for shadow in self.shadows):
+            return [self.user]
+        for shadow in self.shadows:
+            shadow.fill(self.user)
+            if self.rule.at_step is not None:
+                states = (optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
+                step = 1 + next((int(state["step"]) for state in states if "step" in state), 0)
+                self.rule.at_step(self.user, shadow.group, shadow.factors, step)
+            shadow.given = {**shadow.group}
+        return [shadow.group for shadow in self.shadows]
 
     def own(self) -> list[dict[str, tuple[Any, Any]]]:
         """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers."""

@@ -25,8 +25,8 @@ from torch.optim import SGD, Optimizer
 
 from mlu_lightning.application import (
     attach_multipliers,
+    folded_parameters,
     planned_stds,
-    residual_state,
     scale_optimizer,
     stream_axis,
 )
@@ -180,8 +180,7 @@ def embedding_weights(module: nn.Module, plan: Plan) -> Tensor:
     >>> embedding_weights(model, Plan.from_model(model)).shape
     torch.Size([6, 5])
     """
-    state = residual_state(module)
-    folded = frozenset[str]() if state is None else state.folded
+    folded = folded_parameters(module)
     scales = plan.scales(OptimizerFamily.SGD)
     return torch.cat(
         [
@@ -236,8 +235,7 @@ def check_initialization(module: nn.Module, plan: Plan) -> None:
     >>> plan = Plan.from_model(model)
     >>> check_initialization(initialize(model, plan), plan)
     """
-    state = residual_state(module)
-    folded = frozenset[str]() if state is None else state.folded
+    folded = folded_parameters(module)
     scales, stds = plan.scales(OptimizerFamily.SGD), planned_stds(plan)
     for name, parameter in planned_parameters(module).items():
         planned = stds[name]
