@@ -9,17 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.callback_runs import (
-    BATCH,
-    MODULES,
-    WIDE,
-    Net,
-    Optimizers,
-    fit,
-    identical,
-    loader,
-    trainer,
-)
+from helpers.callback_runs import BATCH, MODULES, WIDE, Net, Optimizers, fit, identical, loader, trainer
 from lightning.pytorch import LightningDataModule
 from torch import nn, optim
 from torch.utils.data import DataLoader, TensorDataset

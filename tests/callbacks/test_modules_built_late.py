@@ -4,14 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_runs import (
-    MODULES,
-    WIDE,
-    InConfigureModel,
-    Net,
-    fit,
-    identical,
-)
+from helpers.callback_runs import MODULES, WIDE, InConfigureModel, Net, fit, identical
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
