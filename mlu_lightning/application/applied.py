@@ -9,10 +9,20 @@ from typing import Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.planning.plan import Plan
 
-__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied", "uncompiled"]
+__all__ = [
+    "Applied",
+    "Mode",
+    "folded_parameters",
+    "forward_factors",
+    "mark_initialized",
+    "residual_state",
+    "set_applied",
+    "uncompiled",
+]
 
 Mode = Literal["hook", "fold", "baked"]
 """Where multipliers are: in hooks, in weights as far as they fold, or in weights altogether."""
@@ -61,6 +71,12 @@ def residual_state(module: nn.Module) -> Applied | None:
     """
     found = vars(uncompiled(module)).get(_NAME)
     return found if isinstance(found, Applied) else None
+
+
+def forward_factors(plan: Plan) -> list[tuple[Multiplier, float]]:
+    """Multipliers of a plan that change the forward pass, with their factors."""
+    factors = [(multiplier, plan.forward_multiplier(multiplier)) for multiplier in plan.multipliers]
+    return [(multiplier, factor) for multiplier, factor in factors if factor != 1]
 
 
 def folded_parameters(module: nn.Module) -> frozenset[str]:

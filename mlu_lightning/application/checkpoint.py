@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from mlu_lightning.application.applied import Mode, residual_state, uncompiled
+from mlu_lightning.application.applied import Mode, forward_factors, residual_state, uncompiled
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.plan import Plan
@@ -96,7 +96,7 @@ _ADVICE: dict[Mode, str] = {
 
 def _hooks_of_fold(plan: Plan) -> list[Multiplier]:
     """Multipliers that no weight of their own can hold."""
-    return [m for m in plan.multipliers if not m.folds and plan.forward_multiplier(m) != 1]
+    return [multiplier for multiplier, _ in forward_factors(plan) if not multiplier.folds]
 
 
 def _read(saved: Mapping[str, Any]) -> tuple[Plan, Mode]:
@@ -111,10 +111,8 @@ def _read(saved: Mapping[str, Any]) -> tuple[Plan, Mode]:
 
 def _listed(multipliers: list[Multiplier]) -> str:
     named = [f"the {multiplier.kind} {multiplier.name!r}" for multiplier in multipliers[:3]]
-    more = [f"{len(multipliers) - 3} more"] if len(multipliers) > 3 else []
-    *first, last = named + more
-    found = f"{', '.join(first)} and {last}" if first else last
-    return f"the multiplier{'s' if first else ''} of {found}"
+    *first, last = [*named, f"{len(multipliers) - 3} more"] if len(multipliers) > 3 else named
+    return f"the multipliers of {', '.join(first)} and {last}" if first else f"the multiplier of {last}"
 
 
 def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import folded_parameters, residual_state, uncompiled
+from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state, uncompiled
 from mlu_lightning.application.optimization import plan_names
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
@@ -51,8 +51,7 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """
     module = uncompiled(module)
     applied = residual_state(module)
-    missing = applied is None and any(plan.forward_multiplier(multiplier) != 1 for multiplier in plan.multipliers)
-    if missing or (applied is not None and not applied.is_of(plan)):
+    if forward_factors(plan) if applied is None else not applied.is_of(plan):
         raise ValueError(
             f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "

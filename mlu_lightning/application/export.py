@@ -43,12 +43,9 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     that nothing is left to multiply. For further training with the same plan, go on from a checkpoint of the run instead.
 
     Args:
-        module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights
-            from a checkpoint need :func:`restore_multipliers` before.
+        module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place and
+            returned. Weights from a checkpoint need :func:`restore_multipliers` before.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
-
-    Returns:
-        The same module.
 
     Raises:
         ValueError: if the plan's multipliers are not in the module, or one cannot be put into weights. Nothing was
@@ -82,7 +79,7 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
 
 
 def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
-    """Put multipliers into a module with the weights of a checkpoint, as they were in the run that it is of.
+    """Put multipliers into a module with the weights of a checkpoint, as they were in its run, and return the run's plan.
 
     Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too, and whether
     the weights hold the multipliers. ``load_from_checkpoint`` gives the weights alone, which are those of another function.
@@ -90,9 +87,6 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
     Args:
         module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
         checkpoint: checkpoint of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
-
-    Returns:
-        The run's plan.
 
     Raises:
         ValueError: if the checkpoint is of a run without ``MLUCallback``, or of another module, or if the module has

@@ -19,7 +19,7 @@ __all__ = ["to_granite"]
 
 
 def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
-    """Make a Hugging Face Granite model of a Llama-like one, with the plan's multipliers in its config.
+    """Make a Hugging Face Granite model of a Llama-like one, with copies of its weights and the multipliers in its config.
 
     A Granite model is a Llama whose config has ``residual_multiplier`` (here α/l), ``logits_scaling`` (d),
     ``attention_multiplier`` and ``embedding_multiplier`` (theory.md, section 3), so nothing is folded, tied embeddings stay
@@ -27,19 +27,15 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     computes what Granite computes, which a forward pass of a few tokens shows: Llama, Mistral without a sliding window,
     Granite itself. For others, and where branches have different multipliers, there is :func:`mlu_lightning.bake`.
 
-    Because weights are those of the parameterization, whoever trains the exported model further has to scale the base's
-    learning rate, eps and weight decay of every parameter by ``plan.scales(family)``, as in the run before. After a run
-    with ``residual="fold"`` the config has only what is not in the weights, and the scales are their ``.folded(family)``.
+    Weights stay those of the parameterization: whoever trains the exported model further scales learning rate, eps and
+    weight decay of every parameter by ``plan.scales(family)``. After a run with ``residual="fold"`` the config has only
+    what is not in the weights, and the scales are their ``.folded(family)``.
 
     Args:
         module: Hugging Face model for causal language modelling, or a LightningModule with one inside, with the plan's
             multipliers, as a run with ``MLUCallback`` leaves it; not changed. Weights from a checkpoint need
             :func:`mlu_lightning.restore_multipliers` before.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
-
-    Returns:
-        A ``transformers.GraniteForCausalLM`` with copies of the weights, in evaluation mode, to be saved with
-        ``save_pretrained``.
 
     Raises:
         ImportError: without transformers.

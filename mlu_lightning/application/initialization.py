@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
@@ -41,7 +41,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     parameter stays as it was built.
 
     Args:
-        module: module with its initial weights, before multipliers are folded into them; changed in place.
+        module: module with its initial weights, before multipliers are folded into them; changed in place and returned.
         plan: its plan.
         mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
             (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
@@ -49,9 +49,6 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
             distribution, one stream coordinate after the other, so that those of a model of embedding dimension D are
             the first D coordinates of a bigger one's (theory.md, section 4), and rescales the rest.
         seed: seed of the draws, which depend on the parameter's name too and are the same on every device.
-
-    Returns:
-        The same module.
 
     Raises:
         ValueError: if the plan does not fit the module, if parameters have no or infinite values, if multipliers are
@@ -69,28 +66,25 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     plan.check(module)
     parameters = planned_parameters(module)
     _check_values(module, parameters)
-    factors: dict[str, float] = {}
-    draws: dict[str, _Draw] = {}
+    changes: list[Callable[[], object]] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
     at_base = all(p.ratios.is_identity and p.shape == p.base_shape for p in plan.parameters.values())
     for names, target in _groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
-            draws.update(_coupled(group, planned, target, seed))
+            changes += _coupled(group, planned, target, seed)
         elif target is None:
             continue
         elif mode == "normal" and planned.role.is_matrix:
-            draws.update(_draws(group, target, seed, axis=None))
+            changes += _draws(group, target, seed, axis=None)
         elif not at_base:
             built = _rms(group)
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
-                factors.update(dict.fromkeys(names, target / built))
+                changes += [partial(parameter.mul_, target / built) for parameter in group.values()]
     with torch.no_grad():
-        for name, factor in factors.items():
-            parameters[name].mul_(factor)
-        for name, draw in draws.items():
-            _assign(parameters[name], draw)
+        for change in changes:
+            change()
     return module
 
 
@@ -154,48 +148,21 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     return found
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """New normal values for one parameter."""
-
-    name: str  # part of the seed
-    seed: int
-    std: float  # of the entries that are not zero
-    axis: int | None  # of the stream's coordinates, each of which is drawn by itself; None to draw all at once
-    alive: dict[int, Tensor]  # by axis, which of its slices are not zero
-
-    def values(self, shape: torch.Size) -> Tensor:
-        """Draw in float32 on the CPU."""
-        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-        if self.axis is None:
-            drawn.normal_(generator=generator)
-        else:
-            for coordinate in drawn.movedim(self.axis, 0):
-                # drawn contiguously: normal_ on a column draws otherwise than on a row
-                row = torch.empty(coordinate.shape, dtype=torch.float32, device="cpu")
-                coordinate.copy_(row.normal_(generator=generator))
-        for axis, alive in self.alive.items():
-            drawn.movedim(axis, -1).mul_(alive)
-        return drawn
-
-
-def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> dict[str, _Draw]:
+def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> list[Callable[[], object]]:
     """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token."""
     # entries that are zero count in the root mean square, because they do at the base
     alive = {name: _alive(parameter, axis) for name, parameter in group.items() if bool(_full(parameter).any())}
     shares = [math.prod(float(slices.double().mean()) for slices in axes.values()) for axes in alive.values()]
     std = target / math.sqrt(sum(shares) / len(group)) if shares else 0.0
-    return {name: _Draw(name, seed, std, axis, axes) for name, axes in alive.items()}
+    return [partial(_draw, group[name], std, f"{seed}:{name}", axis, axes) for name, axes in alive.items()]
 
 
 def _coupled(
     group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int
-) -> dict[str, _Draw]:
+) -> list[Callable[[], object]]:
     """Draw a group's embeddings or readouts one stream coordinate after the other."""
     if not any(bool(_full(parameter).any()) for parameter in group.values()):
-        return {}
+        return []
     first = next(iter(group))
     if target is None:
         raise ValueError(
@@ -254,9 +221,24 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor if sharded is None else sharded.full_tensor()
 
 
-def _assign(parameter: nn.Parameter, draw: _Draw) -> None:
-    """Write drawn values, each rank its shard of the same full tensor."""
-    values = draw.values(parameter.shape).to(torch.promote_types(parameter.dtype, torch.float32)).mul_(draw.std)
+def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, alive: Mapping[int, Tensor]) -> None:
+    """Draw a parameter anew in float32 on the CPU, each rank its shard of the same full tensor.
+
+    With an axis, each coordinate along it is drawn by itself; slices that are not alive become zero.
+    """
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    if axis is None:
+        drawn.normal_(generator=generator)
+    else:
+        for coordinate in drawn.movedim(axis, 0):
+            # drawn contiguously: normal_ on a column draws otherwise than on a row
+            row = torch.empty(coordinate.shape, dtype=torch.float32, device="cpu")
+            coordinate.copy_(row.normal_(generator=generator))
+    for dimension, slices in alive.items():
+        drawn.movedim(dimension, -1).mul_(slices)
+    values = drawn.to(torch.promote_types(parameter.dtype, torch.float32)).mul_(std)
     values = values.to(parameter.device, parameter.dtype)
     sharded = _as_sharded(parameter)
     if sharded is not None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import Applied, residual_state, set_applied, uncompiled
+from mlu_lightning.application.applied import Applied, forward_factors, residual_state, set_applied, uncompiled
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.plan import Plan
@@ -62,9 +62,6 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
         module: module that the plan was made for; changed in place.
         plan: its plan.
 
-    Returns:
-        A handle with ``.remove()``.
-
     Raises:
         ValueError: if the plan does not fit the module, if multipliers are already in it, or if a hook has no place.
 
@@ -81,7 +78,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     """
     module = uncompiled(module)
     _check_fresh(module, plan)
-    acting = [(m, plan.forward_multiplier(m)) for m in plan.multipliers if plan.forward_multiplier(m) != 1]
+    acting = forward_factors(plan)
     for multiplier, _ in acting:
         _check_place(multiplier)
         if multiplier.site is None:
@@ -104,13 +101,10 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     folded weights are larger by 1/factor: clip them in :func:`mlu_lightning.unfolded_gradients`.
 
     Args:
-        module: module that the plan was made for, plain or with the plan's hooks; changed in place.
+        module: module that the plan was made for, plain or with the plan's hooks; changed in place and returned.
         plan: its plan.
         multiplied: whether the weights hold their multipliers already, as those of a folded run's checkpoint do:
             multiply nothing, and attach only the hooks. ``MLUCallback(residual="fold", init=None)`` goes on from there.
-
-    Returns:
-        The same module.
 
     Raises:
         ValueError: if the plan does not fit the module, if multipliers are already in it, if one can be neither folded
@@ -134,10 +128,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
         _check_fresh(plain, plan)
     factors: dict[str, float] = {}
     left: list[tuple[Multiplier, float]] = []
-    for multiplier in plan.multipliers:
-        factor = plan.forward_multiplier(multiplier)
-        if factor == 1:
-            continue
+    for multiplier, factor in forward_factors(plan):
         _check_place(multiplier)
         if not multiplier.folds:
             left.append((multiplier, factor))
@@ -199,8 +190,7 @@ def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]
         )
     if applied.mode == "baked":
         return {}
-    acting = (m for m in plan.multipliers if applied.mode == "hook" or not m.folds)
-    return {m: plan.forward_multiplier(m) for m in acting if plan.forward_multiplier(m) != 1}
+    return {m: factor for m, factor in forward_factors(plan) if applied.mode == "hook" or not m.folds}
 
 
 def mark_baked(module: nn.Module, plan: Plan) -> None:
@@ -211,7 +201,7 @@ def mark_baked(module: nn.Module, plan: Plan) -> None:
         if not applied.hooks:
             return
         _remove(module, applied)
-    folded = frozenset(name for m in plan.multipliers if plan.forward_multiplier(m) != 1 for name in m.folds)
+    folded = frozenset(name for multiplier, _ in forward_factors(plan) for name in multiplier.folds)
     set_applied(module, Applied(plan, "baked", folded))
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application.applied import folded_parameters, residual_state
+from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
@@ -54,9 +54,6 @@ def scale_optimizer(
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for an optimizer that
             ``torch.optim`` does not define, None for the others. A list with one for each parameter group where they
             differ; groups that are added later need one family for all.
-
-    Returns:
-        A handle with ``.remove()``.
 
     Raises:
         TypeError: if the optimizer's class cannot be scaled or is not known.
@@ -301,7 +298,7 @@ def _check_module(module: nn.Module, plan: Plan) -> None:
     if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
         plan.check(module)  # FSDP1 leaves shards, of other shapes
     if applied is None:
-        if all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers):
+        if not forward_factors(plan):
             return
         raise ValueError(
             "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "

@@ -47,11 +47,10 @@ class MLUCallback(Callback):
     schedulers and loggers stay as they are: learning rates in them are those of the base. At the base's own shape the
     run is bit for bit the run without the callback.
 
-    The module is planned and initialized when it is built: before ``fit`` does anything else, or, if the module
-    overrides ``setup`` or ``configure_model``, right after the later of them. A module that was fitted with the callback
-    goes on from its weights in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that
-    a checkpoint of a run with ``residual="hook"`` brings its multipliers along. Checkpoints say where the multipliers of
-    the module are when they are saved; those with weights alone do, too.
+    The module is planned and initialized before ``fit`` does anything else, or, if it overrides ``setup`` or
+    ``configure_model``, right after the later of them. A module that was fitted with the callback goes on from its weights
+    in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that a checkpoint of a run with
+    ``residual="hook"`` brings its multipliers along. Every checkpoint says where the multipliers of the module are.
 
     Lightning's own callbacks may stand before or after it: averages of weights start from the initialized module, groups
     that fine-tuning adds have the plan's factors, and learning rates that are found, set or logged are those of the base.
@@ -226,10 +225,7 @@ class MLUCallback(Callback):
         self._cleanup.close()
 
     def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
-        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made.
-
-        Callbacks that were set up earlier may have copied the module as it was.
-        """
+        """Apply a plan to the module, which has been built, to copies of earlier callbacks, and later to its optimizers."""
         check_attached(module)
         if residual_state(module) is None:
             check_whole(trainer.strategy, module)

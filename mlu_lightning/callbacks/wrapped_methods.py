@@ -1,4 +1,4 @@
-"""Methods of one instance of a module that do something more for a while."""
+"""Methods of one instance of a module that do something more during a fit."""
 
 from __future__ import annotations
 
