@@ -21,6 +21,7 @@ from helpers.parameter_groups import (
     identical,
     numbers_in_update,
     plan_of,
+    scaled,
 )
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn, optim
@@ -160,10 +161,7 @@ def test_parameters_changed_in_a_group_are_found() -> None:
 
 
 def test_numbers_changed_in_the_groups_are_taken_over() -> None:
-    ours, theirs = Weights(), Weights()
-    optimizer = optim.AdamW(ours.parameters(), lr=0.1)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, ours, plan_of(theirs))
+    ours, optimizer, seen = scaled(optim.AdamW)
     ours.load_gradients(0)
     optimizer.step()
     optimizer.param_groups[0].update(lr=0.3, betas=(0.5, 0.6), weight_decay=0.7, maximize=True, note="new")
@@ -187,12 +185,9 @@ def test_named_parameters_keep_their_names() -> None:
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closure_sees_the_users_groups(by_name: bool) -> None:
-    module = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
+    module, optimizer, seen = scaled()
     groups = optimizer.param_groups
     inside: list[list[Numbers]] = []
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module))
 
     def closure() -> float:
         module.load_gradients(0)
@@ -217,11 +212,8 @@ class Lookahead(optim.SGD):
 
 
 def test_closure_that_is_called_twice() -> None:
-    module = Weights()
-    optimizer = Lookahead(module.parameters(), lr=0.1)
+    module, optimizer, seen = scaled(Lookahead, family="sgd")
     inside: list[int] = []
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module), family="sgd")
 
     def closure() -> float:
         module.load_gradients(0)
@@ -233,42 +225,28 @@ def test_closure_that_is_called_twice() -> None:
     assert {len(groups) for groups in seen} == {len(set(SGD_LR.values()))}
 
 
-def test_error_in_the_closure_leaves_the_users_groups() -> None:
-    module = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
+@pytest.mark.parametrize(("where", "error"), [("closure", KeyError), ("update", RuntimeError)])
+def test_error_leaves_the_users_groups(where: str, error: type[Exception]) -> None:
+    module, optimizer, _ = scaled(optim.Adam)
     group = optimizer.param_groups[0]
-    scale_optimizer(optimizer, module, plan_of(module))
 
     def closure() -> float:
-        raise KeyError("forward")
+        module.load_gradients(0, sparse=True)  # which Adam refuses
+        if where == "closure":
+            raise KeyError("forward")
+        return 0.0
 
-    with pytest.raises(KeyError, match="forward"):
+    with pytest.raises(error, match="forward" if where == "closure" else "sparse gradients"):
         optimizer.step(closure)
-    assert len(optimizer.param_groups) == 1
-    assert optimizer.param_groups[0] is group
-
-
-def test_error_in_the_update_leaves_the_users_groups() -> None:
-    module = Weights()
-    optimizer = optim.Adam(module.parameters(), lr=0.1)
-    group = optimizer.param_groups[0]
-    scale_optimizer(optimizer, module, plan_of(module))
-    module.load_gradients(0, sparse=True)
-    with pytest.raises(RuntimeError, match="sparse gradients"):
-        optimizer.step()
     assert len(optimizer.param_groups) == 1
     assert optimizer.param_groups[0] is group
 
 
 def test_gradient_scaler_finds_what_it_looks_for() -> None:
     """torch.amp reads the signature of step, also through the wrapper."""
-    module = Weights()
-    optimizer = optim.AdamW(module.parameters(), lr=0.1, fused=True)
-    scale_optimizer(optimizer, module, plan_of(module))
+    module, optimizer, _ = scaled(optim.AdamW, fused=True)
+    reference, plain, _ = scaled(optim.AdamW, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    reference = Weights()
-    plain = optim.AdamW(reference.parameters(), lr=0.1, fused=True)
-    scale_optimizer(plain, reference, plan_of(reference))
     module.load_gradients(0)
     for parameter in module.parameters():
         parameter.grad = parameter.grad * 8
@@ -286,8 +264,7 @@ def test_gradient_scaler_finds_what_it_looks_for() -> None:
 def test_lightning_wrapper_stands_for_its_optimizer() -> None:
     module = Weights()
     optimizer = optim.SGD(module.parameters(), lr=0.1)
-    handle = scale_optimizer(LightningOptimizer(optimizer), module, plan_of(module))
-    assert handle.optimizer is optimizer
+    assert scale_optimizer(LightningOptimizer(optimizer), module, plan_of(module)).optimizer is optimizer
 
 
 def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
@@ -381,9 +358,7 @@ def test_parameters_that_others_rename_are_refused() -> None:
 
 
 def test_second_scaling_is_refused() -> None:
-    module = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan_of(module))
+    module, optimizer, _ = scaled()
     lr_scheduler.StepLR(optimizer, 5)
     with pytest.raises(ValueError, match=r"scaled already; .* \.remove\(\)"):
         scale_optimizer(optimizer, module, plan_of(module))

@@ -23,6 +23,7 @@ from helpers.parameter_groups import (
     identical,
     numbers_in_update,
     plan_of,
+    scaled,
 )
 from torch import nn, optim
 
@@ -176,10 +177,7 @@ class OwnAdam(optim.Adam):
 
 @pytest.mark.parametrize(("family", "by_hand"), [("adam", adam), ("sgd", sgd), ("adamw", adamw)])
 def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_hand: ByHand) -> None:
-    module = Weights()
-    optimizer = OwnAdam(module.parameters(), lr=0.1, weight_decay=0.2)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module), family=family)
+    module, optimizer, seen = scaled(OwnAdam, family=family, weight_decay=0.2)
     module.load_gradients(0)
     optimizer.step()
     for key in ("lr", "weight_decay"):
@@ -195,10 +193,7 @@ class OwnMuon(optim.Muon):
 
 
 def test_other_muons_are_scaled_without_a_shape_factor() -> None:
-    module = Weights(MATRICES)
-    optimizer = OwnMuon(module.parameters(), lr=0.1, weight_decay=0.2)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module), family="muon")
+    module, optimizer, seen = scaled(OwnMuon, *MATRICES, family="muon", weight_decay=0.2)
     optimizer.step()
     assert numbers_in_update(module, seen[-1], "lr") == {name: 0.1 * MUON_LR[name] for name in MATRICES}
     assert numbers_in_update(module, seen[-1], "weight_decay") == {name: 0.2 / MUON_LR[name] for name in MATRICES}

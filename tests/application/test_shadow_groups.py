@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.optimizers_by_hand import Averaging
-from helpers.parameter_groups import SGD_LR, SHAPES, Weights, groups_in_update, identical, plan_of
+from helpers.parameter_groups import SGD_LR, SHAPES, Weights, groups_in_update, identical, plan_of, scaled
 from torch import optim
 from torch.optim import lr_scheduler
 
@@ -16,9 +16,8 @@ from mlu_lightning.application.optimization import scale_optimizer
 
 
 def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None:
-    ours, theirs = Weights(), Weights()
-    optimizer = Averaging(ours.parameters(), lr=0.1)
-    scale_optimizer(optimizer, ours, plan_of(ours), family="sgd")
+    theirs = Weights()
+    ours, optimizer, _ = scaled(Averaging, family="sgd")
     groups = [{"params": [parameter]} for parameter in theirs.parameters()]
     by_hand = Averaging(groups, lr=0.1)
     for group, name in zip(by_hand.param_groups, SHAPES, strict=True):
@@ -187,15 +186,15 @@ def test_state_goes_to_and_from_plain_runs() -> None:
             module.load_gradients(step)
             optimizer.step()
 
-    scaled, plain = Weights(), Weights()
-    ours, theirs = optim.AdamW(scaled.parameters(), lr=0.1), optim.AdamW(plain.parameters(), lr=0.1)
-    scale_optimizer(ours, scaled, plan_of(scaled))
-    run(scaled, ours, range(5))
+    module, ours, _ = scaled(optim.AdamW)
+    plain = Weights()
+    theirs = optim.AdamW(plain.parameters(), lr=0.1)
+    run(module, ours, range(5))
     run(plain, theirs, range(5))
     state, plain_state = copy.deepcopy(ours.state_dict()), copy.deepcopy(theirs.state_dict())
     assert state["param_groups"] == plain_state["param_groups"]
 
-    resumed = copy.deepcopy(scaled)
+    resumed = copy.deepcopy(module)
     optimizer = optim.AdamW(resumed.parameters(), lr=0.7)
     scale_optimizer(optimizer, resumed, plan_of(resumed))
     optimizer.load_state_dict(state)
@@ -205,16 +204,16 @@ def test_state_goes_to_and_from_plain_runs() -> None:
     scale_optimizer(optimizer, from_plain, plan_of(from_plain)).remove()
     optimizer.load_state_dict(plain_state)
     run(from_plain, optimizer, range(5, 10))
-    run(scaled, ours, range(5, 10))
+    run(module, ours, range(5, 10))
     run(plain, theirs, range(5, 10))
-    assert identical(resumed, scaled)
+    assert identical(resumed, module)
     assert identical(from_plain, plain)
 
     crossed = optim.AdamW(plain.parameters(), lr=0.7)
     crossed.load_state_dict(state)
     assert crossed.param_groups[0]["lr"] == 0.1
-    crossed = optim.AdamW(scaled.parameters(), lr=0.7)
-    scale_optimizer(crossed, scaled, plan_of(scaled))
+    crossed = optim.AdamW(module.parameters(), lr=0.7)
+    scale_optimizer(crossed, module, plan_of(module))
     crossed.load_state_dict(plain_state)
     assert crossed.param_groups[0]["lr"] == 0.1
 
@@ -254,9 +253,8 @@ def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callab
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
 def test_copies_are_plain(duplicate: Callable[[optim.Optimizer], optim.Optimizer]) -> None:
-    module, plain = Weights(), Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan_of(module))
+    plain = Weights()
+    _, optimizer, _ = scaled()
     lr_scheduler.StepLR(optimizer, 5)
     twin = duplicate(optimizer)
     reference = optim.SGD(plain.parameters(), lr=0.1)
