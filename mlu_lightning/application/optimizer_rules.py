@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.planning.horizon import Forgetting, Horizon
-from mlu_lightning.planning.plan import ParameterPlan, Plan
-from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale
+from mlu_lightning.table import TABLES, OptimizerFamily, Role, Scale
 
 __all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "multiplied", "update_rules"]
 
@@ -58,8 +58,8 @@ class UpdateRule:
     def factors(self, group: Group, name: str, plan: Plan, scale: Scale) -> dict[str, Factor]:
         """Factors for one parameter, without those that are 1 or that the group has no number for."""
         parameter = plan.parameters[name]
-        if plan.parameterization == Parameterization.SP:
-            # optimizers are left as they are, also where they look at shapes (Muon) or sizes (Adafactor) themselves
+        if not TABLES[plan.parameterization].scales_optimizer:
+            # also where it looks at shapes (Muon) or sizes (Adafactor) itself
             parameter, scale = replace(parameter, base_shape=parameter.shape), replace(scale, std=1.0)
         numbers = dict(self.numbers(group, name, parameter, scale))
         if not plan.horizon.is_identity:

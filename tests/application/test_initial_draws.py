@@ -74,8 +74,10 @@ LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, ...]], int, Role, bool]] = {
 def coupled(layout: str, width: int) -> Tensor:
     shape, axis, role, transposed = LAYOUTS[layout]
     module = seeded(lambda: Bag(p=torch.randn(shape(width))), width)
-    fans = (width, DATA) if role is Role.READOUT else (DATA, width)
-    plan = plan_of(module, role=role, fans=fans, transposed=transposed, ratios=Ratios(1, width / 8, width / 8))
+    reads = role is Role.READOUT
+    fans = (width, DATA) if reads else (DATA, width)
+    ratios = Ratios(inputs=width / 8) if reads else Ratios(outputs=width / 8)
+    plan = plan_of(module, role=role, fans=fans, transposed=transposed, ratios=ratios)
     return initialize(module, plan, "coupled").p.detach().movedim(axis, 0)
 
 

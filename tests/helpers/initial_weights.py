@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from helpers.plans import entry
 from mlu_lightning import Plan, Ratios, Role
-from mlu_lightning.planning.entries import ParameterPlan
 
 MODES = ("rescale", "normal", "coupled")
 GROWN = Ratios(depth=2.0, inputs=4.0, outputs=9.0)
@@ -22,7 +22,6 @@ STD = {
     Role.BRANCH_IN_BIAS: 1.0,
     Role.BRANCH_HIDDEN: 1 / 2,
     Role.BRANCH_OUT: 3 / 4,
-    Role.BRANCH_OUT_NORMED: 1 / 2,
     Role.BRANCH_OUT_BIAS: 1.0,
     Role.BRANCH_NORM: 1.0,
     Role.BRANCH_BOUNDED: 1.0,
@@ -30,7 +29,6 @@ STD = {
     Role.STREAM_MATRIX: 1 / 2,
     Role.STREAM_BOUNDED_MATRIX: 1 / 4,
     Role.STREAM_NORM: 1.0,
-    Role.POST_NORM: 1.0,
     Role.READOUT: 1.0,
     Role.READOUT_BIAS: 1.0,
 }
@@ -62,7 +60,7 @@ def plan_of(module: nn.Module, **says: Any) -> Plan:
             "fans": (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape)),
         }
         shared = {key: value for key, value in says.items() if not isinstance(value, dict)}
-        parameters[name] = ParameterPlan(**{**usual, **shared, **says.get(name, {})})
+        parameters[name] = entry(**{**usual, **shared, **says.get(name, {})})
     return Plan(parameters, (), (), ())
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from helpers.plans import entry
 from mlu_lightning import attach_multipliers, fold
 from mlu_lightning.application import residual_state
 from mlu_lightning.discovery.structure import Site
-from mlu_lightning.planning.entries import Multiplier, ParameterPlan
+from mlu_lightning.planning import Multiplier
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import Ratios, Role
 
@@ -186,7 +187,7 @@ MODES: dict[str, Callable[[nn.Module, Plan], Any]] = {"hook": attach_multipliers
 
 def plan_of(module: nn.Module, multipliers: tuple[Multiplier, ...], alpha: float = ALPHA) -> Plan:
     parameters = {
-        name: ParameterPlan(Role.BRANCH_OUT, tuple(p.shape), tuple(p.shape), Ratios(depth=2.0), 1.0, (1, 1))
+        name: entry(Role.BRANCH_OUT, tuple(p.shape), Ratios(depth=2.0), base_shape=tuple(p.shape), base_std=1.0)
         for name, p in module.named_parameters()
     }
     return Plan(parameters, (), (), multipliers, alpha)
