@@ -9,9 +9,8 @@ from typing import Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.planning.entries import Multiplier
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
 
 __all__ = [
     "Applied",

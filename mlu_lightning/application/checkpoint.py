@@ -10,8 +10,7 @@ from torch import nn
 
 from mlu_lightning.application.applied import Mode, forward_factors, residual_state, uncompiled
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
-from mlu_lightning.planning.entries import Multiplier
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["STATE_KEY", "WHERE", "apply_saved", "load_plan", "warn_of_hooks", "write_plan"]
@@ -139,11 +138,9 @@ def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
 
 def _check_untied(module: nn.Module, plan: Plan) -> None:
     """Refuse a module that ties a readout that has a weight of its own in the checkpoint, where bake untied it."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in planned_parameters(uncompiled(module), remove_duplicate=False).items():
-        names.setdefault(id(parameter), []).append(name)
+    parameters = planned_parameters(uncompiled(module), remove_duplicate=False)
     for multiplier in _hooks_of_fold(plan):
-        tied = next((found for found in names.values() if multiplier.name in found), [])
+        tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
         if multiplier.kind == "readout" and len(tied) > 1:
             raise ValueError(
                 f"The checkpoint is of a baked module, in which {' and '.join(tied)} are different weights, and in this "

@@ -14,7 +14,7 @@ from torch import nn
 
 from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state, uncompiled
 from mlu_lightning.application.optimization import plan_names
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 
 __all__ = ["unfolded_gradients"]

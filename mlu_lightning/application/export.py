@@ -15,8 +15,7 @@ from mlu_lightning.application.applied import residual_state, uncompiled
 from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
 from mlu_lightning.application.multipliers import acting_multipliers, fold, mark_baked
 from mlu_lightning.discovery.structure import Site
-from mlu_lightning.planning.entries import Multiplier
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["bake", "restore_multipliers"]
@@ -107,9 +106,9 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
     saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
     if saved is None:
         raise ValueError(
-            "The checkpoint has no plan, because it is not one that a Trainer wrote of a module with multipliers of "
-            "MLUCallback. Load the plan that was saved, with Plan.load(path), and put its multipliers in with "
-            "attach_multipliers(module, plan), or with fold(module, plan, multiplied=True) if the weights hold them."
+            "The checkpoint has no plan, because no Trainer wrote it of a module with multipliers of MLUCallback. Load a "
+            "saved plan, with Plan.load(path), and put its multipliers in with attach_multipliers(module, plan), or with "
+            "fold(module, plan, multiplied=True) if the weights hold them."
         )
     return apply_saved(module, saved)
 
@@ -130,9 +129,8 @@ def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float
     if gain is None:
         raise ValueError(
             f"The multiplier of the {multiplier.kind} {multiplier.name!r}, at {site}, cannot be put into weights, because "
-            f"no weight of {type(target).__name__} multiplies its output and nothing else. Keep it in the model's own "
-            f"code: let its forward multiply there by {factor:g}, and take the hooks off with .remove() of the handle "
-            "that attach_multipliers returned."
+            f"no weight of {type(target).__name__} multiplies its output and nothing else. Let the model's own forward "
+            f"multiply there by {factor:g}, and take the hooks off with .remove() of what attach_multipliers returned."
         )
     wanted = factor * (1 + gain.detach().double())
     error = float(((1 + (wanted - 1).to(gain.dtype).double()) / wanted - 1).abs().nan_to_num().max())
@@ -208,8 +206,7 @@ def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: 
             f"The readout {multiplier.name!r} is tied to an embedding, so its multiplier {factor:g} cannot be put into "
             "the weight, and it is not known how to untie it: that takes a submodule of its own for the readout, inside "
             "a Hugging Face model with tie_word_embeddings in its config. Multiply the readout's input by "
-            f"{factor:g} in the model's own code, and take the hooks off with .remove() of the handle that "
-            "attach_multipliers returned."
+            f"{factor:g} in the model's own code, and take the hooks off with .remove() of what attach_multipliers returned."
         )
     lasting = _lasting_untied(model)
     if not lasting and "missing_keys" not in inspect.signature(model.tie_weights).parameters:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mlu_lightning.application.applied import uncompiled
 from mlu_lightning.application.multipliers import acting_multipliers
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 
 if TYPE_CHECKING:
     from transformers import GraniteConfig, GraniteForCausalLM
@@ -143,11 +143,8 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
     given = {name: [*value.shape] for name, value in model.state_dict().items()}
     found = [f"{name} {given[name]} is not in Granite" for name in given if name not in wanted]
     found += [f"Granite has {name} {wanted[name]}" for name in wanted if name not in given]
-    found += [
-        f"{name} is {given[name]}, and Granite's {wanted[name]}"
-        for name in given
-        if name in wanted and given[name] != wanted[name]
-    ]
+    other = [name for name in given if wanted.get(name, given[name]) != given[name]]
+    found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in other]
     if found:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")

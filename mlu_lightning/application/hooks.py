@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.discovery.structure import Site
-from mlu_lightning.planning.entries import Multiplier
+from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["attach_hooks", "detach_hooks"]
@@ -36,9 +36,8 @@ def attach_hooks(module: nn.Module, acting: Iterable[tuple[Multiplier, float]]) 
         key = (id(target), site.where, site.index)
         if key in owners:
             raise ValueError(
-                f"The multipliers of {owners[key]!r} and {multiplier.name!r} have the same place, {site}, so a hook would "
-                "multiply both twice. Weights that are shared between branches are not covered by the theory; give each "
-                "branch a module of its own."
+                f"The multipliers of {owners[key]!r} and {multiplier.name!r} have the same place, {site}, and a hook would "
+                "multiply both twice. The theory has no weights that branches share; give each branch a module of its own."
             )
         owners[key] = multiplier.name
         targets.append((target, site, factor))

@@ -11,19 +11,15 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mlu_lightning.application.applied import folded_parameters
-from mlu_lightning.planning.entries import ParameterPlan
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.table import OptimizerFamily, Role
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 __all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
 
@@ -121,9 +117,8 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
     axes = [axis for axis, size in enumerate(shape) if size == width]
     if len(axes) != 1:
         raise ValueError(
-            f"It cannot be told which axis of {name}, of shape {list(shape)}, holds the {width} coordinates of the "
-            'stream, as init="coupled" and the infinite model need. Use init="rescale" or "normal", or build the module '
-            "with an nn.Linear or nn.Embedding there."
+            f"It cannot be told which axis of {name}, of shape {list(shape)}, holds the {width} coordinates of the stream, "
+            'as init="coupled" and the infinite model need. Use "rescale", "normal", or an nn.Linear or nn.Embedding there.'
         )
     return axes[0]
 
@@ -213,8 +208,7 @@ def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 def _full(tensor: Tensor) -> Tensor:
     """All of a tensor, if it is sharded."""
-    sharded = _as_sharded(tensor)
-    return tensor if sharded is None else sharded.full_tensor()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, alive: Mapping[int, Tensor]) -> None:
@@ -236,16 +230,8 @@ def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, aliv
         drawn.movedim(dimension, -1).mul_(slices)
     values = drawn.to(torch.promote_types(parameter.dtype, torch.float32)).mul_(std)
     values = values.to(parameter.device, parameter.dtype)
-    sharded = _as_sharded(parameter)
-    if sharded is not None:
-        values = torch.distributed.tensor.distribute_tensor(values, sharded.device_mesh, sharded.placements)
+    if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor  # slow to import, and whoever shards has
+
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     parameter.copy_(values)
-
-
-def _as_sharded(tensor: Tensor) -> DTensor | None:
-    """A tensor as what it is if it is sharded, else None; the module of DTensor is slow to import."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return tensor if isinstance(tensor, DTensor) else None

@@ -16,8 +16,7 @@ from torch import nn
 
 from mlu_lightning.application.applied import Applied, forward_factors, residual_state, set_applied, uncompiled
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
-from mlu_lightning.planning.entries import Multiplier
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = [
@@ -84,8 +83,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
         if multiplier.site is None:
             raise ValueError(
                 f"The multiplier of the {multiplier.kind} {multiplier.name!r} cannot be attached as a hook, because no "
-                'submodule has it as its output or input. Put it into the weights instead: residual="fold", or '
-                "fold(module, plan)."
+                'submodule has it as output or input. Put it into the weights: residual="fold", or fold(module, plan).'
             )
     set_applied(module, Applied(plan, "hook", hooks=attach_hooks(module, acting)))
     return MultiplierHandle(module, plan)
@@ -179,9 +177,8 @@ def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]
     if applied is None:
         raise ValueError(
             "The module does not have the plan's multipliers, and weights alone do not tell whether they hold them. Put "
-            "them in as they were in training: attach_multipliers(module, plan) after a run with hooks, fold(module, "
-            "plan, multiplied=True) after one with folded weights, or restore_multipliers(module, checkpoint), which "
-            "takes them from a checkpoint of MLUCallback."
+            "them in as in training: attach_multipliers(module, plan) after a run with hooks, fold(module, plan, "
+            "multiplied=True) after one with folded weights, or restore_multipliers(module, checkpoint of MLUCallback)."
         )
     if not applied.is_of(plan):
         raise ValueError(

@@ -22,7 +22,7 @@ from mlu_lightning.application.applied import folded_parameters, forward_factors
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.names import planned_name
 
@@ -317,7 +317,6 @@ def _foreign(index: int, parameter: Tensor, name: str | None) -> str:
     return (
         f"{what} in group {index} of the optimizer is not a parameter of the module that the plan was made for. Make "
         "the optimizer from the module's own parameters; one that updates float32 copies of them has to keep these in its "
-        "state, not in its groups. Where a strategy replaces them by flattened ones, their "
-        "learning rates cannot be told apart: use FSDP with use_orig_params=True, or ModelParallelStrategy (FSDP2), "
-        "instead of FSDP with use_orig_params=False or DeepSpeed ZeRO."
+        "state, not in its groups. Where a strategy flattens them, their learning rates cannot be told apart: use FSDP with "
+        "use_orig_params=True, or ModelParallelStrategy (FSDP2), instead of use_orig_params=False or DeepSpeed ZeRO."
     )

@@ -85,17 +85,16 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
             f"How {type(optimizer).__name__} uses its learning rate, eps and weight decay is not known: it is not an "
             "optimizer of torch.optim, or it has a step of its own. Use one of torch.optim, or say which column of the "
             'MLU table it follows, with family=... of MLUCallback or scale_optimizer: "sgd" (update proportional to the '
-            'gradient, decay added to the gradient), "adam" (update independent of the size of the gradient, decay added to '
-            'the gradient), "adamw" (the same with decoupled decay) or "muon" (update of unit spectral norm, decoupled '
-            "decay), or a list with one for each parameter group."
+            'gradient, to which decay is added), "adam" (update independent of its size, decay added to it), "adamw" (the '
+            'same with decoupled decay) or "muon" (update of unit spectral norm, decoupled decay), or a list with one for '
+            "each parameter group."
         )
     families = [family] * groups if isinstance(family, str) else [*family]
     if len(families) != groups:
         raise ValueError(
             f"family={families} names {len(families)} families, and {type(optimizer).__name__} has {groups} parameter "
             "groups. Give one for each group, in their order, or one for all of them. Where families differ, a group that "
-            "is added during the run would have none: let the optimizer have it from the start. Parameters that are frozen "
-            "until later have no gradient, and are left alone."
+            "is added during the run would have none: let the optimizer have it from the start, frozen if need be."
         )
     columns = [OptimizerFamily(each) for each in families]
     return [UpdateRule(column, _declared_muon if column is OptimizerFamily.MUON else _declared) for column in columns]
@@ -164,9 +163,8 @@ def _adagrad(group: Group, name: str, parameter: ParameterPlan, scale: Scale) ->
     """Adagrad puts its initial accumulator into the state when it is constructed, where no factor reaches it."""
     if group.get("initial_accumulator_value", 0) != 0 and scale.eps != 1.0:
         raise ValueError(
-            f"Adagrad's initial_accumulator_value is {group['initial_accumulator_value']:g}. It is a squared gradient, "
-            f"and that of {name} is of another size than at the base, but the value went into the optimizer's state "
-            "when it was constructed. Leave it at 0, its default."
+            f"Adagrad's initial_accumulator_value is {group['initial_accumulator_value']:g}, a squared gradient, which of "
+            f"{name} is of another size than at the base, but is in the optimizer's state already. Leave it at 0."
         )
     return _plain(group, name, parameter, scale)
 
@@ -257,9 +255,8 @@ def _check_horizon(horizon: Horizon, group: Group, family: OptimizerFamily) -> N
 def _check_muon(name: str, parameter: ParameterPlan) -> None:
     if not parameter.role.is_matrix or parameter.role in (Role.EMBEDDING, Role.READOUT):
         raise ValueError(
-            f"Muon was given {name}, whose role is {parameter.role}. Muon's update of unit spectral norm is for "
-            "matrices between layers: it has no rule for embeddings, readouts, norms and biases. Give these to an "
-            "AdamW next to Muon."
+            f"Muon was given {name}, whose role is {parameter.role}. Its update of unit spectral norm is for matrices "
+            "between layers, not for embeddings, readouts, norms and biases. Give these to an AdamW next to Muon."
         )
 
 

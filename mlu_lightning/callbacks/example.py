@@ -31,10 +31,9 @@ __all__ = ["find_example", "find_probe"]
 def find_example(trainer: Trainer, module: LightningModule) -> Any:
     """Take a batch as ``training_step`` will be given it, or None if only ``example_input_array`` can serve.
 
-    The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and the random
-    states of torch, NumPy and Python stay as they are. ``train_dataloader()`` is called once more than without, and the
-    samples are read once more. Data that can only be iterated over are read twice, to see whether they begin anew each
-    time, and there is a warning if they do not.
+    The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and random states
+    stay as they are. ``train_dataloader()`` is called once more than without, and the samples are read once more; data that
+    can only be iterated over are read twice, with a warning if they do not begin anew each time.
     """
     with isolate_rng():
         loaders = _iterables(train_dataloaders(trainer))
@@ -76,10 +75,8 @@ class _NoBatchError(Exception):
 
 
 def _validation_loader(trainer: Trainer, module: LightningModule) -> Any:
-    """The first of the loaders that validation goes through, None if there is no validation."""
+    """Find the first of the loaders that validation goes through, None if there is no validation."""
     loaders = val_dataloaders(trainer) if is_overridden("validation_step", module) else None
-    if loaders is None:
-        return None
     if isinstance(loaders, CombinedLoader) and not is_sequential(loaders):
         return loaders.iterables  # a batch has a part of each
     return next(iter(tree_leaves(_iterables(loaders))), None)
@@ -90,7 +87,7 @@ def _iterables(loaders: Any) -> Any:
 
 
 def _first_batch(loader: Any) -> Any:
-    """First batch in the order of the data."""
+    """Make the first batch in the order of the data."""
     if isinstance(loader, DataLoader):
         if isinstance(loader.sampler, BatchSampler) and loader.batch_sampler is None:
             # the dataset is asked for whole batches, by index, so that it has a length, which Dataset does not declare
@@ -105,7 +102,7 @@ def _first_batch(loader: Any) -> Any:
 
 
 def _first_samples(loader: DataLoader[Any]) -> list[Any]:
-    """As many samples as a batch has, without the loader's sampler and workers."""
+    """Read as many samples as a batch has, without the loader's sampler and workers."""
     dataset: Any = loader.dataset
     size = loader.batch_size or int(getattr(loader.batch_sampler, "batch_size", 1))
     if isinstance(dataset, IterableDataset):
@@ -121,7 +118,7 @@ def _first_samples(loader: DataLoader[Any]) -> list[Any]:
 
 
 def _beginning(data: Iterable[Any], size: int) -> list[Any]:
-    """First items of what can only be iterated over, which should be the first ones again for whoever comes next."""
+    """Read the first items of what can only be iterated over, and warn if the next to ask gets others."""
     with isolate_rng():
         iterator = iter(data)
         if iterator is data:

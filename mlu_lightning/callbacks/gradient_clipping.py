@@ -17,7 +17,7 @@ __all__ = ["wrap_clipping"]
 
 
 def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Callable[[], None]:
-    """Let a module clip its gradients as those of weights without multipliers, whoever asks for it; returns the undoing."""
+    """Let a module clip its gradients as those of weights without multipliers, whoever asks; return what undoes this."""
     own, clipping = is_overridden("configure_gradient_clipping", module), False
 
     def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -28,8 +28,8 @@ from mlu_lightning.callbacks.model_copies import check_copies, copy_again
 from mlu_lightning.callbacks.saved_plans import wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
-from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.lightning_private import configured_optimizers, stands_for_none, starts_processes
 

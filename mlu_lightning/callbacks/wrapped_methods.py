@@ -13,10 +13,10 @@ __all__ = ["wrap_method"]
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Let a function be called instead of a method of an instance, with the method and what that is called with.
+    """Let a function be called instead of a method of an instance, with the method first; return what undoes this.
 
-    Copies of the module that are made meanwhile, and pickles of it, have the method as it was, and of their own. The
-    function that is returned undoes this; where somebody else has wrapped the method since, it only passes the call on.
+    Copies of the module that are made meanwhile, and pickles of it, have the method as it was, and of their own. Where
+    somebody else has wrapped the method since, undoing lets the function only pass the call on.
     """
     method: Callable[..., Any] = getattr(module, name)
     # LightningCLI, for one, keeps its configure_optimizers on the instance

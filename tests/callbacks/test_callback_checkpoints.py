@@ -192,6 +192,14 @@ def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residu
     assert {name: numbers["lr"] / lr["embed.weight"]["lr"] for name, numbers in lr.items()} == pytest.approx(expected)
 
 
+def test_second_fit_after_hooks_moved_into_the_weights_does_not_initialize_them() -> None:
+    module, first, second = Net(**WIDE), MLUCallback(Net()), MLUCallback(Net(), residual="fold")
+    fit(module, first)
+    assert first.plan is not None
+    fit(fold(module, first.plan), second)
+    assert (first.initialized, second.initialized) == (True, False)
+
+
 def test_second_fit_with_another_plan_is_refused() -> None:
     module = Net(**WIDE)
     fit(module, MLUCallback(Net()))
