@@ -91,7 +91,7 @@ def scale_optimizer(
 
 
 def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
-    """Tell whether an optimizer, or the one inside a wrapper, updates each parameter with the numbers of a plan."""
+    """Tell whether an optimizer, or the one inside a wrapper, updates parameters with the numbers of a plan."""
     scaled = getattr(_unwrapped(optimizer).step, _MARK, None)
     return isinstance(scaled, ScaledOptimizer) and scaled.active
 
@@ -250,8 +250,6 @@ _MARK = "_mlu_scaled_by"
 """Where the step of a scaled optimizer has its handle; schedulers that wrap the step take it along."""
 _OWN = "mlu_own"
 """Where a group has what its shadows have of their own."""
-_PRUNED = "_orig"
-"""What pruning makes a parameter's name end in."""
 
 
 def _for_all(family: Family | None) -> Family | None:
@@ -264,11 +262,11 @@ def _planned(name: str, module: nn.Module, plan: Plan) -> str:
     """Name that the plan has for a parameter of the module."""
     planned = planned_name(name)
     owner, _, own = name.rpartition(".")
-    if planned in plan.parameters or not own.endswith(_PRUNED):
+    if planned in plan.parameters or not own.endswith("_orig"):
         return planned
-    # others, such as spectral_norm, rename it in the same way, but not without another function of the module
+    # pruning renames it so; others, such as spectral_norm, do too, but not without another function of the module
     buffers = dict(module.get_submodule(owner).named_buffers(recurse=False))
-    return planned.removesuffix(_PRUNED) if f"{own.removesuffix(_PRUNED)}_mask" in buffers else planned
+    return planned.removesuffix("_orig") if f"{own.removesuffix('_orig')}_mask" in buffers else planned
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from mlu_lightning.application.clipping import unfolded_gradients
+from mlu_lightning.application import unfolded_gradients
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 
 __all__ = ["wrap_clipping"]
 

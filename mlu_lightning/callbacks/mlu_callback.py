@@ -16,11 +16,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
+from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled, scale_optimizer
 from mlu_lightning.application.applied import mark_initialized, residual_state
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
-from mlu_lightning.application.initialization import InitMode, initialize
-from mlu_lightning.application.multipliers import attach_multipliers, check_attached, fold
-from mlu_lightning.application.optimization import is_scaled, scale_optimizer
+from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
@@ -244,7 +243,7 @@ class MLUCallback(Callback):
                 self._apply(module, plan)
             configured = method()
             self._families = {}
-            for optimizer in configured_optimizers(configured):
+            for optimizer in [] if configured is None else configured_optimizers(configured)[0]:
                 scaled = scale_optimizer(optimizer, module, plan, self._family)
                 self._cleanup.callback(scaled.remove)
                 self._families.update(scaled.families)

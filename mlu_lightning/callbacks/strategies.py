@@ -7,10 +7,10 @@ from collections.abc import Callable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import nn
 
-from mlu_lightning.application.applied import residual_state
+from mlu_lightning.application import residual_state
 from mlu_lightning.application.multipliers import attach_again
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_private import layer_sync
 
 __all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]

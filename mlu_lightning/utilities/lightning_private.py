@@ -10,6 +10,7 @@ from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimiz
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 
 __all__ = [
@@ -25,9 +26,9 @@ __all__ = [
 ]
 
 
-def configured_optimizers(configured: Any) -> list[Optimizer]:
-    """List the optimizers in what ``configure_optimizers`` returned, in whichever of its forms."""
-    return [] if configured is None else _configure_optimizers(configured)[0]
+def configured_optimizers(configured: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig], Any]:
+    """Take apart what ``configure_optimizers`` returned: optimizers, schedulers, and what the latter monitor."""
+    return _configure_optimizers(configured)
 
 
 def stands_for_none(optimizer: Optimizer) -> bool:

@@ -144,7 +144,7 @@ class WatchedOptimizers:
             self.numbers.append({names[id(p)]: {**group} for group in groups for p in group["params"]})
 
         configured = self.optimizers(module)
-        for optimizer in configured_optimizers(configured):
+        for optimizer in configured_optimizers(configured)[0]:
             optimizer.register_step_post_hook(note)
         return configured
 
