@@ -51,7 +51,8 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """
     module = uncompiled(module)
     applied = residual_state(module)
-    if forward_factors(plan) if applied is None else not applied.is_of(plan):
+    fits = applied.is_of(plan) if applied is not None else not forward_factors(plan)
+    if not fits:
         raise ValueError(
             f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "

@@ -127,8 +127,8 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     """Parameters that differ in their place along the depth only, and the root mean square that they should have."""
     groups: dict[object, list[str]] = {}
     for name, planned in plan.parameters.items():
-        place = name_pattern(name), planned.role, planned.shape, planned.base_shape, planned.ratios
-        groups.setdefault((place, planned.base_std is None), []).append(name)
+        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios
+        groups.setdefault((name_pattern(name), row, planned.base_std is None), []).append(name)
     std = {name: scale.std for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}  # the same for all families
     found: list[tuple[list[str], float | None]] = []
     for names in groups.values():

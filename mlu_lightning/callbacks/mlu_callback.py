@@ -30,7 +30,7 @@ from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
 from mlu_lightning.table import OptimizerFamily
-from mlu_lightning.utilities.lightning_private import configured_optimizers, stands_for_none, starts_processes
+from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
 
 __all__ = ["MLUCallback"]
 
@@ -203,7 +203,7 @@ class MLUCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refuse an update at other numbers than the plan's."""
-        if not stands_for_none(optimizer) and not is_scaled(optimizer):
+        if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
             raise ValueError(
                 f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
                 "returned: it was put in the place of another since, and its learning rates are not those of the plan. "

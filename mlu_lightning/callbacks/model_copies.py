@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mlu_lightning.utilities.lightning_private import draws_lottery_weights
+from mlu_lightning.utilities.lightning_private import resamples_parameters
 
 __all__ = ["check_copies", "copy_again"]
 
 
 def check_copies(others: Iterable[Callback]) -> None:
     """Refuse callbacks that give a module other initial weights than those of its plan."""
-    if any(isinstance(callback, callbacks.ModelPruning) and draws_lottery_weights(callback) for callback in others):
+    if any(isinstance(callback, callbacks.ModelPruning) and resamples_parameters(callback) for callback in others):
         raise ValueError(
             "ModelPruning(resample_parameters=True) draws weights again as modules draw them when they are built, "
             "without the scale that MLUCallback has given them. Leave resample_parameters at False: weights go "

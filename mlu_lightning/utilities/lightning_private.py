@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 __all__ = [
     "before_batch_transfer",
     "configured_optimizers",
-    "draws_lottery_weights",
+    "is_mock_optimizer",
     "is_sequential",
     "layer_sync",
-    "stands_for_none",
+    "resamples_parameters",
     "starts_processes",
     "train_dataloaders",
     "val_dataloaders",
@@ -31,7 +31,7 @@ def configured_optimizers(configured: Any) -> tuple[list[Optimizer], list[LRSche
     return _configure_optimizers(configured)
 
 
-def stands_for_none(optimizer: Optimizer) -> bool:
+def is_mock_optimizer(optimizer: Optimizer) -> bool:
     """Tell whether an optimizer is what Lightning has where ``configure_optimizers`` returned None."""
     return isinstance(optimizer, _MockOptimizer)
 
@@ -67,6 +67,6 @@ def layer_sync(strategy: Strategy) -> Any:
     return getattr(strategy, "_layer_sync", None)
 
 
-def draws_lottery_weights(pruning: ModelPruning) -> bool:
+def resamples_parameters(pruning: ModelPruning) -> bool:
     """Tell whether pruning by the lottery ticket hypothesis draws weights anew instead of going back to the first."""
     return bool(pruning._use_lottery_ticket_hypothesis and pruning._resample_parameters)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mlu_lightning import Plan, Ratios, Role, attach_multipliers, fold, initialize
-from mlu_lightning.planning.entries import Multiplier
+from mlu_lightning.planning import Multiplier
+from mlu_lightning.table import Variant
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -96,6 +97,13 @@ def test_parameters_of_other_roles_and_shapes_are_scaled_apart() -> None:
     initialize(layers, plan_of(layers, **{name: {"role": Role(role)} for name, role in roles.items()}))
     for name, parameter in layers.named_parameters():
         assert rms(parameter) == pytest.approx(BASE_STD * STD[Role(roles[name])], rel=FLOAT32)
+
+
+def test_layers_of_which_some_are_before_a_norm_are_scaled_apart() -> None:
+    layers = seeded(lambda: nn.Sequential(*(nn.Linear(40, 30, bias=False) for _ in range(2))))
+    initialize(layers, plan_of(layers, role=Role.BRANCH_OUT, **{"1.weight": {"variant": Variant.BEFORE_NORM}}))
+    assert rms(layers[0].weight) == pytest.approx(BASE_STD * 3 / 4, rel=FLOAT32)
+    assert rms(layers[1].weight) == pytest.approx(BASE_STD / 2, rel=FLOAT32)
 
 
 def test_depth_dependent_init_of_gpt2_is_undone() -> None:
