@@ -1,8 +1,4 @@
-"""Clip the gradients of folded weights as those of a module whose multipliers are attached.
-
-Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it. Every optimizer
-is scaled for that, but clipping by norm or by value is not linear: on the gradients as they are it would be another run.
-"""
+"""Clip the gradients of folded weights as those of a module whose multipliers are attached."""
 
 from __future__ import annotations
 
@@ -24,11 +20,11 @@ __all__ = ["unfolded_gradients"]
 def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """Let gradients be those of the weights without the multipliers that are folded into them, inside of the context.
 
-    For a loop of one's own that clips gradients: in it, clipping does the same after :func:`mlu_lightning.fold` as after
-    :func:`mlu_lightning.attach_multipliers` (theory.md, section 3). :class:`~mlu_lightning.MLUCallback` does this to the
-    clipping of Lightning, ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end
-    gradients are those of the stored weights again, for the scaled optimizer, also others that were put in their place. A
-    module whose multipliers are attached is left as it is.
+    Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it (theory.md,
+    section 3). Every optimizer is scaled for that, but clipping is not linear. In this context a loop of one's own clips the
+    same after :func:`mlu_lightning.fold` as after :func:`mlu_lightning.attach_multipliers`, as Lightning's clipping does
+    with :class:`~mlu_lightning.MLUCallback`. At the end gradients are those of the stored weights again, for the scaled
+    optimizer, also others that were put in their place. A module whose multipliers are attached is left as it is.
 
     Args:
         module: module that has the plan's multipliers, or torch.compile's wrapper of it.

@@ -1,8 +1,8 @@
 """Put a plan's forward multipliers into a module: attached as hooks, or folded into its weights.
 
-Both make the same function. Hooks leave the weights as they are and cost a multiplication per branch; folded weights
-cost nothing per step and make a checkpoint that any plain model loads, unless a multiplier has no weight and stays a
-hook. A run stays the same either way if the optimizer is scaled for the form that was chosen (theory.md, section 3).
+Both make the same function and, with an optimizer that is scaled for it, the same run (theory.md, section 3). Hooks leave
+the weights as they are and cost a multiplication per branch; folded weights cost nothing per step and make a checkpoint that
+any plain model loads, unless a multiplier has no weight and stays a hook.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """What the numbers in an optimizer's parameter groups mean, and so by what each of them is to be multiplied.
 
-The table (theory.md, section 3) speaks of a learning rate, an eps and a weight decay. Optimizers of ``torch.optim``
-differ in what they do with these: Rprop has bounds on its step sizes, Adadelta's eps is a square, Adafactor's step is
-relative to the weight, Muon scales its learning rate with the shape. Every rule below has one aim: where a weight and
-its updates are c times and its gradients g times those of the base, the optimizer does c times what it does at the
-base, at every step.
+The table (theory.md, section 3) speaks of a learning rate, an eps and a weight decay, and optimizers differ in what they
+do with these. Every rule below has one aim: where a weight and its updates are c times and its gradients g times those of
+the base, the optimizer does c times what it does at the base, at every step.
 """
 
 from __future__ import annotations
@@ -75,8 +73,11 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
     A class that inherits from one of ``torch.optim`` has the rule of that class if it also inherits its ``step``.
     """
     name = _torch_class(optimizer)
-    if name in _REFUSED:
-        raise TypeError(f"{name} cannot be scaled: {_REFUSED[name]} Use another optimizer, for example AdamW or SGD.")
+    if name == "LBFGS":
+        raise TypeError(
+            "LBFGS cannot be scaled: it takes one step for all parameters together, so none has a learning rate of its own. "
+            "Use another optimizer, for example AdamW or SGD."
+        )
     groups = len(optimizer.param_groups)
     if name in _RULES:
         return [_RULES[name]] * groups
@@ -275,8 +276,4 @@ _RULES: dict[str, UpdateRule] = {
     "SparseAdam": UpdateRule(OptimizerFamily.ADAM, _plain),
     "Adafactor": UpdateRule(OptimizerFamily.ADAMW, _adafactor, _adafactor_step),
     "Muon": UpdateRule(OptimizerFamily.MUON, _muon),
-}
-
-_REFUSED = {
-    "LBFGS": "it takes one step for all parameters together, so none has a learning rate of its own.",
 }

@@ -86,8 +86,7 @@ class MLUCallback(Callback):
     Example:
         >>> import torch
         >>> from mlu_lightning.models import ResNet
-        >>> base = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
-        >>> deeper = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
         >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
         >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
         >>> trainer.fit(deeper, data)
@@ -169,9 +168,8 @@ class MLUCallback(Callback):
         check_strategy(trainer.strategy)
         if starts_processes(trainer.strategy):
             rank_zero_warn(
-                "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
-                "will have neither its multipliers nor a mark that it was initialized. Go on from a checkpoint, with "
-                'ckpt_path=..., or use strategy="ddp".'
+                "The Trainer trains in processes started from this one, and only weights come back, without multipliers or "
+                'a mark that they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
             )
         builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         if not builders:
