@@ -151,6 +151,48 @@ class Averaging(optim.SGD):
         return loss
 
 
+class RenamedAdamW(optim.AdamW):
+    """Inherits the step."""
+
+
+class OwnAdam(optim.Adam):
+    """Has a step of its own."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return super().step(closure)
+
+
+class OwnMuon(optim.Muon):
+    """Has a step of its own, without a factor of the shape."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return None
+
+
+class Combined(optim.Optimizer):
+    """Muon for its first group, by an exact polar factor, and AdamW for the other: as many training scripts have it."""
+
+    def __init__(self, muon: list[Numbers], adamw: list[Numbers]) -> None:
+        groups = [{"use_muon": True, "eps": 1e-7, **group} for group in muon]
+        super().__init__([*groups, *({"use_muon": False, "eps": 1e-8, **group} for group in adamw)], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                first = state.setdefault("first", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["use_muon"]:
+                    left, _, right = torch.linalg.svd(first, full_matrices=False)
+                    parameter.sub_(left @ right, alpha=group["lr"])
+                    continue
+                second = state.setdefault("second", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.05)
+                root = (second / (1 - 0.95 ** state["step"])).sqrt()
+                parameter.sub_(first / (1 - 0.9 ** state["step"]) / (root + group["eps"]), alpha=group["lr"])
+
+
 @dataclass(frozen=True)
 class Case:
     make: Callable[..., optim.Optimizer]
