@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from processes import peak_megabytes
+from helpers.processes import peak_megabytes
+from helpers.trainers import quiet
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -185,15 +186,7 @@ def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) ->
     tokens: Any = torch.randint(
         VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=torch.Generator().manual_seed(0)
     )
-    Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*variant.callbacks(), watch],
-    ).fit(module, DataLoader(tokens, batch_size=size.samples))
+    quiet(*variant.callbacks(), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
 
 
 class _Start(Callback):

@@ -24,11 +24,10 @@ from helpers.architecture_runs import (
     fit,
     identical,
     in_double,
-    loader,
     loss_of,
-    quiet,
 )
 from helpers.architectures import ARCHITECTURES, Architecture
+from helpers.trainers import loader, quiet
 from lightning.pytorch import Trainer
 from torch.utils._pytree import tree_leaves
 

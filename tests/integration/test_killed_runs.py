@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.killed_run import OPTIMIZERS, SCHEDULES, STEPS
+from helpers.processes import environment
 from torch.utils._pytree import tree_flatten
 
 from mlu_lightning.observation.reference import Reference
@@ -27,14 +27,17 @@ KILLED = -signal.SIGKILL
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Takes runs, and tells their exit codes."""
     folder = tmp_path_factory.mktemp("runs")
-    root = Path(__file__).parents[1] / "helpers"
-    paths = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TMPDIR": str(folder)}
-    command = [sys.executable, "-W", "ignore", str(root / "killed_run.py")]
+    command = [sys.executable, "-W", "ignore", "-m", "helpers.killed_run"]
     with (
         (folder / "errors").open("w") as errors,
         subprocess.Popen(
-            command, text=True, bufsize=1, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            command,
+            text=True,
+            bufsize=1,
+            env=environment(TMPDIR=str(folder)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
         ) as process,
     ):
         yield process

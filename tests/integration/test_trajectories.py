@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from helpers.architecture_runs import loader, quiet
 from helpers.optimizers_by_hand import CASES, Case, Row
+from helpers.trainers import loader, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
