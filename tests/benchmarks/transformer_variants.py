@@ -27,15 +27,9 @@ VOCABULARY, CONTEXT = 256, 64
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a Transformer, and the samples of a batch, fewer the larger it is so that steps do not take too long.
+    """Shape of a Transformer whose heads have dimension 16, and of a batch, which is smaller the larger the Transformer."""
 
-    Args:
-        depth: attention branches and MLP branches, each.
-        embedding: dimension of the stream; heads have 16, so that there are a sixteenth of it.
-        samples: sequences in a batch.
-    """
-
-    depth: int
+    depth: int  # attention branches, and as many of perceptrons
     embedding: int
     samples: int
 
@@ -51,12 +45,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Transformer(CausalTransformer):
-    """The plain one, with any of the optimizers.
-
-    Args:
-        size: its shape.
-        kind: one of the optimizers.
-    """
+    """The plain one, with any of the optimizers."""
 
     def __init__(self, size: Size, kind: str) -> None:
         super().__init__(VOCABULARY, CONTEXT, size.depth, size.embedding, size.embedding // 16)
@@ -157,13 +146,7 @@ def base() -> Transformer:
 
 @dataclass(frozen=True)
 class Variant:
-    """A parameterization.
-
-    Args:
-        build: makes a module of a size, with an optimizer.
-        callbacks: makes the callbacks that it needs.
-        package: that it needs.
-    """
+    """A parameterization of the Transformer, by callbacks or by modules of its own."""
 
     build: Callable[[Size, str], Transformer] = Transformer
     callbacks: Callable[[], list[Callback]] = field(default=list)
@@ -198,11 +181,7 @@ class _Start(Callback):
 
 
 def start(variant: str, size: str, kind: str) -> dict[str, float]:
-    """Build a module and train it for three steps, in a process of its own.
-
-    Returns:
-        Seconds of processor time until the first step, and megabytes of memory that the process has had at most.
-    """
+    """Seconds of processor time until the first of three steps, and peak memory, in a process of its own."""
     torch.set_num_threads(1)
     before, watch = time.process_time(), _Start()
     fit(VARIANTS[variant], SIZES[size], kind, 3, watch)

@@ -99,13 +99,7 @@ class ByHand(Net):
 
 
 class AdamWByHand(optim.AdamW):
-    """Updates each parameter alone, with its own multiples of the numbers in its group.
-
-    Args:
-        factors: of lr and eps, for each parameter.
-        parameters: to be updated.
-        numbers: of the groups.
-    """
+    """Updates each parameter alone, with its own factors of the lr and eps in its group."""
 
     def __init__(self, factors: dict[nn.Parameter, tuple[float, float]], parameters: Any, **numbers: float) -> None:
         super().__init__(parameters, **numbers)

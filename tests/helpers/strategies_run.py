@@ -147,21 +147,13 @@ class FullySharded(FSDPStrategy):
 
 @dataclass(frozen=True)
 class Way:
-    """How a run is divided among processes.
-
-    Args:
-        module: of the run.
-        strategy: makes it.
-        processes: their number.
-        parts: among how many of them a batch is divided.
-        planned: whether MLUCallback is given a plan, because the module cannot be planned after it was divided.
-    """
+    """How a run is divided among processes."""
 
     module: type[Net]
     strategy: Callable[[], Strategy | str]
     processes: int = 2
-    parts: int = 2
-    planned: bool = False
+    parts: int = 2  # of a batch
+    planned: bool = False  # whether MLUCallback is given a plan: a module cannot be planned after it was divided
 
 
 def model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:

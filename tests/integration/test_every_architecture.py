@@ -39,19 +39,12 @@ from mlu_lightning.planning.plan import Multiplier
 
 @dataclass(frozen=True)
 class Run:
-    """What a training in double precision at another shape than the base's leaves behind.
-
-    Args:
-        module: trained.
-        trainer: after it.
-        plan: of the module.
-        folder: of the checkpoints of each epoch.
-    """
+    """What a training in double precision at another shape than the base's leaves behind."""
 
     module: Trained
     trainer: Trainer
     plan: Plan
-    folder: Path
+    folder: Path  # of the checkpoints of each epoch
 
 
 Runs = Callable[[str], Run]

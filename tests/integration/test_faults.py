@@ -96,19 +96,12 @@ class FailsTwice(Callback):
 
 @dataclass(frozen=True)
 class Case:
-    """A fault.
-
-    Args:
-        callbacks: that make it happen, before and after MLUCallback.
-        error: that comes out of fit.
-        message: of the error.
-        residuals: where it can be found.
-    """
+    """Callbacks that make a fault happen, and the error that comes out of fit."""
 
     callbacks: Callable[[Path], list[Callback]]
     error: type[BaseException] = Fault
     message: str = "on purpose"
-    residuals: tuple[str, ...] = ("hook", "fold")
+    residuals: tuple[str, ...] = ("hook", "fold")  # where it can be found
 
 
 REPLACED = r"put in the place of another since.*scale_optimizer\(optimizer, module, callback\.plan\)"
