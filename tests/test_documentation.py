@@ -6,6 +6,7 @@ import ast
 import fnmatch
 import importlib.resources
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -139,10 +140,12 @@ def test_every_file_of_the_package_is_package_data() -> None:
 
 @pytest.mark.slow
 def test_wheel_has_what_the_package_has(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    source, package = tmp_path / "source", THEORY.parent
+    shutil.copytree(package, source / package.name, ignore=shutil.ignore_patterns("*.pyc", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     found = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mlu_lightning/")}
-    package = THEORY.parent
-    expected = {relative(path) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    assert found == expected
+    assert found == {relative(path) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
