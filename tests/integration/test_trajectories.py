@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -13,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import pytest
 import torch
 from helpers.optimizers_by_hand import CASES, Case, Row
+from helpers.perceptrons import INPUTS, OUTPUTS, Perceptron, role_of
 from helpers.trainers import loader, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from test_table import EXPECTED, MUON, Shape, wanted
 from torch import Tensor, nn, optim
@@ -28,24 +27,9 @@ from mlu_lightning import MLUCallback, Plan, Role
 Residual = Literal["hook", "fold"]
 Clip = Literal["none", "norm", "value"]
 
-INPUTS, OUTPUTS, SAMPLES = 3, 2, 6
+SAMPLES = 6
 EPOCHS, BATCHES = 2, 4
 CLIP = {"norm": 0.3, "value": 0.02}
-
-ROLES = {
-    "embed.weight": Role.EMBEDDING,
-    "embed.bias": Role.EMBEDDING,
-    "branches.norm.weight": Role.BRANCH_NORM,
-    "branches.norm.bias": Role.BRANCH_NORM,
-    "branches.read.weight": Role.BRANCH_IN,
-    "branches.read.bias": Role.BRANCH_IN_BIAS,
-    "branches.write.weight": Role.BRANCH_OUT,
-    "branches.write.bias": Role.BRANCH_OUT_BIAS,
-    "norm.weight": Role.STREAM_NORM,
-    "norm.bias": Role.STREAM_NORM,
-    "readout.weight": Role.READOUT,
-    "readout.bias": Role.READOUT_BIAS,
-}
 
 
 class Sizes(NamedTuple):
@@ -64,43 +48,17 @@ class Sizes(NamedTuple):
 EXACT = Sizes((1, 2, 2), (2, 32, 8))
 
 
-class Branch(nn.Module):
-    """Norm and perceptron."""
-
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(embedding)
-        self.read = nn.Linear(embedding, hidden)
-        self.write = nn.Linear(hidden, embedding)
-
-    def forward(self, stream: Tensor) -> Tensor:
-        branch: Tensor = self.write(torch.tanh(self.read(self.norm(stream))))
-        return branch
-
-
-class Net(LightningModule):
-    """A residual network with every role of a perceptron's parameters, and any optimizer with any scheduler."""
+class Net(Perceptron):
+    """Trains with any optimizer and any scheduler, and keeps its losses and learning rates."""
 
     def __init__(self, depth: int, hidden: int, embedding: int, cell: Cell | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
+        super().__init__(depth, hidden, embedding)
         self.cell = cell
-        self.embed = nn.Linear(INPUTS, embedding)
-        self.branches = nn.ModuleList(Branch(hidden, embedding) for _ in range(depth))
-        self.norm = nn.LayerNorm(embedding)
-        self.readout = nn.Linear(embedding, OUTPUTS)
         self.losses: list[Tensor] = []
         self.rates: list[float] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        for branch in self.branches:
-            stream = stream + branch(stream)
-        output: Tensor = self.readout(self.norm(stream))
-        return output
-
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = F.mse_loss(self(batch[0]), batch[1])
+        loss = super().training_step(batch)
         self.log("loss", loss)
         self.losses.append(loss.detach())
         return loss
@@ -178,10 +136,6 @@ def trained(module: Net, cell: Cell) -> dict[str, nn.Parameter]:
     if CASES[cell.optimizer].make is not optim.Muon:
         return everything
     return {name: p for name, p in everything.items() if role_of(name) in (Role.BRANCH_IN, Role.BRANCH_OUT)}
-
-
-def role_of(name: str) -> Role:
-    return ROLES[re.sub(r"\.\d+\.", ".", name)]
 
 
 def row_of(name: str, sizes: Sizes) -> Row:
