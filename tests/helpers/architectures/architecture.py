@@ -23,7 +23,7 @@ class Architecture:
 
     build: Callable[[int, int, int], nn.Module]  # with a number of blocks, of heads of dimension 8, and of coordinates
     example: Any
-    roles: dict[str, str]  # every parameter matches exactly one
+    roles: dict[str, str]  # with the variant, if it has one; every parameter matches exactly one
     branches: Branches  # of a block; where stages differ, of a block of each
     readout: str  # name of its matrix
     encoder: Branches = ()  # of a block of a second stream, which the first one reads
