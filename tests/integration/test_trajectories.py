@@ -141,13 +141,13 @@ def trained(module: Net, cell: Cell) -> dict[str, nn.Parameter]:
 def row_of(name: str, sizes: Sizes) -> Row:
     """Theory.md's numbers for a parameter."""
     role, at = role_of(name), sizes.ratios
-    line, muon = EXPECTED[role], wanted(role, MUON, at)
+    line, muon = EXPECTED[role](at), wanted(role, MUON, at)
     _, hidden, embedding = sizes.shape
     _, base_hidden, base_embedding = sizes.base
     shape, base = (hidden, embedding), (base_hidden, base_embedding)
     if role is Role.BRANCH_OUT:
         shape, base = shape[::-1], base[::-1]
-    return Row(line.adam(at), line.sgd(at), line.eps(at), line.std(at), muon.lr, muon.eps, shape, base)
+    return Row(line.adam, line.sgd, line.eps, line.std, muon.lr, muon.eps, shape, base)
 
 
 @lru_cache
@@ -178,7 +178,7 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
     """The same in plain torch, with the table's numbers in a group for each parameter."""
     module, case, at = Net(*sizes.shape).to(dtype), CASES[cell.optimizer], sizes.ratios
     held = {
-        name: EXPECTED[role_of(name)].multiplier(at) if residual == "fold" else 1.0
+        name: EXPECTED[role_of(name)](at).multiplier if residual == "fold" else 1.0
         for name, _ in module.named_parameters()
     }
     branch, readout = (1 / at.depth, 1 / at.d) if residual == "hook" else (1.0, 1.0)
@@ -243,7 +243,7 @@ def check(cell: Cell) -> None:
         runs.append(ours)
     hook, fold = runs
     for name, parameter in hook.named_parameters():
-        multiplier = EXPECTED[role_of(name)].multiplier(EXACT.ratios)
+        multiplier = EXPECTED[role_of(name)](EXACT.ratios).multiplier
         if cell.optimizer != ABSOLUTE:
             assert torch.equal(fold.get_parameter(name), parameter * multiplier), (cell, name)
         if name in trained(hook, cell):
