@@ -1,7 +1,7 @@
 """A run in one or two processes, for test_distances_distributed.py: ``distributed_run.py STRATEGY FOLDER``.
 
 It records a large model, whose features it watches, and measures a small one against the recording; or, for
-test_infinite_limit.py and with a third argument, ``limit``, measures the small one against the infinite model.
+test_limit_run.py and with a third argument, ``limit``, measures the small one against the infinite model.
 """
 
 import sys
