@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers.killed_run import OPTIMIZERS, SCHEDULES, STEPS
 from helpers.processes import environment
-from torch.utils._pytree import tree_flatten
+from helpers.runs_by_hand import listed
 
 from mlu_lightning.observation.reference import Reference
 
@@ -60,17 +60,9 @@ def life(runs: Runs, folder: Path, names: dict[str, str], kill: tuple[int, float
     return int(runs.stdout.readline())
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def outcome(folder: Path) -> Any:
     """Weights, and states of the optimizer and the scheduler at the end."""
-    found: dict[str, Any] = torch.load(folder / "end.pt", weights_only=True)
-    return found
-
-
-def assert_identical(one: Any, other: Any) -> None:
-    (ours, structure), (theirs, expected) = tree_flatten(one), tree_flatten(other)
-    assert structure == expected
-    for left, right in zip(ours, theirs, strict=True):
-        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+    return listed(torch.load(folder / "end.pt", weights_only=True))
 
 
 def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: int, seed: int) -> None:
@@ -86,7 +78,7 @@ def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: i
         assert torch.load(path, weights_only=True)["global_step"] == int(path.stem)
     recorded = Reference.load(folder / "killed" / "run.safetensors")
     assert life(runs, folder / "killed", names) == 0
-    assert_identical(outcome(folder / "killed"), outcome(folder / "whole"))
+    assert outcome(folder / "killed") == outcome(folder / "whole")
     whole, killed = losses(folder / "whole"), losses(folder / "killed")
     assert [step for step, _ in whole] == [*range(1, STEPS + 1)]
     assert set(killed) == set(whole)  # a step that was made again had the same loss
@@ -94,7 +86,7 @@ def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: i
     assert ours.steps == theirs.steps == (*range(STEPS + 1),)
     assert torch.equal(ours.losses, theirs.losses)
     for step in ours.steps:
-        assert_identical(ours.read(step), theirs.read(step))
+        assert listed(ours.read(step)) == listed(theirs.read(step))
     assert set(recorded.steps) <= set(ours.steps)
 
 
