@@ -14,21 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.faulty_runs import (
-    PROBE,
-    STEPS,
-    At,
-    Watched,
-    check_module,
-    check_optimizer,
-    expected_hooks,
-    fit,
-    own_hooks,
-)
+from helpers import faulty_runs
+from helpers.faulty_runs import PROBE, At, Watched, check_module, check_optimizer, fit, own_hooks
 from helpers.runs_by_hand import BASE, SHAPE, Net
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import nn, optim
+from torch import nn
 
 from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, MLUCallback, ReferenceRecorder
 from mlu_lightning.observation.reference import Reference
@@ -43,16 +34,19 @@ def fail(*args: Any, **kwargs: Any) -> Any:
     raise Fault("on purpose")
 
 
-def patched(name: str) -> Callable[[Path], list[Callback]]:
-    """A method of the module that fails from step 3 on."""
-    return lambda folder: [At("on_train_batch_start", lambda run, module: vars(module).update({name: fail}))]
+Callbacks = Callable[[Path], list[Callback]]
 
 
-def in_hook(name: str, do: Callable[[Trainer, Any], Any] = fail, step: int = 3) -> Callable[[Path], list[Callback]]:
+def in_hook(name: str, do: Callable[[Trainer, Any], Any] = fail, step: int = 3) -> Callbacks:
     return lambda folder: [At(name, do, step)]
 
 
-def recorder_that(fails: str) -> Callable[[Path], list[Callback]]:
+def before_step_4(do: Callable[[Any], Any]) -> Callbacks:
+    """Something that is done to the module."""
+    return in_hook("on_train_batch_start", lambda run, module: do(module))
+
+
+def recorder_that(fails: str) -> Callbacks:
     """A recorder whose writer, or whose pass of the probe, fails after step 3."""
 
     def callbacks(folder: Path) -> list[Callback]:
@@ -70,21 +64,28 @@ def recorder_that(fails: str) -> Callable[[Path], list[Callback]]:
     return callbacks
 
 
-def raises(error: type[BaseException]) -> Callable[..., Any]:
+def raises(error: type[BaseException]) -> Callbacks:
     def do(*args: Any) -> None:
         raise error
 
-    return do
+    return in_hook("on_after_backward", do)
 
 
-def with_optimizer(do: Callable[[Net, optim.Optimizer], Any]) -> Callable[[Path], list[Callback]]:
-    """Something that is done to the module's optimizer before step 4."""
-    return in_hook("on_train_batch_start", lambda run, module: do(module, module.made[-1]))
+def exchange_optimizer(module: Watched) -> None:
+    module.trainer.optimizers = [module.optimizer([*module.parameters()])]
 
 
-def exchange_readout(module: Net, optimizer: optim.Optimizer) -> None:
+def copy_optimizer(run: Trainer, module: Watched) -> None:
+    run.strategy.optimizers = copy.deepcopy(run.optimizers)
+
+
+def add_parameter(module: Watched) -> None:
+    module.made[-1].add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def exchange_readout(module: Watched) -> None:
     module.readout = nn.Linear(SHAPE[2], 2)
-    optimizer.add_param_group({"params": module.readout.parameters()})
+    module.made[-1].add_param_group({"params": module.readout.parameters()})
 
 
 class FailsTwice(Callback):
@@ -98,71 +99,38 @@ class FailsTwice(Callback):
 class Case:
     """Callbacks that make a fault happen, and the error that comes out of fit."""
 
-    callbacks: Callable[[Path], list[Callback]]
+    callbacks: Callbacks
     error: type[BaseException] = Fault
     message: str = "on purpose"
     residuals: tuple[str, ...] = ("hook", "fold")  # where it can be found
 
 
+METHODS = ("training_step", "forward", "lr_scheduler_step", "optimizer_step")
+STARTS = ("setup", "on_fit_start", "on_train_start")
+HOOKS = """on_train_batch_start on_before_backward on_after_backward on_before_optimizer_step on_before_zero_grad
+on_train_batch_end on_train_epoch_end on_train_end teardown""".split()
 REPLACED = r"put in the place of another since.*scale_optimizer\(optimizer, module, callback\.plan\)"
 FOREIGN = r"in group 1 of the optimizer is not a parameter of the module that the plan was made for"
 CASES: dict[str, Case] = {
-    "training_step": Case(patched("training_step")),
-    "forward": Case(patched("forward")),
+    **{name: Case(before_step_4(lambda module, name=name: vars(module).update({name: fail}))) for name in METHODS},
+    **{name: Case(in_hook(name, step=0)) for name in STARTS},
+    **{name: Case(in_hook(name)) for name in HOOKS},
     "configure_optimizers": Case(in_hook("setup", lambda _, module: vars(module).update(optimizer=fail), 0)),
-    "lr_scheduler_step": Case(patched("lr_scheduler_step")),
-    "optimizer_step": Case(patched("optimizer_step")),
-    "backward": Case(in_hook("on_train_batch_start", lambda _, module: module.readout.weight.register_hook(fail))),
-    "update begins": Case(with_optimizer(lambda _, optimizer: optimizer.register_step_pre_hook(fail))),
-    "update ends": Case(with_optimizer(lambda _, optimizer: optimizer.register_step_post_hook(fail))),
-    "forward hook": Case(in_hook("on_train_batch_start", lambda _, module: module.readout.register_forward_hook(fail))),
-    "input hook": Case(
-        in_hook("on_train_batch_start", lambda _, module: module.blocks[0].register_forward_pre_hook(fail))
-    ),
-    **{
-        name: Case(in_hook(name, step=0 if name in ("setup", "on_fit_start", "on_train_start") else 3))
-        for name in (
-            "setup",
-            "on_fit_start",
-            "on_train_start",
-            "on_train_batch_start",
-            "on_before_backward",
-            "on_after_backward",
-            "on_before_optimizer_step",
-            "on_before_zero_grad",
-            "on_train_batch_end",
-            "on_train_epoch_end",
-            "on_train_end",
-            "teardown",
-        )
-    },
+    "backward": Case(before_step_4(lambda module: module.readout.weight.register_hook(fail))),
+    "update begins": Case(before_step_4(lambda module: module.made[-1].register_step_pre_hook(fail))),
+    "update ends": Case(before_step_4(lambda module: module.made[-1].register_step_post_hook(fail))),
+    "forward hook": Case(before_step_4(lambda module: module.readout.register_forward_hook(fail))),
+    "input hook": Case(before_step_4(lambda module: module.blocks[0].register_forward_pre_hook(fail))),
     "two at once": Case(lambda folder: [FailsTwice()]),
     "writer of the recorder": Case(recorder_that("writer")),
     "probe of the recorder": Case(recorder_that("probe")),
-    "keyboard": Case(in_hook("on_after_backward", raises(KeyboardInterrupt)), SystemExit, "1"),
-    "exit": Case(in_hook("on_after_backward", raises(SystemExit)), SystemExit, ""),
-    "memory": Case(in_hook("on_after_backward", raises(MemoryError)), MemoryError, ""),
-    "another optimizer": Case(
-        in_hook(
-            "on_train_batch_start",
-            lambda run, module: setattr(run, "optimizers", [module.optimizer([*module.parameters()])]),
-        ),
-        ValueError,
-        REPLACED,
-    ),
-    "copied optimizer": Case(
-        in_hook(
-            "on_train_batch_end", lambda run, _: setattr(run.strategy, "optimizers", copy.deepcopy(run.optimizers))
-        ),
-        ValueError,
-        REPLACED,
-    ),
-    "parameter added": Case(
-        with_optimizer(lambda _, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})),
-        ValueError,
-        FOREIGN,
-    ),
-    "readout exchanged": Case(with_optimizer(exchange_readout), ValueError, "was exchanged for another", ("hook",)),
+    "keyboard": Case(raises(KeyboardInterrupt), SystemExit, "1"),
+    "exit": Case(raises(SystemExit), SystemExit, "^$"),
+    "memory": Case(raises(MemoryError), MemoryError, "^$"),
+    "another optimizer": Case(before_step_4(exchange_optimizer), ValueError, REPLACED),
+    "copied optimizer": Case(in_hook("on_train_batch_end", copy_optimizer), ValueError, REPLACED),
+    "parameter added": Case(before_step_4(add_parameter), ValueError, FOREIGN),
+    "readout exchanged": Case(before_step_4(exchange_readout), ValueError, "was exchanged for another", ("hook",)),
 }
 
 
@@ -180,7 +148,7 @@ def test_what_is_left_after_a_fault(name: str, first: bool, tmp_path: Path) -> N
         others = case.callbacks(tmp_path / residual)
         with pytest.raises(case.error, match=case.message):
             fit(module, *(*others, mlu) if first else (mlu, *others))
-        for key in ("training_step", "forward", "lr_scheduler_step", "optimizer_step", "optimizer"):
+        for key in (*METHODS, "optimizer"):
             vars(module).pop(key, None)
         for part in module.modules():
             for hooks in (part._forward_hooks, part._forward_pre_hooks):
@@ -226,7 +194,7 @@ def test_losses_that_are_not_numbers(residual: Any, tmp_path: Path) -> None:
         FeatureUpdate(PROBE, steps=2),
     ]
     run = fit(module, at, MLUCallback(Net(BASE), residual=residual), *watchers)
-    assert run.global_step == STEPS
+    assert run.global_step == faulty_runs.STEPS
     recorded = Reference.load(tmp_path / "b.safetensors")
     assert recorded.steps == (0, 2, 4, 6, 8)
     assert recorded.losses.isnan().tolist() == [False] * 3 + [True] * 5
@@ -234,7 +202,7 @@ def test_losses_that_are_not_numbers(residual: Any, tmp_path: Path) -> None:
     logged = {name: value for name, value in run.callback_metrics.items() if name.startswith("mlu/")}
     assert {name.split("/")[1] for name in logged} == {"distance", "update"}
     assert all(value.isnan() for value in logged.values())
-    assert own_hooks(module) == expected_hooks(residual)
+    assert own_hooks(module) == faulty_runs.expected_hooks(residual)
     check_optimizer(module.made[0])
 
 
@@ -249,7 +217,7 @@ def test_anomalies_that_torch_finds(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="nan values"):
         fit(module, spoil, MLUCallback(Net(BASE)), detect_anomaly=True)
     check_optimizer(module.made[0])
-    assert "configure_optimizers" not in vars(module) and own_hooks(module) == expected_hooks("hook")
+    assert "configure_optimizers" not in vars(module) and own_hooks(module) == faulty_runs.expected_hooks("hook")
 
 
 # --- signals and disks
