@@ -68,7 +68,7 @@ class Net(Perceptron):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.cell is not None
-        optimizer = made(CASES[self.cell.optimizer], [*trained(self, self.cell).values()])
+        optimizer = optimizer_of(CASES[self.cell.optimizer], [*trained(self, self.cell).values()])
         schedule: Any = {"scheduler": SCHEDULERS[self.cell.scheduler](optimizer), "interval": "step", "monitor": "loss"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -125,7 +125,7 @@ CLIPS: tuple[Clip, ...] = ("none", "norm", "value")
 MATRIX = [Cell(*values) for values in itertools.product(OPTIMIZERS, SCHEDULERS, (1, 3), CLIPS)]
 
 
-def made(case: Case, parameters: list[Any]) -> optim.Optimizer:
+def optimizer_of(case: Case, parameters: list[Any]) -> optim.Optimizer:
     # schedulers write into a learning rate that is a tensor
     return case.make(parameters, **copy.deepcopy(case.numbers))
 
@@ -187,8 +187,8 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
             parameter *= held[name]
     parameters = trained(module, cell)
     rows = [row_of(name, sizes).folded(held[name]) for name in parameters]
-    optimizer = made(case, [{"params": [parameter]} for parameter in parameters.values()])
-    users = made(case, [nn.Parameter(torch.zeros(2, 2))])
+    optimizer = optimizer_of(case, [{"params": [parameter]} for parameter in parameters.values()])
+    users = optimizer_of(case, [nn.Parameter(torch.zeros(2, 2))])
     scheduler = SCHEDULERS[cell.scheduler](users)
     steps = 0
     for index, (x, y) in enumerate(batches(dtype) * EPOCHS):
