@@ -32,7 +32,7 @@ ALIKE = {
     "sum of experts",
     "bottleneck resnet",
 }
-"""Compiled in the same parts as another, which is there by default."""
+"""Close to others, which are compiled by default."""
 
 
 def cases() -> Iterator[Any]:
