@@ -15,25 +15,15 @@ from helpers.parameter_groups import ADAM_LR, EPS, MATRICES, MUON_EPS, MUON_LR, 
 
 @dataclass(frozen=True)
 class Row:
-    """Factors of one parameter: a line of theory.md, section 3, at some ratios.
+    """Factors of one parameter: a line of theory.md, section 3, at some ratios."""
 
-    Args:
-        adam: of Adam's learning rate.
-        sgd: of SGD's.
-        eps: of Adam's eps, the size of gradients.
-        std: of the initial weights.
-        muon: of Muon's learning rate, where it has one.
-        muon_eps: of Muon's eps.
-        shape: of the stored parameter, and ``base``, that at the base, for Muon.
-    """
-
-    adam: float
+    adam: float  # of the learning rate, as are sgd and muon
     sgd: float
-    eps: float
+    eps: float  # of Adam
     std: float
     muon: float = math.nan
     muon_eps: float = math.nan
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of the stored parameter, and base: at the base, for Muon
     base: tuple[int, ...] = ()
 
     def folded(self, a: float) -> Row:
@@ -49,19 +39,12 @@ class Row:
         )
 
 
-ROWS = {
-    name: Row(
-        ADAM_LR[name],
-        SGD_LR[name],
-        EPS[name],
-        STD[name],
-        MUON_LR.get(name, math.nan),
-        MUON_EPS.get(name, math.nan),
-        SHAPES[name],
-        (2, 2),
-    )
-    for name in SHAPES
-}
+def _row(name: str) -> Row:
+    muon = MUON_LR.get(name, math.nan), MUON_EPS.get(name, math.nan)
+    return Row(ADAM_LR[name], SGD_LR[name], EPS[name], STD[name], *muon, SHAPES[name], (2, 2))
+
+
+ROWS = {name: _row(name) for name in SHAPES}
 
 ByHand = Callable[[Numbers, Row, int], Numbers]
 
