@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -11,12 +12,8 @@ from torch.nn import functional as F
 
 from mlu_lightning.table import OptimizerFamily
 
-__all__ = ["CLASSES", "Everything", "Norms"]
-
 Norms = Literal["before", "both", "after"]
 """Where branches have norms: before them; at both ends; or on the stream after each addition (post-norm)."""
-
-
 CLASSES = 32
 """Of tokens, which the second head tells apart."""
 
@@ -25,17 +22,7 @@ class Everything(LightningModule):
     """A Transformer with gains on queries and keys, three-layer perceptrons with biases, a router, and two heads.
 
     One head is a matrix on the stream with a norm, and a readout with a bias; the other narrows the stream to 16 units.
-
-    Args:
-        vocabulary: number of tokens.
-        depth: blocks.
-        heads: of dimension 8, and 32 units of each layer of a perceptron per head.
-        embedding: dimension of the stream.
-        norms: where branches have them.
-        optimizer: that trains it.
-        lr: learning rate.
-        eps: of AdamW and Adam.
-        weight_decay: of all parameters.
+    Heads of attention have dimension 8, and for each there are 32 units of each layer of a perceptron.
     """
 
     def __init__(
@@ -91,7 +78,11 @@ class _Block(nn.Module):
     def __init__(self, heads: int, embedding: int, norms: Norms) -> None:
         super().__init__()
         self.norms = norms
-        branches = _Attention(heads, embedding), _Perceptron(32 * heads, embedding), _Experts(16 * heads, embedding)
+        branches = (
+            _Attention(heads, embedding),
+            _perceptron(embedding, 32 * heads, 32 * heads, embedding),
+            _Experts(16 * heads, embedding),
+        )
         self.branches = nn.ModuleList(branches)
         self.before = nn.ModuleList(nn.LayerNorm(embedding) for _ in self.branches if norms != "after")
         self.after = nn.ModuleList(nn.LayerNorm(embedding) for _ in self.branches if norms != "before")
@@ -122,22 +113,11 @@ class _Attention(nn.Module):
         return branch
 
 
-class _Perceptron(nn.Module):
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.read, self.between = nn.Linear(embedding, hidden), nn.Linear(hidden, hidden)
-        self.write = nn.Linear(hidden, embedding)
-
-    def forward(self, given: Tensor) -> Tensor:
-        branch: Tensor = self.write(F.gelu(self.between(F.gelu(self.read(given)))))
-        return branch
-
-
 class _Experts(nn.Module):
     def __init__(self, hidden: int, embedding: int) -> None:
         super().__init__()
         self.router = nn.Linear(embedding, 4)
-        self.experts = nn.ModuleList(_Expert(hidden, embedding) for _ in range(4))
+        self.experts = nn.ModuleList(_perceptron(embedding, hidden, embedding) for _ in range(4))
 
     def forward(self, given: Tensor) -> Tensor:
         weights = self.router(given).softmax(-1)
@@ -145,11 +125,6 @@ class _Experts(nn.Module):
         return torch.stack(parts).sum(0)
 
 
-class _Expert(nn.Module):
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.read, self.write = nn.Linear(embedding, hidden), nn.Linear(hidden, embedding)
-
-    def forward(self, given: Tensor) -> Tensor:
-        branch: Tensor = self.write(F.gelu(self.read(given)))
-        return branch
+def _perceptron(*sizes: int) -> nn.Sequential:
+    layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
+    return nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.GELU())), layers[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.recipe_modules import load
+from helpers.recipe_results import rows
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from mlu_lightning import MLUCallback, Plan
@@ -19,7 +18,7 @@ pytest.importorskip("gluonts.torch", reason="The recipe is of GluonTS: pip insta
 
 from gluonts.model.predictor import Predictor
 
-recipe = load("recipes.forecasting.run")
+from recipes.forecasting import run as recipe
 
 
 def trained(shape: str, callbacks: Sequence[Callback], seed: int = 0) -> Any:
@@ -124,16 +123,14 @@ def test_means_over_seeds() -> None:
     assert second.shape == "8 × depth" and math.isnan(second.loss)
 
 
-def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "in_processes", lambda function, cases, *_: [function(case) for case in cases])
+def test_quick_study(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
-    with (tmp_path / "trainings.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 7
-    assert {row["shape"] for row in rows} == set(recipe.SHAPES)
-    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    trainings = rows(tmp_path / "trainings.csv")
+    assert len(trainings) == 7
+    assert {row["shape"] for row in trainings} == set(recipe.SHAPES)
+    assert all(math.isfinite(float(row["loss"])) for row in trainings)
     # the same weights and windows in both, other losses because of the callback
-    losses = {(row["shape"], row["mlu"]): row["loss"] for row in rows}
+    losses = {(row["shape"], row["mlu"]): row["loss"] for row in trainings}
     assert losses["8 × depth", "True"] != losses["8 × depth", "False"]
     printed = capsys.readouterr().out
     assert "nats per time step" in printed

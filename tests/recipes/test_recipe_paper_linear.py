@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.recipe_modules import RECIPES, load
+from helpers.recipe_results import cells, rows
 
-RECIPE = RECIPES / "paper_linear/run.py"
-
-
-descent, recipe = load("recipes.common.gradient_descent"), load("recipes.paper_linear.run")
-report = load("recipes.paper_linear.report")
+from recipes.paper_linear import report
+from recipes.paper_linear import run as recipe
 
 
 def moments(problem: Any, covariance: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -106,19 +99,12 @@ def test_slope_of_a_sweep() -> None:
     assert str(fitted) == "-0.50 ± 0.00" and fitted.factor == pytest.approx(3 * math.sqrt((1 + 4) / 2))
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training without new processes, each of which imports everything again."""
-    monkeypatch.setattr(descent, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
-
-
 def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert (tmp_path / "paper_linear.png").stat().st_size > 50_000
-    with (tmp_path / "points.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert sorted(row["axis"] for row in rows) == ["D"] * 6 + ["L"] * 3 + ["L, M, D"] * 2 + ["M"] * 3
+    points = rows(tmp_path / "points.csv")
+    assert sorted(row["axis"] for row in points) == ["D"] * 6 + ["L"] * 3 + ["L, M, D"] * 2 + ["M"] * 3
     kept = json.loads((tmp_path / "streams.json").read_text())
     assert [one["kept"] for one in kept].count("histogram") == 2, "of the largest D, both seeds"
     traces = [one for one in kept if one["kept"] == "trace"]
@@ -126,21 +112,10 @@ def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.Capture
     assert traces[0]["limits"] == traces[1]["limits"], "W of the smaller one is the first part of the larger one's"
 
     # a slope of the table, from the points
-    sweep = [row for row in rows if row["axis"] == "M"]
+    sweep = [row for row in points if row["axis"] == "M"]
     x, y = (np.log([float(row[key]) for row in sweep]) for key in ("hidden", "output"))
     line = next(line for line in printed.splitlines() if line.startswith("│ output, all of it       │ M "))
-    assert line.split("│")[6].split("±")[0].strip() == f"{np.polyfit(x, y, 1)[0]:.2f}"
-
-
-def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="--seeds is 0, and at least one is needed"):
-        recipe.main(["--seeds=0", f"--output={tmp_path}"])
-    with pytest.raises(SystemExit, match="--workers is -1"):
-        recipe.main(["--workers=-1", f"--output={tmp_path}"])
-    monkeypatch.setattr(descent, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'mlu-lightning\[plots\]'"):
-        recipe.main(["--quick", f"--output={tmp_path}"])
-    assert not list(tmp_path.iterdir())
+    assert cells(line)[5].split(" ±")[0] == f"{np.polyfit(x, y, 1)[0]:.2f}"
 
 
 def test_a_network_that_fails_ends_the_run(
@@ -157,10 +132,3 @@ def test_a_network_that_fails_ends_the_run(
         recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
     sizes = [case.depth * case.hidden * case.embedding for case in started]
     assert sizes == sorted(sizes, reverse=True), "the largest first"
-
-
-@pytest.mark.slow
-def test_quick_run_as_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--quick", "--seeds=1", f"--output={tmp_path}"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "stream, all of it" in printed and (tmp_path / "paper_linear.png").exists()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import planted_faults
 import pytest
 import torch
 from rich.console import Console
 
 from mlu_lightning import Plan, Role
 from mlu_lightning.table import TABLE, OptimizerFamily
+from recipes.check import planted_faults
 from recipes.check.plan_faults import FACTORS, Fault, faulty
 from recipes.check.planted_faults_model import Everything, Norms
 
@@ -87,8 +87,7 @@ def test_plans_without_a_fault_pass(case: planted_faults.Case) -> None:
 
 
 @pytest.mark.slow
-def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planted_faults, "in_processes", lambda function, cases, *_: [function(case) for case in cases])
+def test_quick_study(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planted_faults.main(["--quick", "--output", str(tmp_path), "--seeds", "1"])
     printed = capsys.readouterr().out
     assert "branch_in" in printed
@@ -100,7 +99,7 @@ def test_tables_count_what_is_found_and_named() -> None:
 
     def outcome(verdict: str, first: str, fault: Fault | None = fault) -> planted_faults.Outcome:
         case = planted_faults.Case("Transformer", "adamw", fault, False, 0, 1)
-        return planted_faults.Outcome(case, verdict, first, (first,), 10.0)
+        return planted_faults.Outcome(case, verdict, (first,), 10.0)
 
     outcomes = [
         outcome("fail", "branch_in"),
