@@ -62,7 +62,7 @@ def study(
     chosen = Study(**(STUDIES[preset] | (STUDIES["quick"] if quick else {}) | own))
     workers = (1 if preset == "accelerator" else 2) if workers is None else workers
     check_command(workers, chosen.seeds)
-    terminal, folder = console(), Path(output)
+    terminal, folder = console(118), Path(output)
     shared, runs = _make_runs(chosen, folder, workers, deadline(minutes), terminal)
     found = transfers(chosen, shared, runs)
     terminal.print(_state(chosen, shared, runs), highlight=False)
@@ -89,7 +89,7 @@ def horizon(
         quick: whether to try the machinery only, with tiny runs of few steps (``--quick``).
     """
     check_command(workers, Study.seeds)
-    terminal, folder, end = console(), Path(output), deadline(minutes)
+    terminal, folder, end = console(118), Path(output), deadline(minutes)
     found: dict[str, list[Transfer]] = {}
     for name, content in STUDIES["quick horizon" if quick else "horizon"].items():
         part = Study(**content)
