@@ -9,7 +9,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from mlu_lightning import Shape, check
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.table import OptimizerFamily, Role
+from mlu_lightning.table import OptimizerFamily, Role, Variant
 from recipes.check.plan_faults import FACTORS, Factor, Fault, FaultyCallback
 from recipes.check.planted_faults_model import Everything, Norms
 from recipes.common.studies import check_command, console, in_processes, study_command
@@ -54,7 +53,7 @@ class Model:
 
     build: Callable[..., LightningModule]  # for a shape and an optimizer, its lr, eps and weight decay
     base: Shape  # from which it grows
-    roles: tuple[Role, ...]  # into which faults are planted
+    rows: Sequence[tuple[Role, Variant | None]]  # roles, and what changes their rows, into which faults are planted
 
 
 def run(
@@ -115,18 +114,24 @@ def _transformer(shape: Shape, **settings: Any) -> LightningModule:
     return CausalTransformer(characters()[1], CONTEXT, mlp_hidden=64 * shape.hidden, **settings)
 
 
-def _everything(norms: Norms, shape: Shape, **settings: Any) -> LightningModule:
-    return Everything(characters()[1], shape.depth, shape.hidden, shape.embedding, norms, **settings)
+def _everything(norms: Norms) -> Callable[..., LightningModule]:
+    def build(shape: Shape, **settings: Any) -> LightningModule:
+        return Everything(characters()[1], shape.depth, shape.hidden, shape.embedding, norms, **settings)
+
+    return build
 
 
+_BASE = Shape(1, 2, 32)
 _PLAIN = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.BRANCH_NORM, Role.STREAM_NORM, Role.READOUT)
 _FURTHER = (Role.BRANCH_IN_BIAS, Role.BRANCH_HIDDEN, Role.BRANCH_OUT_BIAS, Role.BRANCH_BOUNDED)
-_FURTHER += (Role.BRANCH_BOUNDED_MATRIX, Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX, Role.READOUT_BIAS)
+_FURTHER += (Role.BRANCH_BOUNDED_MATRIX, Role.READOUT_BIAS)
 MODELS = {
-    "Transformer": Model(_transformer, Shape(2, 2, 32), _PLAIN),
-    "everything": Model(partial(_everything, "before"), Shape(1, 2, 32), _FURTHER),
-    "norms at both ends": Model(partial(_everything, "both"), Shape(1, 2, 32), (Role.BRANCH_OUT_NORMED,)),
-    "norms after": Model(partial(_everything, "after"), Shape(1, 2, 32), (Role.POST_NORM,)),
+    "Transformer": Model(_transformer, Shape(2, 2, 32), [(role, None) for role in _PLAIN]),
+    "everything": Model(
+        _everything("before"), _BASE, [*((role, None) for role in _FURTHER), (Role.STREAM_MATRIX, Variant.IN_HEAD)]
+    ),
+    "norms at both ends": Model(_everything("both"), _BASE, [(Role.BRANCH_OUT, Variant.BEFORE_NORM)]),
+    "norms after": Model(_everything("after"), _BASE, [(Role.STREAM_NORM, Variant.POST_NORM)]),
 }
 _SEEDS = 4  # of a check by default
 _LEARNING_RATES = {"adamw": 2**-6, "sgd": 0.1}
@@ -142,7 +147,7 @@ def _cases(seeds: int, repeats: int, right: int, quick: bool) -> list[Case]:
         for name, model in MODELS.items():
             if optimizer == "sgd" and name != "Transformer":
                 continue
-            faults = [Fault(role, factor) for role in model.roles for factor in FACTORS]
+            faults = [Fault(role, factor, variant) for role, variant in model.rows for factor in FACTORS]
             cases += [
                 Case(name, optimizer, fault, fault.factor == "eps", 1000 + seeds * number, seeds)
                 for fault in faults
@@ -155,7 +160,7 @@ def _cases(seeds: int, repeats: int, right: int, quick: bool) -> list[Case]:
 
 
 def _is_named(outcome: Outcome) -> bool:
-    return outcome.case.fault is not None and outcome.named[:1] == (outcome.case.fault.role,)
+    return outcome.case.fault is not None and outcome.named[:1] == (outcome.case.fault.row,)
 
 
 def _title(case: Case) -> str:
@@ -165,12 +170,12 @@ def _title(case: Case) -> str:
 def _faults_table(outcomes: Sequence[Outcome]) -> Table:
     """How many of the checks of each fault found it, and how many named its role first."""
     table = Table("optimizer", "role", *(factor.replace("_", " ") for factor in FACTORS), title="found, named / checks")
-    groups: dict[tuple[str, Role], dict[Factor, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[str, str], dict[Factor, list[Outcome]]] = defaultdict(lambda: defaultdict(list))
     for outcome in outcomes:
         if (fault := outcome.case.fault) is not None:
-            groups[outcome.case.optimizer, fault.role][fault.factor].append(outcome)
+            groups[outcome.case.optimizer, fault.row][fault.factor].append(outcome)
     last = ""
-    for (optimizer, role), by_factor in groups.items():
+    for (optimizer, row), by_factor in groups.items():
         if last not in ("", optimizer):
             table.add_section()
         cells = [
@@ -179,7 +184,7 @@ def _faults_table(outcomes: Sequence[Outcome]) -> Table:
             else ""
             for factor in FACTORS
         ]
-        table.add_row("" if optimizer == last else optimizer, role.value, *cells)
+        table.add_row("" if optimizer == last else optimizer, row, *cells)
         last = optimizer
     return table
 

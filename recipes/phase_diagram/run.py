@@ -19,7 +19,7 @@ from mlu_lightning import Plan
 from mlu_lightning.limit.infinite_model import InfiniteModel
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation.distances import output_distance, rms_distance
-from mlu_lightning.table import Ratios, Role
+from mlu_lightning.table import Role
 from recipes.common.gradient_descent import Problem, descend, initial_weights, look
 from recipes.common.studies import check_command, console, in_processes, save_points, study_command
 from recipes.paper_rates.run import paper_problem
@@ -112,7 +112,9 @@ def _with_std(plan: Plan) -> Plan:
 def _without_scale(plan: Plan) -> Plan:
     """No residual scale: 1/sqrt(fan-in) for all weights in branches, multiplier 1, and η itself as their learning rate."""
     parameters = {
-        name: replace(entry, ratios=Ratios(), base_std=entry.fans[0] ** -0.5) if entry.role.in_branch else entry
+        name: replace(entry, base_fans=entry.fans, base_depth=entry.depth, base_std=entry.fans[0] ** -0.5)
+        if entry.role.in_branch
+        else entry
         for name, entry in plan.parameters.items()
     }
     return _with_multiplier(replace(plan, parameters=parameters), 1.0)
