@@ -1,9 +1,7 @@
 """Our check next to the coordinate check of microsoft/mup: the same networks, the same faults, and what each finds.
 
 *plan* is the package's Transformer with the package's plan and its scaled AdamW, and *mup* is the same Transformer as mup's
-README makes it, with ``MuReadout`` and ``MuAdamW`` (``mup_transformer.py``), which has no rule for eps. Ours *found* a fault
-if its verdict is fail, and *named* it if the first role that it names is the one that is wrong. mup's draws curves, which
-``coordinate_check.py`` reads; there a fault is named if it is in the module whose curve is the first to be off.
+README makes it, with ``MuReadout`` and ``MuAdamW`` (``mup_transformer.py``), which has no rule for eps.
 """
 
 from __future__ import annotations
@@ -87,7 +85,6 @@ def run(
         workers: number of cases at a time, each on one core.
         seeds: networks of every width in a check.
         right: checks of networks without a fault, each with other seeds.
-        quick: whether to try the machinery only, with few faults and widths (``--quick``).
     """
     check_command(workers, seeds)
     if find_spec("mup") is None or find_spec("pandas") is None:
@@ -132,17 +129,9 @@ def _ours(case: Case) -> Answer:
         return [FaultyCallback(case.fault, base)] if case.subject == "plan" else []
 
     begin = process_time()
-    report = check(
-        build,
-        Shape(1, 1, 1),
-        text_batches(),
-        callbacks=callbacks,
-        axes=["together"],
-        factors=(*case.factors, 2 * case.factors[-1]),  # all grow together by all of these but the last
-        seeds=case.seeds,
-        steps=_STEPS,
-        seed=case.seed,
-    )
+    factors = (*case.factors, 2 * case.factors[-1])  # all grow together by all of these but the last
+    settings = {"axes": ["together"], "factors": factors, "seeds": case.seeds, "steps": _STEPS, "seed": case.seed}
+    report = check(build, Shape(1, 1, 1), text_batches(), callbacks=callbacks, **settings)
     seconds = process_time() - begin
     first = report.causes[0].role if report.causes else ""
     return Answer(report.verdict, first, first in case.wrong, seconds)
@@ -212,7 +201,10 @@ def _faults_table(outcomes: Sequence[Outcome]) -> Table:
         found = [outcome for outcome in outcomes if outcome.case.subject == subject]
         for outcome in found:
             table.add_row(subject, str(outcome.case), *_cells(outcome.ours), *_cells(outcome.mups))
-        ours, mups = (_counts([getattr(outcome, name) for outcome in found]) for name in ("ours", "mups"))
+        ours, mups = (
+            f"{sum(answer.verdict == 'fail' for answer in answers)} found, {sum(answer.named for answer in answers)} named"
+            for answers in ([outcome.ours for outcome in found], [outcome.mups for outcome in found])
+        )
         table.add_row(subject, f"all {len(found)}", ours, "", "", mups, "", "", end_section=True, style="bold")
     return table
 
@@ -220,11 +212,6 @@ def _faults_table(outcomes: Sequence[Outcome]) -> Table:
 def _cells(answer: Answer) -> tuple[str, str, str]:
     verdict = {"fail": "found, named" if answer.named else "found", "pass": "-"}.get(answer.verdict, answer.verdict)
     return verdict, answer.says, f"{answer.seconds:.1f}"
-
-
-def _counts(answers: Sequence[Answer]) -> str:
-    found = sum(answer.verdict == "fail" for answer in answers)
-    return f"{found} found, {sum(answer.named for answer in answers)} named"
 
 
 def _right_table(outcomes: Sequence[Outcome]) -> Table:

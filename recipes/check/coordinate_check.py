@@ -1,8 +1,7 @@
 """The coordinate check of microsoft/mup, read as a careful reader of its picture would, but with numbers.
 
-Its README: the mean absolute value (``l1``) of the output of every module, for a few steps of training and a few widths,
-"stable over many widths; otherwise, the l1 can blow up or shrink to 0 with width". The picture has a curve for every
-module in a panel for every step, t = 1 before the first update. Only the output may shrink at first, as width^(-1/2).
+The picture has a curve for every module, of the mean absolute value (``l1``) of its output against width, in a panel for
+every step, t = 1 before the first update. Its README asks that they be "stable over many widths".
 """
 
 from __future__ import annotations
@@ -47,9 +46,8 @@ def coordinate_check(
 ) -> list[Curve]:
     """Train networks of several widths by mup's own function, and fit the curves of its picture, panel by panel.
 
-    That is the function behind ``get_coord_data``, whose optimizers have neither weight decay nor an eps of one's own. Its
-    defaults are kept: all steps see one batch, and only outputs of modules are recorded, all of them, by ``l1``. There is
-    one panel more than there are steps, and no curve of the whole network, which mup does not plot.
+    That is the function behind ``get_coord_data``, whose optimizers have neither weight decay nor an eps of one's own, with
+    its defaults. There is one panel more than there are steps, and no curve of the whole network, which mup does not plot.
     """
     numbers = itertools.count(seed * len(factors))
 
@@ -91,11 +89,7 @@ def excess(curve: Curve, output: str) -> float:
 
 
 def is_off(curve: Curve, output: str) -> bool:
-    """Whether a curve blows up or shrinks, with the room for networks of finite size that this package's check has.
-
-    Flat is a slope of at most 1/4; what is off has a confidence interval above it. That a slope has to reach that of a
-    fault as well, as in this package's check, is not asked of it: in a picture it would be seen.
-    """
+    """Whether a curve blows up or shrinks: all of its interval is above the 1/4 of this package's check."""
     return math.isnan(curve.slope) or excess(curve, output) - curve.error > DRIFT
 
 

@@ -16,7 +16,6 @@ def run(output: str = "check-example", quick: bool = False) -> None:
 
     Args:
         output: folder of what the checks write.
-        quick: whether to try the machinery only, with fewer sizes (``--quick``).
     """
     check_command(1, 1)
     terminal = console(125)

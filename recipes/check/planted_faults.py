@@ -73,7 +73,6 @@ def run(
             the seeds of a check by default.
         repeats: checks of every fault, each with other seeds.
         right: checks of the Transformer without a fault, with either optimizer; a third of them of the other models.
-        quick: whether to try the machinery only, with one fault (``--quick``).
     """
     check_command(workers, seeds)
     terminal, folder = console(125), Path(output)
@@ -103,9 +102,8 @@ def measure(case: Case) -> Outcome:
 
     begin = perf_counter()
     factors = (1, 2, 4, 8) if case.fault is None else (1, 2, 4)
-    report = check(
-        build, model.base, text_batches(), callbacks=callbacks, factors=factors, seeds=case.seeds, seed=case.seed
-    )
+    sizes = {"factors": factors, "seeds": case.seeds, "seed": case.seed}
+    report = check(build, model.base, text_batches(), callbacks=callbacks, **sizes)
     return Outcome(case, report.verdict, tuple(cause.role for cause in report.causes), perf_counter() - begin)
 
 

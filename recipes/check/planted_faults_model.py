@@ -10,12 +10,9 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlu_lightning.table import OptimizerFamily
-
 Norms = Literal["before", "both", "after"]
 """Where branches have norms: before them; at both ends; or on the stream after each addition (post-norm)."""
-CLASSES = 32
-"""Of tokens, which the second head tells apart."""
+CLASSES = 32  # of tokens, which the second head tells apart
 
 
 class Everything(LightningModule):
@@ -31,17 +28,12 @@ class Everything(LightningModule):
         depth: int,
         heads: int,
         embedding: int,
-        norms: Norms = "before",
-        optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
-        lr: float = 2**-6,
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        norms: Norms,
+        optimizer: str = "adamw",
+        **adamw: float,
     ) -> None:
         super().__init__()
-        self.family = OptimizerFamily(optimizer)
-        self.lr = lr
-        self.eps = eps
-        self.weight_decay = weight_decay
+        self.optimizer, self.settings = optimizer, adamw
         self.tokens = nn.Embedding(vocabulary, embedding)
         self.blocks = nn.ModuleList(_Block(heads, embedding, norms) for _ in range(depth))
         self.transform = nn.Linear(embedding, embedding)
@@ -66,10 +58,9 @@ class Everything(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The chosen optimizer over all parameters."""
-        if self.family is OptimizerFamily.SGD:
-            return torch.optim.SGD(self.parameters(), self.lr, weight_decay=self.weight_decay)
-        kind = torch.optim.AdamW if self.family is OptimizerFamily.ADAMW else torch.optim.Adam
-        return kind(self.parameters(), self.lr, (0.9, 0.95), self.eps, self.weight_decay)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), self.settings["lr"], weight_decay=self.settings["weight_decay"])
+        return torch.optim.AdamW(self.parameters(), betas=(0.9, 0.95), **self.settings)
 
 
 class _Block(nn.Module):
@@ -109,8 +100,7 @@ class _Attention(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         attended = F.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value, is_causal=True)
-        branch: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return branch
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class _Experts(nn.Module):

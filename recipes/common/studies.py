@@ -24,6 +24,9 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+"""Arguments of a Trainer that reports nothing."""
+
 CaseT = TypeVar("CaseT")
 ResultT = TypeVar("ResultT")
 

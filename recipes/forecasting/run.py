@@ -25,7 +25,7 @@ from torch import Tensor
 from mlu_lightning import MLUCallback
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
 from mlu_lightning.quickstart.study import BASE, Run, Study, TransformerShape
-from recipes.common.studies import check_command, console, in_processes, save_points, study_command
+from recipes.common.studies import QUIET, check_command, console, in_processes, save_points, study_command
 
 SHAPES = {
     BASE: TransformerShape(depth=2, heads=2, mlp_hidden=64, embedding=16),
@@ -58,7 +58,6 @@ def run(output: str = "forecasting", workers: int = 2, seeds: int = 2, quick: bo
         output: folder of the losses and the figure.
         workers: number of trainings at a time, each on one core.
         seeds: trainings of every kind, over whose losses the mean is taken.
-        quick: whether to try the machinery only, with short trainings (``--quick``).
     """
     check_command(workers, seeds)
     exponents, batches = ((-7,), 1) if quick else ((-11, -10, -9, -8, -7, -6, -5), 50)
@@ -98,18 +97,8 @@ def train(case: Training) -> Training:
 def training(shape: TransformerShape, lr: float, batches: int, callbacks: Sequence[Callback] = ()) -> TrainOutput:
     """Train a forecaster as any user of GluonTS would."""
     with TemporaryDirectory() as folder:
-        trained: TrainOutput = estimator(
-            shape,
-            lr,
-            batches,
-            max_epochs=EPOCHS,
-            callbacks=list(callbacks),
-            default_root_dir=folder,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).train_model(*series())
+        options = {"max_epochs": EPOCHS, "callbacks": list(callbacks), "default_root_dir": folder, "accelerator": "cpu"}
+        trained: TrainOutput = estimator(shape, lr, batches, **options, **QUIET).train_model(*series())
     return trained
 
 

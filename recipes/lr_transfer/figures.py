@@ -90,14 +90,9 @@ def save_horizons(found: Mapping[str, Sequence[Transfer]], path: Path) -> None:
             sweep = sorted((t for t in transfers if t.factor == factor), key=lambda transfer: transfer.horizon)
             # next to each other where they are equal
             steps = [transfer.horizon * 1.04 ** (place - (len(factors) - 1) / 2) for transfer in sweep]
-            cosine = schedule == "cosine"
-            style = {
-                "color": color,
-                "marker": "s" if cosine else "o",
-                "markerfacecolor": "white" if cosine else color,
-                "linestyle": "--" if cosine else "-",
-                "label": f"depth × {factor:g}, {schedule}",
-            }
+            marker, face, line = ("s", "white", "--") if schedule == "cosine" else ("o", color, "-")
+            style = {"marker": marker, "markerfacecolor": face, "linestyle": line, "color": color}
+            style["label"] = f"depth × {factor:g}, {schedule}"
             for axes, quantity in ((left, "drift"), (right, "regret")):
                 values = _with_errors([getattr(transfer, quantity) for transfer in sweep])
                 axes.errorbar(steps, *values, **style, capsize=2, elinewidth=1)
@@ -145,16 +140,8 @@ def _draw_curve(axes: Axes, curve: Curve, color: Any, name: str) -> None:
     losses = [
         Estimate.over(math.fsum(curve[exponent]) / len(curve[exponent]), curve[exponent]) for exponent in exponents
     ]
-    axes.errorbar(
-        [2.0**exponent for exponent in exponents],
-        *_with_errors(losses),
-        color=color,
-        linewidth=1.5,
-        marker=".",
-        markersize=4,
-        elinewidth=1,
-        label=name,
-    )
+    style = {"color": color, "linewidth": 1.5, "marker": ".", "markersize": 4, "elinewidth": 1, "label": name}
+    axes.errorbar([2.0**exponent for exponent in exponents], *_with_errors(losses), **style)
     found = best(curve)
     axes.plot(2.0**found.exponent, mean(found.losses), marker="o", markersize=6, color=color)
 

@@ -56,7 +56,6 @@ def study(
         settings: path of a YAML file with what is to be replaced in the preset.
         workers: number of runs at a time, each on one core; by default 2, and 1 on an accelerator.
         minutes: after which no run is begun, and what there is is reported; another call goes on.
-        quick: whether to try the machinery only, with tiny runs of few steps (``--quick``).
     """
     own = {} if settings is None else _settings(settings)
     chosen = Study(**(STUDIES[preset] | (STUDIES["quick"] if quick else {}) | own))
@@ -86,7 +85,6 @@ def horizon(
         output: folder of the runs and the figure; runs that are in it are not made again.
         workers: number of runs at a time, each on one core.
         minutes: after which no run is begun, and what there is is reported; another call goes on.
-        quick: whether to try the machinery only, with tiny runs of few steps (``--quick``).
     """
     check_command(workers, Study.seeds)
     terminal, folder, end = console(118), Path(output), deadline(minutes)
@@ -151,13 +149,9 @@ def _state(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence
     cases = {(run.shape, run.parameterization) for run in missing_runs(study, shared, runs)}
     if not cases:
         return made
-    names = ", ".join(sorted(f"{name} at {_changes(study, shape)}" for shape, name in cases))
+    changes = {shape: " ".join(f"{k}={v}" for k, v in shape if (k, v) not in study.base) for shape, _ in cases}
+    names = ", ".join(sorted(f"{name} at {changes[shape] or 'the base'}" for shape, name in cases))
     return f"{made} The time is over before these were complete; the same command goes on: {names}."
-
-
-def _changes(study: Study, shape: Shape) -> str:
-    """What of a shape is not the base's."""
-    return " ".join(f"{name}={size}" for name, size in shape if (name, size) not in study.base) or "the base"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.table import OptimizerFamily, Parameterization
+from recipes.common.studies import QUIET
 
 Shape = tuple[tuple[str, int], ...]
 """Arguments of the model that are sizes, and their values."""
@@ -37,9 +38,6 @@ class Study:
         seeds: runs of each shape at each learning rate, with weights and data of their own.
         parameterizations: names of those that are compared.
         trainer: arguments of the Trainer.
-
-    Raises:
-        ValueError: if axes begin at different values of an argument, or an axis has more values of one than of another.
     """
 
     axes: dict[str, dict[str, list[int]]]
@@ -177,10 +175,8 @@ def train(study: Study, run: Run, plan: Plan) -> Run:
         val_check_interval=math.gcd(*study.horizons),
         callbacks=[MLUCallback(plan=plan), validations],
         num_sanity_val_steps=0,
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **study.trainer,
     )
     trainer.fit(model, datamodule=_data(study, run.seed))

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 from recipes.lr_transfer.runs import Run, Shape, Study
 
-LIMIT = 6.0
-"""Octaves from where the search begins, beyond which there is none."""
-DECADES = math.log10(2)
-"""In an octave."""
+LIMIT = 6.0  # octaves from where the search begins, beyond which there is none
+DECADES = math.log10(2)  # in an octave
 
 Curve = Mapping[float, tuple[float, ...]]
 """Losses by exponent of the learning rate, for each seed one."""
@@ -93,12 +91,8 @@ def best(curve: Curve) -> Best:
         return Best(tried, tried, (tried,) * len(curve[tried]), curve[tried], bound)
     triples = list(zip(curve[sides[0]], curve[tried], curve[sides[1]], strict=True))
     offset = _vertex(means[sides[0]], means[tried], means[sides[1]])
-    return Best(
-        tried,
-        tried + offset,
-        tuple(tried + _vertex(*triple) for triple in triples),
-        tuple(_parabola(*triple, offset) for triple in triples),
-    )
+    seeds = tuple(tried + _vertex(*triple) for triple in triples)
+    return Best(tried, tried + offset, seeds, tuple(_parabola(*triple, offset) for triple in triples))
 
 
 def mean(losses: Sequence[float]) -> float:
@@ -107,11 +101,10 @@ def mean(losses: Sequence[float]) -> float:
 
 
 def missing_runs(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence[Run]) -> list[Run]:
-    """Runs that are known to be needed and were not made: none of them when the study is complete.
+    """Runs that are known to be needed and were not made, none when the study is complete.
 
     The base is trained first, then every other shape at the base's best learning rate and an octave on both sides of it,
-    and on towards the least loss until that has larger ones on both sides. ``shared`` has the parameterization whose runs
-    stand for those of a shape and parameterization.
+    and on towards the least loss until that has larger ones on both sides. ``shared`` is of :func:`shared_runs`.
     """
     curves = curves_of(study, runs)
     made = {(run.shape, run.parameterization, run.exponent, run.seed) for run in runs}
@@ -161,17 +154,9 @@ def _transfer(axis: str, factor: float, parameterization: str, horizon: int, bas
     own, kept = best(curve), curve[base.tried]
     drifts = [(mine - its) * DECADES for mine, its in zip(own.seeds, base.seeds, strict=True)]
     regrets = [loss - least for loss, least in zip(kept, own.losses, strict=True)]
-    return Transfer(
-        axis,
-        factor,
-        parameterization,
-        horizon,
-        own.exponent,
-        Estimate.over((own.exponent - base.exponent) * DECADES, drifts),
-        own.bound,
-        Estimate.over(mean(regrets), regrets),
-        Estimate.over(mean(own.losses), own.losses),
-    )
+    drift = Estimate.over((own.exponent - base.exponent) * DECADES, drifts)
+    regret, loss = Estimate.over(mean(regrets), regrets), Estimate.over(mean(own.losses), own.losses)
+    return Transfer(axis, factor, parameterization, horizon, own.exponent, drift, own.bound, regret, loss)
 
 
 def _vertex(left: float, middle: float, right: float) -> float:

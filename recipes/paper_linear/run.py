@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -26,14 +26,9 @@ from recipes.common.gradient_descent import Problem, descend, finite_model, look
 from recipes.common.studies import check_command, console, in_processes, save_points, study_command
 from recipes.paper_linear.report import Kept, Point, Streams, save_figure, slope_table
 
-DEPTHS: Mapping[Kept, tuple[float, ...]] = {
-    "": (),
-    "trace": tuple(place / 32 for place in range(33)),
-    "histogram": (0.0, 0.5, 1.0),
-}
+DEPTHS: Mapping[Kept, Sequence[float]] = {"": (), "trace": [i / 32 for i in range(33)], "histogram": (0.0, 0.5, 1.0)}
 """Relative depths at which streams are kept for the figure."""
-TRACED = 4
-"""Coordinates of a stream that are drawn over depth."""
+TRACED = 4  # coordinates of a stream that are drawn over depth
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,6 @@ def run(output: str = "paper-linear", workers: int = 2, seeds: int = 4, quick: b
         output: folder of the points and the figure.
         workers: number of networks at a time, each on one core.
         seeds: networks of every shape; twice as many in the sweep of D, where the error is that of a single W.
-        quick: whether to try the machinery only, with tiny networks (``--quick``).
     """
     check_command(workers, seeds)
     terminal, folder = console(), Path(output)
@@ -173,22 +167,17 @@ def _train(module: ResNet, plan: Plan, problem: Problem) -> Tensor:
 
 def _cases(seeds: int, quick: bool) -> list[Case]:
     """All networks, the smallest first."""
-    limit_depth = 16 if quick else 400
+    # D^(3/2) > L M along L and M, so that D/(L M) is seen before 1/sqrt(D)
+    limit_depth, traced = 400, [(8, 32, 32), (32, 128, 128), (128, 512, 512)]
+    sweeps = {
+        "L": [(depth, 128, 1024) for depth in (16, 32, 64, 128, 256)],
+        "M": [(64, hidden, 1024) for hidden in (32, 64, 128, 256, 512)],
+        "D": [(32, 4096, embedding) for embedding in (16, 32, 64, 128, 256)],
+    }
     if quick:
-        sweeps = {
-            "L": [(depth, 16, 64) for depth in (4, 8, 16)],
-            "M": [(8, hidden, 64) for hidden in (8, 16, 32)],
-            "D": [(8, 256, embedding) for embedding in (8, 16, 32)],
-        }
-        traced = [(4, 16, 16), (8, 64, 64)]
-    else:
-        sweeps = {
-            # D^(3/2) > L M, so that D/(L M) is seen before 1/sqrt(D)
-            "L": [(depth, 128, 1024) for depth in (16, 32, 64, 128, 256)],
-            "M": [(64, hidden, 1024) for hidden in (32, 64, 128, 256, 512)],
-            "D": [(32, 4096, embedding) for embedding in (16, 32, 64, 128, 256)],
-        }
-        traced = [(8, 32, 32), (32, 128, 128), (128, 512, 512)]
+        limit_depth, traced = 16, [(4, 16, 16), (8, 64, 64)]
+        sweeps = {"L": [(4, 16, 64), (8, 16, 64), (16, 16, 64)], "M": [(8, 8, 64), (8, 16, 64), (8, 32, 64)]}
+        sweeps["D"] = [(8, 256, 8), (8, 256, 16), (8, 256, 32)]
     cases = [
         Case(axis, *shape, seed, limit_depth, "histogram" if axis == "D" and shape == shapes[-1] else "")
         for axis, shapes in sweeps.items()

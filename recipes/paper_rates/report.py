@@ -28,11 +28,8 @@ Errors = Literal["stream", "output", "reference_stream", "reference_output"]
 PUBLISHED = ErrorConstants(0.0, PAPER.hidden, PAPER.embedding)
 """The paper's fit of the error in embedding space, hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D))."""
 
-FROM = 16
-"""Sizes from which on a network is one of the asymptotic regime that bounds and slopes are fitted to."""
-
-MOSTLY = 0.75
-"""Share of a term in the square of the fitted bound from which on a slope against its size is fitted."""
+FROM = 16  # sizes from which on a network is one of the asymptotic regime that bounds and slopes are fitted to
+MOSTLY = 0.75  # share of a term in the square of the fitted bound from which on a slope against its size is fitted
 
 TITLES: dict[Errors, str] = {
     "stream": "stream, to the infinite model",
@@ -78,14 +75,11 @@ def report(points: Sequence[Point], depth: int, limits: Mapping[str, Mapping[Err
         kind: Measured = "stream" if "stream" in name else "output"
         if fit is not None:
             bars = fit.uncertainty or ErrorConstants(0, 0, 0)
-            fits.add_row(
-                title,
-                str(len(_asymptotic(found))),
-                f"{fit.depth / depth:.4f} ± {bars.depth / depth:.4f}",
-                f"{fit.hidden:.2f} ± {bars.hidden:.2f}",
-                f"{fit.embedding:.2f} ± {bars.embedding:.2f}",
-                f"{fit.scatter:.0%}",
+            rest = f"{fit.depth / depth:.4f} ± {bars.depth / depth:.4f}"
+            hidden, embedding = (
+                f"{getattr(fit, name):.2f} ± {getattr(bars, name):.2f}" for name in ("hidden", "embedding")
             )
+            fits.add_row(title, str(len(_asymptotic(found))), rest, hidden, embedding, f"{fit.scatter:.0%}")
         for axis, theory in (("D", "-1/2"), ("M", "-1/2" if "stream" in name else "-1"), ("P", "-1/6")):
             fitted = None if fit is None else _slope(found, axis, depth, fit, kind)
             if fitted is not None:

@@ -25,8 +25,7 @@ from recipes.common.gradient_descent import Problem, descend, finite_model, look
 from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, worker_pool
 from recipes.paper_rates.report import Errors, Point, report, save_figure
 
-Job = tuple[int, int, int]
-"""Hidden width M, embedding dimension D and seed of a network."""
+Job = tuple[int, int, int]  # hidden width M, embedding dimension D and seed of a network
 
 STEPS_FOR_DEPTH = 2, 4, 8
 """Euler steps of the infinite models with which the term in L is measured."""
@@ -181,15 +180,12 @@ def _train(study: Study, folder: Path, job: Job) -> Point:
 def _limit_distances(folder: Path) -> dict[str, dict[Errors, float]]:
     """Distances of the other infinite models from the first."""
     limits = load_file(folder / _LIMITS)
-    keys = dict.fromkeys(name.split("/")[0] for name in limits)
-    return {
-        key: {
-            "stream": float(rms_distance(limits[f"{key}/s=1"], limits["0/s=1"])),
-            "output": float(output_distance(limits[f"{key}/output"], limits["0/output"])),
-        }
-        for key in keys
-        if key != "0"
-    }
+    distances: dict[str, dict[Errors, float]] = {}
+    for key in dict.fromkeys(name.split("/")[0] for name in limits if not name.startswith("0/")):
+        stream = rms_distance(limits[f"{key}/s=1"], limits["0/s=1"])
+        output = output_distance(limits[f"{key}/output"], limits["0/output"])
+        distances[key] = {"stream": float(stream), "output": float(output)}
+    return distances
 
 
 if __name__ == "__main__":

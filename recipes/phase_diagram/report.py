@@ -12,8 +12,7 @@ from rich.table import Table
 from recipes.common.figures import Axes, hide_spines, new_figure, plain_log_axis, size_axis
 from recipes.common.fits import Slope, fit_slope, root_mean_square
 
-Shape = tuple[int, int, int]
-"""L, M, D."""
+Shape = tuple[int, int, int]  # L, M, D
 
 THRESHOLD = 0.25
 """Slopes nearer to 0 than to ±1/2, the smallest that theory has for a wrong scale, are those of MLU."""
@@ -40,11 +39,8 @@ class Sweeps:
 
     def shapes(self, axis: str) -> list[Shape]:
         """Shapes of the sweep of L, M or D."""
-        depth, hidden, embedding = self.base
-        return [
-            {"L": (size, hidden, embedding), "M": (depth, size, embedding), "D": (depth, hidden, size)}[axis]
-            for size in self.sizes[axis]
-        ]
+        place = "LMD".index(axis)
+        return [(*self.base[:place], size, *self.base[place + 1 :]) for size in self.sizes[axis]]
 
 
 SWEEPS = {
@@ -86,6 +82,11 @@ class Point:
     loss_last: float  # after it
 
     @property
+    def shape(self) -> Shape:
+        """L, M, D."""
+        return self.depth, self.hidden, self.embedding
+
+    @property
     def diverged(self) -> bool:
         """Whether training has made the loss larger, or not finite."""
         return not self.loss_last <= self.loss_first
@@ -94,14 +95,11 @@ class Point:
 def sweep(points: Sequence[Point], sweeps: Sweeps, variant: str, axis: str) -> dict[float, list[Point]]:
     """Networks of all seeds by size, in the sweep of L, M, D or α."""
     if axis == "α":
-        wanted: dict[tuple[Shape, float], float] = {(sweeps.rich, alpha): alpha for alpha in sweeps.alphas}
+        wanted: dict[float, tuple[Shape, float]] = {alpha: (sweeps.rich, alpha) for alpha in sweeps.alphas}
     else:
-        wanted = {(shape, 1.0): size for shape, size in zip(sweeps.shapes(axis), sweeps.sizes[axis], strict=True)}
-    found: dict[float, list[Point]] = {size: [] for size in wanted.values()}
-    for point in points:
-        size = wanted.get(((point.depth, point.hidden, point.embedding), point.alpha))
-        if point.variant == variant and size is not None:
-            found[size].append(point)
+        wanted = {size: (shape, 1.0) for size, shape in zip(sweeps.sizes[axis], sweeps.shapes(axis), strict=True)}
+    own = [point for point in points if point.variant == variant]
+    found = {size: [point for point in own if (point.shape, point.alpha) == case] for size, case in wanted.items()}
     return {size: group for size, group in found.items() if group}
 
 

@@ -44,7 +44,6 @@ def run(output: str = "phase-diagram", workers: int = 2, seeds: int = 4, quick: 
         output: folder of the points and the figure.
         workers: number of networks at a time, each on one core.
         seeds: networks of every variant and shape.
-        quick: whether to try the machinery only, with tiny networks (``--quick``).
     """
     check_command(workers, seeds)
     terminal, folder = console(155), Path(output)

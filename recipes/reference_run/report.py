@@ -14,8 +14,7 @@ from recipes.common.fits import Slope, fit_slope, root_mean_square
 
 METRICS = {"rms": "rms/s=1", "gram": "gram/s=1", "procrustes": "procrustes/s=1", "cka": "cka/s=1", "output": "output"}
 """Name in the logs, without "mlu/distance/", of each metric."""
-LAST = 3
-"""Recordings over which a final distance is averaged, those at 128, 181 and 200 steps."""
+LAST = 3  # recordings over which a final distance is averaged, those at 128, 181 and 200 steps
 SWEEPS = {"L": (8, 4, 2), "M": (16, 8, 4, 2), "D": (16, 8, 4, 2), "L, M, D": (8, 4, 2)}
 """By what the reference's size is divided."""
 THEORY = {
@@ -37,9 +36,14 @@ class Run:
     seed: int  # of the weights in branches
 
     @property
+    def sizes(self) -> dict[str, str]:
+        """L, M and D."""
+        return {"L": str(2 * self.depth), "M": str(self.heads), "D": str(self.embedding)}
+
+    @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"L{2 * self.depth}-M{self.heads}-D{self.embedding}-seed{self.seed}"
+        return "-".join(axis + size for axis, size in self.sizes.items()) + f"-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,12 @@ def distance_table(references: Sequence[Distances], found: Sequence[Distances]) 
     title = "Distance from the reference at the end of training"
     table = number_table("smaller", "L", "M", "D", "val loss", *METRICS, words=1, title=title)
     for reference in references:
-        table.add_row("-", *_sizes(reference.run), f"{reference.loss:.3f}")
+        table.add_row("-", *reference.run.sizes.values(), f"{reference.loss:.3f}")
     table.add_section()
     for axis in SWEEPS:
         for small in _of(found, axis):
             distances = (f"{small.final(metric):.3g}" for metric in METRICS)
-            table.add_row(axis, *_sizes(small.run), f"{small.loss:.3f}", *distances)
+            table.add_row(axis, *small.run.sizes.values(), f"{small.loss:.3f}", *distances)
         table.add_section()
     table.add_row("floor", "", "", "", "", *(f"{found[0].final(f'{metric}/floor'):.3g}" for metric in METRICS))
     return table
@@ -121,17 +125,6 @@ def save_figure(found: Sequence[Distances], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _sizes(run: Run) -> tuple[str, str, str]:
-    """L, M and D."""
-    return str(2 * run.depth), str(run.heads), str(run.embedding)
-
-
-def _smaller(run: Run) -> str:
-    """The sizes of a run that are smaller than the reference's."""
-    sizes = dict(zip("LMD", _sizes(run), strict=True))
-    return ", ".join(f"{axis}={sizes[axis]}" for axis in run.axis.split(", "))
-
-
 def _theory(metric: str, axis: str, divisors: Sequence[int]) -> str:
     """Slope in theory; for D also against a finite reference with the same embedding.
 
@@ -164,9 +157,9 @@ _TITLES = {"L": "smaller depth L", "M": "smaller hidden width M", "D": "smaller 
 
 def _draw_curves(axes: Axes, sweep: Sequence[Distances], axis: str) -> None:
     """Distance of the stream against step: the smaller the run, the darker its line."""
-    lines = [(_smaller(small.run), small.curve["rms"]) for small in sweep]
-    for place, (name, curve) in enumerate(lines):
-        color = _paler(_COLORS[axis], 0.65 * place / (len(lines) - 1))
+    for place, small in enumerate(sweep):
+        curve, color = small.curve["rms"], _paler(_COLORS[axis], 0.65 * place / (len(sweep) - 1))
+        name = ", ".join(f"{letter}={small.run.sizes[letter]}" for letter in axis.split(", "))
         axes.plot(list(curve), list(curve.values()), color=color, linewidth=2, label=name)
     floor = sweep[0].curve["rms/floor"]
     axes.plot(list(floor), list(floor.values()), color="black", linewidth=1.5, linestyle="--", label="floor")

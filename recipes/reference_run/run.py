@@ -24,15 +24,8 @@ from recipes.common.text import Text
 from recipes.reference_run.report import METRICS, SWEEPS, Distances, Run, distance_table, save_figure, slope_table
 
 CONFIG = Path(__file__).with_name("config.yaml")
-QUICK = {
-    "model.depth": 4,
-    "model.heads": 4,
-    "model.embedding": 16,
-    "model.context": 8,
-    "model.schedule_steps": 6,
-    "data.context": 8,
-    "data.batches": 6,
-}
+QUICK = {"model.depth": 4, "model.heads": 4, "model.embedding": 16, "model.context": 8, "model.schedule_steps": 6}
+QUICK |= {"data.context": 8, "data.batches": 6}
 """Settings of a quick study, which also leaves out the divisors above 4."""
 
 
@@ -52,7 +45,6 @@ def study(output: str = "reference-run", workers: int = 2, quick: bool = False) 
         output: folder of runs and figure; runs that are complete in it are not made again, so that another is needed
             when settings in the YAML were changed.
         workers: number of runs at a time, each on one core.
-        quick: whether to try the machinery only, with tiny runs of few steps (``--quick``).
     """
     check_command(workers, seeds=1)
     folder, changes, terminal = Path(output), QUICK if quick else {}, console()
@@ -95,21 +87,16 @@ def _arguments(
 ) -> list[str]:
     """Command line of a run."""
     files = {f"seed{reference.seed}": str(_reference_file(folder, reference)) for reference in references}
-    watcher = (
-        {"class_path": "mlu_lightning.EmbeddingDistance", "init_args": {"reference": files}}
-        if run.axis
-        else {"class_path": "mlu_lightning.ReferenceRecorder", "init_args": {"path": files[f"seed{run.seed}"]}}
-    )
-    logger = {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": str(folder), "name": run.name, "version": ""},
-    }
+    watcher = {"class_path": "mlu_lightning.EmbeddingDistance", "init_args": {"reference": files}}
+    if not run.axis:
+        watcher = {"class_path": "mlu_lightning.ReferenceRecorder", "init_args": {"path": files[f"seed{run.seed}"]}}
+    place = {"save_dir": str(folder), "name": run.name, "version": ""}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": place}
+    sizes = {f"model.{name}": getattr(run, name) for name in ("depth", "heads", "embedding")}
     options = {
         **changes,
+        **sizes,
         "seed_everything": run.seed,
-        "model.depth": run.depth,
-        "model.heads": run.heads,
-        "model.embedding": run.embedding,
         "trainer.logger": json.dumps(logger),
         "trainer.callbacks": json.dumps([settings["trainer"]["callbacks"][0], watcher]),
         "trainer.enable_progress_bar": "false",
@@ -124,11 +111,9 @@ def _reference_file(folder: Path, run: Run) -> Path:
 
 def _rows(folder: Path, run: Run) -> list[dict[str, str]]:
     """Log of a run, without values that were not logged at a step."""
-    try:
-        with (folder / run.name / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        return []
+    path = folder / run.name / "metrics.csv"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{key: value for key, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 def _is_complete(folder: Path, run: Run, last: int) -> bool:
