@@ -1,11 +1,10 @@
 """What a recipe's command leaves: its tables of comma-separated values, and what it prints."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
 def rows(path: Path) -> list[dict[str, str]]:

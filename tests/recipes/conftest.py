@@ -1,7 +1,5 @@
 """Studies without new processes, each of which would import everything again."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest

@@ -1,7 +1,5 @@
 """The search for the best learning rate, what is fitted to its losses, and how tables and figures show it."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

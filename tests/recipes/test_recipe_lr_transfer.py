@@ -1,7 +1,5 @@
 """The recipe of the learning rate's transfer: which runs are the same, its YAML files, and quick studies."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -13,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.recipe_results import RECIPES, cells, rows
+from helpers.recipe_results import QUIET, RECIPES, cells, rows
+from lightning.pytorch.loggers import WandbLogger
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recipes.lr_transfer import run as recipe
@@ -23,7 +22,6 @@ from recipes.lr_transfer.runs import Run, Study
 CPU = Study(**recipe.STUDIES["cpu"])
 QUICK = Study(**recipe.STUDIES["cpu"] | recipe.STUDIES["quick"])
 TINY = ["--model.steps=3", "--model.warmup=1", "--data.batches=3", "--data.validation_batches=1"]
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
 def test_runs_that_are_the_same() -> None:
@@ -179,10 +177,8 @@ def test_quick_horizons(begun: list[Run], tmp_path: Path, capsys: pytest.Capture
     recipe.main(["horizon", "--quick", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     sizes = [cells(line)[:3] for line in printed.splitlines() if "│" in line]
-    assert sizes == [["constant", *row] for row in (["2", "× 1"], ["2", "× 2"], ["4", "× 1"], ["4", "× 2"])] + [
-        ["cosine", "4", "× 1"],
-        ["cosine", "4", "× 2"],
-    ]
+    runs = [("constant", "2"), ("constant", "4"), ("cosine", "4")]
+    assert sizes == [[*run, depth] for run in runs for depth in ("× 1", "× 2")]
     assert (tmp_path / "lr_transfer_horizon.png").stat().st_size > 20_000
     file = next((tmp_path / "constant").glob("*.jsonl"))
     longest = [json.loads(line) for line in file.read_text().splitlines()[1:]]
@@ -190,26 +186,19 @@ def test_quick_horizons(begun: list[Run], tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_study_of_ones_own(begun: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = {
-        "class_path": "mlu_lightning.models.CausalTransformer",
-        "init_args": {"vocabulary": 256, "context": 8, "embedding": 8, "head_dim": 4, "heads": 1, "schedule_steps": 2},
-    }
-    data = {
-        "class_path": "recipes.common.text.Text",
-        "init_args": {"context": 8, "batches": 2, "batch_size": 2, "validation_batches": 1},
-    }
-    settings = {
-        "axes": {"size": {"mlp_hidden": [8, 16], "depth": [1, 2]}},
-        "model": model,
-        "data": data,
-        "horizons": [2],
-        "exponents": [-3, -2],
-        "spacing": 1,
-        "seeds": 1,
-        "parameterizations": ["mlu", "sp"],
-    }
+    model = "vocabulary: 256, context: 8, embedding: 8, head_dim: 4, heads: 1, schedule_steps: 2"
+    data = "context: 8, batches: 2, batch_size: 2, validation_batches: 1"
     path = tmp_path / "settings.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(f"""
+axes: {{size: {{mlp_hidden: [8, 16], depth: [1, 2]}}}}
+model: {{class_path: mlu_lightning.models.CausalTransformer, init_args: {{{model}}}}}
+data: {{class_path: recipes.common.text.Text, init_args: {{{data}}}}}
+horizons: [2]
+exponents: [-3, -2]
+spacing: 1
+seeds: 1
+parameterizations: [mlu, sp]
+""")
     recipe.main(["study", f"--settings={path}", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert "│ size │ × 2  │ MLU " in printed and "│ size │ × 2  │ SP " in printed
@@ -245,20 +234,14 @@ def test_shipped_sweep_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sweep = yaml.safe_load((RECIPES / "lr_transfer/sweep.yaml").read_text())
     grid = itertools.product(*(values["values"] for values in sweep["parameters"].values()))
     last = dict(zip(sweep["parameters"], list(grid)[-1], strict=True))
-    assert last == {
-        "trainer.callbacks.init_args.parameterization": "sp",
-        "model.depth": 32,
-        "model.lr": 0.0625,
-        "seed_everything": 2,
-    }
+    fixed = {"trainer.callbacks.init_args.parameterization": "sp", "model.lr": 0.0625, "seed_everything": 2}
+    assert last == {**fixed, "model.depth": 32}
     args = [f"--{name}={value}" for name, value in {**last, "model.depth": 4}.items()]
     template = [["python"] if part == "${interpreter}" else [part] for part in sweep["command"]]
     filled = [part for parts in template for part in (args if parts == ["${args}"] else parts)]
     assert filled[:5] == ["${env}", "python", "-m", "recipes.lr_transfer.run", "fit"]
     folder = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
     logged: dict[str, Any] = {}
-    monkeypatch.setattr(
-        "lightning.pytorch.loggers.WandbLogger.log_metrics", lambda self, metrics, step=None: logged.update(metrics)
-    )
+    monkeypatch.setattr(WandbLogger, "log_metrics", lambda self, metrics, step=None: logged.update(metrics))
     recipe.main([*filled[4:], *TINY, *QUIET, *folder])
     assert math.isfinite(logged[sweep["metric"]["name"]])

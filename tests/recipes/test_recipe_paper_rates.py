@@ -1,7 +1,5 @@
 """The recipe of the paper's nonlinear experiment, with few and tiny networks."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """The recipe of the phase diagram: its edits of plans, what it measures, its verdicts, and a quick run."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -22,49 +20,34 @@ from recipes.phase_diagram import run as recipe
 L, M, D = 16, 32, 9
 
 
-@pytest.mark.parametrize(
-    ("variant", "multiplier", "read_std", "write_std", "read_lr", "write_lr"),
-    [
-        ("MLU", 1 / L, 1 / 3, 3 / M, L * M / D, L * D / M),
-        ("MLU, α = 4", 4 / L, 1 / 3, 3 / M, L * M / D / 16, L * D / M / 16),
-        ("1/√L, η/L", 1 / 4, 1 / 3, 3 / M, M / D, D / M),
-        ("1/√L, η", 1 / 4, 1 / 3, 3 / M, L * M / D, L * D / M),
-        ("1/M, η·D", 1 / L / 3, 1 / 3, 3 / M, L * M, L * D * D / M),
-        ("1/M, η", 1 / L, 1 / 3, 1 / M, L * M / D, L * D / M),
-        ("none, η", 1.0, 1 / 3, M**-0.5, 1.0, 1.0),
-    ],
-)
-def test_edited_plans(
-    variant: str, multiplier: float, read_std: float, write_std: float, read_lr: float, write_lr: float
-) -> None:
-    problem = recipe.paper_problem()
-    module, plan = problem.model(L, M, D)
+EDITED = {  # multiplier of branches, std of what reads and what writes, lr of what reads and what writes
+    "MLU": (1 / L, 1 / 3, 3 / M, L * M / D, L * D / M),
+    "MLU, α = 4": (4 / L, 1 / 3, 3 / M, L * M / D / 16, L * D / M / 16),
+    "1/√L, η/L": (1 / 4, 1 / 3, 3 / M, M / D, D / M),
+    "1/√L, η": (1 / 4, 1 / 3, 3 / M, L * M / D, L * D / M),
+    "1/M, η·D": (1 / L / 3, 1 / 3, 3 / M, L * M, L * D * D / M),
+    "1/M, η": (1 / L, 1 / 3, 1 / M, L * M / D, L * D / M),
+    "none, η": (1.0, 1 / 3, M**-0.5, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("variant", recipe.VARIANTS)
+def test_edited_plans(variant: str) -> None:
+    multiplier, *numbers = EDITED[variant]
+    module, plan = recipe.paper_problem().model(L, M, D)
     edited = recipe.VARIANTS[variant](plan)
-    branches = [one for one in edited.multipliers if one.kind == "branch"]
-    assert len(branches) == L
-    assert [edited.forward_multiplier(one) for one in branches] == pytest.approx([multiplier] * L)
+    branches = [entry for entry in edited.multipliers if entry.kind == "branch"]
+    assert [edited.forward_multiplier(entry) for entry in branches] == pytest.approx([multiplier] * L)
     scales, stds = edited.scales("sgd"), planned_stds(edited)
-    found = [
-        stds["blocks.3.read.weight"],
-        stds["blocks.3.write.weight"],
-        scales["blocks.3.read.weight"].lr,
-        scales["blocks.3.write.weight"].lr,
-    ]
-    assert found == pytest.approx([read_std, write_std, read_lr, write_lr])
+    names = "blocks.3.read.weight", "blocks.3.write.weight"
+    assert [stds[name] for name in names] + [scales[name].lr for name in names] == pytest.approx(numbers)
     # all else is as it was
     for name in ("embed.weight", "readout.weight"):
         assert edited.parameters[name] == plan.parameters[name] and scales[name] == plan.scales("sgd")[name]
-    assert [one for one in edited.multipliers if one.kind != "branch"] == [
-        one for one in plan.multipliers if one.kind != "branch"
-    ]
+    assert set(edited.multipliers) - set(branches) == {entry for entry in plan.multipliers if entry.kind != "branch"}
     initialize(module, edited, "normal")
     attach_multipliers(module, edited)
-    assert module.blocks[0].write.weight.std().item() == pytest.approx(write_std, rel=0.2)
-
-
-def test_every_variant_is_in_the_test_above() -> None:
-    (mark,) = test_edited_plans.pytestmark  # type: ignore[attr-defined]
-    assert [values[0] for values in mark.args[1]] == list(recipe.VARIANTS)
+    assert module.blocks[0].write.weight.std().item() == pytest.approx(numbers[1], rel=0.2)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0])
