@@ -141,12 +141,7 @@ def read_config(
 
 
 _OF_A_STEP = (
-    "accelerator",
-    "accumulate_grad_batches",
-    "deterministic",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "precision",
+    "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
 )
 _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 _OTHER_VERSIONS = 4
@@ -236,19 +231,17 @@ def _class_of(callback: Any) -> str:
 
 def _base(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Section of the base, where the plugin is told how to build it."""
+    instead = "as base: {class_path: my_package.MyModule, init_args: {...}} in a copy of the file, and check the copy."
     for callback in _callbacks(content):
         if not (_is_plugin(callback) and isinstance(callback, dict)):
             continue
         arguments = callback.get("init_args") or {}
-        instead = (
-            "as base: {class_path: my_package.MyModule, init_args: {...}} in a copy of the file, and check the copy."
-        )
+        base = arguments.get("base")
         if arguments.get("plan") is not None:
             raise ValueError(
                 f"The MLUCallback of {path} has a finished plan, which is for one shape, and a check trains several. Give "
                 f"it a base instead, {instead}"
             )
-        base = arguments.get("base")
         if isinstance(base, dict):
             return base
         if base is not None:

@@ -1,4 +1,4 @@
-"""The runs of the quickstart: does the best learning rate stay when depth, hidden width or embedding grows?
+"""The runs of the quickstart, which show whether the best learning rate stays where it is when the shape grows.
 
 Small Transformers are trained on text at a few learning rates: at a base shape, and with eight times its depth, its
 hidden width and its embedding dimension, each on its own, in the MLU parameterization (the base's hyperparameters and

@@ -76,31 +76,25 @@ def test_command_line_without_a_present_shape_compares_nothing(capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("1e3", r"smallest allowed one, Shape\(depth=2, hidden=1, embedding=64\), has 6,482,240 parameters"),
+        ("1e8 --inputs 3 --outputs 4", r"--inputs and --outputs cannot be used with --model transformer"),
+        ("1e8 --model resnet --head_dim 3", r"with --model resnet, which has --inputs, --outputs\. Leave"),
+        ("1e8 --present.depth 4", r"--present has depth, and should have depth, hidden and embedding: --pr"),
+        ("1e8 --constants {}", r"--constants has nothing, and should have"),
         (
-            "--parameters 1e3",
-            r"smallest allowed one, Shape\(depth=2, hidden=1, embedding=64\), has 6,482,240 parameters",
-        ),
-        ("--parameters 1e8 --inputs 3 --outputs 4", r"--inputs and --outputs cannot be used with --model transformer"),
-        ("--parameters 1e8 --model resnet --head_dim 3", r"with --model resnet, which has --inputs, --outputs\. Leave"),
-        (
-            "--parameters 1e8 --present.depth 4",
-            r"--present has depth, and should have depth, hidden and embedding: --pr",
-        ),
-        ("--parameters 1e8 --constants {}", r"--constants has nothing, and should have"),
-        (
-            "--parameters 1e8 --present {depth:\u00a00,hidden:\u00a01,embedding:\u00a01}",
+            "1e8 --present {depth:\u00a00,hidden:\u00a01,embedding:\u00a01}",
             r"depth=0 of a shape should be a whole number",
         ),
         (
-            "--parameters 1e8 --present {depth:\u00a05,hidden:\u00a01,embedding:\u00a01}",
+            "1e8 --present {depth:\u00a05,hidden:\u00a01,embedding:\u00a01}",
             r"no depth of 5: depth counts residual additions, two for each block\. Give twice",
         ),
-        ("--parameters 1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
+        ("1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
     ],
 )
 def test_command_line_says_what_is_wrong(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["shape", *(argument.replace("\u00a0", " ") for argument in arguments.split(" "))])
+        main(["shape", "--parameters", *(argument.replace("\u00a0", " ") for argument in arguments.split(" "))])
     assert exit_.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith("mlu-lightning: ") and error.count("\n") == 1

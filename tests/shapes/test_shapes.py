@@ -139,6 +139,9 @@ def test_three_different_shapes_are_needed() -> None:
         fit_error_bound({})
 
 
+APART = r"shapes cannot tell the constants"
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -147,13 +150,10 @@ def test_three_different_shapes_are_needed() -> None:
             r"shapes \(all have the same depth\) cannot tell the constants depth and hidden apart.*1/L\^2, .*"
             r"in depth alone, in hidden alone\.",
         ),
+        ([Shape(depth, depth, 64) for depth in (2, 4, 8, 16)], rf"{APART} depth and hidden apart"),
         (
-            [Shape(depth, depth, 64) for depth in (2, 4, 8, 16)],
-            r"shapes cannot tell the constants depth and hidden apart",
-        ),
-        (
-            [Shape(depth, 64, depth**2) for depth in (2, 4, 8)],
-            r"shapes cannot tell the constants depth and embedding apart.*in depth alone, in embedding alone\.",
+            [Shape(d, 64, d**2) for d in (2, 4, 8)],
+            rf"{APART} depth and embedding apart.*depth alone, in embedding alone\.",
         ),
         ([Shape(d, d, d) for d in (2, 4, 8)], r"constants hidden and embedding apart"),
     ],
