@@ -14,10 +14,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_reference
-from mlu_lightning.callbacks.probe_batches import Layout, Probe, given_probe, on_rank_zero, smallest_probe
-from mlu_lightning.observation.probe import Observation
-from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
-from mlu_lightning.observation.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.callbacks.probe_batches import (
+    Layout,
+    Probe,
+    check_probe_arguments,
+    given_probe,
+    on_rank_zero,
+    prepare_probe,
+)
+from mlu_lightning.observation import Observation, Reference, ReferenceHeader, ReferenceWriter, Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["ReferenceRecorder"]
@@ -75,18 +80,12 @@ class ReferenceRecorder(Callback):
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if isinstance(depths, (int, float)) or not len(depths) or not all(0 <= depth <= 1 for depth in depths):
-            raise ValueError(
-                f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
-            )
-        if positions < 1:
-            raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is none of: 'float32', 'bfloat16'.")
         self.path = Path(path)
         self._given = probe
-        self._steps = validated_steps(steps)
-        self._depths = tuple(sorted({float(depth) for depth in depths}))
+        self._schedule = Schedule(steps)
+        self._depths = check_probe_arguments(depths, positions, fewest=1)
         self._positions = positions
         self._dtype = dtype
         self._probe: Probe | None = None
@@ -112,12 +111,11 @@ class ReferenceRecorder(Callback):
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
 
-        def probe_of(batch: Any) -> Probe:
+        def make(batch: Any) -> Probe:
             return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
 
-        with probe_of(batch).first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
-            self._probe, batch, count = smallest_probe(trainer, pl_module, probe_of, batch)
-            observation = self._probe.observe(trainer, pl_module)
+        advice = f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."
+        self._probe, batch, count, observation = prepare_probe(trainer, pl_module, make, batch, advice)
         header = ReferenceHeader(
             depth=layout.depth,
             embedding=layout.embedding,
@@ -140,7 +138,7 @@ class ReferenceRecorder(Callback):
         self._last, losses = on_rank_zero(trainer, open_file)
         self._losses = _Losses(losses, step, pl_module.device)
         self._failed = False
-        if step > self._last and is_due(self._steps, step):
+        if step > self._last and self._schedule.is_due(step):
             self._record(trainer, step, observation)
 
     def on_train_batch_end(
@@ -154,12 +152,12 @@ class ReferenceRecorder(Callback):
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
         step = trainer.global_step
         self._losses.add(trainer, loss.detach(), step)
-        if step > self._last and is_due(self._steps, step):
+        if step > self._last and self._schedule.is_due(step):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step, and log the file as an artifact where there is a place for it."""
-        if self._steps == "log":
+        if self._schedule.ends_with_last:
             self._look(trainer, pl_module)
         if trainer.is_global_zero and self.path.exists():
             log_reference(trainer.loggers, self.path)

@@ -1,7 +1,8 @@
 """Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
-All of them compute in float64 and return a float64 scalar. 0 means equal as far as the distance can see; any NaN or
-infinite value, in either model, makes the distance NaN. They differ in what they need and in what they see:
+All of them take values of any floating-point type, compute in float64 and return a float64 scalar. 0 means equal as far as
+the distance can see; any NaN or infinite value, in either model, makes the distance NaN. They differ in what they need and
+in what they see:
 
 ==========================  ==================  ================================================================
 distance                    coupled embeddings  does not change under
@@ -38,14 +39,14 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
     ``mode="coupled"`` and the same seed (theory.md, section 4).
 
     Args:
-        streams: residual stream h of the smaller model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
+        streams: Residual stream h of the smaller model, [samples, embedding].
+        reference: Residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
 
     Returns:
         sqrt(mean((h - h_ref[:, :D])^2)) over samples and the D coordinates of ``streams``.
 
     Raises:
-        ValueError: if the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
+        ValueError: If the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
 
     >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     >>> h_ref = torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]])
@@ -69,14 +70,14 @@ def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Distance of the Gram matrices over samples, which need no coupling of the embeddings (theory.md, section 4).
 
     Args:
-        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
+        streams: Residual stream h of one model, [samples, embedding].
+        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     Returns:
         ||h h^T / D - h_ref h_ref^T / D_ref||_F / N: the root mean square over all pairs of samples.
 
     Raises:
-        ValueError: if the tensors cannot be compared.
+        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     >>> gram_distance(h, h.flip(1))
@@ -100,15 +101,15 @@ def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
     quadratic in small differences: where the other distances fall by 2, it falls by 4.
 
     Args:
-        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
+        streams: Residual stream h of one model, [samples, embedding].
+        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     Returns:
         1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), between 0 and 1, where X and Y are the streams minus their mean
         over samples. Of streams that are the same for all samples, where this is 0/0: 0 if both are, 1 if one is.
 
     Raises:
-        ValueError: if the tensors cannot be compared.
+        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
     >>> cka_distance(h, 3 * h.flip(1) + 1)
@@ -136,8 +137,8 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     :func:`rms_distance`, and for models of the same D never larger.
 
     Args:
-        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
+        streams: Residual stream h of one model, [samples, embedding].
+        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     Returns:
         min over Q of ||h / sqrt(D) Q - h_ref / sqrt(D_ref)||_F / sqrt(N) with Q Q^T = 1 for D <= D_ref, and the other
@@ -145,7 +146,7 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
         streams are at 1e-15 of their size (the closed form with the nuclear norm of h^T h_ref stops at 1e-8).
 
     Raises:
-        ValueError: if the tensors cannot be compared.
+        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     >>> bool(procrustes_distance(h, h.flip(1)) < 1e-14)
@@ -172,14 +173,14 @@ def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
     """Root mean square difference of the outputs of two models, which have the same meaning at every shape.
 
     Args:
-        outputs: output f of one model, such as logits: [samples, targets], of any floating-point type.
-        reference: output f_ref of the other model on the same samples, of the same shape.
+        outputs: Output f of one model, such as logits, [samples, targets].
+        reference: Output f_ref of the other model on the same samples, of the same shape.
 
     Returns:
         sqrt(mean((f - f_ref)^2)) over samples and targets.
 
     Raises:
-        ValueError: if the shapes differ, or the tensors cannot be compared.
+        ValueError: If the shapes differ, or the tensors cannot be compared.
 
     >>> output_distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(1.4142, dtype=torch.float64)
@@ -196,21 +197,10 @@ def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
 
 
 def comparable(streams: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Check that two tensors are values on the same samples, and convert them to float64.
-
-    Args:
-        streams: [samples, embedding], of any floating-point type.
-        reference: [samples, reference embedding], of any floating-point type.
-
-    Returns:
-        Both in float64.
+    """Convert values on the same samples to float64.
 
     Raises:
         ValueError: if they are not floating-point matrices with the same number of rows, or are empty.
-
-    >>> h, h_ref = comparable(torch.ones(2, 3), torch.ones(2, 5, dtype=torch.bfloat16))
-    >>> h_ref.dtype
-    torch.float64
     """
     for name, values in (("streams or outputs", streams), ("reference", reference)):
         if values.ndim != 2 or not values.numel() or not values.is_floating_point():

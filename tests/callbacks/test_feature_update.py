@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlu_lightning import FeatureUpdate, MLUCallback
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.observation.feature_updates import feature_updates
+from mlu_lightning.observation import feature_updates
 
 SHAPE = {"depth": 3, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 PREFIX = "mlu/update/"

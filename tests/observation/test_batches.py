@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from mlu_lightning.observation.batches import batch_hash, decode_batch, encode_batch, load_batch
+from mlu_lightning.observation.batches import (
+    batch_hash,
+    decode_batch,
+    encode_batch,
+    first_samples,
+    load_batch,
+    sample_count,
+)
 
 
 def through_json(batch: Any) -> Any:
@@ -114,6 +121,16 @@ batches = st.recursive(
 def test_any_batch_comes_back(batch: Any) -> None:
     assert same(through_json(batch), batch)
     assert batch_hash(through_json(batch)) == batch_hash(batch)
+
+
+def test_only_first_samples_of_a_larger_probe_are_kept() -> None:
+    batch = {"x": torch.arange(8).reshape(4, 2), "label": torch.arange(4), "name": "words"}
+    cut = first_samples(batch, 3)
+    assert cut["x"].equal(batch["x"][:3]) and cut["label"].equal(batch["label"][:3]) and cut["name"] == "words"
+    assert first_samples(batch, 4) is batch
+    uneven = torch.ones(4), torch.ones(3)
+    assert first_samples(uneven, 2) is uneven
+    assert (sample_count(batch), sample_count(uneven), sample_count("words")) == (4, None, None)
 
 
 # --- what cannot be kept
