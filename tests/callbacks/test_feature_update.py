@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.watched_runs import SILENT, Busy, Memory
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_embedding_distance import Memory
-from test_reference_recorder import SILENT, Busy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
