@@ -36,7 +36,7 @@ from mlu_lightning.observation import (
     observe,
 )
 from mlu_lightning.observation.batches import decode_batch, encode_batch, first_samples
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, mute
 
 __all__ = ["Limit", "LimitRun"]

@@ -21,8 +21,7 @@ from mlu_lightning.discovery.structure import Branch, Structure, Tap
 from mlu_lightning.observation import Location, Observation, load_probe, locate, observe
 from mlu_lightning.observation.batches import clone_batch, decode_batch, encode_batch, first_samples, sample_count
 from mlu_lightning.observation.probe import count_positions
-from mlu_lightning.planning.entries import BranchPlan
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import BranchPlan, Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.lightning_steps import StepName
 

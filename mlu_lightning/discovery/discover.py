@@ -22,7 +22,7 @@ from mlu_lightning.discovery.roles import PlacedUse, Spot, find_spots, parameter
 from mlu_lightning.discovery.stream_taps import Taps
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Site, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import rehearse
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["discover"]
@@ -282,7 +282,7 @@ def _warnings(
     idle: dict[str, str],
 ) -> Iterator[str]:
     """What the theory does not cover."""
-    if any(facts.role is Role.POST_NORM for facts in parameters.values()):
+    if any(facts.variant is Variant.POST_NORM for facts in parameters.values()):
         yield (
             "the stream is normalized after its additions (post-norm), which the theory does not cover: the learning "
             "rates of these norms are divided by the depth ratio, because their effects compound"

@@ -22,7 +22,7 @@ from mlu_lightning.discovery.graph import (
 )
 from mlu_lightning.discovery.residual import BranchRegion
 from mlu_lightning.discovery.structure import BranchKind
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant
 
 __all__ = ["BranchPlacement", "HeadPlacement", "StemPlacement", "TrunkPlacement", "fans"]
 
@@ -84,6 +84,10 @@ class BranchPlacement:
         if size in self._sizes:
             return Role.BRANCH_IN_BIAS
         return f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
+
+    def variant(self, use: Use, role: Role) -> Variant | None:
+        """What about the place of a use changes the row of its role."""
+        return Variant.BEFORE_NORM if role is Role.BRANCH_OUT and self.ends_in_norm else None
 
     @cached_property
     def matrices(self) -> tuple[Op, ...]:
@@ -248,6 +252,9 @@ class StemPlacement:
             return f"it enters {use.op.name} with shape {list(use.shape)}"
         return Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM
 
+    def variant(self, use: Use, role: Role) -> None:
+        """Nothing here changes the row of a role."""
+
     @cached_property
     def _upstream(self) -> dict[Op, frozenset[Op]]:
         return _upstream(self.graph, self.ops)
@@ -267,7 +274,12 @@ class TrunkPlacement:
             return Role.EMBEDDING  # a table that is added, as at the beginning
         if math.prod(use.shape) != max(use.shape, default=1):
             return f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
-        return Role.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else Role.STREAM_NORM
+        return Role.STREAM_NORM
+
+    def variant(self, use: Use, role: Role) -> Variant | None:
+        """What about the place of a use changes the row of its role."""
+        is_norm = role is Role.STREAM_NORM and use.kind in ("norm", "mul")
+        return Variant.POST_NORM if self.post_norm and is_norm else None
 
 
 @dataclass(frozen=True)
@@ -295,7 +307,14 @@ class HeadPlacement:
             return f"it enters {use.op.name} with shape {list(use.shape)} after the last addition"
         if self._upstream[use.op] & self.readouts:
             return Role.READOUT_BIAS
-        return Role.POST_NORM if self.post_norm and use.op in self._first_norms else Role.STREAM_NORM
+        return Role.STREAM_NORM
+
+    def variant(self, use: Use, role: Role) -> Variant | None:
+        """What about the place of a use changes the row of its role."""
+        if role is Role.STREAM_MATRIX:
+            return Variant.IN_HEAD
+        is_post_norm = role is Role.STREAM_NORM and self.post_norm and use.op in self._first_norms
+        return Variant.POST_NORM if is_post_norm else None
 
     @cached_property
     def _first_norms(self) -> frozenset[Op]:

@@ -10,7 +10,7 @@ from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.placement import BranchPlacement, HeadPlacement, StemPlacement, TrunkPlacement, fans
 from mlu_lightning.discovery.residual import Regions
 from mlu_lightning.discovery.structure import ParameterFacts
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant, row_name
 
 __all__ = ["PlacedUse", "Spot", "find_spots", "parameter_facts", "place_uses", "why_unassigned"]
 
@@ -45,12 +45,14 @@ class PlacedUse:
         spot: where it is.
         role: what it is there, None if that cannot be told.
         reason: why it cannot.
+        variant: what about the place changes the row of the role.
     """
 
     use: Use
     spot: Spot
     role: Role | None
     reason: str = ""
+    variant: Variant | None = None
 
 
 def find_spots(graph: Graph, regions: Regions) -> tuple[list[Spot], list[int]]:
@@ -114,7 +116,9 @@ def place_uses(graph: Graph, spots: list[Spot]) -> defaultdict[str, list[PlacedU
                 if use.kind == "matrix" and use.shared:
                     found = "it is combined with other parameters before it meets data"
                 if isinstance(found, Role):
-                    placed[use.parameter].append(PlacedUse(use, spot, found))
+                    placed[use.parameter].append(
+                        PlacedUse(use, spot, found, variant=spot.placement.variant(use, found))
+                    )
                 else:
                     placed[use.parameter].append(PlacedUse(use, spot, None, found))
     return placed
@@ -130,7 +134,8 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     """
     roles = {placed.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
-    if len(roles) != 1 and not tied:
+    norms = {placed.variant is Variant.POST_NORM for placed in uses}
+    if (len(roles) != 1 and not tied) or len(norms) > 1:
         return ParameterFacts(name, None, shape, *_plain_fans(shape))
     placed = next(u for u in uses if not tied or u.role is Role.EMBEDDING)
     use, spot, role = placed.use, placed.spot, placed.role
@@ -162,8 +167,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         head_dim=head_dim,
         tied=tied,
         active=active,
-        in_head=isinstance(placement, HeadPlacement),
-        normed=role is Role.BRANCH_OUT and isinstance(placement, BranchPlacement) and placement.ends_in_norm,
+        variant=placed.variant,
     )
 
 
@@ -198,4 +202,5 @@ def why_unassigned(uses: list[PlacedUse]) -> str:
     reasons = list(dict.fromkeys(u.reason for u in uses if u.role is None))
     if reasons:
         return "; ".join(reasons)
-    return "it is used as " + " and as ".join(dict.fromkeys(str(u.role) for u in uses))
+    names = (row_name(u.role, u.variant) for u in uses if u.role is not None)
+    return "it is used as " + " and as ".join(dict.fromkeys(names))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant, row_name
 
 __all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
 
@@ -60,8 +60,7 @@ class ParameterFacts:
         head_dim: size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1.
         tied: whether it is also the readout.
         active: number of experts over whose outputs a mixture of experts averages, for parameters of experts; else 1.
-        in_head: whether it comes after the last residual addition.
-        normed: whether a norm comes between it, the last matrix of a branch, and the addition.
+        variant: what about its place changes the row of its role.
     """
 
     name: str
@@ -75,8 +74,12 @@ class ParameterFacts:
     head_dim: int = 1
     tied: bool = False
     active: int = 1
-    in_head: bool = False
-    normed: bool = False
+    variant: Variant | None = None
+
+    @property
+    def row(self) -> str | None:
+        """Name of its row of the table, None without a role."""
+        return None if self.role is None else row_name(self.role, self.variant)
 
 
 @dataclass(frozen=True)

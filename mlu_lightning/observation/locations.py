@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from mlu_lightning.discovery.structure import Branch, BranchKind, Tap
-from mlu_lightning.planning.entries import BranchPlan
+from mlu_lightning.planning import BranchPlan
 
 __all__ = [
     "FeatureName",

@@ -22,8 +22,8 @@ from mlu_lightning.observation.reference_format import (
     recording_hash,
     shorten,
 )
+from mlu_lightning.planning import Plan
 from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
 from mlu_lightning.utilities.plain_yaml import parse_yaml
 from mlu_lightning.utilities.tensor_files import DTYPES, write_tensors
 

@@ -29,7 +29,11 @@ def fingerprint(plan: Plan) -> str:
     """
     content = {
         "parameters": {
-            name: [str(parameter.role), list(parameter.shape), *map(float, astuple(parameter.ratios))]
+            name: [
+                parameter.row,
+                list(parameter.shape),
+                *map(float, astuple(parameter.ratios)),
+            ]
             for name, parameter in plan.parameters.items()
         },
         "multipliers": [

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from mlu_lightning.discovery.structure import Structure
-from mlu_lightning.table import Role
+from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
 
 __all__ = ["override_roles", "require_roles"]
 
@@ -33,13 +33,16 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
                 f"The override {pattern!r}: {str(role)!r} matches no parameter, so it would do nothing. Names are those of "
                 f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
             )
-        if role not in set(Role):
+        if str(role) not in _ROWS:
             raise ValueError(
                 f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: {_role_names()}."
             )
         for name in matches:
-            _check_readout(structure, name, Role(role), pattern)
-            parameters[name] = replace(parameters[name], role=Role(role))
+            given, variant = _ROWS[str(role)]
+            _check_readout(structure, name, given, pattern)
+            if given is parameters[name].role:
+                variant = variant or parameters[name].variant
+            parameters[name] = replace(parameters[name], role=given, variant=variant)
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
     return replace(structure, parameters=parameters, unassigned=unassigned)
 
@@ -83,5 +86,10 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
         )
 
 
+_ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
+    row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants
+}
+
+
 def _role_names() -> str:
-    return ", ".join(role.value for role in Role)
+    return ", ".join(_ROWS)

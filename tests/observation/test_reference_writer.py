@@ -20,7 +20,7 @@ from torch import Tensor
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation import Reference, ReferenceWriter
 from mlu_lightning.planning.plan import Plan
-from mlu_lightning.table import Ratios, Role
+from mlu_lightning.table import Role
 
 
 def test_writer_copies(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_resume_refuses_another_run(tmp_path: Path) -> None:
             "'readout' instead of 'embedding' at parameters: readout.weight: role",
         ),
         (
-            lambda plan: edited(plan, "readout.weight", base_std=9.0, ratios=Ratios(inputs=3.0)),
-            "its plan has '2.0' instead of '3.0' at parameters: readout.weight: ratios: inputs",
+            lambda plan: edited(plan, "readout.weight", base_std=9.0, base_fans=(3, 2)),
+            "its plan has '2' instead of '3' at parameters: readout.weight: base_fans: 0",
         ),
         (
             lambda plan: replace(plan, multipliers=(replace(plan.multipliers[0], value=0.125), *plan.multipliers[1:])),

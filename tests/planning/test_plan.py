@@ -28,14 +28,14 @@ def by_hand(depth: float, m: float, d: float) -> Numbers:
         "branch_in_bias": (1, 1, 1, 1 / (depth * m), 1),
         "branch_hidden": (1, m**-0.5, 1 / m, 1 / (depth * m), m),
         "branch_out": (1 / depth, d**0.5 / m, 1 / m, 1 / (depth * d), m),
-        "branch_out_normed": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
+        "branch_out (before_norm)": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
         "branch_out_bias": (1 / depth, 1, 1, 1 / (depth * d), 1),
         "branch_norm": (1, 1, 1, 1 / (depth * d), 1),
         "branch_bounded": (1, 1, 1, 1 / depth, 1),
         "branch_bounded_matrix": (1, d**-0.5, 1 / d, 1 / depth, d),
-        "stream_matrix": (1, d**-0.5, 1 / d, 1 / d, d),
+        **dict.fromkeys(["stream_matrix", "stream_matrix (in_head)"], (1, d**-0.5, 1 / d, 1 / d, d)),
         "stream_norm": (1, 1, 1, 1 / d, 1),
-        "post_norm": (1, 1, 1 / depth, 1 / d, depth),
+        "stream_norm (post_norm)": (1, 1, 1 / depth, 1 / d, depth),
         "readout": (1 / d, 1, 1, 1 / d, 1),
         "readout_bias": (1, 1, 1, 1, 1),
     }
@@ -53,7 +53,7 @@ def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> Non
         numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
         across_tokens = any(fnmatch(name, pattern) for pattern in architecture.tokens)
         expected = by_hand(depth=3, m=2, d=1 if across_tokens else 2)
-        multiplier, *rest = expected[plan.roles[name].value]
+        multiplier, *rest = expected[plan.parameters[name].row]
         if architecture.unfoldable:
             multiplier = 1  # the norm at the end of the branch is multiplied, which no parameter can hold
         elif architecture.ends and plan.roles[name].in_branch:
@@ -77,7 +77,7 @@ def test_numbers_with_hidden_and_embedding_changed_on_their_own(name: str, heads
         numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
         across_tokens = any(fnmatch(parameter, pattern) for pattern in architecture.tokens)
         expected = by_hand(depth=1, m=heads / 4, d=1 if across_tokens else embedding / 32)
-        assert numbers == pytest.approx(expected[plan.roles[parameter].value]), parameter
+        assert numbers == pytest.approx(expected[plan.parameters[parameter].row]), parameter
 
 
 def test_at_the_base_shape_everything_is_one(architecture: Architecture) -> None:
@@ -192,7 +192,9 @@ def test_base_of_the_same_names_and_another_architecture() -> None:
     pre, post = (Encoder(2, 2, 16, norm_first=first) for first in (True, False))
     del pre.encoder.norm, post.encoder.norm
     pre.encoder.norm = post.encoder.norm = None
-    with pytest.raises(ValueError, match=r"norm1\.weight is branch_norm \[16\] and the base's is post_norm \[16\]"):
+    with pytest.raises(
+        ValueError, match=r"norm1\.weight is branch_norm \[16\] and the base's is stream_norm \(post_norm\) \[16\]"
+    ):
         Plan.from_model(pre, (TOKENS,), base=post)
 
 
@@ -280,10 +282,10 @@ def test_overrides_that_match_nothing_or_name_no_role() -> None:
     ("text", "message"),
     [
         ("a: [", "plan.yaml is not YAML"),
-        ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 1'"),
+        ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 2'"),
         (
-            "mlu_plan: 1\nalpha: 1.0",
-            "is not a complete plan: branches, multipliers, parameters, streams, warnings",
+            "mlu_plan: 2\nalpha: 1.0",
+            "is not a complete plan: branches, features, horizon, multipliers, parameterization, parameters, streams",
         ),
     ],
 )
