@@ -15,16 +15,9 @@ from torch.utils._pytree import tree_map
 from mlu_lightning.callbacks.example import find_probe
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.callbacks.probe_batches import Layout, Probe, on_rank_zero
-from mlu_lightning.limit import (
-    HYPERPARAMETERS,
-    InfiniteModel,
-    Sampling,
-    check_gradient_descent,
-    check_initialization,
-    check_sampling,
-    embedding_weights,
-    infinite_model,
-)
+from mlu_lightning.limit import InfiniteModel, Sampling, embedding_weights, infinite_model
+from mlu_lightning.limit.infinite_model import HYPERPARAMETERS, check_gradient_descent, check_initialization
+from mlu_lightning.limit.unit_sampling import check_sampling
 from mlu_lightning.observation import (
     MetricName,
     Observation,

@@ -4,23 +4,7 @@ A module and its plan come in, and :func:`infinite_model` makes a network of sma
 of the module in the limit; it is trained by :meth:`InfiniteModel.optimizer` on the same batches. Begin there.
 """
 
-from mlu_lightning.limit.infinite_model import (
-    HYPERPARAMETERS,
-    InfiniteModel,
-    check_gradient_descent,
-    check_initialization,
-    embedding_weights,
-    infinite_model,
-)
-from mlu_lightning.limit.unit_sampling import Sampling, check_sampling
+from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights, infinite_model
+from mlu_lightning.limit.unit_sampling import Sampling
 
-__all__ = [
-    "HYPERPARAMETERS",
-    "InfiniteModel",
-    "Sampling",
-    "check_gradient_descent",
-    "check_initialization",
-    "check_sampling",
-    "embedding_weights",
-    "infinite_model",
-]
+__all__ = ["InfiniteModel", "Sampling", "embedding_weights", "infinite_model"]

@@ -6,7 +6,6 @@ observations are from each other, :func:`feature_updates` how far one has moved;
 run in a file, which :class:`Reference` reads. Begin in ``locations.py``; distances as torchmetrics are in ``metrics.py``.
 """
 
-from mlu_lightning.observation.batches import batch_hash, load_batch
 from mlu_lightning.observation.comparison import MetricName, check_coupled, compare, compare_references
 from mlu_lightning.observation.distances import (
     cka_distance,
@@ -44,14 +43,12 @@ __all__ = [
     "Schedule",
     "Steps",
     "StreamName",
-    "batch_hash",
     "check_coupled",
     "cka_distance",
     "compare",
     "compare_references",
     "feature_updates",
     "gram_distance",
-    "load_batch",
     "load_probe",
     "locate",
     "locate_features",

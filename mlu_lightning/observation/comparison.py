@@ -105,16 +105,14 @@ def check_coupled(observation: Observation, reference: Observation) -> None:
     >>> embedding = torch.randn(10, 64)
     >>> check_coupled({StreamName(0): embedding[:, :16]}, {StreamName(0): embedding})
     """
-    embeddings = [
-        name for name in observation if isinstance(name, StreamName) and name.depth == 0 and name in reference
-    ]
-    if not embeddings:
+    names = [name for name in observation if isinstance(name, StreamName) and name.depth == 0 and name in reference]
+    if not names:
         raise ValueError(
             "Whether the embeddings are coupled cannot be checked, because the reference was not recorded at depth 0, so "
             '"rms" cannot be measured. Record it with 0 among depths, or choose other metrics ("gram", "cka", '
             '"procrustes" and "output" need no coupling).'
         )
-    for name in embeddings:
+    for name in names:
         size = reference[name].square().mean().sqrt()
         distance = float(rms_distance(observation[name], reference[name]) / size)
         if not distance <= _COUPLED:
@@ -127,11 +125,7 @@ def check_coupled(observation: Observation, reference: Observation) -> None:
 
 
 def validated_metrics(metrics: Sequence[str]) -> tuple[MetricName, ...]:
-    """Refuse what is not a choice of metrics.
-
-    Raises:
-        ValueError: if one is unknown, or there is none.
-    """
+    """Refuse what is not a choice of metrics."""
     known: dict[str, MetricName] = {name: name for name in get_args(MetricName)}
     if not metrics or isinstance(metrics, str) or not all(name in known for name in metrics):
         raise ValueError(f"metrics={metrics!r} should be a list of some of: {', '.join(known)}.")

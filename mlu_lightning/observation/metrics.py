@@ -11,7 +11,6 @@ functions.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +37,7 @@ class _Distance(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    _distance: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,9 +69,6 @@ class _MeanSquareDistance(_Distance):
     def compute(self) -> Tensor:
         """Return the distance of all samples seen, a float64 scalar."""
         return (self.total / self.entries).sqrt()
-
-    @abstractmethod
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor: ...
 
 
 class _SampleDistance(_Distance):
@@ -117,9 +114,6 @@ class _SampleDistance(_Distance):
         rows = rows.view(samples, -1)
         return self._distance(rows[:, :width], rows[:, width:])
 
-    @abstractmethod
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor: ...
-
 
 class RMSDistance(_MeanSquareDistance):
     """:func:`~mlu_lightning.observation.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
@@ -131,29 +125,25 @@ class RMSDistance(_MeanSquareDistance):
     tensor(1., dtype=torch.float64)
     """
 
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return rms_distance(streams, reference)
+    _distance = staticmethod(rms_distance)
 
 
 class GramDistance(_SampleDistance):
     """:func:`~mlu_lightning.observation.gram_distance` of all samples seen, which are kept until ``reset()``."""
 
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return gram_distance(streams, reference)
+    _distance = staticmethod(gram_distance)
 
 
 class CKADistance(_SampleDistance):
     """:func:`~mlu_lightning.observation.cka_distance` of all samples seen, which are kept until ``reset()``."""
 
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return cka_distance(streams, reference)
+    _distance = staticmethod(cka_distance)
 
 
 class ProcrustesDistance(_SampleDistance):
     """:func:`~mlu_lightning.observation.procrustes_distance` of all samples seen, which are kept until ``reset()``."""
 
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return procrustes_distance(streams, reference)
+    _distance = staticmethod(procrustes_distance)
 
 
 class OutputDistance(_MeanSquareDistance):
@@ -163,5 +153,4 @@ class OutputDistance(_MeanSquareDistance):
         """Add samples: outputs [samples, targets] of one model and of the other on them."""
         super().update(outputs, reference)
 
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return output_distance(streams, reference)
+    _distance = staticmethod(output_distance)

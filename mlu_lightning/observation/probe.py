@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -79,7 +81,9 @@ def observe(
 
     _pass(module, batch, locations, step, keep, restore_parameters)
     return {
-        location.name: _interpolated([(weight, _sum([read[tap] for tap in taps])) for weight, taps in location.parts])
+        location.name: _interpolated(
+            [(weight, reduce(add, (read[tap] for tap in taps))) for weight, taps in location.parts]
+        )
         for location in locations
         if all(tap in read for tap in location.taps)
     }
@@ -88,22 +92,7 @@ def observe(
 def count_positions(
     module: nn.Module, batch: Any, locations: Sequence[Location], step: StepName = "training_step"
 ) -> int:
-    """Pass a batch through a model, and count the positions (samples, times tokens or pixels) that its streams have.
-
-    Args:
-        module: Module, as for :func:`observe`.
-        batch: What the step takes.
-        locations: Locations, of which the one with the most positions counts.
-        step: Method of a LightningModule that takes the batch.
-
-    >>> from mlu_lightning import discover
-    >>> from mlu_lightning.models import CausalTransformer
-    >>> from mlu_lightning.observation import locate
-    >>> model = CausalTransformer(vocabulary=10, context=4, depth=1, embedding=6, heads=1, head_dim=2)
-    >>> tokens = torch.ones(3, 5, dtype=torch.long)
-    >>> count_positions(model, tokens, locate(discover(model, tokens).taps, [2], [0, 1]))
-    12
-    """
+    """Pass a batch through a model, and count the positions (samples, times tokens or pixels) that its streams have."""
     counts = [1]
     counted = [location for location in locations if all(tap.function is None for tap in location.taps)]
     _pass(module, batch, counted, step, lambda tap, values: counts.append(values.numel() // values.shape[tap.axis]))
@@ -133,14 +122,17 @@ def _pass(
         if inside:
             stack.enter_context(watched(module, watch_features(inside, keep)))
         module.eval()
-        _seed()
+        # torch.manual_seed takes a stack trace for each kind of device that is not there
+        (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(0)
         if is_lightning_module(module):
             for submodule in module.modules():
                 if is_lightning_module(submodule):
                     stack.enter_context(muted(submodule))
             call_step(module, step, clone_batch(batch))
+        elif isinstance(batch, Mapping):
+            module(**clone_batch(batch))
         else:
-            _call(module, clone_batch(batch))
+            module(*clone_batch(batch if isinstance(batch, (tuple, list)) else [batch]))
     for location in locations:
         missing = [tap for tap in location.taps if tap not in passed and tap.reads in ("stream", "branch")]
         if missing:
@@ -160,14 +152,6 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-def _seed() -> None:
-    """Seed all generators; ``torch.manual_seed`` takes a stack trace for each kind of device that is not there."""
-    if torch.accelerator.is_available():
-        torch.manual_seed(0)
-    else:
-        torch.default_generator.manual_seed(0)
 
 
 def _attach(module: nn.Module, tap: Tap, passed: set[Tap], keep: Callable[[Tap, Tensor], None]) -> Any:
@@ -205,20 +189,4 @@ def _interpolated(parts: list[tuple[float, Tensor]]) -> Tensor:
     """Weighted sum; where a stage of the network changes the shape in between, the nearer part."""
     if len({part.shape for _, part in parts}) > 1:
         return max(reversed(parts), key=lambda part: part[0])[1]
-    return _sum([part if weight == 1 else part * weight for weight, part in parts])
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _call(module: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        module(**batch)
-    elif isinstance(batch, (tuple, list)):
-        module(*batch)
-    else:
-        module(batch)
+    return reduce(add, (part if weight == 1 else part * weight for weight, part in parts))

@@ -26,12 +26,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mlu_lightning.observation.batches import load_batch
 from mlu_lightning.observation.probe import Observation
-from mlu_lightning.observation.reference_format import FORMAT, ReferenceFile, ReferenceHeader, read_reference
+from mlu_lightning.observation.reference_format import ReferenceFile, ReferenceHeader, is_reference, read_reference
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["Reference", "load_probe"]
@@ -139,7 +138,7 @@ def load_probe(path: str | PathLike[str]) -> tuple[Any, StepName | None]:
     """Read a probe from a reference, or from a safetensors file that only holds a batch.
 
     Args:
-        path: Path of the file; see :func:`mlu_lightning.observation.load_batch`.
+        path: Path of the file; see :func:`mlu_lightning.observation.batches.load_batch`.
 
     Returns:
         The batch, and the step that it was passed through, None if it is not of a reference.
@@ -156,14 +155,7 @@ def load_probe(path: str | PathLike[str]) -> tuple[Any, StepName | None]:
     ...     load_probe(f"{folder}/probe.safetensors")
     (tensor([1.]), None)
     """
-    is_reference = False
-    if not Path(path).is_dir():
-        try:
-            with safe_open(path, framework="pt") as file:
-                is_reference = (file.metadata() or {}).get("format") == FORMAT
-        except SafetensorError:
-            pass  # load_batch says what is wrong
-    if not is_reference:
+    if not is_reference(Path(path)):
         return load_batch(path), None
     reference = Reference.load(path)
     return reference.probe, reference.header.runs

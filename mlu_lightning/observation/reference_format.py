@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from mlu_lightning.observation.batches import clone_batch, decode_batch, encoded_hash
 from mlu_lightning.observation.locations import LocationName, parse_location_name
+from mlu_lightning.utilities.lightning_steps import StepName
 from mlu_lightning.utilities.tensor_files import DTYPES, parse_json, read_tensor_file, tensors_hash
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ReferenceFile",
     "ReferenceHeader",
     "ReferenceMetadata",
+    "is_reference",
     "losses_hash",
     "read_reference",
     "recording_hash",
@@ -60,32 +62,40 @@ class ReferenceHeader:
     hidden: dict[str, int]
     depths: tuple[float, ...]
     locations: dict[LocationName, tuple[int, int]]
-    runs: Literal["training_step", "validation_step"]
+    runs: StepName
     data_sizes: dict[str, tuple[int, ...]]
     plan: str | None
     dtype: Literal["float32", "bfloat16"] = "float32"
     count: int | None = None
 
     def __post_init__(self) -> None:
+        def is_depth(value: Any) -> bool:
+            return type(value) in (int, float) and 0 <= value <= 1
+
         sizes = "a tuple of whole numbers from 1 on"
-        self._require("depth", _is_sizes(self.depth), sizes)
-        self._require("embedding", _is_sizes(self.embedding), sizes)
-        hidden = _is_table(self.hidden) and _is_sizes(tuple(self.hidden.values()))
-        self._require("hidden", hidden, "a dict of whole numbers from 1 on")
-        depths = isinstance(self.depths, tuple) and all(
-            type(depth) in (int, float) and 0 <= depth <= 1 for depth in self.depths
-        )
-        self._require("depths", depths, "a tuple of numbers from 0 to 1")
-        locations = _is_table(self.locations) and all(
-            _is_sizes(shape) and len(shape) == 2 for shape in self.locations.values()
-        )
-        self._require("locations", locations, "a dict of tuples (positions, dimension)")
-        self._require("runs", self.runs in ("training_step", "validation_step"), "'training_step' or 'validation_step'")
-        data_sizes = _is_table(self.data_sizes) and all(_is_sizes(shape) for shape in self.data_sizes.values())
-        self._require("data_sizes", data_sizes, f"a dict of which each value is {sizes}")
-        self._require("plan", self.plan is None or isinstance(self.plan, str), "YAML or None")
-        self._require("count", self.count is None or _is_sizes((self.count,)), "a whole number from 1 on, or None")
-        self._require("dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'")
+        for field, right, what in (
+            ("depth", _is_sizes(self.depth), sizes),
+            ("embedding", _is_sizes(self.embedding), sizes),
+            ("hidden", _is_table(self.hidden, _is_size), "a dict of whole numbers from 1 on"),
+            (
+                "depths",
+                isinstance(self.depths, tuple) and all(map(is_depth, self.depths)),
+                "a tuple of numbers from 0 to 1",
+            ),
+            (
+                "locations",
+                _is_table(self.locations, lambda shape: _is_sizes(shape) and len(shape) == 2),
+                "a dict of tuples (positions, dimension)",
+            ),
+            ("runs", self.runs in get_args(StepName), "'training_step' or 'validation_step'"),
+            ("data_sizes", _is_table(self.data_sizes, _is_sizes), f"a dict of which each value is {sizes}"),
+            ("plan", self.plan is None or isinstance(self.plan, str), "YAML or None"),
+            ("count", self.count is None or _is_size(self.count), "a whole number from 1 on, or None"),
+            ("dtype", self.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        ):
+            if not right:
+                value = shorten(getattr(self, field))
+                raise ValueError(f"{field}={value} in the header of a reference should be {what}")
 
     @classmethod
     def from_json(cls, text: str) -> ReferenceHeader:
@@ -103,10 +113,6 @@ class ReferenceHeader:
     def torch_dtype(self) -> torch.dtype:
         """The same dtype, as torch has it."""
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
-
-    def _require(self, field: str, right: bool, what: str) -> None:
-        if not right:
-            raise ValueError(f"{field}={shorten(getattr(self, field))} in the header of a reference should be {what}")
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,14 @@ def read_reference(path: Path, read: Callable[[ReferenceFile], ReadT]) -> ReadT:
         ) from error
 
 
+def is_reference(path: Path) -> bool:
+    """Whether a file says to be a reference; a damaged one does not."""
+    try:
+        return not path.is_dir() and read_tensor_file(path, lambda file, texts: texts.get("format") == FORMAT)
+    except ValueError:
+        return False
+
+
 def recording_hash(recording: Mapping[LocationName, Tensor]) -> str:
     """Hash the values at one step, whatever the order of the locations is."""
     return tensors_hash(sorted(recording.items()))
@@ -286,12 +300,16 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(type(size) is int and size >= 1 for size in value)
+    return isinstance(value, tuple) and all(map(_is_size, value))
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+def _is_table(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and is_right(value[key]) for key in value)
 
 
 def _is_spec(value: Any) -> bool:

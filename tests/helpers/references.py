@@ -22,8 +22,8 @@ from mlu_lightning.observation import (
     ReferenceHeader,
     ReferenceWriter,
     StreamName,
-    batch_hash,
 )
+from mlu_lightning.observation.batches import batch_hash
 
 LOCATIONS: dict[LocationName, tuple[int, int]] = {StreamName(0): (3, 2), StreamName(0.5): (3, 2), OutputName(): (2, 1)}
 HEADER = ReferenceHeader(

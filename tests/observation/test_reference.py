@@ -17,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlu_lightning.observation import Reference, ReferenceWriter, StreamName, batch_hash, load_probe
+from mlu_lightning.observation import Reference, ReferenceWriter, StreamName, load_probe
+from mlu_lightning.observation.batches import batch_hash
 
 # --- what is written comes back
 
