@@ -48,16 +48,16 @@ class EmbeddingDistance(Callback):
     coupling is needed, but gradient descent and a model whose limit is known.
 
     Args:
-        reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
+        reference: Path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
             W&B artifact; a list of these, whose names are the last parts without extension; a dict of them by name; or
             ``"limit"``, the infinite model, or a :class:`Limit`, which says how finely that is computed.
-        metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
+        metrics: Some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
             of h - W a for the limit, which needs no coupling),
             ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
             :mod:`mlu_lightning.observation.distances`.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> import torch
@@ -133,15 +133,7 @@ class EmbeddingDistance(Callback):
             self._coupled, self._last, self._values, self._limit_state = False, -1, {}, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if a file is not a readable reference, references have different probes, the module cannot take
-                the probe, shapes do not fit, embeddings are not coupled although ``"rms"`` needs them to be, or no step
-                of a reference is still to come; if the run has no limit that it can be compared with; or if another
-            callback logs under the same names.
-        """
+        """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance."""
         self._check_names(trainer)
         step = trainer.global_step
         show_values(trainer, self._values)
@@ -177,10 +169,9 @@ class EmbeddingDistance(Callback):
         for reference in references:
             _check_count(count, reference.header.count, reference)
             _check_shapes(observation, reference, self._metrics)
-        if "rms" in self._metrics and not self._coupled:
-            for reference in references:
+            if "rms" in self._metrics and not self._coupled:
                 _check_coupled(observation, reference, step)
-            self._coupled = True
+        self._coupled |= "rms" in self._metrics
         if step in self._due and step > self._last:
             self._compare(trainer, observation)
 
@@ -260,7 +251,6 @@ class EmbeddingDistance(Callback):
         self._log(trainer, values)
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Log values at the present step."""
         self._last = trainer.global_step
         self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
         log_values(trainer, values, self._last)

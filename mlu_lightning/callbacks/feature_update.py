@@ -39,16 +39,16 @@ class FeatureUpdate(Callback):
     goes on with the probe of its first step.
 
     Args:
-        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
             safetensors file with one, or of a reference, whose probe is taken. By default the first samples of the
             validation data, or of the training data if there is no validation.
-        steps: optimizer steps after which to look: ``"log"`` for 1, 2, 4, 8, 16, ... and the last one, a number n for
+        steps: Optimizer steps after which to look: ``"log"`` for 1, 2, 4, 8, 16, ... and the last one, a number n for
             every n, or a list.
-        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
-        positions: rows of the stream and of outputs (samples, times tokens or pixels) to keep.
+        depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: Rows of the stream and of outputs (samples, times tokens or pixels) to keep.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> import torch
@@ -96,11 +96,7 @@ class FeatureUpdate(Callback):
             self._batch, self._start, self._last, self._values = None, {}, -1, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the probe, and keep what is seen if it is the first step.
-
-        Raises:
-            ValueError: if the module has no stream that can be read, or if it cannot take the probe.
-        """
+        """Look at the probe, and keep what is seen if it is the first step."""
         show_values(trainer, self._values)
         batch, step = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)

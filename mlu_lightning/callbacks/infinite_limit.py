@@ -44,20 +44,20 @@ class Limit:
     section 5), and it costs depth · units · r, where a run costs L · M · D.
 
     Args:
-        depth: residual additions, the Euler steps of the limit.
-        units: hidden units of a perceptron branch. By default 1024, and for a linear activation those with which
+        depth: Residual additions, the Euler steps of the limit.
+        units: Hidden units of a perceptron branch. By default 1024, and for a linear activation those with which
             expectations are exact.
-        heads: of an attention branch, by default units / (4 · head_dim).
-        sampling: of units, ``"orthogonal"`` or ``"independent"``; see :func:`mlu_lightning.limit.unit_sampling.draw_units`.
-        seeds: number of limits that are trained, each with other units. The distance of the others from the first is
+        heads: Heads of an attention branch, by default units / (4 · head_dim).
+        sampling: Sampling of units, ``"orthogonal"`` or ``"independent"``.
+        seeds: Number of limits that are trained, each with other units. The distance of the others from the first is
             logged as ``.../floor``: the error bar of the limit.
-        steps: optimizer steps after which to compare: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+        steps: Optimizer steps after which to compare: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
             for every n, or a list.
-        depths: relative depths s of the stream.
-        positions: rows to keep of the probe, the first samples of the validation (or else the training) data.
+        depths: Relative depths s of the stream.
+        positions: Rows to keep of the probe, the first samples of the validation (or else the training) data.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> Limit(depth=64, units=512).seeds

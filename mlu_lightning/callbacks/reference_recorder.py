@@ -43,19 +43,19 @@ class ReferenceRecorder(Callback):
     the first samples of the training data. With a ``WandbLogger`` the file becomes an artifact when training ends.
 
     Args:
-        path: of the file to be written; there must be none yet, unless the run is resumed.
-        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+        path: Path of the file to be written; there must be none yet, unless the run is resumed.
+        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
             safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
             validation data, or of the training data if there is no validation.
-        steps: optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+        steps: Optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
             for every n, or a list.
-        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
-        positions: number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
+        depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: Number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
             have as many rows, and than 8, is cut.
-        dtype: of values in the file, ``"float32"`` or ``"bfloat16"``.
+        dtype: Type of values in the file, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -100,13 +100,7 @@ class ReferenceRecorder(Callback):
         return self._generate_state_key(path=str(self.path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the probe once, open the file, and record the step if it is due.
-
-        Raises:
-            FileExistsError: if there is a file already and the run is not resumed.
-            ValueError: if the module has no stream that can be read, if it cannot take the probe, or if the existing
-                file is of another run.
-        """
+        """Look at the probe once, open the file, and record the step if it is due."""
         step = trainer.global_step
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)

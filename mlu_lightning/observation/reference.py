@@ -74,18 +74,17 @@ class Reference:
         path = Path(path)
 
         def read(file: ReferenceFile) -> Reference:
-            metadata = file.metadata
-            for step in metadata.digests:
+            for step in file.digests:
                 file.read_recording(step)
             return cls(
                 path=path,
-                header=metadata.header,
-                steps=tuple(metadata.digests),
+                header=file.header,
+                steps=tuple(file.digests),
                 probe=file.read_probe(),
-                probe_hash=metadata.probe_digest,
+                probe_hash=file.probe_hash,
                 losses=file.read_losses(),
                 size=path.stat().st_size,
-                digests=metadata.digests,
+                digests=file.digests,
             )
 
         return read_reference(path, read)
@@ -107,7 +106,7 @@ class Reference:
             raise ValueError(f"{self.path} has no recording at step {step}. It has some at {_listed(self.steps)}.")
 
         def read_same(file: ReferenceFile) -> Observation | None:
-            if file.metadata.digests.get(step) != self.digests[step]:
+            if file.digests.get(step) != self.digests[step]:
                 return None
             return {name: values.float() for name, values in file.read_recording(step).items()}
 

@@ -20,11 +20,11 @@ __all__ = [
     "FORMAT",
     "ReferenceFile",
     "ReferenceHeader",
-    "ReferenceMetadata",
     "is_reference",
     "losses_hash",
     "read_reference",
     "recording_hash",
+    "reference_texts",
     "shorten",
 ]
 
@@ -115,56 +115,25 @@ class ReferenceHeader:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
-@dataclass(frozen=True)
-class ReferenceMetadata:
-    """What a file says that it holds; digests are hashes, and a spec is [dtype, shape] as the file has them."""
-
-    header: ReferenceHeader
-    digests: dict[int, str]  # of recordings, by step
-    probe_structure: Any
-    probe_specs: list[list[Any]]
-    probe_digest: str
-    losses_count: int
-    losses_digest: str
-
-    @classmethod
-    def from_texts(cls, texts: Mapping[str, str]) -> ReferenceMetadata:
-        """Parse the texts in a file."""
-        if set(texts) != _TEXTS:
-            raise ValueError(f"it does not have the metadata {', '.join(sorted(_TEXTS))}")
-        if texts["digest"] != _texts_hash({name: text for name, text in texts.items() if name != "digest"}):
-            raise ValueError("its metadata do not have the hash that they should have")
-        probe = _parse_fields(texts["probe"], {"structure", "tensors", "digest"})
-        if not isinstance(probe["tensors"], list):
-            raise ValueError("the tensors of its probe are not a list")
-        if not all(map(_is_spec, probe["tensors"])):
-            raise ValueError("a tensor of its probe is not described by dtype and shape")
-        losses = _parse_fields(texts["losses"], {"count", "digest"})
-        if type(losses["count"]) is not int:
-            raise ValueError("the number of its losses is none")
-        return cls(
-            header=ReferenceHeader.from_json(texts["header"]),
-            digests=_parse_digests(texts["recordings"]),
-            probe_structure=probe["structure"],
-            probe_specs=probe["tensors"],
-            probe_digest=probe["digest"],
-            losses_count=losses["count"],
-            losses_digest=losses["digest"],
-        )
-
-    def to_texts(self) -> dict[str, str]:
-        """The same as texts, for the file."""
-        probe = {"structure": self.probe_structure, "tensors": self.probe_specs, "digest": self.probe_digest}
-        recordings = {"steps": list(self.digests), "digests": list(self.digests.values())}
-        texts = {
-            "format": FORMAT,
-            "version": _VERSION,
-            "header": json.dumps(asdict(self.header)),
-            "probe": json.dumps(probe),
-            "recordings": json.dumps(recordings),
-            "losses": json.dumps({"count": self.losses_count, "digest": self.losses_digest}),
-        }
-        return {**texts, "digest": _texts_hash(texts)}
+def reference_texts(
+    header: ReferenceHeader,
+    digests: Mapping[int, str],
+    probe_structure: Any,
+    probe: Mapping[str, Tensor],
+    losses: Tensor,
+) -> dict[str, str]:
+    """Write the metadata of a file, with hashes of all that is in it; ``digests`` are those of recordings by step."""
+    specs = [[DTYPES[tensor.dtype], [*tensor.shape]] for tensor in probe.values()]
+    encoded = {"structure": probe_structure, "tensors": specs, "digest": encoded_hash(probe_structure, probe)}
+    texts = {
+        "format": FORMAT,
+        "version": _VERSION,
+        "header": json.dumps(asdict(header)),
+        "probe": json.dumps(encoded),
+        "recordings": json.dumps({"steps": list(digests), "digests": list(digests.values())}),
+        "losses": json.dumps({"count": len(losses), "digest": losses_hash(losses)}),
+    }
+    return {**texts, "digest": _texts_hash(texts)}
 
 
 class ReferenceFile:
@@ -184,44 +153,65 @@ class ReferenceFile:
                 f"it has version {texts.get('version', '')[:20]!r} of the format, and this package reads version "
                 f"{_VERSION!r}. Install the version of mlu-lightning that wrote it, or record the run again."
             )
-        self.metadata = metadata = ReferenceMetadata.from_texts(texts)
-        names, locations = set(file.keys()), metadata.header.locations
-        # before they are listed: they would exhaust the memory if a file said to have very many steps and locations
-        count = len(metadata.digests) * len(locations) + len(metadata.probe_specs) + 1
-        if len(names) != count:
-            raise ValueError(f"it has {len(names)} tensors, and its metadata tell of {count}")
-        dtype = DTYPES[metadata.header.torch_dtype]
-        specs = {f"{step}/{name}": [dtype, [*shape]] for step in metadata.digests for name, shape in locations.items()}
-        specs |= {f"probe/{number}": spec for number, spec in enumerate(metadata.probe_specs)}
-        specs["losses"] = ["F32", [metadata.losses_count]]
-        for name, spec in specs.items():
-            found = file.get_slice(name) if name in names else None
-            if found is None or [found.get_dtype(), found.get_shape()] != spec:
-                raise ValueError(f"the tensor {name[:80]!r} in it is not as it should be")
+        if set(texts) != _TEXTS:
+            raise ValueError(f"it does not have the metadata {', '.join(sorted(_TEXTS))}")
+        if texts["digest"] != _texts_hash({name: text for name, text in texts.items() if name != "digest"}):
+            raise ValueError("its metadata do not have the hash that they should have")
+        self.header = ReferenceHeader.from_json(texts["header"])
+        self.digests = _parse_digests(texts["recordings"])
+        self._probe = _parse_fields(texts["probe"], {"structure", "tensors", "digest"})
+        self._losses = _parse_fields(texts["losses"], {"count", "digest"})
+        self._check_tensors()
+
+    @property
+    def probe_hash(self) -> str:
+        """Hash of the probe batch."""
+        digest: str = self._probe["digest"]
+        return digest
 
     def read_recording(self, step: int) -> dict[LocationName, Tensor]:
         """Read the values at a step, in the dtype of the file."""
-        recording = {name: self._file.get_tensor(f"{step}/{name}") for name in self.metadata.header.locations}
-        if recording_hash(recording) != self.metadata.digests[step]:
+        recording = {name: self._file.get_tensor(f"{step}/{name}") for name in self.header.locations}
+        if recording_hash(recording) != self.digests[step]:
             raise ValueError(f"the recording of step {step} does not have the hash that it should have")
         return {name: values.clone() for name, values in recording.items()}
 
     def read_probe(self) -> Any:
         """Read the probe batch."""
-        structure = self.metadata.probe_structure
-        count = len(self.metadata.probe_specs)
+        structure, count = self._probe["structure"], len(self._probe["tensors"])
         tensors = {str(number): self._file.get_tensor(f"probe/{number}") for number in range(count)}
         probe = decode_batch(structure, tensors)
-        if encoded_hash(structure, tensors) != self.metadata.probe_digest:
+        if encoded_hash(structure, tensors) != self.probe_hash:
             raise ValueError("the probe does not have the hash that it should have")
         return clone_batch(probe)
 
     def read_losses(self) -> Tensor:
         """Read the training losses."""
         losses: Tensor = self._file.get_tensor("losses")
-        if losses_hash(losses) != self.metadata.losses_digest:
+        if losses_hash(losses) != self._losses["digest"]:
             raise ValueError("the losses do not have the hash that they should have")
         return losses.clone()
+
+    def _check_tensors(self) -> None:
+        names, locations, described = set(self._file.keys()), self.header.locations, self._probe["tensors"]
+        if not isinstance(described, list):
+            raise ValueError("the tensors of its probe are not a list")
+        if not all(map(_is_spec, described)):
+            raise ValueError("a tensor of its probe is not described by dtype and shape")
+        if type(self._losses["count"]) is not int:
+            raise ValueError("the number of its losses is none")
+        # before they are listed: they would exhaust the memory if a file said to have very many steps and locations
+        count = len(self.digests) * len(locations) + len(described) + 1
+        if len(names) != count:
+            raise ValueError(f"it has {len(names)} tensors, and its metadata tell of {count}")
+        dtype = DTYPES[self.header.torch_dtype]
+        specs = {f"{step}/{name}": [dtype, [*shape]] for step in self.digests for name, shape in locations.items()}
+        specs |= {f"probe/{number}": spec for number, spec in enumerate(described)}
+        specs["losses"] = ["F32", [self._losses["count"]]]
+        for name, spec in specs.items():
+            found = self._file.get_slice(name) if name in names else None
+            if found is None or [found.get_dtype(), found.get_shape()] != spec:
+                raise ValueError(f"the tensor {name[:80]!r} in it is not as it should be")
 
 
 def read_reference(path: Path, read: Callable[[ReferenceFile], ReadT]) -> ReadT:

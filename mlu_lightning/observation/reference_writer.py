@@ -16,16 +16,15 @@ from mlu_lightning.observation.probe import Observation
 from mlu_lightning.observation.reference_format import (
     ReferenceFile,
     ReferenceHeader,
-    ReferenceMetadata,
-    losses_hash,
     read_reference,
     recording_hash,
+    reference_texts,
     shorten,
 )
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.utilities.plain_yaml import parse_yaml
-from mlu_lightning.utilities.tensor_files import DTYPES, write_tensors
+from mlu_lightning.utilities.tensor_files import write_tensors
 
 __all__ = ["ReferenceWriter"]
 
@@ -81,12 +80,12 @@ class ReferenceWriter:
         writer = cls(path, header, probe)
 
         def read(file: ReferenceFile) -> list[str]:
-            writer._digests = {number: digest for number, digest in file.metadata.digests.items() if number <= step}
+            writer._digests = {number: digest for number, digest in file.digests.items() if number <= step}
             writer._recordings = {number: file.read_recording(number) for number in writer._digests}
             writer._losses = file.read_losses()[:step].clone()
             # it has the plan that the run was initialized with, of a base that may have been drawn anew since
-            writer._header = file.metadata.header
-            same_probe = file.metadata.probe_digest == encoded_hash(writer._probe_structure, writer._probe)
+            writer._header = file.header
+            same_probe = file.probe_hash == encoded_hash(writer._probe_structure, writer._probe)
             return [
                 *_header_differences(writer._header, header, f"the plan in {path}"),
                 *([] if same_probe else ["its probe has other values"]),
@@ -127,18 +126,10 @@ class ReferenceWriter:
         self._recordings[step] = recording
         self._digests[step] = recording_hash(recording)
         self._losses = _copy(losses, torch.float32)
-        metadata = ReferenceMetadata(
-            header=self._header,
-            digests=self._digests,
-            probe_structure=self._probe_structure,
-            probe_specs=[[DTYPES[tensor.dtype], [*tensor.shape]] for tensor in self._probe.values()],
-            probe_digest=encoded_hash(self._probe_structure, self._probe),
-            losses_count=len(self._losses),
-            losses_digest=losses_hash(self._losses),
-        )
+        texts = reference_texts(self._header, self._digests, self._probe_structure, self._probe, self._losses)
         tensors = {f"{step}/{name}": value for step, read in self._recordings.items() for name, value in read.items()}
         tensors.update({f"probe/{number}": tensor for number, tensor in self._probe.items()})
-        write_tensors(self._path, {**tensors, "losses": self._losses}, metadata.to_texts())
+        write_tensors(self._path, {**tensors, "losses": self._losses}, texts)
 
     def _check(self, step: int, observation: Observation, losses: Tensor) -> None:
         last = max(self._recordings, default=-1)

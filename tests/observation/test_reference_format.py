@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.references import HEADER, everything, forge, write
+from helpers.references import HEADER, Harmful, everything, forge, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -108,14 +108,6 @@ def test_any_damage(tmp_path: Path, content: bytes, data: st.DataObject) -> None
         st.integers(0, len(content) - 20).map(lambda at: content[at : at + 20]),
     )
     raises_or_is(path, content[:start] + data.draw(pieces) + content[end:], expected)
-
-
-class Harmful:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
 
 
 def test_files_that_are_something_else(tmp_path: Path, content: bytes) -> None:
@@ -232,12 +224,7 @@ def test_forged(tmp_path: Path, content: bytes, change: Any, message: str) -> No
 @pytest.mark.parametrize(
     "header",
     [
-        b"[]",
-        b"null",
-        b'{"__metadata__": {"format": 1}}',
-        b"\xff\xff",
-        b"[" * 10**5,
-        b'{"__metadata__": NaN}',
+        *(b"[]", b"null", b'{"__metadata__": {"format": 1}}', b"\xff\xff", b"[" * 10**5, b'{"__metadata__": NaN}'),
         b'{"x": ' + b"9" * 5000 + b"}",
     ],
 )
