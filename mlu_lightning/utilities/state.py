@@ -48,8 +48,8 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
     if changed:
         raise ParametersChangedError(
             f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass without gradients, so "
-            "looking at it would change its training. Change them in a hook, such as on_train_batch_end, or give the "
-            "module a validation_step that leaves them alone, which is what a probe is passed through."
+            "looking at it would change its training. Change them in a hook, such as on_train_batch_end, or leave them alone "
+            "in validation_step, which takes a probe from validation data, or one that is given with probe=..."
         )
 
 

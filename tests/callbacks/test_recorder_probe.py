@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from mlu_lightning.callbacks import ReferenceRecorder
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.observation.reference import Reference
+from mlu_lightning.utilities.state import ParametersChangedError
 
 
 def test_probe_is_of_the_validation_data_if_there_are_any(tmp_path: Path) -> None:
@@ -226,3 +227,23 @@ def test_datasets_that_are_asked_for_whole_batches(tmp_path: Path) -> None:
     recorder = ReferenceRecorder(tmp_path / "run.safetensors", steps=[0])
     fit(ResNet(**SHAPE), recorder, data=whole)
     assert Reference.load(recorder.path).probe[0].equal(data.tensors[0][:4])
+
+
+class Clamped(ResNet):
+    """Changes a weight in its training_step."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.readout.weight.data.mul_(0.9)
+        return super().training_step(batch)
+
+
+def test_step_that_changes_parameters_is_not_probed(tmp_path: Path) -> None:
+    class Untested(Clamped):
+        validation_step = LightningModule.validation_step  # type: ignore[assignment]
+
+    with pytest.raises(
+        ParametersChangedError, match=r"Untested changes its parameters readout.weight .*validation_step"
+    ):
+        fit(Untested(**SHAPE), ReferenceRecorder(tmp_path / "one.safetensors", (torch.ones(4, 3), torch.ones(4, 2))))
+    fit(Clamped(**SHAPE), ReferenceRecorder(tmp_path / "two.safetensors", (torch.ones(4, 3), torch.ones(4, 2))))
+    assert Reference.load(tmp_path / "two.safetensors").header.runs == "validation_step"
