@@ -47,9 +47,9 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
     changed = [name for name in parameters if name in before and not torch.equal(before[name], after[name])]
     if changed:
         raise ParametersChangedError(
-            f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass without gradients, "
-            "so looking at it would change its training. Change them in a hook, such as on_train_batch_end, or leave them alone "
-            "in validation_step, which takes a probe from validation data, or one that is given with probe=..."
+            f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass, so looking at it would "
+            "change its training. Change them in a hook, such as on_train_batch_end, or leave them alone in "
+            "validation_step, which takes a probe from validation data, or one that is given with probe=..."
         )
 
 
