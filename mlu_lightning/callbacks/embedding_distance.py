@@ -15,16 +15,8 @@ from torch.optim import Optimizer
 from mlu_lightning.callbacks.infinite_limit import Limit, LimitRun
 from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
 from mlu_lightning.callbacks.probe_batches import Layout, Probe
-from mlu_lightning.observation import (
-    MetricName,
-    Observation,
-    OutputName,
-    Reference,
-    StreamName,
-    check_coupled,
-    compare,
-)
-from mlu_lightning.observation.comparison import validated_metrics
+from mlu_lightning.observation import MetricName, Observation, OutputName, Reference, StreamName, compare
+from mlu_lightning.observation.comparison import check_coupled, validated_metrics
 
 __all__ = ["EmbeddingDistance"]
 

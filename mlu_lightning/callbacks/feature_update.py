@@ -18,9 +18,10 @@ from mlu_lightning.callbacks.probe_batches import (
     on_rank_zero,
     prepare_probe,
 )
-from mlu_lightning.observation import Observation, Schedule, Steps, feature_updates, locate_features
+from mlu_lightning.observation import Observation, feature_updates, locate_features
 from mlu_lightning.observation.batches import decode_batch, encode_batch
 from mlu_lightning.observation.locations import parse_location_name
+from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["FeatureUpdate"]

@@ -18,17 +18,9 @@ from mlu_lightning.callbacks.probe_batches import Layout, Probe, on_rank_zero
 from mlu_lightning.limit import InfiniteModel, Sampling, embedding_weights, infinite_model
 from mlu_lightning.limit.infinite_model import HYPERPARAMETERS, check_gradient_descent, check_initialization
 from mlu_lightning.limit.unit_sampling import check_sampling
-from mlu_lightning.observation import (
-    MetricName,
-    Observation,
-    Schedule,
-    Steps,
-    StreamName,
-    compare,
-    locate,
-    observe,
-)
+from mlu_lightning.observation import MetricName, Observation, StreamName, compare, locate, observe
 from mlu_lightning.observation.batches import decode_batch, encode_batch, first_samples
+from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, mute
 

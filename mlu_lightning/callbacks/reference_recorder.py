@@ -22,7 +22,10 @@ from mlu_lightning.callbacks.probe_batches import (
     on_rank_zero,
     prepare_probe,
 )
-from mlu_lightning.observation import Observation, Reference, ReferenceHeader, ReferenceWriter, Schedule, Steps
+from mlu_lightning.observation import Observation, Reference
+from mlu_lightning.observation.reference_format import ReferenceHeader
+from mlu_lightning.observation.reference_writer import ReferenceWriter
+from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["ReferenceRecorder"]

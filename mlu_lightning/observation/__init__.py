@@ -2,11 +2,11 @@
 
 A plan or structure says where streams and outputs can be read; :func:`locate` chooses among these, :func:`observe` passes a
 probe batch through the model and returns an :data:`Observation`, values by location. :func:`compare` measures how far two
-observations are from each other, :func:`feature_updates` how far one has moved; :class:`ReferenceWriter` keeps those of a
-run in a file, which :class:`Reference` reads. Begin in ``locations.py``; distances as torchmetrics are in ``metrics.py``.
+observations are from each other, :func:`feature_updates` how far one has moved; a :class:`Reference` reads those of a run
+from the file that a writer keeps. Begin in ``locations.py``; distances as torchmetrics are in ``metrics.py``.
 """
 
-from mlu_lightning.observation.comparison import MetricName, check_coupled, compare, compare_references
+from mlu_lightning.observation.comparison import MetricName, compare, compare_references
 from mlu_lightning.observation.distances import (
     cka_distance,
     gram_distance,
@@ -26,9 +26,6 @@ from mlu_lightning.observation.locations import (
 )
 from mlu_lightning.observation.probe import Observation, observe
 from mlu_lightning.observation.reference import Reference, load_probe
-from mlu_lightning.observation.reference_format import ReferenceHeader
-from mlu_lightning.observation.reference_writer import ReferenceWriter
-from mlu_lightning.observation.schedule import Schedule, Steps
 
 __all__ = [
     "FeatureName",
@@ -38,12 +35,7 @@ __all__ = [
     "Observation",
     "OutputName",
     "Reference",
-    "ReferenceHeader",
-    "ReferenceWriter",
-    "Schedule",
-    "Steps",
     "StreamName",
-    "check_coupled",
     "cka_distance",
     "compare",
     "compare_references",

@@ -92,19 +92,7 @@ def compare_references(
 
 
 def check_coupled(observation: Observation, reference: Observation) -> None:
-    """Refuse embeddings that are not the first coordinates of the reference's (theory.md, section 4).
-
-    Args:
-        observation: Observation of the run at step 0.
-        reference: Observation of the reference at step 0.
-
-    Raises:
-        ValueError: If they are not, or the depth 0 was not recorded.
-
-    >>> import torch
-    >>> embedding = torch.randn(10, 64)
-    >>> check_coupled({StreamName(0): embedding[:, :16]}, {StreamName(0): embedding})
-    """
+    """Refuse embeddings at step 0 that are not the first coordinates of the reference's (theory.md, section 4)."""
     names = [name for name in observation if isinstance(name, StreamName) and name.depth == 0 and name in reference]
     if not names:
         raise ValueError(

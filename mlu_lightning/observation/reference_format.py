@@ -21,7 +21,6 @@ __all__ = [
     "ReferenceFile",
     "ReferenceHeader",
     "is_reference",
-    "losses_hash",
     "read_reference",
     "recording_hash",
     "reference_texts",
@@ -38,55 +37,29 @@ ReadT = TypeVar("ReadT")
 
 @dataclass(frozen=True)
 class ReferenceHeader:
-    """What was recorded, and of which run.
+    """What was recorded, and of which run."""
 
-    Args:
-        depth: Residual additions L of every stream.
-        embedding: Dimension D of every stream.
-        hidden: Hidden width M by kind of branch.
-        depths: Relative depths s that were recorded.
-        locations: Positions and dimension of the values, by the name of a location.
-        runs: Step that the probe was passed through.
-        data_sizes: Sizes of embeddings and readouts that are not the model's choice (vocabulary, classes), by name of
-            the parameter.
-        plan: YAML of the plan of the run, None without one.
-        dtype: Type of values in the file, ``"float32"`` or ``"bfloat16"``.
-        count: Positions that the probe has in the module, of which those that were recorded are some; None if unknown.
-
-    Raises:
-        ValueError: If a field is not of this kind.
-    """
-
-    depth: tuple[int, ...]
-    embedding: tuple[int, ...]
-    hidden: dict[str, int]
-    depths: tuple[float, ...]
-    locations: dict[LocationName, tuple[int, int]]
-    runs: StepName
-    data_sizes: dict[str, tuple[int, ...]]
-    plan: str | None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    count: int | None = None
+    depth: tuple[int, ...]  # residual additions of every stream
+    embedding: tuple[int, ...]  # dimension of every stream
+    hidden: dict[str, int]  # width by kind of branch
+    depths: tuple[float, ...]  # relative
+    locations: dict[LocationName, tuple[int, int]]  # positions and dimension
+    runs: StepName  # that the probe was passed through
+    data_sizes: dict[str, tuple[int, ...]]  # of embeddings and readouts, by parameter (vocabulary, classes)
+    plan: str | None  # YAML
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of values in the file
+    count: int | None = None  # positions that the probe has in the module, of which some are recorded
 
     def __post_init__(self) -> None:
-        def is_depth(value: Any) -> bool:
-            return type(value) in (int, float) and 0 <= value <= 1
-
         sizes = "a tuple of whole numbers from 1 on"
+        depths = isinstance(self.depths, tuple) and all(type(s) in (int, float) and 0 <= s <= 1 for s in self.depths)
+        locations = _is_table(self.locations, lambda shape: _is_sizes(shape) and len(shape) == 2)
         for field, right, what in (
             ("depth", _is_sizes(self.depth), sizes),
             ("embedding", _is_sizes(self.embedding), sizes),
             ("hidden", _is_table(self.hidden, _is_size), "a dict of whole numbers from 1 on"),
-            (
-                "depths",
-                isinstance(self.depths, tuple) and all(map(is_depth, self.depths)),
-                "a tuple of numbers from 0 to 1",
-            ),
-            (
-                "locations",
-                _is_table(self.locations, lambda shape: _is_sizes(shape) and len(shape) == 2),
-                "a dict of tuples (positions, dimension)",
-            ),
+            ("depths", depths, "a tuple of numbers from 0 to 1"),
+            ("locations", locations, "a dict of tuples (positions, dimension)"),
             ("runs", self.runs in get_args(StepName), "'training_step' or 'validation_step'"),
             ("data_sizes", _is_table(self.data_sizes, _is_sizes), f"a dict of which each value is {sizes}"),
             ("plan", self.plan is None or isinstance(self.plan, str), "YAML or None"),

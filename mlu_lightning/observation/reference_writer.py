@@ -30,29 +30,9 @@ __all__ = ["ReferenceWriter"]
 
 
 class ReferenceWriter:
-    """Writes the reference of a run that is under way.
+    """Writes the reference of a run that is under way; recordings are kept in memory, as they are in the file.
 
-    Recordings are kept in memory, as they are in the file.
-
-    Args:
-        path: Path of the file, which is made, or replaced, when the first recording is written.
-        header: What will be recorded.
-        probe: Batch that is recorded, of tensors, numbers and strings in dicts, lists and tuples.
-
-    Raises:
-        ValueError: If the probe cannot be kept in a file.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> from mlu_lightning.observation import Reference, StreamName
-    >>> stream = StreamName(1)
-    >>> header = ReferenceHeader((4,), (8,), {"mlp": 16}, (1,), {stream: (5, 8)}, "training_step", {}, None)
-    >>> with TemporaryDirectory() as folder:
-    ...     writer = ReferenceWriter(f"{folder}/run.safetensors", header, torch.ones(5, 3))
-    ...     writer.write(0, {stream: torch.zeros(5, 8)}, torch.tensor([]))
-    ...     writer.write(2, {stream: torch.ones(5, 8)}, torch.tensor([0.5, 0.25]))
-    ...     reference = Reference.load(f"{folder}/run.safetensors")
-    >>> reference.steps, reference.losses
-    ((0, 2), tensor([0.5000, 0.2500]))
+    The file is made, or replaced, when the first recording is written.
     """
 
     def __init__(self, path: str | PathLike[str], header: ReferenceHeader, probe: Any) -> None:
@@ -65,17 +45,10 @@ class ReferenceWriter:
 
     @classmethod
     def resume(cls, path: str | PathLike[str], header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
-        """Go on in the file of a run that goes on from one of its checkpoints.
+        """Go on in the file of a run that goes on from its checkpoint at a step; what was recorded after it is dropped.
 
-        Args:
-            path: Path of the file, which stays as it is until the next recording.
-            header: Header of the run, which has to be that in the file, up to what initialization alone uses of the plan.
-            probe: Probe of the run, which has to be that in the file, too.
-            step: Optimizer steps before the checkpoint; what was recorded after them is dropped.
-
-        Raises:
-            FileNotFoundError: If there is no file.
-            ValueError: If it cannot be read, or is of another run.
+        The file stays as it is until the next recording. Its header and probe have to be those of the run, up to what
+        initialization alone uses of the plan.
         """
         writer = cls(path, header, probe)
 
@@ -109,17 +82,9 @@ class ReferenceWriter:
         return self._losses.clone()
 
     def write(self, step: int, observation: Observation, losses: Tensor) -> None:
-        """Add a recording, and write the file.
+        """Add a recording and the training losses [steps] so far, and write the file.
 
-        Args:
-            step: Optimizer steps made, more than at the recording before.
-            observation: Values [positions, dimension] in float32 at every location of the header.
-            losses: Training loss [steps] of every optimizer step made, in float32.
-
-        Raises:
-            ValueError: If these are not of the form that the header says, or the step is not a later one.
-            OSError: If the file could not be written. An older file is intact then, and the recording is kept, to be
-                written with the next one.
+        After an ``OSError`` an older file is intact, and the recording is kept, to be written with the next one.
         """
         self._check(step, observation, losses)
         recording = {name: _copy(observation[name], self._header.torch_dtype) for name in self._header.locations}

@@ -15,12 +15,6 @@ Steps = Literal["log"] | int | list[int]
 class Schedule:
     """Optimizer steps at which a run is looked at.
 
-    Args:
-        steps: Choice of steps.
-
-    Raises:
-        ValueError: If it is none.
-
     >>> [step for step in range(50) if Schedule("log").is_due(step)]
     [0, 1, 2, 4, 8, 16, 32]
     """

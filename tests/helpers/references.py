@@ -14,16 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlu_lightning.observation import (
-    LocationName,
-    Observation,
-    OutputName,
-    Reference,
-    ReferenceHeader,
-    ReferenceWriter,
-    StreamName,
-)
+from mlu_lightning.observation import LocationName, Observation, OutputName, Reference, StreamName
 from mlu_lightning.observation.batches import batch_hash
+from mlu_lightning.observation.reference_format import ReferenceHeader
+from mlu_lightning.observation.reference_writer import ReferenceWriter
 
 LOCATIONS: dict[LocationName, tuple[int, int]] = {StreamName(0): (3, 2), StreamName(0.5): (3, 2), OutputName(): (2, 1)}
 HEADER = ReferenceHeader(

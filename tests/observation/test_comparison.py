@@ -8,16 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlu_lightning.observation import (
-    Observation,
-    OutputName,
-    Reference,
-    ReferenceHeader,
-    ReferenceWriter,
-    StreamName,
-    check_coupled,
-    compare_references,
-)
+from mlu_lightning.observation import Observation, OutputName, Reference, StreamName, compare_references
+from mlu_lightning.observation.comparison import check_coupled
+from mlu_lightning.observation.reference_format import ReferenceHeader
+from mlu_lightning.observation.reference_writer import ReferenceWriter
 
 POSITIONS, OUTPUTS = 6, 3
 

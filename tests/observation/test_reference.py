@@ -17,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlu_lightning.observation import Reference, ReferenceWriter, StreamName, load_probe
+from mlu_lightning.observation import Reference, StreamName, load_probe
 from mlu_lightning.observation.batches import batch_hash
+from mlu_lightning.observation.reference_writer import ReferenceWriter
 
 # --- what is written comes back
 

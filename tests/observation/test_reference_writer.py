@@ -18,7 +18,8 @@ from helpers.references import HEADER, LOCATIONS, PROBE, check, losses, observat
 from torch import Tensor
 
 from mlu_lightning.models import ResNet
-from mlu_lightning.observation import Reference, ReferenceWriter
+from mlu_lightning.observation import Reference
+from mlu_lightning.observation.reference_writer import ReferenceWriter
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import Role
 
