@@ -6,15 +6,15 @@ once, as data. A row says two things about a role, both as powers of ratios to t
 * ``n``: over how many inputs each output sums,
 * ``g``: how large the gradient is at one output.
 
-Learning rates, eps and weight decay of every optimizer family follow from ``n`` and ``g``; only the forward multiplier
-and the init std are entries of their own. Other parameterizations, to compare with, are what differs from this table.
+Learning rates, eps and weight decay of every optimizer family follow from these; only the forward multiplier and the init
+std are entries of their own. Other parameterizations, to compare with, are what differs from this table.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 
 __all__ = [
@@ -88,11 +88,7 @@ class Role(_Name):
 
 
 class Variant(_Name):
-    """What about a parameter's place changes the row of its role (theory.md, section 3).
-
-    >>> Variant("post_norm")
-    <Variant.POST_NORM: 'post_norm'>
-    """
+    """What about a parameter's place changes the row of its role (theory.md, section 3)."""
 
     BEFORE_NORM = "before_norm"
     """``branch_out`` before a norm that comes between it and the addition, and undoes the scale of what it writes."""
@@ -103,22 +99,17 @@ class Variant(_Name):
 
 
 def row_name(role: Role, variant: Variant | None) -> str:
-    """Name a row of the table.
-
-    >>> row_name(Role.STREAM_NORM, Variant.POST_NORM)
-    'stream_norm (post_norm)'
-    """
+    """Name a row of the table, such as ``stream_norm (post_norm)``."""
     return role.value if variant is None else f"{role.value} ({variant.value})"
 
 
 class OptimizerFamily(_Name):
     """How an optimizer turns a gradient into an update, as far as the table is concerned.
 
-    ``sgd``: the update is proportional to the gradient; decay is added to the gradient.
-    ``adam``: the update does not depend on the gradient's size; decay is added to the gradient (L2).
-    ``adamw``: as ``adam``, with decoupled decay.
-    ``muon``: the update has unit spectral norm; decoupled decay. Roles without a matrix between layers, and embedding
-    and readout, have no entry of their own: they are trained by AdamW next to Muon and take AdamW's numbers.
+    ``sgd``: the update is proportional to the gradient; decay is added to the gradient. ``adam``: the update does not
+    depend on the gradient's size; decay is added to the gradient (L2). ``adamw``: the same with decoupled decay.
+    ``muon``: the update has unit spectral norm; decoupled decay. What is no matrix between layers, embeddings and
+    readouts are trained by AdamW next to Muon and take AdamW's numbers.
 
     >>> OptimizerFamily("adamw")
     <OptimizerFamily.ADAMW: 'adamw'>
@@ -159,13 +150,13 @@ class Ratios:
     """Ratios of a parameter's surroundings to those at the base shape.
 
     Args:
-        depth: ratio of the number of residual additions along its stream, l = L/L0.
-        inputs: ratio of the number of inputs (d or m; 1 where inputs are data, or for vectors).
-        outputs: ratio of the number of outputs (d or m; 1 where outputs are targets or of bounded size).
-        active: ratio of the number of experts over whose outputs a mixture of experts averages (1 elsewhere).
+        depth: residual additions along its stream, l = L/L0.
+        inputs: inputs of its map (d or m; 1 where inputs are data, or for vectors).
+        outputs: outputs of its map (d or m; 1 where outputs are targets or of bounded size).
+        active: experts over whose outputs a mixture of experts averages (1 elsewhere).
 
-    >>> Ratios(depth=2.0).is_identity, Ratios().is_identity
-    (False, True)
+    >>> Ratios(depth=2.0).is_identity
+    False
     """
 
     depth: float = 1.0
@@ -185,12 +176,12 @@ class Scale:
 
     Args:
         multiplier: forward multiplier on what the parameter writes.
-        std: factor of the standard deviation at initialization.
-        lr: factor of the learning rate.
-        eps: factor of the optimizer's eps.
-        weight_decay: factor of the weight decay.
+        std: standard deviation at initialization.
+        lr: learning rate.
+        eps: the optimizer's eps.
+        weight_decay: weight decay.
 
-    >>> Scale(multiplier=0.5, lr=0.25).folded(OptimizerFamily.ADAMW)
+    >>> Scale(multiplier=0.5, lr=0.25).folded("adamw")
     Scale(multiplier=1.0, std=0.5, lr=0.125, eps=2.0, weight_decay=2.0)
     """
 
@@ -207,9 +198,6 @@ class Scale:
 
         Args:
             family: kind of optimizer, or its name.
-
-        >>> Scale(multiplier=0.5, lr=4.0).folded("sgd").lr, Scale(multiplier=0.5, lr=4.0).folded("adamw").lr
-        (1.0, 2.0)
         """
         family = OptimizerFamily(family)
         a = self.multiplier
@@ -237,11 +225,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Powers:
-    """A monomial in the ratios of a parameter: exponents of depth, inputs, outputs, outputs/inputs and active experts.
-
-    >>> Powers(depth=-1, outputs=-1)(Ratios(depth=4.0, outputs=2.0))
-    0.125
-    """
+    """A monomial in the ratios of a parameter: exponents of depth, inputs, outputs, outputs/inputs and active experts."""
 
     depth: float = 0
     inputs: float = 0
@@ -276,15 +260,10 @@ class Row:
     lr: Powers = Powers()
     spectral: bool = False
 
-    def counted(self, ratios: Ratios) -> Ratios:
-        """Return the ratios that this row uses, 1 in place of others: data, targets and bounded sizes do not count."""
-        powers = (self.n, self.g, self.multiplier, self.std, self.lr)
-        return Ratios(
-            depth=ratios.depth if any(power.depth for power in powers) else 1.0,
-            inputs=ratios.inputs if any(power.inputs for power in powers) else 1.0,
-            outputs=ratios.outputs if any(power.outputs for power in powers) else 1.0,
-            active=ratios.active,
-        )
+    @property
+    def powers(self) -> tuple[Powers, ...]:
+        """All of its powers."""
+        return self.n, self.g, self.multiplier, self.std, self.lr
 
 
 @dataclass(frozen=True)
@@ -293,7 +272,7 @@ class Table:
 
     Args:
         rows: by role.
-        variants: rows that stand in the place of those, by role and variant.
+        variants: rows that take the place of those.
         scales_optimizer: whether learning rates depend on the shape; if not, optimizers that look at shapes or sizes
             of weights themselves (Muon, Adafactor) are left alone, too.
         scales_logits: whether attention logits are kept proportional to 1/head_dim.
@@ -310,17 +289,6 @@ class Table:
             role = Role.STREAM_BOUNDED_MATRIX  # with a random sum over D, gradients there would be of d^(-1/2)
         return self.rows[role] if variant is None else self.variants.get((role, variant), self.rows[role])
 
-
-_SUMMING = (  # matrices whose outputs sum over units
-    Role.BRANCH_IN,
-    Role.BRANCH_HIDDEN,
-    Role.BRANCH_OUT,
-    Role.BRANCH_BOUNDED_MATRIX,
-    Role.STREAM_MATRIX,
-    Role.STREAM_BOUNDED_MATRIX,
-    Role.READOUT,
-)
-_MATRICES = frozenset({Role.EMBEDDING, *_SUMMING})
 
 _SUM = Powers(inputs=1)  # n: every output sums over all inputs
 _KEEP = Powers(inputs=-0.5)  # std: outputs keep the size that inputs have
@@ -360,12 +328,14 @@ _MLU = Table(
         (Role.STREAM_NORM, Variant.POST_NORM): Row(g=_PER_OUTPUT, lr=_PER_BRANCH),  # L of them compound
     },
 )
+_SUMMING = {role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT}
+_MATRICES = frozenset({Role.EMBEDDING, *_SUMMING})
 _COMPLETEP = replace(_MLU, rows={**_MLU.rows, Role.BRANCH_OUT: _BRANCH_OUT_BEFORE_NORM})
 
 
 def _without_depth(row: Row) -> Row:
-    powers = {field.name: getattr(row, field.name) for field in fields(row) if field.name != "spectral"}
-    return replace(row, **{name: replace(power, depth=0) for name, power in powers.items()})
+    n, g, multiplier, std, lr = (replace(power, depth=0) for power in row.powers)
+    return Row(n, g, multiplier, std, lr, row.spectral)
 
 
 TABLES: Mapping[Parameterization, Table] = {
@@ -394,7 +364,7 @@ def scale(
     parameterization: Parameterization = Parameterization.MLU,
     variant: Variant | None = None,
 ) -> Scale:
-    """Look one parameter up in the table.
+    """Look one parameter up in the table; everything is 1 where all ratios and the richness are.
 
     With n and g of the parameter's row: Adam lr 1/n, SGD lr 1/(n·g), Muon lr sqrt(outputs/inputs), eps g; decoupled
     decay 1/lr, decay in the gradient 1 over the SGD lr (theory.md, section 3). The richness alpha multiplies branches and
@@ -407,9 +377,6 @@ def scale(
         alpha: richness, 1 for MLU; large values tend to a linearized model.
         parameterization: whose table it is looked up in.
         variant: what about the parameter's place changes its row.
-
-    Returns:
-        Factors relative to the base, the identity if ``ratios`` are all 1 and ``alpha`` is 1.
 
     >>> scale(Role.BRANCH_IN, Ratios(depth=2, inputs=4, outputs=8), OptimizerFamily.SGD)
     Scale(multiplier=1.0, std=0.5, lr=4.0, eps=0.0625, weight_decay=0.25)

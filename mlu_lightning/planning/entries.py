@@ -63,7 +63,13 @@ class ParameterPlan:
             outputs=self.fans[1] / self.base_fans[1],
             active=self.active / self.base_active,
         )
-        return TABLES[Parameterization.MLU].row(self.role, self.variant, ratios).counted(ratios)
+        powers = TABLES[Parameterization.MLU].row(self.role, self.variant, ratios).powers
+        return Ratios(  # data, targets and bounded sizes do not count
+            depth=ratios.depth if any(power.depth for power in powers) else 1.0,
+            inputs=ratios.inputs if any(power.inputs for power in powers) else 1.0,
+            outputs=ratios.outputs if any(power.outputs for power in powers) else 1.0,
+            active=ratios.active,
+        )
 
 
 @dataclass(frozen=True)

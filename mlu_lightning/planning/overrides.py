@@ -1,4 +1,4 @@
-"""Roles that the user says, where discovery cannot tell or should not."""
+"""Roles that the user gives, where discovery cannot tell or should not."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ __all__ = ["override_roles", "require_roles"]
 
 
 def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) -> Structure:
-    """Replace roles by what the user says.
-
-    Args:
-        structure: as discovered.
-        overrides: role by glob pattern of parameter names; later ones win.
-
-    Raises:
-        ValueError: if a pattern matches nothing, if a role does not exist, or if a matrix is made or unmade a readout, whose
-            output has a multiplier.
-    """
+    """Replace roles by those that the user gives, by glob pattern of parameter names; later patterns win."""
     parameters = dict(structure.parameters)
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
@@ -48,15 +39,7 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
 
 
 def require_roles(structure: Structure, module: nn.Module) -> None:
-    """Refuse a structure in which a parameter has no role.
-
-    Args:
-        structure: after overrides.
-        module: for its name.
-
-    Raises:
-        ValueError: naming the parameters, what was found around them, and the overrides that would settle it.
-    """
+    """Refuse a structure in which a parameter has no role, with the overrides that would settle it."""
     if not structure.unassigned:
         return
     found = "; ".join(

@@ -169,25 +169,21 @@ class Plan:
         )
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:
-        """Return the factor that a multiplier puts into the forward pass, with the richness alpha on branches.
-
-        Args:
-            multiplier: one of ``multipliers``.
-        """
+        """Return the factor that one of ``multipliers`` puts into the forward pass, with the richness alpha on branches."""
         value = Scale(multiplier=multiplier.value)
         if multiplier.role is None or self.alpha == 1.0:
             return value.multiplier
         return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
 
     def scales(self, family: OptimizerFamily | str) -> dict[str, Scale]:
-        """Factors relative to the base for every parameter, by name.
+        """Look every parameter up in the table.
 
         Args:
             family: ``"sgd"``, ``"adam"`` (decay in the gradient), ``"adamw"`` (decoupled decay) or ``"muon"``.
 
         Returns:
-            The table's entries. The multiplier is that of the branch or readout that a parameter writes to, and that
-            can be folded into it; it is 1 where a multiplier can only be attached, as on a tied readout.
+            Factors relative to the base, by name. The multiplier is that of the branch or readout that a parameter writes
+            to, and that can be folded into it; it is 1 where it can only be attached, as on a tied readout.
 
         Raises:
             ValueError: if batch size or duration differ from the base's, and there are no rules for the family.
@@ -203,14 +199,7 @@ class Plan:
         return found
 
     def check(self, module: nn.Module) -> None:
-        """Refuse a module that the plan was not made for.
-
-        Args:
-            module: whose parameters should be the plan's.
-
-        Raises:
-            ValueError: with the difference, if a parameter is missing, extra, or of another shape.
-        """
+        """Refuse a module that the plan was not made for, with the parameters that are missing, extra or of other shapes."""
         shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
         found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
         found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
@@ -258,20 +247,12 @@ class Plan:
         return cls.from_yaml(read_text(path), str(path))
 
     def to_yaml(self) -> str:
-        """The text that ``save`` writes."""
+        """Return the text that ``save`` writes."""
         return parts_to_yaml({part.name: getattr(self, part.name) for part in fields(self)})
 
     @classmethod
     def from_yaml(cls, text: str, source: str) -> Plan:
-        """Read what ``to_yaml`` wrote.
-
-        Args:
-            text: YAML.
-            source: where it comes from, for errors.
-
-        Raises:
-            ValueError: if it is not a plan, saying where it goes wrong.
-        """
+        """Read what ``to_yaml`` wrote; errors name the source."""
         parts = parts_from_yaml(text, source)
         try:
             return cls(**parts)
@@ -279,11 +260,7 @@ class Plan:
             raise ValueError(f"{source}: {error}") from error
 
     def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
-        """The plan as a table for one kind of optimizer.
-
-        Args:
-            family: as in ``scales``.
-        """
+        """Draw the plan as a table for one family of optimizers."""
         return plan_table(self, OptimizerFamily(family))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Plans as tables for people."""
+"""Plans as tables."""
 
 from __future__ import annotations
 
@@ -27,12 +27,7 @@ _TITLES = {
 
 
 def plan_table(plan: Plan, family: OptimizerFamily) -> str:
-    """Draw a plan: shapes, roles with their factors, branches, and warnings.
-
-    Args:
-        plan: to be drawn.
-        family: kind of optimizer whose factors are shown.
-    """
+    """Draw a plan: shapes, roles with their factors for an optimizer family, branches, and warnings."""
     text = StringIO()
     console = Console(file=text, width=125, color_system=None, markup=False, emoji=False)
     base = "the paper's absolute form" if plan.base is None else "relative to the base shape"

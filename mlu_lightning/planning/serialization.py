@@ -1,7 +1,7 @@
 """Plans as YAML that a person can read and edit.
 
-A file may come from anybody: every value in it has to be what its field takes, or the file is refused. A text is read as
-the field says, whatever YAML would make of it: a branch may be called ``on``, and ``1e-3`` is a number.
+A file may come from anybody: every value in it has to be of its field's type, or the file is refused. Texts are read as
+the field says, whatever YAML would make of them: a branch may be called ``on``, and ``1e-3`` is a number.
 """
 
 from __future__ import annotations
@@ -36,14 +36,7 @@ _VERSION = 2
 
 
 def parts_to_yaml(parts: Mapping[str, Any]) -> str:
-    """Write a plan, one line for each parameter, branch, multiplier and tap.
-
-    Args:
-        parts: the fields of a ``Plan``.
-
-    Raises:
-        ValueError: if it would be longer than what is read.
-    """
+    """Write the fields of a plan, one line for each parameter, branch, multiplier and tap."""
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
     lines.append(f"parameterization: {parts['parameterization'].value}")
     lines.append(f"alpha: {_flow(parts['alpha'])}")
@@ -65,15 +58,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
 
 
 def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
-    """Read what ``parts_to_yaml`` wrote, as the fields of a ``Plan``.
-
-    Args:
-        text: YAML.
-        source: name of the file, for errors.
-
-    Raises:
-        ValueError: if it is not a plan, saying where it goes wrong.
-    """
+    """Read the fields of a plan from what :func:`parts_to_yaml` wrote; errors name the source."""
     content = parse_yaml(text, source)
     if not isinstance(content, dict) or "mlu_plan" not in content:
         raise ValueError(

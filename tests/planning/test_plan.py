@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mlu_lightning import Plan, Role
 from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.table import Variant
 
 BASE = (2, 4, 32)
 Numbers = dict[str, tuple[float, float, float, float, float]]
@@ -316,3 +317,12 @@ def test_the_bases_std_is_that_of_the_nearest_place_along_the_depth() -> None:
     plan = Plan.from_model(module, base=base)
     stds = [plan.parameters[f"blocks.{i}.write.weight"].base_std for i in range(6)]
     assert stds == pytest.approx([1, 2, 3, 3, 3, 3])
+
+
+def test_an_override_may_name_a_variant_of_a_role() -> None:
+    module = ResNet(4, 8, 4, inputs=3, outputs=2)
+    plan = Plan.from_model(
+        module, base=ResNet(2, 8, 4, inputs=3, outputs=2), overrides={"*.write.weight": "branch_out (before_norm)"}
+    )
+    assert plan.parameters["blocks.0.write.weight"].variant is Variant.BEFORE_NORM
+    assert plan.parameters["blocks.0.read.weight"].variant is None
