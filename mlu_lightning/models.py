@@ -44,12 +44,11 @@ class ResNet(LightningModule):
     Raises:
         ValueError: If ``activation`` names no function that maps a tensor to one of the same shape.
 
-    Example:
-        >>> model = ResNet(depth=3, hidden=8, embedding=4, inputs=2, outputs=1)
-        >>> model(torch.zeros(5, 2)).shape
-        torch.Size([5, 1])
-        >>> sorted(name for name, _ in model.blocks[0].named_parameters())
-        ['read.weight', 'write.weight']
+    >>> model = ResNet(depth=3, hidden=8, embedding=4, inputs=2, outputs=1)
+    >>> model(torch.zeros(5, 2)).shape
+    torch.Size([5, 1])
+    >>> sorted(name for name, _ in model.blocks[0].named_parameters())
+    ['read.weight', 'write.weight']
     """
 
     def __init__(
@@ -132,12 +131,11 @@ class CausalTransformer(LightningModule):
     Raises:
         ValueError: If ``head_dim`` is odd, or ``optimizer`` is unknown.
 
-    Example:
-        >>> model = CausalTransformer(vocabulary=100, context=16, depth=2, embedding=32, heads=2)
-        >>> model(torch.zeros(3, 16, dtype=torch.long)).shape
-        torch.Size([3, 16, 100])
-        >>> [type(branch).__name__ for branch in model.branches]
-        ['Attention', 'MLP', 'Attention', 'MLP']
+    >>> model = CausalTransformer(vocabulary=100, context=16, depth=2, embedding=32, heads=2)
+    >>> model(torch.zeros(3, 16, dtype=torch.long)).shape
+    torch.Size([3, 16, 100])
+    >>> [type(branch).__name__ for branch in model.branches]
+    ['Attention', 'MLP', 'Attention', 'MLP']
     """
 
     def __init__(

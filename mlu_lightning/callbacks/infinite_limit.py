@@ -51,9 +51,8 @@ class Limit:
     Raises:
         ValueError: If an argument is not of these.
 
-    Example:
-        >>> Limit(depth=64, units=512).seeds
-        2
+    >>> Limit(depth=64, units=512).seeds
+    2
     """
 
     depth: int = 128

@@ -125,8 +125,7 @@ def infinite_model(
     dimension = sum(weight.shape[1] for weight in weights.values())
     hyperparameters: Any = module.hparams
     arguments = {name: value for name, value in hyperparameters.items() if name != "_instantiator"}  # of LightningCLI
-    linear = arguments.get("activation") == "positive"
-    exact = linear and units is None
+    exact = arguments.get("activation") == "positive" and units is None
     units = (2 * dimension if exact else _SAMPLED) if units is None else units
     with isolate_rng():
         built = _BUILDERS[type(module)](arguments, depth, units, heads, dimension)
@@ -302,7 +301,7 @@ def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
             f"The plan has parameterization={plan.parameterization.value!r}, batch_ratio="
             f"{plan.horizon.batch_ratio:g} and token_ratio={plan.horizon.token_ratio:g}. The infinite model is that of "
             "the MLU parameterization under gradient descent: make the plan with parameterization='mlu' and without "
-            "these ratios, or compare with a large run that ReferenceRecorder recorded."
+            f"these ratios, or {_RECORD}."
         )
     own = Plan.from_model(built, base=plan if plan.base is not None else None, alpha=plan.alpha)
     squares: dict[str, list[float]] = {}

@@ -4,13 +4,15 @@ import csv
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.logged_runs import BASE, NAMES, SMALL, data, finish, fit, mlu, record, records, rows
+import wandb
+from helpers.logged_runs import BASE, NAMES, SMALL, data, finish, fit, mlu, record, records, rows, wandb_offline
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -33,7 +35,16 @@ Values = dict[str, dict[int, float]]
 """Logged values by name and step."""
 
 
-pytestmark = pytest.mark.usefixtures("offline")
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with wandb_offline(tmp_path_factory.mktemp("wandb")):
+        yield
+
+
+@pytest.fixture
+def logger(tmp_path: Path) -> Iterator[WandbLogger]:
+    yield WandbLogger(offline=True, save_dir=tmp_path)
+    wandb.finish()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def run(offline: None, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
     loggers: list[Any] = [
         WandbLogger(offline=True, save_dir=folder),

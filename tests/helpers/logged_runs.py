@@ -1,11 +1,14 @@
 """Small runs whose values and plans go to loggers, and what W&B has written of them."""
 
 import json
+import os
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -92,3 +95,17 @@ def record(folder: Path) -> Path:
     """The reference of a wider run."""
     fit(folder, ResNet(**LARGE), mlu(), ReferenceRecorder(folder / "large.safetensors", depths=[0, 0.5, 1]))
     return folder / "large.safetensors"
+
+
+@contextmanager
+def wandb_offline(folder: Path) -> Iterator[None]:
+    """W&B without a network, and without files anywhere but in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            patch.setenv(name, str(folder))
+        for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
+            patch.setenv(f"WANDB_{name}", value)
+        yield
+        wandb.teardown()
