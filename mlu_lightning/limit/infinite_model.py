@@ -23,9 +23,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from mlu_lightning.application.initialization import planned_stds, stream_axis
-from mlu_lightning.application.multipliers import attach_multipliers, residual_state
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning.application import (
+    attach_multipliers,
+    folded_parameters,
+    planned_stds,
+    scale_optimizer,
+    stream_axis,
+)
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.planning import Plan
@@ -219,9 +223,8 @@ _RECORD = "compare with a large run that ReferenceRecorder recorded"
 
 def _folded_multipliers(module: nn.Module, plan: Plan) -> dict[str, float]:
     """What every parameter holds of its multiplier: all of it, or 1."""
-    state = residual_state(module)
-    scales = plan.scales(OptimizerFamily.SGD)
-    return {name: scale.multiplier if state and name in state.folded else 1.0 for name, scale in scales.items()}
+    folded, scales = folded_parameters(module), plan.scales(OptimizerFamily.SGD)
+    return {name: scale.multiplier if name in folded else 1.0 for name, scale in scales.items()}
 
 
 def _check_known(module: nn.Module, plan: Plan) -> None:
