@@ -3,12 +3,12 @@
 import copy
 import multiprocessing
 import random
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.processes import peak_megabytes
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -256,17 +256,12 @@ def test_parameters_in_attributes_are_not_copied() -> None:
     assert module._flat_weights[0] is module.weight_ih_l0
 
 
-def peak_kilobytes() -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1])
-
-
 def measure_pass(result: Any) -> None:
     module = ResNet(depth=2, hidden=1500, embedding=3000, inputs=4, outputs=2)
     batch = torch.randn(2, 4), torch.randn(2, 2)
-    before = peak_kilobytes()
+    before = peak_megabytes()
     observe(module, batch, ())
-    result.put((sum(value.nbytes for value in module.parameters()) / 1024, peak_kilobytes() - before))
+    result.put((sum(value.nbytes for value in module.parameters()) / 2**20, peak_megabytes() - before))
 
 
 def test_pass_does_not_take_the_memory_of_a_second_model() -> None:
@@ -276,7 +271,7 @@ def test_pass_does_not_take_the_memory_of_a_second_model() -> None:
     process.start()
     size, taken = result.get(timeout=60)
     process.join()
-    assert size > 70_000 and taken < size / 4  # kilobytes
+    assert size > 68 and taken < size / 4  # megabytes
 
 
 def test_tensors_of_an_inference_are_no_obstacle() -> None:
