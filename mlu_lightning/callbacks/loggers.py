@@ -60,8 +60,8 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
     A ``WandbLogger`` gets the shape, that of the base, and the factors of each role as ``mlu`` in the run's config, to
     filter and group runs by, and the table ``mlu/plan`` with a row for all parameters that are alike but for their place
     along the depth. A ``TensorBoardLogger`` gets the printed plan as the text ``mlu/plan``. Where parameters that share an
-    entry have different numbers, it is a list of them. Learning rate, eps and weight decay of parameters without an
-    optimizer (by whose names ``families`` has columns of the table) are None. All numbers are factors relative to the base,
+    entry have different numbers, it is a list of them. ``families`` has the column of the table for every parameter that an
+    optimizer has; learning rate, eps and weight decay of the others are None. All numbers are factors relative to the base,
     for weights into which no multiplier is folded; ``residual`` is how the multipliers are applied.
     """
     for logger in loggers:

@@ -23,13 +23,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from mlu_lightning.application import (
-    attach_multipliers,
-    folded_parameters,
-    planned_stds,
-    scale_optimizer,
-    stream_axis,
-)
+from mlu_lightning.application import attach_multipliers, folded_parameters, planned_stds, scale_optimizer, stream_axis
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.planning import Plan
@@ -45,11 +39,8 @@ __all__ = [
     "infinite_model",
 ]
 
-HYPERPARAMETERS = "lr", "momentum", "dampening", "weight_decay", "nesterov"
-"""What gradient descent has, by the names that ``torch.optim.SGD`` has for it."""
-
-_SAMPLED = 1024
-"""Hidden units of a branch by default."""
+HYPERPARAMETERS = "lr", "momentum", "dampening", "weight_decay", "nesterov"  # of torch.optim.SGD
+_SAMPLED = 1024  # hidden units of a branch by default
 
 
 @dataclass(frozen=True)
@@ -271,13 +262,11 @@ def _matrices(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def _resnet(own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int) -> ResNet:
+def _resnet(own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int) -> nn.Module:
     return ResNet(**{**own, "depth": depth or own["depth"], "hidden": units, "embedding": dimension})
 
 
-def _transformer(
-    own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int
-) -> CausalTransformer:
+def _transformer(own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int) -> nn.Module:
     perceptrons = own["mlp_hidden"] != 0
     additions = 2 if perceptrons else 1
     if depth is not None and depth % additions:

@@ -75,8 +75,6 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in the place of an older one, which stays as it is until the new one is complete.
 
-    Folders on the way are made.
-
     Raises:
         OSError: if it cannot be written; an older file is intact then.
     """
