@@ -12,7 +12,7 @@ from markupsafe import Markup
 from mlu_lightning.checking.figure import draw_check
 from mlu_lightning.checking.report import CheckReport, axes_of, by_quantity
 from mlu_lightning.checking.verdicts import Row
-from mlu_lightning.observation.reference import Reference
+from mlu_lightning.observation import Reference
 from mlu_lightning.planning import Plan
 from mlu_lightning.reporting.curves import as_data_uri, curves_figure, not_drawn, panels_of
 from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, reason

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mlu_lightning import Plan, discover
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.models import Attention, CausalTransformer, ResNet
+from mlu_lightning.observation import locate_features, observe
 from mlu_lightning.observation.attention_logits import chosen_logits, spread
-from mlu_lightning.observation.feature_updates import moved
-from mlu_lightning.observation.features import reading
-from mlu_lightning.observation.probe import locate_features, observe
+from mlu_lightning.observation.feature_change import rms_change as moved
+from mlu_lightning.observation.features import watch_features as reading
 from mlu_lightning.utilities.function_calls import ATTENTION_CALL, CallPlace
 
 DEPTH, HEADS, EMBEDDING = 2, 2, 16

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mlu_lightning import Plan, attach_multipliers, discover, initialize
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.models import ResNet
-from mlu_lightning.observation.probe import locate, observe
+from mlu_lightning.observation import locate, observe
 
 DEPTH, HEADS, EMBEDDING = 2, 4, 32
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # double precision; only the order of sums differs
