@@ -6,31 +6,23 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlu_lightning.discovery.graph import CONVOLUTIONS, Graph, Op
+from mlu_lightning.discovery.graph import Graph, Op
+from mlu_lightning.discovery.operations import CONVOLUTIONS, PERMUTATIONS, VIEWS
 
-__all__ = ["PERMUTING", "coordinate_axes"]
-
-PERMUTING = frozenset({"T", "Transpose", "Permute"})
-_VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze"})
+__all__ = ["coordinate_axes"]
 
 
 def coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
     """Follow the axis of what the last matrix made, and on a stream that of the matrix which made the stream.
 
-    A branch may mix tokens instead of coordinates: the axis that its last matrix made then is that of tokens.
-
-    Args:
-        graph: of a forward pass.
-        streams: what of every residual addition is the stream.
-
-    Returns:
-        The axis of each operation's output where it can be followed.
+    A branch may mix tokens instead of coordinates: the axis that its last matrix made then is that of tokens. ``streams``
+    has the operand of every residual addition that is the stream. Operations that cannot be followed have no axis.
     """
     axes: dict[Op, int] = {}
     for op in graph.ops:
         if graph.is_matrix(op):
             axes[op] = _written_axis(graph, op)
-        elif any(use.kind == "lookup" for use in graph.uses.get(op.index, ())):
+        elif graph.is_lookup(op):
             axes[op] = len(op.shape) - 1
         else:
             operands = (streams[op], *op.data) if op in streams else op.data
@@ -52,10 +44,10 @@ def _written_axis(graph: Graph, op: Op) -> int:
 def _moved(op: Op, operand: Op, axis: int) -> int | None:
     """Where an operation puts an axis of its operand, None if that cannot be told."""
     before, after = operand.shape, op.shape
-    if op.name in PERMUTING:
+    if op.name in PERMUTATIONS:
         order = _order(op, len(before))
         return order.index(axis)
-    if op.name in _VIEWS:
+    if op.name in VIEWS | {"Squeeze", "Unsqueeze"}:
         ahead = math.prod(before[:axis])
         fits = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead)
         return next(fits, None)

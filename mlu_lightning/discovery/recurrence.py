@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from itertools import permutations
 
-from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Op, transparent_source
+from mlu_lightning.discovery.graph import Graph, Op
+from mlu_lightning.discovery.operations import PARTS, RESHAPES
+from mlu_lightning.discovery.traversal import Ancestry, transparent_source
 
 __all__ = ["find_recurrence"]
 
@@ -15,44 +17,35 @@ _STEPS = 3
 
 
 def find_recurrence(graph: Graph, ops: tuple[Op, ...]) -> str | None:
-    """Say in what way a branch is recurrent, None if it is not.
-
-    Args:
-        graph: of the forward pass.
-        ops: of the branch, in order.
-    """
+    """Say in what way a branch is recurrent, None if it is not."""
     fused = next((op.name for op in ops if any(part in op.name for part in _FUSED)), None)
     if fused is not None:
         return f"it calls {fused}"
-    again = _applied_again(graph, ops)
+    matrices = Ancestry(graph, ops, filter(graph.is_matrix, ops))
+    again = _applied_again(graph, ops, matrices)
     if again is not None:
         return f"{again} is applied to its own output"
-    if _is_scan(graph, ops):
+    if _is_scan(ops, matrices):
         return "a state is multiplied and added to step by step"
     if _is_cumulative_decay(ops):
         return "a state decays by the exponential of a cumulative sum"
     return None
 
 
-def _applied_again(graph: Graph, ops: tuple[Op, ...]) -> str | None:
+def _applied_again(graph: Graph, ops: tuple[Op, ...], matrices: Ancestry) -> str | None:
     """A matrix that is applied to what it made itself, as in a recurrent cell that is called for every token."""
-    names: dict[Op, frozenset[str]] = {}
-    for op in ops:
-        before = frozenset[str]().union(*(names.get(operand, frozenset()) for operand in op.data))
-        own = {use.parameter for use in graph.matrices(op)}
-        if own & before:
-            return min(own & before)
-        names[op] = before | own
+    for op in filter(graph.is_matrix, ops):
+        before = {use.parameter for matrix in matrices.of(op) for use in graph.matrices(matrix)}
+        again = before & {use.parameter for use in graph.matrices(op)}
+        if again:
+            return min(again)
     return None
 
 
-def _is_scan(graph: Graph, ops: tuple[Op, ...]) -> bool:
+def _is_scan(ops: tuple[Op, ...], matrices: Ancestry) -> bool:
     """Whether sums are multiplied and added to again and again: s ← a s + b, with another a but no further matrix."""
-    matrices: dict[Op, frozenset[Op]] = {}
     multipliers: dict[Op, frozenset[Op]] = {}
     for op in ops:
-        before = frozenset[Op]().union(*(matrices.get(operand, frozenset()) for operand in op.data))
-        matrices[op] = before | {op} if graph.is_matrix(op) else before
         if op.name != "Add":
             continue
         steps = [frozenset[Op]()]
@@ -60,7 +53,7 @@ def _is_scan(graph: Graph, ops: tuple[Op, ...]) -> bool:
             factors = [transparent_source(factor) for factor in product.data] if product.name == "Mul" else []
             for state, multiplier in permutations(factors, 2):
                 used = multipliers.get(state, frozenset())
-                if state in multipliers and state.shape == op.shape and matrices[state] == before:
+                if state in multipliers and state.shape == op.shape and matrices.of(state) == matrices.of(op):
                     steps.append(used | {multiplier})
         multipliers[op] = max(steps, key=len)
     return max(map(len, multipliers.values()), default=0) >= _STEPS

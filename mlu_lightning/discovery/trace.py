@@ -16,7 +16,6 @@ from itertools import count
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -24,22 +23,23 @@ from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
 from mlu_lightning.utilities.function_calls import CallPlace, watched
+from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
 from mlu_lightning.utilities.names import planned_modules, planned_parameters
 
-__all__ = ["Call", "FunctionCall", "Passed", "Rehearsal", "rehearse", "tensors_in"]
+__all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "tensors_in", "trace_module"]
 
 
 @dataclass(frozen=True)
-class Passed:
+class TracedTensor:
     """A tensor with a gradient that a submodule or a function was given or returned.
 
     Args:
-        index: of what it was given, its number among all tensors, as ``tensors_in((args, kwargs))`` has them; of what
-            a submodule returned, its position in a tuple, list or mapping, None for a bare tensor; of what a function
+        index: of what was given, its number among all tensors, as ``tensors_in((args, kwargs))`` has them; of what a
+            submodule returned, its position in a tuple, list or mapping, None for a bare tensor; of what a function
             returned, its number.
         node: graph node that made it.
-        output: which of the node's outputs it is.
+        output: number of that node's output.
     """
 
     index: int | None
@@ -48,20 +48,20 @@ class Passed:
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """One call of a submodule.
 
     Args:
-        module: its name.
+        module: name of the submodule.
         inputs: tensors that the caller gave it, before any hook changed them.
         outputs: tensors that the caller got, after all hooks.
-        begin: when it was called, counted in calls and returns of all submodules.
-        end: when it returned.
+        begin: time of the call, counted in calls and returns of all submodules.
+        end: time of its return.
     """
 
     module: str
-    inputs: tuple[Passed, ...]
-    outputs: tuple[Passed, ...]
+    inputs: tuple[TracedTensor, ...]
+    outputs: tuple[TracedTensor, ...]
     begin: int
     end: int
 
@@ -71,56 +71,44 @@ class FunctionCall:
     """A call of a torch function in the first call of a submodule.
 
     Args:
-        place: which one it is.
+        place: submodule, function, and number of the call.
         inputs: tensors that it was given.
         outputs: tensors that it returned; those of an attention have no node yet.
         sequence: number of the last graph node when it was called, which is an attention's own.
     """
 
     place: CallPlace
-    inputs: tuple[Passed, ...]
-    outputs: tuple[Passed, ...]
+    inputs: tuple[TracedTensor, ...]
+    outputs: tuple[TracedTensor, ...]
     sequence: int
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class Trace:
     """What one forward pass left behind.
 
     Args:
         roots: graph nodes of the losses, or of all outputs of a plain module.
-        parameters: name by identity of the copy's parameter.
+        parameters: names by identity of the copy's parameters.
         calls: every call of a submodule, in order of completion.
         functions: calls of torch functions, in order of completion.
-        copy: the copy, which keeps the graph's parameters alive.
+        copy: copy that was run, which keeps the graph's parameters alive.
         scalars: the copy's floating-point buffers of one entry, each with its value; those on the meta device have none.
     """
 
     roots: tuple[Node, ...]
     parameters: dict[int, str]
-    calls: tuple[Call, ...]
+    calls: tuple[ModuleCall, ...]
     functions: tuple[FunctionCall, ...]
     copy: nn.Module
     scalars: tuple[tuple[Tensor, float], ...]
 
 
-def rehearse(module: nn.Module, example: Any) -> Rehearsal:
+def trace_module(module: nn.Module, example: Any) -> Trace:
     """Run a copy of a module once, in training mode, and keep its autograd graph.
 
-    Random states, buffers, gradients, logged values and Python attributes of ``module`` stay as they are.
-
-    Args:
-        module: a LightningModule, of which ``training_step`` is run, or any other module, of which ``forward`` is run.
-        example: what ``training_step`` takes as its batch; for other modules the arguments of ``forward``: a tensor,
-            a tuple of positional or a mapping of keyword arguments. None takes the ``example_input_array`` of a
-            LightningModule, for its ``forward``. Its floating-point tensors are given the dtype of the parameters.
-
-    Raises:
-        ValueError: if there is no example, or the module cannot be copied.
-        RuntimeError: if nothing that requires a gradient comes out.
-
-    >>> len(rehearse(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3)).calls)
-    3
+    Random states, buffers, gradients, logged values and Python attributes of ``module`` stay as they are. ``example`` is
+    that of :func:`discover`; its floating-point tensors are given the dtype of the parameters.
     """
     step = is_lightning_module(module) and example is not None
     if example is None:
@@ -145,9 +133,26 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
         return _run(module, example, step, None)
 
 
-def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Rehearsal:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Find the tensors in what a module was given or returned, in order.
+
+    Tuples, lists, mappings (such as Hugging Face outputs) and dataclasses may hold them.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value):
+        yield from tensors_in(vars(value))
+
+
+def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
     twin = _copy(module, fake)
-    calls: list[Call] = []
+    calls: list[ModuleCall] = []
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in planned_parameters(twin).items()}
@@ -175,28 +180,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give an example for which it returns a loss or an output."
         )
-    return Rehearsal(roots, names, tuple(calls), tuple(functions), twin, scalars)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in what a module was given or returned, in order; Hugging Face outputs are mappings.
-
-    Args:
-        value: a tensor, or tuples, lists, mappings and dataclasses that hold tensors.
-
-    >>> [tensor.item() for tensor in tensors_in(((torch.ones(1), "text"), {"mask": [torch.zeros(1)]}))]
-    [1.0, 0.0]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value):
-        yield from tensors_in(vars(value))
+    return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars)
 
 
 def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -285,12 +269,12 @@ def _call(module: nn.Module, example: Any) -> Any:
 class _Recorder:
     """Hooks that note which graph nodes went into a submodule and came out of it."""
 
-    def __init__(self, name: str, calls: list[Call], clock: Iterator[int]) -> None:
+    def __init__(self, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
         self.name, self.calls, self.clock = name, calls, clock
-        self.begun: list[tuple[int, tuple[Passed, ...]]] = []  # more than one while the module calls itself
+        self.begun: list[tuple[int, tuple[TracedTensor, ...]]] = []  # more than one while the module calls itself
 
     def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.begun.append((next(self.clock), _passed(enumerate(tensors_in((args, kwargs))))))
+        self.begun.append((next(self.clock), _traced(enumerate(tensors_in((args, kwargs))))))
 
     def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts: Iterable[tuple[int | None, Any]] = [(None, output)]
@@ -299,12 +283,12 @@ class _Recorder:
         elif isinstance(output, (tuple, list)):
             parts = enumerate(output)
         begin, inputs = self.begun.pop()
-        self.calls.append(Call(self.name, inputs, _passed(parts), begin, next(self.clock)))
+        self.calls.append(ModuleCall(self.name, inputs, _traced(parts), begin, next(self.clock)))
 
 
-def _passed(parts: Iterable[tuple[int | None, Any]]) -> tuple[Passed, ...]:
+def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
     return tuple(
-        Passed(index, part.grad_fn, part.output_nr)
+        TracedTensor(index, part.grad_fn, part.output_nr)
         for index, part in parts
         if isinstance(part, Tensor) and part.grad_fn is not None
     )
@@ -314,11 +298,11 @@ def _note(
     functions: list[FunctionCall], place: CallPlace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Any], None]:
     """Note which graph nodes go into a function, which may change tensors in place, and then what comes out of it."""
-    inputs = _passed(enumerate(tensors_in((args, kwargs))))
+    inputs = _traced(enumerate(tensors_in((args, kwargs))))
     sequence = torch._C._autograd._get_sequence_nr() - 1
 
     def returned(output: Any) -> None:
-        functions.append(FunctionCall(place, inputs, _passed(enumerate(tensors_in(output))), sequence))
+        functions.append(FunctionCall(place, inputs, _traced(enumerate(tensors_in(output))), sequence))
 
     return returned
 
@@ -328,7 +312,7 @@ def _mute(module: Any, losses: list[Tensor]) -> None:
 
     @cache
     def configured() -> tuple[list[Any], list[Any]]:
-        optimizers, schedulers, _ = _configure_optimizers(module.configure_optimizers())
+        optimizers, schedulers, _ = configured_optimizers(module.configure_optimizers())
         return list(optimizers), [found["scheduler"] if isinstance(found, dict) else found for found in schedulers]
 
     mute(module, losses, lambda: configured()[0], lambda: configured()[1])

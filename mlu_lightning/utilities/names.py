@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["planned_modules", "planned_name", "planned_parameters", "planned_part", "unwrapped"]
+__all__ = ["common_module", "planned_modules", "planned_name", "planned_parameters", "planned_part", "unwrapped"]
 
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What FSDP1 and activation checkpointing call the part that they wrap; keys of ``state_dict`` do not have it."""
@@ -78,3 +79,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
     """
     inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
     return module if inner is None else unwrapped(inner)
+
+
+def common_module(names: Iterable[str]) -> str:
+    """Longest name of a module that parameters share.
+
+    >>> common_module(["blocks.0.mlp.read.weight", "blocks.0.mlp.write.weight"])
+    'blocks.0.mlp'
+    """
+    modules = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    return ".".join(parts[0] for parts in shared)
