@@ -7,27 +7,6 @@ can be attached and values read. Begin at ``discover.py``: ``trace.py`` runs one
 """
 
 from mlu_lightning.discovery.discover import discover
-from mlu_lightning.discovery.structure import (
-    Branch,
-    BranchKind,
-    Logits,
-    ParameterFacts,
-    Readout,
-    Site,
-    Stream,
-    Structure,
-    Tap,
-)
+from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Site, Structure, Tap
 
-__all__ = [
-    "Branch",
-    "BranchKind",
-    "Logits",
-    "ParameterFacts",
-    "Readout",
-    "Site",
-    "Stream",
-    "Structure",
-    "Tap",
-    "discover",
-]
+__all__ = ["Branch", "BranchKind", "ParameterFacts", "Site", "Structure", "Tap", "discover"]

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mlu_lightning.discovery.graph import Graph, Op
-from mlu_lightning.discovery.operations import ATTENTION, JOINS, NORMS, PARTS, RESHAPES
+from mlu_lightning.discovery.graph import ATTENTION, JOINS, NORMS, PARTS, RESHAPES, Graph, Op
 
 __all__ = ["Attention", "find_attention", "own_scale"]
 
@@ -30,24 +29,15 @@ Scalars = Sequence[tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a branch.
-
-    Args:
-        queries: operand of the logits.
-        keys: other operand of the logits.
-        values: what the attention weights multiply.
-        path: operations from the softmax's input back to the product of queries and keys, that included; the whole
-            attention if it is one operation.
-        key_dim: dimension of queries and keys per head, d_k.
-        value_dim: dimension of values per head, d_v.
-    """
+    """The attention of a branch."""
 
     queries: Op
     keys: Op
-    values: Op
+    values: Op  # what the attention weights multiply
+    # from the input of the softmax back to the product of queries and keys, or the attention that is one operation
     path: tuple[Op, ...]
-    key_dim: int
-    value_dim: int
+    key_dim: int  # of queries and keys per head, d_k
+    value_dim: int  # of values per head, d_v
 
 
 def find_attention(ops: Iterable[Op], graph: Graph) -> Attention | None:

@@ -8,12 +8,11 @@ from functools import cached_property
 
 from mlu_lightning.discovery.attention import Attention, find_attention
 from mlu_lightning.discovery.experts import Experts, find_experts
-from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.operations import ATTENTION, CONVOLUTIONS, NONLINEAR
+from mlu_lightning.discovery.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import BIAS_ROLES, Placed, Unplaced
 from mlu_lightning.discovery.residual import BranchRegion
 from mlu_lightning.discovery.structure import BranchKind
-from mlu_lightning.discovery.traversal import Ancestry, between, full_factors, is_normalizer, transparent_source
+from mlu_lightning.discovery.traversal import Ancestry, between
 from mlu_lightning.table import Role
 
 __all__ = ["BranchRoles"]
@@ -21,12 +20,7 @@ __all__ = ["BranchRoles"]
 
 @dataclass(frozen=True)
 class BranchRoles:
-    """Roles inside one residual branch.
-
-    Args:
-        graph: graph of the forward pass.
-        region: operations of the branch.
-    """
+    """Roles inside one residual branch."""
 
     graph: Graph
     region: BranchRegion
@@ -52,7 +46,7 @@ class BranchRoles:
             return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
         if not self._matrices_before.of(op):
             return Placed(Role.BRANCH_NORM)
-        source = transparent_source(op.data[0]) if op.data else op
+        source = op.data[0].source if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return Placed(BIAS_ROLES[self._matrix_role(source)])
         if attention is not None:
@@ -86,7 +80,7 @@ class BranchRoles:
     @cached_property
     def ends_in_norm(self) -> bool:
         """Whether a norm comes after the matrices that write."""
-        return any(is_normalizer(op) for op in self._writing_path)
+        return any(op.is_normalizer for op in self._writing_path)
 
     @cached_property
     def attention(self) -> Attention | None:
@@ -169,7 +163,7 @@ class BranchRoles:
         """The matrix of experts to whose output biases of experts are added, by the lookup of these or the addition."""
         found: dict[Op, Op] = {}
         for op in self.region.ops if self.experts is not None else ():
-            sources = [transparent_source(operand) for operand in op.data]
+            sources = [operand.source for operand in op.data]
             matrices = [source for source in sources if self.experts is not None and source in self.experts.ops]
             if op.name == "Add" and len(matrices) == 1:
                 tables = [source for source in sources if self.graph.is_lookup(source)]
@@ -192,7 +186,7 @@ class BranchRoles:
                 return tuple(operand[0] for operand in op.operands[2:3] if operand is not None)
             if self.graph.is_matrix(op):
                 return ()
-            return full_factors(op) if op.name == "Mul" else op.data
+            return op.full_factors if op.name == "Mul" else op.data
 
         ops, _ = between([self.region.end], lambda op: op not in members or op.name in NONLINEAR, operands)
         return frozenset(ops)

@@ -15,17 +15,11 @@ from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.feature_taps import FeatureTaps
 from mlu_lightning.discovery.graph import build_graph
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
-from mlu_lightning.discovery.parameter_facts import (
-    PlacedUse,
-    Region,
-    find_regions,
-    parameter_facts,
-    place_uses,
-    why_unassigned,
-)
+from mlu_lightning.discovery.outer_roles import Unplaced
+from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, find_regions, parameter_facts, place_uses
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
-from mlu_lightning.discovery.structure import Branch, Readout, Site, Stream, Structure, Tap
+from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import require_no_reentrance, require_residual_branches, warnings_about
 from mlu_lightning.table import Role
@@ -85,16 +79,19 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     named = _named_branches(regions, uses)
     branches = tuple(_branch(branch, sites, idle) for branch in named)
     readouts = tuple(_readouts(uses, sites))
-    streams = {branch.addition: branch.before for branch in parts.branches}
-    taps = StreamTaps(trace, graph, streams, _multiplied(branches, readouts))
+    sums = {branch.addition: branch.before for branch in parts.branches}
+    multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
+    multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
+    taps = StreamTaps(trace, graph, sums, frozenset(filter(None, multiplied)))
+    along = [[r.branch for r in regions if r.branch is not None and r.stream == i] for i in range(len(depths))]
     return Structure(
         parameters=parameters,
         branches=branches,
-        streams=tuple(Stream(depth, _embedding(i, regions, taps)) for i, depth in enumerate(depths)),
+        streams=tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True)),
         readouts=readouts,
-        taps=tuple(_taps(taps, len(depths), readouts, regions, uses)),
-        features=tuple(_features(FeatureTaps(trace, graph), named)),
-        unassigned={name: why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
+        taps=tuple(_taps(taps, along, readouts, uses)),
+        features=FeatureTaps(trace, graph).branches(branch.calls for branch in named),
+        unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(warnings_about(parts, regions, uses, {f.role for f in parameters.values() if f.role}, [*idle])),
     )
 
@@ -111,31 +108,25 @@ class _NamedBranch:
 
 def _named_branches(regions: list[Region], uses: _Uses) -> list[_NamedBranch]:
     """Every branch with its name and parameters, in order."""
-    members: dict[int, list[str]] = defaultdict(list)
+    members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():
         for number in dict.fromkeys(u.region.number for u in placed):
-            if number is not None:
-                members[number].append(name)
-    calls: dict[int, list[BranchRoles]] = defaultdict(list)
-    streams: dict[int, int] = {}
+            members[number].append(name)
+    called: dict[int | None, list[Region]] = defaultdict(list)
     for region in regions:
-        if region.branch is not None and region.number is not None:
-            calls[region.number].append(region.branch)
-            streams.setdefault(region.number, region.stream)
+        called[region.number].append(region)
+    called.pop(None, None)
     named: dict[str, _NamedBranch] = {}
-    for number, of_branch in calls.items():
-        matrices = of_branch[0].matrix_names
+    for number, (first, *others) in called.items():
+        calls = tuple(region.branch for region in (first, *others) if region.branch is not None)
+        matrices = calls[0].matrix_names
+        roles = {name: next((u.role for u in uses[name] if u.region is first), None) for name in matrices}
         # if another branch has that name, gates of this one and then all but what it writes with are left out
-        units = tuple(m for m in matrices if _role_in(of_branch[0], uses[m]) is not Role.BRANCH_BOUNDED_MATRIX)
+        units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
         names = [common_module(matrices), common_module(units), matrices[-1].rpartition(".")[0]]
         name = next((name for name in names if name not in named), names[-1])
-        named[name] = _NamedBranch(name, tuple(members[number]), streams[number], tuple(of_branch))
+        named[name] = _NamedBranch(name, tuple(members[number]), first.stream, calls)
     return list(named.values())
-
-
-def _role_in(branch: BranchRoles, uses: list[PlacedUse]) -> Role | None:
-    """Role of a parameter in a branch."""
-    return next((u.role for u in uses if u.region.branch is branch), None)
 
 
 def _branch(named: _NamedBranch, sites: MultiplierSites, idle: dict[str, str]) -> Branch:
@@ -175,45 +166,26 @@ def _matrices(uses: list[PlacedUse], role: Role) -> list[PlacedUse]:
     return [u for u in uses if u.role is role and u.use.kind == "matrix"]
 
 
-def _multiplied(branches: tuple[Branch, ...], readouts: tuple[Readout, ...]) -> frozenset[Site]:
-    """Where multipliers may be attached."""
-    sites = [branch.site for branch in branches] + [readout.site for readout in readouts]
-    sites += [branch.logits.site for branch in branches if branch.logits is not None]
-    return frozenset(site for site in sites if site is not None)
-
-
-def _embedding(stream: int, regions: list[Region], taps: StreamTaps) -> int:
-    """Dimension of a stream after its last addition."""
-    branches = (region.branch for region in regions if region.stream == stream)
-    *_, last = (branch.region.addition for branch in branches if branch is not None)
-    return last.shape[taps.axes.get(last, -1)]
-
-
 def _taps(
-    taps: StreamTaps, streams: int, readouts: tuple[Readout, ...], regions: list[Region], uses: _Uses
+    taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Readout, ...], uses: _Uses
 ) -> Iterator[Tap]:
-    """Where streams, then readouts can be read."""
-    for number in range(streams):
-        branches = (region.branch for region in regions if region.stream == number)
-        yield from taps.stream(number, filter(None, branches))
-    biases = {
-        u.use.op for placed in uses.values() for u in placed if u.role is Role.READOUT_BIAS and u.use.kind == "add"
-    }
+    """Taps of streams, from the calls of branches along each, then of readouts."""
+    for number, branches in enumerate(along):
+        yield from taps.stream(number, branches)
+    biases = (u for placed in uses.values() for u in placed if u.role is Role.READOUT_BIAS and u.use.kind == "add")
+    added = {u.use.op for u in biases}
     for number, readout in enumerate(readouts):
-        matrices = [u.use.op for u in _matrices(uses[readout.parameter], Role.READOUT)]
-        tap = taps.readout(number, matrices, biases)
+        tap = taps.readout(number, [u.use.op for u in _matrices(uses[readout.parameter], Role.READOUT)], added)
         if tap is not None:
             yield tap
 
 
-def _features(taps: FeatureTaps, branches: list[_NamedBranch]) -> Iterator[Tap]:
-    """Where the pre-activations of branches can be read."""
-    for number, branch in enumerate(branches):
-        # of several calls of a branch only the first one is read, which need not come first in the graph
-        found = (taps.branch(number, call) for call in branch.calls)
-        tap = next((tap for tap in found if tap is not None), None)
-        if tap is not None:
-            yield tap
+def _why_unassigned(uses: list[PlacedUse]) -> str:
+    """What was found around a parameter that could not be placed."""
+    if not uses:
+        return "it took no part in the forward pass of the example"
+    reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
+    return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(str(u.role) for u in uses))
 
 
 def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: _Uses) -> dict[str, str]:

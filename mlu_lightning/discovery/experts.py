@@ -8,18 +8,8 @@ from functools import cached_property
 
 from torch import Tensor
 
-from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.operations import CONVOLUTIONS
-from mlu_lightning.discovery.traversal import (
-    between,
-    descendants,
-    full_factors,
-    in_order,
-    is_normalizer,
-    origin,
-    transparent_source,
-    walk_back,
-)
+from mlu_lightning.discovery.graph import CONVOLUTIONS, Graph, Op, Use
+from mlu_lightning.discovery.traversal import between, descendants, in_order, origin, walk_back
 
 __all__ = ["Experts", "find_experts"]
 
@@ -32,21 +22,13 @@ _AFTER_SUMS = frozenset("Add ClampMin Clamp Reciprocal ToCopy Unsqueeze Expand M
 
 @dataclass(frozen=True)
 class Experts:
-    """Experts of a branch, between which a router chooses for every token.
-
-    Args:
-        graph: graph of the forward pass.
-        router: matrix whose outputs are weights of experts.
-        ops: matrices of experts.
-        number: number of experts.
-        weights: operations from the router to where experts are multiplied, in order.
-    """
+    """Experts of a branch, between which a router chooses for every token."""
 
     graph: Graph
-    router: Op
-    ops: frozenset[Op]
+    router: Op  # matrix whose outputs are weights of experts
+    ops: frozenset[Op]  # matrices of experts
     number: int
-    weights: tuple[Op, ...]
+    weights: tuple[Op, ...]  # from the router to where experts are multiplied
 
     @cached_property
     def active(self) -> int | None:
@@ -105,7 +87,7 @@ def find_experts(graph: Graph, ops: tuple[Op, ...]) -> Experts | None:
     products: dict[Op, list[tuple[Op, Op]]] = {}  # by router: a weight, and the product that it goes into
     weighting: dict[Op, set[Op]] = {}
     for op in ops:
-        if op.name not in ("Mul", "Bmm") or len(op.data) != 2 or is_normalizer(op):
+        if op.name not in ("Mul", "Bmm") or len(op.data) != 2 or op.is_normalizer:
             continue
         for weight in op.data:
             whole = op.name == "Mul" and (2 * math.prod(weight.shape) > math.prod(op.shape) or weight.shape[-1] != 1)
@@ -134,7 +116,7 @@ def _each(products: list[tuple[Op, Op]], number: int) -> list[Op]:
     if len(products) != 1:
         return [product for _, product in products]
     weight, product = products[0]
-    stack = next((op for op in map(transparent_source, full_factors(product)) if op.name in ("Stack", "Cat")), None)
+    stack = next((op for op in (factor.source for factor in product.full_factors) if op.name in ("Stack", "Cat")), None)
     return list(stack.data) if stack is not None and weight.shape[-2:] == (number, 1) else []
 
 

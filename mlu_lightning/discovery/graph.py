@@ -1,4 +1,4 @@
-"""The autograd graph of a traced module as plain values: operations in order, and every use of a parameter."""
+"""The autograd graph of a traced module as plain values: operations, what autograd calls them, and uses of parameters."""
 
 from __future__ import annotations
 
@@ -11,44 +11,71 @@ from typing import Literal
 
 from torch.autograd.graph import Node
 
-from mlu_lightning.discovery.operations import (
-    BIAS_SLOTS,
-    CONVOLUTIONS,
-    LOOKUPS,
-    NORMS,
-    PARTS,
-    PERMUTATIONS,
-    RESHAPES,
-    SELECTIONS,
-    WEIGHT_SLOTS,
-)
 from mlu_lightning.discovery.trace import Trace, TracedTensor
 
 __all__ = ["Graph", "Op", "Use", "Value", "build_graph"]
 
 
+RESHAPES = frozenset(
+    "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
+    "ViewAsComplex ViewAsReal NativeDropout FusedDropout".split()
+)
+"""Operations that keep every entry (dropout: on average) and only arrange them."""
+PERMUTATIONS = frozenset({"T", "Transpose", "Permute"})
+VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias"})
+PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
+"""Operations that take a part of a tensor."""
+JOINS = frozenset(
+    "Cat Stack Sum Mean IndexAdd ScatterAdd Scatter IndexPut IndexCopy Copy CopySlices Where MaskedFill Index "
+    "IndexSelect Gather ConstantPadND AvgPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D UpsampleNearest2D "
+    "UpsampleBilinear2D Roll Flip Neg".split()
+)
+"""Further linear operations, which arrange, sum or mask."""
+ARITHMETIC = frozenset("Add Sub Rsub Mul Div".split())
+LINEAR = RESHAPES | PARTS | JOINS | ARITHMETIC
+"""Operations that are linear in each operand, but for matrix products and convolutions."""
+NONLINEAR = frozenset(
+    "Relu Gelu Silu Tanh Sigmoid Softmax SafeSoftmax LogSoftmax Softplus Elu Celu Selu LeakyRelu Hardtanh Hardswish "
+    "Hardsigmoid Mish Erf Exp Expm1 Log Log1P Pow Rsqrt Sqrt Clamp ClampMin ClampMax Abs Sin Cos Threshold Glu "
+    "LogSigmoid Maximum Minimum Max Amax Topk Sort Reciprocal Prelu Softsign Atan Sinh Cosh Square "
+    "NllLoss NllLossNd NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits".split()
+)
+NORMS = frozenset(
+    "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
+    "BatchNorm NativeBatchNormLegit".split()
+)
+SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clamp Pow".split())
+"""Last operations of the size of data, by which a norm that is written by hand divides."""
+SELECTIONS = frozenset({"Index", "IndexSelect"})
+LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
+ATTENTION = "ScaledDotProduct"
+"""How the names of fused attentions begin."""
+CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
+WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
+    "Mm": {0: False, 1: True},
+    "Bmm": {0: False, 1: True},
+    "Addmm": {1: False, 2: True},
+    "Baddbmm": {1: False, 2: True},
+    "Mv": {0: False},
+    "Linear": {1: False},
+    "GroupedMm": {1: True},
+} | {name: {1: False} for name in CONVOLUTIONS}
+"""Operands of an operation that can be a matrix of parameters, each with whether it is [inputs, outputs] there."""
+BIAS_SLOTS = {"Addmm": 0, "Baddbmm": 0, "Linear": 2} | dict.fromkeys(CONVOLUTIONS, 2)
+"""Operand of an operation that is the bias of its matrix."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Op:
-    """One operation of the forward pass.
+    """One operation of the forward pass."""
 
-    Args:
-        index: place in a topological order, operands first.
-        name: what autograd calls it, without ``Backward`` and number.
-        shapes: shapes of its outputs.
-        operands: values in autograd's order, None for constants.
-        data: operations among the operands that data enters.
-        from_data: whether data enters it, or only parameters and constants do.
-        parameter: name of the parameter, if it is one.
-        node: node of autograd's graph.
-    """
-
-    index: int
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    operands: tuple[Value | None, ...]
-    data: tuple[Op, ...]
-    from_data: bool
-    parameter: str | None
+    index: int  # place in a topological order, operands first
+    name: str  # what autograd calls it, without ``Backward`` and number
+    shapes: tuple[tuple[int, ...], ...]  # of its outputs
+    operands: tuple[Value | None, ...]  # in autograd's order, None for constants
+    data: tuple[Op, ...]  # operations among the operands that data enters
+    from_data: bool  # whether data enters it, or only parameters and constants do
+    parameter: str | None  # its name, if it is a parameter
     node: Node
 
     @property
@@ -56,36 +83,61 @@ class Op:
         """Shape of the first output."""
         return self.shapes[0]
 
+    @cached_property
+    def source(self) -> Op:
+        """What it is made of by operations that only arrange, compute with constants, drop out or cast."""
+        op = self
+        while op.is_transparent:
+            op = op.data[0]
+        return op
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether it only arranges data, or computes them with constants."""
+        if not self.data:
+            return False
+        alone = len(self.data) == 1 and sum(operand is not None for operand in self.operands) == 1
+        return self.name in RESHAPES or (alone and (self.name in ARITHMETIC or self.name == "Neg"))
+
+    @property
+    def is_normalizer(self) -> bool:
+        """Whether it divides data by a size of that data: a norm, whole or its last step written by hand."""
+        if self.name not in ("Mul", "Div") or len(self.data) != 2:
+            return self.name in NORMS
+        by_size = ((op.source.name in SIZES and (1,) in (op.source.shape[-1:], op.shape[-1:])) for op in self.data)
+        return any(by_size)
+
+    @property
+    def full_factors(self) -> tuple[Op, ...]:
+        """Data that it multiplies, without factors of which one number stands for many entries, such as weights."""
+        size = math.prod(self.shape)
+        return tuple(op for op in self.data if 2 * math.prod(op.shape) > size) or self.data
+
 
 Value = tuple[Op, int]
 """An operation and the number of its output."""
 UseKind = Literal["matrix", "bias", "lookup", "norm", "add", "mul", "other"]
 """What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation."""
+_KINDS: dict[str, UseKind] = {
+    **dict.fromkeys(("Add", "Sub", "Rsub", "Cat", "Where"), "add"),
+    **dict.fromkeys(("Mul", "Div", "Prelu"), "mul"),
+    **dict.fromkeys(NORMS, "norm"),
+    **dict.fromkeys(LOOKUPS, "lookup"),
+}
 
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a parameter by an operation on data.
-
-    Args:
-        parameter: name of the parameter.
-        op: the operation.
-        kind: what the parameter is to it.
-        path: operations on parameters alone between the two, from the parameter on.
-        shape: shape of the operand that the parameter has become.
-        stored: shape of the parameter.
-        inputs_first: whether the operand, a matrix, is [inputs, outputs].
-        shared: whether other parameters make up the operand too.
-    """
+    """One use of a parameter by an operation on data."""
 
     parameter: str
     op: Op
     kind: UseKind
-    path: tuple[Op, ...]
-    shape: tuple[int, ...]
-    stored: tuple[int, ...]
-    inputs_first: bool = False
-    shared: bool = False
+    path: tuple[Op, ...]  # operations on parameters alone between the two, from the parameter on
+    shape: tuple[int, ...]  # of the operand that the parameter has become
+    stored: tuple[int, ...]  # shape of the parameter itself
+    inputs_first: bool = False  # whether the operand, a matrix, is [inputs, outputs]
+    shared: bool = False  # whether other parameters make up the operand too
 
     @property
     def homogeneous(self) -> bool:
@@ -132,19 +184,12 @@ class Use:
 
 @dataclass(frozen=True)
 class Graph:
-    """All operations of a forward pass.
+    """All operations of a forward pass."""
 
-    Args:
-        ops: in topological order, operands first.
-        uses: uses of parameters by the operation on data.
-        by_node: operation of each of autograd's nodes.
-        roots: what the forward pass returned.
-    """
-
-    ops: tuple[Op, ...]
-    uses: dict[Op, tuple[Use, ...]]
+    ops: tuple[Op, ...]  # in topological order, operands first
+    uses: dict[Op, tuple[Use, ...]]  # by the operation on data
     by_node: dict[Node, Op]
-    roots: tuple[Op, ...]
+    roots: tuple[Op, ...]  # what the forward pass returned
 
     def matrices(self, op: Op) -> tuple[Use, ...]:
         """Uses of parameters as a matrix by an operation."""
@@ -277,14 +322,4 @@ def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]
 def _use_kind(op: Op, slot: int) -> UseKind:
     if slot in WEIGHT_SLOTS.get(op.name, {}):
         return "matrix"
-    if BIAS_SLOTS.get(op.name) == slot:
-        return "bias"
-    if op.name in LOOKUPS:
-        return "lookup"
-    if op.name in NORMS:
-        return "norm"
-    if op.name in ("Mul", "Div", "Prelu"):
-        return "mul"
-    if op.name in ("Add", "Sub", "Rsub", "Cat", "Where"):
-        return "add"
-    return "other"
+    return "bias" if BIAS_SLOTS.get(op.name) == slot else _KINDS.get(op.name, "other")

@@ -11,11 +11,10 @@ from functools import cached_property
 from torch import nn
 
 from mlu_lightning.discovery.attention import Attention
-from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.operations import ARITHMETIC, ATTENTION, JOINS, LINEAR, NORMS, RESHAPES, VIEWS
+from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, JOINS, LINEAR, NORMS, RESHAPES, VIEWS, Graph, Op, Use
 from mlu_lightning.discovery.structure import Logits, Site
 from mlu_lightning.discovery.trace import ModuleCall, Trace
-from mlu_lightning.discovery.traversal import full_factors, is_normalizer, transparent_source, walk_back
+from mlu_lightning.discovery.traversal import walk_back
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["MultiplierSites"]
@@ -40,7 +39,7 @@ class MultiplierSites:
         """A site to multiply what a readout matrix reads in all its uses, so that its bias is not multiplied."""
         if not all(matrix.data for matrix in matrices):
             return None
-        source = {matrix: transparent_source(matrix.data[0]) for matrix in matrices}
+        source = {matrix: matrix.data[0].source for matrix in matrices}
         for name, calls in self._calls.items():
             reads = [self._matrix_of(call, source) for call in calls]
             if len(reads) == len(matrices) and None not in reads:
@@ -89,14 +88,14 @@ class MultiplierSites:
 
     def _behind(self, queries: Op) -> list[Op]:
         """What queries are made of by linear operations, nearest first."""
-        reached = walk_back([queries], lambda op: op.data if op.name in LINEAR and not is_normalizer(op) else ())
+        reached = walk_back([queries], lambda op: op.data if op.name in LINEAR and not op.is_normalizer else ())
         return sorted(reached, key=lambda op: -op.index)
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
         """Whether multiplying the output of one operation multiplies that of another."""
         if op is to:
             return True
-        if op.index < to.index or is_normalizer(op):
+        if op.index < to.index or op.is_normalizer:
             return False
         if op.name in ("Mul", "Div"):
             numerators = op.data if op.name == "Mul" else [o[0] for o in op.operands[:1] if o is not None]
@@ -150,10 +149,10 @@ class MultiplierSites:
         uses = list(self.graph.uses.get(op, ()))
         if self.graph.is_matrix(op) or op.name in NORMS:
             return uses or None
-        if is_normalizer(op):
+        if op.is_normalizer:
             return None
         if op.name in ("Mul", "Div"):
-            for operand in full_factors(op):
+            for operand in op.full_factors:
                 further: set[Op] = set()
                 factors = self._factors(operand, further)
                 if factors is not None:
@@ -177,9 +176,9 @@ class MultiplierSites:
         while len(self.graph.users[op]) == 1:
             chain.append(op)
             operands = op.data
-            if op.name == "Mul" and len(operands) == 2 and not is_normalizer(op):
+            if op.name == "Mul" and len(operands) == 2 and not op.is_normalizer:
                 # the factor that holds what is written, such as an expert's output beside its weight
-                operands = tuple(operand for operand in full_factors(op) if self._factors(operand) is not None)
+                operands = tuple(operand for operand in op.full_factors if self._factors(operand) is not None)
             if len(operands) != 1 or op.name not in RESHAPES | JOINS | {"Mul", "Div"}:
                 break
             op = operands[0]
@@ -192,15 +191,15 @@ class MultiplierSites:
         given, made = self.graph.value(call.inputs[0]), self.graph.value(call.outputs[0])
         if given is None or made is None:
             return None  # nothing that reaches the loss
-        read, written = transparent_source(given[0]), transparent_source(made[0])
+        read, written = given[0].source, made[0].source
         adds_bias = written.name == "Add" and len(written.data) == 1
-        before_bias = transparent_source(written.data[0]) if adds_bias else written
+        before_bias = written.data[0].source if adds_bias else written
         return next((matrix for matrix in (written, before_bias) if source.get(matrix) is read), None)
 
     def _lasting_users(self, source: Op) -> set[Op]:
         """Operations that read another one's output, not counting those that only arrange it."""
         users = set(self.graph.users[source])
-        arranged = {user for user in users if transparent_source(user) is source}
+        arranged = {user for user in users if user.source is source}
         return (users - arranged).union(*(self._lasting_users(user) for user in arranged))
 
     def _output_sites(self, ops: Iterable[Op], calls: int = 1) -> list[Site]:

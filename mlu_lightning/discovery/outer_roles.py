@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.traversal import Ancestry, transparent_source
+from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.table import Role
 
 __all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "StemRoles", "TrunkRoles", "Unplaced"]
@@ -83,17 +83,11 @@ class TrunkRoles:
 
 @dataclass(frozen=True)
 class HeadRoles:
-    """Roles between the last addition and the output.
-
-    Args:
-        graph: graph of the forward pass.
-        ops: operations of the head.
-        post_norm: whether the stream has a norm after every addition; the one after the last is in the head.
-    """
+    """Roles between the last addition and the output."""
 
     graph: Graph
     ops: tuple[Op, ...]
-    post_norm: bool
+    post_norm: bool  # whether the stream has a norm after every addition; the one after the last is in the head
 
     def place(self, use: Use) -> Placed | Unplaced:
         """Role of a parameter at one use."""
@@ -119,7 +113,7 @@ class HeadRoles:
         """Whether it is a square matrix with an activation, which transforms the stream, as BERT's pooler does."""
         inputs, outputs = self.graph.matrices(op)[0].fans
         activations = (o for o in self.ops if o.name in ("Tanh", "Gelu", "Relu", "Silu"))
-        return inputs == outputs and any(transparent_source(o.data[0]) is op for o in activations)
+        return inputs == outputs and any(o.data[0].source is op for o in activations)
 
     @cached_property
     def _matrices_before(self) -> Ancestry:

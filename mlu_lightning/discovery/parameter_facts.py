@@ -14,28 +14,20 @@ from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.traversal import in_order
 from mlu_lightning.table import Role
 
-__all__ = ["PlacedUse", "Region", "find_regions", "parameter_facts", "place_uses", "why_unassigned"]
+__all__ = ["PlacedUse", "Region", "find_regions", "parameter_facts", "place_uses"]
 
 _Roles = BranchRoles | StemRoles | TrunkRoles | HeadRoles
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """A region of the graph and the rules for roles in it.
+    """A region of the graph and the rules for roles in it."""
 
-    Args:
-        ops: operations of the region, in order.
-        roles: the rules.
-        stream: index of its stream.
-        number: number of its branch, None outside of branches.
-        position: position of the branch along its stream.
-    """
-
-    ops: tuple[Op, ...]
+    ops: tuple[Op, ...]  # in order
     roles: _Roles
     stream: int
-    number: int | None = None
-    position: int | None = None
+    number: int | None = None  # of its branch, None outside of branches
+    position: int | None = None  # of the branch along its stream
 
     @property
     def branch(self) -> BranchRoles | None:
@@ -143,14 +135,6 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         in_head=isinstance(region.roles, HeadRoles),
         normed=role is Role.BRANCH_OUT and branch is not None and branch.ends_in_norm,
     )
-
-
-def why_unassigned(uses: list[PlacedUse]) -> str:
-    """Say what was found around a parameter that could not be placed."""
-    if not uses:
-        return "it took no part in the forward pass of the example"
-    reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
-    return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(str(u.role) for u in uses))
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

@@ -12,59 +12,41 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlu_lightning.discovery.graph import Graph, Op
-from mlu_lightning.discovery.operations import NONLINEAR
-from mlu_lightning.discovery.traversal import Ancestry, between, descendants, transparent_source
+from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op
+from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
 __all__ = ["BranchRegion", "Partition", "partition"]
 
 
 @dataclass(frozen=True)
 class BranchRegion:
-    """What one branch of a residual addition consists of.
+    """What one branch of a residual addition consists of."""
 
-    Args:
-        end: operand of the addition that is the branch.
-        root: stream that the branch reads.
-        addition: the residual addition.
-        ops: operations of the branch, in order.
-        before: other operand of the addition: the stream or its shortcut.
-        stream: index of its stream.
-        position: position along its stream; branches that read the same root share it.
-    """
-
-    end: Op
-    root: Op
+    end: Op  # operand of the addition that is the branch
+    root: Op  # stream that the branch reads
     addition: Op
-    ops: tuple[Op, ...]
-    before: Op
+    ops: tuple[Op, ...]  # in order
+    before: Op  # other operand of the addition: the stream or its shortcut
     stream: int
-    position: int
+    position: int  # along its stream; branches that read the same root share it
 
 
 @dataclass(frozen=True)
 class Partition:
-    """All operations of a graph, by the region that they are in.
+    """All operations of a graph, by the region that they are in."""
 
-    Args:
-        branches: branches in the order of their additions.
-        trunks: operations on each stream between two of its additions, for each pair of them.
-        shortcuts: operations on each stream beside a branch, where a stage changes its shape.
-        stems: operations before the first addition of each stream, and on data that is read besides the streams.
-        links: operations between the last addition of each stream and branches of another one that read it.
-        heads: operations between the last addition of each stream and the output; where several meet, of the first.
-        depths: number of positions of each stream; the stream that reaches the output comes first.
-        nested: number of residual additions inside branches, which belong to them.
-    """
-
-    branches: tuple[BranchRegion, ...]
+    branches: tuple[BranchRegion, ...]  # in the order of their additions
+    # on each stream between two of its additions, for each pair of them
     trunks: tuple[tuple[tuple[Op, ...], ...], ...]
-    shortcuts: tuple[tuple[Op, ...], ...]
+    shortcuts: tuple[tuple[Op, ...], ...]  # beside a branch, where a stage changes the shape
+    # before the first addition of each stream, and on data that is read besides the streams
     stems: tuple[tuple[Op, ...], ...]
+    # between the last addition of each stream and branches of another one that read it
     links: tuple[tuple[Op, ...], ...]
+    # between the last addition of each stream and the output; where several meet, of the first
     heads: tuple[tuple[Op, ...], ...]
-    depths: tuple[int, ...]
-    nested: int
+    depths: tuple[int, ...]  # positions of each stream; the one that reaches the output comes first
+    nested: int  # residual additions inside branches, which belong to them
 
 
 @dataclass(frozen=True)
@@ -141,7 +123,7 @@ def _residual_additions(graph: Graph) -> list[_Addition]:
     for op in candidates:
         first, second = op.data
         for stream, branch in ((first, second), (second, first)):
-            root = transparent_source(stream)
+            root = stream.source
             if root in found and not ancestry.precedes(root, branch):
                 # (x + attention(x)) + mlp(x): the second branch reads the root of the first
                 root = found[root].root
@@ -231,7 +213,7 @@ def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None
 
 def _parallel_ends(graph: Graph, branch: Op, stops: set[Op], reads_root: set[Op]) -> list[Op]:
     """Ends of the branches that one operand of an addition sums: attention + mlp, unless they share matrices."""
-    total = transparent_source(branch)
+    total = branch.source
     if not _adds_two(total):
         return [branch]
     parts = [_branch_ops(graph, operand, stops, reads_root)[0] for operand in total.data]

@@ -10,12 +10,10 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
-from mlu_lightning.discovery.coordinate_axes import coordinate_axes
-from mlu_lightning.discovery.graph import Graph, Op, Value
-from mlu_lightning.discovery.operations import PERMUTATIONS, RESHAPES
+from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value
 from mlu_lightning.discovery.structure import Site, Tap
 from mlu_lightning.discovery.trace import Trace, TracedTensor
-from mlu_lightning.discovery.traversal import between, origin, transparent_source
+from mlu_lightning.discovery.traversal import between, origin
 
 __all__ = ["StreamTaps"]
 
@@ -25,18 +23,12 @@ class StreamTaps:
     """Taps of streams and readouts in a traced module.
 
     Only the first call of a submodule counts, because that is the one that is read later.
-
-    Args:
-        trace: forward pass.
-        graph: its graph.
-        streams: operand of every residual addition that is the stream.
-        multiplied: sites of multipliers; what one of these has changed is not read.
     """
 
     trace: Trace
     graph: Graph
-    streams: Mapping[Op, Op]
-    multiplied: frozenset[Site]
+    streams: Mapping[Op, Op]  # operand of every residual addition that is the stream
+    multiplied: frozenset[Site]  # sites of multipliers; what one of these has changed is not read
 
     def stream(self, number: int, branches: Iterable[BranchRoles]) -> list[Tap]:
         """Taps of a stream, by position; where several forward passes run along it, of that with the most of them."""
@@ -48,13 +40,18 @@ class StreamTaps:
     def readout(self, number: int, matrices: Iterable[Op], biases: set[Op]) -> Tap | None:
         """Tap of a readout's output, of all operations with its matrix; ``biases`` are the additions of its bias."""
         outputs = (op for matrix in matrices for op in self._outputs(matrix, biases))
-        taps = (self._tap("readout", number, 0, (op, 0), self.axes.get(op)) for op in outputs)
+        taps = (self._tap("readout", number, 0, (op, 0), self._axes.get(op)) for op in outputs)
         return next((tap for tap in taps if tap is not None), None)
 
+    def dimension(self, branches: list[BranchRoles]) -> int:
+        """Dimension of a stream after its last branch."""
+        last = branches[-1].region.addition
+        return last.shape[self._axes.get(last, -1)]
+
     @cached_property
-    def axes(self) -> dict[Op, int]:
+    def _axes(self) -> dict[Op, int]:
         """Axis of the coordinates in what each operation makes."""
-        return coordinate_axes(self.graph, self.streams)
+        return _coordinate_axes(self.graph, self.streams)
 
     def _along(self, number: int, branches: list[BranchRoles]) -> Iterator[Tap]:
         """Taps of a stream in one forward pass."""
@@ -68,7 +65,7 @@ class StreamTaps:
         axes = [self._axis(addition, step[0]) for addition, step in zip(sums, steps, strict=True)]
         begin = _stream_operand(min((b.region.addition for b in steps[0]), key=lambda op: op.index), roots[0])
         # where a pooling comes before, the first branch reads another shape
-        axis = axes[0] if len(begin[0].shape) == len(sums[0].shape) else self.axes.get(begin[0])
+        axis = axes[0] if len(begin[0].shape) == len(sums[0].shape) else self._axes.get(begin[0])
         values: list[tuple[list[Value], int | None]] = [([begin], axis)]
         for addition, root, axis in zip(sums, roots[1:], axes, strict=False):
             values.append(([(op, 0) for op in (addition, *_read_next(self.graph, addition, root))], axis))
@@ -151,8 +148,8 @@ class StreamTaps:
 
     def _axis(self, addition: Op, branch: BranchRoles) -> int | None:
         """Axis of the stream's coordinates in what an addition makes."""
-        if addition in self.axes:
-            return self.axes[addition]
+        if addition in self._axes:
+            return self._axes[addition]
         # an operation that cannot be followed lies in between: the size of the axis gives it away
         writer = (branch.writers or branch.matrices)[-1]
         dimension = self.graph.matrices(writer)[0].fans[1]
@@ -171,7 +168,7 @@ class StreamTaps:
 
     def _flattens(self, op: Op, operand: Op) -> bool:
         """Whether an operation splits or joins the axes before the last one, in which the coordinates are."""
-        return all(self.axes.get(o) == len(o.shape) - 1 for o in (op, operand)) and op.shape[-1] == operand.shape[-1]
+        return all(self._axes.get(o) == len(o.shape) - 1 for o in (op, operand)) and op.shape[-1] == operand.shape[-1]
 
     @cached_property
     def _candidates(self) -> dict[Value, list[_Candidate]]:
@@ -233,7 +230,7 @@ class _Candidate:
 def _stream_operand(addition: Op, root: Op) -> Value:
     """What goes into an addition as the stream; what its branch reads, where a shortcut changes the shape."""
     operands = (operand for operand in addition.operands if operand is not None and operand[0].from_data)
-    return next((operand for operand in operands if transparent_source(operand[0]) is root), (root, 0))
+    return next((operand for operand in operands if operand[0].source is root), (root, 0))
 
 
 def _read_next(graph: Graph, addition: Op, root: Op) -> list[Op]:
@@ -252,3 +249,65 @@ def _is_dropout(op: Op) -> bool:
         return False
     noise = cast(Any, op.node)._saved_other
     return tuple(noise.shape) == op.shape and 0 not in noise.stride()  # a mask for all coordinates is expanded
+
+
+def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
+    """Follow the axis of what the last matrix made, and on a stream that of the matrix which made the stream.
+
+    A branch may mix tokens instead of coordinates: the axis that its last matrix made then is that of tokens. ``streams``
+    has the operand of every residual addition that is the stream. Operations that cannot be followed have no axis.
+    """
+    axes: dict[Op, int] = {}
+    for op in graph.ops:
+        if graph.is_matrix(op):
+            axes[op] = _written_axis(graph, op)
+        elif graph.is_lookup(op):
+            axes[op] = len(op.shape) - 1
+        else:
+            operands = (streams[op], *op.data) if op in streams else op.data
+            moved = (_moved(op, operand, axes[operand]) for operand in operands if operand in axes)
+            axis = next((axis for axis in moved if axis is not None), None)
+            if axis is not None:
+                axes[op] = axis
+    return axes
+
+
+def _written_axis(graph: Graph, op: Op) -> int:
+    """Axis of the units that a parameter matrix makes."""
+    if op.name in CONVOLUTIONS:
+        return 1
+    matrix_first = op.name in ("Mm", "Bmm", "Addmm", "Baddbmm") and not graph.matrices(op)[0].inputs_first
+    return len(op.shape) - (2 if matrix_first else 1)
+
+
+def _moved(op: Op, operand: Op, axis: int) -> int | None:
+    """Where an operation puts an axis of its operand, None if that cannot be told."""
+    before, after = operand.shape, op.shape
+    if op.name in PERMUTATIONS:
+        order = _order(op, len(before))
+        return order.index(axis)
+    if op.name in VIEWS | {"Squeeze", "Unsqueeze"}:
+        ahead = math.prod(before[:axis])
+        fits = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead)
+        return next(fits, None)
+    axis_after = axis + len(after) - len(before)  # shapes are broadcast at the front
+    kept = len(after) >= len(before) and after[axis_after] == before[axis]
+    return axis_after if kept and op.name not in ("Mm", "Bmm", "AsStrided") else None
+
+
+def _order(op: Op, dimensions: int) -> list[int]:
+    """Axis of the operand that each axis of a permutation is."""
+    node: Any = op.node
+    if op.name == "Permute":
+        return [_signed(axis) % dimensions for axis in node._saved_dims]
+    order = list(range(dimensions))
+    if op.name == "Transpose":
+        first, second = (_signed(axis) % dimensions for axis in (node._saved_dim0, node._saved_dim1))
+        order[first], order[second] = second, first
+        return order
+    return order[::-1]
+
+
+def _signed(axis: int) -> int:
+    """Autograd shows negative axes as unsigned numbers."""
+    return axis - 2**64 if axis >= 2**63 else axis

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, is_dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
 from typing import Any
@@ -22,85 +22,56 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-from mlu_lightning.utilities.function_calls import CallPlace, watched
+from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
 from mlu_lightning.utilities.names import planned_modules, planned_parameters
 
-__all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "tensors_in", "trace_module"]
+__all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
 
 
 @dataclass(frozen=True)
 class TracedTensor:
-    """A tensor with a gradient that a submodule or a function was given or returned.
+    """A tensor with a gradient that a submodule or a function was given or returned."""
 
-    Args:
-        index: of what was given, its number among all tensors, as ``tensors_in((args, kwargs))`` has them; of what a
-            submodule returned, its position in a tuple, list or mapping, None for a bare tensor; of what a function
-            returned, its number.
-        node: graph node that made it.
-        output: number of that node's output.
-    """
-
+    # number among all tensors that were given, or that a function returned; position in a tuple, list or mapping that a
+    # submodule returned, None for a bare tensor
     index: int | None
     node: Node
-    output: int
+    output: int  # number among those of the node
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a submodule.
-
-    Args:
-        module: name of the submodule.
-        inputs: tensors that the caller gave it, before any hook changed them.
-        outputs: tensors that the caller got, after all hooks.
-        begin: time of the call, counted in calls and returns of all submodules.
-        end: time of its return.
-    """
+    """One call of a submodule."""
 
     module: str
-    inputs: tuple[TracedTensor, ...]
-    outputs: tuple[TracedTensor, ...]
-    begin: int
+    inputs: tuple[TracedTensor, ...]  # as the caller gave them, before any hook
+    outputs: tuple[TracedTensor, ...]  # as the caller got them, after all hooks
+    begin: int  # counted in calls and returns of all submodules
     end: int
 
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call of a torch function in the first call of a submodule.
-
-    Args:
-        place: submodule, function, and number of the call.
-        inputs: tensors that it was given.
-        outputs: tensors that it returned; those of an attention have no node yet.
-        sequence: number of the last graph node when it was called, which is an attention's own.
-    """
+    """A call of a torch function in the first call of a submodule."""
 
     place: CallPlace
     inputs: tuple[TracedTensor, ...]
-    outputs: tuple[TracedTensor, ...]
-    sequence: int
+    outputs: tuple[TracedTensor, ...]  # those of an attention have no node yet
+    sequence: int  # of the last graph node when it was called, which is an attention's own
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass left behind.
+    """What one forward pass left behind."""
 
-    Args:
-        roots: graph nodes of the losses, or of all outputs of a plain module.
-        parameters: names by identity of the copy's parameters.
-        calls: every call of a submodule, in order of completion.
-        functions: calls of torch functions, in order of completion.
-        copy: copy that was run, which keeps the graph's parameters alive.
-        scalars: the copy's floating-point buffers of one entry, each with its value; those on the meta device have none.
-    """
-
-    roots: tuple[Node, ...]
-    parameters: dict[int, str]
-    calls: tuple[ModuleCall, ...]
+    roots: tuple[Node, ...]  # of the losses, or of all outputs of a plain module
+    parameters: dict[int, str]  # names by identity
+    calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
-    copy: nn.Module
+    copy: nn.Module  # keeps the graph's parameters alive
+    # floating-point buffers of one entry, each with its value; those on the meta device have none
     scalars: tuple[tuple[Tensor, float], ...]
 
 
@@ -133,23 +104,6 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
         return _run(module, example, step, None)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Find the tensors in what a module was given or returned, in order.
-
-    Tuples, lists, mappings (such as Hugging Face outputs) and dataclasses may hold them.
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value):
-        yield from tensors_in(vars(value))
-
-
 def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
     twin = _copy(module, fake)
     calls: list[ModuleCall] = []
@@ -162,14 +116,15 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     clock = count()
     for name, submodule in planned_modules(twin):
-        recorder = _Recorder(name, calls, clock)
-        submodule.register_forward_pre_hook(recorder.given, prepend=True, with_kwargs=True)
-        submodule.register_forward_hook(recorder.returned)
+        _record_calls(submodule, name, calls, clock)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if fake is not None:
-            stack.enter_context(_silenced("torch._subclasses.fake_tensor"))
+            # what fails without values is tried again with them, and then speaks for itself
+            logger = logging.getLogger("torch._subclasses.fake_tensor")
+            stack.callback(setattr, logger, "disabled", logger.disabled)
+            logger.disabled = True
             stack.enter_context(fake)
         example = tree_map(lambda leaf: _as_data(leaf, fake, dtype), example)
         stack.enter_context(watched(twin, partial(_note, functions)))
@@ -225,18 +180,6 @@ def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], 
     )
 
 
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """Let a logger be silent: what fails without values is tried again with them, and then speaks for itself."""
-    logger = logging.getLogger(name)
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
     with fake:
         device = "cpu" if tensor.is_meta else tensor.device
@@ -266,24 +209,22 @@ def _call(module: nn.Module, example: Any) -> Any:
     return module(*example) if isinstance(example, (tuple, list)) else module(example)
 
 
-class _Recorder:
-    """Hooks that note which graph nodes went into a submodule and came out of it."""
+def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
+    """Note which graph nodes go into a submodule and come out of it."""
+    begun: list[tuple[int, tuple[TracedTensor, ...]]] = []  # more than one while the module calls itself
 
-    def __init__(self, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
-        self.name, self.calls, self.clock = name, calls, clock
-        self.begun: list[tuple[int, tuple[TracedTensor, ...]]] = []  # more than one while the module calls itself
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun.append((next(clock), _traced(enumerate(tensors_in((args, kwargs))))))
 
-    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.begun.append((next(self.clock), _traced(enumerate(tensors_in((args, kwargs))))))
-
-    def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts: Iterable[tuple[int | None, Any]] = [(None, output)]
-        if isinstance(output, Mapping):
-            parts = enumerate(output.values())
-        elif isinstance(output, (tuple, list)):
-            parts = enumerate(output)
-        begin, inputs = self.begun.pop()
-        self.calls.append(ModuleCall(self.name, inputs, _traced(parts), begin, next(self.clock)))
+        if isinstance(output, (Mapping, tuple, list)):
+            parts = enumerate(output.values() if isinstance(output, Mapping) else output)
+        begin, inputs = begun.pop()
+        calls.append(ModuleCall(name, inputs, _traced(parts), begin, next(clock)))
+
+    submodule.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
+    submodule.register_forward_hook(returned)
 
 
 def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:

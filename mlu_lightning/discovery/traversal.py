@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Value
-from mlu_lightning.discovery.operations import ARITHMETIC, NORMS, RESHAPES, SIZES
 
-__all__ = [
-    "Ancestry",
-    "between",
-    "descendants",
-    "full_factors",
-    "in_order",
-    "is_normalizer",
-    "is_transparent",
-    "origin",
-    "transparent_source",
-    "walk_back",
-]
+__all__ = ["Ancestry", "between", "descendants", "in_order", "origin", "walk_back"]
 
 
 def walk_back(starts: Iterable[Op], operands: Callable[[Op], Iterable[Op]] = lambda op: op.data) -> list[Op]:
@@ -68,13 +55,7 @@ def descendants(ops: Iterable[Op], starts: Iterable[Op]) -> set[Op]:
 
 
 class Ancestry:
-    """Which of some marked operations come before each operation of a region, or of the whole graph.
-
-    Args:
-        graph: graph of the forward pass.
-        ops: operations of the region, in order.
-        marked: operations to look for.
-    """
+    """Which of some marked operations come before each operation of a region, or of the whole graph, as bits."""
 
     def __init__(self, graph: Graph, ops: Iterable[Op], marked: Iterable[Op]) -> None:
         self._graph, self._ops, self._marked = graph, tuple(ops), in_order(marked)
@@ -82,36 +63,36 @@ class Ancestry:
 
     def of(self, op: Op) -> frozenset[Op]:
         """Marked operations that come before one."""
-        found = self._before.get(op, 0)
-        return frozenset(op for op in self._marked if found & self._bit[op]) if found else frozenset()
+        before = self._bits_before(op)
+        return frozenset(other for other in self._marked if before & self._bit[other]) if before else frozenset()
 
     def precedes(self, op: Op, other: Op) -> bool:
         """Whether a marked operation comes before another one."""
-        return bool(self._before.get(other, 0) & self._bit[op])
+        return bool(self._bits_before(other) & self._bit[op])
 
     def feeds_matrix_before(self, op: Op, other: Op) -> bool:
         """Whether a parameter matrix lies on a way from a marked operation to another one, or is that other one."""
         return bool(self._through_matrix.get(other, 0) & self._bit[op])
 
+    def _bits_before(self, op: Op) -> int:
+        return self._until.get(op, 0) & ~self._bit.get(op, 0)
+
     @cached_property
-    def _before(self) -> dict[Op, int]:
-        before: dict[Op, int] = {}
-        for op in self._ops:
-            bits = 0
-            for operand in op.data:
-                bits |= before.get(operand, 0) | self._bit.get(operand, 0)
-            before[op] = bits
-        return before
+    def _until(self) -> dict[Op, int]:
+        return self._accumulated(lambda op: self._bit.get(op, 0))
 
     @cached_property
     def _through_matrix(self) -> dict[Op, int]:
-        through: dict[Op, int] = {}
+        return self._accumulated(lambda op: self._bits_before(op) if self._graph.is_matrix(op) else 0)
+
+    def _accumulated(self, own: Callable[[Op], int]) -> dict[Op, int]:
+        """Bits of each operation and of all that come before it."""
+        bits: dict[Op, int] = {}
         for op in self._ops:
-            bits = self._before[op] if self._graph.is_matrix(op) else 0
+            bits[op] = own(op)
             for operand in op.data:
-                bits |= through.get(operand, 0)
-            through[op] = bits
-        return through
+                bits[op] |= bits.get(operand, 0)
+        return bits
 
 
 def origin(value: Value, passes: Callable[[Op], bool]) -> Value:
@@ -119,34 +100,3 @@ def origin(value: Value, passes: Callable[[Op], bool]) -> Value:
     while passes(value[0]):
         value = next(operand for operand in value[0].operands if operand is not None and operand[0].from_data)
     return value
-
-
-def transparent_source(op: Op) -> Op:
-    """Walk back over operations that only arrange, scale by constants, drop out or cast."""
-    while is_transparent(op):
-        op = op.data[0]
-    return op
-
-
-def is_transparent(op: Op) -> bool:
-    """Whether an operation only arranges data, or computes them with constants."""
-    if not op.data:
-        return False
-    alone = len(op.data) == 1 and sum(operand is not None for operand in op.operands) == 1
-    return op.name in RESHAPES or (alone and (op.name in ARITHMETIC or op.name == "Neg"))
-
-
-def full_factors(op: Op) -> tuple[Op, ...]:
-    """Data that a product multiplies, without factors of which one number stands for many entries, such as weights."""
-    size = math.prod(op.shape)
-    return tuple(operand for operand in op.data if 2 * math.prod(operand.shape) > size) or op.data
-
-
-def is_normalizer(op: Op) -> bool:
-    """Whether an operation divides data by a size of that data: a norm, whole or its last step written by hand."""
-    if op.name in NORMS:
-        return True
-    if op.name not in ("Mul", "Div") or len(op.data) != 2:
-        return False
-    sources = ((transparent_source(operand), operand) for operand in op.data)
-    return any(source.name in SIZES and (1,) in (source.shape[-1:], operand.shape[-1:]) for source, operand in sources)

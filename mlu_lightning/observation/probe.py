@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mlu_lightning.discovery.structure import Branch, Tap
-from mlu_lightning.discovery.trace import tensors_in
 from mlu_lightning.observation.attention_logits import whole
 from mlu_lightning.observation.features import reading
 from mlu_lightning.planning.entries import BranchPlan
-from mlu_lightning.utilities.function_calls import watched
+from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, is_lightning_module, muted
 from mlu_lightning.utilities.state import undisturbed
 
