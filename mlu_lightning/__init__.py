@@ -1,4 +1,11 @@
-"""MLU parameterization of residual networks for PyTorch Lightning: hyperparameters that hold at every shape."""
+"""Train residual networks of every shape with the hyperparameters of a small one: the MLU parameterization for Lightning.
+
+Begin with :class:`MLUCallback`, which takes a module of the base shape and does everything in a ``Trainer``. Its stages
+also work without Lightning: :func:`discover` finds the structure of a module, :meth:`Plan.from_model` puts it next to a
+base, :func:`initialize`, :func:`attach_multipliers` (or :func:`fold`) and :func:`scale_optimizer` apply the plan.
+:class:`FeatureUpdate`, :class:`ReferenceRecorder` and :class:`EmbeddingDistance` watch a run, :func:`check` tests a
+parameterization, and :func:`bake` makes a plain module of a trained one. The mathematics is in ``theory.md``.
+"""
 
 from importlib.util import find_spec
 

@@ -6,18 +6,18 @@ once, as data. A row says two things about a role, both as powers of ratios to t
 * ``n``: over how many inputs each output sums,
 * ``g``: how large the gradient is at one output.
 
-Learning rates, eps and weight decay of every optimizer family follow from ``n`` and ``g``; only the forward multiplier
-and the init std are entries of their own. Other parameterizations, to compare with, are what differs from this table.
+Learning rates, eps and weight decay of every optimizer family follow from these; only the forward multiplier and the init
+std are entries of their own. Other parameterizations, to compare with, are what differs from this table.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 
 __all__ = [
-    "TABLE",
     "TABLES",
     "OptimizerFamily",
     "Parameterization",
@@ -26,11 +26,21 @@ __all__ = [
     "Role",
     "Row",
     "Scale",
+    "Table",
+    "Variant",
+    "row_name",
     "scale",
 ]
 
 
-class Role(str, Enum):
+class _Name(str, Enum):
+    """An enum whose members print as their values."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Role(_Name):
     """What a parameter is for in a residual network (the rows of theory.md, section 3).
 
     >>> Role("branch_out").in_branch, Role.READOUT.in_branch
@@ -47,8 +57,6 @@ class Role(str, Enum):
     """Hidden units to hidden units inside a branch."""
     BRANCH_OUT = "branch_out"
     """Hidden units to stream: the matrix that writes to the residual addition."""
-    BRANCH_OUT_NORMED = "branch_out_normed"
-    """The same where a norm comes between it and the addition, which undoes the scale of what it writes."""
     BRANCH_OUT_BIAS = "branch_out_bias"
     """Vector added to the branch's output."""
     BRANCH_NORM = "branch_norm"
@@ -62,16 +70,11 @@ class Role(str, Enum):
     STREAM_BOUNDED_MATRIX = "stream_bounded_matrix"
     """Stream to an output of bounded size that is not the last: a head's matrix whose outputs do not grow with D."""
     STREAM_NORM = "stream_norm"
-    """Gain or bias of a norm on the stream, outside every branch and before or after all of them."""
-    POST_NORM = "post_norm"
-    """Gain or bias of a norm on the stream between residual additions (post-norm): L of them compound."""
+    """Gain or bias of a norm on the stream, outside every branch."""
     READOUT = "readout"
     """Stream to targets."""
     READOUT_BIAS = "readout_bias"
     """Vector over targets."""
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def in_branch(self) -> bool:
@@ -84,14 +87,29 @@ class Role(str, Enum):
         return self in _MATRICES
 
 
-class OptimizerFamily(str, Enum):
+class Variant(_Name):
+    """What about a parameter's place changes the row of its role (theory.md, section 3)."""
+
+    BEFORE_NORM = "before_norm"
+    """``branch_out`` before a norm that comes between it and the addition, and undoes the scale of what it writes."""
+    POST_NORM = "post_norm"
+    """``stream_norm`` between residual additions: L such norms compound."""
+    IN_HEAD = "in_head"
+    """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
+
+
+def row_name(role: Role, variant: Variant | None) -> str:
+    """Name a row of the table, such as ``stream_norm (post_norm)``."""
+    return role.value if variant is None else f"{role.value} ({variant.value})"
+
+
+class OptimizerFamily(_Name):
     """How an optimizer turns a gradient into an update, as far as the table is concerned.
 
-    ``sgd``: the update is proportional to the gradient; decay is added to the gradient.
-    ``adam``: the update does not depend on the gradient's size; decay is added to the gradient (L2).
-    ``adamw``: as ``adam``, with decoupled decay.
-    ``muon``: the update has unit spectral norm; decoupled decay. Roles without a matrix between layers, and embedding
-    and readout, have no entry of their own: they are trained by AdamW next to Muon and take AdamW's numbers.
+    ``sgd``: the update is proportional to the gradient; decay is added to the gradient. ``adam``: the update does not
+    depend on the gradient's size; decay is added to the gradient (L2). ``adamw``: the same with decoupled decay.
+    ``muon``: the update has unit spectral norm; decoupled decay. What is no matrix between layers, embeddings and
+    readouts are trained by AdamW next to Muon and take AdamW's numbers.
 
     >>> OptimizerFamily("adamw")
     <OptimizerFamily.ADAMW: 'adamw'>
@@ -102,11 +120,13 @@ class OptimizerFamily(str, Enum):
     ADAMW = "adamw"
     MUON = "muon"
 
-    def __str__(self) -> str:
-        return self.value
+    @property
+    def has_l2_decay(self) -> bool:
+        """Whether weight decay is added to the gradient."""
+        return self in (OptimizerFamily.SGD, OptimizerFamily.ADAM)
 
 
-class Parameterization(str, Enum):
+class Parameterization(_Name):
     """How ratios to the base shape turn into factors: as this package does it, and three others to compare it with.
 
     ``mlu``: maximal local feature updates (theory.md, section 3).
@@ -124,22 +144,19 @@ class Parameterization(str, Enum):
     MUP = "mup"
     SP = "sp"
 
-    def __str__(self) -> str:
-        return self.value
-
 
 @dataclass(frozen=True)
 class Ratios:
     """Ratios of a parameter's surroundings to those at the base shape.
 
     Args:
-        depth: ratio of the number of residual additions along its stream, l = L/L0.
-        inputs: ratio of the number of inputs (d or m; 1 where inputs are data, or for vectors).
-        outputs: ratio of the number of outputs (d or m; 1 where outputs are targets or of bounded size).
-        active: ratio of the number of experts over whose outputs a mixture of experts averages (1 elsewhere).
+        depth: residual additions along its stream, l = L/L0.
+        inputs: inputs of its map (d or m; 1 where inputs are data, or for vectors).
+        outputs: outputs of its map (d or m; 1 where outputs are targets or of bounded size).
+        active: experts over whose outputs a mixture of experts averages (1 elsewhere).
 
-    >>> Ratios(depth=2.0).is_identity, Ratios().is_identity
-    (False, True)
+    >>> Ratios(depth=2.0).is_identity
+    False
     """
 
     depth: float = 1.0
@@ -159,12 +176,12 @@ class Scale:
 
     Args:
         multiplier: forward multiplier on what the parameter writes.
-        std: factor of the standard deviation at initialization.
-        lr: factor of the learning rate.
-        eps: factor of the optimizer's eps.
-        weight_decay: factor of the weight decay.
+        std: standard deviation at initialization.
+        lr: learning rate.
+        eps: the optimizer's eps.
+        weight_decay: weight decay.
 
-    >>> Scale(multiplier=0.5, lr=0.25).folded(OptimizerFamily.ADAMW)
+    >>> Scale(multiplier=0.5, lr=0.25).folded("adamw")
     Scale(multiplier=1.0, std=0.5, lr=0.125, eps=2.0, weight_decay=2.0)
     """
 
@@ -175,35 +192,40 @@ class Scale:
     weight_decay: float = 1.0
 
     def folded(self, family: OptimizerFamily | str) -> Scale:
-        """Numbers for the effective weight, the multiplier a times the stored one, that give the same run.
+        """Return the numbers for the effective weight, the multiplier a times the stored one, that give the same run.
 
         std·a, Adam and Muon lr·a, eps/a; SGD lr·a²; decoupled decay/a, decay in the gradient/a² (theory.md, section 3).
 
         Args:
             family: kind of optimizer, or its name.
-
-        >>> Scale(multiplier=0.5, lr=4.0).folded("sgd").lr, Scale(multiplier=0.5, lr=4.0).folded("adamw").lr
-        (1.0, 2.0)
         """
         family = OptimizerFamily(family)
         a = self.multiplier
-        in_gradient = family in (OptimizerFamily.SGD, OptimizerFamily.ADAM)
         return Scale(
             multiplier=1.0,
             std=self.std * a,
             lr=self.lr * (a * a if family is OptimizerFamily.SGD else a),
             eps=self.eps / a,
-            weight_decay=self.weight_decay / (a * a if in_gradient else a),
+            weight_decay=self.weight_decay / (a * a if family.has_l2_decay else a),
+        )
+
+    def enriched(self, role: Role, family: OptimizerFamily, alpha: float) -> Scale:
+        """Return the numbers at richness alpha, which concerns the parameters of branches (theory.md, section 3)."""
+        if not role.in_branch:
+            return self
+        square = alpha * alpha
+        return Scale(
+            multiplier=self.multiplier * (alpha if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS) else 1.0),
+            std=self.std,
+            lr=self.lr / (square if family is OptimizerFamily.SGD else alpha),
+            eps=self.eps * alpha,
+            weight_decay=self.weight_decay * (square if family.has_l2_decay else alpha),
         )
 
 
 @dataclass(frozen=True)
 class Powers:
-    """A monomial in the ratios of a parameter: exponents of depth, inputs, outputs, outputs/inputs and active experts.
-
-    >>> Powers(depth=-1, outputs=-1)(Ratios(depth=4.0, outputs=2.0))
-    0.125
-    """
+    """A monomial in the ratios of a parameter: exponents of depth, inputs, outputs, outputs/inputs and active experts."""
 
     depth: float = 0
     inputs: float = 0
@@ -212,7 +234,7 @@ class Powers:
     active: float = 0
 
     def __call__(self, ratios: Ratios) -> float:
-        """Value at the given ratios; exactly 1 at the base shape."""
+        """Return the value at the given ratios; exactly 1 at the base shape."""
         aspect = ratios.outputs / ratios.inputs  # exactly 1 where both grow alike
         widths = ratios.inputs**self.inputs * ratios.outputs**self.outputs * aspect**self.aspect
         return float(ratios.depth**self.depth * widths * ratios.active**self.active)
@@ -220,7 +242,7 @@ class Powers:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table.
+    """One row of a table.
 
     Args:
         n: inputs that each output sums over.
@@ -228,6 +250,7 @@ class Row:
         multiplier: forward multiplier.
         std: standard deviation at initialization.
         lr: further factor of the learning rate of every family.
+        spectral: whether Muon's update of unit spectral norm has a rule of its own, lr sqrt(outputs/inputs).
     """
 
     n: Powers = Powers()
@@ -235,21 +258,37 @@ class Row:
     multiplier: Powers = Powers()
     std: Powers = Powers()
     lr: Powers = Powers()
+    spectral: bool = False
+
+    @property
+    def powers(self) -> tuple[Powers, ...]:
+        """All of its powers."""
+        return self.n, self.g, self.multiplier, self.std, self.lr
 
 
-_MATRICES = frozenset(
-    {
-        Role.EMBEDDING,
-        Role.BRANCH_IN,
-        Role.BRANCH_HIDDEN,
-        Role.BRANCH_OUT,
-        Role.BRANCH_OUT_NORMED,
-        Role.BRANCH_BOUNDED_MATRIX,
-        Role.STREAM_MATRIX,
-        Role.STREAM_BOUNDED_MATRIX,
-        Role.READOUT,
-    }
-)
+@dataclass(frozen=True)
+class Table:
+    """The rows of one parameterization.
+
+    Args:
+        rows: by role.
+        variants: rows that take the place of those.
+        scales_optimizer: whether learning rates depend on the shape; if not, optimizers that look at shapes or sizes
+            of weights themselves (Muon, Adafactor) are left alone, too.
+        scales_logits: whether attention logits are kept proportional to 1/head_dim.
+    """
+
+    rows: Mapping[Role, Row]
+    variants: Mapping[tuple[Role, Variant], Row]
+    scales_optimizer: bool = True
+    scales_logits: bool = True
+
+    def row(self, role: Role, variant: Variant | None, ratios: Ratios) -> Row:
+        """Return the row of a parameter."""
+        if variant is Variant.IN_HEAD and role is Role.STREAM_MATRIX and ratios.outputs == 1.0:
+            role = Role.STREAM_BOUNDED_MATRIX  # with a random sum over D, gradients there would be of d^(-1/2)
+        return self.rows[role] if variant is None else self.variants.get((role, variant), self.rows[role])
+
 
 _SUM = Powers(inputs=1)  # n: every output sums over all inputs
 _KEEP = Powers(inputs=-0.5)  # std: outputs keep the size that inputs have
@@ -257,47 +296,64 @@ _PER_OUTPUT = Powers(outputs=-1)  # g: 1/d at stream coordinates
 _PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1)  # g: 1/(l·m) at hidden units, 1/(l·d) at coordinates
 _PER_BRANCH = Powers(depth=-1)  # g: outputs of bounded size, and what the 1/l of all branches divides
 
-TABLE: dict[Role, Row] = {
-    Role.EMBEDDING: Row(g=_PER_OUTPUT),
-    Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP),
-    Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
-    Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP),
-    Role.BRANCH_OUT: Row(
-        n=_SUM,
-        g=_PER_BRANCH_OUTPUT,
-        multiplier=_PER_BRANCH,
-        std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
-    ),
-    # only steps relative to the weight count there, and these are even where outputs keep their size
-    Role.BRANCH_OUT_NORMED: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH, std=_KEEP),
-    Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH),
-    Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
-    Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
-    Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH, std=_KEEP),
-    Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP),
-    Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, std=Powers(inputs=-1)),  # a readout whose 1/d is folded
-    Role.STREAM_NORM: Row(g=_PER_OUTPUT),
-    Role.POST_NORM: Row(g=_PER_OUTPUT, lr=_PER_BRANCH),  # L norms of a post-norm stream compound
-    Role.READOUT: Row(g=Powers(inputs=-1), multiplier=Powers(inputs=-1)),
-    Role.READOUT_BIAS: Row(),
-}
-"""The table of theory.md, section 3."""
+_BRANCH_OUT = Row(
+    n=_SUM,
+    g=_PER_BRANCH_OUTPUT,
+    multiplier=_PER_BRANCH,
+    std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
+    spectral=True,
+)
+# only steps relative to the weight count before a norm, and these are even where outputs keep their size
+_BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)
+
+_MLU = Table(
+    rows={
+        Role.EMBEDDING: Row(g=_PER_OUTPUT),
+        Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
+        Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
+        Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
+        Role.BRANCH_OUT: _BRANCH_OUT,
+        Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH),
+        Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
+        Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
+        Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH, std=_KEEP, spectral=True),
+        Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
+        Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, std=Powers(inputs=-1), spectral=True),  # a readout whose 1/d is folded
+        Role.STREAM_NORM: Row(g=_PER_OUTPUT),
+        Role.READOUT: Row(g=Powers(inputs=-1), multiplier=Powers(inputs=-1)),
+        Role.READOUT_BIAS: Row(),
+    },
+    variants={
+        (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
+        (Role.STREAM_NORM, Variant.POST_NORM): Row(g=_PER_OUTPUT, lr=_PER_BRANCH),  # L of them compound
+    },
+)
+_SUMMING = {role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT}
+_MATRICES = frozenset({Role.EMBEDDING, *_SUMMING})
+_COMPLETEP = replace(_MLU, rows={**_MLU.rows, Role.BRANCH_OUT: _BRANCH_OUT_BEFORE_NORM})
 
 
 def _without_depth(row: Row) -> Row:
-    return Row(**{field.name: replace(getattr(row, field.name), depth=0) for field in fields(row)})
+    n, g, multiplier, std, lr = (replace(power, depth=0) for power in row.powers)
+    return Row(n, g, multiplier, std, lr, row.spectral)
 
 
-_COMPLETEP = TABLE | {Role.BRANCH_OUT: replace(TABLE[Role.BRANCH_OUT], std=_KEEP)}
-_SUMMING = _MATRICES - {Role.EMBEDDING}
-
-TABLES: dict[Parameterization, dict[Role, Row]] = {
-    Parameterization.MLU: TABLE,
+TABLES: Mapping[Parameterization, Table] = {
+    Parameterization.MLU: _MLU,
     Parameterization.COMPLETEP: _COMPLETEP,
-    Parameterization.MUP: {role: _without_depth(row) for role, row in _COMPLETEP.items()},
-    Parameterization.SP: {role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+    Parameterization.MUP: replace(
+        _COMPLETEP,
+        rows={role: _without_depth(row) for role, row in _COMPLETEP.rows.items()},
+        variants={key: _without_depth(row) for key, row in _COMPLETEP.variants.items()},
+    ),
+    Parameterization.SP: Table(
+        rows={role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+        variants={},
+        scales_optimizer=False,
+        scales_logits=False,
+    ),
 }
-"""The table, and those of other parameterizations as what differs from it."""
+"""The table of theory.md, section 3, and those of other parameterizations as what differs from it."""
 
 
 def scale(
@@ -306,11 +362,12 @@ def scale(
     family: OptimizerFamily | str,
     alpha: float = 1.0,
     parameterization: Parameterization = Parameterization.MLU,
+    variant: Variant | None = None,
 ) -> Scale:
-    """Look one parameter up in the table.
+    """Look one parameter up in the table; everything is 1 where all ratios and the richness are.
 
-    With n and g of the role's row: Adam lr 1/n, SGD lr 1/(n·g), Muon lr sqrt(outputs/inputs), eps g; decoupled decay
-    1/lr, decay in the gradient 1 over the SGD lr (theory.md, section 3). The richness alpha multiplies branches and
+    With n and g of the parameter's row: Adam lr 1/n, SGD lr 1/(n·g), Muon lr sqrt(outputs/inputs), eps g; decoupled
+    decay 1/lr, decay in the gradient 1 over the SGD lr (theory.md, section 3). The richness alpha multiplies branches and
     divides their learning rates by alpha² (SGD) or alpha (Adam, Muon).
 
     Args:
@@ -319,44 +376,23 @@ def scale(
         family: kind of optimizer, or its name.
         alpha: richness, 1 for MLU; large values tend to a linearized model.
         parameterization: whose table it is looked up in.
-
-    Returns:
-        Factors relative to the base, the identity if ``ratios`` are all 1 and ``alpha`` is 1.
+        variant: what about the parameter's place changes its row.
 
     >>> scale(Role.BRANCH_IN, Ratios(depth=2, inputs=4, outputs=8), OptimizerFamily.SGD)
     Scale(multiplier=1.0, std=0.5, lr=4.0, eps=0.0625, weight_decay=0.25)
     """
     family = OptimizerFamily(family)
-    row = TABLES[parameterization][role]
-    multiplier, std = row.multiplier(ratios), row.std(ratios)
-    if parameterization == Parameterization.SP:
-        return Scale(multiplier, std)  # optimizers are left as they are
+    row = TABLES[parameterization].row(role, variant, ratios)
     n, g, extra = row.n(ratios), row.g(ratios), row.lr(ratios)
     sgd_lr = extra / (n * g)
     if family is OptimizerFamily.SGD:
         lr = sgd_lr
-    elif family is OptimizerFamily.MUON and role.is_matrix and role not in (Role.EMBEDDING, Role.READOUT):
+    elif family is OptimizerFamily.MUON and row.spectral:
         # the update has unit spectral norm, and eps bounds the Frobenius norm of an inputs x outputs gradient
         lr = extra * math.sqrt(ratios.outputs / ratios.inputs)
         g *= math.sqrt(ratios.outputs * ratios.inputs)
     else:
         lr = extra / n
-    in_gradient = family in (OptimizerFamily.SGD, OptimizerFamily.ADAM)
-    decay = 1 / (sgd_lr if in_gradient else lr)
-    base = Scale(multiplier, std, lr, g, decay)
-    return _enriched(base, role, family, alpha)
-
-
-def _enriched(base: Scale, role: Role, family: OptimizerFamily, alpha: float) -> Scale:
-    """Apply the richness to the parameters of branches."""
-    if alpha == 1.0 or not role.in_branch:
-        return base
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS)
-    square = alpha * alpha
-    return replace(
-        base,
-        multiplier=base.multiplier * alpha if writes else base.multiplier,
-        lr=base.lr / (square if family is OptimizerFamily.SGD else alpha),
-        eps=base.eps * alpha,
-        weight_decay=base.weight_decay * (square if family in (OptimizerFamily.SGD, OptimizerFamily.ADAM) else alpha),
-    )
+    decay = 1 / (sgd_lr if family.has_l2_decay else lr)
+    found = Scale(row.multiplier(ratios), row.std(ratios), lr, g, decay)
+    return found if alpha == 1.0 else found.enriched(role, family, alpha)

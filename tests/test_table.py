@@ -1,223 +1,19 @@
-"""The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers.
-
-``EXPECTED`` is transcribed by hand from the table of theory.md, section 3, column by column; nothing in it comes from
-the code that is tested.
-"""
+"""The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
-from typing import NamedTuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
+from helpers.table_by_hand import ADAM, ADAMW, EXPECTED, MUON, ROWS, SGD, Row, Shape, wanted
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlu_lightning.table import TABLE, OptimizerFamily, Ratios, Role, Scale, scale
+from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, scale
 
-SGD, ADAM, ADAMW, MUON = OptimizerFamily
 CLOSE = {"rel": 1e-12}  # a few roundings
-
-
-class Shape(NamedTuple):
-    """Ratios to the base: depth, hidden units before and after, stream before and after a matrix on it."""
-
-    depth: float
-    m: float
-    m2: float
-    d: float
-    d2: float
-
-
-Column = Callable[[Shape], float]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """One line of theory.md's table. ``None`` in Muon's column: trained by AdamW next to Muon."""
-
-    ratios: Callable[[Shape], Ratios]
-    multiplier: Column
-    std: Column
-    adam: Column
-    sgd: Column
-    muon: Column | None
-    eps: Column
-    decay: Column
-
-
-def one(_: Shape) -> float:
-    return 1.0
-
-
-EXPECTED = {
-    Role.EMBEDDING: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
-        multiplier=one,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.d,
-        muon=None,
-        eps=lambda s: 1 / s.d,
-        decay=one,
-    ),
-    Role.BRANCH_IN: Expected(
-        ratios=lambda s: Ratios(s.depth, s.d, s.m),
-        multiplier=one,
-        std=lambda s: s.d**-0.5,
-        adam=lambda s: 1 / s.d,
-        sgd=lambda s: s.depth * s.m / s.d,
-        muon=lambda s: math.sqrt(s.m / s.d),
-        eps=lambda s: 1 / (s.depth * s.m),
-        decay=lambda s: s.d,
-    ),
-    Role.BRANCH_IN_BIAS: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, s.m),
-        multiplier=one,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.depth * s.m,
-        muon=None,
-        eps=lambda s: 1 / (s.depth * s.m),
-        decay=one,
-    ),
-    Role.BRANCH_HIDDEN: Expected(
-        ratios=lambda s: Ratios(s.depth, s.m, s.m2),
-        multiplier=one,
-        std=lambda s: s.m**-0.5,
-        adam=lambda s: 1 / s.m,
-        sgd=lambda s: s.depth * s.m2 / s.m,
-        muon=lambda s: math.sqrt(s.m2 / s.m),
-        eps=lambda s: 1 / (s.depth * s.m2),
-        decay=lambda s: s.m,
-    ),
-    Role.BRANCH_OUT: Expected(
-        ratios=lambda s: Ratios(s.depth, s.m, s.d),
-        multiplier=lambda s: 1 / s.depth,
-        std=lambda s: s.d**0.5 / s.m,
-        adam=lambda s: 1 / s.m,
-        sgd=lambda s: s.depth * s.d / s.m,
-        muon=lambda s: math.sqrt(s.d / s.m),
-        eps=lambda s: 1 / (s.depth * s.d),
-        decay=lambda s: s.m,
-    ),
-    # no line of the table: that of branch_out, with the std of a sum, for the norm after it undoes any other
-    Role.BRANCH_OUT_NORMED: Expected(
-        ratios=lambda s: Ratios(s.depth, s.m, s.d),
-        multiplier=lambda s: 1 / s.depth,
-        std=lambda s: s.m**-0.5,
-        adam=lambda s: 1 / s.m,
-        sgd=lambda s: s.depth * s.d / s.m,
-        muon=lambda s: math.sqrt(s.d / s.m),
-        eps=lambda s: 1 / (s.depth * s.d),
-        decay=lambda s: s.m,
-    ),
-    Role.BRANCH_OUT_BIAS: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
-        multiplier=lambda s: 1 / s.depth,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.depth * s.d,
-        muon=None,
-        eps=lambda s: 1 / (s.depth * s.d),
-        decay=one,
-    ),
-    Role.STREAM_MATRIX: Expected(
-        ratios=lambda s: Ratios(s.depth, s.d, s.d2),
-        multiplier=one,
-        std=lambda s: s.d**-0.5,
-        adam=lambda s: 1 / s.d,
-        sgd=lambda s: s.d2 / s.d,
-        muon=lambda s: math.sqrt(s.d2 / s.d),
-        eps=lambda s: 1 / s.d2,
-        decay=lambda s: s.d,
-    ),
-    # no line of the table: n = d and g = 1 of its rule, and the std of a readout's weight with the 1/d of its output
-    Role.STREAM_BOUNDED_MATRIX: Expected(
-        ratios=lambda s: Ratios(s.depth, s.d, 1.0),
-        multiplier=one,
-        std=lambda s: 1 / s.d,
-        adam=lambda s: 1 / s.d,
-        sgd=lambda s: 1 / s.d,
-        muon=lambda s: math.sqrt(1 / s.d),
-        eps=one,
-        decay=lambda s: s.d,
-    ),
-    Role.BRANCH_NORM: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
-        multiplier=one,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.depth * s.d,
-        muon=None,
-        eps=lambda s: 1 / (s.depth * s.d),
-        decay=one,
-    ),
-    Role.BRANCH_BOUNDED: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, 1.0),
-        multiplier=one,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.depth,
-        muon=None,
-        eps=lambda s: 1 / s.depth,
-        decay=one,
-    ),
-    Role.BRANCH_BOUNDED_MATRIX: Expected(
-        ratios=lambda s: Ratios(s.depth, s.d, 1.0),
-        multiplier=one,
-        std=lambda s: s.d**-0.5,
-        adam=lambda s: 1 / s.d,
-        sgd=lambda s: s.depth / s.d,
-        muon=lambda s: math.sqrt(1 / s.d),  # no entry in the table; "sqrt(out ratio / in ratio)" of its rule
-        eps=lambda s: 1 / s.depth,
-        decay=lambda s: s.d,
-    ),
-    Role.STREAM_NORM: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
-        multiplier=one,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.d,
-        muon=None,
-        eps=lambda s: 1 / s.d,
-        decay=one,
-    ),
-    # "divide the lr of those norms by l", and decay by what lr is multiplied with
-    Role.POST_NORM: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, s.d),
-        multiplier=one,
-        std=one,
-        adam=lambda s: 1 / s.depth,
-        sgd=lambda s: s.d / s.depth,
-        muon=None,
-        eps=lambda s: 1 / s.d,
-        decay=lambda s: s.depth,
-    ),
-    Role.READOUT: Expected(
-        ratios=lambda s: Ratios(s.depth, s.d, 1.0),
-        multiplier=lambda s: 1 / s.d,
-        std=one,
-        adam=one,
-        sgd=lambda s: s.d,
-        muon=None,
-        eps=lambda s: 1 / s.d,
-        decay=one,
-    ),
-    Role.READOUT_BIAS: Expected(
-        ratios=lambda s: Ratios(s.depth, 1.0, 1.0),
-        multiplier=one,
-        std=one,
-        adam=one,
-        sgd=one,
-        muon=None,
-        eps=one,
-        decay=one,
-    ),
-}
 
 SHAPES = [
     Shape(2, 3, 5, 7, 11),
@@ -228,39 +24,37 @@ SHAPES = [
 ]
 
 
-def wanted(role: Role, family: OptimizerFamily, shape: Shape) -> Scale:
-    """What theory.md says, with footnote 2 for the decay that is added to the gradient."""
-    row = EXPECTED[role]
-    lr, eps, decay = row.adam(shape), row.eps(shape), row.decay(shape)
-    if family is SGD:
-        lr = row.sgd(shape)
-    if family in (SGD, ADAM):
-        decay = 1 / row.sgd(shape)
-    if family is MUON and row.muon is not None:
-        lr = row.muon(shape)
-        decay = 1 / lr
-        # Muon divides a gradient of inputs x outputs entries of this size by its Frobenius norm, which eps bounds
-        ratios = row.ratios(shape)
-        eps *= math.sqrt(ratios.inputs * ratios.outputs)
-    return Scale(row.multiplier(shape), row.std(shape), lr, eps, decay)
+def entry(row: Row, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.0) -> Scale:
+    role, variant = row
+    return scale(role, ratios, family, alpha, variant=variant)
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("row", ROWS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: ",".join(f"{x:g}" for x in shape))
-def test_every_entry(role: Role, family: OptimizerFamily, shape: Shape) -> None:
-    found = scale(role, EXPECTED[role].ratios(shape), family)
-    assert astuple(found) == pytest.approx(astuple(wanted(role, family, shape)), **CLOSE)
+def test_every_entry(row: Row, family: OptimizerFamily, shape: Shape) -> None:
+    found = entry(row, ROWS[row].ratios(shape), family)
+    role, variant = row
+    assert astuple(found) == pytest.approx(astuple(wanted(role, family, shape, variant)), **CLOSE)
 
 
-def test_every_role_has_a_row() -> None:
-    assert set(TABLE) == set(EXPECTED) == set(Role)
+def test_every_role_and_variant_has_a_row() -> None:
+    assert set(TABLES[Parameterization.MLU].rows) == set(EXPECTED) == set(Role)
+    assert {variant for _, variant in ROWS} == {None, *Variant}
+
+
+def test_a_variant_of_another_role_changes_nothing() -> None:
+    ratios = Ratios(2.0, 4.0, 8.0)
+    for role, variant in ((role, variant) for role in Role for variant in Variant if (role, variant) not in ROWS):
+        assert scale(role, ratios, ADAMW, variant=variant) == scale(role, ratios, ADAMW)
+    growing = scale(Role.STREAM_MATRIX, ratios, ADAMW, variant=Variant.IN_HEAD)
+    assert growing == scale(Role.STREAM_MATRIX, ratios, ADAMW)
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)
-@pytest.mark.parametrize("role", Role)
-def test_identity_at_base_is_exact(role: Role, family: OptimizerFamily) -> None:
-    assert scale(role, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
+    assert entry(row, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 # --- known parameterizations that it contains
@@ -378,7 +172,7 @@ def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float)
     if role not in BRANCH_ROLES:
         assert rich == plain
         return
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS)
+    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
     lr = alpha**-2 if family is SGD else 1 / alpha
     decay = 1 / lr if family in (SGD, ADAMW, MUON) else alpha**2  # Adam's L2 goes as SGD's
     expected = Scale(
@@ -457,7 +251,6 @@ def test_where_roles_are(role: Role) -> None:
         "branch_in",
         "branch_hidden",
         "branch_out",
-        "branch_out_normed",
         "branch_bounded_matrix",
         "stream_matrix",
         "stream_bounded_matrix",

@@ -38,10 +38,10 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     Raises:
         ValueError: if the plan's multipliers are not in the module, as they are not in a wrapper of it.
 
-    >>> from mlu_lightning import Ratios, Role, fold
-    >>> from mlu_lightning.planning.entries import Multiplier, ParameterPlan
+    >>> from mlu_lightning import Role, fold
+    >>> from mlu_lightning.planning import Multiplier, ParameterPlan
     >>> module = nn.Linear(1, 1, bias=False)
-    >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), (1, 1), Ratios(depth=4.0), base_std=None, fans=(1, 1))
+    >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), fans=(1, 1), base_fans=(1, 1), depth=4)
     >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.25, None, ("weight",)),))
     >>> module = fold(module, plan)
     >>> module.weight.grad = torch.tensor([[4.0]])

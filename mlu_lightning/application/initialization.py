@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mlu_lightning.application.multipliers import residual_state
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily, Role
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
 
@@ -55,8 +54,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
             folded into them already, or if ``"coupled"`` has no std or no stream axis for one. Nothing was changed
             then.
 
-    >>> from mlu_lightning.table import Ratios
-    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (8, 100), Ratios(inputs=4.0), base_std=0.1, fans=(400, 8))
+    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (400, 8), base_fans=(100, 8), base_std=0.1)
     >>> module = initialize(nn.Linear(400, 8, bias=False), Plan({"weight": weight}, (), (), ()))
     >>> round(module.weight.square().mean().sqrt().item(), 6)  # 0.1 * 4^(-1/2)
     0.05
@@ -97,8 +95,7 @@ def planned_stds(plan: Plan) -> dict[str, float | None]:
     Args:
         plan: of the module.
 
-    >>> from mlu_lightning.table import Ratios
-    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (8, 100), Ratios(inputs=4.0), base_std=0.1, fans=(400, 8))
+    >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (400, 8), base_fans=(100, 8), base_std=0.1)
     >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
     {'weight': 0.05}
     """
@@ -115,8 +112,7 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
     Raises:
         ValueError: if its shape does not tell.
 
-    >>> from mlu_lightning.table import Ratios
-    >>> stream_axis("tokens.weight", ParameterPlan(Role.EMBEDDING, (100, 8), None, Ratios(), None, (1, 8), transposed=True))
+    >>> stream_axis("tokens.weight", ParameterPlan(Role.EMBEDDING, (100, 8), (1, 8), (1, 1), transposed=True))
     1
     """
     shape, reads = planned.shape, planned.role is Role.READOUT

@@ -146,11 +146,11 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
         ValueError: if the plan does not fit the module, if multipliers are already in it, if one can be neither folded
             nor attached, or if a parameter cannot be multiplied. Nothing was changed then.
 
-    >>> from mlu_lightning import Plan, Ratios, Role
-    >>> from mlu_lightning.planning.entries import ParameterPlan
+    >>> from mlu_lightning import Plan, Role
+    >>> from mlu_lightning.planning import ParameterPlan
     >>> module = nn.Linear(2, 2, bias=False)
     >>> before = module.weight.detach().clone()
-    >>> weight = ParameterPlan(Role.BRANCH_OUT, (2, 2), (2, 2), Ratios(depth=2.0), base_std=None, fans=(2, 2))
+    >>> weight = ParameterPlan(Role.BRANCH_OUT, (2, 2), fans=(2, 2), base_fans=(2, 2), depth=2)
     >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.5, None, ("weight",)),))
     >>> torch.equal(fold(module, plan).weight, before * 0.5)
     True

@@ -64,10 +64,10 @@ def scale_optimizer(
             in effect, or if a group cannot be scaled. The optimizer was not changed then.
 
     >>> import torch
-    >>> from mlu_lightning.planning.plan import ParameterPlan
-    >>> from mlu_lightning.table import Ratios, Role
+    >>> from mlu_lightning.planning import ParameterPlan
+    >>> from mlu_lightning.table import Role
     >>> module = nn.Linear(1, 1, bias=False)
-    >>> wide = ParameterPlan(Role.STREAM_MATRIX, (1, 1), None, Ratios(inputs=4.0), None, (1, 1))
+    >>> wide = ParameterPlan(Role.STREAM_MATRIX, (1, 1), fans=(4, 1), base_fans=(1, 1))
     >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
     >>> handle = scale_optimizer(optimizer, module, Plan({"weight": wide}, (), (), ()))
     >>> before = module.weight.item()

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.planning.horizon import Forgetting, Horizon
-from mlu_lightning.planning.plan import ParameterPlan, Plan
-from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale
+from mlu_lightning.table import TABLES, OptimizerFamily, Role, Scale
 
 __all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "multiplied", "update_rules"]
 
@@ -65,16 +65,15 @@ class UpdateRule:
         Raises:
             ValueError: if a number of the group cannot be made what the plan asks for.
 
-        >>> from mlu_lightning import Ratios
-        >>> plan = Plan({"head.weight": ParameterPlan(Role.READOUT, (2,), None, Ratios(), None, (1, 2))}, (), (), ())
+        >>> plan = Plan({"head.weight": ParameterPlan(Role.READOUT, (2,), (1, 2), (1, 2))}, (), (), ())
         >>> optimizer = torch.optim.SGD([torch.zeros(2)], lr=0.1)
         >>> (rule,) = update_rules(optimizer)
         >>> rule.factors(optimizer.param_groups[0], "head.weight", plan, Scale(lr=4.0, eps=0.5))
         {'lr': 4.0}
         """
         parameter = plan.parameters[name]
-        if plan.parameterization == Parameterization.SP:
-            # optimizers are left as they are, also where they look at shapes (Muon) or sizes (Adafactor) themselves
+        if not TABLES[plan.parameterization].scales_optimizer:
+            # also where it looks at shapes (Muon) or sizes (Adafactor) itself
             parameter, scale = replace(parameter, base_shape=parameter.shape), replace(scale, std=1.0)
         numbers = dict(self.numbers(group, name, parameter, scale))
         if not plan.horizon.is_identity:

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mlu_lightning.observation.reference import Reference
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
 

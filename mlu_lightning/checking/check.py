@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, se
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
-from mlu_lightning.checking.growth import check_growth, roles_as_in
+from mlu_lightning.checking.growth import check_growth
 from mlu_lightning.checking.measurement import Measurement, make_trainer, measure, quiet
 from mlu_lightning.checking.preparation import built, first_batches, prepared, transferred
 from mlu_lightning.checking.quantities import KINDS, Quantity
@@ -117,7 +117,6 @@ def check(
             measured[shape, number] = measure(
                 module,
                 plan,
-                roles_as_in(plan, largest, reference),
                 make(at_base),
                 batches[number][:count],
                 probe,

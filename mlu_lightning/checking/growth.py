@@ -1,16 +1,13 @@
-"""What a module of one shape has to do with that of another: whether it has grown, and which parameters are alike."""
+"""Check that a module grows along the axis along which it is built larger."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
 
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.plan import Plan
-from mlu_lightning.table import Role
+from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["check_growth", "roles_as_in"]
+__all__ = ["check_growth"]
 
 
 def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
@@ -46,39 +43,6 @@ def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
         f"module_factory use {axis}=..., or leave it out with axes=[...] (--{axis} null on the command line, or names "
         "of other arguments)."
     )
-
-
-def roles_as_in(plan: Plan, large: Plan, small: Plan) -> dict[str, Role]:
-    """Roles of a module's parameters, as those that a larger module of its kind has.
-
-    What a matrix is for may not be told where its outputs are as many as at the base. Names may differ between two modules,
-    but in numbers only, and numbers may count parts of one block, too, so that a name is not enough.
-
-    Args:
-        plan: of the module.
-        large: of a module whose hidden width and embedding have grown.
-        small: of a module where nothing has grown, of the depth of ``large`` if that has the same names.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> plan = Plan.from_model(ResNet(depth=1, hidden=4, embedding=8, inputs=1, outputs=1))
-    >>> roles_as_in(plan, plan, plan) == plan.roles
-    True
-    """
-    if plan.roles.keys() == large.roles.keys():
-        return dict(large.roles)
-    of_pattern: dict[str, list[Role]] = defaultdict(list)
-    for name, role in large.roles.items():
-        if role not in of_pattern[name_pattern(name)]:
-            of_pattern[name_pattern(name)].append(role)
-    learned: Mapping[tuple[str, Role], Role] = {}
-    if small.roles.keys() == large.roles.keys():
-        learned = {(name_pattern(name), role): large.roles[name] for name, role in small.roles.items()}
-    found = {}
-    for name, own in plan.roles.items():
-        pattern = name_pattern(name)
-        roles = of_pattern[pattern]
-        found[name] = roles[0] if len(roles) == 1 else learned.get((pattern, own), own)
-    return found
 
 
 _SIZES = {

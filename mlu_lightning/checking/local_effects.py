@@ -252,7 +252,7 @@ def _first(output: Any) -> Tensor:
 
 
 _ROUNDING = 4
-_LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
+_LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
 
 
 def _is_in(name: str, module: str) -> bool:

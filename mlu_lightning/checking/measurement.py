@@ -22,10 +22,9 @@ from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.observation.feature_updates import moved
 from mlu_lightning.observation.probe import locate, locate_features, observe
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.plan import Plan
-from mlu_lightning.table import Role
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.table import Role, Variant, row_name
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["Batches", "Measurement", "make_trainer", "measure", "quiet"]
 
@@ -50,7 +49,6 @@ class Measurement:
 def measure(
     module: LightningModule,
     plan: Plan,
-    roles: Mapping[str, Role],
     callbacks: Sequence[Callback],
     batches: Sequence[Any],
     probe: Any,
@@ -63,7 +61,6 @@ def measure(
     Args:
         module: freshly built.
         plan: of the module, for ratios and where to read; none of its factors are used.
-        roles: by name of parameters.
         callbacks: of the Trainer.
         batches: to train on.
         probe: batch on which effects are measured, by ``training_step`` in evaluation mode.
@@ -78,11 +75,11 @@ def measure(
     >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
     >>> batch = torch.ones(5, 3), torch.ones(5, 2)
     >>> plan = Plan.from_model(model, batch, base=model)
-    >>> found = measure(model, plan, plan.roles, [], [batch], batch, 1, {})
+    >>> found = measure(model, plan, [], [batch], batch, 1, {})
     >>> [len(one.values) for one in found if one.quantity.name == "blocks.*.read.weight"]
     [2, 2]
     """
-    watch = _Watch(plan, roles, probe, steps)
+    watch = _Watch(plan, probe, steps)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
     if datamodule is None:
         fitting.fit(module, Batches(batches))
@@ -151,10 +148,10 @@ def quiet() -> Iterator[None]:
 class _Watch(Callback):
     """Measures a module while it is trained."""
 
-    def __init__(self, plan: Plan, roles: Mapping[str, Role], probe: Any, steps: int) -> None:
+    def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._roles = roles
+        self._rows = {name: one.row for name, one in plan.parameters.items()}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -197,7 +194,7 @@ class _Watch(Callback):
                 self._along[quantity].append(self._depths[name])
             else:
                 self._found[Quantity("output" if kind.startswith("output") else "stream", name)].append(moves)
-        for role in dict.fromkeys(map(str, self._roles.values())):
+        for role in dict.fromkeys(self._rows.values()):
             without = self._without(role, pl_module)
             for name in _ends(after):
                 effect: Kind = "effect on output" if name.startswith("output") else "effect on stream"
@@ -222,17 +219,18 @@ class _Watch(Callback):
 
         effects = local_effects(module, tuple(self._readers.values()), others, run)
         # experts without tokens are not read, as others beside them are
-        read = {(name_pattern(name), self._roles[name]) for name in effects}
+        read = {(name_pattern(name), self._rows[name]) for name in effects}
         parameters = planned_parameters(module)
-        unread = [name for name in parameters if (name_pattern(name), self._roles[name]) not in read]
+        unread = [name for name in parameters if (name_pattern(name), self._rows[name]) not in read]
         effects |= value_effects(self._plan, unread, parameters, others, aligned=kind == "update")
         for name, effect in effects.items():
             multiplied = name in self._readers and self._readers[name].multiplied
-            if kind == "start" and multiplied and self._roles[name] is Role.BRANCH_NORM and effect > 0:
+            if kind == "start" and multiplied and self._plan.roles[name] is Role.BRANCH_NORM and effect > 0:
                 # it is the multiplier of what comes before the norm, and the norm's values are something else
                 size = rms(parameters[name])
                 self._add(kind, name, size)
-                self._add(kind, name, effect / size, Role.BRANCH_OUT_NORMED, " (multiplier)", multiplied)
+                before_norm = Role.BRANCH_OUT, Variant.BEFORE_NORM
+                self._add(kind, name, effect / size, before_norm, " (multiplier)", multiplied)
             elif effect > 0 or kind == "update":  # what is zero at the start has no size to scale
                 self._add(kind, name, effect, multiplied=multiplied)
 
@@ -241,18 +239,19 @@ class _Watch(Callback):
         kind: Kind,
         name: str,
         value: float,
-        role: Role | None = None,
+        row: tuple[Role, Variant | None] | None = None,
         what: str = "",
         multiplied: bool = False,
     ) -> None:
-        role = role or self._roles[name]
-        expected = expected_powers(kind, role, multiplied)(self._plan.parameters[name].ratios)
-        self._found[Quantity(kind, f"{name_pattern(name)}{what}", role.value)].append(value / expected)
+        parameter = self._plan.parameters[name]
+        role, variant = row or (parameter.role, parameter.variant)
+        expected = expected_powers(kind, role, multiplied, variant, parameter.ratios)(parameter.ratios)
+        self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
 
     def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
         """Observe the module with the parameters of one role as they were at the start."""
         of_role = {
-            name: parameter for name, parameter in planned_parameters(module).items() if self._roles[name] == role
+            name: parameter for name, parameter in planned_parameters(module).items() if self._rows[name] == role
         }
         now = {name: parameter.detach().clone() for name, parameter in of_role.items()}
         with torch.no_grad():

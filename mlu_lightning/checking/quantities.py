@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mlu_lightning.table import Powers, Role
+from mlu_lightning.table import TABLES, Parameterization, Powers, Ratios, Role, Variant
 
 __all__ = ["ALONE", "DRIFT", "FAULT", "KINDS", "Kind", "Quantity", "expected_powers", "lowest_and_highest"]
 
@@ -67,7 +67,9 @@ class Quantity:
         return f"{self.kind} of {self.name}{role}"
 
 
-def expected_powers(kind: Kind, role: Role, multiplied: bool) -> Powers:
+def expected_powers(
+    kind: Kind, role: Role, multiplied: bool, variant: Variant | None = None, ratios: Ratios | None = None
+) -> Powers:
     """Power of a parameter's ratios with which its quantities should grow in the limit of large networks.
 
     Everything moves by Θ(1) in every step (theory.md, section 1), and what a branch adds to the stream is one of L such
@@ -78,16 +80,19 @@ def expected_powers(kind: Kind, role: Role, multiplied: bool) -> Powers:
         kind: of quantity.
         role: of the parameter.
         multiplied: whether the multiplier 1/L of its branch is part of what is measured.
+        variant: what about its place changes the row of its role.
+        ratios: to the base, on which a row may depend, too.
 
     >>> expected_powers("update", Role.BRANCH_IN, False) == Powers()
     True
     >>> expected_powers("start", Role.BRANCH_OUT, True)
     Powers(depth=-1, inputs=0, outputs=0, aspect=0.5, active=0)
     """
-    powers = _START.get(role, Powers()) if kind == "start" else Powers()
+    row = _TABLE.row(role, variant, ratios or Ratios())
+    powers = _START.get(row, Powers()) if kind == "start" else Powers()
     part = kind in ("start", "update") and multiplied
     # norms on the way from one addition to the next all act on one stream
-    return replace(powers, depth=-1) if part or (kind == "update" and role is Role.POST_NORM) else powers
+    return replace(powers, depth=-1) if part or (kind == "update" and variant is Variant.POST_NORM) else powers
 
 
 def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
@@ -120,8 +125,9 @@ def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
 
 
 _AT_RANDOM = (Role.BRANCH_NORM, Role.BRANCH_BOUNDED, Role.BRANCH_BOUNDED_MATRIX)
+_TABLE = TABLES[Parameterization.MLU]
 _START = {
-    Role.BRANCH_OUT: Powers(aspect=0.5),
-    Role.READOUT: Powers(inputs=-0.5),
-    Role.STREAM_BOUNDED_MATRIX: Powers(inputs=-0.5),
+    _TABLE.rows[Role.BRANCH_OUT]: Powers(aspect=0.5),
+    _TABLE.rows[Role.READOUT]: Powers(inputs=-0.5),
+    _TABLE.rows[Role.STREAM_BOUNDED_MATRIX]: Powers(inputs=-0.5),
 }

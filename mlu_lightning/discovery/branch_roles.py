@@ -13,7 +13,7 @@ from mlu_lightning.discovery.outer_roles import BIAS_ROLES, Placed, Unplaced
 from mlu_lightning.discovery.residual import BranchRegion
 from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.discovery.traversal import Ancestry, between
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant
 
 __all__ = ["BranchRoles"]
 
@@ -29,7 +29,8 @@ class BranchRoles:
         """Role of a parameter at one use."""
         op = use.op
         if use.kind == "matrix":
-            return Placed(self._matrix_role(op))
+            role = self._matrix_role(op)
+            return Placed(role, Variant.BEFORE_NORM if role is Role.BRANCH_OUT and self._ends_in_norm else None)
         if use.kind == "bias":
             return Placed(BIAS_ROLES[self._matrix_role(op)])
         if use.kind == "lookup":
@@ -78,7 +79,7 @@ class BranchRoles:
         return tuple(op for op in self.matrices if op in self._writing_path)
 
     @cached_property
-    def ends_in_norm(self) -> bool:
+    def _ends_in_norm(self) -> bool:
         """Whether a norm comes after the matrices that write."""
         return any(op.is_normalizer for op in self._writing_path)
 

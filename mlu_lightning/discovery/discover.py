@@ -16,18 +16,16 @@ from mlu_lightning.discovery.feature_taps import FeatureTaps
 from mlu_lightning.discovery.graph import build_graph
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
 from mlu_lightning.discovery.outer_roles import Unplaced
-from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, find_regions, parameter_facts, place_uses
+from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import require_no_reentrance, require_residual_branches, warnings_about
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.names import common_module, planned_parameters
 
 __all__ = ["discover"]
-
-_Uses = dict[str, list[PlacedUse]]
 
 
 def discover(module: nn.Module, example: Any = None) -> Structure:
@@ -92,7 +90,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(branch.calls for branch in named),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
-        warnings=tuple(warnings_about(parts, regions, uses, {f.role for f in parameters.values() if f.role}, [*idle])),
+        warnings=tuple(warnings_about(parts, regions, uses, {f.variant for f in parameters.values()}, [*idle])),
     )
 
 
@@ -106,7 +104,7 @@ class _NamedBranch:
     calls: tuple[BranchRoles, ...]
 
 
-def _named_branches(regions: list[Region], uses: _Uses) -> list[_NamedBranch]:
+def _named_branches(regions: list[Region], uses: Uses) -> list[_NamedBranch]:
     """Every branch with its name and parameters, in order."""
     members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():
@@ -152,7 +150,7 @@ def _branch(named: _NamedBranch, sites: MultiplierSites, idle: dict[str, str]) -
     return replace(branch, head_dim=attention.key_dim, logits=sites.logits(attention, len(ends)), logits_scale=scale)
 
 
-def _readouts(uses: _Uses, sites: MultiplierSites) -> Iterator[Readout]:
+def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
     """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
         reads = _matrices(placed, Role.READOUT)
@@ -166,9 +164,7 @@ def _matrices(uses: list[PlacedUse], role: Role) -> list[PlacedUse]:
     return [u for u in uses if u.role is role and u.use.kind == "matrix"]
 
 
-def _taps(
-    taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Readout, ...], uses: _Uses
-) -> Iterator[Tap]:
+def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Readout, ...], uses: Uses) -> Iterator[Tap]:
     """Taps of streams, from the calls of branches along each, then of readouts."""
     for number, branches in enumerate(along):
         yield from taps.stream(number, branches)
@@ -185,10 +181,11 @@ def _why_unassigned(uses: list[PlacedUse]) -> str:
     if not uses:
         return "it took no part in the forward pass of the example"
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
-    return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(str(u.role) for u in uses))
+    rows = (row_name(u.role, u.variant) for u in uses if u.role is not None)
+    return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))
 
 
-def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: _Uses) -> dict[str, str]:
+def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: Uses) -> dict[str, str]:
     """Parameters of experts that no token of the example was sent to, each with its sibling in another expert."""
     busy = {
         pattern: name for name, placed in uses.items() if any(map(_is_of_expert, placed)) for pattern in _patterns(name)

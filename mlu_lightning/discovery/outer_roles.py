@@ -8,7 +8,7 @@ from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.traversal import Ancestry
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant
 
 __all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "StemRoles", "TrunkRoles", "Unplaced"]
 
@@ -26,9 +26,10 @@ BIAS_ROLES = {
 
 @dataclass(frozen=True)
 class Placed:
-    """The role of a parameter at one use."""
+    """The role of a parameter at one use, and what about its place changes the row of that role."""
 
     role: Role
+    variant: Variant | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class TrunkRoles:
             return Unplaced(
                 f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
             )
-        return Placed(Role.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else Role.STREAM_NORM)
+        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else None)
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,16 @@ class HeadRoles:
         """Role of a parameter at one use."""
         if use.kind in ("matrix", "bias"):
             role = Role.READOUT if use.op in self._readouts else Role.STREAM_MATRIX
-            return Placed(role if use.kind == "matrix" else BIAS_ROLES[role])
+            if use.kind == "bias":
+                return Placed(BIAS_ROLES[role])
+            return Placed(role, Variant.IN_HEAD if role is Role.STREAM_MATRIX else None)
         if use.kind == "lookup":
             return Unplaced("it is a table that is looked up after the last addition")
         if math.prod(use.shape) != max(use.shape, default=1):
             return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} after the last addition")
         if self._matrices_before.of(use.op) & self._readouts:
             return Placed(Role.READOUT_BIAS)
-        return Placed(Role.POST_NORM if self.post_norm and use.op in self._first_norms else Role.STREAM_NORM)
+        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.op in self._first_norms else None)
 
     @cached_property
     def _readouts(self) -> frozenset[Op]:

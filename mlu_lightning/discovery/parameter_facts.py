@@ -12,9 +12,9 @@ from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, StemRoles, Tr
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.traversal import in_order
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant
 
-__all__ = ["PlacedUse", "Region", "find_regions", "parameter_facts", "place_uses"]
+__all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
 
 _Roles = BranchRoles | StemRoles | TrunkRoles | HeadRoles
 
@@ -47,6 +47,15 @@ class PlacedUse:
     def role(self) -> Role | None:
         """The role, None if it cannot be told."""
         return self.found.role if isinstance(self.found, Placed) else None
+
+    @property
+    def variant(self) -> Variant | None:
+        """What about its place changes the row of the role."""
+        return self.found.variant if isinstance(self.found, Placed) else None
+
+
+Uses = dict[str, list[PlacedUse]]
+"""Uses of parameters by name."""
 
 
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
@@ -102,7 +111,8 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
     roles = {placed.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
-    if len(roles) != 1 and not tied:
+    norms = {placed.variant is Variant.POST_NORM for placed in uses}
+    if (len(roles) != 1 and not tied) or len(norms) > 1:
         return ParameterFacts(name, None, shape, *_plain_fans(shape))
     placed = next(u for u in uses if not tied or u.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.role, placed.region.branch
@@ -132,8 +142,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         head_dim=head_dim,
         tied=tied,
         active=active,
-        in_head=isinstance(region.roles, HeadRoles),
-        normed=role is Role.BRANCH_OUT and branch is not None and branch.ends_in_norm,
+        variant=placed.variant,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mlu_lightning.table import Role
+from mlu_lightning.table import Role, Variant, row_name
 
 __all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
 
@@ -58,8 +58,12 @@ class ParameterFacts:
     head_dim: int = 1  # size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1
     tied: bool = False  # whether it is also the readout
     active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
-    in_head: bool = False  # whether it comes after the last residual addition
-    normed: bool = False  # whether a norm comes between it, the last matrix of a branch, and the addition
+    variant: Variant | None = None  # what about its place changes the row of its role
+
+    @property
+    def row(self) -> str | None:
+        """Name of its row of the table, None without a role."""
+        return None if self.role is None else row_name(self.role, self.variant)
 
 
 @dataclass(frozen=True)

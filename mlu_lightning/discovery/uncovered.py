@@ -9,10 +9,10 @@ from itertools import permutations
 from torch import nn
 
 from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Op
-from mlu_lightning.discovery.parameter_facts import PlacedUse, Region
+from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.traversal import Ancestry, descendants
-from mlu_lightning.table import Role
+from mlu_lightning.table import Variant
 from mlu_lightning.utilities.names import common_module
 
 __all__ = ["require_no_reentrance", "require_residual_branches", "warnings_about"]
@@ -60,10 +60,10 @@ def require_residual_branches(module: nn.Module, graph: Graph, partition: Partit
 
 
 def warnings_about(
-    partition: Partition, regions: list[Region], uses: dict[str, list[PlacedUse]], roles: set[Role], idle: list[str]
+    partition: Partition, regions: list[Region], uses: Uses, variants: set[Variant | None], idle: list[str]
 ) -> Iterator[str]:
-    """Say what the theory does not cover, from all uses and roles of parameters; ``idle`` are experts without tokens."""
-    if Role.POST_NORM in roles:
+    """Say what the theory does not cover; ``uses`` and ``variants`` are of all parameters, ``idle`` those without tokens."""
+    if Variant.POST_NORM in variants:
         yield (
             "the stream is normalized after its additions (post-norm), which the theory does not cover: the learning "
             "rates of these norms are divided by the depth ratio, because their effects compound"

@@ -28,10 +28,9 @@ from mlu_lightning.application.multipliers import attach_multipliers, residual_s
 from mlu_lightning.application.optimization import scale_optimizer
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = [
     "HYPERPARAMETERS",

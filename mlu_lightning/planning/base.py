@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-from mlu_lightning.discovery.structure import Structure
-from mlu_lightning.table import Role
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.discovery.structure import BranchKind, Structure
+from mlu_lightning.table import Role, Variant, row_name
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = ["Base", "BaseParameter", "advice_on_names", "base_of_module", "logits_scales", "name_pattern", "partners"]
+__all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "logits_scales"]
 
 
 @dataclass(frozen=True)
 class BaseParameter:
-    """One parameter of the base: its role, shape, fans, root mean square at initialization, and experts averaged over."""
+    """One parameter of the base; ``std`` is its root mean square at initialization, ``active`` experts averaged over."""
 
     role: Role
     shape: tuple[int, ...]
     fans: tuple[int, int]
     std: float | None
     active: int
+    variant: Variant | None
+
+    @property
+    def row(self) -> str:
+        """Name of its row of the table."""
+        return row_name(self.role, self.variant)
+
+
+@dataclass(frozen=True)
+class BaseBranch:
+    """The branches of one name pattern and kind, with what the base itself multiplies their logits by."""
+
+    hidden: int
+    head_dim: int | None
+    logits_scale: float | None
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base shape.
-
-    Args:
-        parameters: by name.
-        streams: depth and embedding of each stream.
-        branches: hidden width, head dimension and own factor of logits by name pattern and kind of branch.
-    """
+    """The base shape: parameters by name, (depth, embedding) of streams, and branches by name pattern and kind."""
 
     parameters: dict[str, BaseParameter]
     streams: tuple[tuple[int, int], ...]
-    branches: dict[tuple[str, str], tuple[int, int | None, float | None]]
+    branches: dict[tuple[str, BranchKind], BaseBranch]
 
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:
-    """Describe a freshly initialized module as the base.
-
-    Args:
-        module: at the base shape, with its initial weights.
-        structure: its structure, all of whose parameters have a role.
-
-    Raises:
-        ValueError: if its parameters have no values.
-    """
+    """Describe a freshly initialized module, all of whose parameters have a role, as the base."""
     values = planned_parameters(module)
     if any(parameter.is_meta for parameter in values.values()):
         raise ValueError(
@@ -59,30 +59,27 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         )
     scales = logits_scales(structure)
     return Base(
-        {
+        parameters={
             name: BaseParameter(
                 role=structure.roles[name],
                 shape=facts.shape,
                 fans=(facts.fan_in, facts.fan_out),
                 std=values[name].detach().double().square().mean().sqrt().item(),
                 active=facts.active,
+                variant=facts.variant,
             )
             for name, facts in structure.parameters.items()
         },
-        tuple((stream.depth, stream.embedding) for stream in structure.streams),
-        {
-            (name_pattern(branch.name), branch.kind): (branch.hidden, branch.head_dim, scales[branch.name])
+        streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
+        branches={
+            (name_pattern(branch.name), branch.kind): BaseBranch(branch.hidden, branch.head_dim, scales[branch.name])
             for branch in reversed(structure.branches)
         },
     )
 
 
 def logits_scales(structure: Structure) -> dict[str, float | None]:
-    """What each attention branch itself multiplies its logits by; None where that is unknown or differs along the depth.
-
-    Args:
-        structure: of a module.
-    """
+    """What each attention branch itself multiplies its logits by; None where that is unknown or differs along the depth."""
     of_kind: dict[tuple[str, str], set[float | None]] = {}
     for branch in structure.branches:
         of_kind.setdefault((name_pattern(branch.name), branch.kind), set()).add(branch.logits_scale)
@@ -92,33 +89,26 @@ def logits_scales(structure: Structure) -> dict[str, float | None]:
     }
 
 
-def partners(structure: Structure, base: Base) -> dict[str, BaseParameter]:
-    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth.
-
-    Args:
-        structure: of the module.
-        base: to look in.
-
-    Raises:
-        ValueError: if the base has another architecture, naming the differences.
-    """
+def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
+    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth."""
     by_pattern: dict[str, list[str]] = {}
     for name in base.parameters:
         by_pattern.setdefault(name_pattern(name), []).append(name)
     found: dict[str, BaseParameter] = {}
     differences: list[str] = []
     for name, facts in structure.parameters.items():
+        alike = by_pattern.get(name_pattern(name), [])
         candidates = [
             other
-            for other in by_pattern.get(name_pattern(name), [])
-            if _alike(base.parameters[other].role, facts.role) and len(base.parameters[other].shape) == len(facts.shape)
+            for other in alike
+            if base.parameters[other].row == facts.row and len(base.parameters[other].shape) == len(facts.shape)
         ]
         if candidates:
             found[name] = base.parameters[min(candidates, key=lambda other: _distance(name, other))]
-        elif name_pattern(name) in by_pattern:
-            other = base.parameters[by_pattern[name_pattern(name)][0]]
+        elif alike:
+            other = base.parameters[alike[0]]
             differences.append(
-                f"{name} is {facts.role} {list(facts.shape)} and the base's is {other.role} {list(other.shape)}"
+                f"{name} is {facts.row} {list(facts.shape)} and the base's is {other.row} {list(other.shape)}"
             )
         else:
             differences.append(f"{name} has no counterpart in the base")
@@ -138,36 +128,14 @@ def partners(structure: Structure, base: Base) -> dict[str, BaseParameter]:
     return found
 
 
-def name_pattern(name: str) -> str:
-    """A name without its places along the depth.
-
-    >>> name_pattern("blocks.3.mlp.out1.weight")
-    'blocks.*.mlp.out1.weight'
-    """
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
 def advice_on_names(names: Iterable[str]) -> str:
-    """What to do about names that torch.compile has changed, to be added to an error about them; empty if there are none.
-
-    Args:
-        names: of parameters.
-
-    >>> advice_on_names(["blocks.0.weight"])
-    ''
-    """
+    """What to do about names that torch.compile has changed, to be added to an error about them; empty if there are none."""
     if not any("_orig_mod." in name for name in names):
         return ""
     return (
         " Parts wrapped by torch.compile have other names (_orig_mod): compile them in place instead, with their method "
         ".compile(), or compile the whole module."
     )
-
-
-def _alike(one: Role, other: Role | None) -> bool:
-    """Whether roles are the same, or one is what a plan has made of the other, which discovery finds."""
-    made = ({Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX}, {Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED})
-    return one is other or {one, other} in made
 
 
 def _distance(name: str, other: str) -> list[int]:

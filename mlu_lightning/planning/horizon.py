@@ -16,28 +16,16 @@ __all__ = ["Forgetting", "Horizon"]
 
 @dataclass(frozen=True)
 class Forgetting:
-    """By what to multiply 1 - β of every average that an optimizer keeps.
+    """A factor of 1 - β for every average that an optimizer keeps.
 
-    Args:
-        factor: of 1 - β.
-
-    >>> Forgetting(2.0)((0.75, 0.9375))
-    (0.5, 0.875)
-    >>> Forgetting(2.0).undone((0.5, 0.875))
-    (0.75, 0.9375)
+    >>> Forgetting(2.0)((0.75, 0.9375)), Forgetting(2.0).undone((0.5, 0.875))
+    ((0.5, 0.875), (0.75, 0.9375))
     """
 
     factor: float
 
     def __call__(self, betas: tuple[float, ...]) -> tuple[float, ...]:
-        """Betas for the run, from those of the base.
-
-        Args:
-            betas: of the base.
-
-        Raises:
-            ValueError: if one of them would be negative.
-        """
+        """Return the run's betas from the base's, none of which may become negative."""
         found = tuple(1 - (1 - beta) * self.factor for beta in betas)
         if min(found) < 0:
             worst = min(betas)
@@ -49,11 +37,7 @@ class Forgetting:
         return found
 
     def undone(self, betas: tuple[float, ...]) -> tuple[float, ...]:
-        """Betas of the base, from those of the run.
-
-        Args:
-            betas: of the run.
-        """
+        """Return the base's betas from the run's."""
         return tuple(1 - (1 - beta) / self.factor for beta in betas)
 
 
@@ -65,8 +49,8 @@ class Horizon:
     2512.22382). The run has 1/s² times the base's optimizer steps.
 
     Args:
-        batch_ratio: tokens (or samples) in a batch, over those in one of the base's.
-        token_ratio: tokens (or samples) seen in all of the training, over those seen by the base.
+        batch_ratio: tokens (or samples) in a batch over those in one of the base's, 1 by default.
+        token_ratio: tokens (or samples) seen in all of the training over those seen by the base, 1 by default.
 
     Raises:
         ValueError: if a ratio is not a positive number.
@@ -100,15 +84,7 @@ class Horizon:
         return Forgetting(self.batch_ratio / self.token_ratio)
 
     def scaled(self, scale: Scale, family: OptimizerFamily) -> Scale:
-        """Multiply factors of the shape with those of batch size and duration.
-
-        Args:
-            scale: of one parameter.
-            family: kind of optimizer.
-
-        Raises:
-            ValueError: for a family without rules.
-        """
+        """Multiply a parameter's factors with those of batch size and duration."""
         if self.is_identity:
             return scale
         if family not in (OptimizerFamily.ADAM, OptimizerFamily.ADAMW):

@@ -1,4 +1,4 @@
-"""Roles that the user says, where discovery cannot tell or should not."""
+"""Roles that the user gives, where discovery cannot tell or should not."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from dataclasses import replace
 from torch import nn
 
 from mlu_lightning.discovery.structure import Structure
-from mlu_lightning.table import Role
+from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
 
 __all__ = ["override_roles", "require_roles"]
 
 
 def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) -> Structure:
-    """Replace roles by what the user says.
-
-    Args:
-        structure: as discovered.
-        overrides: role by glob pattern of parameter names; later ones win.
-
-    Raises:
-        ValueError: if a pattern matches nothing, if a role does not exist, or if a matrix is made or unmade a readout, whose
-            output has a multiplier.
-    """
+    """Replace roles by those that the user gives, by glob pattern of parameter names; later patterns win."""
     parameters = dict(structure.parameters)
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
@@ -33,27 +24,22 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
                 f"The override {pattern!r}: {str(role)!r} matches no parameter, so it would do nothing. Names are those of "
                 f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
             )
-        if role not in set(Role):
+        if str(role) not in _ROWS:
             raise ValueError(
                 f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: {_role_names()}."
             )
         for name in matches:
-            _check_readout(structure, name, Role(role), pattern)
-            parameters[name] = replace(parameters[name], role=Role(role))
+            given, variant = _ROWS[str(role)]
+            _check_readout(structure, name, given, pattern)
+            if given is parameters[name].role:
+                variant = variant or parameters[name].variant
+            parameters[name] = replace(parameters[name], role=given, variant=variant)
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
     return replace(structure, parameters=parameters, unassigned=unassigned)
 
 
 def require_roles(structure: Structure, module: nn.Module) -> None:
-    """Refuse a structure in which a parameter has no role.
-
-    Args:
-        structure: after overrides.
-        module: for its name.
-
-    Raises:
-        ValueError: naming the parameters, what was found around them, and the overrides that would settle it.
-    """
+    """Refuse a structure in which a parameter has no role, with the overrides that would settle it."""
     if not structure.unassigned:
         return
     found = "; ".join(
@@ -83,5 +69,10 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
         )
 
 
+_ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
+    row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants
+}
+
+
 def _role_names() -> str:
-    return ", ".join(role.value for role in Role)
+    return ", ".join(_ROWS)

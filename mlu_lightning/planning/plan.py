@@ -15,26 +15,18 @@ from torch import nn
 
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.planning.base import Base, BaseParameter, advice_on_names, base_of_module, name_pattern
-from mlu_lightning.planning.entries import (
-    BranchPlan,
-    Multiplier,
-    ParameterPlan,
-    StreamPlan,
-    plan_branches,
-    plan_multipliers,
-    plan_parameters,
-    plan_streams,
-)
+from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module
+from mlu_lightning.planning.derivation import plan_branches, plan_multipliers, plan_parameters, plan_streams
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.rendering import plan_table
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale, scale
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 
-__all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "Plan", "StreamPlan"]
+__all__ = ["Plan"]
 
 
 @dataclass(frozen=True)
@@ -135,9 +127,10 @@ class Plan:
             require_roles(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
-        multipliers, warnings = plan_multipliers(structure, reference, streams, parameterization)
+        parameters = plan_parameters(structure, reference, streams)
+        multipliers, warnings = plan_multipliers(structure, reference, parameters, streams, parameterization)
         return cls(
-            parameters=plan_parameters(structure, reference, streams),
+            parameters=parameters,
             branches=plan_branches(structure, reference),
             streams=streams,
             multipliers=multipliers,
@@ -160,47 +153,37 @@ class Plan:
         if self._absolute:
             return None
         return Base(
-            {
+            parameters={
                 name: BaseParameter(
-                    role=parameter.role,
-                    shape=parameter.base_shape or (),
-                    fans=(
-                        round(parameter.fans[0] / parameter.ratios.inputs),
-                        round(parameter.fans[1] / parameter.ratios.outputs),
-                    ),
-                    std=parameter.base_std,
-                    active=round(parameter.active / parameter.ratios.active),
+                    one.role, one.base_shape or (), one.base_fans, one.base_std, one.base_active, one.variant
                 )
-                for name, parameter in self.parameters.items()
+                for name, one in self.parameters.items()
             },
-            tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
-            {
-                (name_pattern(branch.name), branch.kind): (
-                    branch.base_hidden,
-                    branch.base_head_dim,
-                    branch.base_logits_scale,
+            streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
+            branches={
+                (name_pattern(one.name), one.kind): BaseBranch(
+                    one.base_hidden, one.base_head_dim, one.base_logits_scale
                 )
-                for branch in reversed(self.branches)
+                for one in reversed(self.branches)
             },
         )
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:
-        """Factor that a multiplier puts into the forward pass, with the richness alpha on branches.
-
-        Args:
-            multiplier: one of ``multipliers``.
-        """
-        return multiplier.value * self.alpha if multiplier.kind == "branch" else multiplier.value
+        """Return the factor that one of ``multipliers`` puts into the forward pass, with the richness alpha on branches."""
+        value = Scale(multiplier=multiplier.value)
+        if multiplier.role is None or self.alpha == 1.0:
+            return value.multiplier
+        return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
 
     def scales(self, family: OptimizerFamily | str) -> dict[str, Scale]:
-        """Factors relative to the base for every parameter, by name.
+        """Look every parameter up in the table.
 
         Args:
             family: ``"sgd"``, ``"adam"`` (decay in the gradient), ``"adamw"`` (decoupled decay) or ``"muon"``.
 
         Returns:
-            The table's entries. The multiplier is that of the branch or readout that a parameter writes to, and that
-            can be folded into it; it is 1 where a multiplier can only be attached, as on a tied readout.
+            Factors relative to the base, by name. The multiplier is that of the branch or readout that a parameter writes
+            to, and that can be folded into it; it is 1 where it can only be attached, as on a tied readout.
 
         Raises:
             ValueError: if batch size or duration differ from the base's, and there are no rules for the family.
@@ -209,19 +192,14 @@ class Plan:
         folds = self._forward_factors
         found: dict[str, Scale] = {}
         for name, parameter in self.parameters.items():
-            entry = scale(parameter.role, parameter.ratios, family, self.alpha, self.parameterization)
+            entry = scale(
+                parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
+            )
             found[name] = self.horizon.scaled(replace(entry, multiplier=folds.get(name, 1.0)), family)
         return found
 
     def check(self, module: nn.Module) -> None:
-        """Refuse a module that the plan was not made for.
-
-        Args:
-            module: whose parameters should be the plan's.
-
-        Raises:
-            ValueError: with the difference, if a parameter is missing, extra, or of another shape.
-        """
+        """Refuse a module that the plan was not made for, with the parameters that are missing, extra or of other shapes."""
         shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
         found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
         found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
@@ -269,20 +247,12 @@ class Plan:
         return cls.from_yaml(read_text(path), str(path))
 
     def to_yaml(self) -> str:
-        """The text that ``save`` writes."""
+        """Return the text that ``save`` writes."""
         return parts_to_yaml({part.name: getattr(self, part.name) for part in fields(self)})
 
     @classmethod
     def from_yaml(cls, text: str, source: str) -> Plan:
-        """Read what ``to_yaml`` wrote.
-
-        Args:
-            text: YAML.
-            source: where it comes from, for errors.
-
-        Raises:
-            ValueError: if it is not a plan, saying where it goes wrong.
-        """
+        """Read what ``to_yaml`` wrote; errors name the source."""
         parts = parts_from_yaml(text, source)
         try:
             return cls(**parts)
@@ -290,11 +260,7 @@ class Plan:
             raise ValueError(f"{source}: {error}") from error
 
     def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
-        """The plan as a table for one kind of optimizer.
-
-        Args:
-            family: as in ``scales``.
-        """
+        """Draw the plan as a table for one family of optimizers."""
         return plan_table(self, OptimizerFamily(family))
 
     def __str__(self) -> str:

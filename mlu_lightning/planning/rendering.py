@@ -1,4 +1,4 @@
-"""Plans as tables for people."""
+"""Plans as tables."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from mlu_lightning.planning.base import name_pattern
-from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale
+from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, row_name
+from mlu_lightning.utilities.names import name_pattern
 
 if TYPE_CHECKING:
     from mlu_lightning.planning.plan import Plan
@@ -27,12 +27,7 @@ _TITLES = {
 
 
 def plan_table(plan: Plan, family: OptimizerFamily) -> str:
-    """Draw a plan: shapes, roles with their factors, branches, and warnings.
-
-    Args:
-        plan: to be drawn.
-        family: kind of optimizer whose factors are shown.
-    """
+    """Draw a plan: shapes, roles with their factors for an optimizer family, branches, and warnings."""
     text = StringIO()
     console = Console(file=text, width=125, color_system=None, markup=False, emoji=False)
     base = "the paper's absolute form" if plan.base is None else "relative to the base shape"
@@ -63,18 +58,20 @@ def _roles(plan: Plan, family: OptimizerFamily) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     scales = plan.scales(family)
-    rows: Counter[tuple[Role, Ratios, Scale]] = Counter()
-    entries: Counter[tuple[Role, Ratios, Scale]] = Counter()
+    rows: Counter[tuple[Role, Variant | None, Ratios, Scale]] = Counter()
+    entries: Counter[tuple[Role, Variant | None, Ratios, Scale]] = Counter()
     for name, parameter in plan.parameters.items():
-        row = parameter.role, parameter.ratios, scales[name]
+        row = parameter.role, parameter.variant, parameter.ratios, scales[name]
         rows[row] += 1
         entries[row] += math.prod(parameter.shape)
     order = list(Role)
     for row, count in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
-        role, ratios, factors = row
+        role, variant, ratios, factors = row
         shape = (f"{ratio:.5g}" for ratio in (ratios.depth, ratios.inputs, ratios.outputs))
         numbers = (factors.multiplier, factors.std, factors.lr, factors.eps, factors.weight_decay)
-        table.add_row(role.value, str(count), _short(entries[row]), *shape, *(f"{number:.3g}" for number in numbers))
+        table.add_row(
+            row_name(role, variant), str(count), _short(entries[row]), *shape, *(f"{number:.3g}" for number in numbers)
+        )
     return table
 
 

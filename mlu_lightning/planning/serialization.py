@@ -1,7 +1,7 @@
 """Plans as YAML that a person can read and edit.
 
-A file may come from anybody: every value in it has to be what its field takes, or the file is refused. A text is read as
-the field says, whatever YAML would make of it: a branch may be called ``on``, and ``1e-3`` is a number.
+A file may come from anybody: every value in it has to be of its field's type, or the file is refused. Texts are read as
+the field says, whatever YAML would make of them: a branch may be called ``on``, and ``1e-3`` is a number.
 """
 
 from __future__ import annotations
@@ -26,26 +26,17 @@ from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
 __all__ = ["parts_from_yaml", "parts_to_yaml"]
 
 _HEADER = """\
-# Plan of a parameterization. Roles and ratios (to the base shape) decide the factors of every parameter, by the table of
-# its parameterization; multipliers are the numbers in their lines, whatever it is. For another parameterization make
-# another plan: with the word edited, this one would be half of each. base_std is the root mean square of the
-# base's parameter at initialization (null: leave it as it was built).
+# Plan of a parameterization. Roles, and fans and depths next to the base's, decide the factors of every parameter, by
+# its table; multipliers are the numbers in their lines, whatever it is. For another parameterization make another
+# plan: with the word edited, this one would be half of each. base_std is the root mean square of the base's parameter
+# at initialization (null: leave it as it was built).
 # Roles: {roles}.
 """
-_VERSION = 1
-_ADDED: dict[str, Any] = {"parameterization": "mlu", "horizon": {}, "taps": [], "features": []}
-"""What a file means that was written before it had these keys."""
+_VERSION = 2
 
 
 def parts_to_yaml(parts: Mapping[str, Any]) -> str:
-    """Write a plan, one line for each parameter, branch, multiplier and tap.
-
-    Args:
-        parts: the fields of a ``Plan``.
-
-    Raises:
-        ValueError: if it would be longer than what is read.
-    """
+    """Write the fields of a plan, one line for each parameter, branch, multiplier and tap."""
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
     lines.append(f"parameterization: {parts['parameterization'].value}")
     lines.append(f"alpha: {_flow(parts['alpha'])}")
@@ -55,10 +46,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
         lines.append(f"{key}:" if values else f"{key}: []")
         lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
     lines.append("parameters:" if parts["parameters"] else "parameters: {}")
-    lines.extend(
-        f"  {_flow(name)}: {_flow(asdict(parameter) | {'role': parameter.role.value})}"
-        for name, parameter in parts["parameters"].items()
-    )
+    lines.extend(f"  {_flow(name)}: {_flow(_entry(parameter))}" for name, parameter in parts["parameters"].items())
     text = "\n".join(lines) + "\n"
     length = len(text.encode())
     if length > LONGEST:
@@ -70,15 +58,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
 
 
 def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
-    """Read what ``parts_to_yaml`` wrote, as the fields of a ``Plan``.
-
-    Args:
-        text: YAML.
-        source: name of the file, for errors.
-
-    Raises:
-        ValueError: if it is not a plan, saying where it goes wrong.
-    """
+    """Read the fields of a plan from what :func:`parts_to_yaml` wrote; errors name the source."""
     content = parse_yaml(text, source)
     if not isinstance(content, dict) or "mlu_plan" not in content:
         raise ValueError(
@@ -90,7 +70,6 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
             f"{source} has version {shortened(version)} of the format of plans, and this mlu-lightning reads version "
             f"{_VERSION}. Update mlu-lightning, or plan the same module and base again: Plan.from_model(...).save(path)."
         )
-    content = _ADDED | content
     if content.keys() != _PARTS.keys():
         wrong = ", ".join(sorted(content.keys() ^ _PARTS.keys())[:20])
         raise ValueError(f"{source} is not a complete plan: {wrong[:200]} should be there or should not be.")
@@ -111,8 +90,8 @@ _PARTS: dict[str, Any] = {
     "features": tuple[Tap, ...],
     "parameters": dict[str, ParameterPlan],
 }
-_COUNTED = ("depth", "embedding", "hidden", "head_dim")
-_FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "fans", "active", "period"})
+_COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active")
+_FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "period"})
 """Whole numbers that count something; others are from 0 on, but for the axis of a tap."""
 _LARGEST = 1e20
 """Of ratios and factors, so that no product of them overflows."""
@@ -219,20 +198,13 @@ def _check_references(parts: Mapping[str, Any], source: str) -> None:
         f"tap of a stream {tap.number}" for tap in parts["taps"] if tap.reads != "readout" and tap.number >= streams
     ]
     wrong += [f"tap of a branch {tap.number}" for tap in parts["features"] if tap.number >= branches]
-    wrong += [
-        f"parameter {name!r} with ratios that leave nothing at the base"
-        for name, parameter in parameters.items()
-        if parameter.base_shape is not None and not _has_base(parameter)
-    ]
     if wrong:
         raise ValueError(f"{source} contradicts itself: it has a {wrong[0]}.")
 
 
-def _has_base(parameter: ParameterPlan) -> bool:
-    """Whether the numbers of units that the ratios are relative to are not rounded to 0."""
-    counts = (*parameter.fans, parameter.active)
-    ratios = (parameter.ratios.inputs, parameter.ratios.outputs, parameter.ratios.active)
-    return all(round(count / ratio) >= 1 for count, ratio in zip(counts, ratios, strict=True))
+def _entry(parameter: ParameterPlan) -> dict[str, Any]:
+    variant = None if parameter.variant is None else parameter.variant.value
+    return asdict(parameter) | {"role": parameter.role.value, "variant": variant}
 
 
 def _flow(value: Any) -> str:

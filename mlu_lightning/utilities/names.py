@@ -1,16 +1,34 @@
-"""Names of a module's parameters and parts as plans have them: without those that wrappers put in between."""
+"""Names of a module's parameters and submodules as plans have them: without those that wrappers put in between."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["common_module", "planned_modules", "planned_name", "planned_parameters", "planned_part", "unwrapped"]
+__all__ = [
+    "common_module",
+    "name_pattern",
+    "planned_modules",
+    "planned_name",
+    "planned_parameters",
+    "planned_part",
+    "unwrapped",
+]
 
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What FSDP1 and activation checkpointing call the part that they wrap; keys of ``state_dict`` do not have it."""
+
+
+def name_pattern(name: str) -> str:
+    """Return a name without its places along the depth.
+
+    >>> name_pattern("blocks.3.mlp.out1.weight")
+    'blocks.*.mlp.out1.weight'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def planned_name(name: str) -> str:

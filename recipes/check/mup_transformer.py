@@ -7,8 +7,8 @@ from mup import MuAdamW, MuReadout, set_base_shapes
 from torch import nn
 
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.table import OptimizerFamily, Ratios, Role, scale
+from mlu_lightning.utilities.names import name_pattern
 from recipes.check.plan_faults import Fault
 
 __all__ = ["ROLES", "MuTransformer"]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from mlu_lightning import MLUCallback, Plan
-from mlu_lightning.planning.entries import Multiplier
-from mlu_lightning.table import OptimizerFamily, Ratios, Role, Scale, scale
+from mlu_lightning.planning import Multiplier
+from mlu_lightning.table import OptimizerFamily, Ratios, Role, Scale, Variant, row_name, scale
 
 __all__ = ["FACTORS", "Factor", "Fault", "FaultyCallback", "faulty"]
 
@@ -27,6 +27,7 @@ class Fault:
     Args:
         role: of the parameters.
         factor: that is wrong.
+        variant: what changes the row of the role.
 
     >>> print(Fault(Role.BRANCH_IN, "lr"))
     lr of branch_in
@@ -34,9 +35,15 @@ class Fault:
 
     role: Role
     factor: Factor
+    variant: Variant | None = None
 
     def __str__(self) -> str:
-        return f"{self.factor.replace('_', ' ')} of {self.role}"
+        return f"{self.factor.replace('_', ' ')} of {self.row}"
+
+    @property
+    def row(self) -> str:
+        """Name of the row of the table."""
+        return row_name(self.role, self.variant)
 
     def is_possible(self, family: OptimizerFamily) -> bool:
         """Whether there is such a number for an optimizer: multipliers are of branches and readouts, SGD has no eps.
@@ -45,7 +52,7 @@ class Fault:
             family: of optimizers.
         """
         if self.factor == "multiplier":
-            return self.role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.READOUT)
+            return self.role in (Role.BRANCH_OUT, Role.READOUT)
         return self.factor != "eps" or family in (OptimizerFamily.ADAM, OptimizerFamily.ADAMW)
 
     def is_forgotten(self, family: OptimizerFamily) -> bool:
@@ -56,8 +63,8 @@ class Fault:
         """
         if self.factor == "multiplier":
             return True
-        ratios = Ratios(depth=2.0, inputs=3.0, outputs=5.0)
-        return bool(getattr(scale(self.role, ratios, family), self.factor) != 1)
+        ratios = Ratios(depth=2.0, inputs=3.0, outputs=1.0 if self.variant is Variant.IN_HEAD else 5.0)
+        return bool(getattr(scale(self.role, ratios, family, variant=self.variant), self.factor) != 1)
 
 
 def faulty(plan: Plan, fault: Fault) -> Plan:
@@ -78,7 +85,8 @@ def faulty(plan: Plan, fault: Fault) -> Plan:
             if fault.factor == "multiplier":
                 return found
             wrong = 1.0 if fault.is_forgotten(family) else foreign ** (0.5 if fault.factor == "std" else 1)
-            of_role = (name for name, one in self.parameters.items() if one.role is fault.role)
+            row = fault.role, fault.variant
+            of_role = (name for name, one in self.parameters.items() if (one.role, one.variant) == row)
             return found | {name: replace(found[name], **{fault.factor: wrong}) for name in of_role}
 
         def forward_multiplier(self, multiplier: Multiplier) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor
 from mlu_lightning import Shape, check
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.quickstart.study import load_text
-from mlu_lightning.table import OptimizerFamily, Role
+from mlu_lightning.table import OptimizerFamily, Role, Variant
 from recipes.check.plan_faults import FACTORS, Factor, Fault, FaultyCallback
 from recipes.check.planted_faults_model import Everything, Norms
 from recipes.common.gradient_descent import check_command, command, in_processes
@@ -88,12 +88,12 @@ class Model:
     Args:
         build: a module for a number of tokens, an optimizer, a shape, lr, eps and weight decay.
         base: shape from which it grows.
-        roles: into which faults are planted.
+        rows: roles, and what changes their rows, into which faults are planted.
     """
 
     build: Callable[[int, str, Shape, float, float, float], LightningModule]
     base: Shape
-    roles: tuple[Role, ...]
+    rows: tuple[tuple[Role, Variant | None], ...]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -190,20 +190,19 @@ def _everything(norms: Norms) -> Callable[[int, str, Shape, float, float, float]
 
 _PLAIN = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.BRANCH_NORM, Role.STREAM_NORM, Role.READOUT)
 _FURTHER = (
-    Role.BRANCH_IN_BIAS,
-    Role.BRANCH_HIDDEN,
-    Role.BRANCH_OUT_BIAS,
-    Role.BRANCH_BOUNDED,
-    Role.BRANCH_BOUNDED_MATRIX,
-    Role.STREAM_MATRIX,
-    Role.STREAM_BOUNDED_MATRIX,
-    Role.READOUT_BIAS,
+    (Role.BRANCH_IN_BIAS, None),
+    (Role.BRANCH_HIDDEN, None),
+    (Role.BRANCH_OUT_BIAS, None),
+    (Role.BRANCH_BOUNDED, None),
+    (Role.BRANCH_BOUNDED_MATRIX, None),
+    (Role.READOUT_BIAS, None),
+    (Role.STREAM_MATRIX, Variant.IN_HEAD),
 )
 MODELS = {
-    "Transformer": Model(_transformer, Shape(2, 2, 32), _PLAIN),
+    "Transformer": Model(_transformer, Shape(2, 2, 32), tuple((role, None) for role in _PLAIN)),
     "everything": Model(_everything("before"), Shape(1, 2, 32), _FURTHER),
-    "norms at both ends": Model(_everything("both"), Shape(1, 2, 32), (Role.BRANCH_OUT_NORMED,)),
-    "norms after": Model(_everything("after"), Shape(1, 2, 32), (Role.POST_NORM,)),
+    "norms at both ends": Model(_everything("both"), Shape(1, 2, 32), ((Role.BRANCH_OUT, Variant.BEFORE_NORM),)),
+    "norms after": Model(_everything("after"), Shape(1, 2, 32), ((Role.STREAM_NORM, Variant.POST_NORM),)),
 }
 _SEEDS = 4
 """Of a check by default."""
@@ -220,7 +219,7 @@ def _cases(seeds: int, repeats: int, right: int, quick: bool) -> list[Case]:
         for name, model in MODELS.items():
             if optimizer == "sgd" and name != "Transformer":
                 continue
-            faults = [Fault(role, factor) for role in model.roles for factor in FACTORS]
+            faults = [Fault(role, factor, variant) for role, variant in model.rows for factor in FACTORS]
             cases += [
                 Case(name, optimizer, fault, fault.factor == "eps", 1000 + seeds * number, seeds)
                 for fault in faults
@@ -249,7 +248,7 @@ def text_batches() -> list[Tensor]:
 
 
 def _is_named(outcome: Outcome) -> bool:
-    return outcome.case.fault is not None and outcome.first == outcome.case.fault.role
+    return outcome.case.fault is not None and outcome.first == outcome.case.fault.row
 
 
 def _title(case: Case) -> str:
@@ -262,10 +261,10 @@ def _faults_table(outcomes: Sequence[Outcome]) -> Table:
     for outcome in outcomes:
         fault = outcome.case.fault
         if fault is not None:
-            counts[outcome.case.optimizer, fault.role][fault.factor].append(outcome)
+            counts[outcome.case.optimizer, fault.row][fault.factor].append(outcome)
     table = Table("optimizer", "role", *(factor.replace("_", " ") for factor in FACTORS), title="found, named / checks")
     last = ""
-    for (optimizer, role), of_factor in counts.items():
+    for (optimizer, row), of_factor in counts.items():
         if last not in ("", optimizer):
             table.add_section()
         cells = []
@@ -273,7 +272,7 @@ def _faults_table(outcomes: Sequence[Outcome]) -> Table:
             of_fault = of_factor.get(factor, [])
             found, named = (sum(map(test, of_fault)) for test in (lambda one: one.verdict == "fail", _is_named))
             cells.append(f"{found}, {named} / {len(of_fault)}" if of_fault else "")
-        table.add_row("" if optimizer == last else optimizer, role.value, *cells)
+        table.add_row("" if optimizer == last else optimizer, row, *cells)
         last = optimizer
     return table
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.plans import entry
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -23,7 +24,7 @@ from mlu_lightning import Plan, Ratios, Role
 from mlu_lightning.application.initialization import initialize
 from mlu_lightning.application.multipliers import attach_multipliers, fold
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.planning.entries import Multiplier, ParameterPlan
+from mlu_lightning.planning.entries import Multiplier
 
 MODES = ("rescale", "normal", "coupled")
 GROWN = Ratios(depth=2.0, inputs=4.0, outputs=9.0)
@@ -34,7 +35,6 @@ STD = {
     Role.BRANCH_IN_BIAS: 1.0,
     Role.BRANCH_HIDDEN: 1 / 2,
     Role.BRANCH_OUT: 3 / 4,
-    Role.BRANCH_OUT_NORMED: 1 / 2,
     Role.BRANCH_OUT_BIAS: 1.0,
     Role.BRANCH_NORM: 1.0,
     Role.BRANCH_BOUNDED: 1.0,
@@ -42,7 +42,6 @@ STD = {
     Role.STREAM_MATRIX: 1 / 2,
     Role.STREAM_BOUNDED_MATRIX: 1 / 4,
     Role.STREAM_NORM: 1.0,
-    Role.POST_NORM: 1.0,
     Role.READOUT: 1.0,
     Role.READOUT_BIAS: 1.0,
 }
@@ -74,7 +73,7 @@ def plan_of(module: nn.Module, **says: Any) -> Plan:
             "fans": (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape)),
         }
         shared = {key: value for key, value in says.items() if not isinstance(value, dict)}
-        parameters[name] = ParameterPlan(**{**usual, **shared, **says.get(name, {})})
+        parameters[name] = entry(**{**usual, **shared, **says.get(name, {})})
     return Plan(parameters, (), (), ())
 
 
@@ -372,8 +371,10 @@ LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, ...]], int, Role, bool]] = {
 def coupled(layout: str, width: int) -> Tensor:
     shape, axis, role, transposed = LAYOUTS[layout]
     module = seeded(lambda: Bag(p=torch.randn(shape(width))), width)
-    fans = (width, DATA) if role is Role.READOUT else (DATA, width)
-    plan = plan_of(module, role=role, fans=fans, transposed=transposed, ratios=Ratios(1, width / 8, width / 8))
+    reads = role is Role.READOUT
+    fans = (width, DATA) if reads else (DATA, width)
+    ratios = Ratios(inputs=width / 8) if reads else Ratios(outputs=width / 8)
+    plan = plan_of(module, role=role, fans=fans, transposed=transposed, ratios=ratios)
     return initialize(module, plan, "coupled").p.detach().movedim(axis, 0)
 
 

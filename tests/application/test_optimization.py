@@ -25,15 +25,17 @@ from helpers.parameter_groups import (
     numbers_in_update,
     plan_of,
 )
+from helpers.plans import entry
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn, optim
 from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
+from mlu_lightning import Plan
 from mlu_lightning.application.multipliers import attach_multipliers, fold
 from mlu_lightning.application.optimization import scale_optimizer
 from mlu_lightning.discovery.structure import Site
-from mlu_lightning.planning.plan import Multiplier, ParameterPlan, Plan
+from mlu_lightning.planning import Multiplier
 from mlu_lightning.table import Ratios
 
 # Multipliers: numbers for the stored weights
@@ -112,10 +114,7 @@ def test_one_shadow_group_for_each_distinct_set_of_factors_and_group() -> None:
     module = Weights()
     for index in range(10):
         module.register_parameter(f"norm{index}", nn.Parameter(torch.zeros(8)))
-    ratios = {
-        f"norm{index}": ParameterPlan(*ROLES["norm"][:1], (8,), None, Ratios(L, outputs=D), None, (1, 1))
-        for index in range(10)
-    }
+    ratios = {f"norm{index}": entry(*ROLES["norm"][:1], (8,), Ratios(L, outputs=D)) for index in range(10)}
     plan = Plan({**plan_of(Weights()).parameters, **ratios}, (), (), ())
     optimizer = optim.AdamW(
         [

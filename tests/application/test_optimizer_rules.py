@@ -24,10 +24,11 @@ from helpers.parameter_groups import (
     numbers_in_update,
     plan_of,
 )
+from helpers.plans import entry
 from torch import nn, optim
 
+from mlu_lightning import Plan
 from mlu_lightning.application.optimization import scale_optimizer
-from mlu_lightning.planning.plan import ParameterPlan, Plan
 from mlu_lightning.table import OptimizerFamily, Ratios, Role
 
 IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
@@ -140,7 +141,7 @@ def test_adafactor_default_bound_is_the_precision_of_the_parameters(dtype: torch
 
 def test_adafactor_refuses_a_step_above_its_limit() -> None:
     module = Weights(("branch_in",))
-    smaller = ParameterPlan(Role.BRANCH_IN, SHAPES["branch_in"], None, Ratios(1.0, 1 / 16, 1.0), None, (1, 1))
+    smaller = entry(Role.BRANCH_IN, SHAPES["branch_in"], Ratios(1.0, 1 / 16, 1.0))
     optimizer = optim.Adafactor(module.parameters(), lr=0.2)
     scale_optimizer(optimizer, module, Plan({"branch_in": smaller}, (), (), ()))
     module.load_gradients(0)
@@ -210,10 +211,10 @@ def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transp
     shape = (8, 48) if transposed else (48, 8)
     module = nn.Module()
     module.weight = nn.Parameter(torch.ones(shape))
-    parameter = ParameterPlan(Role.BRANCH_IN, shape, None, Ratios(L, D, M), None, (8, 48), transposed=transposed)
+    planned = entry(Role.BRANCH_IN, shape, Ratios(L, D, M), fans=(8, 48), transposed=transposed)
     optimizer = optim.Muon(module.parameters(), lr=0.1)
     seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, Plan({"weight": parameter}, (), (), ()))
+    scale_optimizer(optimizer, module, Plan({"weight": planned}, (), (), ()))
     module.weight.grad = torch.ones(shape)
     optimizer.step()
     own = 1.0 if transposed else (6 / 1.5) ** 0.5

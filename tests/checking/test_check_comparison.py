@@ -20,8 +20,8 @@ from mlu_lightning import Plan
 from mlu_lightning.application.initialization import planned_stds
 from mlu_lightning.checking.measurement import Batches
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.planning.base import name_pattern
 from mlu_lightning.table import Role
+from mlu_lightning.utilities.names import name_pattern
 
 pytest.importorskip("mup")
 pytest.importorskip("pandas")

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from mlu_lightning import CheckReport, MLUCallback, Plan, Role, Shape
-from mlu_lightning.checking.growth import roles_as_in
 from mlu_lightning.checking.measurement import measure
 from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.checking.verdicts import Point, fit_row
@@ -102,8 +101,8 @@ def test_roles_are_those_of_a_large_module_whatever_the_numbers() -> None:
     small = Plan.from_model(Flat(2, 16, 8), (inputs,), base=Flat(2, 16, 8))
     wide = Plan.from_model(Flat(2, 32, 16), (inputs,), base=small)
     deep = Plan.from_model(Flat(4, 16, 8), (inputs,), base=small)
-    found = roles_as_in(deep, wide, small)
-    named = {name.removeprefix("layers."): role.value for name, role in found.items()}
+    named = {name.removeprefix("layers."): role.value for name, role in deep.roles.items()}
+    assert wide.roles == small.roles
     assert named["0.weight"] == "embedding"
     assert [named[f"{block}.{place}.weight"] for block in (1, 4) for place in (0, 1, 3)] == [
         *("branch_norm", "branch_in", "branch_out"),
@@ -140,7 +139,7 @@ def test_positions_and_a_norm_under_a_multiplier_are_read_as_they_are() -> None:
     assert [multiplier.site and multiplier.site.module for multiplier in plan.multipliers][-1] == "norm"
     callback = MLUCallback(base)
     batch = tokens()[0]
-    found = measure(model, plan, plan.roles, [callback, Initial()], [batch], batch, 1, {})
+    found = measure(model, plan, [callback, Initial()], [batch], batch, 1, {})
     start = {one.quantity.name: one.values for one in found if one.quantity.kind == "start"}
     assert start["positions"] == (pytest.approx(Initial.positions.square().mean().sqrt().item(), rel=1e-6),)
     # outputs of a norm with gains of one, before the readout's multiplier of 1/2

@@ -22,7 +22,7 @@ from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers, l
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, sizes
 from mlu_lightning.checking.verdicts import Point, Row, find_causes, fit_row, overall_verdict
-from mlu_lightning.table import TABLE, OptimizerFamily, Ratios, Role, scale
+from mlu_lightning.table import OptimizerFamily, Ratios, Role, Variant, scale
 
 READ = Quantity("update", "blocks.*.read.weight", "branch_in")
 FACTORS = (1, 2, 4, 8)
@@ -163,26 +163,34 @@ def test_effects_that_are_noisy_do_not_make_a_check_undecided() -> None:
     assert overall_verdict([]) == "undecided"
 
 
-def table_says(role: Role, ratios: Ratios, kind: Kind) -> float:
+def table_says(role: Role, variant: Variant | None, ratios: Ratios, kind: Kind) -> float:
     """What start and update of a role are by the table: std times inputs added at random; Adam's lr times all inputs."""
-    entry = scale(role, ratios, OptimizerFamily.ADAMW)
+    entry = scale(role, ratios, OptimizerFamily.ADAMW, variant=variant)
     if kind == "start":
         return entry.multiplier * entry.std * math.sqrt(ratios.inputs)
     return entry.multiplier * entry.lr * ratios.inputs
 
 
-@pytest.mark.parametrize("role", TABLE)
+@pytest.mark.parametrize(
+    ("role", "variant"),
+    [
+        *((role, None) for role in Role),
+        (Role.BRANCH_OUT, Variant.BEFORE_NORM),
+        (Role.STREAM_NORM, Variant.POST_NORM),
+        (Role.STREAM_MATRIX, Variant.IN_HEAD),
+    ],
+)
 @pytest.mark.parametrize("kind", ["start", "update"])
-def test_expectations_of_the_theory_are_what_the_table_makes(role: Role, kind: Kind) -> None:
+def test_expectations_of_the_theory_are_what_the_table_makes(role: Role, variant: Variant | None, kind: Kind) -> None:
     """Two statements of one theory: sizes that should not change, and the factors by which they do not."""
     ratios = Ratios(depth=3.0, inputs=5.0, outputs=7.0)
     if not role.is_matrix:
         ratios = Ratios(depth=3.0, outputs=7.0)
     if role is Role.EMBEDDING:
         ratios = Ratios(outputs=7.0)
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_NORMED, Role.BRANCH_OUT_BIAS)
-    expected = expected_powers(kind, role, multiplied=writes)(ratios)
-    assert expected == pytest.approx(table_says(role, ratios, kind), rel=1e-12)
+    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
+    expected = expected_powers(kind, role, writes, variant, ratios)(ratios)
+    assert expected == pytest.approx(table_says(role, variant, ratios, kind), rel=1e-12)
 
 
 def test_band_of_what_happens_at_random() -> None:

@@ -11,7 +11,7 @@ from helpers.architectures import ARCHITECTURES
 from torch import Tensor, nn, optim
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.table import Ratios, Role, Scale
+from mlu_lightning.table import Ratios, Scale
 
 HIDDEN, EMBEDDING = 64, 32
 INPUTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def _plan(module: nn.Module) -> Plan:
 def test_numbers_are_those_of_branch_out_but_for_the_std() -> None:
     """Ratios 4 and 16, so that every factor is exact."""
     plan = _plan(Normed(16 * HIDDEN, 4 * EMBEDDING))
-    assert plan.roles["branches.0.3.weight"] is Role.BRANCH_OUT_NORMED
+    assert plan.parameters["branches.0.3.weight"].row == "branch_out (before_norm)"
     assert plan.parameters["branches.0.3.weight"].ratios == Ratios(inputs=16.0, outputs=4.0)
     expected = Scale(std=1 / 4, lr=1 / 16, eps=1 / 4, weight_decay=16.0)
     assert plan.scales("adamw")["branches.0.3.weight"] == expected
@@ -73,31 +73,29 @@ def test_which_models_have_them(name: str, normed: bool) -> None:
     """BERT's norms come after the addition; those before the last matrix leave its scale alone."""
     architecture = ARCHITECTURES[name]
     module = architecture.build(2, 4, 32)
-    roles = set(Plan.from_model(module, architecture.example, base=architecture.build(1, 4, 32)).roles.values())
-    assert (Role.BRANCH_OUT_NORMED in roles, Role.BRANCH_OUT in roles) == (normed, not normed)
+    plan = Plan.from_model(module, architecture.example, base=architecture.build(1, 4, 32))
+    rows = {parameter.row for parameter in plan.parameters.values()}
+    assert ("branch_out (before_norm)" in rows, "branch_out" in rows) == (normed, not normed)
 
 
 @pytest.mark.parametrize(("m", "d"), [(16, 1), (1, 8), (8, 8)])
 def test_that_matrix_moves_the_stream_equally_far(m: int, d: int) -> None:
     """Five steps of it alone, by Adam; with the std of other branches, it is another distance where M/D changes."""
     base, ours, others = (
-        sum(_moved(*shape, role, seed) for seed in range(3))
-        for shape, role in (((1, 1), None), ((m, d), None), ((m, d), Role.BRANCH_OUT))
+        sum(_moved(*shape, variant, seed) for seed in range(3))
+        for shape, variant in (((1, 1), True), ((m, d), True), ((m, d), False))
     )
     assert 1 / 1.5 < ours / base < 1.5
     if m != d:
         assert not 1 / 1.5 < others / base < 1.5
 
 
-def _moved(m: int, d: int, role: Role | None, seed: int) -> float:
+def _moved(m: int, d: int, variant: bool, seed: int) -> float:
     torch.manual_seed(seed)
     module = Normed(m * HIDDEN, d * EMBEDDING)
     plan = _plan(module)
-    if role is not None:
-        parameters = {
-            name: replace(parameter, role=role) if parameter.role is Role.BRANCH_OUT_NORMED else parameter
-            for name, parameter in plan.parameters.items()
-        }
+    if not variant:
+        parameters = {name: replace(parameter, variant=None) for name, parameter in plan.parameters.items()}
         plan = replace(plan, parameters=parameters)
     initialize(module, plan)
     attach_multipliers(module, plan)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from mlu_lightning import Plan, discover
 from mlu_lightning.models import ResNet
-from mlu_lightning.planning.base import name_pattern
+from mlu_lightning.utilities.names import name_pattern
 
 DEPTH, HEADS, EMBEDDING = 3, 4, 32
 
@@ -40,7 +40,7 @@ def test_roles_are_those_read_off_the_source(architecture: Architecture) -> None
         matches = [role for pattern, role in architecture.roles.items() if fnmatch(name, pattern)]
         assert len(matches) == 1, f"the registry has {len(matches)} roles for {name}"
         expected[name] = matches[0]
-    assert {name: role.value for name, role in structure.roles.items()} == expected
+    assert {name: facts.row for name, facts in structure.parameters.items()} == expected
     for name, facts in structure.parameters.items():
         assert facts.active == next((n for p, n in architecture.active.items() if fnmatch(name, p)), 1), name
 

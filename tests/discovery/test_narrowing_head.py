@@ -45,10 +45,10 @@ def _plan(module: nn.Module, base: nn.Module) -> Plan:
 def test_numbers_of_a_head_that_narrows() -> None:
     """Sums over D, and gradients do not depend on it: a readout with its 1/d folded into the weight."""
     plan = _plan(Narrowing(4 * BASE), Narrowing(BASE))
-    assert {name: role.value for name, role in plan.roles.items() if "blocks" not in name} == {
+    assert {name: one.row for name, one in plan.parameters.items() if "blocks" not in name} == {
         "embed.weight": "embedding",
         "embed.bias": "embedding",
-        "narrow.weight": "stream_bounded_matrix",
+        "narrow.weight": "stream_matrix (in_head)",
         "narrow.bias": "stream_norm",
         "out.weight": "readout",
         "out.bias": "readout_bias",
@@ -79,22 +79,22 @@ def test_a_saved_plan_is_a_base() -> None:
 def test_every_part_moves_the_output_equally_far(part: str, family: type[optim.Optimizer], lr: float) -> None:
     """Five steps of one part alone; as a matrix of the stream, the head would let it go 4 times as far at 16 times D."""
     moved = {
-        (width, role): sum(_moved(width, role, part, family, lr, seed) for seed in range(4))
-        for width, role in ((BASE, None), (16 * BASE, None), (16 * BASE, Role.STREAM_MATRIX))
+        (width, variant): sum(_moved(width, variant, part, family, lr, seed) for seed in range(4))
+        for width, variant in ((BASE, True), (16 * BASE, True), (16 * BASE, False))
     }
-    base = moved.pop((BASE, None))
+    base = moved.pop((BASE, True))
     ratio, plain = moved.values()
     assert 1 / 1.5 < ratio / base < 1.5
     if part != "narrow":
         assert plain / base > 2
 
 
-def _moved(width: int, role: Role | None, part: str, family: type[optim.Optimizer], lr: float, seed: int) -> float:
+def _moved(width: int, variant: bool, part: str, family: type[optim.Optimizer], lr: float, seed: int) -> float:
     torch.manual_seed(seed)
     base, module = Narrowing(BASE), Narrowing(width)
     plan = _plan(module, base)
-    if role is not None:
-        head = replace(plan.parameters["narrow.weight"], role=role)
+    if not variant:
+        head = replace(plan.parameters["narrow.weight"], variant=None)
         plan = replace(plan, parameters={**plan.parameters, "narrow.weight": head})
     initialize(module, plan)
     attach_multipliers(module, plan)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import test_trajectories
 import torch
+from helpers.table_by_hand import Shape, wanted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_table import Shape, wanted
 from torch import Tensor, nn
 
 from mlu_lightning import (

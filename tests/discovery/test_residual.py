@@ -86,7 +86,7 @@ def test_the_last_norm_of_a_post_norm_encoder_is_one_of_them() -> None:
     )
     structure = discover(transformers.BartForConditionalGeneration(config), LANGUAGE)
     for name in ("model.encoder.layers.1.final_layer_norm.weight", "model.decoder.layers.1.final_layer_norm.weight"):
-        assert structure.roles[name] == "post_norm"
+        assert structure.parameters[name].row == "stream_norm (post_norm)"
     assert structure.parameters["model.encoder.layers.1.final_layer_norm.weight"].stream == 1
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn, optim
 
-from mlu_lightning.planning.plan import ParameterPlan, Plan
+from helpers.plans import entry
+from mlu_lightning import Plan
 from mlu_lightning.table import Ratios, Role
 
 Numbers = dict[str, Any]
@@ -52,14 +53,14 @@ class Weights(nn.Module):
 
 def plan_of(module: nn.Module, identity: bool = False) -> Plan:
     parameters = {}
-    for name, parameter in module.named_parameters():
+    for name, value in module.named_parameters():
         role, ratios = ROLES[name]
-        base: tuple[int, ...] = tuple(parameter.shape)
+        base: tuple[int, ...] = tuple(value.shape)
         if identity:
             ratios = Ratios()
         elif name in MATRICES:
             base = (2, 2)
-        parameters[name] = ParameterPlan(role, tuple(parameter.shape), base, ratios, None, (1, 1))
+        parameters[name] = entry(role, tuple(value.shape), ratios, base_shape=base)
     return Plan(parameters, (), (), ())
 
 

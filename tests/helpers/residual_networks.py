@@ -29,7 +29,7 @@ class Net(nn.Module):
 
     def __init__(self, forward: Callable[..., Any] | None = None, adds: bool = False, **parts: Any) -> None:
         super().__init__()
-        self.run = forward or in_a_row
+        self.run, self.adds = forward or in_a_row, adds
         self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
         self.blocks = nn.ModuleList(Block(adds=adds) for _ in range(2))
         for name, part in parts.items():
@@ -43,5 +43,5 @@ def in_a_row(net: Net, x: Tensor) -> Any:
     """Blocks one after the other, each added to what it reads."""
     h = net.embed(x)
     for block in net.blocks:
-        h = block(h) if block.adds else h + block(h)
+        h = block(h) if net.adds else h + block(h)
     return net.out(h)

@@ -1,4 +1,4 @@
-"""Checkpoints of runs without the plugin in runs with it, and the other way round; plans of older and newer versions."""
+"""Checkpoints of runs without the plugin in runs with it, and the other way round; plans of other versions."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from helpers.parameter_groups import ADAM_LR, EPS, MULTIPLIERS
-from helpers.runs_by_hand import BASE, ROLES, ByHand, Net, Residual, fit, listed
+from helpers.runs_by_hand import BASE, ByHand, Net, Residual, fit, listed
 
-from mlu_lightning import MLUCallback, Plan, ReferenceRecorder
-from mlu_lightning.observation.reference import Reference
-
-OLDER = Path(__file__).parents[1] / "planning" / "plan_of_the_first_version.yaml"
-"""What ``Plan.save`` wrote before plans had rules, horizon, taps and features."""
+from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.models import ResNet
 
 
 @pytest.fixture(scope="module")
@@ -80,46 +75,12 @@ def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: di
 # Plans
 
 
-def test_plan_of_the_first_version_has_the_same_numbers() -> None:
-    plan = Plan.load(OLDER)
-    assert {multiplier.name: multiplier.value for multiplier in plan.multipliers} == {
-        **{f"blocks.{block}": MULTIPLIERS["branch_out"] for block in range(4)},
-        "readout.weight": MULTIPLIERS["readout"],
-    }
-    for name, scale in plan.scales("adamw").items():
-        role = ROLES[name.split(".")[-2]]
-        assert (scale.lr, scale.eps, scale.weight_decay) == (ADAM_LR[role], EPS[role], 1 / ADAM_LR[role])
-    assert Plan.from_yaml(plan.to_yaml(), "the plan") == plan
-
-
-@pytest.mark.parametrize("residual", ["hook", "fold"])
-def test_checkpoint_with_a_plan_of_the_first_version(
-    residual: Residual, checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
-    saved = torch.load(checkpoints[residual], weights_only=True)
-    saved["callbacks"]["MLUCallback"]["plan"] = OLDER.read_text()
-    torch.save(saved, tmp_path / "older.ckpt")
-    callback = MLUCallback(Net(BASE), residual=residual)
-    assert end(Net(), callback, ckpt_path=tmp_path / "older.ckpt") == end(
-        Net(), MLUCallback(plan=str(OLDER), residual=residual)
-    )
-
-
-def test_run_with_a_plan_of_the_first_version_is_recorded(tmp_path: Path) -> None:
-    """Such a plan does not say where the stream is."""
-    read = []
-    for name, callback in {"older": MLUCallback(plan=str(OLDER)), "newer": MLUCallback(Net(BASE))}.items():
-        recorder = ReferenceRecorder(tmp_path / name, steps=[6])
-        fit(Net(), callback, recorder, max_epochs=1)
-        read.append(Reference.load(recorder.path).read(6))
-    assert listed(read[0]) == listed(read[1])
-
-
-@pytest.mark.parametrize("version", ["2", "1.5", "next"])
-def test_plan_of_an_unknown_version_is_refused(version: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["1", "1.5", "next"])
+def test_plan_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
-    path.write_text(OLDER.read_text().replace("mlu_plan: 1", f"mlu_plan: {version}"))
+    plan = Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
+    path.write_text(plan.to_yaml().replace("mlu_plan: 2", f"mlu_plan: {version}"))
     with pytest.raises(
-        ValueError, match=rf"plan\.yaml has version '?{version}'? of .* reads version 1\. Update mlu-lightning, or plan"
+        ValueError, match=rf"plan\.yaml has version '?{version}'? of .* reads version 2\. Update mlu-lightning, or plan"
     ):
         Plan.load(path)

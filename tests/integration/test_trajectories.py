@@ -14,11 +14,11 @@ import pytest
 import torch
 from helpers.architecture_runs import loader, quiet
 from helpers.optimizers_by_hand import CASES, Case, Row
+from helpers.table_by_hand import EXPECTED, MUON, Shape, wanted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from test_table import EXPECTED, MUON, Shape, wanted
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 from torch.optim import lr_scheduler

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import sys
 from functools import cache
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch import Tensor
 from mlu_lightning.limit.infinite_model import infinite_model
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 
-recipe: Any = importlib.import_module("gradient_descent")
-sys.path.pop(0)
+recipe: Any = importlib.import_module("recipes.common.gradient_descent")
 
 SHAPES = [(10, 2, 3), (12, 4, 4), (26, 3, 3), (14, 9, 3)]
 """Units, reads and writes: a block that is as tall as it is wide, a lower one, two, and the units of attention heads."""

@@ -179,12 +179,10 @@ def read_plan(path: Path, content: bytes) -> bool:
         assert str(error).startswith(str(path))
         assert len(str(error)) < 2000
         return True
-    # what older plans do not say is as it was then
-    older: dict[str, Any] = {"parameterization": "mlu", "horizon": {}, "taps": [], "features": []}
     # a tab may separate, as YAML has it, and PyYAML's own scanner refuses it
     loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if b"\t" in content else yaml.BaseLoader
-    node = older | yaml.load(content.decode(), Loader=loader)
-    assert node.pop("mlu_plan") == "1"
+    node = yaml.load(content.decode(), Loader=loader)
+    assert node.pop("mlu_plan") == "2"
     check_value({field.name: getattr(plan, field.name) for field in fields(plan)}, node)
     # what was read can be used
     assert Plan.from_yaml(plan.to_yaml(), "written again") == plan
@@ -398,11 +396,8 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
         ("fans: [3, 4]", "fans: [3]", r"embed.weight, fans: \['3'\] should be a list of 2"),
         ("stream: 0", "stream: 1", "contradicts itself: it has a branch 'blocks.0' in a stream 1"),
         ("name: blocks.0, kind: branch", "name: b, kind: branch", "a branch 'blocks.0' without a multiplier"),
-        (
-            "inputs: 2.0",
-            "inputs: 1e9",
-            "a parameter 'blocks.0.write.weight' with ratios that leave nothing at the base",
-        ),
+        ("base_fans: [3, 4]", "base_fans: [3, 0]", "base_fans: '0' should be a whole number from 1 on"),
+        ("variant: null", "variant: big", "there is no variant 'big'. Variants are: before_norm, post_norm, in_head"),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
     ],
 )

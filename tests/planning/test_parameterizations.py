@@ -17,7 +17,7 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.quickstart.study import Windows
-from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, scale
+from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, scale
 
 SGD, ADAM, ADAMW, MUON = OptimizerFamily
 MLU, COMPLETEP, MUP, SP = Parameterization
@@ -34,7 +34,7 @@ READ = Ratios(DEPTH, inputs=EMBEDDING)
 
 def test_every_role_has_a_row_in_every_table() -> None:
     assert set(TABLES) == set(Parameterization)
-    assert all(set(table) == set(Role) for table in TABLES.values())
+    assert all(set(table.rows) == set(Role) for table in TABLES.values())
 
 
 @pytest.mark.parametrize("parameterization", Parameterization)
@@ -92,11 +92,14 @@ def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
         (Role.BRANCH_OUT, OUT): (1, 5**-0.5, 7 / 5 if sgd else 1 / 5),
         (Role.BRANCH_IN_BIAS, UNITS): (1, 1, 5 if sgd else 1),
         (Role.BRANCH_OUT_BIAS, COORDINATES): (1, 1, 7 if sgd else 1),
-        (Role.POST_NORM, COORDINATES): (1, 1, 7 if sgd else 1),
+        (Role.STREAM_NORM, COORDINATES): (1, 1, 7 if sgd else 1),
         (Role.READOUT, READ): (1 / 7, 1, 7 if sgd else 1),
     }
     for (role, ratios), numbers in expected.items():
         found = scale(role, ratios, family, parameterization=MUP)
+        assert role is not Role.STREAM_NORM or found == scale(
+            role, ratios, family, parameterization=MUP, variant=Variant.POST_NORM
+        )
         assert (found.multiplier, found.std, found.lr) == pytest.approx(numbers, **CLOSE), role
         assert found == scale(role, replace(ratios, depth=1000.0), family, parameterization=MUP)
 
@@ -112,11 +115,12 @@ def test_standard_parameterization_has_the_std_of_a_sum_and_nothing_else(family:
         (Role.STREAM_MATRIX, READ, EMBEDDING),
         (Role.READOUT, READ, EMBEDDING),
         (Role.BRANCH_NORM, COORDINATES, 1.0),
-        (Role.POST_NORM, COORDINATES, 1.0),
+        (Role.STREAM_NORM, COORDINATES, 1.0),
         (Role.READOUT_BIAS, COORDINATES, 1.0),
     ):
         expected = Scale(std=pytest.approx(inputs**-0.5, **CLOSE))
-        assert scale(role, ratios, family, parameterization=SP) == expected, role
+        for variant in (None, *Variant):
+            assert scale(role, ratios, family, parameterization=SP, variant=variant) == expected, role
 
 
 def test_outputs_averaged_over_active_experts() -> None:

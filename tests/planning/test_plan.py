@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from mlu_lightning import Plan, Role
 from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.table import Variant
 
 BASE = (2, 4, 32)
 Numbers = dict[str, tuple[float, float, float, float, float]]
@@ -28,14 +29,14 @@ def by_hand(depth: float, m: float, d: float) -> Numbers:
         "branch_in_bias": (1, 1, 1, 1 / (depth * m), 1),
         "branch_hidden": (1, m**-0.5, 1 / m, 1 / (depth * m), m),
         "branch_out": (1 / depth, d**0.5 / m, 1 / m, 1 / (depth * d), m),
-        "branch_out_normed": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
+        "branch_out (before_norm)": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
         "branch_out_bias": (1 / depth, 1, 1, 1 / (depth * d), 1),
         "branch_norm": (1, 1, 1, 1 / (depth * d), 1),
         "branch_bounded": (1, 1, 1, 1 / depth, 1),
         "branch_bounded_matrix": (1, d**-0.5, 1 / d, 1 / depth, d),
-        "stream_matrix": (1, d**-0.5, 1 / d, 1 / d, d),
+        **dict.fromkeys(["stream_matrix", "stream_matrix (in_head)"], (1, d**-0.5, 1 / d, 1 / d, d)),
         "stream_norm": (1, 1, 1, 1 / d, 1),
-        "post_norm": (1, 1, 1 / depth, 1 / d, depth),
+        "stream_norm (post_norm)": (1, 1, 1 / depth, 1 / d, depth),
         "readout": (1 / d, 1, 1, 1 / d, 1),
         "readout_bias": (1, 1, 1, 1, 1),
     }
@@ -53,7 +54,7 @@ def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> Non
         numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
         across_tokens = any(fnmatch(name, pattern) for pattern in architecture.tokens)
         expected = by_hand(depth=3, m=2, d=1 if across_tokens else 2)
-        multiplier, *rest = expected[plan.roles[name].value]
+        multiplier, *rest = expected[plan.parameters[name].row]
         if architecture.unfoldable:
             multiplier = 1  # the norm at the end of the branch is multiplied, which no parameter can hold
         elif architecture.ends and plan.roles[name].in_branch:
@@ -77,7 +78,7 @@ def test_numbers_with_hidden_and_embedding_changed_on_their_own(name: str, heads
         numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
         across_tokens = any(fnmatch(parameter, pattern) for pattern in architecture.tokens)
         expected = by_hand(depth=1, m=heads / 4, d=1 if across_tokens else embedding / 32)
-        assert numbers == pytest.approx(expected[plan.roles[parameter].value]), parameter
+        assert numbers == pytest.approx(expected[plan.parameters[parameter].row]), parameter
 
 
 def test_at_the_base_shape_everything_is_one(architecture: Architecture) -> None:
@@ -192,7 +193,9 @@ def test_base_of_the_same_names_and_another_architecture() -> None:
     pre, post = (Encoder(2, 2, 16, norm_first=first) for first in (True, False))
     del pre.encoder.norm, post.encoder.norm
     pre.encoder.norm = post.encoder.norm = None
-    with pytest.raises(ValueError, match=r"norm1\.weight is branch_norm \[16\] and the base's is post_norm \[16\]"):
+    with pytest.raises(
+        ValueError, match=r"norm1\.weight is branch_norm \[16\] and the base's is stream_norm \(post_norm\) \[16\]"
+    ):
         Plan.from_model(pre, (TOKENS,), base=post)
 
 
@@ -280,10 +283,10 @@ def test_overrides_that_match_nothing_or_name_no_role() -> None:
     ("text", "message"),
     [
         ("a: [", "plan.yaml is not YAML"),
-        ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 1'"),
+        ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 2'"),
         (
-            "mlu_plan: 1\nalpha: 1.0",
-            "is not a complete plan: branches, multipliers, parameters, streams, warnings",
+            "mlu_plan: 2\nalpha: 1.0",
+            "is not a complete plan: branches, features, horizon, multipliers, parameterization, parameters, streams",
         ),
     ],
 )
@@ -314,3 +317,12 @@ def test_the_bases_std_is_that_of_the_nearest_place_along_the_depth() -> None:
     plan = Plan.from_model(module, base=base)
     stds = [plan.parameters[f"blocks.{i}.write.weight"].base_std for i in range(6)]
     assert stds == pytest.approx([1, 2, 3, 3, 3, 3])
+
+
+def test_an_override_may_name_a_variant_of_a_role() -> None:
+    module = ResNet(4, 8, 4, inputs=3, outputs=2)
+    plan = Plan.from_model(
+        module, base=ResNet(2, 8, 4, inputs=3, outputs=2), overrides={"*.write.weight": "branch_out (before_norm)"}
+    )
+    assert plan.parameters["blocks.0.write.weight"].variant is Variant.BEFORE_NORM
+    assert plan.parameters["blocks.0.read.weight"].variant is None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import planted_faults
 import pytest
 import torch
 from rich.console import Console
 
-from mlu_lightning import Plan, Role
-from mlu_lightning.table import TABLE, OptimizerFamily
+from mlu_lightning import Plan
+from mlu_lightning.table import OptimizerFamily, Role, Variant
+from recipes.check import planted_faults
 from recipes.check.plan_faults import FACTORS, Fault, faulty
 from recipes.check.planted_faults_model import Everything, Norms
 
@@ -24,10 +24,15 @@ def plan_of(norms: Norms) -> Plan:
 
 
 def test_every_role_of_the_table_has_its_faults() -> None:
-    roles = {role for norms in NORMS for role in plan_of(norms).roles.values()}
-    assert roles == set(TABLE)
-    planted = {role for model in planted_faults.MODELS.values() for role in model.roles}
-    assert planted == set(TABLE)
+    rows = {(one.role, one.variant) for norms in NORMS for one in plan_of(norms).parameters.values()}
+    # the model's matrices on the stream are in its head, where one of them is a stream_bounded_matrix
+    plain = {role for role in Role if role not in (Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX)}
+    assert rows == {(role, None) for role in plain} | {
+        (Role.BRANCH_OUT, Variant.BEFORE_NORM),
+        (Role.STREAM_NORM, Variant.POST_NORM),
+        (Role.STREAM_MATRIX, Variant.IN_HEAD),
+    }
+    assert {row for model in planted_faults.MODELS.values() for row in model.rows} == rows
 
 
 def _title(case: planted_faults.Case) -> str:
@@ -38,13 +43,14 @@ def _title(case: planted_faults.Case) -> str:
 def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: OptimizerFamily) -> None:
     for norms in NORMS:
         plan = plan_of(norms)
-        for fault in (Fault(role, factor) for role in dict.fromkeys(plan.roles.values()) for factor in FACTORS):
+        rows = dict.fromkeys((one.role, one.variant) for one in plan.parameters.values())
+        for fault in (Fault(role, factor, variant) for role, variant in rows for factor in FACTORS):
             if not fault.is_possible(family):
                 continue
             wrong = faulty(plan, fault)
             before, after = plan.scales(family), wrong.scales(family)
             changed = {
-                (plan.roles[name], factor)
+                (plan.parameters[name].row, factor)
                 for name in before
                 for factor in ("std", "lr", "eps", "weight_decay")
                 if getattr(before[name], factor) != getattr(after[name], factor)
@@ -57,7 +63,7 @@ def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: Optimiz
             if fault.factor == "multiplier":
                 assert (changed, multiplied) == (set(), {"readout" if fault.role is Role.READOUT else "branch"})
             elif fault.role is not Role.STREAM_MATRIX or family is OptimizerFamily.ADAMW:
-                assert (changed, multiplied) == ({(fault.role, fault.factor)}, set()), fault
+                assert (changed, multiplied) == ({(fault.row, fault.factor)}, set()), fault
             # else the factors of one dimension of the stream cancel that of the other
 
 

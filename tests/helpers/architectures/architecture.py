@@ -24,7 +24,7 @@ class Architecture:
     Args:
         build: module with a number of blocks, heads of dimension 8 and an embedding dimension.
         example: input of its rehearsal.
-        roles: role by pattern of parameter names; every parameter matches exactly one.
+        roles: role, with its variant if it has one, by pattern of parameter names; every parameter matches exactly one.
         branches: of a block; where stages differ, of a block of each.
         readout: name of the readout's matrix.
         encoder: branches of a block of a second stream, which the first one reads; empty if there is none.

@@ -121,6 +121,11 @@ _LLAMA_ROLES = {
     "model.layers.*.*layernorm.weight": "branch_norm",
     "model.norm.weight": "stream_norm",
 }
+# every branch ends in a norm
+_GEMMA2_ROLES = _LLAMA_ROLES | {
+    "model.layers.*.self_attn.o_proj.weight": "branch_out (before_norm)",
+    "model.layers.*.mlp.down_proj.weight": "branch_out (before_norm)",
+}
 _LLAMA_BRANCHES = (("model.layers.*.self_attn", "attention", 1), ("model.layers.*.mlp", "mlp", 24))
 
 _T5_ROLES = {
@@ -193,7 +198,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "gemma2": Architecture(
         build=_grouped(transformers.Gemma2ForCausalLM, transformers.Gemma2Config),
         example=LANGUAGE,
-        roles=_LLAMA_ROLES,
+        roles=_GEMMA2_ROLES,
         branches=_LLAMA_BRANCHES,
         readout="model.embed_tokens.weight",
         tied=True,
@@ -232,8 +237,8 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
             "bert.encoder.layer.*.output.dense.bias": "branch_out_bias",
             "bert.encoder.layer.*.intermediate.dense.weight": "branch_in",
             "bert.encoder.layer.*.intermediate.dense.bias": "branch_in_bias",
-            "bert.encoder.layer.*.LayerNorm.*": "post_norm",
-            "cls.predictions.transform.dense.weight": "stream_matrix",
+            "bert.encoder.layer.*.LayerNorm.*": "stream_norm (post_norm)",
+            "cls.predictions.transform.dense.weight": "stream_matrix (in_head)",
             "cls.predictions.transform.dense.bias": "stream_norm",
             "cls.predictions.transform.LayerNorm.*": "stream_norm",
             "cls.predictions.bias": "readout_bias",

@@ -214,7 +214,7 @@ PLAIN: dict[str, Architecture] = {
             "blocks.*.between.bias": "branch_in_bias",
             "blocks.*.write": "branch_out",
             "blocks.*.layer_scale": "branch_norm",
-            "transform.weight": "stream_matrix",
+            "transform.weight": "stream_matrix (in_head)",
             "transform.bias": "stream_norm",
             "out.weight": "readout",
             "out.bias": "readout_bias",
@@ -232,7 +232,7 @@ PLAIN: dict[str, Architecture] = {
     "post-norm encoder": Architecture(
         build=lambda depth, heads, embedding: Encoder(depth, heads, embedding, norm_first=False),
         example=(TOKENS,),
-        roles=_ENCODER_ROLES | {"encoder.layers.*.norm?.*": "post_norm"},
+        roles=_ENCODER_ROLES | {"encoder.layers.*.norm?.*": "stream_norm (post_norm)"},
         branches=_ENCODER_BRANCHES,
         readout="readout.weight",
         warns="post-norm",
@@ -247,7 +247,7 @@ PLAIN: dict[str, Architecture] = {
     "post-norm decoder": Architecture(
         build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=False),
         example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
-        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "post_norm"},
+        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "stream_norm (post_norm)"},
         branches=_DECODER_BRANCHES,
         readout="readout.weight",
         warns="post-norm",

@@ -1,0 +1,194 @@
+"""Derive the entries of a plan: put every stream, parameter, branch and multiplier next to the base's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
+from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, logits_scales
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
+from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
+from mlu_lightning.utilities.names import name_pattern
+
+__all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams"]
+
+
+def plan_streams(structure: Structure, base: Base | None) -> tuple[StreamPlan, ...]:
+    """Put every stream next to the base's, or next to 1 in the paper's absolute form."""
+    shapes = [(1, 1)] * len(structure.streams) if base is None else base.streams
+    if len(shapes) != len(structure.streams):
+        raise ValueError(
+            f"The module has {len(structure.streams)} residual streams and the base {len(shapes)}: they are of different "
+            "architecture. Give a base that differs from the module in depth, hidden width or embedding only."
+        )
+    return tuple(
+        StreamPlan(stream.depth, depth, stream.embedding, embedding)
+        for stream, (depth, embedding) in zip(structure.streams, shapes, strict=True)
+    )
+
+
+def plan_parameters(
+    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...]
+) -> dict[str, ParameterPlan]:
+    """Put every parameter, all of which have a role, next to its counterpart.
+
+    In the paper's absolute form entries are of order one: N(0, 1/d_in) where data is multiplied with a matrix, N(0, 1) for
+    tables and readouts, the table's N(0, 1/D) and N(0, D/M²) in branches.
+    """
+    found = None if base is None else counterparts(structure, base)
+    planned: dict[str, ParameterPlan] = {}
+    for name, facts in structure.parameters.items():
+        assert facts.role is not None
+        if found is None:
+            fans, of_base = (
+                _units(facts, structure),
+                BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, facts.variant),
+            )
+        else:
+            fans, of_base = (facts.fan_in, facts.fan_out), found[name]
+        planned[name] = ParameterPlan(
+            role=facts.role,
+            shape=facts.shape,
+            fans=fans,
+            base_fans=of_base.fans,
+            base_shape=None if base is None else of_base.shape,
+            base_std=of_base.std,
+            depth=streams[facts.stream].depth,
+            base_depth=streams[facts.stream].base_depth,
+            active=facts.active,
+            base_active=of_base.active,
+            variant=facts.variant,
+            branch=facts.branch,
+            transposed=facts.transposed,
+        )
+    return planned
+
+
+def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, ...]:
+    """Put every branch next to the base's, or next to 1 in the absolute form."""
+    planned = []
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base) or BaseBranch(1, None, None)
+        planned.append(
+            BranchPlan(
+                name=branch.name,
+                kind=branch.kind,
+                hidden=branch.hidden,
+                base_hidden=of_base.hidden,
+                stream=branch.stream,
+                position=branch.position,
+                head_dim=branch.head_dim,
+                base_head_dim=of_base.head_dim,
+                logits_scale=branch.logits_scale,
+                base_logits_scale=of_base.logits_scale,
+            )
+        )
+    return tuple(planned)
+
+
+def plan_multipliers(
+    structure: Structure,
+    base: Base | None,
+    parameters: Mapping[str, ParameterPlan],
+    streams: tuple[StreamPlan, ...],
+    parameterization: Parameterization,
+) -> tuple[tuple[Multiplier, ...], tuple[str, ...]]:
+    """Look up the factors in the forward pass, with warnings: of branches, readouts, and logits of another head_dim.
+
+    The theory has a bounded head_dim d_k (theory.md, section 3). Where it differs from the base's, logits are to be
+    proportional to 1/d_k relative to it, whatever the module's own factor c is: they are multiplied by
+    (base d_k / d_k) / (c / base c), because training correlates queries and keys, so that a logit becomes c times a sum
+    of d_k products of one sign.
+
+    With query-key norm the rule is the same, for a stronger reason: a logit is at most c · d_k times the gains, however
+    long the training, and 1/d_k keeps that bound. It has to come after the norm, which undoes what multiplies its
+    input. For the same reason the std of the queries' and keys' projections has no effect on the function there, but
+    it divides what a step of a given size does; without the norm, logits grow with it.
+    """
+    table = TABLES[parameterization]
+    found: list[Multiplier] = []
+    for branch in structure.branches:
+        stream = streams[branch.stream]
+        value = table.rows[Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
+        found.append(Multiplier(branch.name, "branch", value, branch.site, branch.folds))
+    for readout in structure.readouts:
+        matrix = parameters[readout.parameter]
+        # a tied table has the fans of an embedding, whose outputs are the readout's inputs
+        axis = 1 if structure.parameters[readout.parameter].tied else 0
+        value = table.rows[Role.READOUT].multiplier(Ratios(inputs=matrix.fans[axis] / matrix.base_fans[axis]))
+        found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
+    changed = list(_changed_heads(structure, base)) if table.scales_logits else []
+    if not changed:
+        return tuple(found), ()
+    scales = logits_scales(structure)
+    found.extend(
+        _logits(branch, base_dim, scales[branch.name], of_base.logits_scale) for branch, base_dim, of_base in changed
+    )
+    branch, base_dim, _ = changed[0]
+    warning = (
+        f"head_dim is {branch.head_dim} and the base's is {base_dim}. The theory holds for a bounded key-query dimension "
+        "only, so for these branches µP's rule is used instead: logits proportional to 1/head_dim relative to the base "
+        "(whatever factor modules have themselves), and the fan-in ratio of the output matrix as the ratio of hidden "
+        "widths. Keep head_dim and change the number of heads to stay within the theory"
+    )
+    return tuple(found), (warning,)
+
+
+def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
+    return None if base is None else base.branches.get((name_pattern(branch.name), branch.kind))
+
+
+def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Branch, int, BaseBranch]]:
+    """Attention branches whose head_dim is not the base's, which comes second."""
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base)
+        if of_base is None or of_base.head_dim is None or branch.head_dim in (None, of_base.head_dim):
+            continue
+        yield branch, of_base.head_dim, of_base
+
+
+def _logits(branch: Branch, base_dim: int, scale: float | None, base_scale: float | None) -> Multiplier:
+    assert branch.head_dim is not None and branch.logits is not None
+    name = branch.name or "the module itself"
+    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
+    if not scale or not base_scale:
+        whose = "the module" if not scale else "the base"
+        raise ValueError(
+            f"{reason}multiplied, but the factor that {whose} itself puts on them cannot be read from its forward pass, "
+            "or is not the same in all blocks. Multiply queries times keys by a Python number, not in place and not by "
+            "a tensor, or keep head_dim at the base's value and change the number of heads."
+        )
+    value = base_dim / branch.head_dim * base_scale / scale
+    if math.isclose(value, 1.0, rel_tol=1e-6):  # the module has the rule already, up to rounding of its constants
+        value = 1.0
+    elif branch.logits.site is None and not branch.logits.folds:
+        raise ValueError(
+            f"{reason}multiplied by {value:.4g}, but its queries can be multiplied nowhere: they are made together with "
+            "keys or values, or normalized outside of any submodule, and no submodule returns them on their own after "
+            "that. Keep head_dim at the base's value and change the number of heads, or pass the queries through a "
+            "submodule of their own, after their norm if they have one (an nn.Identity is enough)."
+        )
+    return Multiplier(branch.name, "logits", value, branch.logits.site, branch.logits.folds)
+
+
+def _units(facts: ParameterFacts, structure: Structure) -> tuple[int, int]:
+    """Inputs and outputs in units: heads of attention branches; projections that are stored as one count once."""
+    if facts.role is Role.BRANCH_OUT:
+        return facts.fan_in // facts.head_dim, facts.fan_out
+    outputs = facts.fan_out // facts.head_dim
+    if facts.role in (Role.BRANCH_IN, Role.BRANCH_IN_BIAS) and facts.branch is not None:
+        hidden = structure.branches[facts.branch].hidden // facts.active
+        outputs = hidden if outputs in (2 * hidden, 3 * hidden) else outputs
+    return facts.fan_in, outputs
+
+
+def _absolute_std(facts: ParameterFacts) -> float | None:
+    """Standard deviation at D = M = L = 1, so that stream and hidden units are of order one; vectors stay as built."""
+    assert facts.role is not None
+    if not facts.role.is_matrix or len(facts.shape) < 2:
+        return None
+    table = facts.fan_in == 1 and facts.transposed
+    if facts.role is Role.EMBEDDING and not table:
+        return math.sqrt(facts.fan_out / math.prod(facts.shape))  # sums over data, which the table does not count
+    return 1.0
