@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,11 @@ class Normed(nn.Module):
         )
         self.out = nn.Linear(embedding, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         stream = self.embed(x)
         for branch in self.branches:
             stream = stream + branch(stream)
-        output: Tensor = self.out(stream)
-        return output
+        return self.out(stream)
 
     def stream(self, x: Tensor) -> Tensor:
         stream: Tensor = self.embed(x)

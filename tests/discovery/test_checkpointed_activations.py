@@ -32,10 +32,9 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
 
-    def forward(self, stream: Tensor) -> Tensor:
+    def forward(self, stream: Tensor) -> Any:
         read = self.norm(stream)
-        written: Tensor = self.attention(read, read, read, need_weights=False)[0]
-        return written
+        return self.attention(read, read, read, need_weights=False)[0]
 
 
 class Net(LightningModule):

@@ -126,14 +126,12 @@ class Mixture(nn.Module):
         self.write = nn.ModuleList(nn.Linear(UNITS, EMBEDDING) for _ in range(EXPERTS))
         self.mixture = nn.Identity()
 
-    def expert(self, i: int, h: Tensor) -> Tensor:
-        output: Tensor = self.write[i](torch.tanh(self.read[i](h)))
-        return output
+    def expert(self, i: int, h: Tensor) -> Any:
+        return self.write[i](torch.tanh(self.read[i](h)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
-        output: Tensor = self.out(h + self.mixture(self.mix(h)))
-        return output
+        return self.out(h + self.mixture(self.mix(h)))
 
     def mix(self, h: Tensor) -> Tensor:
         raise NotImplementedError
@@ -191,26 +189,24 @@ class Product(nn.Module):
         self.bias = nn.Parameter(torch.zeros(EXPERTS, UNITS))
         self.write = nn.Parameter(torch.randn(EXPERTS, UNITS, EMBEDDING))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         best, chosen = self.router(h).topk(CHOSEN, -1)
         weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.softmax(-1))
         units = F.gelu(torch.einsum("nd,edm->enm", h, self.read) + self.bias[:, None])
         made = torch.einsum("enm,emd->end", units, self.write)
-        output: Tensor = self.out(h + torch.einsum("ne,end->nd", weights, made))
-        return output
+        return self.out(h + torch.einsum("ne,end->nd", weights, made))
 
 
 class Weighted(Product):
     """What experts are given is weighted, and not what they make."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         best, chosen = self.router(h).topk(CHOSEN, -1)
         weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.sigmoid())
         units = F.gelu(torch.einsum("end,edm->enm", weights.T[..., None] * h, self.read) + self.bias[:, None])
-        output: Tensor = self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
-        return output
+        return self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
 
 
 def test_experts_whose_inputs_are_weighted() -> None:
@@ -280,15 +276,14 @@ class Two(nn.Module):
                 block.add_module(f"expert_{i}", expert)
             self.blocks.append(block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         for idle, block in zip((3, 2), self.blocks, strict=True):
             weights = block.router(h).softmax(-1)
             busy = [i for i in range(EXPERTS) if i != idle]
             made = [getattr(block, f"expert_{i}")(h) * weights[:, i : i + 1] for i in busy]
             h = h + torch.stack(made).sum(0)
-        output: Tensor = self.out(h)
-        return output
+        return self.out(h)
 
 
 def test_experts_without_tokens_belong_to_their_own_block() -> None:

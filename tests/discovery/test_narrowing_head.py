@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,11 @@ class Narrowing(nn.Module):
         self.narrow = nn.Linear(embedding, 16)
         self.out = nn.Linear(16, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         stream = self.embed(x)
         for block in self.blocks:
             stream = stream + block(stream)
-        output: Tensor = self.out(torch.relu(self.narrow(stream)))
-        return output
+        return self.out(torch.relu(self.narrow(stream)))
 
 
 INPUTS = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))

@@ -60,7 +60,7 @@ class Recurrent(nn.Module):
         options = {} if kind == "cell" else {"batch_first": True}
         self.layer = kinds[kind](8, 12, **options)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         h = self.embed(tokens)
         x = self.norm(h)
         if isinstance(self.layer, nn.GRUCell):
@@ -70,8 +70,7 @@ class Recurrent(nn.Module):
             made = torch.stack(states[1:], 1)
         else:
             made, _ = self.layer(x)
-        output: Tensor = self.out(h + self.write(made))
-        return output
+        return self.out(h + self.write(made))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +96,7 @@ class Gated(nn.Module):
         self.gates, self.layers = (nn.ModuleList(nn.Linear(12, 12) for _ in range(4)) for _ in range(2))
         self.coefficients = nn.Parameter(torch.ones(5))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         h = self.embed(tokens)
         x = self.read(h)
         for gate, layer in zip(self.gates, self.layers, strict=True):
@@ -106,8 +105,7 @@ class Gated(nn.Module):
         value = self.coefficients[0] * x
         for coefficient in self.coefficients[1:]:
             value = (value + coefficient) * x
-        output: Tensor = self.out(h + self.write(value.cumsum(1)))
-        return output
+        return self.out(h + self.write(value.cumsum(1)))
 
 
 def test_gates_and_polynomials_are_no_recurrence() -> None:

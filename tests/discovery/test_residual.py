@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -47,12 +49,11 @@ class Reader(nn.Module):
         self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         self.out = nn.Linear(16, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         memory = self.project(self.norm(self.encoder(self.source(x))))
         h = self.decoder(self.target(x))
         h = h + self.attention(h, memory, memory)[0]
-        output: Tensor = self.out(h)
-        return output
+        return self.out(h)
 
 
 def test_what_a_decoder_reads_an_encoder_through() -> None:
@@ -155,13 +156,12 @@ class Pooled(nn.Module):
         self.embed, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
         self.branches = nn.ModuleList(Perceptron(16) for _ in range(3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         for branch in self.branches:
             h = h + (F.avg_pool1d(h.mT, 3, 1, 1).mT - h)
             h = h + branch(h)
-        output: Tensor = self.out(h)
-        return output
+        return self.out(h)
 
 
 def test_an_addition_without_a_matrix_does_not_take_in_the_branch_before_it() -> None:
@@ -192,13 +192,12 @@ class Inverted(nn.Module):
             for inputs, outputs, stride in shapes
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         h = self.stem(images)
         for block in self.blocks:
             made = block(h)
             h = h + made if made.shape == h.shape else made
-        output: Tensor = self.out(h.mean((2, 3)))
-        return output
+        return self.out(h.mean((2, 3)))
 
 
 def test_norms_of_blocks_without_a_shortcut_do_not_make_a_stream_post_norm() -> None:
@@ -220,10 +219,9 @@ class Staged(nn.Module):
         self.first, self.second = Blocks(16), Blocks(16)
         self.positions, self.table = nn.Parameter(torch.randn(1, 3, 16)), nn.Embedding(3, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.first(self.embed(x)) + self.positions + self.table(torch.arange(3))
-        output: Tensor = self.out(self.second(h))
-        return output
+        return self.out(self.second(h))
 
 
 def test_tables_that_are_added_on_the_way_are_embeddings() -> None:

@@ -35,12 +35,11 @@ def inputs(architecture: Architecture) -> Any:
     return doubles(example if isinstance(example, (dict, tuple)) else (TOKENS,))
 
 
-def logits(module: nn.Module, example: Any) -> Tensor:
+def logits(module: nn.Module, example: Any) -> Any:
     if isinstance(module, ResNet):
         example = example[:1]
     output = module(**example) if isinstance(example, dict) else module(*example)
-    result: Tensor = getattr(output, "logits", output)
-    return result
+    return getattr(output, "logits", output)
 
 
 # What a person reads off the source: how the first branch's stream is made, and the output from the last sum.
