@@ -253,7 +253,7 @@ def _mute(module: Any, losses: list[Tensor]) -> None:
 
     @cache
     def configured() -> tuple[list[Any], list[Any]]:
-        optimizers, schedulers, _ = configured_optimizers(module.configure_optimizers())
-        return list(optimizers), [found["scheduler"] if isinstance(found, dict) else found for found in schedulers]
+        made: tuple[list[Any], list[Any], Any] = configured_optimizers(module.configure_optimizers())
+        return made[0], [found["scheduler"] if isinstance(found, dict) else found for found in made[1]]
 
     mute(module, losses, lambda: configured()[0], lambda: configured()[1])

@@ -38,16 +38,13 @@ class Normed(nn.Module):
         self.out = nn.Linear(embedding, 1)
 
     def forward(self, x: Tensor) -> Any:
+        return self.out(self.stream(x))
+
+    def stream(self, x: Tensor) -> Any:
         stream = self.embed(x)
         for branch in self.branches:
             stream = stream + branch(stream)
-        return self.out(stream)
-
-    def stream(self, x: Tensor) -> Tensor:
-        stream: Tensor = self.embed(x)
-        for branch in self.branches:
-            stream = stream + branch(stream)
-        return stream.detach()
+        return stream
 
 
 def _plan(module: nn.Module) -> Plan:
@@ -101,7 +98,7 @@ def _moved(m: int, d: int, variant: bool, seed: int) -> float:
     attach_multipliers(module, plan)
     optimizer = optim.Adam([branch[3].weight for branch in module.branches], lr=1e-3)
     scale_optimizer(optimizer, module, plan)
-    before = module.stream(INPUTS)
+    before = module.stream(INPUTS).detach()
     for _ in range(5):
         optimizer.zero_grad()
         (module(INPUTS) - TARGETS).square().mean().backward()
