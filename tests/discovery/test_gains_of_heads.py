@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.residual_networks import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,28 +61,21 @@ def test_gains_of_heads(heads: int, head_dim: int) -> None:
         assert facts.fan_out == entries, name
 
 
-class FlatNorm(nn.Module):
+def flat_norm(heads: int) -> Net:
     """A norm of all queries, of all heads together."""
 
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.embed, self.out = nn.Linear(5, D), nn.Linear(D, 3)
-        self.qkv, self.write = nn.Linear(D, 24 * heads), nn.Linear(8 * heads, D)
-        self.norm = nn.RMSNorm(8 * heads)
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        queries, keys, values = net.blocks(h).chunk(3, -1)
+        parts = (net.norm(queries), net.norm(keys), values)
+        made = F.scaled_dot_product_attention(*(part.unflatten(-1, (heads, 8)).transpose(1, 2) for part in parts))
+        return net.out(h + net.write(made.transpose(1, 2).flatten(2)))
 
-    def forward(self, x: Tensor) -> Any:
-        h = self.embed(x)
-        queries, keys, values = self.qkv(h).chunk(3, -1)
-        heads = (
-            part.unflatten(-1, (self.heads, 8)).transpose(1, 2)
-            for part in (self.norm(queries), self.norm(keys), values)
-        )
-        made = F.scaled_dot_product_attention(*heads)
-        return self.out(h + self.write(made.transpose(1, 2).flatten(2)))
+    parts = {"embed": nn.Linear(5, D), "out": nn.Linear(D, 3), "blocks": nn.Linear(D, 24 * heads)}
+    return Net(forward, write=nn.Linear(8 * heads, D), norm=nn.RMSNorm(8 * heads), **parts)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_a_norm_before_units_are_split_into_heads(heads: int) -> None:
     """It has the same role at one head, as a base may have, as at many."""
-    assert discover(FlatNorm(heads), (X,)).roles["norm.weight"] == "branch_in_bias"
+    assert discover(flat_norm(heads), (X,)).roles["norm.weight"] == "branch_in_bias"

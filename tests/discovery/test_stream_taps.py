@@ -44,57 +44,41 @@ def logits(module: nn.Module, example: Any) -> Any:
 
 # What a person reads off the source: how the first branch's stream is made, and the output from the last sum.
 BEGIN: dict[str, Callable[[Any, Any], Tensor]] = {
-    "resnet": lambda m, x: m.embed(x[0]),
-    "causal transformer": lambda m, x: m.tokens(x[0]),
+    **dict.fromkeys(("resnet", "average of experts", "sum of experts"), lambda m, x: m.embed(x[0])),
+    **dict.fromkeys(("causal transformer", "pre-norm decoder", "post-norm decoder"), lambda m, x: m.tokens(x[0])),
     "functional": lambda m, x: m.stem(F.relu(m.patches(x[0]))),
-    "pre-norm encoder": lambda m, x: m.tokens(x[0]) + m.positions,
-    "post-norm encoder": lambda m, x: m.tokens(x[0]) + m.positions,
+    **dict.fromkeys(("pre-norm encoder", "post-norm encoder"), lambda m, x: m.tokens(x[0]) + m.positions),
     "gpt2": lambda m, x: m.transformer.wte(TOKENS) + m.transformer.wpe.weight[:8],
-    "llama": lambda m, x: m.model.embed_tokens.weight[TOKENS],
-    "tied llama": lambda m, x: m.model.embed_tokens.weight[TOKENS],
+    **dict.fromkeys(
+        ("llama", "tied llama", "mistral", "qwen3", "mixtral"), lambda m, x: m.model.embed_tokens.weight[TOKENS]
+    ),
     "gemma2": lambda m, x: m.model.embed_tokens.weight[TOKENS] * float(torch.tensor(EMBEDDING**0.5)),
     "gpt-neox": lambda m, x: m.gpt_neox.embed_in.weight[TOKENS],
     "bert": lambda m, x: m.bert.embeddings(TOKENS),
     "vit": lambda m, x: m.vit.embeddings(x["pixel_values"]),
-    "pre-norm decoder": lambda m, x: m.tokens(x[0]),
-    "post-norm decoder": lambda m, x: m.tokens(x[0]),
-    "average of experts": lambda m, x: m.embed(x[0]),
-    "sum of experts": lambda m, x: m.embed(x[0]),
-    "mistral": lambda m, x: m.model.embed_tokens.weight[TOKENS],
-    "qwen3": lambda m, x: m.model.embed_tokens.weight[TOKENS],
-    "mixtral": lambda m, x: m.model.embed_tokens.weight[TOKENS],
-    "t5": lambda m, x: m.shared.weight[F.pad(TOKENS, (1, 0))[:, :-1]],
-    "tied t5": lambda m, x: m.shared.weight[F.pad(TOKENS, (1, 0))[:, :-1]],
+    **dict.fromkeys(("t5", "tied t5"), lambda m, x: m.shared.weight[F.pad(TOKENS, (1, 0))[:, :-1]]),
     "mixer": lambda m, x: m.patches(x[0]).flatten(2).transpose(1, 2),
-    "basic resnet": lambda m, x: m.pool(F.relu(m.stem(x[0]))),
-    "bottleneck resnet": lambda m, x: m.pool(F.relu(m.stem(x[0]))),
+    **dict.fromkeys(("basic resnet", "bottleneck resnet"), lambda m, x: m.pool(F.relu(m.stem(x[0])))),
     "hugging face resnet": lambda m, x: m.resnet.embedder(x["pixel_values"]),
 }
 END: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "resnet": lambda m, h: m.readout(h),
+    **dict.fromkeys(("resnet", "average of experts", "sum of experts"), lambda m, h: m.readout(h)),
     "causal transformer": lambda m, h: m.readout(m.norm(h)),
     "functional": lambda m, h: m.out(torch.tanh(m.transform(h))),
     "pre-norm encoder": lambda m, h: m.readout(m.encoder.norm(h)),
     "post-norm encoder": lambda m, h: m.readout(m.encoder.layers[-1].norm2(h)),
     "gpt2": lambda m, h: m.transformer.ln_f(h) @ m.transformer.wte.weight.T,
-    "llama": lambda m, h: m.lm_head(m.model.norm(h)),
-    "tied llama": lambda m, h: m.model.norm(h) @ m.model.embed_tokens.weight.T,
-    "gemma2": lambda m, h: m.model.norm(h) @ m.model.embed_tokens.weight.T,
+    **dict.fromkeys(("llama", "mistral", "qwen3", "mixtral"), lambda m, h: m.lm_head(m.model.norm(h))),
+    **dict.fromkeys(("tied llama", "gemma2"), lambda m, h: m.model.norm(h) @ m.model.embed_tokens.weight.T),
     "gpt-neox": lambda m, h: m.lm_head(m.gpt_neox.final_layer_norm(h)),
     "bert": lambda m, h: m.cls(m.bert.encoder.layer[-1].output.LayerNorm(h)),
     "vit": lambda m, h: m.classifier(m.vit.layernorm(h)[:, 0]),
     "pre-norm decoder": lambda m, h: m.readout(m.decoder.norm(h)),
     "post-norm decoder": lambda m, h: m.readout(m.decoder.layers[-1].norm3(h)),
-    "average of experts": lambda m, h: m.readout(h),
-    "sum of experts": lambda m, h: m.readout(h),
-    "mistral": lambda m, h: m.lm_head(m.model.norm(h)),
-    "qwen3": lambda m, h: m.lm_head(m.model.norm(h)),
-    "mixtral": lambda m, h: m.lm_head(m.model.norm(h)),
     "t5": lambda m, h: m.lm_head(m.decoder.final_layer_norm(h)),
     "tied t5": lambda m, h: m.decoder.final_layer_norm(h) * EMBEDDING**-0.5 @ m.shared.weight.T,
     "mixer": lambda m, h: m.classifier(m.norm(h).mean(1)),
-    "basic resnet": lambda m, h: m.fc(h.mean((2, 3))),
-    "bottleneck resnet": lambda m, h: m.fc(h.mean((2, 3))),
+    **dict.fromkeys(("basic resnet", "bottleneck resnet"), lambda m, h: m.fc(h.mean((2, 3)))),
     "hugging face resnet": lambda m, h: m.classifier(F.relu(h).mean((2, 3))),
 }
 
@@ -204,6 +188,6 @@ def test_taps_are_in_the_plan_and_its_file(tmp_path: Path) -> None:
         assert Plan.load(tmp_path / "plan.yaml") == plan
         lines = (tmp_path / "plan.yaml").read_text().splitlines()
         assert sum("reads: " in line for line in lines) == len(plan.taps) + len(plan.features) == 10, "one line each"
-    (tmp_path / "plan.yaml").write_text("\n".join(line for line in lines if "reads: " not in line).replace("taps:", ""))
-    with pytest.raises(ValueError, match="features: '' should be a list"):
+    (tmp_path / "plan.yaml").write_text("\n".join(line for line in lines if "reads: " not in line))
+    with pytest.raises(ValueError, match="taps: '' should be a list"):
         Plan.load(tmp_path / "plan.yaml")

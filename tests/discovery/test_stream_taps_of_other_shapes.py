@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 from helpers.architectures import TOKENS
-from helpers.residual_networks import Block
+from helpers.residual_networks import Net
 from helpers.taps import modules, printed, read, streams
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,66 +65,46 @@ def test_activations_stand_for_sums_that_no_module_is_given_first() -> None:
         torch.testing.assert_close(h[4], module.layer2[1](h[3]))
 
 
-class Turned(nn.Module):
+def turned(net: Net, x: Tensor) -> Any:
     """Convolutions whose branches write with a matrix, which makes channels the last axis, and turn it back."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, width, 1), nn.Conv2d(width, 5, 1)
-        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-
-    def forward(self, x: Tensor) -> Any:
-        h = self.stem(x)
-        for i, block in enumerate(self.blocks):
-            turned = block(h.permute(0, 2, 3, 1))
-            h = (turned.permute(0, -1, 1, 2) if i else turned.transpose(-1, 1).transpose(2, 3)) + h
-        return self.head(self.pool(h))
+    h = net.embed(x)
+    for i, block in enumerate(net.blocks):
+        made = block(h.permute(0, 2, 3, 1))
+        h = (made.permute(0, -1, 1, 2) if i else made.transpose(-1, 1).transpose(2, 3)) + h
+    return net.out(net.pool(h))
 
 
 def test_axis_of_the_coordinates_is_followed_through_permutations() -> None:
-    taps = discover(Turned(), torch.randn(8, 3, 8, 8)).taps  # every axis of the stream has 8 entries
+    parts = {"embed": nn.Conv2d(3, 8, 1), "out": nn.Conv2d(8, 5, 1), "pool": nn.AdaptiveAvgPool2d(1)}
+    taps = discover(Net(turned, **parts), torch.randn(8, 3, 8, 8)).taps  # every axis of the stream has 8 entries
     assert {tap.axis for tap in taps} == {1}
     # the second block is given the stream the other way round
-    assert modules(taps) == ["stem output", "pool input[0]", "head output"]
-
-
-class TimeFirst(nn.Module):
-    """An encoder whose first axis is time, of as many steps as there are samples and coordinates."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(3, 16), nn.Linear(16, 2)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.out(self.encoder(self.embed(x)))
+    assert modules(taps) == ["embed output", "pool input[0]", "out output"]
 
 
 def test_axis_where_time_comes_first() -> None:
-    taps = discover(TimeFirst(), torch.randn(16, 16, 3)).taps
+    """Of as many steps as there are samples and coordinates."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    parts = {"embed": nn.Linear(3, 16), "out": nn.Linear(16, 2), "blocks": encoder}
+    module = Net(lambda net, x: net.out(net.blocks(net.embed(x))), **parts)
+    taps = discover(module, torch.randn(16, 16, 3)).taps
     assert {tap.axis for tap in taps} == {-1}
-    assert modules(taps) == ["embed output", "encoder.layers.0.norm2 input[0]", "encoder output", "out output"]
+    assert modules(taps) == ["embed output", "blocks.layers.0.norm2 input[0]", "blocks output", "out output"]
 
 
-class Translator(nn.Module):
+def translator(net: Net, source: Tensor, target: Tensor) -> Any:
     """An encoder stream and a decoder stream that reads it."""
-
-    def __init__(self, embedding: int = 16) -> None:
-        super().__init__()
-        self.tokens, self.out = nn.Embedding(50, embedding), nn.Linear(embedding, 9)
-        self.encoder = nn.TransformerEncoderLayer(embedding, 2, 32, batch_first=True, norm_first=True)
-        self.decoder = nn.TransformerDecoderLayer(embedding, 2, 32, batch_first=True, norm_first=True)
-
-    def forward(self, source: Tensor, target: Tensor) -> Any:
-        memory = self.encoder(self.tokens(source))
-        return self.out(self.decoder(tgt=self.tokens(target), memory=memory))
+    memory = net.encoder(net.embed(source))
+    return net.out(net.decoder(tgt=net.embed(target), memory=memory))
 
 
 def test_encoder_and_decoder() -> None:
     torch.manual_seed(0)
-    module, source, target = Translator().eval(), TOKENS, TOKENS.flip(1)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+    parts = {"embed": nn.Embedding(50, 16), "out": nn.Linear(16, 9), "blocks": nn.Identity()}
+    module, source, target = Net(translator, encoder=encoder, decoder=decoder, **parts).eval(), TOKENS, TOKENS.flip(1)
     structure = discover(module, (source, target))
     assert printed(module, (source, target)) == [
         "stream 0 after 0 additions: decoder input[0]",
@@ -139,9 +119,9 @@ def test_encoder_and_decoder() -> None:
     found = read(module, structure.taps, lambda: module(source, target))
     decoder, encoder = streams(found), streams(found, 1)
     with torch.no_grad():
-        torch.testing.assert_close(encoder[0], module.tokens(source))
+        torch.testing.assert_close(encoder[0], module.embed(source))
         torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
-        torch.testing.assert_close(decoder[0], module.tokens(target))
+        torch.testing.assert_close(decoder[0], module.embed(target))
         torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))
 
 
