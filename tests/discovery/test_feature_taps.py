@@ -87,6 +87,12 @@ def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, 
     torch.testing.assert_close(read(module, example)[branch], rows[spread(len(rows), 32)], **CLOSE)
 
 
+def transformer(samples: int = 3) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
+    return model, torch.randint(9, (samples, 9))
+
+
 def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
     """Logits of the package's own attention, by the definition, with NaN for later tokens."""
     given = attention.norm(stream)
@@ -103,12 +109,8 @@ def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
 
 
 def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:
-    torch.manual_seed(0)
-    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
-    tokens = torch.randint(9, (1, 9))
-    attention = model.branches[0]
-    assert isinstance(attention, Attention)
-    logits = causal_logits(attention, model.tokens(tokens[:, :-1]))
+    model, tokens = transformer(samples=1)
+    logits = causal_logits(model.branches[0], model.tokens(tokens[:, :-1]))
     found = read(model, tokens)["attention/branches.0"]
     assert found.isneginf().sum() > 0
     torch.testing.assert_close(found, logits.reshape(16, 8).detach(), **CLOSE)
@@ -208,9 +210,7 @@ def test_grouped_keys_are_read_for_every_head() -> None:
 
 
 def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
-    torch.manual_seed(0)
-    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
-    tokens = torch.randint(9, (3, 9))
+    model, tokens = transformer()
     plan = Plan.from_model(model, tokens, base=model)
     assert plan.features == discover(model, tokens).features
     assert Plan.from_yaml(plan.to_yaml(), "itself").features == plan.features
@@ -222,9 +222,7 @@ def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
 
 
 def test_watching_ends_when_the_forward_pass_fails() -> None:
-    torch.manual_seed(0)
-    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
-    tokens = torch.randint(9, (3, 9))
+    model, tokens = transformer()
     plan = Plan.from_model(model, tokens, base=model)
     locations = locate_features(plan.features, plan.branches)
 

@@ -154,8 +154,8 @@ def test_at_the_bases_shape_nothing_changes(name: str, shape: Dimensions) -> Non
     assert seen == [True]
 
 
-def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def output(module: nn.Module, name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from helpers.architectures import LANGUAGE, TOKENS, VOCABULARY, Encoder
 from mlu_lightning import Plan
@@ -287,3 +288,30 @@ def loss_of(module: nn.Module, example: Any) -> Any:
 
 def logits_of(plan: Plan) -> list[Multiplier]:
     return [multiplier for multiplier in plan.multipliers if multiplier.kind == "logits"]
+
+
+def base_and_doubled(case: Case) -> tuple[nn.Module, nn.Module]:
+    """The base, and a module of twice its head_dim that has every coordinate of the base twice."""
+    torch.manual_seed(0)
+    base, module = case.build(8).double().eval(), case.build(16).double().eval()
+    readouts = ("readout.weight", "lm_head.weight", "classifier.weight")  # the plan has a multiplier for these
+    small = dict(base.named_parameters())
+    with torch.no_grad():
+        for parameter in small.values():
+            parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1) + (parameter.ndim == 1))
+        for name, parameter in module.named_parameters():
+            value = small[name].data
+            for axis, (length, of_base) in enumerate(zip(parameter.shape, value.shape, strict=True)):
+                assert length in (of_base, 2 * of_base)
+                if length != of_base:
+                    value = value.repeat_interleave(2, axis)
+                    inputs = _input_axis(module.get_submodule(name.rpartition(".")[0]))
+                    value = value / 2 if parameter.ndim == 2 and axis == inputs and name not in readouts else value
+            parameter.copy_(value)
+    return base, module
+
+
+def _input_axis(owner: nn.Module) -> int | None:
+    if isinstance(owner, Conv1D):
+        return 0
+    return 1 if isinstance(owner, (nn.Linear, nn.MultiheadAttention)) else None
