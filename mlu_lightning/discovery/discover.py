@@ -181,7 +181,7 @@ def _why_unassigned(uses: list[PlacedUse]) -> str:
     if not uses:
         return "it took no part in the forward pass of the example"
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
-    rows = (row_name(u.role, u.variant) for u in uses if u.role is not None)
+    rows = (row_name(u.role, u.found.variant) for u in uses if u.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))
 
 

@@ -52,14 +52,12 @@ ATTENTION = "ScaledDotProduct"
 """How the names of fused attentions begin."""
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
 WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
-    "Mm": {0: False, 1: True},
-    "Bmm": {0: False, 1: True},
-    "Addmm": {1: False, 2: True},
-    "Baddbmm": {1: False, 2: True},
+    **{name: {0: False, 1: True} for name in ("Mm", "Bmm")},
+    **{name: {1: False, 2: True} for name in ("Addmm", "Baddbmm")},
+    **{name: {1: False} for name in ("Linear", *CONVOLUTIONS)},
     "Mv": {0: False},
-    "Linear": {1: False},
     "GroupedMm": {1: True},
-} | {name: {1: False} for name in CONVOLUTIONS}
+}
 """Operands of an operation that can be a matrix of parameters, each with whether it is [inputs, outputs] there."""
 BIAS_SLOTS = {"Addmm": 0, "Baddbmm": 0, "Linear": 2} | dict.fromkeys(CONVOLUTIONS, 2)
 """Operand of an operation that is the bias of its matrix."""
@@ -274,27 +272,19 @@ def _plain_name(node: Node) -> str:
 
 
 def _takes_data(name: str, operands: tuple[Value | None, ...]) -> bool:
-    if name in LOOKUPS and not _selects_matrices(name, operands):
+    stack = operands[0]
+    # matrices may be taken from a parameter that holds one for each expert
+    selects = name in SELECTIONS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
+    if name in LOOKUPS and not selects:
         return True  # indices are data that need no gradient
     if any(operand is not None and operand[0].from_data for operand in operands):
         return True
-    factors = [operands[slot] for slot in _data_slots(name) if slot < len(operands)]
-    return any(factor is None for factor in factors)  # so is a constant that a parameter matrix multiplies
+    factors = _FACTORS.get(name, (0,) if name in WEIGHT_SLOTS else ())
+    return any(operands[slot] is None for slot in factors if slot < len(operands))  # a parameter multiplies a constant
 
 
-def _selects_matrices(name: str, operands: tuple[Value | None, ...]) -> bool:
-    """Whether a lookup takes matrices from a parameter that holds one for each expert."""
-    stack = operands[0] if operands else None
-    return name in SELECTIONS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
-
-
-def _data_slots(name: str) -> tuple[int, ...]:
-    """Operands between which a matrix operation takes its product."""
-    if name in ("Mm", "Bmm", "Mv"):
-        return (0, 1)
-    if name in ("Addmm", "Baddbmm"):
-        return (1, 2)
-    return (0,) if name in WEIGHT_SLOTS else ()
+_FACTORS = dict.fromkeys(("Mm", "Bmm", "Mv"), (0, 1)) | dict.fromkeys(("Addmm", "Baddbmm"), (1, 2))
+"""Operands between which a matrix operation takes its product, if that is not the first one and a weight."""
 
 
 def _uses(op: Op) -> Iterator[Use]:

@@ -37,6 +37,8 @@ class Unplaced:
     """Why the role of a parameter at one use cannot be told."""
 
     reason: str
+    role: None = None
+    variant: None = None
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,7 @@ class PlacedUse:
     @property
     def role(self) -> Role | None:
         """The role, None if it cannot be told."""
-        return self.found.role if isinstance(self.found, Placed) else None
-
-    @property
-    def variant(self) -> Variant | None:
-        """What about its place changes the row of the role."""
-        return self.found.variant if isinstance(self.found, Placed) else None
+        return self.found.role
 
 
 Uses = dict[str, list[PlacedUse]]
@@ -111,7 +106,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
     roles = {placed.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
-    norms = {placed.variant is Variant.POST_NORM for placed in uses}
+    norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
     if (len(roles) != 1 and not tied) or len(norms) > 1:
         return ParameterFacts(name, None, shape, *_plain_fans(shape))
     placed = next(u for u in uses if not tied or u.role is Role.EMBEDDING)
@@ -142,7 +137,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         head_dim=head_dim,
         tied=tied,
         active=active,
-        variant=placed.variant,
+        variant=placed.found.variant,
     )
 
 

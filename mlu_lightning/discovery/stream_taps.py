@@ -143,7 +143,7 @@ class StreamTaps:
         candidates = [found for found in self._candidates.get(value, ()) if (found.time >= changed) == multiplied]
         if not candidates or axis is None:
             return None
-        best = min(candidates, key=lambda found: found.inner_rank if reads == "readout" else found.rank)
+        best = min(candidates, key=lambda found: found.rank(inner=reads == "readout"))
         return Tap(reads, number, position, best.module, best.where, best.index, -1 if axis == last else axis)
 
     def _axis(self, addition: Op, branch: BranchRoles) -> int | None:
@@ -211,20 +211,14 @@ class _Candidate:
     calls: int
     time: int
 
-    @property
-    def doubts(self) -> tuple[bool, bool, bool]:
-        """What another forward pass may do in another way, the worst first."""
-        return self.calls > 1, self.where == "input", self.where == "output" and self.index is not None
+    def rank(self, inner: bool) -> tuple[object, ...]:
+        """Prefers what another forward pass does in the same way, then inner modules, which return first, or outer ones.
 
-    @property
-    def rank(self) -> tuple[object, ...]:
-        """Prefers outer modules, which have short names, but the module itself last, because steps may not call it."""
-        return *self.doubts, not self.module, len(self.module), self.module, self.index or 0
-
-    @property
-    def inner_rank(self) -> tuple[object, ...]:
-        """Prefers inner modules, which return first."""
-        return *self.doubts, self.time, self.index or 0
+        Outer modules have short names; the module itself comes last, because steps may not call it.
+        """
+        doubts = self.calls > 1, self.where == "input", self.where == "output" and self.index is not None
+        preferred = (self.time,) if inner else (not self.module, len(self.module), self.module)
+        return *doubts, *preferred, self.index or 0
 
 
 def _stream_operand(addition: Op, root: Op) -> Value:

@@ -6,7 +6,6 @@ device, takes seconds. Where a forward pass needs values (data-dependent control
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_map
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
+from mlu_lightning.utilities.module_copies import copied_module, fake_tensor
 from mlu_lightning.utilities.names import planned_modules, planned_parameters
 
 __all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
@@ -105,7 +105,7 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
 
 
 def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
-    twin = _copy(module, fake)
+    twin = copied_module(module, fake)
     calls: list[ModuleCall] = []
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
@@ -138,37 +138,6 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars)
 
 
-def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """Deep copy whose parameters are fake, or share memory with the originals; every parameter requires a gradient."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        stand_in = parameter.detach() if fake is None else _fake(parameter, fake)
-        memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.is_floating_point())
-    if fake is not None:
-        for buffer in module.buffers():
-            memo[id(buffer)] = _fake(buffer, fake)
-    try:
-        twin = copy.deepcopy(module, memo).train()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(module).__name__} cannot be copied ({error}), and planning runs a copy, so that the module itself "
-            "stays as it is. Plan it before it holds open files, locks or results of a forward pass, or keep these "
-            "outside of the module."
-        ) from error
-    for original, copied in zip(module.modules(), twin.modules(), strict=True):
-        # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
-        trainer = vars(original).get("_trainer")
-        if trainer is not None:
-            vars(copied)["_trainer"] = trainer
-        # compiled methods are kept on the instance, are the original's, and would run that
-        compiled = ["_compiled_call_impl"]
-        if vars(original).get("_compiler_ctx") is not None:
-            compiled += ["forward", "training_step", "validation_step", "test_step", "predict_step"]
-        for name in compiled:
-            vars(copied).pop(name, None)
-    return twin
-
-
 def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
     return tuple(
         (copied, buffer.item())
@@ -180,17 +149,11 @@ def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], 
     )
 
 
-def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
-    with fake:
-        device = "cpu" if tensor.is_meta else tensor.device
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-
-
 def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
     """Stand-in of an example's tensor; floating ones require a gradient, so that the graph shows where data enters."""
     if not isinstance(leaf, Tensor):
         return leaf
-    tensor = leaf.detach() if fake is None else _fake(leaf, fake)
+    tensor = leaf.detach() if fake is None else fake_tensor(leaf, fake)
     return tensor.to(dtype).requires_grad_().clone() if tensor.is_floating_point() else tensor
 
 
