@@ -187,9 +187,10 @@ def _why_unassigned(uses: list[PlacedUse]) -> str:
 
 def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: Uses) -> dict[str, str]:
     """Parameters of experts that no token of the example was sent to, each with its sibling in another expert."""
-    busy = {
-        pattern: name for name, placed in uses.items() if any(map(_is_of_expert, placed)) for pattern in _patterns(name)
-    }
+    busy: dict[str, str] = {}
+    for name, placed in uses.items():
+        if any(u.region.branch is not None and u.region.branch.is_expert(u.use.op) for u in placed):
+            busy |= dict.fromkeys(_patterns(name), name)
     found: dict[str, str] = {}
     for name, shape in shapes.items():
         sibling = next((busy[pattern] for pattern in _patterns(name) if pattern in busy), None)
@@ -202,8 +203,3 @@ def _patterns(name: str) -> list[str]:
     """A name without one of its numbers, the last one first, which is that of an expert and not of its block."""
     numbers = reversed(list(re.finditer(r"\d+(?=\.)", name)))
     return [f"{name[: number.start()]}*{name[number.end() :]}" for number in numbers]
-
-
-def _is_of_expert(placed: PlacedUse) -> bool:
-    branch = placed.region.branch
-    return branch is not None and branch.is_expert(placed.use.op)

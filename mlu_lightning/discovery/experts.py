@@ -71,9 +71,10 @@ class Experts:
 
     def _is_share(self, op: Op, after: set[Op]) -> bool:
         """Whether an operation divides weights by their sum."""
-        if len(op.data) != 2 or not all(operand in after for operand in op.data):
-            return False
-        return any(operand.shape[-1:] == (1,) and _is_sum(operand) for operand in op.data)
+        divisors = (operand for operand in op.data if operand.shape[-1:] == (1,))
+        sources = (origin((o, 0), lambda o: o.name in _AFTER_SUMS and len(o.data) == 1)[0] for o in divisors)
+        whole = len(op.data) == 2 and after.issuperset(op.data)
+        return whole and any(source.name in ("Sum", "LinalgVectorNorm") for source in sources)
 
 
 def find_experts(graph: Graph, ops: tuple[Op, ...]) -> Experts | None:
@@ -147,8 +148,3 @@ def _is_masked(op: Op) -> bool:
         return False
     other = getattr(op.node, "_saved_other", None)
     return isinstance(other, Tensor) and tuple(other.shape) == op.shape and other.numel() > 1
-
-
-def _is_sum(op: Op) -> bool:
-    source, _ = origin((op, 0), lambda o: o.name in _AFTER_SUMS and len(o.data) == 1)
-    return source.name in ("Sum", "LinalgVectorNorm")

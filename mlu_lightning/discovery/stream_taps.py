@@ -17,6 +17,9 @@ from mlu_lightning.discovery.traversal import between, origin
 
 __all__ = ["StreamTaps"]
 
+_Key = tuple[Literal["stream", "branch", "readout"], int, int]
+"""What a tap reads, its number and position."""
+
 
 @dataclass(frozen=True)
 class StreamTaps:
@@ -40,7 +43,7 @@ class StreamTaps:
     def readout(self, number: int, matrices: Iterable[Op], biases: set[Op]) -> Tap | None:
         """Tap of a readout's output, of all operations with its matrix; ``biases`` are the additions of its bias."""
         outputs = (op for matrix in matrices for op in self._outputs(matrix, biases))
-        taps = (self._tap("readout", number, 0, (op, 0), self._axes.get(op)) for op in outputs)
+        taps = (self._tap(("readout", number, 0), (op, 0), self._axes.get(op)) for op in outputs)
         return next((tap for tap in taps if tap is not None), None)
 
     def dimension(self, branches: list[BranchRoles]) -> int:
@@ -72,7 +75,7 @@ class StreamTaps:
         values.append(([(op, 0) for op in (sums[-1], *self._read_last(sums, roots))], axes[-1]))
         before: Value | None = None
         for position, (choices, axis) in enumerate(values):
-            taps = ((value, self._tap("stream", number, position, value, axis)) for value in choices)
+            taps = ((value, self._tap(("stream", number, position), value, axis)) for value in choices)
             value, tap = next((found for found in taps if found[1] is not None), (choices[0], None))
             if tap is not None:
                 yield tap
@@ -96,7 +99,7 @@ class StreamTaps:
                 summands[value] += 1
             else:
                 stack.extend(self._canonical(operand) for operand in op.operands if operand is not None)
-        taps = [self._tap("branch", number, position, end, axis) for end in ends]
+        taps = [self._tap(("branch", number, position), end, axis) for end in ends]
         plain = summands == Counter([before, *ends]) and all(
             math.prod(op.shape) == math.prod(addition.shape) for op, _ in summands
         )
@@ -127,24 +130,17 @@ class StreamTaps:
                         ops.append(user)
         return biased or plain
 
-    def _tap(
-        self,
-        reads: Literal["stream", "branch", "readout"],
-        number: int,
-        position: int,
-        value: Value,
-        axis: int | None,
-    ) -> Tap | None:
+    def _tap(self, key: _Key, value: Value, axis: int | None) -> Tap | None:
         """The best tap of a value, None if there is none; a branch is read as it is added, multiplied."""
         last = len(value[0].shape) - 1
         value = self._canonical(value)
         changed = self._changed.get(value, math.inf)
-        multiplied = reads == "branch" and value in self._changed
+        multiplied = key[0] == "branch" and value in self._changed
         candidates = [found for found in self._candidates.get(value, ()) if (found.time >= changed) == multiplied]
         if not candidates or axis is None:
             return None
-        best = min(candidates, key=lambda found: found.rank(inner=reads == "readout"))
-        return Tap(reads, number, position, best.module, best.where, best.index, -1 if axis == last else axis)
+        best = min(candidates, key=lambda found: found.rank(inner=key[0] == "readout"))
+        return Tap(*key, best.module, best.where, best.index, -1 if axis == last else axis)
 
     def _axis(self, addition: Op, branch: BranchRoles) -> int | None:
         """Axis of the stream's coordinates in what an addition makes."""
