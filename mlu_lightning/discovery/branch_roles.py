@@ -93,10 +93,8 @@ class BranchRoles:
         """What kind of block the branch is."""
         if self.attention is not None:
             return "attention"
-        spatial = (
-            op.name in CONVOLUTIONS and math.prod(self.graph.matrices(op)[0].shape[2:]) > 1 for op in self.matrices
-        )
-        return "convolution" if any(spatial) else "mlp"
+        kernels = (self.graph.matrices(op)[0].shape[2:] for op in self.matrices if op.name in CONVOLUTIONS)
+        return "convolution" if any(math.prod(kernel) > 1 for kernel in kernels) else "mlp"
 
     @cached_property
     def hidden(self) -> int:

@@ -151,9 +151,8 @@ class Use:
     @property
     def is_section(self) -> bool:
         """Whether it is one of several sections of the parameter, such as the queries' rows of in_proj_weight."""
-        return len(self.shape) == len(self.stored) and any(
-            step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path
-        )
+        is_cut = any(step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path)
+        return is_cut and len(self.shape) == len(self.stored)
 
     @property
     def stored_inputs_first(self) -> bool:
@@ -244,10 +243,8 @@ def build_graph(trace: Trace) -> Graph:
             node=node,
         )
     ops = tuple(by_node.values())
-    uses = {op: tuple(_uses(op)) for op in ops if op.from_data}
-    return Graph(
-        ops, {op: found for op, found in uses.items() if found}, by_node, tuple(by_node[n] for n in trace.roots)
-    )
+    uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
+    return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
 
 
 def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:

@@ -55,17 +55,12 @@ class MultiplierSites:
         ``attention`` is in the first of the branch's calls.
         """
         queries = attention.queries
-        size = math.prod(queries.shape)
         behind = self._behind(queries)
+        since, size = behind[-1].index, math.prod(queries.shape)
         # what keys or values are made of, as far back as queries are
-        others = set(
-            walk_back((attention.keys, attention.values), lambda op: op.data if op.index > behind[-1].index else ())
-        )
-        alone = [
-            op
-            for op in behind
-            if math.prod(op.shape) == size and op not in others and self._is_proportional(queries, op)
-        ]
+        others = set(walk_back((attention.keys, attention.values), lambda op: op.data if op.index > since else ()))
+        own = (op for op in behind if math.prod(op.shape) == size and op not in others)
+        alone = [op for op in own if self._is_proportional(queries, op)]
         factors = self._factors(queries) or []
         folds = self.folds([queries]) if calls == 1 and all(use.op in alone for use in factors) else ()
         sites = (*self._output_sites(alone, calls), *self._parts(queries, behind, calls), *self._query_rows(behind))
@@ -76,14 +71,17 @@ class MultiplierSites:
         # what is read twice, as by a rotation of positions, is used once
         paths: list[set[Op]] = [set() for _ in ends]
         found = [list(dict.fromkeys(self._factors(end, path) or [])) for end, path in zip(ends, paths, strict=True)]
-        if any(self._leaves(end, path) for end, path in zip(ends, paths, strict=True)):
-            return ()
+        users = self.graph.users
+        inner = ((op, path) for end, path in zip(ends, paths, strict=True) for op in path if op is not end)
+        if any(user not in path for op, path in inner for user in users[op]) or any(
+            len(users[end]) > 1 for end in ends
+        ):
+            return ()  # something else reads what lies between the parameters and the end of the branch
         names = [tuple(dict.fromkeys(use.parameter for use in uses)) for uses in found]
         together = [use for uses in found for use in uses]
         counts = Counter(use.parameter for use in together)
-        alone = all(
-            len(self.graph.uses_of[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together
-        )
+        total = self.graph.uses_of
+        alone = all(len(total[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
         return names[0] if alone and len(set(names)) == 1 else ()
 
     def _behind(self, queries: Op) -> list[Op]:
@@ -133,11 +131,6 @@ class MultiplierSites:
                 owner = planned_part(self.trace.copy, name)
                 if isinstance(owner, nn.MultiheadAttention) and attribute == "in_proj_weight":
                     yield Site(name, "weight", part=(0, owner.embed_dim))
-
-    def _leaves(self, end: Op, path: set[Op]) -> bool:
-        """Whether anything else reads what lies on the path from parameters to the end of a branch."""
-        users = self.graph.users
-        return len(users[end]) > 1 or any(user not in path for op in path if op is not end for user in users[op])
 
     def _factors(self, op: Op, path: set[Op] | None = None) -> list[Use] | None:
         """Uses of parameters that an operation's output is proportional to, taken together.

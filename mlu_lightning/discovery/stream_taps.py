@@ -100,10 +100,9 @@ class StreamTaps:
             else:
                 stack.extend(self._canonical(operand) for operand in op.operands if operand is not None)
         taps = [self._tap(("branch", number, position), end, axis) for end in ends]
-        plain = summands == Counter([before, *ends]) and all(
-            math.prod(op.shape) == math.prod(addition.shape) for op, _ in summands
-        )
-        return [tap for tap in taps if tap is not None] if plain and None not in taps else []
+        broadcast = any(math.prod(op.shape) != math.prod(addition.shape) for op, _ in summands)
+        plain = summands == Counter([before, *ends]) and not broadcast and None not in taps
+        return [tap for tap in taps if tap is not None] if plain else []
 
     def _read_last(self, sums: Sequence[Op], roots: Sequence[Op]) -> list[Op]:
         """What is read of the last addition, if what follows the one before it follows it too."""

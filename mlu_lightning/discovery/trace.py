@@ -139,14 +139,10 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
 
 
 def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
-    return tuple(
-        (copied, buffer.item())
-        for buffer, copied in zip(module.buffers(), twin.buffers(), strict=True)
-        if buffer.numel() == 1
-        and buffer.is_floating_point()
-        and not buffer.is_meta
-        and not isinstance(buffer, FakeTensor)
-    )
+    pairs = zip(module.buffers(), twin.buffers(), strict=True)
+    scalars = ((buffer, copied) for buffer, copied in pairs if buffer.numel() == 1 and buffer.is_floating_point())
+    known = ((b, copied) for b, copied in scalars if not b.is_meta and not isinstance(b, FakeTensor))
+    return tuple((copied, buffer.item()) for buffer, copied in known)
 
 
 def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
@@ -191,10 +187,9 @@ def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], cloc
 
 
 def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
+    tensors = ((index, part) for index, part in parts if isinstance(part, Tensor))
     return tuple(
-        TracedTensor(index, part.grad_fn, part.output_nr)
-        for index, part in parts
-        if isinstance(part, Tensor) and part.grad_fn is not None
+        TracedTensor(i, tensor.grad_fn, tensor.output_nr) for i, tensor in tensors if tensor.grad_fn is not None
     )
 
 

@@ -122,23 +122,15 @@ def _recurrence(graph: Graph, ops: tuple[Op, ...]) -> str | None:
     if fused is not None:
         return f"it calls {fused}"
     matrices = Ancestry(graph, ops, filter(graph.is_matrix, ops))
-    again = _applied_again(graph, ops, matrices)
-    if again is not None:
-        return f"{again} is applied to its own output"
+    for op in filter(graph.is_matrix, ops):  # as in a recurrent cell that is called for every token
+        before = {use.parameter for matrix in matrices.of(op) for use in graph.matrices(matrix)}
+        again = before & {use.parameter for use in graph.matrices(op)}
+        if again:
+            return f"{min(again)} is applied to its own output"
     if _is_scan(ops, matrices):
         return "a state is multiplied and added to step by step"
     if _is_cumulative_decay(ops):
         return "a state decays by the exponential of a cumulative sum"
-    return None
-
-
-def _applied_again(graph: Graph, ops: tuple[Op, ...], matrices: Ancestry) -> str | None:
-    """A matrix that is applied to what it made itself, as in a recurrent cell that is called for every token."""
-    for op in filter(graph.is_matrix, ops):
-        before = {use.parameter for matrix in matrices.of(op) for use in graph.matrices(matrix)}
-        again = before & {use.parameter for use in graph.matrices(op)}
-        if again:
-            return min(again)
     return None
 
 

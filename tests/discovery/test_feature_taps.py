@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, TOKENS
+from helpers.attentions import causal_logits
 from helpers.feature_models import ATTENTIONS, INPUTS, LENGTH, UNITS, AttentionNet, UnitsNet
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, discover
-from mlu_lightning.models import Attention, CausalTransformer, ResNet
+from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.observation.attention_logits import spread
 from mlu_lightning.observation.feature_updates import moved
 from mlu_lightning.observation.probe import locate_features, observe
@@ -91,21 +92,6 @@ def transformer(samples: int = 3) -> tuple[Any, Tensor]:
     torch.manual_seed(0)
     model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
     return model, torch.randint(9, (samples, 9))
-
-
-def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
-    """Logits of the package's own attention, by the definition, with NaN for later tokens."""
-    given = attention.norm(stream)
-    query, key = (
-        project(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        for project in (attention.query, attention.key)
-    )
-    length, half = query.shape[-2], query.shape[-1] // 2
-    angles = torch.outer(torch.arange(length), float(attention.context) ** -torch.linspace(0, 1, half))
-    turn = torch.polar(torch.ones_like(angles), angles)
-    query, key = (torch.complex(part[..., :half], part[..., half:]) * turn for part in (query, key))
-    logits = (query @ key.conj().transpose(-2, -1)).real / math.sqrt(2 * half)
-    return logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
 
 
 def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:

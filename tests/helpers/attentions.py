@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from helpers.architectures import LANGUAGE, TOKENS, VOCABULARY, Encoder
 from mlu_lightning import Plan
-from mlu_lightning.models import CausalTransformer
+from mlu_lightning.models import Attention, CausalTransformer
 from mlu_lightning.planning.entries import Multiplier
 
 RTOL = 1e-6  # Hugging Face models compute the loss in single precision
@@ -315,3 +315,18 @@ def _input_axis(owner: nn.Module) -> int | None:
     if isinstance(owner, Conv1D):
         return 0
     return 1 if isinstance(owner, (nn.Linear, nn.MultiheadAttention)) else None
+
+
+def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
+    """Logits of the package's own attention, by the definition, with NaN for later tokens."""
+    given = attention.norm(stream)
+    query, key = (
+        project(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for project in (attention.query, attention.key)
+    )
+    length, half = query.shape[-2], query.shape[-1] // 2
+    angles = torch.outer(torch.arange(length), float(attention.context) ** -torch.linspace(0, 1, half))
+    turn = torch.polar(torch.ones_like(angles), angles)
+    query, key = (torch.complex(part[..., :half], part[..., half:]) * turn for part in (query, key))
+    logits = (query @ key.conj().transpose(-2, -1)).real / math.sqrt(2 * half)
+    return logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
