@@ -118,7 +118,7 @@ def _named_branches(regions: list[Region], uses: Uses) -> list[_NamedBranch]:
     for number, (first, *others) in called.items():
         calls = tuple(region.branch for region in (first, *others) if region.branch is not None)
         matrices = calls[0].matrix_names
-        roles = {name: next((u.role for u in uses[name] if u.region is first), None) for name in matrices}
+        roles = {name: next((u.found.role for u in uses[name] if u.region is first), None) for name in matrices}
         # if another branch has that name, gates of this one and then all but what it writes with are left out
         units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
         names = [common_module(matrices), common_module(units), matrices[-1].rpartition(".")[0]]
@@ -161,14 +161,16 @@ def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
 
 
 def _matrices(uses: list[PlacedUse], role: Role) -> list[PlacedUse]:
-    return [u for u in uses if u.role is role and u.use.kind == "matrix"]
+    return [u for u in uses if u.found.role is role and u.use.kind == "matrix"]
 
 
 def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Readout, ...], uses: Uses) -> Iterator[Tap]:
     """Taps of streams, from the calls of branches along each, then of readouts."""
     for number, branches in enumerate(along):
         yield from taps.stream(number, branches)
-    biases = (u for placed in uses.values() for u in placed if u.role is Role.READOUT_BIAS and u.use.kind == "add")
+    biases = (
+        u for placed in uses.values() for u in placed if u.found.role is Role.READOUT_BIAS and u.use.kind == "add"
+    )
     added = {u.use.op for u in biases}
     for number, readout in enumerate(readouts):
         tap = taps.readout(number, [u.use.op for u in _matrices(uses[readout.parameter], Role.READOUT)], added)
@@ -181,7 +183,7 @@ def _why_unassigned(uses: list[PlacedUse]) -> str:
     if not uses:
         return "it took no part in the forward pass of the example"
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
-    rows = (row_name(u.role, u.found.variant) for u in uses if u.role is not None)
+    rows = (row_name(u.found.role, u.found.variant) for u in uses if u.found.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))
 
 

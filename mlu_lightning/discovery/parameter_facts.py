@@ -43,11 +43,6 @@ class PlacedUse:
     region: Region
     found: Placed | Unplaced
 
-    @property
-    def role(self) -> Role | None:
-        """The role, None if it cannot be told."""
-        return self.found.role
-
 
 Uses = dict[str, list[PlacedUse]]
 """Uses of parameters by name."""
@@ -73,20 +68,20 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         Region(branch.region.ops, branch, streams[branch.region.stream], number, branch.region.position)
         for number, branch in zip(numbers, branches, strict=True)
     ]
-    head = in_order(op for part in partition.heads for op in part)
-    for stream, segments in enumerate(partition.trunks):
+    head = in_order(op for stream in partition.streams for op in stream.head)
+    for number, stream in enumerate(partition.streams):
         # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
-        norms = sum(_is_norm(graph, segment) for segment in segments)
-        post_norm = norms > 0 and 2 * norms >= partition.depths[stream] - 1
+        norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
+        post_norm = norms > 0 and 2 * norms >= stream.depth - 1
         parts: list[tuple[tuple[Op, ...], _Roles]] = [
-            (partition.stems[stream], StemRoles(graph, partition.stems[stream])),
-            *((segment, TrunkRoles(post_norm)) for segment in segments),
-            (partition.shortcuts[stream], TrunkRoles(post_norm=False)),
-            (partition.links[stream], TrunkRoles(post_norm)),
-            (partition.heads[stream], HeadRoles(graph, head, post_norm)),
+            (stream.stem, StemRoles(graph, stream.stem)),
+            *((segment, TrunkRoles(post_norm)) for segment in stream.trunk),
+            (stream.shortcuts, TrunkRoles(post_norm=False)),
+            (stream.link, TrunkRoles(post_norm)),
+            (stream.head, HeadRoles(graph, head, post_norm)),
         ]
-        regions += [Region(ops, roles, streams[stream]) for ops, roles in parts if ops]
-    return regions, [partition.depths[old] for old in kept]
+        regions += [Region(ops, roles, streams[number]) for ops, roles in parts if ops]
+    return regions, [partition.streams[old].depth for old in kept]
 
 
 def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
@@ -104,13 +99,13 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
 
 def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) -> ParameterFacts:
     """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
-    roles = {placed.role for placed in uses}
+    roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
     if (len(roles) != 1 and not tied) or len(norms) > 1:
         return ParameterFacts(name, None, shape, *_plain_fans(shape))
-    placed = next(u for u in uses if not tied or u.role is Role.EMBEDDING)
-    use, region, role, branch = placed.use, placed.region, placed.role, placed.region.branch
+    placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
+    use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
     head_dim = active = 1
     if branch is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op
 from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
-__all__ = ["BranchRegion", "Partition", "partition"]
+__all__ = ["BranchRegion", "Partition", "StreamRegions", "partition"]
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,24 @@ class BranchRegion:
     position: int  # along its stream; branches that read the same root share it
 
 
+@dataclass
+class StreamRegions:
+    """Operations of one stream outside of branches."""
+
+    depth: int  # positions at which branches are added
+    stem: tuple[Op, ...] = ()  # before the first addition, and on data that is read besides the streams
+    trunk: tuple[tuple[Op, ...], ...] = ()  # between two additions, for each pair of them
+    shortcuts: tuple[Op, ...] = ()  # around a branch, where a stage changes the shape
+    link: tuple[Op, ...] = ()  # between the last addition and branches of another stream that read it
+    head: tuple[Op, ...] = ()  # between the last addition and the output; where several streams meet, of the first
+
+
 @dataclass(frozen=True)
 class Partition:
     """All operations of a graph, by the region that they are in."""
 
     branches: tuple[BranchRegion, ...]  # in the order of their additions
-    # on each stream between two of its additions, for each pair of them
-    trunks: tuple[tuple[tuple[Op, ...], ...], ...]
-    shortcuts: tuple[tuple[Op, ...], ...]  # beside a branch, where a stage changes the shape
-    # before the first addition of each stream, and on data that is read besides the streams
-    stems: tuple[tuple[Op, ...], ...]
-    # between the last addition of each stream and branches of another one that read it
-    links: tuple[tuple[Op, ...], ...]
-    # between the last addition of each stream and the output; where several meet, of the first
-    heads: tuple[tuple[Op, ...], ...]
-    depths: tuple[int, ...]  # positions of each stream; the one that reaches the output comes first
+    streams: tuple[StreamRegions, ...]  # the one that reaches the output comes first
     nested: int  # residual additions inside branches, which belong to them
 
 
@@ -86,32 +89,24 @@ def partition(graph: Graph) -> Partition:
             where = stream_of[addition.op], position_of[addition.op]
             branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *where))
 
-    shortcuts: list[tuple[Op, ...]] = [() for _ in depths]
+    streams = [StreamRegions(depth) for depth in depths]
     for addition in additions:
-        shortcuts[stream_of[addition.op]] += between([addition.stream], stops.__contains__)[0]
-    trunks: list[tuple[tuple[Op, ...], ...]] = [() for _ in depths]
-    stems: list[tuple[Op, ...]] = [() for _ in depths]
+        streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
     for root, (ops, hits) in behind.items():
+        stream = streams[stream_of[root]]
         if hits:
-            trunks[stream_of[root]] += (ops,)
+            stream.trunk += (ops,)
         else:
-            stems[stream_of[root]] += ops
-    segments = [segment for along in trunks for segment in along]
-    assigned = stops.union(*segments, *shortcuts, *stems, head, *(branch.ops for branch in branches))
+            stream.stem += ops
+    assigned = stops.union(head, *(branch.ops for branch in branches))
+    assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
     aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)
     heads = _by_stream(head, stream_of)
-    if depths:
-        stems[-1] += aside.get(None, ()) + heads.get(None, ())
-    return Partition(
-        branches=tuple(branches),
-        trunks=tuple(trunks),
-        shortcuts=tuple(shortcuts),
-        stems=tuple(stems),
-        links=tuple(aside.get(stream, ()) for stream in range(len(depths))),
-        heads=tuple(heads.get(stream, ()) for stream in range(len(depths))),
-        depths=depths,
-        nested=len(inner) - len(additions),
-    )
+    for number, stream in enumerate(streams):
+        stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
+    if streams:
+        streams[-1].stem += aside.get(None, ()) + heads.get(None, ())
+    return Partition(tuple(branches), tuple(streams), nested=len(inner) - len(additions))
 
 
 def _residual_additions(graph: Graph) -> list[_Addition]:
