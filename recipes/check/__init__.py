@@ -1,1 +1,1 @@
-"""The study of check; see README.md beside this file."""
+"""A study of the check; README.md says how to run it and what came out."""

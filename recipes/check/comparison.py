@@ -1,19 +1,7 @@
-"""Our check beside the coordinate check of microsoft/mup: the same networks, the same faults, and what each of them finds.
+"""Our check next to the coordinate check of microsoft/mup: the same networks, the same faults, and what each finds.
 
-    pip install pandas
-    pip install --no-deps mup
-    python -m recipes.check.comparison
-
-Without ``--no-deps``, mup installs torchvision, and with that another torch. pandas is all else that its check needs.
-
-mup's parameterization is of width alone. So a causal Transformer grows in width alone here, heads and embedding together,
-where µP and MLU have the same numbers. There is one wrong factor after the other (``plan_faults.py``) in two of them:
 *plan* is the package's Transformer with the package's plan and its scaled AdamW, and *mup* is the same Transformer as mup's
-README makes it, with ``MuReadout`` and ``MuAdamW`` (``mup_transformer.py``), which has no rule for eps. Each of them is
-checked in both ways, with the same widths, seeds and number of updates, on one core. Ours *found* a fault if its verdict is
-fail, and *named* it if the first role that it names is the one that is wrong. mup's draws curves and leaves the verdict to
-its reader; ``coordinate_check.py`` reads them by the rule that ours has for its slopes. There a fault is named if it is in
-the module whose curve is the first to be off.
+README makes it, with ``MuReadout`` and ``MuAdamW`` (``mup_transformer.py``), which has no rule for eps.
 """
 
 from __future__ import annotations
@@ -27,42 +15,31 @@ from pathlib import Path
 from time import process_time
 
 from lightning.pytorch import Callback, LightningModule
-from rich.console import Console
 from rich.table import Table
-from torch import nn
 from torch.optim import Optimizer
 
 from mlu_lightning import Plan, Shape, attach_multipliers, check, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.table import OptimizerFamily, Role
 from recipes.check.plan_faults import FACTORS, Fault, FaultyCallback, faulty
-from recipes.check.planted_faults import text_batches
-from recipes.common.gradient_descent import check_command, command, in_processes
-
-__all__ = ["SUBJECTS", "Case", "Outcome", "cases", "main", "measure", "run"]
+from recipes.common.studies import check_command, console, in_processes, study_command
+from recipes.common.text import text_batches
 
 SUBJECTS = ("plan", "mup")
+_ROLES = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.BRANCH_NORM, Role.STREAM_NORM, Role.READOUT)
+_STEPS, _VOCABULARY, _CONTEXT, _DEPTH, _EMBEDDING, _HEADS = 4, 128, 32, 2, 32, 2
 
 
 @dataclass(frozen=True)
 class Case:
-    """Networks that are checked in both ways.
+    """Networks that are checked in both ways."""
 
-    Args:
-        subject: one of :data:`SUBJECTS`.
-        fault: what is wrong with it, None if nothing is.
-        eps: whether eps is large beside the gradients.
-        seed: of the first network of every width.
-        seeds: networks of every width.
-        factors: widths, next to the narrowest.
-    """
-
-    subject: str
-    fault: Fault | None
-    eps: bool
-    seed: int
-    seeds: int
-    factors: tuple[int, ...]
+    subject: str  # one of SUBJECTS
+    fault: Fault | None  # what is wrong with it
+    eps: bool  # whether eps is large next to the gradients
+    seed: int  # of the first network of every width
+    seeds: int  # networks of every width
+    factors: tuple[int, ...]  # widths, relative to the narrowest
 
     @property
     def wrong(self) -> tuple[Role, ...]:
@@ -79,44 +56,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one of the two checks said.
+    """What one of the two checks said."""
 
-    Args:
-        verdict: ``"pass"``, ``"fail"``, or ``"undecided"``, which ours has.
-        says: the role that ours names first; how many curves of mup's are off, and the slope of the first of them, or
-            the largest slope if none is.
-        named: whether that is the role with the fault.
-        seconds: of one core that the check took.
-    """
-
-    verdict: str
-    says: str
-    named: bool
-    seconds: float
+    verdict: str  # "pass", "fail", or "undecided", which ours has
+    says: (
+        str  # the role that ours names first; of mup's, how many curves are off and the first of them, or the steepest
+    )
+    named: bool  # whether that is the role with the fault
+    seconds: float  # of one core that the check took
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What both said.
-
-    Args:
-        case: that was checked.
-        ours: our check.
-        mups: that of mup.
-    """
+    """What both said."""
 
     case: Case
     ours: Answer
     mups: Answer
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the study as the command line says.
-
-    Args:
-        args: of the command line; by default those of the process.
-    """
-    command(run, "python -m recipes.check.comparison", args)
 
 
 def run(
@@ -129,55 +85,39 @@ def run(
         workers: number of cases at a time, each on one core.
         seeds: networks of every width in a check.
         right: checks of networks without a fault, each with other seeds.
-        quick: whether to try the machinery only, with few faults and widths (``--quick``).
     """
     check_command(workers, seeds)
     if find_spec("mup") is None or find_spec("pandas") is None:
         sys.exit("The study compares with mup: pip install pandas, and pip install --no-deps mup.")
-    console = Console(width=None if sys.stdout.isatty() else 155)
-    outcomes = in_processes(measure, cases(seeds, right, quick), workers, "cases", console)
-    folder = Path(output)
+    terminal, folder = console(155), Path(output)
+    outcomes = in_processes(measure, cases(seeds, right, quick), workers, "cases", terminal)
     folder.mkdir(parents=True, exist_ok=True)
-    content = [{**asdict(one), "case": {**asdict(one.case), "fault": str(one.case)}} for one in outcomes]
-    (folder / "outcomes.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-    console.print(_faults_table([one for one in outcomes if one.case.wrong]))
-    console.print(_right_table([one for one in outcomes if not one.case.wrong]))
+    content = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
+    (folder / "outcomes.json").write_text(content, encoding="utf-8")
+    terminal.print(_faults_table([outcome for outcome in outcomes if outcome.case.wrong]))
+    terminal.print(_right_table([outcome for outcome in outcomes if not outcome.case.wrong]))
 
 
 def cases(seeds: int, right: int, quick: bool) -> list[Case]:
-    """List what is checked: every fault that there is along the width, and nothing wrong with ever other seeds.
-
-    Args:
-        seeds: networks of every width in a check.
-        right: checks without a fault.
-        quick: whether to take few faults and widths.
-    """
+    """List what is checked: every fault that there is along the width, and nothing wrong with ever other seeds."""
     factors = (1, 2, 4) if quick else (1, 2, 4, 8)
     faults = [Fault(role, factor) for role in _ROLES for factor in FACTORS]
-    faults = [fault for fault in faults if fault.is_possible(OptimizerFamily.ADAMW) and _is_in_widths(fault)]
+    faults = [fault for fault in faults if fault.is_possible(OptimizerFamily.ADAMW)]
+    faults.remove(Fault(Role.BRANCH_OUT, "multiplier"))  # it is 1/l, and only widths grow
     if quick:
         faults = [fault for fault in faults if fault.role is Role.BRANCH_IN and fault.factor != "std"]
     found = []
     for subject in SUBJECTS:
-        own_eps = subject == "plan"
-        found += [
-            Case(subject, fault, fault.factor == "eps", 1000, seeds, factors)
-            for fault in faults
-            if own_eps or fault.factor != "eps"
-        ]
-        found += [Case(subject, None, False, seeds * number, seeds, factors) for number in range(right)]
-        found += [
-            Case(subject, None, True, seeds * number, seeds, factors) for number in range(right if own_eps else 1)
-        ]
+        scales_eps = subject == "plan"
+        own = [fault for fault in faults if scales_eps or fault.factor != "eps"]
+        found += [Case(subject, fault, fault.factor == "eps", 1000, seeds, factors) for fault in own]
+        for eps, number in ((False, right), (True, right if scales_eps else 1)):
+            found += [Case(subject, None, eps, seeds * place, seeds, factors) for place in range(number)]
     return found
 
 
 def measure(case: Case) -> Outcome:
-    """Check a case in both ways.
-
-    Args:
-        case: which one.
-    """
+    """Check a case in both ways."""
     return Outcome(case, _ours(case), _mups(case))
 
 
@@ -189,24 +129,16 @@ def _ours(case: Case) -> Answer:
         return [FaultyCallback(case.fault, base)] if case.subject == "plan" else []
 
     begin = process_time()
-    report = check(
-        build,
-        Shape(1, 1, 1),
-        text_batches(),
-        callbacks=callbacks,
-        axes=["together"],
-        factors=(*case.factors, 2 * case.factors[-1]),  # all grow together by all of these but the last
-        seeds=case.seeds,
-        steps=_STEPS,
-        seed=case.seed,
-    )
+    factors = (*case.factors, 2 * case.factors[-1])  # all grow together by all of these but the last
+    settings = {"axes": ["together"], "factors": factors, "seeds": case.seeds, "steps": _STEPS, "seed": case.seed}
+    report = check(build, Shape(1, 1, 1), text_batches(), callbacks=callbacks, **settings)
     seconds = process_time() - begin
     first = report.causes[0].role if report.causes else ""
     return Answer(report.verdict, first, first in case.wrong, seconds)
 
 
 def _mups(case: Case) -> Answer:
-    from coordinate_check import coordinate_check, excess, is_off  # which needs mup
+    from recipes.check.coordinate_check import coordinate_check, excess, is_off  # which needs mup
 
     batches = text_batches()
     batch = batches[case.seed % len(batches)]
@@ -226,14 +158,15 @@ def _mups(case: Case) -> Answer:
 
 
 def _transformer(case: Case, factor: int) -> CausalTransformer:
-    # eps so large that updates are proportional to gradients, beside which decay would be all that is seen
+    # eps so large that updates are proportional to gradients, next to which decay would be all that is seen
     lr, eps, decay = (0.3, 1.0, 0.0) if case.eps else (2**-6, 1e-8, 0.1)
+    settings = {"vocabulary": _VOCABULARY, "context": _CONTEXT, "depth": _DEPTH}
+    settings |= {"lr": lr, "eps": eps, "weight_decay": decay}
     if case.subject == "mup":
-        from mup_transformer import MuTransformer
+        from recipes.check.mup_transformer import MuTransformer
 
-        return MuTransformer(factor, case.fault, _VOCABULARY, _CONTEXT, _DEPTH, _EMBEDDING, _HEADS, lr, eps, decay)
-    embedding, heads = _EMBEDDING * factor, _HEADS * factor
-    return CausalTransformer(_VOCABULARY, _CONTEXT, _DEPTH, embedding, heads, lr=lr, eps=eps, weight_decay=decay)
+        return MuTransformer(factor, case.fault, embedding=_EMBEDDING, heads=_HEADS, **settings)
+    return CausalTransformer(embedding=_EMBEDDING * factor, heads=_HEADS * factor, **settings)
 
 
 def _network(case: Case, factor: int) -> CausalTransformer:
@@ -249,7 +182,6 @@ def _network(case: Case, factor: int) -> CausalTransformer:
 
     def scaled() -> Optimizer:
         optimizer = make()
-        assert isinstance(optimizer, Optimizer)
         scale_optimizer(optimizer, module, plan)
         return optimizer
 
@@ -257,16 +189,8 @@ def _network(case: Case, factor: int) -> CausalTransformer:
     return module
 
 
-def _optimizer(module: nn.Module) -> Optimizer:
-    assert isinstance(module, CausalTransformer)
-    optimizer = module.configure_optimizers()
-    assert isinstance(optimizer, Optimizer)
-    return optimizer
-
-
-def _is_in_widths(fault: Fault) -> bool:
-    """Whether a fault is one where only widths grow: multipliers of branches are 1/l."""
-    return fault != Fault(Role.BRANCH_OUT, "multiplier")
+def _optimizer(module: CausalTransformer) -> Optimizer:
+    return module.configure_optimizers()
 
 
 def _faults_table(outcomes: Sequence[Outcome]) -> Table:
@@ -274,14 +198,14 @@ def _faults_table(outcomes: Sequence[Outcome]) -> Table:
     table = Table("in", "fault", "ours", "names first", "s", "mup's", "curves off: slope of the first", "s")
     table.columns[4].justify = table.columns[7].justify = "right"
     for subject in SUBJECTS:
-        found = [one for one in outcomes if one.case.subject == subject]
-        for one in found:
-            cells = (*_cells(one.ours), *_cells(one.mups))
-            table.add_row(subject, str(one.case), *cells)
-        counts = (_counts([one.ours for one in found]), _counts([one.mups for one in found]))
-        table.add_row(
-            subject, f"all {len(found)}", counts[0], "", "", counts[1], "", "", end_section=True, style="bold"
+        found = [outcome for outcome in outcomes if outcome.case.subject == subject]
+        for outcome in found:
+            table.add_row(subject, str(outcome.case), *_cells(outcome.ours), *_cells(outcome.mups))
+        ours, mups = (
+            f"{sum(answer.verdict == 'fail' for answer in answers)} found, {sum(answer.named for answer in answers)} named"
+            for answers in ([outcome.ours for outcome in found], [outcome.mups for outcome in found])
         )
+        table.add_row(subject, f"all {len(found)}", ours, "", "", mups, "", "", end_section=True, style="bold")
     return table
 
 
@@ -290,37 +214,22 @@ def _cells(answer: Answer) -> tuple[str, str, str]:
     return verdict, answer.says, f"{answer.seconds:.1f}"
 
 
-def _counts(answers: Sequence[Answer]) -> str:
-    found = sum(one.verdict == "fail" for one in answers)
-    return f"{found} found, {sum(one.named for one in answers)} named"
-
-
 def _right_table(outcomes: Sequence[Outcome]) -> Table:
     """What both said of networks without a fault."""
-    table = Table(
-        "in", "eps", "checks", "ours: pass", "undecided", "fail", "s", "mup's: pass", "fail", "s", title="no fault"
-    )
-    for subject, eps in dict.fromkeys((one.case.subject, one.case.eps) for one in outcomes):
-        found = [one for one in outcomes if (one.case.subject, one.case.eps) == (subject, eps)]
+    ours = "ours: pass", "undecided", "fail", "s"
+    table = Table("in", "eps", "checks", *ours, "mup's: pass", "fail", "s", title="no fault")
+    for subject, eps in dict.fromkeys((outcome.case.subject, outcome.case.eps) for outcome in outcomes):
+        found = [outcome for outcome in outcomes if (outcome.case.subject, outcome.case.eps) == (subject, eps)]
         cells = []
-        for answers, verdicts in (
-            ([one.ours for one in found], ("pass", "undecided", "fail")),
-            ([one.mups for one in found], ("pass", "fail")),
-        ):
-            cells += [str(sum(one.verdict == verdict for one in answers)) for verdict in verdicts]
-            cells.append(f"{sum(one.seconds for one in answers) / len(answers):.1f}")
+        for name, verdicts in (("ours", ("pass", "undecided", "fail")), ("mups", ("pass", "fail"))):
+            answers: list[Answer] = [getattr(outcome, name) for outcome in found]
+            cells += [str(sum(answer.verdict == verdict for answer in answers)) for verdict in verdicts]
+            cells.append(f"{sum(answer.seconds for answer in answers) / len(answers):.1f}")
         table.add_row(subject, "large" if eps else "", str(len(found)), *cells)
     return table
 
 
-_STEPS = 4
-_VOCABULARY = 128
-_CONTEXT = 32
-_DEPTH = 2
-_EMBEDDING = 32
-_HEADS = 2
-_ROLES = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.BRANCH_NORM, Role.STREAM_NORM, Role.READOUT)
-
+main = study_command(run, "python -m recipes.check.comparison")
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,7 @@
 """The coordinate check of microsoft/mup, read as a careful reader of its picture would, but with numbers.
 
-Its README: the mean absolute value (``l1``) of the output of every module, for a few steps of training and a few widths,
-"stable over many widths; otherwise, the l1 can blow up or shrink to 0 with width". The picture has a curve for every
-module in a panel for every step, t = 1 before the first update. Only the output may shrink at first, as width^(-1/2).
+The picture has a curve for every module, of the mean absolute value (``l1``) of its output against width, in a panel for
+every step, t = 1 before the first update. Its README asks that they be "stable over many widths".
 """
 
 from __future__ import annotations
@@ -22,27 +21,15 @@ from torch.optim import Optimizer
 from mlu_lightning.checking.quantities import DRIFT, Quantity
 from mlu_lightning.checking.verdicts import Point, fit_row
 
-__all__ = ["Curve", "coordinate_check", "excess", "is_off"]
-
 
 @dataclass(frozen=True)
 class Curve:
-    """One curve of the picture.
+    """One curve of the picture."""
 
-    Args:
-        module: whose output it is.
-        t: panel, 1 before the first update.
-        slope: d log l1 / d log width.
-        error: half the width of its 95 % confidence interval.
-
-    >>> print(Curve("readout", 2, 0.98, 0.05))
-    readout at t=2: +0.98±0.05
-    """
-
-    module: str
-    t: int
-    slope: float
-    error: float
+    module: str  # whose output it is
+    t: int  # panel, 1 before the first update
+    slope: float  # d log l1 / d log width
+    error: float  # half the width of its 95 % confidence interval
 
     def __str__(self) -> str:
         return f"{self.module} at t={self.t}: {self.slope:+.2f}±{self.error:.2f}"
@@ -57,23 +44,10 @@ def coordinate_check(
     steps: int,
     seed: int,
 ) -> list[Curve]:
-    """Train networks of several widths by mup's own function, and fit the curves of its picture.
+    """Train networks of several widths by mup's own function, and fit the curves of its picture, panel by panel.
 
-    That is the function behind ``get_coord_data``, whose optimizers have neither weight decay nor an eps of one's own. Its
-    defaults are kept: all steps see one batch, and only outputs of modules are recorded, all of them, by ``l1``.
-
-    Args:
-        build: a network, given by what factor it is wider than the narrowest.
-        make_optimizer: for a network.
-        batch: token ids [samples, length + 1].
-        factors: widths, next to the narrowest.
-        seeds: networks of every width.
-        steps: updates of each; there is one panel more.
-        seed: of the first networks' weights, one for every width; others have the numbers after it.
-
-    Returns:
-        Curves in the order of panels, and within each as modules end in the forward pass; not that of the whole network,
-        which is its last module's, and which mup does not plot.
+    That is the function behind ``get_coord_data``, whose optimizers have neither weight decay nor an eps of one's own, with
+    its defaults. There is one panel more than there are steps, and no curve of the whole network, which mup does not plot.
     """
     numbers = itertools.count(seed * len(factors))
 
@@ -105,15 +79,8 @@ def coordinate_check(
 def excess(curve: Curve, output: str) -> float:
     """How far a slope is from flat.
 
-    The output may fall as width^(-1/2) at first, as mup's README says, and here as well after updates, with what is left of
-    the start in it. Before the first of them it has to.
-
-    Args:
-        curve: of the picture.
-        output: name of the module of the network's output.
-
-    >>> excess(Curve("read", 2, -0.3, 0.05), "readout"), excess(Curve("readout", 2, -0.3, 0.05), "readout")
-    (0.3, 0.0)
+    The module of the network's output may fall as width^(-1/2) at first, as mup's README says, and here as well after
+    updates, with what is left of the start in it. Before the first of them it has to.
     """
     least, most = 0.0, 0.0
     if curve.module == output:
@@ -122,27 +89,13 @@ def excess(curve: Curve, output: str) -> float:
 
 
 def is_off(curve: Curve, output: str) -> bool:
-    """Whether a curve blows up or shrinks, with the room for networks of finite size that this package's check has.
-
-    Flat is a slope of at most 1/4; what is off has a confidence interval above it. That a slope has to reach that of a
-    fault as well, as in this package's check, is not asked of it: in a picture it would be seen.
-
-    Args:
-        curve: of the picture.
-        output: name of the module of the network's output.
-
-    >>> is_off(Curve("read", 2, 0.5, 0.05), "readout"), is_off(Curve("read", 2, 0.5, 0.3), "readout")
-    (True, False)
-    """
-    if math.isnan(curve.slope):
-        return True  # it is not finite
-    beyond = excess(curve, output)
-    return beyond - curve.error > DRIFT
+    """Whether a curve blows up or shrinks: all of its interval is above the 1/4 of this package's check."""
+    return math.isnan(curve.slope) or excess(curve, output) - curve.error > DRIFT
 
 
 def _fitted(module: str, t: int, records: Sequence[Mapping[str, Any]]) -> Curve:
     """Fit one curve; records have no seed, but come seed after seed, and for each width after width."""
-    widths = len({one["width"] for one in records})
-    points = [Point(one["width"], i // widths, one["l1"], one["l1"], one["l1"]) for i, one in enumerate(records)]
+    widths = len({record["width"] for record in records})
+    points = [Point(record["width"], i // widths, *[record["l1"]] * 3) for i, record in enumerate(records)]
     row = fit_row(Quantity("features", module), "together", points)
     return Curve(module, t, row.slope, row.error)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mup import MuAdamW, MuReadout, set_base_shapes
 from torch import nn
@@ -10,8 +12,6 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.table import OptimizerFamily, Ratios, Role, scale
 from mlu_lightning.utilities.names import name_pattern
 from recipes.check.plan_faults import Fault
-
-__all__ = ["ROLES", "MuTransformer"]
 
 ROLES = {
     "tokens.weight": Role.EMBEDDING,
@@ -25,43 +25,18 @@ ROLES = {
 
 
 class MuTransformer(CausalTransformer):
-    """A :class:`CausalTransformer` whose heads and embedding grow together, with ``MuReadout`` and ``MuAdamW``.
+    """A ``factor`` times wider :class:`CausalTransformer`, in heads and embedding, with ``MuReadout`` and ``MuAdamW``.
 
-    Heads keep their dimension, so that logits of attention need no other scale than the usual one.
-
-    Args:
-        factor: by what it is wider than the base.
-        fault: what is wrong with it, None if nothing is.
-        vocabulary: as of :class:`CausalTransformer`.
-        context: of it.
-        depth: of it.
-        embedding: of the base.
-        heads: of the base.
-        lr: of the base.
-        eps: as of :class:`CausalTransformer`; mup leaves it as it is at every width.
-        weight_decay: of the base.
+    Embedding, heads, lr and decay are those of the base. Heads keep their dimension, so that logits of attention need no
+    other scale than the usual one. mup leaves eps as it is at every width.
     """
 
-    def __init__(
-        self,
-        factor: int,
-        fault: Fault | None,
-        vocabulary: int,
-        context: int,
-        depth: int,
-        embedding: int,
-        heads: int,
-        lr: float,
-        eps: float,
-        weight_decay: float,
-    ) -> None:
-        super().__init__(
-            vocabulary, context, depth, embedding * factor, heads * factor, lr=lr, eps=eps, weight_decay=weight_decay
-        )
+    def __init__(self, factor: int, fault: Fault | None, embedding: int, heads: int, **settings: Any) -> None:
+        super().__init__(embedding=embedding * factor, heads=heads * factor, **settings)
         self.fault = fault
         self.wrong = 1.0 if fault is None else _wrong(fault, factor)
-        self.readout = MuReadout(embedding * factor, vocabulary, bias=False)
-        base, wider = (CausalTransformer(vocabulary, context, depth, embedding * n, heads * n) for n in (1, 2))
+        self.readout = MuReadout(embedding * factor, settings["vocabulary"], bias=False)
+        base, wider = (CausalTransformer(embedding=embedding * n, heads=heads * n, **settings) for n in (1, 2))
         set_base_shapes(self, base, delta=wider)
         # else it is read from the weight, and lost where the layer is called with another weight
         self.readout.width_mult = lambda: factor

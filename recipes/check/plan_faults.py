@@ -11,8 +11,6 @@ from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.table import OptimizerFamily, Ratios, Role, Scale, Variant, row_name, scale
 
-__all__ = ["FACTORS", "Factor", "Fault", "FaultyCallback", "faulty"]
-
 Factor = Literal["std", "multiplier", "lr", "eps", "weight_decay"]
 FACTORS: tuple[Factor, ...] = ("std", "multiplier", "lr", "eps", "weight_decay")
 
@@ -23,14 +21,6 @@ class Fault:
 
     Where the table has a power of the shape, the factor is forgotten: it is 1 at every shape. Where it has 1, it is that
     of a matrix instead, 1/d of the stream's ratio d, and d^(-1/2) for a std.
-
-    Args:
-        role: of the parameters.
-        factor: that is wrong.
-        variant: what changes the row of the role.
-
-    >>> print(Fault(Role.BRANCH_IN, "lr"))
-    lr of branch_in
     """
 
     role: Role
@@ -46,21 +36,13 @@ class Fault:
         return row_name(self.role, self.variant)
 
     def is_possible(self, family: OptimizerFamily) -> bool:
-        """Whether there is such a number for an optimizer: multipliers are of branches and readouts, SGD has no eps.
-
-        Args:
-            family: of optimizers.
-        """
+        """Whether there is such a number for an optimizer: multipliers are of branches and readouts, SGD has no eps."""
         if self.factor == "multiplier":
             return self.role in (Role.BRANCH_OUT, Role.READOUT)
         return self.factor != "eps" or family in (OptimizerFamily.ADAM, OptimizerFamily.ADAMW)
 
     def is_forgotten(self, family: OptimizerFamily) -> bool:
-        """Whether the table has a power of the shape there.
-
-        Args:
-            family: of optimizers.
-        """
+        """Whether the table has a power of the shape there."""
         if self.factor == "multiplier":
             return True
         ratios = Ratios(depth=2.0, inputs=3.0, outputs=1.0 if self.variant is Variant.IN_HEAD else 5.0)
@@ -68,12 +50,7 @@ class Fault:
 
 
 def faulty(plan: Plan, fault: Fault) -> Plan:
-    """Plant a fault into a plan.
-
-    Args:
-        plan: that is right.
-        fault: one wrong factor.
-    """
+    """Plant a fault into a plan that is right."""
     stream = plan.streams[0]
     foreign = stream.base_embedding / stream.embedding
     reads = fault.role is Role.READOUT
@@ -86,7 +63,7 @@ def faulty(plan: Plan, fault: Fault) -> Plan:
                 return found
             wrong = 1.0 if fault.is_forgotten(family) else foreign ** (0.5 if fault.factor == "std" else 1)
             row = fault.role, fault.variant
-            of_role = (name for name, one in self.parameters.items() if (one.role, one.variant) == row)
+            of_role = (name for name, entry in self.parameters.items() if (entry.role, entry.variant) == row)
             return found | {name: replace(found[name], **{fault.factor: wrong}) for name in of_role}
 
         def forward_multiplier(self, multiplier: Multiplier) -> float:
@@ -97,16 +74,10 @@ def faulty(plan: Plan, fault: Fault) -> Plan:
 
 
 class FaultyCallback(MLUCallback):
-    """An :class:`MLUCallback` whose plan has a fault.
+    """An :class:`MLUCallback` whose plan may have a fault."""
 
-    Args:
-        fault: one wrong factor; None for none.
-        base: the base shape.
-        residual: how multipliers are applied.
-    """
-
-    def __init__(self, fault: Fault | None, base: Any, residual: Literal["hook", "fold"] = "hook") -> None:
-        super().__init__(base, residual=residual)
+    def __init__(self, fault: Fault | None, base: Any) -> None:
+        super().__init__(base)
         self._fault = fault
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -9,33 +10,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlu_lightning.table import OptimizerFamily
-
-__all__ = ["CLASSES", "Everything", "Norms"]
-
 Norms = Literal["before", "both", "after"]
 """Where branches have norms: before them; at both ends; or on the stream after each addition (post-norm)."""
-
-
-CLASSES = 32
-"""Of tokens, which the second head tells apart."""
+CLASSES = 32  # of tokens, which the second head tells apart
 
 
 class Everything(LightningModule):
     """A Transformer with gains on queries and keys, three-layer perceptrons with biases, a router, and two heads.
 
     One head is a matrix on the stream with a norm, and a readout with a bias; the other narrows the stream to 16 units.
-
-    Args:
-        vocabulary: number of tokens.
-        depth: blocks.
-        heads: of dimension 8, and 32 units of each layer of a perceptron per head.
-        embedding: dimension of the stream.
-        norms: where branches have them.
-        optimizer: that trains it.
-        lr: learning rate.
-        eps: of AdamW and Adam.
-        weight_decay: of all parameters.
+    Heads of attention have dimension 8, and for each there are 32 units of each layer of a perceptron.
     """
 
     def __init__(
@@ -44,17 +28,12 @@ class Everything(LightningModule):
         depth: int,
         heads: int,
         embedding: int,
-        norms: Norms = "before",
-        optimizer: Literal["adamw", "adam", "sgd"] = "adamw",
-        lr: float = 2**-6,
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        norms: Norms,
+        optimizer: str = "adamw",
+        **adamw: float,
     ) -> None:
         super().__init__()
-        self.family = OptimizerFamily(optimizer)
-        self.lr = lr
-        self.eps = eps
-        self.weight_decay = weight_decay
+        self.optimizer, self.settings = optimizer, adamw
         self.tokens = nn.Embedding(vocabulary, embedding)
         self.blocks = nn.ModuleList(_Block(heads, embedding, norms) for _ in range(depth))
         self.transform = nn.Linear(embedding, embedding)
@@ -79,10 +58,9 @@ class Everything(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The chosen optimizer over all parameters."""
-        if self.family is OptimizerFamily.SGD:
-            return torch.optim.SGD(self.parameters(), self.lr, weight_decay=self.weight_decay)
-        kind = torch.optim.AdamW if self.family is OptimizerFamily.ADAMW else torch.optim.Adam
-        return kind(self.parameters(), self.lr, (0.9, 0.95), self.eps, self.weight_decay)
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), self.settings["lr"], weight_decay=self.settings["weight_decay"])
+        return torch.optim.AdamW(self.parameters(), betas=(0.9, 0.95), **self.settings)
 
 
 class _Block(nn.Module):
@@ -91,7 +69,11 @@ class _Block(nn.Module):
     def __init__(self, heads: int, embedding: int, norms: Norms) -> None:
         super().__init__()
         self.norms = norms
-        branches = _Attention(heads, embedding), _Perceptron(32 * heads, embedding), _Experts(16 * heads, embedding)
+        branches = (
+            _Attention(heads, embedding),
+            _perceptron(embedding, 32 * heads, 32 * heads, embedding),
+            _Experts(16 * heads, embedding),
+        )
         self.branches = nn.ModuleList(branches)
         self.before = nn.ModuleList(nn.LayerNorm(embedding) for _ in self.branches if norms != "after")
         self.after = nn.ModuleList(nn.LayerNorm(embedding) for _ in self.branches if norms != "before")
@@ -118,26 +100,14 @@ class _Attention(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         attended = F.scaled_dot_product_attention(self.query_norm(query), self.key_norm(key), value, is_causal=True)
-        branch: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        return branch
-
-
-class _Perceptron(nn.Module):
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.read, self.between = nn.Linear(embedding, hidden), nn.Linear(hidden, hidden)
-        self.write = nn.Linear(hidden, embedding)
-
-    def forward(self, given: Tensor) -> Tensor:
-        branch: Tensor = self.write(F.gelu(self.between(F.gelu(self.read(given)))))
-        return branch
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class _Experts(nn.Module):
     def __init__(self, hidden: int, embedding: int) -> None:
         super().__init__()
         self.router = nn.Linear(embedding, 4)
-        self.experts = nn.ModuleList(_Expert(hidden, embedding) for _ in range(4))
+        self.experts = nn.ModuleList(_perceptron(embedding, hidden, embedding) for _ in range(4))
 
     def forward(self, given: Tensor) -> Tensor:
         weights = self.router(given).softmax(-1)
@@ -145,11 +115,6 @@ class _Experts(nn.Module):
         return torch.stack(parts).sum(0)
 
 
-class _Expert(nn.Module):
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.read, self.write = nn.Linear(embedding, hidden), nn.Linear(hidden, embedding)
-
-    def forward(self, given: Tensor) -> Tensor:
-        branch: Tensor = self.write(F.gelu(self.read(given)))
-        return branch
+def _perceptron(*sizes: int) -> nn.Sequential:
+    layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
+    return nn.Sequential(*(part for layer in layers[:-1] for part in (layer, nn.GELU())), layers[-1])

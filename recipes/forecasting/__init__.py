@@ -1,1 +1,1 @@
-"""The study of forecasting; see README.md beside this file."""
+"""A study of a forecaster of GluonTS; README.md says how to run it and what came out."""

@@ -1,27 +1,12 @@
 """Somebody else's training: the PatchTST forecaster of GluonTS, with one callback more.
 
-    pip install 'gluonts[torch]'
-    python -m recipes.forecasting.run
-
 Model, loss, optimizer, gradient clipping, sampling and Trainer are those of GluonTS, which knows nothing of MLU, and the
-series are from its generator. All that is added is ``trainer_kwargs={"callbacks": [MLUCallback(...)]}``. The callback is
-told three things, for reasons that are in GluonTS:
-
-- ``residual="fold"``, because a predictor is saved as its weights, and loaded into a network that has no multipliers;
-- ``overrides``, because the table of sinusoidal positions is a frozen parameter that autograd never sees;
-- ``example``, because training data are a stream that goes on where it was left. Without it there is a warning, and the
-  training begins a few batches later.
-
-The learning rate is tuned at a small shape. At eight times its depth, MLP width and embedding the best one is 0.72, 0.99
-and 0.53 times the base's with MLU, and 0.37, 0.57 and 0.15 times without. At 2^-8, the best that was tried at the base, all
-three are better than the base with MLU (6.999, 7.011, 6.971 against 7.031), and worse without (7.139, 7.091, 7.315). These
-are means over two seeds, which differ by 0.03 in the median, and by up to 0.13, for learning rates up to 2^-7.
+series are from its generator. All that is added is ``trainer_kwargs={"callbacks": [MLUCallback(...)]}``.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,15 +20,12 @@ from gluonts.dataset.common import ListDataset
 from gluonts.torch.model.estimator import TrainOutput
 from gluonts.torch.model.patch_tst import PatchTSTEstimator
 from lightning.pytorch import Callback, seed_everything
-from rich.console import Console
 from torch import Tensor
 
 from mlu_lightning import MLUCallback
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
 from mlu_lightning.quickstart.study import BASE, Run, Study, TransformerShape
-from recipes.common.gradient_descent import check_command, command, in_processes, save_points
-
-__all__ = ["SHAPES", "Training", "estimator", "first_batch", "main", "mlu", "run", "series", "train", "training"]
+from recipes.common.studies import QUIET, check_command, console, in_processes, save_points, study_command
 
 SHAPES = {
     BASE: TransformerShape(depth=2, heads=2, mlp_hidden=64, embedding=16),
@@ -53,37 +35,20 @@ SHAPES = {
 }
 """Shapes by name. In PyTorch's encoder heads are parts of the embedding, so that they grow with it; they stay 8 wide."""
 POSITIONS = {"model.positional_encoding.weight": "embedding"}
+"""Role of the sinusoidal positions, a frozen parameter that autograd never sees."""
 HORIZON, EPOCHS = 16, 4
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training.
-
-    Args:
-        shape: name of its shape.
-        mlu: whether it has the callback.
-        exponent: of its learning rate, a power of two.
-        seed: of weights, windows and dropout.
-        batches: of each of the 4 epochs.
-        loss: validation loss after the last epoch, in nats per time step; NaN if the training broke off.
-    """
+    """One training."""
 
     shape: str
     mlu: bool
-    exponent: int
-    seed: int
-    batches: int
-    loss: float = math.nan
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the study as the command line says.
-
-    Args:
-        args: of the command line; by default those of the process.
-    """
-    command(run, "python -m recipes.forecasting.run", args)
+    exponent: int  # of the learning rate, a power of two
+    seed: int  # of weights, windows and dropout
+    batches: int  # of each of the 4 epochs
+    loss: float = math.nan  # on validation after the last epoch, nats per time step; NaN if the training broke off
 
 
 def run(output: str = "forecasting", workers: int = 2, seeds: int = 2, quick: bool = False) -> None:
@@ -93,7 +58,6 @@ def run(output: str = "forecasting", workers: int = 2, seeds: int = 2, quick: bo
         output: folder of the losses and the figure.
         workers: number of trainings at a time, each on one core.
         seeds: trainings of every kind, over whose losses the mean is taken.
-        quick: whether to try the machinery only, with short trainings (``--quick``).
     """
     check_command(workers, seeds)
     exponents, batches = ((-7,), 1) if quick else ((-11, -10, -9, -8, -7, -6, -5), 50)
@@ -104,27 +68,24 @@ def run(output: str = "forecasting", workers: int = 2, seeds: int = 2, quick: bo
         for exponent in exponents
         for seed in range(seeds)
     ]
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    trainings = in_processes(train, cases, workers, "trainings", console)
-    folder = Path(output)
+    terminal, folder = console(120), Path(output)
+    trainings = in_processes(train, cases, workers, "trainings", terminal)
     folder.mkdir(parents=True, exist_ok=True)
     save_points(trainings, folder / "trainings.csv")
     study = Study(SHAPES, exponents, steps=EPOCHS * batches)
     runs = _means(trainings, seeds)
-    console.print("Validation loss (nats per time step) by learning rate; * marks the least of a row.", highlight=False)
-    console.print(loss_table(study, runs))
+    terminal.print(
+        "Validation loss (nats per time step) by learning rate; * marks the least of a row.", highlight=False
+    )
+    terminal.print(loss_table(study, runs))
     for verdict in verdicts(study, runs):
-        console.print(verdict, highlight=False)
+        terminal.print(verdict, highlight=False)
     save_figure(study, runs, folder / "forecasting.png", "validation loss (nats per time step)")
-    console.print(f"Wrote {folder / 'forecasting.png'}.", highlight=False, soft_wrap=True)
+    terminal.print(f"Wrote {folder / 'forecasting.png'}.", highlight=False, soft_wrap=True)
 
 
 def train(case: Training) -> Training:
-    """Train a forecaster by GluonTS.
-
-    Args:
-        case: which training.
-    """
+    """Train a forecaster, and return the training with its loss."""
     warnings.simplefilter("ignore")
     callbacks = [mlu()] if case.mlu else []
     seed_everything(case.seed, verbose=False)
@@ -134,38 +95,26 @@ def train(case: Training) -> Training:
 
 
 def training(shape: TransformerShape, lr: float, batches: int, callbacks: Sequence[Callback] = ()) -> TrainOutput:
-    """Train a forecaster as any user of GluonTS would.
-
-    Args:
-        shape: of the network.
-        lr: learning rate.
-        batches: of each of the 4 epochs.
-        callbacks: of the Trainer.
-    """
+    """Train a forecaster as any user of GluonTS would."""
     with TemporaryDirectory() as folder:
-        trained: TrainOutput = estimator(
-            shape,
-            lr,
-            batches,
-            max_epochs=EPOCHS,
-            callbacks=list(callbacks),
-            default_root_dir=folder,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        ).train_model(*series())
+        options = {"max_epochs": EPOCHS, "callbacks": list(callbacks), "default_root_dir": folder, "accelerator": "cpu"}
+        trained: TrainOutput = estimator(shape, lr, batches, **options, **QUIET).train_model(*series())
     return trained
 
 
 def mlu() -> MLUCallback:
-    """The callback, with the base at which the learning rate is known to be good."""
+    """Make the callback, with the base at which the learning rate is known to be good.
+
+    Weights are folded because a predictor is saved as its weights, and loaded into a network that has no multipliers. The
+    example is given because training data are a stream that goes on where it was left: without it there is a warning, and
+    the training begins a few batches later.
+    """
     base = estimator(SHAPES[BASE], lr=0.0, batches=1).create_lightning_module()
     return MLUCallback(base, residual="fold", overrides=POSITIONS, example=first_batch())
 
 
 def first_batch() -> dict[str, Tensor]:
-    """A batch from a stream of its own."""
+    """Take a batch from a stream of its own."""
     small = estimator(SHAPES[BASE], lr=0.0, batches=1)
     data = small.create_transformation().apply(series()[0], is_train=True)
     (batch,) = small.create_training_data_loader(data, small.create_lightning_module())
@@ -173,14 +122,7 @@ def first_batch() -> dict[str, Tensor]:
 
 
 def estimator(shape: TransformerShape, lr: float, batches: int, **trainer: Any) -> PatchTSTEstimator:
-    """PatchTST with norms in front of branches, as the theory has them.
-
-    Args:
-        shape: of its network.
-        lr: learning rate of Adam.
-        batches: of an epoch.
-        trainer: arguments of the Trainer.
-    """
+    """Make PatchTST with norms in front of branches, as the theory has them."""
     return PatchTSTEstimator(
         prediction_length=HORIZON,
         context_length=64,
@@ -212,6 +154,8 @@ def _means(trainings: Sequence[Training], seeds: int) -> list[Run]:
         for group in groups
     ]
 
+
+main = study_command(run, "python -m recipes.forecasting.run")
 
 if __name__ == "__main__":
     main()

@@ -1,1 +1,1 @@
-"""The study of lr transfer; see README.md beside this file."""
+"""A study of learning rates that transfer; README.md says how to run it and what came out."""

@@ -1,1 +1,1 @@
-"""The study of paper linear; see README.md beside this file."""
+"""A study of the paper's linear experiment; README.md says how to run it and what came out."""

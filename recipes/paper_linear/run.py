@@ -1,25 +1,14 @@
 """The paper's linear experiment: how far finite networks are from the infinite model, against L, M and D.
 
-    python -m recipes.paper_linear.run
-
-d_in = d_out = 3, one point with ‖x‖ = 0.8 and y of order one, the identity as activation, frozen W_E and W_U with entries
-N(0, 1), loss ½‖f - y‖², K = 15 steps of gradient descent with η = 0.1 (Chizat, arXiv 2509.10167). Depth L, hidden width M
-and embedding dimension D are changed one at a time, the others being large enough for its own term of
-
-    RMS(h - h_infinite) = O(1/L + sqrt(D/(L M)) + 1/sqrt(D)),  with D/(L M) as the second term of outputs,
-
-to be seen (theory.md, section 2). With the identity the infinite model has no sampling error (section 5).
-
-Terms are also told apart by themselves. At a finite D, with a given W, there is a limit of L, M → ∞ too: that of section
-5 with WᵀW/D itself in place of what it tends to. What is between a network and this limit is the part of L and M in its
-error, and what is between the two limits is the part of D.
+At a finite D, with a given W, there is a limit of L, M → ∞ too: that of theory.md, section 5, with WᵀW/D itself in place of
+what it tends to. What is between a network and this limit is the part of L and M in its error, and what is between the two
+limits is the part of D.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -27,67 +16,32 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from mlu_lightning import Plan
 from mlu_lightning.limit.infinite_model import InfiniteModel
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation.distances import rms_distance
-from recipes.common.gradient_descent import (
-    Problem,
-    check_command,
-    command,
-    descend,
-    finite_model,
-    in_processes,
-    look,
-    save_points,
-)
+from recipes.common.gradient_descent import Problem, descend, finite_model, look
+from recipes.common.studies import check_command, console, in_processes, save_points, study_command
 from recipes.paper_linear.report import Kept, Point, Streams, save_figure, slope_table
 
-__all__ = ["Case", "limit_at", "linear_problem", "main", "measure", "run"]
-
-DEPTHS: Mapping[Kept, tuple[float, ...]] = {
-    "": (),
-    "trace": tuple(place / 32 for place in range(33)),
-    "histogram": (0.0, 0.5, 1.0),
-}
+DEPTHS: Mapping[Kept, Sequence[float]] = {"": (), "trace": [i / 32 for i in range(33)], "histogram": (0.0, 0.5, 1.0)}
 """Relative depths at which streams are kept for the figure."""
-TRACED = 4
-"""Coordinates of a stream that are drawn over depth."""
+TRACED = 4  # coordinates of a stream that are drawn over depth
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network to be trained.
+    """A network to be trained."""
 
-    Args:
-        axis: of the sweep that it belongs to.
-        depth: L.
-        hidden: M.
-        embedding: D.
-        seed: of its weights, W included.
-        limit_depth: Euler steps of the limits that it is compared with.
-        kept: what its stream is kept for.
-    """
-
-    axis: str
+    axis: str  # of the sweep that it belongs to
     depth: int
     hidden: int
     embedding: int
-    seed: int
-    limit_depth: int
-    kept: Kept = ""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the experiment as the command line says.
-
-    Args:
-        args: of the command line; by default those of the process.
-    """
-    command(run, "python -m recipes.paper_linear.run", args)
+    seed: int  # of its weights, W included
+    limit_depth: int  # Euler steps of the limits that it is compared with
+    kept: Kept = ""  # what its stream is kept for
 
 
 def run(output: str = "paper-linear", workers: int = 2, seeds: int = 4, quick: bool = False) -> None:
@@ -97,27 +51,21 @@ def run(output: str = "paper-linear", workers: int = 2, seeds: int = 4, quick: b
         output: folder of the points and the figure.
         workers: number of networks at a time, each on one core.
         seeds: networks of every shape; twice as many in the sweep of D, where the error is that of a single W.
-        quick: whether to try the machinery only, with tiny networks (``--quick``).
     """
     check_command(workers, seeds)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    measured = in_processes(measure, _cases(seeds, quick), workers, "networks", console)
+    terminal, folder = console(), Path(output)
+    measured = in_processes(measure, _cases(seeds, quick), workers, "networks", terminal)
     points, streams = [point for point, _ in measured], [stream for _, stream in measured if stream]
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     save_points(points, folder / "points.csv")
     (folder / "streams.json").write_text(json.dumps([asdict(stream) for stream in streams]), encoding="utf-8")
-    console.print(slope_table(points))
+    terminal.print(slope_table(points))
     save_figure(points, streams, folder / "paper_linear.png")
-    console.print(f"Wrote {folder / 'paper_linear.png'}.", highlight=False, soft_wrap=True)
+    terminal.print(f"Wrote {folder / 'paper_linear.png'}.", highlight=False, soft_wrap=True)
 
 
 def linear_problem(seed: int = 0) -> Problem:
-    """One point: x of norm 0.8 and y of norm 1, in directions drawn at random.
-
-    Args:
-        seed: of the directions.
-    """
+    """One point: x of norm 0.8 and y of norm 1, in directions drawn at random."""
     draws = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, 1, 3, generator=draws)
     return Problem(
@@ -133,17 +81,8 @@ def linear_problem(seed: int = 0) -> Problem:
 
 
 def measure(case: Case) -> tuple[Point, Streams | None]:
-    """Train a network, and measure its errors: of the stream after K steps, of outputs over all of them.
-
-    Every network fits its one point, and f = y leaves no error of outputs at the end: it is the root mean square over
-    the K steps.
-
-    Args:
-        case: which network.
-
-    Returns:
-        Its errors, and its stream where it is to be kept.
-    """
+    """Train a network; return its errors, of the stream after K steps and of outputs over all, and its stream if kept."""
+    # every network fits its one point, and f = y leaves no error of outputs at the end
     problem, limit = linear_problem(), _limit(case.limit_depth)
     module, plan, weights = finite_model(problem, case.depth, case.hidden, case.embedding, case.seed, case.seed)
     outputs = _train(module, plan, problem)
@@ -151,12 +90,11 @@ def measure(case: Case) -> tuple[Point, Streams | None]:
     seen = look(module, plan, problem, (*depths, 1))
     infinite = {name: limit.model.in_coordinates_of(weights, values) for name, values in limit.streams.items()}
     between, between_outputs = limit_at(weights, case.limit_depth)
+    shape = case.depth, case.hidden, case.embedding
     point = Point(
-        axis=case.axis,
-        depth=case.depth,
-        hidden=case.hidden,
-        embedding=case.embedding,
-        seed=case.seed,
+        case.axis,
+        *shape,
+        case.seed,
         stream=float(rms_distance(seen["s=1"], infinite["s=1"])),
         output=float(rms_distance(outputs, limit.outputs)),
         stream_of_depth_and_hidden=float(rms_distance(seen["s=1"], between)),
@@ -169,7 +107,7 @@ def measure(case: Case) -> tuple[Point, Streams | None]:
     names, cut = [f"s={s:g}" for s in depths], TRACED if case.kept == "trace" else case.embedding
     kept = Streams(
         kept=case.kept,
-        shape=(case.depth, case.hidden, case.embedding),
+        shape=shape,
         depths=list(depths),
         coordinates=[seen[name][0, :cut].tolist() for name in names],
         limits=[infinite[name][0, :cut].tolist() for name in names],
@@ -180,18 +118,12 @@ def measure(case: Case) -> tuple[Point, Streams | None]:
 
 
 def limit_at(weights: Tensor, limit_depth: int) -> tuple[Tensor, Tensor]:
-    """Train the limit of L, M → ∞ at a finite D and a given W: WᵀW/D itself is the S of theory.md, section 5.
+    """Train the limit of L, M → ∞ for a given W, [D, r]; return its stream at s = 1 and its outputs after each step.
 
-    Args:
-        weights: W, [D, r], of rank r.
-        limit_depth: Euler steps.
-
-    Returns:
-        The stream at s = 1 after training, [1, D], and the outputs after each step, [K, d_out].
+    WᵀW/D itself is the S of theory.md, section 5.
     """
     problem, limit = linear_problem(), _limit(limit_depth)
     module, inputs = limit.model.module, problem.inputs.shape[1]
-    assert isinstance(module, ResNet)
     values, vectors = torch.linalg.eigh((weights.T @ weights / len(weights)).double())
     root = (math.sqrt(len(values)) * (vectors * values.sqrt()) @ vectors.T).to(weights)  # W' with W'ᵀW'/r = WᵀW/D
     with torch.no_grad():
@@ -219,7 +151,6 @@ def _limit(depth: int) -> _Limit:
     problem = linear_problem()
     model = problem.limit(depth)
     start = deepcopy(model.module.state_dict())
-    assert isinstance(model.module, ResNet)
     outputs = _train(model.module, model.plan, problem)
     seen = look(model.module, model.plan, problem, sorted({1.0}.union(*DEPTHS.values())))
     streams = {name: values for name, values in seen.items() if name != "output"}
@@ -236,22 +167,17 @@ def _train(module: ResNet, plan: Plan, problem: Problem) -> Tensor:
 
 def _cases(seeds: int, quick: bool) -> list[Case]:
     """All networks, the smallest first."""
-    limit_depth = 16 if quick else 400
+    # D^(3/2) > L M along L and M, so that D/(L M) is seen before 1/sqrt(D)
+    limit_depth, traced = 400, [(8, 32, 32), (32, 128, 128), (128, 512, 512)]
+    sweeps = {
+        "L": [(depth, 128, 1024) for depth in (16, 32, 64, 128, 256)],
+        "M": [(64, hidden, 1024) for hidden in (32, 64, 128, 256, 512)],
+        "D": [(32, 4096, embedding) for embedding in (16, 32, 64, 128, 256)],
+    }
     if quick:
-        sweeps = {
-            "L": [(depth, 16, 64) for depth in (4, 8, 16)],
-            "M": [(8, hidden, 64) for hidden in (8, 16, 32)],
-            "D": [(8, 256, embedding) for embedding in (8, 16, 32)],
-        }
-        traced = [(4, 16, 16), (8, 64, 64)]
-    else:
-        sweeps = {
-            # D^(3/2) > L M, so that D/(L M) is seen before 1/sqrt(D)
-            "L": [(depth, 128, 1024) for depth in (16, 32, 64, 128, 256)],
-            "M": [(64, hidden, 1024) for hidden in (32, 64, 128, 256, 512)],
-            "D": [(32, 4096, embedding) for embedding in (16, 32, 64, 128, 256)],
-        }
-        traced = [(8, 32, 32), (32, 128, 128), (128, 512, 512)]
+        limit_depth, traced = 16, [(4, 16, 16), (8, 64, 64)]
+        sweeps = {"L": [(4, 16, 64), (8, 16, 64), (16, 16, 64)], "M": [(8, 8, 64), (8, 16, 64), (8, 32, 64)]}
+        sweeps["D"] = [(8, 256, 8), (8, 256, 16), (8, 256, 32)]
     cases = [
         Case(axis, *shape, seed, limit_depth, "histogram" if axis == "D" and shape == shapes[-1] else "")
         for axis, shapes in sweeps.items()
@@ -261,6 +187,8 @@ def _cases(seeds: int, quick: bool) -> list[Case]:
     cases += [Case("L, M, D", *shape, 0, limit_depth, "trace") for shape in traced]  # of one W
     return sorted(cases, key=lambda case: case.depth * case.hidden * case.embedding)
 
+
+main = study_command(run, "python -m recipes.paper_linear.run")
 
 if __name__ == "__main__":
     main()

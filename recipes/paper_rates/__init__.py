@@ -1,1 +1,1 @@
-"""The study of paper rates; see README.md beside this file."""
+"""A study of the paper's nonlinear experiment; README.md says how to run it and what came out."""

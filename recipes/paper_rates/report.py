@@ -1,8 +1,7 @@
-"""Tables and the figure of ``paper_rates.py``."""
+"""Tables and figure of the paper's nonlinear experiment: fits of the error bound, and slopes of errors."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
-from scipy.stats import linregress
 
 from mlu_lightning.shapes.error_bound import (
     PAPER,
@@ -22,19 +20,16 @@ from mlu_lightning.shapes.error_bound import (
     error_at,
     fit_error_bound,
 )
-
-__all__ = ["Errors", "Point", "means", "report", "save_figure"]
+from recipes.common.figures import new_figure
+from recipes.common.fits import Slope, fit_slope, root_mean_square
 
 Errors = Literal["stream", "output", "reference_stream", "reference_output"]
 
 PUBLISHED = ErrorConstants(0.0, PAPER.hidden, PAPER.embedding)
 """The paper's fit of the error in embedding space, hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D))."""
 
-FROM = 16
-"""Sizes from which on a network is one of the asymptotic regime that bounds and slopes are fitted to."""
-
-MOSTLY = 0.75
-"""Share of a term in the square of the fitted bound from which on a slope against its size is fitted."""
+FROM = 16  # sizes from which on a network is one of the asymptotic regime that bounds and slopes are fitted to
+MOSTLY = 0.75  # share of a term in the square of the fitted bound from which on a slope against its size is fitted
 
 TITLES: dict[Errors, str] = {
     "stream": "stream, to the infinite model",
@@ -46,53 +41,30 @@ TITLES: dict[Errors, str] = {
 
 @dataclass(frozen=True)
 class Point:
-    """One network.
+    """One network."""
 
-    Args:
-        hidden: M.
-        embedding: D.
-        seed: of its weights.
-        stream: root mean square distance of its stream from that of the infinite model, in its coordinates.
-        output: the same of outputs.
-        reference_stream: distance from the largest network, of the first seed.
-        reference_output: the same of outputs.
-        seconds: that it took.
-    """
-
-    hidden: int
-    embedding: int
-    seed: int
-    stream: float
-    output: float
-    reference_stream: float | None = None
+    hidden: int  # M
+    embedding: int  # D
+    seed: int  # of its weights
+    stream: float  # root mean square distance of its stream from that of the infinite model, in its coordinates
+    output: float  # the same of outputs
+    reference_stream: float | None = None  # distance from the largest network, of the first seed
     reference_output: float | None = None
     seconds: float = 0.0
 
 
 def means(points: Sequence[Point], errors: Errors) -> dict[tuple[int, int], float]:
-    """Root mean square over seeds of an error, by hidden width and embedding dimension.
-
-    Args:
-        points: of networks.
-        errors: which one.
-    """
-    squares: dict[tuple[int, int], list[float]] = defaultdict(list)
+    """Root mean square over seeds of an error, by hidden width and embedding dimension."""
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for point in points:
         value = getattr(point, errors)
         if value:  # the largest network is at 0 from itself only if it is the same one
-            squares[point.hidden, point.embedding].append(value**2)
-    return {shape: math.sqrt(math.fsum(values) / len(values)) for shape, values in squares.items()}
+            found[point.hidden, point.embedding].append(value)
+    return {shape: root_mean_square(values) for shape, values in found.items()}
 
 
 def report(points: Sequence[Point], depth: int, limits: Mapping[str, Mapping[Errors, float]]) -> list[Any]:
-    """Tables of fits and slopes.
-
-    Args:
-        points: of networks.
-        depth: L of all of them.
-        limits: distances from the infinite model of one with other units, ``"1"``, and of some of few Euler steps,
-            ``"L=2"`` and so on.
-    """
+    """Tables of fits and slopes; ``limits`` are distances between infinite models, "1" of other units, "L=2" of 2 steps."""
     fits = Table("error", "shapes", "c1/L", "c2", "c3", "scatter", title=f"Fits to networks with M and D from {FROM}")
     slopes = Table(
         "error", "against", "theory", "slope", "over", title="d log error / d log size, where its term dominates"
@@ -103,18 +75,15 @@ def report(points: Sequence[Point], depth: int, limits: Mapping[str, Mapping[Err
         kind: Measured = "stream" if "stream" in name else "output"
         if fit is not None:
             bars = fit.uncertainty or ErrorConstants(0, 0, 0)
-            fits.add_row(
-                title,
-                str(len(_asymptotic(found))),
-                f"{fit.depth / depth:.4f} ± {bars.depth / depth:.4f}",
-                f"{fit.hidden:.2f} ± {bars.hidden:.2f}",
-                f"{fit.embedding:.2f} ± {bars.embedding:.2f}",
-                f"{fit.scatter:.0%}",
+            rest = f"{fit.depth / depth:.4f} ± {bars.depth / depth:.4f}"
+            hidden, embedding = (
+                f"{getattr(fit, name):.2f} ± {getattr(bars, name):.2f}" for name in ("hidden", "embedding")
             )
+            fits.add_row(title, str(len(_asymptotic(found))), rest, hidden, embedding, f"{fit.scatter:.0%}")
         for axis, theory in (("D", "-1/2"), ("M", "-1/2" if "stream" in name else "-1"), ("P", "-1/6")):
-            slope = None if fit is None else _slope(found, axis, depth, fit, kind)
-            if slope is not None:
-                slopes.add_row(title, axis, theory, f"{slope[0]:.2f} ± {slope[1]:.2f}", slope[2])
+            fitted = None if fit is None else _slope(found, axis, depth, fit, kind)
+            if fitted is not None:
+                slopes.add_row(title, axis, theory, *map(str, fitted))
         slopes.add_section()
     fits.add_row("published, stream", "", "", f"{PUBLISHED.hidden}", f"{PUBLISHED.embedding}", "")
     few = {int(key[2:]): errors for key, errors in limits.items() if key.startswith("L=")}
@@ -135,17 +104,10 @@ def _range(values: Sequence[float]) -> str:
 
 
 def save_figure(points: Sequence[Point], depth: int, path: Path) -> None:
-    """Draw errors against D, M and P = LMD, with the fitted bound and the published one.
-
-    Args:
-        points: of networks.
-        depth: L of all of them.
-        path: of the PNG.
-    """
+    """Draw errors against D, M and P = LMD, with the fitted bound and the published one."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 17), layout="constrained")
+    figure = new_figure(15, 17)
     rows: tuple[Errors, ...] = ("stream", "reference_stream", "output", "reference_output")
     for axes, name in zip(figure.subplots(len(rows), 3, sharey="row"), rows, strict=True):
         found = means(points, name)
@@ -212,8 +174,8 @@ def _fit(found: dict[tuple[int, int], float], name: Errors, depth: int) -> Fitte
 
 def _slope(
     found: dict[tuple[int, int], float], axis: str, depth: int, fit: FittedConstants, kind: Measured
-) -> tuple[float, float, str] | None:
-    """Slope against one size, with its standard error, where the fitted bound is mostly the term of that size."""
+) -> tuple[Slope, str] | None:
+    """Slope against one size where the fitted bound is mostly the term of that size, and over what it was fitted."""
     if axis == "P":
         lines = {"best shapes": [(p, error) for p, error in _front(found, depth) if p >= depth * FROM**2]}
     else:
@@ -227,6 +189,6 @@ def _slope(
     where, line = max(lines.items(), key=lambda item: (len(item[1]), item[0]), default=("", []))
     if len(line) < 3:
         return None
-    result = linregress(np.log([x for x, _ in line]), np.log([y for _, y in line]))
+    slope = fit_slope(*zip(*line, strict=True))
     first, last = (f"{line[end][0]:{'.0e' if axis == 'P' else '.0f'}}" for end in (0, -1))
-    return result.slope, result.stderr, f"{where}, {axis} from {first} to {last}"
+    return slope, f"{where}, {axis} from {first} to {last}"

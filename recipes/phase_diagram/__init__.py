@@ -1,1 +1,1 @@
-"""The study of phase diagram; see README.md beside this file."""
+"""A study of other residual scales; README.md says how to run it and what came out."""

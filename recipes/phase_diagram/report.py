@@ -1,4 +1,4 @@
-"""Verdicts and figure of ``phase_diagram.py``."""
+"""Verdicts and figure of the phase diagram."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from recipes.reference_run.report import Slope, fit_slope
+from recipes.common.figures import Axes, hide_spines, new_figure, plain_log_axis, size_axis
+from recipes.common.fits import Slope, fit_slope, root_mean_square
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["SWEEPS", "Point", "Shape", "Sweeps", "save_figure", "slope", "sweep", "verdict", "verdict_table"]
-
-Shape = tuple[int, int, int]
-"""L, M, D."""
+Shape = tuple[int, int, int]  # L, M, D
 
 THRESHOLD = 0.25
 """Slopes nearer to 0 than to ±1/2, the smallest that theory has for a wrong scale, are those of MLU."""
@@ -36,31 +30,17 @@ learning rates of MLU it is α instead, for which a std of 1/M takes one step on
 
 @dataclass(frozen=True)
 class Sweeps:
-    """Sizes that are changed.
+    """Sizes that are changed."""
 
-    Args:
-        base: shape in which one size is changed.
-        sizes: values of L, M and D.
-        rich: shape at which the richness is changed.
-        alphas: values of it.
-    """
-
-    base: Shape
-    sizes: Mapping[str, Sequence[int]]
-    rich: Shape
-    alphas: Sequence[float]
+    base: Shape  # in which one size is changed
+    sizes: Mapping[str, Sequence[int]]  # values of L, M and D
+    rich: Shape  # at which the richness is changed
+    alphas: Sequence[float]  # values of the richness
 
     def shapes(self, axis: str) -> list[Shape]:
-        """Shapes of the sweep of L, M or D.
-
-        Args:
-            axis: which.
-        """
-        depth, hidden, embedding = self.base
-        return [
-            {"L": (size, hidden, embedding), "M": (depth, size, embedding), "D": (depth, hidden, size)}[axis]
-            for size in self.sizes[axis]
-        ]
+        """Shapes of the sweep of L, M or D."""
+        place = "LMD".index(axis)
+        return [(*self.base[:place], size, *self.base[place + 1 :]) for size in self.sizes[axis]]
 
 
 SWEEPS = {
@@ -83,36 +63,28 @@ SWEEPS = {
 class Point:
     """What was measured of one network.
 
-    Args:
-        variant: of its plan.
-        depth: L.
-        hidden: M.
-        embedding: D.
-        alpha: richness, before the plan was edited.
-        seed: of its weights.
-        local_first: how far pre-activations have moved in one step by the weights of their own block: root mean square
-            over units and samples, mean over blocks.
-        local_last: the same in all steps.
-        stream_update: how far the stream at s = 1 has moved in all steps, root mean square.
-        stream_distance: of the stream at s = 1 from that of the limit of MLU.
-        output_distance: of outputs from those of the limit of MLU.
-        loss_first: before training.
-        loss_last: after it.
+    The local update is how far pre-activations have moved by the weights of their own block: root mean square over units
+    and samples, mean over blocks.
     """
 
-    variant: str
+    variant: str  # of its plan
     depth: int
     hidden: int
     embedding: int
-    alpha: float
+    alpha: float  # richness, before the plan was edited
     seed: int
-    local_first: float
-    local_last: float
-    stream_update: float
-    stream_distance: float
-    output_distance: float
-    loss_first: float
-    loss_last: float
+    local_first: float  # local update in one step
+    local_last: float  # local update in all steps
+    stream_update: float  # root mean square change of the stream at s = 1 in all steps
+    stream_distance: float  # of the stream at s = 1 from that of the limit of MLU
+    output_distance: float  # of outputs from those of the limit of MLU
+    loss_first: float  # before training
+    loss_last: float  # after it
+
+    @property
+    def shape(self) -> Shape:
+        """L, M, D."""
+        return self.depth, self.hidden, self.embedding
 
     @property
     def diverged(self) -> bool:
@@ -121,48 +93,23 @@ class Point:
 
 
 def sweep(points: Sequence[Point], sweeps: Sweeps, variant: str, axis: str) -> dict[float, list[Point]]:
-    """Networks of all seeds by size.
-
-    Args:
-        points: of all networks.
-        sweeps: sizes that were changed.
-        variant: of plans.
-        axis: L, M, D, or α.
-    """
+    """Networks of all seeds by size, in the sweep of L, M, D or α."""
     if axis == "α":
-        wanted: dict[tuple[Shape, float], float] = {(sweeps.rich, alpha): alpha for alpha in sweeps.alphas}
+        wanted: dict[float, tuple[Shape, float]] = {alpha: (sweeps.rich, alpha) for alpha in sweeps.alphas}
     else:
-        wanted = {(shape, 1.0): size for shape, size in zip(sweeps.shapes(axis), sweeps.sizes[axis], strict=True)}
-    found: dict[float, list[Point]] = {size: [] for size in wanted.values()}
-    for point in points:
-        size = wanted.get(((point.depth, point.hidden, point.embedding), point.alpha))
-        if point.variant == variant and size is not None:
-            found[size].append(point)
+        wanted = {size: (shape, 1.0) for size, shape in zip(sweeps.sizes[axis], sweeps.shapes(axis), strict=True)}
+    own = [point for point in points if point.variant == variant]
+    found = {size: [point for point in own if (point.shape, point.alpha) == case] for size, case in wanted.items()}
     return {size: group for size, group in found.items() if group}
 
 
 def slope(found: Mapping[float, Sequence[Point]], quantity: str) -> Slope:
-    """Fit a line to the logarithms of root mean squares over seeds.
-
-    Args:
-        found: by :func:`sweep`.
-        quantity: name of one in :class:`Point`.
-    """
+    """Fit a line to the logarithms of root mean squares over seeds of a quantity, one of :class:`Point`."""
     return fit_slope(list(found), [_mean(group, quantity) for group in found.values()])
 
 
 def verdict(fitted: Slope, diverged: bool = False) -> str:
-    """Name the phase that a slope of the local feature update belongs to.
-
-    Args:
-        fitted: its slope; two standard errors have to be on the same side of ±1/4.
-        diverged: whether training has.
-
-    >>> verdict(Slope(0.02, 0.01, 1.0)), verdict(Slope(-0.5, 0.02, 1.0)), verdict(Slope(0.9, 0.1, 1.0))
-    ('MLU', 'lazy', 'explodes')
-    >>> verdict(Slope(-0.2, 0.1, 1.0)), verdict(Slope(0.0, 0.0, 1.0), diverged=True)
-    ('unclear', 'diverges')
-    """
+    """Name the phase of a slope of the local feature update, which has to be two standard errors on one side of ±1/4."""
     if diverged:
         return "diverges"
     low, high = fitted.value - 2 * fitted.error, fitted.value + 2 * fitted.error
@@ -174,26 +121,11 @@ def verdict(fitted: Slope, diverged: bool = False) -> str:
 
 
 def verdict_table(points: Sequence[Point], variants: Sequence[str], sweeps: Sweeps, steps: int) -> Table:
-    """What every variant is, in each size: slopes of the local feature update, and what comes of them.
-
-    Args:
-        points: of all networks.
-        variants: of plans, in order.
-        sweeps: sizes that were changed.
-        steps: of training, K.
-    """
+    """What every variant is, in each size: slopes of the local feature update, and what comes of them."""
+    columns = "scale, lr", "in", "theory", "slope, 1 step", "verdict", f"slope, {steps} steps", "verdict"
     table = Table(
-        "scale, lr",
-        "in",
-        "theory",
-        "slope, 1 step",
-        "verdict",
-        f"slope, {steps} steps",
-        "verdict",
-        "stream moves",
-        "stream to limit",
-        "output to limit",
-        "last loss",
+        *columns,
+        *("stream moves", "stream to limit", "output to limit", "last loss"),
         title="Slope of the local feature update, and other values from the smallest to the largest size",
         caption=f"MLU: |slope| < {THRESHOLD:g}, lazy: slope < -{THRESHOLD:g}, explodes: slope > {THRESHOLD:g}, all by two "
         "standard errors; diverges: the loss has become larger in training",
@@ -218,18 +150,7 @@ def verdict_table(points: Sequence[Point], variants: Sequence[str], sweeps: Swee
 
 
 def save_figure(points: Sequence[Point], variants: Sequence[str], sweeps: Sweeps, steps: int, path: Path) -> None:
-    """Draw every quantity against every size, a line for each variant.
-
-    Args:
-        points: of all networks.
-        variants: of plans, in order.
-        sweeps: sizes that were changed.
-        steps: of training, K.
-        path: of the file.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw every quantity against every size, a line for each variant."""
     quantities = {
         "local_first": "local feature update\nin 1 step",
         "local_last": f"local feature update\nin {steps} steps",
@@ -238,48 +159,36 @@ def save_figure(points: Sequence[Point], variants: Sequence[str], sweeps: Sweeps
         "output_distance": "outputs: distance from\nthe limit of MLU",
         "loss_last": f"loss after {steps} steps",
     }
-    figure = Figure(figsize=(13, 16), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 16)
     panels = figure.subplots(len(quantities), 4, sharex="col", sharey="row")
     for row, (quantity, title) in zip(panels, quantities.items(), strict=True):
         for axes, axis in zip(row, "LMDα", strict=True):
-            for place, variant in enumerate(variants):
+            for variant, color, marker in zip(variants, _COLORS, _MARKERS, strict=True):
                 found = sweep(points, sweeps, variant, axis)
                 if len(found) > 1:
-                    color, marker = _STYLES[place % len(_STYLES)]
                     means = [_mean(group, quantity) for group in found.values()]
-                    front = 3 if place == 0 else 2
+                    front = 3 if variant == variants[0] else 2
                     axes.plot(list(found), means, f"{marker}-", color=color, markersize=5, label=variant, zorder=front)
             _finish(axes, axis, sweeps)
         row[0].set_ylabel(title)
         _limit_range(row, [_mean([point], quantity) for point in points if not point.diverged])
-    for axes, axis in zip(panels[0], "LMDα", strict=True):
-        axes.set_title(f"against {axis}, at {_others(axis, sweeps)}", loc="left", fontsize=10)
-    for axes, axis in zip(panels[-1], "LMDα", strict=True):
-        axes.set_xlabel(axis)
+    for top, bottom, axis in zip(panels[0], panels[-1], "LMDα", strict=True):
+        top.set_title(f"against {axis}, at {_others(axis, sweeps)}", loc="left", fontsize=10)
+        bottom.set_xlabel(axis)
     handles, labels = panels[0][0].get_legend_handles_labels()
-    title = (
-        "residual scale (in place of 1/L, of √D/M, or of all), learning rate of branches; what leaves a panel diverges"
-    )
+    scales = "residual scale (in place of 1/L, of √D/M, or of all)"
+    title = f"{scales}, learning rate of branches; what leaves a panel diverges"
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, title=title)
     figure.savefig(path, dpi=120)
 
 
-_STYLES = (
-    ("black", "o"),
-    ("gray", "o"),
-    ("#D55E00", "D"),
-    ("#E69F00", "s"),
-    ("#332288", "D"),
-    ("#56B4E9", "s"),
-    ("#CC79A7", "^"),
-)
+_COLORS, _MARKERS = ("black", "gray", "#D55E00", "#E69F00", "#332288", "#56B4E9", "#CC79A7"), "ooDsDs^"
 """Of Okabe and Ito's and of Tol's palettes, which people with any colour vision can tell apart."""
 
 
 def _mean(group: Sequence[Point], quantity: str) -> float:
     """Root mean square over seeds, infinite if any has overflowed."""
-    value = math.hypot(*(getattr(point, quantity) for point in group)) / math.sqrt(len(group))
+    value = root_mean_square([getattr(point, quantity) for point in group])
     return value if value < math.inf else math.inf
 
 
@@ -295,17 +204,10 @@ def _others(axis: str, sweeps: Sweeps) -> str:
 
 def _finish(axes: Axes, axis: str, sweeps: Sweeps) -> None:
     """Logarithmic axes with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    sizes = sweeps.alphas if axis == "α" else sweeps.sizes[axis]
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    size_axis(axes, sweeps.alphas if axis == "α" else sweeps.sizes[axis])
+    plain_log_axis(axes)
     axes.grid(color="0.92")
-    axes.spines[["top", "right"]].set_visible(False)
+    hide_spines(axes)
 
 
 def _limit_range(row: Sequence[Axes], values: Sequence[float]) -> None:

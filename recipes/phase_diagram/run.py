@@ -1,65 +1,40 @@
 """Phase diagram: how far features move, and where a network tends to, with MLU and with other residual scales.
 
-    python -m recipes.phase_diagram.run
-
-The problem is the paper's nonlinear one, in ``paper_rates.py``. Plans with another residual scale than sqrt(D)/(L M) are
-the MLU plan with edits, and all else is the same. L, M and D are changed one at a time, and the richness α as well. MLU
-means that in one step the pre-activations of every block move by Θ(1) at any shape because *its own* weights have moved;
-where they do not as a size grows, the network becomes linear in its weights ("lazy"), and where they move ever more,
-training at a learning rate that does not depend on the shape explodes (theory.md, sections 1 and 3).
+Plans with another residual scale than sqrt(D)/(L M) are the MLU plan with edits, and all else is the same. MLU means that
+in one step the pre-activations of every block move by Θ(1) at any shape because *its own* weights have moved.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from mlu_lightning import Plan, attach_multipliers, initialize
-from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights
+from mlu_lightning import Plan
+from mlu_lightning.limit.infinite_model import InfiniteModel
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation.distances import output_distance, rms_distance
-from mlu_lightning.table import Ratios, Role
-from recipes.common.gradient_descent import Problem, check_command, command, descend, in_processes, look, save_points
+from mlu_lightning.table import Role
+from recipes.common.gradient_descent import Problem, descend, initial_weights, look
+from recipes.common.studies import check_command, console, in_processes, save_points, study_command
 from recipes.paper_rates.run import paper_problem
 from recipes.phase_diagram.report import SWEEPS, Point, Shape, save_figure, verdict_table
-
-__all__ = ["VARIANTS", "Case", "main", "measure", "run"]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network to be trained.
+    """A network to be trained."""
 
-    Args:
-        variant: name of the edit of its plan.
-        shape: L, M, D.
-        alpha: richness, before the edit.
-        seed: of its weights, W included.
-        limit: Euler steps and units of the infinite model that it is compared with.
-    """
-
-    variant: str
-    shape: Shape
-    alpha: float
-    seed: int
-    limit: tuple[int, int]
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the study as the command line says.
-
-    Args:
-        args: of the command line; by default those of the process.
-    """
-    command(run, "python -m recipes.phase_diagram.run", args)
+    variant: str  # name of the edit of its plan
+    shape: Shape  # L, M, D
+    alpha: float  # richness, before the edit
+    seed: int  # of its weights, W included
+    limit: tuple[int, int]  # Euler steps and units of the infinite model that it is compared with
 
 
 def run(output: str = "phase-diagram", workers: int = 2, seeds: int = 4, quick: bool = False) -> None:
@@ -69,35 +44,26 @@ def run(output: str = "phase-diagram", workers: int = 2, seeds: int = 4, quick: 
         output: folder of the points and the figure.
         workers: number of networks at a time, each on one core.
         seeds: networks of every variant and shape.
-        quick: whether to try the machinery only, with tiny networks (``--quick``).
     """
     check_command(workers, seeds)
-    console = Console(width=None if sys.stdout.isatty() else 155)
-    points = in_processes(measure, _cases(seeds, quick), workers, "networks", console)
-    folder = Path(output)
+    terminal, folder = console(155), Path(output)
+    points = in_processes(measure, _cases(seeds, quick), workers, "networks", terminal)
     folder.mkdir(parents=True, exist_ok=True)
     save_points(points, folder / "points.csv")
     sweeps = SWEEPS["quick" if quick else "default"]
     steps = paper_problem().steps
-    console.print(verdict_table(points, list(VARIANTS), sweeps, steps))
+    terminal.print(verdict_table(points, list(VARIANTS), sweeps, steps))
     save_figure(points, list(VARIANTS), sweeps, steps, folder / "phase_diagram.png")
-    console.print(f"Wrote {folder / 'phase_diagram.png'}.", highlight=False, soft_wrap=True)
+    terminal.print(f"Wrote {folder / 'phase_diagram.png'}.", highlight=False, soft_wrap=True)
 
 
 def measure(case: Case) -> Point:
-    """Train a network, and measure how far its features and its stream have moved, and how far it is from the limit.
-
-    Args:
-        case: which network.
-    """
+    """Train a network, and measure how far its features and its stream have moved, and how far it is from the limit."""
     problem, (limit, infinite) = paper_problem(), _limit(*case.limit)
     module, plan = problem.model(*case.shape)
     plan = VARIANTS[case.variant](replace(plan, alpha=case.alpha))
-    initialize(module, plan, "normal", case.seed)
-    initialize(module, plan, "coupled", case.seed)
-    attach_multipliers(module, plan)
+    weights = initial_weights(module, plan, case.seed, case.seed)
     start = [block.read.weight.detach().clone() for block in module.blocks]
-    weights = embedding_weights(module, plan)
     local, stream = {}, {0: _streams(module, problem)[-1]}
 
     def after(step: int) -> None:
@@ -112,12 +78,10 @@ def measure(case: Case) -> Point:
     losses = descend(module, plan, problem, after)
     seen = look(module, plan, problem)
     return Point(
-        variant=case.variant,
-        depth=case.shape[0],
-        hidden=case.shape[1],
-        embedding=case.shape[2],
-        alpha=case.alpha,
-        seed=case.seed,
+        case.variant,
+        *case.shape,
+        case.alpha,
+        case.seed,
         local_first=local[1],
         local_last=local[problem.steps],
         stream_update=_rms(stream[problem.steps] - stream[0]),
@@ -128,29 +92,18 @@ def measure(case: Case) -> Point:
     )
 
 
-def _depth_root(plan: Plan) -> Plan:
-    """Residual scale sqrt(D)/(sqrt(L) M) is α = sqrt(L), at learning rates / α², with which outputs learn as fast."""
-    return replace(plan, alpha=math.sqrt(plan.streams[0].depth))
-
-
-def _depth_root_alone(plan: Plan) -> Plan:
-    """The same residual scale, at the learning rates of MLU."""
-    value = 1 / math.sqrt(plan.streams[0].depth)
-    multipliers = (replace(one, value=value) if one.kind == "branch" else one for one in plan.multipliers)
+def _with_multiplier(plan: Plan, value: float) -> Plan:
+    """Another multiplier of all branches, at the learning rates of MLU."""
+    multipliers = (replace(entry, value=value) if entry.kind == "branch" else entry for entry in plan.multipliers)
     return replace(plan, multipliers=tuple(multipliers))
 
 
-def _without_width(plan: Plan) -> Plan:
-    """Residual scale 1/(L M) is α = 1/sqrt(D), at learning rates / α², with which outputs learn as fast."""
-    return replace(plan, alpha=1 / math.sqrt(plan.streams[0].embedding))
-
-
-def _without_width_alone(plan: Plan) -> Plan:
+def _with_std(plan: Plan) -> Plan:
     """Standard deviation 1/M of what writes to the stream, at the learning rates of MLU."""
     std = 1 / math.sqrt(plan.streams[0].embedding)  # times the table's sqrt(D)/M
     parameters = {
-        name: replace(one, base_std=std) if one.role is Role.BRANCH_OUT else one
-        for name, one in plan.parameters.items()
+        name: replace(entry, base_std=std) if entry.role is Role.BRANCH_OUT else entry
+        for name, entry in plan.parameters.items()
     }
     return replace(plan, parameters=parameters)
 
@@ -158,20 +111,22 @@ def _without_width_alone(plan: Plan) -> Plan:
 def _without_scale(plan: Plan) -> Plan:
     """No residual scale: 1/sqrt(fan-in) for all weights in branches, multiplier 1, and η itself as their learning rate."""
     parameters = {
-        name: replace(one, ratios=Ratios(), base_std=one.fans[0] ** -0.5) if one.role.in_branch else one
-        for name, one in plan.parameters.items()
+        name: replace(entry, base_fans=entry.fans, base_depth=entry.depth, base_std=entry.fans[0] ** -0.5)
+        if entry.role.in_branch
+        else entry
+        for name, entry in plan.parameters.items()
     }
-    multipliers = (replace(one, value=1.0) if one.kind == "branch" else one for one in plan.multipliers)
-    return replace(plan, parameters=parameters, multipliers=tuple(multipliers))
+    return _with_multiplier(replace(plan, parameters=parameters), 1.0)
 
 
 VARIANTS: Mapping[str, Callable[[Plan], Plan]] = {
     "MLU": lambda plan: plan,
     "MLU, α = 4": lambda plan: replace(plan, alpha=4.0),
-    "1/√L, η/L": _depth_root,
-    "1/√L, η": _depth_root_alone,
-    "1/M, η·D": _without_width,
-    "1/M, η": _without_width_alone,
+    # scales sqrt(D)/(sqrt(L) M) and 1/(L M) are other α, at learning rates / α², with which outputs learn as fast
+    "1/√L, η/L": lambda plan: replace(plan, alpha=math.sqrt(plan.streams[0].depth)),
+    "1/√L, η": lambda plan: _with_multiplier(plan, 1 / math.sqrt(plan.streams[0].depth)),
+    "1/M, η·D": lambda plan: replace(plan, alpha=1 / math.sqrt(plan.streams[0].embedding)),
+    "1/M, η": _with_std,
     "none, η": _without_scale,
 }
 """Edits of plans by name: residual scale (in place of 1/L, of sqrt(D)/M, or of all), learning rate of branches."""
@@ -218,6 +173,8 @@ def _streams(module: ResNet, problem: Problem) -> list[Tensor]:
 def _rms(values: Tensor) -> float:
     return values.double().square().mean().sqrt().item()
 
+
+main = study_command(run, "python -m recipes.phase_diagram.run")
 
 if __name__ == "__main__":
     main()

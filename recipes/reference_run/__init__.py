@@ -1,1 +1,1 @@
-"""The study of reference run; see README.md beside this file."""
+"""A study of distances to a reference run; README.md says how to run it and what came out."""

@@ -209,9 +209,7 @@ def test_without_mup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training without new processes, each of which imports everything again."""
-    monkeypatch.setattr(
-        load("recipes.common.gradient_descent"), "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1)
-    )
+    monkeypatch.setattr(load("recipes.common.studies"), "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
 
 
 @pytest.mark.slow

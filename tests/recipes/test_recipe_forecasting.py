@@ -1,8 +1,5 @@
 """The recipe that adds the callback to a training of GluonTS: what the plan is, what stays exact, and a quick run."""
 
-from __future__ import annotations
-
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.recipe_modules import load
+from helpers.recipe_results import rows
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from mlu_lightning import MLUCallback, Plan
@@ -19,7 +16,7 @@ pytest.importorskip("gluonts.torch", reason="The recipe is of GluonTS: pip insta
 
 from gluonts.model.predictor import Predictor
 
-recipe = load("recipes.forecasting.run")
+from recipes.forecasting import run as recipe
 
 
 def trained(shape: str, callbacks: Sequence[Callback], seed: int = 0) -> Any:
@@ -28,19 +25,15 @@ def trained(shape: str, callbacks: Sequence[Callback], seed: int = 0) -> Any:
 
 
 def build(shape: str = "base") -> LightningModule:
-    module: LightningModule = recipe.estimator(recipe.SHAPES[shape], 0.0, 1).create_lightning_module()
-    return module
+    return recipe.estimator(recipe.SHAPES[shape], 0.0, 1).create_lightning_module()
 
 
 def test_at_the_base_shape_the_training_is_that_of_gluonts_bit_for_bit() -> None:
-    plain = trained("base", [])
-    with_callback = trained("base", [recipe.mlu()])
-    expected = plain.trained_net.state_dict()
-    start = build().state_dict()
-    found = with_callback.trained_net.state_dict()
+    plain, with_callback = trained("base", []), trained("base", [recipe.mlu()])
+    expected, found = plain.trained_net.state_dict(), with_callback.trained_net.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert not torch.equal(expected["model.flatten.weight"], start["model.flatten.weight"])
+    assert not torch.equal(expected["model.flatten.weight"], build().state_dict()["model.flatten.weight"])
     assert with_callback.trainer.callback_metrics == plain.trainer.callback_metrics
 
 
@@ -52,35 +45,28 @@ def test_the_plan_is_the_table(shape: str, depth: float, units: float, width: fl
     """theory.md, section 3, by hand, for Adam; heads grow as the embedding does."""
     plan = Plan.from_model(build(shape), recipe.first_batch(), base=build(), overrides=recipe.POSITIONS)
     scales, heads, layer = plan.scales("adam"), width, "model.encoder.layers.1"
-    lr = {
-        "model.patch_proj.weight": 1.0,
-        "model.positional_encoding.weight": 1.0,
-        f"{layer}.self_attn.in_proj_weight": 1 / width,
-        f"{layer}.self_attn.out_proj.weight": 1 / heads,
-        f"{layer}.linear1.weight": 1 / width,
-        f"{layer}.linear2.weight": 1 / units,
-        f"{layer}.norm1.weight": 1.0,
-        "model.flatten.weight": 1 / width,
-        "model.args_proj.proj.0.weight": 1.0,
+    factors = {  # of lr, and of std where one is planned
+        "model.patch_proj.weight": (1.0, 1.0),
+        "model.positional_encoding.weight": (1.0, 1.0),
+        f"{layer}.self_attn.in_proj_weight": (1 / width, width**-0.5),
+        f"{layer}.self_attn.out_proj.weight": (1 / heads, width**0.5 / heads),
+        f"{layer}.linear1.weight": (1 / width, width**-0.5),
+        f"{layer}.linear2.weight": (1 / units, width**0.5 / units),
+        f"{layer}.norm1.weight": (1.0, 1.0),
+        "model.flatten.weight": (1 / width, width**-0.5),
+        "model.args_proj.proj.0.weight": (1.0, None),
     }
-    assert {name: scales[name].lr for name in lr} == pytest.approx(lr)
-    std = {
-        f"{layer}.linear1.weight": width**-0.5,
-        f"{layer}.linear2.weight": width**0.5 / units,
-        f"{layer}.self_attn.out_proj.weight": width**0.5 / heads,
-        "model.positional_encoding.weight": 1.0,
-        "model.flatten.weight": width**-0.5,
-    }
-    assert {name: scales[name].std for name in std} == pytest.approx(std)
-    multipliers = {one.name: one.value for one in plan.multipliers}
+    for name, (lr, std) in factors.items():
+        assert scales[name].lr == pytest.approx(lr) and (std is None or scales[name].std == pytest.approx(std)), name
     branches = 2 * recipe.SHAPES[shape].depth
-    assert list(multipliers.values()) == pytest.approx([1 / depth] * branches + [1 / width] * 3)
+    assert [multiplier.value for multiplier in plan.multipliers] == pytest.approx(
+        [1 / depth] * branches + [1 / width] * 3
+    )
 
 
 def saved_and_loaded_agree(trained: Any, folder: Path) -> bool:
     trained.predictor.serialize(folder)
-    loaded = Predictor.deserialize(folder)
-    data = recipe.series()[0]
+    loaded, data = Predictor.deserialize(folder), recipe.series()[0]
     pairs = list(zip(trained.predictor.predict(data), loaded.predict(data), strict=True))
     assert len(pairs) == 200
     return all(bool((one.mean == other.mean).all()) for one, other in pairs)
@@ -124,17 +110,14 @@ def test_means_over_seeds() -> None:
     assert second.shape == "8 × depth" and math.isnan(second.loss)
 
 
-def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "in_processes", lambda function, cases, *_: [function(case) for case in cases])
+def test_quick_study(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
-    with (tmp_path / "trainings.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 7
-    assert {row["shape"] for row in rows} == set(recipe.SHAPES)
-    assert all(math.isfinite(float(row["loss"])) for row in rows)
+    trainings = rows(tmp_path / "trainings.csv")
+    assert len(trainings) == 7
+    assert {row["shape"] for row in trainings} == set(recipe.SHAPES)
+    assert all(math.isfinite(float(row["loss"])) for row in trainings)
     # the same weights and windows in both, other losses because of the callback
-    losses = {(row["shape"], row["mlu"]): row["loss"] for row in rows}
+    losses = {(row["shape"], row["mlu"]): row["loss"] for row in trainings}
     assert losses["8 × depth", "True"] != losses["8 × depth", "False"]
-    printed = capsys.readouterr().out
-    assert "nats per time step" in printed
+    assert "nats per time step" in capsys.readouterr().out
     assert (tmp_path / "forecasting.png").read_bytes().startswith(b"\x89PNG")

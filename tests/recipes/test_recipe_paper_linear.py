@@ -1,13 +1,7 @@
 """The recipe of the paper's linear experiment: its limits, its fits, and a quick run from one end to the other."""
 
-from __future__ import annotations
-
-import csv
 import json
 import math
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.recipe_modules import RECIPES, load
+from helpers.recipe_results import cells, rows
 
-RECIPE = RECIPES / "paper_linear/run.py"
-
-
-descent, recipe = load("recipes.common.gradient_descent"), load("recipes.paper_linear.run")
-report = load("recipes.paper_linear.report")
+from recipes.paper_linear import report
+from recipes.paper_linear import run as recipe
 
 
 def moments(problem: Any, covariance: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,10 +44,7 @@ def test_problem_is_the_papers() -> None:
     assert problem.inputs.norm() == pytest.approx(0.8) and problem.targets.norm() == pytest.approx(1)
     module, plan = problem.model(2, 3, 4)
     assert (module.embed.weight.shape, module.readout.weight.shape) == ((4, 3), (3, 4))
-    assert {name: plan.parameters[name].base_std for name in ("embed.weight", "readout.weight")} == {
-        "embed.weight": 1.0,
-        "readout.weight": 1.0,
-    }
+    assert [plan.parameters[name].base_std for name in ("embed.weight", "readout.weight")] == [1.0, 1.0]
     # η = 0.1 of ½‖f - y‖², of which the mean squared error is 2/3
     assert problem.module_lr * 2 / 3 == pytest.approx(0.1)
 
@@ -80,9 +68,8 @@ def test_parts_of_the_error() -> None:
     point, kept = recipe.measure(small)
     assert kept is None
     wide, kept = recipe.measure(replace(small, axis="M", hidden=4096, kept="histogram"))
-    assert (
-        wide.stream_of_embedding == point.stream_of_embedding and wide.output_of_embedding == point.output_of_embedding
-    )
+    assert wide.stream_of_embedding == point.stream_of_embedding
+    assert wide.output_of_embedding == point.output_of_embedding
     ratio = wide.stream_of_depth_and_hidden / point.stream_of_depth_and_hidden
     assert 1 / 6 < ratio < 1 / 3, "16 times as wide"
     assert (point.size, wide.size) == (16, 4096)
@@ -106,19 +93,14 @@ def test_slope_of_a_sweep() -> None:
     assert str(fitted) == "-0.50 ± 0.00" and fitted.factor == pytest.approx(3 * math.sqrt((1 + 4) / 2))
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training without new processes, each of which imports everything again."""
-    monkeypatch.setattr(descent, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
-
-
 def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [case.depth * case.hidden * case.embedding for case in recipe._cases(1, quick=False)]
+    assert sizes == sorted(sizes), "the largest last, which is trained first"
     recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert (tmp_path / "paper_linear.png").stat().st_size > 50_000
-    with (tmp_path / "points.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert sorted(row["axis"] for row in rows) == ["D"] * 6 + ["L"] * 3 + ["L, M, D"] * 2 + ["M"] * 3
+    points = rows(tmp_path / "points.csv")
+    assert sorted(row["axis"] for row in points) == ["D"] * 6 + ["L"] * 3 + ["L, M, D"] * 2 + ["M"] * 3
     kept = json.loads((tmp_path / "streams.json").read_text())
     assert [one["kept"] for one in kept].count("histogram") == 2, "of the largest D, both seeds"
     traces = [one for one in kept if one["kept"] == "trace"]
@@ -126,41 +108,7 @@ def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.Capture
     assert traces[0]["limits"] == traces[1]["limits"], "W of the smaller one is the first part of the larger one's"
 
     # a slope of the table, from the points
-    sweep = [row for row in rows if row["axis"] == "M"]
+    sweep = [row for row in points if row["axis"] == "M"]
     x, y = (np.log([float(row[key]) for row in sweep]) for key in ("hidden", "output"))
     line = next(line for line in printed.splitlines() if line.startswith("│ output, all of it       │ M "))
-    assert line.split("│")[6].split("±")[0].strip() == f"{np.polyfit(x, y, 1)[0]:.2f}"
-
-
-def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="--seeds is 0, and at least one is needed"):
-        recipe.main(["--seeds=0", f"--output={tmp_path}"])
-    with pytest.raises(SystemExit, match="--workers is -1"):
-        recipe.main(["--workers=-1", f"--output={tmp_path}"])
-    monkeypatch.setattr(descent, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'mlu-lightning\[plots\]'"):
-        recipe.main(["--quick", f"--output={tmp_path}"])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_network_that_fails_ends_the_run(
-    in_this_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[Any] = []
-
-    def fail(case: Any) -> None:
-        started.append(case)
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(recipe, "measure", fail)
-    with pytest.raises(RuntimeError, match="out of luck"):
-        recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
-    sizes = [case.depth * case.hidden * case.embedding for case in started]
-    assert sizes == sorted(sizes, reverse=True), "the largest first"
-
-
-@pytest.mark.slow
-def test_quick_run_as_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--quick", "--seeds=1", f"--output={tmp_path}"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "stream, all of it" in printed and (tmp_path / "paper_linear.png").exists()
+    assert cells(line)[5].split(" ±")[0] == f"{np.polyfit(x, y, 1)[0]:.2f}"

@@ -1,19 +1,17 @@
 """The recipe of the paper's nonlinear experiment, with few and tiny networks."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
 from pathlib import Path
 
 import pytest
-from helpers.recipe_modules import RECIPES, load
 from rich.console import Console
 
-QUICK = {"depth": 4, "sizes": 3, "smallest": 2, "largest": 17, "seeds": 2, "limit_depth": 8, "limit_units": 32}
+from recipes.paper_rates import report
+from recipes.paper_rates import run as recipe
 
-recipe, report = load("recipes.paper_rates.run"), load("recipes.paper_rates.report")
+QUICK = {"depth": 4, "sizes": 3, "smallest": 2, "largest": 17, "seeds": 2, "limit_depth": 8, "limit_units": 32}
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -22,8 +20,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def points_in(folder: Path) -> dict[tuple[int, int, int], dict[str, float]]:
-    lines = (folder / "points.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line) for line in lines if line.endswith("}")]
+    found = [json.loads(line) for line in (folder / "points.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
     assert len({(p["hidden"], p["embedding"], p["seed"]) for p in found}) == len(found), "no network is trained twice"
     return {(p["hidden"], p["embedding"], p["seed"]): p for p in found}
 
@@ -50,10 +47,7 @@ def test_loss_is_that_of_the_paper() -> None:
     )
 
 
-def test_run_that_is_cut_off_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(RECIPES))  # for the processes that it starts
+def test_run_that_is_cut_off_goes_on(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(arguments(tmp_path))
     whole = points_in(tmp_path)
     assert set(whole) == {(m, d, s) for m in (2, 5, 17) for d in (2, 5, 17) for s in (0, 1)}
@@ -68,8 +62,9 @@ def test_run_that_is_cut_off_goes_on(
     path.write_text("", encoding="utf-8")
     recipe.main(arguments(tmp_path, "--minutes=0"))
     assert "18 of 18 networks are left for another call" in capsys.readouterr().out
+    study = path.read_text(encoding="utf-8").splitlines()[0]
     lines = [json.dumps(point) for point in list(whole.values())[:16]]
-    path.write_text("\n".join([*lines, lines[-1][:-30]]), encoding="utf-8")  # as a run that is killed leaves it
+    path.write_text("\n".join([study, *lines, lines[-1][:-30]]), encoding="utf-8")  # as a run that is killed leaves it
     recipe.main(arguments(tmp_path, "--minutes=0"))
     assert "2 of 18 networks are left for another call" in capsys.readouterr().out
     recipe.main(arguments(tmp_path))
@@ -79,7 +74,7 @@ def test_run_that_is_cut_off_goes_on(
             assert name == "seconds" or again[key][name] == value, "the same network has the same errors"
     assert (tmp_path / "limits.safetensors").stat().st_mtime_ns == made, "the limit is not made again"
     assert (tmp_path / "paper_rates.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match=r"holds another study: .*\"seeds\": 2.*another --output, or delete it"):
+    with pytest.raises(SystemExit, match=r"runs of a study with other settings \(seeds\).*--output another folder"):
         recipe.main(arguments(tmp_path, "--study.seeds=3"))
 
 

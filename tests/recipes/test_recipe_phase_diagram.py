@@ -1,12 +1,6 @@
 """The recipe of the phase diagram: its edits of plans, what it measures, its verdicts, and a quick run."""
 
-from __future__ import annotations
-
-import csv
 import math
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,62 +8,46 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.recipe_modules import RECIPES, load
+from helpers.recipe_results import cells, rows
 
 from mlu_lightning import attach_multipliers, initialize
 from mlu_lightning.application.initialization import planned_stds
+from recipes.common import gradient_descent as descent
+from recipes.paper_rates.run import paper_problem
+from recipes.phase_diagram import report
+from recipes.phase_diagram import run as recipe
 
-RECIPE = RECIPES / "phase_diagram/run.py"
-
-
-descent, recipe = load("recipes.common.gradient_descent"), load("recipes.phase_diagram.run")
-report = load("recipes.phase_diagram.report")
 L, M, D = 16, 32, 9
 
 
-@pytest.mark.parametrize(
-    ("variant", "multiplier", "read_std", "write_std", "read_lr", "write_lr"),
-    [
-        ("MLU", 1 / L, 1 / 3, 3 / M, L * M / D, L * D / M),
-        ("MLU, α = 4", 4 / L, 1 / 3, 3 / M, L * M / D / 16, L * D / M / 16),
-        ("1/√L, η/L", 1 / 4, 1 / 3, 3 / M, M / D, D / M),
-        ("1/√L, η", 1 / 4, 1 / 3, 3 / M, L * M / D, L * D / M),
-        ("1/M, η·D", 1 / L / 3, 1 / 3, 3 / M, L * M, L * D * D / M),
-        ("1/M, η", 1 / L, 1 / 3, 1 / M, L * M / D, L * D / M),
-        ("none, η", 1.0, 1 / 3, M**-0.5, 1.0, 1.0),
-    ],
-)
-def test_edited_plans(
-    variant: str, multiplier: float, read_std: float, write_std: float, read_lr: float, write_lr: float
-) -> None:
-    problem = recipe.paper_problem()
-    module, plan = problem.model(L, M, D)
+EDITED = {  # multiplier of branches, std of what reads and what writes, lr of what reads and what writes
+    "MLU": (1 / L, 1 / 3, 3 / M, L * M / D, L * D / M),
+    "MLU, α = 4": (4 / L, 1 / 3, 3 / M, L * M / D / 16, L * D / M / 16),
+    "1/√L, η/L": (1 / 4, 1 / 3, 3 / M, M / D, D / M),
+    "1/√L, η": (1 / 4, 1 / 3, 3 / M, L * M / D, L * D / M),
+    "1/M, η·D": (1 / L / 3, 1 / 3, 3 / M, L * M, L * D * D / M),
+    "1/M, η": (1 / L, 1 / 3, 1 / M, L * M / D, L * D / M),
+    "none, η": (1.0, 1 / 3, M**-0.5, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("variant", recipe.VARIANTS)
+def test_edited_plans(variant: str) -> None:
+    multiplier, *numbers = EDITED[variant]
+    module, plan = recipe.paper_problem().model(L, M, D)
     edited = recipe.VARIANTS[variant](plan)
-    branches = [one for one in edited.multipliers if one.kind == "branch"]
-    assert len(branches) == L
-    assert [edited.forward_multiplier(one) for one in branches] == pytest.approx([multiplier] * L)
+    branches = [entry for entry in edited.multipliers if entry.kind == "branch"]
+    assert [edited.forward_multiplier(entry) for entry in branches] == pytest.approx([multiplier] * L)
     scales, stds = edited.scales("sgd"), planned_stds(edited)
-    found = [
-        stds["blocks.3.read.weight"],
-        stds["blocks.3.write.weight"],
-        scales["blocks.3.read.weight"].lr,
-        scales["blocks.3.write.weight"].lr,
-    ]
-    assert found == pytest.approx([read_std, write_std, read_lr, write_lr])
+    names = "blocks.3.read.weight", "blocks.3.write.weight"
+    assert [stds[name] for name in names] + [scales[name].lr for name in names] == pytest.approx(numbers)
     # all else is as it was
     for name in ("embed.weight", "readout.weight"):
         assert edited.parameters[name] == plan.parameters[name] and scales[name] == plan.scales("sgd")[name]
-    assert [one for one in edited.multipliers if one.kind != "branch"] == [
-        one for one in plan.multipliers if one.kind != "branch"
-    ]
+    assert set(edited.multipliers) - set(branches) == {entry for entry in plan.multipliers if entry.kind != "branch"}
     initialize(module, edited, "normal")
     attach_multipliers(module, edited)
-    assert module.blocks[0].write.weight.std().item() == pytest.approx(write_std, rel=0.2)
-
-
-def test_every_variant_is_in_the_test_above() -> None:
-    (mark,) = test_edited_plans.pytestmark  # type: ignore[attr-defined]
-    assert [values[0] for values in mark.args[1]] == list(recipe.VARIANTS)
+    assert module.blocks[0].write.weight.std().item() == pytest.approx(numbers[1], rel=0.2)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0])
@@ -107,9 +85,7 @@ def test_local_update_is_that_of_the_papers_equations(alpha: float) -> None:
 
 
 def test_what_is_measured_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        recipe, "paper_problem", lambda: replace(load("recipes.paper_rates.run").paper_problem(), steps=2)
-    )
+    monkeypatch.setattr(recipe, "paper_problem", lambda: replace(paper_problem(), steps=2))
     recipe._limit.cache_clear()
     case = recipe.Case("MLU", (4, 2000, 16), 1.0, seed=0, limit=(4, 2000))
     point = recipe.measure(case)
@@ -151,6 +127,7 @@ def test_sweeps_and_their_slopes() -> None:
 
 def test_verdicts() -> None:
     names = {0.2: "MLU", -0.2: "MLU", 0.3: "explodes", -0.3: "lazy"}
+    assert report.verdict(report.Slope(0.0, 0.0, 1.0), diverged=True) == "diverges"
     assert {value: report.verdict(report.Slope(value, 0.02, 1.0)) for value in names} == names
     assert {report.verdict(report.Slope(value, 0.03, 1.0)) for value in names} == {"unclear"}
     assert report.verdict(report.Slope(math.nan, math.nan, math.nan)) == "unclear"
@@ -165,37 +142,21 @@ def test_numbers_that_overflowed_are_shown() -> None:
     assert [report._short(value) for value in (0.123, 99.0, 1234567.0, math.inf)] == ["0.12", "99.00", "1e06", "inf"]
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training without new processes, each of which imports everything again."""
-    monkeypatch.setattr(descent, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
-
-
 def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     assert (tmp_path / "phase_diagram.png").stat().st_size > 50_000
-    with (tmp_path / "points.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 7 * (3 + 2 + 2) + 3, "one shape is in three sweeps"
-    lines = {tuple(part.strip() for part in line.split("│")[1:3]): line.split("│") for line in printed.splitlines()}
-    assert lines["MLU", "α"][5].strip() == "lazy"
+    points = rows(tmp_path / "points.csv")
+    assert len(points) == 7 * (3 + 2 + 2) + 3, "one shape is in three sweeps"
+    lines = {tuple(cells(line)[:2]): cells(line) for line in printed.splitlines()}
+    assert lines["MLU", "α"][4] == "lazy"
     assert sum(len(key) == 2 and key[1] in tuple("LMD") for key in lines) == 21
 
     # a slope of the table, from the points
-    sweep = [
-        row for row in rows if row["variant"] == "1/√L, η/L" and row["hidden"] == "32" and row["embedding"] == "16"
-    ]
+    chosen = "1/√L, η/L", "32", "16"
+    sweep = [row for row in points if (row["variant"], row["hidden"], row["embedding"]) == chosen]
     x, y = (np.log([float(row[key]) for row in sweep]) for key in ("depth", "local_last"))
-    assert lines["1/√L, η/L", "L"][6].split("±")[0].strip() == f"{np.polyfit(x, y, 1)[0]:.2f}"
-
-
-def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="--workers is 0, and at least one is needed"):
-        recipe.main(["--workers=0", f"--output={tmp_path}"])
-    with pytest.raises(SystemExit):
-        recipe.main(["--quick=maybe"])
-    assert not list(tmp_path.iterdir())
+    assert lines["1/√L, η/L", "L"][5].split(" ±")[0] == f"{np.polyfit(x, y, 1)[0]:.2f}"
 
 
 def test_seeds_alone_decide(tmp_path: Path) -> None:
@@ -204,10 +165,3 @@ def test_seeds_alone_decide(tmp_path: Path) -> None:
     first = recipe.measure(case)
     torch.manual_seed(2)
     assert recipe.measure(case) == first != recipe.measure(replace(case, seed=4))
-
-
-@pytest.mark.slow
-def test_quick_run_as_a_command(tmp_path: Path) -> None:
-    command = [sys.executable, str(RECIPE), "--quick", "--seeds=1", f"--output={tmp_path}"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "Slope of the local feature update" in printed and (tmp_path / "phase_diagram.png").exists()

@@ -1,0 +1,154 @@
+"""What studies share: their command line, the processes in which they train, and the files that keep their results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import multiprocessing
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import track
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+"""Arguments of a Trainer that reports nothing."""
+
+CaseT = TypeVar("CaseT")
+ResultT = TypeVar("ResultT")
+
+
+def study_command(function: Callable[..., None], program: str) -> Callable[[Sequence[str] | None], None]:
+    """Make a command of a study: its options are the study's arguments, of which ``quick`` is one."""
+
+    def main(args: Sequence[str] | None = None) -> None:
+        parser = ArgumentParser(prog=program)
+        parser.add_function_arguments(function, skip={"quick"})
+        parser.add_argument("--quick", action="store_true", help="try the machinery only: tiny networks, few steps")
+        function(**parser.parse_args(None if args is None else list(args)).as_dict())
+
+    return main
+
+
+def check_command(workers: int, seeds: int) -> None:
+    """End the command if it cannot be run, before anything is trained."""
+    if find_spec("matplotlib") is None:
+        sys.exit("The study draws a figure, and matplotlib is not installed: pip install 'mlu-lightning[plots]'.")
+    for name, number in (("workers", workers), ("seeds", seeds)):
+        if number < 1:
+            sys.exit(f"--{name} is {number}, and at least one is needed.")
+
+
+def console(width: int = 110) -> Console:
+    """Make a console as wide as the terminal, or of a fixed width where the output goes elsewhere."""
+    return Console(width=None if sys.stdout.isatty() else width)
+
+
+def deadline(minutes: float | None) -> float:
+    """Time, on the monotonic clock, that is so many minutes from now."""
+    return math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Start processes that have one core each, and give up what they have not begun when there is an error."""
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            # else all others would be trained before anybody hears of it
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def in_processes(
+    function: Callable[[CaseT], ResultT], cases: Sequence[CaseT], workers: int, title: str, terminal: Console
+) -> list[ResultT]:
+    """Apply a function to cases, cheapest first in the argument, most expensive first in time; results are in order."""
+    with worker_pool(workers) as pool:
+        pending = [pool.submit(function, case) for case in reversed(cases)]
+        for future in track(as_completed(pending), title, len(pending), console=terminal):
+            future.result()
+    return [future.result() for future in reversed(pending)]
+
+
+def keep_busy(
+    pool: ProcessPoolExecutor,
+    workers: int,
+    function: Callable[..., ResultT],
+    next_arguments: Callable[[Sequence[tuple[Any, ...]]], tuple[Any, ...] | None],
+    finish: Callable[[ResultT], None],
+) -> None:
+    """Call a function in all workers until ``next_arguments``, given those of running calls, has no more, and all ended."""
+    running: dict[Future[ResultT], tuple[Any, ...]] = {}
+    while True:
+        while len(running) < workers and (arguments := next_arguments([*running.values()])) is not None:
+            running[pool.submit(function, *arguments)] = arguments
+        if not running:
+            return
+        done = wait(running, return_when=FIRST_COMPLETED).done
+        for future in sorted(done, key=lambda future: future.exception() is not None):  # no result is lost by an error
+            del running[future]
+            finish(future.result())
+
+
+def save_points(points: Sequence[Any], path: Path) -> None:
+    """Write instances of one dataclass as a table of comma-separated values."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow([field.name for field in fields(points[0])])
+        table.writerows(astuple(point) for point in points)
+
+
+@dataclass(frozen=True)
+class ResultFile(Generic[ResultT]):
+    """File to which a study adds its results one by one, each a line of JSON after that of the study's settings."""
+
+    path: Path
+    study: Any  # a dataclass
+    encode: Callable[[ResultT], dict[str, Any]]
+    decode: Callable[[dict[str, Any]], ResultT]
+
+    def read(self) -> list[ResultT]:
+        """Read the results, without a last line that was cut off, and end the command if they are another study's."""
+        settings = json.loads(json.dumps(asdict(self.study)))
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        whole = text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n"
+        if whole != text:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(whole, encoding="utf-8")
+        found, *results = (json.loads(line) for line in whole.splitlines())
+        other = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
+        if other:
+            sys.exit(
+                f"{self.path} has runs of a study with other settings ({', '.join(other)}), which cannot be put together "
+                "with these. Give --output another folder, or remove that one."
+            )
+        return [self.decode(result) for result in results]
+
+    def append(self, result: ResultT) -> None:
+        """Add a result to a file that has been read."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.encode(result), allow_nan=False) + "\n")
+
+
+def _start_worker() -> None:
+    """Leave a process one core, no notes on hardware that these runs do not need, and a quiet Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
