@@ -1,3 +1,5 @@
+"""The quickstart: its study, what it says of the runs, and its command."""
+
 from __future__ import annotations
 
 import json
