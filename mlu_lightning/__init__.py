@@ -16,12 +16,16 @@ if find_spec("lightning") is None:
         "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
-from mlu_lightning.application.clipping import unfolded_gradients
-from mlu_lightning.application.export import bake, restore_multipliers
-from mlu_lightning.application.granite import to_granite
-from mlu_lightning.application.initialization import initialize
-from mlu_lightning.application.multipliers import attach_multipliers, fold
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning.application import (
+    attach_multipliers,
+    bake,
+    fold,
+    initialize,
+    restore_multipliers,
+    scale_optimizer,
+    to_granite,
+    unfolded_gradients,
+)
 from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
 from mlu_lightning.checking.check import check
 from mlu_lightning.checking.logged import log_check

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from helpers.trainers import quiet
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -68,7 +68,7 @@ def test_resnet_with_frozen_embeddings_trains_its_blocks_alone() -> None:
     assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"embed.weight", "readout.weight"}
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     data = DataLoader([(torch.randn(3), torch.randn(2)) for _ in range(8)], batch_size=4)
-    Trainer(max_epochs=2, barebones=True, accelerator="cpu").fit(module, data)
+    quiet(max_epochs=2).fit(module, data)
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name, p in module.named_parameters() if p.requires_grad}
 
@@ -110,9 +110,7 @@ def test_transformer_learns_and_is_loaded_from_its_checkpoint(tmp_path: object) 
     torch.manual_seed(0)
     module = CausalTransformer(5, 8, depth=1, embedding=16, heads=1, lr=1e-2, schedule_steps=60)
     data = DataLoader([(torch.arange(9) + i) % 5 for i in range(240)], batch_size=4)
-    trainer = Trainer(
-        max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False, accelerator="cpu"
-    )
+    trainer = quiet(max_epochs=1)
     before = F.cross_entropy(module(torch.arange(5)[None])[0], (torch.arange(5) + 1) % 5)
     trainer.fit(module, data)
     after = F.cross_entropy(module(torch.arange(5)[None])[0], (torch.arange(5) + 1) % 5)

@@ -1,8 +1,4 @@
-"""Clip the gradients of folded weights as those of a module whose multipliers are attached.
-
-Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it. Every optimizer
-is scaled for that, but clipping by norm or by value is not linear: on the gradients as they are it would be another run.
-"""
+"""Clip the gradients of folded weights as those of a module whose multipliers are attached."""
 
 from __future__ import annotations
 
@@ -12,10 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.multipliers import residual_state, uncompiled
+from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state, uncompiled
 from mlu_lightning.application.optimization import plan_names
-from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 
 __all__ = ["unfolded_gradients"]
@@ -25,14 +20,14 @@ __all__ = ["unfolded_gradients"]
 def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """Let gradients be those of the weights without the multipliers that are folded into them, inside of the context.
 
-    For a loop of one's own that clips gradients: in it, clipping does the same after :func:`mlu_lightning.fold` as after
-    :func:`mlu_lightning.attach_multipliers`. :class:`~mlu_lightning.MLUCallback` does this to the clipping of Lightning,
-    ``gradient_clip_val``, ``configure_gradient_clipping`` and ``clip_gradients``. At the end gradients are those of the
-    stored weights again, for the scaled optimizer, also others that were put in their place. A module whose multipliers
-    are attached is left as it is.
+    Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it (theory.md,
+    section 3). Every optimizer is scaled for that, but clipping is not linear. In this context a loop of one's own clips the
+    same after :func:`mlu_lightning.fold` as after :func:`mlu_lightning.attach_multipliers`, as Lightning's clipping does
+    with :class:`~mlu_lightning.MLUCallback`. At the end gradients are those of the stored weights again, for the scaled
+    optimizer, also others that were put in their place. A module whose multipliers are attached is left as it is.
 
     Args:
-        module: that has the plan's multipliers, or torch.compile's wrapper of it.
+        module: module that has the plan's multipliers, or torch.compile's wrapper of it.
         plan: its plan.
 
     Raises:
@@ -51,28 +46,28 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     (1.0, 4.0)
     """
     module = uncompiled(module)
-    state = residual_state(module)
-    missing = state is None and any(plan.forward_multiplier(multiplier) != 1 for multiplier in plan.multipliers)
-    if missing or (state is not None and state.fingerprint != fingerprint(plan)):
+    applied = residual_state(module)
+    fits = applied.is_of(plan) if applied is not None else not forward_factors(plan)
+    if not fits:
         raise ValueError(
             f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
             "DistributedDataParallel, what is inside."
         )
-    folded = frozenset[str]() if state is None else state.folded
+    folded = folded_parameters(module)
     multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
     names = plan_names(module, plan)
-    held = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
-    before = {parameter: parameter.grad for parameter in held}
+    factors = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
+    before = {parameter: parameter.grad for parameter in factors}
     with torch.no_grad():
-        for parameter, factor in held.items():
+        for parameter, factor in factors.items():
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, factor in held.items():
+            for parameter, factor in factors.items():
                 if parameter.grad is None:
                     continue
                 if parameter.grad is before[parameter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -12,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mlu_lightning.application.applied import residual_state, uncompiled
 from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
-from mlu_lightning.application.multipliers import fold, mark_baked, residual_state, uncompiled, unfolded
+from mlu_lightning.application.multipliers import acting_multipliers, fold, mark_baked
 from mlu_lightning.discovery.structure import Site
-from mlu_lightning.planning.entries import Multiplier
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["bake", "restore_multipliers"]
@@ -39,17 +38,13 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     - a branch that ends in a norm whose gain is stored minus one, as Gemma's;
     - attention logits whose queries are a part of a fused projection.
 
-    The module keeps a note of it: baked twice it stays as it is, ``MLUCallback`` does not initialize it, and checkpoints of
-    its Trainer tell ``MLUCallback`` and :func:`restore_multipliers` that nothing is left to multiply. For further training
-    with the same plan, go on from a checkpoint of the run instead.
+    Baked twice, a module stays as it is; checkpoints of its Trainer tell ``MLUCallback`` and :func:`restore_multipliers`
+    that nothing is left to multiply. For further training with the same plan, go on from a checkpoint of the run instead.
 
     Args:
-        module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place. Weights from a
-            checkpoint need :func:`restore_multipliers` before.
+        module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place and
+            returned. Weights from a checkpoint need :func:`restore_multipliers` before.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
-
-    Returns:
-        The same module.
 
     Raises:
         ValueError: if the plan's multipliers are not in the module, or one cannot be put into weights. Nothing was
@@ -68,13 +63,12 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     True
     """
     plain = uncompiled(module)
-    rest = {multiplier: factor for multiplier, factor in unfolded(plain, plan).items() if not multiplier.folds}
-    state = residual_state(plain)
-    if state is not None and state.mode == "baked":
+    acting, applied = acting_multipliers(plain, plan), residual_state(plain)
+    if applied is not None and applied.mode == "baked":
         return module
     plan.check(plain)
-    changes = [_change(plain, plan, multiplier, factor) for multiplier, factor in rest.items()]
-    if state is not None and state.mode == "hook":
+    changes = [_change(plain, plan, m, factor) for m, factor in acting.items() if not m.folds]
+    if applied is not None and applied.mode == "hook":
         fold(plain, plan)
     with torch.no_grad():
         for change in changes:
@@ -84,53 +78,45 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
 
 
 def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
-    """Put multipliers into a module with the weights of a checkpoint, as they were in the run that it is of.
+    """Put multipliers into a module with the weights of a checkpoint, as they were in its run, and return the run's plan.
 
-    A module that was trained with ``MLUCallback`` has its plan in the checkpoints of its Trainer, with
-    ``save_weights_only`` too, and whether the weights hold the multipliers. ``load_from_checkpoint`` gives the weights
-    alone: without this they are those of another function.
+    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too, and whether
+    the weights hold the multipliers. ``load_from_checkpoint`` gives the weights alone, which are those of another function.
 
     Args:
-        module: a LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
-        checkpoint: of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
-
-    Returns:
-        The run's plan.
+        module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
+        checkpoint: checkpoint of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
 
     Raises:
         ValueError: if the checkpoint is of a run without ``MLUCallback``, or of another module, or if the module has
             multipliers already.
 
-    >>> from lightning.pytorch import Trainer
-    >>> from mlu_lightning import MLUCallback
+    >>> from mlu_lightning import fold
+    >>> from mlu_lightning.application.checkpoint import write_plan  # as the Trainer of a run with MLUCallback does
     >>> from mlu_lightning.models import ResNet
-    >>> base, model = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4))
-    >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
-    >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
-    >>> trainer.fit(model, data)
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     path = f"{folder}/last.ckpt"
-    ...     trainer.save_checkpoint(path)
-    ...     loaded = ResNet.load_from_checkpoint(path)
-    ...     plan = restore_multipliers(loaded, torch.load(path, weights_only=True))
+    >>> base, model, loaded = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (1, 4, 4))
+    >>> model = fold(model, Plan.from_model(model, (torch.ones(4, 3), torch.ones(4, 2)), base=base))
+    >>> checkpoint = {"state_dict": model.state_dict()}
+    >>> write_plan(model, checkpoint)
+    >>> matched = loaded.load_state_dict(checkpoint["state_dict"])
+    >>> plan = restore_multipliers(loaded, checkpoint)
     >>> torch.equal(bake(loaded, plan)(torch.ones(1, 3)), model(torch.ones(1, 3)))
     True
     """
     saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
     if saved is None:
         raise ValueError(
-            "The checkpoint has no plan, because it is not one that a Trainer wrote of a module with multipliers of "
-            "MLUCallback. Load the plan that was saved, with Plan.load(path), and put its multipliers in with "
-            "attach_multipliers(module, plan), or with fold(module, plan, multiplied=True) if the weights hold them."
+            "The checkpoint has no plan, because no Trainer wrote it of a module with multipliers of MLUCallback. Load a "
+            "saved plan, with Plan.load(path), and put its multipliers in with attach_multipliers(module, plan), or with "
+            "fold(module, plan, multiplied=True) if the weights hold them."
         )
     return apply_saved(module, saved)
 
 
-Change = Callable[[], object]
+_LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by
 
 
-def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> Change:
+def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> Callable[[], object]:
     """Find what puts a multiplier into weights that fold leaves to a hook."""
     site = multiplier.site
     assert site is not None  # there is a hook
@@ -143,9 +129,8 @@ def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float
     if gain is None:
         raise ValueError(
             f"The multiplier of the {multiplier.kind} {multiplier.name!r}, at {site}, cannot be put into weights, because "
-            f"no weight of {type(target).__name__} multiplies its output and nothing else. Keep it in the model's own "
-            f"code: let its forward multiply there by {factor:g}, and take the hooks off with .remove() of the handle "
-            "that attach_multipliers returned."
+            f"no weight of {type(target).__name__} multiplies its output and nothing else. Let the model's own forward "
+            f"multiply there by {factor:g}, and take the hooks off with .remove() of what attach_multipliers returned."
         )
     wanted = factor * (1 + gain.detach().double())
     error = float(((1 + (wanted - 1).to(gain.dtype).double()) / wanted - 1).abs().nan_to_num().max())
@@ -158,41 +143,33 @@ def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float
     return partial(gain.copy_, (wanted - 1).to(gain.dtype))
 
 
-_LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by
-
-
-def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> Change:
+def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> Callable[[], object]:
     """Multiply those outputs of a projection that are queries."""
     assert site.part is not None
     start, stop = site.part
     prefix = f"{site.module}." if site.module else ""
-    parts = []
+    parts, fits = [], True
     for name, parameter in target.named_parameters(recurse=False):
         planned = plan.parameters.get(prefix + name)
         axis = parameter.dim() - 1 if planned is not None and planned.transposed else 0
         size = parameter.shape[axis]
-        lots = (
-            torch.unflatten(parameter, axis, (-1, site.period or size)) if size % (site.period or size) == 0 else None
-        )
-        parts.append(None if lots is None or size < stop else lots.narrow(axis + 1, start, stop - start))
+        period = site.period or size
+        if size < stop or size % period:
+            fits = False
+        else:
+            parts.append(torch.unflatten(parameter, axis, (-1, period)).narrow(axis + 1, start, stop - start))
     # nn.MultiheadAttention, whose own weights these are, has its output projection in a submodule
-    if not parts or None in parts or (site.where == "output" and (site.index is not None or [*target.children()])):
+    if not parts or not fits or (site.where == "output" and (site.index is not None or [*target.children()])):
         raise ValueError(
             f"The multiplier of the {multiplier.kind} {multiplier.name!r}, at {site}, cannot be put into weights, because "
             f"{type(target).__name__} is not one projection. Keep head_dim at the base's value, or multiply the queries "
             f"by {factor:g} in the model's own code."
         )
-    found = [part for part in parts if part is not None]
-
-    def multiply() -> None:
-        for part in found:
-            part.mul_(factor)
-
-    return multiply
+    return lambda: [part.mul_(factor) for part in parts]
 
 
 def _offset_gain(module: nn.Module) -> nn.Parameter | None:
-    """The gain of a norm that multiplies by 1 + gain, None if the module is none; seen from what it computes."""
+    """The gain of a norm that multiplies by 1 + gain, None if the module computes something else."""
     parameters = dict(module.named_parameters())
     if len(parameters) != 1:
         return None
@@ -217,7 +194,7 @@ def _offset_gain(module: nn.Module) -> nn.Parameter | None:
     return gain if proportional else None
 
 
-def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Change:
+def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Callable[[], object]:
     """Give a tied readout a weight of its own, multiplied, and let its model's config say so."""
     assert multiplier.site is not None
     shared = module.get_parameter(multiplier.name)
@@ -229,8 +206,7 @@ def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: 
             f"The readout {multiplier.name!r} is tied to an embedding, so its multiplier {factor:g} cannot be put into "
             "the weight, and it is not known how to untie it: that takes a submodule of its own for the readout, inside "
             "a Hugging Face model with tie_word_embeddings in its config. Multiply the readout's input by "
-            f"{factor:g} in the model's own code, and take the hooks off with .remove() of the handle that "
-            "attach_multipliers returned."
+            f"{factor:g} in the model's own code, and take the hooks off with .remove() of what attach_multipliers returned."
         )
     lasting = _lasting_untied(model)
     if not lasting and "missing_keys" not in inspect.signature(model.tie_weights).parameters:
@@ -274,12 +250,10 @@ def _lasting_untied(model: Any) -> bool:
 
 def _untie_all(model: nn.Module) -> None:
     """Give everything that the model's config ties a weight of its own, because the config will not tie it again."""
-    names = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
-    for parameter, (_, *others) in names.items():
-        for name in others:
+    seen = set()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter in seen:
             owner, _, attribute = name.rpartition(".")
-            setattr(
-                model.get_submodule(owner), attribute, nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            )
+            own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(model.get_submodule(owner), attribute, own)
+        seen.add(parameter)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.multipliers import uncompiled, unfolded
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.application.applied import uncompiled
+from mlu_lightning.application.multipliers import acting_multipliers
+from mlu_lightning.planning import Plan
 
 if TYPE_CHECKING:
     from transformers import GraniteConfig, GraniteForCausalLM
@@ -18,7 +19,7 @@ __all__ = ["to_granite"]
 
 
 def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
-    """Make a Hugging Face Granite model of a Llama-like one, with the plan's multipliers in its config.
+    """Make a Hugging Face Granite model of a Llama-like one, with copies of its weights and the multipliers in its config.
 
     A Granite model is a Llama whose config has ``residual_multiplier`` (here α/l), ``logits_scaling`` (d),
     ``attention_multiplier`` and ``embedding_multiplier`` (theory.md, section 3), so nothing is folded, tied embeddings stay
@@ -26,19 +27,15 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     computes what Granite computes, which a forward pass of a few tokens shows: Llama, Mistral without a sliding window,
     Granite itself. For others, and where branches have different multipliers, there is :func:`mlu_lightning.bake`.
 
-    Because weights are those of the parameterization, whoever trains the exported model further has to scale the base's
-    learning rate, eps and weight decay of every parameter by ``plan.scales(family)``, as in the run before. After a run
-    with ``residual="fold"`` the config has only what is not in the weights, and the scales are their ``.folded(family)``.
+    Weights stay those of the parameterization: whoever trains the exported model further scales learning rate, eps and
+    weight decay of every parameter by ``plan.scales(family)``. After a run with ``residual="fold"`` the config has only
+    what is not in the weights, and the scales are their ``.folded(family)``.
 
     Args:
-        module: with the plan's multipliers, as a run with ``MLUCallback`` leaves it: a Hugging Face model for causal
-            language modelling, or a LightningModule with one inside. It is not changed. Weights from a checkpoint need
+        module: Hugging Face model for causal language modelling, or a LightningModule with one inside, with the plan's
+            multipliers, as a run with ``MLUCallback`` leaves it; not changed. Weights from a checkpoint need
             :func:`mlu_lightning.restore_multipliers` before.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
-
-    Returns:
-        A ``transformers.GraniteForCausalLM`` with copies of the weights, in evaluation mode, to be saved with
-        ``save_pretrained``.
 
     Raises:
         ImportError: without transformers.
@@ -67,10 +64,10 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
             "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
         ) from error
     plain = uncompiled(module)
-    rest = unfolded(plain, plan)
+    acting = acting_multipliers(plain, plan)
     plan.check(plain)
-    found = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
-    prefix, model = next(found, ("", None))
+    models = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
+    prefix, model = next(models, ("", None))
     if model is None:
         raise ValueError(
             f"There is no Hugging Face model in this {type(module).__name__}, and only such a model can become a Granite "
@@ -80,7 +77,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     if outside:
         raise _not_granite(model, f"{outside[0]!r}, which the plan multiplies, is outside of it")
 
-    factors = {multiplier: rest.get(multiplier, 1.0) for multiplier in plan.multipliers}
+    factors = {multiplier: acting.get(multiplier, 1.0) for multiplier in plan.multipliers}
     logits = {multiplier.name: factor for multiplier, factor in factors.items() if multiplier.kind == "logits"}
     config = _config(
         model,
@@ -146,11 +143,8 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
     given = {name: [*value.shape] for name, value in model.state_dict().items()}
     found = [f"{name} {given[name]} is not in Granite" for name in given if name not in wanted]
     found += [f"Granite has {name} {wanted[name]}" for name in wanted if name not in given]
-    found += [
-        f"{name} is {given[name]}, and Granite's {wanted[name]}"
-        for name in given
-        if name in wanted and given[name] != wanted[name]
-    ]
+    other = [name for name in given if wanted.get(name, given[name]) != given[name]]
+    found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in other]
     if found:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")

@@ -13,31 +13,19 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.discovery.structure import Site
-from mlu_lightning.planning.entries import Multiplier
+from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["attach_hooks", "detach_hooks"]
 
 
-def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) -> list[RemovableHandle]:
-    """Register a hook for each multiplier; nothing is registered unless all of them have a place of their own.
-
-    Args:
-        module: that has the places.
-        active: multipliers and their factors; one without a site is passed over.
-
-    Returns:
-        A torch handle for each hook.
-
-    Raises:
-        ValueError: if the module does not have a place, or if two multipliers share one.
-    """
+def attach_hooks(module: nn.Module, acting: Iterable[tuple[Multiplier, float]]) -> tuple[RemovableHandle, ...]:
+    """Register a hook for each multiplier; nothing is registered unless all of them have a site of their own."""
     owners: dict[tuple[int, str, int | None], str] = {}
-    sites: list[tuple[nn.Module, Site, float]] = []
-    for multiplier, factor in active:
+    targets: list[tuple[nn.Module, Site, float]] = []
+    for multiplier, factor in acting:
         site = multiplier.site
-        if site is None:
-            continue
+        assert site is not None
         try:
             target = planned_part(module, site.module)
         except AttributeError:
@@ -45,17 +33,16 @@ def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) 
                 f"The plan multiplies the {multiplier.kind} {multiplier.name!r} at {site}, but the module has no "
                 f"submodule {site.module!r}. Plan this module again."
             ) from None
-        place = (id(target), site.where, site.index)
-        if place in owners:
+        key = (id(target), site.where, site.index)
+        if key in owners:
             raise ValueError(
-                f"The multipliers of {owners[place]!r} and {multiplier.name!r} have the same place, {site}, so a hook "
-                "would multiply both twice. Weights that are shared between branches are not covered by the theory; "
-                "give each branch a module of its own."
+                f"The multipliers of {owners[key]!r} and {multiplier.name!r} have the same place, {site}, and a hook would "
+                "multiply both twice. The theory has no weights that branches share; give each branch a module of its own."
             )
-        owners[place] = multiplier.name
-        sites.append((target, site, factor))
+        owners[key] = multiplier.name
+        targets.append((target, site, factor))
     hooks = []
-    for target, site, factor in sites:
+    for target, site, factor in targets:
         # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
         if site.where == "output":
             hook = _OutputMultiplier(factor, site.index, site.part, site.period, str(site))
@@ -65,31 +52,16 @@ def attach_hooks(module: nn.Module, active: Iterable[tuple[Multiplier, float]]) 
             hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
             hooks.append(target.register_forward_hook(_RowsRestored(), always_call=True))
         else:
-            pre_hook = _InputMultiplier(factor, str(site))
-            hooks.append(target.register_forward_pre_hook(pre_hook, with_kwargs=True))
-    for target in {id(target): target for target, _, _ in sites}.values():
+            hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, str(site)), with_kwargs=True))
+    for target in {id(target): target for target, _, _ in targets}.values():
         _set_apart(target)
     if hooks and "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # makes room: torch keeps a limited number of versions of compiled code
-    return hooks
+    return tuple(hooks)
 
 
-def detach_hooks(module: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
-    """Take off what :func:`attach_hooks` did.
-
-    Args:
-        module: that was given to it, or a copy of that.
-        hooks: torch handles that it returned, or copies of these.
-
-    >>> from mlu_lightning.discovery.structure import Site
-    >>> module = nn.ModuleDict({"mlp": nn.Identity()})
-    >>> hooks = attach_hooks(module, [(Multiplier("mlp", "branch", 0.5, Site("mlp"), ()), 0.5)])
-    >>> module["mlp"](torch.ones(2))
-    tensor([0.5000, 0.5000])
-    >>> detach_hooks(module, hooks)
-    >>> module["mlp"](torch.ones(2))
-    tensor([1., 1.])
-    """
+def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
+    """Take off what :func:`attach_hooks` did to a module, or to one that this is a copy of."""
     for hook in hooks:
         hook.remove()
     for part in module.modules():
@@ -97,6 +69,7 @@ def detach_hooks(module: nn.Module, hooks: Iterable[RemovableHandle]) -> None:
 
 
 _BEFORE = "_mlu_forward"
+"""Where a part with hooks has the ``forward`` that somebody had put into it, which copies of the part take along."""
 
 
 def _set_apart(module: nn.Module) -> None:
@@ -122,7 +95,7 @@ def _set_back(module: nn.Module) -> None:
 
 
 def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The ``forward`` that somebody had put into a module itself, in a function that no module without hooks has."""
+    """Call what somebody had put into a module as its ``forward``, in a function that no module without hooks has."""
     return vars(module)[_BEFORE](*args, **kwargs)
 
 
@@ -134,7 +107,7 @@ class _OutputMultiplier:
     index: int | None
     part: tuple[int, int] | None
     period: int | None
-    where: str
+    site: str
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self.index is None:
@@ -148,21 +121,21 @@ class _OutputMultiplier:
             elements[self.index] = self._multiplied(elements[self.index])
             # a named tuple takes its elements one by one
             return type(output)(*elements) if hasattr(output, "_fields") else type(output)(elements)
-        raise TypeError(self._complaint(f"a {type(output).__name__}, which has no element {self.index}"))
+        raise self._error(f"a {type(output).__name__}, which has no element {self.index}")
 
     def _multiplied(self, value: Any) -> Tensor:
-        if isinstance(value, Tensor):
-            if self.part is None:
-                return value * self.factor
-            start, stop = self.part
-            lots = value if self.period is None else value.reshape(*value.shape[:-1], -1, self.period)
-            scaled = torch.cat((lots[..., :start], lots[..., start:stop] * self.factor, lots[..., stop:]), dim=-1)
-            return scaled.reshape(value.shape)
-        raise TypeError(self._complaint(f"a {type(value).__name__} where the plan has a tensor"))
+        if not isinstance(value, Tensor):
+            raise self._error(f"a {type(value).__name__} where the plan has a tensor")
+        if self.part is None:
+            return value * self.factor
+        start, stop = self.part
+        blocks = value if self.period is None else value.reshape(*value.shape[:-1], -1, self.period)
+        scaled = torch.cat((blocks[..., :start], blocks[..., start:stop] * self.factor, blocks[..., stop:]), dim=-1)
+        return scaled.reshape(value.shape)
 
-    def _complaint(self, found: str) -> str:
-        return (
-            f"The multiplier {self.factor:g} on {self.where} could not be applied: the module returned {found}. Plan "
+    def _error(self, found: str) -> TypeError:
+        return TypeError(
+            f"The multiplier {self.factor:g} on {self.site} could not be applied: the module returned {found}. Plan "
             "with an example and settings that make the module return what it returns in training."
         )
 
@@ -172,7 +145,7 @@ class _InputMultiplier:
     """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
 
     factor: float
-    where: str
+    site: str
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for position, value in enumerate(args):
@@ -182,16 +155,16 @@ class _InputMultiplier:
             if isinstance(value, Tensor) and value.is_floating_point():
                 return args, {**kwargs, name: value * self.factor}
         raise TypeError(
-            f"The multiplier {self.factor:g} on {self.where} could not be applied: the module was called without a "
+            f"The multiplier {self.factor:g} on {self.site} could not be applied: the module was called without a "
             "floating-point tensor. Plan with an example that calls it as training does."
         )
 
 
 @dataclass(frozen=True)
 class _RowsMultiplier:
-    """Forward pre-hook that lets a module compute with some rows of its own weight and bias multiplied.
+    """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied.
 
-    During the call products stand in the parameters' place; gradients reach the parameters through them.
+    Gradients reach the parameters through them.
     """
 
     factor: float

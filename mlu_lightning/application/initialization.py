@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.multipliers import residual_state
-from mlu_lightning.planning.entries import ParameterPlan
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.application.applied import folded_parameters
+from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.table import OptimizerFamily, Role
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
@@ -37,17 +36,14 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     parameter stays as it was built.
 
     Args:
-        module: with its initial weights, before multipliers are folded into them; changed in place.
-        plan: the module's plan.
+        module: module with its initial weights, before multipliers are folded into them; changed in place and returned.
+        plan: its plan.
         mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
             (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
             every matrix anew from a normal distribution. ``"coupled"`` draws embeddings and readouts from a normal
             distribution, one stream coordinate after the other, so that those of a model of embedding dimension D are
             the first D coordinates of a bigger one's (theory.md, section 4), and rescales the rest.
-        seed: of the draws. They depend on the parameter's name and are the same on every device.
-
-    Returns:
-        The same module.
+        seed: seed of the draws, which depend on the parameter's name too and are the same on every device.
 
     Raises:
         ValueError: if the plan does not fit the module, if parameters have no or infinite values, if multipliers are
@@ -64,36 +60,33 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     plan.check(module)
     parameters = planned_parameters(module)
     _check_values(module, parameters)
-    factors: dict[str, float] = {}
-    draws: dict[str, _Draw] = {}
+    changes: list[Callable[[], object]] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
-    at_base = all(one.ratios.is_identity and one.shape == one.base_shape for one in plan.parameters.values())
+    at_base = all(p.ratios.is_identity and p.shape == p.base_shape for p in plan.parameters.values())
     for names, target in _groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
-            draws.update(_coupled(group, planned, target, seed))
+            changes += _coupled(group, planned, target, seed)
         elif target is None:
             continue
         elif mode == "normal" and planned.role.is_matrix:
-            draws.update(_draws(group, target, seed, axis=None))
+            changes += _draws(group, target, seed, axis=None)
         elif not at_base:
             built = _rms(group)
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
-                factors.update(dict.fromkeys(names, target / built))
+                changes += [partial(parameter.mul_, target / built) for parameter in group.values()]
     with torch.no_grad():
-        for name, factor in factors.items():
-            parameters[name].mul_(factor)
-        for name, draw in draws.items():
-            _assign(parameters[name], draw)
+        for change in changes:
+            change()
     return module
 
 
 def planned_stds(plan: Plan) -> dict[str, float | None]:
-    """Root mean square that every parameter has after :func:`initialize`; None for those that it leaves as built.
+    """Find the root mean square of every parameter after :func:`initialize`; None for those that it leaves as built.
 
     Args:
-        plan: of the module.
+        plan: plan of the module.
 
     >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (400, 8), base_fans=(100, 8), base_std=0.1)
     >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
@@ -103,11 +96,11 @@ def planned_stds(plan: Plan) -> dict[str, float | None]:
 
 
 def stream_axis(name: str, planned: ParameterPlan) -> int:
-    """Axis of an embedding or readout along which the stream's coordinates are.
+    """Find the axis of an embedding or readout along which the stream's coordinates are.
 
     Args:
-        name: of the parameter, for the error.
-        planned: what the plan says about it.
+        name: name of the parameter, for the error.
+        planned: its entry in the plan.
 
     Raises:
         ValueError: if its shape does not tell.
@@ -124,9 +117,8 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
     axes = [axis for axis, size in enumerate(shape) if size == width]
     if len(axes) != 1:
         raise ValueError(
-            f"It cannot be told which axis of {name}, of shape {list(shape)}, holds the {width} coordinates of the "
-            'stream, as init="coupled" and the infinite model need. Use init="rescale" or "normal", or build the module '
-            "with an nn.Linear or nn.Embedding there."
+            f"It cannot be told which axis of {name}, of shape {list(shape)}, holds the {width} coordinates of the stream, "
+            'as init="coupled" and the infinite model need. Use "rescale", "normal", or an nn.Linear or nn.Embedding there.'
         )
     return axes[0]
 
@@ -135,8 +127,8 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     """Parameters that differ in their place along the depth only, and the root mean square that they should have."""
     groups: dict[object, list[str]] = {}
     for name, planned in plan.parameters.items():
-        place = name_pattern(name), planned.role, planned.shape, planned.base_shape, planned.ratios
-        groups.setdefault((place, planned.base_std is None), []).append(name)
+        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios
+        groups.setdefault((name_pattern(name), row, planned.base_std is None), []).append(name)
     std = {name: scale.std for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}  # the same for all families
     found: list[tuple[list[str], float | None]] = []
     for names in groups.values():
@@ -147,59 +139,21 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     return found
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """New normal values for one parameter.
-
-    Args:
-        name: of the parameter; part of the seed.
-        seed: of all draws.
-        std: of the entries that are not zero.
-        axis: of the stream's coordinates, each of which is drawn by itself; None to draw all at once.
-        alive: per axis, which of its slices are not zero.
-    """
-
-    name: str
-    seed: int
-    std: float
-    axis: int | None
-    alive: dict[int, Tensor]
-
-    def values(self, shape: torch.Size) -> Tensor:
-        """Draw in float32 on the CPU."""
-        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        drawn = torch.empty(shape, dtype=torch.float32, device="cpu")
-        if self.axis is None:
-            drawn.normal_(generator=generator)
-        else:
-            for coordinate in drawn.movedim(self.axis, 0):
-                # drawn contiguously: normal_ on a column draws otherwise than on a row
-                coordinate.copy_(
-                    torch.empty(coordinate.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
-                )
-        for axis, alive in self.alive.items():
-            drawn.movedim(axis, -1).mul_(alive)
-        return drawn
-
-
-def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> dict[str, _Draw]:
-    """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token.
-
-    Their number of entries counts in the root mean square, because it does at the base.
-    """
+def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> list[Callable[[], object]]:
+    """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token."""
+    # entries that are zero count in the root mean square, because they do at the base
     alive = {name: _alive(parameter, axis) for name, parameter in group.items() if bool(_full(parameter).any())}
     shares = [math.prod(float(slices.double().mean()) for slices in axes.values()) for axes in alive.values()]
     std = target / math.sqrt(sum(shares) / len(group)) if shares else 0.0
-    return {name: _Draw(name, seed, std, axis, axes) for name, axes in alive.items()}
+    return [partial(_draw, group[name], std, f"{seed}:{name}", axis, axes) for name, axes in alive.items()]
 
 
 def _coupled(
     group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int
-) -> dict[str, _Draw]:
+) -> list[Callable[[], object]]:
     """Draw a group's embeddings or readouts one stream coordinate after the other."""
     if not any(bool(_full(parameter).any()) for parameter in group.values()):
-        return {}
+        return []
     first = next(iter(group))
     if target is None:
         raise ValueError(
@@ -211,10 +165,8 @@ def _coupled(
 
 
 def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor]:
-    """Per axis which slices are not all zero; axes that have no zero slice, and the stream's own, are left out.
-
-    Single zeros are not looked at: random numbers may be zero too.
-    """
+    """By axis, which slices are not all zero; axes that have no zero slice, and the stream's own, are left out."""
+    # single zeros are not looked at: random numbers may be zero too
     nonzero = _full(parameter) != 0
     found = {}
     for axis in range(parameter.ndim):
@@ -240,8 +192,7 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse a module whose scales cannot be set."""
-    state = residual_state(module)
-    if state is not None and state.folded:
+    if folded_parameters(module):
         raise ValueError(
             "Multipliers are folded into the weights already, so their scale is no longer the one that a plan "
             "describes. Initialize before fold(module, plan)."
@@ -257,21 +208,30 @@ def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 def _full(tensor: Tensor) -> Tensor:
     """All of a tensor, if it is sharded."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(tensor, DTensor):
-            return tensor.full_tensor()
-    return tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _assign(parameter: nn.Parameter, draw: _Draw) -> None:
-    """Write drawn values, each rank its shard of the same full tensor."""
-    values = draw.values(parameter.shape).to(torch.promote_types(parameter.dtype, torch.float32)).mul_(draw.std)
+def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, alive: Mapping[int, Tensor]) -> None:
+    """Draw a parameter anew in float32 on the CPU, each rank its shard of the same full tensor.
+
+    With an axis, each coordinate along it is drawn by itself; slices that are not alive become zero.
+    """
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    if axis is None:
+        drawn.normal_(generator=generator)
+    else:
+        for coordinate in drawn.movedim(axis, 0):
+            # drawn contiguously: normal_ on a column draws otherwise than on a row
+            row = torch.empty(coordinate.shape, dtype=torch.float32, device="cpu")
+            coordinate.copy_(row.normal_(generator=generator))
+    for dimension, slices in alive.items():
+        drawn.movedim(dimension, -1).mul_(slices)
+    values = drawn.to(torch.promote_types(parameter.dtype, torch.float32)).mul_(std)
     values = values.to(parameter.device, parameter.dtype)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.tensor import DTensor, distribute_tensor
+    if hasattr(parameter, "device_mesh") and hasattr(parameter, "placements"):
+        from torch.distributed.tensor import distribute_tensor  # slow to import, and whoever shards has
 
-        if isinstance(parameter, DTensor):
-            values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
     parameter.copy_(values)

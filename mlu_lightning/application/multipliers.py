@@ -1,83 +1,53 @@
 """Put a plan's forward multipliers into a module: attached as hooks, or folded into its weights.
 
-Both make the same function. Hooks leave the weights as they are and cost a multiplication per branch; folded weights
-cost nothing per step and make a checkpoint that any plain model loads, unless a multiplier has no weight and stays a
-hook. A run stays the same either way if the optimizer is scaled for the form that was chosen, which
-:func:`residual_state` tells (theory.md, section 3).
+Both make the same function and, with an optimizer that is scaled for it, the same run (theory.md, section 3). Hooks leave
+the weights as they are and cost a multiplication per branch; folded weights cost nothing per step and make a checkpoint that
+any plain model loads, unless a multiplier has no weight and stays a hook.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.application.applied import Applied, forward_factors, residual_state, set_applied, uncompiled
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
-from mlu_lightning.planning.entries import Multiplier
-from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = [
     "MultiplierHandle",
-    "ResidualState",
-    "applied_plan",
+    "acting_multipliers",
     "attach_again",
     "attach_multipliers",
     "check_attached",
     "fold",
     "mark_baked",
-    "residual_state",
-    "uncompiled",
-    "unfolded",
 ]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_STATE = "_mlu_residual_state"
-
-
-@dataclass(frozen=True)
-class ResidualState:
-    """How a plan's multipliers were put into a module.
-
-    Args:
-        mode: ``"hook"``, ``"fold"``, or ``"baked"``: in weights, those too that folding leaves to hooks.
-        folded: names of the parameters that hold their multipliers; empty in hook mode.
-        fingerprint: :func:`fingerprint` of the plan.
-
-    >>> ResidualState("hook", frozenset(), "5f0c").folded
-    frozenset()
-    """
-
-    mode: Literal["hook", "fold", "baked"]
-    folded: frozenset[str]
-    fingerprint: str
-
 
 class MultiplierHandle:
-    """Takes attached multipliers off again."""
+    """Handle of multipliers that :func:`attach_multipliers` has attached."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Keep what one :func:`attach_multipliers` did.
-
-        Args:
-            module: the module that has the multipliers now.
-        """
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
         self._module = module
-        self._applied = _applied(module)
+        self._plan: Plan | None = plan
 
     def remove(self) -> None:
         """Remove the hooks; the module is as before :func:`attach_multipliers`.
 
         A second call does nothing, nor does one after the multipliers went into the weights.
         """
-        if self._applied is not None and _applied(self._module) is self._applied:
-            self._applied.remove(self._module)
+        applied = residual_state(self._module)
+        if applied is not None and applied.mode == "hook" and applied.plan is self._plan:
+            _remove(self._module, applied)
+        self._plan = None
 
 
 def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
@@ -88,11 +58,8 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     would go on without the hooks.
 
     Args:
-        module: the module that the plan was made for; changed in place.
+        module: module that the plan was made for; changed in place.
         plan: its plan.
-
-    Returns:
-        A handle with ``.remove()``.
 
     Raises:
         ValueError: if the plan does not fit the module, if multipliers are already in it, or if a hook has no place.
@@ -110,18 +77,16 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     """
     module = uncompiled(module)
     _check_fresh(module, plan)
-    active = [(m, plan.forward_multiplier(m)) for m in plan.multipliers if plan.forward_multiplier(m) != 1]
-    for multiplier, _ in active:
+    acting = forward_factors(plan)
+    for multiplier, _ in acting:
         _check_place(multiplier)
         if multiplier.site is None:
             raise ValueError(
                 f"The multiplier of the {multiplier.kind} {multiplier.name!r} cannot be attached as a hook, because no "
-                'submodule has it as its output or input. Put it into the weights instead: residual="fold", or '
-                "fold(module, plan)."
+                'submodule has it as output or input. Put it into the weights: residual="fold", or fold(module, plan).'
             )
-    hooks = attach_hooks(module, active)
-    module.__dict__[_STATE] = _Applied(ResidualState("hook", frozenset(), fingerprint(plan)), plan, tuple(hooks))
-    return MultiplierHandle(module)
+    set_applied(module, Applied(plan, "hook", hooks=attach_hooks(module, acting)))
+    return MultiplierHandle(module, plan)
 
 
 def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
@@ -134,13 +99,10 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     folded weights are larger by 1/factor: clip them in :func:`mlu_lightning.unfolded_gradients`.
 
     Args:
-        module: the module that the plan was made for, plain or with the plan's hooks; changed in place.
+        module: module that the plan was made for, plain or with the plan's hooks; changed in place and returned.
         plan: its plan.
-        multiplied: the weights already hold their multipliers, as those of a folded run's checkpoint do: multiply
-            nothing, and attach only the hooks.
-
-    Returns:
-        The same module.
+        multiplied: whether the weights hold their multipliers already, as those of a folded run's checkpoint do:
+            multiply nothing, and attach only the hooks. ``MLUCallback(residual="fold", init=None)`` goes on from there.
 
     Raises:
         ValueError: if the plan does not fit the module, if multipliers are already in it, if one can be neither folded
@@ -154,78 +116,39 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.5, None, ("weight",)),))
     >>> torch.equal(fold(module, plan).weight, before * 0.5)
     True
-    >>> residual_state(module).mode, residual_state(module).folded
-    ('fold', frozenset({'weight'}))
     """
     plain = uncompiled(module)
-    hooks = None if multiplied else _applied(plain)
-    if hooks is not None and hooks.state == ResidualState("hook", frozenset(), fingerprint(plan)):
+    attached = None if multiplied else residual_state(plain)
+    if attached is not None and attached.mode == "hook" and attached.is_of(plan):
         plan.check(plain)
     else:
-        hooks = None
+        attached = None
         _check_fresh(plain, plan)
     factors: dict[str, float] = {}
-    attached: list[tuple[Multiplier, float]] = []
-    for multiplier in plan.multipliers:
-        factor = plan.forward_multiplier(multiplier)
-        if factor == 1:
-            continue
+    left: list[tuple[Multiplier, float]] = []
+    for multiplier, factor in forward_factors(plan):
         _check_place(multiplier)
         if not multiplier.folds:
-            attached.append((multiplier, factor))
+            left.append((multiplier, factor))
         for name in multiplier.folds:
             factors[name] = factors.get(name, 1.0) * factor
     parameters = _foldable(plain, factors, multiplied)
-    if hooks is not None:
-        hooks.remove(plain)
-    rest = attach_hooks(plain, attached)
+    if attached is not None:
+        _remove(plain, attached)
+    hooks = attach_hooks(plain, left)
     if not multiplied:
         with torch.no_grad():
             for name, factor in factors.items():
                 parameters[name].mul_(factor)
-    plain.__dict__[_STATE] = _Applied(ResidualState("fold", frozenset(factors), fingerprint(plan)), plan, tuple(rest))
+    initialized = attached is not None and attached.initialized
+    set_applied(plain, Applied(plan, "fold", frozenset(factors), hooks, initialized))
     return module
 
 
-def residual_state(module: nn.Module) -> ResidualState | None:
-    """Tell how multipliers were put into a module, None if they were not.
-
-    Args:
-        module: any module; a deep copy of one with multipliers has them too.
-
-    >>> residual_state(nn.Linear(2, 2)) is None
-    True
-    """
-    applied = _applied(uncompiled(module))
-    return None if applied is None else applied.state
-
-
-def applied_plan(module: nn.Module) -> Plan | None:
-    """The plan whose multipliers are in a module, None if there is none.
-
-    Args:
-        module: any.
-
-    >>> applied_plan(nn.Linear(2, 2)) is None
-    True
-    """
-    applied = _applied(uncompiled(module))
-    return None if applied is None else applied.plan
-
-
 def check_attached(module: nn.Module) -> None:
-    """Refuse a module of which parts with multipliers were exchanged for others, which have none.
-
-    Args:
-        module: any.
-
-    Raises:
-        ValueError: if a hook that was attached is not on the module now. Weights do not tell whether they are folded.
-
-    >>> check_attached(nn.Linear(1, 1))
-    """
+    """Refuse a module of which parts with multipliers were exchanged for others, which have none."""
     module = uncompiled(module)
-    applied = _applied(module)
+    applied = residual_state(module)
     if applied is None:
         return
     parts = list(module.modules())
@@ -241,110 +164,47 @@ def check_attached(module: nn.Module) -> None:
 
 
 def attach_again(module: nn.Module, plan: Plan) -> None:
-    """Attach the hooks of a module anew, after parts were exchanged for others of the same weights.
-
-    Args:
-        module: that has the plan's multipliers.
-        plan: its plan.
-
-    >>> from mlu_lightning.discovery.structure import Site
-    >>> module, plan = nn.Sequential(nn.ReLU()), Plan({}, (), (), (Multiplier("0", "branch", 0.5, Site("0"), ()),))
-    >>> handle = attach_multipliers(module, plan)
-    >>> module[0] = nn.Identity()
-    >>> attach_again(module, plan)
-    >>> module(torch.ones(2))
-    tensor([0.5000, 0.5000])
-    """
-    active, applied = unfolded(module, plan), _applied(module)
+    """Attach the hooks of a module anew, after parts were exchanged for others of the same weights."""
+    acting, applied = acting_multipliers(module, plan), residual_state(module)
     assert applied is not None
     detach_hooks(module, applied.hooks)
-    module.__dict__[_STATE] = replace(applied, hooks=tuple(attach_hooks(module, active.items())))
+    set_applied(module, replace(applied, hooks=attach_hooks(module, acting.items())))
 
 
-def unfolded(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
-    """Multipliers that act in a module's forward pass besides its weights, and their factors.
-
-    Args:
-        module: that has the plan's multipliers.
-        plan: its plan.
-
-    Raises:
-        ValueError: if the multipliers are not in the module, or another plan's are.
-    """
-    state = residual_state(module)
-    if state is None:
+def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
+    """Find the multipliers of a plan that act in a module's forward pass besides its weights, with their factors."""
+    applied = residual_state(module)
+    if applied is None:
         raise ValueError(
             "The module does not have the plan's multipliers, and weights alone do not tell whether they hold them. Put "
-            "them in as they were in training: attach_multipliers(module, plan) after a run with hooks, fold(module, "
-            "plan, multiplied=True) after one with folded weights, or restore_multipliers(module, checkpoint), which "
-            "takes them from a checkpoint of MLUCallback."
+            "them in as in training: attach_multipliers(module, plan) after a run with hooks, fold(module, plan, "
+            "multiplied=True) after one with folded weights, or restore_multipliers(module, checkpoint of MLUCallback)."
         )
-    if state.fingerprint != fingerprint(plan):
+    if not applied.is_of(plan):
         raise ValueError(
             "The module has the multipliers of another plan. Give the plan that it was trained with, such as "
             "MLUCallback.plan after fit."
         )
-    if state.mode == "baked":
+    if applied.mode == "baked":
         return {}
-    acting = (m for m in plan.multipliers if state.mode == "hook" or not m.folds)
-    return {m: plan.forward_multiplier(m) for m in acting if plan.forward_multiplier(m) != 1}
+    return {m: factor for m, factor in forward_factors(plan) if applied.mode == "hook" or not m.folds}
 
 
 def mark_baked(module: nn.Module, plan: Plan) -> None:
-    """Note that weights hold all of the plan's multipliers, and remove what hooks folding left; if none, it stays folded.
-
-    Args:
-        module: with folded multipliers, or with baked weights that were loaded.
-        plan: whose multipliers they are.
-
-    >>> module = nn.Linear(1, 1)
-    >>> mark_baked(module, Plan({}, (), (), ()))
-    >>> residual_state(module).mode
-    'baked'
-    """
+    """Note that weights hold all multipliers, and remove the hooks that folding left; without these, it stays folded."""
     module = uncompiled(module)
-    applied = _applied(module)
+    applied = residual_state(module)
     if applied is not None:
         if not applied.hooks:
             return
-        applied.remove(module)
-    folded = frozenset(name for m in plan.multipliers if plan.forward_multiplier(m) != 1 for name in m.folds)
-    module.__dict__[_STATE] = _Applied(ResidualState("baked", folded, fingerprint(plan)), plan, ())
+        _remove(module, applied)
+    folded = frozenset(name for multiplier, _ in forward_factors(plan) for name in multiplier.folds)
+    set_applied(module, Applied(plan, "baked", folded))
 
 
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module inside a ``torch.compile`` wrapper, which has the names that plans use.
-
-    Args:
-        module: any.
-    """
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """What was done to a module, kept on it; torch handles find their hooks in copies of the module, too.
-
-    Args:
-        state: how the multipliers were put in.
-        plan: whose they are.
-        hooks: a torch handle for each hook.
-    """
-
-    state: ResidualState
-    plan: Plan
-    hooks: tuple[RemovableHandle, ...]
-
-    def remove(self, module: nn.Module) -> None:
-        """Take the hooks and this note off the module."""
-        detach_hooks(module, self.hooks)
-        module.__dict__.pop(_STATE, None)
-
-
-def _applied(module: nn.Module) -> _Applied | None:
-    applied = module.__dict__.get(_STATE)
-    return applied if isinstance(applied, _Applied) else None
+def _remove(module: nn.Module, applied: Applied) -> None:
+    detach_hooks(module, applied.hooks)
+    set_applied(module, None)
 
 
 def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool) -> dict[str, nn.Parameter]:
@@ -381,12 +241,12 @@ def _check_place(multiplier: Multiplier) -> None:
 def _check_fresh(module: nn.Module, plan: Plan) -> None:
     """Refuse a module that the plan does not fit, or that has multipliers already."""
     plan.check(module)
-    state = residual_state(module)
-    if state is None:
+    applied = residual_state(module)
+    if applied is None:
         return
-    which = "this" if state.fingerprint == fingerprint(plan) else "another"
+    which = "this" if applied.is_of(plan) else "another"
     how, advice = "folded into its weights", "Start from a module that was built anew."
-    if state.mode == "hook":
+    if applied.mode == "hook":
         how = "attached as hooks"
         advice = "Remove them first, with .remove() of the handle that attach_multipliers returned."
     raise ValueError(

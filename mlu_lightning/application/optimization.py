@@ -18,11 +18,11 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application.multipliers import check_attached, residual_state
+from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state
+from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
-from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.names import planned_name
 
@@ -41,22 +41,19 @@ def scale_optimizer(
     weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
     whose factors are all 1 are updated exactly as without a plan.
 
-    In the update ``optimizer.param_groups`` holds the shadow groups; step hooks that were registered on the optimizer
-    run there. Groups may be added later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to
-    and from it. A deep copy or an unpickled optimizer is plain: scale it again.
+    In the update ``optimizer.param_groups`` holds other groups, where step hooks of the optimizer run. Groups may be added
+    later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to and from it. A deep copy or an
+    unpickled optimizer is plain: scale it again.
 
     Args:
-        optimizer: an optimizer of ``torch.optim``, a Lightning wrapper of one, or a ``ZeroRedundancyOptimizer``.
-            LBFGS cannot be scaled. Adafactor's steps are relative to the size of the weights, which are taken to be
-            of the size that the plan's initialization gives them.
-        module: the module that has the optimizer's parameters; the plan's multipliers must have been put into it.
-        plan: the module's plan.
-        family: column of the table for an optimizer that ``torch.optim`` does not define; its own have theirs. A list
-            has one for each parameter group, for an optimizer that treats them differently; groups that are added later
-            need one family for all.
-
-    Returns:
-        A handle with ``.remove()``.
+        optimizer: optimizer of ``torch.optim``, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``. LBFGS
+            cannot be scaled. Adafactor's steps are relative to the size of the weights, which is taken to be that of
+            the plan's initialization.
+        module: module with the optimizer's parameters, and with the plan's multipliers.
+        plan: its plan.
+        family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for an optimizer that
+            ``torch.optim`` does not define, None for the others. A list with one for each parameter group where they
+            differ; groups that are added later need one family for all.
 
     Raises:
         TypeError: if the optimizer's class cannot be scaled or is not known.
@@ -64,8 +61,8 @@ def scale_optimizer(
             in effect, or if a group cannot be scaled. The optimizer was not changed then.
 
     >>> import torch
+    >>> from mlu_lightning import Role
     >>> from mlu_lightning.planning import ParameterPlan
-    >>> from mlu_lightning.table import Role
     >>> module = nn.Linear(1, 1, bias=False)
     >>> wide = ParameterPlan(Role.STREAM_MATRIX, (1, 1), fans=(4, 1), base_fans=(1, 1))
     >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
@@ -89,29 +86,12 @@ def scale_optimizer(
             "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
             "handle that scale_optimizer returned first."
         )
-    state = residual_state(module)
-    if state is not None and state.mode == "baked":
-        raise ValueError(
-            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
-            "rates. Go on with a checkpoint that was saved before bake."
-        )
-    if not any(_FSDP in name for name, _ in module.named_parameters()):
-        # FSDP1 leaves shards, of other shapes
-        plan.check(module)
-    _check_multipliers(module, plan)
+    _check_module(module, plan)
     return ScaledOptimizer(optimizer, module, plan, family)
 
 
 def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
-    """Whether an optimizer updates each parameter with the numbers of a plan.
-
-    Args:
-        optimizer: any, or a wrapper of one.
-
-    >>> import torch
-    >>> is_scaled(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    False
-    """
+    """Tell whether an optimizer, or the one inside a wrapper, updates parameters with the numbers of a plan."""
     scaled = getattr(_unwrapped(optimizer).step, _MARK, None)
     return isinstance(scaled, ScaledOptimizer) and scaled.active
 
@@ -120,14 +100,6 @@ class ScaledOptimizer:
     """Handle of an optimizer that :func:`scale_optimizer` has scaled."""
 
     def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
-        """Scale an optimizer; :func:`scale_optimizer` checks before that it can be.
-
-        Args:
-            optimizer: the optimizer itself, not a wrapper of it.
-            module: the module that has its parameters.
-            plan: the module's plan.
-            family: as in :func:`scale_optimizer`.
-        """
         self.optimizer = optimizer
         self.active = True
         self._module = module
@@ -146,13 +118,13 @@ class ScaledOptimizer:
 
     @property
     def families(self) -> dict[str, OptimizerFamily]:
-        """Column of the table by the name of every parameter that the optimizer has."""
+        """Column of the table that is used for every parameter of the optimizer, by name."""
         names = plan_names(self._module, self._plan)
         groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
     def remove(self) -> None:
-        """Make the optimizer plain again. Safe to call twice.
+        """Make the optimizer plain again; a second call does nothing.
 
         What it has kept in its shadow groups stays in the user's, for checkpoints that are saved later.
         """
@@ -206,13 +178,13 @@ class ScaledOptimizer:
     def _swap_in(self) -> None:
         """Put the shadow groups, with the numbers of this step, into the optimizer's list of groups."""
         groups = self.optimizer.param_groups
-        current = dict(enumerate(self._splits))
+        current = [*self._splits, *[None] * len(groups)]
         # groups are added, and load_state_dict replaces them
         self._splits = [
-            current[index] if index in current and current[index].is_of(group) else self._split(index)
-            for index, group in enumerate(groups)
+            split if split is not None and split.is_of(group) else self._split(index)
+            for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
-        shadows = [shadow for split in self._splits for shadow in self._filled(split)]
+        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -244,8 +216,7 @@ class ScaledOptimizer:
         rule = update_rules(self.optimizer, self._family)[index]
         family = rule.family_of(group)
         scales = self._plan.scales(family)
-        state = residual_state(self._module)
-        folded = frozenset[str]() if state is None else state.folded
+        folded = folded_parameters(self._module)
         names = plan_names(self._module, self._plan)
         members: dict[tuple[tuple[str, Factor], ...], list[Tensor]] = {}
         for parameter in group["params"]:
@@ -269,64 +240,33 @@ class ScaledOptimizer:
             if any(own):
                 group[_OWN] = own
 
-    def _filled(self, split: Split) -> list[Group]:
-        """Groups that take the place of one of the user's in this step."""
-        if split.is_plain:
-            return [split.user]
-        for shadow in split.shadows:
-            shadow.fill(split.user)
-            if split.rule.at_step is not None:
-                split.rule.at_step(split.user, shadow.group, shadow.factors, self._step_number(shadow))
-            shadow.given = {**shadow.group}
-        return [shadow.group for shadow in split.shadows]
-
-    def _step_number(self, shadow: Shadow) -> int:
-        """Number of the step that begins, from 1, for the parameters of a shadow group."""
-        states = (self.optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
-        return 1 + next((int(state["step"]) for state in states if "step" in state), 0)
-
 
 def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
-    """Names of a module's parameters by identity, as its plan has them.
-
-    Args:
-        module: plain, or with wrappers, such as those of FSDP1 and of activation checkpointing, or pruned since it was
-            planned, which makes ``weight_orig`` of ``weight``.
-        plan: of the module.
-
-    >>> from torch.nn.utils import prune
-    >>> from mlu_lightning.models import ResNet
-    >>> module = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
-    >>> plan = Plan.from_model(module)
-    >>> embed = prune.identity(module.embed, "weight")
-    >>> plan_names(module, plan)[id(embed.weight_orig)]
-    'embed.weight'
-    """
+    """Names of a module's parameters by ``id``, as its plan has them, also in wrappers and where they are pruned."""
     return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
 
 
 _MARK = "_mlu_scaled_by"
+"""Where the step of a scaled optimizer has its handle; schedulers that wrap the step take it along."""
 _OWN = "mlu_own"
-_FSDP = "_fsdp_wrapped_module."
-_PRUNED = "_orig"
+"""Where a group has what its shadows have of their own."""
 
 
 def _for_all(family: Family | None) -> Family | None:
     """Make one of a list of families that do not differ: groups that are added later have it, too."""
-    if family is None or isinstance(family, str):
-        return family
-    return family[0] if family and all(each == family[0] for each in family) else family
+    several = family is not None and not isinstance(family, str)
+    return family[0] if several and family and all(each == family[0] for each in family) else family
 
 
 def _planned(name: str, module: nn.Module, plan: Plan) -> str:
     """Name that the plan has for a parameter of the module."""
     planned = planned_name(name)
     owner, _, own = name.rpartition(".")
-    if planned in plan.parameters or not own.endswith(_PRUNED):
+    if planned in plan.parameters or not own.endswith("_orig"):
         return planned
-    # others, such as spectral_norm, rename it in the same way, but not without another function of the module
+    # pruning renames it so; others, such as spectral_norm, do too, but not without another function of the module
     buffers = dict(module.get_submodule(owner).named_buffers(recurse=False))
-    return planned.removesuffix(_PRUNED) if f"{own.removesuffix(_PRUNED)}_mask" in buffers else planned
+    return planned.removesuffix("_orig") if f"{own.removesuffix('_orig')}_mask" in buffers else planned
 
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
@@ -345,17 +285,24 @@ def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer
 
 
-def _check_multipliers(module: nn.Module, plan: Plan) -> None:
-    """Refuse a module that the plan's multipliers are not in: the factors are for the run with them."""
-    state = residual_state(module)
-    if state is None:
-        if all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers):
+def _check_module(module: nn.Module, plan: Plan) -> None:
+    """Refuse a module that the plan does not fit, or that lacks its multipliers: the factors are for the run with them."""
+    applied = residual_state(module)
+    if applied is not None and applied.mode == "baked":
+        raise ValueError(
+            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
+            "rates. Go on with a checkpoint that was saved before bake."
+        )
+    if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
+        plan.check(module)  # FSDP1 leaves shards, of other shapes
+    if applied is None:
+        if not forward_factors(plan):
             return
         raise ValueError(
             "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
             "be wrong. Call attach_multipliers(module, plan) or fold(module, plan) before scale_optimizer."
         )
-    if state.fingerprint != fingerprint(plan):
+    if not applied.is_of(plan):
         raise ValueError(
             "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
             "to both."
@@ -368,7 +315,6 @@ def _foreign(index: int, parameter: Tensor, name: str | None) -> str:
     return (
         f"{what} in group {index} of the optimizer is not a parameter of the module that the plan was made for. Make "
         "the optimizer from the module's own parameters; one that updates float32 copies of them has to keep these in its "
-        "state, not in its groups. Where a strategy replaces them by flattened ones, their "
-        "learning rates cannot be told apart: use FSDP with use_orig_params=True, or ModelParallelStrategy (FSDP2), "
-        "instead of FSDP with use_orig_params=False or DeepSpeed ZeRO."
+        "state, not in its groups. Where a strategy flattens them, their learning rates cannot be told apart: use FSDP with "
+        "use_orig_params=True, or ModelParallelStrategy (FSDP2), instead of use_orig_params=False or DeepSpeed ZeRO."
     )

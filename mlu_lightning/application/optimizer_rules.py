@@ -1,10 +1,8 @@
 """What the numbers in an optimizer's parameter groups mean, and so by what each of them is to be multiplied.
 
-The table (theory.md, section 3) speaks of a learning rate, an eps and a weight decay. Optimizers of ``torch.optim``
-differ in what they do with these: Rprop has bounds on its step sizes, Adadelta's eps is a square, Adafactor's step is
-relative to the weight, Muon scales its learning rate with the shape. Every rule below has one aim: where a weight and
-its updates are c times and its gradients g times those of the base, the optimizer does c times what it does at the
-base, at every step.
+The table (theory.md, section 3) speaks of a learning rate, an eps and a weight decay, and optimizers differ in what they
+do with these. Every rule below has one aim: where a weight and its updates are c times and its gradients g times those of
+the base, the optimizer does c times what it does at the base, at every step.
 """
 
 from __future__ import annotations
@@ -39,14 +37,10 @@ class UpdateRule:
 
     Args:
         family: column of the table.
-        numbers: factors of a group's numbers for one parameter, from the group, the parameter's name, what the plan
-            says about it, and its scale.
-        at_step: where constant factors are not enough, changes the multiplied group for the step with the given
-            number, from 1; called with the user's group, the multiplied one, its factors, and the number.
-
-    >>> (rule,) = update_rules(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-    >>> rule.family
-    <OptimizerFamily.SGD: 'sgd'>
+        numbers: factors of a group's numbers for one parameter, from the group, the parameter's name, its entry in the
+            plan, and its scale.
+        at_step: what constant factors cannot say: changes the multiplied group for one step, given the user's group,
+            the multiplied one, its factors, and the number of the step, from 1.
     """
 
     family: OptimizerFamily
@@ -60,17 +54,7 @@ class UpdateRule:
         return self.family
 
     def factors(self, group: Group, name: str, plan: Plan, scale: Scale) -> dict[str, Factor]:
-        """Factors for one parameter, without those that are 1 or that the group has no number for.
-
-        Raises:
-            ValueError: if a number of the group cannot be made what the plan asks for.
-
-        >>> plan = Plan({"head.weight": ParameterPlan(Role.READOUT, (2,), (1, 2), (1, 2))}, (), (), ())
-        >>> optimizer = torch.optim.SGD([torch.zeros(2)], lr=0.1)
-        >>> (rule,) = update_rules(optimizer)
-        >>> rule.factors(optimizer.param_groups[0], "head.weight", plan, Scale(lr=4.0, eps=0.5))
-        {'lr': 4.0}
-        """
+        """Factors for one parameter, without those that are 1 or that the group has no number for."""
         parameter = plan.parameters[name]
         if not TABLES[plan.parameterization].scales_optimizer:
             # also where it looks at shapes (Muon) or sizes (Adafactor) itself
@@ -84,26 +68,16 @@ class UpdateRule:
 
 
 def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[UpdateRule]:
-    """Find the rule of every parameter group of an optimizer.
+    """Find the rule of every parameter group of an optimizer, from its class or, elsewhere, from a declared family.
 
     A class that inherits from one of ``torch.optim`` has the rule of that class if it also inherits its ``step``.
-
-    Args:
-        optimizer: the optimizer.
-        family: column of the table for a class that ``torch.optim`` does not define and whose groups have ``lr``, and
-            perhaps ``eps`` and ``weight_decay``, with the usual meaning; a list with one for each group where they
-            differ, as in a Muon that trains the rest by AdamW itself. Classes of ``torch.optim`` have their own.
-
-    Raises:
-        TypeError: if there is no rule for the class.
-        ValueError: if a list has another length than there are groups.
-
-    >>> update_rules(torch.optim.AdamW([torch.zeros(1)]))[0].family.value
-    'adamw'
     """
     name = _torch_class(optimizer)
-    if name in _REFUSED:
-        raise TypeError(f"{name} cannot be scaled: {_REFUSED[name]} Use another optimizer, for example AdamW or SGD.")
+    if name == "LBFGS":
+        raise TypeError(
+            "LBFGS cannot be scaled: it takes one step for all parameters together, so none has a learning rate of its own. "
+            "Use another optimizer, for example AdamW or SGD."
+        )
     groups = len(optimizer.param_groups)
     if name in _RULES:
         return [_RULES[name]] * groups
@@ -112,28 +86,23 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
             f"How {type(optimizer).__name__} uses its learning rate, eps and weight decay is not known: it is not an "
             "optimizer of torch.optim, or it has a step of its own. Use one of torch.optim, or say which column of the "
             'MLU table it follows, with family=... of MLUCallback or scale_optimizer: "sgd" (update proportional to the '
-            'gradient, decay added to the gradient), "adam" (update independent of the size of the gradient, decay added to '
-            'the gradient), "adamw" (the same with decoupled decay) or "muon" (update of unit spectral norm, decoupled '
-            "decay), or a list with one for each parameter group."
+            'gradient, to which decay is added), "adam" (update independent of its size, decay added to it), "adamw" (the '
+            'same with decoupled decay) or "muon" (update of unit spectral norm, decoupled decay), or a list with one for '
+            "each parameter group."
         )
     families = [family] * groups if isinstance(family, str) else [*family]
     if len(families) != groups:
         raise ValueError(
             f"family={families} names {len(families)} families, and {type(optimizer).__name__} has {groups} parameter "
             "groups. Give one for each group, in their order, or one for all of them. Where families differ, a group that "
-            "is added during the run would have none: let the optimizer have it from the start. Parameters that are frozen "
-            "until later have no gradient, and are left alone."
+            "is added during the run would have none: let the optimizer have it from the start, frozen if need be."
         )
     columns = [OptimizerFamily(each) for each in families]
     return [UpdateRule(column, _declared_muon if column is OptimizerFamily.MUON else _declared) for column in columns]
 
 
 def multiplied(value: Any, factor: Factor) -> Any:
-    """Multiply a number of a group, or each in a tuple; a tensor stays a tensor, None stays None, 1 changes nothing.
-
-    >>> multiplied((0.5, None), (4.0, 2.0))
-    (2.0, None)
-    """
+    """Multiply a number of a group, or each in a tuple; a tensor stays a tensor, None stays None, 1 changes nothing."""
     if isinstance(factor, Forgetting):
         return factor(value)
     if isinstance(factor, tuple):
@@ -142,11 +111,7 @@ def multiplied(value: Any, factor: Factor) -> Any:
 
 
 def divided(value: Any, factor: Factor) -> Any:
-    """Undo :func:`multiplied`.
-
-    >>> divided(multiplied(0.3, 4.0), 4.0)
-    0.3
-    """
+    """Undo :func:`multiplied`."""
     if isinstance(factor, Forgetting):
         return factor.undone(value)
     if isinstance(factor, tuple):
@@ -199,9 +164,8 @@ def _adagrad(group: Group, name: str, parameter: ParameterPlan, scale: Scale) ->
     """Adagrad puts its initial accumulator into the state when it is constructed, where no factor reaches it."""
     if group.get("initial_accumulator_value", 0) != 0 and scale.eps != 1.0:
         raise ValueError(
-            f"Adagrad's initial_accumulator_value is {group['initial_accumulator_value']:g}. It is a squared gradient, "
-            f"and that of {name} is of another size than at the base, but the value went into the optimizer's state "
-            "when it was constructed. Leave it at 0, its default."
+            f"Adagrad's initial_accumulator_value is {group['initial_accumulator_value']:g}, a squared gradient, which of "
+            f"{name} is of another size than at the base, but is in the optimizer's state already. Leave it at 0."
         )
     return _plain(group, name, parameter, scale)
 
@@ -292,9 +256,8 @@ def _check_horizon(horizon: Horizon, group: Group, family: OptimizerFamily) -> N
 def _check_muon(name: str, parameter: ParameterPlan) -> None:
     if not parameter.role.is_matrix or parameter.role in (Role.EMBEDDING, Role.READOUT):
         raise ValueError(
-            f"Muon was given {name}, whose role is {parameter.role}. Muon's update of unit spectral norm is for "
-            "matrices between layers: it has no rule for embeddings, readouts, norms and biases. Give these to an "
-            "AdamW next to Muon."
+            f"Muon was given {name}, whose role is {parameter.role}. Its update of unit spectral norm is for matrices "
+            "between layers, not for embeddings, readouts, norms and biases. Give these to an AdamW next to Muon."
         )
 
 
@@ -313,8 +276,4 @@ _RULES: dict[str, UpdateRule] = {
     "SparseAdam": UpdateRule(OptimizerFamily.ADAM, _plain),
     "Adafactor": UpdateRule(OptimizerFamily.ADAMW, _adafactor, _adafactor_step),
     "Muon": UpdateRule(OptimizerFamily.MUON, _muon),
-}
-
-_REFUSED = {
-    "LBFGS": "it takes one step for all parameters together, so none has a learning rate of its own.",
 }

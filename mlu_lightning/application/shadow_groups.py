@@ -1,8 +1,8 @@
 """Parameter groups that an optimizer sees in the place of the user's, and what goes over from one to the other.
 
-A *shadow* of a group has some of its parameters, and its numbers times the plan's factors of these. What the user or a
-scheduler changes in the group is taken over at the beginning of an update; what the optimizer changes in a shadow is handed
-to the group at its end, and a shadow goes on with its own value until the user changes that.
+A *shadow* of a group has some of its parameters, and its numbers times their factors. It takes over at the beginning of an
+update what the user or a scheduler has changed in the group; what the optimizer changes in it goes to the group at the end,
+while it goes on with its own value until the user changes that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from mlu_lightning.application.optimizer_rules import Factor, Group, UpdateRule, divided, multiplied
 
@@ -19,19 +20,12 @@ __all__ = ["Shadow", "Split"]
 
 @dataclass
 class Shadow:
-    """What the optimizer sees of one of the user's groups.
+    """What the optimizer sees of one of the user's groups."""
 
-    Args:
-        group: a parameter group, kept between steps.
-        factors: by what its numbers are multiplied.
-        seen: the user's other values when they were last taken over.
-        given: the group's values at the beginning of the update.
-    """
-
-    group: Group
+    group: Group  # kept between steps
     factors: dict[str, Factor]
-    seen: Group = field(default_factory=dict)
-    given: Group = field(default_factory=dict)
+    seen: Group = field(default_factory=dict)  # the user's other values when they were last taken over
+    given: Group = field(default_factory=dict)  # the group's values at the beginning of the update
 
     def lr_factor(self) -> float:
         """Factor of the learning rate."""
@@ -52,34 +46,33 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Split:
-    """One of the user's groups and its shadows.
-
-    Args:
-        user: the group.
-        members: ids of its parameters.
-        shadows: what the optimizer sees instead.
-        rule: how the optimizer uses the group's numbers.
-    """
+    """One of the user's groups and its shadows."""
 
     user: Group
-    members: list[int]
+    members: list[int]  # ids of its parameters
     shadows: list[Shadow]
     rule: UpdateRule
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether all factors are 1, so that the user's group serves itself."""
-        return not any(shadow.factors for shadow in self.shadows)
 
     def is_of(self, group: Group) -> bool:
         """Whether this is the split of the group, with the parameters that it has now."""
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
 
-    def own(self) -> list[dict[str, tuple[Any, Any]]]:
-        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers.
+    def groups_of_step(self, optimizer: Optimizer) -> list[Group]:
+        """Groups that take the user's place in the step that begins; where all factors are 1, it serves itself."""
+        if not any(shadow.factors for shadow in self.shadows):
+            return [self.user]
+        for shadow in self.shadows:
+            shadow.fill(self.user)
+            if self.rule.at_step is not None:
+                states = (optimizer.state.get(parameter, {}) for parameter in shadow.group["params"])
+                step = 1 + next((int(state["step"]) for state in states if "step" in state), 0)
+                self.rule.at_step(self.user, shadow.group, shadow.factors, step)
+            shadow.given = {**shadow.group}
+        return [shadow.group for shadow in self.shadows]
 
-        What the user, or a scheduler, has changed since is taken over in the next step, and so is nothing of a shadow's own.
-        """
+    def own(self) -> list[dict[str, tuple[Any, Any]]]:
+        """For each shadow the values that differ from the user's, after these, as in schedule-free optimizers."""
+        # what the user, or a scheduler, has changed since is taken over in the next step
         return [
             {
                 key: (self.user[key], value)
@@ -110,8 +103,7 @@ class Split:
                     changed[key] = divided(value, shadow.factors.get(key, 1.0))
         self.user.update(changed)
         for shadow in self.shadows:
-            # every shadow goes on with its own value until the user changes it
-            shadow.seen.update(changed)
+            shadow.seen.update(changed)  # each goes on with its own value until the user changes it
 
 
 _MEMBERS = ("params", "param_names")
@@ -119,6 +111,6 @@ _NUMBERS = ("lr", "eps", "weight_decay")
 _UNSEEN = object()
 
 
-def _differ(one: Any, other: Any) -> bool:
+def _differ(value: Any, other: Any) -> bool:
     """Whether two values of a group differ, which may be tensors."""
-    return bool(torch.as_tensor(one != other).any())
+    return bool(torch.as_tensor(value != other).any())

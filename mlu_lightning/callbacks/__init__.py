@@ -1,4 +1,9 @@
-"""Lightning callbacks: thin adapters of the functions of the package."""
+"""Lightning callbacks: thin adapters of the functions of the package, one file for each.
+
+In come a Trainer and its module; out go a run in the MLU parameterization (:class:`MLUCallback`), a reference file of a run
+(:class:`ReferenceRecorder`), and logged values that say how far a run is from a reference (:class:`EmbeddingDistance`),
+from the infinite model (:class:`Limit`), or from where it began (:class:`FeatureUpdate`). Begin with ``mlu_callback.py``.
+"""
 
 from mlu_lightning.callbacks.embedding_distance import EmbeddingDistance
 from mlu_lightning.callbacks.feature_update import FeatureUpdate

@@ -17,6 +17,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from mlu_lightning.utilities.lightning_private import (
+    before_batch_transfer,
+    is_sequential,
+    train_dataloaders,
+    val_dataloaders,
+)
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["find_example", "find_probe"]
@@ -25,20 +31,12 @@ __all__ = ["find_example", "find_probe"]
 def find_example(trainer: Trainer, module: LightningModule) -> Any:
     """Take a batch as ``training_step`` will be given it, or None if only ``example_input_array`` can serve.
 
-    The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and the random
-    states of torch, NumPy and Python stay as they are. ``train_dataloader()`` is called once more than without, and the
-    samples are read once more. Data that can only be iterated over are read twice, to see whether they begin anew each
-    time, and there is a warning if they do not.
-
-    Args:
-        trainer: which is about to fit the module.
-        module: the trainer's.
-
-    Raises:
-        ValueError: if no batch can be taken and the module has no ``example_input_array``.
+    The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and random states
+    stay as they are. ``train_dataloader()`` is called once more than without, and the samples are read once more; data that
+    can only be iterated over are read twice, with a warning if they do not begin anew each time.
     """
     with isolate_rng():
-        loaders = _iterables(trainer.fit_loop._data_source.dataloader())
+        loaders = _iterables(train_dataloaders(trainer))
         try:
             batch = tree_map(_first_batch, loaders)
         except _NoBatchError as reason:
@@ -55,23 +53,14 @@ def find_example(trainer: Trainer, module: LightningModule) -> Any:
 def find_probe(trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
     """Take a batch to probe a run with: of the first validation data, or of the training data if there are none.
 
-    It is made of the first samples of the dataset, as for :func:`find_example`, and not transferred.
-
-    Args:
-        trainer: which is fitting the module.
-        module: the trainer's.
-
-    Returns:
-        The batch, and the step that takes it.
-
-    Raises:
-        ValueError: if no batch can be taken.
+    It is made of the first samples of the dataset, as for :func:`find_example`, not transferred, and comes with the step
+    that takes it.
     """
     with isolate_rng():
         loaders = _validation_loader(trainer, module)
         step: StepName = "training_step" if loaders is None else "validation_step"
         if loaders is None:
-            loaders = _iterables(trainer.fit_loop._data_source.dataloader())
+            loaders = _iterables(train_dataloaders(trainer))
         try:
             return tree_map(_first_batch, loaders), step
         except _NoBatchError as reason:
@@ -86,12 +75,9 @@ class _NoBatchError(Exception):
 
 
 def _validation_loader(trainer: Trainer, module: LightningModule) -> Any:
-    """The first of the loaders that validation goes through, None if there is no validation."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    if not is_overridden("validation_step", module) or not source.is_defined():
-        return None
-    loaders = source.dataloader()
-    if isinstance(loaders, CombinedLoader) and loaders._mode != "sequential":
+    """Find the first of the loaders that validation goes through, None if there is no validation."""
+    loaders = val_dataloaders(trainer) if is_overridden("validation_step", module) else None
+    if isinstance(loaders, CombinedLoader) and not is_sequential(loaders):
         return loaders.iterables  # a batch has a part of each
     return next(iter(tree_leaves(_iterables(loaders))), None)
 
@@ -101,7 +87,7 @@ def _iterables(loaders: Any) -> Any:
 
 
 def _first_batch(loader: Any) -> Any:
-    """First batch in the order of the data."""
+    """Make the first batch in the order of the data."""
     if isinstance(loader, DataLoader):
         if isinstance(loader.sampler, BatchSampler) and loader.batch_sampler is None:
             # the dataset is asked for whole batches, by index, so that it has a length, which Dataset does not declare
@@ -116,7 +102,7 @@ def _first_batch(loader: Any) -> Any:
 
 
 def _first_samples(loader: DataLoader[Any]) -> list[Any]:
-    """As many samples as a batch has, without the loader's sampler and workers."""
+    """Read as many samples as a batch has, without the loader's sampler and workers."""
     dataset: Any = loader.dataset
     size = loader.batch_size or int(getattr(loader.batch_sampler, "batch_size", 1))
     if isinstance(dataset, IterableDataset):
@@ -132,7 +118,7 @@ def _first_samples(loader: DataLoader[Any]) -> list[Any]:
 
 
 def _beginning(data: Iterable[Any], size: int) -> list[Any]:
-    """First items of what can only be iterated over, which should be the first ones again for whoever comes next."""
+    """Read the first items of what can only be iterated over, and warn if the next to ask gets others."""
     with isolate_rng():
         iterator = iter(data)
         if iterator is data:
@@ -149,14 +135,14 @@ def _beginning(data: Iterable[Any], size: int) -> list[Any]:
     return items
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(value: Any, other: Any) -> bool:
     """Whether two tensors, arrays, numbers or texts are equal, as NaN is to itself; others are not looked at."""
-    if isinstance(one, np.ndarray) or (isinstance(one, Tensor) and one.layout is torch.strided):
-        if type(one) is not type(other) or one.shape != other.shape:
+    if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.layout is torch.strided):
+        if type(value) is not type(other) or value.shape != other.shape:
             return False
-        equal: Any = (one == other) | ((one != one) & (other != other))
+        equal: Any = (value == other) | ((value != value) & (other != other))
         return bool(equal.all())
-    return not isinstance(one, (str, bytes, int, float)) or one == other or one != one
+    return not isinstance(value, (str, bytes, int, float)) or value == other or value != value
 
 
 def _transferred(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
@@ -166,6 +152,6 @@ def _transferred(batch: Any, trainer: Trainer, module: LightningModule) -> Any:
     converted = precision.convert_input(torch.zeros(())).dtype
     if any(parameter.dtype == converted for parameter in module.parameters()):
         batch = precision.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch)
+    batch = before_batch_transfer(module, batch)
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     return trainer.strategy.batch_to_device(batch, torch.device("cpu") if device.type == "meta" else device)

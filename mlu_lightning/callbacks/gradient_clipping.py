@@ -9,33 +9,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from mlu_lightning.application.clipping import unfolded_gradients
+from mlu_lightning.application import unfolded_gradients
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 
 __all__ = ["wrap_clipping"]
 
 
 def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Callable[[], None]:
-    """Let a module clip its gradients as those of weights without multipliers, whoever asks for it.
-
-    Args:
-        trainer: which is fitting the module.
-        module: whose ``configure_gradient_clipping`` and ``clip_gradients`` it is.
-        plan: whose multipliers it has in its weights.
-
-    Returns:
-        What undoes this.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> model = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
-    >>> restore = wrap_clipping(Trainer(barebones=True), model, Plan.from_model(model))
-    >>> sorted(name for name in vars(model) if "clip" in name)
-    ['clip_gradients', 'configure_gradient_clipping']
-    >>> restore()
-    >>> [name for name in vars(model) if "clip" in name]
-    []
-    """
+    """Let a module clip its gradients as those of weights without multipliers, whoever asks; return what undoes this."""
     own, clipping = is_overridden("configure_gradient_clipping", module), False
 
     def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

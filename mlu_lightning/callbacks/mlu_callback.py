@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -17,29 +16,25 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application.checkpoint import PLACES, STATE_KEY, load_plan, warn_of_hooks, wrap_saving, write_plan
-from mlu_lightning.application.initialization import InitMode, initialize
-from mlu_lightning.application.multipliers import (
-    applied_plan,
-    attach_multipliers,
-    check_attached,
-    fold,
-    residual_state,
-)
-from mlu_lightning.application.optimization import is_scaled, scale_optimizer
+from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled, scale_optimizer
+from mlu_lightning.application.applied import mark_initialized, residual_state
+from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
+from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.model_copies import check_copies, copy_again
+from mlu_lightning.callbacks.saved_plans import wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
-from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
+from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
 from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
 
-__all__ = ["MLUCallback", "Residual"]
+__all__ = ["MLUCallback"]
 
-Residual = Literal["hook", "fold", "folded"]
+Residual = Literal["hook", "fold"]
 FamilyName = Literal["sgd", "adam", "adamw", "muon"]
 
 
@@ -51,34 +46,34 @@ class MLUCallback(Callback):
     schedulers and loggers stay as they are: learning rates in them are those of the base. At the base's own shape the
     run is bit for bit the run without the callback.
 
-    The module is planned and initialized when it is built: before ``fit`` does anything else, or, if the module
-    overrides ``setup`` or ``configure_model``, right after the later of them. A module that was fitted with the callback
-    goes on from its weights in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that
-    a checkpoint of a run with ``residual="hook"`` brings its multipliers along. Checkpoints say where the multipliers of
-    the module are when they are saved; those with weights alone do, too.
+    The module is planned and initialized before ``fit`` does anything else, or, if it overrides ``setup`` or
+    ``configure_model``, right after the later of them. A module that was fitted with the callback goes on from its weights
+    in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that a checkpoint of a run with
+    ``residual="hook"`` brings its multipliers along. Every checkpoint says where the multipliers of the module are.
 
     Lightning's own callbacks may stand before or after it: averages of weights start from the initialized module, groups
     that fine-tuning adds have the plan's factors, and learning rates that are found, set or logged are those of the base.
     Callbacks of others that copy the module in their ``setup`` should come after it.
 
     Args:
-        base: the shape at which the hyperparameters are known to be good: a freshly built module of that shape, a
-            function that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan
-            whose base has it. None for the paper's absolute form, whose learning rates are those of the infinite model.
-        plan: a finished plan, or the path of a saved one, instead of ``base``, ``overrides`` and ``alpha``.
+        base: shape at which the hyperparameters are known to be good: a freshly built module of that shape, a function
+            that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan whose base has
+            it. None for the paper's absolute form, whose learning rates are those of the infinite model.
+        plan: finished plan, or the path of a saved one, instead of ``base``, ``overrides``, ``alpha``,
+            ``parameterization`` and the ratios.
         init: ``"rescale"`` keeps the form of the initial distributions and sets their scale, ``"normal"`` draws matrices
             anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
             weights alone, for those of a checkpoint.
         residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
             parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function,
             unless the fit warns that hooks are left (of tied readouts, gains stored minus one, fused queries); their
-            gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`).
-            ``"folded"``: as ``"fold"``, for weights that were folded before (with ``init=None``).
+            gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`). For weights that hold
+            their multipliers already, call ``fold(module, plan, multiplied=True)`` before ``fit``, and give ``init=None``.
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
-        example: a batch as ``training_step`` takes it, for planning. By default the first samples of the training data,
+        example: batch as ``training_step`` takes it, for planning. By default the first samples of the training data,
             or else the module's ``example_input_array``.
-        seed: of what ``init`` draws, and of a base that is built here.
+        seed: seed of what ``init`` draws, and of a base that is built here.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
             does not define; a list with one for each parameter group where they differ.
         parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
@@ -91,8 +86,7 @@ class MLUCallback(Callback):
     Example:
         >>> import torch
         >>> from mlu_lightning.models import ResNet
-        >>> base = ResNet(depth=2, hidden=16, embedding=8, inputs=3, outputs=2)
-        >>> deeper = ResNet(depth=4, hidden=16, embedding=8, inputs=3, outputs=2)
+        >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
         >>> data = torch.utils.data.DataLoader([(torch.ones(3), torch.ones(2))] * 8, batch_size=4)
         >>> trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[MLUCallback(base)])
         >>> trainer.fit(deeper, data)
@@ -111,7 +105,7 @@ class MLUCallback(Callback):
         example: Any = None,
         seed: int = 0,
         family: FamilyName | list[FamilyName] | None = None,
-        parameterization: Literal["mlu", "completep", "mup", "sp"] = "mlu",
+        parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
     ) -> None:
@@ -120,30 +114,19 @@ class MLUCallback(Callback):
             raise ValueError(f"init={init!r} is none of: {', '.join(get_args(InitMode))}, None.")
         if residual not in get_args(Residual):
             raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
-        if residual == "folded" and init is not None:
-            raise ValueError(
-                f'residual="folded" is for weights that hold their multipliers, and init={init!r} would change them. '
-                'Give init=None with it, or residual="fold" for weights that were just built.'
-            )
-        planning = (base, overrides, alpha, parameterization, batch_ratio, token_ratio)
-        if plan is not None and planning != (None, None, 1.0, "mlu", 1.0, 1.0):
+        self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio)
+        if plan is not None and not self._arguments.are_default():
+            *names, last = PlanArguments.names()
             raise ValueError(
                 "A plan holds its base, roles, alpha, parameterization and ratios of batch and tokens, so it cannot be "
-                "given together with base, overrides, alpha, parameterization, batch_ratio or token_ratio. Give these "
-                "alone, to plan anew, or edit the plan."
+                f"given together with {', '.join(names)} or {last}. Give these alone, to plan anew, or edit the plan."
             )
-        self._base = base
         self._given = plan
         self._init = init
-        self._residual = residual
-        self._overrides = overrides
-        self._alpha = alpha
+        self._residual: Residual = residual
         self._example = example
         self._seed = seed
         self._family = family
-        self._parameterization = parameterization
-        self._batch_ratio = batch_ratio
-        self._token_ratio = token_ratio
         self._plan: Plan | None = None
         self._planned: Plan | None = None
         self._initialized = False
@@ -166,13 +149,7 @@ class MLUCallback(Callback):
         return STATE_KEY
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Plan and initialize the module, now or when it will have been built.
-
-        Raises:
-            TypeError: in a Trainer of ``pytorch_lightning``.
-            ValueError: if the module cannot be planned, the plan does not fit it, or the strategy puts other parameters
-                in the place of the module's.
-        """
+        """Plan and initialize the module, now or when it will have been built."""
         if not isinstance(trainer, Trainer):
             raise TypeError(
                 f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
@@ -189,11 +166,10 @@ class MLUCallback(Callback):
         self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
         check_copies(callbacks)
         check_strategy(trainer.strategy)
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if starts_processes(trainer.strategy):
             rank_zero_warn(
-                "The Trainer trains in processes started from this one, and only weights come back: afterwards the module "
-                "will have neither its multipliers nor a mark that it was initialized. Go on from a checkpoint, with "
-                'ckpt_path=..., or use strategy="ddp".'
+                "The Trainer trains in processes started from this one, and only weights come back, without multipliers or "
+                'a mark that they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
             )
         builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
         if not builders:
@@ -218,22 +194,14 @@ class MLUCallback(Callback):
             log_plan(trainer.loggers, self._plan, self._residual, self._families)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan.
-
-        Raises:
-            ValueError: if the checkpoint is of a run with another plan, or with multipliers in another place.
-        """
+        """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan."""
         if load_plan(pl_module, checkpoint) is not None:
-            vars(pl_module)[_MARK] = True
+            mark_initialized(pl_module)
         self._keep(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Refuse an update at other numbers than the plan's.
-
-        Raises:
-            ValueError: if somebody has put an optimizer in the place of one that was scaled.
-        """
-        if not isinstance(optimizer, _MockOptimizer) and not is_scaled(optimizer):  # that of a module without one
+        """Refuse an update at other numbers than the plan's."""
+        if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
             raise ValueError(
                 f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
                 "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
@@ -253,15 +221,8 @@ class MLUCallback(Callback):
         """Give the module its methods back, and make its optimizers plain."""
         self._cleanup.close()
 
-    @property
-    def _mode(self) -> Literal["hook", "fold"]:
-        return "hook" if self._residual == "hook" else "fold"
-
     def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
-        """Plan the module, which has been built, and apply the plan, to its optimizers as soon as they are made.
-
-        Callbacks that were set up earlier may have copied the module as it was.
-        """
+        """Apply a plan to the module, which has been built, to copies of earlier callbacks, and later to its optimizers."""
         check_attached(module)
         if residual_state(module) is None:
             check_whole(trainer.strategy, module)
@@ -279,9 +240,8 @@ class MLUCallback(Callback):
                 # a sharded strategy has given the parameters their values now, and restores checkpoints later
                 self._apply(module, plan)
             configured = method()
-            optimizers = [] if configured is None else _configure_optimizers(configured)[0]
             self._families = {}
-            for optimizer in optimizers:
+            for optimizer in [] if configured is None else configured_optimizers(configured)[0]:
                 scaled = scale_optimizer(optimizer, module, plan, self._family)
                 self._cleanup.callback(scaled.remove)
                 self._families.update(scaled.families)
@@ -289,14 +249,14 @@ class MLUCallback(Callback):
 
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
         self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
-        if self._mode == "fold":
+        if self._residual == "fold":
             warn_of_hooks(plan)
             self._cleanup.callback(wrap_clipping(trainer, module, plan))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
-        state = residual_state(module)
-        if self._planned is not None and state is not None and state.fingerprint == fingerprint(self._planned):
+        applied = residual_state(module)
+        if self._planned is not None and applied is not None and applied.is_of(self._planned):
             return self._planned
         if self._given is not None:
             return Plan.load(self._given) if isinstance(self._given, str) else self._given
@@ -307,42 +267,33 @@ class MLUCallback(Callback):
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
             )
         example = find_example(trainer, module) if self._example is None else self._example
-        with _built(self._base, trainer, self._seed) as base:
-            return Plan.from_model(
-                module,
-                example,
-                base=base,
-                overrides=self._overrides,
-                alpha=self._alpha,
-                parameterization=self._parameterization,
-                batch_ratio=self._batch_ratio,
-                token_ratio=self._token_ratio,
-            )
+        with _built(self._arguments.base, trainer, self._seed) as base:
+            return Plan.from_model(module, example, **replace(self._arguments, base=base).keywords())
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
-        state = residual_state(module)
-        self._initialized = state is None and self._init is not None
-        if state is None:
+        applied = residual_state(module)
+        self._initialized = applied is None and self._init is not None
+        if applied is None:
             if self._init is not None:
                 initialize(module, plan, self._init, self._seed)
-            if self._mode == "hook":
+            if self._residual == "hook":
                 attach_multipliers(module, plan)
             else:
-                fold(module, plan, multiplied=self._residual == "folded")
-            vars(module)[_MARK] = True
-        elif state.mode != self._mode:
-            advice = "" if state.mode == "baked" else f"residual={state.mode!r}, or "
+                fold(module, plan)
+            mark_initialized(module)
+        elif applied.mode != self._residual:
+            advice = "" if applied.mode == "baked" else f"residual={applied.mode!r}, or "
             raise ValueError(
-                f"The module has its multipliers {PLACES[state.mode]} already, but MLUCallback has "
+                f"The module has its multipliers {WHERE[applied.mode]} already, but MLUCallback has "
                 f"residual={self._residual!r}. Give it {advice}a module that was built anew."
             )
-        elif state.fingerprint != fingerprint(plan):
+        elif not applied.is_of(plan):
             raise ValueError(
                 "The module has the multipliers of another plan than that of this MLUCallback. Give it the base, "
                 "overrides and alpha, or the plan, that the module was trained with, or a module that was built anew."
             )
-        elif self._init is not None and _MARK not in vars(module):
+        elif self._init is not None and not applied.initialized:
             raise ValueError(
                 "The module has its multipliers already, and not from an MLUCallback, so it is not known whether it was "
                 "initialized. Call initialize(module, plan) before attach_multipliers or fold and give init=None to "
@@ -352,23 +303,18 @@ class MLUCallback(Callback):
 
     def _keep(self, module: LightningModule) -> None:
         """Take the plan that is in effect on a module, if there is one, and let its checkpoints have it."""
-        plan = applied_plan(module)
-        if plan is not None:
-            self._plan = plan
+        applied = residual_state(module)
+        if applied is not None:
+            self._plan = applied.plan
             wrap_saving(module)
-
-
-_MARK = "_mlu_callback"
 
 
 @contextmanager
 def _built(
     base: str | Callable[[], nn.Module] | nn.Module | None, trainer: Trainer, seed: int
 ) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make.
-
-    One that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly.
-    """
+    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
+    # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
     with isolate_rng():
         torch.manual_seed(seed)
         built = base if base is None or isinstance(base, (nn.Module, str)) else base()

@@ -7,29 +7,19 @@ from collections.abc import Iterable
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
+from mlu_lightning.utilities.lightning_private import resamples_parameters
+
 __all__ = ["check_copies", "copy_again"]
 
 
 def check_copies(others: Iterable[Callback]) -> None:
-    """Refuse callbacks that give a module other initial weights than those of its plan.
-
-    Args:
-        others: the Trainer's callbacks.
-
-    Raises:
-        ValueError: if there is one.
-
-    >>> check_copies([callbacks.EarlyStopping("loss")])
-    """
-    for callback in others:
-        if isinstance(callback, callbacks.ModelPruning):
-            settings = vars(callback)
-            if settings["_use_lottery_ticket_hypothesis"] and settings["_resample_parameters"]:
-                raise ValueError(
-                    "ModelPruning(resample_parameters=True) draws weights again as modules draw them when they are built, "
-                    "without the scale that MLUCallback has given them. Leave resample_parameters at False: weights go "
-                    "back to their initial values then, which have it."
-                )
+    """Refuse callbacks that give a module other initial weights than those of its plan."""
+    if any(isinstance(callback, callbacks.ModelPruning) and resamples_parameters(callback) for callback in others):
+        raise ValueError(
+            "ModelPruning(resample_parameters=True) draws weights again as modules draw them when they are built, "
+            "without the scale that MLUCallback has given them. Leave resample_parameters at False: weights go "
+            "back to their initial values then, which have it."
+        )
 
 
 def copy_again(others: Iterable[Callback], trainer: Trainer, module: LightningModule) -> None:
@@ -37,17 +27,6 @@ def copy_again(others: Iterable[Callback], trainer: Trainer, module: LightningMo
 
     Weight averaging starts from its copy, and is validated and saved with it until there is something to average; pruning
     by the lottery ticket hypothesis goes back to its copy.
-
-    Args:
-        others: callbacks that were set up before the module was initialized.
-        trainer: which is about to fit the module.
-        module: with its initial weights.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> averaging = callbacks.EMAWeightAveraging()
-    >>> copy_again([averaging], Trainer(barebones=True), ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1))
-    >>> averaging.state_dict()
-    {'latest_update_step': 0}
     """
     for callback in others:
         if isinstance(callback, _COPYING):

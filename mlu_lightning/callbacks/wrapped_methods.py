@@ -1,4 +1,4 @@
-"""Methods of one instance of a module that do something more for a while."""
+"""Methods of one instance of a module that do something more during a fit."""
 
 from __future__ import annotations
 
@@ -13,25 +13,10 @@ __all__ = ["wrap_method"]
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Let a function be called instead of a method of an instance.
+    """Let a function be called instead of a method of an instance, with the method first; return what undoes this.
 
-    Copies of the module that are made meanwhile, and pickles of it, have the method as it was, and of their own.
-
-    Args:
-        module: whose method it is; other instances of its class keep theirs.
-        name: of the method.
-        around: is called with the method first, and then with what the method is called with.
-
-    Returns:
-        What undoes this. Where somebody else has wrapped the method since, it stays, and only passes the call on.
-
-    >>> module = nn.Linear(1, 1)
-    >>> restore = wrap_method(module, "extra_repr", lambda method: method().upper())
-    >>> module
-    Linear(IN_FEATURES=1, OUT_FEATURES=1, BIAS=TRUE)
-    >>> restore()
-    >>> module
-    Linear(in_features=1, out_features=1, bias=True)
+    Copies of the module that are made meanwhile, and pickles of it, have the method as it was, and of their own. Where
+    somebody else has wrapped the method since, undoing lets the function only pass the call on.
     """
     method: Callable[..., Any] = getattr(module, name)
     # LightningCLI, for one, keeps its configure_optimizers on the instance

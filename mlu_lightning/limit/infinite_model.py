@@ -23,9 +23,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from mlu_lightning.application.initialization import planned_stds, stream_axis
-from mlu_lightning.application.multipliers import attach_multipliers, residual_state
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning.application import (
+    attach_multipliers,
+    folded_parameters,
+    planned_stds,
+    scale_optimizer,
+    stream_axis,
+)
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.planning.plan import Plan
@@ -175,8 +179,7 @@ def embedding_weights(module: nn.Module, plan: Plan) -> Tensor:
     >>> embedding_weights(model, Plan.from_model(model)).shape
     torch.Size([6, 5])
     """
-    state = residual_state(module)
-    folded = frozenset[str]() if state is None else state.folded
+    folded = folded_parameters(module)
     scales = plan.scales(OptimizerFamily.SGD)
     return torch.cat(
         [
@@ -231,8 +234,7 @@ def check_initialization(module: nn.Module, plan: Plan) -> None:
     >>> plan = Plan.from_model(model)
     >>> check_initialization(initialize(model, plan), plan)
     """
-    state = residual_state(module)
-    folded = frozenset[str]() if state is None else state.folded
+    folded = folded_parameters(module)
     scales, stds = plan.scales(OptimizerFamily.SGD), planned_stds(plan)
     for name, parameter in planned_parameters(module).items():
         planned = stds[name]

@@ -20,7 +20,7 @@ from mlu_lightning.planning.derivation import plan_branches, plan_multipliers, p
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
-from mlu_lightning.planning.rendering import plan_table
+from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
@@ -261,7 +261,16 @@ class Plan:
 
     def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
         """Draw the plan as a table for one family of optimizers."""
-        return plan_table(self, OptimizerFamily(family))
+        family = OptimizerFamily(family)
+        return draw_plan(
+            headline(self.parameterization, self._absolute, self.alpha, self.horizon, family),
+            self.streams,
+            self.parameters,
+            self.scales(family),
+            self.branches,
+            {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers},
+            self.warnings,
+        )
 
     def __str__(self) -> str:
         return self.table()

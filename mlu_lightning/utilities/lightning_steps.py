@@ -1,4 +1,4 @@
-"""Run the steps of a LightningModule outside of the Trainer's loops: without a word to loggers, without an update."""
+"""Steps of a LightningModule outside of the Trainer's loops, where they log nothing and update no weights."""
 
 from __future__ import annotations
 
@@ -17,31 +17,12 @@ StepName = Literal["training_step", "validation_step"]
 
 
 def is_lightning_module(module: nn.Module) -> bool:
-    """Whether a module is trained through ``training_step``.
-
-    Args:
-        module: any.
-
-    >>> is_lightning_module(nn.Linear(1, 1))
-    False
-    """
+    """Tell whether a module is trained through ``training_step``."""
     return callable(getattr(module, "training_step", None))
 
 
 def call_step(module: Any, name: StepName, batch: Any) -> Any:
-    """Call a step of a LightningModule with as many arguments as it takes.
-
-    Args:
-        module: a LightningModule.
-        name: of the step.
-        batch: its first argument; the index of the batch and that of its loader are 0.
-
-    >>> class Module(nn.Module):
-    ...     def validation_step(self, batch, batch_idx, dataloader_idx):
-    ...         return batch, batch_idx, dataloader_idx
-    >>> call_step(Module(), "validation_step", "batch")
-    ('batch', 0, 0)
-    """
+    """Call a step of a LightningModule with as many arguments as it takes; batch and loader have the index 0."""
     step = getattr(module, name)
     args = [batch]
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):
@@ -59,21 +40,9 @@ def mute(
 ) -> None:
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
-    Its Trainer shows the same optimizers and schedulers, which it may not have yet, and keeps nothing that is set.
-
-    Args:
-        module: whose class is changed.
-        losses: where those that are given to ``manual_backward`` go.
-        optimizers: what ``optimizers()`` returns, made idle: they have groups and states, and their steps do nothing.
-        schedulers: the same for ``lr_schedulers()``.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> model = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
-    >>> mute(model, [], lambda: [model.configure_optimizers()], lambda: [])
-    >>> model.log("anything", 1.0)
-    >>> model.optimizers().step()
-    >>> model.optimizers().param_groups[0]["lr"]
-    0.1
+    Losses that are given to ``manual_backward`` go to ``losses``. ``optimizers()`` and ``lr_schedulers()`` return the given
+    ones, made idle: they have groups and states, and their steps do nothing. The module's Trainer, which may have none yet,
+    shows the same ones.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -102,24 +71,13 @@ def mute(
     cls = type(module)
     attached = getattr(cls, "trainer", None)
     if isinstance(attached, property):
-        methods["trainer"] = property(lambda self: _Shown(attached.__get__(self), optimizers, schedulers))
+        methods["trainer"] = property(lambda self: _TrainerView(attached.__get__(self), optimizers, schedulers))
     module.__class__ = type(cls.__name__, (cls,), methods)
 
 
 @contextmanager
 def muted(module: Any) -> Iterator[None]:
-    """Mute a LightningModule for a while, with the optimizers and schedulers of its Trainer.
-
-    Args:
-        module: attached to a Trainer if its steps ask for optimizers.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> model = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
-    >>> with muted(model):
-    ...     model.log("anything", 1.0)
-    >>> type(model) is ResNet
-    True
-    """
+    """Mute a LightningModule for a while, with the optimizers and schedulers of its Trainer, if it has one."""
     cls = type(module)
 
     def trainer() -> Any:
@@ -137,8 +95,8 @@ def muted(module: Any) -> Iterator[None]:
         module.__class__ = cls
 
 
-class _Shown:
-    """Stands for a Trainer, with optimizers and schedulers of its own."""
+class _TrainerView:
+    """A Trainer with other optimizers and schedulers."""
 
     def __init__(
         self, original: Any, optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
@@ -158,7 +116,7 @@ class _Shown:
 
 
 class _Idle:
-    """Stands for an optimizer or scheduler: it shows what that holds, and does nothing."""
+    """An optimizer or scheduler that has what the original has, and does nothing."""
 
     def __init__(self, original: Any) -> None:
         self._original = original

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.architecture_runs import doubled, in_double, loss_of
+from helpers.architecture_runs import attachable, doubled, in_double, loss_of
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from helpers.architectures.language import gpt2_with_heads_of
+from helpers.leaving import BASE, THRICE, TWICE, hooks
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning.application import residual_state
 from mlu_lightning.models import CausalTransformer
 
 STEPS = 8
@@ -50,13 +52,11 @@ def _loss(module: nn.Module, example: Any) -> Tensor:
 def test_same_run(architecture: Architecture, name: str) -> None:
     hooked, plan = _made(architecture)
     folded = copy.deepcopy(hooked)
-    with_sites = all(multiplier.site is not None for multiplier in plan.multipliers)
-    if with_sites:
-        attach_multipliers(hooked, plan)
-    else:
+    if not attachable(plan):
         with pytest.raises(ValueError, match="cannot be attached as a hook"):
             attach_multipliers(hooked, plan)
         return
+    attach_multipliers(hooked, plan)
     fold(folded, plan)
     torch.testing.assert_close(
         _loss(folded, architecture.example), _loss(hooked, architecture.example), rtol=1e-13, atol=0
@@ -129,3 +129,34 @@ def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], exampl
         loss.backward()
         assert all(parameter.grad is not None for parameter in copied.parameters())
         assert list(copied.state_dict()) == list(module.state_dict())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fold_moves_hooks_into_the_weights(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    fresh, base = architecture.build(*THRICE), architecture.build(*BASE)
+    plan = Plan.from_model(fresh, architecture.example, base=base, alpha=1.5)
+    if not attachable(plan):
+        pytest.skip("not every multiplier can be a hook")
+    hooked = copy.deepcopy(fresh)
+    handle = attach_multipliers(hooked, plan)
+    hooked = copy.deepcopy(hooked)  # the hooks of copies are found as well
+    assert fold(hooked, plan) is hooked
+    fold(fresh, plan)
+    assert hooks(hooked) == hooks(fresh)
+    assert residual_state(hooked) == residual_state(fresh)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in hooked.state_dict().items())
+    handle.remove()
+
+
+def test_a_handle_does_nothing_after_its_hooks_were_folded() -> None:
+    architecture = ARCHITECTURES["tied llama"]
+    module = architecture.build(*TWICE)
+    plan = Plan.from_model(module, architecture.example, base=architecture.build(*BASE))
+    handle = attach_multipliers(module, plan)
+    fold(module, plan)
+    state, count = residual_state(module), hooks(module)
+    handle.remove()
+    assert residual_state(module) == state is not None
+    assert hooks(module) == count == 1

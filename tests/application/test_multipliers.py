@@ -5,221 +5,35 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers.plans import entry
+from helpers.multiplied_networks import (
+    ALPHA,
+    CASES,
+    EXACT,
+    FACTORS,
+    HIDDEN,
+    MODES,
+    READOUT,
+    D,
+    assert_unchanged,
+    made,
+    mlp_by_hand,
+    plan_of,
+    snapshot,
+)
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from mlu_lightning.application.multipliers import attach_multipliers, fold, residual_state
+from mlu_lightning import attach_multipliers, fold
+from mlu_lightning.application import residual_state
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.planning.plan import Plan
-from mlu_lightning.table import Ratios, Role
-
-D, HIDDEN, VOCAB = 6, 10, 7
-FACTORS = (0.5, 1 / 3, 0.7)  # one per branch
-READOUT = 0.3
-ALPHA = 1.7
-EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of about ten terms
-
-
-# --- models that are built and called in different ways, and their forward pass by hand
-
-
-class Mlp(nn.Module):
-    """A branch; subclasses return its value in other forms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(D, HIDDEN)
-        self.out = nn.Linear(HIDDEN, D)
-
-    def forward(self, h: Tensor) -> Any:
-        return self.out(torch.tanh(self.inner(h)))
-
-
-def mlp_by_hand(branch: Mlp, h: Tensor) -> Tensor:
-    inner = torch.tanh(h @ branch.inner.weight.T + branch.inner.bias)
-    return inner @ branch.out.weight.T + branch.out.bias
-
-
-class Pair(NamedTuple):
-    extra: Tensor
-    value: Tensor
-
-
-class TupleMlp(Mlp):
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(h), h.sum()
-
-
-class ListMlp(Mlp):
-    def forward(self, h: Tensor) -> list[Tensor]:
-        return [h.sum(), super().forward(h)]
-
-
-class NamedTupleMlp(Mlp):
-    def forward(self, h: Tensor) -> Pair:
-        return Pair(h.sum(), super().forward(h))
-
-
-class ModelOutputMlp(Mlp):
-    def forward(self, h: Tensor) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=h.sum(), pooler_output=super().forward(h))
-
-
-class NormMlp(Mlp):
-    """A branch that ends in a norm: only what follows the norm has an effect."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(D)
-        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
-        nn.init.uniform_(self.norm.bias)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.norm(super().forward(h))
-
-
-class Network(nn.Module):
-    def __init__(self, branch: type[Mlp], index: int | None, tied: bool = False) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCAB, D)
-        self.branches = nn.ModuleList(branch() for _ in FACTORS)
-        self.head = nn.Linear(D, VOCAB)
-        self.last = self.branches[-1]  # a second name for a submodule
-        self.index = index
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embedding(tokens)
-        for branch in self.branches:
-            output = branch(h)
-            if self.index is not None:
-                output = output.to_tuple()[self.index] if hasattr(output, "to_tuple") else output[self.index]
-            h = h + output
-        return self.head(h)
-
-
-def by_hand(network: Network, tokens: Tensor) -> Tensor:
-    h = network.embedding.weight[tokens]
-    for branch, factor in zip(network.branches, FACTORS, strict=True):
-        value = mlp_by_hand(branch, h)
-        if isinstance(branch, NormMlp):
-            value = F.layer_norm(value, (D,)) * branch.norm.weight + branch.norm.bias
-        h = h + ALPHA * factor * value
-    return READOUT * (h @ network.head.weight.T) + network.head.bias
-
-
-@dataclass(frozen=True)
-class Case:
-    """A module with its multipliers, and its function by hand."""
-
-    build: Callable[[], nn.Module]
-    multipliers: tuple[Multiplier, ...]
-    by_hand: Callable[[Any, Tensor], Tensor]
-    folded: frozenset[str]
-
-    def module(self) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return self.build().double()
-
-
-def network_case(branch: type[Mlp], index: int | None = None, tied: bool = False, alias: bool = False) -> Case:
-    end = "norm" if branch is NormMlp else "out"
-    multipliers = []
-    for position, factor in enumerate(FACTORS):
-        name = "last" if alias and position == len(FACTORS) - 1 else f"branches.{position}"
-        folds = (f"{name}.{end}.weight", f"{name}.{end}.bias")
-        multipliers.append(Multiplier(name, "branch", factor, Site(name, "output", index), folds))
-    head = () if tied else ("head.weight",)
-    multipliers.append(Multiplier("head.weight", "readout", READOUT, Site("head", "input"), head))
-    folded = frozenset(name for multiplier in multipliers for name in multiplier.folds)
-    return Case(lambda: Network(branch, index, tied), tuple(multipliers), by_hand, folded)
-
-
-class Attention(nn.Module):
-    """One head, with a multiplier on its logits besides the branch's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-        self.out = nn.Linear(D, D)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = F.one_hot(tokens, D).double()
-        return h + self.out(torch.softmax(self.query(h) @ self.key(h).mT, -1) @ self.value(h))
-
-
-def attention_by_hand(module: Attention, tokens: Tensor) -> Tensor:
-    h = torch.eye(D, dtype=torch.float64)[tokens]
-    query, key, value = (h @ layer.weight.T + layer.bias for layer in (module.query, module.key, module.value))
-    mixed = torch.softmax(0.2 * query @ key.mT, -1) @ value
-    return h + ALPHA * 0.5 * (mixed @ module.out.weight.T + module.out.bias)
-
-
-CASES = {
-    "tensor": network_case(Mlp),
-    "tuple": network_case(TupleMlp, 0),
-    "list": network_case(ListMlp, 1),
-    "named tuple": network_case(NamedTupleMlp, 1),
-    "model output": network_case(ModelOutputMlp, 1),
-    "ends in a norm": network_case(NormMlp),
-    "tied readout": network_case(Mlp, tied=True),
-    "second name": network_case(Mlp, alias=True),
-    "logits": Case(
-        Attention,
-        (
-            Multiplier("attention", "branch", 0.5, Site("out"), ("out.weight", "out.bias")),
-            Multiplier("attention", "logits", 0.2, Site("query"), ("query.weight", "query.bias")),
-        ),
-        attention_by_hand,
-        frozenset({"out.weight", "out.bias", "query.weight", "query.bias"}),
-    ),
-}
-MODES: dict[str, Callable[[nn.Module, Plan], Any]] = {"hook": attach_multipliers, "fold": fold}
-
-
-def plan_of(module: nn.Module, multipliers: tuple[Multiplier, ...], alpha: float = ALPHA) -> Plan:
-    parameters = {
-        name: entry(Role.BRANCH_OUT, tuple(p.shape), Ratios(depth=2.0), base_shape=tuple(p.shape), base_std=1.0)
-        for name, p in module.named_parameters()
-    }
-    return Plan(parameters, (), (), multipliers, alpha)
-
-
-def made(name: str) -> tuple[nn.Module, Plan, Tensor]:
-    """Module, plan and input of a case."""
-    case = CASES[name]
-    module = case.module()
-    tokens = torch.arange(12).reshape(3, 4) % D
-    return module, plan_of(module, case.multipliers), tokens
-
-
-def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], list[int]]:
-    """All that applying multipliers may change."""
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    return state, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
-
-
-def assert_unchanged(module: nn.Module, before: tuple[dict[str, Tensor], list[int]]) -> None:
-    state, hooks = snapshot(module)
-    assert list(state) == list(before[0])
-    assert all(torch.equal(state[name], before[0][name]) for name in state if not state[name].is_meta)
-    assert hooks == before[1]
-    assert residual_state(module) is None
-
-
-# --- the function
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -334,14 +148,6 @@ def test_hooks_of_others_see_the_multiplier_as_a_part_of_its_module() -> None:
     torch.testing.assert_close(later_head, READOUT * head, **EXACT)
 
 
-def test_a_folded_checkpoint_needs_no_plugin() -> None:
-    module, plan, tokens = made("tensor")
-    expected = fold(module, plan)(tokens)
-    plain = CASES["tensor"].build().double()
-    plain.load_state_dict(module.state_dict())
-    assert torch.equal(plain(tokens), expected)
-
-
 def test_a_parameter_of_two_multipliers_gets_both() -> None:
     module = nn.Linear(2, 2).double()
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
@@ -418,102 +224,6 @@ def test_fast_path_of_torch_transformers(training: bool) -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(h), expected, **EXACT)
         torch.testing.assert_close(folded(h), expected, **EXACT)
-
-
-# --- torch.compile
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def compiled_in_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    module.compile(backend="eager", fullgraph=True)
-    return module
-
-
-def compiled_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(lambda tokens: module(tokens), backend="eager", fullgraph=True)
-
-
-def compiled_wrapper(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(module, backend="eager", fullgraph=True)
-
-
-COMPILERS = {"wrapper": compiled_wrapper, "in place": compiled_in_place, "function": compiled_function}
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("how", COMPILERS)
-@pytest.mark.parametrize("name", ["tensor", "tuple", "model output", "tied readout"])
-def test_compiled_after_attaching(name: str, how: str) -> None:
-    module, plan, tokens = made(name)
-    expected = CASES[name].by_hand(copy.deepcopy(module), tokens)
-    attach_multipliers(module, plan)
-    torch.testing.assert_close(COMPILERS[how](module)(tokens), expected, **EXACT)
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("how", COMPILERS)
-def test_attached_and_removed_after_the_first_compiled_call(how: str, mode: str) -> None:
-    module, plan, tokens = made("tied readout")
-    expected = CASES["tied readout"].by_hand(copy.deepcopy(module), tokens)
-    call = COMPILERS[how](module)
-    plain = call(tokens)
-    handle = MODES[mode](call if isinstance(call, nn.Module) else module, plan)
-    torch.testing.assert_close(call(tokens), expected, **EXACT)
-    assert residual_state(module) == residual_state(call if isinstance(call, nn.Module) else module) is not None
-    if mode == "hook":
-        handle.remove()
-        assert torch.equal(call(tokens), plain)
-
-
-# --- fingerprint
-
-PLAN = Plan(
-    {"w": entry(Role.BRANCH_OUT, (2, 3), Ratios(2.0, 1.5, 1.0), base_shape=(2, 3), base_std=0.02, fans=(3, 2))},
-    (),
-    (),
-    (Multiplier("m", "branch", 0.5, Site("a", "output", 0), ("w",)),),
-)
-
-
-def with_parameter(**changes: Any) -> Plan:
-    return replace(PLAN, parameters={"w": replace(PLAN.parameters["w"], **changes)})
-
-
-def with_multiplier(**changes: Any) -> Plan:
-    return replace(PLAN, multipliers=(replace(PLAN.multipliers[0], **changes),))
-
-
-def test_fingerprint_does_not_change_between_versions() -> None:
-    """It is kept in checkpoints: written down once, it changes with what is hashed and with nothing else."""
-    assert fingerprint(PLAN) == "eaba5ce391ff8df656f53de1fa189da5b4b10b2629c53a1ec4d2a106bdf2677b"
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        with_parameter(role=Role.BRANCH_IN),
-        with_parameter(shape=(2, 4)),
-        with_parameter(base_fans=(1, 2)),
-        with_multiplier(value=0.25),
-        with_multiplier(site=Site("b")),
-        with_multiplier(folds=()),
-        replace(PLAN, alpha=2.0),
-    ],
-)
-def test_fingerprint_tells_plans_apart(other: Plan) -> None:
-    assert fingerprint(other) != fingerprint(PLAN)
-
-
-@pytest.mark.parametrize("same", [with_parameter(base_std=1.0), with_parameter(fans=(6, 2), base_fans=(4, 2))])
-def test_fingerprint_of_equal_runs_is_equal(same: Plan) -> None:
-    assert fingerprint(replace(same, warnings=("read me",), alpha=1)) == fingerprint(PLAN)
 
 
 # --- errors: each names what is wrong and what to do, and leaves the module as it was

@@ -1,11 +1,22 @@
 """Every optimizer of torch.optim against parameter groups built by hand, and against exact scaling laws."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers.optimizers_by_hand import CASES, ROWS, ByHand, Case, adam, adamw, sgd
+from helpers.optimizers_by_hand import (
+    CASES,
+    ROWS,
+    ByHand,
+    Case,
+    Combined,
+    OwnAdam,
+    OwnMuon,
+    RenamedAdamW,
+    adam,
+    adamw,
+    sgd,
+)
 from helpers.parameter_groups import (
     ADAM_LR,
     EPS,
@@ -23,6 +34,7 @@ from helpers.parameter_groups import (
     identical,
     numbers_in_update,
     plan_of,
+    scaled,
 )
 from helpers.plans import entry
 from torch import nn, optim
@@ -154,10 +166,6 @@ def test_adafactor_refuses_a_step_above_its_limit() -> None:
 # Families
 
 
-class RenamedAdamW(optim.AdamW):
-    """Inherits the step."""
-
-
 def test_subclass_with_the_same_step_has_the_same_rule() -> None:
     ours, theirs = Weights(), Weights()
     optimizer = RenamedAdamW(ours.parameters(), lr=0.1, eps=0.01)
@@ -168,19 +176,9 @@ def test_subclass_with_the_same_step_has_the_same_rule() -> None:
     assert identical(ours, theirs)
 
 
-class OwnAdam(optim.Adam):
-    """Has a step of its own."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return super().step(closure)
-
-
 @pytest.mark.parametrize(("family", "by_hand"), [("adam", adam), ("sgd", sgd), ("adamw", adamw)])
 def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_hand: ByHand) -> None:
-    module = Weights()
-    optimizer = OwnAdam(module.parameters(), lr=0.1, weight_decay=0.2)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module), family=family)
+    module, optimizer, seen = scaled(OwnAdam, family=family, weight_decay=0.2)
     module.load_gradients(0)
     optimizer.step()
     for key in ("lr", "weight_decay"):
@@ -188,18 +186,8 @@ def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_
         assert numbers_in_update(module, seen[-1], key) == expected
 
 
-class OwnMuon(optim.Muon):
-    """Has a step of its own, without a factor of the shape."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        return None
-
-
 def test_other_muons_are_scaled_without_a_shape_factor() -> None:
-    module = Weights(MATRICES)
-    optimizer = OwnMuon(module.parameters(), lr=0.1, weight_decay=0.2)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module), family="muon")
+    module, optimizer, seen = scaled(OwnMuon, *MATRICES, family="muon", weight_decay=0.2)
     optimizer.step()
     assert numbers_in_update(module, seen[-1], "lr") == {name: 0.1 * MUON_LR[name] for name in MATRICES}
     assert numbers_in_update(module, seen[-1], "weight_decay") == {name: 0.2 / MUON_LR[name] for name in MATRICES}
@@ -219,30 +207,6 @@ def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transp
     optimizer.step()
     own = 1.0 if transposed else (6 / 1.5) ** 0.5
     assert seen[-1][0]["lr"] == pytest.approx(0.1 * MUON_LR["branch_in"] / own, rel=1e-14)  # float64 rounding
-
-
-class Combined(optim.Optimizer):
-    """Muon for its first group, by an exact polar factor, and AdamW for the other: as many training scripts have it."""
-
-    def __init__(self, muon: list[Numbers], adamw: list[Numbers]) -> None:
-        groups = [{"use_muon": True, "eps": 1e-7, **group} for group in muon]
-        super().__init__([*groups, *({"use_muon": False, "eps": 1e-8, **group} for group in adamw)], {})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                state["step"] = state.get("step", 0) + 1
-                first = state.setdefault("first", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                if group["use_muon"]:
-                    left, _, right = torch.linalg.svd(first, full_matrices=False)
-                    parameter.sub_(left @ right, alpha=group["lr"])
-                    continue
-                second = state.setdefault("second", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.05)
-                root = (second / (1 - 0.95 ** state["step"])).sqrt()
-                parameter.sub_(first / (1 - 0.9 ** state["step"]) / (root + group["eps"]), alpha=group["lr"])
 
 
 def test_combined_optimizers_have_a_family_for_each_group() -> None:

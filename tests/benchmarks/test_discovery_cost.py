@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from processes import run
+from helpers.processes import run
 
 LLAMA_70B = """
 import json, time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from processes import peak_megabytes
+from helpers.processes import peak_megabytes
 from mlu_lightning import discover
 
 with torch.device("meta"):

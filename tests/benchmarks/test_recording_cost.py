@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.trainers import quiet
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -84,16 +85,8 @@ def train(variants: list[list[Callback]]) -> tuple[np.ndarray, np.ndarray, np.nd
 
     def fit(number: int) -> None:
         start = time.thread_time()
-        Trainer(
-            max_steps=STEPS,
-            max_epochs=-1,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[MLUCallback(transformer, init="coupled"), *variants[number], runners[number]],
-        ).fit(transformer(), data)
+        callbacks = [MLUCallback(transformer, init="coupled"), *variants[number], runners[number]]
+        quiet(*callbacks, max_steps=STEPS, max_epochs=-1).fit(transformer(), data)
         wholes[number] = time.thread_time() - start
 
     steps = take_turns(turns, fit)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import run
+from helpers.processes import run
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformer_variants import OPTIMIZERS, SIZES, VARIANTS, Transformer, fit, start
 from turns import Runner, Turns, take_turns

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
-from processes import peak_megabytes
+from helpers.processes import peak_megabytes
+from helpers.trainers import quiet
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -26,15 +27,9 @@ VOCABULARY, CONTEXT = 256, 64
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a Transformer, and the samples of a batch, fewer the larger it is so that steps do not take too long.
+    """Shape of a Transformer whose heads have dimension 16, and of a batch, which is smaller the larger the Transformer."""
 
-    Args:
-        depth: attention branches and MLP branches, each.
-        embedding: dimension of the stream; heads have 16, so that there are a sixteenth of it.
-        samples: sequences in a batch.
-    """
-
-    depth: int
+    depth: int  # attention branches, and as many of perceptrons
     embedding: int
     samples: int
 
@@ -50,12 +45,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Transformer(CausalTransformer):
-    """The plain one, with any of the optimizers.
-
-    Args:
-        size: its shape.
-        kind: one of the optimizers.
-    """
+    """The plain one, with any of the optimizers."""
 
     def __init__(self, size: Size, kind: str) -> None:
         super().__init__(VOCABULARY, CONTEXT, size.depth, size.embedding, size.embedding // 16)
@@ -156,13 +146,7 @@ def base() -> Transformer:
 
 @dataclass(frozen=True)
 class Variant:
-    """A parameterization.
-
-    Args:
-        build: makes a module of a size, with an optimizer.
-        callbacks: makes the callbacks that it needs.
-        package: that it needs.
-    """
+    """A parameterization of the Transformer, by callbacks or by modules of its own."""
 
     build: Callable[[Size, str], Transformer] = Transformer
     callbacks: Callable[[], list[Callback]] = field(default=list)
@@ -185,15 +169,7 @@ def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) ->
     tokens: Any = torch.randint(
         VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=torch.Generator().manual_seed(0)
     )
-    Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*variant.callbacks(), watch],
-    ).fit(module, DataLoader(tokens, batch_size=size.samples))
+    quiet(*variant.callbacks(), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
 
 
 class _Start(Callback):
@@ -205,11 +181,7 @@ class _Start(Callback):
 
 
 def start(variant: str, size: str, kind: str) -> dict[str, float]:
-    """Build a module and train it for three steps, in a process of its own.
-
-    Returns:
-        Seconds of processor time until the first step, and megabytes of memory that the process has had at most.
-    """
+    """Seconds of processor time until the first of three steps, and peak memory, in a process of its own."""
     torch.set_num_threads(1)
     before, watch = time.process_time(), _Start()
     fit(VARIANTS[variant], SIZES[size], kind, 3, watch)

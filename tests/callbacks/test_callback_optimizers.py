@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import parameter_groups as table
 import pytest
 import torch
+from helpers import parameter_groups as table
 from helpers.architecture_runs import fit, identical
 from helpers.parameter_groups import MULTIPLIERS, D, L, M, Numbers
 from lightning.pytorch import Callback, LightningModule, Trainer

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.callback_runs import BASE, WIDE, Net, loader
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from test_mlu_callback import BASE, WIDE, Net, loader
 from torch import Tensor, nn, optim
 from torch.distributed.fsdp import fully_shard
 

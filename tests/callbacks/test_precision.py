@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.callback_runs import InConfigureModel, Net, fit, loader
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
-from test_mlu_callback import InConfigureModel, Net, fit, loader
 from torch import Tensor, nn, optim
 
 from mlu_lightning.callbacks import MLUCallback

@@ -9,8 +9,8 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import pytest
-import test_trajectories
 import torch
+from helpers import perceptrons
 from helpers.table_by_hand import Shape, wanted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -93,7 +93,7 @@ def layer_of(name: str, roles: dict[str, Role]) -> Role:
 
 MODELS = {
     "resnet": Model(resnet, numbers, lambda name: layer_of(name, PERCEPTRON)),
-    "with norms and biases": Model(lambda size: test_trajectories.Net(*size), numbers, test_trajectories.role_of),
+    "with norms and biases": Model(lambda size: perceptrons.Perceptron(*size), numbers, perceptrons.role_of),
     "transformer": Model(transformer(gains=True, mlp=True), ids, lambda name: layer_of(name, TRANSFORMER)),
     "attention alone": Model(transformer(gains=False, mlp=False), ids, lambda name: layer_of(name, TRANSFORMER)),
 }

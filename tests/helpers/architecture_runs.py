@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
 
 from helpers.architectures import Architecture
+from helpers.trainers import loader, quiet
 from mlu_lightning import Plan
 from mlu_lightning.models import CausalTransformer, ResNet
 
@@ -116,17 +116,6 @@ def fit(
     trainer = quiet(*callbacks, *saving, max_epochs=epochs, enable_checkpointing=bool(saving))
     trainer.fit(module, loader(batches), ckpt_path=ckpt_path)
     return trainer
-
-
-def loader(batches: list[Any]) -> DataLoader[Any]:
-    """Whole batches in their order."""
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list serves as a Dataset
-
-
-def quiet(*callbacks: Callback, **settings: Any) -> Trainer:
-    """A Trainer that prints and logs nothing."""
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", callbacks=[*callbacks], **{"enable_checkpointing": False, **silent, **settings})
 
 
 class Seeded(Callback):

@@ -19,17 +19,11 @@ HEADS, LENGTH, HEAD_DIM = 4, 7, 4
 
 @dataclass(frozen=True)
 class Units:
-    """A perceptron's hidden units.
-
-    Args:
-        form: from a block and what its first matrix makes.
-        entering: what enters the nonlinearity, from the same.
-        made: how many numbers the first matrix makes.
-    """
+    """A perceptron's hidden units, from its block and the output of the first matrix."""
 
     form: Callable[[Any, Tensor], Tensor]
-    entering: Callable[[Any, Tensor], Tensor] = lambda block, made: made
-    made: int = HIDDEN
+    entering: Callable[[Any, Tensor], Tensor] = lambda block, made: made  # the nonlinearity
+    made: int = HIDDEN  # outputs of the first matrix
 
 
 def first(block: Any, made: Tensor) -> Tensor:
@@ -124,17 +118,11 @@ def plain(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """Attention of queries, keys and values.
-
-    Args:
-        form: of it.
-        logits: from products of queries and keys divided by sqrt(d_k).
-        groups: heads of keys and values.
-    """
+    """Attention as a function of queries, keys and values."""
 
     form: Callable[[Tensor, Tensor, Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor] = plain
-    groups: int = HEADS
+    logits: Callable[[Tensor], Tensor] = plain  # from products of queries and keys divided by sqrt(d_k)
+    groups: int = HEADS  # heads of keys and values
 
 
 ATTENTIONS = {

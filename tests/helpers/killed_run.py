@@ -1,4 +1,4 @@
-"""Runs that can be killed, for test_killed_runs.py: ``killed_run.py`` reads one run per line of its standard input.
+"""Runs that can be killed, for test_killed_runs.py: ``python -m helpers.killed_run`` reads one run per line of its input.
 
 A line is JSON: the folder, names of the optimizer, the schedule and the residual mode, and, for one that is killed, the
 number of steps and the seconds until then. Each run is a process of its own, forked when everything is imported, and goes
@@ -23,6 +23,7 @@ from torch import Tensor, optim
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
+from helpers.trainers import quiet
 from mlu_lightning import MLUCallback, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
@@ -122,18 +123,13 @@ def run(folder: Path, optimizer: str, schedule: str, residual: Any, kill: tuple[
     module, base = Noisy(optimizer, schedule, str(folder / "losses")), ResNet(**BASE)
     probe = (torch.ones(4, 3), torch.ones(4, 2))
     saving = ModelCheckpoint(str(folder), "{step}", save_top_k=-1, every_n_train_steps=2, auto_insert_metric_name=False)
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet(
+        MLUCallback(base, residual=residual, example=probe),
+        ReferenceRecorder(recording, probe, steps=1),
+        *([] if kill is None else [Killed(*kill)]),
+        saving,
         max_steps=STEPS,
-        callbacks=[
-            MLUCallback(base, residual=residual, example=probe),
-            ReferenceRecorder(recording, probe, steps=1),
-            *([] if kill is None else [Killed(*kill)]),
-            saving,
-        ],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_checkpointing=True,
     )
     trainer.fit(module, DataLoader(range(STEPS)), ckpt_path=checkpoint)
     torch.save(

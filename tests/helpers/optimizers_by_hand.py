@@ -15,25 +15,15 @@ from helpers.parameter_groups import ADAM_LR, EPS, MATRICES, MUON_EPS, MUON_LR, 
 
 @dataclass(frozen=True)
 class Row:
-    """Factors of one parameter: a line of theory.md, section 3, at some ratios.
+    """Factors of one parameter: a line of theory.md, section 3, at some ratios."""
 
-    Args:
-        adam: of Adam's learning rate.
-        sgd: of SGD's.
-        eps: of Adam's eps, the size of gradients.
-        std: of the initial weights.
-        muon: of Muon's learning rate, where it has one.
-        muon_eps: of Muon's eps.
-        shape: of the stored parameter, and ``base``, that at the base, for Muon.
-    """
-
-    adam: float
+    adam: float  # of the learning rate, as are sgd and muon
     sgd: float
-    eps: float
+    eps: float  # of Adam
     std: float
     muon: float = math.nan
     muon_eps: float = math.nan
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()  # of the stored parameter, and base: at the base, for Muon
     base: tuple[int, ...] = ()
 
     def folded(self, a: float) -> Row:
@@ -49,19 +39,12 @@ class Row:
         )
 
 
-ROWS = {
-    name: Row(
-        ADAM_LR[name],
-        SGD_LR[name],
-        EPS[name],
-        STD[name],
-        MUON_LR.get(name, math.nan),
-        MUON_EPS.get(name, math.nan),
-        SHAPES[name],
-        (2, 2),
-    )
-    for name in SHAPES
-}
+def _row(name: str) -> Row:
+    muon = MUON_LR.get(name, math.nan), MUON_EPS.get(name, math.nan)
+    return Row(ADAM_LR[name], SGD_LR[name], EPS[name], STD[name], *muon, SHAPES[name], (2, 2))
+
+
+ROWS = {name: _row(name) for name in SHAPES}
 
 ByHand = Callable[[Numbers, Row, int], Numbers]
 
@@ -149,6 +132,48 @@ class Averaging(optim.SGD):
                 rate = group["lr_max"] ** 2 / group["weight_sum"] * group["lr"] + group["lr_max"] / 8
                 parameter.data.sub_(parameter.grad, alpha=rate)
         return loss
+
+
+class RenamedAdamW(optim.AdamW):
+    """Inherits the step."""
+
+
+class OwnAdam(optim.Adam):
+    """Has a step of its own."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return super().step(closure)
+
+
+class OwnMuon(optim.Muon):
+    """Has a step of its own, without a factor of the shape."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        return None
+
+
+class Combined(optim.Optimizer):
+    """Muon for its first group, by an exact polar factor, and AdamW for the other: as many training scripts have it."""
+
+    def __init__(self, muon: list[Numbers], adamw: list[Numbers]) -> None:
+        groups = [{"use_muon": True, "eps": 1e-7, **group} for group in muon]
+        super().__init__([*groups, *({"use_muon": False, "eps": 1e-8, **group} for group in adamw)], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                first = state.setdefault("first", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                if group["use_muon"]:
+                    left, _, right = torch.linalg.svd(first, full_matrices=False)
+                    parameter.sub_(left @ right, alpha=group["lr"])
+                    continue
+                second = state.setdefault("second", torch.zeros_like(parameter)).lerp_(parameter.grad.square(), 0.05)
+                root = (second / (1 - 0.95 ** state["step"])).sqrt()
+                parameter.sub_(first / (1 - 0.9 ** state["step"]) / (root + group["eps"]), alpha=group["lr"])
 
 
 @dataclass(frozen=True)

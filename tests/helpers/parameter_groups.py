@@ -1,12 +1,13 @@
 """Modules of bare weights, their plan, and the rows of the table written out: what optimizers are tried on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn, optim
 
 from helpers.plans import entry
-from mlu_lightning import Plan
+from mlu_lightning import Plan, scale_optimizer
 from mlu_lightning.table import Ratios, Role
 
 Numbers = dict[str, Any]
@@ -79,3 +80,14 @@ def groups_in_update(optimizer: optim.Optimizer) -> list[list[Numbers]]:
 def numbers_in_update(module: nn.Module, groups: list[Numbers], key: str) -> Numbers:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {names[id(parameter)]: group[key] for group in groups for parameter in group["params"]}
+
+
+def scaled(
+    make: Callable[..., optim.Optimizer] = optim.SGD, *names: str, family: str | None = None, **numbers: Any
+) -> tuple[Weights, optim.Optimizer, list[list[Numbers]]]:
+    """Weights with a scaled optimizer, at a learning rate of 0.1 unless another is given, and the groups of its updates."""
+    module = Weights(names or tuple(SHAPES))
+    optimizer = make(module.parameters(), **{"lr": 0.1, **numbers})
+    seen = groups_in_update(optimizer)
+    scale_optimizer(optimizer, module, plan_of(module), family)
+    return module, optimizer, seen

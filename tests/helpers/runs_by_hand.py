@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers.parameter_groups import ADAM_LR, EPS, MULTIPLIERS, D, L, M
+from helpers.trainers import quiet
 from mlu_lightning.models import ResidualBlock
 
 Residual = Literal["hook", "fold"]
@@ -98,13 +99,7 @@ class ByHand(Net):
 
 
 class AdamWByHand(optim.AdamW):
-    """Updates each parameter alone, with its own multiples of the numbers in its group.
-
-    Args:
-        factors: of lr and eps, for each parameter.
-        parameters: to be updated.
-        numbers: of the groups.
-    """
+    """Updates each parameter alone, with its own factors of the lr and eps in its group."""
 
     def __init__(self, factors: dict[nn.Parameter, tuple[float, float]], parameters: Any, **numbers: float) -> None:
         super().__init__(parameters, **numbers)
@@ -144,13 +139,7 @@ def fit(module: LightningModule, *callbacks: Callback, **settings: Any) -> Train
     """Train for some epochs, from the same random state every time."""
     torch.manual_seed(3)
     ckpt_path = settings.pop("ckpt_path", None)
-    silent: dict[str, Any] = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": False,
-    }
-    trainer = Trainer(accelerator="cpu", callbacks=[*callbacks], **{"max_epochs": 4, **silent, **settings})
+    trainer = quiet(*callbacks, **{"max_epochs": 4, **settings})
     trainer.fit(module, ckpt_path=ckpt_path)
     return trainer
 

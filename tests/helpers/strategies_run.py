@@ -1,4 +1,4 @@
-"""Runs under Lightning's strategies in two processes, for test_strategies.py: ``strategies_run.py FOLDER STRATEGY...``.
+"""Runs under Lightning's strategies in two processes, for test_strategies.py: ``strategies_run.py FOLDER RUNS STRATEGY...``.
 
 Every process writes a file for each strategy, with what its runs were: the plan, the initial weights, the losses.
 """
@@ -26,13 +26,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from helpers.trainers import quiet
 from mlu_lightning import MLUCallback, Plan
 
 INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
 BASE = {"depth": 2, "hidden": 8, "embedding": 4}
 WIDE = {"depth": 4, "hidden": 32, "embedding": 16}
-RUNS = [*product(("hook", "fold"), (1, 2))]
+ALL = [*product(("hook", "fold"), (1, 2))]
 """Where multipliers are, and over how many batches gradients are accumulated."""
+RUNS = {"few": [("hook", 2), ("fold", 1)], "all": ALL}
 
 
 class Linear(nn.Linear):
@@ -145,21 +147,13 @@ class FullySharded(FSDPStrategy):
 
 @dataclass(frozen=True)
 class Way:
-    """How a run is divided among processes.
-
-    Args:
-        module: of the run.
-        strategy: makes it.
-        processes: their number.
-        parts: among how many of them a batch is divided.
-        planned: whether MLUCallback is given a plan, because the module cannot be planned after it was divided.
-    """
+    """How a run is divided among processes."""
 
     module: type[Net]
     strategy: Callable[[], Strategy | str]
     processes: int = 2
-    parts: int = 2
-    planned: bool = False
+    parts: int = 2  # of a batch
+    planned: bool = False  # whether MLUCallback is given a plan: a module cannot be planned after it was divided
 
 
 def model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:
@@ -224,18 +218,14 @@ def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
     else:
         callback = MLUCallback(base, residual=residual)
     start = AtStart()
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet(
+        callback,
+        start,
         devices=way.processes,
         strategy=way.strategy(),
         max_epochs=2,
         accumulate_grad_batches=accumulate,
         use_distributed_sampler=False,
-        callbacks=[callback, start],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, loader(way.parts, rank() % way.parts))
     return {
@@ -247,8 +237,8 @@ def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    folder, runs, names = Path(sys.argv[1]), RUNS[sys.argv[2]], sys.argv[3:]
     torch.set_num_threads(1)
     for name in names:
-        done = {run: fit(WAYS[name], *run) for run in RUNS}
+        done = {run: fit(WAYS[name], *run) for run in runs}
         torch.save(done, folder / f"{name}-{rank()}.pt")

@@ -3,17 +3,18 @@
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from helpers.architecture_runs import BATCHES as COUNT
-from helpers.architecture_runs import Trained, batches_like, built, fit, identical, loader, loss_of
+from helpers import architecture_runs
+from helpers.architecture_runs import Trained, batches_like, built, fit, identical, loss_of
 from helpers.architectures import ARCHITECTURES
+from helpers.compilation import Counting
+from helpers.trainers import loader
 from lightning.pytorch import Callback, LightningModule, Trainer
-from test_every_architecture_compiled import Counting
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, bake, fold, initialize
@@ -25,17 +26,13 @@ SHAPE, BASE = (3, 4, 32), (2, 2, 16)
 BATCHES = batches_like(RESNET.example)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 # Ways to compile a LightningModule, or what is inside
 
 
-def wrapper(module: Trained, backend: Any) -> Any:
+def wrapper(module: Any, backend: Any) -> Any:
     return torch.compile(module, backend=backend)
 
 
@@ -44,15 +41,19 @@ def step(module: Trained, backend: Any) -> Any:
     return module
 
 
-def inside(module: Trained, backend: Any) -> Any:
-    module.module.compile(backend=backend)
+def inside(module: Any, backend: Any) -> Any:
+    inner(module).compile(backend=backend)
     return module
 
 
-def blocks(module: Trained, backend: Any) -> Any:
-    for block in module.module.blocks:
+def blocks(module: Any, backend: Any) -> Any:
+    for block in inner(module).blocks:
         block.compile(backend=backend)
     return module
+
+
+def inner(module: Any) -> Any:
+    return module.module if isinstance(module, Trained) else module
 
 
 class Compiles(Callback):
@@ -94,13 +95,13 @@ def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     fit(plain, BATCHES, MLUCallback(plan=plan, residual=residual))
     counting = Counting("eager")
     trained(how, when, counting)
-    graphs, breaks = counting.taken()
+    graphs, breaks = counting.counts()
     torch.compiler.reset()
     module = trained(how, when, counting, MLUCallback(plan=plan, residual=residual))
     assert module.losses == plain.losses
     assert identical(module, plain)
     # torch runs the hooks of a module that is compiled by itself outside of its graph: here one graph for all of them
-    assert counting.taken() == (graphs + (how is blocks and residual == "hook"), breaks)
+    assert counting.counts() == (graphs + (how is blocks and residual == "hook"), breaks)
     assert graphs > 0
     assert breaks == Counter()
 
@@ -118,63 +119,14 @@ def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_t
     for each in (module, base):
         each._modules["module"] = torch.compile(each.module, backend=counting)  # as its constructor might
     fit(module, BATCHES, MLUCallback(base, residual=residual))
-    assert counting.taken() == (1, Counter())
+    assert counting.counts() == (1, Counter())
     assert module.losses == plain.losses
 
 
-# Multipliers that move after the first compiled call
+# Multipliers of a plain module
 
 
-def compiled_wrapper(module: nn.Module) -> Any:
-    return torch.compile(module, backend="eager")
-
-
-def compiled_in_place(module: nn.Module) -> Any:
-    module.compile(backend="eager")
-    return module
-
-
-def compiled_blocks(module: Any) -> Any:
-    for block in module.blocks:
-        block.compile(backend="eager")
-    return module
-
-
-@pytest.mark.parametrize("compiled", [compiled_wrapper, compiled_in_place, compiled_blocks])
-def test_no_multiplier_is_stale_after_a_compiled_call(compiled: Callable[[nn.Module], Any]) -> None:
-    torch.manual_seed(0)
-    base, module = (ResNet(depth, hidden=8, embedding=4, inputs=3, outputs=2).double() for depth in (2, 3))
-    x = torch.randn(5, 3).double()
-    plan = Plan.from_model(module, (x, torch.ones(5, 2)), base=base)
-    initialize(module, plan)
-
-    def by_hand(multiplier: float) -> Any:
-        stream = module.embed(x)
-        for block in module.blocks:
-            stream = stream + multiplier * block.write(block.activation(block.read(stream)))
-        return module.readout(stream)
-
-    exact = {"rtol": 1e-14, "atol": 0.0}
-    call = compiled(module)
-    plain, scaled = by_hand(1.0), by_hand(2 / 3)
-    assert not torch.allclose(plain, scaled)
-    torch.testing.assert_close(call(x), plain, **exact)
-    handle = attach_multipliers(call, plan)
-    torch.testing.assert_close(call(x), scaled, **exact)
-    handle.remove()
-    torch.testing.assert_close(call(x), plain, **exact)
-    attach_multipliers(call, plan)
-    torch.testing.assert_close(call(x), scaled, **exact)
-    fold(call, plan)  # hooks move into the weights
-    torch.testing.assert_close(call(x), scaled, **exact)
-    torch.testing.assert_close(by_hand(1.0), scaled, **exact)
-    bake(call, plan)
-    torch.testing.assert_close(call(x), scaled, **exact)
-
-
-# All modules of a class share what is compiled of it, those without multipliers too
-
-
+EXACT = {"rtol": 1e-14, "atol": 1e-16}
 EXAMPLE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double(), torch.ones(5, 2)
 
 
@@ -190,9 +142,34 @@ def by_hand(module: Any, multiplier: float) -> Tensor:
     return torch.as_tensor(module.readout(stream))
 
 
-@pytest.mark.parametrize("compiled", [compiled_wrapper, compiled_in_place, compiled_blocks])
+@pytest.mark.parametrize("compiled", [wrapper, inside, blocks])
+def test_no_multiplier_is_stale_after_a_compiled_call(compiled: Callable[..., Any]) -> None:
+    module, x = resnet(), EXAMPLE[0]
+    plan = Plan.from_model(module, EXAMPLE, base=resnet(2))
+    initialize(module, plan)
+    call = compiled(module, "eager")
+    plain, scaled = by_hand(module, 1.0), by_hand(module, 2 / 3)
+    assert not torch.allclose(plain, scaled)
+    torch.testing.assert_close(call(x), plain, **EXACT)
+    handle = attach_multipliers(call, plan)
+    torch.testing.assert_close(call(x), scaled, **EXACT)
+    handle.remove()
+    torch.testing.assert_close(call(x), plain, **EXACT)
+    attach_multipliers(call, plan)
+    torch.testing.assert_close(call(x), scaled, **EXACT)
+    fold(call, plan)  # hooks move into the weights
+    torch.testing.assert_close(call(x), scaled, **EXACT)
+    torch.testing.assert_close(by_hand(module, 1.0), scaled, **EXACT)
+    bake(call, plan)
+    torch.testing.assert_close(call(x), scaled, **EXACT)
+
+
+# All modules of a class share what is compiled of it, those without multipliers too
+
+
+@pytest.mark.parametrize("compiled", [wrapper, inside, blocks])
 def test_modules_of_a_class_with_and_without_multipliers_do_not_take_each_others_code(
-    compiled: Callable[[nn.Module], Any],
+    compiled: Callable[..., Any],
 ) -> None:
     plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
     hooked, again, baked, plain = (resnet(seed=seed) for seed in range(4))
@@ -200,9 +177,9 @@ def test_modules_of_a_class_with_and_without_multipliers_do_not_take_each_others
         attach_multipliers(module, plan)
     bake(baked, plan)  # its weights hold the multipliers, and it has no hooks
     expected = [(hooked, 2 / 3), (plain, 1.0), (baked, 1.0), (again, 2 / 3), (hooked, 2 / 3), (plain, 1.0)]
-    calls = {module: compiled(module) for module, _ in expected}
+    calls = {module: compiled(module, "eager") for module, _ in expected}
     for module, multiplier in expected:
-        torch.testing.assert_close(calls[module](EXAMPLE[0]), by_hand(module, multiplier), rtol=1e-14, atol=0.0)
+        torch.testing.assert_close(calls[module](EXAMPLE[0]), by_hand(module, multiplier), **EXACT)
 
 
 class Adding(nn.Module):
@@ -234,7 +211,7 @@ class Towers(Trained):
 def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() -> None:
     """Where the factor is exactly 1 there is no hook."""
     plain, module, base = Towers(8, 2), Towers(8, 2), Towers(2, 2)
-    batches = [EXAMPLE[0].float()] * COUNT
+    batches = [EXAMPLE[0].float()] * architecture_runs.BATCHES
     callback = MLUCallback(copy.deepcopy(base))
     fit(plain, batches, callback)
     assert callback.plan is not None
@@ -247,12 +224,12 @@ def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() ->
 
 def test_module_is_validated_as_it_was_after_a_plain_one_of_its_class() -> None:
     module, plain = Trained(resnet().float()), Trained(resnet(seed=1).float())
-    data = [tuple(part.float() for part in EXAMPLE)] * COUNT
+    data = [tuple(part.float() for part in EXAMPLE)] * architecture_runs.BATCHES
     trainer = fit(wrapper(module, "eager"), data, MLUCallback(Trained(resnet(2).float())))
     for each in (plain, module):
         trainer.validate(torch.compile(each, backend="eager"), loader(data), verbose=False)
-    assert module.validated == [loss_of(module.module, data[0])] * COUNT
-    assert plain.validated == [loss_of(plain.module, data[0])] * COUNT
+    assert module.validated == [loss_of(module.module, data[0])] * architecture_runs.BATCHES
+    assert plain.validated == [loss_of(plain.module, data[0])] * architecture_runs.BATCHES
 
 
 def negated(module: Any, x: Tensor) -> Tensor:
@@ -267,12 +244,11 @@ def test_forward_that_was_put_into_modules_of_a_class_with_and_without_multiplie
         for block in module.blocks:
             vars(block)["forward"] = MethodType(negated, block)
     handle = attach_multipliers(hooked, plan)
-    exact = {"rtol": 1e-14, "atol": 0.0}
     for module, multiplier in ((plain, 1.0), (hooked, 2 / 3), (plain, 1.0)):
         call = torch.compile(module, backend="eager", fullgraph=True)
-        torch.testing.assert_close(call(EXAMPLE[0]), by_hand(module, -multiplier), **exact)
+        torch.testing.assert_close(call(EXAMPLE[0]), by_hand(module, -multiplier), **EXACT)
     handle.remove()
-    torch.testing.assert_close(hooked(EXAMPLE[0]), by_hand(hooked, -1.0), **exact)
+    torch.testing.assert_close(hooked(EXAMPLE[0]), by_hand(hooked, -1.0), **EXACT)
     assert all(vars(block)["forward"] == MethodType(negated, block) for block in hooked.blocks)
 
 
@@ -285,12 +261,11 @@ def test_copy_of_a_module_with_multipliers_runs_itself_and_lets_them_go(copied: 
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.add_(1)
-    exact = {"rtol": 1e-14, "atol": 0.0}
-    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 2 / 3), **exact)
+    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 2 / 3), **EXACT)
     bake(twin, plan)
-    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 1.0), **exact)
+    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 1.0), **EXACT)
     assert [set(vars(part)) for part in twin.blocks.modules()] == [set(vars(part)) for part in plain.blocks.modules()]
-    torch.testing.assert_close(module(EXAMPLE[0]), by_hand(module, 2 / 3), **exact)
+    torch.testing.assert_close(module(EXAMPLE[0]), by_hand(module, 2 / 3), **EXACT)
 
 
 # Parts that torch.compile has wrapped have other names

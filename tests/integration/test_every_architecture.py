@@ -24,13 +24,12 @@ from helpers.architecture_runs import (
     fit,
     identical,
     in_double,
-    loader,
     loss_of,
-    quiet,
 )
 from helpers.architectures import ARCHITECTURES, Architecture
+from helpers.runs_by_hand import listed
+from helpers.trainers import loader, quiet
 from lightning.pytorch import Trainer
-from torch.utils._pytree import tree_leaves
 
 from mlu_lightning import Plan, Role, attach_multipliers, fold, initialize
 from mlu_lightning.application.multipliers import residual_state
@@ -40,19 +39,12 @@ from mlu_lightning.planning.plan import Multiplier
 
 @dataclass(frozen=True)
 class Run:
-    """What a training in double precision at another shape than the base's leaves behind.
-
-    Args:
-        module: trained.
-        trainer: after it.
-        plan: of the module.
-        folder: of the checkpoints of each epoch.
-    """
+    """What a training in double precision at another shape than the base's leaves behind."""
 
     module: Trained
     trainer: Trainer
     plan: Plan
-    folder: Path
+    folder: Path  # of the checkpoints of each epoch
 
 
 Runs = Callable[[str], Run]
@@ -99,12 +91,6 @@ def evaluated(module: Trained, batches: list[Any]) -> list[float]:
         return [float(loss_of(module.module, batch)) for batch in batches]
 
 
-def equal(one: Any, other: Any) -> bool:
-    """Whether states of optimizers and schedulers are, bit for bit."""
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
-
-
 both = pytest.mark.parametrize("residual", ["hook", "fold"])
 
 
@@ -121,7 +107,7 @@ def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Arc
         assert torch.equal(torch.get_rng_state(), state)
         assert module.losses == plain.losses
         assert identical(module, plain)
-        assert equal(trainer.optimizers[0].state_dict(), expected.optimizers[0].state_dict())
+        assert listed(trainer.optimizers[0].state_dict()) == listed(expected.optimizers[0].state_dict())
 
     hook = MLUCallback(built(architecture, SMALL, seed=1))
     is_the_same_with(hook)
@@ -162,7 +148,7 @@ def test_resumed_run_is_the_uninterrupted_run(
     assert module.losses == run.module.losses[BATCHES:]
     assert len(module.losses) == BATCHES * (EPOCHS - 1)
     assert identical(module, run.module)
-    assert equal(resumed.optimizers[0].state_dict(), run.trainer.optimizers[0].state_dict())
+    assert listed(resumed.optimizers[0].state_dict()) == listed(run.trainer.optimizers[0].state_dict())
     schedules = [trainer.lr_scheduler_configs[0].scheduler for trainer in (resumed, run.trainer)]
     assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
 

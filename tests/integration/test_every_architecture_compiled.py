@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
 import torch
 from helpers.architecture_runs import BATCHES, Seeded, attachable, batches_like, built, fit, identical
 from helpers.architectures import ARCHITECTURES
-from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.utils import counters
-from torch.fx import GraphModule
+from helpers.compilation import Counting
 
 from mlu_lightning import Plan
 from mlu_lightning.callbacks import MLUCallback
@@ -22,40 +19,31 @@ from mlu_lightning.callbacks import MLUCallback
 SHAPE, BASE = (1, 4, 32), (2, 2, 16)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-
-class Counting:
-    """A backend of ``torch.compile`` that counts the graphs it is given, next to torch's own count of breaks."""
-
-    def __init__(self, backend: str) -> None:
-        self._compile = lookup_backend(backend)
-        self._graphs = 0
-        counters.clear()
-
-    def __call__(self, graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        self._graphs += 1
-        return self._compile(graph, inputs)
-
-    def taken(self) -> tuple[int, Counter[str]]:
-        """Graphs and breaks, by reason, since the last time."""
-        found = self._graphs, Counter(counters["graph_break"])
-        self._graphs = 0
-        counters.clear()
-        return found
+ALIKE = {
+    "tied llama",
+    "mistral",
+    "qwen3",
+    "gpt-neox",
+    "tied t5",
+    "post-norm encoder",
+    "post-norm decoder",
+    "sum of experts",
+    "bottleneck resnet",
+}
+"""Close to others, which are compiled by default."""
 
 
 def cases() -> Iterator[Any]:
-    """Each name, backend and residual; slow are backward passes, which aot_eager compiles, and folds with few hooks."""
+    """Each name, backend and residual; slow are backward passes, which aot_eager compiles, folds with few hooks, and what
+    is alike."""
     for name, architecture in ARCHITECTURES.items():
         for backend in ("eager", "aot_eager"):
             for residual in ("hook", "fold"):
                 hooks = residual == "hook" or architecture.unfoldable
-                marks = [] if name == "resnet" or (backend == "eager" and hooks) else [pytest.mark.slow]
+                quick = name == "resnet" or (backend == "eager" and hooks and name not in ALIKE)
+                marks = [] if quick else [pytest.mark.slow]
                 yield pytest.param(name, backend, residual, id=f"{name}-{backend}-{residual}", marks=marks)
 
 
@@ -69,16 +57,16 @@ def test_compiled_run_is_the_run(name: str, backend: str, residual: Literal["hoo
     wrapped: Any = torch.compile(compiled, backend=counting)
     for module in (wrapped, plain):
         fit(module, batches, Seeded(), epochs=1)
-    graphs, breaks = counting.taken()
+    graphs, breaks = counting.counts()
     assert graphs > 0
 
     plan = Plan.from_model(compiled, batches[0], base=built(architecture, BASE, seed=1), alpha=1.5)
-    assert counting.taken() == (0, Counter()), "planning runs the module as it is written"
+    assert counting.counts() == (0, Counter()), "planning runs the module as it is written"
     if residual == "hook" and not attachable(plan):
         pytest.skip("its multipliers can be folded only")
     for module in (wrapped, plain):
         fit(module, batches, MLUCallback(plan=plan, residual=residual), Seeded(), epochs=1)
-    more_graphs, more_breaks = counting.taken()
+    more_graphs, more_breaks = counting.counts()
     assert more_breaks.keys() <= breaks.keys()
     # where the module has breaks, how many of them and of graphs there are depends on data: experts are chosen by them
     assert breaks or more_graphs <= graphs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.killed_run import OPTIMIZERS, SCHEDULES, STEPS
-from torch.utils._pytree import tree_flatten
+from helpers.processes import environment
+from helpers.runs_by_hand import listed
 
 from mlu_lightning.observation.reference import Reference
 
@@ -27,14 +27,17 @@ KILLED = -signal.SIGKILL
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     """Takes runs, and tells their exit codes."""
     folder = tmp_path_factory.mktemp("runs")
-    root = Path(__file__).parents[1] / "helpers"
-    paths = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TMPDIR": str(folder)}
-    command = [sys.executable, "-W", "ignore", str(root / "killed_run.py")]
+    command = [sys.executable, "-W", "ignore", "-m", "helpers.killed_run"]
     with (
         (folder / "errors").open("w") as errors,
         subprocess.Popen(
-            command, text=True, bufsize=1, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+            command,
+            text=True,
+            bufsize=1,
+            env=environment(TMPDIR=str(folder)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
         ) as process,
     ):
         yield process
@@ -57,17 +60,9 @@ def life(runs: Runs, folder: Path, names: dict[str, str], kill: tuple[int, float
     return int(runs.stdout.readline())
 
 
-def outcome(folder: Path) -> dict[str, Any]:
+def outcome(folder: Path) -> Any:
     """Weights, and states of the optimizer and the scheduler at the end."""
-    found: dict[str, Any] = torch.load(folder / "end.pt", weights_only=True)
-    return found
-
-
-def assert_identical(one: Any, other: Any) -> None:
-    (ours, structure), (theirs, expected) = tree_flatten(one), tree_flatten(other)
-    assert structure == expected
-    for left, right in zip(ours, theirs, strict=True):
-        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+    return listed(torch.load(folder / "end.pt", weights_only=True))
 
 
 def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: int, seed: int) -> None:
@@ -83,7 +78,7 @@ def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: i
         assert torch.load(path, weights_only=True)["global_step"] == int(path.stem)
     recorded = Reference.load(folder / "killed" / "run.safetensors")
     assert life(runs, folder / "killed", names) == 0
-    assert_identical(outcome(folder / "killed"), outcome(folder / "whole"))
+    assert outcome(folder / "killed") == outcome(folder / "whole")
     whole, killed = losses(folder / "whole"), losses(folder / "killed")
     assert [step for step, _ in whole] == [*range(1, STEPS + 1)]
     assert set(killed) == set(whole)  # a step that was made again had the same loss
@@ -91,7 +86,7 @@ def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: i
     assert ours.steps == theirs.steps == (*range(STEPS + 1),)
     assert torch.equal(ours.losses, theirs.losses)
     for step in ours.steps:
-        assert_identical(ours.read(step), theirs.read(step))
+        assert listed(ours.read(step)) == listed(theirs.read(step))
     assert set(recorded.steps) <= set(ours.steps)
 
 

@@ -1,6 +1,5 @@
 """MLUCallback under Lightning's strategies, in two processes (gloo): the run is that of one process."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.strategies_run import BASE, INPUTS, RUNS, WAYS, WIDE, Net, fit, loader
+from helpers.processes import environment
+from helpers.strategies_run import ALL, BASE, INPUTS, WAYS, WIDE, Net, fit, loader
+from helpers.trainers import quiet
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
-from test_mlu_callback import trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,24 +27,23 @@ Runs = dict[tuple[str, int], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def single() -> Runs:
-    return {run: fit(WAYS["single"], *run) for run in RUNS}
+    return {run: fit(WAYS["single"], *run) for run in ALL}
 
 
-@pytest.fixture(scope="module")
-def divided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Runs]]:
+@pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
+def divided(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Runs]]:
     """The runs of both processes by the name of the strategy; they are started once, as that takes longest."""
     folder = tmp_path_factory.mktemp("divided")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), str(folder), *DIVIDED]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, str(SCRIPT), str(folder), request.param, *DIVIDED]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in DIVIDED}
 
 
 @pytest.mark.parametrize("name", DIVIDED)
 def test_run_of_two_processes_is_that_of_one(name: str, single: Runs, divided: dict[str, list[Runs]]) -> None:
-    for run, expected in single.items():
-        both = [of_process[run] for of_process in divided[name]]
+    for run in divided[name][0]:
+        expected, both = single[run], [of_process[run] for of_process in divided[name]]
         for found in both:
             # also in the second process, which has drawn another base by itself
             assert found["plan"] == expected["plan"]
@@ -90,7 +89,7 @@ class Uninstalled(DeepSpeedStrategy):
 )
 def test_strategy_that_joins_parameters_is_refused(strategy: Strategy, message: str) -> None:
     callback, module = MLUCallback(Net(**BASE)), Net(**WIDE)
-    run = trainer(callback)
+    run = quiet(callback)
     vars(run)["_accelerator_connector"].strategy = strategy  # which Lightning gives to machines with GPUs only
     with pytest.raises(ValueError, match=message):
         callback.setup(run, module, "fit")
@@ -114,7 +113,7 @@ def wrapped(module: Net) -> None:
 )
 def test_module_that_fsdp1_leaves_no_values_is_refused(change: Callable[[Net], Any], message: str) -> None:
     callback, module = MLUCallback(Net(**BASE)), Net(**WIDE)
-    run = trainer(callback)
+    run = quiet(callback)
     vars(run)["_accelerator_connector"].strategy = FSDPStrategy()
     change(module)
     with pytest.raises(ValueError, match=message):
@@ -174,7 +173,7 @@ def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Traine
     monkeypatch.setattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
 
     def made(sync: LayerSync, *callbacks: Callback) -> Trainer:
-        return trainer(*callbacks, strategy=DDPStrategy(process_group_backend="gloo"), plugins=[sync])
+        return quiet(*callbacks, max_epochs=2, strategy=DDPStrategy(process_group_backend="gloo"), plugins=[sync])
 
     yield made
     torch.distributed.destroy_process_group()
@@ -188,7 +187,7 @@ def test_norms_that_the_strategy_exchanges_keep_their_multipliers(
     plain, module = (Normed(**WIDE) for _ in range(2))
     x = torch.ones(2, INPUTS)
     callback = MLUCallback(Normed(**BASE), residual=residual)
-    trainer(callback).fit(plain, loader())
+    quiet(callback, max_epochs=2).fit(plain, loader())
     assert callback.plan is not None
     assert "norms.0 output" in {str(multiplier.site) for multiplier in callback.plan.multipliers}
     again = MLUCallback(Normed(**BASE), residual=residual)
@@ -217,7 +216,7 @@ def test_norms_that_are_exchanged_back_after_an_error_keep_their_multipliers(
     exchanging: Callable[..., Trainer],
 ) -> None:
     plain, module = (Normed(**WIDE) for _ in range(2))
-    trainer(MLUCallback(Normed(**BASE)), max_steps=3).fit(plain, loader())
+    quiet(MLUCallback(Normed(**BASE)), max_epochs=2, max_steps=3).fit(plain, loader())
     with pytest.raises(Stopped):
         exchanging(Exchanges(), MLUCallback(Normed(**BASE)), Stops()).fit(module, loader())
     assert [type(norm) for norm in module.norms] == [nn.BatchNorm1d] * len(module.norms)

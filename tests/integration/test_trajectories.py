@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
@@ -12,12 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from helpers.architecture_runs import loader, quiet
 from helpers.optimizers_by_hand import CASES, Case, Row
+from helpers.perceptrons import INPUTS, OUTPUTS, Perceptron, role_of
 from helpers.table_by_hand import EXPECTED, MUON, Shape, wanted
+from helpers.trainers import loader, quiet
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
@@ -28,24 +27,9 @@ from mlu_lightning import MLUCallback, Plan, Role
 Residual = Literal["hook", "fold"]
 Clip = Literal["none", "norm", "value"]
 
-INPUTS, OUTPUTS, SAMPLES = 3, 2, 6
+SAMPLES = 6
 EPOCHS, BATCHES = 2, 4
 CLIP = {"norm": 0.3, "value": 0.02}
-
-ROLES = {
-    "embed.weight": Role.EMBEDDING,
-    "embed.bias": Role.EMBEDDING,
-    "branches.norm.weight": Role.BRANCH_NORM,
-    "branches.norm.bias": Role.BRANCH_NORM,
-    "branches.read.weight": Role.BRANCH_IN,
-    "branches.read.bias": Role.BRANCH_IN_BIAS,
-    "branches.write.weight": Role.BRANCH_OUT,
-    "branches.write.bias": Role.BRANCH_OUT_BIAS,
-    "norm.weight": Role.STREAM_NORM,
-    "norm.bias": Role.STREAM_NORM,
-    "readout.weight": Role.READOUT,
-    "readout.bias": Role.READOUT_BIAS,
-}
 
 
 class Sizes(NamedTuple):
@@ -64,43 +48,17 @@ class Sizes(NamedTuple):
 EXACT = Sizes((1, 2, 2), (2, 32, 8))
 
 
-class Branch(nn.Module):
-    """Norm and perceptron."""
-
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(embedding)
-        self.read = nn.Linear(embedding, hidden)
-        self.write = nn.Linear(hidden, embedding)
-
-    def forward(self, stream: Tensor) -> Tensor:
-        branch: Tensor = self.write(torch.tanh(self.read(self.norm(stream))))
-        return branch
-
-
-class Net(LightningModule):
-    """A residual network with every role of a perceptron's parameters, and any optimizer with any scheduler."""
+class Net(Perceptron):
+    """Trains with any optimizer and any scheduler, and keeps its losses and learning rates."""
 
     def __init__(self, depth: int, hidden: int, embedding: int, cell: Cell | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
+        super().__init__(depth, hidden, embedding)
         self.cell = cell
-        self.embed = nn.Linear(INPUTS, embedding)
-        self.branches = nn.ModuleList(Branch(hidden, embedding) for _ in range(depth))
-        self.norm = nn.LayerNorm(embedding)
-        self.readout = nn.Linear(embedding, OUTPUTS)
         self.losses: list[Tensor] = []
         self.rates: list[float] = []
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        for branch in self.branches:
-            stream = stream + branch(stream)
-        output: Tensor = self.readout(self.norm(stream))
-        return output
-
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = F.mse_loss(self(batch[0]), batch[1])
+        loss = super().training_step(batch)
         self.log("loss", loss)
         self.losses.append(loss.detach())
         return loss
@@ -110,7 +68,7 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.cell is not None
-        optimizer = made(CASES[self.cell.optimizer], [*trained(self, self.cell).values()])
+        optimizer = optimizer_of(CASES[self.cell.optimizer], [*trained(self, self.cell).values()])
         schedule: Any = {"scheduler": SCHEDULERS[self.cell.scheduler](optimizer), "interval": "step", "monitor": "loss"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -167,7 +125,7 @@ CLIPS: tuple[Clip, ...] = ("none", "norm", "value")
 MATRIX = [Cell(*values) for values in itertools.product(OPTIMIZERS, SCHEDULERS, (1, 3), CLIPS)]
 
 
-def made(case: Case, parameters: list[Any]) -> optim.Optimizer:
+def optimizer_of(case: Case, parameters: list[Any]) -> optim.Optimizer:
     # schedulers write into a learning rate that is a tensor
     return case.make(parameters, **copy.deepcopy(case.numbers))
 
@@ -180,20 +138,16 @@ def trained(module: Net, cell: Cell) -> dict[str, nn.Parameter]:
     return {name: p for name, p in everything.items() if role_of(name) in (Role.BRANCH_IN, Role.BRANCH_OUT)}
 
 
-def role_of(name: str) -> Role:
-    return ROLES[re.sub(r"\.\d+\.", ".", name)]
-
-
 def row_of(name: str, sizes: Sizes) -> Row:
     """Theory.md's numbers for a parameter."""
     role, at = role_of(name), sizes.ratios
-    line, muon = EXPECTED[role], wanted(role, MUON, at)
+    line, muon = EXPECTED[role](at), wanted(role, MUON, at)
     _, hidden, embedding = sizes.shape
     _, base_hidden, base_embedding = sizes.base
     shape, base = (hidden, embedding), (base_hidden, base_embedding)
     if role is Role.BRANCH_OUT:
         shape, base = shape[::-1], base[::-1]
-    return Row(line.adam(at), line.sgd(at), line.eps(at), line.std(at), muon.lr, muon.eps, shape, base)
+    return Row(line.adam, line.sgd, line.eps, line.std, muon.lr, muon.eps, shape, base)
 
 
 @lru_cache
@@ -224,7 +178,7 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
     """The same in plain torch, with the table's numbers in a group for each parameter."""
     module, case, at = Net(*sizes.shape).to(dtype), CASES[cell.optimizer], sizes.ratios
     held = {
-        name: EXPECTED[role_of(name)].multiplier(at) if residual == "fold" else 1.0
+        name: EXPECTED[role_of(name)](at).multiplier if residual == "fold" else 1.0
         for name, _ in module.named_parameters()
     }
     branch, readout = (1 / at.depth, 1 / at.d) if residual == "hook" else (1.0, 1.0)
@@ -233,8 +187,8 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
             parameter *= held[name]
     parameters = trained(module, cell)
     rows = [row_of(name, sizes).folded(held[name]) for name in parameters]
-    optimizer = made(case, [{"params": [parameter]} for parameter in parameters.values()])
-    users = made(case, [nn.Parameter(torch.zeros(2, 2))])
+    optimizer = optimizer_of(case, [{"params": [parameter]} for parameter in parameters.values()])
+    users = optimizer_of(case, [nn.Parameter(torch.zeros(2, 2))])
     scheduler = SCHEDULERS[cell.scheduler](users)
     steps = 0
     for index, (x, y) in enumerate(batches(dtype) * EPOCHS):
@@ -289,7 +243,7 @@ def check(cell: Cell) -> None:
         runs.append(ours)
     hook, fold = runs
     for name, parameter in hook.named_parameters():
-        multiplier = EXPECTED[role_of(name)].multiplier(EXACT.ratios)
+        multiplier = EXPECTED[role_of(name)](EXACT.ratios).multiplier
         if cell.optimizer != ABSOLUTE:
             assert torch.equal(fold.get_parameter(name), parameter * multiplier), (cell, name)
         if name in trained(hook, cell):

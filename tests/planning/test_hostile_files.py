@@ -51,29 +51,8 @@ null ~ true no on 2001-99-99 2001-01-01 = << [] {} [1] [[1,2]] {a:1} readout bra
 "\\u202e" é 𝛼 &a *a &a,[*a] !!python/object/apply:os.mkdir,[made] !!python/name:os.system !!binary,aGk= !!float,x !<a>
 !!set,{a} !t % @ ` | > ? - , : #
 """.split()
-VALUES: list[Any] = [
-    -1,
-    0,
-    1,
-    2**31,
-    2**53,
-    2**62,
-    2**63,
-    2**64,
-    10**30,
-    1.5,
-    1e308,
-    True,
-    None,
-    "",
-    "1",
-    "F32",
-    "é",
-    [],
-    {},
-    [[]],
-    [0, 0],
-]
+NUMBERS = [-1, 0, 1, 2**31, 2**53, 2**62, 2**63, 2**64, 10**30, 1.5, 1e308]
+VALUES: list[Any] = [*NUMBERS, True, None, "", "1", "F32", "é", [], {}, [[]], [0, 0]]
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:

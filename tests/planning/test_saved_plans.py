@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs_by_hand import BASE, ByHand, Net, Residual, fit
+from helpers.trainers import quiet
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -18,13 +19,6 @@ from torch import Tensor
 from mlu_lightning import MLUCallback, Plan, bake, fold, restore_multipliers
 
 INPUTS = torch.ones(1, 3)
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
 
 
 class Subclass(MLUCallback):
@@ -45,7 +39,7 @@ def by_hand(path: Path, residual: Residual) -> Tensor:
 
 def evaluated(path: Path, callback: MLUCallback | None = None) -> tuple[Net, Trainer]:
     """A new module that a new Trainer has validated."""
-    module, trainer = Net(), Trainer(callbacks=[callback or MLUCallback()], **QUIET)
+    module, trainer = Net(), quiet(callback or MLUCallback())
     trainer.validate(module, ckpt_path=path, verbose=False)
     return module, trainer
 
@@ -97,7 +91,7 @@ def test_model_checkpoint_of_weights_alone(residual: Residual, tmp_path: Path) -
     assert "optimizer_states" not in read(path)
     found, _ = evaluated(path)
     assert torch.equal(found(INPUTS), by_hand(path, residual))
-    plain, trainer = Net(), Trainer(**QUIET)
+    plain, trainer = Net(), quiet()
     with pytest.warns(UserWarning, match=r"Please add the following callbacks: \['MLUCallback'\]"):
         trainer.validate(plain, ckpt_path=path, verbose=False)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in module.state_dict().items())
@@ -133,7 +127,7 @@ def test_copies(twin: Callable[[Net], Net], weights_only: bool, tmp_path: Path) 
     module.trainer = None  # which cannot be pickled
     for name, again in (("first", twin(module)), ("second", twin(twin(module)))):
         path = tmp_path / name
-        trainer = Trainer(callbacks=[MLUCallback()], **QUIET)
+        trainer = quiet(MLUCallback())
         trainer.validate(again, verbose=False)
         with torch.no_grad():
             again.readout.weight.mul_(2)
@@ -157,7 +151,7 @@ def test_what_the_module_itself_saves_stays(on_instance: bool, weights_only: boo
         vars(module)["on_save_checkpoint"] = lambda checkpoint: checkpoint.update(noted=["instance"])
     for callback in (MLUCallback(Net(BASE)), MLUCallback(Net(BASE))):
         fit(module, callback, max_epochs=1)
-    trainer = Trainer(callbacks=[], **QUIET)  # which goes on without it, and the multipliers stay
+    trainer = quiet()  # which goes on without it, and the multipliers stay
     trainer.validate(module, verbose=False)
     trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only)
     assert read(tmp_path / "last.ckpt")["noted"] == ["instance" if on_instance else id(module)]

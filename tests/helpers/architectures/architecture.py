@@ -19,36 +19,19 @@ Branches = tuple[tuple[str, str, int], ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture at any shape.
+    """One architecture at any shape; parameters are named by patterns."""
 
-    Args:
-        build: module with a number of blocks, heads of dimension 8 and an embedding dimension.
-        example: input of its rehearsal.
-        roles: role, with its variant if it has one, by pattern of parameter names; every parameter matches exactly one.
-        branches: of a block; where stages differ, of a block of each.
-        readout: name of the readout's matrix.
-        encoder: branches of a block of a second stream, which the first one reads; empty if there is none.
-        active: number of experts over which a mixture averages, by pattern of parameter names; 1 for all others.
-        tokens: patterns of names of matrices and biases that act on tokens, whose number stays, instead of coordinates.
-        ends: patterns of names of norms that end branches, and whose gains and biases hold the branch's multiplier.
-        axis: of the stream's coordinates.
-        parallel: whether the branches of a block share an addition.
-        tied: whether the readout is the embedding.
-        unfoldable: whether branches end in something that no parameter multiplies.
-        warns: part of the warning if it is outside of the theory, empty if it is not.
-    """
-
-    build: Callable[[int, int, int], nn.Module]
+    build: Callable[[int, int, int], nn.Module]  # with a number of blocks, of heads of dimension 8, and of coordinates
     example: Any
-    roles: dict[str, str]
-    branches: Branches
-    readout: str
-    encoder: Branches = ()
-    active: dict[str, int] = field(default_factory=dict)
-    tokens: tuple[str, ...] = ()
-    ends: tuple[str, ...] = ()
-    axis: int = -1
-    parallel: bool = False
-    tied: bool = False
-    unfoldable: bool = False
-    warns: str = ""
+    roles: dict[str, str]  # with the variant, if it has one; every parameter matches exactly one
+    branches: Branches  # of a block; where stages differ, of a block of each
+    readout: str  # name of its matrix
+    encoder: Branches = ()  # of a block of a second stream, which the first one reads
+    active: dict[str, int] = field(default_factory=dict)  # experts over which a mixture averages, 1 for all others
+    tokens: tuple[str, ...] = ()  # what acts on tokens, whose number stays, instead of coordinates
+    ends: tuple[str, ...] = ()  # norms that end branches, and whose gains and biases hold the branch's multiplier
+    axis: int = -1  # of the stream's coordinates
+    parallel: bool = False  # whether the branches of a block share an addition
+    tied: bool = False  # whether the readout is the embedding
+    unfoldable: bool = False  # whether branches end in something that no parameter multiplies
+    warns: str = ""  # part of the warning if it is outside of the theory

@@ -10,27 +10,45 @@ from torch import nn
 
 from helpers.architectures.architecture import LANGUAGE, VOCABULARY, Architecture
 
+Build = Callable[[int, int, int], nn.Module]
+
 
 def _config(cls: type, **numbers: Any) -> Any:
     return cls(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None, **numbers)
 
 
-def gpt2_with_heads_of(head_dim: int) -> nn.Module:
-    """GPT-2 with two blocks and two heads, of any dimension, which its embedding then has twice."""
-    config = _config(transformers.GPT2Config, n_layer=2, n_head=2, n_embd=2 * head_dim, n_positions=8)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def _gpt2(depth: int, heads: int, embedding: int) -> nn.Module:
-    assert embedding == 8 * heads, "GPT-2 has no head_dim of its own"
+def _gpt2(depth: int, heads: int, embedding: int, head_dim: int = 8) -> nn.Module:
+    assert embedding == head_dim * heads, "GPT-2 has no head_dim of its own"
     config = _config(transformers.GPT2Config, n_layer=depth, n_head=heads, n_embd=embedding, n_positions=8)
     config.loss_type = "ForCausalLM"  # or else it is looked for in the name of the class, and missed with a warning
     return transformers.GPT2LMHeadModel(config)
 
 
-def _grouped(
-    model: type, config: type, experts: str | None = None, **numbers: Any
-) -> Callable[[int, int, int], nn.Module]:
+def gpt2_with_heads_of(head_dim: int) -> nn.Module:
+    """GPT-2 with two blocks and two heads, of any dimension, which its embedding then has twice."""
+    return _gpt2(2, 2, 2 * head_dim, head_dim)
+
+
+def _of_heads_of_eight(model: type, config: type, **numbers: Any) -> Build:
+    """GPT-NeoX and BERT, which have no head_dim of their own."""
+
+    def build(depth: int, heads: int, embedding: int) -> nn.Module:
+        assert embedding == 8 * heads
+        made = _config(
+            config,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            hidden_size=embedding,
+            intermediate_size=32 * heads,
+            **numbers,
+        )
+        module: nn.Module = model(made)
+        return module
+
+    return build
+
+
+def _grouped(model: type, config: type, experts: str | None = None, **numbers: Any) -> Build:
     """Llama and what has its config: grouped queries, gated perceptrons; and how experts are computed."""
 
     def build(depth: int, heads: int, embedding: int) -> nn.Module:
@@ -51,59 +69,26 @@ def _grouped(
     return build
 
 
-def mixtral(experts: str) -> Callable[[int, int, int], nn.Module]:
+def mixtral(experts: str) -> Build:
     """Mixtral with four experts, of which a token is sent to two."""
-    return _grouped(
-        transformers.MixtralForCausalLM,
-        transformers.MixtralConfig,
-        experts,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-    )
+    numbers = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _grouped(transformers.MixtralForCausalLM, transformers.MixtralConfig, experts, **numbers)
 
 
-def _neox(depth: int, heads: int, embedding: int) -> nn.Module:
-    assert embedding == 8 * heads, "GPT-NeoX has no head_dim of its own"
-    return transformers.GPTNeoXForCausalLM(
-        _config(
-            transformers.GPTNeoXConfig,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            hidden_size=embedding,
-            intermediate_size=32 * heads,
-        )
-    )
-
-
-def _bert(depth: int, heads: int, embedding: int) -> nn.Module:
-    assert embedding == 8 * heads, "BERT has no head_dim of its own"
-    return transformers.BertForMaskedLM(
-        _config(
-            transformers.BertConfig,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            hidden_size=embedding,
-            intermediate_size=32 * heads,
-            max_position_embeddings=8,
-        )
-    )
-
-
-def _t5(tied: bool) -> Callable[[int, int, int], nn.Module]:
+def _t5(tied: bool) -> Build:
     def build(depth: int, heads: int, embedding: int) -> nn.Module:
-        model = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(
-                vocab_size=VOCABULARY,
-                d_model=embedding,
-                d_kv=8,
-                d_ff=24 * heads,
-                num_layers=depth,
-                num_heads=heads,
-                feed_forward_proj="relu" if tied else "gated-gelu",
-                tie_word_embeddings=tied,  # for T5 this says only whether outputs are scaled as those of a tied table
-                decoder_start_token_id=0,
-            )
+        config = transformers.T5Config(
+            vocab_size=VOCABULARY,
+            d_model=embedding,
+            d_kv=8,
+            d_ff=24 * heads,
+            num_layers=depth,
+            num_heads=heads,
+            feed_forward_proj="relu" if tied else "gated-gelu",
+            tie_word_embeddings=tied,  # for T5 this says only whether outputs are scaled as those of a tied table
+            decoder_start_token_id=0,
         )
+        model = transformers.T5ForConditionalGeneration(config)
         if not tied:
             model.lm_head = nn.Linear(embedding, VOCABULARY, bias=False)
         return model
@@ -138,6 +123,16 @@ _T5_ROLES = {
     "*.layer.*.layer_norm.weight": "branch_norm",
     "*.final_layer_norm.weight": "stream_norm",
 }
+
+
+def _like_llama(model: type, config: type, **roles: str) -> Architecture:
+    return Architecture(
+        build=_grouped(model, config),
+        example=LANGUAGE,
+        roles=_LLAMA_ROLES | {"lm_head.weight": "readout"} | roles,
+        branches=_LLAMA_BRANCHES,
+        readout="lm_head.weight",
+    )
 
 
 def _t5_architecture(tied: bool) -> Architecture:
@@ -180,13 +175,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         readout="transformer.wte.weight",
         tied=True,
     ),
-    "llama": Architecture(
-        build=_grouped(transformers.LlamaForCausalLM, transformers.LlamaConfig),
-        example=LANGUAGE,
-        roles=_LLAMA_ROLES | {"lm_head.weight": "readout"},
-        branches=_LLAMA_BRANCHES,
-        readout="lm_head.weight",
-    ),
+    "llama": _like_llama(transformers.LlamaForCausalLM, transformers.LlamaConfig),
     "tied llama": Architecture(
         build=_grouped(transformers.LlamaForCausalLM, transformers.LlamaConfig, tie_word_embeddings=True),
         example=LANGUAGE,
@@ -205,7 +194,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         unfoldable=True,
     ),
     "gpt-neox": Architecture(
-        build=_neox,
+        build=_of_heads_of_eight(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig),
         example=LANGUAGE,
         roles={
             "gpt_neox.embed_in.weight": "embedding",
@@ -226,7 +215,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         parallel=True,
     ),
     "bert": Architecture(
-        build=_bert,
+        build=_of_heads_of_eight(transformers.BertForMaskedLM, transformers.BertConfig, max_position_embeddings=8),
         example=LANGUAGE,
         roles={
             "bert.embeddings.*_embeddings.weight": "embedding",
@@ -248,33 +237,20 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         tied=True,
         warns="post-norm",
     ),
-    "mistral": Architecture(
-        build=_grouped(transformers.MistralForCausalLM, transformers.MistralConfig),
-        example=LANGUAGE,
-        roles=_LLAMA_ROLES | {"lm_head.weight": "readout"},
-        branches=_LLAMA_BRANCHES,
-        readout="lm_head.weight",
-    ),
-    "qwen3": Architecture(
-        build=_grouped(transformers.Qwen3ForCausalLM, transformers.Qwen3Config),
-        example=LANGUAGE,
-        roles=_LLAMA_ROLES
-        | {"model.layers.*.self_attn.[qk]_norm.weight": "branch_bounded", "lm_head.weight": "readout"},
-        branches=_LLAMA_BRANCHES,
-        readout="lm_head.weight",
+    "mistral": _like_llama(transformers.MistralForCausalLM, transformers.MistralConfig),
+    "qwen3": _like_llama(
+        transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config,
+        **{"model.layers.*.self_attn.[qk]_norm.weight": "branch_bounded"},
     ),
     "mixtral": Architecture(
         build=mixtral("batched_mm"),  # the only implementation for double precision and for tensors without values
         example=LANGUAGE,
-        roles={
-            "model.embed_tokens.weight": "embedding",
-            "model.layers.*.self_attn.[qkv]_proj.weight": "branch_in",
-            "model.layers.*.self_attn.o_proj.weight": "branch_out",
+        roles={name: role for name, role in _LLAMA_ROLES.items() if "_proj" not in name or "self_attn" in name}
+        | {
             "model.layers.*.mlp.gate.weight": "branch_bounded_matrix",
             "model.layers.*.mlp.experts.gate_up_proj": "branch_in",
             "model.layers.*.mlp.experts.down_proj": "branch_out",
-            "model.layers.*.*layernorm.weight": "branch_norm",
-            "model.norm.weight": "stream_norm",
             "lm_head.weight": "readout",
         },
         branches=(("model.layers.*.self_attn", "attention", 1), ("model.layers.*.mlp", "mlp", 2 * 24)),

@@ -120,36 +120,22 @@ class MixtureOfExperts(nn.Module):
         return output
 
 
-_ENCODER_ROLES = {
+_TORCH_ROLES = {
     "tokens.weight": "embedding",
-    "positions": "embedding",
-    "encoder.layers.*.self_attn.in_proj_weight": "branch_in",
-    "encoder.layers.*.self_attn.in_proj_bias": "branch_in_bias",
-    "encoder.layers.*.self_attn.out_proj.weight": "branch_out",
-    "encoder.layers.*.self_attn.out_proj.bias": "branch_out_bias",
-    "encoder.layers.*.linear1.weight": "branch_in",
-    "encoder.layers.*.linear1.bias": "branch_in_bias",
-    "encoder.layers.*.linear2.weight": "branch_out",
-    "encoder.layers.*.linear2.bias": "branch_out_bias",
+    "*.layers.*.in_proj_weight": "branch_in",
+    "*.layers.*.in_proj_bias": "branch_in_bias",
+    "*.layers.*.out_proj.weight": "branch_out",
+    "*.layers.*.out_proj.bias": "branch_out_bias",
+    "*.layers.*.linear1.weight": "branch_in",
+    "*.layers.*.linear1.bias": "branch_in_bias",
+    "*.layers.*.linear2.weight": "branch_out",
+    "*.layers.*.linear2.bias": "branch_out_bias",
     "readout.weight": "readout",
     "readout.bias": "readout_bias",
 }
+_ENCODER_ROLES = _TORCH_ROLES | {"positions": "embedding"}
 _ENCODER_BRANCHES = (("encoder.layers.*.self_attn", "attention", 1), ("encoder.layers.*", "mlp", 32))
-
-_DECODER_ROLES = {
-    "tokens.weight": "embedding",
-    "memory.*": "embedding",
-    "decoder.layers.*.in_proj_weight": "branch_in",
-    "decoder.layers.*.in_proj_bias": "branch_in_bias",
-    "decoder.layers.*.out_proj.weight": "branch_out",
-    "decoder.layers.*.out_proj.bias": "branch_out_bias",
-    "decoder.layers.*.linear1.weight": "branch_in",
-    "decoder.layers.*.linear1.bias": "branch_in_bias",
-    "decoder.layers.*.linear2.weight": "branch_out",
-    "decoder.layers.*.linear2.bias": "branch_out_bias",
-    "readout.weight": "readout",
-    "readout.bias": "readout_bias",
-}
+_DECODER_ROLES = _TORCH_ROLES | {"memory.*": "embedding"}
 _DECODER_BRANCHES = (
     ("decoder.layers.*.self_attn", "attention", 1),
     ("decoder.layers.*.multihead_attn", "attention", 1),

@@ -1,0 +1,36 @@
+"""What a plan is made from besides its module: the arguments that ``Plan.from_model`` and ``MLUCallback`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+__all__ = ["ParameterizationName", "PlanArguments"]
+
+ParameterizationName = Literal["mlu", "completep", "mup", "sp"]
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Keyword arguments of :meth:`mlu_lightning.Plan.from_model`, with its defaults; the base may be yet to be built."""
+
+    base: Any = None
+    overrides: Mapping[str, str] | None = None
+    alpha: float = 1.0
+    parameterization: ParameterizationName = "mlu"
+    batch_ratio: float = 1.0
+    token_ratio: float = 1.0
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the arguments, in the order of the signature."""
+        return [argument.name for argument in fields(cls)]
+
+    def keywords(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return {name: getattr(self, name) for name in self.names()}
+
+    def are_default(self) -> bool:
+        """Whether none of them was given."""
+        return all(getattr(self, argument.name) == argument.default for argument in fields(self))

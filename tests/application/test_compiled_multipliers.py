@@ -1,0 +1,63 @@
+"""Multipliers of modules that torch.compile has made code of, before or after."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from helpers.multiplied_networks import CASES, EXACT, MODES, made
+from torch import Tensor, nn
+
+from mlu_lightning import attach_multipliers
+from mlu_lightning.application import residual_state
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled_in_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    module.compile(backend="eager", fullgraph=True)
+    return module
+
+
+def compiled_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(lambda tokens: module(tokens), backend="eager", fullgraph=True)
+
+
+def compiled_wrapper(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+COMPILERS = {"wrapper": compiled_wrapper, "in place": compiled_in_place, "function": compiled_function}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", COMPILERS)
+@pytest.mark.parametrize("name", ["tensor", "tuple", "model output", "tied readout"])
+def test_compiled_after_attaching(name: str, how: str) -> None:
+    module, plan, tokens = made(name)
+    expected = CASES[name].by_hand(copy.deepcopy(module), tokens)
+    attach_multipliers(module, plan)
+    torch.testing.assert_close(COMPILERS[how](module)(tokens), expected, **EXACT)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", COMPILERS)
+def test_attached_and_removed_after_the_first_compiled_call(how: str, mode: str) -> None:
+    module, plan, tokens = made("tied readout")
+    expected = CASES["tied readout"].by_hand(copy.deepcopy(module), tokens)
+    call = COMPILERS[how](module)
+    plain = call(tokens)
+    handle = MODES[mode](call if isinstance(call, nn.Module) else module, plan)
+    torch.testing.assert_close(call(tokens), expected, **EXACT)
+    assert residual_state(module) == residual_state(call if isinstance(call, nn.Module) else module) is not None
+    if mode == "hook":
+        handle.remove()
+        assert torch.equal(call(tokens), plain)

@@ -1,0 +1,226 @@
+"""Checkpoints of runs with MLUCallback, and fits that go on from them or from a module that was fitted before."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.callback_runs import (
+    INPUTS,
+    MODULES,
+    WIDE,
+    Net,
+    WatchedOptimizers,
+    factors,
+    fit,
+    identical,
+    loader,
+    trainer,
+)
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initialize
+from mlu_lightning.application import residual_state
+from mlu_lightning.callbacks.saved_plans import wrap_saving
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("make", MODULES)
+def test_resumed_run_is_the_uninterrupted_run(make: type[Net], residual: Any, tmp_path: Path) -> None:
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Net, Trainer]:
+        module = make(**WIDE)
+        return module, fit(
+            module, MLUCallback(Net(), residual=residual), data=loader(False), epochs=epochs, ckpt_path=ckpt_path
+        )
+
+    def quiet(self: Net, batch: Any) -> Tensor:
+        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Net, "training_step", quiet)  # the Trainer does not restore random states
+        whole, _ = run(4)
+        _, half = run(2)
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        resumed, _ = run(4, tmp_path / "half.ckpt")
+    assert identical(resumed, whole)
+    assert resumed.losses == whole.losses[8:]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trained modules: by MLUCallback in both ways, and without it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, callbacks in {
+        "hook": [MLUCallback(Net())],
+        "fold": [MLUCallback(Net(), residual="fold")],
+        "plain": [],
+    }.items():
+        module = Net(**WIDE)
+        run = fit(module, *callbacks)
+        run.save_checkpoint(folder / f"{name}.ckpt")
+        torch.save(module(torch.ones(1, INPUTS)), folder / f"{name}.pt")
+    return {name: folder / f"{name}.ckpt" for name in ("hook", "fold", "plain")}
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_evaluation_of_a_checkpoint_has_its_multipliers(residual: Any, checkpoints: dict[str, Path]) -> None:
+    trained = torch.load(checkpoints[residual].with_suffix(".pt"))
+    module = Net(**WIDE)
+    run = trainer(MLUCallback(Net(), residual=residual))
+    for _ in range(2):
+        outputs = run.predict(module, loader(False), ckpt_path=checkpoints[residual], weights_only=True)
+    assert torch.equal(module(torch.ones(1, INPUTS)), trained)
+    assert outputs is not None
+    expected = run.validate(module, loader(False), verbose=False)[0]["val_loss"]
+    targets = loader(False).dataset.tensors[1]
+    assert expected == pytest.approx(float(nn.functional.mse_loss(torch.cat(outputs), targets)), rel=1e-5)
+
+
+def test_fit_after_evaluation_goes_on_from_the_checkpoint(checkpoints: dict[str, Path]) -> None:
+    module = Net(**WIDE, optimizers=lambda module: None)
+    run = trainer(MLUCallback(Net()))
+    run.validate(module, loader(False), ckpt_path=checkpoints["hook"], verbose=False)
+    before = module(torch.ones(1, INPUTS))
+    run.fit(module, loader())
+    assert torch.equal(module(torch.ones(1, INPUTS)), before)
+
+
+def test_folded_checkpoint_is_a_plain_module(checkpoints: dict[str, Path]) -> None:
+    module = Net(**WIDE)
+    module.load_state_dict(torch.load(checkpoints["fold"], weights_only=True)["state_dict"])
+    torch.testing.assert_close(module(torch.ones(1, INPUTS)), torch.load(checkpoints["fold"].with_suffix(".pt")))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_plain_checkpoint_is_warned_about(stage: str, checkpoints: dict[str, Path]) -> None:
+    module = Net(**WIDE)
+    callback = MLUCallback(Net())
+    if stage == "validate":
+        attach_multipliers(module, Plan.from_model(module, next(iter(loader())), base=Net()))
+    run = trainer(callback, epochs=3)
+    with pytest.warns(UserWarning, match="checkpoint is of a run without MLUCallback. Its weights were trained as"):
+        getattr(run, stage)(module, loader(), ckpt_path=checkpoints["plain"])
+
+
+def test_checkpoint_of_the_other_residual_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"multipliers in its weights, and .* in hooks, .* Give residual='fold'"):
+        fit(Net(**WIDE), MLUCallback(Net()), ckpt_path=checkpoints["fold"])
+
+
+def test_checkpoint_of_another_plan_is_refused(checkpoints: dict[str, Path]) -> None:
+    callback = MLUCallback(Net(depth=1))
+    with pytest.raises(ValueError, match=r"run with another plan .* base, overrides and alpha of that run"):
+        fit(Net(**WIDE), callback, ckpt_path=checkpoints["hook"])
+
+
+@pytest.mark.filterwarnings("error:.*MLUCallback.*")
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_evaluation_alone_does_nothing(stage: str, checkpoints: dict[str, Path]) -> None:
+    module, plain = Net(**WIDE), Net(**WIDE)
+    getattr(trainer(), stage)(plain, loader(False))
+    getattr(trainer(MLUCallback(Net())), stage)(module, loader(False))
+    assert identical(module, plain)
+    assert vars(module).keys() == vars(plain).keys()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    getattr(trainer(MLUCallback(Net())), stage)(module, loader(False), ckpt_path=checkpoints["plain"])
+    assert residual_state(module) is None
+
+
+@pytest.mark.parametrize("own", ["none", "of the class", "of the instance"])
+def test_a_module_and_its_copies_save_their_own_plans(own: str) -> None:
+    """Also with weights alone, of which Lightning tells only the module; its own method is still called."""
+
+    class Saves(Net):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["shape"] = self.shape
+
+    module = (Saves if own == "of the class" else Net)(**WIDE)
+    if own == "of the instance":
+        vars(module)["on_save_checkpoint"] = lambda checkpoint: checkpoint.update(shape=module.shape)
+    plan = Plan.from_model(module, next(iter(loader())), base=Net())
+    handle = attach_multipliers(module, plan)
+    for _ in range(2):
+        wrap_saving(module)
+    copied = fold(copy.deepcopy(module), plan)
+    handle.remove()
+    for each, expected in ((copied, "fold"), (module, None)):
+        checkpoint: dict[str, Any] = {}
+        each.on_save_checkpoint(checkpoint)
+        assert checkpoint.get("shape") == (None if own == "none" else module.shape)
+        assert checkpoint.get("callbacks", {}).get("MLUCallback", {}).get("mode") == expected
+
+
+def test_an_unpickled_module_saves_its_plan_when_it_is_fitted_again() -> None:
+    module = Net(**WIDE)
+    attach_multipliers(module, Plan.from_model(module, next(iter(loader())), base=Net()))
+    wrap_saving(module)
+    again = pickle.loads(pickle.dumps(module))
+    wrap_saving(again)
+    again.on_save_checkpoint(checkpoint := {})
+    assert checkpoint["callbacks"]["MLUCallback"]["mode"] == "hook"
+
+
+# A second fit
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.mark.parametrize("same", [True, False], ids=["same-callback", "new-callback"])
+@pytest.mark.parametrize("make", MODULES)
+def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residual: Any) -> None:
+    module = make(**WIDE)
+    callback = MLUCallback(Net(), residual=residual)
+    fit(module, callback)
+    output, weights = module(torch.ones(1, INPUTS)), {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    class AtStart(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert torch.equal(pl_module(torch.ones(1, INPUTS)), output)
+            assert all(torch.equal(parameter, weights[name]) for name, parameter in pl_module.named_parameters())
+
+    second = callback if same else MLUCallback(Net(), residual=residual)
+    module.optimizers_of = probe = WatchedOptimizers()
+    fit(module, second, AtStart())
+    assert second.plan == callback.plan
+    lr, expected = probe.numbers[0], factors(second.plan, "adamw", folded=residual == "fold")
+    assert {name: numbers["lr"] / lr["embed.weight"]["lr"] for name, numbers in lr.items()} == pytest.approx(expected)
+
+
+def test_second_fit_after_hooks_moved_into_the_weights_does_not_initialize_them() -> None:
+    module, first, second = Net(**WIDE), MLUCallback(Net()), MLUCallback(Net(), residual="fold")
+    fit(module, first)
+    assert first.plan is not None
+    fit(fold(module, first.plan), second)
+    assert (first.initialized, second.initialized) == (True, False)
+
+
+def test_second_fit_with_another_plan_is_refused() -> None:
+    module = Net(**WIDE)
+    fit(module, MLUCallback(Net()))
+    with pytest.raises(ValueError, match=r"multipliers of another plan than that of this MLUCallback"):
+        fit(module, MLUCallback(Net(depth=1)))
+
+
+def test_second_fit_with_another_residual_is_refused() -> None:
+    module = Net(**WIDE)
+    fit(module, MLUCallback(Net()))
+    with pytest.raises(ValueError, match=r"in hooks already, but MLUCallback has residual='fold'.*residual='hook'"):
+        fit(module, MLUCallback(Net(), residual="fold"))
+
+
+def test_multipliers_of_somebody_else_leave_the_initialization_open() -> None:
+    module = Net(**WIDE)
+    plan = Plan.from_model(module, next(iter(loader())), base=Net())
+    attach_multipliers(initialize(module, plan), plan)
+    with pytest.raises(ValueError, match=r"not from an MLUCallback.* give init=None"):
+        fit(module, MLUCallback(Net()))
+    fit(module, MLUCallback(Net(), init=None))
+    theirs = Net(**WIDE)
+    fit(theirs, MLUCallback(Net()))
+    assert identical(module, theirs)

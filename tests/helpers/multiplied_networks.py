@@ -1,0 +1,215 @@
+"""Networks whose branches return their value in different ways, with multipliers, and their functions by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from helpers.plans import entry
+from mlu_lightning import attach_multipliers, fold
+from mlu_lightning.application import residual_state
+from mlu_lightning.discovery.structure import Site
+from mlu_lightning.planning import Multiplier
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import Ratios, Role
+
+D, HIDDEN, VOCAB = 6, 10, 7
+FACTORS = (0.5, 1 / 3, 0.7)  # one per branch
+READOUT = 0.3
+ALPHA = 1.7
+EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of about ten terms
+
+
+# --- models that are built and called in different ways, and their forward pass by hand
+
+
+class Mlp(nn.Module):
+    """A branch; subclasses return its value in other forms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(D, HIDDEN)
+        self.out = nn.Linear(HIDDEN, D)
+
+    def forward(self, h: Tensor) -> Any:
+        return self.out(torch.tanh(self.inner(h)))
+
+
+def mlp_by_hand(branch: Mlp, h: Tensor) -> Tensor:
+    inner = torch.tanh(h @ branch.inner.weight.T + branch.inner.bias)
+    return inner @ branch.out.weight.T + branch.out.bias
+
+
+class Pair(NamedTuple):
+    extra: Tensor
+    value: Tensor
+
+
+class TupleMlp(Mlp):
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(h), h.sum()
+
+
+class ListMlp(Mlp):
+    def forward(self, h: Tensor) -> list[Tensor]:
+        return [h.sum(), super().forward(h)]
+
+
+class NamedTupleMlp(Mlp):
+    def forward(self, h: Tensor) -> Pair:
+        return Pair(h.sum(), super().forward(h))
+
+
+class ModelOutputMlp(Mlp):
+    def forward(self, h: Tensor) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(last_hidden_state=h.sum(), pooler_output=super().forward(h))
+
+
+class NormMlp(Mlp):
+    """A branch that ends in a norm: only what follows the norm has an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(D)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        nn.init.uniform_(self.norm.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(super().forward(h))
+
+
+class Network(nn.Module):
+    def __init__(self, branch: type[Mlp], index: int | None, tied: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, D)
+        self.branches = nn.ModuleList(branch() for _ in FACTORS)
+        self.head = nn.Linear(D, VOCAB)
+        self.last = self.branches[-1]  # a second name for a submodule
+        self.index = index
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.embedding(tokens)
+        for branch in self.branches:
+            output = branch(h)
+            if self.index is not None:
+                output = output.to_tuple()[self.index] if hasattr(output, "to_tuple") else output[self.index]
+            h = h + output
+        return self.head(h)
+
+
+def by_hand(network: Network, tokens: Tensor) -> Tensor:
+    h = network.embedding.weight[tokens]
+    for branch, factor in zip(network.branches, FACTORS, strict=True):
+        value = mlp_by_hand(branch, h)
+        if isinstance(branch, NormMlp):
+            value = F.layer_norm(value, (D,)) * branch.norm.weight + branch.norm.bias
+        h = h + ALPHA * factor * value
+    return READOUT * (h @ network.head.weight.T) + network.head.bias
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module with its multipliers, and its function by hand."""
+
+    build: Callable[[], nn.Module]
+    multipliers: tuple[Multiplier, ...]
+    by_hand: Callable[[Any, Tensor], Tensor]
+    folded: frozenset[str]
+
+    def module(self) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.build().double()
+
+
+def network_case(branch: type[Mlp], index: int | None = None, tied: bool = False, alias: bool = False) -> Case:
+    end = "norm" if branch is NormMlp else "out"
+    multipliers = []
+    for position, factor in enumerate(FACTORS):
+        name = "last" if alias and position == len(FACTORS) - 1 else f"branches.{position}"
+        folds = (f"{name}.{end}.weight", f"{name}.{end}.bias")
+        multipliers.append(Multiplier(name, "branch", factor, Site(name, "output", index), folds))
+    head = () if tied else ("head.weight",)
+    multipliers.append(Multiplier("head.weight", "readout", READOUT, Site("head", "input"), head))
+    folded = frozenset(name for multiplier in multipliers for name in multiplier.folds)
+    return Case(lambda: Network(branch, index, tied), tuple(multipliers), by_hand, folded)
+
+
+class Attention(nn.Module):
+    """One head, with a multiplier on its logits besides the branch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
+        self.out = nn.Linear(D, D)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = F.one_hot(tokens, D).double()
+        return h + self.out(torch.softmax(self.query(h) @ self.key(h).mT, -1) @ self.value(h))
+
+
+def attention_by_hand(module: Attention, tokens: Tensor) -> Tensor:
+    h = torch.eye(D, dtype=torch.float64)[tokens]
+    query, key, value = (h @ layer.weight.T + layer.bias for layer in (module.query, module.key, module.value))
+    mixed = torch.softmax(0.2 * query @ key.mT, -1) @ value
+    return h + ALPHA * 0.5 * (mixed @ module.out.weight.T + module.out.bias)
+
+
+CASES = {
+    "tensor": network_case(Mlp),
+    "tuple": network_case(TupleMlp, 0),
+    "list": network_case(ListMlp, 1),
+    "named tuple": network_case(NamedTupleMlp, 1),
+    "model output": network_case(ModelOutputMlp, 1),
+    "ends in a norm": network_case(NormMlp),
+    "tied readout": network_case(Mlp, tied=True),
+    "second name": network_case(Mlp, alias=True),
+    "logits": Case(
+        Attention,
+        (
+            Multiplier("attention", "branch", 0.5, Site("out"), ("out.weight", "out.bias")),
+            Multiplier("attention", "logits", 0.2, Site("query"), ("query.weight", "query.bias")),
+        ),
+        attention_by_hand,
+        frozenset({"out.weight", "out.bias", "query.weight", "query.bias"}),
+    ),
+}
+MODES: dict[str, Callable[[nn.Module, Plan], Any]] = {"hook": attach_multipliers, "fold": fold}
+
+
+def plan_of(module: nn.Module, multipliers: tuple[Multiplier, ...], alpha: float = ALPHA) -> Plan:
+    parameters = {
+        name: entry(Role.BRANCH_OUT, tuple(p.shape), Ratios(depth=2.0), base_shape=tuple(p.shape), base_std=1.0)
+        for name, p in module.named_parameters()
+    }
+    return Plan(parameters, (), (), multipliers, alpha)
+
+
+def made(name: str) -> tuple[nn.Module, Plan, Tensor]:
+    """Module, plan and input of a case."""
+    case = CASES[name]
+    module = case.module()
+    tokens = torch.arange(12).reshape(3, 4) % D
+    return module, plan_of(module, case.multipliers), tokens
+
+
+def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], list[int]]:
+    """All that applying multipliers may change."""
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    return state, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
+
+
+def assert_unchanged(module: nn.Module, before: tuple[dict[str, Tensor], list[int]]) -> None:
+    state, hooks = snapshot(module)
+    assert list(state) == list(before[0])
+    assert all(torch.equal(state[name], before[0][name]) for name in state if not state[name].is_meta)
+    assert hooks == before[1]
+    assert residual_state(module) is None

@@ -1,0 +1,32 @@
+"""Processes that tests start, and what they need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["environment", "peak_megabytes", "run"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Variables for a process on one core that imports what this process does."""
+    paths = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, **variables}
+
+
+def run(code: str) -> Any:
+    """Run Python code; what it prints last, read as JSON."""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process has had, on Linux; ``getrusage`` tells that of its parent if it is more."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
