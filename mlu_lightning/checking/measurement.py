@@ -20,8 +20,8 @@ from mlu_lightning.checking.local_effects import find_readers, local_effects, rm
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
 from mlu_lightning.checking.shrinkage import shrinkage
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.observation.feature_updates import moved
-from mlu_lightning.observation.probe import locate, locate_features, observe
+from mlu_lightning.observation import LocationName, Observation, locate, locate_features, observe
+from mlu_lightning.observation import rms_change as moved
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
@@ -164,7 +164,7 @@ class _Watch(Callback):
         self._found: dict[Quantity, list[float]] = defaultdict(list)
         self._along: dict[Quantity, list[float]] = defaultdict(list)
         self._start: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
+        self._before: Observation = {}
         self._decayed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,14 +208,14 @@ class _Watch(Callback):
             for quantity, values in self._found.items()
         )
 
-    def _observe(self, module: LightningModule) -> dict[str, Tensor]:
-        return observe(module, self._probe, self._locations, "training_step")
+    def _observe(self, module: LightningModule) -> Observation:
+        return observe(module, self._probe, self._locations, "training_step", restore_parameters=True)
 
     def _add_local(self, kind: Kind, module: LightningModule, others: Mapping[str, Tensor]) -> None:
         """Add what every parameter does where it acts."""
 
         def run() -> None:
-            observe(module, self._probe, (), "training_step")
+            observe(module, self._probe, (), "training_step", restore_parameters=True)
 
         effects = local_effects(module, tuple(self._readers.values()), others, run)
         # experts without tokens are not read, as others beside them are
@@ -248,7 +248,7 @@ class _Watch(Callback):
         expected = expected_powers(kind, role, multiplied, variant, parameter.ratios)(parameter.ratios)
         self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
 
-    def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
+    def _without(self, role: str, module: LightningModule) -> Observation:
         """Observe the module with the parameters of one role as they were at the start."""
         of_role = {
             name: parameter for name, parameter in planned_parameters(module).items() if self._rows[name] == role
@@ -290,6 +290,6 @@ def _relative_depth(plan: Plan, tap: Tap) -> float:
     return tap.position / plan.streams[branch.stream].depth
 
 
-def _ends(observed: Mapping[str, Tensor]) -> list[str]:
+def _ends(observed: Observation) -> list[LocationName]:
     """Where streams end, and outputs."""
     return [name for name in observed if name.startswith("output") or name.endswith("s=1")]

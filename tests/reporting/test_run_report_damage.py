@@ -12,10 +12,10 @@ import matplotlib as mpl
 import pytest
 import torch
 import wandb
+from helpers.logged_runs import records
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from matplotlib.lines import Line2D
 from test_check_verdicts import READ, noisy, points
-from test_loggers import records
 from test_run_report import Page
 from torch.utils.tensorboard import SummaryWriter
 
