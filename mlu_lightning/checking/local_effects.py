@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mlu_lightning.discovery.trace import tensors_in
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
+from mlu_lightning.utilities.function_calls import tensors_in
 
 __all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
 

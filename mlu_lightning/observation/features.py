@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.discovery.trace import tensors_in
 from mlu_lightning.observation.attention_logits import chosen_logits, full_tensor, spread
-from mlu_lightning.utilities.function_calls import CallPlace, Watch
+from mlu_lightning.utilities.function_calls import CallPlace, Watch, tensors_in
 
 __all__ = ["watch_features"]
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.discovery.trace import tensors_in
 from mlu_lightning.observation.attention_logits import full_tensor
 from mlu_lightning.observation.batches import clone_batch
 from mlu_lightning.observation.features import watch_features
 from mlu_lightning.observation.locations import Location, LocationName
-from mlu_lightning.utilities.function_calls import watched
+from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, is_lightning_module, muted
 from mlu_lightning.utilities.state import preserve_state
 
