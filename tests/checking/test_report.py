@@ -14,8 +14,6 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlu_lightning import CheckReport, Shape, log_check
-from mlu_lightning.checking import save_check
-from mlu_lightning.checking.figure import draw_check
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row, fit_row
@@ -33,7 +31,7 @@ def report() -> CheckReport:
 
 
 def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
-    save_check(report, tmp_path / "folder")
+    report.save(tmp_path / "folder")
     text = (tmp_path / "folder" / "check.json").read_text()
     again = CheckReport.from_json(text)
     assert str(again) == str(report)
@@ -68,7 +66,7 @@ def test_report_says_what_fails(report: CheckReport) -> None:
 
 
 def test_figure_names_what_fails(report: CheckReport) -> None:
-    figure = draw_check(report)
+    figure = report.draw()
     panels = {(axes.get_title(loc="left"), axes.get_ylabel()): axes for axes in figure.axes}
     assert {title for title, _ in panels} >= set(AXES)
     named = {text.get_text() for axes in figure.axes for text in axes.texts}
