@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -18,9 +19,9 @@ from mlu_lightning.callbacks.probe_batches import (
     Layout,
     Probe,
     check_probe_arguments,
+    fitting_probe,
     given_probe,
     on_rank_zero,
-    prepare_probe,
 )
 from mlu_lightning.observation import Observation, Reference
 from mlu_lightning.observation.reference_format import ReferenceHeader
@@ -39,19 +40,16 @@ class ReferenceRecorder(Callback):
     itself (theory.md, section 4). The training is, bit for bit, the training without the recorder.
 
     The file is whole at every moment: a run that is killed leaves a reference up to its last recorded step, and one that
-    is resumed with ``fit(ckpt_path=...)`` goes on in it. It holds 4 (or 2) bytes for each of K · positions · (number of
-    depths · D + outputs) values, K being the number of recorded steps; see :mod:`mlu_lightning.observation.reference`.
-
-    If there is a :class:`MLUCallback` in the Trainer, its plan tells where the stream is; otherwise it is discovered with
-    the first samples of the training data. With a ``WandbLogger`` the file becomes an artifact when training ends.
+    is resumed with ``fit(ckpt_path=...)`` goes on in it; its size is in :mod:`mlu_lightning.observation.reference`. A plan
+    of :class:`MLUCallback` tells where the stream is; without, it is discovered with the first samples of the training
+    data. With a ``WandbLogger`` the file becomes an artifact when training ends.
 
     Args:
         path: Path of the file to be written; there must be none yet, unless the run is resumed.
         probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
             safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
             validation data, or of the training data if there is no validation.
-        steps: Optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
-            for every n, or a list.
+        steps: Optimizer steps to record after: ``"log"`` for 0, 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
         positions: Number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
             have as many rows, and than 8, is cut.
@@ -107,12 +105,8 @@ class ReferenceRecorder(Callback):
         step = trainer.global_step
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
-
-        def make(batch: Any) -> Probe:
-            return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
-
-        advice = f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."
-        self._probe, batch, count, observation = prepare_probe(trainer, pl_module, make, batch, advice)
+        probe = Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
+        self._probe, batch, count, observation = fitting_probe(trainer, pl_module, probe, batch, "ReferenceRecorder")
         header = ReferenceHeader(
             depth=layout.depth,
             embedding=layout.embedding,
@@ -217,14 +211,12 @@ class ReferenceRecorder(Callback):
 class _Losses:
     """Training loss of every optimizer step: the mean over its batches and over processes.
 
-    Losses of batches are added up in a buffer on the device. If each stayed where the step has put it, among the step's
-    larger tensors, the next steps could not have the same memory again, and would be slower by a percent on a CPU.
+    Losses are added up in one buffer: each by itself would keep the next steps from having the same memory again.
     """
 
     def __init__(self, known: Tensor | None = None, step: int = 0, device: torch.device | None = None) -> None:
         known = torch.empty(0) if known is None else known[:step]
-        missing = torch.full((step - len(known),), math.nan)
-        self._known = torch.cat((known, missing))
+        self._known = F.pad(known, (0, step - len(known)), value=math.nan)
         self._steps = step
         # float32 whatever the precision of the run: the mean of many batches, and a NaN for none, among them
         self._pending = torch.empty(_MOST_PENDING + 1, dtype=torch.float32, device=device)

@@ -23,11 +23,9 @@ __all__ = ["MetricName", "check_coupled", "compare", "compare_references", "vali
 MetricName = Literal["rms", "gram", "cka", "procrustes", "output"]
 
 _COUPLED = 0.25
-"""Relative distance of embeddings up to which they count as coupled.
+"""Relative distance of embeddings up to which they count as coupled; independent ones are at sqrt(2).
 
-Independent ones are at sqrt(2). Coupled ones are at 0, except for the sampling noise of a base that each run builds for
-itself (some percent), bfloat16 (0.4 %), and a norm over D coordinates right behind the embedding, of order 1/sqrt(D).
-"""
+Coupled ones are not at 0 for the noise of a base that each run draws, bfloat16, and a norm over D right behind them."""
 
 
 def compare(observation: Observation, reference: Observation, metrics: Sequence[MetricName]) -> dict[str, float]:
@@ -50,13 +48,12 @@ def compare(observation: Observation, reference: Observation, metrics: Sequence[
     >>> compare(run, other, ["rms", "gram", "output"])
     {'rms/s=0': 0.0, 'gram/s=0': 0.0, 'output': 1.0}
     """
-    found: dict[str, float] = {}
-    for metric in metrics:
-        for name in observation:
-            if name in reference and isinstance(name, OutputName if metric == "output" else StreamName):
-                label = str(name) if metric == "output" else f"{metric}/{name}"
-                found[label] = float(_DISTANCES[metric](observation[name], reference[name]))
-    return found
+    return {
+        str(name) if metric == "output" else f"{metric}/{name}": float(_DISTANCES[metric](values, reference[name]))
+        for metric in metrics
+        for name, values in observation.items()
+        if name in reference and isinstance(name, OutputName if metric == "output" else StreamName)
+    }
 
 
 def compare_references(
@@ -69,10 +66,7 @@ def compare_references(
     Args:
         reference: Recorded run with the smaller embedding, if ``metrics`` has ``"rms"``.
         other: Recorded run with the same probe.
-        metrics: Metrics, as for :func:`compare`.
-
-    Returns:
-        What :func:`compare` returns, by step.
+        metrics: Metrics, as for :func:`compare`, whose distances are returned by step.
 
     Raises:
         ValueError: If the probes differ, or there is no common step.

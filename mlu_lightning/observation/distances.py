@@ -1,8 +1,6 @@
 """Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
-All of them take values of any floating-point type, compute in float64 and return a float64 scalar. 0 means equal as far as
-the distance can see; any NaN or infinite value, in either model, makes the distance NaN. They differ in what they need and
-in what they see:
+All of them compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN.
 
 ==========================  ==================  ================================================================
 distance                    coupled embeddings  does not change under
@@ -78,9 +76,8 @@ def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
     streams, reference = comparable(streams, reference)
     if not _finite(streams, reference):
         return _nan(streams)
-    samples = len(streams)
-    a, b = _fewer_rows(streams / math.sqrt(streams.shape[1]), reference / math.sqrt(reference.shape[1]))
-    distance: Tensor = torch.linalg.vector_norm(a @ a.T - b @ b.T) / samples
+    a, b = _fewer_rows(*_per_coordinate(streams, reference))
+    distance: Tensor = torch.linalg.vector_norm(a @ a.T - b @ b.T) / len(streams)
     return distance
 
 
@@ -135,8 +132,7 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     streams, reference = comparable(streams, reference)
     if not _finite(streams, reference):
         return _nan(streams)
-    samples = len(streams)
-    a, b = _fewer_rows(streams / math.sqrt(streams.shape[1]), reference / math.sqrt(reference.shape[1]))
+    a, b = _fewer_rows(*_per_coordinate(streams, reference))
     if a.shape[1] > b.shape[1]:
         a, b = b, a
     if len(a) < a.shape[1]:
@@ -144,7 +140,7 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
         a, b = _triangle(a.T).T, _triangle(b.T).T
     # by the best Q, so that equal streams are at 1e-15 of their size: the closed form with the nuclear norm stops at 1e-8
     u, _, vh = torch.linalg.svd(_unit(a).T @ _unit(b), full_matrices=False)
-    distance: Tensor = torch.linalg.vector_norm(a @ (u @ vh) - b) / math.sqrt(samples)
+    distance: Tensor = torch.linalg.vector_norm(a @ (u @ vh) - b) / math.sqrt(len(streams))
     return distance
 
 
@@ -173,11 +169,7 @@ def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
 
 
 def comparable(streams: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert values on the same samples to float64.
-
-    Raises:
-        ValueError: if they are not floating-point matrices with the same number of rows, or are empty.
-    """
+    """Convert values to float64, or refuse what are not floating-point matrices with the same number of rows."""
     for name, values in (("streams or outputs", streams), ("reference", reference)):
         if values.ndim != 2 or not values.numel() or not values.is_floating_point():
             raise ValueError(
@@ -202,6 +194,10 @@ def _nan(like: Tensor) -> Tensor:
     return like.new_full((), math.nan)
 
 
+def _per_coordinate(*models: Tensor) -> tuple[Tensor, ...]:
+    return tuple(streams / math.sqrt(streams.shape[1]) for streams in models)
+
+
 def _centred(streams: Tensor) -> Tensor:
     """Subtract the mean over samples; what is the same for all samples becomes exactly zero."""
     shifted = streams - streams[0]  # the mean of equal numbers need not be that number, their difference is 0
@@ -215,12 +211,8 @@ def _unit(matrix: Tensor) -> Tensor:
 
 
 def _fewer_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the samples of both so that as few as possible are not zero, where that is cheaper than Gram matrices.
-
-    Nothing that is made of products of columns changes; Gram matrices become small, and stay free of cancellation.
-    """
-    columns = a.shape[1] + b.shape[1]
-    if len(a) <= 2 * columns:
+    """Rotate the samples of both so that few are not zero, where that is cheaper; products of columns stay as they are."""
+    if len(a) <= 2 * (a.shape[1] + b.shape[1]):
         return a, b
     joined = _triangle(torch.cat((a, b), dim=1))
     return joined[:, : a.shape[1]], joined[:, a.shape[1] :]

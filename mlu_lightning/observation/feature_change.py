@@ -22,8 +22,7 @@ def feature_updates(before: Observation, after: Observation) -> dict[str, float]
 
     Args:
         before: Observation [rows, dimension] by location, as :func:`mlu_lightning.observation.observe` makes it.
-        after: Another one of the same batch. What is in one of them only is left out, as is what has another number of
-            rows or columns.
+        after: Another one of the same batch; what has no counterpart of its shape in both is left out.
 
     Returns:
         Root mean squares of the differences: ``"attention/<branch>"``, ``"mlp/<branch>"`` and ``"convolution/<branch>"`` of
