@@ -2,18 +2,16 @@
 
 A plan or structure says where streams and outputs can be read; :func:`locate` chooses among these, :func:`observe` returns
 their values on a probe batch, an :data:`Observation`, and :func:`compare` and :func:`feature_updates` measure how far two
-are apart; a :class:`Reference` reads those of a recorded run. Begin in ``locations.py``.
+are apart, by ``distances.py``; a :class:`Reference` reads those of a recorded run. Begin in ``locations.py``.
 """
 
-from mlu_lightning.observation.comparison import MetricName, compare, compare_references
-from mlu_lightning.observation.distances import (
-    cka_distance,
-    gram_distance,
-    output_distance,
-    procrustes_distance,
-    rms_distance,
+from mlu_lightning.observation.comparison import (
+    MetricName,
+    compare,
+    compare_references,
+    feature_updates,
+    rms_change,
 )
-from mlu_lightning.observation.feature_change import feature_updates, rms_change
 from mlu_lightning.observation.locations import (
     FeatureName,
     Location,
@@ -35,17 +33,12 @@ __all__ = [
     "OutputName",
     "Reference",
     "StreamName",
-    "cka_distance",
     "compare",
     "compare_references",
     "feature_updates",
-    "gram_distance",
     "load_probe",
     "locate",
     "locate_features",
     "observe",
-    "output_distance",
-    "procrustes_distance",
     "rms_change",
-    "rms_distance",
 ]

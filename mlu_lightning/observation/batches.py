@@ -60,7 +60,7 @@ def decode_batch(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def batch_hash(batch: Any) -> str:
-    """Name the content of a batch: batches of equal structure and equal values have equal hashes, on any device."""
+    """Name the content of a batch: equal structures and values have equal hashes, on any device."""
     return encoded_hash(*encode_batch(batch))
 
 

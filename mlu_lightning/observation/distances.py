@@ -1,16 +1,7 @@
 """Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
-All of them compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN.
-
-==========================  ==================  ================================================================
-distance                    coupled embeddings  does not change under
-==========================  ==================  ================================================================
-:func:`rms_distance`        needed              --
-:func:`gram_distance`       not needed          rotations of either embedding space
-:func:`cka_distance`        not needed          rotations, shifts and rescaling of either embedding space
-:func:`procrustes_distance` not needed          rotations of either embedding space
-:func:`output_distance`     --                  --
-==========================  ==================  ================================================================
+All of them compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN. Tensors
+that cannot be compared are a ``ValueError``: they are [samples, coordinates] of the same samples.
 """
 
 from __future__ import annotations
@@ -20,14 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "cka_distance",
-    "comparable",
-    "gram_distance",
-    "output_distance",
-    "procrustes_distance",
-    "rms_distance",
-]
+__all__ = ["cka_distance", "comparable", "gram_distance", "output_distance", "procrustes_distance", "rms_distance"]
 
 
 def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
@@ -41,7 +25,7 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
         reference: Residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
 
     Raises:
-        ValueError: If the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
+        ValueError: If ``streams`` has more coordinates than ``reference``.
 
     >>> rms_distance(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]]))
     tensor(1., dtype=torch.float64)
@@ -62,12 +46,11 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
 def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Measure ||h h^T / D - h_ref h_ref^T / D_ref||_F / N: root mean square over pairs of samples (theory.md, section 4).
 
+    It needs no coupling: rotations of either embedding space do not change it.
+
     Args:
         streams: Residual stream h of one model, [samples, embedding].
         reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # h h^T / 2 is the identity
     >>> gram_distance(h, h.flip(1)), gram_distance(h, torch.zeros(2, 3))
@@ -84,16 +67,13 @@ def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
 def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Subtract from one the linear centred kernel alignment of Kornblith et al. (2019), arXiv 1905.00414.
 
-    This is 1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), between 0 and 1, where X and Y are the streams minus their mean
-    over samples. Of streams that are the same for all samples, where it is 0/0: 0 if both are, 1 if one is. It is quadratic
-    in small differences: where the other distances fall by 2, it falls by 4.
+    It needs no coupling: rotations, shifts and rescaling of either embedding space do not change it. It is
+    1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), with X and Y minus their mean over samples; of streams that are the same
+    for all samples, where it is 0/0: 0 if both are, 1 if one is. It is quadratic in small differences.
 
     Args:
         streams: Residual stream h of one model, [samples, embedding].
         reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
     >>> cka_distance(h, 3 * h.flip(1) + 1), cka_distance(h, torch.ones(3, 4))
@@ -115,15 +95,12 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Measure what is left between the streams after the best rotation of one onto the other (Schönemann, 1966).
 
     It is min over Q of ||h / sqrt(D) Q - h_ref / sqrt(D_ref)||_F / sqrt(N) with Q Q^T = 1 for D <= D_ref, and the other way
-    round for D > D_ref: samples of the larger model that span more dimensions than the smaller has leave a distance. Nothing
-    is centred or rescaled: it is in the units of :func:`rms_distance`, and for models of the same D never larger.
+    round for D > D_ref. It needs no coupling; nothing is centred or rescaled: it is in the units of :func:`rms_distance`,
+    and for models of the same D never larger.
 
     Args:
         streams: Residual stream h of one model, [samples, embedding].
         reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     >>> procrustes_distance(h, -2 * h) / procrustes_distance(h, 0 * h)  # -h is a rotation of h, and one h is left
@@ -152,7 +129,7 @@ def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
         reference: Output f_ref of the other model on the same samples, of the same shape.
 
     Raises:
-        ValueError: If the shapes differ, or the tensors cannot be compared.
+        ValueError: If the shapes differ.
 
     >>> output_distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(1.4142, dtype=torch.float64)

@@ -107,7 +107,7 @@ class _SampleDistance(_Distance):
 
 
 class RMSDistance(_MeanSquareDistance):
-    """:func:`~mlu_lightning.observation.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
+    """:func:`~mlu_lightning.observation.distances.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
 
     >>> metric = RMSDistance()
     >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 9.0]]))
@@ -120,24 +120,24 @@ class RMSDistance(_MeanSquareDistance):
 
 
 class GramDistance(_SampleDistance):
-    """:func:`~mlu_lightning.observation.gram_distance` of all samples seen, which are kept until ``reset()``."""
+    """:func:`~mlu_lightning.observation.distances.gram_distance` of all samples seen, kept until ``reset()``."""
 
     _distance = staticmethod(gram_distance)
 
 
 class CKADistance(_SampleDistance):
-    """:func:`~mlu_lightning.observation.cka_distance` of all samples seen, which are kept until ``reset()``."""
+    """:func:`~mlu_lightning.observation.distances.cka_distance` of all samples seen, kept until ``reset()``."""
 
     _distance = staticmethod(cka_distance)
 
 
 class ProcrustesDistance(_SampleDistance):
-    """:func:`~mlu_lightning.observation.procrustes_distance` of all samples seen, which are kept until ``reset()``."""
+    """:func:`~mlu_lightning.observation.distances.procrustes_distance` of all samples seen, kept until ``reset()``."""
 
     _distance = staticmethod(procrustes_distance)
 
 
 class OutputDistance(_MeanSquareDistance):
-    """:func:`~mlu_lightning.observation.output_distance` of all samples seen."""
+    """:func:`~mlu_lightning.observation.distances.output_distance` of all samples seen."""
 
     _distance = staticmethod(output_distance)

@@ -6,8 +6,8 @@ read streams and outputs (theory.md, section 4), and modes of torch what enters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import reduce
 from operator import add
 from typing import Any
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.observation.attention_logits import rows_along
 from mlu_lightning.observation.batches import clone_batch
-from mlu_lightning.observation.features import watch_features
+from mlu_lightning.observation.features import rows_along, watch_features
 from mlu_lightning.observation.locations import Location, LocationName
 from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, is_lightning_module, muted
@@ -92,13 +91,13 @@ def observe_counted(
             values = _rows(values, tap.axis, positions)
         read[tap] = values
 
-    with ExitStack() as stack:
-        stack.enter_context(preserve_state(module, restore_parameters))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_without_fast_path())
-        taps = dict.fromkeys(tap for location in locations for tap in location.taps)
-        inside = [tap for tap in taps if tap.function is not None]
+    taps = dict.fromkeys(tap for location in locations for tap in location.taps)
+    inside = [tap for tap in taps if tap.function is not None]
+    eager = torch.compiler.set_stance("force_eager")
+    with preserve_state(module, restore_parameters), torch.no_grad(), eager, ExitStack() as stack:
+        # the fused code of nn.TransformerEncoder for evaluation calls no submodules and drops padding
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
         for tap in taps:
             if tap.function is None:
                 stack.callback(_attach(module.get_submodule(tap.module), tap, read, keep).remove)
@@ -132,17 +131,6 @@ def observe_counted(
         if all(tap in read for tap in location.taps)
     }
     return observation, max(counts)
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """``nn.TransformerEncoder`` without its fused code for evaluation, which calls no submodules and drops padding."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _attach(module: nn.Module, tap: Tap, read: Mapping[Tap, Tensor], keep: Callable[[Tap, Tensor], None]) -> Any:

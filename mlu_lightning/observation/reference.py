@@ -61,11 +61,7 @@ class Reference:
     def load(cls, path: str | PathLike[str]) -> Reference:
         """Read a file and verify all that is in it; it may be that of a run that goes on.
 
-        Args:
-            path: Path of the file.
-
         Raises:
-            FileNotFoundError: If there is no file.
             ValueError: If it is not a reference, or is damaged.
         """
         path = Path(path)
@@ -87,13 +83,9 @@ class Reference:
         return read_reference(path, read)
 
     def read(self, step: int) -> Observation:
-        """Read what was recorded at a step: values [positions, dimension] at every location, in float32.
-
-        Args:
-            step: One of ``steps``.
+        """Read what was recorded at one of the ``steps``: values [positions, dimension] by location, in float32.
 
         Raises:
-            FileNotFoundError: If the file is gone.
             ValueError: If the step was not recorded, or the file is damaged or was replaced by another run's meanwhile.
         """
         if step not in self.digests:
@@ -114,16 +106,13 @@ class Reference:
 
     def __repr__(self) -> str:
         header = self.header
-        shape = [f"L = {listed(header.depth)}", f"D = {listed(header.embedding)}"]
-        shape += [f"M = {hidden} ({kind})" for kind, hidden in header.hidden.items()]
+        hidden = "".join(f", M = {width} ({kind})" for kind, width in header.hidden.items())
         positions = sorted({positions for positions, _ in header.locations.values()})
-        return "\n".join(
-            (
-                f"Reference {self.path}: {self.size / 1e6:.3g} MB",
-                f"  shape: {', '.join(shape)}",
-                f"  steps: {listed(self.steps)} ({len(self.steps)} recordings, {len(self.losses)} losses)",
-                f"  read at: {', '.join(header.locations)} (positions: {listed(positions)}; {header.dtype})",
-            )
+        return (
+            f"Reference {self.path}: {self.size / 1e6:.3g} MB\n"
+            f"  shape: L = {listed(header.depth)}, D = {listed(header.embedding)}{hidden}\n"
+            f"  steps: {listed(self.steps)} ({len(self.steps)} recordings, {len(self.losses)} losses)\n"
+            f"  read at: {', '.join(header.locations)} (positions: {listed(positions)}; {header.dtype})"
         )
 
 

@@ -122,13 +122,9 @@ class ReferenceFile:
         self.header = ReferenceHeader.from_json(texts["header"])
         self.digests = _parse_digests(texts["recordings"])
         self._probe = _parse_fields(texts["probe"], {"structure", "tensors", "digest"})
+        self.probe_hash: str = self._probe["digest"]
         self._losses = _parse_fields(texts["losses"], {"count", "digest"})
         self._check_tensors()
-
-    @property
-    def probe_hash(self) -> str:
-        """Hash of the probe batch."""
-        return str(self._probe["digest"])
 
     def read_recording(self, step: int) -> dict[LocationName, Tensor]:
         """Read the values at a step, in the dtype of the file."""

@@ -91,12 +91,11 @@ class ReferenceWriter:
         last = max(self._recordings, default=-1)
         if step <= last:
             raise ValueError(f"Step {step} cannot be recorded after step {last}: steps have to increase, from 0 on.")
-        shapes = {str(name): tuple(values.shape) for name, values in observation.items()}
-        locations = {str(name): shape for name, shape in self._header.locations.items()}
-        if shapes != locations:
+        shapes = {name: tuple(values.shape) for name, values in observation.items()}
+        if shapes != self._header.locations:
             raise ValueError(
-                f"What was observed at step {step} has the shapes {shapes}, and the header says {locations}. Pass the same "
-                "probe through the same module at each step."
+                f"What was observed at step {step} has the shapes {shapes}, and the header says {self._header.locations}. "
+                "Pass the same probe through the same module at each step."
             )
         dtypes = {values.dtype for values in (*observation.values(), losses)}
         if dtypes != {torch.float32} or losses.ndim != 1:
