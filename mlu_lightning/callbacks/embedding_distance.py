@@ -30,10 +30,9 @@ class EmbeddingDistance(Callback):
     follow one limit, so the distance falls as both grow. The training is, bit for bit, the training without the callback.
 
     Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
-    steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them. References in a list
-    or dict add their name, ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is
-    ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer. Where values of the run are not finite, the
-    distance is NaN, and the run goes on.
+    steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them; NaN where the run is
+    not finite. References in a list or dict add their name, ``mlu/distance/gram/s=1/seed1``, and their mean distance from
+    each other is ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer.
 
     With ``reference="limit"`` the run is compared with what it tends to as L, M and D grow: the infinite model, which is
     trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). This needs no other run and no
@@ -81,7 +80,9 @@ class EmbeddingDistance(Callback):
             self._sources = {name: str(source) for name, source in reference.items()}
         else:
             sources = [str(reference)] if isinstance(reference, (str, Path)) else [str(source) for source in reference]
-            self._sources = {_name(source): source for source in sources}
+            # ":" has a meaning in templates of file names
+            names = [Path(source).name.removesuffix(".safetensors").replace(":", "-") for source in sources]
+            self._sources = dict(zip(names, sources, strict=True))
             if len(self._sources) < len(sources):
                 raise ValueError(
                     f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
@@ -236,11 +237,6 @@ class EmbeddingDistance(Callback):
         self._last = trainer.global_step
         self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
         log_values(trainer, values, self._last)
-
-
-def _name(source: str) -> str:
-    """The last part of a path or of an artifact's name; ":" has a meaning in templates of file names."""
-    return Path(source).name.removesuffix(".safetensors").replace(":", "-")
 
 
 def _width(observation: Observation) -> int:

@@ -10,14 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_values, show_values
-from mlu_lightning.callbacks.probe_batches import (
-    Layout,
-    Probe,
-    check_probe_arguments,
-    fitting_probe,
-    given_probe,
-    on_rank_zero,
-)
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, feature_updates, locate_features
 from mlu_lightning.observation.batches import decode_batch, encode_batch
 from mlu_lightning.observation.locations import parse_location_name
@@ -71,7 +64,7 @@ class FeatureUpdate(Callback):
         super().__init__()
         self._given = probe
         self._schedule = Schedule(steps)
-        self._depths = check_probe_arguments(depths, positions)
+        self._depths = check_arguments(depths, positions)
         self._positions = positions
         self._probe: Probe | None = None
         self._batch: tuple[Any, dict[str, Tensor], StepName] | None = None
@@ -101,7 +94,7 @@ class FeatureUpdate(Callback):
         layout = Layout.of(trainer, pl_module)
         features = locate_features(layout.features, layout.branches)
         probe = Probe.of(trainer, pl_module, batch, step, layout, self._depths, self._positions, features)
-        self._probe, batch, _, observed = fitting_probe(trainer, pl_module, probe, batch, "FeatureUpdate")
+        self._probe, batch, _, observed = cut_probe(trainer, pl_module, probe, batch, "FeatureUpdate")
         self._batch = (*encode_batch(batch), step)
         if trainer.global_step == 0:
             self._start, self._last = observed, 0

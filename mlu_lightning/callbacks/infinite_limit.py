@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
@@ -95,15 +95,11 @@ class LimitRun:
             check_initialization(module, plan)
         self.schedule = Schedule(settings.steps)
         self._settings = settings
-        self._models: list[InfiniteModel] = []
-        self._optimizers: list[SGD] = []
-        for seed in range(settings.seeds):
-            model = infinite_model(
-                module, plan, settings.depth, settings.units, settings.heads, settings.sampling, seed
-            )
+        sizes = settings.depth, settings.units, settings.heads
+        self._models = [infinite_model(module, plan, *sizes, settings.sampling, seed) for seed in range(settings.seeds)]
+        for model in self._models:
             mute(model.module, [], lambda: [], lambda: [])
-            self._models.append(model)
-            self._optimizers.append(model.optimizer(lr=0.0))
+        self._optimizers = [model.optimizer(lr=0.0) for model in self._models]
         self._weights = embedding_weights(module, plan)
         if state is not None:
             self._restore(state)

@@ -51,9 +51,8 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
     """Show a plan where a run is shown.
 
     A ``WandbLogger`` gets the shapes and the factors of each role as ``mlu`` in the run's config, to filter and group runs
-    by, and the table ``mlu/plan``; a ``TensorBoardLogger`` gets the printed plan as the text ``mlu/plan``. ``families`` has
-    the optimizer of parameters, ``residual`` is how multipliers are applied; all numbers are factors relative to the base,
-    for weights into which no multiplier is folded.
+    by, and the table ``mlu/plan``; a ``TensorBoardLogger`` the printed plan as the text ``mlu/plan``. Numbers are factors
+    relative to the base, for weights into which no multiplier is folded; ``residual`` is how multipliers are applied.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -26,7 +26,7 @@ from mlu_lightning.table import Role
 from mlu_lightning.utilities.lightning_private import before_batch_transfer
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["Layout", "Probe", "check_probe_arguments", "fitting_probe", "given_probe", "on_rank_zero"]
+__all__ = ["Layout", "Probe", "check_arguments", "cut_probe", "given_probe", "on_rank_zero"]
 
 ResultT = TypeVar("ResultT")
 
@@ -116,7 +116,7 @@ class Probe:
             ) from error
 
 
-def check_probe_arguments(depths: Sequence[float], positions: int, fewest: int = 0) -> tuple[float, ...]:
+def check_arguments(depths: Sequence[float], positions: int, fewest: int = 0) -> tuple[float, ...]:
     """Refuse what is not a choice of relative depths and rows, and sort the depths."""
     if isinstance(depths, (int, float)) or len(depths) < fewest or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(
@@ -140,13 +140,10 @@ def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: 
     return decode_batch(*encode_batch(first_samples(batch, samples))), step
 
 
-def fitting_probe(
+def cut_probe(
     trainer: Trainer, module: LightningModule, probe: Probe, batch: Any, callback: str
 ) -> tuple[Probe, Any, int, Observation]:
-    """Cut the batch of a probe to the samples that have as many positions as are kept, and 8 at least, and observe it.
-
-    Returns the probe, its batch before it was transferred, the number of its positions, and the observation.
-    """
+    """Observe a probe, whose batch is cut to the samples that are needed; return it, the batch and its positions."""
     with probe.first_pass(module, f"Give {callback}(probe=...) a batch as {probe.step} takes it."):
         observation, count = probe.observe_counted(trainer, module)
         samples = sample_count(batch) or 0
@@ -158,8 +155,7 @@ def fitting_probe(
         return probe, batch, count, observation
 
 
-_FEWEST_SAMPLES = 8
-"""Samples of a probe that are kept even if fewer have enough positions, so that it is not one long text."""
+_FEWEST_SAMPLES = 8  # that are kept even if fewer have enough positions, so that it is not one long text
 
 
 def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:

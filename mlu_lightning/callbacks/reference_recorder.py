@@ -15,14 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_reference
-from mlu_lightning.callbacks.probe_batches import (
-    Layout,
-    Probe,
-    check_probe_arguments,
-    fitting_probe,
-    given_probe,
-    on_rank_zero,
-)
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, Reference
 from mlu_lightning.observation.reference_format import ReferenceHeader
 from mlu_lightning.observation.reference_writer import ReferenceWriter
@@ -86,12 +79,12 @@ class ReferenceRecorder(Callback):
         self.path = Path(path)
         self._given = probe
         self._schedule = Schedule(steps)
-        self._depths = check_probe_arguments(depths, positions, fewest=1)
+        self._depths = check_arguments(depths, positions, fewest=1)
         self._positions = positions
         self._dtype = dtype
         self._probe: Probe | None = None
         self._writer: ReferenceWriter | None = None
-        self._losses = _Losses()
+        self._losses = _Losses(torch.empty(0))
         self._last = -1
         self._failed = False
 
@@ -106,7 +99,7 @@ class ReferenceRecorder(Callback):
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
         probe = Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
-        self._probe, batch, count, observation = fitting_probe(trainer, pl_module, probe, batch, "ReferenceRecorder")
+        self._probe, batch, count, observation = cut_probe(trainer, pl_module, probe, batch, "ReferenceRecorder")
         header = ReferenceHeader(
             depth=layout.depth,
             embedding=layout.embedding,
@@ -214,8 +207,8 @@ class _Losses:
     Losses are added up in one buffer: each by itself would keep the next steps from having the same memory again.
     """
 
-    def __init__(self, known: Tensor | None = None, step: int = 0, device: torch.device | None = None) -> None:
-        known = torch.empty(0) if known is None else known[:step]
+    def __init__(self, known: Tensor, step: int = 0, device: torch.device | None = None) -> None:
+        known = known[:step]
         self._known = F.pad(known, (0, step - len(known)), value=math.nan)
         self._steps = step
         # float32 whatever the precision of the run: the mean of many batches, and a NaN for none, among them
@@ -232,18 +225,15 @@ class _Losses:
             sum_.add_(loss.to(sum_.device, non_blocking=True))
         self._batches += 1
         if step > self._steps:
-            if self._batches > 1:
-                sum_.div_(self._batches)
+            sum_.div_(self._batches)
             self._repeats.append(step - self._steps)
-            self._batches = 0
-            self._steps = step
+            self._batches, self._steps = 0, step
         if len(self._repeats) >= _MOST_PENDING:
             self.all(trainer)
 
     def all(self, trainer: Trainer) -> Tensor:
         """Losses [steps] so far, on the CPU; every process has to ask."""
-        if self._repeats:
-            count = len(self._repeats)
+        if count := len(self._repeats):
             pending = trainer.strategy.reduce(self._pending[:count], reduce_op="mean")
             steps = torch.as_tensor(pending).cpu().repeat_interleave(torch.tensor(self._repeats))
             self._known = torch.cat((self._known, steps))
@@ -252,5 +242,4 @@ class _Losses:
         return self._known
 
 
-_MOST_PENDING = 1000
-"""Losses that wait on the device, so that the host need not wait for each."""
+_MOST_PENDING = 1000  # losses that wait on the device, so that the host need not wait for each

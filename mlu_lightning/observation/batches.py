@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn, strided
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlu_lightning.utilities.tensor_files import DTYPES, read_tensor_file, tensors_hash
 
@@ -28,7 +28,7 @@ __all__ = [
 
 def clone_batch(batch: Any) -> Any:
     """Copy the tensors and the containers of a batch, which steps may change."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map_only(Tensor, lambda leaf: leaf.clone(), batch)
 
 
 def sample_count(batch: Any) -> int | None:
@@ -41,14 +41,13 @@ def first_samples(batch: Any, count: int) -> Any:
     """Leave only the first samples of a batch, if it can be told what they are."""
     if (sample_count(batch) or 0) <= count:
         return batch
-    return tree_map(lambda leaf: leaf[:count].clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map_only(Tensor, lambda leaf: leaf[:count].clone(), batch)
 
 
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
     """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
 
-    It has tensors, numbers, strings and None in mappings, which come back as dicts, lists and tuples; anything else is
-    refused, also named tuples, which would not come back as what they are.
+    Anything else than tensors, numbers, strings and None in mappings, which become dicts, lists and tuples is refused.
     """
     tensors: dict[str, Tensor] = {}
     return _encode(batch, tensors, "batch", 0), tensors

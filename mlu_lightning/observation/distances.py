@@ -1,7 +1,8 @@
 """Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
-All of them compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN. Tensors
-that cannot be compared are a ``ValueError``: they are [samples, coordinates] of the same samples.
+They take the streams h [samples, embedding] of one model, or its outputs, and those of a reference on the same samples,
+compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN. What cannot be
+compared is a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -19,13 +20,6 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
     Coordinates are compared one with one, so they must mean the same in both models: initialize both with
     ``mode="coupled"`` and the same seed (theory.md, section 4).
-
-    Args:
-        streams: Residual stream h of the smaller model, [samples, embedding].
-        reference: Residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If ``streams`` has more coordinates than ``reference``.
 
     >>> rms_distance(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]]))
     tensor(1., dtype=torch.float64)
@@ -48,10 +42,6 @@ def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
     It needs no coupling: rotations of either embedding space do not change it.
 
-    Args:
-        streams: Residual stream h of one model, [samples, embedding].
-        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
     >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # h h^T / 2 is the identity
     >>> gram_distance(h, h.flip(1)), gram_distance(h, torch.zeros(2, 3))
     (tensor(0., dtype=torch.float64), tensor(0.7071, dtype=torch.float64))
@@ -70,10 +60,6 @@ def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
     It needs no coupling: rotations, shifts and rescaling of either embedding space do not change it. It is
     1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), with X and Y minus their mean over samples; of streams that are the same
     for all samples, where it is 0/0: 0 if both are, 1 if one is. It is quadratic in small differences.
-
-    Args:
-        streams: Residual stream h of one model, [samples, embedding].
-        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     >>> h = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
     >>> cka_distance(h, 3 * h.flip(1) + 1), cka_distance(h, torch.ones(3, 4))
@@ -98,10 +84,6 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     round for D > D_ref. It needs no coupling; nothing is centred or rescaled: it is in the units of :func:`rms_distance`,
     and for models of the same D never larger.
 
-    Args:
-        streams: Residual stream h of one model, [samples, embedding].
-        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
     >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     >>> procrustes_distance(h, -2 * h) / procrustes_distance(h, 0 * h)  # -h is a rotation of h, and one h is left
     tensor(1.0000, dtype=torch.float64)
@@ -123,13 +105,6 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
 def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
     """Measure sqrt(mean((f - f_ref)^2)) over samples and targets, which mean the same at every shape.
-
-    Args:
-        outputs: Output f of one model, such as logits, [samples, targets].
-        reference: Output f_ref of the other model on the same samples, of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ.
 
     >>> output_distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(1.4142, dtype=torch.float64)

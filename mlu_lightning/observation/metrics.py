@@ -140,4 +140,8 @@ class ProcrustesDistance(_SampleDistance):
 class OutputDistance(_MeanSquareDistance):
     """:func:`~mlu_lightning.observation.distances.output_distance` of all samples seen."""
 
+    def update(self, outputs: Tensor, reference: Tensor) -> None:
+        """Add samples: outputs [samples, targets] of one model and of the other on them."""
+        super().update(outputs, reference)
+
     _distance = staticmethod(output_distance)

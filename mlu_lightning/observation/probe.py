@@ -40,9 +40,8 @@ def observe(
     """Pass a batch through a model and read its streams and outputs.
 
     The model is in evaluation mode and builds no graph; code of ``torch.compile`` is not used. Afterwards buffers, training
-    modes, random states and attributes of the module, with tensors, generators, lists, dicts and sets in them, are as
-    before, and nothing was logged; only objects of other classes keep what the step changed in them. Random numbers of the
-    pass are the same in every call.
+    modes, random states and attributes of the module, also what tensors, generators and containers in them hold, are as
+    before, and nothing was logged. Random numbers of the pass are the same in every call.
 
     Args:
         module: LightningModule, of which the step is run, or any other module, of which ``forward`` is run.

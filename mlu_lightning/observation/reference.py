@@ -1,13 +1,12 @@
 """The reference file: what the residual stream and the outputs of one run are on a probe, at some of its steps.
 
-It is a safetensors file, so reading it executes nothing. It holds, in float32 or bfloat16, the values ``<step>/<location>``
-[positions, dimension], in float32 the training loss of every optimizer step, and the probe batch; as metadata a header and
-SHA-256 hashes of all this, so that any damage is found. Its size in bytes is, with B = 4 (float32) or 2 (bfloat16),
+It is a safetensors file with values ``<step>/<location>`` [positions, dimension], losses, the probe batch, a header and
+SHA-256 hashes, by which any damage is found. Its size in bytes is, with B = 4 (float32) or 2 (bfloat16),
 
     K recordings · B · (sum over depths and streams of positions · D + sum over readouts of positions · outputs)
     + probe + 4 · steps + header (about 100 for each tensor, and the plan)
 
-The file is written anew for each recording, and is whole at every moment; K of them cost K²/2 times the writing of one.
+It is written anew for each recording, and is whole at every moment; K of them cost K²/2 times the writing of one.
 """
 
 from __future__ import annotations
@@ -35,27 +34,16 @@ __all__ = ["Reference", "load_probe"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reference:
-    """A recorded run, whose recordings stay in the file until they are read.
-
-    Args:
-        path: Path of the file.
-        header: What was recorded, and of which run.
-        steps: Optimizer steps at which it was recorded.
-        probe: Batch that was recorded, on the CPU.
-        probe_hash: Hash of the probe's content.
-        losses: Training loss [steps] of every optimizer step up to the last recording, NaN where it is unknown.
-        size: Size of the file in bytes.
-        digests: Hash of every recording, by step.
-    """
+    """A recorded run, whose recordings stay in the file until they are read."""
 
     path: Path
-    header: ReferenceHeader
-    steps: tuple[int, ...]
-    probe: Any
+    header: ReferenceHeader  # what was recorded, and of which run
+    steps: tuple[int, ...]  # optimizer steps at which it was recorded
+    probe: Any  # batch that was recorded, on the CPU
     probe_hash: str
-    losses: Tensor
-    size: int
-    digests: dict[int, str]
+    losses: Tensor  # training loss [steps] of every step up to the last recording, NaN where it is unknown
+    size: int  # bytes of the file
+    digests: dict[int, str]  # hash of every recording, by step
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Reference:
