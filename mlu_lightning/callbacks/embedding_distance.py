@@ -214,8 +214,7 @@ class EmbeddingDistance(Callback):
         """Log the distance from the limit at the present step, unless it was, if it is due."""
         step, run = trainer.global_step, self._limit_run
         if run is not None and step > self._last and (due or run.schedule.is_due(step)):
-            values = run.distances(trainer, module, self._metrics)
-            self._log(trainer, {f"mlu/distance/{name}": value for name, value in values.items()})
+            self._log(trainer, run.distances(trainer, module, self._metrics))
 
     def _compare(self, trainer: Trainer, observation: Observation) -> None:
         """Log the distance of an observation at the present step from every reference that has it."""
@@ -225,18 +224,19 @@ class EmbeddingDistance(Callback):
         values: dict[str, float] = {}
         for name, reference in recorded.items():
             found = compare(observation, reference, self._metrics)
-            values.update({f"mlu/distance/{key}{self._suffixes[name]}": value for key, value in found.items()})
+            values.update({f"{key}{self._suffixes[name]}": value for key, value in found.items()})
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)
         between = [compare(smaller, larger, self._metrics) for smaller, larger in pairs]
         for key in dict.fromkeys(key for found in between for key in found):
-            values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
+            values[f"{key}/floor"] = fmean(found[key] for found in between if key in found)
         self._log(trainer, values)
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         self._last = trainer.global_step
+        values = {f"mlu/distance/{name}": value for name, value in values.items()}
         self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
-        log_values(trainer, values, self._last)
+        log_values(trainer, values)
 
 
 def _width(observation: Observation) -> int:

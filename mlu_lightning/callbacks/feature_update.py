@@ -32,9 +32,8 @@ class FeatureUpdate(Callback):
     are left out. A resumed run goes on with the probe of its first step.
 
     Args:
-        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
-            safetensors file with one, or of a reference, whose probe is taken. By default the first samples of the
-            validation data, or of the training data if there is no validation.
+        probe: Batch as ``validation_step``, or else ``training_step``, takes it, or the path of a safetensors file with one
+            or of a reference. By default the first samples of the validation data, or else of the training data.
         steps: Optimizer steps to look after: ``"log"`` for 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
         positions: Rows of the stream and of outputs (samples, times tokens or pixels) to keep.
@@ -132,4 +131,4 @@ class FeatureUpdate(Callback):
             self._last = trainer.global_step
             updates = feature_updates(self._start, self._probe.observe(trainer, module))
             self._values = {f"mlu/update/{name}": value for name, value in updates.items()}
-            log_values(trainer, self._values, self._last)
+            log_values(trainer, self._values)

@@ -85,8 +85,8 @@ class LimitRun:
             )
         check_gradient_descent(trainer.optimizers)
         if state is None:
-            callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback)]
-            if not any(callback.initialized for callback in callbacks):
+            callbacks = vars(trainer)["callbacks"]
+            if not any(isinstance(callback, MLUCallback) and callback.initialized for callback in callbacks):
                 raise ValueError(
                     "The infinite model starts from initial weights, and MLUCallback did not initialize this module in this "
                     "fit: it has init=None, or the module was trained before. Build the module anew, and let MLUCallback "

@@ -24,18 +24,16 @@ from mlu_lightning.utilities.names import name_pattern
 __all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
 
 
-def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log values that are measured now and then, at their own steps, to all loggers.
+def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Log values that are measured now and then to all loggers, at the present optimizer step.
 
-    ``self.log`` would send to loggers only what comes at a multiple of ``log_every_n_steps``, and takes a quarter of a
-    millisecond for each value, more than measuring it. As with it, the values become ``callback_metrics`` and
-    ``logged_metrics``.
+    ``self.log`` would leave out what does not come at a multiple of ``log_every_n_steps``, and takes longer than measuring.
     """
     if trainer.barebones:
         return
     show_values(trainer, values)
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=step)
+        logger.log_metrics(dict(values), step=trainer.global_step)
         logger.save()
 
 
@@ -174,13 +172,11 @@ def _factors(plan: Plan, families: Mapping[str, OptimizerFamily]) -> dict[str, d
     """Factors of every parameter; those for the optimizer are None for a parameter that none has."""
     columns = {name: families.get(name, OptimizerFamily.ADAMW) for name in plan.parameters}
     scales = {family: plan.scales(family) for family in _distinct(columns.values())}
-    found: dict[str, dict[str, float | None]] = {}
-    for name, family in columns.items():
-        factors = scales[family][name]
-        found[name] = {key: getattr(factors, key) for key in _FACTORS}
-        if name not in families:
-            found[name].update(lr=None, eps=None, weight_decay=None)
-    return found
+    applied = {name: _FACTORS if name in families else ("multiplier", "std") for name in columns}
+    return {
+        name: {key: getattr(scales[family][name], key) if key in applied[name] else None for key in _FACTORS}
+        for name, family in columns.items()
+    }
 
 
 def _distinct(values: Iterable[ValueT]) -> list[ValueT]:

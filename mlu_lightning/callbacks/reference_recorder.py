@@ -28,24 +28,20 @@ __all__ = ["ReferenceRecorder"]
 class ReferenceRecorder(Callback):
     """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.
 
-    At chosen steps the probe is passed through the module in evaluation mode, and what the stream is at relative depths
-    and what the outputs are goes into a file, with the training loss of every step, the plan, the shape and the probe
-    itself (theory.md, section 4). The training is, bit for bit, the training without the recorder.
-
-    The file is whole at every moment: a run that is killed leaves a reference up to its last recorded step, and one that
-    is resumed with ``fit(ckpt_path=...)`` goes on in it; its size is in :mod:`mlu_lightning.observation.reference`. A plan
-    of :class:`MLUCallback` tells where the stream is; without, it is discovered with the first samples of the training
-    data. With a ``WandbLogger`` the file becomes an artifact when training ends.
+    At chosen steps the probe is passed through the module in evaluation mode, and the stream at relative depths and the
+    outputs go into a file, with the training loss of every step, the plan, the shape and the probe itself (theory.md,
+    section 4). The training is, bit for bit, the training without the recorder. The file is whole at every moment: a run
+    that is killed leaves a reference up to its last recorded step, and one that is resumed with ``fit(ckpt_path=...)`` goes
+    on in it; its size is in :mod:`mlu_lightning.observation.reference`. A plan of :class:`MLUCallback` tells where the
+    stream is; without, it is discovered. With a ``WandbLogger`` the file becomes an artifact when training ends.
 
     Args:
         path: Path of the file to be written; there must be none yet, unless the run is resumed.
-        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
-            safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
-            validation data, or of the training data if there is no validation.
+        probe: Batch as ``validation_step``, or else ``training_step``, takes it, or the path of a safetensors file with one
+            or of another reference. By default the first samples of the validation data, or else of the training data.
         steps: Optimizer steps to record after: ``"log"`` for 0, 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
-        positions: Number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
-            have as many rows, and than 8, is cut.
+        positions: Rows (samples, times tokens or pixels) to keep, evenly spaced; of the probe as many samples as have these.
         dtype: Type of values in the file, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
@@ -134,9 +130,8 @@ class ReferenceRecorder(Callback):
             loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).float().mean()
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
-        step = trainer.global_step
-        self._losses.add(trainer, loss.detach(), step)
-        if step > self._last and self._schedule.is_due(step):
+        self._losses.add(trainer, loss.detach(), trainer.global_step)
+        if self._schedule.is_due(trainer.global_step):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

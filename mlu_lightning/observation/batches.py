@@ -47,7 +47,7 @@ def first_samples(batch: Any, count: int) -> Any:
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
     """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
 
-    Anything else than tensors, numbers, strings and None in mappings, which become dicts, lists and tuples is refused.
+    It may have tensors, numbers, strings and None in mappings (which become dicts), lists and tuples, and nothing else.
     """
     tensors: dict[str, Tensor] = {}
     return _encode(batch, tensors, "batch", 0), tensors

@@ -56,7 +56,6 @@ _TOO_LONG = f"is longer than {LONGEST >> 20} MB, which is more than is read."
 
 
 def _parse_node(event: Any, events: Iterator[Any], source: str, level: int) -> Any:
-    """A value whose first event was taken."""
     _refuse(level > _MOST_LEVELS, event, source, f"more than {_MOST_LEVELS} levels")
     _refuse(isinstance(event, yaml.AliasEvent) or event.anchor is not None, event, source, "an anchor or alias")
     _refuse(event.tag is not None and event.tag != "!", event, source, "a tag")

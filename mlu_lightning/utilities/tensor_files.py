@@ -20,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "parse_json", "read_tensor_file", "tensors_hash", "write_tensors"]
 
-DTYPES = {
+DTYPES = {  # what a tensor can hold, with its name in the file
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -38,7 +38,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What a tensor can hold, with its name in the file."""
 
 ReadT = TypeVar("ReadT")
 _LONGEST_HEADER = 2**25  # bytes; one of JSON takes up to 25 in memory, and a tensor has about 100
