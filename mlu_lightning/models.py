@@ -1,7 +1,6 @@
 """Two residual networks to start from: the paper's ResNet and a small causal Transformer.
 
-Both are ordinary LightningModules at the ordinary parameterization of torch: they know nothing of the MLU table. With
-:class:`~mlu_lightning.callbacks.MLUCallback` on the Trainer they become MLU models, like any other module. Every
+Both are ordinary LightningModules at the ordinary parameterization of torch, which know nothing of the MLU table. Every
 residual branch is a module of its own whose *output is the branch*; the addition to the stream is in the parent.
 """
 
@@ -34,8 +33,7 @@ class ResNet(LightningModule):
         embedding: Dimension of the residual stream, D.
         inputs: Dimension of the data.
         outputs: Dimension of the targets.
-        activation: Name of a function of one tensor in ``torch.nn.functional`` or ``torch``, such as ``"relu"``;
-            ``"positive"`` is the identity.
+        activation: Name of a function in ``torch.nn.functional`` or ``torch``; ``"positive"`` is the identity.
         train_embedding: Whether the embedding and the readout are trained; if not, only the blocks are.
         lr: Learning rate.
         momentum: Momentum of SGD.
@@ -66,9 +64,7 @@ class ResNet(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.embed = nn.Linear(inputs, embedding, bias=False).requires_grad_(train_embedding)
         self.blocks = nn.ModuleList(ResidualBlock(hidden, embedding, activation) for _ in range(depth))
         self.readout = nn.Linear(embedding, outputs, bias=False).requires_grad_(train_embedding)
@@ -112,8 +108,7 @@ class CausalTransformer(LightningModule):
     Args:
         vocabulary: Number of different tokens.
         context: Length of the sequences it is made for; the slowest rotary angle turns by one radian over it.
-        depth: Number of attention branches and of MLP branches; the stream has L = 2 * depth residual additions, or
-            depth of them without MLP branches.
+        depth: Number of attention branches and of MLP branches; L = 2 * depth, or depth without MLP branches.
         embedding: Dimension of the residual stream, D.
         heads: Attention heads, M of an attention branch.
         head_dim: Dimension of one head's queries, keys and values, an even number.
@@ -122,8 +117,7 @@ class CausalTransformer(LightningModule):
         betas: Decay rates of AdamW's moments.
         eps: AdamW's eps.
         weight_decay: AdamW's decoupled decay, or what SGD adds to the gradient.
-        schedule_steps: Optimizer steps of a linear warm-up over the first tenth and a linear decay to zero; by default
-            the learning rate is constant.
+        schedule_steps: Steps of a linear warm-up over the first tenth and a linear decay to zero; by default constant.
         norm_gains: Whether norms have gains; the infinite model (theory.md, section 5) has none.
         optimizer: ``"adamw"`` or ``"sgd"``.
         momentum: Momentum of SGD.
@@ -160,13 +154,8 @@ class CausalTransformer(LightningModule):
         if optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer={optimizer!r} is none of: 'adamw', 'sgd'.")
         self.save_hyperparameters()
-        self.lr = lr
-        self.betas = betas
-        self.eps = eps
-        self.weight_decay = weight_decay
-        self.schedule_steps = schedule_steps
-        self.optimizer = optimizer
-        self.momentum = momentum
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.optimizer, self.momentum, self.schedule_steps = optimizer, momentum, schedule_steps
         units = 4 * heads * head_dim if mlp_hidden is None else mlp_hidden
         self.tokens = nn.Embedding(vocabulary, embedding)
         self.branches = nn.ModuleList(
@@ -217,11 +206,7 @@ class CausalTransformer(LightningModule):
 
 
 class ResidualBlock(nn.Module):
-    """A perceptron with one hidden layer, V σ(U h): the branch that :class:`ResNet` adds to its stream.
-
-    >>> ResidualBlock(hidden=8, embedding=4, activation="relu")(torch.zeros(5, 4)).shape
-    torch.Size([5, 4])
-    """
+    """A perceptron with one hidden layer, V σ(U h): the branch that :class:`ResNet` adds to its stream."""
 
     def __init__(self, hidden: int, embedding: int, activation: str = "tanh") -> None:
         super().__init__()
@@ -236,11 +221,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Norm and causal self-attention: a branch of :class:`CausalTransformer`; logits are scaled by 1/sqrt(head_dim).
-
-    >>> Attention(embedding=24, heads=2, head_dim=16, context=8)(torch.zeros(3, 5, 24)).shape
-    torch.Size([3, 5, 24])
-    """
+    """Norm and causal self-attention: a branch of :class:`CausalTransformer`; logits are scaled by 1/sqrt(head_dim)."""
 
     def __init__(self, embedding: int, heads: int, head_dim: int, context: int, norm_gain: bool = True) -> None:
         super().__init__()
@@ -248,8 +229,7 @@ class Attention(nn.Module):
             raise ValueError(
                 f"head_dim={head_dim} is odd, but rotary positions turn pairs of coordinates: choose an even head_dim."
             )
-        self.heads = heads
-        self.context = context
+        self.heads, self.context = heads, context
         self.norm = nn.RMSNorm(embedding, elementwise_affine=norm_gain)
         self.query = nn.Linear(embedding, heads * head_dim, bias=False)
         self.key = nn.Linear(embedding, heads * head_dim, bias=False)
@@ -263,9 +243,8 @@ class Attention(nn.Module):
             project(stream).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.query, self.key, self.value)
         )
-        attended = F.scaled_dot_product_attention(
-            _rotate(query, self.context), _rotate(key, self.context), value, is_causal=True
-        )
+        query, key = _rotate(query, self.context), _rotate(key, self.context)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         branch: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return branch
 
@@ -286,7 +265,6 @@ class MLP(nn.Module):
 
 
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    """Find a function by name and make sure that it maps one tensor to a tensor of the same shape."""
     function: Callable[[Tensor], Tensor] | None = getattr(F, name, None) or getattr(torch, name, None)
     units, output = torch.zeros(2, 4), None
     if callable(function):

@@ -17,6 +17,7 @@ from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_va
 from mlu_lightning.callbacks.probe_batches import Layout, Probe
 from mlu_lightning.observation import MetricName, Observation, OutputName, Reference, StreamName, compare
 from mlu_lightning.observation.comparison import check_coupled, validated_metrics
+from mlu_lightning.observation.reference_format import listed
 
 __all__ = ["EmbeddingDistance"]
 
@@ -24,29 +25,26 @@ __all__ = ["EmbeddingDistance"]
 class EmbeddingDistance(Callback):
     """Log the distance of a run, in embedding space, from runs that :class:`ReferenceRecorder` recorded.
 
-    At the steps of the reference, its probe is passed through the module in evaluation mode, and what the residual stream
-    and the outputs are is compared with the recording (theory.md, section 4). Runs of all shapes in the MLU
-    parameterization follow one limit, so the distance falls as both grow. The training is, bit for bit, the training
-    without the callback.
+    At the steps of the reference, its probe is passed through the module in evaluation mode, and the residual stream and
+    the outputs are compared with the recording (theory.md, section 4). Runs of all shapes in the MLU parameterization
+    follow one limit, so the distance falls as both grow. The training is, bit for bit, the training without the callback.
 
     Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
-    steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them as they can what
-    ``self.log`` was given. With references in a list or dict the name of the reference is added, as in
-    ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is ``mlu/distance/gram/s=1/floor``: no run can
-    be expected to be nearer. Values that are not finite in the run make the distance NaN, and the run goes on.
+    steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them; NaN where the run is
+    not finite. References in a list or dict add their name, ``mlu/distance/gram/s=1/seed1``, and their mean distance from
+    each other is ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer.
 
     With ``reference="limit"`` the run is compared with what it tends to as L, M and D grow: the infinite model, which is
-    trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). No other run and no
-    coupling is needed, but gradient descent and a model whose limit is known.
+    trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). This needs no other run and no
+    coupling, but gradient descent and a model whose limit is known.
 
     Args:
         reference: Path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
             W&B artifact; a list of these, whose names are the last parts without extension; a dict of them by name; or
             ``"limit"``, the infinite model, or a :class:`Limit`, which says how finely that is computed.
-        metrics: Some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
-            of h - W a for the limit, which needs no coupling),
-            ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
-            :mod:`mlu_lightning.observation.distances`.
+        metrics: Some of ``"rms"`` (of h - h_ref[:D], which needs ``MLUCallback(init="coupled")`` with one seed in both
+            runs, or of h - W a for the limit), ``"gram"``, ``"cka"``, ``"procrustes"`` and ``"output"``, which need no
+            coupling; see :mod:`mlu_lightning.observation.distances`.
 
     Raises:
         ValueError: If an argument is not of these.
@@ -82,7 +80,9 @@ class EmbeddingDistance(Callback):
             self._sources = {name: str(source) for name, source in reference.items()}
         else:
             sources = [str(reference)] if isinstance(reference, (str, Path)) else [str(source) for source in reference]
-            self._sources = {_name(source): source for source in sources}
+            # ":" has a meaning in templates of file names
+            names = [Path(source).name.removesuffix(".safetensors").replace(":", "-") for source in sources]
+            self._sources = dict(zip(names, sources, strict=True))
             if len(self._sources) < len(sources):
                 raise ValueError(
                     f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
@@ -110,7 +110,7 @@ class EmbeddingDistance(Callback):
         return self._generate_state_key(references=self._sources)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was logged last and when, whether embeddings were found to be coupled at step 0, and the infinite model."""
+        """What was logged last and when, whether embeddings were found to be coupled, and the infinite model."""
         limit = self._limit_state if self._limit_run is None else self._limit_run.state_dict()
         return {"coupled": self._coupled, "last": self._last, "values": self._values, "limit": limit}
 
@@ -145,19 +145,12 @@ class EmbeddingDistance(Callback):
         layout = Layout.of(trainer, pl_module)
         for reference in references:
             _check_layout(layout, reference)
-        header = references[0].header
-        self._probe = Probe.of(
-            trainer,
-            pl_module,
-            references[0].probe,
-            header.runs,
-            layout,
-            sorted({depth for reference in references for depth in reference.header.depths}),
-            max(rows for rows, _ in header.locations.values()),
-        )
+        probe, header = references[0].probe, references[0].header
+        depths = sorted({depth for reference in references for depth in reference.header.depths})
+        positions = max(rows for rows, _ in header.locations.values())
+        self._probe = Probe.of(trainer, pl_module, probe, header.runs, layout, depths, positions)
         with self._probe.first_pass(pl_module, _OTHER_DATA):
-            observation = self._probe.observe(trainer, pl_module)
-            count = self._probe.count_positions(trainer, pl_module)
+            observation, count = self._probe.observe_counted(trainer, pl_module)
         for reference in references:
             _check_count(count, reference.header.count, reference)
             _check_shapes(observation, reference, self._metrics)
@@ -208,53 +201,45 @@ class EmbeddingDistance(Callback):
             return {(metric, suffix) for metric in callback._metrics for suffix in suffixes}
 
         callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, EmbeddingDistance)]
-        for pair in combinations(callbacks, 2):
-            if logged(pair[0]) & logged(pair[1]):
-                first, second = (", ".join(callback._sources) for callback in pair)
+        for first, second in combinations(callbacks, 2):
+            if logged(first) & logged(second):
                 raise ValueError(
-                    f"Two EmbeddingDistance callbacks, of {first} and of {second}, would log distances "
-                    "under the same names. Give them different metrics, or the references as a dict by name, "
-                    'such as EmbeddingDistance({"large": "large.safetensors"}), whose names become part of those of the '
-                    "values."
+                    f"Two EmbeddingDistance callbacks, of {', '.join(first._sources)} and of {', '.join(second._sources)}, "
+                    "would log distances under the same names. Give them different metrics, or the references as a dict by "
+                    'name, such as EmbeddingDistance({"large": "large.safetensors"}), whose names become part of those of '
+                    "the values."
                 )
 
     def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
         """Log the distance from the limit at the present step, unless it was, if it is due."""
         step, run = trainer.global_step, self._limit_run
         if run is not None and step > self._last and (due or run.schedule.is_due(step)):
-            values = run.distances(trainer, module, self._metrics)
-            self._log(trainer, {f"mlu/distance/{name}": value for name, value in values.items()})
+            self._log(trainer, run.distances(trainer, module, self._metrics))
 
     def _compare(self, trainer: Trainer, observation: Observation) -> None:
         """Log the distance of an observation at the present step from every reference that has it."""
         step = trainer.global_step
-        recorded = {
-            name: reference.read(step) for name, reference in self._references.items() if step in reference.steps
-        }
+        references = self._references.items()
+        recorded = {name: reference.read(step) for name, reference in references if step in reference.steps}
         values: dict[str, float] = {}
         for name, reference in recorded.items():
             found = compare(observation, reference, self._metrics)
-            values.update({f"mlu/distance/{key}{self._suffixes[name]}": value for key, value in found.items()})
+            values.update({f"{key}{self._suffixes[name]}": value for key, value in found.items()})
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)
         between = [compare(smaller, larger, self._metrics) for smaller, larger in pairs]
         for key in dict.fromkeys(key for found in between for key in found):
-            values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
+            values[f"{key}/floor"] = fmean(found[key] for found in between if key in found)
         self._log(trainer, values)
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
         self._last = trainer.global_step
+        values = {f"mlu/distance/{name}": value for name, value in values.items()}
         self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
-        log_values(trainer, values, self._last)
-
-
-def _name(source: str) -> str:
-    """The last part of a path or of an artifact's name; ":" has a meaning in templates of file names."""
-    return Path(source).name.removesuffix(".safetensors").replace(":", "-")
+        log_values(trainer, values)
 
 
 def _width(observation: Observation) -> int:
-    """Dimension of the streams."""
     return max((values.shape[1] for name, values in observation.items() if isinstance(name, StreamName)), default=0)
 
 
@@ -283,14 +268,13 @@ def _check_steps(trainer: Trainer, module: LightningModule, references: Sequence
     for reference in references:
         if not any(now <= step <= last for step in reference.steps):
             raise ValueError(
-                f"{reference.path} was recorded at the steps {_few(reference.steps)}, and this run goes from {now} to "
+                f"{reference.path} was recorded at the steps {listed(reference.steps)}, and this run goes from {now} to "
                 f"{last}, so there is no step at which they can be compared. Train longer, or record the reference at "
                 "steps of this run."
             )
 
 
 def _check_layout(layout: Layout, reference: Reference) -> None:
-    """Refuse a module with other streams or data than the reference's."""
     header = reference.header
     if len(layout.depth) != len(header.depth):
         raise ValueError(
@@ -300,14 +284,13 @@ def _check_layout(layout: Layout, reference: Reference) -> None:
     for name, sizes in layout.data_sizes.items():
         if header.data_sizes.get(name, sizes) != sizes:
             raise ValueError(
-                f"{name} has {_few(sizes)} entries beside the embedding dimension in this module, and "
-                f"{_few(header.data_sizes[name])} in that of {reference.path}: they are made for different data, such as "
+                f"{name} has {listed(sizes)} entries beside the embedding dimension in this module, and "
+                f"{listed(header.data_sizes[name])} in that of {reference.path}: they are made for different data, such as "
                 "another tokenizer or other classes. Record a reference with this run's data."
             )
 
 
 def _check_count(count: int, recorded: int | None, reference: Reference) -> None:
-    """Refuse a module that divides its data otherwise, so that its positions are not those of the reference."""
     if recorded is not None and count != recorded:
         raise ValueError(
             f"This module makes {count} positions of the probe, and that of {reference.path} made {recorded}: they divide "
@@ -316,7 +299,6 @@ def _check_count(count: int, recorded: int | None, reference: Reference) -> None
 
 
 def _check_shapes(observation: Observation, reference: Reference, metrics: Sequence[MetricName]) -> None:
-    """Refuse what the metrics cannot compare."""
     header = reference.header
     streams = [name for name in observation if name in header.locations and isinstance(name, StreamName)]
     outputs = [name for name in observation if name in header.locations and isinstance(name, OutputName)]
@@ -328,16 +310,16 @@ def _check_shapes(observation: Observation, reference: Reference, metrics: Seque
                 "metrics."
             )
     for name in (*streams, *outputs):
-        rows, dimension = header.locations[name]
-        _check_count(observation[name].shape[0], rows, reference)
-        if name in outputs and "output" in metrics and observation[name].shape[1] != dimension:
+        (rows, dimension), (own_rows, own) = header.locations[name], observation[name].shape
+        _check_count(own_rows, rows, reference)
+        if name in outputs and "output" in metrics and own != dimension:
             raise ValueError(
-                f"This module has {observation[name].shape[1]} outputs, and that of {reference.path} {dimension}: they "
+                f"This module has {own} outputs, and that of {reference.path} {dimension}: they "
                 'are made for different data. Record a reference with this run\'s data, or leave "output" out of metrics.'
             )
-        if name in streams and "rms" in metrics and observation[name].shape[1] > dimension:
+        if name in streams and "rms" in metrics and own > dimension:
             raise ValueError(
-                f"The stream at {name} has {observation[name].shape[1]} coordinates in this run and {dimension} in "
+                f"The stream at {name} has {own} coordinates in this run and {dimension} in "
                 f'{reference.path}, and "rms" compares with the first coordinates of a larger reference. Record a reference '
                 'of at least this embedding dimension, or leave "rms" out of metrics: "gram", "cka", "procrustes" and '
                 '"output" compare any dimensions.'
@@ -353,9 +335,3 @@ def _check_coupled(observation: Observation, reference: Reference, step: int) ->
             "ReferenceRecorder."
         )
     check_coupled(observation, reference.read(0))
-
-
-def _few(numbers: Sequence[int]) -> str:
-    """Numbers as text, without most of them if they are many."""
-    shown = [str(number) for number in numbers]
-    return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])

@@ -10,14 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_values, show_values
-from mlu_lightning.callbacks.probe_batches import (
-    Layout,
-    Probe,
-    check_probe_arguments,
-    given_probe,
-    on_rank_zero,
-    prepare_probe,
-)
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, feature_updates, locate_features
 from mlu_lightning.observation.batches import decode_batch, encode_batch
 from mlu_lightning.observation.locations import parse_location_name
@@ -35,16 +28,13 @@ class FeatureUpdate(Callback):
     (what enters the nonlinearity) and ``mlu/update/attention/<branch>`` (logits), each kind also for all its branches,
     ``mlu/update/mlp``; ``mlu/update/stream/s=0.5`` and ``mlu/update/output``. In the MLU parameterization they are Θ(1) at
     every shape (theory.md, section 1): the same curves for a small and a large run. The training is, bit for bit, the
-    training without the callback; with a :class:`MLUCallback` in the Trainer, its plan tells what to read. Experts, whose
-    tokens change places, are left out. Of gated perceptrons it is the half that enters the nonlinearity. A resumed run
-    goes on with the probe of its first step.
+    training without the callback; a plan of :class:`MLUCallback` tells what to read. Experts, whose tokens change places,
+    are left out. A resumed run goes on with the probe of its first step.
 
     Args:
-        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
-            safetensors file with one, or of a reference, whose probe is taken. By default the first samples of the
-            validation data, or of the training data if there is no validation.
-        steps: Optimizer steps after which to look: ``"log"`` for 1, 2, 4, 8, 16, ... and the last one, a number n for
-            every n, or a list.
+        probe: Batch as ``validation_step``, or else ``training_step``, takes it, or the path of a safetensors file with one
+            or of a reference. By default the first samples of the validation data, or else of the training data.
+        steps: Optimizer steps to look after: ``"log"`` for 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
         positions: Rows of the stream and of outputs (samples, times tokens or pixels) to keep.
 
@@ -73,7 +63,7 @@ class FeatureUpdate(Callback):
         super().__init__()
         self._given = probe
         self._schedule = Schedule(steps)
-        self._depths = check_probe_arguments(depths, positions)
+        self._depths = check_arguments(depths, positions)
         self._positions = positions
         self._probe: Probe | None = None
         self._batch: tuple[Any, dict[str, Tensor], StepName] | None = None
@@ -102,12 +92,8 @@ class FeatureUpdate(Callback):
         batch, step = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
         features = locate_features(layout.features, layout.branches)
-
-        def make(batch: Any) -> Probe:
-            return Probe.of(trainer, pl_module, batch, step, layout, self._depths, self._positions, features)
-
-        advice = f"Give FeatureUpdate(probe=...) a batch as {step} takes it."
-        self._probe, batch, _, observed = prepare_probe(trainer, pl_module, make, batch, advice)
+        probe = Probe.of(trainer, pl_module, batch, step, layout, self._depths, self._positions, features)
+        self._probe, batch, _, observed = cut_probe(trainer, pl_module, probe, batch, "FeatureUpdate")
         self._batch = (*encode_batch(batch), step)
         if trainer.global_step == 0:
             self._start, self._last = observed, 0
@@ -135,15 +121,14 @@ class FeatureUpdate(Callback):
         self._probe = None
 
     def _find_probe(self, trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
-        """The probe, which is that of the first step in a run that is resumed, and the step that takes it."""
+        """The probe, that of the first step in a run that is resumed, and the step that takes it."""
         if trainer.global_step == 0 or self._batch is None:
             return given_probe(trainer, module, self._given, self._positions)
-        structure, tensors, step = self._batch
-        return decode_batch(structure, tensors), step
+        return decode_batch(*self._batch[:2]), self._batch[2]
 
     def _log_updates(self, trainer: Trainer, module: LightningModule) -> None:
         if self._probe is not None:
             self._last = trainer.global_step
             updates = feature_updates(self._start, self._probe.observe(trainer, module))
             self._values = {f"mlu/update/{name}": value for name, value in updates.items()}
-            log_values(trainer, self._values, self._last)
+            log_values(trainer, self._values)

@@ -9,20 +9,19 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import SGD, Optimizer
-from torch.utils._pytree import tree_map
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from mlu_lightning.callbacks.example import find_probe
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
-from mlu_lightning.callbacks.probe_batches import Layout, Probe, on_rank_zero
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, given_probe, on_rank_zero
 from mlu_lightning.limit import InfiniteModel, Sampling, embedding_weights, infinite_model
 from mlu_lightning.limit.infinite_model import HYPERPARAMETERS, check_gradient_descent, check_initialization
 from mlu_lightning.limit.unit_sampling import check_sampling
 from mlu_lightning.observation import MetricName, Observation, StreamName, compare, locate, observe
-from mlu_lightning.observation.batches import decode_batch, encode_batch, first_samples
+from mlu_lightning.observation.batches import clone_batch
 from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.planning import Plan
-from mlu_lightning.utilities.lightning_steps import StepName, call_step, mute
+from mlu_lightning.utilities.lightning_steps import call_step, mute
 
 __all__ = ["Limit", "LimitRun"]
 
@@ -31,20 +30,16 @@ __all__ = ["Limit", "LimitRun"]
 class Limit:
     """The infinite model as a reference: how finely it is computed, and where a run is compared with it.
 
-    For gradient descent only; the models and conditions are those of :func:`mlu_lightning.limit.infinite_model`. It is
-    trained beside the run, on the same batches. Its noise is 1/sqrt(depth · units) and its bias O(1/depth) (theory.md,
-    section 5), and it costs depth · units · r, where a run costs L · M · D.
+    For gradient descent only; the models and conditions are those of :func:`mlu_lightning.limit.infinite_model`. Its noise
+    is 1/sqrt(depth · units), its bias O(1/depth) (theory.md, section 5); a step costs depth · units · r, not L · M · D.
 
     Args:
         depth: Residual additions, the Euler steps of the limit.
-        units: Hidden units of a perceptron branch. By default 1024, and for a linear activation those with which
-            expectations are exact.
+        units: Hidden units of a perceptron branch, by default 1024, or what is exact for a linear activation.
         heads: Heads of an attention branch, by default units / (4 · head_dim).
         sampling: Sampling of units, ``"orthogonal"`` or ``"independent"``.
-        seeds: Number of limits that are trained, each with other units. The distance of the others from the first is
-            logged as ``.../floor``: the error bar of the limit.
-        steps: Optimizer steps after which to compare: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
-            for every n, or a list.
+        seeds: Number of limits, each with other units; their distance from the first, ``.../floor``, is its error bar.
+        steps: Optimizer steps to compare after: ``"log"`` for 0, 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream.
         positions: Rows to keep of the probe, the first samples of the validation (or else the training) data.
 
@@ -76,13 +71,7 @@ class Limit:
 
 
 class LimitRun:
-    """Infinite models of one run, and the probe that it is compared with them on.
-
-    The run is before its first step, or at the step of ``state``, which is the ``state_dict`` of an earlier one.
-
-    Raises:
-        ValueError: if theory has no limit for the run, or it begins neither at step 0 nor with a state.
-    """
+    """Infinite models of one run, from its first step or the ``state_dict`` of an earlier one on, and a probe."""
 
     def __init__(
         self, settings: Limit, trainer: Trainer, module: LightningModule, state: dict[str, Any] | None = None
@@ -96,8 +85,8 @@ class LimitRun:
             )
         check_gradient_descent(trainer.optimizers)
         if state is None:
-            callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback)]
-            if not any(callback.initialized for callback in callbacks):
+            callbacks = vars(trainer)["callbacks"]
+            if not any(isinstance(callback, MLUCallback) and callback.initialized for callback in callbacks):
                 raise ValueError(
                     "The infinite model starts from initial weights, and MLUCallback did not initialize this module in this "
                     "fit: it has init=None, or the module was trained before. Build the module anew, and let MLUCallback "
@@ -106,19 +95,15 @@ class LimitRun:
             check_initialization(module, plan)
         self.schedule = Schedule(settings.steps)
         self._settings = settings
-        self._models: list[InfiniteModel] = []
-        self._optimizers: list[SGD] = []
-        for seed in range(settings.seeds):
-            model = infinite_model(
-                module, plan, settings.depth, settings.units, settings.heads, settings.sampling, seed
-            )
+        sizes = settings.depth, settings.units, settings.heads
+        self._models = [infinite_model(module, plan, *sizes, settings.sampling, seed) for seed in range(settings.seeds)]
+        for model in self._models:
             mute(model.module, [], lambda: [], lambda: [])
-            self._models.append(model)
-            self._optimizers.append(model.optimizer(lr=0.0))
+        self._optimizers = [model.optimizer(lr=0.0) for model in self._models]
         self._weights = embedding_weights(module, plan)
         if state is not None:
             self._restore(state)
-        batch, step = on_rank_zero(trainer, lambda: _find_probe(trainer, module, settings.positions))
+        batch, step = on_rank_zero(trainer, lambda: given_probe(trainer, module, None, settings.positions))
         self._probe = Probe.of(trainer, module, batch, step, layout, settings.depths, settings.positions)
 
     def learn(self, trainer: Trainer, batch: Any) -> None:
@@ -128,11 +113,7 @@ class LimitRun:
             (loss / trainer.accumulate_grad_batches).backward()
 
     def step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Update as the run is about to be updated, by its optimizer with its present learning rate.
-
-        Raises:
-            ValueError: if its groups have different hyperparameters by now.
-        """
+        """Update as the run is about to be updated, by its optimizer with its present learning rate."""
         check_gradient_descent([optimizer])  # a schedule may have given groups other learning rates meanwhile
         group = optimizer.param_groups[0]
         for limit_optimizer in self._optimizers:
@@ -215,18 +196,8 @@ def _checked_plan(trainer: Trainer, module: LightningModule, layout: Layout) -> 
     return layout.plan
 
 
-def _find_probe(trainer: Trainer, module: LightningModule, positions: int) -> tuple[Any, StepName]:
-    batch, step = find_probe(trainer, module)
-    return decode_batch(*encode_batch(first_samples(batch, positions))), step
-
-
 def _converted(batch: Any, model: InfiniteModel) -> Any:
-    """A batch with floating-point numbers of the precision of an infinite model, copied, because steps may change it."""
+    """A copy of a batch, which steps may change, with floating-point numbers of the precision of an infinite model."""
     dtype = next(model.module.parameters()).dtype
-
-    def leaf(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
-
-    return tree_map(leaf, batch)
+    converted = tree_map_only(Tensor, lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, batch)
+    return clone_batch(converted)

@@ -24,30 +24,21 @@ from mlu_lightning.utilities.names import name_pattern
 __all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
 
 
-def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log values that are measured now and then, at their own steps.
+def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Log values that are measured now and then to all loggers, at the present optimizer step.
 
-    They become ``callback_metrics``, which other callbacks monitor, and ``logged_metrics``, as those of ``self.log`` do.
-    That itself would send to loggers only what comes at a multiple of ``log_every_n_steps``, and takes a quarter of a
-    millisecond for each value, more than measuring it. All loggers have the values under the same names and steps, in W&B
-    along ``trainer/global_step``; only ``MLFlowLogger``, and ``TensorBoardLogger`` where it writes with tensorboardX, change
-    characters of names such as "=".
-
+    ``self.log`` would leave out what does not come at a multiple of ``log_every_n_steps``, and takes longer than measuring.
     """
     if trainer.barebones:
         return
     show_values(trainer, values)
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=step)
+        logger.log_metrics(dict(values), step=trainer.global_step)
         logger.save()
 
 
 def show_values(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Let other callbacks monitor values, also those that were logged before the checkpoint that a run goes on from.
-
-    The Trainer forgets them when a fit starts, and a run of which the next ones are due much later would have none until
-    then, where the uninterrupted run still has the last ones.
-    """
+    """Let other callbacks monitor values, also those of before a checkpoint, which the Trainer forgets when a fit starts."""
     metrics = {name: torch.tensor(value) for name, value in values.items()}
     trainer.callback_metrics.update(metrics)
     trainer.logged_metrics.update(metrics)
@@ -57,12 +48,9 @@ def show_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Mapping[str, OptimizerFamily]) -> None:
     """Show a plan where a run is shown.
 
-    A ``WandbLogger`` gets the shape, that of the base, and the factors of each role as ``mlu`` in the run's config, to
-    filter and group runs by, and the table ``mlu/plan`` with a row for all parameters that are alike but for their place
-    along the depth. A ``TensorBoardLogger`` gets the printed plan as the text ``mlu/plan``. Where parameters that share an
-    entry have different numbers, it is a list of them. ``families`` has the column of the table for every parameter that an
-    optimizer has; learning rate, eps and weight decay of the others are None. All numbers are factors relative to the base,
-    for weights into which no multiplier is folded; ``residual`` is how the multipliers are applied.
+    A ``WandbLogger`` gets the shapes and the factors of each role as ``mlu`` in the run's config, to filter and group runs
+    by, and the table ``mlu/plan``; a ``TensorBoardLogger`` the printed plan as the text ``mlu/plan``. Numbers are factors
+    relative to the base, for weights into which no multiplier is folded; ``residual`` is how multipliers are applied.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -75,10 +63,7 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
 
 @rank_zero_only
 def log_reference(loggers: Sequence[Logger], path: Path) -> None:
-    """Make a reference file an artifact of type ``reference``, named as the file is without its extension.
-
-    Loggers of W&B take artifacts; a run that is offline keeps a copy to be synced with it.
-    """
+    """Make a reference file an artifact of type ``reference`` in W&B; an offline run keeps a copy to be synced."""
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
@@ -104,16 +89,10 @@ def log_reference(loggers: Sequence[Logger], path: Path) -> None:
 
 
 def fetch_reference(trainer: Trainer, source: str) -> Path:
-    """Find a reference file by its path or, by downloading it, by the name of a W&B artifact.
+    """Find a reference file by its path or, by downloading it, by the name ``entity/project/name:alias`` of a W&B artifact.
 
-    The artifact becomes an input of the run of the Trainer's ``WandbLogger``, if it has one, and its file is stored under
-    ``mlu_references`` in the Trainer's ``default_root_dir``. One process of each machine downloads while the others
-    wait, so all of them have to call this. The name is ``entity/project/name:alias``, where the entity, or both it and the
-    project, can be left out if they are those of the run. Every process gets the same path, or the error.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-        ValueError: if the artifact cannot be had, or does not hold one safetensors file.
+    The artifact becomes an input of the Trainer's W&B run, if there is one, and its file is stored under ``mlu_references``
+    in ``default_root_dir``. One process of each machine downloads while the others wait, so all of them have to call this.
     """
     found: Path | FileNotFoundError | ValueError = Path(source)
     if trainer.local_rank == 0:
@@ -141,23 +120,17 @@ ValueT = TypeVar("ValueT")
 
 def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily]) -> dict[str, Any]:
     """A plan as a few numbers."""
-    hidden: dict[str, list[int]] = {}
-    base_hidden: dict[str, list[int]] = {}
-    for branch in plan.branches:
-        hidden.setdefault(branch.kind, []).append(branch.hidden)
-        base_hidden.setdefault(branch.kind, []).append(branch.base_hidden)
-    base = {
-        "depth": _short([stream.base_depth for stream in plan.streams]),
-        "embedding": _short([stream.base_embedding for stream in plan.streams]),
-        "hidden": {kind: _short(_distinct(widths)) for kind, widths in base_hidden.items()},
-    }
+    streams, branches = plan.streams, plan.branches
+    shape = _shape([(at.depth, at.embedding) for at in streams], [(branch.kind, branch.hidden) for branch in branches])
+    base = _shape(
+        [(at.base_depth, at.base_embedding) for at in streams],
+        [(branch.kind, branch.base_hidden) for branch in branches],
+    )
     roles: dict[str, list[dict[str, float | None]]] = {}
     for name, factors in _factors(plan, families).items():
         roles.setdefault(plan.parameters[name].role.value, []).append(factors)
     return {
-        "depth": _short([stream.depth for stream in plan.streams]),
-        "embedding": _short([stream.embedding for stream in plan.streams]),
-        "hidden": {kind: _short(_distinct(widths)) for kind, widths in hidden.items()},
+        **shape,
         "base": None if plan.base is None else base,
         "parameterization": plan.parameterization.value,
         "alpha": plan.alpha,
@@ -169,6 +142,18 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
             role: {key: _short(_distinct(factors[key] for factors in members)) for key in _FACTORS}
             for role, members in roles.items()
         },
+    }
+
+
+def _shape(streams: Sequence[tuple[int, int]], branches: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """Depths and dimensions of streams, and hidden widths by kind of branch."""
+    hidden: dict[str, list[int]] = {}
+    for kind, width in branches:
+        hidden.setdefault(kind, []).append(width)
+    return {
+        "depth": _short([depth for depth, _ in streams]),
+        "embedding": _short([embedding for _, embedding in streams]),
+        "hidden": {kind: _short(_distinct(widths)) for kind, widths in hidden.items()},
     }
 
 
@@ -187,13 +172,11 @@ def _factors(plan: Plan, families: Mapping[str, OptimizerFamily]) -> dict[str, d
     """Factors of every parameter; those for the optimizer are None for a parameter that none has."""
     columns = {name: families.get(name, OptimizerFamily.ADAMW) for name in plan.parameters}
     scales = {family: plan.scales(family) for family in _distinct(columns.values())}
-    found: dict[str, dict[str, float | None]] = {}
-    for name, family in columns.items():
-        factors = scales[family][name]
-        found[name] = {key: getattr(factors, key) for key in _FACTORS}
-        if name not in families:
-            found[name].update(lr=None, eps=None, weight_decay=None)
-    return found
+    applied = {name: _FACTORS if name in families else ("multiplier", "std") for name in columns}
+    return {
+        name: {key: getattr(scales[family][name], key) if key in applied[name] else None for key in _FACTORS}
+        for name, family in columns.items()
+    }
 
 
 def _distinct(values: Iterable[ValueT]) -> list[ValueT]:
@@ -206,7 +189,6 @@ def _short(values: Sequence[ValueT]) -> ValueT | list[ValueT]:
 
 
 def _find(trainer: Trainer, source: str) -> Path:
-    """Find a reference file in the first process of a machine."""
     if Path(source).exists():
         return Path(source)
     artifact = _ARTIFACT.fullmatch(source)

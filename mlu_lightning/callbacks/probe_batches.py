@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,49 +18,35 @@ from mlu_lightning.callbacks.example import find_example, find_probe
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Branch, Structure, Tap
-from mlu_lightning.observation import Location, Observation, load_probe, locate, observe
+from mlu_lightning.observation import Location, Observation, load_probe, locate
 from mlu_lightning.observation.batches import clone_batch, decode_batch, encode_batch, first_samples, sample_count
-from mlu_lightning.observation.probe import count_positions
+from mlu_lightning.observation.probe import observe_counted
 from mlu_lightning.planning import BranchPlan, Plan
 from mlu_lightning.table import Role
+from mlu_lightning.utilities.lightning_private import before_batch_transfer
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["Layout", "Probe", "check_probe_arguments", "given_probe", "on_rank_zero", "prepare_probe"]
+__all__ = ["Layout", "Probe", "check_arguments", "cut_probe", "given_probe", "on_rank_zero"]
 
 ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What there is to read in a module.
+    """What there is to read in a module."""
 
-    Args:
-        depth: residual additions of every stream, L.
-        embedding: dimension of every stream, D.
-        hidden: hidden width M by kind of branch.
-        taps: where streams and outputs are read.
-        features: where pre-activations of branches are read.
-        branches: the residual branches.
-        data_sizes: sizes of embeddings and readouts other than D, such as that of a vocabulary, by parameter name.
-        plan: in effect on the module, None without :class:`MLUCallback`.
-    """
-
-    depth: tuple[int, ...]
-    embedding: tuple[int, ...]
-    hidden: dict[str, int]
-    taps: tuple[Tap, ...]
-    features: tuple[Tap, ...]
+    depth: tuple[int, ...]  # residual additions L of every stream
+    embedding: tuple[int, ...]  # dimension D of every stream
+    hidden: dict[str, int]  # width M by kind of branch
+    taps: tuple[Tap, ...]  # of streams and outputs
+    features: tuple[Tap, ...]  # pre-activations of branches
     branches: tuple[Branch, ...] | tuple[BranchPlan, ...]
-    data_sizes: dict[str, tuple[int, ...]]
-    plan: Plan | None
+    data_sizes: dict[str, tuple[int, ...]]  # of embeddings and readouts, beside D, such as a vocabulary, by parameter
+    plan: Plan | None  # in effect on the module, None without MLUCallback
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule) -> Layout:
-        """Take it from the plan of the Trainer's :class:`MLUCallback`, or else discover it.
-
-        Raises:
-            ValueError: if the module's parameters are sharded and there is no plan, or if it cannot be discovered.
-        """
+        """Take it from the plan of the Trainer's :class:`MLUCallback`, or else discover it."""
         callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback)]
         plan = callbacks[0].plan if callbacks else None
         if plan is None and any(hasattr(parameter, "placements") for parameter in module.parameters()):
@@ -71,10 +57,9 @@ class Layout:
             )
         # plans of older versions do not say where streams can be read
         found: Plan | Structure = plan if plan and plan.taps else discover(module, find_example(trainer, module))
-        streams = found.streams
         return cls(
-            depth=tuple(stream.depth for stream in streams),
-            embedding=tuple(stream.embedding for stream in streams),
+            depth=tuple(stream.depth for stream in found.streams),
+            embedding=tuple(stream.embedding for stream in found.streams),
             hidden={branch.kind: branch.hidden for branch in found.branches},
             taps=found.taps,
             features=found.features,
@@ -105,35 +90,22 @@ class Probe:
         positions: int,
         features: tuple[Location, ...] = (),
     ) -> Probe:
-        """Transfer a batch as the Trainer does, and locate streams at relative depths, outputs and features.
-
-        Raises:
-            ValueError: if a depth cannot be read.
-        """
-        with isolate_rng():
-            torch.manual_seed(0)  # hooks may change a batch at random
-            batch = trainer.precision_plugin.convert_input(clone_batch(batch))
-            batch = module._on_before_batch_transfer(batch)
-            batch = trainer.strategy.batch_to_device(batch)
-        return cls(batch, step, locate(layout.taps, layout.depth, depths) + features, positions)
-
-    def count_positions(self, trainer: Trainer, module: LightningModule) -> int:
-        """Count the positions that the batch has in the module."""
-        with trainer.precision_plugin.val_step_context():
-            return count_positions(module, self.batch, self.locations, self.step)
+        """Transfer a batch, and locate streams at relative depths, outputs and features."""
+        locations = locate(layout.taps, layout.depth, depths) + features
+        return cls(_transferred(trainer, module, batch), step, locations, positions)
 
     def observe(self, trainer: Trainer, module: LightningModule) -> Observation:
         """Pass the batch through the module."""
+        return self.observe_counted(trainer, module)[0]
+
+    def observe_counted(self, trainer: Trainer, module: LightningModule) -> tuple[Observation, int]:
+        """Pass the batch through the module, and count the positions that it has there."""
         with trainer.precision_plugin.val_step_context():
-            return observe(module, self.batch, self.locations, self.step, self.positions)
+            return observe_counted(module, self.batch, self.locations, self.step, self.positions)
 
     @contextmanager
     def first_pass(self, module: LightningModule, advice: str) -> Iterator[None]:
-        """Say what fails, and what to do, if the module cannot take the batch.
-
-        Raises:
-            ValueError: if anything inside fails as a module does for a batch that is not one of its own.
-        """
+        """Say what fails inside, and what to do, if the module cannot take the batch."""
         try:
             yield
         # what code raises that is given another batch than it was written for; anything else is not the probe's doing
@@ -144,12 +116,8 @@ class Probe:
             ) from error
 
 
-def check_probe_arguments(depths: Sequence[float], positions: int, fewest: int = 0) -> tuple[float, ...]:
-    """Refuse what is not a choice of relative depths and rows, and sort the depths.
-
-    Raises:
-        ValueError: if they are none.
-    """
+def check_arguments(depths: Sequence[float], positions: int, fewest: int = 0) -> tuple[float, ...]:
+    """Refuse what is not a choice of relative depths and rows, and sort the depths."""
     if isinstance(depths, (int, float)) or len(depths) < fewest or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(
             f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
@@ -160,11 +128,7 @@ def check_probe_arguments(depths: Sequence[float], positions: int, fewest: int =
 
 
 def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: int) -> tuple[Any, StepName]:
-    """Take the batch that a user has given, or a few samples of the data, as it will be read from a file, and its step.
-
-    Raises:
-        ValueError: if it is no batch, or there is none.
-    """
+    """Take the batch that a user has given, or a few samples of the data, as it will be read from a file, and its step."""
     step: StepName = "validation_step" if is_overridden("validation_step", module) else "training_step"
     if given is None:
         batch, step = find_probe(trainer, module)
@@ -176,26 +140,22 @@ def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: 
     return decode_batch(*encode_batch(first_samples(batch, samples))), step
 
 
-def prepare_probe(
-    trainer: Trainer, module: LightningModule, make: Callable[[Any], Probe], batch: Any, advice: str
+def cut_probe(
+    trainer: Trainer, module: LightningModule, probe: Probe, batch: Any, callback: str
 ) -> tuple[Probe, Any, int, Observation]:
-    """Cut a batch to the samples that have as many positions as are kept, and 8 at least, and observe it.
-
-    Returns the probe that ``make`` makes of it, the batch that was cut, the number of its positions, and the observation.
-    """
-    probe = make(batch)
-    with probe.first_pass(module, advice):
-        count = probe.count_positions(trainer, module)
-        samples = sample_count(batch)
-        if samples is not None:
-            kept = min(samples, max(_FEWEST_SAMPLES, math.ceil(probe.positions * samples / count)))
+    """Observe a probe, whose batch is cut to the samples that are needed; return it, the batch and its positions."""
+    with probe.first_pass(module, f"Give {callback}(probe=...) a batch as {probe.step} takes it."):
+        observation, count = probe.observe_counted(trainer, module)
+        samples = sample_count(batch) or 0
+        kept = max(_FEWEST_SAMPLES, math.ceil(probe.positions * samples / count))
+        if kept < samples:
             batch = first_samples(batch, kept)
-            probe, count = make(batch), count * kept // samples
-        return probe, batch, count, probe.observe(trainer, module)
+            probe = replace(probe, batch=_transferred(trainer, module, batch))
+            observation, count = probe.observe(trainer, module), count * kept // samples
+        return probe, batch, count, observation
 
 
-_FEWEST_SAMPLES = 8
-"""Samples of a probe that are kept even if fewer have enough positions, so that it is not one long text."""
+_FEWEST_SAMPLES = 8  # that are kept even if fewer have enough positions, so that it is not one long text
 
 
 def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:
@@ -210,6 +170,14 @@ def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:
     if isinstance(result, (OSError, ValueError)):
         raise result
     return result  # type: ignore[return-value]  # broadcast to all: no longer None, and what make returns is no error
+
+
+def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """A copy of a batch, on the device of the module, as the Trainer makes it."""
+    with isolate_rng():
+        torch.manual_seed(0)  # hooks may change a batch at random
+        batch = before_batch_transfer(module, trainer.precision_plugin.convert_input(clone_batch(batch)))
+        return trainer.strategy.batch_to_device(batch)
 
 
 def _data_sizes(found: Plan | Structure) -> dict[str, tuple[int, ...]]:

@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_reference
-from mlu_lightning.callbacks.probe_batches import (
-    Layout,
-    Probe,
-    check_probe_arguments,
-    given_probe,
-    on_rank_zero,
-    prepare_probe,
-)
+from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, Reference
 from mlu_lightning.observation.reference_format import ReferenceHeader
 from mlu_lightning.observation.reference_writer import ReferenceWriter
@@ -34,27 +28,20 @@ __all__ = ["ReferenceRecorder"]
 class ReferenceRecorder(Callback):
     """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.
 
-    At chosen steps the probe is passed through the module in evaluation mode, and what the stream is at relative depths
-    and what the outputs are goes into a file, with the training loss of every step, the plan, the shape and the probe
-    itself (theory.md, section 4). The training is, bit for bit, the training without the recorder.
-
-    The file is whole at every moment: a run that is killed leaves a reference up to its last recorded step, and one that
-    is resumed with ``fit(ckpt_path=...)`` goes on in it. It holds 4 (or 2) bytes for each of K · positions · (number of
-    depths · D + outputs) values, K being the number of recorded steps; see :mod:`mlu_lightning.observation.reference`.
-
-    If there is a :class:`MLUCallback` in the Trainer, its plan tells where the stream is; otherwise it is discovered with
-    the first samples of the training data. With a ``WandbLogger`` the file becomes an artifact when training ends.
+    At chosen steps the probe is passed through the module in evaluation mode, and the stream at relative depths and the
+    outputs go into a file, with the training loss of every step, the plan, the shape and the probe itself (theory.md,
+    section 4). The training is, bit for bit, the training without the recorder. The file is whole at every moment: a run
+    that is killed leaves a reference up to its last recorded step, and one that is resumed with ``fit(ckpt_path=...)`` goes
+    on in it; its size is in :mod:`mlu_lightning.observation.reference`. A plan of :class:`MLUCallback` tells where the
+    stream is; without, it is discovered. With a ``WandbLogger`` the file becomes an artifact when training ends.
 
     Args:
         path: Path of the file to be written; there must be none yet, unless the run is resumed.
-        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
-            safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
-            validation data, or of the training data if there is no validation.
-        steps: Optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
-            for every n, or a list.
+        probe: Batch as ``validation_step``, or else ``training_step``, takes it, or the path of a safetensors file with one
+            or of another reference. By default the first samples of the validation data, or else of the training data.
+        steps: Optimizer steps to record after: ``"log"`` for 0, 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
-        positions: Number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
-            have as many rows, and than 8, is cut.
+        positions: Rows (samples, times tokens or pixels) to keep, evenly spaced; of the probe as many samples as have these.
         dtype: Type of values in the file, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
@@ -88,12 +75,12 @@ class ReferenceRecorder(Callback):
         self.path = Path(path)
         self._given = probe
         self._schedule = Schedule(steps)
-        self._depths = check_probe_arguments(depths, positions, fewest=1)
+        self._depths = check_arguments(depths, positions, fewest=1)
         self._positions = positions
         self._dtype = dtype
         self._probe: Probe | None = None
         self._writer: ReferenceWriter | None = None
-        self._losses = _Losses()
+        self._losses = _Losses(torch.empty(0))
         self._last = -1
         self._failed = False
 
@@ -107,12 +94,8 @@ class ReferenceRecorder(Callback):
         step = trainer.global_step
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
-
-        def make(batch: Any) -> Probe:
-            return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
-
-        advice = f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."
-        self._probe, batch, count, observation = prepare_probe(trainer, pl_module, make, batch, advice)
+        probe = Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
+        self._probe, batch, count, observation = cut_probe(trainer, pl_module, probe, batch, "ReferenceRecorder")
         header = ReferenceHeader(
             depth=layout.depth,
             embedding=layout.embedding,
@@ -147,9 +130,8 @@ class ReferenceRecorder(Callback):
             loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).float().mean()
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
-        step = trainer.global_step
-        self._losses.add(trainer, loss.detach(), step)
-        if step > self._last and self._schedule.is_due(step):
+        self._losses.add(trainer, loss.detach(), trainer.global_step)
+        if self._schedule.is_due(trainer.global_step):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,14 +199,12 @@ class ReferenceRecorder(Callback):
 class _Losses:
     """Training loss of every optimizer step: the mean over its batches and over processes.
 
-    Losses of batches are added up in a buffer on the device. If each stayed where the step has put it, among the step's
-    larger tensors, the next steps could not have the same memory again, and would be slower by a percent on a CPU.
+    Losses are added up in one buffer: each by itself would keep the next steps from having the same memory again.
     """
 
-    def __init__(self, known: Tensor | None = None, step: int = 0, device: torch.device | None = None) -> None:
-        known = torch.empty(0) if known is None else known[:step]
-        missing = torch.full((step - len(known),), math.nan)
-        self._known = torch.cat((known, missing))
+    def __init__(self, known: Tensor, step: int = 0, device: torch.device | None = None) -> None:
+        known = known[:step]
+        self._known = F.pad(known, (0, step - len(known)), value=math.nan)
         self._steps = step
         # float32 whatever the precision of the run: the mean of many batches, and a NaN for none, among them
         self._pending = torch.empty(_MOST_PENDING + 1, dtype=torch.float32, device=device)
@@ -240,18 +220,15 @@ class _Losses:
             sum_.add_(loss.to(sum_.device, non_blocking=True))
         self._batches += 1
         if step > self._steps:
-            if self._batches > 1:
-                sum_.div_(self._batches)
+            sum_.div_(self._batches)
             self._repeats.append(step - self._steps)
-            self._batches = 0
-            self._steps = step
+            self._batches, self._steps = 0, step
         if len(self._repeats) >= _MOST_PENDING:
             self.all(trainer)
 
     def all(self, trainer: Trainer) -> Tensor:
         """Losses [steps] so far, on the CPU; every process has to ask."""
-        if self._repeats:
-            count = len(self._repeats)
+        if count := len(self._repeats):
             pending = trainer.strategy.reduce(self._pending[:count], reduce_op="mean")
             steps = torch.as_tensor(pending).cpu().repeat_interleave(torch.tensor(self._repeats))
             self._known = torch.cat((self._known, steps))
@@ -260,5 +237,4 @@ class _Losses:
         return self._known
 
 
-_MOST_PENDING = 1000
-"""Losses that wait on the device, so that the host need not wait for each."""
+_MOST_PENDING = 1000  # losses that wait on the device, so that the host need not wait for each

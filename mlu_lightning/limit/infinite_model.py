@@ -1,13 +1,8 @@
 """The infinite model: what a network trained by gradient descent becomes as D, M and L all grow.
 
-For D → ∞ the stream never leaves the span of W = [W_E, W_U], the r = d_in + d_out columns of embedding and readout, and
-WᵀW/D tends to a diagonal matrix S (theory.md, section 5). So **a network of embedding dimension r whose own W has
-WᵀW/r = S exactly is the model of infinite D**: an ordinary module of the same class, with the same plan. What is left is
-sampled: the expectation over hidden units by those of a layer (:mod:`mlu_lightning.limit.unit_sampling`), with an error of
-1/sqrt(L · units), and depth by Euler steps, with an error of 1/L.
-
-With the stream h' of the infinite model, the paper's coordinates are a = S^(-1/2) h'/sqrt(r), and W a with the initial W
-of a finite network is where the stream of that network tends to: nothing needs to be coupled.
+A network of embedding dimension r = d_in + d_out, whose own W = [W_E, W_U] has WᵀW/r = S exactly, is the model of infinite D
+(theory.md, section 5): an ordinary module of the same class, with the same plan. The expectation over hidden units is
+sampled by those of a layer, with an error of 1/sqrt(L · units), and depth by Euler steps, with an error of 1/L.
 """
 
 from __future__ import annotations
@@ -45,17 +40,11 @@ _SAMPLED = 1024  # hidden units of a branch by default
 
 @dataclass(frozen=True)
 class InfiniteModel:
-    """A network that is the model of infinite D, at its initialization.
+    """A network that is the model of infinite D, at its initialization."""
 
-    Args:
-        module: Network of embedding dimension r, with its multipliers attached.
-        plan: Plan of the module.
-        spread: Standard deviations S^(1/2) of the entries of W, [r].
-    """
-
-    module: ResNet | CausalTransformer
+    module: ResNet | CausalTransformer  # of embedding dimension r, with its multipliers attached
     plan: Plan
-    spread: Tensor
+    spread: Tensor  # standard deviations S^(1/2) of the entries of W, [r]
 
     def optimizer(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> SGD:
         """Make gradient descent for the module, scaled by its plan, with the hyperparameters of the finite model."""
@@ -86,18 +75,14 @@ def infinite_model(
 ) -> InfiniteModel:
     """Build the model of infinite D of a module: its class at embedding dimension r, with W of the exact covariance.
 
-    It is trained as the module is, on the same batches, by gradient descent with the same hyperparameters
-    (:meth:`InfiniteModel.optimizer`), with momentum and decay, and with embeddings that are trained or frozen.
+    It is trained as the module is, on the same batches, by :meth:`InfiniteModel.optimizer` with its hyperparameters.
 
     Args:
         module: :class:`~mlu_lightning.models.ResNet`, or a :class:`~mlu_lightning.models.CausalTransformer` without
-            gains of norms, at its initial weights; it is not changed. The limit is on its device, in its precision, but
-            not less than float32.
-        plan: Plan of the module. Standard deviations of entries are those of the plan.
-        depth: Residual additions, the Euler steps of the limit: an error of O(1/depth). By default the module's own,
-            which leaves the error of D and M alone.
-        units: Hidden units of a perceptron branch: an error of 1/sqrt(depth · units). By default 1024; for a linear
-            activation the 2r with which there is no such error.
+            gains of norms, at its initial weights. The limit is on its device, in its precision, but float32 at least.
+        plan: Plan of the module, with the standard deviations of the limit's entries.
+        depth: Residual additions, the Euler steps of the limit, by default the module's own.
+        units: Hidden units of a perceptron branch, by default 1024; for a linear activation 2r, which are exact.
         heads: Heads of an attention branch. By default units / (4 · head_dim).
         sampling: Sampling of units: ``"orthogonal"``, with less noise, or ``"independent"``.
         seed: Seed of the units.
@@ -149,10 +134,7 @@ def embedding_weights(module: nn.Module, plan: Plan) -> Tensor:
 
     Args:
         module: Module with its multipliers attached or folded, or without.
-        plan: Plan of the module.
-
-    Returns:
-        W [D, r], embeddings before readouts as in the plan, without multipliers that are folded into them.
+        plan: Plan of the module, whose order W [D, r] has, embeddings before readouts and without folded multipliers.
 
     >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
     >>> embedding_weights(model, Plan.from_model(model)).shape
@@ -163,11 +145,7 @@ def embedding_weights(module: nn.Module, plan: Plan) -> Tensor:
 
 
 def check_gradient_descent(optimizers: Sequence[Optimizer]) -> None:
-    """Refuse optimizers whose updates leave the span of W (theory.md, section 5).
-
-    Raises:
-        ValueError: If they are not one ``torch.optim.SGD`` with the same hyperparameters for all parameters.
-    """
+    """Refuse what is not one ``torch.optim.SGD`` with the same hyperparameters for all parameters."""
     names = " and ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
     if names != "SGD":
         raise ValueError(
@@ -187,11 +165,7 @@ def check_gradient_descent(optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_initialization(module: nn.Module, plan: Plan) -> None:
-    """Refuse initial weights that are not a draw from the plan's distribution, of which the infinite model is the limit.
-
-    Raises:
-        ValueError: If the root mean square of a parameter is further from the plan's than that of a normal draw can be.
-    """
+    """Refuse initial weights whose root mean square is further from the plan's than that of a normal draw can be."""
     folded, stds = _folded_multipliers(module, plan), planned_stds(plan)
     for name, parameter in planned_parameters(module).items():
         planned = stds[name]
@@ -219,7 +193,6 @@ def _folded_multipliers(module: nn.Module, plan: Plan) -> dict[str, float]:
 
 
 def _check_known(module: nn.Module, plan: Plan) -> None:
-    """Refuse what the theory does not hold for, or what cannot be built."""
     if type(module) not in _BUILDERS:
         raise ValueError(
             f"The infinite model of {type(module).__name__} is not known: it is of this package's ResNet and "

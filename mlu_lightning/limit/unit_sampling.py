@@ -1,11 +1,8 @@
 """Hidden units of the infinite model: samples of what one unit reads and writes, with less noise than independent ones.
 
-A unit of the infinite model is a draw of Gaussian numbers, those that it reads the stream with and those that it writes
-to it with, and its layer is the mean over all of them (theory.md, section 5). A finite sample of n has an error of
-1/sqrt(n), of which most can be taken away:
-
-* *antithetic*: of two units that read the same and write the opposite, the sum is what training has changed, alone;
-* *orthogonal*: n units in n dimensions, of the lengths of Gaussian vectors but perpendicular, cover all directions evenly.
+A unit is a draw of Gaussian numbers, and its layer the mean over all (theory.md, section 5). Most of the error of n units,
+1/sqrt(n), is taken away by units that are *antithetic* (two read the same and write the opposite, so that their sum is what
+training has changed, alone) and *orthogonal* (of the lengths of Gaussian vectors: they cover all directions evenly).
 """
 
 from __future__ import annotations
@@ -24,12 +21,8 @@ Sampling = Literal["orthogonal", "independent"]
 def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
     """Draw what hidden units read and write [units, reads + writes], all entries of which are N(0, 1), in float32.
 
-    A perceptron's unit reads with r numbers, a head with 3 · head_dim · r. ``"orthogonal"`` units are pairs that read the
-    same and write the opposite, perpendicular to all other pairs in a block of as many as there are dimensions. Each unit
-    by itself is distributed as an independent one.
-
-    Raises:
-        ValueError: if ``sampling`` is unknown, or orthogonal units are odd in number.
+    ``"orthogonal"`` units are pairs that read the same and write the opposite, perpendicular to all other pairs in a block
+    of as many as there are dimensions. Each unit by itself is distributed as an independent one.
     """
     check_sampling(sampling, units)
     dimensions = reads + writes
@@ -48,11 +41,7 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
 
 
 def check_sampling(sampling: str, *sizes: int) -> None:
-    """Refuse numbers of units that :func:`draw_units` cannot draw.
-
-    Raises:
-        ValueError: if ``sampling`` is unknown, or orthogonal units are odd in number.
-    """
+    """Refuse an unknown sampling, and numbers of units that :func:`draw_units` cannot draw."""
     if sampling not in get_args(Sampling):
         raise ValueError(f"sampling={sampling!r} is none of: {', '.join(get_args(Sampling))}.")
     for units in sizes:
@@ -66,8 +55,7 @@ def check_sampling(sampling: str, *sizes: int) -> None:
 def exact_units(dimension: int) -> Tensor:
     """Make the 2r units [2r, 2r], in float64, with which a linear activation has its exact expectations.
 
-    Linear branches depend on the second moments C = E[(u, v)(u, v)ᵀ] alone, and an update is linear in (u, v), so any
-    units with the moments of the infinite population keep them for ever: what is carried is theory.md's C ← T C Tᵀ
-    (section 5), by its factors. Each of these reads or writes one coordinate.
+    Linear branches depend on the second moments E[(u, v)(u, v)ᵀ] alone, and an update is linear in (u, v), so any units with
+    the moments of the infinite population keep them for ever (theory.md, section 5). Each reads or writes one coordinate.
     """
     return math.sqrt(2 * dimension) * torch.eye(2 * dimension, dtype=torch.float64, device="cpu")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn, strided
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlu_lightning.utilities.tensor_files import DTYPES, read_tensor_file, tensors_hash
 
@@ -28,7 +28,7 @@ __all__ = [
 
 def clone_batch(batch: Any) -> Any:
     """Copy the tensors and the containers of a batch, which steps may change."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map_only(Tensor, lambda leaf: leaf.clone(), batch)
 
 
 def sample_count(batch: Any) -> int | None:
@@ -41,41 +41,25 @@ def first_samples(batch: Any, count: int) -> Any:
     """Leave only the first samples of a batch, if it can be told what they are."""
     if (sample_count(batch) or 0) <= count:
         return batch
-    return tree_map(lambda leaf: leaf[:count].clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map_only(Tensor, lambda leaf: leaf[:count].clone(), batch)
 
 
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
     """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
 
-    It has tensors, numbers, strings and None in dicts (or other mappings, which come back as dicts), lists and tuples.
-    Other classes, also named tuples, would not come back as what they are.
-
-    Raises:
-        ValueError: if there is anything else in it, saying where.
-
-    >>> import torch
-    >>> encode_batch([torch.ones(1), {"labels": None}])
-    ({'list': [{'tensor': '0'}, {'dict': {'labels': {'value': None}}}]}, {'0': tensor([1.])})
+    It may have tensors, numbers, strings and None in mappings (which become dicts), lists and tuples, and nothing else.
     """
     tensors: dict[str, Tensor] = {}
     return _encode(batch, tensors, "batch", 0), tensors
 
 
 def decode_batch(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put a batch together again from what :func:`encode_batch` returned.
-
-    Raises:
-        ValueError: if the structure is not one, or mentions a tensor that is not there.
-    """
+    """Put a batch together again from what :func:`encode_batch` returned, or refuse what it does not return."""
     return _decode(structure, tensors, 0)
 
 
 def batch_hash(batch: Any) -> str:
-    """Name the content of a batch: batches of equal structure and equal values have equal hashes, on any device.
-
-    Raises:
-        ValueError: as :func:`encode_batch`.
-    """
+    """Name the content of a batch: equal structures and values have equal hashes, on any device."""
     return encoded_hash(*encode_batch(batch))
 
 
@@ -85,22 +69,13 @@ def encoded_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_batch(path: str | PathLike[str]) -> Any:
-    """Read a batch from a safetensors file, such as ``safetensors.torch.save_file`` writes.
-
-    It is the tensor, if there is one by the name of ``"batch"`` and no other; a tuple, if their names are ``"0"``, ``"1"``
-    and so on; otherwise a dict by their names.
-
-    Raises:
-        FileNotFoundError: if there is no file.
-        ValueError: if it is not a safetensors file, or has no tensors.
-    """
+    """Read a batch from a safetensors file: a tensor named "batch", or a tuple of those named "0", "1", ..., or a dict."""
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder. Give the path of a safetensors file with a batch.")
     try:
-        # copies, because what is read is the file itself, which somebody may write to; a safe_open has keys() only
+        # copies, because what is read is the file itself, which somebody may write to
         tensors = read_tensor_file(
-            Path(path),
-            lambda file, _: {name: file.get_tensor(name).clone() for name in file.keys()},  # noqa: SIM118
+            Path(path), lambda file, _: {name: file.get_tensor(name).clone() for name in [*file.keys()]}
         )
     except ValueError as error:
         raise ValueError(
@@ -132,10 +107,14 @@ def _encode(part: Any, tensors: dict[str, Tensor], where: str, level: int) -> di
     if isinstance(part, Mapping):
         for key in part:
             if type(key) is not str:
-                raise ValueError(
-                    f"{where} has a key of type {_type_name(key)}, {key!r}, and should have strings. {_REMEDY}"
-                )
-        return {"dict": {key: _encode(part[key], tensors, f"{where}[{_quoted(key)}]", level + 1) for key in part}}
+                kind = _type_name(key)
+                raise ValueError(f"{where} has a key of type {kind}, {key!r}, and should have strings. {_REMEDY}")
+        return {
+            "dict": {
+                key: _encode(item, tensors, f"{where}[{json.dumps(key, ensure_ascii=False)}]", level + 1)
+                for key, item in part.items()
+            }
+        }
     # exactly these, because an instance of a subclass, such as a named tuple, would come back without its class
     if type(part) in (list, tuple):
         items = [_encode(item, tensors, f"{where}[{index}]", level + 1) for index, item in enumerate(part)]
@@ -175,7 +154,3 @@ def _decode(node: Any, tensors: Mapping[str, Tensor], level: int) -> Any:
 
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _quoted(key: str) -> str:
-    return json.dumps(key, ensure_ascii=False)

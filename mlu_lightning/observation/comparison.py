@@ -1,12 +1,15 @@
-"""Distances between what two runs of any shapes make of one probe, at all depths and in all metrics."""
+"""Distances between what two runs of any shapes make of one probe, and how far the features of one run have moved."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
 
+from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.observation.distances import (
     cka_distance,
     gram_distance,
@@ -14,20 +17,26 @@ from mlu_lightning.observation.distances import (
     procrustes_distance,
     rms_distance,
 )
-from mlu_lightning.observation.locations import OutputName, StreamName
+from mlu_lightning.observation.locations import FeatureName, OutputName, StreamName
 from mlu_lightning.observation.probe import Observation
 from mlu_lightning.observation.reference import Reference
 
-__all__ = ["MetricName", "check_coupled", "compare", "compare_references", "validated_metrics"]
+__all__ = [
+    "MetricName",
+    "check_coupled",
+    "compare",
+    "compare_references",
+    "feature_updates",
+    "rms_change",
+    "validated_metrics",
+]
 
 MetricName = Literal["rms", "gram", "cka", "procrustes", "output"]
 
 _COUPLED = 0.25
-"""Relative distance of embeddings up to which they count as coupled.
+"""Relative distance of embeddings up to which they count as coupled; independent ones are at sqrt(2).
 
-Independent ones are at sqrt(2). Coupled ones are at 0, except for the sampling noise of a base that each run builds for
-itself (some percent), bfloat16 (0.4 %), and a norm over D coordinates right behind the embedding, of order 1/sqrt(D).
-"""
+Coupled ones are not at 0 for the noise of a base that each run draws, bfloat16, and a norm over D right behind them."""
 
 
 def compare(observation: Observation, reference: Observation, metrics: Sequence[MetricName]) -> dict[str, float]:
@@ -50,13 +59,12 @@ def compare(observation: Observation, reference: Observation, metrics: Sequence[
     >>> compare(run, other, ["rms", "gram", "output"])
     {'rms/s=0': 0.0, 'gram/s=0': 0.0, 'output': 1.0}
     """
-    found: dict[str, float] = {}
-    for metric in metrics:
-        for name in observation:
-            if name in reference and isinstance(name, OutputName if metric == "output" else StreamName):
-                label = str(name) if metric == "output" else f"{metric}/{name}"
-                found[label] = float(_DISTANCES[metric](observation[name], reference[name]))
-    return found
+    return {
+        str(name) if metric == "output" else f"{metric}/{name}": float(_DISTANCES[metric](values, reference[name]))
+        for metric in metrics
+        for name, values in observation.items()
+        if name in reference and isinstance(name, OutputName if metric == "output" else StreamName)
+    }
 
 
 def compare_references(
@@ -69,10 +77,7 @@ def compare_references(
     Args:
         reference: Recorded run with the smaller embedding, if ``metrics`` has ``"rms"``.
         other: Recorded run with the same probe.
-        metrics: Metrics, as for :func:`compare`.
-
-    Returns:
-        What :func:`compare` returns, by step.
+        metrics: Metrics, as for :func:`compare`, whose distances are returned by step.
 
     Raises:
         ValueError: If the probes differ, or there is no common step.
@@ -89,6 +94,52 @@ def compare_references(
             'ReferenceRecorder(steps="log").'
         )
     return {step: compare(reference.read(step), other.read(step), metrics) for step in common}
+
+
+def feature_updates(before: Observation, after: Observation) -> dict[str, float]:
+    """Measure how far what was observed has moved: by Θ(1) in MLU, at every shape (theory.md, section 1).
+
+    Args:
+        before: Observation [rows, dimension] by location, as :func:`mlu_lightning.observation.observe` makes it.
+        after: Another one of the same batch; what has no counterpart of its shape in both is left out.
+
+    Returns:
+        Root mean squares of the differences: ``"attention/<branch>"``, ``"mlp/<branch>"`` and ``"convolution/<branch>"`` of
+        pre-activations, each also under its kind alone for all branches of it, ``"stream/s=0.5"`` and ``"output"``.
+
+    >>> import torch
+    >>> before = {FeatureName("mlp", f"blocks.{i}"): torch.zeros(2, 3) for i in range(2)} | {StreamName(1): torch.zeros(1)}
+    >>> after = {name: values + 1 for name, values in before.items()}
+    >>> feature_updates(before, after)
+    {'mlp/blocks.0': 1.0, 'mlp/blocks.1': 1.0, 'stream/s=1': 1.0, 'mlp': 1.0}
+    """
+    found: dict[str, float] = {}
+    kinds: dict[BranchKind, list[float]] = defaultdict(list)
+    for name, values in after.items():
+        if name not in before or before[name].shape != values.shape:
+            continue
+        change = rms_change(before[name], values)
+        found[f"stream/{name}" if isinstance(name, StreamName) and name.number == 0 else str(name)] = change
+        if isinstance(name, FeatureName):
+            kinds[name.kind].append(change)
+    return found | {
+        kind: math.sqrt(math.fsum(value**2 for value in values) / len(values)) for kind, values in kinds.items()
+    }
+
+
+def rms_change(before: Tensor, after: Tensor) -> float:
+    """Root mean square of a difference, without entries that are -inf in both, as logits are of keys that cannot be seen.
+
+    Args:
+        before: Values of any shape.
+        after: Values of the same shape; where any are not finite, the result is not.
+
+    >>> import torch
+    >>> rms_change(torch.tensor([1.0, -math.inf]), torch.tensor([3.0, -math.inf]))
+    2.0
+    """
+    seen = ~(before.isneginf() & after.isneginf())
+    return (after[seen].double() - before[seen].double()).square().mean().sqrt().item()
 
 
 def check_coupled(observation: Observation, reference: Observation) -> None:

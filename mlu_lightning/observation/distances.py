@@ -1,18 +1,8 @@
 """Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
-All of them take values of any floating-point type, compute in float64 and return a float64 scalar. 0 means equal as far as
-the distance can see; any NaN or infinite value, in either model, makes the distance NaN. They differ in what they need and
-in what they see:
-
-==========================  ==================  ================================================================
-distance                    coupled embeddings  does not change under
-==========================  ==================  ================================================================
-:func:`rms_distance`        needed              --
-:func:`gram_distance`       not needed          rotations of either embedding space
-:func:`cka_distance`        not needed          rotations, shifts and rescaling of either embedding space
-:func:`procrustes_distance` not needed          rotations of either embedding space
-:func:`output_distance`     --                  --
-==========================  ==================  ================================================================
+They take the streams h [samples, embedding] of one model, or its outputs, and those of a reference on the same samples,
+compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN. What cannot be
+compared is a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -22,14 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = [
-    "cka_distance",
-    "comparable",
-    "gram_distance",
-    "output_distance",
-    "procrustes_distance",
-    "rms_distance",
-]
+__all__ = ["cka_distance", "comparable", "gram_distance", "output_distance", "procrustes_distance", "rms_distance"]
 
 
 def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
@@ -37,13 +20,6 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
     Coordinates are compared one with one, so they must mean the same in both models: initialize both with
     ``mode="coupled"`` and the same seed (theory.md, section 4).
-
-    Args:
-        streams: Residual stream h of the smaller model, [samples, embedding].
-        reference: Residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
 
     >>> rms_distance(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]]))
     tensor(1., dtype=torch.float64)
@@ -64,12 +40,7 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
 def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Measure ||h h^T / D - h_ref h_ref^T / D_ref||_F / N: root mean square over pairs of samples (theory.md, section 4).
 
-    Args:
-        streams: Residual stream h of one model, [samples, embedding].
-        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared.
+    It needs no coupling: rotations of either embedding space do not change it.
 
     >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # h h^T / 2 is the identity
     >>> gram_distance(h, h.flip(1)), gram_distance(h, torch.zeros(2, 3))
@@ -78,25 +49,17 @@ def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
     streams, reference = comparable(streams, reference)
     if not _finite(streams, reference):
         return _nan(streams)
-    samples = len(streams)
-    a, b = _fewer_rows(streams / math.sqrt(streams.shape[1]), reference / math.sqrt(reference.shape[1]))
-    distance: Tensor = torch.linalg.vector_norm(a @ a.T - b @ b.T) / samples
+    a, b = _fewer_rows(*_per_coordinate(streams, reference))
+    distance: Tensor = torch.linalg.vector_norm(a @ a.T - b @ b.T) / len(streams)
     return distance
 
 
 def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Subtract from one the linear centred kernel alignment of Kornblith et al. (2019), arXiv 1905.00414.
 
-    This is 1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), between 0 and 1, where X and Y are the streams minus their mean
-    over samples. Of streams that are the same for all samples, where it is 0/0: 0 if both are, 1 if one is. It is quadratic
-    in small differences: where the other distances fall by 2, it falls by 4.
-
-    Args:
-        streams: Residual stream h of one model, [samples, embedding].
-        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared.
+    It needs no coupling: rotations, shifts and rescaling of either embedding space do not change it. It is
+    1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), with X and Y minus their mean over samples; of streams that are the same
+    for all samples, where it is 0/0: 0 if both are, 1 if one is. It is quadratic in small differences.
 
     >>> h = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
     >>> cka_distance(h, 3 * h.flip(1) + 1), cka_distance(h, torch.ones(3, 4))
@@ -118,15 +81,8 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Measure what is left between the streams after the best rotation of one onto the other (Schönemann, 1966).
 
     It is min over Q of ||h / sqrt(D) Q - h_ref / sqrt(D_ref)||_F / sqrt(N) with Q Q^T = 1 for D <= D_ref, and the other way
-    round for D > D_ref: samples of the larger model that span more dimensions than the smaller has leave a distance. Nothing
-    is centred or rescaled: it is in the units of :func:`rms_distance`, and for models of the same D never larger.
-
-    Args:
-        streams: Residual stream h of one model, [samples, embedding].
-        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Raises:
-        ValueError: If the tensors cannot be compared.
+    round for D > D_ref. It needs no coupling; nothing is centred or rescaled: it is in the units of :func:`rms_distance`,
+    and for models of the same D never larger.
 
     >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     >>> procrustes_distance(h, -2 * h) / procrustes_distance(h, 0 * h)  # -h is a rotation of h, and one h is left
@@ -135,8 +91,7 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     streams, reference = comparable(streams, reference)
     if not _finite(streams, reference):
         return _nan(streams)
-    samples = len(streams)
-    a, b = _fewer_rows(streams / math.sqrt(streams.shape[1]), reference / math.sqrt(reference.shape[1]))
+    a, b = _fewer_rows(*_per_coordinate(streams, reference))
     if a.shape[1] > b.shape[1]:
         a, b = b, a
     if len(a) < a.shape[1]:
@@ -144,19 +99,12 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
         a, b = _triangle(a.T).T, _triangle(b.T).T
     # by the best Q, so that equal streams are at 1e-15 of their size: the closed form with the nuclear norm stops at 1e-8
     u, _, vh = torch.linalg.svd(_unit(a).T @ _unit(b), full_matrices=False)
-    distance: Tensor = torch.linalg.vector_norm(a @ (u @ vh) - b) / math.sqrt(samples)
+    distance: Tensor = torch.linalg.vector_norm(a @ (u @ vh) - b) / math.sqrt(len(streams))
     return distance
 
 
 def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
     """Measure sqrt(mean((f - f_ref)^2)) over samples and targets, which mean the same at every shape.
-
-    Args:
-        outputs: Output f of one model, such as logits, [samples, targets].
-        reference: Output f_ref of the other model on the same samples, of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ, or the tensors cannot be compared.
 
     >>> output_distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(1.4142, dtype=torch.float64)
@@ -173,11 +121,7 @@ def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
 
 
 def comparable(streams: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert values on the same samples to float64.
-
-    Raises:
-        ValueError: if they are not floating-point matrices with the same number of rows, or are empty.
-    """
+    """Convert values to float64, or refuse what are not floating-point matrices with the same number of rows."""
     for name, values in (("streams or outputs", streams), ("reference", reference)):
         if values.ndim != 2 or not values.numel() or not values.is_floating_point():
             raise ValueError(
@@ -202,6 +146,10 @@ def _nan(like: Tensor) -> Tensor:
     return like.new_full((), math.nan)
 
 
+def _per_coordinate(*models: Tensor) -> tuple[Tensor, ...]:
+    return tuple(streams / math.sqrt(streams.shape[1]) for streams in models)
+
+
 def _centred(streams: Tensor) -> Tensor:
     """Subtract the mean over samples; what is the same for all samples becomes exactly zero."""
     shifted = streams - streams[0]  # the mean of equal numbers need not be that number, their difference is 0
@@ -215,12 +163,8 @@ def _unit(matrix: Tensor) -> Tensor:
 
 
 def _fewer_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the samples of both so that as few as possible are not zero, where that is cheaper than Gram matrices.
-
-    Nothing that is made of products of columns changes; Gram matrices become small, and stay free of cancellation.
-    """
-    columns = a.shape[1] + b.shape[1]
-    if len(a) <= 2 * columns:
+    """Rotate the samples of both so that few are not zero, where that is cheaper; products of columns stay as they are."""
+    if len(a) <= 2 * (a.shape[1] + b.shape[1]):
         return a, b
     joined = _triangle(torch.cat((a, b), dim=1))
     return joined[:, : a.shape[1]], joined[:, a.shape[1] :]

@@ -1,30 +1,26 @@
 """Read pre-activations and attention logits out of the torch functions of a forward pass.
 
 Of each branch a few rows of a few units or keys are kept, the same ones in every pass of the same shapes: root mean squares
-of their changes need no more, and they fit into memory and checkpoints.
+of changes need no more, and with fused attention logits do not even exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.observation.attention_logits import chosen_logits, full_tensor, spread
 from mlu_lightning.utilities.function_calls import CallPlace, Watch, tensors_in
 
-__all__ = ["watch_features"]
+__all__ = ["chosen_logits", "rows_along", "spread", "watch_features"]
 
 
 def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> Watch:
-    """Make the callable that hands over pre-activations and logits [rows, units or keys] to ``keep``.
-
-    There are at most 32 rows of 256, in float32 on the CPU. Logits of keys that cannot be seen are -inf; where none can be,
-    nothing is taken.
-    """
+    """Make the callable that hands over pre-activations and logits [rows, units or keys], 32 x 256 at most, to ``keep``."""
     wanted = {CallPlace(tap.module, tap.function, tap.index or 0): tap for tap in taps if tap.function is not None}
 
     def watch(place: CallPlace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], None] | None:
@@ -33,7 +29,7 @@ def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> 
             return None
         if tap.reads == "logits":
             logits = chosen_logits(kwargs, _ROWS, _COLUMNS)
-            if not logits.isneginf().all():
+            if not logits.isneginf().all():  # of keys that cannot be seen
                 keep(tap, _copy(logits))
             return None
         if tap.where == "output":
@@ -47,12 +43,51 @@ def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> 
     return watch
 
 
+def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tensor:
+    """Choose rows of logits, evenly over samples, heads and queries, and of each the logits of some keys, in float32.
+
+    The arguments are, by name, those of a softmax or of a fused attention. Logits are -inf where a key cannot be seen: where
+    a mask says so, or a logit is below -5000, as those are that something large was subtracted from.
+    """
+    if "query" in arguments:
+        logits = _fused_logits(arguments, rows, columns)
+    else:
+        given = full_tensor(arguments["self"]).movedim(arguments["dim"], -1)
+        at = _row_indices(given.shape[:-1], rows, given)
+        logits = given[at][:, spread(given.shape[-1], columns).to(given.device)].float()
+    return logits.masked_fill(logits < _NOT_SEEN, -math.inf)
+
+
+def spread(size: int, count: int) -> Tensor:
+    """Choose indices that lie evenly, but not at one distance, which might be that of one query in every head.
+
+    One is taken in each of ``count`` equal parts, at the fractional parts of multiples of the golden ratio.
+    """
+    if size <= count:
+        return torch.arange(size, device="cpu")
+    parts = torch.arange(count, device="cpu")
+    within = parts.double() * (math.sqrt(5) - 1) / 2 % 1 * (size // count)
+    return parts * size // count + within.long()
+
+
+def full_tensor(values: Tensor) -> Tensor:
+    """All of a tensor without its graph, also of a DTensor, of which each process has a part."""
+    return (values.full_tensor() if hasattr(values, "full_tensor") else values).detach()
+
+
+def rows_along(values: Tensor, axis: int) -> Tensor:
+    """All of a tensor as rows [positions, size of the axis]; a vector is one row."""
+    values = full_tensor(values)
+    return values.movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values[None]
+
+
 _ROWS, _COLUMNS = 32, 256
+_NOT_SEEN = -5000.0
+"""Masks subtract 10,000 or more; positional biases, such as ALiBi's, reach -4,096 at 8,192 tokens."""
 
 
 def _chosen_units(values: Tensor, axis: int) -> Tensor:
-    values = full_tensor(values)
-    rows = values.movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values[None]
+    rows = rows_along(values, axis)
     for dim, count in enumerate((_ROWS, _COLUMNS)):
         rows = rows.index_select(dim, spread(rows.shape[dim], count).to(rows.device))
     return _copy(rows)
@@ -60,3 +95,29 @@ def _chosen_units(values: Tensor, axis: int) -> Tensor:
 
 def _copy(values: Tensor) -> Tensor:
     return values.to("cpu", torch.float32, copy=True)
+
+
+def _fused_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tensor:
+    query, key = full_tensor(arguments["query"]), full_tensor(arguments["key"])
+    keys = spread(key.shape[-2], columns).to(query.device)
+    at = _row_indices(query.shape[:-1], rows, query)
+    *before, queries = at
+    if query.ndim > 2:
+        before[-1] = before[-1] // (query.shape[-3] // key.shape[-3])  # one key for a group of heads
+    # the product in full precision, which autocast would not leave it in
+    chosen_query, chosen_key = query[at].double(), key[(*(index[:, None] for index in before), keys)].double()
+    scale = arguments.get("scale")
+    logits: Tensor = (chosen_query[:, None] * chosen_key).sum(-1) * (
+        query.shape[-1] ** -0.5 if scale is None else scale
+    )
+    mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if arguments.get(name) is not None), None)
+    if mask is not None:
+        of_mask = full_tensor(mask).expand(*query.shape[:-1], key.shape[-2])[at][:, keys]
+        logits = logits.masked_fill(~of_mask, -math.inf) if mask.dtype == torch.bool else logits + of_mask
+    if arguments.get("is_causal"):
+        logits = logits.masked_fill(keys > queries[:, None], -math.inf)
+    return logits.float()
+
+
+def _row_indices(shape: torch.Size, rows: int, values: Tensor) -> tuple[Tensor, ...]:
+    return torch.unravel_index(spread(math.prod(shape), rows).to(values.device), shape)

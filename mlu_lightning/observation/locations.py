@@ -68,11 +68,7 @@ class FeatureName(LocationName):
 
 
 def parse_location_name(text: str) -> LocationName:
-    """Read the text of a location's name, from a file or a checkpoint.
-
-    Raises:
-        ValueError: if no location has this name.
-    """
+    """Read the text of a location's name, from a file or a checkpoint, or refuse what is none."""
     name: LocationName | None = None
     if stream := re.fullmatch(r"(?:stream(\d+)/)?s=([\d.e-]+)", text):
         depth = float(stream[2])
@@ -90,15 +86,10 @@ def parse_location_name(text: str) -> LocationName:
 
 @dataclass(frozen=True)
 class Location:
-    """What is read under one name: a weighted sum of values, each of which is a sum of what taps read.
-
-    Args:
-        name: of the stream, output or branch.
-        parts: weights, which sum to one, and taps.
-    """
+    """What is read under one name: a weighted sum of values, each of which is a sum of what taps read."""
 
     name: LocationName
-    parts: tuple[tuple[float, tuple[Tap, ...]], ...]
+    parts: tuple[tuple[float, tuple[Tap, ...]], ...]  # weights, which sum to one, and taps
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -107,20 +98,16 @@ class Location:
 
 
 def locate(taps: Sequence[Tap], stream_depths: Sequence[int], depths: Sequence[float]) -> tuple[Location, ...]:
-    """Find what to read at relative depths s of every stream, and at every readout.
+    """Find what to read at relative depths s of every stream, in order, and then at every readout.
 
     The stream at s is that after s · L residual additions; where that is not a whole number, the two next to it are
-    interpolated, h(s) = (1 - w) h_k + w h_(k+1) with w = s · L - k, which is exact up to O(1/L²) in the limit of
-    large depth (theory.md, section 5). Where no submodule is given or returns the stream itself, it is the stream before
-    plus the branches.
+    interpolated, h(s) = (1 - w) h_k + w h_(k+1) with w = s · L - k, which is exact up to O(1/L²) (theory.md, section 5).
+    Where no submodule is given or returns the stream itself, it is the stream before plus the branches.
 
     Args:
         taps: Taps of a structure or plan.
         stream_depths: Residual additions L of every stream.
         depths: Relative depths s between 0 (the embedding) and 1 (the last addition).
-
-    Returns:
-        Streams in order, each at all depths, then readouts.
 
     Raises:
         ValueError: If a depth is not between 0 and 1, or there is no tap for one.
@@ -150,31 +137,24 @@ def locate(taps: Sequence[Tap], stream_depths: Sequence[int], depths: Sequence[f
                     )
             parts = tuple((part, along[position]) for position, part in weights if part)
             found.append(Location(StreamName(s, number), parts))
-    for tap in taps:
-        if tap.reads == "readout":
-            found.append(Location(OutputName(tap.number), ((1.0, (tap,)),)))
-    return tuple(found)
+    readouts = [Location(OutputName(tap.number), ((1.0, (tap,)),)) for tap in taps if tap.reads == "readout"]
+    return (*found, *readouts)
 
 
 def locate_features(features: Sequence[Tap], branches: Sequence[Branch | BranchPlan]) -> tuple[Location, ...]:
     """Find where to read the pre-activations of branches: what enters their nonlinearity, or the logits of attention.
 
     Args:
-        features: Taps of features in a structure or plan.
+        features: Taps of features in a structure or plan, one for each branch that can be read.
         branches: Branches of the same.
-
-    Returns:
-        One location for each branch that can be read.
 
     >>> from mlu_lightning.discovery.structure import Branch
     >>> tap = Tap("units", 0, 0, "blocks.0.read", "output", None, -1)
     >>> [location.name for location in locate_features([tap], [Branch("blocks.0", "mlp", 8, 0, 0, ())])]
     ['mlp/blocks.0']
     """
-    return tuple(
-        Location(FeatureName(branches[tap.number].kind, branches[tap.number].name), ((1.0, (tap,)),))
-        for tap in features
-    )
+    read = [(tap, branches[tap.number]) for tap in features]
+    return tuple(Location(FeatureName(branch.kind, branch.name), ((1.0, (tap,)),)) for tap, branch in read)
 
 
 def _taps_along(taps: Sequence[Tap]) -> dict[int, tuple[Tap, ...]]:

@@ -1,11 +1,7 @@
 """The distances of ``distances.py`` as torchmetrics, for data that comes in batches and on many ranks.
 
-``compute()`` is the distance of all samples seen since ``reset()``, on all processes, as if they had come at once; it is
-NaN if there were none. States are float64 always, whatever type a module is converted to, also by Lightning's
-``precision="bf16-true"`` and by ``set_dtype``. (Devices without float64, such as MPS, cannot hold them.)
-
-Inputs are detached: a metric keeps no graph alive, and its value has no gradient. Where a gradient is wanted, call the
-functions.
+``compute()`` is the distance of all samples seen since ``reset()``, on all processes, as if they had come at once, and NaN
+if there were none. States are float64 whatever type a module is converted to; values have no gradient.
 """
 
 from __future__ import annotations
@@ -74,8 +70,7 @@ class _MeanSquareDistance(_Distance):
 class _SampleDistance(_Distance):
     """Distance that needs all samples at once.
 
-    They are kept as one flat tensor per batch, because torchmetrics gathers from a rank without samples an empty tensor
-    of one axis. Their number and the numbers of coordinates, as the largest of all batches, give the shape.
+    They are flat, because torchmetrics gathers an empty tensor of one axis from a rank without samples.
     """
 
     rows: list[Tensor]
@@ -97,11 +92,7 @@ class _SampleDistance(_Distance):
         self.widths = torch.maximum(self.widths, widths)
 
     def compute(self) -> Tensor:
-        """Return the distance of all samples seen, a float64 scalar.
-
-        Raises:
-            ValueError: If batches had streams of different dimensions.
-        """
+        """Return the distance of all samples seen, a float64 scalar, or refuse batches of different dimensions."""
         samples, (width, reference_width) = int(self.samples), self.widths.tolist()
         if not samples:
             return torch.full((), math.nan, dtype=self.dtype, device=self.samples.device)
@@ -116,7 +107,7 @@ class _SampleDistance(_Distance):
 
 
 class RMSDistance(_MeanSquareDistance):
-    """:func:`~mlu_lightning.observation.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
+    """:func:`~mlu_lightning.observation.distances.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
 
     >>> metric = RMSDistance()
     >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 9.0]]))
@@ -129,25 +120,25 @@ class RMSDistance(_MeanSquareDistance):
 
 
 class GramDistance(_SampleDistance):
-    """:func:`~mlu_lightning.observation.gram_distance` of all samples seen, which are kept until ``reset()``."""
+    """:func:`~mlu_lightning.observation.distances.gram_distance` of all samples seen, kept until ``reset()``."""
 
     _distance = staticmethod(gram_distance)
 
 
 class CKADistance(_SampleDistance):
-    """:func:`~mlu_lightning.observation.cka_distance` of all samples seen, which are kept until ``reset()``."""
+    """:func:`~mlu_lightning.observation.distances.cka_distance` of all samples seen, kept until ``reset()``."""
 
     _distance = staticmethod(cka_distance)
 
 
 class ProcrustesDistance(_SampleDistance):
-    """:func:`~mlu_lightning.observation.procrustes_distance` of all samples seen, which are kept until ``reset()``."""
+    """:func:`~mlu_lightning.observation.distances.procrustes_distance` of all samples seen, kept until ``reset()``."""
 
     _distance = staticmethod(procrustes_distance)
 
 
 class OutputDistance(_MeanSquareDistance):
-    """:func:`~mlu_lightning.observation.output_distance` of all samples seen."""
+    """:func:`~mlu_lightning.observation.distances.output_distance` of all samples seen."""
 
     def update(self, outputs: Tensor, reference: Tensor) -> None:
         """Add samples: outputs [samples, targets] of one model and of the other on them."""

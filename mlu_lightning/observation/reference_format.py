@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -21,15 +21,14 @@ __all__ = [
     "ReferenceFile",
     "ReferenceHeader",
     "is_reference",
+    "listed",
     "read_reference",
     "recording_hash",
     "reference_texts",
     "shorten",
 ]
 
-FORMAT = "mlu_lightning.reference"
-"""What the metadata ``format`` of a reference is."""
-
+FORMAT = "mlu_lightning.reference"  # in the metadata
 _VERSION = "1"
 _TEXTS = {"format", "version", "header", "probe", "recordings", "losses", "digest"}
 ReadT = TypeVar("ReadT")
@@ -73,14 +72,11 @@ class ReferenceHeader:
     @classmethod
     def from_json(cls, text: str) -> ReferenceHeader:
         """Read the JSON of a header, in which tuples are lists."""
-        values = _parse_fields(text, {field.name for field in fields(cls)})
-        converted: dict[str, Any] = {
-            name: {key: _as_tuple(item) for key, item in value.items()} if isinstance(value, dict) else _as_tuple(value)
-            for name, value in values.items()
-        }
+        text_fields = _parse_fields(text, {field.name for field in fields(cls)})
+        values = {name: _with_tuples(value) for name, value in text_fields.items()}
         if isinstance(values["locations"], dict):
-            converted["locations"] = {parse_location_name(key): at for key, at in converted["locations"].items()}
-        return cls(**converted)
+            values["locations"] = {parse_location_name(name): shape for name, shape in values["locations"].items()}
+        return cls(**values)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -89,31 +85,24 @@ class ReferenceHeader:
 
 
 def reference_texts(
-    header: ReferenceHeader,
-    digests: Mapping[int, str],
-    probe_structure: Any,
-    probe: Mapping[str, Tensor],
-    losses: Tensor,
+    header: ReferenceHeader, digests: Mapping[int, str], structure: Any, probe: Mapping[str, Tensor], losses: Tensor
 ) -> dict[str, str]:
-    """Write the metadata of a file, with hashes of all that is in it; ``digests`` are those of recordings by step."""
+    """Write the metadata of a file: hashes of recordings by step, the structure and tensors of the probe, and losses."""
     specs = [[DTYPES[tensor.dtype], [*tensor.shape]] for tensor in probe.values()]
-    encoded = {"structure": probe_structure, "tensors": specs, "digest": encoded_hash(probe_structure, probe)}
+    encoded = {"structure": structure, "tensors": specs, "digest": encoded_hash(structure, probe)}
     texts = {
         "format": FORMAT,
         "version": _VERSION,
         "header": json.dumps(asdict(header)),
         "probe": json.dumps(encoded),
         "recordings": json.dumps({"steps": list(digests), "digests": list(digests.values())}),
-        "losses": json.dumps({"count": len(losses), "digest": losses_hash(losses)}),
+        "losses": json.dumps({"count": len(losses), "digest": _losses_hash(losses)}),
     }
     return {**texts, "digest": _texts_hash(texts)}
 
 
 class ReferenceFile:
-    """An open file, which holds the tensors that its metadata tell of, and no others.
-
-    What is read are copies, because the tensors of an open file are the file itself.
-    """
+    """An open file; what is read of it are copies, because its tensors are the file itself."""
 
     def __init__(self, file: Any, texts: Mapping[str, str]) -> None:
         self._file = file
@@ -133,14 +122,9 @@ class ReferenceFile:
         self.header = ReferenceHeader.from_json(texts["header"])
         self.digests = _parse_digests(texts["recordings"])
         self._probe = _parse_fields(texts["probe"], {"structure", "tensors", "digest"})
+        self.probe_hash: str = self._probe["digest"]
         self._losses = _parse_fields(texts["losses"], {"count", "digest"})
         self._check_tensors()
-
-    @property
-    def probe_hash(self) -> str:
-        """Hash of the probe batch."""
-        digest: str = self._probe["digest"]
-        return digest
 
     def read_recording(self, step: int) -> dict[LocationName, Tensor]:
         """Read the values at a step, in the dtype of the file."""
@@ -161,7 +145,7 @@ class ReferenceFile:
     def read_losses(self) -> Tensor:
         """Read the training losses."""
         losses: Tensor = self._file.get_tensor("losses")
-        if losses_hash(losses) != self._losses["digest"]:
+        if _losses_hash(losses) != self._losses["digest"]:
             raise ValueError("the losses do not have the hash that they should have")
         return losses.clone()
 
@@ -188,23 +172,17 @@ class ReferenceFile:
 
 
 def read_reference(path: Path, read: Callable[[ReferenceFile], ReadT]) -> ReadT:
-    """Read something of a file that says to be a reference.
-
-    Raises:
-        FileNotFoundError: if there is no file.
-        ValueError: if it is something else, or damaged.
-    """
+    """Read something of a file that says to be a reference, or refuse one that is something else, or damaged."""
     if path.is_dir():
         raise ValueError(f"{path} is not a readable reference: it is a folder. Give the path of the file in it.")
     try:
         return read_tensor_file(path, lambda file, texts: read(ReferenceFile(file, texts)))
-    except _UnknownFormatError as error:
-        raise ValueError(f"{path} is not a readable reference: {error}") from error
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not a readable reference: {error}. It is not a reference, or was damaged or cut off on the way: "
-            "copy it again, or record the run again."
-        ) from error
+        remedy = (
+            ". It is not a reference, or was damaged or cut off on the way: copy it again, or record the run again."
+        )
+        remedy = "" if isinstance(error, _UnknownFormatError) else remedy
+        raise ValueError(f"{path} is not a readable reference: {error}{remedy}") from error
 
 
 def is_reference(path: Path) -> bool:
@@ -220,9 +198,10 @@ def recording_hash(recording: Mapping[LocationName, Tensor]) -> str:
     return tensors_hash(sorted(recording.items()))
 
 
-def losses_hash(losses: Tensor) -> str:
-    """Hash training losses [steps]."""
-    return tensors_hash([("losses", losses)])
+def listed(numbers: Sequence[int]) -> str:
+    """Write numbers, without the middle ones where there are many."""
+    few = numbers if len(numbers) <= 10 else [*numbers[:5], "...", *numbers[-3:]]
+    return ", ".join(map(str, few))
 
 
 def shorten(value: Any) -> str:
@@ -239,11 +218,8 @@ def _parse_digests(text: str) -> dict[int, str]:
     steps, digests = recordings["steps"], recordings["digests"]
     if not isinstance(steps, list) or not isinstance(digests, list) or len(steps) != len(digests):
         raise ValueError("its steps and their hashes are not two lists of one length")
-    before = -1
-    for step in steps:
-        if type(step) is not int or step <= before:
-            raise ValueError("its steps do not increase from 0 on")
-        before = step
+    if not all(type(step) is int and step >= 0 for step in steps) or steps != sorted(set(steps)):
+        raise ValueError("its steps do not increase from 0 on")
     return dict(zip(steps, digests, strict=True))
 
 
@@ -255,11 +231,17 @@ def _parse_fields(text: str, names: set[str]) -> dict[str, Any]:
     return found
 
 
+def _losses_hash(losses: Tensor) -> str:
+    return tensors_hash([("losses", losses)])
+
+
 def _texts_hash(texts: Mapping[str, str]) -> str:
     return tensors_hash((), json.dumps(texts, sort_keys=True))
 
 
-def _as_tuple(value: Any) -> Any:
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -276,6 +258,6 @@ def _is_table(value: Any, is_right: Callable[[Any], bool]) -> bool:
 
 
 def _is_spec(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], list):
+    if not isinstance(value, list) or [type(part) for part in value] != [str, list]:
         return False
-    return isinstance(value[0], str) and all(type(size) is int for size in value[1])
+    return all(type(size) is int for size in value[1])

@@ -30,10 +30,7 @@ __all__ = ["ReferenceWriter"]
 
 
 class ReferenceWriter:
-    """Writes the reference of a run that is under way; recordings are kept in memory, as they are in the file.
-
-    The file is made, or replaced, when the first recording is written.
-    """
+    """Writes the reference of a run with each recording; recordings are kept in memory, as they are in the file."""
 
     def __init__(self, path: str | PathLike[str], header: ReferenceHeader, probe: Any) -> None:
         self._path = Path(path)
@@ -45,10 +42,9 @@ class ReferenceWriter:
 
     @classmethod
     def resume(cls, path: str | PathLike[str], header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
-        """Go on in the file of a run that goes on from its checkpoint at a step; what was recorded after it is dropped.
+        """Go on in the file of a run that is resumed at a step: drop what was recorded later, with the next recording.
 
-        The file stays as it is until the next recording. Its header and probe have to be those of the run, up to what
-        initialization alone uses of the plan.
+        Its header and probe have to be those of the run, up to what initialization alone uses of the plan.
         """
         writer = cls(path, header, probe)
 
@@ -58,11 +54,9 @@ class ReferenceWriter:
             writer._losses = file.read_losses()[:step].clone()
             # it has the plan that the run was initialized with, of a base that may have been drawn anew since
             writer._header = file.header
+            found = _header_differences(writer._header, header, f"the plan in {path}")
             same_probe = file.probe_hash == encoded_hash(writer._probe_structure, writer._probe)
-            return [
-                *_header_differences(writer._header, header, f"the plan in {path}"),
-                *([] if same_probe else ["its probe has other values"]),
-            ]
+            return found if same_probe else [*found, "its probe has other values"]
 
         if differences := read_reference(writer._path, read):
             raise ValueError(
@@ -82,10 +76,7 @@ class ReferenceWriter:
         return self._losses.clone()
 
     def write(self, step: int, observation: Observation, losses: Tensor) -> None:
-        """Add a recording and the training losses [steps] so far, and write the file.
-
-        After an ``OSError`` an older file is intact, and the recording is kept, to be written with the next one.
-        """
+        """Write a recording and the training losses [steps] so far; after an ``OSError`` it is written with the next."""
         self._check(step, observation, losses)
         recording = {name: _copy(observation[name], self._header.torch_dtype) for name in self._header.locations}
         self._recordings[step] = recording
@@ -100,12 +91,11 @@ class ReferenceWriter:
         last = max(self._recordings, default=-1)
         if step <= last:
             raise ValueError(f"Step {step} cannot be recorded after step {last}: steps have to increase, from 0 on.")
-        shapes = {str(name): tuple(values.shape) for name, values in observation.items()}
-        locations = {str(name): shape for name, shape in self._header.locations.items()}
-        if shapes != locations:
+        shapes = {name: tuple(values.shape) for name, values in observation.items()}
+        if shapes != self._header.locations:
             raise ValueError(
-                f"What was observed at step {step} has the shapes {shapes}, and the header says {locations}. Pass the same "
-                "probe through the same module at each step."
+                f"What was observed at step {step} has the shapes {shapes}, and the header says {self._header.locations}. "
+                "Pass the same probe through the same module at each step."
             )
         dtypes = {values.dtype for values in (*observation.values(), losses)}
         if dtypes != {torch.float32} or losses.ndim != 1:
@@ -124,7 +114,6 @@ def _header_differences(found: ReferenceHeader, own: ReferenceHeader, source: st
 
 
 def _plan_differences(found: str | None, own: str | None, source: str) -> list[str]:
-    """Where the plan in a file differs first from that of a run, in what training depends on."""
     if found == own:
         return []
     if found is None or own is None:
@@ -137,7 +126,6 @@ def _plan_differences(found: str | None, own: str | None, source: str) -> list[s
 
 
 def _first_difference(a: Any, b: Any, place: tuple[str, ...] = ()) -> tuple[tuple[str, ...], Any, Any]:
-    """The first place where two that are not equal differ, and what each has there."""
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         pairs = [(key, a[key], b[key]) for key in a]
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):

@@ -13,7 +13,7 @@ Steps = Literal["log"] | int | list[int]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer steps at which a run is looked at.
+    """Whether a run is looked at after an optimizer step.
 
     >>> [step for step in range(50) if Schedule("log").is_due(step)]
     [0, 1, 2, 4, 8, 16, 32]

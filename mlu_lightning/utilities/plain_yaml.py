@@ -1,7 +1,7 @@
 """YAML of texts, lists and mappings alone, which may come from anybody.
 
-Of YAML this leaves out what can grow or run when it is read: anchors and aliases, which stand for as much as one likes,
-and tags, which name classes. Numbers, truth values and null stay texts, and whoever knows what a text stands for reads it.
+What can grow or run when it is read is left out: anchors and aliases, and tags, which name classes. Numbers, truth values
+and null stay texts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ _PARSER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 def read_text(path: str | PathLike[str]) -> str:
-    """Read a text file of moderate size.
-
-    Raises:
-        OSError: if there is none, or it cannot be read.
-        ValueError: if it has more than 32 MB, or is not text.
-    """
+    """Read a text file of 32 MB at most."""
     with open(path, "rb") as file:
         content = file.read(LONGEST + 1)
     if len(content) > LONGEST:
@@ -38,9 +33,6 @@ def read_text(path: str | PathLike[str]) -> str:
 
 def parse_yaml(text: str, source: str) -> Any:
     """Read YAML as texts, lists and mappings from texts; errors name the ``source``.
-
-    Raises:
-        ValueError: if it is not YAML, or uses more of it than that, or is too large, saying where.
 
     >>> parse_yaml("{on: 1.0, off: [null, '2']}", "a.yaml")
     {'on': '1.0', 'off': ['null', '2']}
@@ -64,7 +56,6 @@ _TOO_LONG = f"is longer than {LONGEST >> 20} MB, which is more than is read."
 
 
 def _parse_node(event: Any, events: Iterator[Any], source: str, level: int) -> Any:
-    """A value whose first event was taken."""
     _refuse(level > _MOST_LEVELS, event, source, f"more than {_MOST_LEVELS} levels")
     _refuse(isinstance(event, yaml.AliasEvent) or event.anchor is not None, event, source, "an anchor or alias")
     _refuse(event.tag is not None and event.tag != "!", event, source, "a tag")

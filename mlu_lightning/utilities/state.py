@@ -26,11 +26,8 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
     """Put random state, training modes, buffers and attributes of a module and its submodules back afterwards.
 
     Of attributes, tensors, random generators, lists, dicts and sets are restored with what they hold; objects of other
-    classes keep what changed in them. Parameters are not copied, which would be a second model in memory: a forward pass
-    does not change them, and one that does is an error, unless ``restore_parameters`` asks for the copy.
-
-    Raises:
-        ParametersChangedError: if values of parameters are not what they were.
+    classes keep what changed in them. Parameters are not copied, which would be a second model in memory: a pass that
+    changes them is an error, unless ``restore_parameters`` asks for the copy.
     """
     parameters = {} if restore_parameters else {name: value.data for name, value in module.named_parameters()}
     seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
@@ -44,8 +41,7 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
                 for restore in restorers:
                     restore()
     after = _checksums(parameters)
-    changed = [name for name in parameters if name in before and not torch.equal(before[name], after[name])]
-    if changed:
+    if changed := [name for name in before if not torch.equal(before[name], after[name])]:
         raise ParametersChangedError(
             f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass, so looking at it would "
             "change its training. Change them in a hook, such as on_train_batch_end, or leave them alone in "
@@ -60,8 +56,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def _checksums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sum the bits and the values of each tensor, or of this process's part of it, which needs no copy.
 
-    Unlike versions, sums also see what changes through ``.data``, and see nothing where values stay. Bits alone would miss
-    an even number of signs, and values what rounding hides.
+    Unlike versions, sums see changes through ``.data``. Bits miss an even number of signs, and values what rounding hides.
     """
     found = {}
     for name, values in tensors.items():

@@ -1,8 +1,7 @@
 """Named tensors and texts in one safetensors file, which can be read at any moment while a run writes it again and again.
 
-The safetensors library writes, parses and checks the format, and nothing in a file is executed. What is here is what it
-leaves to its users: to put a new file in the place of an older one at once, with the permissions of any file, and to read
-one that may be replaced meanwhile.
+The safetensors library writes, parses and checks the format, and nothing in a file is executed; what is here puts a new
+file in the place of an older one at once, and reads one that may be replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 
 __all__ = ["DTYPES", "parse_json", "read_tensor_file", "tensors_hash", "write_tensors"]
 
-DTYPES = {
+DTYPES = {  # what a tensor can hold, with its name in the file
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -39,7 +38,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What a tensor can hold, with its name in the file."""
 
 ReadT = TypeVar("ReadT")
 _LONGEST_HEADER = 2**25  # bytes; one of JSON takes up to 25 in memory, and a tensor has about 100
@@ -49,10 +47,6 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
     """Read a file with a function of the open ``safe_open`` and its metadata, whose tensors are the mapped file itself.
 
     The library opens a path twice, so the function is called anew if another file was put there in between.
-
-    Raises:
-        FileNotFoundError: if there is no file.
-        ValueError: if it is not a safetensors file, or ``read`` says that it is not as it should be.
     """
     while True:
         before = _version(path)
@@ -60,9 +54,7 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if sum(map(len, metadata.values())) > _LONGEST_HEADER:
-                    raise ValueError(
-                        f"its metadata are longer than {_LONGEST_HEADER} bytes, which is more than is read"
-                    )
+                    raise ValueError(f"its metadata are longer than the {_LONGEST_HEADER} bytes that are read")
                 return read(file, metadata)
         except (SafetensorError, ValueError) as error:
             if _version(path) != before:
@@ -73,11 +65,7 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file in the place of an older one, which stays as it is until the new one is complete.
-
-    Raises:
-        OSError: if it cannot be written; an older file is intact then.
-    """
+    """Write a safetensors file in the place of an older one, which stays as it is until the new one is complete."""
     content = save(dict(tensors), dict(metadata))
     header = int.from_bytes(content[:8], "little")
     if header > _LONGEST_HEADER:
@@ -105,11 +93,7 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
 
 
 def parse_json(text: str) -> Any:
-    """Read JSON that somebody else has written.
-
-    Raises:
-        ValueError: if it is not JSON, nested too deeply, or has numbers that JSON does not know (NaN).
-    """
+    """Read JSON that somebody else has written, without numbers that JSON does not know (NaN)."""
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from mlu_lightning import Plan, discover
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.observation import locate_features, observe
-from mlu_lightning.observation.attention_logits import spread
-from mlu_lightning.observation.feature_change import rms_change
+from mlu_lightning.observation import locate_features, observe, rms_change
+from mlu_lightning.observation.features import spread
 
 DEPTH, HEADS, EMBEDDING = 2, 2, 16
 OF_EXPERTS = ("average of experts", "sum of experts", "mixtral")

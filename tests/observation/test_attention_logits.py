@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning.discovery import Tap
-from mlu_lightning.observation.attention_logits import chosen_logits, spread
-from mlu_lightning.observation.feature_change import rms_change
-from mlu_lightning.observation.features import watch_features
+from mlu_lightning.observation import rms_change
+from mlu_lightning.observation.features import chosen_logits, spread, watch_features
 from mlu_lightning.utilities.function_calls import ATTENTION_CALL, CallPlace
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # single precision
