@@ -12,13 +12,7 @@ import torch
 import yaml
 from helpers import distributed_run
 from helpers.limit_runs import SMALL, Pairs, decayed, measure, resnet, tokens, transformer, with_optimizer
-from helpers.watched_runs import (
-    SHAPE,
-    Memory,
-    Weights,
-    fit,
-    loader,
-)
+from helpers.watched_runs import SHAPE, Memory, Weights, fit, loader
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -163,13 +157,7 @@ def test_beside_a_callback_with_a_file(tmp_path: Path) -> None:
     fit(ResNet(**SHAPE | {"hidden": 64}), MLUCallback(), ReferenceRecorder(path), data=data)
     alone = measure(SMALL, metrics=["rms", "output"], data=data)
     file = measure(str(path), metrics=["gram"], data=data)
-    both = measure(
-        SMALL,
-        MLUCallback(),
-        EmbeddingDistance(str(path), ["gram"]),
-        metrics=["rms", "output"],
-        data=data,
-    )
+    both = measure(SMALL, MLUCallback(), EmbeddingDistance(str(path), ["gram"]), metrics=["rms", "output"], data=data)
     assert both == {step: values | file[step] for step, values in alone.items()}
     keys = {EmbeddingDistance(limit).state_key for limit in ("limit", SMALL, replace(SMALL, seeds=1), str(path))}
     assert len(keys) == 2, "the settings of the limit may change when a run is resumed"

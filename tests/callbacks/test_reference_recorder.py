@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.watched_runs import (
-    SHAPE,
-    Busy,
-    Weights,
-    fit,
-    loader,
-    samples,
-    stream_of,
-)
+from helpers.watched_runs import SHAPE, Busy, Weights, fit, loader, samples, stream_of
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn

@@ -5,23 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.limit_models import (
-    INPUTS,
-    OUTPUTS,
-    S,
-    descend,
-    planned,
-    planned_transformer,
-    tensors,
-    tokens,
-    transformer,
-)
+from helpers.limit_models import INPUTS, OUTPUTS, S, descend, planned, planned_transformer, tensors, tokens, transformer
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize
-from mlu_lightning.limit.infinite_model import (
-    embedding_weights,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
 
 

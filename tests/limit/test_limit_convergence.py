@@ -14,11 +14,7 @@ from helpers.recipe_modules import load
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.limit.infinite_model import (
-    InfiniteModel,
-    embedding_weights,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
 
 recipe = load("recipes.common.gradient_descent")

@@ -12,11 +12,7 @@ from helpers.limit_models import INPUTS, OUTPUTS, planned, transformer
 from torch import nn
 
 from mlu_lightning import Plan, fold, initialize
-from mlu_lightning.limit.infinite_model import (
-    check_gradient_descent,
-    check_initialization,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import check_gradient_descent, check_initialization, infinite_model
 from mlu_lightning.models import ResNet
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import Parameterization

@@ -10,26 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.limit_models import (
-    INPUTS,
-    OUTPUTS,
-    STDS,
-    Array,
-    S,
-    data,
-    descend,
-    planned,
-    slope,
-    tensors,
-)
+from helpers.limit_models import INPUTS, OUTPUTS, STDS, Array, S, data, descend, planned, slope, tensors
 from helpers.recipe_modules import load
 from torch import Tensor
 
 from mlu_lightning import Plan
-from mlu_lightning.limit.infinite_model import (
-    InfiniteModel,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import InfiniteModel, infinite_model
 from mlu_lightning.limit.unit_sampling import Sampling
 from mlu_lightning.models import ResNet
 

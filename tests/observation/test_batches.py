@@ -72,8 +72,7 @@ def test_batch_comes_back_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    "float64 float16 bfloat16 float8_e4m3fn complex64 int8 uint8 uint16 int32 bool".split(),
+    "dtype", "float64 float16 bfloat16 float8_e4m3fn complex64 int8 uint8 uint16 int32 bool".split()
 )
 def test_dtypes(dtype: str) -> None:
     tensor = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(getattr(torch, dtype))
