@@ -1,7 +1,5 @@
 """FeatureUpdate: what it logs, when, and that it changes nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

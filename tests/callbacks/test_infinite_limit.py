@@ -1,7 +1,5 @@
 """EmbeddingDistance from the infinite model: when it logs, and which runs it refuses."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """How the infinite model is made of a module."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

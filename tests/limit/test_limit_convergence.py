@@ -1,7 +1,5 @@
 """Finite networks against the infinite model: exactly without fluctuations, and how errors fall with size."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

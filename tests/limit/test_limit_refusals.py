@@ -1,7 +1,5 @@
 """What has no infinite model, or another one, is refused."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

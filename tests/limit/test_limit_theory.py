@@ -1,7 +1,5 @@
 """The infinite model against theory.md, section 5, in NumPy."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

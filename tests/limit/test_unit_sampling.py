@@ -1,7 +1,5 @@
 """Hidden units of the infinite model: each is a Gaussian draw, together they have less noise than independent ones."""
 
-from __future__ import annotations
-
 import importlib
 import math
 from functools import cache

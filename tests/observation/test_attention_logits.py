@@ -1,7 +1,5 @@
 """Attention logits of chosen rows: as torch's own attention has them, no more than are read, masked ones left out."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Batches taken apart and put together again, and read from files."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Distances against NumPy, SciPy and scikit-learn, and what must not change them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics over batches and processes, against the functions on all samples at once."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math

@@ -1,7 +1,5 @@
 """What comes back from a reference file, and how it is read while it changes."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

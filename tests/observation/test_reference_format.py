@@ -1,7 +1,5 @@
 """Reference files that are damaged, or forged with hashes that are right, and what a header refuses."""
 
-from __future__ import annotations
-
 import json
 import math
 import pickle

@@ -1,7 +1,5 @@
 """What a writer refuses, how it goes on in a file, and what is left when it is killed or the disk is full."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random
