@@ -52,9 +52,6 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-# --- round trips
-
-
 def test_batch_comes_back_as_it_was() -> None:
     batch = (
         {"x": torch.randn(2, 3), "empty": torch.ones(0, 2), "n": None, "": [True, 1, 1.5, "ä\ud800", -0.0]},
@@ -118,9 +115,6 @@ def test_only_first_samples_of_a_larger_probe_are_kept() -> None:
     assert (sample_count(batch), sample_count(uneven), sample_count("words")) == (4, None, None)
 
 
-# --- what cannot be kept
-
-
 Point = collections.namedtuple("Point", "x y")
 Sample = dataclasses.make_dataclass("Sample", ["x"])
 Image = type("Image", (Tensor,), {})
@@ -178,9 +172,6 @@ def test_deepest_structure() -> None:
     assert same(through_json(decode_batch(nested(32), {})), decode_batch(nested(32), {}))
 
 
-# --- hashes
-
-
 def test_hash_is_of_the_values_only() -> None:
     tensor = torch.arange(6.0).reshape(2, 3)
     assert batch_hash([tensor]) == batch_hash([tensor.T.contiguous().T]) == batch_hash([nn.Parameter(tensor)])
@@ -201,9 +192,6 @@ def test_hash_stays_the_same() -> None:
     structure = r'"{\"list\": [{\"tensor\": \"0\"}, {\"value\": 1.5}]}"'
     content = structure.encode() + b'["0", "I64", [1, 3]]' + np.array([0, 1, 2], dtype="<i8").tobytes()
     assert batch_hash([torch.arange(3)[None], 1.5]) == hashlib.sha256(content).hexdigest()
-
-
-# --- files
 
 
 ONES, ZEROS = torch.ones(1), torch.zeros(2)

@@ -110,8 +110,6 @@ def rotation(dimension: int, seed: int) -> Array:
     return np.linalg.qr(draw(dimension, dimension, seed))[0]
 
 
-# --- values
-
 VALUES = [
     *((rms_distance, rms_by_hand, shape, {"rtol": 1e-14}) for shape in ((7, 3, 5), (6, 4, 4), (1, 2, 3))),
     (output_distance, rms_by_hand, (7, 3, 3), {"rtol": 1e-14}),
@@ -128,8 +126,6 @@ VALUES = [
 def test_distances_are_those_by_hand(distance: Distance, by_hand: Any, shape: tuple[int, int, int], close: Any) -> None:
     np.testing.assert_allclose(measure(distance, *pair(*shape)), by_hand(*pair(*shape)), **close)
 
-
-# --- properties
 
 sizes = st.integers(1, 9)
 seeds = st.integers(0, 10**6)
@@ -232,9 +228,6 @@ def test_functions_have_gradients() -> None:
     streams, reference = torch.from_numpy(draw(6, 3)).requires_grad_(), torch.from_numpy(draw(6, 3, 1))
     for distance in ALL:
         assert torch.autograd.gradcheck(distance, (streams, reference))
-
-
-# --- values that are not numbers, types, shapes
 
 
 @pytest.mark.parametrize("distance", ALL)

@@ -18,23 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric, MetricCollection
 
-from mlu_lightning.observation.distances import (
-    cka_distance,
-    gram_distance,
-    output_distance,
-    procrustes_distance,
-    rms_distance,
-)
+from mlu_lightning.observation import distances
 from mlu_lightning.observation.metrics import CKADistance, GramDistance, OutputDistance, ProcrustesDistance, RMSDistance
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 DISTANCES: dict[type[Metric], Distance] = {
-    RMSDistance: rms_distance,
-    GramDistance: gram_distance,
-    CKADistance: cka_distance,
-    ProcrustesDistance: procrustes_distance,
-    OutputDistance: output_distance,
+    RMSDistance: distances.rms_distance,
+    GramDistance: distances.gram_distance,
+    CKADistance: distances.cka_distance,
+    ProcrustesDistance: distances.procrustes_distance,
+    OutputDistance: distances.output_distance,
 }
 every = pytest.mark.parametrize(("kind", "distance"), DISTANCES.items(), ids=lambda value: value.__name__)
 
@@ -61,9 +55,6 @@ def fed(kind: type[Metric], *sizes: int) -> Metric:
     for batch in split(kind, *sizes):
         metric.update(*batch)
     return metric
-
-
-# --- values
 
 
 @every
@@ -158,9 +149,6 @@ def test_batches_of_different_dimensions_are_refused(kind: type[Metric], second:
         metric.compute()
 
 
-# --- what torchmetrics promises
-
-
 @every
 def test_a_metric_does_not_keep_what_it_was_given(kind: type[Metric], distance: Distance) -> None:
     h, reference = (values.double() for values in data(kind))
@@ -235,8 +223,8 @@ def test_collection_takes_outputs_by_name() -> None:
     h, reference = draw(9), draw(9, seed=1)
     collection.update(streams=h, outputs=2 * h, reference=reference)
     values = collection.compute()
-    close(values["GramDistance"], gram_distance(h, reference))
-    close(values["OutputDistance"], output_distance(2 * h, reference))
+    close(values["GramDistance"], distances.gram_distance(h, reference))
+    close(values["OutputDistance"], distances.output_distance(2 * h, reference))
 
 
 CONVERSIONS: dict[str, Callable[[Metric], Any]] = {
@@ -290,12 +278,10 @@ def test_lightning_logs_them_at_low_precision() -> None:
     h, reference = (values.bfloat16() for values in data(GramDistance, 300))
     trainer = quiet(precision="bf16-true")
     trainer.validate(Watched(), DataLoader(TensorDataset(h, reference), batch_size=7), verbose=False)
-    for name, distance in (("gram", gram_distance), ("rms", rms_distance)):
+    for name, distance in (("gram", distances.gram_distance), ("rms", distances.rms_distance)):
         # logged as float32
         assert trainer.callback_metrics[name].item() == pytest.approx(distance(h, reference).item(), rel=1e-6)
 
-
-# --- two processes
 
 SHARDS = [(10, 10), (3, 17), (20, 0), (0, 0)]  # samples of rank 0 and 1, in batches of at most 4
 

@@ -19,8 +19,6 @@ from mlu_lightning.observation import Reference, StreamName, load_probe
 from mlu_lightning.observation.batches import batch_hash
 from mlu_lightning.observation.reference_writer import ReferenceWriter
 
-# --- what is written comes back
-
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "some" / "folder" / "reference.safetensors"
@@ -86,9 +84,6 @@ def test_print(path: Path) -> None:
     assert str(path) in text and "MB" in text and "L = 4, D = 2, M = 16 (mlp), M = 4 (attention)" in text
     assert "steps: 0, 1, 2, 3, 4, ..., 17, 18, 19 (20 recordings, 19 losses)" in text
     assert "s=0, s=0.5, output (positions: 2, 3; float32)" in text
-
-
-# --- reading lazily, while the file changes
 
 
 def test_recordings_stay_in_the_file(path: Path) -> None:

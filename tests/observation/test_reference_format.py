@@ -20,8 +20,6 @@ from safetensors.torch import save_file
 
 from mlu_lightning.observation import Reference
 
-# --- what a writer and a header refuse
-
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -47,9 +45,6 @@ from mlu_lightning.observation import Reference
 def test_header_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(HEADER, **change)
-
-
-# --- damage
 
 
 @pytest.fixture(scope="module")

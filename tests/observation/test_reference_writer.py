@@ -66,9 +66,6 @@ def test_writer_refuses(path: Path) -> None:
     check(path, [3, 4])
 
 
-# --- going on
-
-
 def test_resume_drops_what_came_after(path: Path) -> None:
     write(path, [0, 3, 10])
     before = path.read_bytes()
@@ -153,9 +150,6 @@ def test_resume_says_where_plans_differ(difference: str, path: Path) -> None:
     write(plain, [0], replace(HEADER, plan=None))
     with pytest.raises(ValueError, match=r"it has no plan and this run has one\. Give the recorder another"):
         ReferenceWriter.resume(plain, header, PROBE, 0)
-
-
-# --- processes that are killed, disks that are full
 
 
 fork = multiprocessing.get_context("fork")
