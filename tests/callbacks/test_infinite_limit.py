@@ -1,6 +1,7 @@
 """EmbeddingDistance from the infinite model: when it logs, and which runs it refuses."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -193,24 +194,19 @@ def test_run_that_diverges_logs_nan_and_goes_on() -> None:
     assert all(map(math.isfinite, logged[0].values()))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"depth": 0}, r"depth=0 of a Limit should be 1 or more\."),
-        ({"units": 0}, "units=0 of a Limit"),
-        ({"heads": -1}, "heads=-1 of a Limit"),
-        ({"seeds": 0}, "seeds=0 of a Limit"),
-        ({"positions": 0}, "positions=0 of a Limit"),
-        ({"depths": ()}, r"depths=\(\) of a Limit should be relative depths between 0 and 1"),
-        ({"depths": (0, 1.5)}, r"depths=\(0, 1.5\) of a Limit"),
-        ({"steps": 0}, r'steps=0 is none of: "log"'),
-        ({"steps": "all"}, "steps='all' is none of"),
-        ({"steps": [1, -1]}, r"steps=\[1, -1\] is none of"),
-    ],
-)
-def test_arguments_of_limits_are_checked(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Limit(**arguments)
+REFUSED: list[tuple[str, Any, str]] = [
+    ("depth", 0, r" of a Limit should be 1 or more\."),
+    *((name, 0, " of a Limit") for name in ("units", "seeds", "positions")),
+    *(("heads", -1, " of a Limit"), ("depths", (0, 1.5), " of a Limit")),
+    ("depths", (), " of a Limit should be relative depths between 0 and 1"),
+    *(("steps", 0, ' is none of: "log"'), ("steps", "all", " is none of"), ("steps", [1, -1], " is none of")),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), REFUSED)
+def test_arguments_of_limits_are_checked(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}") + message):
+        Limit(**{name: value})
 
 
 def groups(parameters: Any, **first: float) -> Optimizer:

@@ -70,7 +70,7 @@ def test_pairs_read_the_same_and_write_the_opposite(shape: tuple[int, int, int])
     assert torch.equal(first[:, reads:], -second[:, reads:])
 
 
-@pytest.mark.parametrize(("shape", "blocks"), zip(SHAPES, [[5], [6], [5, 5, 3], [7]], strict=True))
+@pytest.mark.parametrize(("shape", "blocks"), [*zip(SHAPES, ([5], [6], [5, 5, 3], [7]), strict=True)])
 def test_blocks_are_perpendicular(shape: tuple[int, int, int], blocks: list[int]) -> None:
     """As few blocks as dimensions allow, and all of one height but the last."""
     pairs = draw_units(*shape, "orthogonal", generator(0))[: shape[0] // 2].double()
