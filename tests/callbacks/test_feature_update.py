@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import watched_runs
-from helpers.watched_runs import Busy, Memory
-from lightning.pytorch import Trainer, seed_everything
+from helpers.watched_runs import Busy, Memory, Weights
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -47,44 +47,25 @@ def saver(folder: Path, steps: int = 3) -> ModelCheckpoint:
     return ModelCheckpoint(folder, every_n_train_steps=steps, filename="{step}")
 
 
-class ByHand(FeatureUpdate):
-    """Beside the callback, notes what enters the activations and the readout, in another way."""
-
-    def __init__(self) -> None:
-        super().__init__(steps=1)
-        self.seen: dict[int, list[Tensor]] = {}
-
-    def note(self, trainer: Trainer, model: ResNet) -> None:
-        with torch.no_grad():
-            stream = INPUTS[:4] @ model.embed.weight.T
-            found = [stream]
-            for block in model.blocks:
-                units = stream @ block.read.weight.T
-                found.append(units)
-                stream = stream + torch.tanh(units) @ block.write.weight.T / 3  # of a base of depth 1
-            found += [stream, stream @ model.readout.weight.T]
-        self.seen[trainer.global_step] = found
-
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        super().on_train_start(trainer, pl_module)
-        self.note(trainer, pl_module)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module, *args)
-        self.note(trainer, pl_module)
-
-
-def rms(values: Tensor) -> float:
-    return values.square().mean().sqrt().item()
+def features(weights: dict[str, Tensor]) -> list[Tensor]:
+    """The embedding, what enters the activations of each block, the last stream, and the output."""
+    stream = INPUTS[:4] @ weights["embed.weight"].T
+    found = [stream]
+    for block in range(3):
+        found.append(stream @ weights[f"blocks.{block}.read.weight"].T)
+        # the third is of a base of depth 1
+        stream = stream + torch.tanh(found[-1]) @ weights[f"blocks.{block}.write.weight"].T / 3
+    return [*found, stream, stream @ weights["readout.weight"].T]
 
 
 def test_logged_are_root_mean_squares_of_what_a_resnet_computes() -> None:
-    watch = ByHand()
-    logged = fit(seeded(), MLUCallback(seeded(depth=1)), watch)
+    weights = Weights()
+    logged = fit(seeded(), MLUCallback(seeded(depth=1)), FeatureUpdate(steps=1), weights)
     assert list(logged) == [1, 2, 3, 4, 5, 6]
     names = ["stream/s=0", *(f"mlp/blocks.{block}" for block in range(3)), "stream/s=1", "output"]
     for step, values in logged.items():
-        moves = [rms(now - before) for now, before in zip(watch.seen[step], watch.seen[0], strict=True)]
+        pairs = zip(features(weights.at[step]), features(weights.at[0]), strict=True)
+        moves = [(now - before).square().mean().sqrt().item() for now, before in pairs]
         assert [values[name] for name in names] == pytest.approx(moves, rel=1e-5)
         assert values["mlp"] == pytest.approx((sum(m**2 for m in moves[1:4]) / 3) ** 0.5, rel=1e-5)
 

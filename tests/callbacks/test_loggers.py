@@ -58,15 +58,11 @@ class Seen(Callback):
     def __init__(self) -> None:
         self.values: Values = defaultdict(dict)
 
-    def look(self, trainer: Trainer) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         for name in NAMES & set(trainer.callback_metrics):
             self.values[name][trainer.global_step] = trainer.callback_metrics[name].item()
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self.look(trainer)
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.look(trainer)
+    on_train_batch_start = on_train_batch_end
 
 
 @dataclass(frozen=True)
