@@ -58,67 +58,42 @@ class Seen(Callback):
     def __init__(self) -> None:
         self.values: Values = defaultdict(dict)
 
-    def look(self, trainer: Trainer) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         for name in NAMES & set(trainer.callback_metrics):
             self.values[name][trainer.global_step] = trainer.callback_metrics[name].item()
 
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        self.look(trainer)
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.look(trainer)
+    on_train_batch_start = on_train_batch_end
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with all loggers, all callbacks of the package, and the default log_every_n_steps.
+    """A run with all loggers, all callbacks of the package, and the default log_every_n_steps."""
 
-    Args:
-        folder: of W&B's run.
-        records: that it wrote.
-        csv: folder of the CSVLogger.
-        events: that TensorBoard reads.
-        seen: what could be monitored.
-        best: score of a ModelCheckpoint that monitored a distance at even steps.
-        recorded: reference that was recorded during the run.
-        plan: of the run.
-    """
-
-    folder: Path
-    records: list[Any]
-    csv: Path
-    events: EventAccumulator
-    seen: Values
-    best: float
-    recorded: Path
+    folder: Path  # of W&B's run
+    records: list[Any]  # that it wrote
+    csv: Path  # folder of the CSVLogger
+    events: EventAccumulator  # that TensorBoard reads
+    seen: Values  # what could be monitored
+    best: float  # score of a ModelCheckpoint that monitored a distance at even steps
+    recorded: Path  # reference that was recorded during the run
     plan: Plan
 
 
 @pytest.fixture(scope="module")
 def run(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("run")
-    loggers: list[Any] = [
-        WandbLogger(offline=True, save_dir=folder),
-        CSVLogger(folder / "csv"),
-        TensorBoardLogger(folder / "tensorboard"),
-    ]
-    seen, recorder = Seen(), ReferenceRecorder(folder / "small, seed 1.safetensors", steps=[0, 5], positions=3)
+    wandb_logger, csv_logger = WandbLogger(offline=True, save_dir=folder), CSVLogger(folder / "csv")
+    board, seen, callback = TensorBoardLogger(folder / "tensorboard"), Seen(), mlu()
+    recorder = ReferenceRecorder(folder / "small, seed 1.safetensors", steps=[0, 5], positions=3)
     best = ModelCheckpoint(folder, monitor="mlu/distance/gram/s=1", mode="max", every_n_train_steps=2)
-    trainer = fit(folder, ResNet(**SMALL), mlu(), recorder, EmbeddingDistance(reference), seen, best, logger=loggers)
-    files = Path(loggers[0].experiment.dir)
+    callbacks = [callback, recorder, EmbeddingDistance(reference), seen, best]
+    fit(folder, ResNet(**SMALL), *callbacks, logger=[wandb_logger, csv_logger, board])
+    files = Path(wandb_logger.experiment.dir)
     finish()
-    callback = next(callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback))
     assert callback.plan is not None and best.best_model_score is not None
-    return Run(
-        folder=files,
-        records=list(records(files.parent)),
-        csv=Path(loggers[1].log_dir),
-        events=EventAccumulator(loggers[2].log_dir).Reload(),
-        seen=seen.values,
-        best=best.best_model_score.item(),
-        recorded=recorder.path,
-        plan=callback.plan,
-    )
+    events, score = EventAccumulator(board.log_dir).Reload(), best.best_model_score.item()
+    found = list(records(files.parent))
+    return Run(files, found, Path(csv_logger.log_dir), events, seen.values, score, recorder.path, callback.plan)
 
 
 def config(found: list[Any]) -> dict[str, Any]:
@@ -139,14 +114,14 @@ def in_wandb(run: Run) -> Values:
     return values
 
 
-def in_csv(run: Run) -> Values:
+def in_csv(folder: str | Path) -> Values:
     values: Values = defaultdict(dict)
-    with open(run.csv / "metrics.csv") as file:
-        for row in csv.DictReader(file):
-            values_of = {name: value for name, value in row.items() if name.startswith("mlu/") and value}
-            for name, value in values_of.items():
-                assert int(row["step"]) not in values[name]
-                values[name][int(row["step"])] = float(value)
+    for row in csv.DictReader((Path(folder) / "metrics.csv").read_text().splitlines()):
+        step = int(row["step"])
+        for name, value in row.items():
+            if name.startswith("mlu/") and value:
+                assert step not in values[name]
+                values[name][step] = float(value)
     return values
 
 
@@ -155,9 +130,20 @@ def in_tensorboard(run: Run) -> Values:
     return {name: {event.step: event.value for event in run.events.Scalars(name)} for name in names}
 
 
+def text_of(events: EventAccumulator) -> str:
+    (event,) = events.Tensors("mlu/plan/text_summary")
+    text: str = event.tensor_proto.string_val[0].decode()
+    return text
+
+
+def table_in(folder: str | Path) -> tuple[Path, Any]:
+    (path,) = Path(folder).glob("media/table/mlu/plan_*.table.json")
+    return path, json.loads(path.read_text())
+
+
 def test_loggers_have_the_same_values_at_the_same_steps(run: Run) -> None:
     # log_every_n_steps is 50, and there are 10 steps
-    written = in_csv(run)
+    written = in_csv(run.csv)
     assert set(written) == NAMES
     assert all(list(values) == STEPS for values in written.values())
     assert in_wandb(run) == written  # both with all digits
@@ -169,19 +155,17 @@ def test_loggers_have_the_same_values_at_the_same_steps(run: Run) -> None:
 
 
 def test_values_are_logged_once_where_all_steps_are_logged(reference: Path, tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path)
-    distance = EmbeddingDistance(reference, metrics=["output"])
+    logger, distance = CSVLogger(tmp_path), EmbeddingDistance(reference, metrics=["output"])
     fit(tmp_path, ResNet(**SMALL), mlu(), distance, logger=logger, log_every_n_steps=1)
-    with open(Path(logger.log_dir) / "metrics.csv") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file) if row["mlu/distance/output"]] == STEPS
+    assert list(in_csv(logger.log_dir)["mlu/distance/output"]) == STEPS
 
 
 def test_values_can_be_monitored_at_every_step_that_has_one(run: Run) -> None:
-    for name, values in in_csv(run).items():
+    for name, values in in_csv(run.csv).items():
         for step, value in values.items():
             assert run.seen[name][step] == pytest.approx(value, rel=2**-23, abs=1e-40)
         assert run.seen[name][5] == run.seen[name][4]  # the latest
-    even = [value for step, value in in_csv(run)["mlu/distance/gram/s=1"].items() if step % 2 == 0 and step]
+    even = [value for step, value in in_csv(run.csv)["mlu/distance/gram/s=1"].items() if step % 2 == 0 and step]
     assert run.best == pytest.approx(max(even), rel=1e-6)
 
 
@@ -195,16 +179,10 @@ def test_config_has_shape_and_factors(run: Run) -> None:
     found = config(run.records)["mlu"]
     factors = found.pop("factors")
     assert found == {
-        "depth": 4,
-        "embedding": 8,
-        "hidden": {"mlp": 16},
+        **{"depth": 4, "embedding": 8, "hidden": {"mlp": 16}},
         "base": {"depth": 2, "embedding": 4, "hidden": {"mlp": 4}},
-        "parameterization": "mlu",
-        "alpha": 1.0,
-        "batch_ratio": 1.0,
-        "token_ratio": 1.0,
-        "residual": "hook",
-        "optimizer": "sgd",
+        **{"parameterization": "mlu", "alpha": 1.0, "batch_ratio": 1.0, "token_ratio": 1.0},
+        **{"residual": "hook", "optimizer": "sgd"},
     }
     # theory.md, section 3, for SGD at l = 2, m = 4, d = 2
     keys = "multiplier", "std", "lr", "eps", "weight_decay"
@@ -217,8 +195,7 @@ def test_config_has_shape_and_factors(run: Run) -> None:
 
 
 def test_table_has_a_row_for_each_kind_of_parameter(run: Run) -> None:
-    (path,) = run.folder.glob("media/table/mlu/plan_*.table.json")
-    table = json.loads(path.read_text())
+    path, table = table_in(run.folder)
     assert table["columns"][:5] == ["parameters", "tensors", "role", "shape", "optimizer"]
     assert [row[:5] for row in table["data"]] == [
         ["embed.weight", 1, "embedding", "8 x 3", "sgd"],
@@ -233,24 +210,17 @@ def test_table_has_a_row_for_each_kind_of_parameter(run: Run) -> None:
 
 def test_tensorboard_shows_the_plan_as_printed(run: Run) -> None:
     assert "mlu/plan/text_summary" in run.events.Tags()["tensors"]
-    (event,) = run.events.Tensors("mlu/plan/text_summary")
-    text = event.tensor_proto.string_val[0].decode()
-    assert text == f"```\n{run.plan.table('sgd')}\n```"
-    assert "<code>MLU plan, relative to the base shape: factors for sgd\n" in markdown_to_safe_html(text)
+    assert text_of(run.events) == f"```\n{run.plan.table('sgd')}\n```"
+    html = markdown_to_safe_html(text_of(run.events))
+    assert "<code>MLU plan, relative to the base shape: factors for sgd\n" in html
 
 
 def test_recorded_reference_is_an_artifact(run: Run) -> None:
     (artifact,) = artifacts(run.records, "reference")
-    assert artifact.name == "small--seed-1"
-    assert list(artifact.aliases) == ["latest"]
-    assert json.loads(artifact.metadata) == {
-        "depth": 4,
-        "embedding": 8,
-        "hidden": {"mlp": 16},
-        "depths": [0, 0.25, 0.5, 0.75, 1],
-        "steps": [0, 5],
-        "positions": 3,
-    }
+    assert (artifact.name, list(artifact.aliases)) == ("small--seed-1", ["latest"])
+    shape = {"depth": 4, "embedding": 8, "hidden": {"mlp": 16}}
+    recorded = {"depths": [0, 0.25, 0.5, 0.75, 1], "steps": [0, 5], "positions": 3}
+    assert json.loads(artifact.metadata) == shape | recorded
     (content,) = artifact.manifest.contents
     assert content.path == "small, seed 1.safetensors"
     kept = Reference.load(content.local_path)
@@ -274,19 +244,16 @@ class Mixed(ResNet):
 
 
 def test_each_parameter_has_the_factors_of_its_optimizer(logger: WandbLogger, tmp_path: Path) -> None:
-    module = Mixed(**SMALL)
+    module, board = Mixed(**SMALL), TensorBoardLogger(tmp_path)
     module.automatic_optimization = False
-    board = TensorBoardLogger(tmp_path)
     fit(tmp_path, module, MLUCallback(ResNet(**BASE), residual="fold"), logger=[logger, board], max_steps=2)
     found = logger.experiment.config["mlu"]
     assert (found["residual"], found["optimizer"]) == ("fold", ["sgd", "adamw"])
     rates = {role: factors["lr"] for role, factors in found["factors"].items()}
     assert rates == {"embedding": None, "branch_in": 4, "branch_out": 1, "readout": 1}
-    (path,) = Path(logger.experiment.dir).glob("media/table/mlu/plan_*.table.json")
-    optimizers = [row[4] for row in json.loads(path.read_text())["data"]]
-    assert optimizers == [None, "sgd", "sgd", "adamw"]
-    (event,) = EventAccumulator(board.log_dir).Reload().Tensors("mlu/plan/text_summary")
-    text = event.tensor_proto.string_val[0].decode()
+    _, table = table_in(logger.experiment.dir)
+    assert [row[4] for row in table["data"]] == [None, "sgd", "sgd", "adamw"]
+    text = text_of(EventAccumulator(board.log_dir).Reload())
     assert "factors for sgd" in text and "factors for adamw" in text
 
 
@@ -336,17 +303,8 @@ def test_plan_is_logged_once_a_fit_and_can_change(logger: WandbLogger, tmp_path:
 
 @pytest.mark.parametrize("settings", [{"barebones": True}, {"fast_dev_run": True}, {}])
 def test_runs_without_a_place_for_values_go_on(settings: Any, reference: Path, tmp_path: Path) -> None:
-    if settings == {}:
-        settings = {"logger": CSVLogger(tmp_path)}
-    trainer = Trainer(
-        max_steps=2,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[mlu(), EmbeddingDistance(reference), ReferenceRecorder(tmp_path / "run.safetensors")],
-        **settings,
-    )
-    trainer.fit(ResNet(**SMALL), data())
+    watches = [EmbeddingDistance(reference), ReferenceRecorder(tmp_path / "run.safetensors")]
+    logger = None if settings else CSVLogger(tmp_path)
+    fit(tmp_path, ResNet(**SMALL), mlu(), *watches, max_steps=2, logger=logger, **settings)
     # fast_dev_run leaves no files
     assert (tmp_path / "run.safetensors").exists() == ("fast_dev_run" not in settings)

@@ -50,15 +50,13 @@ WATCHERS: dict[str, tuple[str, Callable[[Path], Callback]]] = {
 @pytest.mark.parametrize("epoch", [2, 5])
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_resumed_run_is_monitored_as_the_uninterrupted_one(watcher: str, epoch: int, tmp_path: Path) -> None:
-    reference = tmp_path / "reference.safetensors"
+    reference, (monitor, watch) = tmp_path / "reference.safetensors", WATCHERS[watcher]
     fit(Net((4, 8, 32)), MLUCallback(Net(BASE)), ReferenceRecorder(reference), max_epochs=EPOCHS)
-    monitor, watch = WATCHERS[watcher]
 
     def run(ckpt_path: Path | None = None) -> tuple[Any, ...]:
-        module, seen = Plateaus(), Seen()
+        module, seen, stopping = Plateaus(), Seen(), EarlyStopping(monitor, patience=6)
         module.monitor = monitor
         best = ModelCheckpoint(tmp_path / "best", "{epoch}", monitor=monitor, save_top_k=2)
-        stopping = EarlyStopping(monitor, patience=6)
         every = ModelCheckpoint(tmp_path / "every", "{epoch}", save_top_k=-1)
         callbacks = MLUCallback(Net(BASE)), watch(reference), seen, stopping, best, every
         settings = {"max_epochs": EPOCHS, "num_sanity_val_steps": 0, "enable_checkpointing": True}

@@ -1,27 +1,16 @@
 """How the infinite model is made of a module."""
 
-from __future__ import annotations
+import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.limit_models import (
-    INPUTS,
-    OUTPUTS,
-    S,
-    descend,
-    planned,
-    planned_transformer,
-    tensors,
-    tokens,
-    transformer,
-)
+from helpers.limit_models import INPUTS, OUTPUTS, S, descend, planned, planned_transformer, tensors, tokens, transformer
+from torch import nn
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize
-from mlu_lightning.limit.infinite_model import (
-    embedding_weights,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
 
 
@@ -40,26 +29,23 @@ def test_infinite_model_is_that_of_the_base_not_of_the_shape(shapes: list[tuple[
 
 
 def test_default_sizes() -> None:
-    module, plan = planned("tanh", depth=3)
-    limit = infinite_model(module, plan)
-    assert (len(limit.module.blocks), limit.module.blocks[0].read.weight.shape) == (3, (1024, 5))  # type: ignore[union-attr]
-    module, plan = planned("positive", depth=3)
-    assert infinite_model(module, plan, depth=7).module.blocks[6].read.weight.shape == (10, 5)  # type: ignore[union-attr]
-    perceptrons = transformer(depth=3)
-    limit = infinite_model(perceptrons, Plan.from_model(perceptrons), depth=4, units=80)
-    own = limit.module.hparams
-    assert (own["depth"], own["heads"], own["mlp_hidden"], own["embedding"]) == (2, 6, 80, 10)  # 80/(4 · 4), made even
-    attention = transformer(depth=3, mlp_hidden=0)
-    own = infinite_model(attention, Plan.from_model(attention)).module.hparams
-    assert (own["depth"], own["heads"], own["mlp_hidden"], own["embedding"]) == (3, 64, 0, 10)
+    for activation, depth, units in (("tanh", None, 1024), ("positive", 7, 10)):
+        blocks: Any = infinite_model(*planned(activation, depth=3), depth=depth).module.blocks
+        assert (len(blocks), blocks[-1].read.weight.shape) == (depth or 3, (units, 5))
+    # 80/(4 · 4) heads, made even
+    for changes, sizes, expected in (
+        ({}, {"depth": 4, "units": 80}, (2, 6, 80, 10)),
+        ({"mlp_hidden": 0}, {}, (3, 64, 0, 10)),
+    ):
+        module = transformer(depth=3, **changes)
+        own = infinite_model(module, Plan.from_model(module), **sizes).module.hparams
+        assert tuple(own[name] for name in ("depth", "heads", "mlp_hidden", "embedding")) == expected
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_infinite_model_is_made_as_the_module_is_and_leaves_it_alone(trained: bool) -> None:
     module, plan = planned("tanh", trained)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
+    before, state = copy.deepcopy(module.state_dict()), torch.get_rng_state()
     limit = infinite_model(module, plan, units=16)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(value.equal(before[name]) for name, value in module.state_dict().items())
@@ -84,13 +70,12 @@ def test_branches_are_zero_at_the_start(mlp_hidden: int | None) -> None:
 
 
 def test_units_depend_on_the_seed_alone() -> None:
-    module, plan = planned()
-    torch.manual_seed(1)
-    one = infinite_model(module, plan, units=16, seed=4).module.state_dict()
-    torch.manual_seed(2)
-    same = infinite_model(planned()[0], plan, units=16, seed=4).module.state_dict()
+    (_, plan), found = planned(), []
+    for seed in (4, 4, 5):
+        torch.manual_seed(len(found))
+        found.append(infinite_model(planned()[0], plan, units=16, seed=seed).module.state_dict())
+    one, same, other = found
     assert all(map(torch.equal, one.values(), same.values()))
-    other = infinite_model(module, plan, units=16, seed=5).module.state_dict()
     differ = {name.split(".", 2)[-1] for name in one if not torch.equal(one[name], other[name])}
     assert differ == {"read.weight", "write.weight"}
     assert not torch.equal(one["blocks.0.read.weight"], one["blocks.1.read.weight"])
@@ -109,20 +94,16 @@ def test_weights_of_embedding_and_readout_without_multipliers(base: bool) -> Non
     assert torch.equal(embedding_weights(module, plan), expected)
     handle.remove()
     fold(module, plan)
-    # of a product with 1/d, undone: one rounding each
-    torch.testing.assert_close(embedding_weights(module, plan), expected, rtol=2e-7, atol=0)
-    torch.testing.assert_close(module.readout.weight.T * (2 if base else 6), expected[:, INPUTS:], rtol=2e-7, atol=0)
     copied = embedding_weights(module, plan)
-    with torch.no_grad():
-        module.embed.weight.zero_()
+    nn.init.zeros_(module.embed.weight)
     assert torch.equal(embedding_weights(module, plan)[:, :INPUTS], torch.zeros(6, INPUTS))
+    # of a product with 1/d, undone: one rounding each
     torch.testing.assert_close(copied, expected, rtol=2e-7, atol=0)
+    torch.testing.assert_close(module.readout.weight.T * (2 if base else 6), expected[:, INPUTS:], rtol=2e-7, atol=0)
 
 
 def test_streams_in_the_coordinates_of_a_finite_network() -> None:
-    limit = infinite_model(*planned(), units=16)
     rng = np.random.default_rng(0)
     w, h = rng.normal(size=(9, 5)), rng.normal(size=(2, 4, 5))
-    a = h / np.sqrt(5) / np.sqrt(S)
-    found = limit.in_coordinates_of(torch.from_numpy(w), torch.from_numpy(h))
-    np.testing.assert_allclose(found.numpy(), a @ w.T, rtol=1e-12)
+    found = infinite_model(*planned(), units=16).in_coordinates_of(torch.from_numpy(w), torch.from_numpy(h))
+    np.testing.assert_allclose(found.numpy(), h / np.sqrt(5) / np.sqrt(S) @ w.T, rtol=1e-12)

@@ -1,7 +1,5 @@
 """Finite networks against the infinite model: exactly without fluctuations, and how errors fall with size."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -14,11 +12,7 @@ from helpers.recipe_modules import load
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
-from mlu_lightning.limit.infinite_model import (
-    InfiniteModel,
-    embedding_weights,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
 
 recipe = load("recipes.common.gradient_descent")
@@ -73,28 +67,23 @@ class Experiment:
         return {name: slope(sizes, [errors[name] for errors in found]) for name in found[0]}
 
 
-def test_error_falls_with_the_square_root_of_the_embedding_dimension() -> None:
-    """Where M is large: that of W's covariance, 1/sqrt(D), in streams and outputs."""
-    found = Experiment(steps=6).slopes([16, 64], [(4, 4096, 16), (4, 4096, 64)], 10, exact=False)
-    # over other sets of 10 seeds -0.49 ± 0.06 and -0.52 ± 0.07
-    assert found["s=1"] == pytest.approx(-0.5, abs=0.15), found
-    assert found["output"] == pytest.approx(-0.5, abs=0.2), found
+SIZES = {
+    # where M is large: that of W's covariance; over other sets of 10 seeds -0.49 ± 0.06 and, of outputs, -0.52 ± 0.07
+    "embedding": ([16, 64], lambda size: (4, 4096, size), 10, {"s=1": 0.15, "output": 0.2}),
+    # where D/(LM) is largest, in networks as they are; over other sets of 3 seeds -0.543 ± 0.005: D/(LM) from 4 to 0.5,
+    # where it is not small, adds to the exponent
+    "hidden": ([16, 32, 64, 128], lambda size: (8, size, 512), 3, {"s=1": 0.1}),
+    # two units in a block, and the limit of the network's own depth: D/(LM), not 1/L, is left; -0.49 ± 0.05
+    "depth": ([8, 16, 32, 64], lambda size: (size, 2, 64), 3, {"s=1": 0.15}),
+}
 
 
-def test_error_falls_with_the_square_root_of_the_hidden_width() -> None:
-    """Where D/(LM) is largest, in networks as they are."""
-    sizes = [16, 32, 64, 128]
-    found = Experiment(steps=6).slopes(sizes, [(8, hidden, 512) for hidden in sizes], 3, exact=False)
-    # over other sets of 3 seeds -0.543 ± 0.005: D/(LM) from 4 to 0.5, where it is not small, adds to the exponent
-    assert found["s=1"] == pytest.approx(-0.5, abs=0.1), found
-
-
-def test_error_falls_with_the_square_root_of_the_depth() -> None:
-    """Two units in a block, and the limit of the network's own depth: D/(LM), not 1/L, is left."""
-    sizes = [8, 16, 32, 64]
-    found = Experiment(steps=6).slopes(sizes, [(depth, 2, 64) for depth in sizes], 3, exact=False)
-    # over other sets of 3 seeds -0.49 ± 0.05
-    assert found["s=1"] == pytest.approx(-0.5, abs=0.15), found
+@pytest.mark.parametrize("size", SIZES)
+def test_error_falls_with_the_square_root_of_each_size(size: str) -> None:
+    sizes, shape, seeds, margins = SIZES[size]
+    found = Experiment(steps=6).slopes(sizes, [shape(number) for number in sizes], seeds, exact=False)
+    for name, margin in margins.items():
+        assert found[name] == pytest.approx(-0.5, abs=margin), found
 
 
 def test_output_error_falls_with_the_hidden_width_itself() -> None:
@@ -170,11 +159,8 @@ def assert_the_same(limit: InfiniteModel, batch: tuple[Tensor, Tensor], embed: s
     for _ in range(6):
         looks = []
         for network, optimizer in zip((module, limit.module), optimizers, strict=True):
-            stream = network.get_submodule(embed)(batch[0])
-            for block in network.get_submodule("blocks" if embed == "embed" else "branches"):  # type: ignore[operator]
-                stream = stream + block(stream)
             output = network(batch[0])
-            looks.append((stream.detach(), output.detach()))
+            looks.append((stream_of(network, embed, batch[0]), output.detach()))
             loss = F.mse_loss(output, batch[1]) if embed == "embed" else F.cross_entropy(output.mT, batch[1])
             optimizer.zero_grad()
             loss.backward()
@@ -201,12 +187,13 @@ def test_transformer_without_fluctuations_is_the_infinite_model(mlp_hidden: int)
     assert_the_same(limit, (tokens()[:, :-1], tokens()[:, 1:]), "tokens", 0.5)
 
 
-def streams_of_transformer(module: Any, inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        stream = module.tokens(inputs)
-        for branch in module.branches:
-            stream = stream + branch(stream)
-    return stream.flatten(0, 1)  # type: ignore[no-any-return]
+@torch.no_grad()
+def stream_of(module: nn.Module, embed: str, inputs: Tensor) -> Tensor:
+    """The last one."""
+    stream: Tensor = module.get_submodule(embed)(inputs)
+    for block in module.get_submodule("blocks" if embed == "embed" else "branches").children():
+        stream = stream + block(stream)
+    return stream
 
 
 def train_transformer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -221,11 +208,10 @@ def train_transformer(module: nn.Module, optimizer: torch.optim.Optimizer) -> No
 def test_error_of_transformers_falls_with_the_square_root_of_heads(perceptrons: bool) -> None:
     """D/(L heads) from 0.25 to 0.0625, at a W of the exact covariance, and the limit of the network's depth."""
     sizes = {"depth": 2 if perceptrons else 4, "embedding": 32}
-    inputs = tokens()[:, :-1]
     module, plan = planned_transformer(**sizes, mlp_hidden=8 if perceptrons else 0)
     limit = infinite_model(module, plan, units=1024, heads=512)
     train_transformer(limit.module, limit.optimizer(0.5))
-    expected = streams_of_transformer(limit.module, inputs)
+    expected = stream_of(limit.module, "tokens", tokens()[:, :-1])
     errors, heads = [], [32, 128]
     for number in heads:
         squares = []
@@ -240,8 +226,8 @@ def test_error_of_transformers_falls_with_the_square_root_of_heads(perceptrons: 
             optimizer = torch.optim.SGD(module.parameters(), 0.5)
             scale_optimizer(optimizer, module, plan)
             train_transformer(module, optimizer)
-            stream = limit.in_coordinates_of(weights, expected)
-            squares.append((streams_of_transformer(module, inputs) - stream).square().mean().item())
+            difference = stream_of(module, "tokens", tokens()[:, :-1]) - limit.in_coordinates_of(weights, expected)
+            squares.append(difference.square().mean().item())
         errors.append(math.sqrt(np.mean(squares)))
     # over other sets of 4 seeds -0.54 ± 0.04 and -0.51 ± 0.03
     assert slope(heads, errors) == pytest.approx(-0.5, abs=0.12), errors

@@ -1,7 +1,5 @@
 """What has no infinite model, or another one, is refused."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -12,11 +10,7 @@ from helpers.limit_models import INPUTS, OUTPUTS, planned, transformer
 from torch import nn
 
 from mlu_lightning import Plan, fold, initialize
-from mlu_lightning.limit.infinite_model import (
-    check_gradient_descent,
-    check_initialization,
-    infinite_model,
-)
+from mlu_lightning.limit.infinite_model import check_gradient_descent, check_initialization, infinite_model
 from mlu_lightning.models import ResNet
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import Parameterization
@@ -66,8 +60,7 @@ def test_gains_of_norms_are_refused_unless_they_stay_one() -> None:
         parameter.requires_grad_("norm" not in name)
     limit = infinite_model(module, plan, units=16)
     assert not any(p.requires_grad or bool((p != 1).any()) for n, p in limit.module.named_parameters() if "norm" in n)
-    with torch.no_grad():
-        module.norm.weight.fill_(2)
+    nn.init.constant_(module.norm.weight, 2)
     with pytest.raises(ValueError, match=r"norm.weight is a stream_norm, and "):
         infinite_model(module, plan)
 
@@ -79,9 +72,8 @@ def test_partly_frozen_blocks_are_refused() -> None:
         infinite_model(module, plan)
     for block in module.blocks:
         block.write.weight.requires_grad_(False)  # type: ignore[union-attr]
-    limit = infinite_model(module, plan, depth=5, units=16)
-    assert [block.write.weight.requires_grad for block in limit.module.blocks] == [False] * 5  # type: ignore[union-attr]
-    assert [block.read.weight.requires_grad for block in limit.module.blocks] == [True] * 5  # type: ignore[union-attr]
+    blocks: Any = infinite_model(module, plan, depth=5, units=16).module.blocks
+    assert [(b.read.weight.requires_grad, b.write.weight.requires_grad) for b in blocks] == [(True, False)] * 5
 
 
 def test_readouts_that_start_at_zero_are_refused() -> None:
@@ -92,12 +84,15 @@ def test_readouts_that_start_at_zero_are_refused() -> None:
     with pytest.raises(ValueError, match=r"readout.weight starts at zero, and .*or write base_std into the saved plan"):
         infinite_model(module, plan)
     check_initialization(initialize(module, plan), plan)  # that is as planned
-    unknown = {"readout.weight": replace(plan.parameters["readout.weight"], base_std=None)}
+
+    def with_std(std: float | None) -> Plan:
+        readout = replace(plan.parameters["readout.weight"], base_std=std)
+        return replace(plan, parameters=plan.parameters | {"readout.weight": readout})
+
     with pytest.raises(ValueError, match=r"readout.weight starts at a size that the plan does not know, and "):
-        infinite_model(module, replace(plan, parameters=plan.parameters | unknown))
-    known = {"readout.weight": replace(plan.parameters["readout.weight"], base_std=0.3)}
-    limit = infinite_model(module, replace(plan, parameters=plan.parameters | known))
-    torch.testing.assert_close(limit.spread[INPUTS:], torch.full((OUTPUTS,), 0.3))
+        infinite_model(module, with_std(None))
+    spread = infinite_model(module, with_std(0.3)).spread
+    torch.testing.assert_close(spread[INPUTS:], torch.full((OUTPUTS,), 0.3))
 
 
 def test_sizes_that_the_limit_cannot_have_are_refused() -> None:
@@ -116,13 +111,9 @@ def weights_of(count: int) -> list[nn.Parameter]:
 
 
 def test_other_optimizers_are_refused() -> None:
-    sgd, adam = torch.optim.SGD(weights_of(1), 0.1), torch.optim.AdamW(weights_of(1), 0.1)
-    for optimizers, names in (
-        ([adam], "AdamW"),
-        ([sgd, adam], "SGD and AdamW"),
-        ([sgd, sgd], "SGD and SGD"),
-        ([torch.optim.RMSprop(weights_of(1))], "RMSprop"),
-    ):
+    sgd, adam, rms = (kind(weights_of(1), 0.1) for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop))
+    for optimizers in ([adam], [sgd, adam], [sgd, sgd], [rms]):
+        names = " and ".join(type(optimizer).__name__ for optimizer in optimizers)
         with pytest.raises(ValueError, match=rf"this run has {names}: .*Train with SGD, or compare with a large run"):
             check_gradient_descent(optimizers)
     check_gradient_descent([sgd])
@@ -135,9 +126,8 @@ def test_other_optimizers_are_refused() -> None:
 def test_groups_with_other_hyperparameters_are_refused(other: dict[str, Any]) -> None:
     one, two = weights_of(2)
     optimizer = torch.optim.SGD([{"params": [one]}, {"params": [two], **other}], lr=0.1)
-    with pytest.raises(
-        ValueError, match=r"has 2 groups with different ones, or maximizes\. Give all parameters the same"
-    ):
+    message = r"has 2 groups with different ones, or maximizes\. Give all parameters the same"
+    with pytest.raises(ValueError, match=message):
         check_gradient_descent([optimizer])
     check_gradient_descent([torch.optim.SGD([{"params": [one], **other}, {"params": [two], **other}], lr=0.1)])
 
@@ -164,21 +154,16 @@ def test_other_weights_are_refused() -> None:
     torch.manual_seed(0)
     module = ResNet(2, 64, 32, INPUTS, OUTPUTS)
     plan = Plan.from_model(module)
-    message = r"{} has entries of root mean square {}, and the plan's .* has {}, so .*MLUCallback\(init=\"rescale\"\)"
     built = module.readout.weight.square().mean().sqrt().item()
-    initialize(module, plan)
-    with torch.no_grad():
-        module.readout.weight.mul_(built)
-    with pytest.raises(ValueError, match=message.format("readout.weight", f"{built:.3g}", "1")):
-        check_initialization(module, plan)
-    initialize(module, plan)
-    with torch.no_grad():
-        module.blocks[1].read.weight.mul_(1.25)  # type: ignore[union-attr, operator]
-    with pytest.raises(ValueError, match=message.format("blocks.1.read.weight", r"0\.\d+", f"{32**-0.5:.3g}")):
-        check_initialization(module, plan)
-    initialize(module, plan)
-    for value in (0.0, math.nan):
+    message = r"{} has entries of root mean square {}, and the plan's .* has {}, so .*MLUCallback\(init=\"rescale\"\)"
+    for name, factor, size, planned_size in (
+        ("readout.weight", built, f"{built:.3g}", "1"),
+        ("blocks.1.read.weight", 1.25, r"0\.\d+", f"{32**-0.5:.3g}"),
+        ("embed.weight", 0.0, "0", ".*"),
+        ("embed.weight", math.nan, "nan", ".*"),
+    ):
+        initialize(module, plan)
         with torch.no_grad():
-            module.embed.weight.fill_(value)
-        with pytest.raises(ValueError, match=message.format("embed.weight", f"{value:.3g}", ".*")):
+            module.get_parameter(name).mul_(factor)
+        with pytest.raises(ValueError, match=message.format(name, size, planned_size)):
             check_initialization(module, plan)

@@ -1,7 +1,5 @@
 """Batches taken apart and put together again, and read from files."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import hashlib
@@ -10,7 +8,7 @@ import math
 import pickle
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,27 +52,20 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-# --- round trips
-
-
 def test_batch_comes_back_as_it_was() -> None:
     batch = (
         {"x": torch.randn(2, 3), "empty": torch.ones(0, 2), "n": None, "": [True, 1, 1.5, "ä\ud800", -0.0]},
         [torch.tensor(2), (), [], {}],
-        torch.tensor([1, 2], dtype=torch.int64),
-        math.inf,
-        -math.inf,
-        math.nan,
-        10**30,
+        *(torch.tensor([1, 2], dtype=torch.int64), math.inf, -math.inf, math.nan, 10**30),
     )
     assert same(through_json(batch), batch)
     assert math.copysign(1, through_json(-0.0)) == -1
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    "float64 float16 bfloat16 float8_e4m3fn complex64 int8 uint8 uint16 int32 bool".split(),
-)
+DTYPES = "float64 float16 bfloat16 float8_e4m3fn complex64 int8 uint8 uint16 int32 bool"
+
+
+@pytest.mark.parametrize("dtype", DTYPES.split())
 def test_dtypes(dtype: str) -> None:
     tensor = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(getattr(torch, dtype))
     assert same(through_json(tensor), tensor)
@@ -82,15 +73,12 @@ def test_dtypes(dtype: str) -> None:
 
 def test_values_are_copied_in_row_major_order() -> None:
     tensor = torch.randn(3, 4)
-    _, tensors = encode_batch(
-        [tensor.T, tensor[::2], nn.Parameter(tensor), torch.ones(2, dtype=torch.complex64).conj()]
-    )
+    batch = [tensor.T, tensor[::2], nn.Parameter(tensor), torch.ones(2, dtype=torch.complex64).conj()]
+    _, tensors = encode_batch(batch)
     assert all(value.is_contiguous() and not value.requires_grad for value in tensors.values())
     before = tensor.clone()
     tensor.zero_()
-    assert torch.equal(tensors["0"], before.T)
-    assert torch.equal(tensors["1"], before[::2])
-    assert torch.equal(tensors["2"], before)
+    assert all(map(torch.equal, tensors.values(), (before.T, before[::2], before)))
 
 
 def test_mappings_come_back_as_dicts() -> None:
@@ -100,24 +88,17 @@ def test_mappings_come_back_as_dicts() -> None:
 
 
 leaves = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(),
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
     st.lists(st.integers(-5, 5), max_size=4).map(lambda values: torch.tensor(values, dtype=torch.int32)),
 )
-batches = st.recursive(
-    leaves,
-    lambda parts: st.one_of(
-        st.lists(parts, max_size=4),
-        st.lists(parts, max_size=4).map(tuple),
-        st.dictionaries(st.text(), parts, max_size=4),
-    ),
-)
 
 
-@given(batches)
+def nests(parts: Any) -> Any:
+    lists = st.lists(parts, max_size=4)
+    return st.one_of(lists, lists.map(tuple), st.dictionaries(st.text(), parts, max_size=4))
+
+
+@given(st.recursive(leaves, nests))
 @settings(max_examples=200, deadline=None)
 def test_any_batch_comes_back(batch: Any) -> None:
     assert same(through_json(batch), batch)
@@ -134,21 +115,9 @@ def test_only_first_samples_of_a_larger_probe_are_kept() -> None:
     assert (sample_count(batch), sample_count(uneven), sample_count("words")) == (4, None, None)
 
 
-# --- what cannot be kept
-
-
-class Point(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-@dataclasses.dataclass
-class Sample:
-    x: Tensor
-
-
-class Image(Tensor):
-    pass
+Point = collections.namedtuple("Point", "x y")
+Sample = dataclasses.make_dataclass("Sample", ["x"])
+Image = type("Image", (Tensor,), {})
 
 
 @pytest.mark.parametrize(
@@ -186,14 +155,14 @@ def nested(levels: int) -> dict[str, Any]:
     return node
 
 
-@pytest.mark.parametrize(
-    "structure",
-    [
-        *(None, [], {}, "tensor", {"tensor": "7"}, {"tensor": 0}, {"tensor": ["0"]}, {"tensor": "0", "value": 1}),
-        *({"dict": [["a", {"value": 1}]]}, {"list": {"value": 1}}, {"list": [1]}, {"set": []}, {"value": [1]}),
-        *({"value": {}}, {"float": "1e3"}, {"float": ["nan"]}, nested(33), nested(900)),
-    ],
-)
+STRUCTURES: list[Any] = [
+    *(None, [], {}, "tensor", {"tensor": "7"}, {"tensor": 0}, {"tensor": ["0"]}, {"tensor": "0", "value": 1}),
+    *({"dict": [["a", {"value": 1}]]}, {"list": {"value": 1}}, {"list": [1]}, {"set": []}, {"value": [1]}),
+    *({"value": {}}, {"float": "1e3"}, {"float": ["nan"]}, nested(33), nested(900)),
+]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
 def test_structures_that_are_none(structure: Any) -> None:
     with pytest.raises(ValueError, match="structure of a batch"):
         decode_batch(structure, {"0": torch.ones(1)})
@@ -201,9 +170,6 @@ def test_structures_that_are_none(structure: Any) -> None:
 
 def test_deepest_structure() -> None:
     assert same(through_json(decode_batch(nested(32), {})), decode_batch(nested(32), {}))
-
-
-# --- hashes
 
 
 def test_hash_is_of_the_values_only() -> None:
@@ -214,19 +180,10 @@ def test_hash_is_of_the_values_only() -> None:
 
 def test_different_batches_have_different_hashes() -> None:
     x = torch.arange(6.0)
-    different = [
+    different: list[Any] = [
         *(x, [x], (x,), {"x": x}, {"y": x}, [x, x], [x, None], [x, 1], [x, 1.0], [x, True], [x, "1"]),
-        *(
-            x.reshape(2, 3),
-            x.reshape(3, 2),
-            x.double(),
-            x.view(torch.int32),
-            x + 1,
-            -x,
-            torch.zeros(6),
-            torch.zeros(6, 0),
-        ),
-        *([torch.zeros(2), torch.zeros(4)], [torch.zeros(4), torch.zeros(2)]),
+        *(x.reshape(2, 3), x.reshape(3, 2), x.double(), x.view(torch.int32), x + 1, -x),
+        *(torch.zeros(6), torch.zeros(6, 0), [torch.zeros(2), torch.zeros(4)], [torch.zeros(4), torch.zeros(2)]),
     ]
     assert len({batch_hash(batch) for batch in different}) == len(different)
 
@@ -237,19 +194,18 @@ def test_hash_stays_the_same() -> None:
     assert batch_hash([torch.arange(3)[None], 1.5]) == hashlib.sha256(content).hexdigest()
 
 
-# --- files
+ONES, ZEROS = torch.ones(1), torch.zeros(2)
 
 
 @pytest.mark.parametrize(
     ("tensors", "batch"),
     [
-        ({"batch": torch.ones(2)}, torch.ones(2)),
-        ({"1": torch.ones(1), "0": torch.zeros(2)}, (torch.zeros(2), torch.ones(1))),
+        ({"batch": ZEROS}, ZEROS),
+        ({"1": ONES, "0": ZEROS}, (ZEROS, ONES)),
         ({str(i): torch.full((1,), i) for i in range(12)}, tuple(torch.full((1,), i) for i in range(12))),
-        ({"0": torch.ones(1)}, (torch.ones(1),)),
-        ({"input_ids": torch.arange(3)}, {"input_ids": torch.arange(3)}),
-        ({"batch": torch.ones(2), "x": torch.ones(1)}, {"batch": torch.ones(2), "x": torch.ones(1)}),
-        ({"0": torch.ones(1), "2": torch.zeros(1)}, {"0": torch.ones(1), "2": torch.zeros(1)}),
+        ({"0": ONES}, (ONES,)),
+        *((named, named) for named in ({"input_ids": torch.arange(3)}, {"batch": ZEROS, "x": ONES})),
+        ({"0": ONES, "2": ZEROS}, {"0": ONES, "2": ZEROS}),
     ],
 )
 def test_files_of_users(tmp_path: Path, tensors: dict[str, Tensor], batch: Any) -> None:
@@ -269,8 +225,7 @@ def test_a_file_may_change_after_it_was_read(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_batch(tmp_path: Path) -> None:
-    path = tmp_path / "probe.safetensors"
-    harm = tmp_path / "harm"
+    path, harm = tmp_path / "probe.safetensors", tmp_path / "harm"
     header = b'{"x":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'
     torch.save(torch.ones(2), tmp_path / "torch.pt")
     contents = [
@@ -283,9 +238,8 @@ def test_files_that_are_no_batch(tmp_path: Path) -> None:
             load_batch(path)
     assert not harm.exists()
     save_file({}, path)
-    with pytest.raises(ValueError, match="holds no tensors"):
-        load_batch(path)
-    with pytest.raises(ValueError, match="is a folder"):
-        load_batch(tmp_path)
+    for wrong, message in ((path, "holds no tensors"), (tmp_path, "is a folder")):
+        with pytest.raises(ValueError, match=message):
+            load_batch(wrong)
     with pytest.raises(FileNotFoundError):
         load_batch(tmp_path / "none")

@@ -34,14 +34,12 @@ def recorded(path: Path, embedding: int, steps: list[int], probe: Tensor | None 
 
 
 def test_recorded_runs_are_compared_at_the_steps_that_both_have(tmp_path: Path) -> None:
-    small = recorded(tmp_path / "small", 4, [0, 2, 3, 8])
-    large = recorded(tmp_path / "large", 8, [0, 1, 3, 8, 9])
+    small, large = recorded(tmp_path / "small", 4, [0, 2, 3, 8]), recorded(tmp_path / "large", 8, [0, 1, 3, 8, 9])
     found = compare_references(small, large, ["gram", "rms", "output"])
     assert list(found) == [0, 3, 8]
     for step, distances in found.items():
-        ours, theirs = values(step, 4), values(step, 8)
-        h, r = ours["s=1"].double().numpy(), theirs["s=1"].double().numpy()
-        f, g = ours["output"].double().numpy(), theirs["output"].double().numpy()
+        h, r = (values(step, embedding)["s=1"].double().numpy() for embedding in (4, 8))
+        f, g = (values(step, embedding)["output"].double().numpy() for embedding in (4, 8))
         expected = {
             "gram/s=1": np.linalg.norm(h @ h.T / 4 - r @ r.T / 8) / POSITIONS,
             "rms/s=1": np.sqrt(np.mean((h - r[:, :4]) ** 2)),
@@ -63,8 +61,7 @@ def test_recorded_runs_with_different_probes_are_refused(tmp_path: Path) -> None
 
 def test_recorded_runs_without_a_common_step_are_refused(tmp_path: Path) -> None:
     one, other = recorded(tmp_path / "one", 4, [0, 2]), recorded(tmp_path / "other", 4, [1, 3])
-    remedy = r"one and .*other have no step in common.*ReferenceRecorder\(steps=\"log\"\)"
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(ValueError, match=r"one and .*other have no step in common.*ReferenceRecorder\(steps=\"log\"\)"):
         compare_references(one, other)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.distributed_run import distances, logged, start
+from helpers.distributed_run import logged, start
 
 from mlu_lightning.observation.reference import Reference
 
@@ -23,8 +23,7 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
     assert result.returncode == 0, result.stderr
     one, two = (Reference.load(folder / "large.safetensors") for folder in (single, tmp_path))
     assert one.steps == two.steps == (0, 1, 2, 4, 8, 12)
-    assert one.header == two.header
-    assert one.probe_hash == two.probe_hash
+    assert (one.header, one.probe_hash) == (two.header, two.probe_hash)
     # a mean of gradients over two halves of a batch, and over the batch, in float32, for 12 steps
     tolerance = {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(one.losses, two.losses, **tolerance)
@@ -32,16 +31,11 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
         torch.testing.assert_close(one.read(step), two.read(step), **tolerance)
     # and the losses are means over both processes: those of a half differ by far more
     assert one.losses.std() > 0.01
-
-    updates, of_two = (logged(folder / "32", "mlu/update/") for folder in (single, tmp_path))
-    assert list(of_two) == list(updates) == [1, 2, 4, 8, 12]
-    for step in updates:
-        assert of_two[step] == pytest.approx(updates[step], rel=1e-3, abs=1e-5)
-
-    expected, found = distances(single), distances(tmp_path)
-    assert list(found) == list(expected) == list(one.steps)
-    for step in expected:
-        assert found[step] == pytest.approx(expected[step], rel=1e-3, abs=1e-5)
+    for folder, prefix, steps in (("32", "mlu/update/", one.steps[1:]), ("8", "mlu/distance/", one.steps)):
+        expected, found = (logged(of / folder, prefix) for of in (single, tmp_path))
+        assert tuple(found) == tuple(expected) == steps
+        for step in steps:
+            assert found[step] == pytest.approx(expected[step], rel=1e-3, abs=1e-5)
 
 
 def test_error_of_the_first_process_ends_all_of_them(single: Path, tmp_path: Path) -> None:

@@ -14,17 +14,11 @@ def stream_taps(depth: int, number: int = 0) -> list[Tap]:
     return [Tap("stream", number, position, f"block{position}", "input", 0, -1) for position in range(depth + 1)]
 
 
-@pytest.mark.parametrize(
-    ("depth", "s", "expected"),
-    [
-        (4, 0.0, {0: 1.0}),
-        (4, 0.25, {1: 1.0}),
-        (4, 1.0, {4: 1.0}),
-        (2, 0.25, {0: 0.5, 1: 0.5}),
-        (3, 0.25, {0: 0.25, 1: 0.75}),
-        (1, 0.75, {0: 0.25, 1: 0.75}),
-    ],
-)
+BETWEEN = [(4, 0.0, {0: 1.0}), (4, 0.25, {1: 1.0}), (4, 1.0, {4: 1.0})]
+BETWEEN += [(2, 0.25, {0: 0.5, 1: 0.5}), (3, 0.25, {0: 0.25, 1: 0.75}), (1, 0.75, {0: 0.25, 1: 0.75})]
+
+
+@pytest.mark.parametrize(("depth", "s", "expected"), BETWEEN)
 def test_relative_depth_lies_between_two_positions(depth: int, s: float, expected: dict[int, float]) -> None:
     (location,) = locate(stream_taps(depth), [depth], [s])
     assert location.name == f"s={s:g}"
@@ -76,26 +70,13 @@ def test_name_is_its_text_and_comes_back_from_it(name: LocationName, text: str) 
             assert getattr(again, field) == (pytest.approx(value, rel=1e-5) if field == "depth" else value)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(
-            "",
-            "s",
-            "s=",
-            "s=2",
-            "s=nan",
-            "s=0.50",
-            "s=-0.1",
-            "s=1.",
-            "stream0/s=0",
-            "stream01/s=0",
-            "output0",
-            "output-1",
-        ),
-        *("conv/a", "mlp", "mlp/", "s=1\n", "output\u0663", "output" + "9" * 5000, "mlu/distance/rms/s=0"),
-    ],
-)
+NO_NAMES = [
+    *("", "s", "s=", "s=2", "s=nan", "s=0.50", "s=-0.1", "s=1.", "stream0/s=0", "stream01/s=0", "output0", "output-1"),
+    *("conv/a", "mlp", "mlp/", "s=1\n", "output\u0663", "output" + "9" * 5000, "mlu/distance/rms/s=0"),
+]
+
+
+@pytest.mark.parametrize("text", NO_NAMES)
 def test_text_that_is_no_name_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # of a number that is none, Python's own
         parse_location_name(text)

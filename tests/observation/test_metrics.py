@@ -1,7 +1,5 @@
 """Metrics over batches and processes, against the functions on all samples at once."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math
@@ -14,66 +12,57 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from helpers.trainers import quiet
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Metric, MetricCollection
 
-from mlu_lightning.observation.distances import (
-    cka_distance,
-    gram_distance,
-    output_distance,
-    procrustes_distance,
-    rms_distance,
-)
+from mlu_lightning.observation import distances
 from mlu_lightning.observation.metrics import CKADistance, GramDistance, OutputDistance, ProcrustesDistance, RMSDistance
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
-DISTANCES: list[tuple[type[Metric], Distance]] = [
-    (RMSDistance, rms_distance),
-    (GramDistance, gram_distance),
-    (CKADistance, cka_distance),
-    (ProcrustesDistance, procrustes_distance),
-    (OutputDistance, output_distance),
-]
-SAMPLES = [(RMSDistance, rms_distance), *DISTANCES[1:4]]
-CLASSES = [kind for kind, _ in DISTANCES]
-ROUNDING: dict[str, Any] = {"rtol": 1e-13, "atol": 0.0}  # sums of squares in another order
+DISTANCES: dict[type[Metric], Distance] = {
+    RMSDistance: distances.rms_distance,
+    GramDistance: distances.gram_distance,
+    CKADistance: distances.cka_distance,
+    ProcrustesDistance: distances.procrustes_distance,
+    OutputDistance: distances.output_distance,
+}
+every = pytest.mark.parametrize(("kind", "distance"), DISTANCES.items(), ids=lambda value: value.__name__)
 
-every = pytest.mark.parametrize(("kind", "distance"), DISTANCES, ids=lambda value: value.__name__)
+
+def close(found: Tensor, wanted: Tensor, rtol: float = 1e-13) -> None:
+    """Equal but for sums of squares in another order."""
+    torch.testing.assert_close(found, wanted, rtol=rtol, atol=0.0)
 
 
 def draw(samples: int, dimension: int = 4, seed: int = 0) -> Tensor:
     return torch.randn(samples, dimension, generator=torch.Generator().manual_seed(seed))
 
 
-def reference_width(kind: type[Metric]) -> int:
-    return 4 if kind is OutputDistance else 6
-
-
 def data(kind: type[Metric], samples: int = 20) -> tuple[Tensor, Tensor]:
-    return draw(samples), draw(samples, reference_width(kind), 1)
+    return draw(samples), draw(samples, 4 if kind is OutputDistance else 6, 1)
+
+
+def split(kind: type[Metric], *sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(*(values.split(sizes) for values in data(kind, sum(sizes))), strict=True))
 
 
 def fed(kind: type[Metric], *sizes: int) -> Metric:
     metric = kind()
-    for h, reference in zip(*(values.split(sizes) for values in data(kind, sum(sizes))), strict=True):
-        metric.update(h, reference)
+    for batch in split(kind, *sizes):
+        metric.update(*batch)
     return metric
-
-
-# --- values
 
 
 @every
 @pytest.mark.parametrize("sizes", [(20,), (7, 13), (1, 1, 18), (5, 5, 5, 5)])
-def test_batches_make_the_distance_of_all_samples(
-    kind: type[Metric], distance: Distance, sizes: tuple[int, ...]
-) -> None:
+def test_batches_make_the_distance_of_all_samples(kind: type[Metric], distance: Distance, sizes: Any) -> None:
     value = fed(kind, *sizes).compute()
     assert value.dtype == torch.float64 and value.shape == ()
-    torch.testing.assert_close(value, distance(*data(kind)), **ROUNDING)
+    close(value, distance(*data(kind)))
 
 
 def test_rms_and_output_against_numpy() -> None:
@@ -86,10 +75,9 @@ def test_rms_and_output_against_numpy() -> None:
 @every
 def test_forward_returns_the_distance_of_the_batch(kind: type[Metric], distance: Distance) -> None:
     metric = kind()
-    pieces = [values.split((6, 14)) for values in data(kind)]
-    for h, reference in zip(*pieces, strict=True):
-        torch.testing.assert_close(metric(h, reference), distance(h, reference), **ROUNDING)
-    torch.testing.assert_close(metric.compute(), distance(*data(kind)), **ROUNDING)
+    for batch in split(kind, 6, 14):
+        close(metric(*batch), distance(*batch))
+    close(metric.compute(), distance(*data(kind)))
 
 
 @every
@@ -100,7 +88,7 @@ def test_sums_are_float64_whatever_comes_in(kind: type[Metric], distance: Distan
     for batch in zip(h.split(100), reference.split(100), strict=True):
         metric.update(*batch)
     # the rounding of 1e3 twice, or of 1e6 in Gram matrices, in float64
-    torch.testing.assert_close(metric.compute(), distance(h.double(), reference.double()), rtol=1e-9, atol=0.0)
+    close(metric.compute(), distance(h.double(), reference.double()), rtol=1e-9)
 
 
 def test_a_large_sum_takes_small_squares() -> None:
@@ -109,9 +97,8 @@ def test_a_large_sum_takes_small_squares() -> None:
     for _ in range(100):
         metric.update(torch.full((100, 1), 1e-1), torch.zeros(100, 1))
     # 1e12 + 10^4 * 0.1^2: float32 would stay at 1e12
-    wanted = float(np.float32(0.1)) ** 2
     total = metric.compute().square().item() * 10_001 - 1e12
-    assert total == pytest.approx(1e4 * wanted, rel=1e-4)
+    assert total == pytest.approx(1e4 * float(np.float32(0.1)) ** 2, rel=1e-4)
 
 
 @every
@@ -124,7 +111,7 @@ def test_values_that_are_not_finite_make_nan_until_reset(kind: type[Metric], dis
         assert metric.compute().isnan()
         metric.reset()
     metric.update(h, reference)
-    torch.testing.assert_close(metric.compute(), distance(h, reference), **ROUNDING)
+    close(metric.compute(), distance(h, reference))
 
 
 @every
@@ -140,18 +127,16 @@ def test_without_samples_it_is_nan(kind: type[Metric], distance: Distance) -> No
 
 @every
 def test_what_cannot_be_compared_is_refused(kind: type[Metric], distance: Distance) -> None:
-    metric = kind()
     with pytest.raises(ValueError, match="5 samples of one model and 6 of its reference"):
-        metric.update(draw(5), draw(6))
+        kind().update(draw(5), draw(6))
     with pytest.raises(ValueError, match=r"\[samples, coordinates\].*flatten"):
-        metric.update(draw(5)[None], draw(5)[None])
+        kind().update(draw(5)[None], draw(5)[None])
 
 
 def test_shapes_are_refused_as_by_the_functions() -> None:
-    with pytest.raises(ValueError, match="needs no coupling"):
-        RMSDistance().update(draw(5, 4), draw(5, 3))
-    with pytest.raises(ValueError, match="same targets"):
-        OutputDistance().update(draw(5, 4), draw(5, 3))
+    for kind, message in ((RMSDistance, "needs no coupling"), (OutputDistance, "same targets")):
+        with pytest.raises(ValueError, match=message):
+            kind().update(draw(5, 4), draw(5, 3))
 
 
 @pytest.mark.parametrize("kind", [GramDistance, CKADistance, ProcrustesDistance])
@@ -164,17 +149,13 @@ def test_batches_of_different_dimensions_are_refused(kind: type[Metric], second:
         metric.compute()
 
 
-# --- what torchmetrics promises
-
-
 @every
 def test_a_metric_does_not_keep_what_it_was_given(kind: type[Metric], distance: Distance) -> None:
     h, reference = (values.double() for values in data(kind))
-    wanted = distance(h, reference)
-    metric = kind()
+    wanted, metric = distance(h, reference), kind()
     metric.update(h, reference)
     h.zero_()
-    torch.testing.assert_close(metric.compute(), wanted, **ROUNDING)
+    close(metric.compute(), wanted)
 
 
 @every
@@ -189,59 +170,52 @@ def test_no_graph_is_kept(kind: type[Metric], distance: Distance) -> None:
 
 @every
 def test_copies_go_on_by_themselves(kind: type[Metric], distance: Distance) -> None:
-    whole = distance(*data(kind))
-    metric = fed(kind, 8)
+    first, rest = split(kind, 8, 12)
+    metric = kind()
+    metric.update(*first)
     before = metric.compute()
-    h, reference = data(kind)
-    metric.reset()
-    metric.update(h[:8], reference[:8])
     for copied in (metric.clone(), copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
-        copied.update(h[8:], reference[8:])
-        torch.testing.assert_close(copied.compute(), whole, **ROUNDING)
-    torch.testing.assert_close(metric.compute(), distance(h[:8], reference[:8]), **ROUNDING)
-    assert not torch.equal(before, whole)
+        copied.update(*rest)
+        close(copied.compute(), distance(*data(kind)))
+    close(metric.compute(), distance(*first))
+    assert not torch.equal(before, distance(*data(kind)))
 
 
 @every
 def test_state_dict_carries_the_samples_if_persistent(kind: type[Metric], distance: Distance) -> None:
-    h, reference = data(kind)
-    metric = kind()
+    *first, rest = split(kind, 8, 4, 8)
+    metric, resumed, buffer = kind(), kind(), io.BytesIO()
     assert not metric.state_dict()
     metric.persistent(True)
-    metric.update(h[:8], reference[:8])
-    metric.update(h[8:12], reference[8:12])
-    buffer = io.BytesIO()
+    resumed.persistent(True)
+    for batch in first:
+        metric.update(*batch)
     torch.save(nn.ModuleDict({"metric": metric}).state_dict(), buffer)
     buffer.seek(0)
-    resumed = kind()
-    resumed.persistent(True)
     nn.ModuleDict({"metric": resumed}).load_state_dict(torch.load(buffer, weights_only=True))
-    resumed.update(h[12:], reference[12:])
-    torch.testing.assert_close(resumed.compute(), distance(h, reference), **ROUNDING)
+    resumed.update(*rest)
+    close(resumed.compute(), distance(*data(kind)))
 
 
 @every
 def test_states_of_two_metrics_merge(kind: type[Metric], distance: Distance) -> None:
-    h, reference = data(kind)
     one, other = kind(), kind()
-    one.update(h[:8], reference[:8])
-    other.update(h[8:], reference[8:])
+    for metric, batch in zip((one, other), split(kind, 8, 12), strict=True):
+        metric.update(*batch)
     one.merge_state(other)
-    torch.testing.assert_close(one.compute(), distance(h, reference), rtol=1e-12, atol=0.0)
+    close(one.compute(), distance(*data(kind)), rtol=1e-12)
 
 
 def test_collection_shares_the_samples() -> None:
-    collection = MetricCollection([kind() for kind, _ in SAMPLES])
-    h, reference = data(GramDistance, 30)
-    for batch in zip(h.split(10), reference.split(10), strict=True):
+    streams = [RMSDistance, GramDistance, CKADistance, ProcrustesDistance]
+    collection = MetricCollection([kind() for kind in streams])
+    for batch in split(GramDistance, 10, 10, 10):
         collection.update(*batch)
-    assert {frozenset(group) for group in collection.compute_groups.values()} == {
-        frozenset({"RMSDistance"}),
-        frozenset({"GramDistance", "CKADistance", "ProcrustesDistance"}),
-    }
+    shared = frozenset({"GramDistance", "CKADistance", "ProcrustesDistance"})
+    assert set(map(frozenset, collection.compute_groups.values())) == {frozenset({"RMSDistance"}), shared}
     values = collection.compute()
-    for kind, distance in SAMPLES:
-        torch.testing.assert_close(values[kind.__name__], distance(h, reference), **ROUNDING)
+    for kind in streams:
+        close(values[kind.__name__], DISTANCES[kind](*data(GramDistance, 30)))
 
 
 def test_collection_takes_outputs_by_name() -> None:
@@ -249,44 +223,41 @@ def test_collection_takes_outputs_by_name() -> None:
     h, reference = draw(9), draw(9, seed=1)
     collection.update(streams=h, outputs=2 * h, reference=reference)
     values = collection.compute()
-    torch.testing.assert_close(values["GramDistance"], gram_distance(h, reference), **ROUNDING)
-    torch.testing.assert_close(values["OutputDistance"], output_distance(2 * h, reference), **ROUNDING)
+    close(values["GramDistance"], distances.gram_distance(h, reference))
+    close(values["OutputDistance"], distances.output_distance(2 * h, reference))
+
+
+CONVERSIONS: dict[str, Callable[[Metric], Any]] = {
+    "half": lambda metric: metric.half(),
+    "to": lambda metric: metric.to(torch.bfloat16),
+    "set_dtype": lambda metric: metric.set_dtype(torch.float16),
+    "parent": lambda metric: nn.ModuleList([metric]).to("cpu", torch.float32),
+}
 
 
 @every
-@pytest.mark.parametrize(
-    "convert",
-    [
-        lambda metric: metric.half(),
-        lambda metric: metric.to(torch.bfloat16),
-        lambda metric: metric.set_dtype(torch.float16),
-        lambda metric: nn.ModuleList([metric]).to("cpu", torch.float32),
-    ],
-    ids=["half", "to", "set_dtype", "parent"],
-)
-def test_states_stay_float64(kind: type[Metric], distance: Distance, convert: Callable[[Metric], Any]) -> None:
-    h, reference = data(kind)
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+def test_states_stay_float64(kind: type[Metric], distance: Distance, conversion: str) -> None:
+    first, rest = split(kind, 8, 12)
     metric = kind()
-    metric.update(h[:8], reference[:8])
-    convert(metric)
-    metric.update(h[8:], reference[8:])
-    assert all(state.dtype in (torch.float64, torch.int64) for state in flat(metric))
-    assert metric.dtype == torch.float64
-    torch.testing.assert_close(metric.compute(), distance(h, reference), **ROUNDING)
+    metric.update(*first)
+    CONVERSIONS[conversion](metric)
+    metric.update(*rest)
+    kept = {torch.float64, torch.int64}
+    assert {state.dtype for state in flat(metric)} <= kept and metric.dtype == torch.float64
+    close(metric.compute(), distance(*data(kind)))
     metric.reset()
-    assert all(state.dtype in (torch.float64, torch.int64) for state in flat(metric))
+    assert {state.dtype for state in flat(metric)} <= kept
 
 
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", DISTANCES)
 def test_states_move_with_the_metric(kind: type[Metric]) -> None:
     metric = fed(kind, 3, 4).to("meta")
     assert {state.device.type for state in flat(metric)} == {"meta"} == {metric.device.type}
 
 
 def flat(metric: Metric) -> list[Tensor]:
-    return [
-        tensor for state in metric.metric_state.values() for tensor in (state if isinstance(state, list) else [state])
-    ]
+    return [tensor for state in metric.metric_state.values() for tensor in (state if type(state) is list else [state])]
 
 
 class Watched(LightningModule):
@@ -305,19 +276,12 @@ class Watched(LightningModule):
 
 def test_lightning_logs_them_at_low_precision() -> None:
     h, reference = (values.bfloat16() for values in data(GramDistance, 300))
-    trainer = Trainer(
-        accelerator="cpu", precision="bf16-true", logger=False, enable_progress_bar=False, enable_model_summary=False
-    )
-    # no checkpoint callback is asked for
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.validate(Watched(), DataLoader(TensorDataset(h, reference), batch_size=7), verbose=False)
-    for name, distance in (("gram", gram_distance), ("rms", rms_distance)):
+    trainer = quiet(precision="bf16-true")
+    trainer.validate(Watched(), DataLoader(TensorDataset(h, reference), batch_size=7), verbose=False)
+    for name, distance in (("gram", distances.gram_distance), ("rms", distances.rms_distance)):
         # logged as float32
         assert trainer.callback_metrics[name].item() == pytest.approx(distance(h, reference).item(), rel=1e-6)
 
-
-# --- two processes
 
 SHARDS = [(10, 10), (3, 17), (20, 0), (0, 0)]  # samples of rank 0 and 1, in batches of at most 4
 
@@ -328,9 +292,8 @@ def run_rank(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     found: dict[str, Tensor] = {}
     for shard in SHARDS:
-        for kind in CLASSES:
-            metric = kind()
-            begin = shard[0] * rank
+        for kind in DISTANCES:
+            metric, begin = kind(), shard[0] * rank
             h, reference = (values[begin : begin + shard[rank]] for values in data(kind))
             for batch in zip(h.split(4), reference.split(4), strict=True):
                 if len(batch[0]):
@@ -347,10 +310,9 @@ def test_two_processes_have_the_distance_of_all_samples(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        for kind, distance in DISTANCES:
-            h, reference = data(kind)
+        for kind, distance in DISTANCES.items():
             for shard in SHARDS[:-1]:
-                torch.testing.assert_close(found[f"{kind.__name__} {shard}"], distance(h, reference), **ROUNDING)
+                close(found[f"{kind.__name__} {shard}"], distance(*data(kind)))
             assert found[f"{kind.__name__} {SHARDS[-1]}"].isnan()
-            again = [torch.cat((values, values[:2], values[3:5])) for values in (h, reference)]
-            torch.testing.assert_close(found[f"{kind.__name__} more"], distance(*again), **ROUNDING)
+            again = (torch.cat((values, values[:2], values[3:5])) for values in data(kind))
+            close(found[f"{kind.__name__} more"], distance(*again))

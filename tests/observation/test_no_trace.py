@@ -3,19 +3,20 @@
 import copy
 import multiprocessing
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.processes import peak_megabytes
+from helpers.small_observations import SHAPE, locations_in, pairs
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from mlu_lightning.discovery.discover import discover
 from mlu_lightning.models import ResNet
-from mlu_lightning.observation import locate, observe
+from mlu_lightning.observation import observe
 from mlu_lightning.utilities.state import ParametersChangedError, preserve_state
 
 
@@ -58,14 +59,14 @@ class Untidy(LightningModule):
 def state_of(module: nn.Module) -> list[Any]:
     found: list[Any] = []
     for submodule in module.modules():
-        found.append(type(submodule))
+        found.append((type(submodule), None))
         for name, value in sorted(vars(submodule).items()):
             if name in ("_parameters", "_buffers"):
-                found.append({key: None if part is None else (id(part), part.clone()) for key, part in value.items()})
-            elif isinstance(value, Tensor):
-                found.append((name, id(value), value.clone()))
+                parts = {key: None if part is None else (id(part), part.clone()) for key, part in value.items()}
+                found.append((name, parts))
             else:
-                found.append((name, copy.copy(value)))
+                copied = (id(value), value.clone()) if isinstance(value, Tensor) else copy.copy(value)
+                found.append((name, copied))
     return found
 
 
@@ -83,47 +84,42 @@ def test_nothing_is_disturbed() -> None:
     module = Untidy()
     module.branch.eval()  # somebody may have frozen a part
     batch = torch.randn(6, 3), torch.randn(6, 2)
-    locations = locate(discover(module, batch).taps, [1], [0, 1])
+    locations = locations_in(module, batch)
     module.average.update(3.0)
-    before = state_of(module)
-    randoms = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index]
+
+    def everything() -> list[Any]:
+        numbers: Any = np.random.get_state()
+        return [state_of(module), torch.get_rng_state(), numbers[1].tolist(), random.getstate()]
+
+    before = everything()
     observe(module, batch, locations)
-    assert same(before, state_of(module))
-    assert torch.get_rng_state().equal(randoms[0])
-    assert np.array_equal(np.random.get_state()[1], randoms[1])  # type: ignore[index]
-    assert random.getstate() == randoms[2]
+    assert same(before, everything())
     assert all(parameter.grad is None for parameter in module.parameters())
     # and the comparison would have seen it
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     module._trainer = None
-    assert same(before[:1], state_of(module)[:1])
+    assert same(before[0][:1], state_of(module)[:1])
 
 
 def test_everything_would_be_disturbed_by_the_step_itself() -> None:
     module = Untidy()
-    module.__class__ = type("Silent", (Untidy,), {"log": lambda *a, **k: None, "logger": LoggerStub()})
+    logger = SimpleNamespace(log_metrics=lambda metrics: None)
+    module.__class__ = type("Silent", (Untidy,), {"log": lambda *a, **k: None, "logger": logger})
+    names = "total", "losses", "by_name", "count"
     before = state_of(module)
     module.training_step((torch.randn(6, 3), torch.randn(6, 2)))
     assert not same(before, state_of(module))
-    for name in ("total", "losses", "by_name", "count"):
-        old = next(entry for entry in before if isinstance(entry, tuple) and entry[0] == name)
-        new = next(entry for entry in state_of(module) if isinstance(entry, tuple) and entry[0] == name)
-        assert not same(old, new), name
-
-
-class LoggerStub:
-    def log_metrics(self, metrics: dict[str, Any]) -> None: ...
+    old, new = ([entry for entry in state if entry[0] in names] for state in (before, state_of(module)))
+    assert len(old) == 4 and not any(map(same, old, new))
 
 
 def test_dropout_is_off_and_sampled_noise_is_the_same_in_every_pass() -> None:
     class Noisy(ResNet):
         def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-            x, y = batch
-            return nn.functional.mse_loss(self(x + torch.randn_like(x)), y)
+            return nn.functional.mse_loss(self(batch[0] + torch.randn_like(batch[0])), batch[1])
 
-    model = Noisy(depth=2, hidden=7, embedding=6, inputs=4, outputs=2)
-    batch = torch.randn(5, 4), torch.randn(5, 2)
-    locations = locate(discover(model, batch).taps, [2], [0, 1])
+    model, batch = Noisy(**SHAPE), pairs()
+    locations = locations_in(model, batch)
     first = observe(model, batch, locations)
     torch.manual_seed(123)
     assert same(first, observe(model, batch, locations))
@@ -149,30 +145,22 @@ class Manual(ResNet):
 
 
 def test_manual_optimization_makes_no_step() -> None:
-    class StubTrainer:
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizers = [optimizer]
-            self.lr_scheduler_configs: list[Any] = []
-
-    model = Manual(depth=2, hidden=7, embedding=6, inputs=4, outputs=2)
-    batch = torch.randn(5, 4), torch.randn(5, 2)
-    locations = locate(discover(model, batch).taps, [2], [1])
+    model, batch = Manual(**SHAPE), pairs()
+    locations = locations_in(model, batch)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=1.0)
     nn.functional.mse_loss(model(batch[0]), batch[1]).backward()
-    model._trainer = StubTrainer(optimizer)  # type: ignore[assignment]
-    before = [
-        (parameter.clone(), parameter.grad.clone()) for parameter in model.parameters() if parameter.grad is not None
-    ]
+    stub: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
+    model._trainer = stub
+    before = [(parameter.clone(), parameter.grad.clone()) for parameter in model.parameters()]  # type: ignore[union-attr]
     observe(model, batch, locations)
-    after = [(parameter, parameter.grad) for parameter in model.parameters()]
-    assert same(before, after)
+    assert same(before, [(parameter, parameter.grad) for parameter in model.parameters()])
 
 
 class Careless(ResNet):
     """Changes statistics, the batch itself, and weights, if it may, where nobody counts it."""
 
     def __init__(self, changes_weights: bool) -> None:
-        super().__init__(depth=2, hidden=7, embedding=6, inputs=4, outputs=2)
+        super().__init__(**SHAPE)
         self.changes_weights = changes_weights
         self.teacher = nn.Linear(4, 4).requires_grad_(False)
         self.norm = nn.BatchNorm1d(4)
@@ -207,7 +195,7 @@ def test_what_nobody_counts_is_not_disturbed_either(changes_weights: bool) -> No
     module = Careless(changes_weights)
     batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
     given = {name: value.clone() for name, value in batch.items()}
-    locations = locate(discover(module, batch).taps, [2], [0, 1])
+    locations = locations_in(module, batch)
     module.frozen = Frozen(a=1)
 
     def state() -> Any:
@@ -230,13 +218,12 @@ def test_what_nobody_counts_is_not_disturbed_either(changes_weights: bool) -> No
 
 
 def test_step_that_changes_parameters_is_an_error() -> None:
-    module = Careless(changes_weights=True)
     batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
     message = (
         r"Careless changes its parameters readout.weight, teacher.weight in a forward .*in a hook, .*validation_step"
     )
     with pytest.raises(ParametersChangedError, match=message):
-        observe(module, batch, ())
+        observe(Careless(changes_weights=True), batch, ())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.complex64])
@@ -257,10 +244,9 @@ def test_parameters_in_attributes_are_not_copied() -> None:
 
 
 def measure_pass(result: Any) -> None:
-    module = ResNet(depth=2, hidden=1500, embedding=3000, inputs=4, outputs=2)
-    batch = torch.randn(2, 4), torch.randn(2, 2)
+    module = ResNet(**SHAPE | {"hidden": 1500, "embedding": 3000})
     before = peak_megabytes()
-    observe(module, batch, ())
+    observe(module, pairs(), ())
     result.put((sum(value.nbytes for value in module.parameters()) / 2**20, peak_megabytes() - before))
 
 
@@ -275,9 +261,8 @@ def test_pass_does_not_take_the_memory_of_a_second_model() -> None:
 
 
 def test_tensors_of_an_inference_are_no_obstacle() -> None:
-    model = ResNet(depth=1, hidden=7, embedding=6, inputs=4, outputs=2)
-    batch = torch.randn(5, 4), torch.randn(5, 2)
-    locations = locate(discover(model, batch).taps, [1], [0, 1])
+    model, batch = ResNet(**SHAPE), pairs()
+    locations = locations_in(model, batch)
     with torch.inference_mode():
         model.cache = torch.ones(3)
         model.register_buffer("table", torch.ones(3))
@@ -293,8 +278,7 @@ def test_no_gradient_is_computed() -> None:
 
         rehearsed = True
 
-    model = Watching(depth=1, hidden=7, embedding=6, inputs=4, outputs=2)
-    batch = torch.randn(5, 4), torch.randn(5, 2)
-    locations = locate(discover(model, batch).taps, [1], [0, 1])
+    model, batch = Watching(**SHAPE), pairs()
+    locations = locations_in(model, batch)
     Watching.rehearsed = False
     observe(model, batch, locations)

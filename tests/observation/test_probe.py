@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES
+from helpers.small_observations import SHAPE, locations_in, pairs
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
@@ -16,31 +17,20 @@ from mlu_lightning.observation import locate, observe
 
 
 def test_resnet_is_read_as_the_formula_says() -> None:
-    model = ResNet(depth=3, hidden=7, embedding=6, inputs=4, outputs=2)
-    x = torch.randn(10, 4)
-    h = [x @ model.embed.weight.T]
+    model, batch = ResNet(**SHAPE | {"depth": 3}), pairs()
+    h = [batch[0] @ model.embed.weight.T]
     for block in model.blocks:
-        assert isinstance(block.read, nn.Linear)
-        assert isinstance(block.write, nn.Linear)
         h.append(h[-1] + torch.tanh(h[-1] @ block.read.weight.T) @ block.write.weight.T)
-    structure = discover(model, (x, torch.zeros(10, 2)))
-    locations = locate(structure.taps, [3], [0, 1 / 3, 0.5, 1])
-    found = observe(model, (x, torch.zeros(10, 2)), locations)
-    for name, expected in {
-        "s=0": h[0],
-        "s=0.333333": h[1],
-        "s=0.5": (h[1] + h[2]) / 2,
-        "s=1": h[3],
-        "output": h[3] @ model.readout.weight.T,
-    }.items():
-        torch.testing.assert_close(found[name], expected.detach())
+    expected = {"s=0": h[0], "s=0.333333": h[1], "s=0.5": (h[1] + h[2]) / 2, "s=1": h[3]}
+    found = observe(model, batch, locations_in(model, batch, [0, 1 / 3, 0.5, 1]))
+    for name, values in (expected | {"output": h[3] @ model.readout.weight.T}).items():
+        torch.testing.assert_close(found[name], values.detach())
 
 
 def test_rows_are_evenly_spaced_over_samples_and_tokens() -> None:
     model = CausalTransformer(vocabulary=11, context=8, depth=1, embedding=6, heads=1, head_dim=4).eval()
     tokens = torch.randint(11, (5, 9))
-    structure = discover(model, tokens)
-    found = observe(model, tokens, locate(structure.taps, [2], [0]), positions=7)
+    found = observe(model, tokens, locations_in(model, tokens, [0]), positions=7)
     rows = [round(i * 39 / 6) for i in range(7)]
     with torch.no_grad():
         assert found["s=0"].equal(model.tokens(tokens[:, :-1]).flatten(0, 1)[rows])
@@ -48,9 +38,8 @@ def test_rows_are_evenly_spaced_over_samples_and_tokens() -> None:
 
 
 def test_compiled_module_is_read_and_its_code_is_not_used() -> None:
-    model = ResNet(depth=2, hidden=7, embedding=6, inputs=4, outputs=2)
-    batch = torch.randn(5, 4), torch.randn(5, 2)
-    locations = locate(discover(model, batch).taps, [2], [0, 1])
+    model, batch = ResNet(**SHAPE), pairs()
+    locations = locations_in(model, batch)
     eager = observe(model, batch, locations)
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -62,24 +51,19 @@ def test_compiled_module_is_read_and_its_code_is_not_used() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_can_be_read(name: str) -> None:
-    architecture = ARCHITECTURES[name]
-    module = architecture.build(2, 2, 16)
-    structure = discover(module, architecture.example)
-    locations = locate(structure.taps, [stream.depth for stream in structure.streams], [0, 0.25, 1])
-    found = observe(module, architecture.example, locations, positions=5)
+    module, example = ARCHITECTURES[name].build(2, 2, 16), ARCHITECTURES[name].example
+    found = observe(module, example, locations_in(module, example, [0, 0.25, 1]), positions=5)
     assert set(found) >= {"s=0", "s=0.25", "s=1"}
-    for values in found.values():
-        assert values.shape[0] <= 5
-        assert values.isfinite().all()
-    assert found["s=1"].shape[1] == structure.embedding
+    assert all(values.shape[0] <= 5 and values.isfinite().all() for values in found.values())
+    assert found["s=1"].shape[1] == discover(module, example).embedding
 
 
 def test_location_that_is_not_passed_is_an_error() -> None:
-    model = ResNet(depth=1, hidden=7, embedding=6, inputs=4, outputs=2)
+    model = ResNet(**SHAPE)
     model.unused = nn.Identity()
     locations = locate([Tap("stream", 0, 0, "unused", "output", None, -1)], [1], [0])
     with pytest.raises(ValueError, match=r"'unused'.* was not called by training_step in evaluation mode"):
-        observe(model, (torch.randn(5, 4), torch.randn(5, 2)), locations)
+        observe(model, pairs(), locations)
 
 
 class Stages(nn.Module):
@@ -88,48 +72,43 @@ class Stages(nn.Module):
         self.stem, self.down = nn.Linear(3, 8), nn.Linear(8, 4)
         self.one = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 8))
         self.two = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 4))
-        self.head = nn.Linear(4, 2)
+        self.head, self.helper = nn.Linear(4, 2), nn.Linear(4, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def last(self, x: Tensor) -> Tensor:
         h = self.stem(x)
         h = h + self.one(h)
         h = self.down(h) + self.two(h)
-        output: Tensor = self.head(h)
-        return output
+        return h
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.last(x))
 
 
 def test_between_two_stages_the_nearer_one_is_read() -> None:
     module, x = Stages(), torch.randn(5, 3)
-    taps = discover(module, x).taps
-    found = observe(module, x, locate(taps, [2], [0.5, 0.6, 0.75, 0.9, 1]))
+    found = observe(module, x, locations_in(module, x, [0.5, 0.6, 0.75, 0.9, 1]))
     assert [values.shape[1] for name, values in found.items() if name != "output"] == [8, 8, 4, 4, 4]
     assert found["s=0.6"].equal(found["s=0.5"]) and found["s=0.9"].equal(found["s=1"])
 
 
 def test_first_call_of_a_submodule_is_the_one_that_is_read() -> None:
     class Twice(Stages):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> Any:
             return super().forward(x) + 0 * super().forward(-x)
 
     module, x = Twice(), torch.randn(5, 3)
-    found = observe(module, x, locate(discover(Stages(), x).taps, [2], [0]))
+    found = observe(module, x, locations_in(Stages(), x, [0]))
     assert found["s=0"].equal(module.stem(x).detach())
 
 
 def test_readout_that_only_helps_in_training_is_left_out() -> None:
     class Helped(Stages):
-        def __init__(self) -> None:
-            super().__init__()
-            self.helper = nn.Linear(4, 3)
-
         def forward(self, x: Tensor) -> Any:
-            h = self.stem(x)
-            h = h + self.one(h)
-            h = self.down(h) + self.two(h)
+            h = self.last(x)
             return (self.head(h), self.helper(h)) if self.training else (self.head(h),)
 
     module, x = Helped(), torch.randn(5, 3)
-    locations = locate(discover(module, x).taps, [2], [0])
+    locations = locations_in(module, x, [0])
     assert {location.name for location in locations} == {"s=0", "output", "output1"}
     assert set(observe(module, x, locations)) == {"s=0", "output"}
 
@@ -141,17 +120,13 @@ def test_padding_in_an_encoder_of_torch() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.tokens, self.head = nn.Embedding(9, 8), nn.Linear(8, 2)
-            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
 
-        def training_step(self, batch: Tensor) -> Tensor:
+        def training_step(self, batch: Tensor) -> Any:
             h = self.encoder(self.tokens(batch), src_key_padding_mask=batch == 0)
-            logits: Tensor = self.head(h)
-            return logits.square().mean()
+            return self.head(h).square().mean()
 
-    module = Padded()
-    batch = torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])
-    taps = discover(module, batch).taps
-    found = observe(module, batch, locate(taps, [4], [0, 0.5, 1]))
+    module, batch = Padded(), torch.tensor([[1, 2, 3, 0], [4, 5, 0, 0]])
+    found = observe(module, batch, locations_in(module, batch, [0, 0.5, 1]))
     assert {values.shape[0] for values in found.values()} == {8}
     assert torch.backends.mha.get_fastpath_enabled()

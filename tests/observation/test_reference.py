@@ -1,7 +1,5 @@
 """What comes back from a reference file, and how it is read while it changes."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.references import HEADER, LOCATIONS, PROBE, check, losses, observation, write
+from helpers.references import HEADER, PROBE, check, losses, observation, write
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,8 +19,6 @@ from mlu_lightning.observation import Reference, StreamName, load_probe
 from mlu_lightning.observation.batches import batch_hash
 from mlu_lightning.observation.reference_writer import ReferenceWriter
 
-# --- what is written comes back
-
 
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "some" / "folder" / "reference.safetensors"
@@ -30,62 +26,49 @@ def test_round_trip(tmp_path: Path) -> None:
     assert writer.steps == (0, 3, 10)
     assert torch.equal(writer.losses, losses(10))
     reference = check(path, [0, 3, 10])
-    assert reference.header == HEADER
-    assert type(reference.header.depths[0]) is float
-    assert reference.path == path
+    assert (reference.header, reference.path, type(reference.header.depths[0])) == (HEADER, path, float)
     assert set(reference.probe) == {"x", "meta", "mask"}
     assert torch.equal(reference.probe["x"], PROBE["x"])
     assert os.listdir(path.parent) == [path.name]
     probe, step = load_probe(path)
-    assert batch_hash(probe) == batch_hash(PROBE)
-    assert step == Reference.load(path).header.runs
+    assert (batch_hash(probe), step) == (batch_hash(PROBE), reference.header.runs)
 
 
-def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
+def test_the_safetensors_library_reads_it(path: Path) -> None:
     write(path, [0, 3])
+    expected = {f"{step}/{name}": values for step in (0, 3) for name, values in observation(step).items()}
+    expected |= {"probe/0": PROBE["x"], "probe/1": PROBE["mask"], "losses": losses(3)}
     tensors = load_file(path)
-    assert set(tensors) == {f"{step}/{name}" for step in (0, 3) for name in LOCATIONS} | {
-        "probe/0",
-        "probe/1",
-        "losses",
-    }
-    for step in (0, 3):
-        for name, values in observation(step).items():
-            assert torch.equal(tensors[f"{step}/{name}"], values)
-    assert torch.equal(tensors["probe/0"], PROBE["x"])
-    assert torch.equal(tensors["losses"], losses(3))
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[name], values) for name, values in expected.items())
     with safe_open(path, "pt") as file:
         assert file.metadata()["format"] == "mlu_lightning.reference"
         assert json.loads(file.metadata()["header"])["depth"] == [4]
 
 
-def test_bfloat16(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
-    write(path, [0, 3], replace(HEADER, dtype="bfloat16"))
+def test_bfloat16(path: Path) -> None:
+    header = replace(HEADER, dtype="bfloat16")
+    write(path, [0, 3], header)
     check(path, [0, 3], torch.bfloat16)
-    ReferenceWriter.resume(path, replace(HEADER, dtype="bfloat16"), PROBE, 3).write(4, observation(4), losses(4))
+    ReferenceWriter.resume(path, header, PROBE, 3).write(4, observation(4), losses(4))
     check(path, [0, 3, 4], torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_that_are_not_finite(tmp_path: Path, dtype: Any) -> None:
-    path = tmp_path / "reference.safetensors"
-    header = replace(HEADER, dtype=dtype)
-    values = observation(0)
+def test_values_that_are_not_finite(path: Path, dtype: Any) -> None:
+    header, values = replace(HEADER, dtype=dtype), observation(0)
     values["s=0"][0, 0], values["s=0"][1, 0], values["output"][0] = math.nan, -math.inf, math.inf
     ReferenceWriter(path, header, PROBE).write(0, values, torch.tensor([math.nan, 1]))
     ReferenceWriter.resume(path, header, PROBE, 1).write(1, observation(1), torch.tensor([math.nan]))
     reference = Reference.load(path)
-    assert torch.equal(reference.read(0)["s=0"].isnan(), values["s=0"].isnan())
-    assert reference.read(0)["s=0"][1, 0] == -math.inf
-    assert reference.read(0)["output"][0] == math.inf
+    found = reference.read(0)
+    assert torch.equal(found["s=0"].isnan(), values["s=0"].isnan())
+    assert (found["s=0"][1, 0], found["output"][0]) == (-math.inf, math.inf)
     assert reference.losses.isnan().tolist() == [True]
 
 
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
-def test_size(tmp_path: Path, dtype: Any, item: int) -> None:
-    path = tmp_path / "reference.safetensors"
+def test_size(path: Path, dtype: Any, item: int) -> None:
     depths, positions, embedding, outputs, steps = 5, 64, 32, 100, [0, 1, 2, 4, 8]
     locations = {StreamName(k / 4): (positions, embedding) for k in range(depths)} | {"output": (positions, outputs)}
     write(path, steps, replace(HEADER, locations=locations, dtype=dtype))
@@ -95,39 +78,24 @@ def test_size(tmp_path: Path, dtype: Any, item: int) -> None:
     assert Reference.load(path).size == os.path.getsize(path)
 
 
-def test_print(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
+def test_print(path: Path) -> None:
     write(path, list(range(20)))
     text = str(Reference.load(path))
-    for part in (
-        str(path),
-        "MB",
-        "L = 4, D = 2, M = 16 (mlp), M = 4 (attention)",
-        "steps: 0, 1, 2, 3, 4, ..., 17, 18, 19 (20 recordings, 19 losses)",
-        "s=0, s=0.5, output (positions: 2, 3; float32)",
-    ):
-        assert part in text
+    assert str(path) in text and "MB" in text and "L = 4, D = 2, M = 16 (mlp), M = 4 (attention)" in text
+    assert "steps: 0, 1, 2, 3, 4, ..., 17, 18, 19 (20 recordings, 19 losses)" in text
+    assert "s=0, s=0.5, output (positions: 2, 3; float32)" in text
 
 
-# --- reading lazily, while the file changes
-
-
-def test_recordings_stay_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
-    locations = {"s=0": (1000, 100)}
-    writer = ReferenceWriter(path, replace(HEADER, locations=locations), PROBE)
-    for step in range(10):
-        writer.write(step, observation(step, locations), losses(step))
+def test_recordings_stay_in_the_file(path: Path) -> None:
+    writer = write(path, list(range(10)), replace(HEADER, locations={"s=0": (1000, 100)}))
     reference = Reference.load(path)
     del writer
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.shape == (1000, 100)]
-    assert not tensors
+    assert not [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.shape == (1000, 100)]
     assert reference.read(3)["s=0"].shape == (1000, 100)
 
 
-def test_read_from_a_file_that_grew(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
+def test_read_from_a_file_that_grew(path: Path) -> None:
     writer = write(path, [0, 3])
     reference = Reference.load(path)
     writer.write(5, observation(5), losses(5))
@@ -136,8 +104,7 @@ def test_read_from_a_file_that_grew(tmp_path: Path) -> None:
         reference.read(5)
 
 
-def test_read_from_a_file_of_another_run(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
+def test_read_from_a_file_of_another_run(path: Path) -> None:
     write(path, [0, 3])
     reference = Reference.load(path)
     ReferenceWriter.resume(path, HEADER, PROBE, 2).write(3, observation(4), losses(3))
@@ -155,13 +122,11 @@ def test_read_from_a_file_of_another_run(tmp_path: Path) -> None:
         reference.read(0)
 
 
-def test_read_finds_damage_since_it_was_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
+def test_read_finds_damage_since_it_was_loaded(path: Path) -> None:
     write(path, [0])
     reference = Reference.load(path)
     content = bytearray(path.read_bytes())
-    position = content.index(observation(0)["s=0"].numpy().tobytes())
-    content[position] ^= 1
+    content[content.index(observation(0)["s=0"].numpy().tobytes())] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="recording of step 0 does not have the hash"):
         reference.read(0)
