@@ -1,7 +1,5 @@
 """How the repository is built: which folder imports which, where files are, what they are called, and how long they are."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

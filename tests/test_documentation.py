@@ -1,7 +1,5 @@
 """READMEs, cards and theory.md: links lead somewhere, cited sections and files exist, code compiles."""
 
-from __future__ import annotations
-
 import ast
 import fnmatch
 import importlib.resources

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -17,10 +15,9 @@ DEPTH, HIDDEN, EMBEDDING, INPUTS, OUTPUTS = 3, 12, 7, 4, 2
 def test_resnet_in_the_absolute_form_is_the_papers_with_its_gradient_step(activation: str) -> None:
     """theory.md, section 2, in NumPy: U and V with entries N(0, D), learning rate 1 on everything, one step."""
     rng = np.random.default_rng(0)
-    sigma, slope = {
-        "tanh": (np.tanh, lambda p: 1 - np.tanh(p) ** 2),
-        "positive": (lambda p: p, np.ones_like),
-    }[activation]
+    sigma, slope = {"tanh": (np.tanh, lambda p: 1 - np.tanh(p) ** 2), "positive": (lambda p: p, np.ones_like)}[
+        activation
+    ]
     w_e, w_u = rng.normal(size=(EMBEDDING, INPUTS)), rng.normal(size=(EMBEDDING, OUTPUTS))
     u = rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5
     v = rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5

@@ -1,7 +1,5 @@
 """The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import astuple, replace
 

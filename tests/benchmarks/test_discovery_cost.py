@@ -1,7 +1,5 @@
 """What discovery costs. Run with ``pytest tests/benchmarks -m slow -k discovery``."""
 
-from __future__ import annotations
-
 import pytest
 from helpers.processes import run
 

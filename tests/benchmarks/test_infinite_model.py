@@ -4,8 +4,6 @@ One gradient step of the paper's network beside a plain NumPy one, taking turns;
 network that published experiments used in its place, with the error that is left in each.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -7,8 +7,6 @@ The latter is the median ratio of steps without hooks to those of the plain trai
 kind, by where in memory their tensors happen to lie; the standard error is that of these differences.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,13 +28,7 @@ from mlu_lightning.quickstart.study import BASE, SHAPES, Study, load_text
 
 STEPS = 2000
 ORDER = "plain recorder distance features recorder distance plain features distance plain features recorder".split()
-HOOKS = (
-    "on_train_start",
-    "on_train_batch_start",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_train_end",
-)
+HOOKS = ("on_train_start", "on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_train_end")
 
 
 def transformer() -> CausalTransformer:

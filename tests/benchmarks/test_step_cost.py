@@ -5,8 +5,6 @@ where they are not installed. Times are processor time: that of other processes 
 size takes 11 GB of memory.
 """
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

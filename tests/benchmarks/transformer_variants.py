@@ -3,8 +3,6 @@
 The structure, the data and the optimizer are the same; what differs is what a parameterization puts into them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,8 +51,7 @@ class Transformer(CausalTransformer):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         name, arguments = OPTIMIZERS[self.kind]
-        optimizer: torch.optim.Optimizer = getattr(self.optimizers_of(), name)(self.parameters(), lr=1e-4, **arguments)
-        return optimizer
+        return getattr(self.optimizers_of(), name)(self.parameters(), lr=1e-4, **arguments)
 
     def optimizers_of(self) -> Any:
         """Where the optimizers come from."""
@@ -72,8 +69,7 @@ def mup_transformer(size: Size, kind: str) -> Transformer:
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             name, arguments = OPTIMIZERS[self.kind]
-            optimizer: torch.optim.Optimizer = getattr(mup, f"Mu{name}")(self.parameters(), lr=1e-4, **arguments)
-            return optimizer
+            return getattr(mup, f"Mu{name}")(self.parameters(), lr=1e-4, **arguments)
 
     # depths have to be the same: parameters are matched by name
     base, wider = (MuTransformer(Size(size.depth, BASE.embedding * factor, 1), kind) for factor in (1, 2))

@@ -1,7 +1,5 @@
 """Modules of the registry under a Trainer: their losses and data, a thin LightningModule around them, and their runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,8 +30,7 @@ def loss_of(module: nn.Module, batch: Any) -> Tensor:
     if isinstance(module, CausalTransformer):
         return F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
     if isinstance(batch, dict):
-        loss: Tensor = module(**batch).loss
-        return loss
+        return module(**batch).loss
     output = module(*batch)
     ramp = torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)
     return (output - ramp).square().mean()

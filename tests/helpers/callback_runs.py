@@ -1,7 +1,5 @@
 """A residual network for MLUCallback in the Trainer, its data and its runs, and what updates saw of their groups."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs in which something happens on purpose, and what has to be true of module and optimizer afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

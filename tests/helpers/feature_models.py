@@ -1,7 +1,5 @@
 """Perceptrons and attentions written in many ways, each with what enters its nonlinearity or its softmax."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,8 +72,7 @@ class UnitsNet(nn.Module):
         self.blocks = nn.Sequential(UnitsBlock(units), UnitsBlock(units))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.readout(self.blocks(self.embed(x)))
-        return output
+        return self.readout(self.blocks(self.embed(x)))
 
 
 class UnitsBlock(nn.Module):
@@ -86,8 +83,7 @@ class UnitsBlock(nn.Module):
         self.write, self.units = nn.Linear(HIDDEN, EMBEDDING), units
 
     def forward(self, stream: Tensor) -> Tensor:
-        output: Tensor = stream + self.write(self.units.form(self, self.read(self.norm(stream))))
-        return output
+        return stream + self.write(self.units.form(self, self.read(self.norm(stream))))
 
 
 CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -159,5 +155,4 @@ class AttentionNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.embed(x)
-        output: Tensor = self.readout(stream + self.out(self.form.form(*self.parts(stream)).transpose(1, 2).flatten(2)))
-        return output
+        return self.readout(stream + self.out(self.form.form(*self.parts(stream)).transpose(1, 2).flatten(2)))

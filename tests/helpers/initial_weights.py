@@ -1,7 +1,5 @@
 """Modules of bare weights with a plan that says the same of all, and how large initial weights are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ number of steps and the seconds until then. Each run is a process of its own, fo
 on from the last checkpoint in its folder, if there is one. Its exit code is printed when it ends.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

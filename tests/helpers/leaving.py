@@ -1,7 +1,5 @@
 """Trained models that leave the package, and how a test sees that leaving was refused."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, Literal
@@ -31,12 +29,10 @@ class Lit(LightningModule):
         self.model = model
 
     def predict_step(self, batch: dict[str, Tensor]) -> Tensor:
-        output: Tensor = self.model(**batch).logits
-        return output
+        return self.model(**batch).logits
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = self.model(**batch).loss
-        return loss
+        return self.model(**batch).loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.02)
@@ -58,8 +54,7 @@ def trained(architecture: Architecture, mode: Mode, shape: Shape) -> tuple[Lit, 
 
 @torch.no_grad()
 def logits(module: Any, architecture: Architecture) -> Tensor:
-    output: Tensor = (module.model if isinstance(module, Lit) else module).eval()(**architecture.example).logits
-    return output
+    return (module.model if isinstance(module, Lit) else module).eval()(**architecture.example).logits
 
 
 def hooks(module: nn.Module) -> int:

@@ -1,7 +1,5 @@
 """Networks whose branches return their value in different ways, with multipliers, and their functions by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """A residual network that has every role of a perceptron's parameters."""
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -41,8 +39,7 @@ class Branch(nn.Module):
         self.write = nn.Linear(hidden, embedding)
 
     def forward(self, stream: Tensor) -> Tensor:
-        branch: Tensor = self.write(torch.tanh(self.read(self.norm(stream))))
-        return branch
+        return self.write(torch.tanh(self.read(self.norm(stream))))
 
 
 class Perceptron(LightningModule):
@@ -60,8 +57,7 @@ class Perceptron(LightningModule):
         stream = self.embed(x)
         for branch in self.branches:
             stream = stream + branch(stream)
-        output: Tensor = self.readout(self.norm(stream))
-        return output
+        return self.readout(self.norm(stream))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.mse_loss(self(batch[0]), batch[1])

@@ -1,7 +1,5 @@
 """Entries of plans from the ratios that a test is about."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 from typing import Any
 

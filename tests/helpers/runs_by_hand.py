@@ -1,7 +1,5 @@
 """A residual network in the Trainer, and the same run with the table's numbers written into module and optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -52,8 +50,7 @@ class Net(LightningModule):
         stream = self.embed(x)
         for block in self.blocks:
             stream = stream + self.branch * block(stream)
-        output: Tensor = self.head * self.readout(stream)
-        return output
+        return self.head * self.readout(stream)
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self(batch[0]), batch[1])

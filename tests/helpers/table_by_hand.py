@@ -1,7 +1,5 @@
 """The table of theory.md, section 3, transcribed by hand, column by column: nothing in it comes from the package."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

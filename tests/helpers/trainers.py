@@ -1,7 +1,5 @@
 """A Trainer that prints, logs and saves nothing, and data for it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer

@@ -1,7 +1,5 @@
 """Modules that are copied, stored, moved, frozen or changed in or between fits: the multipliers are in each exactly once."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable

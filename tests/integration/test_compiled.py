@@ -204,8 +204,7 @@ class Towers(Trained):
 
     def training_step(self, batch: Tensor) -> Tensor:
         streams = self.blocks(self.module(batch)), self.others(self.module(batch))
-        loss: Tensor = (self.readouts[0](streams[0]) * self.readouts[1](streams[1])).square().mean()
-        return loss
+        return (self.readouts[0](streams[0]) * self.readouts[1](streams[1])).square().mean()
 
 
 def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() -> None:

@@ -1,7 +1,5 @@
 """Checkpoints of runs without the plugin in runs with it, and the other way round; plans of other versions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

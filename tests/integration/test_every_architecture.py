@@ -1,7 +1,5 @@
 """Every module of the registry trained with MLUCallback: the base's own shape, hook and fold, checkpoints, saved plans."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable

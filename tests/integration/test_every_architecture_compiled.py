@@ -1,7 +1,5 @@
 """Every module of the registry, compiled, trained with MLUCallback: the run without compilation, in as many graphs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Everything that goes wrong during a fit: what is left is the user's own, with the multipliers in it exactly once."""
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 import os

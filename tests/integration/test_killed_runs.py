@@ -1,7 +1,5 @@
 """Runs that are killed in the middle of anything, and go on from their last checkpoint: bit for bit the whole run."""
 
-from __future__ import annotations
-
 import json
 import random
 import signal

@@ -1,7 +1,5 @@
 """Fingerprints tell plans of different runs apart, and only these."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

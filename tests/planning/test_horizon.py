@@ -1,7 +1,5 @@
 """Batch size and duration: Complete(d)P's formulas, written out; what they are for; and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

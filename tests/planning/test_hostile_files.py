@@ -3,8 +3,6 @@
 Mutated inputs are read in a process that may take little more memory than it has, and little time for each of them.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -243,8 +241,7 @@ def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) ->
     process.join()
     assert process.exitcode == 0, results.get(timeout=1) if not results.empty() else f"it died: {process.exitcode}"
     assert not (folder / "made").exists()
-    refused: int = results.get(timeout=1)
-    return refused
+    return results.get(timeout=1)
 
 
 @pytest.fixture(scope="module")

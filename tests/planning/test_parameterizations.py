@@ -1,7 +1,5 @@
 """CompleteP, µP and the standard parameterization as plans, against their papers' tables and against MLU itself."""
 
-from __future__ import annotations
-
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -135,11 +133,7 @@ def test_outputs_averaged_over_active_experts() -> None:
 
 BASE = {"depth": 1, "heads": 2, "embedding": 16, "mlp_hidden": 24}
 PROPORTIONAL = {"depth": 3, "heads": 6, "embedding": 48, "mlp_hidden": 72}  # M ∝ D, by factors that are not exact
-ASPECTS = {
-    "heads": {**BASE, "heads": 4},
-    "MLP": {**BASE, "mlp_hidden": 72},
-    "embedding": {**BASE, "embedding": 48},
-}
+ASPECTS = {"heads": {**BASE, "heads": 4}, "MLP": {**BASE, "mlp_hidden": 72}, "embedding": {**BASE, "embedding": 48}}
 
 
 def _model(shape: dict[str, int], **optimizer: Any) -> CausalTransformer:

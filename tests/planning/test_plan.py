@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -250,8 +248,7 @@ class PackedAttention(nn.Module):
         h = self.embed(x)
         query, key, value = self.packed(h).unflatten(-1, self.shape).transpose(1, 2).unbind(-2)
         h = h + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        output: Tensor = self.readout(h)
-        return output
+        return self.readout(h)
 
 
 def test_head_dim_that_differs_where_logits_cannot_be_multiplied() -> None:

@@ -1,7 +1,5 @@
 """Checkpoints say where the multipliers of their module are, whoever saves them, when, and with weights alone."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable
@@ -26,8 +24,7 @@ class Subclass(MLUCallback):
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found
+    return torch.load(path, weights_only=True)
 
 
 def by_hand(path: Path, residual: Residual) -> Tensor:

@@ -1,12 +1,12 @@
 """Residual networks of plain code."""
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.architectures.architecture import TOKENS, VOCABULARY, Architecture
+from helpers.architectures.architecture import TOKENS, VOCABULARY, Architecture, roles
 from mlu_lightning.models import CausalTransformer, ResNet
 
 
@@ -25,8 +25,7 @@ class Encoder(nn.Module):
         self.readout = nn.Linear(embedding, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self.readout(self.encoder(self.tokens(tokens) + self.positions))
-        return output
+        return self.readout(self.encoder(self.tokens(tokens) + self.positions))
 
 
 class ScaledMLP(nn.Module):
@@ -60,8 +59,7 @@ class Functional(nn.Module):
         self.out = nn.Linear(embedding, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.out(torch.tanh(self.transform(self.blocks(self.stem(F.relu(self.patches(x)))))))
-        return output
+        return self.out(torch.tanh(self.transform(self.blocks(self.stem(F.relu(self.patches(x)))))))
 
 
 class Decoder(nn.Module):
@@ -78,8 +76,7 @@ class Decoder(nn.Module):
         self.readout = nn.Linear(embedding, VOCABULARY)
 
     def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
-        output: Tensor = self.readout(self.decoder(self.tokens(tokens), self.memory(memory)))
-        return output
+        return self.readout(self.decoder(self.tokens(tokens), self.memory(memory)))
 
 
 class Experts(nn.Module):
@@ -116,141 +113,103 @@ class MixtureOfExperts(nn.Module):
         h = self.embed(x)
         for norm, experts in zip(self.norms, self.experts, strict=True):
             h = h + experts(norm(h))
-        output: Tensor = self.readout(h)
-        return output
+        return self.readout(h)
 
 
-_TORCH_ROLES = {
-    "tokens.weight": "embedding",
-    "*.layers.*.in_proj_weight": "branch_in",
-    "*.layers.*.in_proj_bias": "branch_in_bias",
-    "*.layers.*.out_proj.weight": "branch_out",
-    "*.layers.*.out_proj.bias": "branch_out_bias",
-    "*.layers.*.linear1.weight": "branch_in",
-    "*.layers.*.linear1.bias": "branch_in_bias",
-    "*.layers.*.linear2.weight": "branch_out",
-    "*.layers.*.linear2.bias": "branch_out_bias",
-    "readout.weight": "readout",
-    "readout.bias": "readout_bias",
-}
-_ENCODER_ROLES = _TORCH_ROLES | {"positions": "embedding"}
-_ENCODER_BRANCHES = (("encoder.layers.*.self_attn", "attention", 1), ("encoder.layers.*", "mlp", 32))
-_DECODER_ROLES = _TORCH_ROLES | {"memory.*": "embedding"}
-_DECODER_BRANCHES = (
-    ("decoder.layers.*.self_attn", "attention", 1),
-    ("decoder.layers.*.multihead_attn", "attention", 1),
-    ("decoder.layers.*", "mlp", 32),
-)
-_EXPERT_ROLES = {
-    "embed.*": "embedding",
-    "norms.*": "branch_norm",
-    "experts.*.router.weight": "branch_bounded_matrix",
-    "experts.*.router.bias": "branch_bounded",
-    "experts.*.gate.*.weight": "branch_in",
-    "experts.*.up.*.weight": "branch_in",
-    "experts.*.down.*.weight": "branch_out",
-    "experts.*.down.*.bias": "branch_out_bias",
-    "readout.weight": "readout",
-    "readout.bias": "readout_bias",
-}
+_TORCH = roles("""
+    embedding: tokens.weight positions memory.*
+    branch_in: *.layers.*.in_proj_weight|bias *.layers.*.linear1.weight|bias
+    branch_out: *.layers.*.out_proj.weight|bias *.layers.*.linear2.weight|bias
+    readout: readout.weight|bias
+""")
+_PRE_NORM = {"*.layers.*.norm?.*": "branch_norm", "??coder.norm.*": "stream_norm"}
+_POST_NORM = {"*.layers.*.norm?.*": "stream_norm (post_norm)"}
+
+
+def _stack(model: type[Encoder | Decoder], example: Any, attentions: tuple[str, ...], norm_first: bool) -> Architecture:
+    layers = f"{model.__name__.lower()}.layers.*"
+    return Architecture(
+        lambda *shape: model(*shape, norm_first=norm_first),
+        example,
+        roles=_TORCH | (_PRE_NORM if norm_first else _POST_NORM),
+        branches=(*((f"{layers}.{name}", "attention", 1) for name in attentions), (layers, "mlp", 32)),
+        readout="readout.weight",
+        warns="" if norm_first else "post-norm",
+    )
+
+
+_ENCODER = Encoder, (TOKENS,), ("self_attn",)
+_DECODER = Decoder, (TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)), ("self_attn", "multihead_attn")
+
+
+def _experts(normalized: bool) -> Architecture:
+    return Architecture(
+        lambda *shape: MixtureOfExperts(*shape, normalized=normalized),
+        (torch.linspace(-1, 1, 20).reshape(4, 5),),
+        roles=roles("""
+            embedding: embed.*
+            branch_norm: norms.*
+            branch_bounded_matrix: experts.*.router.weight
+            branch_bounded: experts.*.router.bias
+            branch_in: experts.*.gate.*.weight experts.*.up.*.weight
+            branch_out: experts.*.down.*.weight|bias
+            readout: readout.weight|bias
+        """),
+        branches=(("experts.*", "mlp", 2 * 8),),
+        readout="readout.weight",
+        active=dict.fromkeys([f"experts.*.{part}.*" for part in ("gate", "up", "down")], 2) if normalized else {},
+    )
+
 
 PLAIN: dict[str, Architecture] = {
     "resnet": Architecture(
-        build=lambda depth, heads, embedding: ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2),
-        example=(torch.ones(4, 3), torch.ones(4, 2)),
-        roles={
-            "embed.weight": "embedding",
-            "blocks.*.read.weight": "branch_in",
-            "blocks.*.write.weight": "branch_out",
-            "readout.weight": "readout",
-        },
+        lambda depth, heads, embedding: ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2),
+        (torch.ones(4, 3), torch.ones(4, 2)),
+        roles=roles("""
+            embedding: embed.weight
+            branch_in: blocks.*.read.weight
+            branch_out: blocks.*.write.weight
+            readout: readout.weight
+        """),
         branches=(("blocks.*", "mlp", 4),),
         readout="readout.weight",
     ),
     "causal transformer": Architecture(
-        build=lambda depth, heads, embedding: CausalTransformer(VOCABULARY, 8, depth, embedding, heads, head_dim=8),
-        example=torch.zeros(2, 9, dtype=torch.long),
-        roles={
-            "tokens.weight": "embedding",
-            "branches.*.norm.weight": "branch_norm",
-            "branches.*.query.weight": "branch_in",
-            "branches.*.key.weight": "branch_in",
-            "branches.*.value.weight": "branch_in",
-            "branches.*.out.weight": "branch_out",
-            "branches.*.read.weight": "branch_in",
-            "branches.*.write.weight": "branch_out",
-            "norm.weight": "stream_norm",
-            "readout.weight": "readout",
-        },
+        lambda depth, heads, embedding: CausalTransformer(VOCABULARY, 8, depth, embedding, heads, head_dim=8),
+        torch.zeros(2, 9, dtype=torch.long),
+        roles=roles("""
+            embedding: tokens.weight
+            branch_norm: branches.*.norm.weight
+            branch_in: branches.*.query.weight branches.*.key.weight branches.*.value.weight branches.*.read.weight
+            branch_out: branches.*.out.weight branches.*.write.weight
+            stream_norm: norm.weight
+            readout: readout.weight
+        """),
         branches=(("branches.*", "attention", 1), ("branches.*", "mlp", 32)),
         readout="readout.weight",
     ),
     "functional": Architecture(
-        build=Functional,
-        example=(torch.ones(4, 5),),
-        roles={
-            "patches.weight": "embedding",
-            "patches.bias": "embedding",
-            "stem.weight": "stream_matrix",
-            "stem.bias": "stream_norm",
-            "blocks.*.read": "branch_in",
-            "blocks.*.read_bias": "branch_in_bias",
-            "blocks.*.gain": "branch_in_bias",
-            "blocks.*.between.weight": "branch_hidden",
-            "blocks.*.between.bias": "branch_in_bias",
-            "blocks.*.write": "branch_out",
-            "blocks.*.layer_scale": "branch_norm",
-            "transform.weight": "stream_matrix (in_head)",
-            "transform.bias": "stream_norm",
-            "out.weight": "readout",
-            "out.bias": "readout_bias",
-        },
+        Functional,
+        (torch.ones(4, 5),),
+        roles=roles("""
+            embedding: patches.weight patches.bias
+            stream_matrix: stem.weight
+            stream_norm: stem.bias transform.bias
+            branch_in: blocks.*.read
+            branch_in_bias: blocks.*.read_bias blocks.*.gain blocks.*.between.bias
+            branch_hidden: blocks.*.between.weight
+            branch_out: blocks.*.write
+            branch_norm: blocks.*.layer_scale
+            stream_matrix (in_head): transform.weight
+            readout: out.weight|bias
+        """),
         branches=(("blocks.*", "mlp", 8),),
         readout="out.weight",
     ),
-    "pre-norm encoder": Architecture(
-        build=lambda depth, heads, embedding: Encoder(depth, heads, embedding, norm_first=True),
-        example=(TOKENS,),
-        roles=_ENCODER_ROLES | {"encoder.layers.*.norm?.*": "branch_norm", "encoder.norm.*": "stream_norm"},
-        branches=_ENCODER_BRANCHES,
-        readout="readout.weight",
-    ),
-    "post-norm encoder": Architecture(
-        build=lambda depth, heads, embedding: Encoder(depth, heads, embedding, norm_first=False),
-        example=(TOKENS,),
-        roles=_ENCODER_ROLES | {"encoder.layers.*.norm?.*": "stream_norm (post_norm)"},
-        branches=_ENCODER_BRANCHES,
-        readout="readout.weight",
-        warns="post-norm",
-    ),
-    "pre-norm decoder": Architecture(
-        build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=True),
-        example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
-        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "branch_norm", "decoder.norm.*": "stream_norm"},
-        branches=_DECODER_BRANCHES,
-        readout="readout.weight",
-    ),
-    "post-norm decoder": Architecture(
-        build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=False),
-        example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
-        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "stream_norm (post_norm)"},
-        branches=_DECODER_BRANCHES,
-        readout="readout.weight",
-        warns="post-norm",
-    ),
-    "average of experts": Architecture(
-        build=lambda depth, heads, embedding: MixtureOfExperts(depth, heads, embedding, normalized=True),
-        example=(torch.linspace(-1, 1, 20).reshape(4, 5),),
-        roles=_EXPERT_ROLES,
-        branches=(("experts.*", "mlp", 2 * 8),),
-        readout="readout.weight",
-        active={"experts.*.gate.*": 2, "experts.*.up.*": 2, "experts.*.down.*": 2},
-    ),
-    "sum of experts": Architecture(
-        build=lambda depth, heads, embedding: MixtureOfExperts(depth, heads, embedding, normalized=False),
-        example=(torch.linspace(-1, 1, 20).reshape(4, 5),),
-        roles=_EXPERT_ROLES,
-        branches=(("experts.*", "mlp", 2 * 8),),
-        readout="readout.weight",
-    ),
+    "pre-norm encoder": _stack(*_ENCODER, norm_first=True),
+    "post-norm encoder": _stack(*_ENCODER, norm_first=False),
+    "pre-norm decoder": _stack(*_DECODER, norm_first=True),
+    "post-norm decoder": _stack(*_DECODER, norm_first=False),
+    "average of experts": _experts(normalized=True),
+    "sum of experts": _experts(normalized=False),
 }
