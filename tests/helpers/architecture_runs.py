@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from helpers.architectures import Architecture
+from helpers.trainers import identical as identical
 from helpers.trainers import loader, quiet
 from mlu_lightning import Plan
 from mlu_lightning.models import CausalTransformer, ResNet
@@ -32,8 +33,7 @@ def loss_of(module: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, dict):
         return module(**batch).loss
     output = module(*batch)
-    ramp = torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)
-    return (output - ramp).square().mean()
+    return (output - torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)).square().mean()
 
 
 def in_double(batch: Any) -> Any:
@@ -93,9 +93,8 @@ def built(architecture: Architecture, shape: tuple[int, int, int] = LARGE, seed:
     torch.manual_seed(seed)
     module: Any = architecture.build(*shape)
     if hasattr(module, "loss_type") and module.loss_type is None:
-        module.loss_type = (
-            "ForCausalLM"  # what transformers takes then, with a warning that torch.compile stumbles over
-        )
+        # what transformers takes then, with a warning that torch.compile stumbles over
+        module.loss_type = "ForCausalLM"
     return Trained(module).train()
 
 
@@ -120,12 +119,6 @@ class Seeded(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         torch.manual_seed(trainer.global_step)
-
-
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    """Whether parameters and buffers are equal, bit for bit."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def attachable(plan: Plan) -> bool:

@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from helpers.trainers import identical as identical
+from helpers.trainers import pairs, quiet
 from mlu_lightning.models import ResidualBlock
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.utilities.lightning_private import configured_optimizers
@@ -96,22 +98,11 @@ MODULES = [Net, InSetup, InConfigureModel, InConfigureModelAfterSetup]
 
 
 def loader(shuffle: bool = True) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (
-        torch.randn(SAMPLES, INPUTS, generator=generator),
-        torch.randn(SAMPLES, OUTPUTS, generator=generator),
-    )
-    return DataLoader(TensorDataset(inputs, targets), BATCH, shuffle=shuffle)
+    return DataLoader(pairs(SAMPLES), BATCH, shuffle=shuffle)
 
 
 def trainer(*callbacks: Callback, epochs: int = 2, **settings: Any) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks], **{**quiet, **settings})
+    return quiet(*callbacks, max_epochs=epochs, **settings)
 
 
 def fit(module: Net, *callbacks: Callback, data: Any = None, ckpt_path: Any = None, **settings: Any) -> Trainer:
@@ -120,11 +111,6 @@ def fit(module: Net, *callbacks: Callback, data: Any = None, ckpt_path: Any = No
     run = trainer(*callbacks, **settings)
     run.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return run
-
-
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 class WatchedOptimizers:

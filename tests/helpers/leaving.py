@@ -8,10 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from helpers.architecture_runs import quiet
 from helpers.architectures import ARCHITECTURES, Architecture
+from helpers.trainers import loader, quiet
 from mlu_lightning import MLUCallback, Plan, attach_multipliers
 from mlu_lightning.application import residual_state
 
@@ -46,7 +45,7 @@ def lit(architecture: Architecture, shape: Shape) -> Lit:
 def trained(architecture: Architecture, mode: Mode, shape: Shape) -> tuple[Lit, Plan, Trainer]:
     module, callback = lit(architecture, shape), MLUCallback(lit(architecture, BASE), residual=mode, alpha=0.5)
     trainer = quiet(callback, max_epochs=3)
-    trainer.fit(module, DataLoader([architecture.example], batch_size=None))
+    trainer.fit(module, loader([architecture.example]))
     assert callback.plan is not None
     assert {m.kind for m in callback.plan.multipliers} == {"branch", "readout"}
     return module, callback.plan, trainer

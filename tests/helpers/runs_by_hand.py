@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from helpers.parameter_groups import ADAM_LR, EPS, MULTIPLIERS, D, L, M
-from helpers.trainers import quiet
+from helpers.trainers import pairs, quiet
 from mlu_lightning.models import ResidualBlock
 
 Residual = Literal["hook", "fold"]
@@ -107,22 +107,15 @@ class AdamWByHand(optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 lr, eps = self.factors[parameter]
-                numbers = {
-                    "lr": group["lr"] * lr,
-                    "eps": group["eps"] * eps,
-                    "weight_decay": group["weight_decay"] / lr,
-                }
-                alone = optim.AdamW([parameter], betas=group["betas"], **numbers)
+                numbers = {"eps": group["eps"] * eps, "weight_decay": group["weight_decay"] / lr}
+                alone = optim.AdamW([parameter], group["lr"] * lr, betas=group["betas"], **numbers)
                 alone.state[parameter] = self.state[parameter]
                 alone.step()
         return loss
 
 
 def data(seed: int, batch_size: int) -> DataLoader[Any]:
-    draws = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        TensorDataset(torch.randn(24, 3, generator=draws), torch.randn(24, 2, generator=draws)), batch_size
-    )
+    return DataLoader(pairs(24, seed), batch_size)
 
 
 class Start(Callback):

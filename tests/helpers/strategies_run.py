@@ -24,9 +24,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
-from helpers.trainers import quiet
+from helpers.trainers import pairs, quiet
 from mlu_lightning import MLUCallback, Plan
 
 INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
@@ -174,8 +174,7 @@ WAYS = {
 
 def loader(parts: int = 1, part: int = 0) -> DataLoader[Any]:
     """Batches of the same samples, or parts of them."""
-    draws = torch.Generator().manual_seed(0)
-    data = TensorDataset(*(torch.randn(SAMPLES, size, generator=draws) for size in (INPUTS, OUTPUTS)))
+    data = pairs(SAMPLES)
     sampler: DistributedSampler[Any] = DistributedSampler(data, parts, part, shuffle=False)
     return DataLoader(data, BATCH // parts, sampler=sampler)
 
