@@ -27,14 +27,11 @@ from mlu_lightning.application import (
     unfolded_gradients,
 )
 from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
-from mlu_lightning.checking.check import check
-from mlu_lightning.checking.logged import log_check
-from mlu_lightning.checking.report import CheckReport
+from mlu_lightning.checking import CheckReport, check, log_check
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Branch, Structure
 from mlu_lightning.planning.plan import Plan
-from mlu_lightning.shapes.error_bound import ErrorConstants, Shape, error_bound, fit_error_bound
-from mlu_lightning.shapes.search import Architecture, optimal_shape
+from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale
 
 __all__ = [

@@ -13,25 +13,21 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlu_lightning.quickstart.study import Study, load_text, run_study, save_runs
-from mlu_lightning.shapes.error_bound import ErrorConstants, Shape
-from mlu_lightning.shapes.search import Architecture, candidate_shapes, optimal_shape
+from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_shape
+from mlu_lightning.shapes.search import candidate_shapes
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
 
 __all__ = ["check", "main", "quickstart", "report", "shape"]
 
 _Value = TypeVar("_Value")
 
+_EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 _SIZES = {"transformer": {"vocabulary": 50257, "head_dim": 64, "mlp_ratio": 4}, "resnet": {"inputs": 0, "outputs": 0}}
 """What the parameter count of a model depends on besides its shape, with defaults; the vocabulary is GPT-2's."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command of ``mlu-lightning``.
-
-    Args:
-        args: of the command line; by default those of the process.
-    """
+    """Run a command of ``mlu-lightning``, with the arguments of the process if none are given."""
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] in (["check"], ["report"]) and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--path")  # what a command is about needs no option
@@ -56,13 +52,10 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         text: path of the text to train on; by default the documentation inside Python's standard library.
         out: folder for the figure and the losses; it is made if it does not exist.
         steps: optimizer steps of each run.
-        seed: of initial weights and batches.
+        seed: seed of initial weights and batches.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "quickstart draws a figure, and matplotlib is not installed: pip install 'mlu-lightning[plots]'."
-        )
-    from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
+    _require("quickstart draws a figure, and matplotlib is", "matplotlib")
+    from mlu_lightning.quickstart import Study, load_text, loss_table, run_study, save_figure, save_runs, verdicts
 
     content = load_text(text)
     folder = _folder(out)
@@ -70,22 +63,17 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     console = _console()
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
     source = "the documentation in Python's standard library" if text is None else text
-    console.print(f"{total} runs of {steps} steps on {len(content):,} bytes of {source}", highlight=False, markup=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    _say(console, f"{total} runs of {steps} steps on {len(content):,} bytes of {source}")
+    with _progress(console) as progress:
         task = progress.add_task("training", total=total)
         runs = run_study(study, content, lambda run: progress.advance(task))
     save_runs(study, runs, folder / "runs.json")
     save_figure(study, runs, folder / "quickstart.png")
-    console.print(
-        "Validation loss (nats per byte) by learning rate; * marks the least of a row.", highlight=False, markup=False
-    )
+    _say(console, "Validation loss (nats per byte) by learning rate; * marks the least of a row.")
     console.print(loss_table(study, runs))
     for sentence in verdicts(study, runs):
-        console.print(sentence, highlight=False, markup=False)
-    console.print(
-        f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", highlight=False, markup=False, soft_wrap=True
-    )
+        _say(console, sentence)
+    _say(console, f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", soft_wrap=True)
 
 
 def check(
@@ -107,26 +95,23 @@ def check(
     Exits with 0 if everything passes, 1 if there is an error, 3 if something fails, and 4 if it is undecided.
 
     Args:
-        path: of the YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
+        path: YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
         depth: arguments of the model that make up its depth, with commas between them; null leaves it as it is.
         hidden: the same for the hidden width, such as "heads,mlp_hidden".
         embedding: the same for the embedding dimension.
         out: folder for check.json, check.txt and check.png; it is made if it does not exist.
-        factors: by which each of the three grows, ascending from 1.
+        factors: factors by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape.
         steps: optimizer steps of every run.
-        seed: of the first of the runs at every shape.
+        seed: seed of the first of the runs at every shape.
         model: class of the model, for a configuration that does not name it.
         data: class of the data, for a configuration that does not name it.
         log: whether the loggers of the configuration get the figure and the verdict.
     """
-    if find_spec("matplotlib") is None or find_spec("scipy") is None:
-        raise ValueError(
-            "check needs matplotlib and scipy, which are not installed: pip install 'mlu-lightning[plots]'."
-        )
-    from mlu_lightning.checking.check import check as run_check
+    _require("check needs matplotlib and scipy, which are", "matplotlib", "scipy")
+    from mlu_lightning.checking import check as run_check
+    from mlu_lightning.checking import log_check, save_check
     from mlu_lightning.checking.configuration import read_config
-    from mlu_lightning.checking.logged import log_check
     from mlu_lightning.checking.sizes import default_axes
 
     sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
@@ -137,9 +122,8 @@ def check(
     axes = [axis for axis, names in keys.items() if names]
     console = _console(125)
     for note in configured.notes:
-        console.print(note, highlight=False, markup=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+        _say(console, note)
+    with _progress(console) as progress:
         task = progress.add_task("training", total=None)
         found = run_check(
             configured.build,
@@ -155,27 +139,25 @@ def check(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     if not configured.has_plugin:
-        console.print("The configuration has no MLUCallback: this is the module without it.", highlight=False)
+        _say(console, "The configuration has no MLUCallback: this is the module without it.")
     console.print(found.tables())
-    found.save(folder)
+    save_check(found, folder)
     if log:
         log_check(configured.loggers(), found)
-    console.print(f"Wrote check.json, check.txt and check.png into {folder}.", highlight=False, markup=False)
-    sys.exit(_EXITS[found.verdict])
+    _say(console, f"Wrote check.json, check.txt and check.png into {folder}.")
+    sys.exit(_EXIT_CODES[found.verdict])
 
 
 def report(path: str, out: str = "report.html") -> None:
     """Collect the plan, the checks, and what was logged of a run into one HTML page.
 
     Args:
-        path: folder of the run, given as "mlu-lightning report lightning_logs/version_0": what CSVLogger,
-            TensorBoardLogger or W&B has written, checkpoints, saved plans, check.json and references in it.
+        path: folder of the run, given as "mlu-lightning report lightning_logs/version_0": what CSVLogger or
+            TensorBoardLogger has written, checkpoints, saved plans, check.json and references in it.
         out: HTML file to be written.
     """
-    if find_spec("matplotlib") is None:
-        raise ValueError("report draws figures, and matplotlib is not installed: pip install 'mlu-lightning[plots]'.")
-    from mlu_lightning.reporting.page import run_page
-    from mlu_lightning.reporting.run_folder import read_run
+    _require("report draws figures, and matplotlib is", "matplotlib")
+    from mlu_lightning.reporting import read_run, run_page
 
     record = read_run(Path(path))
     page = run_page(record)
@@ -194,9 +176,9 @@ def report(path: str, out: str = "report.html") -> None:
         "reference": record.references,
     }
     counts = ", ".join(f"{len(items)} {name}{'' if len(items) == 1 else 's'}" for name, items in found.items())
-    console.print(f"Wrote {target}: {counts}.", highlight=False, markup=False, soft_wrap=True)
+    _say(console, f"Wrote {target}: {counts}.", soft_wrap=True)
     for name, reason in record.problems.items():
-        console.print(f"{name}: {reason}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"{name}: {reason}", soft_wrap=True)
 
 
 def shape(
@@ -215,7 +197,7 @@ def shape(
     """Print the shapes of least predicted error to the infinite model that a number of parameters allows.
 
     Args:
-        parameters: the most that the network may have, embedding and readout included, such as 100e6.
+        parameters: most parameters that the network may have, embedding and readout included, such as 100e6.
         model: transformer (attention and MLP branches in turn) or resnet (perceptron blocks).
         present: shape to compare with, such as '{depth: 24, hidden: 12, embedding: 768}'; depth counts residual
             additions, two for each block of a Transformer, and hidden its heads, or the units of a ResNet's block.
@@ -224,18 +206,13 @@ def shape(
         mlp_ratio: units of a Transformer's MLP over heads * head_dim, by default 4.
         inputs: dimension of a ResNet's data, by default 0: its embedding is not counted.
         outputs: dimension of a ResNet's targets, by default 0: its readout is not counted.
-        multiple: that the embedding dimension and the units of a ResNet are multiples of.
-        constants: of the error bound, such as '{depth: 1, hidden: 0.8, embedding: 2.5}'; by default those of
+        multiple: number of which the embedding dimension and the units of a ResNet are multiples.
+        constants: constants of the error bound, such as '{depth: 1, hidden: 0.8, embedding: 2.5}'; by default those of
             experiments, which are named below the table.
         gain: part by which twice the depth must lower the error to be taken, from 0.01 to below 0.5.
     """
-    given = {
-        "vocabulary": vocabulary,
-        "head_dim": head_dim,
-        "mlp_ratio": mlp_ratio,
-        "inputs": inputs,
-        "outputs": outputs,
-    }
+    names = ("vocabulary", "head_dim", "mlp_ratio", "inputs", "outputs")
+    given = dict(zip(names, (vocabulary, head_dim, mlp_ratio, inputs, outputs), strict=True))
     sizes = _sizes(model, {name: value for name, value in given.items() if value is not None})
     heads = None
     if model == "transformer":
@@ -253,22 +230,20 @@ def shape(
         )
     best = optimal_shape(parameters, architecture, gain)
     candidates = candidate_shapes(parameters, architecture, gain)
-    console = _console()
-    console.print(
-        f"Shapes of a {model} with up to {parameters:,.0f} parameters, of which {architecture.per_coordinate} D are "
-        "outside branches",
-        highlight=False,
-    )
+    console, outside = _console(), f"{architecture.per_coordinate} D are outside branches"
+    _say(console, f"Shapes of a {model} with up to {parameters:,.0f} parameters, of which {outside}")
     console.print(shape_table(candidates, best, compared, heads))
     for sentence in assumptions(architecture.constants, gain, compared, heads):
-        console.print(sentence, highlight=False, markup=False)
+        _say(console, sentence)
 
 
-_EXITS = {"pass": 0, "fail": 3, "undecided": 4}
+def _require(needed: str, *packages: str) -> None:
+    if any(find_spec(package) is None for package in packages):
+        raise ValueError(f"{needed} not installed: pip install 'mlu-lightning[plots]'.")
 
 
 def _sizes(model: str, given: dict[str, int]) -> dict[str, int]:
-    """Complete the sizes of a model that are not its shape."""
+    """Sizes of a model besides its shape, those that are not given by default."""
     wrong = [name for name in given if name not in _SIZES[model]]
     if wrong:
         raise ValueError(
@@ -279,7 +254,7 @@ def _sizes(model: str, given: dict[str, int]) -> dict[str, int]:
 
 
 def _read(kind: Callable[..., _Value], option: str, values: Mapping[str, float]) -> _Value:
-    """Make a value of what an option gives for depth, hidden and embedding."""
+    """Build a value from the depth, hidden and embedding that an option gives."""
     if values.keys() != {"depth", "hidden", "embedding"}:
         raise ValueError(
             f"--{option} has {', '.join(values) or 'nothing'}, and should have depth, hidden and embedding: "
@@ -292,8 +267,18 @@ def _console(width: int = 110) -> Console:
     return Console(width=None if sys.stdout.isatty() else width)
 
 
+def _say(console: Console, text: str, soft_wrap: bool = False) -> None:
+    """Print text as it is, whatever names from files are in it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=soft_wrap)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
 def _folder(path: str) -> Path:
-    """Make the folder for results, before anything is trained."""
+    """Make the folder for results before anything is trained."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)

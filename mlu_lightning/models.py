@@ -8,6 +8,7 @@ residual branch is a module of its own whose *output is the branch*; the additio
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Literal
 
 import torch
@@ -28,27 +29,26 @@ class ResNet(LightningModule):
     mean squared error; the optimizer is SGD.
 
     Args:
-        depth: number of residual blocks, L.
-        hidden: hidden units of a block, M.
-        embedding: dimension of the residual stream, D.
-        inputs: dimension of the data.
-        outputs: dimension of the targets.
-        activation: name of a function of one tensor in ``torch.nn.functional`` or ``torch``, such as ``"relu"``;
+        depth: Number of residual blocks, L.
+        hidden: Hidden units of a block, M.
+        embedding: Dimension of the residual stream, D.
+        inputs: Dimension of the data.
+        outputs: Dimension of the targets.
+        activation: Name of a function of one tensor in ``torch.nn.functional`` or ``torch``, such as ``"relu"``;
             ``"positive"`` is the identity.
-        train_embedding: whether the embedding and the readout are trained; if not, only the blocks are.
-        lr: learning rate.
-        momentum: momentum of SGD.
-        weight_decay: decay that SGD adds to the gradient.
+        train_embedding: Whether the embedding and the readout are trained; if not, only the blocks are.
+        lr: Learning rate.
+        momentum: Momentum of SGD.
+        weight_decay: Decay that SGD adds to the gradient.
 
     Raises:
-        ValueError: if ``activation`` names no function that maps a tensor to one of the same shape.
+        ValueError: If ``activation`` names no function that maps a tensor to one of the same shape.
 
-    Example:
-        >>> model = ResNet(depth=3, hidden=8, embedding=4, inputs=2, outputs=1)
-        >>> model(torch.zeros(5, 2)).shape
-        torch.Size([5, 1])
-        >>> sorted(name for name, _ in model.blocks[0].named_parameters())
-        ['read.weight', 'write.weight']
+    >>> model = ResNet(depth=3, hidden=8, embedding=4, inputs=2, outputs=1)
+    >>> model(torch.zeros(5, 2)).shape
+    torch.Size([5, 1])
+    >>> sorted(name for name, _ in model.blocks[0].named_parameters())
+    ['read.weight', 'write.weight']
     """
 
     def __init__(
@@ -110,33 +110,32 @@ class CausalTransformer(LightningModule):
     one. The loss is the mean cross-entropy in nats per token; the optimizer is AdamW.
 
     Args:
-        vocabulary: number of different tokens.
-        context: length of the sequences it is made for; the slowest rotary angle turns by one radian over it.
-        depth: number of attention branches and of MLP branches; the stream has L = 2 * depth residual additions, or
+        vocabulary: Number of different tokens.
+        context: Length of the sequences it is made for; the slowest rotary angle turns by one radian over it.
+        depth: Number of attention branches and of MLP branches; the stream has L = 2 * depth residual additions, or
             depth of them without MLP branches.
-        embedding: dimension of the residual stream, D.
-        heads: attention heads, M of an attention branch.
-        head_dim: dimension of one head's queries, keys and values, an even number.
-        mlp_hidden: units of an MLP branch, its M; by default 4 * heads * head_dim. With 0 there are no MLP branches.
-        lr: learning rate, at its peak if there is a schedule.
-        betas: decay rates of AdamW's moments.
+        embedding: Dimension of the residual stream, D.
+        heads: Attention heads, M of an attention branch.
+        head_dim: Dimension of one head's queries, keys and values, an even number.
+        mlp_hidden: Units of an MLP branch, its M; by default 4 * heads * head_dim. With 0 there are no MLP branches.
+        lr: Learning rate, at its peak if there is a schedule.
+        betas: Decay rates of AdamW's moments.
         eps: AdamW's eps.
         weight_decay: AdamW's decoupled decay, or what SGD adds to the gradient.
-        schedule_steps: optimizer steps of a linear warm-up over the first tenth and a linear decay to zero; by default
+        schedule_steps: Optimizer steps of a linear warm-up over the first tenth and a linear decay to zero; by default
             the learning rate is constant.
-        norm_gains: whether norms have gains; the infinite model (theory.md, section 5) has none.
+        norm_gains: Whether norms have gains; the infinite model (theory.md, section 5) has none.
         optimizer: ``"adamw"`` or ``"sgd"``.
-        momentum: of SGD.
+        momentum: Momentum of SGD.
 
     Raises:
-        ValueError: if ``head_dim`` is odd, or ``optimizer`` is unknown.
+        ValueError: If ``head_dim`` is odd, or ``optimizer`` is unknown.
 
-    Example:
-        >>> model = CausalTransformer(vocabulary=100, context=16, depth=2, embedding=32, heads=2)
-        >>> model(torch.zeros(3, 16, dtype=torch.long)).shape
-        torch.Size([3, 16, 100])
-        >>> [type(branch).__name__ for branch in model.branches]
-        ['Attention', 'MLP', 'Attention', 'MLP']
+    >>> model = CausalTransformer(vocabulary=100, context=16, depth=2, embedding=32, heads=2)
+    >>> model(torch.zeros(3, 16, dtype=torch.long)).shape
+    torch.Size([3, 16, 100])
+    >>> [type(branch).__name__ for branch in model.branches]
+    ['Attention', 'MLP', 'Attention', 'MLP']
     """
 
     def __init__(
@@ -220,17 +219,8 @@ class CausalTransformer(LightningModule):
 class ResidualBlock(nn.Module):
     """A perceptron with one hidden layer, V σ(U h): the branch that :class:`ResNet` adds to its stream.
 
-    Args:
-        hidden: hidden units, M.
-        embedding: dimension of the stream, D.
-        activation: name of a function in ``torch.nn.functional`` or ``torch``.
-
-    Raises:
-        ValueError: if ``activation`` names no function that maps a tensor to one of the same shape.
-
-    Example:
-        >>> ResidualBlock(hidden=8, embedding=4, activation="relu")(torch.zeros(5, 4)).shape
-        torch.Size([5, 4])
+    >>> ResidualBlock(hidden=8, embedding=4, activation="relu")(torch.zeros(5, 4)).shape
+    torch.Size([5, 4])
     """
 
     def __init__(self, hidden: int, embedding: int, activation: str = "tanh") -> None:
@@ -246,21 +236,10 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Norm and causal self-attention: a branch of :class:`CausalTransformer`.
+    """Norm and causal self-attention: a branch of :class:`CausalTransformer`; logits are scaled by 1/sqrt(head_dim).
 
-    Args:
-        embedding: dimension of the stream, D.
-        heads: number of heads, M.
-        head_dim: dimension of one head, an even number; logits are scaled by its inverse square root.
-        context: length of sequences over which the slowest rotary angle turns by one radian.
-        norm_gain: whether the norm has gains.
-
-    Raises:
-        ValueError: if ``head_dim`` is odd.
-
-    Example:
-        >>> Attention(embedding=24, heads=2, head_dim=16, context=8)(torch.zeros(3, 5, 24)).shape
-        torch.Size([3, 5, 24])
+    >>> Attention(embedding=24, heads=2, head_dim=16, context=8)(torch.zeros(3, 5, 24)).shape
+    torch.Size([3, 5, 24])
     """
 
     def __init__(self, embedding: int, heads: int, head_dim: int, context: int, norm_gain: bool = True) -> None:
@@ -292,17 +271,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Norm and perceptron with one hidden layer of GELUs: a branch of :class:`CausalTransformer`.
-
-    Args:
-        embedding: dimension of the stream, D.
-        hidden: hidden units, M.
-        norm_gain: whether the norm has gains.
-
-    Example:
-        >>> MLP(embedding=24, hidden=64)(torch.zeros(3, 5, 24)).shape
-        torch.Size([3, 5, 24])
-    """
+    """Norm and perceptron with one hidden layer of GELUs: a branch of :class:`CausalTransformer`."""
 
     def __init__(self, embedding: int, hidden: int, norm_gain: bool = True) -> None:
         super().__init__()
@@ -319,22 +288,16 @@ class MLP(nn.Module):
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     """Find a function by name and make sure that it maps one tensor to a tensor of the same shape."""
     function: Callable[[Tensor], Tensor] | None = getattr(F, name, None) or getattr(torch, name, None)
-    if not callable(function) or not _keeps_shape(function):
+    units, output = torch.zeros(2, 4), None
+    if callable(function):
+        with suppress(TypeError, ValueError, RuntimeError):
+            output = function(units)
+    if function is None or not isinstance(output, Tensor) or output.shape != units.shape:
         raise ValueError(
             f"activation={name!r} is not the name of a function in torch.nn.functional or torch that maps one tensor "
             "to a tensor of the same shape; give a name such as 'tanh', 'relu', 'gelu' or 'positive' (the identity)."
         )
     return function
-
-
-def _keeps_shape(function: Callable[[Tensor], Tensor]) -> bool:
-    """Whether a function takes one tensor and returns a tensor of its shape."""
-    units = torch.zeros(2, 4)
-    try:
-        output = function(units)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return isinstance(output, Tensor) and output.shape == units.shape
 
 
 def _rotate(heads: Tensor, context: int) -> Tensor:

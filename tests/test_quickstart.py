@@ -1,3 +1,5 @@
+"""The quickstart: its study, what it says of the runs, and its command."""
+
 import json
 import math
 import subprocess

@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from mlu_lightning.callbacks.infinite_limit import Limit, LimitRun
 from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
 from mlu_lightning.callbacks.probe_batches import Layout, Probe
-from mlu_lightning.observation.comparison import MetricName, check_coupled, compare, validated_metrics
-from mlu_lightning.observation.probe import Observation
-from mlu_lightning.observation.reference import Reference
+from mlu_lightning.observation import MetricName, Observation, OutputName, Reference, StreamName, compare
+from mlu_lightning.observation.comparison import check_coupled, validated_metrics
 
 __all__ = ["EmbeddingDistance"]
 
@@ -41,16 +40,16 @@ class EmbeddingDistance(Callback):
     coupling is needed, but gradient descent and a model whose limit is known.
 
     Args:
-        reference: path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
+        reference: Path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
             W&B artifact; a list of these, whose names are the last parts without extension; a dict of them by name; or
             ``"limit"``, the infinite model, or a :class:`Limit`, which says how finely that is computed.
-        metrics: some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
+        metrics: Some of ``"rms"`` (of h - h_ref[:D]; needs ``MLUCallback(init="coupled")`` with one seed in both runs;
             of h - W a for the limit, which needs no coupling),
             ``"gram"``, ``"cka"``, ``"procrustes"`` (which need no coupling) and ``"output"``; see
             :mod:`mlu_lightning.observation.distances`.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> import torch
@@ -126,15 +125,7 @@ class EmbeddingDistance(Callback):
             self._coupled, self._last, self._values, self._limit_state = False, -1, {}, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if a file is not a readable reference, references have different probes, the module cannot take
-                the probe, shapes do not fit, embeddings are not coupled although ``"rms"`` needs them to be, or no step
-                of a reference is still to come; if the run has no limit that it can be compared with; or if another
-            callback logs under the same names.
-        """
+        """Read the references, pass the probe through the module, refuse what cannot be compared, and log the distance."""
         self._check_names(trainer)
         step = trainer.global_step
         show_values(trainer, self._values)
@@ -170,10 +161,9 @@ class EmbeddingDistance(Callback):
         for reference in references:
             _check_count(count, reference.header.count, reference)
             _check_shapes(observation, reference, self._metrics)
-        if "rms" in self._metrics and not self._coupled:
-            for reference in references:
+            if "rms" in self._metrics and not self._coupled:
                 _check_coupled(observation, reference, step)
-            self._coupled = True
+        self._coupled |= "rms" in self._metrics
         if step in self._due and step > self._last:
             self._compare(trainer, observation)
 
@@ -198,7 +188,7 @@ class EmbeddingDistance(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the distance from the limit after the last step."""
-        if self._limit_run is not None and self._limit_run.ends_due:
+        if self._limit_run is not None and self._limit_run.schedule.ends_with_last:
             self._compare_with_limit(trainer, pl_module, due=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -211,18 +201,18 @@ class EmbeddingDistance(Callback):
     def _check_names(self, trainer: Trainer) -> None:
         """Refuse callbacks of which one would write over what the other logs."""
 
-        def names(callback: EmbeddingDistance) -> set[str]:
+        def logged(callback: EmbeddingDistance) -> set[tuple[str, str]]:
             suffixes = {*callback._suffixes.values()}
             if len(suffixes) > 1 or callback._limit is not None:
                 suffixes.add("/floor")
-            return {metric + suffix for metric in callback._metrics for suffix in suffixes}
+            return {(metric, suffix) for metric in callback._metrics for suffix in suffixes}
 
-        callbacks = [one for one in vars(trainer)["callbacks"] if isinstance(one, EmbeddingDistance)]
-        for one, other in combinations(callbacks, 2):
-            if names(one) & names(other):
-                of, and_of = (", ".join(callback._sources) for callback in (one, other))
+        callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, EmbeddingDistance)]
+        for pair in combinations(callbacks, 2):
+            if logged(pair[0]) & logged(pair[1]):
+                first, second = (", ".join(callback._sources) for callback in pair)
                 raise ValueError(
-                    f"Two EmbeddingDistance callbacks, of {of} and of {and_of}, would log distances "
+                    f"Two EmbeddingDistance callbacks, of {first} and of {second}, would log distances "
                     "under the same names. Give them different metrics, or the references as a dict by name, "
                     'such as EmbeddingDistance({"large": "large.safetensors"}), whose names become part of those of the '
                     "values."
@@ -231,7 +221,7 @@ class EmbeddingDistance(Callback):
     def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
         """Log the distance from the limit at the present step, unless it was, if it is due."""
         step, run = trainer.global_step, self._limit_run
-        if run is not None and step > self._last and (due or run.is_due(step)):
+        if run is not None and step > self._last and (due or run.schedule.is_due(step)):
             values = run.distances(trainer, module, self._metrics)
             self._log(trainer, {f"mlu/distance/{name}": value for name, value in values.items()})
 
@@ -247,13 +237,12 @@ class EmbeddingDistance(Callback):
             values.update({f"mlu/distance/{key}{self._suffixes[name]}": value for key, value in found.items()})
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)
-        between = [compare(one, other, self._metrics) for one, other in pairs]
+        between = [compare(smaller, larger, self._metrics) for smaller, larger in pairs]
         for key in dict.fromkeys(key for found in between for key in found):
             values[f"mlu/distance/{key}/floor"] = fmean(found[key] for found in between if key in found)
         self._log(trainer, values)
 
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
-        """Log values at the present step."""
         self._last = trainer.global_step
         self._values = self._values | values  # not in place: a checkpoint of the older ones may still be being written
         log_values(trainer, values, self._last)
@@ -266,7 +255,7 @@ def _name(source: str) -> str:
 
 def _width(observation: Observation) -> int:
     """Dimension of the streams."""
-    return max((values.shape[1] for name, values in observation.items() if not name.startswith("output")), default=0)
+    return max((values.shape[1] for name, values in observation.items() if isinstance(name, StreamName)), default=0)
 
 
 _OTHER_DATA = (
@@ -329,8 +318,8 @@ def _check_count(count: int, recorded: int | None, reference: Reference) -> None
 def _check_shapes(observation: Observation, reference: Reference, metrics: Sequence[MetricName]) -> None:
     """Refuse what the metrics cannot compare."""
     header = reference.header
-    streams = [name for name in observation if name in header.locations and not name.startswith("output")]
-    outputs = [name for name in observation if name in header.locations and name.startswith("output")]
+    streams = [name for name in observation if name in header.locations and isinstance(name, StreamName)]
+    outputs = [name for name in observation if name in header.locations and isinstance(name, OutputName)]
     for metric in metrics:
         if not (outputs if metric == "output" else streams):
             raise ValueError(
@@ -338,7 +327,7 @@ def _check_shapes(observation: Observation, reference: Reference, metrics: Seque
                 f"{'output' if metric == 'output' else 'depth of a stream'} in common that can be read. Leave it out of "
                 "metrics."
             )
-    for name in streams + outputs:
+    for name in (*streams, *outputs):
         rows, dimension = header.locations[name]
         _check_count(observation[name].shape[0], rows, reference)
         if name in outputs and "output" in metrics and observation[name].shape[1] != dimension:

@@ -10,11 +10,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_values, show_values
-from mlu_lightning.callbacks.probe_batches import Layout, Probe, given_probe, on_rank_zero, smallest_probe
+from mlu_lightning.callbacks.probe_batches import (
+    Layout,
+    Probe,
+    check_probe_arguments,
+    given_probe,
+    on_rank_zero,
+    prepare_probe,
+)
+from mlu_lightning.observation import Observation, feature_updates, locate_features
 from mlu_lightning.observation.batches import decode_batch, encode_batch
-from mlu_lightning.observation.feature_updates import feature_updates
-from mlu_lightning.observation.probe import Observation, locate_features
-from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
+from mlu_lightning.observation.locations import parse_location_name
+from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["FeatureUpdate"]
@@ -33,16 +40,16 @@ class FeatureUpdate(Callback):
     goes on with the probe of its first step.
 
     Args:
-        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
             safetensors file with one, or of a reference, whose probe is taken. By default the first samples of the
             validation data, or of the training data if there is no validation.
-        steps: optimizer steps after which to look: ``"log"`` for 1, 2, 4, 8, 16, ... and the last one, a number n for
+        steps: Optimizer steps after which to look: ``"log"`` for 1, 2, 4, 8, 16, ... and the last one, a number n for
             every n, or a list.
-        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
-        positions: rows of the stream and of outputs (samples, times tokens or pixels) to keep.
+        depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: Rows of the stream and of outputs (samples, times tokens or pixels) to keep.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> import torch
@@ -64,15 +71,9 @@ class FeatureUpdate(Callback):
         positions: int = 128,
     ) -> None:
         super().__init__()
-        if isinstance(depths, (int, float)) or not all(0 <= depth <= 1 for depth in depths):
-            raise ValueError(
-                f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
-            )
-        if positions < 1:
-            raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
         self._given = probe
-        self._steps = validated_steps(steps)
-        self._depths = tuple(sorted({float(depth) for depth in depths}))
+        self._schedule = Schedule(steps)
+        self._depths = check_probe_arguments(depths, positions)
         self._positions = positions
         self._probe: Probe | None = None
         self._batch: tuple[Any, dict[str, Tensor], StepName] | None = None
@@ -82,12 +83,13 @@ class FeatureUpdate(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The probe, what was observed at the first step and logged last: a resumed run is as the uninterrupted one."""
-        return {"probe": self._batch, "start": self._start, "last": self._last, "values": self._values}
+        start = {str(name): values for name, values in self._start.items()}
+        return {"probe": self._batch, "start": start, "last": self._last, "values": self._values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that is resumed was."""
-        self._batch, self._start, self._last = state_dict["probe"], state_dict["start"], state_dict["last"]
-        self._values = state_dict["values"]
+        self._start = {parse_location_name(name): values for name, values in state_dict["start"].items()}
+        self._batch, self._last, self._values = state_dict["probe"], state_dict["last"], state_dict["values"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the run of another Trainer; a checkpoint, if there is one, is read after this."""
@@ -95,22 +97,17 @@ class FeatureUpdate(Callback):
             self._batch, self._start, self._last, self._values = None, {}, -1, {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the probe, and keep what is seen if it is the first step.
-
-        Raises:
-            ValueError: if the module has no stream that can be read, or if it cannot take the probe.
-        """
+        """Look at the probe, and keep what is seen if it is the first step."""
         show_values(trainer, self._values)
         batch, step = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
         features = locate_features(layout.features, layout.branches)
 
-        def probe_of(batch: Any) -> Probe:
+        def make(batch: Any) -> Probe:
             return Probe.of(trainer, pl_module, batch, step, layout, self._depths, self._positions, features)
 
-        with probe_of(batch).first_pass(pl_module, f"Give FeatureUpdate(probe=...) a batch as {step} takes it."):
-            self._probe, batch, _ = smallest_probe(trainer, pl_module, probe_of, batch)
-            observed = self._probe.observe(trainer, pl_module)
+        advice = f"Give FeatureUpdate(probe=...) a batch as {step} takes it."
+        self._probe, batch, _, observed = prepare_probe(trainer, pl_module, make, batch, advice)
         self._batch = (*encode_batch(batch), step)
         if trainer.global_step == 0:
             self._start, self._last = observed, 0
@@ -125,13 +122,13 @@ class FeatureUpdate(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log how far features have moved, if the step is due."""
-        if trainer.global_step > self._last and is_due(self._steps, trainer.global_step):
-            self._look(trainer, pl_module)
+        if trainer.global_step > self._last and self._schedule.is_due(trainer.global_step):
+            self._log_updates(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how far they have moved after the last step."""
-        if self._steps == "log" and trainer.global_step > self._last:
-            self._look(trainer, pl_module)
+        if self._schedule.ends_with_last and trainer.global_step > self._last:
+            self._log_updates(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the probe."""
@@ -144,7 +141,7 @@ class FeatureUpdate(Callback):
         structure, tensors, step = self._batch
         return decode_batch(structure, tensors), step
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> None:
+    def _log_updates(self, trainer: Trainer, module: LightningModule) -> None:
         if self._probe is not None:
             self._last = trainer.global_step
             updates = feature_updates(self._start, self._probe.observe(trainer, module))

@@ -15,20 +15,13 @@ from torch.utils._pytree import tree_map
 from mlu_lightning.callbacks.example import find_probe
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.callbacks.probe_batches import Layout, Probe, on_rank_zero
-from mlu_lightning.limit.infinite_model import (
-    HYPERPARAMETERS,
-    InfiniteModel,
-    check_gradient_descent,
-    check_initialization,
-    embedding_weights,
-    infinite_model,
-)
-from mlu_lightning.limit.unit_sampling import Sampling, check_sampling
-from mlu_lightning.observation.batches import decode_batch, encode_batch
-from mlu_lightning.observation.comparison import MetricName, compare
-from mlu_lightning.observation.probe import Observation, first_samples, locate, observe
-from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.limit import InfiniteModel, Sampling, embedding_weights, infinite_model
+from mlu_lightning.limit.infinite_model import HYPERPARAMETERS, check_gradient_descent, check_initialization
+from mlu_lightning.limit.unit_sampling import check_sampling
+from mlu_lightning.observation import MetricName, Observation, StreamName, compare, locate, observe
+from mlu_lightning.observation.batches import decode_batch, encode_batch, first_samples
+from mlu_lightning.observation.schedule import Schedule, Steps
+from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, mute
 
 __all__ = ["Limit", "LimitRun"]
@@ -43,24 +36,23 @@ class Limit:
     section 5), and it costs depth · units · r, where a run costs L · M · D.
 
     Args:
-        depth: residual additions, the Euler steps of the limit.
-        units: hidden units of a perceptron branch. By default 1024, and for a linear activation those with which
+        depth: Residual additions, the Euler steps of the limit.
+        units: Hidden units of a perceptron branch. By default 1024, and for a linear activation those with which
             expectations are exact.
-        heads: of an attention branch, by default units / (4 · head_dim).
-        sampling: of units, ``"orthogonal"`` or ``"independent"``; see :func:`mlu_lightning.limit.unit_sampling.draw_units`.
-        seeds: number of limits that are trained, each with other units. The distance of the others from the first is
+        heads: Heads of an attention branch, by default units / (4 · head_dim).
+        sampling: Sampling of units, ``"orthogonal"`` or ``"independent"``.
+        seeds: Number of limits that are trained, each with other units. The distance of the others from the first is
             logged as ``.../floor``: the error bar of the limit.
-        steps: optimizer steps after which to compare: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+        steps: Optimizer steps after which to compare: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
             for every n, or a list.
-        depths: relative depths s of the stream.
-        positions: rows to keep of the probe, the first samples of the validation (or else the training) data.
+        depths: Relative depths s of the stream.
+        positions: Rows to keep of the probe, the first samples of the validation (or else the training) data.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
-    Example:
-        >>> Limit(depth=64, units=512).seeds
-        2
+    >>> Limit(depth=64, units=512).seeds
+    2
     """
 
     depth: int = 128
@@ -80,17 +72,13 @@ class Limit:
         check_sampling(self.sampling, *(size for size in (self.units, self.heads) if size is not None))
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths={self.depths!r} of a Limit should be relative depths between 0 and 1.")
-        validated_steps(self.steps)
+        Schedule(self.steps)
 
 
 class LimitRun:
     """Infinite models of one run, and the probe that it is compared with them on.
 
-    Args:
-        settings: how they are computed.
-        trainer: which is fitting the module.
-        module: the trainer's, before its first step, or at the step of ``state``.
-        state: of an earlier run that is resumed, from ``state_dict``.
+    The run is before its first step, or at the step of ``state``, which is the ``state_dict`` of an earlier one.
 
     Raises:
         ValueError: if theory has no limit for the run, or it begins neither at step 0 nor with a state.
@@ -108,13 +96,15 @@ class LimitRun:
             )
         check_gradient_descent(trainer.optimizers)
         if state is None:
-            if not any(one.initialized for one in vars(trainer)["callbacks"] if isinstance(one, MLUCallback)):
+            callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, MLUCallback)]
+            if not any(callback.initialized for callback in callbacks):
                 raise ValueError(
                     "The infinite model starts from initial weights, and MLUCallback did not initialize this module in this "
                     "fit: it has init=None, or the module was trained before. Build the module anew, and let MLUCallback "
                     'initialize it with init="rescale", "normal" or "coupled".'
                 )
             check_initialization(module, plan)
+        self.schedule = Schedule(settings.steps)
         self._settings = settings
         self._models: list[InfiniteModel] = []
         self._optimizers: list[SGD] = []
@@ -131,68 +121,40 @@ class LimitRun:
         batch, step = on_rank_zero(trainer, lambda: _find_probe(trainer, module, settings.positions))
         self._probe = Probe.of(trainer, module, batch, step, layout, settings.depths, settings.positions)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the run is compared after a number of optimizer steps.
-
-        Args:
-            step: optimizer steps made so far.
-        """
-        return is_due(self._settings.steps, step)
-
-    @property
-    def ends_due(self) -> bool:
-        """Whether the run is compared after its last step, whatever its number is."""
-        return self._settings.steps == "log"
-
     def learn(self, trainer: Trainer, batch: Any) -> None:
-        """Add the gradient of a batch of the run.
-
-        Args:
-            trainer: which is fitting the module.
-            batch: as ``training_step`` is about to be given it.
-        """
+        """Add the gradient of a batch of the run, as ``training_step`` is about to be given it."""
         for model in self._models:
             loss = call_step(model.module, "training_step", _converted(batch, model))
             (loss / trainer.accumulate_grad_batches).backward()
 
     def step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Update as the run is about to be updated.
-
-        Args:
-            trainer: which is fitting the module.
-            optimizer: of the module, with its present learning rate.
+        """Update as the run is about to be updated, by its optimizer with its present learning rate.
 
         Raises:
             ValueError: if its groups have different hyperparameters by now.
         """
         check_gradient_descent([optimizer])  # a schedule may have given groups other learning rates meanwhile
         group = optimizer.param_groups[0]
-        for own in self._optimizers:
-            for parameters in own.param_groups:
+        for limit_optimizer in self._optimizers:
+            for parameters in limit_optimizer.param_groups:
                 parameters.update({name: group[name] for name in HYPERPARAMETERS})
                 if trainer.world_size > 1:
                     for parameter in parameters["params"]:
                         parameter.grad = trainer.strategy.reduce(parameter.grad, reduce_op="mean")
-            own.step()
-            own.zero_grad()
+            limit_optimizer.step()
+            limit_optimizer.zero_grad()
 
     def distances(self, trainer: Trainer, module: LightningModule, metrics: Sequence[MetricName]) -> dict[str, float]:
-        """Distances of the run from the limit, and of limits with other units from it, by name.
-
-        Args:
-            trainer: which is fitting the module.
-            module: the trainer's.
-            metrics: as in :func:`mlu_lightning.observation.comparison.compare`.
-        """
+        """Distances of the run from the limit, and of limits with other units from it, by name."""
         limits = [self._observe(model) for model in self._models]
         observation = self._probe.observe(trainer, module)
         others: list[MetricName] = [metric for metric in metrics if metric != "rms"]
         values = compare(observation, limits[0], others)
         if "rms" in metrics:
-            streams = {
+            streams: Observation = {
                 name: self._models[0].in_coordinates_of(self._weights, limit)
                 for name, limit in limits[0].items()
-                if not name.startswith("output")
+                if isinstance(name, StreamName)
             }
             values |= compare(observation, streams, ["rms"])
         floors = [compare(other, limits[0], metrics) for other in limits[1:]]
@@ -215,17 +177,16 @@ class LimitRun:
                 f"seeds={len(self._models)}. Give Limit(seeds={len(state['models'])})."
             )
         self._weights = state["weights"]
-        for model, optimizer, own, its in zip(
-            self._models, self._optimizers, state["models"], state["optimizers"], strict=True
-        ):
+        saved = zip(state["models"], state["optimizers"], strict=True)
+        for model, optimizer, (weights, optimizer_state) in zip(self._models, self._optimizers, saved, strict=True):
             try:
-                model.module.load_state_dict(own)
+                model.module.load_state_dict(weights)
             except RuntimeError as error:
                 raise ValueError(
                     "The checkpoint is of a run that was compared with a limit of other sizes. Give Limit the depth, units "
                     f"and heads of that run: {error}"
                 ) from error
-            optimizer.load_state_dict(its)
+            optimizer.load_state_dict(optimizer_state)
 
     def _observe(self, model: InfiniteModel) -> Observation:
         streams = [stream.depth for stream in model.plan.streams]

@@ -16,8 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from mlu_lightning.observation.reference import Reference
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.observation import Reference
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.names import name_pattern
 
@@ -33,10 +33,6 @@ def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None
     along ``trainer/global_step``; only ``MLFlowLogger``, and ``TensorBoardLogger`` where it writes with tensorboardX, change
     characters of names such as "=".
 
-    Args:
-        trainer: which is fitting a module.
-        values: by name.
-        step: number of optimizer steps made.
     """
     if trainer.barebones:
         return
@@ -51,15 +47,6 @@ def show_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 
     The Trainer forgets them when a fit starts, and a run of which the next ones are due much later would have none until
     then, where the uninterrupted run still has the last ones.
-
-    Args:
-        trainer: which is fitting a module.
-        values: by name.
-
-    >>> trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    >>> show_values(trainer, {"mlu/distance/output": 0.5})
-    >>> trainer.callback_metrics
-    {'mlu/distance/output': tensor(0.5000)}
     """
     metrics = {name: torch.tensor(value) for name, value in values.items()}
     trainer.callback_metrics.update(metrics)
@@ -73,17 +60,9 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
     A ``WandbLogger`` gets the shape, that of the base, and the factors of each role as ``mlu`` in the run's config, to
     filter and group runs by, and the table ``mlu/plan`` with a row for all parameters that are alike but for their place
     along the depth. A ``TensorBoardLogger`` gets the printed plan as the text ``mlu/plan``. Where parameters that share an
-    entry have different numbers, it is a list of them. Learning rate, eps and weight decay of parameters without an
-    optimizer are None.
-
-    Args:
-        loggers: of the Trainer.
-        plan: in effect on the module. All numbers in it are factors relative to the base, for weights into which no
-            multiplier is folded.
-        residual: how the multipliers are applied, as given to :class:`MLUCallback`.
-        families: column of the table by the name of the parameter, for those that an optimizer has.
-
-    >>> log_plan([], Plan({}, (), (), ()), "hook", {})
+    entry have different numbers, it is a list of them. ``families`` has the column of the table for every parameter that an
+    optimizer has; learning rate, eps and weight decay of the others are None. All numbers are factors relative to the base,
+    for weights into which no multiplier is folded; ``residual`` is how the multipliers are applied.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -98,11 +77,7 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
 def log_reference(loggers: Sequence[Logger], path: Path) -> None:
     """Make a reference file an artifact of type ``reference``, named as the file is without its extension.
 
-    Args:
-        loggers: of the Trainer; those of W&B take artifacts. A run that is offline keeps a copy to be synced with it.
-        path: of the file.
-
-    >>> log_reference([], Path("reference.safetensors"))
+    Loggers of W&B take artifacts; a run that is offline keeps a copy to be synced with it.
     """
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
@@ -133,25 +108,12 @@ def fetch_reference(trainer: Trainer, source: str) -> Path:
 
     The artifact becomes an input of the run of the Trainer's ``WandbLogger``, if it has one, and its file is stored under
     ``mlu_references`` in the Trainer's ``default_root_dir``. One process of each machine downloads while the others
-    wait, so all of them have to call this.
-
-    Args:
-        trainer: which is fitting.
-        source: path of a file, or ``entity/project/name:alias``, where the entity, or both it and the project, can be
-            left out if they are those of the run.
-
-    Returns:
-        Path of the file, the same in every process.
+    wait, so all of them have to call this. The name is ``entity/project/name:alias``, where the entity, or both it and the
+    project, can be left out if they are those of the run. Every process gets the same path, or the error.
 
     Raises:
-        FileNotFoundError: in every process, if it is neither.
-        ValueError: in every process, if the artifact cannot be had, or does not hold one safetensors file.
-
-    >>> with TemporaryDirectory() as folder:
-    ...     recorded = Path(folder, "large.safetensors")
-    ...     recorded.touch()
-    ...     fetch_reference(Trainer(barebones=True, accelerator="cpu"), str(recorded)) == recorded
-    True
+        FileNotFoundError: if it is neither.
+        ValueError: if the artifact cannot be had, or does not hold one safetensors file.
     """
     found: Path | FileNotFoundError | ValueError = Path(source)
     if trainer.local_rank == 0:

@@ -18,24 +18,14 @@ from mlu_lightning.callbacks.example import find_example, find_probe
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Branch, Structure, Tap
-from mlu_lightning.observation.batches import decode_batch, encode_batch
-from mlu_lightning.observation.probe import (
-    Location,
-    Observation,
-    copied,
-    count_positions,
-    first_samples,
-    locate,
-    observe,
-    sample_count,
-)
-from mlu_lightning.observation.reference import load_probe
-from mlu_lightning.planning.entries import BranchPlan
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.observation import Location, Observation, load_probe, locate, observe
+from mlu_lightning.observation.batches import clone_batch, decode_batch, encode_batch, first_samples, sample_count
+from mlu_lightning.observation.probe import count_positions
+from mlu_lightning.planning import BranchPlan, Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["Layout", "Probe", "given_probe", "on_rank_zero", "smallest_probe"]
+__all__ = ["Layout", "Probe", "check_probe_arguments", "given_probe", "on_rank_zero", "prepare_probe"]
 
 ResultT = TypeVar("ResultT")
 
@@ -53,9 +43,6 @@ class Layout:
         branches: the residual branches.
         data_sizes: sizes of embeddings and readouts other than D, such as that of a vocabulary, by parameter name.
         plan: in effect on the module, None without :class:`MLUCallback`.
-
-    >>> Layout((8,), (64,), {"mlp": 256}, (), (), (), {"tokens.weight": (100,)}, None).depth
-    (8,)
     """
 
     depth: tuple[int, ...]
@@ -70,10 +57,6 @@ class Layout:
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule) -> Layout:
         """Take it from the plan of the Trainer's :class:`MLUCallback`, or else discover it.
-
-        Args:
-            trainer: which is fitting the module.
-            module: the trainer's.
 
         Raises:
             ValueError: if the module's parameters are sharded and there is no plan, or if it cannot be discovered.
@@ -103,22 +86,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Probe:
-    """A batch on the module's device, and what is read when it is passed through.
-
-    Args:
-        batch: as the step takes it.
-        step: that takes it.
-        locations: what is read.
-        positions: rows of it that are kept.
-
-    >>> Probe(None, "training_step", (), 128).positions
-    128
-    """
+    """A batch on the module's device, and what is read when the step passes it through the module."""
 
     batch: Any
     step: StepName
     locations: tuple[Location, ...]
-    positions: int
+    positions: int  # rows that are kept
 
     @classmethod
     def of(
@@ -132,55 +105,31 @@ class Probe:
         positions: int,
         features: tuple[Location, ...] = (),
     ) -> Probe:
-        """Transfer a batch as the Trainer does, and locate what is read.
-
-        Args:
-            trainer: which is fitting the module.
-            module: the trainer's, on its device.
-            batch: as a loader gives it.
-            step: that takes it.
-            layout: of the module.
-            depths: relative depths.
-            positions: rows to keep.
-            features: further locations, of pre-activations.
+        """Transfer a batch as the Trainer does, and locate streams at relative depths, outputs and features.
 
         Raises:
             ValueError: if a depth cannot be read.
         """
         with isolate_rng():
             torch.manual_seed(0)  # hooks may change a batch at random
-            batch = trainer.precision_plugin.convert_input(copied(batch))
+            batch = trainer.precision_plugin.convert_input(clone_batch(batch))
             batch = module._on_before_batch_transfer(batch)
             batch = trainer.strategy.batch_to_device(batch)
         return cls(batch, step, locate(layout.taps, layout.depth, depths) + features, positions)
 
     def count_positions(self, trainer: Trainer, module: LightningModule) -> int:
-        """Count the positions that the batch has in the module.
-
-        Args:
-            trainer: which is fitting the module.
-            module: the trainer's.
-        """
+        """Count the positions that the batch has in the module."""
         with trainer.precision_plugin.val_step_context():
             return count_positions(module, self.batch, self.locations, self.step)
 
     def observe(self, trainer: Trainer, module: LightningModule) -> Observation:
-        """Pass the batch through the module.
-
-        Args:
-            trainer: which is fitting the module.
-            module: the trainer's.
-        """
+        """Pass the batch through the module."""
         with trainer.precision_plugin.val_step_context():
             return observe(module, self.batch, self.locations, self.step, self.positions)
 
     @contextmanager
     def first_pass(self, module: LightningModule, advice: str) -> Iterator[None]:
-        """Say what fails if the module cannot take the batch.
-
-        Args:
-            module: the trainer's.
-            advice: what to do.
+        """Say what fails, and what to do, if the module cannot take the batch.
 
         Raises:
             ValueError: if anything inside fails as a module does for a batch that is not one of its own.
@@ -195,17 +144,23 @@ class Probe:
             ) from error
 
 
+def check_probe_arguments(depths: Sequence[float], positions: int, fewest: int = 0) -> tuple[float, ...]:
+    """Refuse what is not a choice of relative depths and rows, and sort the depths.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if isinstance(depths, (int, float)) or len(depths) < fewest or not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(
+            f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
+        )
+    if positions < 1:
+        raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
+    return tuple(sorted({float(depth) for depth in depths}))
+
+
 def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: int) -> tuple[Any, StepName]:
-    """Take the batch that a user has given, or the first samples of the data, as it will be read from a file.
-
-    Args:
-        trainer: which is fitting the module.
-        module: the trainer's.
-        given: a batch, the path of a file with one, or None.
-        samples: the most that are taken.
-
-    Returns:
-        The batch, and the step that takes it.
+    """Take the batch that a user has given, or a few samples of the data, as it will be read from a file, and its step.
 
     Raises:
         ValueError: if it is no batch, or there is none.
@@ -221,28 +176,22 @@ def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: 
     return decode_batch(*encode_batch(first_samples(batch, samples))), step
 
 
-def smallest_probe(
-    trainer: Trainer, module: LightningModule, probe_of: Callable[[Any], Probe], batch: Any
-) -> tuple[Probe, Any, int]:
-    """Cut a batch to the samples that have as many positions as are kept, and to 8 at least.
+def prepare_probe(
+    trainer: Trainer, module: LightningModule, make: Callable[[Any], Probe], batch: Any, advice: str
+) -> tuple[Probe, Any, int, Observation]:
+    """Cut a batch to the samples that have as many positions as are kept, and 8 at least, and observe it.
 
-    Args:
-        trainer: which is fitting the module.
-        module: the trainer's.
-        probe_of: makes the probe of a batch.
-        batch: to be cut.
-
-    Returns:
-        The probe, its batch before it was transferred, and the number of its positions.
+    Returns the probe that ``make`` makes of it, the batch that was cut, the number of its positions, and the observation.
     """
-    probe = probe_of(batch)
-    count = probe.count_positions(trainer, module)
-    samples = sample_count(batch)
-    if samples is None:
-        return probe, batch, count
-    kept = min(samples, max(_FEWEST_SAMPLES, math.ceil(probe.positions * samples / count)))
-    batch = first_samples(batch, kept)
-    return probe_of(batch), batch, count * kept // samples
+    probe = make(batch)
+    with probe.first_pass(module, advice):
+        count = probe.count_positions(trainer, module)
+        samples = sample_count(batch)
+        if samples is not None:
+            kept = min(samples, max(_FEWEST_SAMPLES, math.ceil(probe.positions * samples / count)))
+            batch = first_samples(batch, kept)
+            probe, count = make(batch), count * kept // samples
+        return probe, batch, count, probe.observe(trainer, module)
 
 
 _FEWEST_SAMPLES = 8
@@ -250,16 +199,7 @@ _FEWEST_SAMPLES = 8
 
 
 def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:
-    """Do something in the first process, and give the others its result or its error.
-
-    Args:
-        trainer: which knows the processes.
-        make: what to do; what it returns is sent to the others.
-
-    Raises:
-        OSError: in every process, if ``make`` raised it.
-        ValueError: the same.
-    """
+    """Do something in the first process, and give the others its result, or its ``OSError`` or ``ValueError``."""
     result: ResultT | OSError | ValueError | None = None
     if trainer.is_global_zero:
         try:

@@ -14,10 +14,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks.loggers import log_reference
-from mlu_lightning.callbacks.probe_batches import Layout, Probe, given_probe, on_rank_zero, smallest_probe
-from mlu_lightning.observation.probe import Observation
-from mlu_lightning.observation.recording_steps import Steps, is_due, validated_steps
-from mlu_lightning.observation.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.callbacks.probe_batches import (
+    Layout,
+    Probe,
+    check_probe_arguments,
+    given_probe,
+    on_rank_zero,
+    prepare_probe,
+)
+from mlu_lightning.observation import Observation, Reference
+from mlu_lightning.observation.reference_format import ReferenceHeader
+from mlu_lightning.observation.reference_writer import ReferenceWriter
+from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 
 __all__ = ["ReferenceRecorder"]
@@ -38,19 +46,19 @@ class ReferenceRecorder(Callback):
     the first samples of the training data. With a ``WandbLogger`` the file becomes an artifact when training ends.
 
     Args:
-        path: of the file to be written; there must be none yet, unless the run is resumed.
-        probe: a batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
+        path: Path of the file to be written; there must be none yet, unless the run is resumed.
+        probe: Batch as ``validation_step`` takes it (``training_step``, in modules without), or the path of a
             safetensors file with one, or of another reference, whose probe is taken. By default the first samples of the
             validation data, or of the training data if there is no validation.
-        steps: optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
+        steps: Optimizer steps after which to record: ``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last one, a number n
             for every n, or a list.
-        depths: relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
-        positions: number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
+        depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
+        positions: Number of rows (samples, times tokens or pixels) to keep, evenly spaced. A probe of more samples than
             have as many rows, and than 8, is cut.
-        dtype: of values in the file, ``"float32"`` or ``"bfloat16"``.
+        dtype: Type of values in the file, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
-        ValueError: if an argument is not of these.
+        ValueError: If an argument is not of these.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -75,18 +83,12 @@ class ReferenceRecorder(Callback):
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
         super().__init__()
-        if isinstance(depths, (int, float)) or not len(depths) or not all(0 <= depth <= 1 for depth in depths):
-            raise ValueError(
-                f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
-            )
-        if positions < 1:
-            raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r} is none of: 'float32', 'bfloat16'.")
         self.path = Path(path)
         self._given = probe
-        self._steps = validated_steps(steps)
-        self._depths = tuple(sorted({float(depth) for depth in depths}))
+        self._schedule = Schedule(steps)
+        self._depths = check_probe_arguments(depths, positions, fewest=1)
         self._positions = positions
         self._dtype = dtype
         self._probe: Probe | None = None
@@ -101,23 +103,16 @@ class ReferenceRecorder(Callback):
         return self._generate_state_key(path=str(self.path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the probe once, open the file, and record the step if it is due.
-
-        Raises:
-            FileExistsError: if there is a file already and the run is not resumed.
-            ValueError: if the module has no stream that can be read, if it cannot take the probe, or if the existing
-                file is of another run.
-        """
+        """Look at the probe once, open the file, and record the step if it is due."""
         step = trainer.global_step
         batch, name = on_rank_zero(trainer, lambda: self._find_probe(trainer, pl_module))
         layout = Layout.of(trainer, pl_module)
 
-        def probe_of(batch: Any) -> Probe:
+        def make(batch: Any) -> Probe:
             return Probe.of(trainer, pl_module, batch, name, layout, self._depths, self._positions)
 
-        with probe_of(batch).first_pass(pl_module, f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."):
-            self._probe, batch, count = smallest_probe(trainer, pl_module, probe_of, batch)
-            observation = self._probe.observe(trainer, pl_module)
+        advice = f"Give ReferenceRecorder(probe=...) a batch as {name} takes it."
+        self._probe, batch, count, observation = prepare_probe(trainer, pl_module, make, batch, advice)
         header = ReferenceHeader(
             depth=layout.depth,
             embedding=layout.embedding,
@@ -140,7 +135,7 @@ class ReferenceRecorder(Callback):
         self._last, losses = on_rank_zero(trainer, open_file)
         self._losses = _Losses(losses, step, pl_module.device)
         self._failed = False
-        if step > self._last and is_due(self._steps, step):
+        if step > self._last and self._schedule.is_due(step):
             self._record(trainer, step, observation)
 
     def on_train_batch_end(
@@ -154,12 +149,12 @@ class ReferenceRecorder(Callback):
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
         step = trainer.global_step
         self._losses.add(trainer, loss.detach(), step)
-        if step > self._last and is_due(self._steps, step):
+        if step > self._last and self._schedule.is_due(step):
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step, and log the file as an artifact where there is a place for it."""
-        if self._steps == "log":
+        if self._schedule.ends_with_last:
             self._look(trainer, pl_module)
         if trainer.is_global_zero and self.path.exists():
             log_reference(trainer.loggers, self.path)

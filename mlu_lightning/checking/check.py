@@ -1,10 +1,10 @@
-"""Train a module at several shapes for a few steps, and say whether it does what the MLU parameterization says."""
+"""The check: train a module at several shapes for a few steps, and say whether its features move alike at all of them."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,14 +14,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.growth import check_growth
-from mlu_lightning.checking.measurement import Measurement, make_trainer, measure, quiet
-from mlu_lightning.checking.preparation import built, first_batches, prepared, transferred
-from mlu_lightning.checking.quantities import KINDS, Quantity
+from mlu_lightning.checking.measurement import Measurement, measure
+from mlu_lightning.checking.preparation import build, first_batches, make_trainer, prepare, quiet, transfer
+from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
-from mlu_lightning.checking.verdicts import Point, fit_row
-from mlu_lightning.planning.plan import Plan
-from mlu_lightning.shapes.error_bound import Shape
+from mlu_lightning.checking.verdicts import Point, Row, fit_row
+from mlu_lightning.planning import Plan
+from mlu_lightning.shapes import Shape
 
 __all__ = ["check"]
 
@@ -47,26 +47,26 @@ def check(
     parameterization makes independent of the shape (theory.md, sections 1 and 3) is measured in each run: how far
     pre-activations, streams and outputs move; what every parameter does where it acts, at the start and because it was
     updated; what weight decay takes away; and what the update of each role does to streams and outputs. Slopes against
-    size, fitted with a confidence interval, are the verdict. Powers in the table are multiples of 1/2, so that a factor
-    that is missing shifts a slope by 1/2 at least; 1/4 is left to how networks of finite size drift.
+    size, fitted with a confidence interval, are the verdict. Powers in the table are multiples of 1/2, so a missing factor
+    shifts a slope by 1/2 at least; 1/4 is left to how networks of finite size drift.
 
     Args:
-        module_factory: builds the module, called with ``depth=``, ``hidden=`` and ``embedding=``. The depth of what it
-            builds may be any multiple of the argument, as two additions for each block of a Transformer.
+        module_factory: function that builds the module, called with ``depth=``, ``hidden=`` and ``embedding=``. The depth
+            of what it builds may be any multiple of the argument, as two additions for each block of a Transformer.
         base: arguments at which the hyperparameters are known to be good.
         data: batches as ``training_step`` takes them: a DataLoader, a list of batches or a ``LightningDataModule``; None
             for a module that has its own ``train_dataloader``.
-        callbacks: makes the callbacks of a Trainer, given a freshly built module of the base shape. By default an
-            :class:`MLUCallback` with that base. Those that save checkpoints or print are left out.
-        axes: along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without those
-            that a module does not have on its own, such as heads whose dimension times their number is the embedding. By
+        callbacks: function that makes the callbacks of a Trainer, given a freshly built module of the base shape; by
+            default an :class:`MLUCallback` with that base. Those that save checkpoints or print are left out.
+        axes: axes along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without
+            those that a module cannot grow alone, such as heads whose dimension times their number is the embedding. By
             default all, together if there are four factors or more, because they grow together by all but the last.
-        factors: by which each of the three grows, ascending from 1.
+        factors: factors by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
-        steps: of the optimizer in every run.
-        seed: of the first of these runs.
+        steps: optimizer steps of every run.
+        seed: seed of the first of these runs.
         trainer: further arguments of the Trainer, such as ``precision`` or ``gradient_clip_val``.
-        progress: called with the number of runs made and that of all.
+        progress: function called with the number of runs made and that of all.
 
     Returns:
         The report, which prints as a table and says which roles are at fault.
@@ -88,41 +88,41 @@ def check(
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
     grid = sizes(base, factors, default_axes(factors) if axes is None else axes)
-    make = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
-    numbers = range(seed, seed + seeds)
-    runs = [(shape, number) for shape in dict.fromkeys(size.shape for size in grid) for number in numbers]
+    make_callbacks = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
+    run_seeds = range(seed, seed + seeds)
+    runs = [(shape, run_seed) for shape in dict.fromkeys(size.shape for size in grid) for run_seed in run_seeds]
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
     measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
-    hooks = data if isinstance(data, LightningDataModule) else None
+    datamodule = data if isinstance(data, LightningDataModule) else None
     with isolate_rng(), quiet():
         planning = make_trainer([], steps, settings)
 
-        @cache  # of any weights: what is used of a plan are ratios and places
+        @cache  # for any weights: only the ratios and locations of a plan are used
         def plan_of(shape: Shape) -> Plan:
-            return Plan.from_model(prepared(built(module_factory, shape, seed), planning), probe, base=reference)
+            return Plan.from_model(prepare(build(module_factory, shape, seed), planning), probe, base=reference)
 
-        first = prepared(built(module_factory, base, seed), planning)
-        batches = {number: first_batches(data, first, count + 1, number) for number in numbers}
-        probe = transferred(batches[seed][-1], hooks or first)
+        first = prepare(build(module_factory, base, seed), planning)
+        batches = {run_seed: first_batches(data, first, count + 1, run_seed) for run_seed in run_seeds}
+        probe = transfer(batches[seed][-1], datamodule or first)
         reference = Plan.from_model(first, probe, base=first)
         for axis in dict.fromkeys(size.axis for size in grid):
             small, large, *_ = (size.shape for size in grid if size.axis == axis)
             check_growth(axis, factors[1], plan_of(small), plan_of(large))
         largest = plan_of(max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0])
-        for shape, number in runs:
-            plan, module = plan_of(shape), built(module_factory, shape, number)
-            at_base = built(module_factory, base, number)
-            seed_everything(number, verbose=False)
-            measured[shape, number] = measure(
+        for shape, run_seed in runs:
+            plan, module = plan_of(shape), build(module_factory, shape, run_seed)
+            at_base = build(module_factory, base, run_seed)
+            seed_everything(run_seed, verbose=False)
+            measured[shape, run_seed] = measure(
                 module,
                 plan,
-                make(at_base),
-                batches[number][:count],
+                make_callbacks(at_base),
+                batches[run_seed][:count],
                 probe,
                 steps,
                 settings,
-                hooks,
+                datamodule,
             )
             progress(len(measured), len(runs))
     return CheckReport(
@@ -135,29 +135,30 @@ def check(
     )
 
 
-def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Any:
-    """One row for every quantity and axis, in order of kind."""
-    points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
+def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Iterator[Row]:
+    """Rows of all quantities and axes, in order of kinds and axes."""
     shallowest: dict[Quantity, Measurement] = {}
     for found in measured.values():
-        for one in found:
-            if len(one.values) < len(shallowest.setdefault(one.quantity, one).values):
-                shallowest[one.quantity] = one
+        for measurement in found:
+            quantity = measurement.quantity
+            if len(measurement.values) < len(shallowest.setdefault(quantity, measurement).values):
+                shallowest[quantity] = measurement
+    points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
     for size in grid:
         for (shape, seed), found in measured.items():
             if shape == size.shape:
-                for one in found:
-                    mean = _geometric_mean(_at(shallowest[one.quantity].depths, one))
-                    point = Point(size.factor, seed, mean, min(one.values), max(one.values))
-                    points[one.quantity, size.axis].append(point)
-    order = sorted(points, key=lambda key: (KINDS.index(key[0].kind), AXES.index(key[1])))
-    for quantity, axis in order:
+                for measurement in found:
+                    quantity, values = measurement.quantity, measurement.values
+                    mean = _geometric_mean(_at(shallowest[quantity].depths, measurement))
+                    points[quantity, size.axis].append(Point(size.factor, seed, mean, min(values), max(values)))
+    kinds = list(Kind)
+    for quantity, axis in sorted(points, key=lambda key: (kinds.index(key[0].kind), AXES.index(key[1]))):
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
-        yield fit_row(quantity, axis, points[quantity, axis], others)
+        yield fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still)
 
 
 def _at(depths: Sequence[float], measurement: Measurement) -> Sequence[float]:
-    """Values at some relative depths, between those where they were measured, if they are a function of that."""
+    """Values at given relative depths, interpolated between those where they were measured, if they depend on the depth."""
     values = measurement.values
     if not measurement.depths or not all(0 < value < math.inf for value in values):
         return values

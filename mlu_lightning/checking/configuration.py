@@ -1,4 +1,4 @@
-"""Modules of any shape from the configuration of a LightningCLI."""
+"""Modules of any shape, data, callbacks and loggers from the configuration of a LightningCLI."""
 
 from __future__ import annotations
 
@@ -25,21 +25,14 @@ __all__ = ["Configured", "read_config"]
 
 @dataclass(frozen=True)
 class Configured:
-    """A LightningCLI's configuration, with the names of what makes up a shape in it.
+    """A LightningCLI's configuration, with the names of the model's arguments that make up its shape.
 
     Args:
-        content: of the file.
-        keys: names in the module's arguments by axis; all of an axis grow by one factor.
-        start: what each of them is at the base.
-        base: the same as a shape, of the first name of each axis.
+        content: content of the file.
+        keys: names of the model's arguments by axis; all of an axis grow by one factor.
+        start: value of each of them at the base.
+        base: shape of the base, from the first name of each axis.
         notes: sentences about what the check does not take from the configuration as it stands.
-
-    >>> content = {"model": {"class_path": "mlu_lightning.models.ResNet", "init_args": {"inputs": 3, "outputs": 2}}}
-    >>> keys = {"depth": ("depth",), "hidden": ("hidden",), "embedding": ("embedding",)}
-    >>> start = {"depth": 2, "hidden": 8, "embedding": 4}
-    >>> configured = Configured(content, keys, start, Shape(2, 8, 4))
-    >>> len(configured.build(depth=4, hidden=8, embedding=4).blocks)
-    4
     """
 
     content: Mapping[str, Any]
@@ -49,30 +42,24 @@ class Configured:
     notes: tuple[str, ...] = ()
 
     def build(self, depth: int, hidden: int, embedding: int) -> LightningModule:
-        """Build the module at a shape.
-
-        Args:
-            depth: of the shape; all that belongs to it grows by the same factor.
-            hidden: of the shape.
-            embedding: of the shape.
-        """
+        """Build the module at a shape."""
         module: LightningModule = self._parsed(Shape(depth, hidden, embedding)).model
         return module
 
     def callbacks(self, _: LightningModule) -> list[Callback]:
-        """Callbacks that take part in the training: all of the configuration's but Lightning's and those that watch."""
+        """Build the callbacks that take part in the training: all but Lightning's and those that watch."""
         return list(self._parsed(self.base).callbacks)
 
     def data(self) -> LightningDataModule | None:
-        """The configuration's data; None if the module has its own."""
+        """Build the data; None if the module has its own."""
         data: LightningDataModule | None = self._parsed(self.base).datamodule
         return data
 
     def loggers(self) -> list[Logger]:
-        """Loggers of the configuration, built; those that Lightning makes by itself are not among them."""
+        """Build the loggers that the configuration names; those that Lightning makes by itself are not among them."""
         logger = (self.content.get("trainer") or {}).get("logger")
-        given = logger if isinstance(logger, list) else [logger]
-        named = [one for one in given if isinstance(one, (dict, str))]
+        sections = logger if isinstance(logger, list) else [logger]
+        named = [section for section in sections if isinstance(section, (dict, str))]
         return list(self._parsed(self.base, named).loggers) if named else []
 
     @property
@@ -95,28 +82,19 @@ class Configured:
 def read_config(
     path: str | Path, keys: Mapping[str, Sequence[str]], model: str | None = None, data: str | None = None
 ) -> Configured:
-    """Read a LightningCLI's configuration, and find the base's shape in it.
+    """Read the YAML file of a LightningCLI, of one command or of all, and find the base's shape in it.
 
     The base is that of the configuration's :class:`MLUCallback`, where it has a ``class_path`` with ``init_args``;
     without one, what the configuration trains is taken for it. Arguments that the model lacks are the base's, too: a CLI
     that links arguments does not save those that it sets. Of keys at the top, those of LightningCLI itself are taken.
-
-    Args:
-        path: of the YAML file, of a command or of all of them.
-        keys: names in the module's ``init_args`` that make up depth, hidden width and embedding.
-        model: class of the module, for configurations that do not name it, as of ``LightningCLI(MyModule)``.
-        data: class of the data, where it is not named.
-
-    Raises:
-        ValueError: if the file is not such a configuration, does not have one of the names, lacks arguments that are
-            linked, or has an :class:`MLUCallback` that is for one shape.
+    ``model`` and ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``.
     """
     content = _content(Path(path))
-    others = [name for name in content if name not in _OF_LIGHTNING]
+    left_out = [name for name in content if name not in _OF_LIGHTNING]
     content = {name: value for name, value in content.items() if name in _OF_LIGHTNING}
-    for name, given in (("model", model), ("data", data)):
-        if given is not None:
-            content[name] = {"class_path": given, "init_args": _arguments(content.get(name) or {})}
+    for name, class_path in (("model", model), ("data", data)):
+        if class_path is not None:
+            content[name] = {"class_path": class_path, "init_args": _arguments(content.get(name) or {})}
     if "class_path" not in (content.get("model") or {}):
         raise ValueError(
             f"{path} does not say which class its model is of, as configurations of LightningCLI(MyModule) do not. Give it: "
@@ -159,27 +137,22 @@ def read_config(
             )
     taken = {name: value for name, value in missing.items() if name not in start}
     axes = {axis: tuple(names) for axis, names in keys.items()}
-    return Configured(filled, axes, start, Shape(**first), _notes(others, taken))
+    return Configured(filled, axes, start, Shape(**first), _notes(left_out, taken))
 
 
 _OF_A_STEP = (
-    "accelerator",
-    "accumulate_grad_batches",
-    "deterministic",
-    "gradient_clip_algorithm",
-    "gradient_clip_val",
-    "precision",
+    "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
 )
 _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 _OTHER_VERSIONS = 4
-"""How many arguments a Trainer of this version of Lightning may have that another did not."""
+"""How many arguments the Trainer may have gained since the version of Lightning that saved a file."""
 
 
 class _Arguments(LightningCLI):
     """A configuration of which nothing is built."""
 
     def instantiate_classes(self) -> None:
-        """Leave it at arguments."""
+        """Build nothing."""
 
 
 class _Parsed(LightningCLI):
@@ -198,7 +171,7 @@ _CLI = TypeVar("_CLI", bound=LightningCLI)
 
 
 def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int], loggers: Sequence[Any] = ()) -> _CLI:
-    """Read a configuration with some arguments of the model changed, and with the callbacks that take part."""
+    """Parse a configuration with other sizes in the model's arguments, and with the callbacks that take part."""
     changed: dict[str, Any] = copy.deepcopy(dict(content))
     changed["model"].setdefault("init_args", {}).update(sizes)
     kept = [callback for callback in _callbacks(changed) if _takes_part(callback)]
@@ -217,7 +190,7 @@ def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """The configuration of ``fit``, whether the file is of this command or of all."""
+    """Configuration of ``fit``, whether the file is of this command or of all."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -234,9 +207,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a class, with or without its name beside them."""
-    if "class_path" in section:
-        return dict(section.get("init_args") or {})
-    return dict(section)
+    return dict((section.get("init_args") or {}) if "class_path" in section else section)
 
 
 def _callbacks(content: Mapping[str, Any]) -> list[Any]:
@@ -259,20 +230,18 @@ def _class_of(callback: Any) -> str:
 
 
 def _base(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """The section of the base, where the plugin is told how to build it."""
+    """Section of the base, where the plugin is told how to build it."""
+    instead = "as base: {class_path: my_package.MyModule, init_args: {...}} in a copy of the file, and check the copy."
     for callback in _callbacks(content):
         if not (_is_plugin(callback) and isinstance(callback, dict)):
             continue
         arguments = callback.get("init_args") or {}
-        instead = (
-            "as base: {class_path: my_package.MyModule, init_args: {...}} in a copy of the file, and check the copy."
-        )
+        base = arguments.get("base")
         if arguments.get("plan") is not None:
             raise ValueError(
                 f"The MLUCallback of {path} has a finished plan, which is for one shape, and a check trains several. Give "
                 f"it a base instead, {instead}"
             )
-        base = arguments.get("base")
         if isinstance(base, dict):
             return base
         if base is not None:
@@ -306,7 +275,7 @@ def _notes(left_out: Sequence[str], taken: Mapping[str, Any]) -> tuple[str, ...]
 
 
 def _is_saved(content: Mapping[str, Any]) -> bool:
-    """Whether LightningCLI has written the file, with all that can be given; people do not write all of a Trainer."""
+    """Whether LightningCLI has written the file: it saves all arguments of a Trainer, and people do not write them all."""
     every = inspect.signature(Trainer).parameters.keys()
     return "seed_everything" in content and len(every - (content.get("trainer") or {}).keys()) <= _OTHER_VERSIONS
 

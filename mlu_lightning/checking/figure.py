@@ -1,11 +1,10 @@
-"""The figure of a check: everything that should not change with the size, against the size."""
+"""The figure of a check: every quantity that should not change with the size, against the size."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,22 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mlu_lightning.checking.quantities import Kind, lowest_and_highest
-from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.checking.sizes import AXES
+from mlu_lightning.checking.report import CheckReport, axes_of
 from mlu_lightning.checking.verdicts import Row, Verdict
-from mlu_lightning.utilities.plotting import apart
+from mlu_lightning.utilities.plotting import spread
 
-__all__ = ["draw_check", "save_figure"]
-
-
-def save_figure(report: CheckReport, path: Path) -> None:
-    """Draw a report into a PNG file.
-
-    Args:
-        report: of a check.
-        path: of the file.
-    """
-    draw_check(report).savefig(path, dpi=110)
+__all__ = ["draw_check"]
 
 
 def draw_check(report: CheckReport) -> Figure:
@@ -36,14 +24,11 @@ def draw_check(report: CheckReport) -> Figure:
 
     The grey band is what passes: slopes within the tolerance. What passes is thin and blue, what fails thick, red and
     named, what is undecided yellow.
-
-    Args:
-        report: of a check.
     """
     panels: dict[str, list[Row]] = defaultdict(list)
     for row in report.rows:
         panels[_group(row.quantity.kind)].append(row)
-    axes = [axis for axis in AXES if any(row.axis == axis for row in report.rows)]
+    axes = axes_of(report.rows)
     figure = Figure(figsize=(3.1 * len(axes) + 0.6, 2.3 * len(panels) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
@@ -52,8 +37,8 @@ def draw_check(report: CheckReport) -> Figure:
             _draw(panel, [row for row in rows if row.axis == axis], axis)
             for panel, axis in zip(line, axes, strict=True)
         ]
-        for panel, places in zip(line, ends, strict=True):  # after all of a line, which share an axis
-            _name(panel, places)
+        for panel, heights in zip(line, ends, strict=True):  # after all of a line, which share an axis
+            _name(panel, heights)
         line[0].set_ylabel(group)
     for panel, axis in zip(grid[0], axes, strict=True):
         panel.set_title(axis, loc="left", fontsize=10)
@@ -71,15 +56,15 @@ def draw_check(report: CheckReport) -> Figure:
 
 
 _COLORS: dict[Verdict, str] = {"pass": "#0072B2", "fail": "#C40000", "undecided": "#E69F00"}
-"""Of Okabe and Ito's palette but for the red: people with any colour vision can tell them apart."""
+"""Okabe and Ito's palette but for the red: people with any colour vision can tell them apart."""
 
 
 def _group(kind: Kind) -> str:
-    return "features, stream, output" if kind in ("features", "stream", "output") else kind
+    return "features, stream, output" if kind in (Kind.FEATURES, Kind.STREAM, Kind.OUTPUT) else str(kind)
 
 
 def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
-    """One panel; where the curves end that are to be named, by name."""
+    """Draw a panel, and return the last values of the curves that are to be named, by name."""
     panel.set_xscale("log", base=2)
     panel.set_yscale("log", base=2)
     panel.spines[["top", "right"]].set_visible(False)
@@ -90,29 +75,29 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
     sizes = np.array(factors, dtype=float) / factors[0]
     lowest, highest = lowest_and_highest(rows[0].quantity, axis)
     panel.fill_between(factors, sizes**lowest, sizes**highest, color="0.92", zorder=-1)
-    named = []
+    named: dict[str, float] = {}
     for row in sorted(rows, key=lambda row: _ORDER.index(row.verdict)):
         curve = _curve(row, factors)
         if curve is None:
             continue
         failing = row.verdict == "fail"
-        panel.plot(
-            factors, curve, color=_COLORS[row.verdict], linewidth=2 if failing else 0.9, alpha=1 if failing else 0.7
-        )
+        width, alpha = (2, 1.0) if failing else (0.9, 0.7)
+        panel.plot(factors, curve, color=_COLORS[row.verdict], linewidth=width, alpha=alpha)
         if failing:
-            named.append((curve[-1], row.quantity.role or row.quantity.name))
+            named[row.quantity.label] = curve[-1]
     panel.plot([factors[0]] * 2, [1 / 2, 2], alpha=0)  # the least that is shown
     panel.set_xticks(factors, [f"{factor}" for factor in factors])
     panel.minorticks_off()
-    return {name: place for place, name in named}
+    return named
 
 
-def _name(panel: Axes, places: dict[str, float]) -> None:
+def _name(panel: Axes, heights: dict[str, float]) -> None:
     """Name curves at their right ends."""
     at = max(panel.get_xticks())
-    names = sorted(places, key=lambda name: places[name])
+    names = sorted(heights, key=lambda name: heights[name])
     bottom, top = np.log(panel.get_ylim())
-    for name, height in zip(names, apart([math.log(places[name]) for name in names], (top - bottom) / 12), strict=True):
+    spread_out = spread([math.log(heights[name]) for name in names], (top - bottom) / 12)
+    for name, height in zip(names, spread_out, strict=True):
         panel.annotate(
             name,
             (at, math.exp(height)),
@@ -130,19 +115,11 @@ _ORDER: tuple[Verdict, ...] = ("pass", "undecided", "fail")
 
 
 def _curve(row: Row, factors: Sequence[int]) -> list[float] | None:
-    """Geometric means over seeds, over that at the smallest size."""
+    """Geometric means over seeds, over that at the smallest size; None if there is no such number at every size."""
     values: dict[int, list[float]] = defaultdict(list)
     for point in row.points:
-        values[point.factor].append(
-            {"at the place where it is largest": point.highest, "at the place where it is smallest": point.lowest}.get(
-                row.reason, point.value
-            )
-        )
-    if any(not all(math.isfinite(value) and value > 0 for value in found) for found in values.values()):
+        values[point.factor].append(point.at(row.reason))
+    if values.keys() != set(factors) or not all(0 < value < math.inf for found in values.values() for value in found):
         return None
-    means = [
-        math.exp(math.fsum(map(math.log, values[factor])) / len(values[factor]))
-        for factor in factors
-        if factor in values
-    ]
-    return [mean / means[0] for mean in means] if len(means) == len(factors) else None
+    means = [math.exp(math.fsum(map(math.log, values[factor])) / len(values[factor])) for factor in factors]
+    return [mean / means[0] for mean in means]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["check_growth"]
@@ -13,23 +13,10 @@ __all__ = ["check_growth"]
 def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
     """Refuse modules that do not grow along an axis: what does not depend on a size that is not there passes everything.
 
-    Args:
-        axis: ``"depth"``, ``"hidden"``, ``"embedding"`` or ``"together"``.
-        factor: by which the module is said to have grown.
-        small: plan before.
-        large: plan after; sizes that are rounded may be off by up to the root of the factor, and of several kinds of
-            streams or branches, or of what grows together, one is enough.
-
-    Raises:
-        ValueError: if it has not.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> plan = Plan.from_model(ResNet(depth=2, hidden=4, embedding=8, inputs=1, outputs=1))
-    >>> check_growth("depth", 2, plan, plan)  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    ValueError: The module does not grow with its depth: its streams have 2 additions, as they had at half of it. ...
+    Sizes that are rounded may be off by up to the root of the factor; of several kinds of streams or branches, or of what
+    grows together, one that grows is enough.
     """
-    if any(_grows(one, factor, small, large) for one in (_SIZES if axis == "together" else (axis,))):
+    if any(_grows(grown, factor, small, large) for grown in (_COUNTED if axis == "together" else (axis,))):
         return
     had = "as they had at half of it" if factor == 2 else f"as they had at 1/{factor} of it"
     if axis == "together":
@@ -37,7 +24,7 @@ def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
             "The module grows neither with its depth nor with its hidden width or embedding. Let the module_factory use "
             "depth=..., hidden=... and embedding=..."
         )
-    whose, what = _SIZES[axis]
+    whose, what = _COUNTED[axis]
     raise ValueError(
         f"The module does not grow with its {axis}: {whose} have {_listed(_sizes(axis, large))} {what}, {had}. Let the "
         f"module_factory use {axis}=..., or leave it out with axes=[...] (--{axis} null on the command line, or names "
@@ -45,7 +32,7 @@ def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
     )
 
 
-_SIZES = {
+_COUNTED = {
     "depth": ("its streams", "additions"),
     "hidden": ("its branches", "hidden units, heads or channels"),
     "embedding": ("its streams", "dimensions"),
@@ -61,8 +48,8 @@ def _grows(axis: str, factor: int, small: Plan, large: Plan) -> bool:
 
 def _sizes(axis: str, plan: Plan) -> list[int]:
     if axis == "hidden":
-        # one for each kind and name, however many blocks there are
-        return list({(name_pattern(one.name), one.kind): one.hidden for one in plan.branches}.values())
+        # each kind and name once, however many blocks there are
+        return list({(name_pattern(branch.name), branch.kind): branch.hidden for branch in plan.branches}.values())
     return [stream.depth if axis == "depth" else stream.embedding for stream in plan.streams]
 
 

@@ -1,32 +1,27 @@
-"""Train a module for a few steps as its Trainer does, and measure what moves and what moves it."""
+"""The measurements of a check in one run: train a module as its Trainer does, and measure what moves and what moves it."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
 from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
-from mlu_lightning.checking.quantities import Kind, Quantity, expected_powers
-from mlu_lightning.checking.shrinkage import shrinkage
+from mlu_lightning.checking.preparation import Batches, make_trainer
+from mlu_lightning.checking.quantities import Kind, Quantity, expected_size
+from mlu_lightning.checking.shrinkage import restored, shrinkage
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.observation.feature_updates import moved
-from mlu_lightning.observation.probe import locate, locate_features, observe
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.observation import Location, LocationName, Observation, locate, locate_features, observe, rms_change
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = ["Batches", "Measurement", "make_trainer", "measure", "quiet"]
+__all__ = ["Measurement", "measure"]
 
 
 @dataclass(frozen=True)
@@ -35,15 +30,17 @@ class Measurement:
 
     Args:
         quantity: what was measured.
-        values: over what it is expected to grow as: constant in the limit of large networks.
-        depths: relative depths s of these places, ascending, if values depend on it. How far pre-activations move does,
-            because the stream before them has moved, too: in the block at s = 0, the only one of the shallowest network,
-            less than further up. Empty otherwise.
+        values: measured over expected, so constant in the limit of large networks.
+        depths: relative depths s of these places, ascending, if values depend on it; empty otherwise. How far
+            pre-activations move does, because the stream before them has moved, too: in the block at s = 0, the only one of
+            the shallowest network, less than further up.
+        may_be_still: whether it may be right that it does not move, as of a stream that begins with the data.
     """
 
     quantity: Quantity
     values: tuple[float, ...]
     depths: tuple[float, ...] = ()
+    may_be_still: bool = False
 
 
 def measure(
@@ -56,28 +53,10 @@ def measure(
     trainer: Mapping[str, Any],
     datamodule: LightningDataModule | None = None,
 ) -> tuple[Measurement, ...]:
-    """Train a module, and measure it before the first step, before the last and after it.
+    """Train a freshly built module on batches, and measure it before the first step, before the last and after it.
 
-    Args:
-        module: freshly built.
-        plan: of the module, for ratios and where to read; none of its factors are used.
-        callbacks: of the Trainer.
-        batches: to train on.
-        probe: batch on which effects are measured, by ``training_step`` in evaluation mode.
-        steps: of the optimizer.
-        trainer: further arguments of the Trainer.
-        datamodule: whose hooks transfer batches.
-
-    Raises:
-        ValueError: if the training stops before its last step.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
-    >>> batch = torch.ones(5, 3), torch.ones(5, 2)
-    >>> plan = Plan.from_model(model, batch, base=model)
-    >>> found = measure(model, plan, [], [batch], batch, 1, {})
-    >>> [len(one.values) for one in found if one.quantity.name == "blocks.*.read.weight"]
-    [2, 2]
+    Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; of the plan, ratios and locations
+    are used, and none of its factors. The hooks of a datamodule transfer batches.
     """
     watch = _Watch(plan, probe, steps)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
@@ -97,80 +76,34 @@ def measure(
     return watch.measurements()
 
 
-def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str, Any]) -> Trainer:
-    """Make a Trainer that trains for a few steps, and neither writes nor prints anything.
-
-    Args:
-        callbacks: of the Trainer; those that save or print are left out.
-        steps: of the optimizer.
-        trainer: further arguments.
-
-    >>> make_trainer([], 3, {"accelerator": "cpu"}).max_steps
-    3
-    """
-    arguments = {
-        "accelerator": "cpu",
-        "devices": 1,
-        **trainer,
-        "max_steps": steps,
-        "max_epochs": -1,
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-        "logger": DummyLogger(),  # which steps and callbacks may ask for
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "callbacks": [one for one in callbacks if not isinstance(one, (Checkpoint, ProgressBar, ModelSummary))],
-    }
-    return Trainer(**arguments)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Be without what the Trainer says about devices and loaders in each of many short runs.
-
-    >>> with quiet():
-    ...     warnings.warn("The loader does not have many workers.")
-    """
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 class _Watch(Callback):
     """Measures a module while it is trained."""
 
     def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._rows = {name: one.row for name, one in plan.parameters.items()}
+        self._rows = {name: parameter.row for name, parameter in plan.parameters.items()}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
         depths = [stream.depth for stream in plan.streams]
-        self._locations = locate(plan.taps, depths, (0, 1)) + locate_features(plan.features, plan.branches)
-        self._depths = {
-            location.name: _relative_depth(plan, tap)
-            for location, tap in zip(locate_features(plan.features, plan.branches), plan.features, strict=True)
-        }
+        stream_taps = [tap for tap in plan.taps if tap.reads != "readout"]
+        self._starts, self._ends = (_names(locate(stream_taps, depths, (s,))) for s in (0, 1))
+        self._outputs = _names(locate(plan.taps, (), ()))
+        features = locate_features(plan.features, plan.branches)
+        self._features = {location.name: tap for location, tap in zip(features, plan.features, strict=True)}
+        self._locations = locate(plan.taps, depths, (0, 1)) + features
         self._found: dict[Quantity, list[float]] = defaultdict(list)
-        self._along: dict[Quantity, list[float]] = defaultdict(list)
+        self._depths: dict[Quantity, list[float]] = defaultdict(list)
         self._start: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
+        self._before: Observation = {}
         self._decayed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = {name: parameter.detach().clone() for name, parameter in planned_parameters(pl_module).items()}
         self._before = self._observe(pl_module)
-        self._add_local("start", pl_module, {name: torch.zeros_like(value) for name, value in self._start.items()})
+        zeros = {name: torch.zeros_like(value) for name, value in self._start.items()}
+        self._add_local(Kind.START, pl_module, zeros)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._decayed or trainer.global_step < self._steps - 1:
@@ -180,58 +113,75 @@ class _Watch(Callback):
             name: parameter for name, parameter in planned_parameters(pl_module).items() if parameter.requires_grad
         }
         for name, part in shrinkage(trainer.optimizers, parameters).items():
-            self._add("decay", name, part)
+            self._add(Kind.DECAY, name, part)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._add_local("update", pl_module, self._start)
+        self._add_local(Kind.UPDATE, pl_module, self._start)
         after = self._observe(pl_module)
         for name, values in after.items():
-            moves = moved(self._before[name], values)
-            kind, _, branch = name.partition("/")
-            if branch and not kind.startswith("stream"):
-                quantity = Quantity("features", f"{name_pattern(branch)} ({kind})")
-                self._found[quantity].append(moves)
-                self._along[quantity].append(self._depths[name])
-            else:
-                self._found[Quantity("output" if kind.startswith("output") else "stream", name)].append(moves)
-        for role in dict.fromkeys(self._rows.values()):
-            without = self._without(role, pl_module)
-            for name in _ends(after):
-                effect: Kind = "effect on output" if name.startswith("output") else "effect on stream"
-                moves = moved(without[name], after[name])
+            quantity, moves = self._quantity_at(name), rms_change(self._before[name], values)
+            self._found[quantity].append(moves)
+            if name in self._features:
+                self._depths[quantity].append(self._relative_depth(self._features[name]))
+        for row in dict.fromkeys(self._rows.values()):
+            without = self._observe_without(row, pl_module)
+            for name in (name for name in after if name in self._outputs | self._ends):
+                effect = Kind.EFFECT_ON_OUTPUT if name in self._outputs else Kind.EFFECT_ON_STREAM
+                moves = rms_change(without[name], after[name])
                 if moves > 0:  # what comes after a stream has no effect on it
-                    self._found[Quantity(effect, role, role)].append(moves)
+                    self._found[Quantity(effect, row, row)].append(moves)
 
     def measurements(self) -> tuple[Measurement, ...]:
+        still = {self._quantity_at(name) for name in self._starts}
         return tuple(
-            Measurement(quantity, tuple(values), tuple(self._along.get(quantity, ())))
+            Measurement(quantity, tuple(values), tuple(self._depths.get(quantity, ())), quantity in still)
             for quantity, values in self._found.items()
         )
 
-    def _observe(self, module: LightningModule) -> dict[str, Tensor]:
-        return observe(module, self._probe, self._locations, "training_step")
+    def _quantity_at(self, name: LocationName) -> Quantity:
+        """What is measured at a location."""
+        if name in self._features:
+            branch = self._plan.branches[self._features[name].number]
+            return Quantity(Kind.FEATURES, f"{name_pattern(branch.name or 'self')} ({branch.kind})")
+        return Quantity(Kind.OUTPUT if name in self._outputs else Kind.STREAM, name)
 
-    def _add_local(self, kind: Kind, module: LightningModule, others: Mapping[str, Tensor]) -> None:
+    def _relative_depth(self, tap: Tap) -> float:
+        return tap.position / self._plan.streams[self._plan.branches[tap.number].stream].depth
+
+    def _observe(self, module: LightningModule, locations: Sequence[Location] | None = None) -> Observation:
+        """Observe the module, whose step may change parameters, such as those of a teacher that follows."""
+        where = self._locations if locations is None else locations
+        return observe(module, self._probe, where, "training_step", restore_parameters=True)
+
+    def _observe_without(self, row: str, module: LightningModule) -> Observation:
+        """Observe the module with the parameters of one row of the table as they were at the start."""
+        parameters = planned_parameters(module)
+        of_row = {name: parameter for name, parameter in parameters.items() if self._rows[name] == row}
+        with restored(of_row):
+            with torch.no_grad():
+                for name, parameter in of_row.items():
+                    parameter.copy_(self._start[name])
+            return self._observe(module)
+
+    def _add_local(self, kind: Kind, module: LightningModule, replacements: Mapping[str, Tensor]) -> None:
         """Add what every parameter does where it acts."""
-
-        def run() -> None:
-            observe(module, self._probe, (), "training_step")
-
-        effects = local_effects(module, tuple(self._readers.values()), others, run)
+        effects = local_effects(
+            module, tuple(self._readers.values()), replacements, lambda: self._observe(module, locations=())
+        )
         # experts without tokens are not read, as others beside them are
         read = {(name_pattern(name), self._rows[name]) for name in effects}
         parameters = planned_parameters(module)
         unread = [name for name in parameters if (name_pattern(name), self._rows[name]) not in read]
-        effects |= value_effects(self._plan, unread, parameters, others, aligned=kind == "update")
+        effects |= value_effects(self._plan, unread, parameters, replacements, aligned=kind is Kind.UPDATE)
         for name, effect in effects.items():
             multiplied = name in self._readers and self._readers[name].multiplied
-            if kind == "start" and multiplied and self._plan.roles[name] is Role.BRANCH_NORM and effect > 0:
+            if kind is Kind.START and multiplied and self._plan.roles[name] is Role.BRANCH_NORM and effect > 0:
                 # it is the multiplier of what comes before the norm, and the norm's values are something else
                 size = rms(parameters[name])
                 self._add(kind, name, size)
                 before_norm = Role.BRANCH_OUT, Variant.BEFORE_NORM
                 self._add(kind, name, effect / size, before_norm, " (multiplier)", multiplied)
-            elif effect > 0 or kind == "update":  # what is zero at the start has no size to scale
+            elif effect > 0 or kind is Kind.UPDATE:  # what is zero at the start has no size to scale
                 self._add(kind, name, effect, multiplied=multiplied)
 
     def _add(
@@ -245,51 +195,9 @@ class _Watch(Callback):
     ) -> None:
         parameter = self._plan.parameters[name]
         role, variant = row or (parameter.role, parameter.variant)
-        expected = expected_powers(kind, role, multiplied, variant, parameter.ratios)(parameter.ratios)
+        expected = expected_size(kind, role, variant, parameter.ratios, multiplied)
         self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
 
-    def _without(self, role: str, module: LightningModule) -> dict[str, Tensor]:
-        """Observe the module with the parameters of one role as they were at the start."""
-        of_role = {
-            name: parameter for name, parameter in planned_parameters(module).items() if self._rows[name] == role
-        }
-        now = {name: parameter.detach().clone() for name, parameter in of_role.items()}
-        with torch.no_grad():
-            for name, parameter in of_role.items():
-                parameter.copy_(self._start[name])
-            observed = self._observe(module)
-            for name, parameter in of_role.items():
-                parameter.copy_(now[name])
-        return observed
 
-
-class Batches:
-    """Batches that a Trainer takes for a loader; a list would be one of several loaders.
-
-    >>> list(Batches([1, 2]))
-    [1, 2]
-    """
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        """Keep batches.
-
-        Args:
-            batches: in their order.
-        """
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
-def _relative_depth(plan: Plan, tap: Tap) -> float:
-    branch = plan.branches[tap.number]
-    return tap.position / plan.streams[branch.stream].depth
-
-
-def _ends(observed: Mapping[str, Tensor]) -> list[str]:
-    """Where streams end, and outputs."""
-    return [name for name in observed if name.startswith("output") or name.endswith("s=1")]
+def _names(locations: Sequence[Location]) -> frozenset[LocationName]:
+    return frozenset(location.name for location in locations)

@@ -1,51 +1,35 @@
-"""Modules and batches as a Trainer would have them when it begins: built, attached and set up."""
+"""Modules, batches and Trainers of a check: built, attached and set up as when a training begins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from mlu_lightning.checking.measurement import Batches
-from mlu_lightning.shapes.error_bound import Shape
+from mlu_lightning.shapes import Shape
 
-__all__ = ["built", "first_batches", "prepared", "transferred"]
+__all__ = ["Batches", "build", "first_batches", "make_trainer", "prepare", "quiet", "transfer"]
 
 
-def built(module_factory: Callable[..., LightningModule], shape: Shape, seed: int) -> LightningModule:
-    """Build a module, with initial weights that belong to a seed.
-
-    Args:
-        module_factory: builds it, called with ``depth=``, ``hidden=`` and ``embedding=``.
-        shape: L, M and D.
-        seed: of its weights.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> len(built(lambda depth, **others: ResNet(depth, 2, 2, 1, 1), Shape(3, 2, 2), 0).blocks)
-    3
-    """
+def build(module_factory: Callable[..., LightningModule], shape: Shape, seed: int) -> LightningModule:
+    """Build a module with the initial weights of a seed."""
     seed_everything(seed, verbose=False)
     return module_factory(depth=shape.depth, hidden=shape.hidden, embedding=shape.embedding)
 
 
-def prepared(module: LightningModule, trainer: Trainer) -> LightningModule:
+def prepare(module: LightningModule, trainer: Trainer) -> LightningModule:
     """Attach a module to a Trainer and call the hooks that get its data and build it.
 
     It is to be planned, not to be trained: the Trainer that does that calls the same hooks again.
-
-    Args:
-        module: freshly built.
-        trainer: which its hooks and steps may ask for, and which does not train it.
-
-    >>> class Late(LightningModule):
-    ...     def configure_model(self):
-    ...         self.layer = torch.nn.Linear(1, 1)
-    >>> prepared(Late(), Trainer(accelerator="cpu", barebones=True)).layer
-    Linear(in_features=1, out_features=1, bias=True)
     """
     module.trainer = trainer
     for name, arguments in _HOOKS.items():
@@ -54,25 +38,36 @@ def prepared(module: LightningModule, trainer: Trainer) -> LightningModule:
     return module
 
 
+_HOOKS: dict[str, tuple[str, ...]] = {"prepare_data": (), "setup": ("fit",), "configure_model": ()}
+
+
+def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str, Any]) -> Trainer:
+    """Make a Trainer that trains for a few steps, without callbacks that write or print anything."""
+    arguments = {
+        "accelerator": "cpu",
+        "devices": 1,
+        **trainer,
+        "max_steps": steps,
+        "max_epochs": -1,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "logger": DummyLogger(),  # which steps and callbacks may ask for
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "callbacks": [one for one in callbacks if not isinstance(one, (Checkpoint, ProgressBar, ModelSummary))],
+    }
+    return Trainer(**arguments)
+
+
 def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> list[Any]:
-    """The first batches that a run with a seed is given, again from the beginning if there are not as many.
+    """The first batches of a run with a seed, again from the beginning if there are not as many.
 
-    Args:
-        data: loaders, a list of batches, a ``LightningDataModule``, or None for those of the module.
-        module: that was prepared.
-        count: of batches.
-        seed: of the run: in which order loaders shuffle, and where in a list it begins.
-
-    Raises:
-        ValueError: if there are none.
-
-    >>> module = LightningModule()
-    >>> first_batches(["a", "b", "c"], module, 2, seed=1), first_batches(iter("a"), module, 1, seed=0)
-    (['c', 'a'], ['a'])
+    The seed decides the order of loaders that shuffle, and where a list begins.
     """
     if isinstance(data, list):
         begin = seed * count % max(len(data), 1)
-        loader: Any = Batches(data[begin:] + data[:begin])  # a list would be one of several loaders
+        loader: Any = Batches(data[begin:] + data[:begin])
     elif isinstance(data, LightningDataModule):
         data.trainer = module.trainer
         data.prepare_data()
@@ -94,18 +89,36 @@ def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> 
     return found
 
 
-def transferred(batch: Any, hooks: LightningDataModule | LightningModule) -> Any:
-    """A batch as a Trainer hands it to a step.
+class Batches:
+    """Batches that a Trainer takes for a loader; a list would be one of several loaders."""
 
-    Args:
-        batch: as the loader makes it.
-        hooks: whose it is to be transferred.
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
 
-    >>> transferred([1, 2], LightningModule())
-    [1, 2]
-    """
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def transfer(batch: Any, hooks: LightningDataModule | LightningModule) -> Any:
+    """Hand over a batch as a Trainer does, by the hooks of its data or module."""
     with torch.no_grad():
         return hooks.on_after_batch_transfer(hooks.on_before_batch_transfer(batch, 0), 0)
 
 
-_HOOKS: dict[str, tuple[str, ...]] = {"prepare_data": (), "setup": ("fit",), "configure_model": ()}
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the Trainer says about devices and loaders in each of many short runs."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

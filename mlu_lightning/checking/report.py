@@ -1,41 +1,39 @@
-"""What a check found, as a value that prints as tables and is saved as JSON with a figure."""
+"""The report of a check: a value that prints as tables and goes to JSON and back."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
-from os import PathLike
-from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlu_lightning.checking.quantities import KINDS, Quantity
+from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
-from mlu_lightning.checking.verdicts import Cause, Point, Row, Verdict, find_causes, overall_verdict
-from mlu_lightning.shapes.error_bound import Shape
+from mlu_lightning.checking.verdicts import CONFIDENCE, Cause, Point, Reason, Row, Verdict, find_causes, overall_verdict
+from mlu_lightning.shapes import Shape
 
-__all__ = ["CheckReport"]
+__all__ = ["CheckReport", "axes_of", "by_quantity"]
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found.
+    """Findings of a check.
 
     Args:
-        base: L, M and D at which hyperparameters are known to be good.
-        factors: by which they grew.
-        seeds: runs at every shape.
-        steps: of the optimizer in every run.
+        base: shape at which hyperparameters are known to be good.
+        factors: factors by which it grew.
+        seeds: number of runs at every shape.
+        steps: optimizer steps of every run.
         rows: slopes and verdicts of everything that was measured.
         warnings: what the theory does not cover in the module, and what could not be measured.
 
-    >>> row = Row(Quantity("update", "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail", "", ())
+    >>> row = Row(Quantity(Kind.UPDATE, "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail")
     >>> report = CheckReport(Shape(2, 4, 8), (1, 2, 4), 2, 3, (row,))
     >>> report.verdict, report.causes[0].role
     ('fail', 'branch_in')
@@ -65,13 +63,10 @@ class CheckReport:
         numbers = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         lines = [f"{self.verdict.upper()}: {numbers}", *(str(cause) for cause in self.causes)]
         named = {cause.role for cause in self.causes}
-        others = [row.quantity for row in self.rows if row.verdict == "fail"]
-        follow = dict.fromkeys(one.role or one.name for one in others if (one.role or one.name) not in named)
-        if follow:
+        failing = dict.fromkeys(row.quantity.label for row in self.rows if row.verdict == "fail")
+        if follow := [label for label in failing if label not in named]:
             lines.append(f"Failing too, which may follow from that: {', '.join(follow)}")
-        undecided = [
-            row for row in self.rows if row.verdict == "undecided" and not row.quantity.kind.startswith("effect")
-        ]
+        undecided = [row for row in self.rows if row.verdict == "undecided" and not row.quantity.kind.is_effect]
         if self.verdict == "undecided" and any(not math.isnan(row.slope) for row in undecided):
             lines.append(
                 "Runs differ too much to tell from one size to the next. More seeds, or more factors, would tell."
@@ -82,11 +77,11 @@ class CheckReport:
 
     def tables(self) -> RenderableType:
         """The report for a terminal: a table of what should not grow, one of the effects of roles, and the verdict."""
-        effects = [row for row in self.rows if row.quantity.kind.startswith("effect")]
-        others = [row for row in self.rows if not row.quantity.kind.startswith("effect")]
+        effects = [row for row in self.rows if row.quantity.kind.is_effect]
+        others = [row for row in self.rows if not row.quantity.kind.is_effect]
         parts: list[RenderableType] = [
             "Slopes of log size of what moves against log size of the network, less what is expected, "
-            f"with {_CONFIDENCE} intervals ({self.seeds} seeds, {self.steps} steps, sizes "
+            f"with {100 * CONFIDENCE:g} % intervals ({self.seeds} seeds, {self.steps} steps, sizes "
             f"{' : '.join(map(str, self.factors))} from L={self.base.depth}, M={self.base.hidden}, "
             f"D={self.base.embedding})",
             _table(others),
@@ -101,20 +96,6 @@ class CheckReport:
         text = StringIO()
         Console(file=text, width=125, color_system=None, markup=False, emoji=False).print(self.tables())
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").splitlines())
-
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder.
-
-        Args:
-            folder: which is made if it does not exist.
-        """
-        from mlu_lightning.checking.figure import save_figure  # which needs matplotlib
-
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "check.json").write_text(self.to_json(), encoding="utf-8")
-        (path / "check.txt").write_text(f"{self}\n", encoding="utf-8")
-        save_figure(self, path / "check.png")
 
     def to_json(self) -> str:
         """The report as JSON; a number that is not finite is null."""
@@ -134,11 +115,8 @@ class CheckReport:
     def from_json(cls, text: str) -> CheckReport:
         """Read what :meth:`to_json` wrote.
 
-        Args:
-            text: of the file.
-
         Raises:
-            ValueError: if it is not a report.
+            ValueError: if the text is not a report.
         """
         try:
             content = json.loads(text)
@@ -156,53 +134,55 @@ class CheckReport:
             ) from error
 
 
-_CONFIDENCE = "95 %"
+def axes_of(rows: Sequence[Row]) -> list[str]:
+    """Axes along which there are rows, in their order."""
+    return [axis for axis in AXES if any(row.axis == axis for row in rows)]
+
+
+def by_quantity(rows: Iterable[Row]) -> dict[Quantity, dict[str, Row]]:
+    """Rows by quantity and axis."""
+    found: dict[Quantity, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault(row.quantity, {})[row.axis] = row
+    return found
+
+
 _MARKS: dict[Verdict, str] = {"pass": " ", "fail": "✗", "undecided": "?"}
 _STYLES: dict[Verdict, str] = {"pass": "green", "fail": "bold red", "undecided": "yellow"}
 
 
 def _table(rows: Sequence[Row]) -> Table:
     """A line for every quantity, with a slope for each axis."""
-    of_quantity: dict[Quantity, dict[str, Row]] = {}
-    for row in rows:
-        of_quantity.setdefault(row.quantity, {})[row.axis] = row
-    axes = [axis for axis in AXES if any(row.axis == axis for row in rows)]
+    axes = axes_of(rows)
     table = Table("", "what", "role", *axes, "verdict")
     table.columns[1].overflow = "fold"
     for column in table.columns[3 : 3 + len(axes)]:
         column.justify = "right"
         column.no_wrap = True
-    kind = ""
-    for quantity, found in of_quantity.items():
-        if kind and quantity.kind != kind:
+    last: Kind | None = None
+    for quantity, found in by_quantity(rows).items():
+        kind = "" if quantity.kind is last else str(quantity.kind)
+        if kind and last is not None:
             table.add_section()
-        shown = quantity.kind if quantity.kind != kind else ""
-        kind = quantity.kind
+        last = quantity.kind
         name = "" if quantity.name == quantity.role else quantity.name
-        verdict = _worst(found.values())
-        table.add_row(shown, name, quantity.role or "", *_cells(found, axes), Text(verdict, style=_STYLES[verdict]))
+        cells = [_cell(found.get(axis)) for axis in axes]
+        worst = min((row.verdict for row in found.values()), key=("fail", "undecided", "pass").index)
+        table.add_row(kind, name, quantity.role or "", *cells, Text(worst, style=_STYLES[worst]))
     return table
 
 
-def _cells(found: dict[str, Row], axes: Sequence[str]) -> Iterator[Text]:
-    for axis in axes:
-        row = found.get(axis)
-        if row is None:
-            yield Text("")
-        elif math.isnan(row.slope):
-            yield Text(f"-{_MARKS[row.verdict]}", style=_STYLES[row.verdict])
-        else:
-            style = "" if row.verdict == "pass" else _STYLES[row.verdict]
-            yield Text(f"{row.slope:+.2f}±{row.error:.2f}{_MARKS[row.verdict]}", style=style)
-
-
-def _worst(rows: Iterable[Row]) -> Verdict:
-    verdicts = {row.verdict for row in rows}
-    return next(verdict for verdict in ("fail", "undecided", "pass") if verdict in verdicts)
+def _cell(row: Row | None) -> Text:
+    if row is None:
+        return Text("")
+    if math.isnan(row.slope):
+        return Text(f"-{_MARKS[row.verdict]}", style=_STYLES[row.verdict])
+    style = "" if row.verdict == "pass" else _STYLES[row.verdict]
+    return Text(f"{row.slope:+.2f}±{row.error:.2f}{_MARKS[row.verdict]}", style=style)
 
 
 def _finite(value: Any) -> Any:
-    """The same without numbers that JSON does not have."""
+    """The same with null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -211,26 +191,27 @@ def _finite(value: Any) -> Any:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    def number(value: float | None) -> float:
-        return math.nan if value is None else float(value)
-
-    points = tuple(
-        Point(
-            _a(int, one["factor"]), _a(int, one["seed"]), *(number(one[key]) for key in ("value", "lowest", "highest"))
-        )
-        for one in content["points"]
-    )
-    quantity = content["quantity"]
-    role = quantity.get("role")
+    quantity, role = content["quantity"], content["quantity"].get("role")
     return Row(
-        quantity=Quantity(_one_of(KINDS, quantity["kind"]), _a(str, quantity["name"]), role and _a(str, role)),
+        quantity=Quantity(
+            Kind(_one_of(list(Kind), quantity["kind"])), _a(str, quantity["name"]), role and _a(str, role)
+        ),
         axis=_one_of(AXES, content["axis"]),
-        slope=number(content["slope"]),
-        error=number(content["error"]),
+        slope=_number(content["slope"]),
+        error=_number(content["error"]),
         verdict=_one_of(get_args(Verdict), content["verdict"]),
-        reason=_a(str, content["reason"]),
-        points=points,
+        reason=Reason(_one_of(list(Reason), content["reason"])),
+        points=tuple(map(_point, content["points"])),
     )
+
+
+def _point(content: dict[str, Any]) -> Point:
+    numbers = (_number(content[name]) for name in ("value", "lowest", "highest"))
+    return Point(_a(int, content["factor"]), _a(int, content["seed"]), *numbers)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _a(kind: type, value: Any) -> Any:

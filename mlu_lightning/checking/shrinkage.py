@@ -1,4 +1,4 @@
-"""How much of a parameter weight decay takes away in one step of an optimizer."""
+"""How much of a parameter weight decay takes away in one step of an optimizer, which is taken back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from mlu_lightning.checking.local_effects import rms
 
-__all__ = ["shrinkage"]
+__all__ = ["restored", "shrinkage"]
 
 
 def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
@@ -21,20 +21,7 @@ def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Param
 
     A step without gradients is made twice, with the optimizer's weight decay and without, and taken back: the difference
     is lr · λ for decoupled decay and for SGD. For Adam's L2 decay it is what decay adds to the update, divided by the
-    running size of the gradients.
-
-    Args:
-        optimizers: that have the parameters; they and the parameters are as before afterwards.
-        parameters: by name.
-
-    Returns:
-        By name, the root mean square of the difference over that of the parameter; without parameters that are zero or
-        have no decay.
-
-    >>> weight = nn.Parameter(torch.ones(3))
-    >>> optimizer = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.1)
-    >>> {name: round(part, 6) for name, part in shrinkage([optimizer], {"weight": weight}).items()}
-    {'weight': 0.05}
+    running size of the gradients. Parameters that are zero or have no decay are left out.
     """
     with_decay = _stepped(optimizers, parameters)
     with ExitStack() as stack:
@@ -43,46 +30,55 @@ def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Param
         without = _stepped(optimizers, parameters)
     found = {}
     for name, parameter in parameters.items():
-        moved, size = rms(with_decay[name] - without[name]), rms(parameter)
-        if moved > 0 and size > 0:
-            found[name] = moved / size
+        taken, size = rms(with_decay[name] - without[name]), rms(parameter)
+        if taken > 0 and size > 0:
+            found[name] = taken / size
     return found
+
+
+@contextmanager
+def restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Give parameters their values back afterwards."""
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(before[name])
 
 
 def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Values after a step without gradients, which is taken back."""
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
     states = [
         {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()} for optimizer in optimizers
     ]
-    numbers = [[copy.deepcopy(_numbers(group)) for group in optimizer.param_groups] for optimizer in optimizers]
-    for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    for optimizer in optimizers:
-        optimizer.step()
-    after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(before[name])
-            parameter.grad = gradients[name]
-    for optimizer, state, groups in zip(optimizers, states, numbers, strict=True):
+    settings = [[copy.deepcopy(_settings(group)) for group in optimizer.param_groups] for optimizer in optimizers]
+    with restored(parameters):
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        for optimizer in optimizers:
+            optimizer.step()
+        after = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name]
+    for optimizer, state, groups in zip(optimizers, states, settings, strict=True):
         optimizer.state.clear()
         optimizer.state.update(state)
         for group, before_step in zip(optimizer.param_groups, groups, strict=True):
-            for key in _numbers(group).keys() - before_step.keys():
+            for key in _settings(group).keys() - before_step.keys():
                 del group[key]
             group.update(before_step)  # some optimizers count their steps there
     return after
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 @contextmanager
 def _without_decay(optimizer: Optimizer) -> Iterator[None]:
-    """An optimizer whose groups have no weight decay."""
     decays = [group.get("weight_decay") for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         if "weight_decay" in group:

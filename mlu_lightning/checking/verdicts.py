@@ -1,35 +1,44 @@
-"""From measurements at several sizes to slopes with confidence intervals, and from these to verdicts."""
+"""From measurements at several sizes to slopes with confidence intervals, and from these to verdicts and causes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Literal
 
 import numpy as np
 
-from mlu_lightning.checking.quantities import ALONE, DRIFT, FAULT, KINDS, Kind, Quantity, lowest_and_highest
+from mlu_lightning.checking.quantities import ALONE, DRIFT, FAULT, Kind, Quantity, lowest_and_highest
 
-__all__ = ["CONFIDENCE", "Cause", "Point", "Row", "Verdict", "find_causes", "fit_row", "overall_verdict"]
+__all__ = ["CONFIDENCE", "Cause", "Point", "Reason", "Row", "Verdict", "find_causes", "fit_row", "overall_verdict"]
 
 Verdict = Literal["pass", "fail", "undecided"]
 
 CONFIDENCE = 0.95
-"""Of the intervals of slopes."""
+"""Probability of the intervals of slopes."""
+
+
+class Reason(str, Enum):
+    """Why a row has no slope, or which place along the depth its slope is of; its value is the text in a report."""
+
+    NONE = ""
+    LARGEST = "at the place where it is largest"
+    SMALLEST = "at the place where it is smallest"
+    NOT_FINITE = "it is not finite"
+    STILL = "it does not move at any size"
+    WRONGLY_STILL = "it does not move"
+    STILL_IN_SOME = "it does not move in some runs"
+    TOO_FEW = "there are too few sizes or seeds"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
 class Point:
-    """A quantity in one run.
-
-    Args:
-        factor: of the size, next to where the axis begins.
-        seed: of the run.
-        value: over what it is expected to grow as, the geometric mean over places along the depth.
-        lowest: of these places.
-        highest: of these places.
-    """
+    """A quantity in one run, measured over expected: the geometric mean over places along the depth, least and largest."""
 
     factor: int
     seed: int
@@ -37,24 +46,18 @@ class Point:
     lowest: float
     highest: float
 
+    def at(self, place: Reason) -> float:
+        """Value at the largest or smallest place, or the mean over places."""
+        return {Reason.LARGEST: self.highest, Reason.SMALLEST: self.lowest}.get(place, self.value)
+
 
 @dataclass(frozen=True)
 class Row:
-    """How a quantity grows along an axis.
+    """How a quantity grows along an axis: the slope d log quantity / d log size, less what is expected, or NaN.
 
-    Args:
-        quantity: what was measured.
-        axis: depth, hidden, embedding, or together.
-        slope: d log quantity / d log size, less what is expected; NaN if there is none.
-        error: half the width of its confidence interval.
-        verdict: ``"pass"`` if the interval has a slope of finite networks in it and none of a fault, or a parameter does
-            nothing at any size, ``"fail"`` if the other way round, else ``"undecided"``.
-        reason: why there is no slope, or which of several places along the depth is meant; empty otherwise.
-        points: that it was fitted to.
-
-    >>> row = Row(Quantity("update", "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail", "", ())
-    >>> print(row)
-    update of mlp.weight (branch_in) grows as depth^1.02±0.04 next to what is expected
+    ``error`` is half the width of the slope's confidence interval. The verdict is ``"pass"`` if the interval has a slope of
+    finite networks in it and none of a fault, or a parameter does nothing at any size, ``"fail"`` if it is the other way
+    round, else ``"undecided"``.
     """
 
     quantity: Quantity
@@ -62,8 +65,8 @@ class Row:
     slope: float
     error: float
     verdict: Verdict
-    reason: str
-    points: tuple[Point, ...]
+    reason: Reason = Reason.NONE
+    points: tuple[Point, ...] = ()
 
     def __str__(self) -> str:
         if math.isnan(self.slope):
@@ -76,13 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cause:
-    """A role that something is wrong with.
-
-    Args:
-        role: of the parameters; the name of what moves if no role can be told.
-        factor: which of the plan's factors may be wrong.
-        rows: that fail, the worst first.
-    """
+    """A role with a fault (or what moves, if no role can be told), the factor of the plan that may be wrong, and why."""
 
     role: str
     factor: str
@@ -92,37 +89,25 @@ class Cause:
         return f"{self.role}: look at its {self.factor}; {self.rows[0]}"
 
 
-def fit_row(quantity: Quantity, axis: str, points: Sequence[Point], others: Sequence[Sequence[Point]] = ()) -> Row:
+def fit_row(
+    quantity: Quantity,
+    axis: str,
+    points: Sequence[Point],
+    others: Sequence[Sequence[Point]] = (),
+    may_be_still: bool = False,
+) -> Row:
     """Fit the slope of a quantity against size, and judge it.
 
     Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. If the mean over
     places along the depth passes, the lowest and the highest of what parameters do themselves are fitted as well: a single
-    branch that is wrong among many is seen there.
-
-    Args:
-        quantity: that was measured.
-        axis: along which the shape grew.
-        points: of every size and seed.
-        others: those of other axes, along which the quantity is as noisy.
-
-    >>> quantity = Quantity("update", "mlp.weight", "branch_in")
-    >>> points = [Point(n, seed, 2.0 * n, 2.0 * n, 2.0 * n) for n in (1, 2, 4) for seed in (0, 1)]
-    >>> row = fit_row(quantity, "embedding", points)
-    >>> round(row.slope, 6), row.verdict
-    (1.0, 'fail')
+    branch that is wrong among many is seen there. ``others`` are points of other axes, along which the quantity is as
+    noisy; ``may_be_still`` says that it is right not to move, as it is for parameters.
     """
-    points = tuple(points)
-
-    def judged(of: Callable[[Point], float], reason: str) -> Row:
-        return _judged(quantity, axis, points, of, reason, others)
-
-    mean = judged(lambda point: point.value, "")
-    if mean.verdict == "fail" or math.isnan(mean.slope) or quantity.kind not in _OF_PARAMETERS:
+    row = Row(quantity, axis, math.nan, math.nan, "undecided", points=tuple(points))
+    mean = _judged(row, others, may_be_still)
+    if mean.verdict == "fail" or math.isnan(mean.slope) or not quantity.kind.is_of_parameter:
         return mean
-    extremes = [
-        judged(lambda point: point.highest, "at the place where it is largest"),
-        judged(lambda point: point.lowest, "at the place where it is smallest"),
-    ]
+    extremes = [_judged(replace(row, reason=place), others) for place in (Reason.LARGEST, Reason.SMALLEST)]
     failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
 
@@ -131,55 +116,36 @@ def overall_verdict(rows: Sequence[Row]) -> Verdict:
     """``"fail"`` if any row fails, else ``"undecided"`` if any is, else ``"pass"``.
 
     Effects of roles can make a check fail; that one of them is too noisy to tell does not make it undecided.
-
-    Args:
-        rows: of a check.
-
-    >>> overall_verdict([])
-    'undecided'
     """
     if any(row.verdict == "fail" for row in rows):
         return "fail"
-    verdicts = {row.verdict for row in rows if not row.quantity.kind.startswith("effect")}
+    verdicts = {row.verdict for row in rows if not row.quantity.kind.is_effect}
     return "pass" if verdicts == {"pass"} else "undecided"
 
 
 def find_causes(rows: Sequence[Row]) -> tuple[Cause, ...]:
-    """Say which roles are wrong, from what fails.
+    """Say which roles are wrong, the worst first, from what fails.
 
     What is wrong at the start makes updates wrong, and these make features and streams wrong; so only the earliest kind
     of failing rows says what the cause is. Rows about parameters' own starts, updates and decays name their roles.
-
-    Args:
-        rows: of a check.
-
-    Returns:
-        Causes, the worst first.
-
-    >>> find_causes([])
-    ()
     """
     failing = sorted((row for row in rows if row.verdict == "fail"), key=lambda row: -_deviation(row))
-    kinds = [kind for kind in KINDS if any(row.quantity.kind == kind for row in failing)]
-    if not kinds:
-        return ()
-    first = [row for row in failing if row.quantity.kind == kinds[0]]
-    names = dict.fromkeys(row.quantity.role or row.quantity.name for row in first)
+    earliest = next((kind for kind in Kind if any(row.quantity.kind is kind for row in failing)), None)
     causes = []
-    for name in names:
-        own = [row for row in failing if (row.quantity.role or row.quantity.name) == name]
-        failing_kinds = {row.quantity.kind for row in own}
-        causes.append(Cause(name, _factor(failing_kinds), tuple(row for row in own if row in first)))
+    for label in dict.fromkeys(row.quantity.label for row in failing if row.quantity.kind is earliest):
+        own = [row for row in failing if row.quantity.label == label]
+        first = tuple(row for row in own if row.quantity.kind is earliest)
+        causes.append(Cause(label, _factor({row.quantity.kind for row in own}), first))
     return tuple(causes)
 
 
 def _factor(kinds: set[Kind]) -> str:
     """What may be wrong, from the kinds of rows that fail for a role."""
-    if "start" in kinds:
+    if Kind.START in kinds:
         return "multiplier or std"
-    if "update" in kinds:
-        return "lr" if "decay" in kinds else "lr or eps"
-    if "decay" in kinds:
+    if Kind.UPDATE in kinds:
+        return "lr" if Kind.DECAY in kinds else "lr or eps"
+    if Kind.DECAY in kinds:
         return "weight decay"
     return "numbers"
 
@@ -188,29 +154,24 @@ def _deviation(row: Row) -> float:
     return math.inf if math.isnan(row.slope) else abs(row.slope) - row.error
 
 
-def _judged(
-    quantity: Quantity,
-    axis: str,
-    points: tuple[Point, ...],
-    of: Callable[[Point], float],
-    reason: str,
-    others: Sequence[Sequence[Point]],
-) -> Row:
-    values = [of(point) for point in points]
-    row = Row(quantity, axis, math.nan, math.nan, "undecided", reason, points)
+def _judged(row: Row, others: Sequence[Sequence[Point]], may_be_still: bool = False) -> Row:
+    """A row with its slope, at the place that its reason says, and its verdict."""
+    values = [point.at(row.reason) for point in row.points]
     if not all(math.isfinite(value) for value in values):
-        return replace(row, verdict="fail", reason="it is not finite")
-    # a stream begins with the data where there is no embedding, or one that is not trained
-    if not any(values) and (quantity.kind in _OF_PARAMETERS or quantity.name.endswith("s=0")):
-        return replace(row, verdict="pass", reason="it does not move at any size")
-    if any(value == 0 for value in values):
-        return replace(row, reason="it does not move" if not any(values) else "it does not move in some runs")
-    fit = _Fit.of(points, values)
-    if len({point.factor for point in points}) < 3 or fit.freedom < 2:
-        return replace(row, reason="there are too few sizes or seeds")
-    clean = [other for other in others if all(0 < of(point) < math.inf for point in other)]
-    slope, error = fit.slope, fit.error([_Fit.of(other, [of(point) for point in other]) for other in clean])
-    lowest, highest = lowest_and_highest(quantity, axis)
+        return replace(row, verdict="fail", reason=Reason.NOT_FINITE)
+    if not any(values):
+        if row.quantity.kind.is_of_parameter or may_be_still:
+            return replace(row, verdict="pass", reason=Reason.STILL)
+        return replace(row, reason=Reason.WRONGLY_STILL)
+    if not all(values):
+        return replace(row, reason=Reason.STILL_IN_SOME)
+    fit = _Fit.of(row.points, values)
+    if len({point.factor for point in row.points}) < 3 or fit.freedom < 2:
+        return replace(row, reason=Reason.TOO_FEW)
+    clean = [other for other in others if all(0 < point.at(row.reason) < math.inf for point in other)]
+    other_fits = [_Fit.of(other, [point.at(row.reason) for point in other]) for other in clean]
+    slope, error = fit.slope, fit.error(other_fits)
+    lowest, highest = lowest_and_highest(row.quantity, row.axis)
     beyond = FAULT - DRIFT
     may_be_right = lowest <= slope + error and slope - error <= highest
     may_be_wrong = slope - error <= lowest - beyond or highest + beyond <= slope + error
@@ -218,9 +179,6 @@ def _judged(
     if may_be_right != may_be_wrong:
         verdict = "pass" if may_be_right else "fail"
     return replace(row, slope=slope, error=error, verdict=verdict)
-
-
-_OF_PARAMETERS = ("start", "update", "decay")
 
 
 @dataclass(frozen=True)

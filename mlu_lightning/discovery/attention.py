@@ -24,46 +24,33 @@ _SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "Cl
 _POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
 _SOFTMAXES = ("Softmax", "SafeSoftmax")
 Scalars = Sequence[tuple[Tensor, float]]
+"""Tensors of one entry with their values."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a branch.
-
-    Args:
-        queries: operand of the logits.
-        keys: the other operand.
-        values: what the attention weights multiply.
-        way: operations from the softmax's input back to the product of queries and keys, that included; the whole
-            attention if it is one operation.
-        key_dim: dimension of queries and keys per head, d_k.
-        value_dim: dimension of values per head, d_v.
-    """
+    """The attention of a branch."""
 
     queries: Op
     keys: Op
-    values: Op
-    way: tuple[Op, ...]
-    key_dim: int
-    value_dim: int
+    values: Op  # what the attention weights multiply
+    # from the input of the softmax back to the product of queries and keys, or the attention that is one operation
+    path: tuple[Op, ...]
+    key_dim: int  # of queries and keys per head, d_k
+    value_dim: int  # of values per head, d_v
 
 
 def find_attention(ops: Iterable[Op], graph: Graph) -> Attention | None:
-    """Find the first attention among operations: one that is fused, or a product, a softmax and another product.
-
-    Args:
-        ops: of a branch, in order.
-        graph: that they are in.
-    """
+    """Find the first attention among operations: one that is fused, or a product, a softmax and another product."""
     for op in ops:
         if op.name.startswith(ATTENTION):
             queries, keys, values = (operand[0] for operand in op.operands[:3] if operand is not None)
             return Attention(queries, keys, values, (op,), queries.shape[-1], op.shape[-1])
         if op.name == "Bmm" and len(op.data) == 2 and not graph.is_matrix(op):
-            way = _way_to_product(op.data[0])
-            if way is not None:
-                queries, keys = way[-1].data[-2:]
-                return Attention(queries, keys, op.data[1], way, queries.shape[-1], op.shape[-1])
+            path = _path_to_product(op.data[0])
+            if path is not None:
+                queries, keys = path[-1].data[-2:]
+                return Attention(queries, keys, op.data[1], path, queries.shape[-1], op.shape[-1])
     return None
 
 
@@ -71,19 +58,10 @@ def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Sc
     """Read c: how large logits are for queries and keys with coordinates of order one, over their sum of products.
 
     Parameters on the way, such as the gain of a query-key norm or a learned temperature, count as 1: they are at the
-    base what they are in the module.
-
-    Args:
-        attention: of a branch.
-        ops: of that branch, in order.
-        graph: that they are in.
-        scalars: buffers of one entry with their values.
-
-    Returns:
-        c, or None if it cannot be read: behind an operation in place, a tensor of unknown value, or where queries or
-        keys are made in another way than by projections, norms and linear operations.
+    base what they are in the module. None if c cannot be read: behind an operation in place, a tensor of unknown value,
+    or where queries or keys are made in another way than by projections, norms and linear operations.
     """
-    *path, product = attention.way
+    *path, product = attention.path
     sizes: dict[Op, float | None] = {}
     for op in ops:
         if op.index < product.index:
@@ -102,25 +80,25 @@ def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Sc
     return math.prod(known) if len(known) == len(factors) else None
 
 
-def _way_to_product(weights: Op) -> tuple[Op, ...] | None:
+def _path_to_product(weights: Op) -> tuple[Op, ...] | None:
     """From the input of the softmax that makes attention weights back to a product of queries and keys."""
     while weights.name not in _SOFTMAXES:
         # arranged, dropped out, or without the weight of a sink, which is another logit of the softmax
         if weights.name not in RESHAPES | {"Mul", "Div", "Slice"} or len(weights.data) != 1:
             return None
         weights = weights.data[0]
-    tried: set[Op] = set()
-    way = weights.data[:1]
-    while way:
-        op = way[-1]
-        tried.add(op)
+    visited: set[Op] = set()
+    path = list(weights.data[:1])
+    while path:
+        op = path[-1]
+        visited.add(op)
         if op.name in ("Bmm", "Baddbmm") and len(op.data) > 1:
-            return tuple(way)
-        further = next((operand for operand in op.data if operand not in tried), None)
+            return tuple(path)
+        further = next((operand for operand in op.data if operand not in visited), None)
         if further is None:
-            way.pop()
+            path.pop()
         else:
-            way.append(further)
+            path.append(further)
     return None
 
 
@@ -151,7 +129,7 @@ def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scala
 
 def _slope(op: Op, before: Op, scalars: Scalars) -> float | None:
     """Factor of an operation on logits; c · tanh(logits/c), which caps them, keeps them where they are small."""
-    if op.name in ("Mul", "Div") and op.data == [before]:
+    if op.name in ("Mul", "Div") and op.data == (before,):
         return _product(op, {before: 1.0}, scalars)
     return 1.0 if op.name in _SAME_SIZE | {"Tanh"} else None
 

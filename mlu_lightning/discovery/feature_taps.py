@@ -1,50 +1,61 @@
-"""Where pre-activations and attention logits can be read: torch functions that are given them or return them."""
+"""Where pre-activations and attention logits can be read: torch functions that are given them or return them.
+
+Pre-activations are what enters the nonlinearity of a branch. Hidden units are what the last matrix of a branch reads. On the
+way back from there to the matrices before lie their nonlinearity, which may be a formula of several steps, and the product
+with the other half of a gated perceptron; before these what is linear in what the matrices make, biases and norms. Where
+that ends are the pre-activations.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from mlu_lightning.discovery.graph import NONLINEAR, NORMS, Graph, Op
-from mlu_lightning.discovery.placement import BranchPlacement
-from mlu_lightning.discovery.pre_activations import Value, in_order, pre_activations
+from mlu_lightning.discovery.branch_roles import BranchRoles
+from mlu_lightning.discovery.graph import LINEAR, NONLINEAR, NORMS, PERMUTATIONS, RESHAPES, Graph, Op, Value
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.discovery.trace import FunctionCall, Passed, Rehearsal
+from mlu_lightning.discovery.trace import FunctionCall, Trace, TracedTensor
+from mlu_lightning.discovery.traversal import between, origin
 from mlu_lightning.utilities.function_calls import ATTENTION_CALL
 
 __all__ = ["FeatureTaps"]
 
+_ORDERED = RESHAPES - PERMUTATIONS - {"AsStrided", "Expand", "NativeDropout", "FusedDropout"}
+
 
 @dataclass(frozen=True)
 class FeatureTaps:
-    """Places to read pre-activations and logits from in one rehearsed module.
+    """Taps of pre-activations and logits in a traced module."""
 
-    Args:
-        rehearsal: a forward pass.
-        graph: its graph.
-    """
-
-    rehearsal: Rehearsal
+    trace: Trace
     graph: Graph
 
-    def branch(self, number: int, placement: BranchPlacement) -> Tap | None:
-        """Where the features of a branch can be read, None if there is no place for them in a submodule's first call.
+    def branches(self, branches: Iterable[tuple[BranchRoles, ...]]) -> tuple[Tap, ...]:
+        """Taps of branches; of several calls of one, the first that can be read, which need not come first in the graph."""
+        found = (next(filter(None, (self._tap(i, call) for call in calls)), None) for i, calls in enumerate(branches))
+        return tuple(tap for tap in found if tap is not None)
 
-        Args:
-            number: of the branch.
-            placement: of one of its calls.
-        """
-        if placement.attention is not None:
-            call = self._attention(placement.attention.way[0])
-            return None if call is None else _tap("logits", number, placement, call, "input", -1)
-        value = pre_activations(placement)
-        found = () if value is None else self._places.get(in_order(*value), ())
-        place = min(found, key=lambda place: place.rank, default=None)
-        axis = 1 if placement.kind == "convolution" else -1
-        return None if place is None else _tap("units", number, placement, place.call, place.where, axis)
+    def _tap(self, number: int, branch: BranchRoles) -> Tap | None:
+        """Where a call of a branch can be read, None if no function is given or returns its features."""
+        position = branch.region.position
+        if branch.attention is not None:
+            attention = self._attention(branch.attention.path[0])
+            if attention is None:
+                return None
+            module, function, before = attention.place
+            return Tap("logits", number, position, module, "input", before, -1, function)
+        value = _pre_activations(branch)
+        candidates = () if value is None else self._candidates.get(_unarranged(value), ())
+        best = min(candidates, key=lambda candidate: candidate.rank, default=None)
+        if best is None:
+            return None
+        module, function, before = best.call.place
+        axis = 1 if branch.kind == "convolution" else -1
+        return Tap("units", number, position, module, best.where, before, axis, function)
 
     def _attention(self, entering: Op) -> FunctionCall | None:
         """The attention that is an operation, or whose softmax takes what that makes."""
@@ -54,55 +65,100 @@ class FeatureTaps:
     def _attentions(self) -> list[tuple[Op, FunctionCall]]:
         """Attentions with their operations."""
         by_number = {op.node._sequence_nr(): op for op in self.graph.ops}
-        calls = (call for call in self.rehearsal.functions if call.place.function == ATTENTION_CALL)
+        calls = (call for call in self.trace.functions if call.place.function == ATTENTION_CALL)
         return [(by_number[call.sequence], call) for call in calls if call.sequence in by_number]
 
     @cached_property
-    def _places(self) -> dict[Value, list[_Place]]:
+    def _candidates(self) -> dict[Value, list[_Candidate]]:
         """Calls of functions by the value that they are given first, and by that which they return."""
-        places: dict[Value, list[_Place]] = defaultdict(list)
-        for call in self.rehearsal.functions:
+        candidates: dict[Value, list[_Candidate]] = defaultdict(list)
+        for call in self.trace.functions:
             if call.place.function == ATTENTION_CALL:
                 continue
             given, made = self._first(call.inputs), self._first(call.outputs)
             if given is not None:
-                plain = made is not None and made[0].name in NONLINEAR
-                places[in_order(*given)].append(_Place(call, "input", plain))
+                direct = made is not None and made[0].name in NONLINEAR
+                candidates[_unarranged(given)].append(_Candidate(call, "input", direct))
             if made is not None:
-                plain = made[0].name in NORMS or self.graph.is_matrix(made[0])
-                places[in_order(*made)].append(_Place(call, "output", plain))
-        return places
+                direct = made[0].name in NORMS or self.graph.is_matrix(made[0])
+                candidates[_unarranged(made)].append(_Candidate(call, "output", direct))
+        return candidates
 
-    def _first(self, tensors: Iterable[Passed]) -> Value | None:
-        """The value that is the first tensor, if it has a part in the loss."""
-        for tensor in tensors:
-            if tensor.index == 0 and tensor.node in self.graph.by_node:
-                return self.graph.by_node[tensor.node], tensor.output
-        return None
+    def _first(self, tensors: tuple[TracedTensor, ...]) -> Value | None:
+        """The value of the first tensor, None if it has no part in the loss."""
+        values = (self.graph.value(tensor) for tensor in tensors if tensor.index == 0)
+        return next((value for value in values if value is not None), None)
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Candidate:
     """A call of a function, what of it is read, and whether it is the nonlinearity, matrix or norm itself."""
 
     call: FunctionCall
     where: Literal["output", "input"]
-    plain: bool
+    direct: bool
 
     @property
     def rank(self) -> tuple[object, ...]:
         """Prefers what another pass does in the same way: arithmetic and views are what hooks and modes differ in."""
         module, function, number = self.call.place
-        return not self.plain, self.where == "output", number, len(module), module, function
+        return not self.direct, self.where == "output", number, len(module), module, function
 
 
-def _tap(
-    reads: Literal["units", "logits"],
-    number: int,
-    placement: BranchPlacement,
-    call: FunctionCall,
-    where: Literal["output", "input"],
-    axis: int,
-) -> Tap:
-    module, function, before = call.place
-    return Tap(reads, number, placement.region.position, module, where, before, axis, function)
+def _pre_activations(branch: BranchRoles) -> Value | None:
+    """Find what enters the nonlinearity of the hidden units of a branch without attention.
+
+    The pre-activations of gated perceptrons are those of the half that enters the nonlinearity, the larger value if there
+    is none, and of a branch whose units are linear what its first matrix makes. None for experts, whose tokens change
+    their places from step to step, and in a branch without matrices.
+    """
+    if branch.experts is not None:
+        return None
+    ends = branch.writers[-1].data if branch.writers else (branch.region.end,)
+    inside = set(branch.region.ops)
+    formula, before = between(ends, lambda op: op not in inside or branch.graph.is_matrix(op))
+    linear, sizes = _linear_part(formula, before, branch.graph.users)
+    entering = linear | before
+    users: dict[Value, dict[Value, list[Op]]] = defaultdict(lambda: defaultdict(list))
+    for op in formula:
+        if op not in linear and op not in sizes:
+            for operand in op.operands:
+                if operand is not None and operand[0] in entering:
+                    users[origin(operand, lambda o: o.is_transparent)][_unarranged(operand)].append(op)
+
+    def rank(source: Value) -> tuple[bool, int]:
+        nonlinear = any(op.name in NONLINEAR for ops in users[source].values() for op in ops)
+        return not nonlinear, -math.prod(source[0].shapes[source[1]])
+
+    if not users:
+        return (branch.matrices[0], 0) if branch.matrices else None
+    source = min(users, key=rank)
+    # x and x/2 in a formula of several steps are both made of x, which is the pre-activation then
+    return next(iter(users[source])) if len(users[source]) == 1 else source
+
+
+def _unarranged(value: Value) -> Value:
+    """Walk back over operations that keep all entries in their order."""
+    return origin(value, lambda op: op.name in _ORDERED and len(op.data) == 1)
+
+
+def _linear_part(formula: tuple[Op, ...], before: set[Op], users: dict[Op, list[Op]]) -> tuple[set[Op], set[Op]]:
+    """Operations that are linear in what comes before, or norms of that; and those that compute the size in a norm."""
+    linear: set[Op] = set()
+    sizes: set[Op] = set()
+    for op in formula:
+        known = [operand in linear or operand in before for operand in op.data]
+        if (all(known) and _is_linear(op)) or (any(known) and op.is_normalizer):  # written by hand, the size is not
+            linear.add(op)
+    members = set(formula)
+    for op in reversed(formula):
+        inner = members.intersection(users[op])
+        if op not in linear and inner and inner <= linear | sizes:
+            sizes.add(op)
+    return linear, sizes
+
+
+def _is_linear(op: Op) -> bool:
+    if op.name in ("Mul", "Div"):
+        return len(op.data) == 1 and op.operands[0] is not None and (op.name == "Mul" or op.operands[0][0].from_data)
+    return op.name in LINEAR | NORMS

@@ -1,22 +1,28 @@
-"""The autograd graph of a rehearsal as plain values: operations in order, and every use of a parameter."""
+"""The autograd graph of a traced module as plain values: operations, what autograd calls them, and uses of parameters."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 from torch.autograd.graph import Node
 
-from mlu_lightning.discovery.trace import Rehearsal
+from mlu_lightning.discovery.trace import Trace, TracedTensor
 
-__all__ = ["Graph", "Op", "Use", "build_graph", "full_factors", "is_normalizer", "transparent_source"]
+__all__ = ["Graph", "Op", "Use", "Value", "build_graph"]
+
 
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
     "ViewAsComplex ViewAsReal NativeDropout FusedDropout".split()
 )
 """Operations that keep every entry (dropout: on average) and only arrange them."""
+PERMUTATIONS = frozenset({"T", "Transpose", "Permute"})
+VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias"})
 PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
 """Operations that take a part of a tensor."""
 JOINS = frozenset(
@@ -26,6 +32,8 @@ JOINS = frozenset(
 )
 """Further linear operations, which arrange, sum or mask."""
 ARITHMETIC = frozenset("Add Sub Rsub Mul Div".split())
+LINEAR = RESHAPES | PARTS | JOINS | ARITHMETIC
+"""Operations that are linear in each operand, but for matrix products and convolutions."""
 NONLINEAR = frozenset(
     "Relu Gelu Silu Tanh Sigmoid Softmax SafeSoftmax LogSoftmax Softplus Elu Celu Selu LeakyRelu Hardtanh Hardswish "
     "Hardsigmoid Mish Erf Exp Expm1 Log Log1P Pow Rsqrt Sqrt Clamp ClampMin ClampMax Abs Sin Cos Threshold Glu "
@@ -36,45 +44,36 @@ NORMS = frozenset(
     "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
     "BatchNorm NativeBatchNormLegit".split()
 )
+SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clamp Pow".split())
+"""Last operations of the size of data, by which a norm that is written by hand divides."""
+SELECTIONS = frozenset({"Index", "IndexSelect"})
 LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
-_SELECTS = frozenset({"Index", "IndexSelect"})
-_PICKS = _SELECTS | {"Select", "Unbind"}
 ATTENTION = "ScaledDotProduct"
+"""How the names of fused attentions begin."""
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
-_WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
-    # operation: {operand: whether inputs come first in it}
-    "Mm": {0: False, 1: True},
-    "Bmm": {0: False, 1: True},
-    "Addmm": {1: False, 2: True},
-    "Baddbmm": {1: False, 2: True},
+WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
+    **{name: {0: False, 1: True} for name in ("Mm", "Bmm")},
+    **{name: {1: False, 2: True} for name in ("Addmm", "Baddbmm")},
+    **{name: {1: False} for name in ("Linear", *CONVOLUTIONS)},
     "Mv": {0: False},
-    "Linear": {1: False},
     "GroupedMm": {1: True},
-} | {name: {1: False} for name in CONVOLUTIONS}
-_BIAS_SLOTS = {"Addmm": 0, "Baddbmm": 0, "Linear": 2} | dict.fromkeys(CONVOLUTIONS, 2)
-_TRANSPOSES = frozenset({"T", "Transpose", "Permute"})
+}
+"""Operands of an operation that can be a matrix of parameters, each with whether it is [inputs, outputs] there."""
+BIAS_SLOTS = {"Addmm": 0, "Baddbmm": 0, "Linear": 2} | dict.fromkeys(CONVOLUTIONS, 2)
+"""Operand of an operation that is the bias of its matrix."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Op:
-    """One operation of the forward pass.
+    """One operation of the forward pass."""
 
-    Args:
-        index: place in a topological order, operands first.
-        name: what autograd calls it, without ``Backward`` and number.
-        shapes: of its outputs.
-        operands: (operation, output of it) or None for a constant, in autograd's order.
-        from_data: whether data enters it, or only parameters and constants do.
-        parameter: name of the parameter, if it is one.
-        node: autograd's node.
-    """
-
-    index: int
-    name: str
-    shapes: tuple[tuple[int, ...], ...]
-    operands: tuple[tuple[Op, int] | None, ...]
-    from_data: bool
-    parameter: str | None
+    index: int  # place in a topological order, operands first
+    name: str  # what autograd calls it, without ``Backward`` and number
+    shapes: tuple[tuple[int, ...], ...]  # of its outputs
+    operands: tuple[Value | None, ...]  # in autograd's order, None for constants
+    data: tuple[Op, ...]  # operations among the operands that data enters
+    from_data: bool  # whether data enters it, or only parameters and constants do
+    parameter: str | None  # its name, if it is a parameter
     node: Node
 
     @property
@@ -82,150 +81,170 @@ class Op:
         """Shape of the first output."""
         return self.shapes[0]
 
+    @cached_property
+    def source(self) -> Op:
+        """What it is made of by operations that only arrange, compute with constants, drop out or cast."""
+        op = self
+        while op.is_transparent:
+            op = op.data[0]
+        return op
+
     @property
-    def data(self) -> list[Op]:
-        """Operands that data enters."""
-        return [operand[0] for operand in self.operands if operand is not None and operand[0].from_data]
+    def is_transparent(self) -> bool:
+        """Whether it only arranges data, or computes them with constants."""
+        if not self.data:
+            return False
+        alone = len(self.data) == 1 and sum(operand is not None for operand in self.operands) == 1
+        return self.name in RESHAPES or (alone and (self.name in ARITHMETIC or self.name == "Neg"))
+
+    @property
+    def is_normalizer(self) -> bool:
+        """Whether it divides data by a size of that data: a norm, whole or its last step written by hand."""
+        if self.name not in ("Mul", "Div") or len(self.data) != 2:
+            return self.name in NORMS
+        by_size = ((op.source.name in SIZES and (1,) in (op.source.shape[-1:], op.shape[-1:])) for op in self.data)
+        return any(by_size)
+
+    @property
+    def full_factors(self) -> tuple[Op, ...]:
+        """Data that it multiplies, without factors of which one number stands for many entries, such as weights."""
+        size = math.prod(self.shape)
+        return tuple(op for op in self.data if 2 * math.prod(op.shape) > size) or self.data
+
+
+Value = tuple[Op, int]
+"""An operation and the number of its output."""
+UseKind = Literal["matrix", "bias", "lookup", "norm", "add", "mul", "other"]
+"""What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation."""
+_KINDS: dict[str, UseKind] = {
+    **dict.fromkeys(("Add", "Sub", "Rsub", "Cat", "Where"), "add"),
+    **dict.fromkeys(("Mul", "Div", "Prelu"), "mul"),
+    **dict.fromkeys(NORMS, "norm"),
+    **dict.fromkeys(LOOKUPS, "lookup"),
+}
 
 
 @dataclass(frozen=True)
 class Use:
-    """One use of a parameter by an operation on data.
-
-    Args:
-        parameter: its name.
-        op: the operation.
-        kind: ``"matrix"``, ``"bias"`` (of a matrix), ``"lookup"``, ``"norm"``, ``"add"``, ``"mul"``, or ``"other"``.
-        path: operations on parameters alone between the two, from the parameter on.
-        shape: of the operand that the parameter has become.
-        stored: shape of the parameter.
-        inputs_first: for matrices, whether the operand is [inputs, outputs].
-        shared: whether other parameters make up the operand too.
-    """
+    """One use of a parameter by an operation on data."""
 
     parameter: str
     op: Op
-    kind: str
-    path: tuple[Op, ...]
-    shape: tuple[int, ...]
-    stored: tuple[int, ...]
-    inputs_first: bool = False
-    shared: bool = False
+    kind: UseKind
+    path: tuple[Op, ...]  # operations on parameters alone between the two, from the parameter on
+    shape: tuple[int, ...]  # of the operand that the parameter has become
+    stored: tuple[int, ...]  # shape of the parameter itself
+    inputs_first: bool = False  # whether the operand, a matrix, is [inputs, outputs]
+    shared: bool = False  # whether other parameters make up the operand too
 
     @property
     def homogeneous(self) -> bool:
         """Whether multiplying the parameter multiplies the operand."""
-        return not self.shared and all(step.name in RESHAPES | PARTS | _SELECTS | {"Neg"} for step in self.path)
+        return not self.shared and all(step.name in RESHAPES | PARTS | SELECTIONS | {"Neg"} for step in self.path)
 
     @property
-    def taken(self) -> tuple[int, ...]:
-        """Shape of what is taken of the parameter in one use, before it is arranged to meet data."""
-        return self.shape if any(step.name in _PICKS for step in self.path) else self.stored
+    def selected(self) -> tuple[int, ...]:
+        """Shape of what one use selects of the parameter, before it is arranged to meet data."""
+        picked = any(step.name in SELECTIONS or step.name in ("Select", "Unbind") for step in self.path)
+        return self.shape if picked else self.stored
 
     @property
     def is_section(self) -> bool:
-        """Whether it is one of several parts, side by side, of the parameter, such as the queries' part of in_proj."""
-        return len(self.shape) == len(self.stored) and any(
-            step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path
-        )
+        """Whether it is one of several sections of the parameter, such as the queries' rows of in_proj_weight."""
+        is_cut = any(step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path)
+        return is_cut and len(self.shape) == len(self.stored)
 
     @property
     def stored_inputs_first(self) -> bool:
         """Whether the parameter itself is stored [inputs, outputs]."""
-        turns = sum(step.name in _TRANSPOSES for step in self.path)
+        turns = sum(step.name in PERMUTATIONS for step in self.path)
         return self.inputs_first == (turns % 2 == 0)
+
+    @property
+    def fans(self) -> tuple[int, int]:
+        """Inputs and outputs; vectors and tables that are looked up have one input."""
+        if self.kind == "lookup":
+            return 1, self.shape[-1]
+        if self.kind != "matrix":
+            # a table of positions that is added whole is [positions, D]
+            return 1, self.shape[-1] if sum(size > 1 for size in self.shape) > 1 else math.prod(self.shape)
+        if self.op.name in CONVOLUTIONS:
+            first, second = self.shape[:2]
+            if getattr(self.op.node, "_saved_transposed", False):
+                groups: int = getattr(self.op.node, "_saved_groups", 1)
+                return first // groups, second * groups
+            return second, first
+        first, second = self.shape[-2:] if len(self.shape) > 1 else (1, self.shape[-1])
+        inputs, outputs = (first, second) if self.inputs_first else (second, first)
+        return inputs, math.prod(self.stored) // inputs if self.is_section else outputs
 
 
 @dataclass(frozen=True)
 class Graph:
-    """All operations of a rehearsal.
+    """All operations of a forward pass."""
 
-    Args:
-        ops: in topological order, operands first.
-        uses: uses of parameters by operation index.
-        by_node: operation of an autograd node.
-        roots: what the forward pass returned.
-    """
-
-    ops: tuple[Op, ...]
-    uses: dict[int, tuple[Use, ...]]
+    ops: tuple[Op, ...]  # in topological order, operands first
+    uses: dict[Op, tuple[Use, ...]]  # by the operation on data
     by_node: dict[Node, Op]
-    roots: tuple[Op, ...]
+    roots: tuple[Op, ...]  # what the forward pass returned
 
     def matrices(self, op: Op) -> tuple[Use, ...]:
         """Uses of parameters as a matrix by an operation."""
-        return tuple(use for use in self.uses.get(op.index, ()) if use.kind == "matrix")
+        return tuple(use for use in self.uses.get(op, ()) if use.kind == "matrix")
 
     def is_matrix(self, op: Op) -> bool:
         """Whether an operation multiplies data with a parameter matrix."""
-        return bool(self.matrices(op))
+        return any(use.kind == "matrix" for use in self.uses.get(op, ()))
+
+    def is_lookup(self, op: Op) -> bool:
+        """Whether an operation looks rows of a parameter up."""
+        return any(use.kind == "lookup" for use in self.uses.get(op, ()))
+
+    def value(self, tensor: TracedTensor) -> Value | None:
+        """The value that a tensor holds, None if it has no part in what the forward pass returned."""
+        op = self.by_node.get(tensor.node)
+        return None if op is None else (op, tensor.output)
+
+    @cached_property
+    def users(self) -> dict[Op, list[Op]]:
+        """Operations that each operation's outputs enter as data, in order."""
+        users: dict[Op, list[Op]] = {op: [] for op in self.ops}
+        for op in self.ops:
+            for operand in dict.fromkeys(op.data):
+                users[operand].append(op)
+        return users
+
+    @cached_property
+    def uses_of(self) -> dict[str, list[Use]]:
+        """Uses of each parameter."""
+        found: dict[str, list[Use]] = defaultdict(list)
+        for uses in self.uses.values():
+            for use in uses:
+                found[use.parameter].append(use)
+        return found
 
 
-def build_graph(rehearsal: Rehearsal) -> Graph:
-    """Turn autograd's nodes into operations.
-
-    Args:
-        rehearsal: a forward pass.
-    """
+def build_graph(trace: Trace) -> Graph:
+    """Turn autograd's nodes into operations."""
     by_node: dict[Node, Op] = {}
-    for node in _topological(rehearsal.roots):
+    for node in _topological(trace.roots):
         operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
         name = _plain_name(node)
         leaf = getattr(node, "variable", None) if not operands else None
-        parameter = rehearsal.parameters.get(id(leaf)) if leaf is not None else None
+        parameter = trace.parameters.get(id(leaf)) if leaf is not None else None
         by_node[node] = Op(
             index=len(by_node),
             name=name,
             shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
             operands=operands,
+            data=tuple(operand[0] for operand in operands if operand is not None and operand[0].from_data),
             from_data=_takes_data(name, operands) if operands else parameter is None,
             parameter=parameter,
             node=node,
         )
     ops = tuple(by_node.values())
-    uses = {op.index: tuple(_uses(op)) for op in ops if op.from_data}
-    return Graph(
-        ops, {i: found for i, found in uses.items() if found}, by_node, tuple(by_node[n] for n in rehearsal.roots)
-    )
-
-
-def transparent_source(op: Op) -> Op:
-    """Walk back over operations that only arrange, scale by constants, drop out or cast.
-
-    Args:
-        op: where to start.
-    """
-    while True:
-        if op.data and (op.name in RESHAPES or (op.name in ARITHMETIC | {"Neg"} and _single(op))):
-            op = op.data[0]
-        else:
-            return op
-
-
-def full_factors(op: Op) -> list[Op]:
-    """Data that an operation multiplies, without factors that one number stands for many entries of, such as weights.
-
-    Args:
-        op: a product.
-    """
-    size = math.prod(op.shape)
-    return [operand for operand in op.data if 2 * math.prod(operand.shape) > size] or op.data
-
-
-def is_normalizer(op: Op) -> bool:
-    """Whether an operation divides data by a size of that data: a norm, whole or its last step written by hand."""
-    if op.name in NORMS:
-        return True
-    if op.name not in ("Mul", "Div") or len(op.data) != 2:
-        return False
-    sizes = ("Rsqrt", "Sqrt", "Reciprocal", "LinalgVectorNorm", "Norm", "Std", "ClampMin", "Clamp", "Pow")
-    sources = ((transparent_source(operand), operand) for operand in op.data)
-    return any(source.name in sizes and (1,) in (source.shape[-1:], operand.shape[-1:]) for source, operand in sources)
-
-
-def _single(op: Op) -> bool:
-    """Whether data is the only thing but constants that enters an operation."""
-    return len(op.data) == 1 and sum(operand is not None for operand in op.operands) == 1
+    uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
+    return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
 
 
 def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
@@ -249,28 +268,20 @@ def _plain_name(node: Node) -> str:
     return name.split("Backward")[0] if "Backward" in name and not name.startswith("Backward") else name
 
 
-def _takes_data(name: str, operands: tuple[tuple[Op, int] | None, ...]) -> bool:
-    if name in LOOKUPS and not _selects_matrices(name, operands):
+def _takes_data(name: str, operands: tuple[Value | None, ...]) -> bool:
+    stack = operands[0]
+    # matrices may be taken from a parameter that holds one for each expert
+    selects = name in SELECTIONS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
+    if name in LOOKUPS and not selects:
         return True  # indices are data that need no gradient
     if any(operand is not None and operand[0].from_data for operand in operands):
         return True
-    factors = [operands[slot] for slot in _data_slots(name) if slot < len(operands)]
-    return any(factor is None for factor in factors)  # so is a constant that a parameter matrix multiplies
+    factors = _FACTORS.get(name, (0,) if name in WEIGHT_SLOTS else ())
+    return any(operands[slot] is None for slot in factors if slot < len(operands))  # a parameter multiplies a constant
 
 
-def _selects_matrices(name: str, operands: tuple[tuple[Op, int] | None, ...]) -> bool:
-    """Whether a lookup takes matrices from a parameter that holds one for each expert."""
-    stack = operands[0] if operands else None
-    return name in _SELECTS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
-
-
-def _data_slots(name: str) -> tuple[int, ...]:
-    """Operands between which a matrix operation takes its product."""
-    if name in ("Mm", "Bmm", "Mv"):
-        return (0, 1)
-    if name in ("Addmm", "Baddbmm"):
-        return (1, 2)
-    return (0,) if name in _WEIGHT_SLOTS else ()
+_FACTORS = dict.fromkeys(("Mm", "Bmm", "Mv"), (0, 1)) | dict.fromkeys(("Addmm", "Baddbmm"), (1, 2))
+"""Operands between which a matrix operation takes its product, if that is not the first one and a weight."""
 
 
 def _uses(op: Op) -> Iterator[Use]:
@@ -280,11 +291,10 @@ def _uses(op: Op) -> Iterator[Use]:
             continue
         leaves = list(_leaves(operand[0], ()))
         shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
-        inputs_first = _WEIGHT_SLOTS.get(op.name, {}).get(slot)
+        inputs_first = WEIGHT_SLOTS.get(op.name, {}).get(slot, False)
         for leaf, path in leaves:
-            name = leaf.parameter or ""
             kind = _use_kind(op, slot)
-            yield Use(name, op, kind, path, shape, leaf.shape, bool(inputs_first), shared=len(leaves) > 1)
+            yield Use(leaf.parameter or "", op, kind, path, shape, leaf.shape, inputs_first, shared=len(leaves) > 1)
 
 
 def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]:
@@ -296,17 +306,7 @@ def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]
             yield from _leaves(operand[0], (op, *path))
 
 
-def _use_kind(op: Op, slot: int) -> str:
-    if slot in _WEIGHT_SLOTS.get(op.name, {}):
+def _use_kind(op: Op, slot: int) -> UseKind:
+    if slot in WEIGHT_SLOTS.get(op.name, {}):
         return "matrix"
-    if _BIAS_SLOTS.get(op.name) == slot:
-        return "bias"
-    if op.name in LOOKUPS:
-        return "lookup"
-    if op.name in NORMS:
-        return "norm"
-    if op.name in ("Mul", "Div", "Prelu"):
-        return "mul"
-    if op.name in ("Add", "Sub", "Rsub", "Cat", "Where"):
-        return "add"
-    return "other"
+    return "bias" if BIAS_SLOTS.get(op.name) == slot else _KINDS.get(op.name, "other")

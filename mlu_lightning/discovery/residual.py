@@ -9,60 +9,47 @@ walking back: from a branch to the stream it reads, from the stream to the addit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op, transparent_source
+from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op
+from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
-__all__ = ["BranchRegion", "Regions", "find_regions"]
+__all__ = ["BranchRegion", "Partition", "StreamRegions", "partition"]
 
 
 @dataclass(frozen=True)
 class BranchRegion:
-    """What one branch of a residual addition consists of.
+    """What one branch of a residual addition consists of."""
 
-    Args:
-        end: the operand of the addition.
-        root: the stream that the branch reads.
-        addition: the residual addition.
-        ops: operations of the branch, in order.
-        before: the other operand of the addition: the stream or its shortcut.
-        stream: index of its stream.
-        position: place along its stream; branches that read the same root share it.
-    """
-
-    end: Op
-    root: Op
+    end: Op  # operand of the addition that is the branch
+    root: Op  # stream that the branch reads
     addition: Op
-    ops: tuple[Op, ...]
-    before: Op
+    ops: tuple[Op, ...]  # in order
+    before: Op  # other operand of the addition: the stream or its shortcut
     stream: int
-    position: int
+    position: int  # along its stream; branches that read the same root share it
+
+
+@dataclass
+class StreamRegions:
+    """Operations of one stream outside of branches."""
+
+    depth: int  # positions at which branches are added
+    stem: tuple[Op, ...] = ()  # before the first addition, and on data that is read besides the streams
+    trunk: tuple[tuple[Op, ...], ...] = ()  # between two additions, for each pair of them
+    shortcuts: tuple[Op, ...] = ()  # around a branch, where a stage changes the shape
+    link: tuple[Op, ...] = ()  # between the last addition and branches of another stream that read it
+    head: tuple[Op, ...] = ()  # between the last addition and the output; where several streams meet, of the first
 
 
 @dataclass(frozen=True)
-class Regions:
-    """Every operation's region.
+class Partition:
+    """All operations of a graph, by the region that they are in."""
 
-    Args:
-        branches: in order of their additions.
-        trunks: operations on each stream between two of its additions, for each pair of them.
-        shortcuts: operations on each stream beside a branch, where a stage changes its shape.
-        stems: operations before the first addition of each stream, and on data that is read besides the streams.
-        links: operations between the last addition of each stream and branches of another one that read it.
-        heads: operations between the last addition of each stream and the output; where several meet, of the first.
-        depths: number of positions of each stream; the stream that reaches the output comes first.
-        nested: number of residual additions inside branches, which belong to them.
-    """
-
-    branches: tuple[BranchRegion, ...]
-    trunks: tuple[tuple[tuple[Op, ...], ...], ...]
-    shortcuts: tuple[tuple[Op, ...], ...]
-    stems: tuple[tuple[Op, ...], ...]
-    links: tuple[tuple[Op, ...], ...]
-    heads: tuple[tuple[Op, ...], ...]
-    depths: tuple[int, ...]
-    nested: int
+    branches: tuple[BranchRegion, ...]  # in the order of their additions
+    streams: tuple[StreamRegions, ...]  # the one that reaches the output comes first
+    nested: int  # residual additions inside branches, which belong to them
 
 
 @dataclass(frozen=True)
@@ -75,110 +62,80 @@ class _Addition:
     stream: Op
 
 
-def find_regions(graph: Graph) -> Regions:
-    """Divide a graph into streams, branches, stem and head.
-
-    Args:
-        graph: of one forward pass.
-    """
+def partition(graph: Graph) -> Partition:
+    """Divide a graph into streams, branches, stem and head."""
     found = _residual_additions(graph)
-    above, bit, _ = _ancestors(graph, {op for addition in found for op in (addition.op, addition.root)})
-    inner = _without_outermost(graph, found, above, bit)
-    additions = _without_nested(inner, above, bit)
+    ancestry = Ancestry(graph, graph.ops, {op for addition in found for op in (addition.op, addition.root)})
+    inner = _without_outermost(graph, found, ancestry)
+    additions = _without_nested(inner, ancestry)
     stops = {op for addition in additions for op in (addition.op, addition.root)}
-    head, head_stops, _ = _walk(graph, graph.roots, stops)
+    head, head_stops = between(graph.roots, stops.__contains__)
 
     behind: dict[Op, tuple[tuple[Op, ...], set[Op]]] = {}
     own = {addition.op for addition in additions}
     for addition in additions:
         if addition.root not in own and addition.root not in behind:
-            ops, hits, _ = _walk(graph, [addition.root], stops - {addition.root})
-            behind[addition.root] = ops, hits
+            behind[addition.root] = between([addition.root], (stops - {addition.root}).__contains__)
     stream_of = _streams(additions, {root: hits for root, (_, hits) in behind.items()}, head_stops)
     position_of, depths = _positions(additions, stream_of)
 
     branches: list[BranchRegion] = []
     context: list[Op] = []
     for addition in additions:
-        reads_root = _descendants_of(graph, addition.root, up_to=addition.op)
+        reads_root = descendants(graph.ops[addition.root.index + 1 : addition.op.index], [addition.root])
         for end in _parallel_ends(graph, addition.branch, stops, reads_root):
-            ops, _, outside = _walk(graph, [end], stops, reads_root)
+            ops, outside = _branch_ops(graph, end, stops, reads_root)
             context.extend(outside)
             where = stream_of[addition.op], position_of[addition.op]
             branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *where))
 
-    shortcuts: list[tuple[Op, ...]] = [() for _ in depths]
+    streams = [StreamRegions(depth) for depth in depths]
     for addition in additions:
-        shortcuts[stream_of[addition.op]] += _walk(graph, [addition.stream], stops)[0]
-    trunks: list[tuple[tuple[Op, ...], ...]] = [() for _ in depths]
-    stems: list[tuple[Op, ...]] = [() for _ in depths]
+        streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
     for root, (ops, hits) in behind.items():
+        stream = streams[stream_of[root]]
         if hits:
-            trunks[stream_of[root]] += (ops,)
+            stream.trunk += (ops,)
         else:
-            stems[stream_of[root]] += ops
-    between = [segment for segments in trunks for segment in segments]
-    taken = {op for part in (*between, *shortcuts, *stems, head, *(branch.ops for branch in branches)) for op in part}
-    aside = _by_stream(_walk(graph, context, stops | taken)[0], stream_of)
+            stream.stem += ops
+    assigned = stops.union(head, *(branch.ops for branch in branches))
+    assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
+    aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)
     heads = _by_stream(head, stream_of)
-    if depths:
-        stems[-1] += aside.get(None, ()) + heads.get(None, ())
-    return Regions(
-        branches=tuple(branches),
-        trunks=tuple(trunks),
-        shortcuts=tuple(shortcuts),
-        stems=tuple(stems),
-        links=tuple(aside.get(stream, ()) for stream in range(len(depths))),
-        heads=tuple(heads.get(stream, ()) for stream in range(len(depths))),
-        depths=depths,
-        nested=len(inner) - len(additions),
-    )
-
-
-def _ancestors(graph: Graph, marked: Iterable[Op]) -> tuple[list[int], dict[Op, int], list[int]]:
-    """Which marked operations are ancestors of each operation: as bits, of any, and those through a matrix."""
-    bit = {op: 1 << i for i, op in enumerate(sorted(marked, key=lambda op: op.index))}
-    above = [0] * len(graph.ops)
-    through_matrix = [0] * len(graph.ops)
-    for op in graph.ops:
-        if not op.from_data:
-            continue
-        data = op.data
-        for operand in data:
-            above[op.index] |= above[operand.index] | bit.get(operand, 0)
-            through_matrix[op.index] |= through_matrix[operand.index]
-        if graph.is_matrix(op):
-            through_matrix[op.index] |= above[op.index]
-    return above, bit, through_matrix
+    for number, stream in enumerate(streams):
+        stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
+    if streams:
+        streams[-1].stem += aside.get(None, ()) + heads.get(None, ())
+    return Partition(tuple(branches), tuple(streams), nested=len(inner) - len(additions))
 
 
 def _residual_additions(graph: Graph) -> list[_Addition]:
     """Additions of a stream and a branch, in order."""
     candidates = [op for op in graph.ops if _adds_two(op)]
-    chains = {operand: _linear_chain(graph, operand) for op in candidates for operand in op.data}
-    above, bit, through_matrix = _ancestors(graph, {op for chain in chains.values() for op in chain})
+    chains = {operand: _linear_chain(operand) for op in candidates for operand in op.data}
+    ancestry = Ancestry(graph, graph.ops, {op for chain in chains.values() for op in chain})
     found: dict[Op, _Addition] = {}
     for op in candidates:
         first, second = op.data
         for stream, branch in ((first, second), (second, first)):
-            root = transparent_source(stream)
-            if root in found and not above[branch.index] & bit[root]:
+            root = stream.source
+            if root in found and not ancestry.precedes(root, branch):
                 # (x + attention(x)) + mlp(x): the second branch reads the root of the first
                 root = found[root].root
-            if through_matrix[branch.index] & bit[root]:
+            if ancestry.feeds_matrix_before(root, branch):
                 found[op] = _Addition(op, root, branch, stream)
                 break
         else:
             for stream, branch in ((first, second), (second, first)):
                 # where the two paths part; x + x³ inside a GELU part where no matrix follows
-                root = next((o for o in chains[stream] if above[branch.index] & bit[o]), stream)
-                if through_matrix[branch.index] & bit[root] and _is_nonlinear(graph, branch, root):
+                root = next((o for o in chains[stream] if ancestry.precedes(o, branch)), stream)
+                if ancestry.feeds_matrix_before(root, branch) and _is_nonlinear(branch, root):
                     found[op] = _Addition(op, root, branch, stream)
                     break
     return list(found.values())
 
 
-def _linear_chain(graph: Graph, op: Op) -> list[Op]:
+def _linear_chain(op: Op) -> list[Op]:
     """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
     chain = [op]
     while len(op.data) == 1 and op.name not in NONLINEAR:
@@ -187,9 +144,9 @@ def _linear_chain(graph: Graph, op: Op) -> list[Op]:
     return chain
 
 
-def _is_nonlinear(graph: Graph, branch: Op, root: Op) -> bool:
+def _is_nonlinear(branch: Op, root: Op) -> bool:
     """Whether a nonlinearity lies between a root and the end of a branch."""
-    ops, _, _ = _walk(graph, [branch], {root})
+    ops, _ = between([branch], lambda op: op is root)
     return any(op.name in NONLINEAR and op.index > root.index for op in ops)
 
 
@@ -198,59 +155,42 @@ def _adds_two(op: Op) -> bool:
     return op.name in ("Add", "Sub") and op.shape != () and len(data) == 2 and all(d.shape == op.shape for d in data)
 
 
-def _without_outermost(graph: Graph, found: list[_Addition], above: list[int], bit: dict[Op, int]) -> list[_Addition]:
+def _without_outermost(graph: Graph, found: list[_Addition], ancestry: Ancestry) -> list[_Addition]:
     """Additions but those of the data itself and a network with residual additions: losses, skips around all of it."""
-    made: set[Op] = set()  # what a parameter has a part in
-    for op in graph.ops:
-        if op.index in graph.uses or any(operand in made for operand in op.data):
-            made.add(op)
+    made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
     return [
         addition
         for addition in found
         if addition.root in made
-        or not any(inner.root in made and above[addition.branch.index] & bit[inner.op] for inner in found)
+        or not any(inner.root in made and ancestry.precedes(inner.op, addition.branch) for inner in found)
     ]
 
 
-def _without_nested(found: list[_Addition], above: list[int], bit: dict[Op, int]) -> list[_Addition]:
+def _without_nested(found: list[_Addition], ancestry: Ancestry) -> list[_Addition]:
     """Additions that lie in no other one's branch, on the way from the root it reads to its end."""
     kept: list[_Addition] = []
     for addition in reversed(found):
-        mine, ancestors = bit[addition.op], above[addition.op.index]
         if not any(
-            ancestors & bit[outer.root] and (above[outer.branch.index] & mine or outer.branch is addition.op)
+            ancestry.precedes(outer.root, addition.op)
+            and (ancestry.precedes(addition.op, outer.branch) or outer.branch is addition.op)
             for outer in kept
         ):
             kept.append(addition)
     return kept[::-1]
 
 
-def _walk(
-    graph: Graph, starts: Iterable[Op], stops: set[Op], inside: Callable[[Op], bool] | None = None
-) -> tuple[tuple[Op, ...], set[Op], list[Op]]:
-    """Operations on the way back from ``starts`` to ``stops``.
-
-    With ``inside``, a matrix whose data comes from elsewhere ends the way too (cross-attention reads an encoder).
-
-    Returns:
-        The operations in order, the stops that were met, and the data from elsewhere.
-    """
-    seen: set[Op] = set()
-    met: set[Op] = set()
+def _branch_ops(graph: Graph, end: Op, stops: set[Op], reads_root: set[Op]) -> tuple[tuple[Op, ...], list[Op]]:
+    """Operations of a branch, and the data from elsewhere that a matrix of it reads, as cross-attention does an encoder."""
     outside: list[Op] = []
-    stack = list(starts)
-    while stack:
-        op = stack.pop()
-        if op in stops:
-            met.add(op)
-        elif op not in seen:
-            seen.add(op)
-            data = op.data
-            if inside is not None and graph.is_matrix(op) and not any(inside(d) or d in stops for d in data):
-                outside.extend(data)
-            else:
-                stack.extend(data)
-    return tuple(sorted(seen, key=lambda op: op.index)), met, outside
+
+    def operands(op: Op) -> Iterable[Op]:
+        if graph.is_matrix(op) and not any(operand in reads_root or operand in stops for operand in op.data):
+            outside.extend(op.data)
+            return ()
+        return op.data
+
+    ops, _ = between([end], stops.__contains__, operands)
+    return ops, outside
 
 
 def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:
@@ -266,25 +206,16 @@ def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None
     return parts
 
 
-def _descendants_of(graph: Graph, root: Op, up_to: Op) -> Callable[[Op], bool]:
-    """Whether an operation comes from ``root``; only asked about operations before ``up_to``."""
-    members = {root}
-    for op in graph.ops[root.index + 1 : up_to.index]:
-        if any(operand in members for operand in op.data):
-            members.add(op)
-    return members.__contains__
-
-
-def _parallel_ends(graph: Graph, branch: Op, stops: set[Op], inside: Callable[[Op], bool]) -> list[Op]:
+def _parallel_ends(graph: Graph, branch: Op, stops: set[Op], reads_root: set[Op]) -> list[Op]:
     """Ends of the branches that one operand of an addition sums: attention + mlp, unless they share matrices."""
-    total = transparent_source(branch)
+    total = branch.source
     if not _adds_two(total):
         return [branch]
-    parts = [_walk(graph, [operand], stops, inside)[0] for operand in total.data]
+    parts = [_branch_ops(graph, operand, stops, reads_root)[0] for operand in total.data]
     matrices = [{op for op in part if graph.is_matrix(op)} for part in parts]
     if not all(matrices) or matrices[0] & matrices[1]:
         return [branch]
-    return [end for operand in total.data for end in _parallel_ends(graph, operand, stops, inside)]
+    return [end for operand in total.data for end in _parallel_ends(graph, operand, stops, reads_root)]
 
 
 def _streams(additions: list[_Addition], behind: dict[Op, set[Op]], head_stops: set[Op]) -> dict[Op, int]:
@@ -307,10 +238,10 @@ def _streams(additions: list[_Addition], behind: dict[Op, set[Op]], head_stops: 
 
 
 def _positions(additions: list[_Addition], stream_of: dict[Op, int]) -> tuple[dict[Op, int], tuple[int, ...]]:
-    """Place of every addition along its stream, and the number of places."""
-    places: list[dict[Op, int]] = [{} for _ in set(stream_of.values())]
+    """Position of every addition along its stream, and the number of positions of each stream."""
+    roots: list[dict[Op, int]] = [{} for _ in set(stream_of.values())]
     position: dict[Op, int] = {}
     for addition in additions:
-        along = places[stream_of[addition.op]]
+        along = roots[stream_of[addition.op]]
         position[addition.op] = along.setdefault(addition.root, len(along))
-    return position, tuple(len(along) for along in places)
+    return position, tuple(len(along) for along in roots)

@@ -9,117 +9,100 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, cast
 
-from mlu_lightning.discovery.coordinate_axes import PERMUTING, coordinate_axes
-from mlu_lightning.discovery.graph import RESHAPES, Graph, Op, transparent_source
-from mlu_lightning.discovery.placement import BranchPlacement, fans
+from mlu_lightning.discovery.branch_roles import BranchRoles
+from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value
 from mlu_lightning.discovery.structure import Site, Tap
-from mlu_lightning.discovery.trace import Passed, Rehearsal
+from mlu_lightning.discovery.trace import Trace, TracedTensor
+from mlu_lightning.discovery.traversal import between, origin
 
-__all__ = ["Taps"]
+__all__ = ["StreamTaps"]
 
-_Value = tuple[Op, int]
+_Key = tuple[Literal["stream", "branch", "readout"], int, int]
+"""What a tap reads, its number and position."""
 
 
 @dataclass(frozen=True)
-class Taps:
-    """Places to read from in one rehearsed module.
+class StreamTaps:
+    """Taps of streams and readouts in a traced module.
 
     Only the first call of a submodule counts, because that is the one that is read later.
-
-    Args:
-        rehearsal: a forward pass.
-        graph: its graph.
-        streams: what of every residual addition is the stream.
-        multiplied: where multipliers can be attached; what one of these has changed is not read.
     """
 
-    rehearsal: Rehearsal
+    trace: Trace
     graph: Graph
-    streams: Mapping[Op, Op]
-    multiplied: frozenset[Site]
+    streams: Mapping[Op, Op]  # operand of every residual addition that is the stream
+    multiplied: frozenset[Site]  # sites of multipliers; what one of these has changed is not read
 
-    def stream(self, number: int, placements: Iterable[BranchPlacement]) -> list[Tap]:
-        """Where a stream can be read, by position.
-
-        Args:
-            number: of the stream.
-            placements: its branches; where several forward passes run along it, the one that can be read best counts.
-        """
-        passes: dict[int, list[BranchPlacement]] = defaultdict(list)
-        for placement in placements:
-            passes[placement.region.stream].append(placement)
+    def stream(self, number: int, branches: Iterable[BranchRoles]) -> list[Tap]:
+        """Taps of a stream, by position; where several forward passes run along it, of that with the most of them."""
+        passes: dict[int, list[BranchRoles]] = defaultdict(list)
+        for branch in branches:
+            passes[branch.region.stream].append(branch)
         return max((list(self._along(number, of_pass)) for of_pass in passes.values()), key=len)
 
     def readout(self, number: int, matrices: Iterable[Op], biases: set[Op]) -> Tap | None:
-        """Where the output of a readout can be read.
+        """Tap of a readout's output, of all operations with its matrix; ``biases`` are the additions of its bias."""
+        outputs = (op for matrix in matrices for op in self._outputs(matrix, biases))
+        taps = (self._tap(("readout", number, 0), (op, 0), self._axes.get(op)) for op in outputs)
+        return next((tap for tap in taps if tap is not None), None)
 
-        Args:
-            number: of the readout.
-            matrices: every operation with its matrix.
-            biases: operations that add a readout's bias.
-        """
-        for matrix in matrices:
-            for op in self._outputs(matrix, biases):
-                tap = self._tap("readout", number, 0, (op, 0), self._axes.get(op))
-                if tap is not None:
-                    return tap
-        return None
+    def dimension(self, branches: list[BranchRoles]) -> int:
+        """Dimension of a stream after its last branch."""
+        last = branches[-1].region.addition
+        return last.shape[self._axes.get(last, -1)]
 
-    def _along(self, number: int, placements: list[BranchPlacement]) -> Iterator[Tap]:
+    @cached_property
+    def _axes(self) -> dict[Op, int]:
+        """Axis of the coordinates in what each operation makes."""
+        return _coordinate_axes(self.graph, self.streams)
+
+    def _along(self, number: int, branches: list[BranchRoles]) -> Iterator[Tap]:
         """Taps of a stream in one forward pass."""
-        at: dict[int, list[BranchPlacement]] = defaultdict(list)
-        for placement in placements:
-            at[placement.region.position].append(placement)
+        at: dict[int, list[BranchRoles]] = defaultdict(list)
+        for branch in branches:
+            at[branch.region.position].append(branch)
         steps = [at[position] for position in range(len(at))]
         # branches that are added in turn but read one root are one addition, whose last sum is the stream
-        sums = [max((p.region.addition for p in step), key=lambda op: op.index) for step in steps]
+        sums = [max((b.region.addition for b in step), key=lambda op: op.index) for step in steps]
         roots = [step[0].region.root for step in steps]
         axes = [self._axis(addition, step[0]) for addition, step in zip(sums, steps, strict=True)]
-        begin = _added(min((p.region.addition for p in steps[0]), key=lambda op: op.index), roots[0])
-        values: list[tuple[list[_Value], int | None]] = [([begin], self._axis_before(begin[0], sums[0], axes[0]))]
+        begin = _stream_operand(min((b.region.addition for b in steps[0]), key=lambda op: op.index), roots[0])
+        # where a pooling comes before, the first branch reads another shape
+        axis = axes[0] if len(begin[0].shape) == len(sums[0].shape) else self._axes.get(begin[0])
+        values: list[tuple[list[Value], int | None]] = [([begin], axis)]
         for addition, root, axis in zip(sums, roots[1:], axes, strict=False):
             values.append(([(op, 0) for op in (addition, *_read_next(self.graph, addition, root))], axis))
         values.append(([(op, 0) for op in (sums[-1], *self._read_last(sums, roots))], axes[-1]))
-        before: _Value | None = None
+        before: Value | None = None
         for position, (choices, axis) in enumerate(values):
-            taps = ((value, self._tap("stream", number, position, value, axis)) for value in choices)
+            taps = ((value, self._tap(("stream", number, position), value, axis)) for value in choices)
             value, tap = next((found for found in taps if found[1] is not None), (choices[0], None))
             if tap is not None:
                 yield tap
             elif position > 0 and before is not None:
-                branches = [placement.region.end for placement in steps[position - 1]]
-                added = self._branches_added(number, position - 1, sums[position - 1], before, branches, axis)
+                ends = [branch.region.end for branch in steps[position - 1]]
+                added = self._branches_added(number, position - 1, sums[position - 1], before, ends, axis)
                 yield from added
                 tap = added[0] if added else None
-            before = None if tap is None else self._canonical(*value)
+            before = None if tap is None else self._canonical(value)
 
     def _branches_added(
-        self, number: int, position: int, addition: Op, before: _Value, branches: Sequence[Op], axis: int | None
+        self, number: int, position: int, addition: Op, before: Value, branches: Sequence[Op], axis: int | None
     ) -> list[Tap]:
-        """Taps of branches that add up, with the stream before, to the stream after; none if others are added too.
-
-        Args:
-            number: of the stream.
-            position: of the addition.
-            addition: its last sum.
-            before: the stream that can be read before.
-            branches: their last operations.
-            axis: of the coordinates.
-        """
-        ends = [self._canonical(end, 0) for end in branches]
-        summands, stack = Counter[_Value](), [self._canonical(addition, 0)]
+        """Taps of branches that add up, with the stream before, to the stream after; none if others are added too."""
+        ends = [self._canonical((end, 0)) for end in branches]
+        summands, stack = Counter[Value](), [self._canonical((addition, 0))]
         while stack:
             value = stack.pop()
             op, node = value[0], cast(Any, value[0].node)
             if value == before or value in ends or op.name != "Add" or len(op.data) < 2 or node._saved_alpha != 1:
                 summands[value] += 1
             else:
-                stack.extend(self._canonical(*operand) for operand in op.operands if operand is not None)
-        taps = [self._tap("branch", number, position, end, axis) for end in ends]
-        plain = summands == Counter([before, *ends]) and all(
-            math.prod(op.shape) == math.prod(addition.shape) for op, _ in summands
-        )
-        return [tap for tap in taps if tap is not None] if plain and None not in taps else []
+                stack.extend(self._canonical(operand) for operand in op.operands if operand is not None)
+        taps = [self._tap(("branch", number, position), end, axis) for end in ends]
+        broadcast = any(math.prod(op.shape) != math.prod(addition.shape) for op, _ in summands)
+        plain = summands == Counter([before, *ends]) and not broadcast and None not in taps
+        return [tap for tap in taps if tap is not None] if plain else []
 
     def _read_last(self, sums: Sequence[Op], roots: Sequence[Op]) -> list[Op]:
         """What is read of the last addition, if what follows the one before it follows it too."""
@@ -127,10 +110,10 @@ class Taps:
             return []
         op, found = sums[-1], list[Op]()
         for before in reversed(_read_next(self.graph, sums[-2], roots[-1])):
-            readers = self._readers[op]
-            if [reader.name for reader in readers] != [before.name] or readers[0].shape != op.shape:
+            users = self.graph.users[op]
+            if [user.name for user in users] != [before.name] or users[0].shape != op.shape:
                 return []
-            op = readers[0]
+            op = users[0]
             found.append(op)
         return found[::-1]
 
@@ -139,103 +122,83 @@ class Taps:
         plain, biased = [matrix], list[Op]()
         for ops in (plain, biased):
             for op in ops:  # which grows
-                for reader in self._readers[op]:
-                    if reader in biases:
-                        biased.append(reader)
-                    elif reader.name in RESHAPES and len(reader.data) == 1:
-                        ops.append(reader)
+                for user in self.graph.users[op]:
+                    if user in biases:
+                        biased.append(user)
+                    elif user.name in RESHAPES and len(user.data) == 1:
+                        ops.append(user)
         return biased or plain
 
-    def _tap(
-        self,
-        reads: Literal["stream", "branch", "readout"],
-        number: int,
-        position: int,
-        value: _Value,
-        axis: int | None,
-    ) -> Tap | None:
-        """The best place for a value, None if there is none; a branch is read as it is added, multiplied."""
+    def _tap(self, key: _Key, value: Value, axis: int | None) -> Tap | None:
+        """The best tap of a value, None if there is none; a branch is read as it is added, multiplied."""
         last = len(value[0].shape) - 1
-        value = self._canonical(*value)
+        value = self._canonical(value)
         changed = self._changed.get(value, math.inf)
-        multiplied = reads == "branch" and value in self._changed
-        places = [place for place in self._places.get(value, ()) if (place.time >= changed) == multiplied]
-        if not places or axis is None:
+        multiplied = key[0] == "branch" and value in self._changed
+        candidates = [found for found in self._candidates.get(value, ()) if (found.time >= changed) == multiplied]
+        if not candidates or axis is None:
             return None
-        place = min(places, key=lambda place: place.inner_rank if reads == "readout" else place.rank)
-        return Tap(reads, number, position, place.module, place.where, place.index, -1 if axis == last else axis)
+        best = min(candidates, key=lambda found: found.rank(inner=key[0] == "readout"))
+        return Tap(*key, best.module, best.where, best.index, -1 if axis == last else axis)
 
-    def _axis(self, addition: Op, placement: BranchPlacement) -> int | None:
+    def _axis(self, addition: Op, branch: BranchRoles) -> int | None:
         """Axis of the stream's coordinates in what an addition makes."""
         if addition in self._axes:
             return self._axes[addition]
         # an operation that cannot be followed lies in between: the size of the axis gives it away
-        writer = (placement.writers or placement.matrices)[-1]
-        dimension = fans(self.graph.matrices(writer)[0])[1]
+        writer = (branch.writers or branch.matrices)[-1]
+        dimension = self.graph.matrices(writer)[0].fans[1]
         return max((axis for axis, size in enumerate(addition.shape) if size == dimension), default=None)
 
-    def _axis_before(self, begin: Op, addition: Op, axis: int | None) -> int | None:
-        """Axis of the coordinates in what the first branch reads, where a pooling may come before."""
-        return axis if len(begin.shape) == len(addition.shape) else self._axes.get(begin)
-
-    def _canonical(self, op: Op, output: int) -> _Value:
+    def _canonical(self, value: Value) -> Value:
         """Walk back over operations that keep every entry in its place, and coordinates in the last axis."""
-        while len(op.data) == 1:
-            operand = next(o for o in op.operands if o is not None and o[0].from_data)
-            same = operand[0].shapes[operand[1]] == op.shape or self._flattens(op, operand[0])
-            if not (op.name in RESHAPES - PERMUTING - {"AsStrided"} and same) and not _is_dropout(op):
-                break
-            op, output = operand
-        return op, output
+        return origin(value, self._keeps_entries)
+
+    def _keeps_entries(self, op: Op) -> bool:
+        if len(op.data) != 1:
+            return False
+        operand, output = next(o for o in op.operands if o is not None and o[0].from_data)
+        same = operand.shapes[output] == op.shape or self._flattens(op, operand)
+        return (op.name in RESHAPES - PERMUTATIONS - {"AsStrided"} and same) or _is_dropout(op)
 
     def _flattens(self, op: Op, operand: Op) -> bool:
         """Whether an operation splits or joins the axes before the last one, in which the coordinates are."""
         return all(self._axes.get(o) == len(o.shape) - 1 for o in (op, operand)) and op.shape[-1] == operand.shape[-1]
 
     @cached_property
-    def _axes(self) -> dict[Op, int]:
-        return coordinate_axes(self.graph, self.streams)
-
-    @cached_property
-    def _places(self) -> dict[_Value, list[_Place]]:
-        """Places of every value that some submodule's first call is given or returns."""
-        counts = Counter(call.module for call in self.rehearsal.calls)
-        places: dict[_Value, list[_Place]] = defaultdict(list)
+    def _candidates(self) -> dict[Value, list[_Candidate]]:
+        """First calls of submodules by every value that they are given or return."""
+        counts = Counter(call.module for call in self.trace.calls)
+        candidates: dict[Value, list[_Candidate]] = defaultdict(list)
         seen: set[str] = set()
-        for call in self.rehearsal.calls:
-            passed: list[tuple[Literal["input", "output"], int, Passed]]
+        for call in self.trace.calls:
+            passed: list[tuple[Literal["input", "output"], int, TracedTensor]]
             passed = [("input", call.begin, tensor) for tensor in call.inputs]
             passed += [("output", call.end, tensor) for tensor in call.outputs]
             for where, time, tensor in passed if call.module not in seen else ():
-                if tensor.node in self.graph.by_node:  # else it does not reach the loss
-                    value = self._canonical(self.graph.by_node[tensor.node], tensor.output)
-                    places[value].append(_Place(call.module, where, tensor.index, counts[call.module], time))
+                value = self.graph.value(tensor)
+                if value is not None:
+                    candidate = _Candidate(call.module, where, tensor.index, counts[call.module], time)
+                    candidates[self._canonical(value)].append(candidate)
             seen.add(call.module)
-        return places
+        return candidates
 
     @cached_property
-    def _changed(self) -> dict[_Value, int]:
+    def _changed(self) -> dict[Value, int]:
         """When a multiplier changes a value that a submodule returns."""
         sites = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
-        changed: dict[_Value, int] = {}
-        for call in self.rehearsal.calls:
+        changed: dict[Value, int] = {}
+        for call in self.trace.calls:
             for tensor in call.outputs:
-                if (call.module, tensor.index) in sites and tensor.node in self.graph.by_node:
-                    changed.setdefault(self._canonical(self.graph.by_node[tensor.node], tensor.output), call.end)
+                value = self.graph.value(tensor) if (call.module, tensor.index) in sites else None
+                if value is not None:
+                    changed.setdefault(self._canonical(value), call.end)
         return changed
-
-    @cached_property
-    def _readers(self) -> dict[Op, list[Op]]:
-        readers: dict[Op, list[Op]] = defaultdict(list)
-        for op in self.graph.ops:
-            for operand in dict.fromkeys(op.data):
-                readers[operand].append(op)
-        return readers
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What the first of so many calls of a submodule is given or returns, and when."""
+class _Candidate:
+    """What the first of all calls of a submodule is given or returns, and when."""
 
     module: str
     where: Literal["output", "input"]
@@ -243,56 +206,97 @@ class _Place:
     calls: int
     time: int
 
-    @property
-    def doubts(self) -> tuple[bool, bool, bool]:
-        """What another forward pass may do in another way, the worst first."""
-        return self.calls > 1, self.where == "input", self.where == "output" and self.index is not None
+    def rank(self, inner: bool) -> tuple[object, ...]:
+        """Prefers what another forward pass does in the same way, then inner modules, which return first, or outer ones.
 
-    @property
-    def rank(self) -> tuple[object, ...]:
-        """Prefers outer modules, which have short names, but the module itself last, because steps may not call it."""
-        return *self.doubts, not self.module, len(self.module), self.module, self.index or 0
-
-    @property
-    def inner_rank(self) -> tuple[object, ...]:
-        """Prefers inner modules, which return first."""
-        return *self.doubts, self.time, self.index or 0
+        Outer modules have short names; the module itself comes last, because steps may not call it.
+        """
+        doubts = self.calls > 1, self.where == "input", self.where == "output" and self.index is not None
+        preferred = (self.time,) if inner else (not self.module, len(self.module), self.module)
+        return *doubts, *preferred, self.index or 0
 
 
-def _added(addition: Op, root: Op) -> _Value:
+def _stream_operand(addition: Op, root: Op) -> Value:
     """What goes into an addition as the stream; what its branch reads, where a shortcut changes the shape."""
     operands = (operand for operand in addition.operands if operand is not None and operand[0].from_data)
-    return next((operand for operand in operands if transparent_source(operand[0]) is root), (root, 0))
+    return next((operand for operand in operands if operand[0].source is root), (root, 0))
 
 
 def _read_next(graph: Graph, addition: Op, root: Op) -> list[Op]:
-    """What may stand for an addition: what the next branch reads of it, then what comes in between, the last first.
-
-    Args:
-        graph: of the forward pass.
-        addition: a residual one.
-        root: what the branches of the next one read.
-    """
-    between: set[Op] = set()
-    stack = [root]
-    while stack:
-        op = stack.pop()
-        if op is addition or op in between:
-            continue
-        if op.index < addition.index or graph.is_matrix(op) or not op.data:
-            return []
-        between.add(op)
-        stack.extend(op.data)
+    """What may stand for an addition: what the next branches read of it, ``root``, then what comes in between, backwards."""
+    ops, met = between([root], lambda op: op.index <= addition.index or graph.is_matrix(op) or not op.data)
+    if met - {addition}:
+        return []
     # inside of a norm that is written by hand are squares and sizes, which do not stand for the stream
-    chain = all(len(op.data) == 1 for op in between)
-    ops = sorted(between, key=lambda op: op.index, reverse=True)
-    return [op for op in ops if op.shape == addition.shape and (chain or op is root)]
+    chain = all(len(op.data) == 1 for op in ops)
+    return [op for op in reversed(ops) if op.shape == addition.shape and (chain or op is root)]
 
 
 def _is_dropout(op: Op) -> bool:
     """Whether data is multiplied with a constant for each of its entries, as dropout on a CPU does."""
     if op.name != "Mul" or op.operands[1] is not None or op.shape == ():
         return False
-    node: Any = op.node
-    noise = node._saved_other
+    noise = cast(Any, op.node)._saved_other
     return tuple(noise.shape) == op.shape and 0 not in noise.stride()  # a mask for all coordinates is expanded
+
+
+def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
+    """Follow the axis of what the last matrix made, and on a stream that of the matrix which made the stream.
+
+    A branch may mix tokens instead of coordinates: the axis that its last matrix made then is that of tokens. ``streams``
+    has the operand of every residual addition that is the stream. Operations that cannot be followed have no axis.
+    """
+    axes: dict[Op, int] = {}
+    for op in graph.ops:
+        if graph.is_matrix(op):
+            axes[op] = _written_axis(graph, op)
+        elif graph.is_lookup(op):
+            axes[op] = len(op.shape) - 1
+        else:
+            operands = (streams[op], *op.data) if op in streams else op.data
+            moved = (_moved(op, operand, axes[operand]) for operand in operands if operand in axes)
+            axis = next((axis for axis in moved if axis is not None), None)
+            if axis is not None:
+                axes[op] = axis
+    return axes
+
+
+def _written_axis(graph: Graph, op: Op) -> int:
+    """Axis of the units that a parameter matrix makes."""
+    if op.name in CONVOLUTIONS:
+        return 1
+    matrix_first = op.name in ("Mm", "Bmm", "Addmm", "Baddbmm") and not graph.matrices(op)[0].inputs_first
+    return len(op.shape) - (2 if matrix_first else 1)
+
+
+def _moved(op: Op, operand: Op, axis: int) -> int | None:
+    """Where an operation puts an axis of its operand, None if that cannot be told."""
+    before, after = operand.shape, op.shape
+    if op.name in PERMUTATIONS:
+        order = _order(op, len(before))
+        return order.index(axis)
+    if op.name in VIEWS | {"Squeeze", "Unsqueeze"}:
+        ahead = math.prod(before[:axis])
+        fits = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead)
+        return next(fits, None)
+    axis_after = axis + len(after) - len(before)  # shapes are broadcast at the front
+    kept = len(after) >= len(before) and after[axis_after] == before[axis]
+    return axis_after if kept and op.name not in ("Mm", "Bmm", "AsStrided") else None
+
+
+def _order(op: Op, dimensions: int) -> list[int]:
+    """Axis of the operand that each axis of a permutation is."""
+    node: Any = op.node
+    if op.name == "Permute":
+        return [_signed(axis) % dimensions for axis in node._saved_dims]
+    order = list(range(dimensions))
+    if op.name == "Transpose":
+        first, second = (_signed(axis) % dimensions for axis in (node._saved_dim0, node._saved_dim1))
+        order[first], order[second] = second, first
+        return order
+    return order[::-1]
+
+
+def _signed(axis: int) -> int:
+    """Autograd shows negative axes as unsigned numbers."""
+    return axis - 2**64 if axis >= 2**63 else axis

@@ -24,8 +24,6 @@ class Site:
             not all of them are.
         period: entries after which ``part`` comes again, as where each head's queries, keys and values lie together.
 
-    >>> print(Site("layers.0.attention", "output", 0))
-    layers.0.attention output[0]
     >>> print(Site("layers.0.attention", "weight", part=(0, 64)))
     layers.0.attention weight, entries 0 to 64
     """
@@ -45,36 +43,22 @@ class Site:
 
 @dataclass(frozen=True)
 class ParameterFacts:
-    """Where one parameter sits.
+    """Where one parameter sits."""
 
-    Args:
-        name: as in ``named_parameters()``.
-        role: row of the table, None if it could not be placed.
-        shape: its shape.
-        fan_in: number of inputs of the map (units; kernel sizes do not count); 1 for vectors. Units of experts whose
-            outputs are summed count in all experts that a token is sent to, here and in ``fan_out``.
-        fan_out: number of outputs of the map; entries of a vector.
-        branch: index into ``Structure.branches``, None outside branches.
-        stream: index into ``Structure.streams``.
-        transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
-        head_dim: size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1.
-        tied: whether it is also the readout.
-        active: number of experts over whose outputs a mixture of experts averages, for parameters of experts; else 1.
-        variant: what about its place changes the row of its role.
-    """
-
-    name: str
-    role: Role | None
+    name: str  # as in ``named_parameters()``
+    role: Role | None  # row of the table, None if it could not be placed
     shape: tuple[int, ...]
+    # inputs of the map (units; kernel sizes do not count), 1 for vectors; units of experts whose outputs are summed count
+    # in all experts that a token is sent to, here and in ``fan_out``
     fan_in: int
-    fan_out: int
-    branch: int | None = None
-    stream: int = 0
-    transposed: bool = False
-    head_dim: int = 1
-    tied: bool = False
-    active: int = 1
-    variant: Variant | None = None
+    fan_out: int  # outputs of the map; entries of a vector
+    branch: int | None = None  # index into ``Structure.branches``, None outside branches
+    stream: int = 0  # index into ``Structure.streams``
+    transposed: bool = False  # whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it
+    head_dim: int = 1  # size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1
+    tied: bool = False  # whether it is also the readout
+    active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
+    variant: Variant | None = None  # what about its place changes the row of its role
 
     @property
     def row(self) -> str | None:
@@ -84,84 +68,49 @@ class ParameterFacts:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch: what is added to a stream.
+    """One residual branch: what is added to a stream."""
 
-    Args:
-        name: longest module name that its parameters share, such as ``layers.3.mlp``.
-        kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
-        hidden: hidden width M: heads of an attention block, inputs of the last matrix otherwise, in all experts that a
-            token is sent to.
-        stream: index into ``Structure.streams``.
-        position: place along the stream, from 0; parallel branches of one addition share it.
-        parameters: names of its parameters.
-        site: where a hook can multiply the branch, None if no module's output is the branch.
-        folds: parameters whose multiplication multiplies the branch, empty if there are none.
-        head_dim: size of an attention head, None for other kinds.
-        logits: where attention logits can be multiplied, None for other kinds.
-        logits_scale: what the module itself multiplies the sum of products of queries and keys by, such as
-            1/sqrt(head_dim); None for other kinds, and where it cannot be read.
-    """
-
-    name: str
+    name: str  # longest module name that its parameters share
     kind: BranchKind
+    # M: heads of an attention block, inputs of the last matrix otherwise, in all experts that a token is sent to
     hidden: int
-    stream: int
-    position: int
+    stream: int  # index into ``Structure.streams``
+    position: int  # along the stream, from 0; parallel branches of one addition share it
     parameters: tuple[str, ...]
-    site: Site | None = None
-    folds: tuple[str, ...] = ()
-    head_dim: int | None = None
-    logits: Logits | None = None
+    site: Site | None = None  # where a hook can multiply the branch, None if no module's output is the branch
+    folds: tuple[str, ...] = ()  # parameters whose multiplication multiplies the branch, empty if there are none
+    head_dim: int | None = None  # size of an attention head, None for other kinds
+    logits: Logits | None = None  # where attention logits can be multiplied, None for other kinds
+    # factor of the module itself on products of queries and keys, such as 1/sqrt(head_dim); None if it cannot be read
     logits_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Logits:
-    """How the logits of an attention branch can be multiplied: through the queries, after their norm if they have one.
+    """How the logits of an attention branch can be multiplied: through the queries, after their norm if they have one."""
 
-    A norm undoes what multiplies its input, so that with query-key norm the size of the queries' projection does not
-    matter, and only what comes after the norm can be multiplied: its output, or its gain.
-
-    Args:
-        site: module whose output the queries are, None if there is none of their own.
-        folds: parameters that queries are proportional to, and neither keys nor values: weight and bias of their
-            projection, or the gain of their norm; empty if there are none.
-    """
-
-    site: Site | None = None
+    site: Site | None = None  # module whose output the queries are, None if there is none of their own
+    # parameters that queries, and neither keys nor values, are proportional to: of their projection or their norm
     folds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A residual stream.
+    """A residual stream."""
 
-    Args:
-        depth: number of positions at which branches are added, L.
-        embedding: its dimension, D (the last one, where it changes along the way).
-    """
-
-    depth: int
-    embedding: int
+    depth: int  # positions at which branches are added, L
+    embedding: int  # dimension, D; the last one, where it changes along the way
 
 
 @dataclass(frozen=True)
 class Readout:
-    """A map from a stream to targets.
+    """A map from a stream to targets."""
 
-    Args:
-        parameter: name of its matrix.
-        stream: index into ``Structure.streams`` of the stream it reads.
-        site: where a hook can multiply it without its bias, None if there is no such place.
-        folds: its matrix, empty if that is tied to an embedding.
-        fan_in: inputs of the map, D.
-    """
-
-    parameter: str
-    stream: int
-    site: Site | None
-    folds: tuple[str, ...]
-    fan_in: int
+    parameter: str  # name of its matrix
+    stream: int  # index into ``Structure.streams`` of the stream that it reads
+    site: Site | None  # where a hook can multiply it without its bias, None if there is no such place
+    folds: tuple[str, ...]  # its matrix, empty if that is tied to an embedding
+    fan_in: int  # inputs of the map, D
 
 
 @dataclass(frozen=True)
@@ -173,7 +122,7 @@ class Tap:
     what enters the first nonlinearity of a branch, or the logits of its attention.
 
     Args:
-        reads: ``"stream"``, ``"readout"``, or, where a stream cannot be read after an addition, the ``"branch"`` es that
+        reads: ``"stream"``, ``"readout"``, or, where a stream cannot be read after an addition, each ``"branch"`` that
             the addition adds to it; ``"units"`` or ``"logits"`` of a branch.
         number: index into ``Structure.streams``, ``Structure.readouts`` or, for pre-activations, ``Structure.branches``.
         position: residual additions before it, from 0 to the stream's depth; 0 for a readout.
@@ -182,15 +131,13 @@ class Tap:
         index: position of the tensor if the output is a tuple, list or mapping, None if it is a bare tensor; for an
             input its number among all tensors that the submodule is given, positional ones first; of a function the
             number of calls of it before.
-        axis: of the stream's coordinates, the targets, the units or the keys: -1 where that is the last one, 1 for
+        axis: axis of the stream's coordinates, the targets, the units or the keys: -1 where that is the last one, 1 for
             channels of an image.
         function: name of the torch function inside of the submodule that is given pre-activations or returns them,
             ``"attention"`` for logits; None where the submodule itself is.
 
     >>> print(Tap("units", 0, 3, "blocks.3", "input", 0, -1, "gelu"))
     units 0 after 3 additions: blocks.3 gelu input[0]
-    >>> print(Tap("stream", 0, 3, "blocks.3", "input", 0, -1))
-    stream 0 after 3 additions: blocks.3 input[0]
     """
 
     reads: Literal["stream", "branch", "readout", "units", "logits"]
@@ -211,28 +158,19 @@ class Tap:
 
 @dataclass(frozen=True)
 class Structure:
-    """Streams, branches and parameter roles of a module.
+    """Streams, branches and parameter roles of a module."""
 
-    Args:
-        parameters: facts by parameter name, in the order of ``named_parameters()``.
-        branches: residual branches in order of execution.
-        streams: residual streams; the first is the one that reaches the loss last.
-        readouts: maps to targets.
-        taps: where streams and outputs can be read: streams by number and position, then readouts. A place that no
-            submodule is given or returns has none.
-        features: where pre-activations of branches can be read; none of experts, and of what no submodule has.
-        unassigned: parameters without a role, and what was found around them.
-        warnings: what the theory does not cover in this module.
-    """
-
-    parameters: dict[str, ParameterFacts]
-    branches: tuple[Branch, ...]
-    streams: tuple[Stream, ...]
+    parameters: dict[str, ParameterFacts]  # by name, in the order of ``named_parameters()``
+    branches: tuple[Branch, ...]  # in order of execution
+    streams: tuple[Stream, ...]  # the first is the one that reaches the loss last
     readouts: tuple[Readout, ...] = ()
+    # of streams by number and position, then of readouts; what no submodule is given or returns has none
     taps: tuple[Tap, ...] = ()
+    # of pre-activations and logits of branches; none of experts, and of what no submodule has
     features: tuple[Tap, ...] = ()
+    # parameters without a role, and what was found around them
     unassigned: dict[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -6,121 +6,80 @@ device, takes seconds. Where a forward pass needs values (data-dependent control
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, is_dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
 from typing import Any
 
 import torch
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
-from mlu_lightning.utilities.function_calls import CallPlace, watched
+from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
+from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
+from mlu_lightning.utilities.module_copies import copied_module, fake_tensor
 from mlu_lightning.utilities.names import planned_modules, planned_parameters
 
-__all__ = ["Call", "FunctionCall", "Passed", "Rehearsal", "rehearse", "tensors_in"]
+__all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A tensor with a gradient that a submodule or a function was given or returned.
+class TracedTensor:
+    """A tensor with a gradient that a submodule or a function was given or returned."""
 
-    Args:
-        index: of what it was given, its number among all tensors, as ``tensors_in((args, kwargs))`` has them; of what
-            a submodule returned, its position in a tuple, list or mapping, None for a bare tensor; of what a function
-            returned, its number.
-        node: graph node that made it.
-        output: which of the node's outputs it is.
-    """
-
+    # number among all tensors that were given, or that a function returned; position in a tuple, list or mapping that a
+    # submodule returned, None for a bare tensor
     index: int | None
     node: Node
-    output: int
+    output: int  # number among those of the node
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a submodule.
-
-    Args:
-        module: its name.
-        inputs: tensors that the caller gave it, before any hook changed them.
-        outputs: tensors that the caller got, after all hooks.
-        begin: when it was called, counted in calls and returns of all submodules.
-        end: when it returned.
-    """
+class ModuleCall:
+    """One call of a submodule."""
 
     module: str
-    inputs: tuple[Passed, ...]
-    outputs: tuple[Passed, ...]
-    begin: int
+    inputs: tuple[TracedTensor, ...]  # as the caller gave them, before any hook
+    outputs: tuple[TracedTensor, ...]  # as the caller got them, after all hooks
+    begin: int  # counted in calls and returns of all submodules
     end: int
 
 
 @dataclass(frozen=True)
 class FunctionCall:
-    """A call of a torch function in the first call of a submodule.
-
-    Args:
-        place: which one it is.
-        inputs: tensors that it was given.
-        outputs: tensors that it returned; those of an attention have no node yet.
-        sequence: number of the last graph node when it was called, which is an attention's own.
-    """
+    """A call of a torch function in the first call of a submodule."""
 
     place: CallPlace
-    inputs: tuple[Passed, ...]
-    outputs: tuple[Passed, ...]
-    sequence: int
+    inputs: tuple[TracedTensor, ...]
+    outputs: tuple[TracedTensor, ...]  # those of an attention have no node yet
+    sequence: int  # of the last graph node when it was called, which is an attention's own
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What one forward pass left behind.
+class Trace:
+    """What one forward pass left behind."""
 
-    Args:
-        roots: graph nodes of the losses, or of all outputs of a plain module.
-        parameters: name by identity of the copy's parameter.
-        calls: every call of a submodule, in order of completion.
-        functions: calls of torch functions, in order of completion.
-        copy: the copy, which keeps the graph's parameters alive.
-        scalars: the copy's floating-point buffers of one entry, each with its value; those on the meta device have none.
-    """
-
-    roots: tuple[Node, ...]
-    parameters: dict[int, str]
-    calls: tuple[Call, ...]
+    roots: tuple[Node, ...]  # of the losses, or of all outputs of a plain module
+    parameters: dict[int, str]  # names by identity
+    calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
-    copy: nn.Module
+    copy: nn.Module  # keeps the graph's parameters alive
+    # floating-point buffers of one entry, each with its value; those on the meta device have none
     scalars: tuple[tuple[Tensor, float], ...]
 
 
-def rehearse(module: nn.Module, example: Any) -> Rehearsal:
+def trace_module(module: nn.Module, example: Any) -> Trace:
     """Run a copy of a module once, in training mode, and keep its autograd graph.
 
-    Random states, buffers, gradients, logged values and Python attributes of ``module`` stay as they are.
-
-    Args:
-        module: a LightningModule, of which ``training_step`` is run, or any other module, of which ``forward`` is run.
-        example: what ``training_step`` takes as its batch; for other modules the arguments of ``forward``: a tensor,
-            a tuple of positional or a mapping of keyword arguments. None takes the ``example_input_array`` of a
-            LightningModule, for its ``forward``. Its floating-point tensors are given the dtype of the parameters.
-
-    Raises:
-        ValueError: if there is no example, or the module cannot be copied.
-        RuntimeError: if nothing that requires a gradient comes out.
-
-    >>> len(rehearse(nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3)).calls)
-    3
+    Random states, buffers, gradients, logged values and Python attributes of ``module`` stay as they are. ``example`` is
+    that of :func:`discover`; its floating-point tensors are given the dtype of the parameters.
     """
     step = is_lightning_module(module) and example is not None
     if example is None:
@@ -145,9 +104,9 @@ def rehearse(module: nn.Module, example: Any) -> Rehearsal:
         return _run(module, example, step, None)
 
 
-def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Rehearsal:
-    twin = _copy(module, fake)
-    calls: list[Call] = []
+def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
+    twin = copied_module(module, fake)
+    calls: list[ModuleCall] = []
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in planned_parameters(twin).items()}
@@ -157,14 +116,15 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     clock = count()
     for name, submodule in planned_modules(twin):
-        recorder = _Recorder(name, calls, clock)
-        submodule.register_forward_pre_hook(recorder.given, prepend=True, with_kwargs=True)
-        submodule.register_forward_hook(recorder.returned)
+        _record_calls(submodule, name, calls, clock)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if fake is not None:
-            stack.enter_context(_silenced("torch._subclasses.fake_tensor"))
+            # what fails without values is tried again with them, and then speaks for itself
+            logger = logging.getLogger("torch._subclasses.fake_tensor")
+            stack.callback(setattr, logger, "disabled", logger.disabled)
+            logger.disabled = True
             stack.enter_context(fake)
         example = tree_map(lambda leaf: _as_data(leaf, fake, dtype), example)
         stack.enter_context(watched(twin, partial(_note, functions)))
@@ -175,95 +135,21 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give an example for which it returns a loss or an output."
         )
-    return Rehearsal(roots, names, tuple(calls), tuple(functions), twin, scalars)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in what a module was given or returned, in order; Hugging Face outputs are mappings.
-
-    Args:
-        value: a tensor, or tuples, lists, mappings and dataclasses that hold tensors.
-
-    >>> [tensor.item() for tensor in tensors_in(((torch.ones(1), "text"), {"mask": [torch.zeros(1)]}))]
-    [1.0, 0.0]
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value):
-        yield from tensors_in(vars(value))
-
-
-def _copy(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """Deep copy whose parameters are fake, or share memory with the originals; every parameter requires a gradient."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        stand_in = parameter.detach() if fake is None else _fake(parameter, fake)
-        memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.is_floating_point())
-    if fake is not None:
-        for buffer in module.buffers():
-            memo[id(buffer)] = _fake(buffer, fake)
-    try:
-        twin = copy.deepcopy(module, memo).train()
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"{type(module).__name__} cannot be copied ({error}), and planning runs a copy, so that the module itself "
-            "stays as it is. Plan it before it holds open files, locks or results of a forward pass, or keep these "
-            "outside of the module."
-        ) from error
-    for original, copied in zip(module.modules(), twin.modules(), strict=True):
-        # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
-        trainer = vars(original).get("_trainer")
-        if trainer is not None:
-            vars(copied)["_trainer"] = trainer
-        # compiled methods are kept on the instance, are the original's, and would run that
-        compiled = ["_compiled_call_impl"]
-        if vars(original).get("_compiler_ctx") is not None:
-            compiled += ["forward", "training_step", "validation_step", "test_step", "predict_step"]
-        for name in compiled:
-            vars(copied).pop(name, None)
-    return twin
+    return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars)
 
 
 def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
-    return tuple(
-        (copied, buffer.item())
-        for buffer, copied in zip(module.buffers(), twin.buffers(), strict=True)
-        if buffer.numel() == 1
-        and buffer.is_floating_point()
-        and not buffer.is_meta
-        and not isinstance(buffer, FakeTensor)
-    )
-
-
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """Let a logger be silent: what fails without values is tried again with them, and then speaks for itself."""
-    logger = logging.getLogger(name)
-    before = logger.disabled
-    logger.disabled = True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _fake(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
-    with fake:
-        device = "cpu" if tensor.is_meta else tensor.device
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    pairs = zip(module.buffers(), twin.buffers(), strict=True)
+    scalars = ((buffer, copied) for buffer, copied in pairs if buffer.numel() == 1 and buffer.is_floating_point())
+    known = ((b, copied) for b, copied in scalars if not b.is_meta and not isinstance(b, FakeTensor))
+    return tuple((copied, buffer.item()) for buffer, copied in known)
 
 
 def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
     """Stand-in of an example's tensor; floating ones require a gradient, so that the graph shows where data enters."""
     if not isinstance(leaf, Tensor):
         return leaf
-    tensor = leaf.detach() if fake is None else _fake(leaf, fake)
+    tensor = leaf.detach() if fake is None else fake_tensor(leaf, fake)
     return tensor.to(dtype).requires_grad_().clone() if tensor.is_floating_point() else tensor
 
 
@@ -282,31 +168,28 @@ def _call(module: nn.Module, example: Any) -> Any:
     return module(*example) if isinstance(example, (tuple, list)) else module(example)
 
 
-class _Recorder:
-    """Hooks that note which graph nodes went into a submodule and came out of it."""
+def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
+    """Note which graph nodes go into a submodule and come out of it."""
+    begun: list[tuple[int, tuple[TracedTensor, ...]]] = []  # more than one while the module calls itself
 
-    def __init__(self, name: str, calls: list[Call], clock: Iterator[int]) -> None:
-        self.name, self.calls, self.clock = name, calls, clock
-        self.begun: list[tuple[int, tuple[Passed, ...]]] = []  # more than one while the module calls itself
+    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begun.append((next(clock), _traced(enumerate(tensors_in((args, kwargs))))))
 
-    def given(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.begun.append((next(self.clock), _passed(enumerate(tensors_in((args, kwargs))))))
-
-    def returned(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts: Iterable[tuple[int | None, Any]] = [(None, output)]
-        if isinstance(output, Mapping):
-            parts = enumerate(output.values())
-        elif isinstance(output, (tuple, list)):
-            parts = enumerate(output)
-        begin, inputs = self.begun.pop()
-        self.calls.append(Call(self.name, inputs, _passed(parts), begin, next(self.clock)))
+        if isinstance(output, (Mapping, tuple, list)):
+            parts = enumerate(output.values() if isinstance(output, Mapping) else output)
+        begin, inputs = begun.pop()
+        calls.append(ModuleCall(name, inputs, _traced(parts), begin, next(clock)))
+
+    submodule.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
+    submodule.register_forward_hook(returned)
 
 
-def _passed(parts: Iterable[tuple[int | None, Any]]) -> tuple[Passed, ...]:
+def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
+    tensors = ((index, part) for index, part in parts if isinstance(part, Tensor))
     return tuple(
-        Passed(index, part.grad_fn, part.output_nr)
-        for index, part in parts
-        if isinstance(part, Tensor) and part.grad_fn is not None
+        TracedTensor(i, tensor.grad_fn, tensor.output_nr) for i, tensor in tensors if tensor.grad_fn is not None
     )
 
 
@@ -314,11 +197,11 @@ def _note(
     functions: list[FunctionCall], place: CallPlace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Any], None]:
     """Note which graph nodes go into a function, which may change tensors in place, and then what comes out of it."""
-    inputs = _passed(enumerate(tensors_in((args, kwargs))))
+    inputs = _traced(enumerate(tensors_in((args, kwargs))))
     sequence = torch._C._autograd._get_sequence_nr() - 1
 
     def returned(output: Any) -> None:
-        functions.append(FunctionCall(place, inputs, _passed(enumerate(tensors_in(output))), sequence))
+        functions.append(FunctionCall(place, inputs, _traced(enumerate(tensors_in(output))), sequence))
 
     return returned
 
@@ -328,7 +211,7 @@ def _mute(module: Any, losses: list[Tensor]) -> None:
 
     @cache
     def configured() -> tuple[list[Any], list[Any]]:
-        optimizers, schedulers, _ = _configure_optimizers(module.configure_optimizers())
-        return list(optimizers), [found["scheduler"] if isinstance(found, dict) else found for found in schedulers]
+        made: tuple[list[Any], list[Any], Any] = configured_optimizers(module.configure_optimizers())
+        return made[0], [found["scheduler"] if isinstance(found, dict) else found for found in made[1]]
 
     mute(module, losses, lambda: configured()[0], lambda: configured()[1])

@@ -23,16 +23,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from mlu_lightning.application import (
-    attach_multipliers,
-    folded_parameters,
-    planned_stds,
-    scale_optimizer,
-    stream_axis,
-)
+from mlu_lightning.application import attach_multipliers, folded_parameters, planned_stds, scale_optimizer, stream_axis
 from mlu_lightning.limit.unit_sampling import Sampling, draw_units, exact_units
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
@@ -45,11 +39,8 @@ __all__ = [
     "infinite_model",
 ]
 
-HYPERPARAMETERS = "lr", "momentum", "dampening", "weight_decay", "nesterov"
-"""What gradient descent has, by the names that ``torch.optim.SGD`` has for it."""
-
-_SAMPLED = 1024
-"""Hidden units of a branch by default."""
+HYPERPARAMETERS = "lr", "momentum", "dampening", "weight_decay", "nesterov"  # of torch.optim.SGD
+_SAMPLED = 1024  # hidden units of a branch by default
 
 
 @dataclass(frozen=True)
@@ -57,9 +48,9 @@ class InfiniteModel:
     """A network that is the model of infinite D, at its initialization.
 
     Args:
-        module: of embedding dimension r, with its multipliers attached.
-        plan: of the module.
-        spread: standard deviations S^(1/2) of the entries of W, [r].
+        module: Network of embedding dimension r, with its multipliers attached.
+        plan: Plan of the module.
+        spread: Standard deviations S^(1/2) of the entries of W, [r].
     """
 
     module: ResNet | CausalTransformer
@@ -67,27 +58,18 @@ class InfiniteModel:
     spread: Tensor
 
     def optimizer(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> SGD:
-        """Make gradient descent for the module, scaled by its plan.
-
-        Args:
-            lr: learning rate, as for the finite model.
-            momentum: the same.
-            weight_decay: the same, added to the gradient.
-        """
+        """Make gradient descent for the module, scaled by its plan, with the hyperparameters of the finite model."""
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         optimizer = SGD(trained, lr, momentum, weight_decay=weight_decay)
         scale_optimizer(optimizer, self.module, self.plan)
         return optimizer
 
     def in_coordinates_of(self, weights: Tensor, streams: Tensor) -> Tensor:
-        """Where the stream of a finite model tends to: W a, with a = S^(-1/2) h'/sqrt(r) (theory.md, section 5).
+        """Find where the stream of a finite model tends to: W a, with a = S^(-1/2) h'/sqrt(r) (theory.md, section 5).
 
         Args:
             weights: W of the finite model before it was trained, [D, r], from :func:`embedding_weights`.
-            streams: h' of this model, [..., r].
-
-        Returns:
-            Streams in the coordinates of the finite model, [..., D].
+            streams: Streams h' of this model, [..., r]; those of the finite model, [..., D], are returned.
         """
         spread = self.spread.to(streams)
         return streams / (spread * math.sqrt(len(spread))) @ weights.to(streams).T
@@ -108,22 +90,20 @@ def infinite_model(
     (:meth:`InfiniteModel.optimizer`), with momentum and decay, and with embeddings that are trained or frozen.
 
     Args:
-        module: a :class:`~mlu_lightning.models.ResNet`, or a :class:`~mlu_lightning.models.CausalTransformer` without
-            gains of norms, at its initial weights; it is not changed.
-        plan: of the module. Standard deviations of entries are those of the plan.
-        depth: residual additions, the Euler steps of the limit: an error of O(1/depth). By default the module's own,
+        module: :class:`~mlu_lightning.models.ResNet`, or a :class:`~mlu_lightning.models.CausalTransformer` without
+            gains of norms, at its initial weights; it is not changed. The limit is on its device, in its precision, but
+            not less than float32.
+        plan: Plan of the module. Standard deviations of entries are those of the plan.
+        depth: Residual additions, the Euler steps of the limit: an error of O(1/depth). By default the module's own,
             which leaves the error of D and M alone.
-        units: hidden units of a perceptron branch: an error of 1/sqrt(depth · units). By default 1024; for a linear
+        units: Hidden units of a perceptron branch: an error of 1/sqrt(depth · units). By default 1024; for a linear
             activation the 2r with which there is no such error.
-        heads: of an attention branch. By default units / (4 · head_dim).
-        sampling: of units, see :func:`mlu_lightning.limit.unit_sampling.draw_units`.
-        seed: of the units.
-
-    Returns:
-        The infinite model, on the module's device and in its precision, but not less than float32.
+        heads: Heads of an attention branch. By default units / (4 · head_dim).
+        sampling: Sampling of units: ``"orthogonal"``, with less noise, or ``"independent"``.
+        seed: Seed of the units.
 
     Raises:
-        ValueError: if it is not known how to build the module's limit, if the theory does not hold for it (gains of
+        ValueError: If it is not known how to build the module's limit, if the theory does not hold for it (gains of
             norms), or if a size is not one that the limit can have.
 
     >>> model = ResNet(depth=2, hidden=64, embedding=32, inputs=3, outputs=2)
@@ -140,8 +120,7 @@ def infinite_model(
     dimension = sum(weight.shape[1] for weight in weights.values())
     hyperparameters: Any = module.hparams
     arguments = {name: value for name, value in hyperparameters.items() if name != "_instantiator"}  # of LightningCLI
-    linear = arguments.get("activation") == "positive"
-    exact = linear and units is None
+    exact = arguments.get("activation") == "positive" and units is None
     units = (2 * dimension if exact else _SAMPLED) if units is None else units
     with isolate_rng():
         built = _BUILDERS[type(module)](arguments, depth, units, heads, dimension)
@@ -169,37 +148,25 @@ def embedding_weights(module: nn.Module, plan: Plan) -> Tensor:
     """Copy W = [W_E, W_U] of a module: columns that its stream starts with and is read by (theory.md, section 5).
 
     Args:
-        module: with its multipliers attached or folded, or without.
-        plan: of the module.
+        module: Module with its multipliers attached or folded, or without.
+        plan: Plan of the module.
 
     Returns:
-        [D, r], embeddings before readouts as in the plan, without multipliers that are folded into them.
+        W [D, r], embeddings before readouts as in the plan, without multipliers that are folded into them.
 
     >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
     >>> embedding_weights(model, Plan.from_model(model)).shape
     torch.Size([6, 5])
     """
-    folded = folded_parameters(module)
-    scales = plan.scales(OptimizerFamily.SGD)
-    return torch.cat(
-        [
-            matrix.detach() / (scales[name].multiplier if name in folded else 1)
-            for name, matrix in _matrices(module, plan).items()
-        ],
-        1,
-    )
+    folded = _folded_multipliers(module, plan)
+    return torch.cat([matrix.detach() / folded[name] for name, matrix in _matrices(module, plan).items()], 1)
 
 
 def check_gradient_descent(optimizers: Sequence[Optimizer]) -> None:
     """Refuse optimizers whose updates leave the span of W (theory.md, section 5).
 
-    Args:
-        optimizers: of the module.
-
     Raises:
-        ValueError: if they are not one ``torch.optim.SGD`` with the same hyperparameters for all parameters.
-
-    >>> check_gradient_descent([SGD([torch.ones(1)], lr=0.1, momentum=0.9)])
+        ValueError: If they are not one ``torch.optim.SGD`` with the same hyperparameters for all parameters.
     """
     names = " and ".join(type(optimizer).__name__ for optimizer in optimizers) or "none"
     if names != "SGD":
@@ -220,28 +187,18 @@ def check_gradient_descent(optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_initialization(module: nn.Module, plan: Plan) -> None:
-    """Refuse weights that are not a draw from the plan's distribution, of which the infinite model is the limit.
-
-    Args:
-        module: before its first step.
-        plan: of the module.
+    """Refuse initial weights that are not a draw from the plan's distribution, of which the infinite model is the limit.
 
     Raises:
-        ValueError: if the root mean square of a parameter is further from the plan's than that of a normal draw can be.
-
-    >>> from mlu_lightning import initialize
-    >>> model = ResNet(depth=2, hidden=8, embedding=6, inputs=3, outputs=2)
-    >>> plan = Plan.from_model(model)
-    >>> check_initialization(initialize(model, plan), plan)
+        ValueError: If the root mean square of a parameter is further from the plan's than that of a normal draw can be.
     """
-    folded = folded_parameters(module)
-    scales, stds = plan.scales(OptimizerFamily.SGD), planned_stds(plan)
+    folded, stds = _folded_multipliers(module, plan), planned_stds(plan)
     for name, parameter in planned_parameters(module).items():
         planned = stds[name]
         if plan.parameters[name].role not in _ROLES or not planned:
             continue  # infinite_model refuses those that start at zero
         found = parameter.detach().double().square().mean().sqrt().item()
-        planned *= scales[name].multiplier if name in folded else 1
+        planned *= folded[name]
         spread = 6 / math.sqrt(2 * parameter.numel())  # of the logarithm, so that too small is seen as too large is
         if not (found > 0 and abs(math.log(found / planned)) <= spread):
             raise ValueError(
@@ -253,6 +210,12 @@ def check_initialization(module: nn.Module, plan: Plan) -> None:
 
 _ROLES = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_OUT, Role.READOUT)
 _RECORD = "compare with a large run that ReferenceRecorder recorded"
+
+
+def _folded_multipliers(module: nn.Module, plan: Plan) -> dict[str, float]:
+    """What every parameter holds of its multiplier: all of it, or 1."""
+    folded, scales = folded_parameters(module), plan.scales(OptimizerFamily.SGD)
+    return {name: scale.multiplier if name in folded else 1.0 for name, scale in scales.items()}
 
 
 def _check_known(module: nn.Module, plan: Plan) -> None:
@@ -299,13 +262,11 @@ def _matrices(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     }
 
 
-def _resnet(own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int) -> ResNet:
+def _resnet(own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int) -> nn.Module:
     return ResNet(**{**own, "depth": depth or own["depth"], "hidden": units, "embedding": dimension})
 
 
-def _transformer(
-    own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int
-) -> CausalTransformer:
+def _transformer(own: dict[str, Any], depth: int | None, units: int, heads: int | None, dimension: int) -> nn.Module:
     perceptrons = own["mlp_hidden"] != 0
     additions = 2 if perceptrons else 1
     if depth is not None and depth % additions:
@@ -332,7 +293,7 @@ def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
             f"The plan has parameterization={plan.parameterization.value!r}, batch_ratio="
             f"{plan.horizon.batch_ratio:g} and token_ratio={plan.horizon.token_ratio:g}. The infinite model is that of "
             "the MLU parameterization under gradient descent: make the plan with parameterization='mlu' and without "
-            "these ratios, or compare with a large run that ReferenceRecorder recorded."
+            f"these ratios, or {_RECORD}."
         )
     own = Plan.from_model(built, base=plan if plan.base is not None else None, alpha=plan.alpha)
     squares: dict[str, list[float]] = {}

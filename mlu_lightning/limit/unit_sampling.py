@@ -22,28 +22,14 @@ Sampling = Literal["orthogonal", "independent"]
 
 
 def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw what hidden units read and write, all entries of which are N(0, 1).
+    """Draw what hidden units read and write [units, reads + writes], all entries of which are N(0, 1), in float32.
 
-    Args:
-        units: number of units, even for ``"orthogonal"``.
-        reads: numbers that a unit reads with: r for a perceptron, 3 · head_dim · r for a head.
-        writes: numbers that it writes with.
-        sampling: ``"independent"``, or ``"orthogonal"``: pairs of units that read the same and write the opposite,
-            perpendicular to all other pairs in a block of as many as there are dimensions. Each unit by itself is
-            distributed as an independent one.
-        generator: on the CPU.
-
-    Returns:
-        [units, reads + writes], in float32.
+    A perceptron's unit reads with r numbers, a head with 3 · head_dim · r. ``"orthogonal"`` units are pairs that read the
+    same and write the opposite, perpendicular to all other pairs in a block of as many as there are dimensions. Each unit
+    by itself is distributed as an independent one.
 
     Raises:
         ValueError: if ``sampling`` is unknown, or orthogonal units are odd in number.
-
-    >>> drawn = draw_units(4, 3, 3, "orthogonal", torch.Generator().manual_seed(0))
-    >>> torch.equal(drawn[:2, :3], drawn[2:, :3]), torch.equal(drawn[:2, 3:], -drawn[2:, 3:])
-    (True, True)
-    >>> bool(torch.linalg.vecdot(drawn[0], drawn[1]).abs() < 1e-5)
-    True
     """
     check_sampling(sampling, units)
     dimensions = reads + writes
@@ -62,16 +48,10 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
 
 
 def check_sampling(sampling: str, *sizes: int) -> None:
-    """Refuse what :func:`draw_units` cannot draw.
-
-    Args:
-        sampling: as there.
-        sizes: numbers of units.
+    """Refuse numbers of units that :func:`draw_units` cannot draw.
 
     Raises:
         ValueError: if ``sampling`` is unknown, or orthogonal units are odd in number.
-
-    >>> check_sampling("independent", 7)
     """
     if sampling not in get_args(Sampling):
         raise ValueError(f"sampling={sampling!r} is none of: {', '.join(get_args(Sampling))}.")
@@ -84,20 +64,10 @@ def check_sampling(sampling: str, *sizes: int) -> None:
 
 
 def exact_units(dimension: int) -> Tensor:
-    """The units with which a linear activation has its exact expectations.
+    """Make the 2r units [2r, 2r], in float64, with which a linear activation has its exact expectations.
 
     Linear branches depend on the second moments C = E[(u, v)(u, v)ᵀ] alone, and an update is linear in (u, v), so any
     units with the moments of the infinite population keep them for ever: what is carried is theory.md's C ← T C Tᵀ
-    (section 5), by its factors.
-
-    Args:
-        dimension: of the infinite model, r.
-
-    Returns:
-        2r units, of which each reads or writes one coordinate, [2r, 2r], in float64.
-
-    >>> units = exact_units(3)
-    >>> torch.allclose(units.T @ units / len(units), torch.eye(6, dtype=torch.float64))
-    True
+    (section 5), by its factors. Each of these reads or writes one coordinate.
     """
     return math.sqrt(2 * dimension) * torch.eye(2 * dimension, dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Batches as tensors and JSON, so that they can be kept in a file that executes nothing when it is read."""
+"""Batches: copied, cut to their first samples, hashed, and kept in files that execute nothing when they are read."""
 
 from __future__ import annotations
 
@@ -9,24 +9,46 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn, strided
+from torch.utils._pytree import tree_leaves, tree_map
 
-from mlu_lightning.utilities.tensor_files import DTYPES, tensors_hash
+from mlu_lightning.utilities.tensor_files import DTYPES, read_tensor_file, tensors_hash
 
-__all__ = ["batch_hash", "decode_batch", "encode_batch", "encoded_hash", "load_batch"]
+__all__ = [
+    "batch_hash",
+    "clone_batch",
+    "decode_batch",
+    "encode_batch",
+    "encoded_hash",
+    "first_samples",
+    "load_batch",
+    "sample_count",
+]
+
+
+def clone_batch(batch: Any) -> Any:
+    """Copy the tensors and the containers of a batch, which steps may change."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def sample_count(batch: Any) -> int | None:
+    """Number of samples in a batch: the first dimension of its tensors, None if it is not the same in all."""
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    return sizes.pop() if len(sizes) == 1 and 0 not in sizes else None
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """Leave only the first samples of a batch, if it can be told what they are."""
+    if (sample_count(batch) or 0) <= count:
+        return batch
+    return tree_map(lambda leaf: leaf[:count].clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Take a batch apart into JSON and tensors.
+    """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
 
-    Args:
-        batch: tensors, numbers, strings and None in dicts (or other mappings, which come back as dicts), lists and
-            tuples. Other classes, also named tuples, would not come back as what they are.
-
-    Returns:
-        The structure, as JSON knows it (the names of ``json.dumps``), and the tensors that it mentions, by name:
-        contiguous copies on the CPU.
+    It has tensors, numbers, strings and None in dicts (or other mappings, which come back as dicts), lists and tuples.
+    Other classes, also named tuples, would not come back as what they are.
 
     Raises:
         ValueError: if there is anything else in it, saying where.
@@ -40,21 +62,10 @@ def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
 
 
 def decode_batch(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put a batch together again.
-
-    Args:
-        structure: from :func:`encode_batch`.
-        tensors: from there too.
-
-    Returns:
-        The batch, with the given tensors in it.
+    """Put a batch together again from what :func:`encode_batch` returned.
 
     Raises:
         ValueError: if the structure is not one, or mentions a tensor that is not there.
-
-    >>> import torch
-    >>> decode_batch(*encode_batch((torch.ones(1), 2.5, "text")))
-    (tensor([1.]), 2.5, 'text')
     """
     return _decode(structure, tensors, 0)
 
@@ -62,64 +73,36 @@ def decode_batch(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
 def batch_hash(batch: Any) -> str:
     """Name the content of a batch: batches of equal structure and equal values have equal hashes, on any device.
 
-    Args:
-        batch: as for :func:`encode_batch`.
-
-    Returns:
-        64 hexadecimal digits.
-
     Raises:
         ValueError: as :func:`encode_batch`.
-
-    >>> import torch
-    >>> batch_hash([torch.zeros(2)]) == batch_hash([torch.zeros(2, 2)[0]])
-    True
     """
     return encoded_hash(*encode_batch(batch))
 
 
 def encoded_hash(structure: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Name the content of a batch that was taken apart, as :func:`batch_hash` does.
-
-    Args:
-        structure: from :func:`encode_batch`.
-        tensors: from there too.
-
-    >>> encoded_hash(*encode_batch([1.5])) == batch_hash([1.5])
-    True
-    """
+    """Name the content of a batch that was taken apart, as :func:`batch_hash` does."""
     return tensors_hash(tensors.items(), json.dumps(structure))
 
 
 def load_batch(path: str | PathLike[str]) -> Any:
     """Read a batch from a safetensors file, such as ``safetensors.torch.save_file`` writes.
 
-    Args:
-        path: of the file.
-
-    Returns:
-        The tensor, if there is one by the name of ``"batch"`` and no other; a tuple, if their names are ``"0"``,
-        ``"1"`` and so on; otherwise a dict by their names.
+    It is the tensor, if there is one by the name of ``"batch"`` and no other; a tuple, if their names are ``"0"``, ``"1"``
+    and so on; otherwise a dict by their names.
 
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if it is not a safetensors file, or has no tensors.
-
-    >>> import torch
-    >>> from tempfile import TemporaryDirectory
-    >>> from safetensors.torch import save_file
-    >>> with TemporaryDirectory() as folder:
-    ...     save_file({"0": torch.ones(1), "1": torch.zeros(2)}, f"{folder}/probe.safetensors")
-    ...     load_batch(f"{folder}/probe.safetensors")
-    (tensor([1.]), tensor([0., 0.]))
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder. Give the path of a safetensors file with a batch.")
     try:
-        with safe_open(path, framework="pt") as file:
-            # copies, because what is read is the file itself, which somebody may write to; a safe_open has keys() only
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        # copies, because what is read is the file itself, which somebody may write to; a safe_open has keys() only
+        tensors = read_tensor_file(
+            Path(path),
+            lambda file, _: {name: file.get_tensor(name).clone() for name in file.keys()},  # noqa: SIM118
+        )
+    except ValueError as error:
         raise ValueError(
             f"{path} is not a safetensors file with a batch: {error}. Write one with "
             'safetensors.torch.save_file({"batch": tensor}, path), or with the names "0", "1", ... for a tuple of '
@@ -135,6 +118,8 @@ def load_batch(path: str | PathLike[str]) -> Any:
 
 _MOST_LEVELS = 32
 _LEAVES = (str, int, float, bool, type(None))
+_SEQUENCES: dict[str, Callable[..., Any]] = {"list": list, "tuple": tuple}
+_REMEDY = "Give the recorder probe=..., a batch of tensors, numbers and strings in dicts, lists and tuples."
 
 
 def _encode(part: Any, tensors: dict[str, Tensor], where: str, level: int) -> dict[str, Any]:
@@ -142,12 +127,14 @@ def _encode(part: Any, tensors: dict[str, Tensor], where: str, level: int) -> di
         raise ValueError(f"The batch is nested more than {_MOST_LEVELS} levels deep. {_REMEDY}")
     if isinstance(part, Tensor):
         name = str(len(tensors))
-        tensors[name] = _plain_tensor(part, where)
+        tensors[name] = _contiguous_copy(part, where)
         return {"tensor": name}
     if isinstance(part, Mapping):
         for key in part:
             if type(key) is not str:
-                raise ValueError(f"{where} has a key of type {_name(key)}, {key!r}, and should have strings. {_REMEDY}")
+                raise ValueError(
+                    f"{where} has a key of type {_type_name(key)}, {key!r}, and should have strings. {_REMEDY}"
+                )
         return {"dict": {key: _encode(part[key], tensors, f"{where}[{_quoted(key)}]", level + 1) for key in part}}
     # exactly these, because an instance of a subclass, such as a named tuple, would come back without its class
     if type(part) in (list, tuple):
@@ -157,18 +144,16 @@ def _encode(part: Any, tensors: dict[str, Tensor], where: str, level: int) -> di
         return {"float": str(part)}
     if type(part) in _LEAVES:
         return {"value": part}
-    raise ValueError(f"{where} is of type {_name(part)}, which cannot be kept in a file. {_REMEDY}")
+    raise ValueError(f"{where} is of type {_type_name(part)}, which cannot be kept in a file. {_REMEDY}")
 
 
-def _plain_tensor(tensor: Tensor, where: str) -> Tensor:
-    """A contiguous copy on the CPU."""
+def _contiguous_copy(tensor: Tensor, where: str) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not strided or tensor.is_meta:
-        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout} and type {_name(tensor)}"
+        kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout} and type {_type_name(tensor)}"
         raise ValueError(f"{where} is a tensor {kind}, which cannot be kept in a file. {_REMEDY}")
-    if tensor.dtype not in DTYPES.values():
+    if tensor.dtype not in DTYPES:
         raise ValueError(f"{where} is a tensor of {tensor.dtype}, which cannot be kept in a file. {_REMEDY}")
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.clone()
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().clone()
 
 
 def _decode(node: Any, tensors: Mapping[str, Tensor], level: int) -> Any:
@@ -188,11 +173,7 @@ def _decode(node: Any, tensors: Mapping[str, Tensor], level: int) -> Any:
     raise ValueError(f"the structure of a batch in it has a part {kind[:80]!r} that is not one")
 
 
-_SEQUENCES: dict[str, Callable[..., Any]] = {"list": list, "tuple": tuple}
-_REMEDY = "Give the recorder probe=..., a batch of tensors, numbers and strings in dicts, lists and tuples."
-
-
-def _name(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 

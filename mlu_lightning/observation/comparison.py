@@ -14,6 +14,7 @@ from mlu_lightning.observation.distances import (
     procrustes_distance,
     rms_distance,
 )
+from mlu_lightning.observation.locations import OutputName, StreamName
 from mlu_lightning.observation.probe import Observation
 from mlu_lightning.observation.reference import Reference
 
@@ -30,52 +31,51 @@ itself (some percent), bfloat16 (0.4 %), and a norm over D coordinates right beh
 
 
 def compare(observation: Observation, reference: Observation, metrics: Sequence[MetricName]) -> dict[str, float]:
-    """Distances of what a run makes of a probe from what a reference makes of it.
+    """Measure the distances of what a run makes of a probe from what a reference makes of it.
 
     Args:
-        observation: values [positions, dimension] by location,
-            as :func:`~mlu_lightning.observation.probe.observe` returns them.
-        reference: the same of the reference; locations that only one of them has are left out.
+        observation: Values [positions, dimension] by location, as :func:`~mlu_lightning.observation.observe` returns them.
+        reference: The same of the reference; locations that only one of them has are left out.
         metrics: ``"rms"``, ``"gram"``, ``"cka"`` and ``"procrustes"`` of streams, ``"output"`` of outputs.
 
     Returns:
-        By ``<metric>/<location>``, and ``"output"`` for outputs.
+        Distances by ``<metric>/<location>``, and by ``"output"`` for outputs.
 
     Raises:
-        ValueError: if shapes do not allow a metric.
+        ValueError: If shapes do not allow a metric.
 
     >>> import torch
-    >>> run = {"s=0": torch.ones(4, 2), "output": torch.ones(4, 3)}
-    >>> other = {"s=0": torch.ones(4, 8), "output": torch.zeros(4, 3)}
+    >>> run = {StreamName(0): torch.ones(4, 2), OutputName(): torch.ones(4, 3)}
+    >>> other = {StreamName(0): torch.ones(4, 8), OutputName(): torch.zeros(4, 3)}
     >>> compare(run, other, ["rms", "gram", "output"])
     {'rms/s=0': 0.0, 'gram/s=0': 0.0, 'output': 1.0}
     """
     found: dict[str, float] = {}
     for metric in metrics:
-        for location in observation:
-            if location in reference and location.startswith("output") == (metric == "output"):
-                name = location if metric == "output" else f"{metric}/{location}"
-                found[name] = float(_DISTANCES[metric](observation[location], reference[location]))
+        for name in observation:
+            if name in reference and isinstance(name, OutputName if metric == "output" else StreamName):
+                label = str(name) if metric == "output" else f"{metric}/{name}"
+                found[label] = float(_DISTANCES[metric](observation[name], reference[name]))
     return found
 
 
 def compare_references(
     reference: Reference, other: Reference, metrics: Sequence[MetricName] = get_args(MetricName)
 ) -> dict[int, dict[str, float]]:
-    """Distances between two recorded runs, at the steps that both have.
+    """Measure the distances between two recorded runs, at the steps that both have.
 
     Of two seeds of one run they are the noise floor: no other run can be expected to be nearer to either.
 
     Args:
-        reference: the one with the smaller embedding, if ``metrics`` has ``"rms"``.
-        other: recorded with the same probe.
-        metrics: as in :func:`compare`.
+        reference: Recorded run with the smaller embedding, if ``metrics`` has ``"rms"``.
+        other: Recorded run with the same probe.
+        metrics: Metrics, as for :func:`compare`.
 
     Returns:
-        By step, what :func:`compare` returns.
+        What :func:`compare` returns, by step.
 
     Raises:
-        ValueError: if the probes differ, or there is no common step.
+        ValueError: If the probes differ, or there is no common step.
     """
     if reference.probe_hash != other.probe_hash:
         raise ValueError(
@@ -92,20 +92,8 @@ def compare_references(
 
 
 def check_coupled(observation: Observation, reference: Observation) -> None:
-    """Refuse embeddings that are not the first coordinates of the reference's (theory.md, section 4).
-
-    Args:
-        observation: of the run at step 0.
-        reference: of the reference at step 0.
-
-    Raises:
-        ValueError: if they are not, or the depth 0 was not recorded.
-
-    >>> import torch
-    >>> embedding = torch.randn(10, 64)
-    >>> check_coupled({"s=0": embedding[:, :16]}, {"s=0": embedding})
-    """
-    names = [name for name in observation if name.endswith("s=0") and name in reference]
+    """Refuse embeddings at step 0 that are not the first coordinates of the reference's (theory.md, section 4)."""
+    names = [name for name in observation if isinstance(name, StreamName) and name.depth == 0 and name in reference]
     if not names:
         raise ValueError(
             "Whether the embeddings are coupled cannot be checked, because the reference was not recorded at depth 0, so "
@@ -125,17 +113,7 @@ def check_coupled(observation: Observation, reference: Observation) -> None:
 
 
 def validated_metrics(metrics: Sequence[str]) -> tuple[MetricName, ...]:
-    """Refuse what is not a choice of metrics.
-
-    Args:
-        metrics: names.
-
-    Raises:
-        ValueError: if one is unknown, or there is none.
-
-    >>> validated_metrics(["gram", "output"])
-    ('gram', 'output')
-    """
+    """Refuse what is not a choice of metrics."""
     known: dict[str, MetricName] = {name: name for name in get_args(MetricName)}
     if not metrics or isinstance(metrics, str) or not all(name in known for name in metrics):
         raise ValueError(f"metrics={metrics!r} should be a list of some of: {', '.join(known)}.")

@@ -1,7 +1,8 @@
 """Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
-All of them compute in float64 and return a float64 scalar. 0 means equal as far as the distance can see; any NaN or
-infinite value, in either model, makes the distance NaN. They differ in what they need and in what they see:
+All of them take values of any floating-point type, compute in float64 and return a float64 scalar. 0 means equal as far as
+the distance can see; any NaN or infinite value, in either model, makes the distance NaN. They differ in what they need and
+in what they see:
 
 ==========================  ==================  ================================================================
 distance                    coupled embeddings  does not change under
@@ -32,24 +33,19 @@ __all__ = [
 
 
 def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
-    """Root mean square of h - h_ref[:, :D], for coupled embeddings: the embedding-space error of [C25] and [CCM26].
+    """Measure sqrt(mean((h - h_ref[:, :D])^2)), for coupled embeddings: the embedding-space error of [C25] and [CCM26].
 
     Coordinates are compared one with one, so they must mean the same in both models: initialize both with
     ``mode="coupled"`` and the same seed (theory.md, section 4).
 
     Args:
-        streams: residual stream h of the smaller model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
-
-    Returns:
-        sqrt(mean((h - h_ref[:, :D])^2)) over samples and the D coordinates of ``streams``.
+        streams: Residual stream h of the smaller model, [samples, embedding].
+        reference: Residual stream h_ref of the larger model on the same samples, [samples, reference embedding].
 
     Raises:
-        ValueError: if the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
+        ValueError: If the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
 
-    >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    >>> h_ref = torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]])
-    >>> rms_distance(h, h_ref)
+    >>> rms_distance(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0, 9.0], [3.0, 4.0, 9.0]]))
     tensor(1., dtype=torch.float64)
     """
     streams, reference = comparable(streams, reference)
@@ -66,23 +62,18 @@ def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
 
 def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
-    """Distance of the Gram matrices over samples, which need no coupling of the embeddings (theory.md, section 4).
+    """Measure ||h h^T / D - h_ref h_ref^T / D_ref||_F / N: root mean square over pairs of samples (theory.md, section 4).
 
     Args:
-        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Returns:
-        ||h h^T / D - h_ref h_ref^T / D_ref||_F / N: the root mean square over all pairs of samples.
+        streams: Residual stream h of one model, [samples, embedding].
+        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     Raises:
-        ValueError: if the tensors cannot be compared.
+        ValueError: If the tensors cannot be compared.
 
-    >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    >>> gram_distance(h, h.flip(1))
-    tensor(0., dtype=torch.float64)
-    >>> gram_distance(h, torch.zeros(2, 3))  # h h^T / 2 is the identity, and the root mean square of its 4 entries
-    tensor(0.7071, dtype=torch.float64)
+    >>> h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # h h^T / 2 is the identity
+    >>> gram_distance(h, h.flip(1)), gram_distance(h, torch.zeros(2, 3))
+    (tensor(0., dtype=torch.float64), tensor(0.7071, dtype=torch.float64))
     """
     streams, reference = comparable(streams, reference)
     if not _finite(streams, reference):
@@ -94,27 +85,22 @@ def gram_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
 
 def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
-    """One minus the linear centred kernel alignment of Kornblith et al. (2019), arXiv 1905.00414.
+    """Subtract from one the linear centred kernel alignment of Kornblith et al. (2019), arXiv 1905.00414.
 
-    CKA itself is 1 for equal streams; subtracted from 1 it is a distance like the others, 0 for equal ones. It is
-    quadratic in small differences: where the other distances fall by 2, it falls by 4.
+    This is 1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), between 0 and 1, where X and Y are the streams minus their mean
+    over samples. Of streams that are the same for all samples, where it is 0/0: 0 if both are, 1 if one is. It is quadratic
+    in small differences: where the other distances fall by 2, it falls by 4.
 
     Args:
-        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Returns:
-        1 - ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F), between 0 and 1, where X and Y are the streams minus their mean
-        over samples. Of streams that are the same for all samples, where this is 0/0: 0 if both are, 1 if one is.
+        streams: Residual stream h of one model, [samples, embedding].
+        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     Raises:
-        ValueError: if the tensors cannot be compared.
+        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
-    >>> cka_distance(h, 3 * h.flip(1) + 1)
-    tensor(0., dtype=torch.float64)
-    >>> cka_distance(h, torch.ones(3, 4))
-    tensor(1., dtype=torch.float64)
+    >>> cka_distance(h, 3 * h.flip(1) + 1), cka_distance(h, torch.ones(3, 4))
+    (tensor(0., dtype=torch.float64), tensor(1., dtype=torch.float64))
     """
     streams, reference = comparable(streams, reference)
     if not _finite(streams, reference):
@@ -129,27 +115,20 @@ def cka_distance(streams: Tensor, reference: Tensor) -> Tensor:
 
 
 def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
-    """Root mean square left between the streams after the best rotation of one onto the other (Schönemann, 1966).
+    """Measure what is left between the streams after the best rotation of one onto the other (Schönemann, 1966).
 
-    The model with fewer coordinates is embedded into the other's space, so samples of the larger one that span more
-    dimensions than the smaller has leave a distance. Nothing is centred or rescaled: the distance is in the units of
-    :func:`rms_distance`, and for models of the same D never larger.
+    It is min over Q of ||h / sqrt(D) Q - h_ref / sqrt(D_ref)||_F / sqrt(N) with Q Q^T = 1 for D <= D_ref, and the other way
+    round for D > D_ref: samples of the larger model that span more dimensions than the smaller has leave a distance. Nothing
+    is centred or rescaled: it is in the units of :func:`rms_distance`, and for models of the same D never larger.
 
     Args:
-        streams: residual stream h of one model, [samples, embedding], of any floating-point type.
-        reference: residual stream h_ref of the other model on the same samples, [samples, reference embedding].
-
-    Returns:
-        min over Q of ||h / sqrt(D) Q - h_ref / sqrt(D_ref)||_F / sqrt(N) with Q Q^T = 1 for D <= D_ref, and the other
-        way round for D > D_ref. It is computed from the best Q = U V^T, where U S V^T = h^T h_ref, so that equal
-        streams are at 1e-15 of their size (the closed form with the nuclear norm of h^T h_ref stops at 1e-8).
+        streams: Residual stream h of one model, [samples, embedding].
+        reference: Residual stream h_ref of the other model on the same samples, [samples, reference embedding].
 
     Raises:
-        ValueError: if the tensors cannot be compared.
+        ValueError: If the tensors cannot be compared.
 
     >>> h = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    >>> bool(procrustes_distance(h, h.flip(1)) < 1e-14)
-    True
     >>> procrustes_distance(h, -2 * h) / procrustes_distance(h, 0 * h)  # -h is a rotation of h, and one h is left
     tensor(1.0000, dtype=torch.float64)
     """
@@ -163,23 +142,21 @@ def procrustes_distance(streams: Tensor, reference: Tensor) -> Tensor:
     if len(a) < a.shape[1]:
         # the distance depends on the Gram matrices only: samples x samples coordinates are enough
         a, b = _triangle(a.T).T, _triangle(b.T).T
+    # by the best Q, so that equal streams are at 1e-15 of their size: the closed form with the nuclear norm stops at 1e-8
     u, _, vh = torch.linalg.svd(_unit(a).T @ _unit(b), full_matrices=False)
     distance: Tensor = torch.linalg.vector_norm(a @ (u @ vh) - b) / math.sqrt(samples)
     return distance
 
 
 def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
-    """Root mean square difference of the outputs of two models, which have the same meaning at every shape.
+    """Measure sqrt(mean((f - f_ref)^2)) over samples and targets, which mean the same at every shape.
 
     Args:
-        outputs: output f of one model, such as logits: [samples, targets], of any floating-point type.
-        reference: output f_ref of the other model on the same samples, of the same shape.
-
-    Returns:
-        sqrt(mean((f - f_ref)^2)) over samples and targets.
+        outputs: Output f of one model, such as logits, [samples, targets].
+        reference: Output f_ref of the other model on the same samples, of the same shape.
 
     Raises:
-        ValueError: if the shapes differ, or the tensors cannot be compared.
+        ValueError: If the shapes differ, or the tensors cannot be compared.
 
     >>> output_distance(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
     tensor(1.4142, dtype=torch.float64)
@@ -196,21 +173,10 @@ def output_distance(outputs: Tensor, reference: Tensor) -> Tensor:
 
 
 def comparable(streams: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Check that two tensors are values on the same samples, and convert them to float64.
-
-    Args:
-        streams: [samples, embedding], of any floating-point type.
-        reference: [samples, reference embedding], of any floating-point type.
-
-    Returns:
-        Both in float64.
+    """Convert values on the same samples to float64.
 
     Raises:
         ValueError: if they are not floating-point matrices with the same number of rows, or are empty.
-
-    >>> h, h_ref = comparable(torch.ones(2, 3), torch.ones(2, 5, dtype=torch.bfloat16))
-    >>> h_ref.dtype
-    torch.float64
     """
     for name, values in (("streams or outputs", streams), ("reference", reference)):
         if values.ndim != 2 or not values.numel() or not values.is_floating_point():

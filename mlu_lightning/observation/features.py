@@ -13,28 +13,17 @@ import torch
 from torch import Tensor
 
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.discovery.trace import tensors_in
-from mlu_lightning.observation.attention_logits import chosen_logits, spread, whole
-from mlu_lightning.utilities.function_calls import CallPlace, Watch
+from mlu_lightning.observation.attention_logits import chosen_logits, full_tensor, spread
+from mlu_lightning.utilities.function_calls import CallPlace, Watch, tensors_in
 
-__all__ = ["reading"]
+__all__ = ["watch_features"]
 
 
-def reading(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> Watch:
-    """Read pre-activations and logits while :func:`mlu_lightning.utilities.function_calls.watched` watches.
+def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> Watch:
+    """Make the callable that hands over pre-activations and logits [rows, units or keys] to ``keep``.
 
-    Args:
-        taps: of units and logits.
-        keep: takes each with its values [rows, units or keys], at most 32 of 256, in float32 on the CPU. Logits of keys
-            that cannot be seen are -inf; where none can be, nothing is taken.
-
-    >>> from torch import nn
-    >>> from mlu_lightning.utilities.function_calls import watched
-    >>> tap = Tap("units", 0, 0, "1", "input", 0, -1, "relu")
-    >>> module = nn.Sequential(nn.Linear(1, 2), nn.ReLU())
-    >>> with watched(module, reading([tap], lambda tap, values: print(tap.function, list(values.shape)))):
-    ...     output = module(torch.ones(3, 1))
-    relu [3, 2]
+    There are at most 32 rows of 256, in float32 on the CPU. Logits of keys that cannot be seen are -inf; where none can be,
+    nothing is taken.
     """
     wanted = {CallPlace(tap.module, tap.function, tap.index or 0): tap for tap in taps if tap.function is not None}
 
@@ -45,7 +34,7 @@ def reading(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> Watch:
         if tap.reads == "logits":
             logits = chosen_logits(kwargs, _ROWS, _COLUMNS)
             if not logits.isneginf().all():
-                keep(tap, _kept(logits))
+                keep(tap, _copy(logits))
             return None
         if tap.where == "output":
             return lambda output: keep(tap, _chosen_units(next(tensors_in(output)), tap.axis))
@@ -62,12 +51,12 @@ _ROWS, _COLUMNS = 32, 256
 
 
 def _chosen_units(values: Tensor, axis: int) -> Tensor:
-    values = whole(values)
+    values = full_tensor(values)
     rows = values.movedim(axis, -1).flatten(0, -2) if values.ndim > 1 else values[None]
     for dim, count in enumerate((_ROWS, _COLUMNS)):
         rows = rows.index_select(dim, spread(rows.shape[dim], count).to(rows.device))
-    return _kept(rows)
+    return _copy(rows)
 
 
-def _kept(values: Tensor) -> Tensor:
+def _copy(values: Tensor) -> Tensor:
     return values.to("cpu", torch.float32, copy=True)

@@ -11,7 +11,6 @@ functions.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +37,7 @@ class _Distance(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    _distance: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,13 +60,15 @@ class _MeanSquareDistance(_Distance):
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("entries", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
+    def update(self, streams: Tensor, reference: Tensor) -> None:
+        """Add samples: values of one model and of the other on them, as the function takes them."""
+        distance = self._distance(streams.detach(), reference.detach())
+        self.total = self.total + distance.square() * streams.numel()
+        self.entries = self.entries + streams.numel()
+
     def compute(self) -> Tensor:
         """Return the distance of all samples seen, a float64 scalar."""
         return (self.total / self.entries).sqrt()
-
-    def _add(self, distance: Tensor, entries: int) -> None:
-        self.total = self.total + distance.square() * entries
-        self.entries = self.entries + entries
 
 
 class _SampleDistance(_Distance):
@@ -87,15 +89,7 @@ class _SampleDistance(_Distance):
         self.add_state("widths", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, streams: Tensor, reference: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            streams: residual stream of one model, [samples, embedding], of any floating-point type.
-            reference: residual stream of the other on the same samples, [samples, reference embedding].
-
-        Raises:
-            ValueError: if the tensors cannot be compared.
-        """
+        """Add samples: values of one model and of the other on them, as the function takes them."""
         streams, reference = comparable(streams.detach(), reference.detach())
         widths = self.widths.new_tensor([streams.shape[1], reference.shape[1]])
         self.rows.append(torch.cat((streams, reference), dim=1).flatten())
@@ -106,7 +100,7 @@ class _SampleDistance(_Distance):
         """Return the distance of all samples seen, a float64 scalar.
 
         Raises:
-            ValueError: if batches had streams of different dimensions.
+            ValueError: If batches had streams of different dimensions.
         """
         samples, (width, reference_width) = int(self.samples), self.widths.tolist()
         if not samples:
@@ -120,15 +114,9 @@ class _SampleDistance(_Distance):
         rows = rows.view(samples, -1)
         return self._distance(rows[:, :width], rows[:, width:])
 
-    @abstractmethod
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor: ...
-
 
 class RMSDistance(_MeanSquareDistance):
-    """:func:`mlu_lightning.observation.distances.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
-
-    Args:
-        kwargs: of :class:`torchmetrics.Metric`.
+    """:func:`~mlu_lightning.observation.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
 
     >>> metric = RMSDistance()
     >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 9.0]]))
@@ -137,90 +125,32 @@ class RMSDistance(_MeanSquareDistance):
     tensor(1., dtype=torch.float64)
     """
 
-    def update(self, streams: Tensor, reference: Tensor) -> None:
-        """Add samples.
-
-        Args:
-            streams: residual stream of the smaller model, [samples, embedding], of any floating-point type.
-            reference: residual stream of the larger one on the same samples, [samples, reference embedding].
-
-        Raises:
-            ValueError: if the tensors cannot be compared, or ``streams`` has more coordinates than ``reference``.
-        """
-        self._add(rms_distance(streams.detach(), reference.detach()), streams.numel())
+    _distance = staticmethod(rms_distance)
 
 
 class GramDistance(_SampleDistance):
-    """:func:`mlu_lightning.observation.distances.gram_distance` of all samples seen, which are kept until ``reset()``.
+    """:func:`~mlu_lightning.observation.gram_distance` of all samples seen, which are kept until ``reset()``."""
 
-    Args:
-        kwargs: of :class:`torchmetrics.Metric`.
-
-    >>> metric = GramDistance()
-    >>> metric.update(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0]]))
-    >>> metric.update(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0]]))
-    >>> metric.compute()
-    tensor(0.7071, dtype=torch.float64)
-    """
-
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return gram_distance(streams, reference)
+    _distance = staticmethod(gram_distance)
 
 
 class CKADistance(_SampleDistance):
-    """:func:`mlu_lightning.observation.distances.cka_distance` of all samples seen, which are kept until ``reset()``.
+    """:func:`~mlu_lightning.observation.cka_distance` of all samples seen, which are kept until ``reset()``."""
 
-    Args:
-        kwargs: of :class:`torchmetrics.Metric`.
-
-    >>> metric = CKADistance()
-    >>> metric.update(torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[3.0], [3.0]]))
-    >>> metric.update(torch.tensor([[1.0, 5.0]]), torch.tensor([[3.0]]))
-    >>> metric.compute()
-    tensor(1., dtype=torch.float64)
-    """
-
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return cka_distance(streams, reference)
+    _distance = staticmethod(cka_distance)
 
 
 class ProcrustesDistance(_SampleDistance):
-    """:func:`mlu_lightning.observation.distances.procrustes_distance` of all samples seen, which are kept until ``reset()``.
+    """:func:`~mlu_lightning.observation.procrustes_distance` of all samples seen, which are kept until ``reset()``."""
 
-    Args:
-        kwargs: of :class:`torchmetrics.Metric`.
-
-    >>> metric = ProcrustesDistance()
-    >>> metric.update(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
-    >>> metric.update(torch.tensor([[0.0, 2.0]]), torch.tensor([[2.0, 0.0]]))
-    >>> metric.compute()
-    tensor(0., dtype=torch.float64)
-    """
-
-    def _distance(self, streams: Tensor, reference: Tensor) -> Tensor:
-        return procrustes_distance(streams, reference)
+    _distance = staticmethod(procrustes_distance)
 
 
 class OutputDistance(_MeanSquareDistance):
-    """:func:`mlu_lightning.observation.distances.output_distance` of all samples seen.
-
-    Args:
-        kwargs: of :class:`torchmetrics.Metric`.
-
-    >>> metric = OutputDistance()
-    >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]]))
-    >>> metric.compute()
-    tensor(1.4142, dtype=torch.float64)
-    """
+    """:func:`~mlu_lightning.observation.output_distance` of all samples seen."""
 
     def update(self, outputs: Tensor, reference: Tensor) -> None:
-        """Add samples.
+        """Add samples: outputs [samples, targets] of one model and of the other on them."""
+        super().update(outputs, reference)
 
-        Args:
-            outputs: of one model: [samples, targets], of any floating-point type.
-            reference: outputs of the other model on the same samples, of the same shape.
-
-        Raises:
-            ValueError: if the shapes differ, or the tensors cannot be compared.
-        """
-        self._add(output_distance(outputs.detach(), reference.detach()), outputs.numel())
+    _distance = staticmethod(output_distance)

@@ -1,4 +1,4 @@
-"""What a quickstart study found: a table, a figure, and a sentence for each shape."""
+"""The results of the quickstart: a table of losses, a figure, and a sentence for each shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from mlu_lightning.quickstart.study import BASE, Run, Study, best_exponent, curve_of
-from mlu_lightning.utilities.plotting import apart
+from mlu_lightning.utilities.plotting import spread
 
 __all__ = ["loss_table", "save_figure", "verdicts"]
 
@@ -23,12 +23,7 @@ _TITLES = {True: "MLU: one callback", False: "Standard: the same model, plain"}
 
 
 def loss_table(study: Study, runs: list[Run]) -> Table:
-    """Validation losses by shape, parameterization and learning rate, the least of each row marked.
-
-    Args:
-        study: what was trained.
-        runs: with their losses.
-    """
+    """Tabulate validation losses by shape, parameterization and learning rate, the least of each row marked."""
     table = Table("shape", "", *(f"2^{exponent}" for exponent in study.exponents), "best lr")
     for column in table.columns[2:]:
         column.justify = "right"
@@ -46,33 +41,26 @@ def loss_table(study: Study, runs: list[Run]) -> Table:
 
 
 def verdicts(study: Study, runs: list[Run]) -> list[str]:
-    """Say for every shape by which factor the best learning rate moved, in both parameterizations.
-
-    Args:
-        study: what was trained.
-        runs: with their losses.
-    """
+    """Say for every shape by which factor the best learning rate moved, in both parameterizations."""
     ends = {min(study.exponents), max(study.exponents)}
-    caution = f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little."
-    return [caution] * (_learned(runs, BASE, False) and best_exponent(runs, BASE, False) in ends) + [
+    sentences = [
         f"{shape}: the best learning rate is {_moved(study, runs, shape, True)} with MLU, "
         f"and {_moved(study, runs, shape, False)} without."
         for shape in study.shapes
         if shape != BASE
     ]
+    if _learned(runs, BASE, False) and best_exponent(runs, BASE, False) in ends:
+        return [
+            f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little.",
+            *sentences,
+        ]
+    return sentences
 
 
 def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validation loss (nats per byte)") -> None:
     """Draw validation loss against learning rate, with MLU and without, one curve for each shape.
 
-    A large dot marks the best learning rate of a curve, between those tried as in
-    :func:`~mlu_lightning.quickstart.study.best_exponent`.
-
-    Args:
-        study: what was trained.
-        runs: with their losses.
-        path: of the PNG file.
-        label: of the losses.
+    A large dot marks the best learning rate of a curve, which lies between those tried.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -86,7 +74,7 @@ def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validat
 
 
 def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
-    """One panel; the dotted line is the base's best learning rate."""
+    """Draw a panel; the dotted line is the base's best learning rate."""
     axes.axvline(2.0 ** best_exponent(runs, BASE, mlu), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
     ends: dict[str, tuple[float, float]] = {}
     for shape, color in _colors(study).items():
@@ -107,11 +95,11 @@ def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
 
 
 def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
-    """Name every curve at its right end, with names apart from each other."""
+    """Name every curve at its right end, without overlaps."""
     bottom, top = axes.get_ylim()
     shapes = sorted(ends, key=lambda shape: ends[shape][1])
     wanted = [min(ends[shape][1], top) for shape in shapes]
-    for shape, height in zip(shapes, apart(wanted, (top - bottom) / 20), strict=True):
+    for shape, height in zip(shapes, spread(wanted, (top - bottom) / 20), strict=True):
         axes.annotate(
             shape,
             (ends[shape][0], height),
@@ -125,12 +113,11 @@ def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, s
 
 
 def _colors(study: Study) -> dict[str, str]:
-    """Colour of each shape."""
     return dict(zip(study.shapes, cycle(_COLORS)))
 
 
 def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
-    """By what factor the best learning rate is not the base's."""
+    """Say how far the best learning rate is from the base's."""
     if not _learned(runs, shape, mlu):
         return "unknown (every run diverged)"
     if not _learned(runs, BASE, mlu):
@@ -146,5 +133,4 @@ def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
 
 
 def _learned(runs: list[Run], shape: str, mlu: bool) -> bool:
-    """Whether any run of a shape did not diverge."""
     return any(math.isfinite(loss) for _, loss in curve_of(runs, shape, mlu))

@@ -1,7 +1,7 @@
-"""A small study: does the best learning rate stay where it is when depth, hidden width or embedding grows?
+"""The runs of the quickstart, which show whether the best learning rate stays where it is when the shape grows.
 
-Small Transformers are trained on text at a few learning rates, first at a base shape, then with eight times its depth,
-its hidden width and its embedding dimension, each on its own, in the MLU parameterization (the base's hyperparameters and
+Small Transformers are trained on text at a few learning rates: at a base shape, and with eight times its depth, its
+hidden width and its embedding dimension, each on its own, in the MLU parameterization (the base's hyperparameters and
 :class:`mlu_lightning.MLUCallback`) and in the standard one (the base's hyperparameters and nothing else).
 """
 
@@ -48,14 +48,7 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """Shape of a :class:`mlu_lightning.models.CausalTransformer` with heads of dimension 16.
-
-    Args:
-        depth: attention branches, and MLP branches.
-        heads: of each attention branch.
-        mlp_hidden: units of each MLP branch.
-        embedding: dimension of the stream.
-    """
+    """Shape of a :class:`mlu_lightning.models.CausalTransformer` with heads of dimension 16; depth counts blocks."""
 
     depth: int
     heads: int
@@ -73,15 +66,15 @@ SHAPES: dict[str, TransformerShape] = {
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained, and on what.
+    """What is trained.
 
     Args:
-        shapes: by name; the first is the base.
-        exponents: of the learning rates, powers of two.
+        shapes: shapes by name; the first is the base.
+        exponents: logarithms of the learning rates, base 2.
         steps: optimizer steps of every run.
-        samples: in a batch.
-        context: length of a sample in bytes.
-        seed: of initial weights and batches.
+        samples: samples in a batch.
+        context: bytes in a sample.
+        seed: seed of initial weights and batches.
     """
 
     shapes: dict[str, TransformerShape] = field(default_factory=lambda: dict(SHAPES))
@@ -94,33 +87,17 @@ class Study:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
-
-    Args:
-        shape: name of its shape.
-        mlu: whether it is in the MLU parameterization; at the base shape that is the same run.
-        exponent: of its learning rate, a power of two.
-        loss: validation loss in nats per byte; NaN if the run diverged.
-    """
+    """A training run of a shape at the learning rate 2^exponent."""
 
     shape: str
-    mlu: bool
+    mlu: bool  # whether it has the callback; at the base shape that makes no difference
     exponent: int
-    loss: float = math.nan
+    loss: float = math.nan  # in validation, in nats per byte; NaN if the run diverged
 
 
 @dataclass(frozen=True)
 class Windows(Dataset[Tensor]):
-    """Samples of consecutive tokens, the last of which is only predicted.
-
-    Args:
-        tokens: of a text.
-        starts: where samples begin.
-        length: of a sample.
-
-    >>> Windows(torch.arange(9), torch.tensor([0, 4]), 3)[1]
-    tensor([4, 5, 6])
-    """
+    """Samples of consecutive tokens, given where they start; the last token of each is only predicted."""
 
     tokens: Tensor
     starts: Tensor
@@ -135,17 +112,7 @@ class Windows(Dataset[Tensor]):
 
 
 def load_text(path: str | None = None) -> bytes:
-    """Read the text to train on.
-
-    Args:
-        path: of a file; by default the documentation inside Python's standard library (``pydoc_data.topics``).
-
-    Raises:
-        ValueError: if the file cannot be read or has less than 10 000 bytes.
-
-    >>> len(load_text()) > 400_000
-    True
-    """
+    """Read the text to train on: a file, or the documentation in Python's standard library (``pydoc_data.topics``)."""
     if path is None:
         return "\n".join(topics[name] for name in sorted(topics)).encode()
     try:
@@ -167,20 +134,18 @@ def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda 
 
     Args:
         study: what to train.
-        text: what to train on.
+        text: text to train on.
         report: called with each run when it is done.
 
     Returns:
         The runs, in the order of shapes, parameterizations and learning rates. The base's stand for both.
     """
-    plans = list(_runs(study))
-    order = sorted(
-        plans, key=lambda run: -_cost(study.shapes[run.shape])
-    )  # longest first, so that both cores end together
+    runs = list(_runs(study))
+    longest_first = sorted(runs, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
     workers = min(2, os.cpu_count() or 1)
     done: dict[Run, Run] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        pending = {pool.submit(_train, study, text, run): run for run in order}
+        pending = {pool.submit(_train, study, text, run): run for run in longest_first}
         try:
             for future in as_completed(pending):
                 done[pending[future]] = future.result()
@@ -189,24 +154,14 @@ def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda 
             # else all other runs would be trained before anybody hears of it
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [done[run] for run in plans]
+    return [done[run] for run in runs]
 
 
 def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
-    """Exponent of the learning rate with the least validation loss, between those tried by a parabola.
+    """Exponent of the learning rate with the least validation loss, interpolated by a parabola.
 
-    Args:
-        runs: of a study.
-        shape: name of the shape.
-        mlu: whether in the MLU parameterization.
-
-    Returns:
-        The vertex of the parabola through the best run and its two neighbours, or the best run's exponent at an end of
-        the range or next to a run that diverged.
-
-    >>> runs = [Run("base", False, exponent, (exponent + 6.2) ** 2) for exponent in (-8, -7, -6, -5)]
-    >>> round(best_exponent(runs, "base", mlu=True), 6)
-    -6.2
+    That is the vertex of the parabola through the best run and its two neighbours, or the best run's own exponent at an
+    end of the range or next to a run that diverged.
     """
     curve = sorted(curve_of(runs, shape, mlu))
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in curve]
@@ -220,24 +175,12 @@ def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
 
 
 def curve_of(runs: list[Run], shape: str, mlu: bool) -> list[tuple[int, float]]:
-    """Exponents and losses of one shape; the base's runs are those of both parameterizations.
-
-    Args:
-        runs: of a study.
-        shape: name of the shape.
-        mlu: whether in the MLU parameterization.
-    """
+    """Exponents and losses of one shape; the base's runs are those of both parameterizations."""
     return [(run.exponent, run.loss) for run in runs if run.shape == shape and (run.mlu == mlu or shape == BASE)]
 
 
 def save_runs(study: Study, runs: list[Run], path: Path) -> None:
-    """Write a study and its runs as JSON, in which the loss of a run that diverged is null.
-
-    Args:
-        study: what was trained.
-        runs: with their losses.
-        path: of the file.
-    """
+    """Write a study and its runs as JSON, in which the loss of a run that diverged is null."""
     losses = [run.loss if math.isfinite(run.loss) else None for run in runs]
     content = {
         "study": asdict(study),
@@ -258,7 +201,7 @@ def _cost(shape: TransformerShape) -> int:
 
 
 def _start_worker() -> None:
-    """One core for each run, none of Lightning's notes on hardware that these runs do not need, and a quiet Ctrl-C."""
+    """Give a run one core, hide Lightning's notes about hardware, and let Ctrl-C end it quietly."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -266,7 +209,7 @@ def _start_worker() -> None:
 
 
 def _train(study: Study, text: bytes, run: Run) -> Run:
-    """Train one model as any Lightning user would, and validate it."""
+    """Train a model as any Lightning user would, and validate it."""
     training, validation, vocabulary = _tokens(text)
 
     def build(name: str) -> CausalTransformer:
@@ -303,7 +246,7 @@ def _train(study: Study, text: bytes, run: Run) -> Run:
 
 
 def _tokens(text: bytes) -> tuple[Tensor, Tensor, int]:
-    """Training and validation tokens, the last tenth, and the number of different ones."""
+    """Training tokens, the last tenth for validation, and the size of the vocabulary."""
     values = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     vocabulary, tokens = torch.unique(values, return_inverse=True)
     cut = len(tokens) * 9 // 10

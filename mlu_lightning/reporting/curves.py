@@ -1,4 +1,4 @@
-"""Figures of what a run has logged, against optimizer steps."""
+"""Figures of the values that a run has logged, against optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ __all__ = ["as_data_uri", "curves_figure", "not_drawn", "panels_of"]
 
 
 def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, Curve]]:
-    """Sort logged values into panels: by what comes after the prefix, with one curve for each of the rest of the name.
-
-    Args:
-        values: by name.
-        prefix: of the names that are meant, ``"mlu/distance/"`` or ``"mlu/update/"``.
+    """Sort logged values whose names begin with a prefix into panels, by the next part of their names.
 
     >>> panels_of({"mlu/distance/rms/s=0.5": ((1, 0.1),), "loss": ((1, 2.0),)}, "mlu/distance/")
     {'rms': {'s=0.5': ((1, 0.1),)}}
@@ -38,13 +34,9 @@ def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, C
 
 
 def curves_figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> Figure:
-    """Draw curves against steps.
+    """Draw curves against steps, with values on a logarithmic axis of at most six decades if wanted.
 
-    Args:
-        panels: curves by the name of their panel and their own; those named "floor", or so in the last part of their name,
-            are dotted, and with more than eight in a panel only some are named.
-        logarithmic: whether values are drawn on a logarithmic axis, of at most six decades below the largest; steps always
-            are.
+    Curves the last part of whose name is "floor" are dotted; of more than eight in a panel, only some are named.
     """
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
@@ -58,28 +50,13 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) 
 
 
 def not_drawn(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> int:
-    """How many values have no place in a figure: what is not finite, or, on a logarithmic axis, not above zero.
-
-    Args:
-        panels: as in :func:`curves_figure`.
-        logarithmic: as well.
-
-    >>> not_drawn({"rms": {"s=1": ((0, 0.0), (1, 0.5), (2, math.inf))}}, logarithmic=True)
-    2
-    """
+    """Count the values that a figure cannot show: those not finite, or, on a logarithmic axis, not above zero."""
     curves = [curve for panel in panels.values() for curve in panel.values()]
     return sum(len(curve) - len(_drawn(curve, logarithmic)) for curve in curves)
 
 
 def as_data_uri(figure: Figure) -> str:
-    """A figure as an image that stands in a page itself, the same for equal figures.
-
-    Args:
-        figure: of matplotlib.
-
-    >>> as_data_uri(Figure()).startswith("data:image/svg+xml;base64,")
-    True
-    """
+    """Encode a figure as an SVG image that is part of a page itself, the same for equal figures."""
     FigureCanvasSVG(figure)
     buffer = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "mlu_lightning", "svg.fonttype": "none", "font.family": "sans-serif"}):
@@ -96,13 +73,13 @@ _LARGEST = 1e100
 """Beyond it, and below its inverse, matplotlib cannot place ticks."""
 _DECADES = 6
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-"""What names from files may have, and a browser refuses in an image."""
+"""Characters that names from files may have, and that a browser refuses in an image."""
 
 
 def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool) -> None:
     plain = [name for name in curves if not _is_floor(name)]
     every = max(1, math.ceil(len(plain) / _MOST_NAMED))
-    colors = {name: _COLORS(0.85 * place / max(len(plain) - 1, 1)) for place, name in enumerate(plain)}
+    colors = {name: _COLORS(0.85 * i / max(len(plain) - 1, 1)) for i, name in enumerate(plain)}
     colors["all"] = mpl.colors.to_rgba("black")
     shown: list[float] = []
     unnamed_floor = True
@@ -136,7 +113,7 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool
 
 
 def _drawn(curve: Curve, logarithmic: bool) -> Curve:
-    """The points that have a place in a figure."""
+    """Points that a figure can show."""
     lowest = 1 / _LARGEST if logarithmic else -_LARGEST
     return tuple((step, value) for step, value in curve if lowest < value < _LARGEST)
 
@@ -146,18 +123,18 @@ def _is_floor(name: str) -> bool:
 
 
 def _color_of_floor(floor: str, colors: Mapping[str, _Color]) -> _Color:
-    """That of the first of the curves it is the floor of, which have the other parts of its name, such as the depth."""
+    """Color of the first curve that it is the floor of, which shares the other parts of its name, such as the depth."""
     base = floor.removesuffix("floor")
     return next((color for name, color in colors.items() if f"{name}/".startswith(base)), colors["all"])
 
 
 def _visible(name: str) -> str:
-    """A name in one short line as it is, and not as mathematics, or hidden because of what it begins with."""
+    """A name as one short line of plain text, not as mathematics, nor hidden from the legend by a leading underscore."""
     shown = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME // 2]}...{name[-_LONGEST_NAME // 2 :]}"
     return " ".join(shown.split()).replace("$", r"\$").lstrip("_") or "_"
 
 
 def _natural(name: str) -> list[tuple[int, float, str]]:
-    """Sort numbers in names as numbers."""
+    """Key that sorts numbers in names as numbers."""
     parts = re.split(r"(\d+(?:\.\d+)?)", name)
     return [(1, float(part), "") if i % 2 else (0, 0.0, part) for i, part in enumerate(parts)]

@@ -1,20 +1,17 @@
-"""What a run has left in its folder: plans, checks, logged values and references."""
+"""What a run has left in its folder: plans, checks, logged values and references, and how each of them is read."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import pickle
 import struct
 import zipfile
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import torch
 
@@ -22,7 +19,7 @@ from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.observation.reference import Reference
 from mlu_lightning.observation.reference_format import FORMAT
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning.planning import Plan
 
 __all__ = ["UNREADABLE", "Curve", "RunRecord", "read_run", "reason"]
 
@@ -35,15 +32,12 @@ class RunRecord:
     """What was found in the folder of a run.
 
     Args:
-        folder: of the run.
-        plans: by path of the file or checkpoint that has it; checkpoints of one run have one plan, and the first is named.
-        checks: by path.
-        values: curves by name, from all logs of the run.
-        references: by path.
-        problems: why a file could not be read, or was only in part, by path.
-
-    >>> RunRecord(Path("lightning_logs/version_0")).is_empty
-    True
+        folder: folder of the run.
+        plans: plans by the path of their file or checkpoint; of checkpoints with one plan, the first is named.
+        checks: checks by path.
+        values: curves by the name of what was logged, from all logs of the run.
+        references: references by path.
+        problems: why a file could not be read, or only in part, by path.
     """
 
     folder: Path
@@ -55,18 +49,18 @@ class RunRecord:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing of a run was found."""
+        """Whether nothing was found."""
         return not (self.plans or self.checks or self.values or self.references or self.problems)
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Collect what a run has left: what ``CSVLogger``, ``TensorBoardLogger`` and W&B write, checkpoints and reports.
+    """Collect what a run has left: logs of ``CSVLogger`` and ``TensorBoardLogger``, checkpoints, plans, checks, references.
 
-    Several loggers of one run tell the same. A log that contradicts those before it is of another run: it is left out, and
-    named among the problems.
+    The logs of one run agree. One that contradicts those before it is of another run: it is left out, and named among the
+    problems.
 
     Args:
-        folder: of the run, such as ``lightning_logs/version_0`` or ``wandb/offline-run-...``.
+        folder: folder of the run, such as ``lightning_logs/version_0``.
 
     Raises:
         ValueError: if there is no such folder, or nothing of a run in it.
@@ -94,39 +88,19 @@ def read_run(folder: Path) -> RunRecord:
     record.values.update({name: tuple(sorted(curve.items())) for name, curve in sorted(merged.items())})
     if record.is_empty:
         raise ValueError(
-            f"Nothing of a run was found in {folder}: no metrics.csv, TensorBoard events or W&B file, no checkpoint, plan, "
-            "check.json or reference. Give the folder of a run, such as lightning_logs/version_0."
+            f"Nothing of a run was found in {folder}: no metrics.csv, TensorBoard events, checkpoint, plan, check.json or "
+            "reference. Give the folder of a run, such as lightning_logs/version_0."
         )
     return record
 
 
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    EOFError,
-    RuntimeError,
-    struct.error,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    csv.Error,
-)
-"""What readers of damaged files raise, and what shows them."""
+_BUILT_IN = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, EOFError, RuntimeError)
+UNREADABLE = (*_BUILT_IN, ImportError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, csv.Error)
+"""What is raised by reading damaged files, and by showing what was read."""
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line that is not too long.
-
-    Args:
-        error: one of ``UNREADABLE``.
-
-    >>> reason(KeyError("step")), reason(ValueError("it is\\nempty"))
-    ("KeyError: 'step'", 'it is empty')
-    """
+    """Say what an error says, in one line of bounded length."""
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return shorten(_encodable(f"{kind}{error}"), 400, placeholder=" ...")
 
@@ -141,14 +115,16 @@ def _encodable(text: str) -> str:
 
 
 def _log(path: Path, name: str) -> str:
-    """What the files of one log have in common: a resumed run goes on in another file, and may go over steps again."""
-    if path.name.startswith("events.out.tfevents"):
-        return str(Path(name).parent)
-    return path.name if path.suffix == ".wandb" else name
+    """Name of the log to which a file belongs: a resumed run goes on in another file, and may repeat steps."""
+    return str(Path(name).parent) if _has_events(path) else name
+
+
+def _has_events(path: Path) -> bool:
+    return path.name.startswith("events.out.tfevents")
 
 
 def _merged(logs: Mapping[str, _Values], problems: dict[str, str]) -> _Values:
-    """Values of all logs but for those that contradict the ones before."""
+    """Values of all logs but those that contradict the ones before."""
     merged: _Values = defaultdict(dict)
     for log, values in logs.items():
         values.pop("epoch", None)  # which some loggers have beside the values
@@ -165,7 +141,7 @@ def _merged(logs: Mapping[str, _Values], problems: dict[str, str]) -> _Values:
 
 
 def _agree(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
-    """Whether values at the same steps are the same, in float32, as TensorBoard has them."""
+    """Whether values at the same steps are the same in float32, as TensorBoard has them."""
     pairs = [(value, other[step]) for step, value in one.items() if step in other]
     return all(
         math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-37) or (math.isnan(first) and math.isnan(second))
@@ -174,15 +150,11 @@ def _agree(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
 
 
 def _reader(path: Path) -> _Read | None:
-    if path.name == "metrics.csv":
-        return _read_csv
-    if path.name.startswith("events.out.tfevents"):
+    if _has_events(path):
         return _read_events
-    if path.name == "check.json":
-        return _read_check
-    return {".wandb": _read_wandb, ".ckpt": _read_checkpoint, ".yaml": _read_plan, ".safetensors": _read_reference}.get(
-        path.suffix
-    )
+    by_name: dict[str, _Read] = {"metrics.csv": _read_csv, "check.json": _read_check}
+    by_suffix: dict[str, _Read] = {".ckpt": _read_checkpoint, ".yaml": _read_plan, ".safetensors": _read_reference}
+    return by_name.get(path.name, by_suffix.get(path.suffix))
 
 
 def _read_csv(path: Path, name: str, record: RunRecord, values: _Values) -> None:
@@ -220,58 +192,12 @@ def _read_events(path: Path, name: str, record: RunRecord, values: _Values) -> N
     # damage ends its reading without a word; every event has 16 bytes of length and checksums
     read, size = sum(len(event) + 16 for event in RawEventFileLoader(str(path)).Load()), path.stat().st_size
     if read < size:
-        raise ValueError(_in_part(read, size))
+        raise ValueError(
+            f"Only {read:,} of its {size:,} bytes can be read: it is damaged, or its run was killed or goes on"
+        )
 
 
 _EMPTY = "Nothing is logged in it: its run was killed before that, or goes on"
-
-
-def _in_part(read: int, size: int) -> str:
-    return f"Only {read:,} of its {size:,} bytes can be read: it is damaged, or its run was killed or goes on"
-
-
-def _read_wandb(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    for row in _wandb_rows(path):
-        step = row.get("trainer/global_step", row.get("_step"))
-        media = {metric.removesuffix("/_type") for metric in row if metric.endswith("/_type")}
-        for metric, value in row.items():
-            if not isinstance(value, (int, float)) or not isinstance(step, int):
-                continue
-            if metric != "trainer/global_step" and metric[:1] != "_" and metric.rpartition("/")[0] not in media:
-                values[metric][step] = float(value)
-
-
-def _wandb_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """What was logged with ``wandb.log``, from W&B's file: a LevelDB log of protocol buffers, in blocks of 32 KiB.
-
-    Every part of a record has a header of 7 bytes, with a CRC-32 of its kind and content, its length, and its kind.
-    """
-    try:
-        from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made when it is imported
-    except ImportError as error:
-        raise ImportError("W&B's files are read with its package: pip install wandb") from error
-    content, at, record = path.read_bytes(), 7, b""
-    if content[:7] != b":W&B\xe1\xbe\0":
-        raise ValueError("It does not begin as files of W&B do")
-    while at < len(content):
-        if (rest := 2**15 - at % 2**15) < 7:  # where no header fits
-            at += rest
-            continue
-        if len(content) < at + 7:
-            raise ValueError(_in_part(at, len(content)))
-        checksum, length, kind = struct.unpack_from("<IHB", content, at)
-        part = content[at + 7 : at + 7 + length]
-        if len(part) < length or zlib.crc32(bytes([kind]) + part) != checksum:
-            raise ValueError(_in_part(at, len(content)))
-        record += part
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            found = Record.FromString(record)
-            record = b""
-            if found.HasField("history"):
-                yield {
-                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in found.history.item
-                }
 
 
 def _read_check(path: Path, name: str, record: RunRecord, values: _Values) -> None:
@@ -304,15 +230,10 @@ def _read_plan(path: Path, name: str, record: RunRecord, values: _Values) -> Non
 
 
 def _read_reference(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    if _has_header(path):
-        record.references[name] = Reference.load(path)
-
-
-def _has_header(path: Path) -> bool:
-    """Whether a safetensors file is a reference, and not the weights of a model."""
     with path.open("rb") as file:
-        size = file.read(8)
-        if len(size) < 8:
+        length = file.read(8)
+        if len(length) < 8:
             raise ValueError("It is too short for a safetensors file")
-        length = int.from_bytes(size, "little")
-        return FORMAT.encode() in file.read(min(length, 10_000_000))
+        header = file.read(min(int.from_bytes(length, "little"), 10_000_000))
+    if FORMAT.encode() in header:  # others are weights of a model
+        record.references[name] = Reference.load(path)

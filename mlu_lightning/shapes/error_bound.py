@@ -1,12 +1,8 @@
-"""Shapes of residual networks, and how far each is from the infinite model.
+"""How far a residual network of a given shape is from the infinite model, and how to fit that bound to measurements.
 
-The error bound of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168): after a bounded number of steps of
-gradient descent, the residual stream h of an MLU model is away from that of the infinite model by
-
-    RMS(h - h_inf)^2 = (c1/L)^2 + c2^2 D/(L M) + c3^2/D
-
-up to constants that depend on data, activation and number of steps. :data:`PAPER` and :data:`ATTENTION` hold constants
-from two experiments; :func:`fit_error_bound` makes your own from measured errors.
+After a bounded number of steps of gradient descent, RMS(h - h_inf)^2 = (c1/L)^2 + c2^2 D/(L M) + c3^2/D for the residual
+stream h of an MLU model, with constants that depend on the data, the activation and the number of steps (theory.md,
+section 2; Chaintron, Chizat, Maass, arXiv 2603.18168).
 """
 
 from __future__ import annotations
@@ -93,19 +89,12 @@ class ErrorConstants:
 
 @dataclass(frozen=True)
 class FittedConstants(ErrorConstants):
-    """Constants that :func:`fit_error_bound` found, and how well it knows them.
+    """Constants found by :func:`fit_error_bound`, and how well they are known.
 
     Args:
-        depth: c1.
-        hidden: c2.
-        embedding: c3.
-        uncertainty: by how much one standard error of its square would raise each constant; None if there are not more
-            points than constants, whose scatter then says nothing.
+        uncertainty: increase of each constant if its square grew by one standard error; None without more points than
+            constants.
         scatter: root mean square of log(measured / bound) over the points.
-
-    >>> fit = fit_error_bound({Shape(2, 64, 32): 0.7, Shape(20, 64, 32): 0.5, Shape(20, 64, 512): 0.4})
-    >>> fit.uncertainty is None, fit.scatter < 1e-9  # three constants go through three points
-    (True, True)
     """
 
     uncertainty: ErrorConstants | None
@@ -114,8 +103,8 @@ class FittedConstants(ErrorConstants):
 
 PAPER = ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5)
 """Perceptron blocks: hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D)) is the published fit to the paper's experiment with tanh.
-Its only depth was L = 50, so that it has no term in L: depth = 0.13 was measured with infinite models of few Euler steps
-in the same experiment (``recipes/paper_rates.py``)."""
+Its only depth was L = 50, so it has no term in L: depth = 0.13 was measured with infinite models of few Euler steps in the
+same experiment (``recipes/paper_rates``)."""
 
 ATTENTION = ErrorConstants(depth=1.0, hidden=2.2, embedding=2.5)
 """Attention blocks, M = heads: hidden = 2.2 was measured at head dimension 4 and L = 8 (theory.md, section 6). The other
@@ -123,19 +112,19 @@ two were not measured with attention: embedding is that of :data:`PAPER`, and de
 
 
 def error_bound(shape: Shape, constants: ErrorConstants = PAPER, of: Measured = "stream") -> float:
-    """Predict the error of a shape to the infinite model in embedding space: sqrt((c1/L)^2 + c2^2 D/(L M) + c3^2/D).
+    """Predict how far a shape is from the infinite model: sqrt((c1/L)^2 + c2^2 D/(L M) + c3^2/D).
 
-    The bound is that of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168), with its terms added as
-    independent errors. It holds for a bounded number of steps of gradient descent in the MLU parameterization.
-    Coordinates of the stream are of order one: a prediction of one or more only says that the shape is far away.
+    The terms of the bound (theory.md, section 2; Chaintron, Chizat, Maass, arXiv 2603.18168) are added as independent
+    errors. It holds for a bounded number of steps of gradient descent in the MLU parameterization. Coordinates of the
+    stream are of order one, so a prediction of one or more only says that the shape is far away.
 
     Args:
-        shape: of the network.
-        constants: of the bound; by default those of the paper's experiment.
-        of: ``"stream"``, or ``"output"``, on which the second term is c2 D/(L M) in the paper's experiments.
+        shape: shape of the network.
+        constants: constants of the bound; by default those of the paper's experiment.
+        of: ``"stream"``, or ``"output"``, where the second term is c2 D/(L M) in the paper's experiments.
 
     Returns:
-        Root mean square over coordinates of h - h_inf, or of the outputs' difference.
+        Root mean square of h - h_inf over coordinates, or of the difference of outputs.
 
     >>> round(error_bound(Shape(depth=50, hidden=500, embedding=256), ErrorConstants(0, 0.8, 2.5)), 3)
     0.176
@@ -146,18 +135,7 @@ def error_bound(shape: Shape, constants: ErrorConstants = PAPER, of: Measured = 
 def error_at(
     depth: float, hidden: float, embedding: float, constants: ErrorConstants, of: Measured = "stream"
 ) -> float:
-    """Predict the error as :func:`error_bound`, at sizes that need not be whole.
-
-    Args:
-        depth: L.
-        hidden: M.
-        embedding: D.
-        constants: of the bound.
-        of: what the error is of.
-
-    >>> error_at(2.0, 0.5, 1.0, ErrorConstants(depth=2, hidden=0, embedding=0))
-    1.0
-    """
+    """Predict the error like :func:`error_bound`, at sizes that need not be whole."""
     squares = constants.depth**2, constants.hidden**2, constants.embedding**2
     terms = _terms(depth, hidden, embedding, of)
     return math.sqrt(math.fsum(square * term for square, term in zip(squares, terms, strict=True)))
@@ -166,14 +144,14 @@ def error_at(
 def fit_error_bound(
     points: Mapping[Shape, float] | Iterable[tuple[Shape, float]], of: Measured = "stream"
 ) -> FittedConstants:
-    """Find the constants of the error bound from measured errors, by least squares of their logarithms.
+    """Fit the constants of the error bound to measured errors, by least squares of their logarithms.
 
-    Squared errors are linear in the squares of the constants. Constants are not negative; one whose term is not seen in
-    the errors becomes 0. If all points have the same depth, depth is whatever error does not fall with M and D.
+    Constants are not negative; one whose term does not show in the errors becomes 0. If all points have the same depth,
+    the depth constant is whatever part of the error does not fall with M and D.
 
     Args:
-        points: shapes with the error measured at each, as from
-            :func:`~mlu_lightning.observation.distances.rms_distance` to a limit; a shape can occur several times.
+        points: shapes and the error measured at each, for example
+            :func:`~mlu_lightning.observation.distances.rms_distance` to a limit; a shape may occur several times.
         of: what was measured, as in :func:`error_bound`.
 
     Returns:
@@ -203,11 +181,11 @@ def fit_error_bound(
             f"There are {len({shape for shape, _ in pairs})} different shapes, and the bound has three constants. Measure "
             "three shapes or more, among which depth, hidden and embedding all change."
         )
+    # squared errors are linear in the squares of the constants: each point over its error, and terms of norm one
     terms = np.array([_terms(s.depth, s.hidden, s.embedding, of) for s, _ in pairs])
-    # each point relative to its error, and terms of size one
     terms /= np.array([[error**2] for _, error in pairs])
-    sizes = np.linalg.norm(terms, axis=0)
-    terms /= sizes
+    norms = np.linalg.norm(terms, axis=0)
+    terms /= norms
     _require_independent(terms, [shape for shape, _ in pairs])
     squares = _fit_logarithms(terms)
     residuals = np.log(terms @ squares) / 2
@@ -216,22 +194,22 @@ def fit_error_bound(
         slopes = terms / (2 * terms @ squares)[:, None]
         variance = residuals @ residuals / (len(pairs) - len(squares))
         deviations = np.sqrt(variance * np.diag(np.linalg.inv(slopes.T @ slopes)))
-        raised = np.sqrt((squares + deviations) / sizes) - np.sqrt(squares / sizes)
+        raised = np.sqrt((squares + deviations) / norms) - np.sqrt(squares / norms)
         uncertainty = ErrorConstants(*raised.tolist())
-    depth, hidden, embedding = np.sqrt(squares / sizes).tolist()
+    depth, hidden, embedding = np.sqrt(squares / norms).tolist()
     return FittedConstants(depth, hidden, embedding, uncertainty, scatter=float(np.sqrt(np.mean(residuals**2))))
 
 
 def _terms(depth: float, hidden: float, embedding: float, of: Measured) -> tuple[float, float, float]:
-    """What the squares of the constants are multiplied with in the square of the bound."""
+    """Coefficients of the squared constants in the squared bound."""
     width = embedding / (depth * hidden)
     return 1 / depth**2, width if of == "stream" else width**2, 1 / embedding
 
 
 def _require_independent(terms: NDArray[np.float64], shapes: list[Shape]) -> None:
-    """Refuse shapes over which a combination of terms is zero; terms have norm one."""
-    _, sizes, directions = np.linalg.svd(terms)
-    if len(sizes) == 3 and sizes[-1] > 1e-6 * sizes[0]:
+    """Refuse shapes over which some combination of the normalized terms vanishes."""
+    _, singular, directions = np.linalg.svd(terms)
+    if len(singular) == 3 and singular[-1] > 1e-6 * singular[0]:
         return
     names = [field.name for field in fields(Shape)]
     confused = [name for name, weight in zip(names, directions[-1], strict=True) if abs(weight) > 1e-3]
@@ -248,15 +226,16 @@ def _fit_logarithms(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Find x >= 0 that minimizes the sum of squares of log(terms @ x)."""
     from scipy.optimize import least_squares, nnls
 
-    def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.log(terms @ x)
-
-    def slopes(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return terms / (terms @ x)[:, None]
-
     tight = 4 * np.finfo(np.float64).eps
-    start = nnls(terms, np.ones(len(terms)))[0]
-    # of the methods with bounds, the one that can end on them
-    fit = least_squares(residuals, start, slopes, (0, np.inf), "dogbox", ftol=tight, xtol=tight, gtol=tight)
+    fit = least_squares(
+        lambda x: np.log(terms @ x),
+        nnls(terms, np.ones(len(terms)))[0],
+        lambda x: terms / (terms @ x)[:, None],
+        bounds=(0, np.inf),
+        method="dogbox",  # of the methods with bounds, the one that can end on them
+        ftol=tight,
+        xtol=tight,
+        gtol=tight,
+    )
     found: NDArray[np.float64] = fit.x
     return found

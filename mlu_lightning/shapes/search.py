@@ -1,8 +1,7 @@
-"""The best shape for a number of parameters.
+"""The best shape for a number of parameters: the (L, M, D) of least predicted error to the infinite model.
 
-Of all (L, M, D) that a number of parameters allows, the one with the least predicted error to the infinite model
-(:func:`~mlu_lightning.error_bound`; theory.md, section 2), for MLP ResNets and Transformers, whose parameter counts
-differ.
+Perceptron ResNets and Transformers, whose parameter counts differ, are two architectures to search; the error is
+:func:`~mlu_lightning.error_bound` (theory.md, section 2).
 """
 
 from __future__ import annotations
@@ -18,18 +17,17 @@ __all__ = ["RESNET", "Architecture", "Candidate", "candidate_shapes", "optimal_s
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of networks that differ in shape: how many parameters a shape has, D (L (u M + a) + c).
+    """A family of networks that differ in shape only, with D (L (u M + a) + c) parameters.
 
     Args:
-        per_unit: u, parameters of a branch for each of its hidden units and coordinates of the stream, averaged over
-            the kinds of branches.
-        per_addition: a, parameters of a branch for each coordinate of the stream, whatever its hidden width.
-        per_coordinate: c, parameters outside branches for each coordinate of the stream.
+        per_unit: u, parameters of a branch per hidden unit and coordinate of the stream, averaged over kinds of branches.
+        per_addition: a, parameters of a branch per coordinate of the stream, whatever its hidden width.
+        per_coordinate: c, parameters outside branches per coordinate of the stream.
         multiples: smallest allowed depth, hidden width and embedding dimension, of which others are multiples.
-        constants: of the error bound.
+        constants: constants of the error bound.
 
     Raises:
-        ValueError: if branches have no parameters, or a number is negative.
+        ValueError: if branches have no parameters (as of heads of dimension 0), or a number is negative.
 
     >>> Architecture.resnet(inputs=784, outputs=10).parameters(Shape(depth=8, hidden=512, embedding=128))
     1150208
@@ -52,16 +50,13 @@ class Architecture:
     def resnet(
         inputs: int = 0, outputs: int = 0, multiple: int = 64, constants: ErrorConstants = PAPER
     ) -> Architecture:
-        """Perceptron blocks as in :class:`~mlu_lightning.models.ResNet`: 2 L M D + (inputs + outputs) D parameters.
+        """Describe perceptron blocks as in :class:`~mlu_lightning.models.ResNet`, with 2 L M D + (inputs + outputs) D.
 
         Args:
             inputs: dimension of the data; with the default the embedding is not counted.
             outputs: dimension of the targets; with the default the readout is not counted.
-            multiple: that hidden width and embedding dimension are multiples of.
-            constants: of the error bound.
-
-        >>> Architecture.resnet(inputs=2, outputs=1).parameters(Shape(depth=3, hidden=8, embedding=4))
-        204
+            multiple: number of which hidden width and embedding dimension are multiples.
+            constants: constants of the error bound.
         """
         return Architecture(2, 0, inputs + outputs, Shape(1, multiple, multiple), constants)
 
@@ -73,21 +68,18 @@ class Architecture:
         multiple: int = 64,
         constants: ErrorConstants = ATTENTION,
     ) -> Architecture:
-        """Attention and MLP branches in turn as in :class:`~mlu_lightning.models.CausalTransformer`.
+        """Describe alternating attention and MLP branches as in :class:`~mlu_lightning.models.CausalTransformer`.
 
-        Hidden width M is the number of heads of an attention branch; their dimension stays as it is, and MLP branches
-        keep mlp_ratio * head_dim units for each head (theory.md, section 3, "Attention with a bounded key-query
-        dimension"). L counts both branches of a block.
+        Hidden width M is the number of heads; their dimension stays as it is, and MLP branches keep mlp_ratio * head_dim
+        units per head (theory.md, section 3, "Attention with a bounded key-query dimension"). L counts both branches of a
+        block.
 
         Args:
-            vocabulary: number of tokens; the token table and the readout, not tied, have 2 * vocabulary * D parameters.
-            head_dim: dimension of one head's queries, keys and values.
+            vocabulary: number of tokens; token table and readout, not tied, have 2 * vocabulary * D parameters.
+            head_dim: dimension of the queries, keys and values of one head.
             mlp_ratio: units of an MLP branch over heads * head_dim.
-            multiple: that the embedding dimension is a multiple of.
-            constants: of the error bound.
-
-        Raises:
-            ValueError: if ``head_dim`` is below 1.
+            multiple: number of which the embedding dimension is a multiple.
+            constants: constants of the error bound.
 
         >>> gpt2_small = Shape(depth=24, hidden=12, embedding=768)  # 12 blocks; here the readout is not tied
         >>> Architecture.transformer(vocabulary=50257).parameters(gpt2_small)
@@ -97,12 +89,12 @@ class Architecture:
         return Architecture((2 + mlp_ratio) * head_dim, 1, 2 * vocabulary + 1, Shape(2, 1, multiple), constants)
 
     def parameters(self, shape: Shape) -> int:
-        """Number of parameters at a shape."""
-        branch = self.per_unit * shape.hidden + self.per_addition
-        return shape.embedding * (shape.depth * branch + self.per_coordinate)
+        """Count the parameters at a shape."""
+        per_branch = self.per_unit * shape.hidden + self.per_addition
+        return shape.embedding * (shape.depth * per_branch + self.per_coordinate)
 
     def candidate(self, shape: Shape) -> Candidate:
-        """A shape with its number of parameters and its predicted error."""
+        """Add to a shape its number of parameters and its predicted error."""
         return Candidate(shape, self.parameters(shape), error_bound(shape, self.constants))
 
 
@@ -112,16 +104,7 @@ RESNET = Architecture.resnet()
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape that could be trained.
-
-    Args:
-        shape: of the network.
-        parameters: number of parameters.
-        error: predicted by :func:`error_bound`.
-
-    >>> RESNET.candidate(Shape(depth=4, hidden=1024, embedding=64)).parameters
-    524288
-    """
+    """A shape that could be trained, with its number of parameters and its predicted error."""
 
     shape: Shape
     parameters: int
@@ -129,16 +112,16 @@ class Candidate:
 
 
 def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> Candidate:
-    """Find the shape of least predicted error that a number of parameters allows, where depth has to pay for itself.
+    """Find the shape of least predicted error within a number of parameters, where depth has to pay for itself.
 
     In the bound, depth is free: at the same L M, more depth and fewer hidden units only lower it. But branches run one
-    after another, so that twice the depth is taken only where it lowers the error by ``gain``: the shape minimizes
-    error * L^e with e = -log2(1 - gain). For any gain this gives L ~ P^(1/6), M ~ P^(1/2), D ~ P^(1/3) and an error
-    ~ P^(-1/6) with growing P, the shape of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168).
+    after another, so twice the depth is taken only where it lowers the error by ``gain``: the shape minimizes error * L^e
+    with e = -log2(1 - gain). For any gain this gives L ~ P^(1/6), M ~ P^(1/2), D ~ P^(1/3) and an error ~ P^(-1/6) with
+    growing P, the shape of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168).
 
     Args:
-        parameters: the most that the network may have, all of it counted.
-        architecture: that shapes belong to, with its multiples and constants.
+        parameters: most parameters that the network may have, all of them counted.
+        architecture: family of shapes, with its multiples and constants.
         gain: part by which twice the depth must lower the error, from 0.01 to below 0.5.
 
     Returns:
@@ -153,28 +136,16 @@ def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: 
     >>> optimal_shape(100e6, Architecture.resnet(constants=measured)).shape
     Shape(depth=67, hidden=896, embedding=832)
     """
-    return _search(parameters, architecture, gain).best()
+    return _Search(parameters, architecture, gain).best()
 
 
 def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> list[Candidate]:
     """List the optimal shape and others around it, for a choice that has to respect more than the bound.
 
-    Args:
-        parameters: as in :func:`optimal_shape`.
-        architecture: as in :func:`optimal_shape`.
-        gain: as in :func:`optimal_shape`.
-
-    Returns:
-        The optimal shape; the best at a quarter, half, twice and four times its depth; and the best at its depth with
-        these parts of its embedding dimension; in order of depth and embedding dimension.
-
-    Raises:
-        ValueError: as in :func:`optimal_shape`.
-
-    >>> [(c.shape.depth, c.shape.embedding) for c in candidate_shapes(100e6)]
-    [(1, 640), (2, 640), (4, 128), (4, 320), (4, 640), (4, 1280), (4, 2560), (8, 640), (16, 640)]
+    These are the best shapes at a quarter, half, twice and four times its depth, and the best at its depth with these
+    parts of its embedding dimension, in order of depth and embedding dimension.
     """
-    search = _search(parameters, architecture, gain)
+    search = _Search(parameters, architecture, gain)
     best = search.best().shape
     factors = (0.25, 0.5, 1, 2, 4)
     step = architecture.multiples
@@ -185,73 +156,71 @@ def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gai
     return sorted(found, key=lambda candidate: (candidate.shape.depth, candidate.shape.embedding))
 
 
-def _search(parameters: float, architecture: Architecture, gain: float) -> _Search:
-    """Check what is asked for."""
-    if not 0.01 <= gain < 0.5:
-        raise ValueError(
-            f"gain={gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the error. With "
-            "less, the bound takes depth almost without end; half of it is more than any depth gains."
-        )
-    least = architecture.parameters(architecture.multiples)
-    if not least <= parameters < math.inf:
-        raise ValueError(
-            f"With parameters={parameters:g} there is no shape: the smallest allowed one, {architecture.multiples}, has "
-            f"{least:,} parameters. Allow as many, or smaller multiples."
-        )
-    return _Search(int(parameters), architecture, -math.log2(1 - gain))
-
-
 @dataclass(frozen=True)
 class _Search:
-    """Shapes that a number of parameters allows, searched from the best of a lower bound outwards."""
+    """Shapes that a number of parameters allows, searched outwards from where a lower bound is least."""
 
-    budget: int
+    parameters: float
     architecture: Architecture
-    exponent: float
+    gain: float
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.gain < 0.5:
+            raise ValueError(
+                f"gain={self.gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the "
+                "error. With less, the bound takes depth almost without end; half of it is more than any depth gains."
+            )
+        smallest = self.architecture.multiples
+        least = self.architecture.parameters(smallest)
+        if not least <= self.parameters < math.inf:
+            raise ValueError(
+                f"With parameters={self.parameters:g} there is no shape: the smallest allowed one, {smallest}, has "
+                f"{least:,} parameters. Allow as many, or smaller multiples."
+            )
+
+    @property
+    def budget(self) -> int:
+        return int(self.parameters)
 
     def best(self) -> Candidate:
-        """Least price, over all depths."""
-        step, squares = self.architecture.multiples.depth, self.architecture.constants.depth**2
-        floor = self._floor()
-
-        def price(candidate: Candidate) -> float:
-            return candidate.error * math.pow(candidate.shape.depth, self.exponent)
-
-        def bound(i: int) -> float:
-            return math.sqrt(squares / (step * i) ** 2 + floor) * math.pow(step * i, self.exponent)
-
-        return _least(lambda i: self.best_at_depth(step * i), price, bound, self.most_depth() // step)
+        """Candidate of least error * L^e with e = -log2(1 - gain), over all depths."""
+        exponent = -math.log2(1 - self.gain)
+        step, squares, floor = self.architecture.multiples.depth, self.architecture.constants.depth**2, self._floor()
+        return _least(
+            lambda i: self.best_at_depth(step * i),
+            lambda candidate: candidate.error * math.pow(candidate.shape.depth, exponent),
+            lambda i: math.sqrt(squares / (step * i) ** 2 + floor) * math.pow(step * i, exponent),
+            self.most_depth() // step,
+        )
 
     def best_at_depth(self, depth: int) -> Candidate:
-        """Least error, over all embedding dimensions."""
-        step = self.architecture.multiples.embedding
+        """Candidate of least error, over all embedding dimensions."""
+        architecture, step = self.architecture, self.architecture.multiples.embedding
 
         def bound(i: int) -> float:
-            hidden = (self._units(step * i) / depth - self.architecture.per_addition) / self.architecture.per_unit
-            return error_at(depth, hidden, step * i, self.architecture.constants)
+            hidden = (self._units(step * i) / depth - architecture.per_addition) / architecture.per_unit
+            return error_at(depth, hidden, step * i, architecture.constants)
 
         count = self.most_embedding(depth) // step
         return _least(lambda i: self.widest(depth, step * i), lambda candidate: candidate.error, bound, count)
 
     def widest(self, depth: int, embedding: int) -> Candidate:
-        """The most hidden width, which the error only falls with."""
+        """Candidate of the largest hidden width, with which the error only falls."""
         architecture, step = self.architecture, self.architecture.multiples.hidden
         branch = (self.budget // embedding - architecture.per_coordinate) // depth
         hidden = (branch - architecture.per_addition) // architecture.per_unit // step * step
         return architecture.candidate(Shape(depth, hidden, embedding))
 
     def most_depth(self) -> int:
-        """Largest allowed depth."""
         step = self.architecture.multiples
-        return int(self._units(step.embedding)) // self._branch() // step.depth * step.depth
+        return int(self._units(step.embedding)) // self._smallest_branch() // step.depth * step.depth
 
     def most_embedding(self, depth: int) -> int:
-        """Largest allowed embedding dimension at a depth."""
         step = self.architecture.multiples.embedding
-        return self.budget // (depth * self._branch() + self.architecture.per_coordinate) // step * step
+        return self.budget // (depth * self._smallest_branch() + self.architecture.per_coordinate) // step * step
 
     def _floor(self) -> float:
-        """Square of an error that no depth goes below: all parameters in matrices of branches, no term in L."""
+        """Squared error that no depth goes below: all parameters in matrices of branches, no term in L."""
         step, constants = self.architecture.multiples, self.architecture.constants
 
         def square(i: int) -> float:
@@ -261,22 +230,19 @@ class _Search:
 
         return square(_valley(square, self.most_embedding(step.depth) // step.embedding))
 
-    def _branch(self) -> int:
-        """Parameters of the smallest branch for each coordinate of the stream."""
+    def _smallest_branch(self) -> int:
+        """Parameters per coordinate of the stream."""
         return self.architecture.per_unit * self.architecture.multiples.hidden + self.architecture.per_addition
 
     def _units(self, embedding: int) -> float:
-        """Parameters left for branches, for each coordinate of the stream."""
+        """Parameters left for branches, per coordinate of the stream."""
         return self.budget / embedding - self.architecture.per_coordinate
 
 
 def _least(
-    evaluate: Callable[[int], Candidate],
-    value: Callable[[Candidate], float],
-    bound: Callable[[int], float],
-    count: int,
+    evaluate: Callable[[int], Candidate], value: Callable[[Candidate], float], bound: Callable[[int], float], count: int
 ) -> Candidate:
-    """Least value among candidates 1 to count, given a lower bound of it that falls and then rises."""
+    """Candidate of least value among 1 to count, given a lower bound of the value that falls and then rises."""
     start = _valley(bound, count)
     best = evaluate(start)
     for direction in (-1, 1):
@@ -288,7 +254,7 @@ def _least(
 
 
 def _valley(function: Callable[[int], float], count: int) -> int:
-    """Where a function that falls and then rises is least, among 1 to count."""
+    """Argument among 1 to count at which a function that falls and then rises is least."""
     low, high = 1, count
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Shapes to choose from, as a table and the sentences that it needs."""
+"""The table of ``mlu-lightning shape``, and the sentences below it that say what its numbers rest on."""
 
 from __future__ import annotations
 
@@ -20,20 +20,9 @@ _SOURCES = {
 def shape_table(
     candidates: list[Candidate], best: Candidate, present: Candidate | None = None, heads: tuple[int, int] | None = None
 ) -> Table:
-    """Draw candidates with their predicted errors, the best marked, and the present shape in a row of its own.
+    """Tabulate candidates with their predicted errors, the best marked, and the present shape in a row of its own.
 
-    Args:
-        candidates: to choose from.
-        best: the one to be marked.
-        present: shape whose error the others are compared with; by default there is no comparison.
-        heads: dimension of a head and MLP units for each head, of a Transformer; None for perceptron blocks.
-
-    >>> from mlu_lightning.shapes.search import RESNET
-    >>> from mlu_lightning.shapes.error_bound import Shape
-    >>> candidates = [RESNET.candidate(Shape(depth, 512, 256)) for depth in (8, 16)]
-    >>> table = shape_table(candidates, candidates[1])
-    >>> [column.header for column in table.columns], table.row_count
-    (['', 'L', 'M units', 'D', 'parameters', 'error'], 2)
+    ``heads`` are the dimension of a Transformer's heads and its MLP units per head; None for perceptron blocks.
     """
     sizes = ("L", "M units", "D") if heads is None else ("L", "blocks", "M heads", "head_dim", "MLP units", "D")
     table = Table("", *sizes, "parameters", "error", *([] if present is None else ["error / present"]))
@@ -51,17 +40,7 @@ def shape_table(
 def assumptions(
     constants: ErrorConstants, gain: float, present: Candidate | None = None, heads: tuple[int, int] | None = None
 ) -> list[str]:
-    """Say what the numbers of a table mean, and what they rest on.
-
-    Args:
-        constants: of the error bound.
-        gain: part by which twice the depth had to lower the error.
-        present: as in :func:`shape_table`.
-        heads: as in :func:`shape_table`.
-
-    >>> len(assumptions(PAPER, 0.05))
-    4
-    """
+    """Say what the numbers of :func:`shape_table` mean, and what they rest on."""
     numbers = f"c1 = {constants.depth:.3g}, c2 = {constants.hidden:.3g}, c3 = {constants.embedding:.3g}"
     sentences = [
         "error: predicted root mean square difference to the infinite model over coordinates of the residual stream, "

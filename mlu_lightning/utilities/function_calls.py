@@ -1,44 +1,36 @@
-"""Watch the torch functions that a forward pass calls, each by its place: submodule, function, and how many before it.
+"""Watch the torch functions that a forward pass calls, each by its submodule, its name, and how often it was called before.
 
-Activations and attentions are functions more often than submodules, so that hooks do not see what goes into them. Functions
-are seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An attention
-may be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.
+Activations and attentions are functions more often than submodules, so hooks do not see what goes into them. Functions are
+seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An attention may
+be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning.utilities.names import planned_modules
 
-__all__ = ["ATTENTION_CALL", "CallPlace", "Watch", "watched"]
+__all__ = ["ATTENTION_CALL", "CallPlace", "Watch", "tensors_in", "watched"]
 
 ATTENTION_CALL = "attention"
 """Name under which the softmax of an attention, or a fused attention, is seen."""
 
 
 class CallPlace(NamedTuple):
-    """Which call of a torch function it is.
+    """Which call of a torch function it is."""
 
-    Args:
-        module: name of the innermost submodule that is being called, in its first call.
-        function: name of the function, such as ``"gelu"``.
-        number: calls of that function before it in that call of the submodule, without those in inner submodules.
-
-    >>> CallPlace("blocks.0", "gelu", 0).function
-    'gelu'
-    """
-
-    module: str
-    function: str
-    number: int
+    module: str  # innermost submodule that is being called, in its first call
+    function: str  # such as ``"gelu"``
+    number: int  # calls of that function before it in that call of the submodule, without those in inner submodules
 
 
 Watch = Callable[[CallPlace, tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
@@ -50,8 +42,8 @@ def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
     """Call ``watch`` before every torch function in the first call of any submodule.
 
     Args:
-        module: whose submodules are hooked meanwhile. Functions that none of them calls are not seen.
-        watch: called with the place and the arguments of a call; what it returns is called with the result. An attention
+        module: module whose submodules are hooked meanwhile; functions that none of them calls are not seen.
+        watch: function of the place and the arguments of a call; what it returns is called with the result. An attention
             has all of its arguments by name.
 
     >>> import torch
@@ -69,6 +61,23 @@ def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
             stack.callback(submodule.register_forward_hook(calls.leave, always_call=True).remove)
         stack.enter_context(_Functions(calls))
         yield
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Find the tensors in what a module was given or returned, in order.
+
+    Tuples, lists, mappings (such as Hugging Face outputs) and dataclasses may hold them.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value):
+        yield from tensors_in(vars(value))
 
 
 class _Calls:

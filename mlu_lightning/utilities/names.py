@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-__all__ = ["name_pattern", "planned_modules", "planned_name", "planned_parameters", "planned_part", "unwrapped"]
+__all__ = [
+    "common_module",
+    "name_pattern",
+    "planned_modules",
+    "planned_name",
+    "planned_parameters",
+    "planned_part",
+    "unwrapped",
+]
 
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What FSDP1 and activation checkpointing call the part that they wrap; keys of ``state_dict`` do not have it."""
@@ -23,10 +32,7 @@ def name_pattern(name: str) -> str:
 
 
 def planned_name(name: str) -> str:
-    """The name that a parameter or part has in plans.
-
-    Args:
-        name: as in ``named_parameters()`` or ``named_modules()``.
+    """Return the name that a parameter or submodule has in plans, from that in ``named_parameters()`` or the like.
 
     >>> planned_name("blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.norm.weight")
     'blocks.0.norm.weight'
@@ -35,23 +41,18 @@ def planned_name(name: str) -> str:
 
 
 def planned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """The parameters of a module by their names in plans.
-
-    Args:
-        module: any; parts of it may be wrapped.
-        remove_duplicate: whether a shared parameter has its first name only.
+    """Return the parameters of a module by their names in plans; shared ones have their first name only, or all of them.
 
     >>> [*planned_parameters(nn.Linear(1, 1))]
     ['weight', 'bias']
     """
-    return {planned_name(name): one for name, one in module.named_parameters(remove_duplicate=remove_duplicate)}
+    return {
+        planned_name(name): parameter for name, parameter in module.named_parameters(remove_duplicate=remove_duplicate)
+    }
 
 
 def planned_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The submodules of a module, and itself, with their names in plans; wrappers are left out.
-
-    Args:
-        module: any; parts of it may be wrapped.
+    """Iterate over a module and its submodules, without wrappers, with their names in plans.
 
     >>> [name for name, _ in planned_modules(nn.Sequential(nn.ReLU()))]
     ['', '0']
@@ -62,14 +63,7 @@ def planned_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def planned_part(module: nn.Module, name: str) -> nn.Module:
-    """The submodule that has a name in plans, inside of its wrappers.
-
-    Args:
-        module: any; parts of it may be wrapped.
-        name: as :func:`planned_modules` has it.
-
-    Raises:
-        AttributeError: if there is none.
+    """Return the submodule that has a name in plans, inside of its wrappers.
 
     >>> planned_part(nn.Sequential(nn.ReLU()), "0")
     ReLU()
@@ -78,13 +72,21 @@ def planned_part(module: nn.Module, name: str) -> nn.Module:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of wrappers around it.
-
-    Args:
-        module: any.
+    """Return the module inside of wrappers around it.
 
     >>> unwrapped(nn.ReLU())
     ReLU()
     """
     inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
     return module if inner is None else unwrapped(inner)
+
+
+def common_module(names: Iterable[str]) -> str:
+    """Return the longest name of a module that parameters share.
+
+    >>> common_module(["blocks.0.mlp.read.weight", "blocks.0.mlp.write.weight"])
+    'blocks.0.mlp'
+    """
+    modules = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+    return ".".join(parts[0] for parts in shared)

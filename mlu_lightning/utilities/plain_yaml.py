@@ -22,19 +22,9 @@ _PARSER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 def read_text(path: str | PathLike[str]) -> str:
     """Read a text file of moderate size.
 
-    Args:
-        path: of the file.
-
     Raises:
         OSError: if there is none, or it cannot be read.
         ValueError: if it has more than 32 MB, or is not text.
-
-    >>> from pathlib import Path
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "a.yaml").write_text("a: 1")
-    ...     read_text(f"{folder}/a.yaml")
-    'a: 1'
     """
     with open(path, "rb") as file:
         content = file.read(LONGEST + 1)
@@ -47,11 +37,7 @@ def read_text(path: str | PathLike[str]) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML as texts, lists and mappings from texts.
-
-    Args:
-        text: YAML.
-        source: where it comes from, for errors.
+    """Read YAML as texts, lists and mappings from texts; errors name the ``source``.
 
     Raises:
         ValueError: if it is not YAML, or uses more of it than that, or is too large, saying where.
@@ -66,7 +52,7 @@ def parse_yaml(text: str, source: str) -> Any:
         next(events)  # the stream starts
         if isinstance(next(events), yaml.StreamEndEvent):
             return ""
-        content = _node(next(events), events, source, 0)
+        content = _parse_node(next(events), events, source, 0)
         next(events)  # the document ends
         _refuse(not isinstance(event := next(events), yaml.StreamEndEvent), event, source, "a second document")
     except (yaml.YAMLError, UnicodeError) as error:
@@ -77,7 +63,7 @@ def parse_yaml(text: str, source: str) -> Any:
 _TOO_LONG = f"is longer than {LONGEST >> 20} MB, which is more than is read."
 
 
-def _node(event: Any, events: Iterator[Any], source: str, level: int) -> Any:
+def _parse_node(event: Any, events: Iterator[Any], source: str, level: int) -> Any:
     """A value whose first event was taken."""
     _refuse(level > _MOST_LEVELS, event, source, f"more than {_MOST_LEVELS} levels")
     _refuse(isinstance(event, yaml.AliasEvent) or event.anchor is not None, event, source, "an anchor or alias")
@@ -87,14 +73,14 @@ def _node(event: Any, events: Iterator[Any], source: str, level: int) -> Any:
     if isinstance(event, yaml.SequenceStartEvent):
         items = []
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            items.append(_node(event, events, source, level + 1))
+            items.append(_parse_node(event, events, source, level + 1))
         return items
     mapping: dict[str, Any] = {}
     while not isinstance(event := next(events), yaml.MappingEndEvent):
         _refuse(not isinstance(event, yaml.ScalarEvent), event, source, "a key that is no text")
-        key = _node(event, events, source, level + 1)
+        key = _parse_node(event, events, source, level + 1)
         _refuse(key in mapping, event, source, f"the key {key[:80]!r} a second time")
-        mapping[key] = _node(next(events), events, source, level + 1)
+        mapping[key] = _parse_node(next(events), events, source, level + 1)
     return mapping
 
 

@@ -1,4 +1,4 @@
-"""Do something with a module and leave no trace in it."""
+"""Pass something through a module and leave no trace: random state, training modes, buffers and attributes come back."""
 
 from __future__ import annotations
 
@@ -11,43 +11,72 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-__all__ = ["undisturbed"]
+__all__ = ["ParametersChangedError", "preserve_state"]
+
+
+class ParametersChangedError(Exception):
+    """A forward pass has changed parameters, which nobody has kept."""
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers, training modes and attributes of a module and its submodules back afterwards.
+def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Iterator[None]:
+    """Put random state, training modes, buffers and attributes of a module and its submodules back afterwards.
 
     Of attributes, tensors, random generators, lists, dicts and sets are restored with what they hold; objects of other
-    classes keep what changed in them. Meanwhile there is a second copy of all tensors.
+    classes keep what changed in them. Parameters are not copied, which would be a second model in memory: a forward pass
+    does not change them, and one that does is an error, unless ``restore_parameters`` asks for the copy.
 
-    Args:
-        module: that something is done with.
-
-    >>> module = nn.Linear(1, 1)
-    >>> before = module.weight.item()
-    >>> with undisturbed(module):
-    ...     module.seen = [nn.init.zeros_(module.eval().weight)]
-    >>> module.weight.item() == before, module.training, hasattr(module, "seen")
-    (True, True, False)
+    Raises:
+        ParametersChangedError: if values of parameters are not what they were.
     """
-    seen: set[int] = set()
-    restorers = [_remember_module(submodule, seen) for submodule in module.modules()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for restore in restorers:
-                restore()
+    parameters = {} if restore_parameters else {name: value.data for name, value in module.named_parameters()}
+    seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
+    before = _checksums(parameters)
+    with isolate_rng():
+        restorers = [_remember_module(submodule, seen) for submodule in module.modules()]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for restore in restorers:
+                    restore()
+    after = _checksums(parameters)
+    changed = [name for name in parameters if name in before and not torch.equal(before[name], after[name])]
+    if changed:
+        raise ParametersChangedError(
+            f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass, so looking at it would "
+            "change its training. Change them in a hook, such as on_train_batch_end, or leave them alone in "
+            "validation_step, which takes a probe from validation data, or one that is given with probe=..."
+        )
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum the bits and the values of each tensor, or of this process's part of it, which needs no copy.
+
+    Unlike versions, sums also see what changes through ``.data``, and see nothing where values stay. Bits alone would miss
+    an even number of signs, and values what rounding hides.
+    """
+    found = {}
+    for name, values in tensors.items():
+        values = values.to_local() if hasattr(values, "to_local") else values
+        if type(values) is Tensor and not values.is_meta:
+            values = torch.view_as_real(values) if values.is_complex() else values
+            integer = _INTEGERS[values.element_size()]
+            found[name] = values.view(integer).sum(dtype=integer)[None]  # another type would need a copy in it
+            if values.is_floating_point() and values.element_size() > 1:
+                found[name] = torch.cat((found[name], values.sum()[None].view(integer)))
+    return found
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
-    """What puts a module's parameters, buffers and attributes back."""
+    """What puts a module's buffers and attributes back, and parameters that are not among ``seen``."""
     attributes = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
     buffers = dict(module._buffers)
     contents = [
@@ -73,7 +102,7 @@ def _remember(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
     """What puts the content of a tensor, generator or container back, and of those in the container."""
     if isinstance(value, (str, int, float, type(None))):
         return  # first, because most attributes are of these
-    if isinstance(value, _WITH_CONTENT):
+    if isinstance(value, (Tensor, torch.Generator, random.Random, np.random.Generator, list, deque, dict, set)):
         if id(value) in seen:
             return
         seen.add(id(value))
@@ -96,9 +125,6 @@ def _remember(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
             yield from _remember(item, seen)
     elif isinstance(value, set):
         yield partial(_restore_set, value, set(value))
-
-
-_WITH_CONTENT = (Tensor, torch.Generator, random.Random, np.random.Generator, list, deque, dict, set)
 
 
 def _restore_sequence(sequence: list[Any] | deque[Any], before: tuple[Any, ...]) -> None:

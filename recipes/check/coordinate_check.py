@@ -18,7 +18,7 @@ from mup.coord_check import _get_coord_data
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.checking.quantities import DRIFT, Quantity
+from mlu_lightning.checking.quantities import DRIFT, Kind, Quantity
 from mlu_lightning.checking.verdicts import Point, fit_row
 
 
@@ -97,5 +97,5 @@ def _fitted(module: str, t: int, records: Sequence[Mapping[str, Any]]) -> Curve:
     """Fit one curve; records have no seed, but come seed after seed, and for each width after width."""
     widths = len({record["width"] for record in records})
     points = [Point(record["width"], i // widths, *[record["l1"]] * 3) for i, record in enumerate(records)]
-    row = fit_row(Quantity("features", module), "together", points)
+    row = fit_row(Quantity(Kind.FEATURES, module), "together", points)
     return Curve(module, t, row.slope, row.error)

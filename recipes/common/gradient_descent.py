@@ -15,7 +15,7 @@ from torch import Tensor
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
 from mlu_lightning.limit.infinite_model import InfiniteModel, embedding_weights, infinite_model
 from mlu_lightning.models import ResNet
-from mlu_lightning.observation.probe import Observation, locate, observe
+from mlu_lightning.observation import Observation, locate, observe
 
 
 @dataclass(frozen=True)

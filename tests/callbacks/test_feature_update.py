@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.watched_runs import SILENT, Busy, Memory
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_embedding_distance import Memory
-from test_reference_recorder import SILENT, Busy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mlu_lightning import FeatureUpdate, MLUCallback
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.observation.feature_updates import feature_updates
+from mlu_lightning.observation import feature_updates
 
 SHAPE = {"depth": 3, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 PREFIX = "mlu/update/"

@@ -1,92 +1,44 @@
-"""What loggers are given: the same values at the same steps in all of them, the plan, and reference files."""
+"""What loggers are given: the same values at the same steps in all of them, and the plan."""
 
 import csv
 import json
 import math
-import os
-import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from shutil import copyfile
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import wandb
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers.logged_runs import BASE, NAMES, SMALL, data, finish, fit, mlu, record, records, rows, wandb_offline
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from torch import nn, optim
-from torch.utils.data import DataLoader, TensorDataset
-from wandb.proto.wandb_internal_pb2 import Record
 
 from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
-from mlu_lightning.callbacks.loggers import fetch_reference, log_plan, log_reference
+from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.models import ResidualBlock, ResNet
 from mlu_lightning.observation.reference import Reference
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
 
-BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
-SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}
-LARGE = SMALL | {"embedding": 32}
 STEPS = [0, 1, 2, 4, 8, 10]  # "log", and the last one
-NAMES = {
-    f"mlu/distance/{name}"
-    for name in (
-        "output",
-        *(f"{kind}/s={s}" for kind in ("rms", "gram", "cka", "procrustes") for s in ("0", "0.5", "1")),
-    )
-}
+
+
 Values = dict[str, dict[int, float]]
 """Logged values by name and step."""
 
 
-def data() -> DataLoader[Any]:
-    draws = torch.Generator().manual_seed(0)
-    samples = TensorDataset(torch.randn(20, 3, generator=draws), torch.randn(20, 2, generator=draws))
-    return DataLoader(samples, batch_size=4)
-
-
-def fit(folder: Path, module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_steps": 10,
-        "max_epochs": -1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-    }
-    trainer = Trainer(callbacks=[*callbacks], **defaults | settings)
-    trainer.fit(module, data())
-    return trainer
-
-
-def mlu(**settings: Any) -> MLUCallback:
-    return MLUCallback(lambda: ResNet(**BASE), init="coupled", **settings)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """W&B without a network, and without files anywhere but in a folder of the test."""
-    folder = tmp_path_factory.mktemp("wandb")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            patch.delenv(name)
-        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
-            patch.setenv(name, str(folder))
-        for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
-            patch.setenv(f"WANDB_{name}", value)
+    with wandb_offline(tmp_path_factory.mktemp("wandb")):
         yield
-        wandb.teardown()
 
 
 @pytest.fixture
@@ -97,10 +49,7 @@ def logger(tmp_path: Path) -> Iterator[WandbLogger]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recorded by a wider run."""
-    folder = tmp_path_factory.mktemp("reference")
-    fit(folder, ResNet(**LARGE), mlu(), ReferenceRecorder(folder / "large.safetensors", depths=[0, 0.5, 1]))
-    return folder / "large.safetensors"
+    return record(tmp_path_factory.mktemp("reference"))
 
 
 class Seen(Callback):
@@ -170,34 +119,6 @@ def run(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         recorded=recorder.path,
         plan=callback.plan,
     )
-
-
-def finish() -> None:
-    """End the run, and wait until its file is written, which W&B does not do when it is offline."""
-    wandb.finish()
-    wandb.teardown()
-
-
-def records(folder: Path) -> Iterator[Any]:
-    """Records of W&B's file, a LevelDB log: in blocks of 32 KiB, parts with checksum, length, and whether it is the last."""
-    (path,) = folder.glob("*.wandb")
-    content, at, record = path.read_bytes(), 7, b""
-    while at + 7 <= len(content):
-        if (rest := 2**15 - at % 2**15) < 7:
-            at += rest
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, at)
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(record)
-            record = b""
-
-
-def rows(found: list[Any]) -> list[dict[str, Any]]:
-    """What was logged with wandb.log, one dict for each call."""
-    history = [record.history.item for record in found if record.HasField("history")]
-    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in history]
 
 
 def config(found: list[Any]) -> dict[str, Any]:
@@ -429,176 +350,3 @@ def test_runs_without_a_place_for_values_go_on(settings: Any, reference: Path, t
     trainer.fit(ResNet(**SMALL), data())
     # fast_dev_run leaves no files
     assert (tmp_path / "run.safetensors").exists() == ("fast_dev_run" not in settings)
-
-
-def test_disabled_wandb_is_silent(reference: Path, tmp_path: Path) -> None:
-    logger = WandbLogger(save_dir=tmp_path, mode="disabled")
-    recorder = ReferenceRecorder(tmp_path / "run.safetensors")
-    fit(tmp_path, ResNet(**SMALL), mlu(), EmbeddingDistance(reference), recorder, logger=logger)
-    with pytest.raises(ValueError, match="online"):
-        fetch_reference(trainer_of(logger, tmp_path), "team/project/large:v0")
-    wandb.finish()
-
-
-def test_artifact_that_cannot_be_staged_is_warned_of(
-    reference: Path, logger: WandbLogger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(wandb.Artifact, "add_file", full)
-    with pytest.warns(UserWarning, match=r"large.safetensors did not become.*No space left.*Upload the file later"):
-        log_reference([logger], reference)
-
-
-class Logged(wandb.Artifact):
-    """An artifact that need not be uploaded to be downloaded."""
-
-    def download(self, root: Any = None, path_prefix: Any = None, **kwargs: Any) -> Any:
-        for name, entry in self.manifest.entries.items():
-            if name.startswith(path_prefix) and entry.local_path is not None:
-                assert name.endswith(".safetensors")  # and not what else is in the artifact
-                Path(root, name).parent.mkdir(parents=True, exist_ok=True)
-                copyfile(entry.local_path, Path(root, name))
-        return root
-
-
-class Online:
-    """The side of a run, and of the API, that needs the network."""
-
-    offline = disabled = False
-
-    def __init__(self, stored: dict[str, wandb.Artifact]) -> None:
-        self.stored = stored
-        self.used: list[str] = []
-
-    def use_artifact(self, name: str) -> wandb.Artifact:
-        if name not in self.stored:
-            raise wandb.errors.CommError(f"artifact '{name}' not found")
-        self.used.append(name)
-        return self.stored[name]
-
-    artifact = use_artifact
-
-
-def stored(*paths: Path) -> wandb.Artifact:
-    artifact = Logged("large", "reference")
-    for path in paths:
-        artifact.add_file(str(path))
-    return artifact
-
-
-def trainer_of(logger: Logger | bool, folder: Path) -> Trainer:
-    return Trainer(logger=logger, default_root_dir=folder, accelerator="cpu")
-
-
-def test_path_of_a_file_is_that_file(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fetch_reference(trainer_of(False, tmp_path), str(reference)) == reference
-    name = tmp_path / "team" / "project" / "large:v0"  # the form of an artifact does not matter
-    name.parent.mkdir(parents=True)
-    copyfile(reference, name)
-    monkeypatch.chdir(tmp_path)
-    assert fetch_reference(trainer_of(False, tmp_path), "team/project/large:v0").resolve() == name
-
-
-@pytest.mark.parametrize("through", ["run", "api"])
-def test_artifact_is_downloaded(through: str, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "readme.md"
-    readme.write_text("a wide run")
-    online = Online({"team/project/large:v0": stored(reference, readme), "large:best": stored(reference)})
-    monkeypatch.delenv("WANDB_MODE")
-    if through == "api":
-        monkeypatch.setattr(wandb, "Api", lambda: online)
-        logger: Logger | bool = False
-    else:
-        logger = WandbLogger(experiment=online)  # type: ignore[arg-type]
-    trainer = trainer_of(logger, tmp_path)
-    folder = tmp_path / "mlu_references"
-    for source, place in {"team/project/large:v0": "team/project/large-v0", "large:best": "large-best"}.items():
-        for _ in range(2):
-            path = fetch_reference(trainer, source)
-            assert path == folder / place / "large.safetensors"
-            assert path.read_bytes() == reference.read_bytes()
-            assert list(path.parent.iterdir()) == [path]
-    assert online.used == ["team/project/large:v0"] * 2 + ["large:best"] * 2
-
-
-def test_artifact_of_another_version_takes_the_place(reference: Path, tmp_path: Path) -> None:
-    other = tmp_path / "large.safetensors"
-    other.write_bytes(b"other")
-    online = Online({"large:latest": stored(other)})
-    trainer = trainer_of(WandbLogger(experiment=online), tmp_path / "runs")  # type: ignore[arg-type]
-    assert fetch_reference(trainer, "large:latest").read_bytes() == b"other"
-    online.stored["large:latest"] = stored(reference)
-    assert fetch_reference(trainer, "large:latest").read_bytes() == reference.read_bytes()
-
-
-def test_a_run_is_compared_with_an_artifact(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb, "Api", lambda: Online({"team/project/large:v0": stored(reference)}))
-    monkeypatch.delenv("WANDB_MODE")
-    logged = []
-    for source in (str(reference), "team/project/large:v0"):
-        torch.manual_seed(0)
-        trainer = fit(tmp_path, ResNet(**SMALL), mlu(), EmbeddingDistance(source))
-        logged.append({name: trainer.callback_metrics[name] for name in NAMES})
-    assert logged[0] == logged[1]
-
-
-def test_artifacts_that_cannot_be_used_are_refused(reference: Path, tmp_path: Path) -> None:
-    second = tmp_path / "second.safetensors"
-    copyfile(reference, second)
-    online = Online({"a/b/two:v0": stored(reference, second), "a/b/none:v0": stored()})
-    trainer = trainer_of(WandbLogger(experiment=online), tmp_path)  # type: ignore[arg-type]
-    for name, problem in {
-        "two": "holds 2 safe",
-        "none": "holds 0 safe",
-        "missing": "'a/b/missing:v0' not found",
-    }.items():
-        with pytest.raises(ValueError, match=rf"a/b/{name}:v0.*{problem}.*path of its local file"):
-            fetch_reference(trainer, f"a/b/{name}:v0")
-    assert not list(tmp_path.glob("mlu_references/**/*.safetensors"))
-
-
-def test_artifacts_need_wandb_online(logger: WandbLogger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = pytest.raises(ValueError, match=r"need W&B online, and it is offline here.*path of the local file")
-    for present in (logger, False):
-        with refused:
-            fetch_reference(trainer_of(present, tmp_path), "team/project/large:v0")
-    monkeypatch.delenv("WANDB_MODE")
-    absent = "mlu_lightning.callbacks.loggers.find_spec"
-    for spec in (None, SimpleNamespace(origin=None)):  # not at all, or only a folder of runs of this name
-        monkeypatch.setattr(absent, lambda name, spec=spec: spec)
-        with pytest.raises(ValueError, match="need W&B online, and it is not installed here"):
-            fetch_reference(trainer_of(False, tmp_path), "team/project/large:v0")
-
-
-@pytest.mark.parametrize(
-    ("local_rank", "first", "everywhere", "expected"),
-    [
-        (1, Path("there/large.safetensors"), True, Path("there/large.safetensors")),
-        (1, ValueError("of the first process"), False, "of the first process"),
-        (1, Path("there/large.safetensors"), False, "on another machine"),
-        (0, Path("there/large.safetensors"), False, "offline"),  # its own error, in the first process of a machine
-    ],
-)
-def test_all_processes_have_the_path_or_an_error(
-    local_rank: int, first: Any, everywhere: bool, expected: Any, tmp_path: Path
-) -> None:
-    trainer: Any = SimpleNamespace(
-        local_rank=local_rank,
-        is_global_zero=False,
-        loggers=[],
-        default_root_dir=tmp_path,
-        strategy=SimpleNamespace(broadcast=lambda found: first, reduce_boolean_decision=lambda found: everywhere),
-    )
-    if isinstance(expected, Path):
-        assert fetch_reference(trainer, "team/project/large:v0") == expected
-        return
-    with pytest.raises(ValueError, match=expected):
-        fetch_reference(trainer, "team/project/large:v0")
-
-
-@pytest.mark.parametrize("source", ["missing.safetensors", "runs/missing", "/a/b/c/d:v0", "C:/runs/large", "large:"])
-def test_neither_a_file_nor_an_artifact(source: str, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=rf"no file {source}, and.*entity/project/name:alias.*Give the path"):
-        fetch_reference(trainer_of(False, tmp_path), source)

@@ -11,39 +11,15 @@ import pytest
 import torch
 from helpers.architecture_runs import SMALL, Trained, batches_like
 from helpers.architectures import ARCHITECTURES
+from helpers.check_runs import CONTEXT, VOCABULARY, few, tokens, transformer
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mlu_lightning import CheckReport, MLUCallback, Plan, Role, Shape, check
-from mlu_lightning.checking.local_effects import Reader, find_readers, local_effects, value_effects
-from mlu_lightning.checking.shrinkage import shrinkage
+from mlu_lightning import MLUCallback, Role, Shape, check
+from mlu_lightning.checking.quantities import Kind
 from mlu_lightning.models import CausalTransformer, ResNet
 from recipes.check.plan_faults import Fault, FaultyCallback
-
-VOCABULARY, CONTEXT = 16, 8
-BASE = Shape(depth=1, hidden=2, embedding=16)
-
-
-def tokens(count: int = 12, samples: int = 16) -> list[Tensor]:
-    """Sequences in which each token is one or two more than the last, so that there is something to learn."""
-    draws = torch.Generator().manual_seed(0)
-    steps = torch.randint(1, 3, (count, samples, CONTEXT + 1), generator=draws)
-    return list(steps.cumsum(-1) % VOCABULARY)
-
-
-def transformer(depth: int, hidden: int, embedding: int, **settings: Any) -> CausalTransformer:
-    settings = {"lr": 2**-6, "weight_decay": 0.1} | settings
-    return CausalTransformer(
-        VOCABULARY, CONTEXT, depth, embedding, hidden, head_dim=8, mlp_hidden=32 * hidden, **settings
-    )
-
-
-def few(**settings: Any) -> CheckReport:
-    """A check of few sizes."""
-    arguments: dict[str, Any] = {"factors": (1, 2, 4), "seeds": 3, "steps": 3} | settings
-    build = arguments.pop("build", transformer)
-    return check(build, arguments.pop("base", BASE), arguments.pop("data", tokens()), **arguments)
 
 
 def test_right_plan_passes_and_is_the_same_with_hooks_and_folded() -> None:
@@ -52,11 +28,12 @@ def test_right_plan_passes_and_is_the_same_with_hooks_and_folded() -> None:
         for mode in ("hook", "fold")
     )
     assert hook.verdict == "pass", hook
-    kinds = {row.quantity.kind for row in hook.rows}
-    assert kinds == {"start", "update", "decay", "features", "stream", "output", "effect on stream", "effect on output"}
+    assert {row.quantity.kind for row in hook.rows} == set(Kind)
     assert [row.quantity for row in hook.rows] == [row.quantity for row in fold.rows]
     for one, other in zip(hook.rows, fold.rows, strict=True):
-        if one.quantity.kind != "decay":  # weights that hold their multipliers have the same decay, but for rounding
+        if (
+            one.quantity.kind is not Kind.DECAY
+        ):  # weights that hold their multipliers have the same decay, but for rounding
             assert other.slope == pytest.approx(one.slope, abs=2e-3), one
 
 
@@ -85,12 +62,6 @@ def test_eps_is_found_where_it_matters() -> None:
     report = few(build=build, axes=["depth"], callbacks=lambda base: [FaultyCallback(fault, base)])
     assert report.verdict == "fail"
     assert (report.causes[0].role, report.causes[0].factor) == ("branch_out", "lr or eps"), report
-
-
-def test_module_without_the_plugin_fails() -> None:
-    report = few(axes=["depth"], seeds=2, callbacks=lambda base: [])
-    assert report.verdict == "fail"
-    assert report.causes[0].role == "branch_out"
 
 
 class OneForgotten(MLUCallback):
@@ -182,101 +153,6 @@ def test_what_cannot_be() -> None:
     for wrong in ({"seeds": 0}, {"steps": 0}):
         with pytest.raises(ValueError, match="should both be 1 or more"):
             few(**wrong)
-    with pytest.raises(ValueError, match="should be two or more that ascend from 1"):
-        few(factors=(2, 4))
-
-
-def test_local_effect_of_a_matrix_is_what_it_makes_of_its_input() -> None:
-    torch.manual_seed(0)
-    model = ResNet(depth=2, hidden=24, embedding=8, inputs=3, outputs=2)
-    x = torch.randn(5, 3)
-    plan = Plan.from_model(model, (x, torch.zeros(5, 2)), base=model)
-    readers = find_readers(plan)
-    others = {name: torch.randn_like(value) for name, value in model.named_parameters()}
-    with torch.no_grad():
-        found = local_effects(model, readers, others, lambda: model(x))
-        stream, block = x @ model.embed.weight.T, model.blocks[0]
-
-    def rms(values: Tensor) -> float:
-        return values.square().mean().sqrt().item()
-
-    units = torch.tanh(stream @ block.read.weight.T)
-    moved = units @ (block.write.weight - others["blocks.0.write.weight"]).T
-    assert found["blocks.0.write.weight"] == pytest.approx(rms(moved) / rms(units), rel=1e-5)
-    moved = stream @ (block.read.weight - others["blocks.0.read.weight"]).T
-    assert found["blocks.0.read.weight"] == pytest.approx(rms(moved) / rms(stream), rel=1e-5)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_what_has_other_matrices_after_it_is_told_from_its_values() -> None:
-    torch.manual_seed(0)
-    architecture = ARCHITECTURES["pre-norm encoder"]
-    module = architecture.build(1, 2, 16)
-    plan = Plan.from_model(module, architecture.example, base=architecture.build(1, 2, 16))
-    names = {name for name in plan.parameters if "in_proj" in name}
-    # positions are a parameter of the module itself, in which all others come after them
-    assert names | {"positions"} == set(plan.parameters) - {reader.parameter for reader in find_readers(plan)}
-    values = dict(module.named_parameters())
-    change = {name: value + torch.randn_like(value) for name, value in values.items()}
-    weight = "encoder.layers.0.self_attn.in_proj_weight"
-    aligned, random_ = (value_effects(plan, [weight], change, values, aligned) for aligned in (True, False))
-    difference = (change[weight] - values[weight]).detach()
-    spectral = float(np.linalg.norm(difference.double().numpy(), 2))
-    inputs, outputs = plan.parameters[weight].fans
-    assert aligned[weight] == pytest.approx(spectral * (inputs / outputs) ** 0.5, rel=1e-6)
-    assert random_[weight] == pytest.approx(difference.double().square().mean().sqrt().item() * inputs**0.5, rel=1e-6)
-
-
-def test_what_rounding_loses_is_no_effect() -> None:
-    """A change of the bias by less than the precision of what it is added to."""
-    layer = nn.Sequential(nn.Linear(4, 4))
-    torch.manual_seed(0)
-    reader = Reader("0.bias", "0", "0", Role.BRANCH_IN_BIAS)
-    with torch.no_grad():
-        layer[0].bias.zero_()
-        for change, seen in ((1e-9, False), (1e-3, True)):
-            others = {"0.bias": torch.full((4,), change)}
-            found = local_effects(layer, (reader,), others, lambda: layer(torch.ones(2, 4)))
-            assert found["0.bias"] == (pytest.approx(change, rel=1e-3) if seen else 0)
-
-
-def test_reader_of_what_writes_has_the_multiplier_of_its_branch() -> None:
-    architecture = ARCHITECTURES["gpt2"]
-    plan = Plan.from_model(architecture.build(1, 2, 16), architecture.example, base=architecture.build(1, 2, 16))
-    readers = {reader.parameter: reader for reader in find_readers(plan)}
-    writes = readers["transformer.h.0.mlp.c_proj.weight"]
-    assert writes.multiplied
-    assert readers["transformer.h.0.mlp.c_fc.weight"] == Reader(
-        "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_fc", Role.BRANCH_IN
-    )
-
-
-@pytest.mark.parametrize(
-    ("build", "expected"),
-    [
-        (lambda p: torch.optim.SGD(p, 0.5, momentum=0.9, weight_decay=0.1), 0.05),
-        (lambda p: torch.optim.AdamW(p, 0.5, weight_decay=0.1), 0.05),
-        (lambda p: torch.optim.AdamW(p, 0.5, weight_decay=0.0), None),
-        (lambda p: torch.optim.Adam(p, 0.5, weight_decay=0.0), None),
-    ],
-)
-def test_shrinkage_is_lr_times_decay_and_leaves_no_trace(build: Any, expected: float | None) -> None:
-    torch.manual_seed(0)
-    weight, zero = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.zeros(3))
-    optimizer = build([weight, zero])
-    weight.grad, zero.grad = torch.randn(4, 3), torch.zeros(3)
-    optimizer.step()
-    before, gradient = weight.detach().clone(), weight.grad
-    states = copy.deepcopy(optimizer.state_dict())
-    found = shrinkage([optimizer], {"weight": weight, "zero": zero})
-    assert found == ({} if expected is None else {"weight": pytest.approx(expected, rel=1e-5)})
-    assert torch.equal(weight, before)
-    assert weight.grad is gradient
-    after = optimizer.state_dict()
-    assert after["param_groups"] == states["param_groups"]
-    for index, state in states["state"].items():
-        for key, value in state.items():
-            assert value is None or torch.equal(after["state"][index][key], value)
 
 
 PASSING = (

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES
+from helpers.one_part_alone import INPUTS, TARGETS, distance_moved
 from torch import Tensor, nn, optim
 
-from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning import Plan, attach_multipliers, initialize
 from mlu_lightning.table import Ratios, Scale
 
 HIDDEN, EMBEDDING = 64, 32
-INPUTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
-TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
 
 
 class Normed(nn.Module):
@@ -36,18 +37,14 @@ class Normed(nn.Module):
         )
         self.out = nn.Linear(embedding, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.stream(x))
+
+    def stream(self, x: Tensor) -> Any:
         stream = self.embed(x)
         for branch in self.branches:
             stream = stream + branch(stream)
-        output: Tensor = self.out(stream)
-        return output
-
-    def stream(self, x: Tensor) -> Tensor:
-        stream: Tensor = self.embed(x)
-        for branch in self.branches:
-            stream = stream + branch(stream)
-        return stream.detach()
+        return stream
 
 
 def _plan(module: nn.Module) -> Plan:
@@ -97,16 +94,8 @@ def _moved(m: int, d: int, variant: bool, seed: int) -> float:
     if not variant:
         parameters = {name: replace(parameter, variant=None) for name, parameter in plan.parameters.items()}
         plan = replace(plan, parameters=parameters)
-    initialize(module, plan)
-    attach_multipliers(module, plan)
-    optimizer = optim.Adam([branch[3].weight for branch in module.branches], lr=1e-3)
-    scale_optimizer(optimizer, module, plan)
-    before = module.stream(INPUTS)
-    for _ in range(5):
-        optimizer.zero_grad()
-        (module(INPUTS) - TARGETS).square().mean().backward()
-        optimizer.step()
-    return (module.stream(INPUTS) - before).square().mean().sqrt().item()
+    trained = [branch[3].weight for branch in module.branches]
+    return distance_moved(module, plan, trained, partial(optim.Adam, lr=1e-3), module.stream)
 
 
 class Plain(Normed):

@@ -32,10 +32,9 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
 
-    def forward(self, stream: Tensor) -> Tensor:
+    def forward(self, stream: Tensor) -> Any:
         read = self.norm(stream)
-        written: Tensor = self.attention(read, read, read, need_weights=False)[0]
-        return written
+        return self.attention(read, read, read, need_weights=False)[0]
 
 
 class Net(LightningModule):
@@ -47,8 +46,8 @@ class Net(LightningModule):
         self.reentrant, self.only = reentrant, only
         self.losses = list[float]()
         self.embed = nn.Embedding(11, width)
-        branches = [[Attention(heads, width), nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width))]]
-        self.blocks = nn.ModuleList(part for _ in range(depth) for part in copy.deepcopy(branches[0]))
+        block = [Attention(heads, width), nn.Sequential(nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, width))]
+        self.blocks = nn.ModuleList(part for _ in range(depth) for part in copy.deepcopy(block))
         self.readout = nn.Linear(width, 11, bias=False)
         self.readout.weight = self.embed.weight  # tied, so that its multiplier stays a hook when others are folded
 
@@ -86,11 +85,7 @@ def trained(module: Net, base: Net, residual: Any, path: Path) -> MLUCallback:
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize(
     "parts",
-    [
-        (Attention, nn.Sequential),
-        (nn.MultiheadAttention, nn.Linear),
-        (Attention, nn.LayerNorm, nn.Embedding),
-    ],
+    [(Attention, nn.Sequential), (nn.MultiheadAttention, nn.Linear), (Attention, nn.LayerNorm, nn.Embedding)],
     ids=["blocks", "inside", "nested"],
 )
 def test_run_with_wrappers_is_the_run_without(

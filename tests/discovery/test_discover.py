@@ -1,3 +1,5 @@
+"""Roles, streams and branches in all architectures, and what discovery asks of a module and leaves in it."""
+
 from __future__ import annotations
 
 import copy
@@ -5,15 +7,16 @@ import random
 import threading
 from collections import Counter
 from fnmatch import fnmatch
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
-from lightning.pytorch import LightningModule, Trainer
+from helpers.residual_networks import Net, X, in_a_row
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel
 
 from mlu_lightning import Plan, discover
 from mlu_lightning.models import ResNet
@@ -93,7 +96,7 @@ def test_multiplying_at_every_site_is_multiplying_every_branch(architecture: Arc
         site = branch.site
         assert site is not None and site.where == "output"
 
-        def hook(_: nn.Module, args: object, output: object, index: int | None = site.index) -> object:
+        def hook(_: nn.Module, args: object, output: Any, index: int | None = site.index) -> object:
             if index is None:
                 assert isinstance(output, Tensor)
                 return output * 0
@@ -104,32 +107,26 @@ def test_multiplying_at_every_site_is_multiplying_every_branch(architecture: Arc
     if architecture.unfoldable:
         return  # nothing in the weights to compare with
     with torch.no_grad():
-        for branch in structure.branches:
-            for name in branch.folds:
-                shallow.get_parameter(name).zero_()
+        for name in (name for branch in structure.branches for name in branch.folds):
+            shallow.get_parameter(name).zero_()
     torch.testing.assert_close(_output(module, architecture), _output(shallow, architecture), rtol=0, atol=0)
 
 
-def _output(module: nn.Module, architecture: Architecture) -> Tensor:
+def _output(module: nn.Module, architecture: Architecture) -> Any:
     example = architecture.example
     if isinstance(module, LightningModule):
-        example = {
-            "x" if isinstance(module, ResNet) else "tokens": example[0] if isinstance(example, tuple) else example
-        }
-        example = {key: value[:, :8] for key, value in example.items()}
-    example = (
-        {k: v.double() if v.is_floating_point() else v for k, v in example.items()}
-        if isinstance(example, dict)
-        else tuple(v.double() if v.is_floating_point() else v for v in example)
-    )
+        x = example[0] if isinstance(example, tuple) else example
+        example = {"x" if isinstance(module, ResNet) else "tokens": x[:, :8]}
+    elif isinstance(example, tuple):
+        example = dict(enumerate(example))
+    example = {k: v.double() if v.is_floating_point() else v for k, v in example.items()}
     with torch.no_grad():
-        output = module(**example) if isinstance(example, dict) else module(*example)
-    result: Tensor = getattr(output, "logits", output)
-    return result
+        output = module(*example.values()) if 0 in example else module(**example)
+    return getattr(output, "logits", output)
 
 
 class Watchful(LightningModule):
-    """Touches everything that a rehearsal must leave alone."""
+    """Touches everything that a trace must leave alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +144,7 @@ class Watchful(LightningModule):
         return loss
 
 
-def test_rehearsal_leaves_no_trace() -> None:
+def test_nothing_is_left_in_the_module_or_in_random_states() -> None:
     module = Watchful()
     module.net.encoder.requires_grad_(False)
     before = copy.deepcopy(module.state_dict())
@@ -195,34 +192,21 @@ def test_manual_optimization_and_values_in_control_flow() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-class Odd(nn.Module):
-    """A residual network with parameters that cannot be placed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
-        self.read, self.write = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.unused = nn.Parameter(torch.ones(5))
-        self.mixing = nn.Parameter(torch.ones(8, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x)
-        h = h + self.write(torch.tanh(self.read(h)))
-        output: Tensor = self.out(h @ (self.mixing * self.mixing.softmax(-1)))
-        return output
-
-
 def test_parameters_that_cannot_be_placed_are_named_with_the_override_that_would_settle_it() -> None:
-    module, example = Odd(), torch.ones(4, 3)
-    structure = discover(module, example)
-    assert set(structure.unassigned) == {"unused", "mixing"}
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        return net.out((h + net.blocks[0](h)) @ (net.mixing * net.mixing.softmax(-1)))
+
+    mixing = nn.Parameter(torch.ones(8, 8))
+    module = Net(forward, blocks=nn.ModuleList(Net().blocks[:1]), unused=nn.Parameter(torch.ones(5)), mixing=mixing)
+    assert set(discover(module, X).unassigned) == {"unused", "mixing"}
     with pytest.raises(ValueError) as error:
-        Plan.from_model(module, example)
+        Plan.from_model(module, X)
     message = str(error.value)
-    assert "2 of the parameters of Odd could not be placed" in message
+    assert "2 of the parameters of Net could not be placed" in message
     assert "unused [5]: it took no part in the forward pass" in message
     assert 'overrides={"unused": "stream_norm", "mixing": "stream_matrix"}' in message
-    plan = Plan.from_model(module, example, overrides={"unused": "stream_norm", "mixing": "stream_matrix"})
+    plan = Plan.from_model(module, X, overrides={"unused": "stream_norm", "mixing": "stream_matrix"})
     assert plan.roles["mixing"] == "stream_matrix"
 
 
@@ -234,9 +218,8 @@ def test_no_residual_branches() -> None:
 def test_a_module_that_cannot_be_copied() -> None:
     module = ResNet(1, 8, 4, inputs=3, outputs=2)
     module.lock = threading.Lock()
-    with pytest.raises(
-        ValueError, match=r"ResNet cannot be copied \(cannot pickle .*Plan it before it holds open files"
-    ):
+    message = r"ResNet cannot be copied \(cannot pickle .*Plan it before it holds open files"
+    with pytest.raises(ValueError, match=message):
         discover(module)
 
 
@@ -256,9 +239,8 @@ class CrossAttention(nn.Module):
         self.model = nn.Transformer(embedding, 2, 2, 3, 32, batch_first=True, norm_first=True)
         self.out = nn.Linear(embedding, 9)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        output: Tensor = self.out(self.model(self.source(source), self.target(target)))
-        return output
+    def forward(self, source: Tensor, target: Tensor) -> Any:
+        return self.out(self.model(self.source(source), self.target(target)))
 
 
 def test_encoder_and_decoder_are_two_streams() -> None:
@@ -271,211 +253,15 @@ def test_encoder_and_decoder_are_two_streams() -> None:
     assert structure.parameters["model.encoder.layers.0.linear1.weight"].stream == 1
 
 
-class Convolutional(nn.Module):
-    """Residual convolutions with batch norm and a depthwise kernel."""
-
-    def __init__(self, channels: int = 8, hidden: int = 16) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, channels, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.BatchNorm2d(channels),
-                nn.Conv2d(channels, hidden, 1),
-                nn.BatchNorm2d(hidden),
-                nn.ReLU(),
-                nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
-                nn.ReLU(),
-                nn.Conv2d(hidden, channels, 1),
-            )
-            for _ in range(2)
-        )
-        self.out = nn.Linear(channels, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x)
-        for block in self.blocks:
-            h = h + block(h)
-        output: Tensor = self.out(h.mean((2, 3)))
-        return output
-
-
-def test_convolutions() -> None:
-    structure = discover(Convolutional(), torch.ones(2, 3, 8, 8))
-    assert not structure.unassigned
-    assert (structure.depth, structure.embedding) == (2, 8)
-    roles = {name.removeprefix("blocks.1."): role.value for name, role in structure.roles.items()}
-    expected = {"0.weight": "branch_norm", "1.weight": "branch_in", "2.weight": "branch_in_bias"}
-    expected |= {"4.weight": "branch_hidden", "4.bias": "branch_in_bias", "6.weight": "branch_out"}
-    assert {name: roles[name] for name in expected} == expected
-    assert structure.branches[0].kind == "convolution"
-    depthwise = structure.parameters["blocks.0.4.weight"]
-    assert (depthwise.fan_in, depthwise.fan_out) == (1, 16)
-
-
-class SharedBlock(nn.Module):
-    """One block that is called at every depth."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
-        self.branch = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x)
-        for _ in range(3):
-            h = h + self.branch(h)
-        output: Tensor = self.out(h)
-        return output
-
-
-def test_weights_shared_across_depth_are_planned_with_a_warning() -> None:
-    structure = discover(SharedBlock(), torch.ones(1, 3))
-    assert structure.depth == 3 and structure.roles["branch.2.weight"] == "branch_out"
-    assert any("shared across depth" in warning for warning in structure.warnings)
-    (branch,) = structure.branches
-    assert str(branch.site) == "branch output" and set(branch.folds) == {"branch.2.weight", "branch.2.bias"}
-
-
-class Twice(LightningModule):
-    """Two forward passes in one step, and a look at the trainer."""
-
-    def __init__(self, depth: int = 2) -> None:
-        super().__init__()
-        self.net = ResNet(depth, 8, 4, inputs=3, outputs=2)
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        first, second = self.net(batch), self.net(batch.flip(0))
-        return (first - second).square().mean() * (1 + self.trainer.current_epoch)
-
-
-def test_two_forward_passes_are_one_network() -> None:
-    module = Twice()
-    module.trainer = Trainer(barebones=True, accelerator="cpu")
-    structure = discover(module, torch.ones(4, 3))
-    assert [stream.depth for stream in structure.streams] == [2]
-    assert [(str(branch.site), branch.folds) for branch in structure.branches] == [
-        (f"net.blocks.{i} output", (f"net.blocks.{i}.write.weight",)) for i in (0, 1)
-    ]
-    (readout,) = structure.readouts
-    assert (str(readout.site), readout.folds) == ("net.readout input", ("net.readout.weight",))
-    assert module.trainer is not None
-
-
-class Blocks(nn.Module):
-    """Two residual blocks between an embedding and a readout; subclasses say what a block adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
-        self.read = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
-        self.write = nn.ModuleList(nn.Linear(16, 8) for _ in range(2))
-        self.more = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-        self.norm = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
-        self.drop = nn.Dropout(0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x)
-        for i in range(2):
-            h = self.block(h, i)
-        output: Tensor = self.out(h)
-        return output
-
-    def block(self, h: Tensor, i: int) -> Tensor:
-        return h + self.branch(h, i)
-
-    def branch(self, h: Tensor, i: int) -> Tensor:
-        branch: Tensor = self.write[i](torch.tanh(self.read[i](h)))
-        return branch
-
-
-class InTurn(Blocks):
-    """Parallel branches that are added one after the other."""
-
-    def block(self, h: Tensor, i: int) -> Tensor:
-        return (h + self.branch(h, i)) + torch.tanh(self.more[i](h))
-
-
-def test_parallel_branches_that_are_added_in_turn_count_once() -> None:
-    structure = discover(InTurn(), torch.ones(1, 3))
-    assert structure.depth == 2
-    assert [branch.position for branch in structure.branches] == [0, 0, 1, 1]
-
-
-class SharedDropout(Blocks):
-    """The only modules that return a whole branch are called for every branch."""
-
-    def branch(self, h: Tensor, i: int) -> Tensor:
-        units = torch.tanh(self.read[i](h))
-        branch: Tensor = self.drop(F.linear(units, self.write[i].weight, self.write[i].bias))
-        return branch
-
-
-def test_a_module_that_other_branches_call_too_is_no_place_for_a_multiplier() -> None:
-    structure = discover(SharedDropout(), torch.ones(1, 3))
-    assert len(structure.branches) == 2
-    assert [branch.site for branch in structure.branches] == [None, None]
-    assert set(structure.branches[0].folds) == {"write.0.weight", "write.0.bias"}
-
-
-class CalledTwice(Blocks):
-    """A block's matrices are used twice in it."""
-
-    def branch(self, h: Tensor, i: int) -> Tensor:
-        return super().branch(h, i) + super().branch(-h, i)
-
-
-def test_a_module_that_is_called_twice_in_one_branch_is_multiplied_in_both() -> None:
-    structure = discover(CalledTwice(), torch.ones(1, 3))
-    assert structure.depth == 2
-    assert [str(branch.site) for branch in structure.branches] == ["write.0 output", "write.1 output"]
-    assert set(structure.branches[0].folds) == {"write.0.weight", "write.0.bias"}
-
-
-class Shifted(Blocks):
-    """A constant that no parameter multiplies is added to the branch."""
-
-    def branch(self, h: Tensor, i: int) -> Tensor:
-        return super().branch(h, i) + 1.0
-
-
-def test_a_branch_with_a_constant_cannot_be_folded() -> None:
-    structure = discover(Shifted(), torch.ones(1, 3))
-    assert [(branch.site, branch.folds) for branch in structure.branches] == [(None, ()), (None, ())]
-
-
-class NormedBranch(Blocks):
-    """A layer norm ends the branch."""
-
-    def branch(self, h: Tensor, i: int) -> Tensor:
-        branch: Tensor = self.norm[i](super().branch(h, i))
-        return branch
-
-
-def test_a_norm_that_ends_a_branch_is_what_is_folded() -> None:
-    module = NormedBranch()
-    torch.nn.init.normal_(module.norm[1].bias)
-    (_, branch) = discover(module, torch.ones(1, 3)).branches
-    assert str(branch.site) == "norm.1 output"
-    assert set(branch.folds) == {"norm.1.weight", "norm.1.bias"}
-
-
-def test_a_pooler_after_the_stream_is_a_matrix_on_it() -> None:
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
-    structure = discover(BertModel(config), {"input_ids": TOKENS})
-    assert structure.roles["pooler.dense.weight"] == "stream_matrix"
-    assert structure.readouts == ()
-
-
 class Stages(nn.Module):
     """Two stages of residual convolutions; the second begins with a strided shortcut, by a matrix or by pooling."""
 
     def __init__(self, pool: bool, channels: int = 4, inner: int = 6) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, channels, 3, padding=1)
-        self.first = self._block(channels, inner, channels, 1)
         wide = channels if pool else 2 * channels
-        self.second = self._block(channels, inner, wide, 2)
-        self.third = self._block(wide, inner, wide, 1)
+        sizes = ((channels, channels, 1), (channels, wide, 2), (wide, wide, 1))
+        self.first, self.second, self.third = (self._block(inputs, inner, *rest) for inputs, *rest in sizes)
         matrix = nn.Sequential(nn.Conv2d(channels, wide, 1, stride=2, bias=False), nn.BatchNorm2d(wide))
         self.shortcut = nn.AvgPool2d(2) if pool else matrix
         self.out = nn.Linear(wide, 5)
@@ -485,13 +271,12 @@ class Stages(nn.Module):
         last = nn.Conv2d(inner, outputs, 1)
         return nn.Sequential(nn.Conv2d(inputs, inner, 3, stride, 1), nn.BatchNorm2d(inner), nn.ReLU(), last)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = F.relu(self.stem(x))
         h = F.relu(h + self.first(h))
         h = F.relu(self.second(h) + self.shortcut(h))
         h = F.gelu(h + self.third(h), approximate="tanh")
-        output: Tensor = self.out(h.mean((2, 3)))
-        return output
+        return self.out(h.mean((2, 3)))
 
 
 @pytest.mark.parametrize("pool", [False, True])
@@ -507,17 +292,29 @@ def test_strided_shortcuts(pool: bool) -> None:
         assert structure.roles["shortcut.1.weight"] == "stream_norm"
 
 
-class HeadWithGelu(Blocks):
-    """A GELU written by hand after the stream: x + 0.044715 x³ adds what a matrix made to a power of it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.more[0](self.block(self.embed(x), 0))
-        h = 0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * h**3)))
-        output: Tensor = self.out(h)
-        return output
-
-
-def test_a_gelu_written_by_hand_is_no_residual_addition() -> None:
-    structure = discover(HeadWithGelu(), torch.ones(1, 3))
-    assert structure.depth == 1 and not structure.warnings
-    assert structure.roles["more.0.weight"] == "stream_matrix"
+def test_convolutions() -> None:
+    """Residual convolutions with batch norm and a depthwise kernel."""
+    blocks = nn.ModuleList(
+        nn.Sequential(
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 16, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, padding=1, groups=16),
+            nn.ReLU(),
+            nn.Conv2d(16, 8, 1),
+        )
+        for _ in range(2)
+    )
+    parts = {"embed": nn.Conv2d(3, 8, 3, padding=1), "out": nn.Identity(), "fc": nn.Linear(8, 5), "blocks": blocks}
+    module = Net(lambda net, x: net.fc(in_a_row(net, x).mean((2, 3))), **parts)
+    structure = discover(module, torch.ones(2, 3, 8, 8))
+    assert not structure.unassigned
+    assert (structure.depth, structure.embedding) == (2, 8)
+    roles = {name.removeprefix("blocks.1."): role.value for name, role in structure.roles.items()}
+    expected = {"0.weight": "branch_norm", "1.weight": "branch_in", "2.weight": "branch_in_bias"}
+    expected |= {"4.weight": "branch_hidden", "4.bias": "branch_in_bias", "6.weight": "branch_out"}
+    assert {name: roles[name] for name in expected} == expected
+    assert structure.branches[0].kind == "convolution"
+    depthwise = structure.parameters["blocks.0.4.weight"]
+    assert (depthwise.fan_in, depthwise.fan_out) == (1, 16)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from helpers.architectures import LANGUAGE, VOCABULARY
 from helpers.architectures.language import mixtral
+from helpers.residual_networks import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,19 +29,11 @@ def test_however_experts_are_computed(implementation: str) -> None:
 
 
 def _hugging_face(name: str, **numbers: Any) -> nn.Module:
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=VOCABULARY,
-        hidden_size=EMBEDDING,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_experts_per_tok=CHOSEN,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **numbers,
-    )
-    module: nn.Module = getattr(transformers, f"{name}ForCausalLM")(config)
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": CHOSEN}
+    kinds = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
+    config = kinds[0](vocab_size=VOCABULARY, hidden_size=EMBEDDING, **special, **sizes, **numbers)
+    module: nn.Module = kinds[1](config)
     return module
 
 
@@ -116,68 +109,57 @@ def test_biases_of_experts() -> None:
 
 
 class Mixture(nn.Module):
-    """One residual block of experts; subclasses say how they are put together."""
+    """One residual block of experts, put together by ``mix``, a function of the module and the stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, mix: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
+        self.mix = mix
         self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
         self.router = nn.Linear(EMBEDDING, EXPERTS, bias=False)
         self.read = nn.ModuleList(nn.Linear(EMBEDDING, UNITS) for _ in range(EXPERTS))
         self.write = nn.ModuleList(nn.Linear(UNITS, EMBEDDING) for _ in range(EXPERTS))
         self.mixture = nn.Identity()
 
-    def expert(self, i: int, h: Tensor) -> Tensor:
-        output: Tensor = self.write[i](torch.tanh(self.read[i](h)))
-        return output
+    def expert(self, i: int, h: Tensor) -> Any:
+        return self.write[i](torch.tanh(self.read[i](h)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def weighted(self, weights: Tensor, h: Tensor) -> Tensor:
+        return (weights[..., None] * torch.stack([self.expert(i, h) for i in range(EXPERTS)], 1)).sum(1)
+
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
-        output: Tensor = self.out(h + self.mixture(self.mix(h)))
-        return output
-
-    def mix(self, h: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self.out(h + self.mixture(self.mix(self, h)))
 
 
-class Loop(Mixture):
+def loop(net: Mixture, h: Tensor) -> Tensor:
     """Each expert computes the tokens that are sent to it; the last one of the four never gets any."""
-
-    def mix(self, h: Tensor) -> Tensor:
-        logits = self.router(h) - torch.tensor([0.0, 0.0, 0.0, 1e9])
-        weights, chosen = torch.topk(logits.softmax(-1), CHOSEN, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        output = torch.zeros_like(h)
-        for i in range(EXPERTS):
-            tokens, place = torch.where(chosen == i)
-            if len(tokens):
-                output.index_add_(0, tokens, self.expert(i, h[tokens]) * weights[tokens, place, None])
-        return output
+    logits = net.router(h) - torch.tensor([0.0, 0.0, 0.0, 1e9])
+    weights, chosen = torch.topk(logits.softmax(-1), CHOSEN, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    output = torch.zeros_like(h)
+    for i in range(EXPERTS):
+        tokens, place = torch.where(chosen == i)
+        if len(tokens):
+            output.index_add_(0, tokens, net.expert(i, h[tokens]) * weights[tokens, place, None])
+    return output
 
 
-class All(Mixture):
+def averaged(net: Mixture, h: Tensor) -> Tensor:
     """All experts, averaged by a softmax."""
-
-    def mix(self, h: Tensor) -> Tensor:
-        weights = self.router(h).softmax(-1)
-        return (weights[..., None] * torch.stack([self.expert(i, h) for i in range(EXPERTS)], 1)).sum(1)
+    return net.weighted(net.router(h).softmax(-1), h)
 
 
-class Masked(Mixture):
+def masked(net: Mixture, h: Tensor) -> Tensor:
     """The logits of those that are not chosen are masked: the graph does not show how many these are."""
-
-    def mix(self, h: Tensor) -> Tensor:
-        logits = self.router(h)
-        least = logits.detach().topk(CHOSEN, -1).values[..., -1:]
-        weights = logits.masked_fill(logits < least, float("-inf")).softmax(-1)
-        return (weights[..., None] * torch.stack([self.expert(i, h) for i in range(EXPERTS)], 1)).sum(1)
+    logits = net.router(h)
+    least = logits.detach().topk(CHOSEN, -1).values[..., -1:]
+    return net.weighted(logits.masked_fill(logits < least, float("-inf")).softmax(-1), h)
 
 
-class Best(Mixture):
+def best(net: Mixture, h: Tensor) -> Tensor:
     """The best expert, weighted with its probability."""
-
-    def mix(self, h: Tensor) -> Tensor:
-        weight, chosen = self.router(h).softmax(-1).max(-1, keepdim=True)
-        return torch.stack([weight * (chosen == i) * self.expert(i, h) for i in range(EXPERTS)]).sum(0)
+    weight, chosen = net.router(h).softmax(-1).max(-1, keepdim=True)
+    return torch.stack([weight * (chosen == i) * net.expert(i, h) for i in range(EXPERTS)]).sum(0)
 
 
 class Product(nn.Module):
@@ -191,26 +173,24 @@ class Product(nn.Module):
         self.bias = nn.Parameter(torch.zeros(EXPERTS, UNITS))
         self.write = nn.Parameter(torch.randn(EXPERTS, UNITS, EMBEDDING))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         best, chosen = self.router(h).topk(CHOSEN, -1)
         weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.softmax(-1))
         units = F.gelu(torch.einsum("nd,edm->enm", h, self.read) + self.bias[:, None])
         made = torch.einsum("enm,emd->end", units, self.write)
-        output: Tensor = self.out(h + torch.einsum("ne,end->nd", weights, made))
-        return output
+        return self.out(h + torch.einsum("ne,end->nd", weights, made))
 
 
 class Weighted(Product):
     """What experts are given is weighted, and not what they make."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         best, chosen = self.router(h).topk(CHOSEN, -1)
         weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.sigmoid())
         units = F.gelu(torch.einsum("end,edm->enm", weights.T[..., None] * h, self.read) + self.bias[:, None])
-        output: Tensor = self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
-        return output
+        return self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
 
 
 def test_experts_whose_inputs_are_weighted() -> None:
@@ -228,14 +208,14 @@ def test_experts_whose_inputs_are_weighted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "active", "hidden"),
-    [(Loop, 2, 2 * UNITS), (All, 4, 4 * UNITS), (Best, 1, UNITS), (Product, 2, 2 * UNITS)],
+    ("mix", "active", "hidden"),
+    [(loop, 2, 2 * UNITS), (averaged, 4, 4 * UNITS), (best, 1, UNITS), (None, 2, 2 * UNITS)],
 )
-def test_plain_experts(build: Callable[[], nn.Module], active: int, hidden: int) -> None:
-    structure = discover(build(), X)
+def test_plain_experts(mix: Callable[[Any, Tensor], Tensor] | None, active: int, hidden: int) -> None:
+    structure = discover(Product() if mix is None else Mixture(mix), X)
     assert not structure.unassigned
     assert [branch.hidden for branch in structure.branches] == [hidden]
-    stacked = build is Product
+    stacked = mix is None
     for name, role, fan_in, fan_out in (
         ("read" if stacked else "read.2.weight", "branch_in", EMBEDDING, UNITS),
         ("write" if stacked else "write.2.weight", "branch_out", UNITS, EMBEDDING),
@@ -248,7 +228,7 @@ def test_plain_experts(build: Callable[[], nn.Module], active: int, hidden: int)
 
 def test_experts_without_tokens_are_planned_and_folded_as_those_beside_them() -> None:
     torch.manual_seed(0)
-    module, base = Loop(), Loop()
+    module, base = Mixture(loop), Mixture(loop)
     structure = discover(module, X)
     (warning,) = structure.warnings
     idle = ["read.3.weight", "read.3.bias", "write.3.weight", "write.3.bias"]
@@ -265,34 +245,23 @@ def test_experts_without_tokens_are_planned_and_folded_as_those_beside_them() ->
         torch.testing.assert_close(folded.get_parameter(f"write.{i}.weight"), before[i] * 0.5, rtol=1e-6, atol=0)
 
 
-class Two(nn.Module):
+def two(net: Net, x: Tensor) -> Any:
     """Two blocks of experts, of which the last and the one before it never get a token; names end in numbers."""
+    h = net.embed(x)
+    for idle, block in zip((3, 2), net.blocks, strict=True):
+        weights = block["router"](h).softmax(-1)
+        busy = [i for i in range(EXPERTS) if i != idle]
+        h = h + torch.stack([block[f"expert_{i}"](h) * weights[:, i : i + 1] for i in busy]).sum(0)
+    return net.out(h)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
-        self.blocks = nn.ModuleList()
-        for _ in range(2):
-            block = nn.Module()
-            block.router = nn.Linear(EMBEDDING, EXPERTS)
-            for i in range(EXPERTS):
-                expert = nn.Sequential(nn.Linear(EMBEDDING, UNITS), nn.Tanh(), nn.Linear(UNITS, EMBEDDING))
-                block.add_module(f"expert_{i}", expert)
-            self.blocks.append(block)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x)
-        for idle, block in zip((3, 2), self.blocks, strict=True):
-            weights = block.router(h).softmax(-1)
-            busy = [i for i in range(EXPERTS) if i != idle]
-            made = [getattr(block, f"expert_{i}")(h) * weights[:, i : i + 1] for i in busy]
-            h = h + torch.stack(made).sum(0)
-        output: Tensor = self.out(h)
-        return output
+def block_of_experts() -> nn.ModuleDict:
+    experts = (nn.Sequential(nn.Linear(8, UNITS), nn.Tanh(), nn.Linear(UNITS, 8)) for _ in range(EXPERTS))
+    return nn.ModuleDict({"router": nn.Linear(8, EXPERTS)} | {f"expert_{i}": part for i, part in enumerate(experts)})
 
 
 def test_experts_without_tokens_belong_to_their_own_block() -> None:
-    structure = discover(Two(), X)
+    structure = discover(Net(two, blocks=nn.ModuleList(block_of_experts() for _ in range(2))), X[:, :3])
     assert not structure.unassigned
     for block in (0, 1):
         facts = structure.parameters[f"blocks.{block}.expert_{3 - block}.2.weight"]
@@ -301,7 +270,7 @@ def test_experts_without_tokens_belong_to_their_own_block() -> None:
 
 
 def test_a_number_of_experts_that_cannot_be_read_is_said() -> None:
-    structure = discover(Masked(), X)
+    structure = discover(Mixture(masked), X)
     (warning,) = structure.warnings
     assert warning.startswith("the number of experts that a token is sent to cannot be read in the graph")
     assert [branch.hidden for branch in structure.branches] == [UNITS]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES
+from helpers.one_part_alone import INPUTS, distance_moved
 from torch import Tensor, nn, optim
 
-from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning import Plan
 from mlu_lightning.models import ResidualBlock
 from mlu_lightning.table import Ratios, Role, Scale
 
@@ -26,16 +29,11 @@ class Narrowing(nn.Module):
         self.narrow = nn.Linear(embedding, 16)
         self.out = nn.Linear(16, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         stream = self.embed(x)
         for block in self.blocks:
             stream = stream + block(stream)
-        output: Tensor = self.out(torch.relu(self.narrow(stream)))
-        return output
-
-
-INPUTS = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
-TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
+        return self.out(torch.relu(self.narrow(stream)))
 
 
 def _plan(module: nn.Module, base: nn.Module) -> Plan:
@@ -96,17 +94,8 @@ def _moved(width: int, variant: bool, part: str, family: type[optim.Optimizer], 
     if not variant:
         head = replace(plan.parameters["narrow.weight"], variant=None)
         plan = replace(plan, parameters={**plan.parameters, "narrow.weight": head})
-    initialize(module, plan)
-    attach_multipliers(module, plan)
     trained = [parameter for name, parameter in module.named_parameters() if name.startswith(part)]
-    optimizer = family(trained, lr=lr)  # type: ignore[call-arg]
-    scale_optimizer(optimizer, module, plan)
-    before = module(INPUTS).detach()
-    for _ in range(5):
-        optimizer.zero_grad()
-        (module(INPUTS) - TARGETS).square().mean().backward()
-        optimizer.step()
-    return (module(INPUTS) - before).square().mean().sqrt().item()
+    return distance_moved(module, plan, trained, partial(family, lr=lr), module, samples=32)
 
 
 def test_a_role_that_was_found_may_be_said_also_of_a_tied_readout() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import perceptrons
+from helpers.residual_networks import Block, Net
 from helpers.table_by_hand import Shape, wanted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -33,12 +34,7 @@ Dimensions = tuple[int, int, int]
 """Depth, hidden width and embedding dimension."""
 
 VOCABULARY, HEAD_DIM = 5, 2
-PERCEPTRON = {
-    "embed": Role.EMBEDDING,
-    "read": Role.BRANCH_IN,
-    "write": Role.BRANCH_OUT,
-    "readout": Role.READOUT,
-}
+PERCEPTRON = {"embed": Role.EMBEDDING, "read": Role.BRANCH_IN, "write": Role.BRANCH_OUT, "readout": Role.READOUT}
 TRANSFORMER = {
     "tokens": Role.EMBEDDING,
     **dict.fromkeys(("query", "key", "value", "read"), Role.BRANCH_IN),
@@ -51,17 +47,11 @@ TRANSFORMER = {
 
 @dataclass(frozen=True)
 class Model:
-    """A kind of module, at any shape.
-
-    Args:
-        build: it.
-        example: of so many samples.
-        role: of a parameter, read off the source.
-    """
+    """A kind of module, at any shape."""
 
     build: Callable[[Dimensions], nn.Module]
-    example: Callable[[int], Any]
-    role: Callable[[str], Role]
+    example: Callable[[int], Any]  # with a number of samples
+    role: Callable[[str], Role]  # of a parameter by its name, read off the source
 
 
 def resnet(dimensions: Dimensions) -> nn.Module:
@@ -164,14 +154,13 @@ def test_at_the_bases_shape_nothing_changes(name: str, shape: Dimensions) -> Non
     assert seen == [True]
 
 
-def identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def output(module: nn.Module, name: str) -> Tensor:
+def output(module: nn.Module, name: str) -> Any:
     example = MODELS[name].example(3)
-    found: Tensor = module(example[0].to(next(module.parameters()).dtype) if isinstance(example, tuple) else example)
-    return found
+    return module(example[0].to(next(module.parameters()).dtype) if isinstance(example, tuple) else example)
 
 
 @SOME
@@ -201,23 +190,18 @@ def test_hook_and_fold_are_the_same_function(name: str, shape: Dimensions, base:
     torch.testing.assert_close(output(folded, name), output(module, name), rtol=1e-11, atol=1e-13)
 
 
-class Gated(nn.Module):
+def gated(embedding: int) -> Net:
     """Its branch is multiplied by a scalar (ReZero), of bounded size at every D."""
+    parts = {"embed": nn.Linear(3, embedding), "out": nn.Linear(embedding, 2), "blocks": Block(embedding, hidden=5)}
 
-    def __init__(self, embedding: int) -> None:
-        super().__init__()
-        self.embed, self.read, self.write, self.readout = (
-            nn.Linear(*sizes) for sizes in ((3, embedding), (embedding, 5), (5, embedding), (embedding, 2))
-        )
-        self.gate = nn.Parameter(torch.ones(1))
+    def forward(net: Net, x: Tensor) -> Any:
+        stream = net.embed(x)
+        return net.out(stream + net.gate * net.blocks(stream))
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        output: Tensor = self.readout(stream + self.gate * self.write(torch.tanh(self.read(stream))))
-        return output
+    return Net(forward, gate=nn.Parameter(torch.ones(1)), **parts)
 
 
 @pytest.mark.parametrize(("embedding", "base"), [(1, 4), (4, 1), (1, 1)])
 def test_a_scalar_is_of_bounded_size_also_next_to_a_single_coordinate(embedding: int, base: int) -> None:
-    plan = Plan.from_model(Gated(embedding), numbers(2)[:1], base=Gated(base))
+    plan = Plan.from_model(gated(embedding), numbers(2)[:1], base=gated(base))
     assert plan.roles["gate"] is Role.BRANCH_BOUNDED

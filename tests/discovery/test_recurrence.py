@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import LANGUAGE, TOKENS, VOCABULARY
+from helpers.residual_networks import Net
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, discover
@@ -60,7 +61,7 @@ class Recurrent(nn.Module):
         options = {} if kind == "cell" else {"batch_first": True}
         self.layer = kinds[kind](8, 12, **options)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         h = self.embed(tokens)
         x = self.norm(h)
         if isinstance(self.layer, nn.GRUCell):
@@ -70,8 +71,7 @@ class Recurrent(nn.Module):
             made = torch.stack(states[1:], 1)
         else:
             made, _ = self.layer(x)
-        output: Tensor = self.out(h + self.write(made))
-        return output
+        return self.out(h + self.write(made))
 
 
 @pytest.mark.parametrize(
@@ -87,30 +87,26 @@ def test_recurrent_layers_are_refused(kind: str, how: str) -> None:
         discover(Recurrent(kind), TOKENS)
 
 
-class Gated(nn.Module):
+def gated(net: Net, tokens: Tensor) -> Any:
     """Highway gates, a polynomial of units and a sum over tokens: products and sums in turn, but no recurrence."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
-        self.read, self.write = nn.Linear(8, 12), nn.Linear(12, 8)
-        self.gates, self.layers = (nn.ModuleList(nn.Linear(12, 12) for _ in range(4)) for _ in range(2))
-        self.coefficients = nn.Parameter(torch.ones(5))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = self.embed(tokens)
-        x = self.read(h)
-        for gate, layer in zip(self.gates, self.layers, strict=True):
-            weight = torch.sigmoid(gate(x))
-            x = weight * torch.tanh(layer(x)) + (1 - weight) * x
-        value = self.coefficients[0] * x
-        for coefficient in self.coefficients[1:]:
-            value = (value + coefficient) * x
-        output: Tensor = self.out(h + self.write(value.cumsum(1)))
-        return output
+    h = net.embed(tokens)
+    x = net.blocks(h)
+    for gate, layer in zip(net.gates, net.layers, strict=True):
+        weight = torch.sigmoid(gate(x))
+        x = weight * torch.tanh(layer(x)) + (1 - weight) * x
+    value = net.coefficients[0] * x
+    for coefficient in net.coefficients[1:]:
+        value = (value + coefficient) * x
+    return net.out(h + net.write(value.cumsum(1)))
 
 
 def test_gates_and_polynomials_are_no_recurrence() -> None:
-    structure = discover(Gated(), TOKENS)
+    parts: dict[str, Any] = {
+        "embed": nn.Embedding(VOCABULARY, 8),
+        "blocks": nn.Linear(8, 12),
+        "write": nn.Linear(12, 8),
+    }
+    parts |= {name: nn.ModuleList(nn.Linear(12, 12) for _ in range(4)) for name in ("gates", "layers")}
+    structure = discover(Net(gated, coefficients=nn.Parameter(torch.ones(5)), **parts), TOKENS)
     assert not structure.unassigned
     assert structure.roles["layers.2.weight"] == "branch_hidden" and structure.roles["write.weight"] == "branch_out"

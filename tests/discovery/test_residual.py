@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from helpers.architectures import LANGUAGE, VOCABULARY
+from helpers.residual_networks import Net
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,31 +39,22 @@ class Blocks(nn.Module):
         return h
 
 
-class Reader(nn.Module):
+def reader(net: Net, x: Tensor) -> Any:
     """A decoder that reads an encoder of another dimension through a norm and a projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.source, self.target = nn.Linear(8, 24), nn.Linear(8, 16)
-        self.encoder, self.decoder = Blocks(24, 3), Blocks(16)
-        self.norm, self.project = nn.LayerNorm(24), nn.Linear(24, 16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-        self.out = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        memory = self.project(self.norm(self.encoder(self.source(x))))
-        h = self.decoder(self.target(x))
-        h = h + self.attention(h, memory, memory)[0]
-        output: Tensor = self.out(h)
-        return output
+    memory = net.project(net.norm(net.blocks(net.embed(x))))
+    h = net.decoder(net.target(x))
+    return net.out(h + net.attention(h, memory, memory)[0])
 
 
 def test_what_a_decoder_reads_an_encoder_through() -> None:
-    structure = discover(Reader(), (X,))
+    parts = {"embed": nn.Linear(8, 24), "blocks": Blocks(24, 3), "norm": nn.LayerNorm(24), "project": nn.Linear(24, 16)}
+    parts |= {"target": nn.Linear(8, 16), "decoder": Blocks(16), "out": nn.Linear(16, 5)}
+    module = Net(reader, attention=nn.MultiheadAttention(16, 2, batch_first=True), **parts)
+    structure = discover(module, (X,))
     assert not structure.unassigned and not structure.warnings
     assert [(stream.depth, stream.embedding) for stream in structure.streams] == [(3, 16), (3, 24)]
     for name, role, fans in (
-        ("source.weight", "embedding", (8, 24)),
+        ("embed.weight", "embedding", (8, 24)),
         ("norm.weight", "stream_norm", (1, 24)),
         ("project.weight", "stream_matrix", (24, 16)),
         ("project.bias", "stream_norm", (1, 16)),
@@ -73,42 +67,32 @@ def test_what_a_decoder_reads_an_encoder_through() -> None:
 
 
 def test_the_last_norm_of_a_post_norm_encoder_is_one_of_them() -> None:
-    config = transformers.BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        max_position_embeddings=16,
-    )
+    parts = ("encoder", "decoder")
+    sizes = {
+        f"{part}_{what}": n for part in parts for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
+    }
+    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=16, max_position_embeddings=16, **sizes)
     structure = discover(transformers.BartForConditionalGeneration(config), LANGUAGE)
     for name in ("model.encoder.layers.1.final_layer_norm.weight", "model.decoder.layers.1.final_layer_norm.weight"):
         assert structure.parameters[name].row == "stream_norm (post_norm)"
     assert structure.parameters["model.encoder.layers.1.final_layer_norm.weight"].stream == 1
 
 
-class Towers(nn.Module):
+def towers(net: Net, x: Tensor) -> Any:
     """Two networks whose outputs meet in a loss."""
+    parts = zip(net.embed, net.blocks, net.out, strict=True)
+    first, second = (out(blocks(embed(x))).mean(1) for embed, blocks, out in parts)
+    return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T * net.temperature.exp()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.ModuleList((nn.Linear(8, 16), nn.Linear(8, 24)))
-        self.blocks = nn.ModuleList((Blocks(16, 2), Blocks(24, 3)))
-        self.out = nn.ModuleList((nn.Linear(16, 4), nn.Linear(24, 4)))
-        self.temperature = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = (
-            out(blocks(embed(x))).mean(1) for embed, blocks, out in zip(self.embed, self.blocks, self.out, strict=True)
-        )
-        return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T * self.temperature.exp()
+_ENDS = (("embed", (8, 16), (8, 24)), ("out", (16, 4), (24, 4)))
 
 
 def test_each_readout_is_of_the_stream_that_it_reads() -> None:
-    structure = discover(Towers(), (X,))
+    parts: dict[str, Any] = {"temperature": nn.Parameter(torch.zeros(()))}
+    parts |= {"blocks": nn.ModuleList((Blocks(16, 2), Blocks(24, 3)))}
+    parts |= {name: nn.ModuleList((nn.Linear(*a), nn.Linear(*b))) for name, a, b in _ENDS}
+    structure = discover(Net(towers, **parts), (X,))
     assert not structure.unassigned
     depths = [stream.depth for stream in structure.streams]
     assert sorted(depths) == [2, 3]
@@ -147,28 +131,21 @@ def test_data_can_be_the_stream_itself() -> None:
     assert [(stream.depth, stream.embedding) for stream in structure.streams] == [(3, 8)]
 
 
-class Pooled(nn.Module):
+def pooled(net: Net, x: Tensor) -> Any:
     """Tokens are mixed by pooling, without a matrix, before each perceptron."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
-        self.branches = nn.ModuleList(Perceptron(16) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x)
-        for branch in self.branches:
-            h = h + (F.avg_pool1d(h.mT, 3, 1, 1).mT - h)
-            h = h + branch(h)
-        output: Tensor = self.out(h)
-        return output
+    h = net.embed(x)
+    for branch in net.blocks:
+        h = h + (F.avg_pool1d(h.mT, 3, 1, 1).mT - h)
+        h = h + branch(h)
+    return net.out(h)
 
 
 def test_an_addition_without_a_matrix_does_not_take_in_the_branch_before_it() -> None:
-    structure = discover(Pooled(), (X,))
+    branches = nn.ModuleList(Perceptron(16) for _ in range(3))
+    structure = discover(Net(pooled, embed=nn.Linear(8, 16), out=nn.Linear(16, 5), blocks=branches), (X,))
     assert not structure.unassigned
-    assert [(b.name, b.position) for b in structure.branches] == [(f"branches.{i}", i) for i in range(3)]
-    assert structure.roles["branches.0.1.weight"] == "branch_in"
+    assert [(b.name, b.position) for b in structure.branches] == [(f"blocks.{i}", i) for i in range(3)]
+    assert structure.roles["blocks.0.1.weight"] == "branch_in"
 
 
 class Inverted(nn.Module):
@@ -192,13 +169,12 @@ class Inverted(nn.Module):
             for inputs, outputs, stride in shapes
         )
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         h = self.stem(images)
         for block in self.blocks:
             made = block(h)
             h = h + made if made.shape == h.shape else made
-        output: Tensor = self.out(h.mean((2, 3)))
-        return output
+        return self.out(h.mean((2, 3)))
 
 
 def test_norms_of_blocks_without_a_shortcut_do_not_make_a_stream_post_norm() -> None:
@@ -211,23 +187,16 @@ def test_norms_of_blocks_without_a_shortcut_do_not_make_a_stream_post_norm() -> 
     assert (depthwise.role, depthwise.fan_in, depthwise.fan_out) == ("branch_hidden", 1, 64)
 
 
-class Staged(nn.Module):
+def staged(net: Net, x: Tensor) -> Any:
     """Positions are added a second time, halfway."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.out = nn.Linear(8, 16), nn.Linear(16, 5)
-        self.first, self.second = Blocks(16), Blocks(16)
-        self.positions, self.table = nn.Parameter(torch.randn(1, 3, 16)), nn.Embedding(3, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.first(self.embed(x)) + self.positions + self.table(torch.arange(3))
-        output: Tensor = self.out(self.second(h))
-        return output
+    first, second = net.blocks
+    return net.out(second(first(net.embed(x)) + net.positions + net.table(torch.arange(3))))
 
 
 def test_tables_that_are_added_on_the_way_are_embeddings() -> None:
-    structure = discover(Staged(), (X,))
+    parts = {"embed": nn.Linear(8, 16), "out": nn.Linear(16, 5), "blocks": nn.ModuleList((Blocks(16), Blocks(16)))}
+    parts |= {"positions": nn.Parameter(torch.randn(1, 3, 16)), "table": nn.Embedding(3, 16)}
+    structure = discover(Net(staged, **parts), (X,))
     assert not structure.unassigned
     for name in ("positions", "table.weight"):
         assert (structure.roles[name], structure.parameters[name].fan_out) == ("embedding", 16)

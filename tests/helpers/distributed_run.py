@@ -1,9 +1,12 @@
-"""A run in one or two processes, for test_distances_distributed.py: ``distributed_run.py STRATEGY FOLDER``.
+"""A run in one or two processes: ``distributed_run.py STRATEGY FOLDER``.
 
-It records a large model, whose features it watches, and measures a small one against the recording; or, for
-test_limit_run.py and with a third argument, ``limit``, measures the small one against the infinite model.
+It records a large model, whose features it watches, and measures a small one against the recording; or, with a third
+argument, ``limit``, measures the small one against the infinite model.
 """
 
+import csv
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, Plan, ReferenceRecorder
-from mlu_lightning.callbacks.infinite_limit import Limit
+from mlu_lightning import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, Plan, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
 SMALL = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
@@ -82,6 +84,28 @@ def fit(strategy: str, shape: dict[str, int], folder: Path, *callbacks: Any) -> 
         use_distributed_sampler=False,
     )
     trainer.fit(model, datamodule=Data())
+
+
+def start(strategy: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run this file in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, __file__, strategy, str(folder), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def distances(folder: Path) -> dict[int, dict[str, float]]:
+    """What the small model logged, by step."""
+    return logged(folder / str(SMALL["embedding"]), "mlu/distance/")
+
+
+def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
+    """Logged values whose names begin so, by step."""
+    with (folder / "version_0" / "metrics.csv").open() as file:
+        return {
+            int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith(prefix)}
+            for row in csv.DictReader(file)
+            if row[f"{prefix}output"]
+        }
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.limit_models import VOCABULARY, planned, planned_transformer, slope, tensors, tokens
 from helpers.recipe_modules import load
-from test_limit import VOCABULARY, planned, planned_transformer, slope, tensors, tokens
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_limit import INPUTS, OUTPUTS, planned, transformer
+from helpers.limit_models import INPUTS, OUTPUTS, planned, transformer
 from torch import nn
 
 from mlu_lightning import Plan, fold, initialize

@@ -15,13 +15,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from helpers.references import Harmful
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from mlu_lightning.observation.batches import batch_hash, decode_batch, encode_batch, load_batch
+from mlu_lightning.observation.batches import (
+    batch_hash,
+    decode_batch,
+    encode_batch,
+    first_samples,
+    load_batch,
+    sample_count,
+)
 
 
 def through_json(batch: Any) -> Any:
@@ -116,6 +124,16 @@ def test_any_batch_comes_back(batch: Any) -> None:
     assert batch_hash(through_json(batch)) == batch_hash(batch)
 
 
+def test_only_first_samples_of_a_larger_probe_are_kept() -> None:
+    batch = {"x": torch.arange(8).reshape(4, 2), "label": torch.arange(4), "name": "words"}
+    cut = first_samples(batch, 3)
+    assert cut["x"].equal(batch["x"][:3]) and cut["label"].equal(batch["label"][:3]) and cut["name"] == "words"
+    assert first_samples(batch, 4) is batch
+    uneven = torch.ones(4), torch.ones(3)
+    assert first_samples(uneven, 2) is uneven
+    assert (sample_count(batch), sample_count(uneven), sample_count("words")) == (4, None, None)
+
+
 # --- what cannot be kept
 
 
@@ -171,24 +189,9 @@ def nested(levels: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "structure",
     [
-        None,
-        [],
-        {},
-        "tensor",
-        {"tensor": "7"},
-        {"tensor": 0},
-        {"tensor": ["0"]},
-        {"tensor": "0", "value": 1},
-        {"dict": [["a", {"value": 1}]]},
-        {"list": {"value": 1}},
-        {"list": [1]},
-        {"set": []},
-        {"value": [1]},
-        {"value": {}},
-        {"float": "1e3"},
-        {"float": ["nan"]},
-        nested(33),
-        nested(900),
+        *(None, [], {}, "tensor", {"tensor": "7"}, {"tensor": 0}, {"tensor": ["0"]}, {"tensor": "0", "value": 1}),
+        *({"dict": [["a", {"value": 1}]]}, {"list": {"value": 1}}, {"list": [1]}, {"set": []}, {"value": [1]}),
+        *({"value": {}}, {"float": "1e3"}, {"float": ["nan"]}, nested(33), nested(900)),
     ],
 )
 def test_structures_that_are_none(structure: Any) -> None:
@@ -212,27 +215,18 @@ def test_hash_is_of_the_values_only() -> None:
 def test_different_batches_have_different_hashes() -> None:
     x = torch.arange(6.0)
     different = [
-        x,
-        [x],
-        (x,),
-        {"x": x},
-        {"y": x},
-        [x, x],
-        [x, None],
-        [x, 1],
-        [x, 1.0],
-        [x, True],
-        [x, "1"],
-        x.reshape(2, 3),
-        x.reshape(3, 2),
-        x.double(),
-        x.view(torch.int32),
-        x + 1,
-        -x,
-        torch.zeros(6),
-        torch.zeros(6, 0),
-        [torch.zeros(2), torch.zeros(4)],
-        [torch.zeros(4), torch.zeros(2)],
+        *(x, [x], (x,), {"x": x}, {"y": x}, [x, x], [x, None], [x, 1], [x, 1.0], [x, True], [x, "1"]),
+        *(
+            x.reshape(2, 3),
+            x.reshape(3, 2),
+            x.double(),
+            x.view(torch.int32),
+            x + 1,
+            -x,
+            torch.zeros(6),
+            torch.zeros(6, 0),
+        ),
+        *([torch.zeros(2), torch.zeros(4)], [torch.zeros(4), torch.zeros(2)]),
     ]
     assert len({batch_hash(batch) for batch in different}) == len(different)
 
@@ -274,26 +268,14 @@ def test_a_file_may_change_after_it_was_read(tmp_path: Path) -> None:
     assert torch.equal(batch, torch.ones(4096))
 
 
-class Harmful:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
 def test_files_that_are_no_batch(tmp_path: Path) -> None:
     path = tmp_path / "probe.safetensors"
     harm = tmp_path / "harm"
     header = b'{"x":{"dtype":"F32","shape":[99],"data_offsets":[0,396]}}'
     torch.save(torch.ones(2), tmp_path / "torch.pt")
     contents = [
-        b"",
-        b"text",
-        pickle.dumps(Harmful(harm)),
-        (tmp_path / "torch.pt").read_bytes(),
-        struct.pack("<Q", 2**60) + b"{}",
-        struct.pack("<Q", len(header)) + header,
+        *(b"", b"text", pickle.dumps(Harmful(harm)), (tmp_path / "torch.pt").read_bytes()),
+        *(struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", len(header)) + header),
     ]
     for content in contents:
         path.write_bytes(content)

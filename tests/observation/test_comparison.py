@@ -8,22 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlu_lightning.observation.comparison import check_coupled, compare_references
-from mlu_lightning.observation.reference import Reference, ReferenceHeader, ReferenceWriter
+from mlu_lightning.observation import Observation, OutputName, Reference, StreamName, compare_references
+from mlu_lightning.observation.comparison import check_coupled
+from mlu_lightning.observation.reference_format import ReferenceHeader
+from mlu_lightning.observation.reference_writer import ReferenceWriter
 
 POSITIONS, OUTPUTS = 6, 3
 
 
-def values(step: int, embedding: int) -> dict[str, Tensor]:
+def values(step: int, embedding: int) -> Observation:
     draws = torch.Generator().manual_seed(100 * embedding + step)
     return {
-        "s=1": torch.randn(POSITIONS, embedding, generator=draws),
-        "output": torch.randn(POSITIONS, OUTPUTS, generator=draws),
+        StreamName(1): torch.randn(POSITIONS, embedding, generator=draws),
+        OutputName(): torch.randn(POSITIONS, OUTPUTS, generator=draws),
     }
 
 
 def recorded(path: Path, embedding: int, steps: list[int], probe: Tensor | None = None) -> Reference:
-    locations = {name: (POSITIONS, size) for name, size in (("s=1", embedding), ("output", OUTPUTS))}
+    locations = {name: (POSITIONS, size) for name, size in ((StreamName(1), embedding), (OutputName(), OUTPUTS))}
     header = ReferenceHeader((4,), (embedding,), {"mlp": 16}, (1.0,), locations, "training_step", {}, None)
     writer = ReferenceWriter(path, header, torch.ones(POSITIONS, 2) if probe is None else probe)
     for step in steps:
@@ -69,28 +71,28 @@ def test_recorded_runs_without_a_common_step_are_refused(tmp_path: Path) -> None
 def test_embeddings_that_are_near_the_references_first_coordinates_count_as_coupled() -> None:
     large = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-    check_coupled({"s=0": large[:, :8] + 0.1 * noise}, {"s=0": large, "s=1": -large})
+    check_coupled({StreamName(0): large[:, :8] + 0.1 * noise}, {StreamName(0): large, StreamName(1): -large})
     with pytest.raises(ValueError, match=r"not coupled: .* at s=0 differs .* by 0.5\d? of its size"):
-        check_coupled({"s=0": large[:, :8] + 0.5 * noise}, {"s=0": large})
+        check_coupled({StreamName(0): large[:, :8] + 0.5 * noise}, {StreamName(0): large})
 
 
 @pytest.mark.parametrize("size", [math.nan, 0.0])
 def test_embeddings_of_which_nothing_can_be_told_are_not_coupled(size: float) -> None:
     embedding = torch.full((5, 4), size)
     with pytest.raises(ValueError, match=r"not coupled: .* by nan of its size.*MLUCallback\(init=\"coupled\"\)"):
-        check_coupled({"s=0": embedding}, {"s=0": embedding})
+        check_coupled({StreamName(0): embedding}, {StreamName(0): embedding})
     with pytest.raises(ValueError, match="not coupled"):
-        check_coupled({"s=0": torch.ones(5, 4)}, {"s=0": embedding})
+        check_coupled({StreamName(0): torch.ones(5, 4)}, {StreamName(0): embedding})
 
 
 def test_every_stream_has_to_be_coupled() -> None:
     one, other = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0))
-    reference = {"s=0": one, "stream1/s=0": other}
-    check_coupled({"s=0": one[:, :8], "stream1/s=0": other[:, :8]}, reference)
+    reference = {StreamName(0): one, StreamName(0, 1): other}
+    check_coupled({StreamName(0): one[:, :8], StreamName(0, 1): other[:, :8]}, reference)
     with pytest.raises(ValueError, match=r"not coupled: the run's stream at stream1/s=0 differs"):
-        check_coupled({"s=0": one[:, :8], "stream1/s=0": other[:, 8:]}, reference)
+        check_coupled({StreamName(0): one[:, :8], StreamName(0, 1): other[:, 8:]}, reference)
     with pytest.raises(ValueError, match=r"not coupled: the run's stream at s=0 differs"):
-        check_coupled({"s=0": one[:, 8:], "stream1/s=0": other[:, :8]}, reference)
+        check_coupled({StreamName(0): one[:, 8:], StreamName(0, 1): other[:, :8]}, reference)
 
 
 def test_reference_without_depth_zero_cannot_be_checked() -> None:
@@ -99,4 +101,4 @@ def test_reference_without_depth_zero_cannot_be_checked() -> None:
         r"not recorded at depth 0, so \"rms\" cannot be measured.*0 among depths, or choose other metrics \(\"gram\""
     )
     with pytest.raises(ValueError, match=remedy):
-        check_coupled({"s=0": stream, "s=1": stream}, {"s=0.5": stream, "s=1": stream})
+        check_coupled({StreamName(0): stream, StreamName(1): stream}, {StreamName(0.5): stream, StreamName(1): stream})

@@ -30,16 +30,7 @@ ALL: list[Distance] = [*STREAMS, output_distance]
 
 # (samples, D, D_ref): few and many samples, either model the larger, thin decompositions of rows and of columns
 SHAPES = [
-    (7, 3, 5),
-    (7, 5, 3),
-    (6, 4, 4),
-    (4, 6, 9),
-    (4, 9, 6),
-    (5, 5, 9),
-    (1, 2, 3),
-    (3, 1, 1),
-    (40, 3, 4),
-    (40, 4, 3),
+    *((7, 3, 5), (7, 5, 3), (6, 4, 4), (4, 6, 9), (4, 9, 6), (5, 5, 9), (1, 2, 3), (3, 1, 1), (40, 3, 4), (40, 4, 3)),
 ]
 ROUNDING: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of at most some hundred terms of size one
 

@@ -1,49 +1,25 @@
 """Recordings and distances of two processes (DDP and FSDP2, gloo) are those of one."""
 
-import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.distributed_run import distances, logged, start
 
 from mlu_lightning.observation.reference import Reference
-
-SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
-
-
-def run(strategy: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), strategy, str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def distances(folder: Path) -> dict[int, dict[str, float]]:
-    return logged(folder / "8", "mlu/distance/")
-
-
-def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
-    with (folder / "version_0" / "metrics.csv").open() as file:
-        return {
-            int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith(prefix)}
-            for row in csv.DictReader(file)
-            if row[f"{prefix}output"]
-        }
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
-    result = run("single", folder)
+    result = start("single", folder)
     assert result.returncode == 0, result.stderr
     return folder
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_record_and_measure_what_one_does(strategy: str, single: Path, tmp_path: Path) -> None:
-    result = run(strategy, tmp_path)
+    result = start(strategy, tmp_path)
     assert result.returncode == 0, result.stderr
     one, two = (Reference.load(folder / "large.safetensors") for folder in (single, tmp_path))
     assert one.steps == two.steps == (0, 1, 2, 4, 8, 12)
@@ -70,7 +46,7 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
 
 def test_error_of_the_first_process_ends_all_of_them(single: Path, tmp_path: Path) -> None:
     (tmp_path / "large.safetensors").write_bytes((single / "large.safetensors").read_bytes())
-    result = run("ddp", tmp_path)
+    result = start("ddp", tmp_path)
     assert result.returncode != 0
     assert result.stderr.count("FileExistsError: ") == 2
     assert "would overwrite it" in result.stderr

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.references import forge, write
 from safetensors.torch import load_file
-from test_reference import forge, write
 
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.observation.batches import load_batch
@@ -332,7 +332,7 @@ def test_longer_files_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="long is longer than 32 MB, which is more than is read"):
         Plan.load(path)
     path.write_bytes((2**25 + 1).to_bytes(8, "little") + b" " * (2**25 + 1))
-    with pytest.raises(ValueError, match="long is not a readable reference: it does not begin with the header"):
+    with pytest.raises(ValueError, match="long is not a readable reference: it is not a whole safetensors file"):
         Reference.load(path)
     write(path, [0])
     before = path.read_bytes()

@@ -22,10 +22,8 @@ def made_up(study: Study, shared: dict[Any, str], loss: Loss) -> list[Run]:
     """Runs of a complete search, with losses by a formula."""
     runs: list[Run] = []
     while missing := search.missing_runs(study, shared, runs):
-        runs += [
-            replace(run, losses=(loss(dict(run.shape), run.parameterization, run.exponent, run.seed),))
-            for run in missing
-        ]
+        losses = [loss(dict(run.shape), run.parameterization, run.exponent, run.seed) for run in missing]
+        runs += [replace(run, losses=(value,)) for run, value in zip(missing, losses, strict=True)]
     return runs
 
 
@@ -139,10 +137,8 @@ def test_best_learning_rates_of_all_horizons_are_searched(study: Study, shared: 
 
 
 def test_summary_is_of_the_largest_size_and_marks_the_least(study: Study, shared: dict[Any, str]) -> None:
-    def loss(shape: dict[str, int], parameterization: str, exponent: float, seed: int) -> float:
-        return valley(shape, parameterization, exponent, 1) - (
-            0.5 if parameterization == "sp" and shape["depth"] == 8 else 0
-        )
+    def loss(shape: dict[str, int], name: str, exponent: float, seed: int) -> float:
+        return valley(shape, name, exponent, 1) - 0.5 * (name == "sp" and shape["depth"] == 8)
 
     def table(found: Any) -> list[list[str]]:
         columns = report.summary_table(study, found).columns

@@ -1,7 +1,7 @@
 """The recipe of the phase diagram: its edits of plans, what it measures, its verdicts, and a quick run."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +105,8 @@ def test_what_is_measured_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def point(variant: str = "MLU", shape: tuple[int, int, int] = (4, 32, 16), **values: float) -> Any:
-    quantities = dict.fromkeys(
-        ("local_first", "local_last", "stream_update", "stream_distance", "output_distance", "loss_first", "loss_last"),
-        1.0,
-    )
-    return report.Point(variant, *shape, **{"alpha": 1.0, "seed": 0, **quantities, **values})
+    ones = {field.name: 1.0 for field in fields(report.Point)[4:]}
+    return report.Point(variant, *shape, **ones | values)
 
 
 def test_sweeps_and_their_slopes() -> None:
@@ -119,9 +116,7 @@ def test_sweeps_and_their_slopes() -> None:
     found = report.sweep(points, quick, "MLU", "L")
     assert {size: len(group) for size, group in found.items()} == {2: 1, 4: 1, 8: 1}
     assert str(report.slope(found, "local_first")) == "-0.50 ± 0.00"
-    assert list(report.sweep(points, quick, "MLU", "M")) == [32, 64], (
-        "the shape that all sweeps share is in all of them"
-    )
+    assert list(report.sweep(points, quick, "MLU", "M")) == [32, 64], "the shape that sweeps share is in all of them"
     assert list(report.sweep(points, quick, "MLU", "α")) == [4.0]
 
 
@@ -131,9 +126,8 @@ def test_verdicts() -> None:
     assert {value: report.verdict(report.Slope(value, 0.02, 1.0)) for value in names} == names
     assert {report.verdict(report.Slope(value, 0.03, 1.0)) for value in names} == {"unclear"}
     assert report.verdict(report.Slope(math.nan, math.nan, math.nan)) == "unclear"
-    assert [point(loss_last=value).diverged for value in (0.9, 1.0, 1.1, math.inf, math.nan)] == [False] * 2 + [
-        True
-    ] * 3
+    assert not any(point(loss_last=value).diverged for value in (0.9, 1.0))
+    assert all(point(loss_last=value).diverged for value in (1.1, math.inf, math.nan))
 
 
 def test_numbers_that_overflowed_are_shown() -> None:

@@ -51,14 +51,13 @@ def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: Optimiz
             changed = {
                 (plan.parameters[name].row, factor)
                 for name in before
-                for factor in ("std", "lr", "eps", "weight_decay")
+                for factor in set(FACTORS) - {"multiplier"}
                 if getattr(before[name], factor) != getattr(after[name], factor)
             }
-            multiplied = {
-                multiplier.kind
-                for multiplier in plan.multipliers
-                if plan.forward_multiplier(multiplier) != wrong.forward_multiplier(multiplier)
-            }
+            pairs = [
+                (one.kind, plan.forward_multiplier(one), wrong.forward_multiplier(one)) for one in plan.multipliers
+            ]
+            multiplied = {kind for kind, right, value in pairs if right != value}
             if fault.factor == "multiplier":
                 assert (changed, multiplied) == (set(), {"readout" if fault.role is Role.READOUT else "branch"})
             elif fault.role is not Role.STREAM_MATRIX or family is OptimizerFamily.ADAMW:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from dataclasses import replace
 from itertools import product
@@ -11,11 +10,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from helpers.error_bound_by_hand import by_hand, squared_terms
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlu_lightning import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
-from mlu_lightning.cli import main
 from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.shapes.error_bound import ATTENTION, PAPER
 from mlu_lightning.shapes.search import RESNET, Candidate, candidate_shapes
@@ -24,18 +23,6 @@ DEEP = ErrorConstants(1, 0.8, 2.5)
 """With which the best depths are large, so that it does not count that they are whole numbers."""
 ANY_SHAPE = replace(RESNET, multiples=Shape(1, 1, 1), constants=DEEP)
 GRID = [Shape(*sizes) for sizes in product((2, 8, 50), (16, 200), (32, 64, 512))]
-
-
-def squared_terms(shape: Shape, constants: ErrorConstants) -> tuple[float, float, float]:
-    return (
-        constants.depth**2 / shape.depth**2,
-        constants.hidden**2 * shape.embedding / shape.depth / shape.hidden,
-        constants.embedding**2 / shape.embedding,
-    )
-
-
-def by_hand(shape: Shape, constants: ErrorConstants) -> float:
-    return sum(squared_terms(shape, constants)) ** 0.5
 
 
 # --- shapes and the bound
@@ -152,6 +139,9 @@ def test_three_different_shapes_are_needed() -> None:
         fit_error_bound({})
 
 
+APART = r"shapes cannot tell the constants"
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -160,13 +150,10 @@ def test_three_different_shapes_are_needed() -> None:
             r"shapes \(all have the same depth\) cannot tell the constants depth and hidden apart.*1/L\^2, .*"
             r"in depth alone, in hidden alone\.",
         ),
+        ([Shape(depth, depth, 64) for depth in (2, 4, 8, 16)], rf"{APART} depth and hidden apart"),
         (
-            [Shape(depth, depth, 64) for depth in (2, 4, 8, 16)],
-            r"shapes cannot tell the constants depth and hidden apart",
-        ),
-        (
-            [Shape(depth, 64, depth**2) for depth in (2, 4, 8)],
-            r"shapes cannot tell the constants depth and embedding apart.*in depth alone, in embedding alone\.",
+            [Shape(d, 64, d**2) for d in (2, 4, 8)],
+            rf"{APART} depth and embedding apart.*depth alone, in embedding alone\.",
         ),
         ([Shape(d, d, d) for d in (2, 4, 8)], r"constants hidden and embedding apart"),
     ],
@@ -379,99 +366,3 @@ def test_candidates_surround_the_best(exponent: float, multiples: Shape) -> None
                 if embedding and room > 0:
                     neighbour = Shape(c.shape.depth, room * multiples.hidden, embedding)
                     assert error_bound(neighbour) >= c.error * (1 - 1e-12), "the best at its depth"
-
-
-# --- command line
-
-
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    main(["shape", *arguments])
-    return capsys.readouterr().out
-
-
-def rows(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
-
-
-def test_command_line_prints_a_table_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, "--parameters", "100e6", "--present", "{depth: 24, hidden: 12, embedding: 768}")
-    table = rows(text)
-    best = next(row for row in table if row[0] == "*")
-    _, depth, blocks, heads, head_dim, units, embedding, parameters, _, ratio = best
-    wanted = optimal_shape(1e8, Architecture.transformer(50257))
-    assert Shape(int(depth), int(heads), int(embedding)) == wanted.shape
-    assert (int(blocks), head_dim, int(units)) == (wanted.shape.depth // 2, "64", 256 * wanted.shape.hidden)
-    with torch.device("meta"):
-        model = CausalTransformer(50257, 8, int(blocks), int(embedding), int(heads), 64, int(units))
-    assert int(parameters.replace(",", "")) == sum(p.numel() for p in model.parameters()) <= 1e8
-    present = by_hand(Shape(24, 12, 768), ATTENTION)
-    assert table[-1][0] == "present" and table[-1][-2:] == [f"{present:.3f}", "1.000"]
-    assert float(ratio) == pytest.approx(wanted.error / present, abs=6e-4)
-    assert [row[0] for row in table].count("*") == 1 and len(table) > 5
-    sentences = " ".join(text.split())
-    for assumption in (
-        "c1 = 1, c2 = 2.2, c3 = 2.5. c2 was measured with attention of head dimension 4 at L = 8 only",
-        "c1 is assumed",
-        "gradient descent and a bounded number of steps",
-        "promises nothing for Adam or longer training, and the error is not the loss",
-        "M counts heads, whose dimension stays 64 at every shape, and each MLP keeps 256 units for each head",
-        "L counts two additions for each block",
-        "twice the depth is taken only if that lowers the error by 5 % or more",
-        "present shape's error of 3.6 is as large as the stream itself",
-    ):
-        assert assumption in sentences
-
-
-def test_command_line_prints_a_table_for_resnets(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = "--parameters 1e6 --model resnet --inputs 784 --outputs 10 --multiple 32 --gain 0.1".split()
-    present = "--present.depth 7 --present.hidden 100 --present.embedding 300".split()
-    text = printed(capsys, *arguments, *present, "--constants", "{depth: 2, hidden: 1, embedding: 3}")
-    constants = ErrorConstants(2, 1, 3)
-    best = next(row for row in rows(text) if row[0] == "*")
-    wanted = optimal_shape(1e6, Architecture.resnet(784, 10, 32, constants), 0.1)
-    assert best[1:4] == [str(size) for size in vars(wanted.shape).values()]
-    assert best[4:6] == [f"{wanted.parameters:,}", f"{wanted.error:.3f}"]
-    assert float(best[6]) == pytest.approx(wanted.error / by_hand(Shape(7, 100, 300), constants), abs=6e-4)
-    sentences = " ".join(text.split())
-    assert "c1 = 2, c2 = 1, c3 = 3. These constants were given." in sentences
-    assert "heads" not in sentences and "as large as the stream" not in sentences
-
-
-def test_command_line_without_a_present_shape_compares_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, "--parameters", "1_000_000", "--model", "resnet")
-    assert "present" not in text and "published fit to the paper's experiment" in " ".join(text.split())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            "--parameters 1e3",
-            r"smallest allowed one, Shape\(depth=2, hidden=1, embedding=64\), has 6,482,240 parameters",
-        ),
-        ("--parameters 1e8 --inputs 3 --outputs 4", r"--inputs and --outputs cannot be used with --model transformer"),
-        ("--parameters 1e8 --model resnet --head_dim 3", r"with --model resnet, which has --inputs, --outputs\. Leave"),
-        (
-            "--parameters 1e8 --present.depth 4",
-            r"--present has depth, and should have depth, hidden and embedding: --pr",
-        ),
-        ("--parameters 1e8 --constants {}", r"--constants has nothing, and should have"),
-        (
-            "--parameters 1e8 --present {depth:\u00a00,hidden:\u00a01,embedding:\u00a01}",
-            r"depth=0 of a shape should be a whole number",
-        ),
-        (
-            "--parameters 1e8 --present {depth:\u00a05,hidden:\u00a01,embedding:\u00a01}",
-            r"no depth of 5: depth counts residual additions, two for each block\. Give twice",
-        ),
-        ("--parameters 1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
-    ],
-)
-def test_command_line_says_what_is_wrong(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["shape", *(argument.replace("\u00a0", " ") for argument in arguments.split(" "))])
-    assert exit_.value.code == 1
-    error = capsys.readouterr().err
-    assert error.startswith("mlu-lightning: ") and error.count("\n") == 1
-    assert re.search(message, error), error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mlu_lightning import Plan
 from mlu_lightning.application.initialization import planned_stds
-from mlu_lightning.checking.measurement import Batches
+from mlu_lightning.checking.preparation import Batches
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern

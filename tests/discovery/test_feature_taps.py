@@ -8,29 +8,19 @@ from typing import Any
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, TOKENS
+from helpers.attentions import causal_logits
 from helpers.feature_models import ATTENTIONS, INPUTS, LENGTH, UNITS, AttentionNet, UnitsNet
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning import Plan, discover
-from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.models import Attention, CausalTransformer, ResNet
-from mlu_lightning.observation.attention_logits import chosen_logits, spread
-from mlu_lightning.observation.feature_updates import moved
-from mlu_lightning.observation.features import reading
-from mlu_lightning.observation.probe import locate_features, observe
-from mlu_lightning.utilities.function_calls import ATTENTION_CALL, CallPlace
+from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.observation import locate_features, observe
+from mlu_lightning.observation.attention_logits import spread
+from mlu_lightning.observation.feature_change import rms_change
 
 DEPTH, HEADS, EMBEDDING = 2, 2, 16
-UNREADABLE = {
-    "average of experts": "experts",
-    "sum of experts": "experts",
-    "mixtral": "experts",
-}
-"""Architectures whose perceptrons cannot be read, and why."""
+OF_EXPERTS = ("average of experts", "sum of experts", "mixtral")
+"""Architectures whose perceptrons cannot be read."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # single precision
 
 
@@ -51,7 +41,7 @@ def seen_by_hooks(module: nn.Module, name: str, run: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_branch_can_be_read_unless_there_is_a_reason(name: str) -> None:
+def test_every_branch_but_mixtures_of_experts_can_be_read(name: str) -> None:
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
     module = architecture.build(DEPTH, HEADS, EMBEDDING)
@@ -59,7 +49,7 @@ def test_every_branch_can_be_read_unless_there_is_a_reason(name: str) -> None:
     expected = {
         f"{branch.kind}/{branch.name}"
         for branch in structure.branches
-        if branch.kind == "attention" or name not in UNREADABLE
+        if branch.kind == "attention" or name not in OF_EXPERTS
     }
     assert set(read(module, architecture.example)) == expected
 
@@ -79,11 +69,8 @@ def test_units_of_a_resnet_are_what_its_first_matrix_makes() -> None:
     ("architecture", "branch", "enters"),
     [
         ("gpt2", "mlp/transformer.h.1.mlp", "transformer.h.1.mlp.c_fc"),  # a formula of tanh and a cube follows
-        (
-            "gemma2",
-            "mlp/model.layers.1.mlp",
-            "model.layers.1.mlp.gate_proj",
-        ),  # the gate, not what it is multiplied with
+        # the gate, not what it is multiplied with
+        ("gemma2", "mlp/model.layers.1.mlp", "model.layers.1.mlp.gate_proj"),
         ("llama", "mlp/model.layers.0.mlp", "model.layers.0.mlp.gate_proj"),
         ("pre-norm encoder", "mlp/encoder.layers.1", "encoder.layers.1.linear1"),
         ("hugging face resnet", "convolution/resnet.encoder.stages.0.layers.0.layer", None),
@@ -101,28 +88,15 @@ def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, 
     torch.testing.assert_close(read(module, example)[branch], rows[spread(len(rows), 32)], **CLOSE)
 
 
-def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
-    """Logits of the package's own attention, by the definition, with NaN for later tokens."""
-    given = attention.norm(stream)
-    query, key = (
-        project(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        for project in (attention.query, attention.key)
-    )
-    length, half = query.shape[-2], query.shape[-1] // 2
-    angles = torch.outer(torch.arange(length), float(attention.context) ** -torch.linspace(0, 1, half))
-    turn = torch.polar(torch.ones_like(angles), angles)
-    query, key = (torch.complex(part[..., :half], part[..., half:]) * turn for part in (query, key))
-    logits = (query @ key.conj().transpose(-2, -1)).real / math.sqrt(2 * half)
-    return logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+def transformer(samples: int = 3) -> tuple[Any, Tensor]:
+    torch.manual_seed(0)
+    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
+    return model, torch.randint(9, (samples, 9))
 
 
 def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:
-    torch.manual_seed(0)
-    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
-    tokens = torch.randint(9, (1, 9))
-    attention = model.branches[0]
-    assert isinstance(attention, Attention)
-    logits = causal_logits(attention, model.tokens(tokens[:, :-1]))
+    model, tokens = transformer(samples=1)
+    logits = causal_logits(model.branches[0], model.tokens(tokens[:, :-1]))
     found = read(model, tokens)["attention/branches.0"]
     assert found.isneginf().sum() > 0
     torch.testing.assert_close(found, logits.reshape(16, 8).detach(), **CLOSE)
@@ -180,14 +154,6 @@ def test_of_two_passes_through_a_network_the_first_one_is_read(how: Any) -> None
     torch.testing.assert_close(read(module, x), once, rtol=0, atol=0)
 
 
-def test_masked_logits_are_left_out_and_nothing_else_is() -> None:
-    hidden, seen = -math.inf, torch.tensor([[1.0, 2.0]])
-    assert moved(torch.tensor([[0.0, hidden]]), torch.tensor([[3.0, hidden]])) == 3
-    for wrong in (math.nan, math.inf):
-        assert not math.isfinite(moved(seen, torch.tensor([[wrong, 2.0]])))
-    assert moved(seen, torch.tensor([[hidden, 2.0]])) == math.inf  # seen before
-
-
 def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
     """A weight that underflows is not one of a key that cannot be seen."""
     torch.manual_seed(0)
@@ -202,7 +168,9 @@ def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
     assert (after.softmax(-1) == 0).sum() > after.isneginf().sum()
     seen = ~before.isneginf()
     assert torch.equal(seen, ~after.isneginf())
-    assert moved(before, after) == pytest.approx(399 * before[seen].double().square().mean().sqrt().item(), rel=1e-4)
+    assert rms_change(before, after) == pytest.approx(
+        399 * before[seen].double().square().mean().sqrt().item(), rel=1e-4
+    )
 
 
 def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
@@ -215,71 +183,6 @@ def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
     assert query.dtype == torch.bfloat16
     logits = ATTENTIONS["causal"].logits((query.float() @ key.float().mT / 2).detach()).reshape(-1, LENGTH)
     torch.testing.assert_close(found, logits[spread(len(logits), 32)], **CLOSE)
-
-
-def test_attention_of_which_nothing_can_be_seen_is_left_out() -> None:
-    tap = Tap("logits", 0, 0, "", "input", 0, -1, ATTENTION_CALL)
-    kept: list[Tensor] = []
-    watch = reading([tap], lambda tap, values: kept.append(values))
-    place = CallPlace("", ATTENTION_CALL, 0)
-    watch(place, (), {"self": torch.full((1, 2, 3), -math.inf), "dim": -1})
-    assert kept == []
-    watch(place, (), {"self": torch.zeros(1, 2, 3), "dim": -1})
-    assert torch.equal(kept[0], torch.zeros(2, 3))
-
-
-class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Notes how large the largest tensor is that is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
-        self.entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, Tensor) and not func.is_view:
-            self.entries = max(self.entries, made.numel())
-        return made
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_of_many_logits_only_the_chosen_ones_are_computed(fused: bool) -> None:
-    samples, heads, length, head_dim = 8, 8, 1024, 16
-    shapes = {"query": (samples, heads, length, head_dim), "key": (samples, 2, length, head_dim)}
-    arguments: dict[str, Any] = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
-    arguments["attn_mask"] = torch.zeros(()).expand(samples, 1, length, length)
-    if not fused:
-        arguments = {"self": torch.ones(()).expand(samples, heads, length, length), "dim": -1}
-    with Largest() as largest:
-        assert chosen_logits(arguments, 32, 256).shape == (32, 256)
-    assert largest.entries <= 32 * 256 * head_dim
-
-
-@given(st.integers(1, 10**6), st.integers(1, 300))
-def test_spread_takes_one_of_each_part(size: int, count: int) -> None:
-    chosen = spread(size, count)
-    assert len(chosen) == min(size, count)
-    assert chosen.equal(chosen.unique())
-    assert 0 <= chosen[0] <= size // count
-    assert size - 1 - size // count - 1 <= chosen[-1] < size
-
-
-def test_spread_rows_are_of_many_queries() -> None:
-    """At one distance, 31 of 32 rows would be of the same query where samples times heads are a multiple of 31."""
-    heads, length = 62, 64
-    assert len((spread(heads * length, 32) % length).unique()) > 20
-
-
-@pytest.mark.parametrize(("mask", "causal"), [(None, False), (None, True), ("bool", False), ("float", False)])
-def test_attention_by_these_logits_is_torchs(mask: str | None, causal: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(2, 3, 5, 4, generator=generator) for _ in range(3))
-    given = torch.rand(5, 5, generator=generator)
-    masks = {None: None, "bool": (given > 0.3) | torch.eye(5).bool(), "float": given}
-    arguments = {"query": query, "key": key, "attn_mask": masks[mask], "is_causal": causal, "scale": 0.7}
-    weights = chosen_logits(arguments, 2 * 3 * 5, 5).softmax(-1).reshape(2, 3, 5, 5)
-    expected = F.scaled_dot_product_attention(query, key, value, masks[mask], is_causal=causal, scale=0.7)
-    torch.testing.assert_close(weights @ value, expected, **CLOSE)
 
 
 def test_grouped_keys_are_read_for_every_head() -> None:
@@ -295,9 +198,7 @@ def test_grouped_keys_are_read_for_every_head() -> None:
 
 
 def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
-    torch.manual_seed(0)
-    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
-    tokens = torch.randint(9, (3, 9))
+    model, tokens = transformer()
     plan = Plan.from_model(model, tokens, base=model)
     assert plan.features == discover(model, tokens).features
     assert Plan.from_yaml(plan.to_yaml(), "itself").features == plan.features
@@ -309,9 +210,7 @@ def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
 
 
 def test_watching_ends_when_the_forward_pass_fails() -> None:
-    torch.manual_seed(0)
-    model = CausalTransformer(vocabulary=9, context=8, depth=1, embedding=12, heads=2, head_dim=6)
-    tokens = torch.randint(9, (3, 9))
+    model, tokens = transformer()
     plan = Plan.from_model(model, tokens, base=model)
     locations = locate_features(plan.features, plan.branches)
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.check_command import BASE, KEYS, QUICK, RESNET, SHORTEST, Pairs, command, plugin, write
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, OptimizerCallable
-from test_check_cli import BASE, KEYS, QUICK, Pairs, command, write
 from torch.utils.data import DataLoader, TensorDataset
 
 from mlu_lightning.checking.configuration import read_config
 from mlu_lightning.models import ResNet
 
-SHORTEST = ["--factors", "[1,2]", "--seeds", "1", "--steps", "1", "--hidden", "null", "--embedding", "null"]
+CLASSES = [f"{__name__}.Net", f"{__name__}.Wide"]
 
 
 class Net(ResNet):
@@ -58,9 +58,8 @@ class WithNotes(LightningCLI):
         parser.add_argument("--notes", default="")
 
 
-def plugin(**base: Any) -> dict[str, Any]:
-    section = {"class_path": f"{__name__}.Net", "init_args": base}
-    return {"class_path": "mlu_lightning.MLUCallback", "init_args": {"base": section}}
+def net(**base: Any) -> dict[str, Any]:
+    return plugin(f"{__name__}.Net", **base)
 
 
 def saved(
@@ -83,7 +82,7 @@ def saved(
 
 
 def read(path: str) -> Any:
-    return read_config(path, KEYS, f"{__name__}.Net", f"{__name__}.Wide")
+    return read_config(path, KEYS, *CLASSES)
 
 
 def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
@@ -92,13 +91,13 @@ def shapes(module: torch.nn.Module) -> dict[str, torch.Size]:
 
 def test_what_a_cli_links_is_taken_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, cli = saved(tmp_path, Linked, "--data.inputs=5", model_class=Net, datamodule_class=Wide, callbacks=[
-        plugin(depth=2, hidden=32, embedding=8, inputs=5)])  # fmt: skip
+        net(depth=2, hidden=32, embedding=8, inputs=5)])  # fmt: skip
     assert "inputs" not in yaml.safe_load(Path(path).read_text())["model"]
     configured = read(path)
     assert shapes(configured.build(2, 32, 8)) == shapes(cli.model) != shapes(Net())
     note = "Taken from the MLUCallback's base, because the model has no value for them: inputs=5."
     assert configured.notes == (note,)
-    classes = ["--model", f"{__name__}.Net", "--data", f"{__name__}.Wide"]
+    classes = ["--model", CLASSES[0], "--data", CLASSES[1]]
     assert command("check", path, "--out", str(tmp_path / "out"), *SHORTEST, *classes) == 4
     assert note in capsys.readouterr().out.replace("\n", " ")
 
@@ -107,8 +106,8 @@ def test_what_a_cli_links_is_taken_from_the_base(tmp_path: Path, capsys: pytest.
     ("links", "callbacks", "missing"),
     [
         ([("data.inputs", "model.inputs")], [], "model.inputs"),
-        ([("data.rate", "model.rate")], [plugin(inputs=5)], "model.rate"),  # of which the base has the default
-        ([("data.inputs", "model.inputs"), ("data.rate", "model.rate")], [plugin(inputs=5)], "model.rate"),
+        ([("data.rate", "model.rate")], [net(inputs=5)], "model.rate"),  # of which the base has the default
+        ([("data.inputs", "model.inputs"), ("data.rate", "model.rate")], [net(inputs=5)], "model.rate"),
         ([("data.inputs", "model.inputs"), ("model.rate", "data.rate")], [], "model.inputs, data.rate"),
     ],
 )
@@ -143,7 +142,7 @@ def test_without_links_saved_files_are_whole(subclasses: bool, has_base: bool, t
         classes: dict[str, Any] = {"subclass_mode_model": True, "subclass_mode_data": True}
     else:
         args, classes = ["--model.inputs=5", "--data.inputs=5"], {}
-    callbacks = [plugin(inputs=5, depth=2)] if has_base else []
+    callbacks = [net(inputs=5, depth=2)] if has_base else []
     path, cli = saved(
         tmp_path, LightningCLI, *args, model_class=Net, datamodule_class=Wide, callbacks=callbacks, **classes
     )
@@ -186,9 +185,8 @@ class Nested(ResNet):
 @pytest.mark.parametrize("given", [[], [f"--model.rate={__name__}.Rate", "--model.sizes.inputs=3"]])
 def test_arguments_with_arguments_are_no_links(given: list[str], tmp_path: Path) -> None:
     """Neither is there a link where a class, as that of the data, has no arguments."""
-    base = {"class_path": f"{__name__}.Nested", "init_args": {"depth": 2}}
-    callback = {"class_path": "mlu_lightning.MLUCallback", "init_args": {"base": base}}
-    path, cli = saved(tmp_path, LightningCLI, *given, model_class=Nested, datamodule_class=Pairs, callbacks=[callback])
+    callbacks = [plugin(f"{__name__}.Nested", depth=2)]
+    path, cli = saved(tmp_path, LightningCLI, *given, model_class=Nested, datamodule_class=Pairs, callbacks=callbacks)
     configured = read_config(path, KEYS, f"{__name__}.Nested", f"{Pairs.__module__}.Pairs")
     assert configured.notes == ()
     assert shapes(configured.build(2, 32, 8)) == shapes(cli.model)
@@ -204,9 +202,7 @@ def test_short_configurations_leave_arguments_at_defaults(tmp_path: Path) -> Non
 
 def test_arguments_of_a_base_of_another_class_are_its_own(tmp_path: Path) -> None:
     model = {"class_path": f"{__name__}.Net", "init_args": {"depth": 4}}
-    callback = {"class_path": "mlu_lightning.MLUCallback", "init_args": {"base": {
-        "class_path": "mlu_lightning.models.ResNet", "init_args": BASE}}}  # fmt: skip
-    configured = read_config(write(tmp_path, model=model, trainer={"callbacks": [callback]}), KEYS)
+    configured = read_config(write(tmp_path, model=model, trainer={"callbacks": [plugin(**BASE)]}), KEYS)
     assert configured.notes == ()
     assert configured.start == {"depth": 2, "hidden": 32, "embedding": 8}
     assert "outputs" not in configured.content["model"]["init_args"]
@@ -217,7 +213,7 @@ def test_arguments_of_a_cli_itself_are_left_out(tmp_path: Path, capsys: pytest.C
     assert yaml.safe_load(Path(path).read_text())["notes"] == "first"
     configured = read(path)
     assert shapes(configured.build(2, 32, 8)) == shapes(cli.model)
-    classes = ["--model", f"{__name__}.Net", "--data", f"{__name__}.Wide"]
+    classes = ["--model", CLASSES[0], "--data", CLASSES[1]]
     assert command("check", path, "--out", str(tmp_path / "out"), *SHORTEST, *classes) in (3, 4)
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "Left out, because LightningCLI itself does not have them: notes. Optimizers and callbacks that" in printed
@@ -237,23 +233,20 @@ def test_optimizers_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("model", "says"),
     [
-        (
-            {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE | {"dept": 3}},
-            "Option 'dept' is not accepted",
-        ),
+        ({"class_path": RESNET, "init_args": BASE | {"dept": 3}}, "Option 'dept' is not accepted"),
         ({"class_path": "nowhere.Net", "init_args": BASE}, "No module named 'nowhere'"),
         (
-            {"class_path": "mlu_lightning.models.ResNet", "init_args": {"depth": 1, "hidden": 8, "embedding": 4}},
-            "the following arguments are required: inputs, outputs",
+            {"class_path": RESNET, "init_args": {"depth": 1, "hidden": 8, "embedding": 4}},
+            "are required: inputs, outputs",
         ),
     ],
 )
 def test_what_cannot_be_parsed_is_an_error(
-    change: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path, model=change, trainer={"max_steps": 3})
+    path = write(tmp_path, model=model, trainer={"max_steps": 3})
     assert command("check", path, "--out", str(tmp_path / "out"), *QUICK) == 1
     said = capsys.readouterr().err
     assert said.startswith("mlu-lightning: LightningCLI cannot read the configuration: ")
@@ -266,13 +259,10 @@ def test_what_cannot_be_parsed_is_an_error(
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (
-            "base",
-            r"The base of the MLUCallback of .*config.yaml is a saved plan, from which a module .* Give it another,",
-        ),
+        ("base", r"The base of the MLUCallback of .*config.yaml is a saved plan, from which .* Give it another,"),
         (
             "plan",
-            r"The MLUCallback of .*config.yaml has a finished plan, which is for one shape, .* Give it a base instead,",
+            r"The MLUCallback of .*config.yaml has a finished plan, which is for one .* Give it a base instead,",
         ),
     ],
 )

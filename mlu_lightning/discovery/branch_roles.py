@@ -1,0 +1,200 @@
+"""The role of a parameter inside a residual branch, from what lies around each of its uses."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlu_lightning.discovery.attention import Attention, find_attention
+from mlu_lightning.discovery.experts import Experts, find_experts
+from mlu_lightning.discovery.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use
+from mlu_lightning.discovery.outer_roles import BIAS_ROLES, Placed, Unplaced
+from mlu_lightning.discovery.residual import BranchRegion
+from mlu_lightning.discovery.structure import BranchKind
+from mlu_lightning.discovery.traversal import Ancestry, between
+from mlu_lightning.table import Role, Variant
+
+__all__ = ["BranchRoles"]
+
+
+@dataclass(frozen=True)
+class BranchRoles:
+    """Roles inside one residual branch."""
+
+    graph: Graph
+    region: BranchRegion
+
+    def place(self, use: Use) -> Placed | Unplaced:
+        """Role of a parameter at one use."""
+        op = use.op
+        if use.kind == "matrix":
+            role = self._matrix_role(op)
+            return Placed(role, Variant.BEFORE_NORM if role is Role.BRANCH_OUT and self._ends_in_norm else None)
+        if use.kind == "bias":
+            return Placed(BIAS_ROLES[self._matrix_role(op)])
+        if use.kind == "lookup":
+            return self._place_table(use)
+        size, attention = math.prod(use.selected), self.attention
+        if use.kind == "add" and op in self._biased:
+            return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
+        if size != max(use.selected, default=1) and not self._is_per_head(use):
+            return Unplaced(f"it enters {op.name} with shape {list(use.shape)}")
+        # at D = 1 the gain of a norm has one entry, too
+        if size == 1 and not (use.shape and self._embedding == 1 and not self._matrices_before.of(op)):
+            return Placed(Role.BRANCH_BOUNDED)
+        if op in self._writing_path:
+            return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
+        if not self._matrices_before.of(op):
+            return Placed(Role.BRANCH_NORM)
+        source = op.data[0].source if op.data else op
+        if use.kind == "add" and self.graph.is_matrix(source):
+            return Placed(BIAS_ROLES[self._matrix_role(source)])
+        if attention is not None:
+            if size == self.hidden and use.shape[-1] == 1:
+                return Placed(Role.BRANCH_IN_BIAS)  # a number for each head
+            if size == attention.key_dim and self._is_in_heads(op):
+                return Placed(Role.BRANCH_BOUNDED)
+            if size % attention.key_dim == 0:
+                return Placed(Role.BRANCH_IN_BIAS)
+        if size in self._sizes:
+            return Placed(Role.BRANCH_IN_BIAS)
+        return Unplaced(
+            f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
+        )
+
+    @cached_property
+    def matrices(self) -> tuple[Op, ...]:
+        """Operations with a parameter matrix, in order."""
+        return tuple(op for op in self.region.ops if self.graph.is_matrix(op))
+
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        """Names of the parameters that are matrices, in order of use."""
+        return tuple(use.parameter for op in self.matrices for use in self.graph.matrices(op))
+
+    @cached_property
+    def writers(self) -> tuple[Op, ...]:
+        """Matrices that write to the addition: nothing but linear operations and norms lies between."""
+        return tuple(op for op in self.matrices if op in self._writing_path)
+
+    @cached_property
+    def _ends_in_norm(self) -> bool:
+        """Whether a norm comes after the matrices that write."""
+        return any(op.is_normalizer for op in self._writing_path)
+
+    @cached_property
+    def attention(self) -> Attention | None:
+        """The attention in the branch, if there is any."""
+        return find_attention(self.region.ops, self.graph)
+
+    @cached_property
+    def kind(self) -> BranchKind:
+        """What kind of block the branch is."""
+        if self.attention is not None:
+            return "attention"
+        kernels = (self.graph.matrices(op)[0].shape[2:] for op in self.matrices if op.name in CONVOLUTIONS)
+        return "convolution" if any(math.prod(kernel) > 1 for kernel in kernels) else "mlp"
+
+    @cached_property
+    def hidden(self) -> int:
+        """Hidden width M: inputs of the matrix that writes, in heads for attention."""
+        last = (self.writers or self.matrices)[-1]
+        inputs = self.graph.matrices(last)[0].fans[0] * (self.active if self.is_expert(last) else 1)
+        return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
+
+    @cached_property
+    def experts(self) -> Experts | None:
+        """The experts in the branch, if it is a mixture of experts."""
+        return find_experts(self.graph, self.region.ops)
+
+    @property
+    def active(self) -> int:
+        """Number of experts that a token is sent to; 1 if there are none, or it cannot be read."""
+        return 1 if self.experts is None else self.experts.active or 1
+
+    def is_expert(self, op: Op) -> bool:
+        """Whether an operation is a matrix of an expert, or looks up its bias."""
+        if self.experts is None:
+            return False
+        return op in self.experts.ops or self._biased.get(op) in self.experts.ops
+
+    def _matrix_role(self, op: Op) -> Role:
+        router = None if self.experts is None else self.experts.router
+        if op is router:
+            return Role.BRANCH_BOUNDED_MATRIX
+        if op in self.writers:
+            return Role.BRANCH_OUT
+        if self._matrices_before.of(op) - {router}:
+            return Role.BRANCH_HIDDEN
+        feeds = any(self._matrices_before.precedes(op, other) for other in self.matrices)
+        return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
+
+    def _place_table(self, use: Use) -> Placed | Unplaced:
+        """Role of a table that is looked up."""
+        attention, matrix = self.attention, self._biased.get(use.op)
+        if matrix is not None:
+            return Placed(BIAS_ROLES[self._matrix_role(matrix)])
+        if attention is not None and use.shape[-1] == self.hidden:
+            return Placed(Role.BRANCH_IN_BIAS)  # one logit per head, as in relative position biases
+        if attention is not None and use.shape[-1] == attention.key_dim:
+            return Placed(Role.BRANCH_BOUNDED)
+        return Unplaced("it is a table that is looked up inside a branch")
+
+    def _is_per_head(self, use: Use) -> bool:
+        """Whether a parameter is [heads, head_dim]."""
+        attention = self.attention
+        entries = [size for size in use.selected if size > 1]
+        return attention is not None and len(entries) == 2 and entries[1] in (attention.key_dim, attention.value_dim)
+
+    def _is_in_heads(self, op: Op) -> bool:
+        """Whether units have been split into heads, which one head alone does not show in the size of the last axis."""
+        assert self.attention is not None
+        split: list[Op] = []
+        while op.data and not self.graph.is_matrix(op):
+            split.append(op)
+            op = op.data[0]
+        key_dim, tokens = self.attention.key_dim, math.prod(op.shape[:-1])
+        return any(o.shape[-1:] == (key_dim,) and (math.prod(o.shape[:-1]) > tokens or o.shape[-2] == 1) for o in split)
+
+    @cached_property
+    def _biased(self) -> dict[Op, Op]:
+        """The matrix of experts to whose output biases of experts are added, by the lookup of these or the addition."""
+        found: dict[Op, Op] = {}
+        for op in self.region.ops if self.experts is not None else ():
+            sources = [operand.source for operand in op.data]
+            matrices = [source for source in sources if self.experts is not None and source in self.experts.ops]
+            if op.name == "Add" and len(matrices) == 1:
+                tables = [source for source in sources if self.graph.is_lookup(source)]
+                found |= dict.fromkeys(tables or [op], matrices[0])
+        return found
+
+    @cached_property
+    def _matrices_before(self) -> Ancestry:
+        """Matrices and lookups that come before each operation."""
+        ops = self.region.ops
+        return Ancestry(self.graph, ops, (op for op in ops if self.graph.is_matrix(op) or self.graph.is_lookup(op)))
+
+    @cached_property
+    def _writing_path(self) -> frozenset[Op]:
+        """Operations from the last matrices on, those included."""
+        members = set(self.region.ops)
+
+        def operands(op: Op) -> tuple[Op, ...]:
+            if op.name.startswith(ATTENTION):
+                return tuple(operand[0] for operand in op.operands[2:3] if operand is not None)
+            if self.graph.is_matrix(op):
+                return ()
+            return op.full_factors if op.name == "Mul" else op.data
+
+        ops, _ = between([self.region.end], lambda op: op not in members or op.name in NONLINEAR, operands)
+        return frozenset(ops)
+
+    @cached_property
+    def _embedding(self) -> int | None:
+        """Dimension of the stream, D: outputs of the matrix that writes."""
+        return self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
+
+    @cached_property
+    def _sizes(self) -> frozenset[int]:
+        return frozenset(size for op in self.matrices for use in self.graph.matrices(op) for size in use.fans)

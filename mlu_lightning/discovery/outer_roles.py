@@ -1,0 +1,132 @@
+"""The role of a parameter outside of branches: before, on and after a stream."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlu_lightning.discovery.graph import Graph, Op, Use
+from mlu_lightning.discovery.traversal import Ancestry
+from mlu_lightning.table import Role, Variant
+
+__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "StemRoles", "TrunkRoles", "Unplaced"]
+
+BIAS_ROLES = {
+    Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
+    Role.BRANCH_HIDDEN: Role.BRANCH_IN_BIAS,
+    Role.BRANCH_OUT: Role.BRANCH_OUT_BIAS,
+    Role.BRANCH_BOUNDED_MATRIX: Role.BRANCH_BOUNDED,
+    Role.EMBEDDING: Role.EMBEDDING,
+    Role.STREAM_MATRIX: Role.STREAM_NORM,
+    Role.READOUT: Role.READOUT_BIAS,
+}
+"""Role of the bias that belongs to a matrix."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The role of a parameter at one use, and what about its place changes the row of that role."""
+
+    role: Role
+    variant: Variant | None = None
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """Why the role of a parameter at one use cannot be told."""
+
+    reason: str
+    role: None = None
+    variant: None = None
+
+
+@dataclass(frozen=True)
+class StemRoles:
+    """Roles between the data and the first addition of a stream, or a branch that reads something else."""
+
+    graph: Graph
+    ops: tuple[Op, ...]
+
+    def place(self, use: Use) -> Placed | Unplaced:
+        """Role of a parameter at one use."""
+        if use.kind == "lookup":
+            return Placed(Role.EMBEDDING)
+        if use.kind in ("matrix", "bias"):
+            role = Role.STREAM_MATRIX if self._matrices_before.of(use.op) else Role.EMBEDDING
+            return Placed(role if use.kind == "matrix" else BIAS_ROLES[role])
+        if use.kind == "other" and math.prod(use.shape) != max(use.shape, default=1):
+            return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
+        return Placed(Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM)
+
+    @cached_property
+    def _matrices_before(self) -> Ancestry:
+        marked = (op for op in self.ops if self.graph.is_matrix(op) or self.graph.is_lookup(op))
+        return Ancestry(self.graph, self.ops, marked)
+
+
+@dataclass(frozen=True)
+class TrunkRoles:
+    """Roles on a stream between its additions."""
+
+    post_norm: bool
+
+    def place(self, use: Use) -> Placed | Unplaced:
+        """Role of a parameter at one use."""
+        if use.kind == "matrix":
+            return Placed(Role.STREAM_MATRIX)
+        if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
+            return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
+        if math.prod(use.shape) != max(use.shape, default=1):
+            return Unplaced(
+                f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
+            )
+        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else None)
+
+
+@dataclass(frozen=True)
+class HeadRoles:
+    """Roles between the last addition and the output."""
+
+    graph: Graph
+    ops: tuple[Op, ...]
+    post_norm: bool  # whether the stream has a norm after every addition; the one after the last is in the head
+
+    def place(self, use: Use) -> Placed | Unplaced:
+        """Role of a parameter at one use."""
+        if use.kind in ("matrix", "bias"):
+            role = Role.READOUT if use.op in self._readouts else Role.STREAM_MATRIX
+            if use.kind == "bias":
+                return Placed(BIAS_ROLES[role])
+            return Placed(role, Variant.IN_HEAD if role is Role.STREAM_MATRIX else None)
+        if use.kind == "lookup":
+            return Unplaced("it is a table that is looked up after the last addition")
+        if math.prod(use.shape) != max(use.shape, default=1):
+            return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} after the last addition")
+        if self._matrices_before.of(use.op) & self._readouts:
+            return Placed(Role.READOUT_BIAS)
+        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.op in self._first_norms else None)
+
+    @cached_property
+    def _readouts(self) -> frozenset[Op]:
+        """The last matrices: no other one comes after them."""
+        matrices = [op for op in self.ops if self.graph.is_matrix(op)]
+        feeding = frozenset[Op]().union(*map(self._matrices_before.of, matrices))
+        return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))
+
+    def _is_pooler(self, op: Op) -> bool:
+        """Whether it is a square matrix with an activation, which transforms the stream, as BERT's pooler does."""
+        inputs, outputs = self.graph.matrices(op)[0].fans
+        activations = (o for o in self.ops if o.name in ("Tanh", "Gelu", "Relu", "Silu"))
+        return inputs == outputs and any(o.data[0].source is op for o in activations)
+
+    @cached_property
+    def _matrices_before(self) -> Ancestry:
+        return Ancestry(self.graph, self.ops, (op for op in self.ops if self.graph.is_matrix(op)))
+
+    @cached_property
+    def _first_norms(self) -> frozenset[Op]:
+        """Norms that no other norm of the head comes before: one for each forward pass."""
+        norms = [op for op in self.ops if any(use.kind in ("norm", "mul") for use in self.graph.uses.get(op, ()))]
+        before = Ancestry(self.graph, self.ops, norms)
+        return frozenset(op for op in norms if not before.of(op))

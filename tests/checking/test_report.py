@@ -1,0 +1,117 @@
+"""Reports of checks: as tables, as JSON and back, as files, as a figure, and where runs are shown."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+from helpers.check_reports import FACTORS, READ, failing_report, noisy, points
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mlu_lightning import CheckReport, Shape, log_check
+from mlu_lightning.checking import save_check
+from mlu_lightning.checking.figure import draw_check
+from mlu_lightning.checking.quantities import Kind, Quantity
+from mlu_lightning.checking.sizes import AXES
+from mlu_lightning.checking.verdicts import Row, fit_row
+
+
+@pytest.fixture
+def report() -> CheckReport:
+    def rows() -> Iterator[Row]:
+        for axis in AXES:
+            yield fit_row(READ, axis, points(noisy(1.0 if axis == "hidden" else 0.0, 0.01)))
+            yield fit_row(Quantity(Kind.FEATURES, "blocks.* (mlp)"), axis, points(lambda f, s: math.nan))
+            yield fit_row(Quantity(Kind.EFFECT_ON_STREAM, "branch_in", "branch_in"), axis, points(noisy(0.1, 0.01)))
+
+    return CheckReport(Shape(2, 3, 4), FACTORS, 3, 5, tuple(rows()), ("post-norm",))
+
+
+def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
+    save_check(report, tmp_path / "folder")
+    text = (tmp_path / "folder" / "check.json").read_text()
+    again = CheckReport.from_json(text)
+    assert str(again) == str(report)
+    assert again.to_json() == text
+    content = json.loads(text)
+    assert content["verdict"] == "fail"
+    assert set(content["rows"][0]["points"][0]) == {"factor", "seed", "value", "lowest", "highest"}
+    assert content["rows"][1]["points"][0]["value"] is None, "JSON has no NaN"
+    assert (tmp_path / "folder" / "check.txt").read_text() == f"{report}\n"
+    assert (tmp_path / "folder" / "check.png").read_bytes()[:4] == b"\x89PNG"
+    for wrong in ("", "[]", "{}", text.replace('"rows"', '"lines"')):
+        with pytest.raises(ValueError, match="This is not a report of a check"):
+            CheckReport.from_json(wrong)
+
+
+def test_a_check_is_what_it_was() -> None:
+    check = failing_report()
+    assert CheckReport.from_json(check.to_json()) == check
+
+
+def test_printed_tables_have_warnings_as_they_are() -> None:
+    assert "Warning: [/red] :smile:." in str(failing_report(("[/red] :smile:",)))
+
+
+def test_report_says_what_fails(report: CheckReport) -> None:
+    text = str(report)
+    assert "FAIL: 7 pass, 5 fail, 0 undecided" in text
+    assert "branch_in: look at its lr or eps; update of blocks.*.read.weight (branch_in) grows as hidden^1.0" in text
+    assert "Failing too, which may follow from that: blocks.* (mlp)" in text
+    assert "Warning: post-norm." in text
+    assert max(map(len, text.splitlines())) <= 125
+
+
+def test_figure_names_what_fails(report: CheckReport) -> None:
+    figure = draw_check(report)
+    panels = {(axes.get_title(loc="left"), axes.get_ylabel()): axes for axes in figure.axes}
+    assert {title for title, _ in panels} >= set(AXES)
+    named = {text.get_text() for axes in figure.axes for text in axes.texts}
+    assert named == {"branch_in"}
+    assert figure.get_suptitle().startswith("FAIL")
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """W&B without a network, and without files anywhere but in a folder of the test."""
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.finish()  # a run that another test has left would be taken
+    wandb.teardown()
+    yield tmp_path
+    wandb.finish()
+    wandb.teardown()
+
+
+def test_wandb_has_figure_verdict_and_rows(offline: Path) -> None:
+    logger, other = WandbLogger(offline=True, save_dir=offline), CSVLogger(offline)
+    log_check([logger, other], failing_report())
+    summary, media = logger.experiment.summary, Path(logger.experiment.dir) / "media"
+    assert summary["mlu/check/verdict"] == "fail"
+    (cause,) = summary["mlu/check/causes"]
+    assert cause.startswith("branch_in: look at its lr or eps; update of blocks.*.read.weight (branch_in) grows as")
+    assert len(list((media / "images" / "mlu").glob("check_*.png"))) == 1
+    (table,) = (media / "table" / "mlu" / "check").glob("rows_*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"][:4] == ["kind", "name", "role", "axis"]
+    assert [row[:4] for row in content["data"]] == [
+        ["update", "blocks.*.read.weight", "branch_in", axis] for axis in ("depth", "hidden")
+    ]
+    assert all(row[6] == "fail" for row in content["data"])
+    assert not Path(other.log_dir).exists()
+
+
+def test_tensorboard_has_figure_and_report(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    log_check([logger], failing_report())
+    events = EventAccumulator(logger.log_dir).Reload()
+    assert "mlu/check" in events.Tags()["images"]
+    (text,) = events.Tensors("mlu/check/text_summary")
+    assert "FAIL: 0 pass, 2 fail" in text.tensor_proto.string_val[0].decode()

@@ -1,0 +1,101 @@
+"""``mlu-lightning shape``: tables of shapes, the sentences below them, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers.error_bound_by_hand import by_hand
+
+from mlu_lightning import Architecture, ErrorConstants, Shape, optimal_shape
+from mlu_lightning.cli import main
+from mlu_lightning.models import CausalTransformer
+from mlu_lightning.shapes.error_bound import ATTENTION
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    main(["shape", *arguments])
+    return capsys.readouterr().out
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_command_line_prints_a_table_for_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--parameters", "100e6", "--present", "{depth: 24, hidden: 12, embedding: 768}")
+    table = rows(text)
+    best = next(row for row in table if row[0] == "*")
+    _, depth, blocks, heads, head_dim, units, embedding, parameters, _, ratio = best
+    wanted = optimal_shape(1e8, Architecture.transformer(50257))
+    assert Shape(int(depth), int(heads), int(embedding)) == wanted.shape
+    assert (int(blocks), head_dim, int(units)) == (wanted.shape.depth // 2, "64", 256 * wanted.shape.hidden)
+    with torch.device("meta"):
+        model = CausalTransformer(50257, 8, int(blocks), int(embedding), int(heads), 64, int(units))
+    assert int(parameters.replace(",", "")) == sum(p.numel() for p in model.parameters()) <= 1e8
+    present = by_hand(Shape(24, 12, 768), ATTENTION)
+    assert table[-1][0] == "present" and table[-1][-2:] == [f"{present:.3f}", "1.000"]
+    assert float(ratio) == pytest.approx(wanted.error / present, abs=6e-4)
+    assert [row[0] for row in table].count("*") == 1 and len(table) > 5
+    sentences = " ".join(text.split())
+    for assumption in (
+        "c1 = 1, c2 = 2.2, c3 = 2.5. c2 was measured with attention of head dimension 4 at L = 8 only",
+        "c1 is assumed",
+        "gradient descent and a bounded number of steps",
+        "promises nothing for Adam or longer training, and the error is not the loss",
+        "M counts heads, whose dimension stays 64 at every shape, and each MLP keeps 256 units for each head",
+        "L counts two additions for each block",
+        "twice the depth is taken only if that lowers the error by 5 % or more",
+        "present shape's error of 3.6 is as large as the stream itself",
+    ):
+        assert assumption in sentences
+
+
+def test_command_line_prints_a_table_for_resnets(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--parameters 1e6 --model resnet --inputs 784 --outputs 10 --multiple 32 --gain 0.1".split()
+    present = "--present.depth 7 --present.hidden 100 --present.embedding 300".split()
+    text = printed(capsys, *arguments, *present, "--constants", "{depth: 2, hidden: 1, embedding: 3}")
+    constants = ErrorConstants(2, 1, 3)
+    best = next(row for row in rows(text) if row[0] == "*")
+    wanted = optimal_shape(1e6, Architecture.resnet(784, 10, 32, constants), 0.1)
+    assert best[1:4] == [str(size) for size in vars(wanted.shape).values()]
+    assert best[4:6] == [f"{wanted.parameters:,}", f"{wanted.error:.3f}"]
+    assert float(best[6]) == pytest.approx(wanted.error / by_hand(Shape(7, 100, 300), constants), abs=6e-4)
+    sentences = " ".join(text.split())
+    assert "c1 = 2, c2 = 1, c3 = 3. These constants were given." in sentences
+    assert "heads" not in sentences and "as large as the stream" not in sentences
+
+
+def test_command_line_without_a_present_shape_compares_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--parameters", "1_000_000", "--model", "resnet")
+    assert "present" not in text and "published fit to the paper's experiment" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("1e3", r"smallest allowed one, Shape\(depth=2, hidden=1, embedding=64\), has 6,482,240 parameters"),
+        ("1e8 --inputs 3 --outputs 4", r"--inputs and --outputs cannot be used with --model transformer"),
+        ("1e8 --model resnet --head_dim 3", r"with --model resnet, which has --inputs, --outputs\. Leave"),
+        ("1e8 --present.depth 4", r"--present has depth, and should have depth, hidden and embedding: --pr"),
+        ("1e8 --constants {}", r"--constants has nothing, and should have"),
+        (
+            "1e8 --present {depth:\u00a00,hidden:\u00a01,embedding:\u00a01}",
+            r"depth=0 of a shape should be a whole number",
+        ),
+        (
+            "1e8 --present {depth:\u00a05,hidden:\u00a01,embedding:\u00a01}",
+            r"no depth of 5: depth counts residual additions, two for each block\. Give twice",
+        ),
+        ("1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
+    ],
+)
+def test_command_line_says_what_is_wrong(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["shape", "--parameters", *(argument.replace("\u00a0", " ") for argument in arguments.split(" "))])
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mlu-lightning: ") and error.count("\n") == 1
+    assert re.search(message, error), error

@@ -1,0 +1,191 @@
+"""Where branches of small networks can be multiplied, and which additions are branches at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.architectures import TOKENS
+from helpers.residual_networks import Block, Net, X
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel
+
+from mlu_lightning import discover
+from mlu_lightning.discovery.structure import Branch, Structure
+from mlu_lightning.models import ResNet
+
+Change = Callable[[Any, Tensor, int], Tensor]
+"""What a branch adds to the stream, from the network, the stream and the number of the block."""
+
+
+def blocks(branch: Change, **parts: Any) -> Structure:
+    """Two residual blocks between an embedding and a readout, each of which adds ``branch``."""
+
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        for i in range(2):
+            h = h + branch(net, h, i)
+        return net.out(h)
+
+    return discover(Net(forward, **parts), X)
+
+
+def sites(branches: tuple[Branch, ...]) -> list[str]:
+    return [str(branch.site) for branch in branches]
+
+
+def write(i: int) -> set[str]:
+    return {f"blocks.{i}.write.weight", f"blocks.{i}.write.bias"}
+
+
+def test_weights_shared_across_depth_are_planned_with_a_warning() -> None:
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        for _ in range(3):
+            h = h + net.block(h)
+        return net.out(h)
+
+    structure = discover(Net(forward, blocks=nn.Identity(), block=Block()), X)
+    assert structure.depth == 3 and structure.roles["block.write.weight"] == "branch_out"
+    assert any("shared across depth" in warning for warning in structure.warnings)
+    (branch,) = structure.branches
+    assert str(branch.site) == "block output" and set(branch.folds) == {"block.write.weight", "block.write.bias"}
+
+
+class Twice(LightningModule):
+    """Two forward passes in one step, and a look at the trainer."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.net = ResNet(depth, 8, 4, inputs=3, outputs=2)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        first, second = self.net(batch), self.net(batch.flip(0))
+        return (first - second).square().mean() * (1 + self.trainer.current_epoch)
+
+
+def test_two_forward_passes_are_one_network() -> None:
+    module = Twice()
+    module.trainer = Trainer(barebones=True, accelerator="cpu")
+    structure = discover(module, X)
+    assert [stream.depth for stream in structure.streams] == [2]
+    assert [(str(branch.site), branch.folds) for branch in structure.branches] == [
+        (f"net.blocks.{i} output", (f"net.blocks.{i}.write.weight",)) for i in (0, 1)
+    ]
+    (readout,) = structure.readouts
+    assert (str(readout.site), readout.folds) == ("net.readout input", ("net.readout.weight",))
+    assert module.trainer is not None
+
+
+def test_parallel_branches_that_are_added_in_turn_count_once() -> None:
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        for block, more in zip(net.blocks, net.more, strict=True):
+            h = (h + block(h)) + torch.tanh(more(h))
+        return net.out(h)
+
+    structure = discover(Net(forward, more=nn.ModuleList(nn.Linear(8, 8) for _ in range(2))), X)
+    assert structure.depth == 2
+    assert [branch.position for branch in structure.branches] == [0, 0, 1, 1]
+
+
+def test_a_module_that_other_branches_call_too_is_no_site_of_a_multiplier() -> None:
+    def through_dropout(net: Net, h: Tensor, i: int) -> Any:
+        block = net.blocks[i]
+        return net.drop(F.linear(torch.tanh(block.read(h)), block.write.weight, block.write.bias))
+
+    branches = blocks(through_dropout, drop=nn.Dropout(0.0)).branches
+    assert [branch.site for branch in branches] == [None, None]
+    assert set(branches[0].folds) == write(0)
+
+
+def test_a_module_that_is_called_twice_in_one_branch_is_multiplied_in_both() -> None:
+    structure = blocks(lambda net, h, i: net.blocks[i](h) + net.blocks[i](-h))
+    assert structure.depth == 2
+    assert [set(branch.folds) for branch in structure.branches] == [write(0), write(1)]
+    assert sites(structure.branches) == ["blocks.0 output", "blocks.1 output"]
+
+
+def test_a_branch_with_a_constant_cannot_be_folded() -> None:
+    structure = blocks(lambda net, h, i: net.blocks[i](h) + 1.0)
+    assert [(branch.site, branch.folds) for branch in structure.branches] == [(None, ()), (None, ())]
+
+
+def test_a_norm_that_ends_a_branch_is_what_is_folded() -> None:
+    norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+    torch.nn.init.normal_(norms[1].bias)
+    (_, branch) = blocks(lambda net, h, i: net.norm[i](net.blocks[i](h)), norm=norms).branches
+    assert str(branch.site) == "norm.1 output"
+    assert set(branch.folds) == {"norm.1.weight", "norm.1.bias"}
+
+
+def test_a_branch_that_something_else_reads_cannot_be_folded() -> None:
+    def forward(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = net.embed(x)
+        made = net.blocks[0](h)
+        return net.out(h + made), net.side(made)
+
+    (branch,) = discover(Net(forward, side=nn.Linear(8, 2)), X).branches
+    assert (branch.site, branch.folds) == (None, ())
+
+
+def test_a_number_for_each_branch_is_of_bounded_size() -> None:
+    """All of them are in one parameter (ReZero)."""
+    structure = blocks(lambda net, h, i: net.scales[i] * net.blocks[i](h), scales=nn.Parameter(torch.ones(2)))
+    facts = structure.parameters["scales"]
+    assert (facts.role, facts.fan_in, facts.fan_out) == ("branch_bounded", 1, 1)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_a_branch_is_folded_into_what_writes_it_and_not_into_its_gate(modulated: bool) -> None:
+    """A condition shifts, scales and gates branches, by parts of one matrix, as in a diffusion transformer."""
+
+    def forward(net: Net, x: Tensor, condition: Tensor) -> Any:
+        h = net.embed(x)
+        parts = net.modulation(F.silu(net.condition(condition)))[:, None].chunk(6, -1)
+        for i, block in enumerate(net.blocks):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            h = h + gate * block(h * (1 + scale) + shift if modulated else h)
+        return net.out(h)
+
+    torch.manual_seed(0)
+    module = Net(forward, condition=nn.Linear(2, 8), modulation=nn.Linear(8, 48))
+    example = (torch.linspace(-1, 1, 60).reshape(4, 5, 3), torch.ones(4, 2))
+    structure = discover(module, example)
+    assert not structure.unassigned and not structure.warnings
+    assert [set(branch.folds) for branch in structure.branches] == [write(0), write(1)]
+    for i, site in enumerate(sites(structure.branches)):
+        assert site in (f"blocks.{i} output", f"blocks.{i}.write output"), "the same tensor"
+    assert structure.parameters["modulation.weight"].fan_in == 8
+    assert structure.roles["condition.weight"] == "embedding"
+    # without its branches the module is its embedding and readout
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in (name for branch in structure.branches for name in branch.folds):
+            plain.get_parameter(name).zero_()
+        assert torch.equal(plain(*example), module.out(module.embed(example[0])))
+
+
+def test_a_pooler_after_the_stream_is_a_matrix_on_it() -> None:
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    structure = discover(BertModel(config), {"input_ids": TOKENS})
+    assert structure.roles["pooler.dense.weight"] == "stream_matrix"
+    assert structure.readouts == ()
+
+
+def test_a_gelu_written_by_hand_is_no_residual_addition() -> None:
+    """x + 0.044715 x³ adds what a matrix made to a power of it."""
+
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        h = net.more(h + net.blocks[0](h))
+        return net.out(0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * h**3))))
+
+    structure = discover(Net(forward, more=nn.Linear(8, 8)), X)
+    assert structure.depth == 1 and not structure.warnings
+    assert structure.roles["more.weight"] == "stream_matrix"

@@ -1,0 +1,65 @@
+"""Small runs beside infinite models that are smaller."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from helpers.watched_runs import SHAPE, Memory, fit, loader
+from mlu_lightning import MLUCallback
+from mlu_lightning.callbacks import EmbeddingDistance
+from mlu_lightning.callbacks.infinite_limit import Limit
+from mlu_lightning.models import CausalTransformer, ResNet
+
+SMALL = Limit(depth=6, units=16)
+
+
+class Pairs(LightningDataModule):
+    """The data of small runs, for LightningCLI."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader()
+
+
+def resnet(**changes: Any) -> ResNet:
+    torch.manual_seed(0)
+    return ResNet(**SHAPE | changes)
+
+
+def measure(
+    limit: Any, *callbacks: Callback, module: LightningModule | None = None, metrics: Any = None, **settings: Any
+) -> dict[int, dict[str, float]]:
+    """Distances from the limit by step, without the beginning of their names."""
+    if not any(isinstance(callback, MLUCallback) for callback in callbacks):
+        callbacks = (MLUCallback(), *callbacks)
+    memory = Memory()
+    distance = EmbeddingDistance(limit) if metrics is None else EmbeddingDistance(limit, metrics)
+    fit(resnet() if module is None else module, *callbacks, distance, logger=memory, **settings)
+    return {
+        step: {name.removeprefix("mlu/distance/"): value for name, value in values.items()}
+        for step, values in memory.distances().items()
+    }
+
+
+def with_optimizer(module: Any, configure: Callable[[Any], Any]) -> Any:
+    """The infinite model is that of the class itself, so the optimizer is changed as LightningCLI changes it."""
+    vars(module)["configure_optimizers"] = lambda: configure(list(module.parameters()))
+    return module
+
+
+def decayed(optimizer: Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step)
+
+
+def tokens() -> DataLoader[Any]:
+    draws = torch.Generator().manual_seed(0)
+    return DataLoader(torch.randint(7, (24, 9), generator=draws), batch_size=4, shuffle=True)  # type: ignore[arg-type]
+
+
+def transformer(**settings: Any) -> CausalTransformer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"depth": 2, "embedding": 16, "heads": 4, "head_dim": 4, "mlp_hidden": 16}
+    return CausalTransformer(7, 8, **sizes | {"norm_gains": False, "optimizer": "sgd", "lr": 0.3} | settings)

@@ -1,0 +1,111 @@
+"""Small runs whose values and plans go to loggers, and what W&B has written of them."""
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+from wandb.proto.wandb_internal_pb2 import Record
+
+from mlu_lightning import MLUCallback, ReferenceRecorder
+from mlu_lightning.models import ResNet
+
+BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
+
+
+SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}
+
+
+LARGE = SMALL | {"embedding": 32}
+
+
+NAMES = {
+    f"mlu/distance/{name}"
+    for name in (
+        "output",
+        *(f"{kind}/s={s}" for kind in ("rms", "gram", "cka", "procrustes") for s in ("0", "0.5", "1")),
+    )
+}
+
+
+def data() -> DataLoader[Any]:
+    draws = torch.Generator().manual_seed(0)
+    samples = TensorDataset(torch.randn(20, 3, generator=draws), torch.randn(20, 2, generator=draws))
+    return DataLoader(samples, batch_size=4)
+
+
+def fit(folder: Path, module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_steps": 10,
+        "max_epochs": -1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
+    trainer = Trainer(callbacks=[*callbacks], **defaults | settings)
+    trainer.fit(module, data())
+    return trainer
+
+
+def mlu(**settings: Any) -> MLUCallback:
+    return MLUCallback(lambda: ResNet(**BASE), init="coupled", **settings)
+
+
+def finish() -> None:
+    """End the run, and wait until its file is written, which W&B does not do when it is offline."""
+    wandb.finish()
+    wandb.teardown()
+
+
+def records(folder: Path) -> Iterator[Any]:
+    """Records of W&B's file, a LevelDB log: in blocks of 32 KiB, parts with checksum, length, and whether it is the last."""
+    (path,) = folder.glob("*.wandb")
+    content, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (rest := 2**15 - at % 2**15) < 7:
+            at += rest
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def rows(found: list[Any]) -> list[dict[str, Any]]:
+    """What was logged with wandb.log, one dict for each call."""
+    history = [record.history.item for record in found if record.HasField("history")]
+    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in history]
+
+
+def record(folder: Path) -> Path:
+    """The reference of a wider run."""
+    fit(folder, ResNet(**LARGE), mlu(), ReferenceRecorder(folder / "large.safetensors", depths=[0, 0.5, 1]))
+    return folder / "large.safetensors"
+
+
+@contextmanager
+def wandb_offline(folder: Path) -> Iterator[None]:
+    """W&B without a network, and without files anywhere but in a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            patch.delenv(name)
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+            patch.setenv(name, str(folder))
+        for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
+            patch.setenv(f"WANDB_{name}", value)
+        yield
+        wandb.teardown()

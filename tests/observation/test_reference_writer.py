@@ -1,0 +1,264 @@
+"""What a writer refuses, how it goes on in a file, and what is left when it is killed or the disk is full."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.references import HEADER, LOCATIONS, PROBE, check, losses, observation, write
+from torch import Tensor
+
+from mlu_lightning.models import ResNet
+from mlu_lightning.observation import Reference
+from mlu_lightning.observation.reference_writer import ReferenceWriter
+from mlu_lightning.planning.plan import Plan
+from mlu_lightning.table import Role
+
+
+def test_writer_copies(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    probe = torch.ones(2)
+    writer = ReferenceWriter(path, HEADER, probe)
+    values, loss = observation(0), losses(1)
+    values["s=0"] = values["s=0"].T.contiguous().T
+    writer.write(0, values, loss)
+    for tensor in (*values.values(), loss, probe):
+        tensor.fill_(9)
+    writer.write(1, observation(1), losses(1))
+    assert torch.equal(Reference.load(path).read(0)["s=0"], observation(0)["s=0"])
+    assert torch.equal(Reference.load(path).probe, torch.ones(2))
+
+
+def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
+    write(tmp_path / "reference", [0])
+    (tmp_path / "other").touch()
+    assert (tmp_path / "reference").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_writer_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    with pytest.raises(ValueError, match=r'batch\["x"\] is of type set.*probe='):
+        ReferenceWriter(path, HEADER, {"x": {1}})
+    writer = ReferenceWriter(path, HEADER, PROBE)
+    with pytest.raises(ValueError, match="Step -1 cannot be recorded"):
+        writer.write(-1, observation(0), losses(0))
+    writer.write(3, observation(3), losses(3))
+    wrong: list[tuple[int, dict[str, Tensor], Tensor, str]] = [
+        (3, observation(3), losses(3), "Step 3 cannot be recorded after step 3: steps have to increase"),
+        (2, observation(3), losses(3), "Step 2 cannot be recorded after step 3"),
+        (4, observation(4) | {"s=1": torch.ones(3, 2)}, losses(4), "the header says.*same probe"),
+        (4, {"s=0": torch.ones(3, 2)}, losses(4), "the header says"),
+        (4, observation(4) | {"output": torch.ones(1, 1)}, losses(4), r"'output': \(1, 1\).*the header says"),
+        (4, observation(4) | {"output": torch.ones(2, 1).double()}, losses(4), r"torch.float64.*\.float\(\)"),
+        (4, observation(4), losses(4).long(), r"torch.int64.*\.float\(\)"),
+        (4, observation(4), losses(4)[None], "of 2"),
+    ]
+    for step, values, loss, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            writer.write(step, values, loss)
+    check(path, [3])
+    writer.write(4, observation(4), losses(4))
+    check(path, [3, 4])
+
+
+# --- going on
+
+
+def test_resume_drops_what_came_after(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    write(path, [0, 3, 10])
+    before = path.read_bytes()
+    writer = ReferenceWriter.resume(path, HEADER, PROBE, 5)
+    assert path.read_bytes() == before
+    assert writer.steps == (0, 3)
+    assert torch.equal(writer.losses, losses(5))
+    writer.write(6, observation(6), losses(6))
+    check(path, [0, 3, 6])
+    assert ReferenceWriter.resume(path, HEADER, PROBE, 6).steps == (0, 3, 6)
+    assert ReferenceWriter.resume(path, HEADER, PROBE, 2).steps == (0,)
+
+
+def test_a_resumed_file_is_that_of_one_run(tmp_path: Path) -> None:
+    write(tmp_path / "whole", [0, 3, 6, 9])
+    write(tmp_path / "parts", [0, 3, 5])
+    # the order of locations in a header is of no importance
+    header = replace(HEADER, locations=dict(reversed(LOCATIONS.items())))
+    writer = ReferenceWriter.resume(tmp_path / "parts", header, PROBE, 4)
+    for step in (6, 9):
+        writer.write(step, observation(step), losses(step))
+    check(tmp_path / "whole", [0, 3, 6, 9])
+    parts = Reference.load(tmp_path / "parts")
+    assert parts.digests == Reference.load(tmp_path / "whole").digests
+    assert parts.header == HEADER
+    assert torch.equal(parts.losses, losses(9))
+
+
+def test_resume_refuses_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    write(path, [0])
+    other = replace(HEADER, depth=(8,), plan=None)
+    message = r"its depth is \(4,\) instead of \(8,\); it has a plan and this run has none\. Give"
+    with pytest.raises(ValueError, match=message):
+        ReferenceWriter.resume(path, other, PROBE, 0)
+    with pytest.raises(
+        ValueError, match=r"its probe has other values. Give the recorder another path, or delete the file"
+    ):
+        ReferenceWriter.resume(path, HEADER, PROBE | {"x": PROBE["x"] + 1}, 0)
+    with pytest.raises(FileNotFoundError):
+        ReferenceWriter.resume(tmp_path / "none", HEADER, PROBE, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not a readable reference"):
+        ReferenceWriter.resume(path, HEADER, PROBE, 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "difference"),
+    [
+        (lambda plan: None, "it has a plan and this run has none"),
+        (lambda plan: replace(plan, alpha=2.0), "its plan has '1.0' instead of '2.0' at alpha"),
+        (
+            lambda plan: edited(plan, "readout.weight", role=Role.EMBEDDING),
+            "'readout' instead of 'embedding' at parameters: readout.weight: role",
+        ),
+        (
+            lambda plan: edited(plan, "readout.weight", base_std=9.0, base_fans=(3, 2)),
+            "its plan has '2' instead of '3' at parameters: readout.weight: base_fans: 0",
+        ),
+        (
+            lambda plan: replace(plan, multipliers=(replace(plan.multipliers[0], value=0.125), *plan.multipliers[1:])),
+            "its plan has '0.5' instead of '0.125' at multipliers: blocks.0: value",
+        ),
+        (
+            lambda plan: replace(plan, parameters=dict([*plan.parameters.items()][1:])),
+            r"its plan has \['embed.weight'\] instead of \[\] at parameters",
+        ),
+    ],
+)
+def test_resume_says_where_plans_differ(own: Any, difference: str, tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    first, again = (Plan.from_model(ResNet(2, 8, 4, 3, 2), base=ResNet(1, 4, 2, 3, 2)) for _ in range(2))
+    header = replace(HEADER, plan=first.to_yaml())
+    write(path, [0, 3], header)
+    # a base that is drawn anew has another std, which only initialization uses, and the run goes on from another
+    redrawn = replace(again, warnings=("something",))
+    assert redrawn != first
+    ReferenceWriter.resume(path, replace(HEADER, plan=redrawn.to_yaml()), PROBE, 3).write(4, observation(4), losses(4))
+    assert Reference.load(path).header == header
+    other = own(redrawn)
+    with pytest.raises(
+        ValueError, match=rf"is the reference of another run: .*{difference}\. Give the recorder another"
+    ):
+        ReferenceWriter.resume(path, replace(HEADER, plan=other and other.to_yaml()), PROBE, 0)
+    with pytest.raises(ValueError, match=r"it has no plan and this run has one\. Give the recorder another"):
+        write(tmp_path / "plain", [0], replace(HEADER, plan=None))
+        ReferenceWriter.resume(tmp_path / "plain", header, PROBE, 0)
+
+
+def edited(plan: Plan, name: str, **changes: Any) -> Plan:
+    return replace(plan, parameters=plan.parameters | {name: replace(plan.parameters[name], **changes)})
+
+
+# --- processes that are killed, disks that are full
+
+
+fork = multiprocessing.get_context("fork")
+
+
+def record_forever(path: Path, step: int) -> None:
+    writer = ReferenceWriter.resume(path, HEADER, PROBE, step) if step >= 0 else ReferenceWriter(path, HEADER, PROBE)
+    while True:
+        step += 1
+        writer.write(step, observation(step), losses(step))
+
+
+def wait_for(path: Path, known: int) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists() or len(Reference.load(path).steps) <= known:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    moments = random.Random(0)
+    known = 0
+    for _ in range(6):
+        process = fork.Process(target=record_forever, args=(path, known - 1))
+        process.start()
+        wait_for(path, known)
+        time.sleep(moments.uniform(0, 0.05))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        steps = list(Reference.load(path).steps)
+        assert len(steps) > known
+        known = len(steps)
+        check(path, list(range(known)))
+    ReferenceWriter.resume(path, HEADER, PROBE, known).write(known, observation(known), losses(known))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_read_while_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    process = fork.Process(target=record_forever, args=(path, -1))
+    process.start()
+    try:
+        wait_for(path, 0)
+        first = Reference.load(path)
+        end = time.monotonic() + 1
+        counts = []
+        while time.monotonic() < end:
+            reference = Reference.load(path)
+            counts.append(len(reference.steps))
+            assert reference.steps == tuple(range(len(reference.steps)))
+            last = reference.steps[-1]
+            assert torch.equal(reference.read(last)["output"], observation(last)["output"])
+            assert torch.equal(first.read(0)["output"], observation(0)["output"])
+        assert process.is_alive()
+        assert counts == sorted(counts)
+        assert counts[-1] > counts[0]
+    finally:
+        process.kill()
+        process.join()
+
+
+def record_on_a_full_disk(path: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    writer = write(path, [0, 1])
+    before = path.read_bytes()
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, most))
+    with pytest.raises(OSError, match="too large"):
+        writer.write(2, observation(2), losses(2))
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+    check(path, [0, 1])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    writer.write(3, observation(3), losses(3))
+    check(path, [0, 1, 2, 3])
+
+
+def test_disk_that_is_full(tmp_path: Path) -> None:
+    process = fork.Process(target=record_on_a_full_disk, args=(tmp_path / "reference.safetensors",))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        write(tmp_path / "file" / "reference", [0])
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        write(tmp_path / "folder", [0])
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

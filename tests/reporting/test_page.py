@@ -1,0 +1,216 @@
+"""``mlu-lightning report``: one page of what a run has left, whatever is in its files."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+import torch
+from helpers.check_reports import failing_report
+from helpers.html_pages import Page
+from helpers.run_folders import plan_yaml, text_of, write_csv
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.lines import Line2D
+from torch.utils.data import DataLoader, TensorDataset
+
+from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, Plan, ReferenceRecorder
+from mlu_lightning.cli import main
+from mlu_lightning.models import ResNet
+from mlu_lightning.reporting import RunRecord, read_run, run_page
+from mlu_lightning.reporting.curves import curves_figure, panels_of
+
+SHAPE = {"depth": 2, "hidden": 8, "embedding": 4, "inputs": 3, "outputs": 2}
+STEPS = 5
+CHECK = failing_report(("a <b>warning</b>",))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of one run in two loggers, with a checkpoint, a check and a reference beside the first."""
+    root = tmp_path_factory.mktemp("runs")
+    draws = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(20, 3, generator=draws), torch.randn(20, 2, generator=draws))
+
+    def fit(loggers: Any, *callbacks: Any, **shape: int) -> None:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=STEPS,
+            log_every_n_steps=1,
+            logger=loggers,
+            callbacks=[MLUCallback(lambda: ResNet(**SHAPE), init="coupled"), *callbacks],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        )
+        trainer.fit(ResNet(**SHAPE | shape), DataLoader(data, batch_size=4))
+
+    run = root / "csv" / "version_0"
+    recorder = ReferenceRecorder(run / "large.safetensors")
+    fit(False, recorder, embedding=16, hidden=32)
+    watches = [EmbeddingDistance(recorder.path), FeatureUpdate(), ModelCheckpoint(run / "checkpoints")]
+    fit([CSVLogger(root, "csv", 0), TensorBoardLogger(root, "tensorboard", 0)], *watches, depth=4)
+    (run / "check.json").write_text(CHECK.to_json())
+    return root
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """Values in the CSV file."""
+    found: dict[str, dict[int, float]] = {}
+    with (folder / "csv" / "version_0" / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    found.setdefault(name, {})[int(row["step"])] = float(value)
+    return found
+
+
+def test_loggers_tell_the_same(folder: Path) -> None:
+    values = logged(folder)
+    assert {name.split("/")[1] for name in values if name.startswith("mlu/")} == {"distance", "update"}
+    of_csv = read_run(folder / "csv" / "version_0").values
+    assert {name: dict(curve) for name, curve in of_csv.items()} == values
+    of_tensorboard = read_run(folder / "tensorboard" / "version_0").values
+    for name, curve in values.items():
+        assert dict(of_tensorboard[name]) == pytest.approx(curve, rel=1e-6), name
+    together = read_run(folder)
+    assert not together.problems
+    assert {name: dict(curve) for name, curve in together.values.items() if name in values} == values
+
+
+def test_page_has_it_all_and_needs_nothing_else(folder: Path) -> None:
+    record = read_run(folder / "csv" / "version_0")
+    assert list(record.checks) == ["check.json"]
+    assert list(record.references) == ["large.safetensors"]
+    assert len(record.plans) == 1
+    assert not record.problems
+    text = run_page(record)
+    page = Page(text)
+    assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
+    assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", text))
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in page.images)
+    assert len(page.images) == 4  # check, features, distances, losses
+    pictures = [base64.b64decode(source.partition(",")[2]).decode() for source in page.images]
+    assert all(name in pictures[1] for name in ("blocks.0", "blocks.3", "s=0.25", "output"))
+    assert all(name in pictures[2] for name in ("gram", "cka", "procrustes", "rms"))
+    shown = "".join(page.text)
+    assert str(next(iter(record.plans.values()))) in shown
+    assert "FAIL: 0 pass, 2 fail, 0 undecided" in shown
+    assert "branch_in: look at its lr or eps" in shown
+    assert "a <b>warning</b>" in shown
+    assert run_page(read_run(folder / "csv" / "version_0")) == text
+
+
+def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "pages" / "run.html"
+    main(["report", str(folder / "csv" / "version_0"), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert re.search(r"run.html: 1 plan, 1 check, \d+ logged values, 1 reference\.", printed)
+    assert out.read_text() == run_page(read_run(folder / "csv" / "version_0"))
+    for wrong, message in ((tmp_path / "none", "There is no folder"), (tmp_path, "Nothing of a run was found")):
+        if wrong == tmp_path:
+            out.unlink()
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(wrong)])
+        assert end.value.code == 1
+        assert message in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said() -> None:
+    text = "".join(Page(run_page(RunRecord(Path("run")))).text)
+    for says in (
+        "No check.json was found",
+        "No plan was found",
+        "No reference was recorded",
+        'with "loss" in its name',
+    ):
+        assert says in text
+    assert "Nothing was logged under mlu/distance/" in text
+
+
+def test_names_and_numbers_from_files_stay_text(tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script> loss $x$ _"
+    with (tmp_path / "metrics.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerows([["step", hostile, "mlu/update/<b>/&"], [1, "nan", 2], [2, "1e400", 3], [3, 1, 4]])
+    page = Page(run_page(read_run(tmp_path)))
+    assert page.tags.isdisjoint({"script", "b"})
+    assert hostile in "".join(page.text)
+
+
+@pytest.mark.parametrize("warning", ["\ud800", "a\x00b", "[/red] :smile:", "$x^{$", "\u202e", "</li><script>"])
+def test_any_text_can_be_shown(warning: str, tmp_path: Path) -> None:
+    check = json.loads(CHECK.to_json())
+    check["warnings"] = [warning]
+    (tmp_path / "check.json").write_text(json.dumps(check))
+    shown = text_of(read_run(tmp_path))
+    assert "FAIL: 0 pass, 2 fail" in shown
+    visible = warning if warning.isprintable() else warning.encode("unicode_escape").decode()
+    if warning == "a\x00b":
+        visible = r"a\x00b"
+    assert f"Warning: {visible}." in shown
+
+
+def test_printed_plans_have_warnings_as_they_are() -> None:
+    plan = Plan.from_yaml(plan_yaml().replace("warnings: []", "warnings: ['[/red] :smile:']"), "plan")
+    assert "Warning: [/red] :smile:." in str(plan)
+
+
+def test_a_plan_is_shown_for_all_optimizers(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(plan_yaml())
+    shown = text_of(read_run(tmp_path))
+    for family in ("sgd", "adam", "adamw", "muon"):
+        assert f"relative to the base shape: factors for {family}\n" in shown
+
+
+def test_numbers_of_any_size_are_drawn_or_counted(tmp_path: Path) -> None:
+    numbers = [1e308, -1e308, "nan", "inf", 0, 1e-320, 0.5, 2]
+    for name in ("loss", "mlu/update/output"):
+        write_csv(tmp_path / name.replace("/", "-") / "metrics.csv", dict(enumerate(numbers)), name)
+    shown = text_of(read_run(tmp_path))
+    assert "not drawn because they are not finite: 4" in shown  # but 0, 1e-320, 0.5 and 2
+    assert "not drawn because they are not finite, or not above 0, as a logarithmic axis has them: 6" in shown
+
+
+def lines_of(values: dict[str, Any]) -> dict[str, Line2D]:
+    panels = panels_of(values, "mlu/distance/")
+    (axes,) = curves_figure(panels, logarithmic=True).axes
+    return dict(zip(next(iter(panels.values())), axes.get_lines(), strict=True))
+
+
+def test_floors_are_dotted_in_the_color_of_their_depth() -> None:
+    names = ["s=0/a", "s=0/b", "s=0/floor", "s=1/a", "s=1/highfloor", "s=1/floor"]
+    lines = lines_of({f"mlu/distance/gram/{name}": ((1, 0.5), (2, 0.25)) for name in names})
+    dotted = {name for name, line in lines.items() if line.get_linestyle() == ":"}
+    assert dotted == {"s=0/floor", "s=1/floor"}
+    color = {name: mpl.colors.to_hex(line.get_color()) for name, line in lines.items()}
+    assert color["s=0/floor"] == color["s=0/a"] and color["s=1/floor"] == color["s=1/a"]
+    assert color["s=0/a"] != color["s=1/a"]
+    assert sum(line.get_label() == "floor" for line in lines.values()) == 1
+
+
+def test_rounding_does_not_flatten_a_panel() -> None:
+    lines = lines_of({"mlu/distance/rms/s=0": ((0, 1e-16), (1, 1e-2)), "mlu/distance/rms/s=1": ((0, 0.1), (1, 1.0))})
+    axes = next(iter(lines.values())).axes
+    assert axes is not None and axes.get_ylim()[0] == pytest.approx(1e-6)
+
+
+def test_the_command_says_what_it_could_not_read_or_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    write_csv(run / "metrics.csv", {0: 1.0})
+    Path(os.fsdecode(os.fsencode(run) + b"/\xff.ckpt")).write_bytes(b"x")  # a name that is no text
+    main(["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert "\\udcff.ckpt: It is no checkpoint" in capsys.readouterr().out
+    assert "\\udcff.ckpt" in (tmp_path / "page.html").read_text()
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(run), "--out", str(run)])
+    assert end.value.code == 1
+    assert f"The page cannot be written to {run}: Is a directory. Give --out" in capsys.readouterr().err
