@@ -36,7 +36,7 @@ def measure(
     if not any(isinstance(callback, MLUCallback) for callback in callbacks):
         callbacks = (MLUCallback(), *callbacks)
     memory = Memory()
-    distance = EmbeddingDistance(limit) if metrics is None else EmbeddingDistance(limit, metrics)
+    distance = EmbeddingDistance(limit, **({} if metrics is None else {"metrics": metrics}))
     fit(resnet() if module is None else module, *callbacks, distance, logger=memory, **settings)
     return {
         step: {name.removeprefix("mlu/distance/"): value for name, value in values.items()}

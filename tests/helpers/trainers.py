@@ -20,7 +20,7 @@ def loader(batches: list[Any]) -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)
 
 
-def pairs(count: int, seed: int = 0) -> TensorDataset:
+def pairs(count: int = 24, seed: int = 0) -> TensorDataset:
     """Random inputs of three coordinates, and targets of two."""
     draws = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))

@@ -7,27 +7,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from helpers.trainers import SILENT as SILENT
+from helpers.trainers import pairs as samples
+from helpers.trainers import quiet
 from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
 SHAPE = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 LARGE = SHAPE | {"embedding": 32, "hidden": 64}
-SILENT: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-def samples(count: int = 24, seed: int = 0) -> TensorDataset:
-    draws = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))
 
 
 def loader(count: int = 24, seed: int = 0, shuffle: bool = True) -> DataLoader[Any]:
@@ -38,8 +29,7 @@ def fit(
     module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **settings: Any
 ) -> Trainer:
     data, validation = settings.pop("data", loader()), settings.pop("validation", None)
-    settings = SILENT | {"max_steps": steps, "max_epochs": -1} | settings
-    trainer = Trainer(callbacks=[*callbacks], **settings)
+    trainer = quiet(*callbacks, **{"max_steps": steps, "max_epochs": -1} | settings)
     trainer.fit(module, data, validation, ckpt_path=ckpt_path)
     return trainer
 
@@ -122,9 +112,8 @@ def coupled(seed: int = 0) -> MLUCallback:
 
 
 def record(path: Path, module: LightningModule | None = None, *callbacks: Callback, **settings: Any) -> Path:
-    recorder = ReferenceRecorder(
-        path, **{key: settings.pop(key) for key in ("steps", "probe", "depths") if key in settings}
-    )
+    own = {key: settings.pop(key) for key in ("steps", "probe", "depths") if key in settings}
+    recorder = ReferenceRecorder(path, **own)
     fit(ResNet(**LARGE) if module is None else module, recorder, *callbacks, **settings)
     return path
 
@@ -133,6 +122,6 @@ def measure(
     reference: Any, *callbacks: Callback, module: LightningModule | None = None, metrics: Any = None, **settings: Any
 ) -> Memory:
     memory = Memory()
-    distance = EmbeddingDistance(reference) if metrics is None else EmbeddingDistance(reference, metrics)
+    distance = EmbeddingDistance(reference, **({} if metrics is None else {"metrics": metrics}))
     fit(ResNet(**SHAPE) if module is None else module, distance, *callbacks, logger=memory, **settings)
     return memory
