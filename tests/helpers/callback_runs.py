@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from helpers.trainers import identical as identical
 from helpers.trainers import pairs, quiet
-from mlu_lightning.models import ResidualBlock
+from mlu_lightning.models import ResidualBlock, ResNet
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 
@@ -47,11 +47,7 @@ class Net(LightningModule):
             self.blocks = nn.ModuleList(ResidualBlock(hidden, embedding, "tanh") for _ in range(depth))
             self.readout = nn.Linear(embedding, OUTPUTS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        for block in self.blocks:
-            stream = stream + block(stream)
-        return self.readout(stream)
+    forward = ResNet.forward
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch

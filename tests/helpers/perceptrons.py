@@ -32,11 +32,10 @@ def role_of(name: str) -> Role:
 class Branch(nn.Module):
     """Norm and perceptron."""
 
-    def __init__(self, hidden: int, embedding: int) -> None:
+    def __init__(self, hidden: int, embedding: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embedding)
-        self.read = nn.Linear(embedding, hidden)
-        self.write = nn.Linear(hidden, embedding)
+        self.read, self.write = linear(embedding, hidden), linear(hidden, embedding)
 
     def forward(self, stream: Tensor) -> Tensor:
         return self.write(torch.tanh(self.read(self.norm(stream))))

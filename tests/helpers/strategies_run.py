@@ -26,8 +26,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler
 
+from helpers.perceptrons import Branch
 from helpers.trainers import pairs, quiet
 from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.models import ResNet
 
 INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
 BASE = {"depth": 2, "hidden": 8, "embedding": 4}
@@ -50,17 +52,6 @@ class Linear(nn.Linear):
                 parameter.copy_(values)
 
 
-class Block(nn.Module):
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(embedding)
-        self.read = Linear(embedding, hidden)
-        self.write = Linear(hidden, embedding)
-
-    def forward(self, stream: Tensor) -> Tensor:
-        return self.write(torch.tanh(self.read(self.norm(stream))))
-
-
 class Net(LightningModule):
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         super().__init__()
@@ -71,14 +62,10 @@ class Net(LightningModule):
     def build(self) -> None:
         depth, hidden, embedding = self.shape
         self.embed = Linear(INPUTS, embedding)
-        self.blocks = nn.ModuleList(Block(hidden, embedding) for _ in range(depth))
+        self.blocks = nn.ModuleList(Branch(hidden, embedding, Linear) for _ in range(depth))
         self.readout = Linear(embedding, OUTPUTS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        for block in self.blocks:
-            stream = stream + block(stream)
-        return self.readout(stream)
+    forward = ResNet.forward
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss = nn.functional.mse_loss(self(batch[0]), batch[1])
@@ -115,7 +102,7 @@ class ShardedCheckpointed(Sharded):
     """Blocks are computed again in the backward pass, by torch's wrapper, which parts have inside of their names."""
 
     def divide(self, mesh: Any) -> None:
-        apply_activation_checkpointing(self, check_fn=lambda part: isinstance(part, Block))
+        apply_activation_checkpointing(self, check_fn=lambda part: isinstance(part, Branch))
         super().divide(mesh)
 
 
@@ -138,7 +125,7 @@ class FullySharded(FSDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         self.kwargs["device_id"] = torch.device("cpu")
-        policy = ModuleWrapPolicy({Block})
+        policy = ModuleWrapPolicy({Branch})
         kwargs = {name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"}
         divided = FullyShardedDataParallel(model, auto_wrap_policy=policy, **kwargs)
         _setup_activation_checkpointing(divided, self._activation_checkpointing_kwargs)
@@ -168,7 +155,9 @@ WAYS = {
     "tensor-parallel": Way(Parallel, model_parallel(1, 2), parts=1, planned=True),
     "fsdp1": Way(Net, lambda: FullySharded(use_orig_params=True)),
     "fsdp2-checkpointed": Way(ShardedCheckpointed, model_parallel(2, 1), planned=True),
-    "fsdp1-checkpointed": Way(Net, lambda: FullySharded(use_orig_params=True, activation_checkpointing_policy={Block})),
+    "fsdp1-checkpointed": Way(
+        Net, lambda: FullySharded(use_orig_params=True, activation_checkpointing_policy={Branch})
+    ),
 }
 
 
@@ -186,16 +175,13 @@ def rank() -> int:
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """All of every parameter, on every process."""
+    found = {}
     wrapped = isinstance(module, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(module, writeback=False) if wrapped else nullcontext():
-        return {
-            re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", name).removeprefix("module."): (
-                parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            )
-            .detach()
-            .clone()
-            for name, parameter in module.named_parameters()
-        }
+        for name, value in module.named_parameters():
+            name = re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", name).removeprefix("module.")
+            found[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+    return found
 
 
 class AtStart(Callback):
@@ -212,20 +198,11 @@ def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
         for parameter in base.parameters():
             nn.init.normal_(parameter, std=0.5)
     module = way.module(**WIDE)
-    if way.planned:
-        callback = MLUCallback(plan=Plan.from_model(Net(**WIDE), next(iter(loader())), base=base), residual=residual)
-    else:
-        callback = MLUCallback(base, residual=residual)
+    plan = Plan.from_model(Net(**WIDE), next(iter(loader())), base=base) if way.planned else None
+    callback = MLUCallback(*[] if plan else [base], plan=plan, residual=residual)
+    settings = {"devices": way.processes, "strategy": way.strategy(), "accumulate_grad_batches": accumulate}
     start = AtStart()
-    trainer = quiet(
-        callback,
-        start,
-        devices=way.processes,
-        strategy=way.strategy(),
-        max_epochs=2,
-        accumulate_grad_batches=accumulate,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet(callback, start, max_epochs=2, use_distributed_sampler=False, **settings)
     trainer.fit(module, loader(way.parts, rank() % way.parts))
     return {
         "plan": callback.plan.to_yaml(),
