@@ -1,6 +1,7 @@
 """torch.compile in several ways, before and after the Trainer gets a module: no multiplier too few or many."""
 
 import copy
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from mlu_lightning.models import ResNet
 RESNET = ARCHITECTURES["resnet"]
 SHAPE, BASE = (3, 4, 32), (2, 2, 16)
 BATCHES = batches_like(RESNET.example)
-
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -75,18 +75,14 @@ def trained(how: Any, when: str, backend: Any, *callbacks: Callback) -> Trained:
     return module
 
 
-@pytest.mark.parametrize("residual", ["hook", "fold"])
+both = pytest.mark.parametrize("residual", ["hook", "fold"])
+WAYS = [(wrapper, "before"), *itertools.product((step, inside, blocks), ("before", "after"))]
+QUICK = ((step, "after"), (blocks, "after"))
+
+
+@both
 @pytest.mark.parametrize(
-    ("how", "when"),
-    [
-        pytest.param(wrapper, "before", marks=pytest.mark.slow),
-        pytest.param(step, "before", marks=pytest.mark.slow),
-        (step, "after"),
-        pytest.param(inside, "before", marks=pytest.mark.slow),
-        pytest.param(inside, "after", marks=pytest.mark.slow),
-        pytest.param(blocks, "before", marks=pytest.mark.slow),
-        (blocks, "after"),
-    ],
+    ("how", "when"), [pytest.param(*way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in WAYS]
 )
 def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     plan = Plan.from_model(built(RESNET, SHAPE), BATCHES[0], base=built(RESNET, BASE, seed=1))
@@ -102,8 +98,7 @@ def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     assert identical(module, plain)
     # torch runs the hooks of a module that is compiled by itself outside of its graph: here one graph for all of them
     assert counting.counts() == (graphs + (how is blocks and residual == "hook"), breaks)
-    assert graphs > 0
-    assert breaks == Counter()
+    assert graphs > 0 and breaks == Counter()
 
 
 class Regression(Trained):
@@ -111,7 +106,7 @@ class Regression(Trained):
         return nn.functional.mse_loss(self.module(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("residual", ["hook", "fold"])
+@both
 def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_too(residual: Any) -> None:
     counting = Counting("eager")
     plain, module, base = (Regression(built(RESNET, *shape).module) for shape in ((SHAPE,), (SHAPE,), (BASE, 1)))
@@ -124,7 +119,6 @@ def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_t
 
 
 # Multipliers of a plain module
-
 
 EXACT = {"rtol": 1e-14, "atol": 1e-16}
 EXAMPLE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double(), torch.ones(5, 2)
@@ -155,22 +149,17 @@ def test_no_multiplier_is_stale_after_a_compiled_call(compiled: Callable[..., An
     torch.testing.assert_close(call(x), scaled, **EXACT)
     handle.remove()
     torch.testing.assert_close(call(x), plain, **EXACT)
-    attach_multipliers(call, plan)
-    torch.testing.assert_close(call(x), scaled, **EXACT)
-    fold(call, plan)  # hooks move into the weights
-    torch.testing.assert_close(call(x), scaled, **EXACT)
+    for put in (attach_multipliers, fold, bake):  # hooks move into the weights
+        put(call, plan)
+        torch.testing.assert_close(call(x), scaled, **EXACT)
     torch.testing.assert_close(by_hand(module, 1.0), scaled, **EXACT)
-    bake(call, plan)
-    torch.testing.assert_close(call(x), scaled, **EXACT)
 
 
 # All modules of a class share what is compiled of it, those without multipliers too
 
 
 @pytest.mark.parametrize("compiled", [wrapper, inside, blocks])
-def test_modules_of_a_class_with_and_without_multipliers_do_not_take_each_others_code(
-    compiled: Callable[..., Any],
-) -> None:
+def test_modules_with_and_without_multipliers_do_not_take_each_others_code(compiled: Callable[..., Any]) -> None:
     plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
     hooked, again, baked, plain = (resnet(seed=seed) for seed in range(4))
     for module in (hooked, again, baked):

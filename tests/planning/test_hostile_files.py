@@ -229,8 +229,7 @@ def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) ->
     results = fork.Queue()
     run_to_end(read_all, read, folder / "input", inputs, count, results, said=results)
     assert not (folder / "made").exists()
-    refused: int = results.get(timeout=1)
-    return refused
+    return results.get(timeout=1)
 
 
 def run_to_end(target: Callable[..., None], *args: Any, said: Any = None) -> None:
