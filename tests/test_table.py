@@ -13,13 +13,9 @@ from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratio
 
 CLOSE = {"rel": 1e-12}  # a few roundings
 
-SHAPES = [
-    Shape(2, 3, 5, 7, 11),
-    Shape(4, 1, 1, 1, 1),
-    Shape(1, 8, 8, 1, 1),
-    Shape(1, 1, 1, 16, 16),
-    Shape(0.5, 0.25, 3, 0.125, 6),  # smaller than the base in some dimensions
-]
+# the last is smaller than the base in some dimensions
+SHAPES = [Shape(2, 3, 5, 7, 11), Shape(4, 1, 1, 1, 1), Shape(1, 8, 8, 1, 1), Shape(1, 1, 1, 16, 16)]
+SHAPES.append(Shape(0.5, 0.25, 3, 0.125, 6))
 
 
 def entry(row: Row, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.0) -> Scale:
@@ -63,14 +59,14 @@ def test_completep_where_hidden_width_is_proportional_to_embedding(width: float,
     """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
     shape = Shape(depth, width, width, width, width)
     in_blocks = 1 / (width * depth)
-    completep = {
+    hidden = Scale(1, width**-0.5, 1 / width, in_blocks, width)
+    vectors = dict.fromkeys((Role.BRANCH_IN_BIAS, Role.BRANCH_NORM), Scale(1, 1, 1, in_blocks, 1))
+    completep = vectors | {
         Role.EMBEDDING: Scale(1, 1, 1, 1 / width, 1),
-        Role.BRANCH_IN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_HIDDEN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_OUT: Scale(1 / depth, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_IN_BIAS: Scale(1, 1, 1, in_blocks, 1),
+        Role.BRANCH_IN: hidden,
+        Role.BRANCH_HIDDEN: hidden,
+        Role.BRANCH_OUT: replace(hidden, multiplier=1 / depth),
         Role.BRANCH_OUT_BIAS: Scale(1 / depth, 1, 1, in_blocks, 1),
-        Role.BRANCH_NORM: Scale(1, 1, 1, in_blocks, 1),
         Role.READOUT: Scale(1 / width, 1, 1, 1 / width, 1),
     }
     for role, expected in completep.items():
@@ -84,20 +80,10 @@ def test_mup_at_fixed_depth(width: float, family: OptimizerFamily) -> None:
     """Table 8 of Yang et al., arXiv 2203.03466: multiplier, std and learning rate at a ratio of widths."""
     shape = Shape(1, width, width, width, width)
     sgd = family is SGD
-    hidden = (1, width**-0.5, 1 if sgd else 1 / width)
-    vectors = (1, 1, width if sgd else 1)
-    mup = {
-        Role.EMBEDDING: vectors,
-        Role.BRANCH_IN: hidden,
-        Role.BRANCH_HIDDEN: hidden,
-        Role.BRANCH_OUT: hidden,
-        Role.STREAM_MATRIX: hidden,
-        Role.BRANCH_IN_BIAS: vectors,
-        Role.BRANCH_OUT_BIAS: vectors,
-        Role.BRANCH_NORM: vectors,
-        Role.STREAM_NORM: vectors,
-        Role.READOUT: (1 / width, 1, width if sgd else 1),
-    }
+    hidden = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_OUT, Role.STREAM_MATRIX)
+    vectors = (Role.EMBEDDING, Role.BRANCH_IN_BIAS, Role.BRANCH_OUT_BIAS, Role.BRANCH_NORM, Role.STREAM_NORM)
+    mup = dict.fromkeys(hidden, (1, width**-0.5, 1 if sgd else 1 / width))
+    mup |= dict.fromkeys(vectors, (1, 1, width if sgd else 1)) | {Role.READOUT: (1 / width, 1, width if sgd else 1)}
     for role, expected in mup.items():
         found = scale(role, EXPECTED[role](shape).ratios, family)
         assert (found.multiplier, found.std, found.lr) == pytest.approx(expected, **CLOSE), role
@@ -131,10 +117,8 @@ def test_factors_from_base_to_target_multiply_along_the_way(
     role: Role, family: OptimizerFamily, first: Ratios, second: Ratios
 ) -> None:
     through = Ratios(*(a * b for a, b in zip(astuple(first), astuple(second), strict=True)))
-    product = [
-        a * b for a, b in zip(astuple(scale(role, first, family)), astuple(scale(role, second, family)), strict=True)
-    ]
-    assert astuple(scale(role, through, family)) == pytest.approx(product, rel=1e-10)
+    one, other, whole = (astuple(scale(role, at, family)) for at in (first, second, through))
+    assert whole == pytest.approx([a * b for a, b in zip(one, other, strict=True)], rel=1e-10)
 
 
 @given(roles, ratios)
@@ -146,8 +130,8 @@ def test_one_rule(role: Role, at: Ratios) -> None:
     assert sgd.lr * adam.eps == pytest.approx(adam.lr, **CLOSE)
     assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE)
     assert adam.weight_decay == sgd.weight_decay
-    assert sgd.std == adam.std == scale(role, at, MUON).std
-    assert sgd.multiplier == adam.multiplier == scale(role, at, MUON).multiplier
+    muon = scale(role, at, MUON)
+    assert (sgd.std, sgd.multiplier) == (adam.std, adam.multiplier) == (muon.std, muon.multiplier)
 
 
 @given(roles, ratios)
@@ -173,13 +157,8 @@ def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float)
     writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
     lr = alpha**-2 if family is SGD else 1 / alpha
     decay = 1 / lr if family in (SGD, ADAMW, MUON) else alpha**2  # Adam's L2 goes as SGD's
-    expected = Scale(
-        plain.multiplier * (alpha if writes else 1),
-        plain.std,
-        plain.lr * lr,
-        plain.eps * alpha,
-        plain.weight_decay * decay,
-    )
+    multiplier = plain.multiplier * (alpha if writes else 1)
+    expected = Scale(multiplier, plain.std, plain.lr * lr, plain.eps * alpha, plain.weight_decay * decay)
     assert astuple(rich) == pytest.approx(astuple(expected), **CLOSE)
 
 
@@ -244,16 +223,7 @@ def test_a_family_can_be_named(family: OptimizerFamily) -> None:
 
 @pytest.mark.parametrize("role", Role)
 def test_where_roles_are(role: Role) -> None:
-    matrices = (
-        "embedding",
-        "branch_in",
-        "branch_hidden",
-        "branch_out",
-        "branch_bounded_matrix",
-        "stream_matrix",
-        "stream_bounded_matrix",
-        "readout",
-    )
+    matrices = "embedding branch_in branch_hidden branch_out branch_bounded_matrix stream_matrix stream_bounded_matrix"
     assert str(role) == role.value
     assert role.in_branch == (role in BRANCH_ROLES)
-    assert role.is_matrix == (role.value in matrices)
+    assert role.is_matrix == (role.value in (*matrices.split(), "readout"))
