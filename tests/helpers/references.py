@@ -28,11 +28,8 @@ HEADER = ReferenceHeader(
     data_sizes={"tokens.weight": (7,), "bias": ()},
     plan="alpha: 1.0\n",
 )
-PROBE: dict[str, Any] = {
-    "x": torch.tensor([[1, 2], [3, 4]]),
-    "meta": [None, "ä", math.nan, True],
-    "mask": torch.tensor([True, False]),
-}
+PROBE: dict[str, Any] = {"x": torch.tensor([[1, 2], [3, 4]]), "meta": [None, "ä", math.nan, True]}
+PROBE["mask"] = torch.tensor([True, False])
 
 
 def observation(step: int, locations: dict[LocationName, tuple[int, int]] = LOCATIONS) -> Observation:

@@ -26,11 +26,9 @@ class Net(LightningModule):
 
     def __init__(self, shape: tuple[int, int, int] = SHAPE) -> None:
         super().__init__()
-        self.lr = 0.02
-        self.batch_size = 4
+        self.lr, self.batch_size, self.branch, self.head = 0.02, 4, 1.0, 1.0
         self.losses: list[float] = []
         self.validated: list[float] = []
-        self.branch = self.head = 1.0
         self.shape = shape
         self.build()
 

@@ -66,9 +66,7 @@ class Busy(ResNet):
 
     def __init__(self) -> None:
         super().__init__(**SHAPE)
-        self.norm = nn.BatchNorm1d(3)
-        self.drop = nn.Dropout(0.3)
-        self.average = MeanMetric()
+        self.norm, self.drop, self.average = nn.BatchNorm1d(3), nn.Dropout(0.3), MeanMetric()
         self.seen: list[float] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -96,11 +94,11 @@ class Memory(DummyLogger):
     def save(self) -> None: ...
 
     def distances(self) -> dict[int, dict[str, float]]:
-        found = {
-            step: {name: value for name, value in values.items() if name.startswith("mlu/distance/")}
-            for step, values in self.logged.items()
-        }
-        return {step: values for step, values in found.items() if values}
+        found = {}
+        for step, values in self.logged.items():
+            if distances := {name: value for name, value in values.items() if name.startswith("mlu/distance/")}:
+                found[step] = distances
+        return found
 
 
 def build_base() -> nn.Module:
