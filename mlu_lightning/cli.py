@@ -110,7 +110,7 @@ def check(
     """
     _require("check needs matplotlib and scipy, which are", "matplotlib", "scipy")
     from mlu_lightning.checking import check as run_check
-    from mlu_lightning.checking import log_check, save_check
+    from mlu_lightning.checking import log_check
     from mlu_lightning.checking.configuration import read_config
     from mlu_lightning.checking.sizes import default_axes
 
@@ -141,7 +141,7 @@ def check(
     if not configured.has_plugin:
         _say(console, "The configuration has no MLUCallback: this is the module without it.")
     console.print(found.tables())
-    save_check(found, folder)
+    found.save(folder)
     if log:
         log_check(configured.loggers(), found)
     _say(console, f"Wrote check.json, check.txt and check.png into {folder}.")

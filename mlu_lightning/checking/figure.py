@@ -12,29 +12,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mlu_lightning.checking.quantities import Kind, lowest_and_highest
-from mlu_lightning.checking.report import CheckReport, axes_of
-from mlu_lightning.checking.verdicts import Row, Verdict
+from mlu_lightning.checking.verdicts import Row, Verdict, axes_of, overall_verdict
+from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.plotting import spread
 
 __all__ = ["draw_check"]
 
 
-def draw_check(report: CheckReport) -> Figure:
+def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
     """Draw every quantity over its value at the smallest size, one panel for each kind and axis.
 
     The grey band is what passes: slopes within the tolerance. What passes is thin and blue, what fails thick, red and
     named, what is undecided yellow.
     """
     panels: dict[str, list[Row]] = defaultdict(list)
-    for row in report.rows:
+    for row in rows:
         panels[_group(row.quantity.kind)].append(row)
-    axes = axes_of(report.rows)
+    axes = axes_of(rows)
     figure = Figure(figsize=(3.1 * len(axes) + 0.6, 2.3 * len(panels) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
-    for line, (group, rows) in zip(grid, panels.items(), strict=True):
+    for line, (group, members) in zip(grid, panels.items(), strict=True):
         ends = [
-            _draw(panel, [row for row in rows if row.axis == axis], axis)
+            _draw(panel, [row for row in members if row.axis == axis], axis)
             for panel, axis in zip(line, axes, strict=True)
         ]
         for panel, heights in zip(line, ends, strict=True):  # after all of a line, which share an axis
@@ -44,11 +44,11 @@ def draw_check(report: CheckReport) -> Figure:
         panel.set_title(axis, loc="left", fontsize=10)
     for panel in grid[-1]:
         panel.set_xlabel("times the base")
-    base = report.base
+    verdict = overall_verdict(rows)
     figure.suptitle(
-        f"{report.verdict.upper()}   sizes over that at the smallest network, from L={base.depth}, M={base.hidden}, "
+        f"{verdict.upper()}   sizes over that at the smallest network, from L={base.depth}, M={base.hidden}, "
         f"D={base.embedding}",
-        color=_COLORS[report.verdict],
+        color=_COLORS[verdict],
         x=0.01,
         ha="left",
     )

@@ -15,8 +15,18 @@ from mlu_lightning.checking.local_effects import find_readers, local_effects, rm
 from mlu_lightning.checking.preparation import Batches, make_trainer
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_size
 from mlu_lightning.checking.shrinkage import restored, shrinkage
-from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.observation import Location, LocationName, Observation, locate, locate_features, observe, rms_change
+from mlu_lightning.observation import (
+    FeatureName,
+    Location,
+    LocationName,
+    Observation,
+    OutputName,
+    StreamName,
+    locate,
+    locate_features,
+    observe,
+    rms_change,
+)
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
@@ -86,13 +96,12 @@ class _Watch(Callback):
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
-        depths = [stream.depth for stream in plan.streams]
-        stream_taps = [tap for tap in plan.taps if tap.reads != "readout"]
-        self._starts, self._ends = (_names(locate(stream_taps, depths, (s,))) for s in (0, 1))
-        self._outputs = _names(locate(plan.taps, (), ()))
         features = locate_features(plan.features, plan.branches)
-        self._features = {location.name: tap for location, tap in zip(features, plan.features, strict=True)}
-        self._locations = locate(plan.taps, depths, (0, 1)) + features
+        self._locations = locate(plan.taps, [stream.depth for stream in plan.streams], (0, 1)) + features
+        self._feature_depths = {
+            location.name: tap.position / plan.streams[plan.branches[tap.number].stream].depth
+            for location, tap in zip(features, plan.features, strict=True)
+        }
         self._found: dict[Quantity, list[float]] = defaultdict(list)
         self._depths: dict[Quantity, list[float]] = defaultdict(list)
         self._start: dict[str, Tensor] = {}
@@ -119,39 +128,32 @@ class _Watch(Callback):
         self._add_local(Kind.UPDATE, pl_module, self._start)
         after = self._observe(pl_module)
         for name, values in after.items():
-            quantity, moves = self._quantity_at(name), rms_change(self._before[name], values)
+            quantity, moves = _quantity_at(name), rms_change(self._before[name], values)
             self._found[quantity].append(moves)
-            if name in self._features:
-                self._depths[quantity].append(self._relative_depth(self._features[name]))
+            if name in self._feature_depths:
+                self._depths[quantity].append(self._feature_depths[name])
+        ends = [
+            name for name in after if isinstance(name, OutputName) or (isinstance(name, StreamName) and name.depth == 1)
+        ]
         for row in dict.fromkeys(self._rows.values()):
             without = self._observe_without(row, pl_module)
-            for name in (name for name in after if name in self._outputs | self._ends):
-                effect = Kind.EFFECT_ON_OUTPUT if name in self._outputs else Kind.EFFECT_ON_STREAM
+            for name in ends:
+                effect = Kind.EFFECT_ON_OUTPUT if isinstance(name, OutputName) else Kind.EFFECT_ON_STREAM
                 moves = rms_change(without[name], after[name])
                 if moves > 0:  # what comes after a stream has no effect on it
                     self._found[Quantity(effect, row, row)].append(moves)
 
     def measurements(self) -> tuple[Measurement, ...]:
-        still = {self._quantity_at(name) for name in self._starts}
+        starts = {_quantity_at(name) for name in self._before if isinstance(name, StreamName) and name.depth == 0}
         return tuple(
-            Measurement(quantity, tuple(values), tuple(self._depths.get(quantity, ())), quantity in still)
+            Measurement(quantity, tuple(values), tuple(self._depths.get(quantity, ())), quantity in starts)
             for quantity, values in self._found.items()
         )
 
-    def _quantity_at(self, name: LocationName) -> Quantity:
-        """What is measured at a location."""
-        if name in self._features:
-            branch = self._plan.branches[self._features[name].number]
-            return Quantity(Kind.FEATURES, f"{name_pattern(branch.name or 'self')} ({branch.kind})")
-        return Quantity(Kind.OUTPUT if name in self._outputs else Kind.STREAM, name)
-
-    def _relative_depth(self, tap: Tap) -> float:
-        return tap.position / self._plan.streams[self._plan.branches[tap.number].stream].depth
-
     def _observe(self, module: LightningModule, locations: Sequence[Location] | None = None) -> Observation:
         """Observe the module, whose step may change parameters, such as those of a teacher that follows."""
-        where = self._locations if locations is None else locations
-        return observe(module, self._probe, where, "training_step", restore_parameters=True)
+        locations = self._locations if locations is None else locations
+        return observe(module, self._probe, locations, "training_step", restore_parameters=True)
 
     def _observe_without(self, row: str, module: LightningModule) -> Observation:
         """Observe the module with the parameters of one row of the table as they were at the start."""
@@ -199,5 +201,8 @@ class _Watch(Callback):
         self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
 
 
-def _names(locations: Sequence[Location]) -> frozenset[LocationName]:
-    return frozenset(location.name for location in locations)
+def _quantity_at(name: LocationName) -> Quantity:
+    """What is measured at a location."""
+    if isinstance(name, FeatureName):
+        return Quantity(Kind.FEATURES, f"{name_pattern(name.branch)} ({name.kind})")
+    return Quantity(Kind.OUTPUT if isinstance(name, OutputName) else Kind.STREAM, str(name))

@@ -1,11 +1,9 @@
-"""Where the report of a check goes: into files of a folder, and to W&B and TensorBoard."""
+"""Log the report of a check to W&B and TensorBoard."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -13,23 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mlu_lightning.checking.report import CheckReport
 
-__all__ = ["log_check", "save_check"]
-
-
-def save_check(report: CheckReport, folder: str | PathLike[str]) -> None:
-    """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder.
-
-    Args:
-        report: report of a check.
-        folder: folder, which is made if it does not exist.
-    """
-    from mlu_lightning.checking.figure import draw_check  # which needs matplotlib
-
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "check.json").write_text(report.to_json(), encoding="utf-8")
-    (path / "check.txt").write_text(f"{report}\n", encoding="utf-8")
-    draw_check(report).savefig(path / "check.png", dpi=110)
+__all__ = ["log_check"]
 
 
 @rank_zero_only
@@ -51,9 +33,7 @@ def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:
         if isinstance(logger, WandbLogger):
             _log_to_wandb(logger, report)
         elif isinstance(logger, TensorBoardLogger):
-            from mlu_lightning.checking.figure import draw_check
-
-            logger.experiment.add_figure("mlu/check", draw_check(report))
+            logger.experiment.add_figure("mlu/check", report.draw())
             logger.experiment.add_text("mlu/check", f"```\n{report}\n```")
             logger.experiment.flush()
 
@@ -61,10 +41,8 @@ def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:
 def _log_to_wandb(logger: WandbLogger, report: CheckReport) -> None:
     import wandb
 
-    from mlu_lightning.checking.figure import draw_check
-
     run: Any = logger.experiment
-    run.log({"mlu/check": wandb.Image(draw_check(report))})
+    run.log({"mlu/check": wandb.Image(report.draw())})
     columns = ["kind", "name", "role", "axis", "slope", "error", "verdict", "reason"]
     data = []
     for row in report.rows:

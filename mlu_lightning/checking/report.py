@@ -7,7 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import Any, get_args
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -15,10 +17,23 @@ from rich.text import Text
 
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
-from mlu_lightning.checking.verdicts import CONFIDENCE, Cause, Point, Reason, Row, Verdict, find_causes, overall_verdict
+from mlu_lightning.checking.verdicts import (
+    CONFIDENCE,
+    Cause,
+    Point,
+    Reason,
+    Row,
+    Verdict,
+    axes_of,
+    find_causes,
+    overall_verdict,
+)
 from mlu_lightning.shapes import Shape
 
-__all__ = ["CheckReport", "axes_of", "by_quantity"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["CheckReport", "by_quantity"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +112,20 @@ class CheckReport:
         Console(file=text, width=125, color_system=None, markup=False, emoji=False).print(self.tables())
         return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").splitlines())
 
+    def draw(self) -> Figure:
+        """The report's rows as a figure; needs matplotlib."""
+        from mlu_lightning.checking.figure import draw_check
+
+        return draw_check(self.rows, self.base)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder, which is made."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "check.json").write_text(self.to_json(), encoding="utf-8")
+        (path / "check.txt").write_text(f"{self}\n", encoding="utf-8")
+        self.draw().savefig(path / "check.png", dpi=110)
+
     def to_json(self) -> str:
         """The report as JSON; a number that is not finite is null."""
         content = {
@@ -132,11 +161,6 @@ class CheckReport:
             raise ValueError(
                 f"This is not a report of a check ({error}). Make one with mlu-lightning check."
             ) from error
-
-
-def axes_of(rows: Sequence[Row]) -> list[str]:
-    """Axes along which there are rows, in their order."""
-    return [axis for axis in AXES if any(row.axis == axis for row in rows)]
 
 
 def by_quantity(rows: Iterable[Row]) -> dict[Quantity, dict[str, Row]]:

@@ -11,8 +11,20 @@ from typing import Literal
 import numpy as np
 
 from mlu_lightning.checking.quantities import ALONE, DRIFT, FAULT, Kind, Quantity, lowest_and_highest
+from mlu_lightning.checking.sizes import AXES
 
-__all__ = ["CONFIDENCE", "Cause", "Point", "Reason", "Row", "Verdict", "find_causes", "fit_row", "overall_verdict"]
+__all__ = [
+    "CONFIDENCE",
+    "Cause",
+    "Point",
+    "Reason",
+    "Row",
+    "Verdict",
+    "axes_of",
+    "find_causes",
+    "fit_row",
+    "overall_verdict",
+]
 
 Verdict = Literal["pass", "fail", "undecided"]
 
@@ -110,6 +122,11 @@ def fit_row(
     extremes = [_judged(replace(row, reason=place), others) for place in (Reason.LARGEST, Reason.SMALLEST)]
     failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
+
+
+def axes_of(rows: Sequence[Row]) -> list[str]:
+    """Axes along which there are rows, in their order."""
+    return [axis for axis in AXES if any(row.axis == axis for row in rows)]
 
 
 def overall_verdict(rows: Sequence[Row]) -> Verdict:

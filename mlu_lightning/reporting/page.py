@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlu_lightning.checking.figure import draw_check
-from mlu_lightning.checking.report import CheckReport, axes_of, by_quantity
-from mlu_lightning.checking.verdicts import Row
-from mlu_lightning.observation.reference import Reference
+from mlu_lightning.checking.report import CheckReport, by_quantity
+from mlu_lightning.checking.verdicts import Row, axes_of
+from mlu_lightning.observation import Reference
 from mlu_lightning.planning import Plan
 from mlu_lightning.reporting.curves import as_data_uri, curves_figure, not_drawn, panels_of
 from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, reason
@@ -89,7 +88,7 @@ def _check(check: CheckReport) -> _View:
         "verdict": check.verdict,
         "summary": check.summary.splitlines(),
         "warnings": check.warnings,
-        "image": as_data_uri(draw_check(check)) if check.rows else None,
+        "image": as_data_uri(check.draw()) if check.rows else None,
         "axes": axes,
         "slopes": [
             (quantity, [_slope(found.get(axis)) for axis in axes])

@@ -17,7 +17,7 @@ import torch
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.observation.reference import Reference
+from mlu_lightning.observation import Reference
 from mlu_lightning.observation.reference_format import FORMAT
 from mlu_lightning.planning import Plan
 

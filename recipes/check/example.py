@@ -6,7 +6,6 @@ from pathlib import Path
 from time import perf_counter
 
 from mlu_lightning import MLUCallback, Shape, check
-from mlu_lightning.checking import save_check
 from mlu_lightning.models import CausalTransformer
 from recipes.common.studies import check_command, console, study_command
 from recipes.common.text import text_batches
@@ -30,7 +29,7 @@ def run(output: str = "check-example", quick: bool = False) -> None:
         report = check(build, Shape(2, 2, 32), text_batches(), callbacks=callbacks, factors=factors, seeds=seeds)
         terminal.print(f"{name} MLUCallback ({perf_counter() - begin:.0f} s):", highlight=False)
         terminal.print(report.tables())
-        save_check(report, Path(output, name))
+        report.save(Path(output, name))
 
 
 main = study_command(run, "python -m recipes.check.example")

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import wandb
 from helpers.check_reports import FACTORS, READ, failing_report, noisy, points
+from helpers.logged_runs import finish, wandb_offline
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlu_lightning import CheckReport, Shape, log_check
-from mlu_lightning.checking import save_check
-from mlu_lightning.checking.figure import draw_check
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Row, fit_row
@@ -33,7 +31,7 @@ def report() -> CheckReport:
 
 
 def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
-    save_check(report, tmp_path / "folder")
+    report.save(tmp_path / "folder")
     text = (tmp_path / "folder" / "check.json").read_text()
     again = CheckReport.from_json(text)
     assert str(again) == str(report)
@@ -68,7 +66,7 @@ def test_report_says_what_fails(report: CheckReport) -> None:
 
 
 def test_figure_names_what_fails(report: CheckReport) -> None:
-    figure = draw_check(report)
+    figure = report.draw()
     panels = {(axes.get_title(loc="left"), axes.get_ylabel()): axes for axes in figure.axes}
     assert {title for title, _ in panels} >= set(AXES)
     named = {text.get_text() for axes in figure.axes for text in axes.texts}
@@ -76,24 +74,12 @@ def test_figure_names_what_fails(report: CheckReport) -> None:
     assert figure.get_suptitle().startswith("FAIL")
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """W&B without a network, and without files anywhere but in a folder of the test."""
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    wandb.finish()  # a run that another test has left would be taken
-    wandb.teardown()
-    yield tmp_path
-    wandb.finish()
-    wandb.teardown()
-
-
-def test_wandb_has_figure_verdict_and_rows(offline: Path) -> None:
-    logger, other = WandbLogger(offline=True, save_dir=offline), CSVLogger(offline)
-    log_check([logger, other], failing_report())
-    summary, media = logger.experiment.summary, Path(logger.experiment.dir) / "media"
+def test_wandb_has_figure_verdict_and_rows(tmp_path: Path) -> None:
+    logger, other = WandbLogger(offline=True, save_dir=tmp_path), CSVLogger(tmp_path)
+    with wandb_offline(tmp_path):
+        log_check([logger, other], failing_report())
+        summary, media = dict(logger.experiment.summary), Path(logger.experiment.dir) / "media"
+        finish()
     assert summary["mlu/check/verdict"] == "fail"
     (cause,) = summary["mlu/check/causes"]
     assert cause.startswith("branch_in: look at its lr or eps; update of blocks.*.read.weight (branch_in) grows as")

@@ -12,23 +12,20 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
-import torch
 from helpers.check_reports import failing_report
 from helpers.html_pages import Page
+from helpers.logged_runs import BASE, fit, mlu
 from helpers.run_folders import plan_yaml, text_of, write_csv
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.lines import Line2D
-from torch.utils.data import DataLoader, TensorDataset
 
-from mlu_lightning import EmbeddingDistance, FeatureUpdate, MLUCallback, Plan, ReferenceRecorder
+from mlu_lightning import EmbeddingDistance, FeatureUpdate, Plan, ReferenceRecorder
 from mlu_lightning.cli import main
 from mlu_lightning.models import ResNet
 from mlu_lightning.reporting import RunRecord, read_run, run_page
 from mlu_lightning.reporting.curves import curves_figure, panels_of
 
-SHAPE = {"depth": 2, "hidden": 8, "embedding": 4, "inputs": 3, "outputs": 2}
 STEPS = 5
 CHECK = failing_report(("a <b>warning</b>",))
 
@@ -37,27 +34,13 @@ CHECK = failing_report(("a <b>warning</b>",))
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of one run in two loggers, with a checkpoint, a check and a reference beside the first."""
     root = tmp_path_factory.mktemp("runs")
-    draws = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(20, 3, generator=draws), torch.randn(20, 2, generator=draws))
-
-    def fit(loggers: Any, *callbacks: Any, **shape: int) -> None:
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=STEPS,
-            log_every_n_steps=1,
-            logger=loggers,
-            callbacks=[MLUCallback(lambda: ResNet(**SHAPE), init="coupled"), *callbacks],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        )
-        trainer.fit(ResNet(**SHAPE | shape), DataLoader(data, batch_size=4))
-
     run = root / "csv" / "version_0"
     recorder = ReferenceRecorder(run / "large.safetensors")
-    fit(False, recorder, embedding=16, hidden=32)
+    fit(root, ResNet(**BASE | {"embedding": 16, "hidden": 32}), mlu(), recorder, max_steps=STEPS)
     watches = [EmbeddingDistance(recorder.path), FeatureUpdate(), ModelCheckpoint(run / "checkpoints")]
-    fit([CSVLogger(root, "csv", 0), TensorBoardLogger(root, "tensorboard", 0)], *watches, depth=4)
+    loggers = [CSVLogger(root, "csv", 0), TensorBoardLogger(root, "tensorboard", 0)]
+    module = ResNet(**BASE | {"depth": 4})
+    fit(root, module, mlu(), *watches, logger=loggers, log_every_n_steps=1, max_steps=STEPS)
     (run / "check.json").write_text(CHECK.to_json())
     return root
 
