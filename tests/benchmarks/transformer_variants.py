@@ -89,21 +89,17 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
 
         def forward(self, stream: Tensor) -> Tensor:
             stream = self.norm(stream)
-            query, key, value = (
-                project(stream).unflatten(-1, (-1, 16)).transpose(1, 2)
-                for project in (self.query, self.key, self.value)
-            )
-            attended = U.scaled_dot_product_attention(
-                _rotate(query, CONTEXT), _rotate(key, CONTEXT), value, is_causal=True
-            )
+            projections = (project(stream) for project in (self.query, self.key, self.value))
+            query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in projections)
+            query, key = _rotate(query, CONTEXT), _rotate(key, CONTEXT)
+            attended = U.scaled_dot_product_attention(query, key, value, is_causal=True)
             return self.out(attended.transpose(1, 2).flatten(2))
 
     class MLP(nn.Module):
         def __init__(self, embedding: int) -> None:
             super().__init__()
             self.norm = uu.RMSNorm(embedding, elementwise_affine=True)
-            self.read = uu.Linear(embedding, 4 * embedding)
-            self.write = uu.Linear(4 * embedding, embedding)
+            self.read, self.write = uu.Linear(embedding, 4 * embedding), uu.Linear(4 * embedding, embedding)
 
         def forward(self, stream: Tensor) -> Tensor:
             return self.write(U.gelu(self.read(self.norm(stream))))
@@ -162,9 +158,8 @@ VARIANTS = {
 def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) -> None:
     """Train for some steps, watched by a callback."""
     module = variant.build(size, kind)
-    tokens: Any = torch.randint(
-        VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=torch.Generator().manual_seed(0)
-    )
+    draws = torch.Generator().manual_seed(0)
+    tokens: Any = torch.randint(VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=draws)
     quiet(*variant.callbacks(), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
 
 

@@ -182,43 +182,33 @@ class Slices(nn.Module):
         h = self.embed(x)
         packed = self.packed(h)
         value, key, query = packed[..., : self.size], packed[..., self.size : -self.size], packed[..., -self.size :]
-        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (query, key, value))
-        attended = fused(query, key, value)
-        return self.readout(h + self.out(attended.transpose(1, 2).flatten(2)))
+        parts = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (query, key, value))
+        return self.readout(h + self.out(fused(*parts).transpose(1, 2).flatten(2)))
 
 
 EXAMPLE = (torch.linspace(-1, 1, 24).reshape(2, 4, 3),)
-LLAMA = hugging_face("Llama", **GROUPED)
+GPT_NEO = {"attention_types": [[["global"], 2]], "max_position_embeddings": 8}
+OPT = {"ffn_dim": 64, "max_position_embeddings": 16, "word_embed_proj_dim": lambda head_dim: 4 * head_dim}
 CASES: dict[str, Case] = {
-    "causal transformer": Case(
-        lambda dim: CausalTransformer(VOCABULARY, 8, 2, 32, heads=2, head_dim=dim), TOKENS, ROOT
-    ),
+    "causal transformer": Case(lambda dim: CausalTransformer(VOCABULARY, 8, 2, 32, 2, head_dim=dim), TOKENS, ROOT),
     "pre-norm encoder": Case(lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), ROOT),
     "post-norm encoder": Case(lambda dim: Encoder(2, 2, 2 * dim, norm_first=False), (TOKENS,), ROOT),
     "gpt2": Case(hugging_face("GPT2", False, n_positions=8), LANGUAGE, ROOT),
     "gpt2, eager": Case(hugging_face("GPT2", False, n_positions=8, attn_implementation="eager"), LANGUAGE, ROOT),
     "gpt-neox": Case(hugging_face("GPTNeoX", False), UNTURNED, ROOT),
-    "gpt-neo, unscaled": Case(
-        hugging_face("GPTNeo", False, attention_types=[[["global"], 2]], max_position_embeddings=8), LANGUAGE, HALF
-    ),
-    "llama": Case(LLAMA, UNTURNED, ROOT),
+    "gpt-neo, unscaled": Case(hugging_face("GPTNeo", False, **GPT_NEO), LANGUAGE, HALF),
+    "llama": Case(hugging_face("Llama", **GROUPED), UNTURNED, ROOT),
     "tied llama": Case(hugging_face("Llama", tie_word_embeddings=True, **GROUPED), UNTURNED, ROOT),
     "phi3": Case(hugging_face("Phi3", **GROUPED), UNTURNED, ROOT),
     "granite": Case(hugging_face("Granite", attention_multiplier=0.3, **GROUPED), UNTURNED, HALF),
     "granite in µP form": Case(hugging_face("Granite", attention_multiplier=lambda d: 3 / d, **GROUPED), UNTURNED, 1.0),
     "gemma2": Case(hugging_face("Gemma2", **GROUPED), UNTURNED, HALF),
     "gemma2, eager": Case(hugging_face("Gemma2", attn_implementation="eager", **GROUPED), UNTURNED, HALF),
-    "gemma2, scalar = head_dim": Case(
-        hugging_face("Gemma2", query_pre_attn_scalar=lambda d: d, **GROUPED), UNTURNED, ROOT
-    ),
+    "gemma2, scalar = head_dim": Case(hugging_face("Gemma2", query_pre_attn_scalar=int, **GROUPED), UNTURNED, ROOT),
     "gemma3": Case(hugging_face("Gemma3Text", **GROUPED), UNTURNED, HALF),
     "qwen3": Case(hugging_face("Qwen3", **GROUPED), UNTURNED, ROOT),
     "olmo2": Case(hugging_face("Olmo2", False, **GROUPED), UNTURNED, ROOT),
-    "opt": Case(
-        hugging_face("OPT", False, ffn_dim=64, max_position_embeddings=16, word_embed_proj_dim=lambda d: 4 * d),
-        LANGUAGE,
-        ROOT,
-    ),
+    "opt": Case(hugging_face("OPT", False, **OPT), LANGUAGE, ROOT),
     "bart": Case(_bart, LANGUAGE, ROOT),
     "t5": Case(_t5, LANGUAGE, HALF),
     "bert": Case(_bert, LANGUAGE, ROOT),

@@ -26,8 +26,7 @@ SMALL = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 LARGE = SMALL | {"hidden": 64, "embedding": 32}
 BASE = SMALL | {"depth": 2}
 LIMIT = Limit(depth=6, units=32)
-SAMPLES = 8
-"""In a batch of all processes together."""
+SAMPLES = 8  # in a batch of all processes together
 
 
 class Sharded(ResNet):
@@ -65,15 +64,10 @@ def fit(strategy: str, shape: dict[str, int], folder: Path, *callbacks: Any) -> 
     torch.manual_seed(1)
     base = ResNet(**BASE)
     plan = Plan.from_model(ResNet(**shape), (torch.ones(2, 3), torch.ones(2, 2)), base=base)
-    trainer = quiet(
-        MLUCallback(plan=plan, init="coupled"),
-        *callbacks,
-        devices=processes,
-        strategy=strategies[strategy],
-        max_epochs=2,
-        logger=CSVLogger(folder, name=str(shape["embedding"]), version=0),
-        use_distributed_sampler=False,
-    )
+    logger = CSVLogger(folder, name=str(shape["embedding"]), version=0)
+    settings = {"devices": processes, "strategy": strategies[strategy], "logger": logger, "max_epochs": 2}
+    mlu = MLUCallback(plan=plan, init="coupled")
+    trainer = quiet(mlu, *callbacks, use_distributed_sampler=False, **settings)
     trainer.fit(model, datamodule=Data())
 
 

@@ -44,3 +44,12 @@ def load(module: ResNet, u: Array, v: Array, w_e: Array, w_u: Array) -> None:
     for block, u_l, v_l in zip(module.blocks, u, v, strict=True):
         block.read.weight.copy_(torch.from_numpy(u_l.T / embedding))
         block.write.weight.copy_(torch.from_numpy(v_l / hidden))
+
+
+def stream_of(weights: dict[str, torch.Tensor], x: torch.Tensor, branch: float = 1.0) -> list[torch.Tensor]:
+    """The stream of a ResNet from its weights, which are those of ordinary layers."""
+    h = [x @ weights["embed.weight"].T]
+    for block in range(sum(name.endswith("read.weight") for name in weights)):
+        units = torch.tanh(h[-1] @ weights[f"blocks.{block}.read.weight"].T)
+        h.append(h[-1] + branch * units @ weights[f"blocks.{block}.write.weight"].T)
+    return h

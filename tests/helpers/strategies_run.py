@@ -34,8 +34,7 @@ from mlu_lightning.models import ResNet
 INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
 BASE = {"depth": 2, "hidden": 8, "embedding": 4}
 WIDE = {"depth": 4, "hidden": 32, "embedding": 16}
-ALL = [*product(("hook", "fold"), (1, 2))]
-"""Where multipliers are, and over how many batches gradients are accumulated."""
+ALL = [*product(("hook", "fold"), (1, 2))]  # where multipliers are, and over how many batches gradients are accumulated
 RUNS = {"few": [("hook", 2), ("fold", 1)], "all": ALL}
 
 
@@ -147,6 +146,7 @@ def model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:
     return lambda: ModelParallelStrategy(data, tensor, process_group_backend="gloo")
 
 
+CHECKPOINTED = {"activation_checkpointing_policy": {Branch}}
 WAYS = {
     "single": Way(Net, lambda: SingleDeviceStrategy("cpu"), 1, 1),
     "ddp": Way(Net, lambda: "ddp"),
@@ -155,9 +155,7 @@ WAYS = {
     "tensor-parallel": Way(Parallel, model_parallel(1, 2), parts=1, planned=True),
     "fsdp1": Way(Net, lambda: FullySharded(use_orig_params=True)),
     "fsdp2-checkpointed": Way(ShardedCheckpointed, model_parallel(2, 1), planned=True),
-    "fsdp1-checkpointed": Way(
-        Net, lambda: FullySharded(use_orig_params=True, activation_checkpointing_policy={Branch})
-    ),
+    "fsdp1-checkpointed": Way(Net, lambda: FullySharded(use_orig_params=True, **CHECKPOINTED)),
 }
 
 
@@ -199,17 +197,13 @@ def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
             nn.init.normal_(parameter, std=0.5)
     module = way.module(**WIDE)
     plan = Plan.from_model(Net(**WIDE), next(iter(loader())), base=base) if way.planned else None
-    callback = MLUCallback(*[] if plan else [base], plan=plan, residual=residual)
+    callback = MLUCallback(None if plan else base, plan=plan, residual=residual)
     settings = {"devices": way.processes, "strategy": way.strategy(), "accumulate_grad_batches": accumulate}
     start = AtStart()
     trainer = quiet(callback, start, max_epochs=2, use_distributed_sampler=False, **settings)
     trainer.fit(module, loader(way.parts, rank() % way.parts))
-    return {
-        "plan": callback.plan.to_yaml(),
-        "start": start.weights,
-        "losses": torch.stack(module.losses),
-        "end": weights(trainer.strategy.model),
-    }
+    weighed = {"start": start.weights, "end": weights(trainer.strategy.model)}
+    return {"plan": callback.plan.to_yaml(), "losses": torch.stack(module.losses), **weighed}
 
 
 if __name__ == "__main__":

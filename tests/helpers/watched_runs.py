@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from helpers.paper_network import stream_of as stream_of
 from helpers.trainers import SILENT as SILENT
 from helpers.trainers import pairs as samples
 from helpers.trainers import quiet
@@ -50,15 +51,6 @@ class Weights(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
         self.keep(trainer, pl_module)
         self.losses.append(outputs["loss"])
-
-
-def stream_of(weights: dict[str, Tensor], x: Tensor, branch: float = 1.0) -> list[Tensor]:
-    """The stream of a ResNet, as theory.md, section 2, writes it in ordinary layers."""
-    h = [x @ weights["embed.weight"].T]
-    for block in range(SHAPE["depth"]):
-        units = torch.tanh(h[-1] @ weights[f"blocks.{block}.read.weight"].T)
-        h.append(h[-1] + branch * units @ weights[f"blocks.{block}.write.weight"].T)
-    return h
 
 
 class Busy(ResNet):

@@ -24,8 +24,7 @@ from mlu_lightning.observation.reference import Reference
 from mlu_lightning.planning.plan import Plan
 
 
-class Fault(Exception):
-    pass
+class Fault(Exception): ...
 
 
 def fail(*args: Any, **kwargs: Any) -> Any:
@@ -148,11 +147,10 @@ def test_what_is_left_after_a_fault(name: str, first: bool, tmp_path: Path) -> N
             fit(module, *(*others, mlu) if first else (mlu, *others))
         for key in (*METHODS, "optimizer"):
             vars(module).pop(key, None)
-        for part in module.modules():
-            for hooks in (part._forward_hooks, part._forward_pre_hooks):
-                for key, hook in [*hooks.items()]:
-                    if not type(hook).__module__.startswith("mlu_lightning"):
-                        del hooks[key]
+        for hooks in (h for part in module.modules() for h in (part._forward_hooks, part._forward_pre_hooks)):
+            for key, hook in [*hooks.items()]:
+                if not type(hook).__module__.startswith("mlu_lightning"):
+                    del hooks[key]
         module.readout.weight._backward_hooks = None
         if name == "readout exchanged":
             continue
