@@ -6,7 +6,7 @@ from typing import Any
 import transformers as hf
 from torch import nn
 
-from helpers.architectures.architecture import LANGUAGE, VOCABULARY, Architecture, Build, hugging_face, roles
+from helpers.architectures.architecture import LANGUAGE, VOCABULARY, Architecture, Build, hugging_face
 
 TOKENIZER = {"vocab_size": VOCABULARY, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
 
@@ -55,126 +55,99 @@ def _t5(tied: bool) -> Build:
     return build
 
 
-_LLAMA = roles("""
+_LLAMA = """
     embedding: model.embed_tokens.weight
     branch_in: model.layers.*.self_attn.[qkv]_proj.weight model.layers.*.mlp.gate_proj.weight
     branch_in: model.layers.*.mlp.up_proj.weight
     branch_out: model.layers.*.self_attn.o_proj.weight model.layers.*.mlp.down_proj.weight
     branch_norm: model.layers.*.*layernorm.weight
     stream_norm: model.norm.weight
-""")
-_WRITES = ("model.layers.*.self_attn.o_proj.weight", "model.layers.*.mlp.down_proj.weight")
-_LLAMA_BRANCHES = (("model.layers.*.self_attn", "attention", 1), ("model.layers.*.mlp", "mlp", 24))
-_HEAD = {"lm_head.weight": "readout"}
-_T5 = roles("""
-    embedding: shared.weight
-    branch_in_bias: *.relative_attention_bias.weight
-    branch_in: *Attention.[qkv].weight *.DenseReluDense.wi*.weight
-    branch_out: *Attention.o.weight *.DenseReluDense.wo.weight
-    branch_norm: *.layer.*.layer_norm.weight
-    stream_norm: *.final_layer_norm.weight
-""")
-_T5_PARTS = (("SelfAttention", "attention", 1), ("EncDecAttention", "attention", 1), ("DenseReluDense", "mlp", 24))
-_T5_BRANCHES = {
-    stack: tuple((f"{stack}.block.*.layer.*.{name}", *kind) for name, *kind in parts)
-    for stack, parts in {"decoder": _T5_PARTS, "encoder": _T5_PARTS[::2]}.items()
-}
+    branches: model.layers.*.self_attn attention 1
+"""
 
 
-def _like_llama(model: type, config: type, more: dict[str, str] = _HEAD, **numbers: Any) -> Architecture:
-    tied = "lm_head.weight" not in more
+def _like_llama(model: type, config: type, tied: bool = False, **numbers: Any) -> Architecture:
     readout = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    build = _grouped(model, config, **numbers)
-    return Architecture(build, LANGUAGE, _LLAMA | more, _LLAMA_BRANCHES, readout, tied=tied)
+    architecture = Architecture(_grouped(model, config, **numbers), LANGUAGE, readout, tied=tied)
+    architecture = architecture.reads(f"{_LLAMA}branches: model.layers.*.mlp mlp 24")
+    return architecture if tied else architecture.reads("readout: lm_head.weight")
 
 
 def _t5_architecture(tied: bool) -> Architecture:
-    return Architecture(
-        _t5(tied),
-        LANGUAGE,
-        roles=_T5 | ({} if tied else _HEAD),
-        branches=_T5_BRANCHES["decoder"],
-        encoder=_T5_BRANCHES["encoder"],
-        readout="shared.weight" if tied else "lm_head.weight",
-        tied=tied,
-        warns="shared across depth",
-    )
+    readout = "shared.weight" if tied else "lm_head.weight"
+    architecture = Architecture(_t5(tied), LANGUAGE, readout, tied=tied, warns="shared across depth").reads("""
+        embedding: shared.weight
+        branch_in_bias: *.relative_attention_bias.weight
+        branch_in: *Attention.[qkv].weight *.DenseReluDense.wi*.weight
+        branch_out: *Attention.o.weight *.DenseReluDense.wo.weight
+        branch_norm: *.layer.*.layer_norm.weight
+        stream_norm: *.final_layer_norm.weight
+        branches: decoder.block.*.layer.*.SelfAttention attention 1
+        branches: decoder.block.*.layer.*.EncDecAttention attention 1
+        branches: decoder.block.*.layer.*.DenseReluDense mlp 24
+        encoder: encoder.block.*.layer.*.SelfAttention attention 1
+        encoder: encoder.block.*.layer.*.DenseReluDense mlp 24
+    """)
+    return architecture if tied else architecture.reads("readout: lm_head.weight")
 
+
+_NEOX = hugging_face(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, 32, **TOKENIZER)
+_BERT = hugging_face(hf.BertForMaskedLM, hf.BertConfig, 32, max_position_embeddings=8, **TOKENIZER)
+_BERT_READOUT = "bert.embeddings.word_embeddings.weight"
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
-    "gpt2": Architecture(
-        _gpt2(),
-        LANGUAGE,
-        roles=roles("""
-            embedding: transformer.wte.weight transformer.wpe.weight
-            branch_norm: transformer.h.*.ln_?.*
-            branch_in: transformer.h.*.attn.c_attn.weight|bias transformer.h.*.mlp.c_fc.weight|bias
-            branch_out: transformer.h.*.c_proj.weight|bias
-            stream_norm: transformer.ln_f.*
-        """),
-        branches=(("transformer.h.*.attn", "attention", 1), ("transformer.h.*.mlp", "mlp", 32)),
-        readout="transformer.wte.weight",
-        tied=True,
-    ),
+    "gpt2": Architecture(_gpt2(), LANGUAGE, "transformer.wte.weight", tied=True).reads("""
+        embedding: transformer.wte.weight transformer.wpe.weight
+        branch_norm: transformer.h.*.ln_?.*
+        branch_in: transformer.h.*.attn.c_attn.weight|bias transformer.h.*.mlp.c_fc.weight|bias
+        branch_out: transformer.h.*.c_proj.weight|bias
+        stream_norm: transformer.ln_f.*
+        branches: transformer.h.*.attn attention 1
+        branches: transformer.h.*.mlp mlp 32
+    """),
     "llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig),
-    "tied llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig, {}, tie_word_embeddings=True),
-    "gemma2": replace(
-        # every branch ends in a norm
-        _like_llama(hf.Gemma2ForCausalLM, hf.Gemma2Config, dict.fromkeys(_WRITES, "branch_out (before_norm)")),
-        unfoldable=True,
-    ),
-    "gpt-neox": Architecture(
-        hugging_face(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, 32, **TOKENIZER),
-        LANGUAGE,
-        roles=roles("""
-            embedding: gpt_neox.embed_in.weight
-            branch_norm: gpt_neox.layers.*.*layernorm.*
-            branch_in: gpt_neox.layers.*.query_key_value.weight|bias gpt_neox.layers.*.dense_h_to_4h.weight|bias
-            branch_out: gpt_neox.layers.*.dense.weight|bias gpt_neox.layers.*.dense_4h_to_h.weight|bias
-            stream_norm: gpt_neox.final_layer_norm.*
-            readout: lm_head.weight
-        """),
-        branches=(("gpt_neox.layers.*.attention", "attention", 1), ("gpt_neox.layers.*.mlp", "mlp", 32)),
-        readout="lm_head.weight",
-        parallel=True,
-    ),
-    "bert": Architecture(
-        hugging_face(hf.BertForMaskedLM, hf.BertConfig, 32, max_position_embeddings=8, **TOKENIZER),
-        LANGUAGE,
-        roles=roles("""
-            embedding: bert.embeddings.*_embeddings.weight
-            stream_norm: bert.embeddings.LayerNorm.* cls.predictions.transform.dense.bias
-            stream_norm: cls.predictions.transform.LayerNorm.*
-            branch_in: bert.encoder.layer.*.attention.self.*.weight|bias
-            branch_in: bert.encoder.layer.*.intermediate.dense.weight|bias
-            branch_out: bert.encoder.layer.*.output.dense.weight|bias
-            stream_norm (post_norm): bert.encoder.layer.*.LayerNorm.*
-            stream_matrix (in_head): cls.predictions.transform.dense.weight
-            readout_bias: cls.predictions.bias
-        """),
-        branches=(("bert.encoder.layer.*.attention", "attention", 1), ("bert.encoder.layer.*", "mlp", 32)),
-        readout="bert.embeddings.word_embeddings.weight",
-        tied=True,
-        warns="post-norm",
-    ),
+    "tied llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig, tied=True, tie_word_embeddings=True),
+    # every branch ends in a norm
+    "gemma2": replace(_like_llama(hf.Gemma2ForCausalLM, hf.Gemma2Config, tied=True), unfoldable=True).reads("""
+        branch_out (before_norm): model.layers.*.self_attn.o_proj.weight model.layers.*.mlp.down_proj.weight
+    """),
+    "gpt-neox": Architecture(_NEOX, LANGUAGE, "lm_head.weight", parallel=True).reads("""
+        embedding: gpt_neox.embed_in.weight
+        branch_norm: gpt_neox.layers.*.*layernorm.*
+        branch_in: gpt_neox.layers.*.query_key_value.weight|bias gpt_neox.layers.*.dense_h_to_4h.weight|bias
+        branch_out: gpt_neox.layers.*.dense.weight|bias gpt_neox.layers.*.dense_4h_to_h.weight|bias
+        stream_norm: gpt_neox.final_layer_norm.*
+        readout: lm_head.weight
+        branches: gpt_neox.layers.*.attention attention 1
+        branches: gpt_neox.layers.*.mlp mlp 32
+    """),
+    "bert": Architecture(_BERT, LANGUAGE, _BERT_READOUT, tied=True, warns="post-norm").reads("""
+        embedding: bert.embeddings.*_embeddings.weight
+        stream_norm: bert.embeddings.LayerNorm.* cls.predictions.transform.dense.bias
+        stream_norm: cls.predictions.transform.LayerNorm.*
+        branch_in: bert.encoder.layer.*.attention.self.*.weight|bias bert.encoder.layer.*.intermediate.dense.weight|bias
+        branch_out: bert.encoder.layer.*.output.dense.weight|bias
+        stream_norm (post_norm): bert.encoder.layer.*.LayerNorm.*
+        stream_matrix (in_head): cls.predictions.transform.dense.weight
+        readout_bias: cls.predictions.bias
+        branches: bert.encoder.layer.*.attention attention 1
+        branches: bert.encoder.layer.* mlp 32
+    """),
     "mistral": _like_llama(hf.MistralForCausalLM, hf.MistralConfig),
-    "qwen3": _like_llama(
-        hf.Qwen3ForCausalLM, hf.Qwen3Config, _HEAD | {"model.layers.*.self_attn.[qk]_norm.weight": "branch_bounded"}
-    ),
+    "qwen3": _like_llama(hf.Qwen3ForCausalLM, hf.Qwen3Config).reads("""
+        branch_bounded: model.layers.*.self_attn.[qk]_norm.weight
+    """),
+    # the only implementation for double precision and for tensors without values
     "mixtral": Architecture(
-        mixtral("batched_mm"),  # the only implementation for double precision and for tensors without values
-        LANGUAGE,
-        roles=_LLAMA
-        | roles("""
-            branch_bounded_matrix: model.layers.*.mlp.gate.weight
-            branch_in: model.layers.*.mlp.experts.gate_up_proj
-            branch_out: model.layers.*.mlp.experts.down_proj
-            readout: lm_head.weight
-        """),
-        branches=(("model.layers.*.self_attn", "attention", 1), ("model.layers.*.mlp", "mlp", 2 * 24)),
-        readout="lm_head.weight",
-        active={"model.layers.*.mlp.experts.*": 2},
-    ),
+        mixtral("batched_mm"), LANGUAGE, "lm_head.weight", active={"model.layers.*.mlp.experts.*": 2}
+    ).reads(f"""
+        {_LLAMA.strip()}
+        branch_bounded_matrix: model.layers.*.mlp.gate.weight
+        branch_in: model.layers.*.mlp.experts.gate_up_proj
+        branch_out: model.layers.*.mlp.experts.down_proj
+        readout: lm_head.weight
+        branches: model.layers.*.mlp mlp {2 * 24}
+    """),
     "tied t5": _t5_architecture(tied=True),
     "t5": _t5_architecture(tied=False),
 }

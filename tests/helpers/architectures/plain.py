@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.architectures.architecture import TOKENS, VOCABULARY, Architecture, roles
+from helpers.architectures.architecture import TOKENS, VOCABULARY, Architecture
 from mlu_lightning.models import CausalTransformer, ResNet
 
 
@@ -116,26 +116,25 @@ class MixtureOfExperts(nn.Module):
         return self.readout(h)
 
 
-_TORCH = roles("""
+_TORCH = """
     embedding: tokens.weight positions memory.*
     branch_in: *.layers.*.in_proj_weight|bias *.layers.*.linear1.weight|bias
     branch_out: *.layers.*.out_proj.weight|bias *.layers.*.linear2.weight|bias
     readout: readout.weight|bias
-""")
-_PRE_NORM = {"*.layers.*.norm?.*": "branch_norm", "??coder.norm.*": "stream_norm"}
-_POST_NORM = {"*.layers.*.norm?.*": "stream_norm (post_norm)"}
+"""
+_PRE_NORM = "branch_norm: *.layers.*.norm?.*\nstream_norm: ??coder.norm.*"
+_POST_NORM = "stream_norm (post_norm): *.layers.*.norm?.*"
 
 
 def _stack(model: type[Encoder | Decoder], example: Any, attentions: tuple[str, ...], norm_first: bool) -> Architecture:
+    def build(*shape: int) -> nn.Module:
+        return model(*shape, norm_first=norm_first)
+
+    found = Architecture(build, example, "readout.weight", warns="" if norm_first else "post-norm").reads(_TORCH)
     layers = f"{model.__name__.lower()}.layers.*"
-    return Architecture(
-        lambda *shape: model(*shape, norm_first=norm_first),
-        example,
-        roles=_TORCH | (_PRE_NORM if norm_first else _POST_NORM),
-        branches=(*((f"{layers}.{name}", "attention", 1) for name in attentions), (layers, "mlp", 32)),
-        readout="readout.weight",
-        warns="" if norm_first else "post-norm",
-    )
+    for name in attentions:
+        found = found.reads(f"branches: {layers}.{name} attention 1")
+    return found.reads(f"branches: {layers} mlp 32").reads(_PRE_NORM if norm_first else _POST_NORM)
 
 
 _ENCODER = Encoder, (TOKENS,), ("self_attn",)
@@ -143,69 +142,61 @@ _DECODER = Decoder, (TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)), ("self
 
 
 def _experts(normalized: bool) -> Architecture:
-    return Architecture(
-        lambda *shape: MixtureOfExperts(*shape, normalized=normalized),
-        (torch.linspace(-1, 1, 20).reshape(4, 5),),
-        roles=roles("""
-            embedding: embed.*
-            branch_norm: norms.*
-            branch_bounded_matrix: experts.*.router.weight
-            branch_bounded: experts.*.router.bias
-            branch_in: experts.*.gate.*.weight experts.*.up.*.weight
-            branch_out: experts.*.down.*.weight|bias
-            readout: readout.weight|bias
-        """),
-        branches=(("experts.*", "mlp", 2 * 8),),
-        readout="readout.weight",
-        active=dict.fromkeys([f"experts.*.{part}.*" for part in ("gate", "up", "down")], 2) if normalized else {},
-    )
+    def build(*shape: int) -> nn.Module:
+        return MixtureOfExperts(*shape, normalized=normalized)
+
+    active = dict.fromkeys([f"experts.*.{part}.*" for part in ("gate", "up", "down")], 2) if normalized else {}
+    return Architecture(build, (torch.linspace(-1, 1, 20).reshape(4, 5),), "readout.weight", active=active).reads("""
+        embedding: embed.*
+        branch_norm: norms.*
+        branch_bounded_matrix: experts.*.router.weight
+        branch_bounded: experts.*.router.bias
+        branch_in: experts.*.gate.*.weight experts.*.up.*.weight
+        branch_out: experts.*.down.*.weight|bias
+        readout: readout.weight|bias
+        branches: experts.* mlp 16
+    """)
+
+
+def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
+    return ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2)
+
+
+def _transformer(depth: int, heads: int, embedding: int) -> nn.Module:
+    return CausalTransformer(VOCABULARY, 8, depth, embedding, heads, head_dim=8)
 
 
 PLAIN: dict[str, Architecture] = {
-    "resnet": Architecture(
-        lambda depth, heads, embedding: ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2),
-        (torch.ones(4, 3), torch.ones(4, 2)),
-        roles=roles("""
-            embedding: embed.weight
-            branch_in: blocks.*.read.weight
-            branch_out: blocks.*.write.weight
-            readout: readout.weight
-        """),
-        branches=(("blocks.*", "mlp", 4),),
-        readout="readout.weight",
-    ),
-    "causal transformer": Architecture(
-        lambda depth, heads, embedding: CausalTransformer(VOCABULARY, 8, depth, embedding, heads, head_dim=8),
-        torch.zeros(2, 9, dtype=torch.long),
-        roles=roles("""
-            embedding: tokens.weight
-            branch_norm: branches.*.norm.weight
-            branch_in: branches.*.query.weight branches.*.key.weight branches.*.value.weight branches.*.read.weight
-            branch_out: branches.*.out.weight branches.*.write.weight
-            stream_norm: norm.weight
-            readout: readout.weight
-        """),
-        branches=(("branches.*", "attention", 1), ("branches.*", "mlp", 32)),
-        readout="readout.weight",
-    ),
-    "functional": Architecture(
-        Functional,
-        (torch.ones(4, 5),),
-        roles=roles("""
-            embedding: patches.weight patches.bias
-            stream_matrix: stem.weight
-            stream_norm: stem.bias transform.bias
-            branch_in: blocks.*.read
-            branch_in_bias: blocks.*.read_bias blocks.*.gain blocks.*.between.bias
-            branch_hidden: blocks.*.between.weight
-            branch_out: blocks.*.write
-            branch_norm: blocks.*.layer_scale
-            stream_matrix (in_head): transform.weight
-            readout: out.weight|bias
-        """),
-        branches=(("blocks.*", "mlp", 8),),
-        readout="out.weight",
-    ),
+    "resnet": Architecture(_resnet, (torch.ones(4, 3), torch.ones(4, 2)), "readout.weight").reads("""
+        embedding: embed.weight
+        branch_in: blocks.*.read.weight
+        branch_out: blocks.*.write.weight
+        readout: readout.weight
+        branches: blocks.* mlp 4
+    """),
+    "causal transformer": Architecture(_transformer, torch.zeros(2, 9, dtype=torch.long), "readout.weight").reads("""
+        embedding: tokens.weight
+        branch_norm: branches.*.norm.weight
+        branch_in: branches.*.query.weight branches.*.key.weight branches.*.value.weight branches.*.read.weight
+        branch_out: branches.*.out.weight branches.*.write.weight
+        stream_norm: norm.weight
+        readout: readout.weight
+        branches: branches.* attention 1
+        branches: branches.* mlp 32
+    """),
+    "functional": Architecture(Functional, (torch.ones(4, 5),), "out.weight").reads("""
+        embedding: patches.weight patches.bias
+        stream_matrix: stem.weight
+        stream_norm: stem.bias transform.bias
+        branch_in: blocks.*.read
+        branch_in_bias: blocks.*.read_bias blocks.*.gain blocks.*.between.bias
+        branch_hidden: blocks.*.between.weight
+        branch_out: blocks.*.write
+        branch_norm: blocks.*.layer_scale
+        stream_matrix (in_head): transform.weight
+        readout: out.weight|bias
+        branches: blocks.* mlp 8
+    """),
     "pre-norm encoder": _stack(*_ENCODER, norm_first=True),
     "post-norm encoder": _stack(*_ENCODER, norm_first=False),
     "pre-norm decoder": _stack(*_DECODER, norm_first=True),

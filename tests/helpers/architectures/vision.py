@@ -5,7 +5,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.architectures.architecture import Architecture, hugging_face, roles
+from helpers.architectures.architecture import Architecture, hugging_face
 
 IMAGES = torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)
 
@@ -96,83 +96,68 @@ def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
     return transformers.ResNetForImageClassification(config)
 
 
-_CONVOLUTIONAL = roles("""
-    embedding: stem.0.weight
-    stream_norm: stem.1.* stages.*.*.shortcut.1.*
-    branch_in: stages.*.*.first.0.weight
-    branch_in_bias: stages.*.*.first.1.*
-    branch_out (before_norm): stages.*.*.last.0.weight
-    branch_norm: stages.*.*.last.1.*
-    stream_matrix: stages.*.*.shortcut.0.weight
-    readout: fc.weight|bias
-""")
-_BOTTLENECK = {"stages.*.*.second.0.weight": "branch_hidden", "stages.*.*.second.1.*": "branch_in_bias"}
-
-
 def _convolutional(bottleneck: bool) -> Architecture:
-    return Architecture(
-        lambda *shape: ConvolutionalResNet(*shape, bottleneck=bottleneck),
-        (IMAGES,),
-        roles=_CONVOLUTIONAL | (_BOTTLENECK if bottleneck else {}),
-        branches=(("stages.*.*", "convolution", 4), ("stages.*.*", "convolution", 8)),
-        readout="fc.weight",
-        ends=("stages.*.*.last.1.*",),
-        axis=1,
-    )
+    def build(*shape: int) -> nn.Module:
+        return ConvolutionalResNet(*shape, bottleneck=bottleneck)
+
+    return Architecture(build, (IMAGES,), "fc.weight", ends=("stages.*.*.last.1.*",), axis=1).reads("""
+        embedding: stem.0.weight
+        stream_norm: stem.1.* stages.*.*.shortcut.1.*
+        branch_in: stages.*.*.first.0.weight
+        branch_in_bias: stages.*.*.first.1.* stages.*.*.second.1.*
+        branch_hidden: stages.*.*.second.0.weight
+        branch_out (before_norm): stages.*.*.last.0.weight
+        branch_norm: stages.*.*.last.1.*
+        stream_matrix: stages.*.*.shortcut.0.weight
+        readout: fc.weight|bias
+        branches: stages.*.* convolution 4
+        branches: stages.*.* convolution 8
+    """)
 
 
-_VIT = {"image_size": 8, "patch_size": 4, "num_labels": 3}
-_BLOCKS = "resnet.encoder.stages.*.layers.*.layer"
+_VIT_SIZES = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+_VIT = hugging_face(transformers.ViTForImageClassification, transformers.ViTConfig, 32, **_VIT_SIZES)
+_LABELS = torch.zeros(2, dtype=torch.long)
+_LAST_NORMS = "resnet.encoder.*.layer.2.normalization.*"
 
 VISION_MODELS: dict[str, Architecture] = {
     "vit": Architecture(
-        hugging_face(transformers.ViTForImageClassification, transformers.ViTConfig, 32, **_VIT),
-        {"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.zeros(2, dtype=torch.long)},
-        roles=roles("""
-            embedding: vit.embeddings.*
-            branch_in: vit.layers.*.attention.[qkv]_proj.weight|bias vit.layers.*.mlp.fc1.weight|bias
-            branch_out: vit.layers.*.attention.o_proj.weight|bias vit.layers.*.mlp.fc2.weight|bias
-            branch_norm: vit.layers.*.layernorm_*
-            stream_norm: vit.layernorm.*
-            readout: classifier.weight|bias
-        """),
-        branches=(("vit.layers.*.attention", "attention", 1), ("vit.layers.*.mlp", "mlp", 32)),
-        readout="classifier.weight",
-    ),
-    "mixer": Architecture(
-        Mixer,
-        (IMAGES,),
-        roles=roles("""
-            embedding: patches.*
-            branch_norm: blocks.*.*_norm.*
-            branch_in: blocks.*.tokens.0.weight|bias blocks.*.channels.0.weight|bias
-            branch_out: blocks.*.tokens.2.weight|bias blocks.*.channels.2.weight|bias
-            stream_norm: norm.*
-            readout: classifier.weight|bias
-        """),
-        branches=(("blocks.*.tokens", "mlp", 8), ("blocks.*.channels", "mlp", 16)),
-        readout="classifier.weight",
-        tokens=("blocks.*.tokens.*",),
-    ),
+        _VIT, {"pixel_values": torch.ones(2, 3, 8, 8), "labels": _LABELS}, "classifier.weight"
+    ).reads("""
+        embedding: vit.embeddings.*
+        branch_in: vit.layers.*.attention.[qkv]_proj.weight|bias vit.layers.*.mlp.fc1.weight|bias
+        branch_out: vit.layers.*.attention.o_proj.weight|bias vit.layers.*.mlp.fc2.weight|bias
+        branch_norm: vit.layers.*.layernorm_*
+        stream_norm: vit.layernorm.*
+        readout: classifier.weight|bias
+        branches: vit.layers.*.attention attention 1
+        branches: vit.layers.*.mlp mlp 32
+    """),
+    "mixer": Architecture(Mixer, (IMAGES,), "classifier.weight", tokens=("blocks.*.tokens.*",)).reads("""
+        embedding: patches.*
+        branch_norm: blocks.*.*_norm.*
+        branch_in: blocks.*.tokens.0.weight|bias blocks.*.channels.0.weight|bias
+        branch_out: blocks.*.tokens.2.weight|bias blocks.*.channels.2.weight|bias
+        stream_norm: norm.*
+        readout: classifier.weight|bias
+        branches: blocks.*.tokens mlp 8
+        branches: blocks.*.channels mlp 16
+    """),
     "basic resnet": _convolutional(bottleneck=False),
     "bottleneck resnet": _convolutional(bottleneck=True),
     "hugging face resnet": Architecture(
-        _resnet,
-        {"pixel_values": IMAGES, "labels": torch.zeros(2, dtype=torch.long)},
-        roles=roles("""
-            embedding: resnet.embedder.embedder.convolution.weight
-            stream_norm: resnet.embedder.embedder.normalization.* resnet.encoder.*.shortcut.normalization.*
-            stream_matrix: resnet.encoder.*.shortcut.convolution.weight
-            branch_in: resnet.encoder.*.layer.0.convolution.weight
-            branch_in_bias: resnet.encoder.*.layer.[01].normalization.*
-            branch_hidden: resnet.encoder.*.layer.1.convolution.weight
-            branch_out (before_norm): resnet.encoder.*.layer.2.convolution.weight
-            branch_norm: resnet.encoder.*.layer.2.normalization.*
-            readout: classifier.1.weight|bias
-        """),
-        branches=((_BLOCKS, "convolution", 1), (_BLOCKS, "convolution", 2)),
-        readout="classifier.1.weight",
-        ends=("resnet.encoder.*.layer.2.normalization.*",),
-        axis=1,
-    ),
+        _resnet, {"pixel_values": IMAGES, "labels": _LABELS}, "classifier.1.weight", ends=(_LAST_NORMS,), axis=1
+    ).reads("""
+        embedding: resnet.embedder.embedder.convolution.weight
+        stream_norm: resnet.embedder.embedder.normalization.* resnet.encoder.*.shortcut.normalization.*
+        stream_matrix: resnet.encoder.*.shortcut.convolution.weight
+        branch_in: resnet.encoder.*.layer.0.convolution.weight
+        branch_in_bias: resnet.encoder.*.layer.[01].normalization.*
+        branch_hidden: resnet.encoder.*.layer.1.convolution.weight
+        branch_out (before_norm): resnet.encoder.*.layer.2.convolution.weight
+        branch_norm: resnet.encoder.*.layer.2.normalization.*
+        readout: classifier.1.weight|bias
+        branches: resnet.encoder.stages.*.layers.*.layer convolution 1
+        branches: resnet.encoder.stages.*.layers.*.layer convolution 2
+    """),
 }
