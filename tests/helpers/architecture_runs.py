@@ -1,6 +1,5 @@
 """Modules of the registry under a Trainer: their losses and data, a thin LightningModule around them, and their runs."""
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -88,14 +87,15 @@ class Trained(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def built(architecture: Architecture, shape: tuple[int, int, int] = LARGE, seed: int = 0) -> Trained:
+def built(architecture: Architecture, shape: Any = LARGE, seed: int = 0, double: bool = False) -> Trained:
     """A module of a shape, in training mode, the same for the same seed."""
     torch.manual_seed(seed)
     module: Any = architecture.build(*shape)
     if hasattr(module, "loss_type") and module.loss_type is None:
         # what transformers takes then, with a warning that torch.compile stumbles over
         module.loss_type = "ForCausalLM"
-    return Trained(module).train()
+    module = Trained(module).train()
+    return doubled(module) if double else module
 
 
 def fit(
@@ -103,14 +103,14 @@ def fit(
     batches: list[Any],
     *callbacks: Callback,
     epochs: int = EPOCHS,
-    ckpt_path: Path | None = None,
-    folder: Path | None = None,
+    folder: Any = None,
+    **more: Any,
 ) -> Trainer:
     """Train, from the same random state every time; a checkpoint of every epoch goes to ``folder``."""
     saving = [] if folder is None else [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)]
     torch.manual_seed(3)
     trainer = quiet(*callbacks, *saving, max_epochs=epochs, enable_checkpointing=bool(saving))
-    trainer.fit(module, loader(batches), ckpt_path=ckpt_path)
+    trainer.fit(module, loader(batches), **more)
     return trainer
 
 

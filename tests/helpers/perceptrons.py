@@ -9,24 +9,19 @@ from torch import Tensor, nn
 from mlu_lightning import Role
 
 INPUTS, OUTPUTS = 3, 2
-ROLES = {
-    "embed.weight": Role.EMBEDDING,
-    "embed.bias": Role.EMBEDDING,
-    "branches.norm.weight": Role.BRANCH_NORM,
-    "branches.norm.bias": Role.BRANCH_NORM,
-    "branches.read.weight": Role.BRANCH_IN,
-    "branches.read.bias": Role.BRANCH_IN_BIAS,
-    "branches.write.weight": Role.BRANCH_OUT,
-    "branches.write.bias": Role.BRANCH_OUT_BIAS,
-    "norm.weight": Role.STREAM_NORM,
-    "norm.bias": Role.STREAM_NORM,
-    "readout.weight": Role.READOUT,
-    "readout.bias": Role.READOUT_BIAS,
-}
+_LAYERS = {
+    "embed": (Role.EMBEDDING, Role.EMBEDDING),
+    "branches.norm": (Role.BRANCH_NORM, Role.BRANCH_NORM),
+    "branches.read": (Role.BRANCH_IN, Role.BRANCH_IN_BIAS),
+    "branches.write": (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS),
+    "norm": (Role.STREAM_NORM, Role.STREAM_NORM),
+    "readout": (Role.READOUT, Role.READOUT_BIAS),
+}  # of their weights and biases
 
 
 def role_of(name: str) -> Role:
-    return ROLES[re.sub(r"\.\d+\.", ".", name)]
+    layer, _, part = re.sub(r"\.\d+\.", ".", name).rpartition(".")
+    return _LAYERS[layer][part == "bias"]
 
 
 class Branch(nn.Module):
