@@ -51,9 +51,6 @@ def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
     assert entry(row, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-# --- known parameterizations that it contains
-
-
 @pytest.mark.parametrize(("width", "depth"), [(8.0, 1.0), (1.0, 32.0), (4.0, 16.0), (0.5, 0.25)])
 def test_completep_where_hidden_width_is_proportional_to_embedding(width: float, depth: float) -> None:
     """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
@@ -103,8 +100,6 @@ def test_numbers_where_the_ratio_of_hidden_to_embedding_changes() -> None:
     # CompleteP and µP have the std of a sum over hidden units here, 1/4
     assert scale(Role.BRANCH_OUT, branch_out, ADAMW).std == 1 / 8 != 16**-0.5
 
-
-# --- properties
 
 sizes = st.floats(min_value=1 / 64, max_value=64, allow_nan=False)
 ratios = st.builds(Ratios, sizes, sizes, sizes)
@@ -160,9 +155,6 @@ def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float)
     multiplier = plain.multiplier * (alpha if writes else 1)
     expected = Scale(multiplier, plain.std, plain.lr * lr, plain.eps * alpha, plain.weight_decay * decay)
     assert astuple(rich) == pytest.approx(astuple(expected), **CLOSE)
-
-
-# --- folding
 
 
 def optimizer_of(family: OptimizerFamily, parameter: torch.nn.Parameter, factors: Scale) -> torch.optim.Optimizer:

@@ -29,9 +29,6 @@ BATCHES = batches_like(RESNET.example)
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-# Ways to compile a LightningModule, or what is inside
-
-
 def wrapper(module: Any, backend: Any) -> Any:
     return torch.compile(module, backend=backend)
 
@@ -118,8 +115,6 @@ def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_t
     assert module.losses == plain.losses
 
 
-# Multipliers of a plain module
-
 EXACT = {"rtol": 1e-14, "atol": 1e-16}
 EXAMPLE = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).double(), torch.ones(5, 2)
 
@@ -153,9 +148,6 @@ def test_no_multiplier_is_stale_after_a_compiled_call(compiled: Callable[..., An
         put(call, plan)
         torch.testing.assert_close(call(x), scaled, **EXACT)
     torch.testing.assert_close(by_hand(module, 1.0), scaled, **EXACT)
-
-
-# All modules of a class share what is compiled of it, those without multipliers too
 
 
 @pytest.mark.parametrize("compiled", [wrapper, inside, blocks])
@@ -254,9 +246,6 @@ def test_copy_of_a_module_with_multipliers_runs_itself_and_lets_them_go(copied: 
     torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 1.0), **EXACT)
     assert [set(vars(part)) for part in twin.blocks.modules()] == [set(vars(part)) for part in plain.blocks.modules()]
     torch.testing.assert_close(module(EXAMPLE[0]), by_hand(module, 2 / 3), **EXACT)
-
-
-# Parts that torch.compile has wrapped have other names
 
 
 def test_wrapped_parts_are_refused_with_what_to_do() -> None:

@@ -66,9 +66,6 @@ def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: di
         assert "configure_optimizers" not in vars(module)
 
 
-# Plans
-
-
 @pytest.mark.parametrize("version", ["1", "1.5", "next"])
 def test_plan_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"

@@ -216,9 +216,6 @@ def test_anomalies_that_torch_finds(tmp_path: Path) -> None:
     assert "configure_optimizers" not in vars(module) and own_hooks(module) == faulty_runs.expected_hooks("hook")
 
 
-# --- signals and disks
-
-
 def fit_until_terminated(folder: Path) -> None:
     module = Watched()
     kill = At("on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))

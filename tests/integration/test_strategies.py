@@ -68,9 +68,6 @@ def test_runs_differ_by_what_they_are_run_with(single: Runs) -> None:
     assert not torch.allclose(hook["start"]["blocks.0.write.weight"], fold["start"]["blocks.0.write.weight"])
 
 
-# What FSDP1 and DeepSpeed do with parameters
-
-
 class Uninstalled(DeepSpeedStrategy):
     """DeepSpeed's own strategy needs its package to be constructed, and nothing here gets as far as that."""
 
@@ -113,9 +110,6 @@ def wrapped(module: Net) -> None:
 @pytest.mark.parametrize(("change", "said"), [(wrapped, "wrapped"), (lambda module: module.to("meta"), "meta")])
 def test_module_that_fsdp1_leaves_no_values_is_refused(change: Callable[[Net], Any], said: str) -> None:
     set_up(FSDPStrategy(), SAID[said], change)
-
-
-# Norms that a strategy exchanges
 
 
 class Synced(nn.BatchNorm1d):

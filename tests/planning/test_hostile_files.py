@@ -37,7 +37,6 @@ MEMORY = 64 * 2**20  # bytes beyond those that the process has, for files of a f
 SECONDS = 2.0  # for each
 Read = Callable[[Path, bytes], bool]  # reads a file with a content, checks it, and says whether it was refused
 
-# --- mutations, all of them from a seed
 
 SCALARS = """
 0 1 -1 2 1e3 1e-3 1.0e+400 -.inf .nan NaN 1_000 0x10 0b1 0o7 1:30:00 99999999999999999999 1.7976931348623157e308 5e-324
@@ -114,9 +113,6 @@ def forged(content: bytes, draw: random.Random) -> bytes:
     return forge(content, change)
 
 
-# --- what is read, against other readers
-
-
 def check_value(value: Any, node: Any) -> None:
     """A part of a plan is what YAML has for it, as texts."""
     if is_dataclass(value):
@@ -187,9 +183,6 @@ def read_reference(path: Path, content: bytes) -> bool:
         for name, values in reference.read(step).items():
             assert torch.equal(values, tensors[f"{step}/{name}"].float())
     return False
-
-
-# --- reading many of them
 
 
 @contextmanager

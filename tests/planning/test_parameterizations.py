@@ -124,8 +124,6 @@ def test_outputs_averaged_over_active_experts() -> None:
             assert scale(role, Ratios(active=4.0), family) == expected
 
 
-# --- as plans of modules
-
 BASE = {"depth": 1, "heads": 2, "embedding": 16, "mlp_hidden": 24}
 PROPORTIONAL = {"depth": 3, "heads": 6, "embedding": 48, "mlp_hidden": 72}  # M ∝ D, by factors that are not exact
 ASPECTS = {"heads": {"heads": 4}, "MLP": {"mlp_hidden": 72}, "embedding": {"embedding": 48}}
