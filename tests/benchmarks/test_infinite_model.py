@@ -81,9 +81,7 @@ def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_infinite_model_and_the_network_in_its_place(
-    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """D = M = 2000, L = 50, K = 15 steps, N = 10. The aim is 100 times less for a smaller error."""
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(10, DATA, generator=draws), torch.randn(10, DATA, generator=draws)

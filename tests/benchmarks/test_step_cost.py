@@ -158,9 +158,8 @@ def test_start_and_peak_memory(processes: Pool, starts_table: Show, size: str) -
     for _ in range(PROCESSES):
         for name in STARTED:
             found[name].append(processes.apply(start, (name, size, "AdamW fused")))
-    seconds, megabytes = (
-        {name: np.array([each[key] for each in found[name]]) for name in STARTED} for key in ("seconds", "megabytes")
-    )
+    keys = "seconds", "megabytes"
+    seconds, megabytes = ({name: np.array([each[key] for each in found[name]]) for name in STARTED} for key in keys)
     starts_table(size, *(spread(seconds[name], 2) for name in STARTED))
     starts_table("  peak memory, MB", *(spread(megabytes[name], 0) for name in STARTED))
     for name in ("hook", "fold"):

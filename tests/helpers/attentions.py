@@ -141,10 +141,9 @@ FORMS: dict[str, Callable[..., Tensor]] = {
     "normalized_queries": _of_logits(lambda net, q, k: F.normalize(q, dim=-1) @ k.mT),
     "filled_tensor": _of_logits(lambda net, q, k: q @ k.mT / torch.full([], net.head_dim**0.5)),
     "for_each_head": _of_logits(lambda net, q, k: q @ k.mT * torch.tensor([0.1, 0.2]).reshape(2, 1, 1).to(q)),
-} | {
-    form.__name__: form
-    for form in (added_to_biases, cosine_by_hand, in_place, masked_and_capped, normalized_by_hand, quarter_powers)
 }
+for form in (added_to_biases, cosine_by_hand, in_place, masked_and_capped, normalized_by_hand, quarter_powers):
+    FORMS[form.__name__] = form
 
 
 class Plain(nn.Module):
@@ -271,10 +270,8 @@ def _input_axis(owner: nn.Module) -> int | None:
 def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
     """Logits of the package's own attention, by the definition, with NaN for later tokens."""
     given = attention.norm(stream)
-    query, key = (
-        project(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        for project in (attention.query, attention.key)
-    )
+    made = attention.query(given), attention.key(given)
+    query, key = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in made)
     length, half = query.shape[-2], query.shape[-1] // 2
     angles = torch.outer(torch.arange(length), float(attention.context) ** -torch.linspace(0, 1, half))
     turn = torch.polar(torch.ones_like(angles), angles)

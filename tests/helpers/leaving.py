@@ -76,9 +76,7 @@ def tied_llama() -> tuple[Any, Plan]:
     return multiplied(architecture.build, architecture.example, BASE, TWICE, double=False, alpha=1.0)
 
 
-def assert_refused(
-    leave: Callable[[nn.Module, Plan], Any], module: nn.Module, plan: Plan, message: str, error: Any = ValueError
-) -> None:
+def assert_refused(leave: Any, module: nn.Module, plan: Plan, message: str, error: Any = ValueError) -> None:
     state, count, mark = copy.deepcopy(module.state_dict()), hooks(module), residual_state(module)
     with pytest.raises(error, match=message):
         leave(module, plan)

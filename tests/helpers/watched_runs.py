@@ -26,11 +26,9 @@ def loader(count: int = 24, seed: int = 0, shuffle: bool = True) -> DataLoader[A
     return DataLoader(samples(count, seed), batch_size=4, shuffle=shuffle)
 
 
-def fit(
-    module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **settings: Any
-) -> Trainer:
-    data, validation = settings.pop("data", loader()), settings.pop("validation", None)
-    trainer = quiet(*callbacks, **{"max_steps": steps, "max_epochs": -1} | settings)
+def fit(module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **more: Any) -> Trainer:
+    data, validation = more.pop("data", loader()), more.pop("validation", None)
+    trainer = quiet(*callbacks, **{"max_steps": steps, "max_epochs": -1} | more)
     trainer.fit(module, data, validation, ckpt_path=ckpt_path)
     return trainer
 

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,10 +14,7 @@ from torch import nn, optim
 from mlu_lightning import MLUCallback, attach_multipliers, scale_optimizer
 from mlu_lightning.application.multipliers import residual_state
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "copied": copy.deepcopy,
-    "pickled": lambda module: pickle.loads(pickle.dumps(module)),
-}
+COPIES: dict[str, Any] = {"copied": copy.deepcopy, "pickled": lambda module: pickle.loads(pickle.dumps(module))}
 both = pytest.mark.parametrize("residual", ["hook", "fold"])
 
 

@@ -73,14 +73,13 @@ def trained(how: Any, when: str, backend: Any, *callbacks: Callback) -> Trained:
 
 
 both = pytest.mark.parametrize("residual", ["hook", "fold"])
-WAYS = [(wrapper, "before"), *itertools.product((step, inside, blocks), ("before", "after"))]
+ALL = [(wrapper, "before"), *itertools.product((step, inside, blocks), ("before", "after"))]
 QUICK = ((step, "after"), (blocks, "after"))
+WAYS = [pytest.param(*way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in ALL]
 
 
 @both
-@pytest.mark.parametrize(
-    ("how", "when"), [pytest.param(*way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in WAYS]
-)
+@pytest.mark.parametrize(("how", "when"), WAYS)
 def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     plan = Plan.from_model(built(RESNET, SHAPE), BATCHES[0], base=built(RESNET, BASE, seed=1))
     assert {plan.forward_multiplier(multiplier) for multiplier in plan.multipliers} == {2 / 3, 1 / 2}

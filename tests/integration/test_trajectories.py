@@ -96,8 +96,8 @@ SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
     "ConstantLR": lambda opt: lrs.ConstantLR(opt, 0.5, total_iters=2),
     "LinearLR": lambda opt: lrs.LinearLR(opt, 0.1, total_iters=5),
     "ExponentialLR": lambda opt: lrs.ExponentialLR(opt, 0.7),
-    "SequentialLR": lambda opt: lrs.SequentialLR(
-        opt, [lrs.LinearLR(opt, 0.1, 1, 2), lrs.CosineAnnealingLR(opt, 4, 0.002)], [2]
+    "SequentialLR": lambda o: lrs.SequentialLR(
+        o, [lrs.LinearLR(o, 0.1, 1, 2), lrs.CosineAnnealingLR(o, 4, 0.002)], [2]
     ),
     "CosineAnnealingLR": lambda opt: lrs.CosineAnnealingLR(opt, 5, eta_min=0.002),
     "ChainedScheduler": lambda opt: lrs.ChainedScheduler([lrs.ConstantLR(opt, 0.5, 2), lrs.ExponentialLR(opt, 0.7)]),
@@ -154,9 +154,8 @@ def plan_of(sizes: Sizes) -> Plan:
 
 def fitted(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) -> Net:
     module = Net(*sizes.shape, cell=cell).to(dtype)
-    clipping = (
-        {} if cell.clip == "none" else {"gradient_clip_val": CLIP[cell.clip], "gradient_clip_algorithm": cell.clip}
-    )
+    clips = cell.clip != "none"
+    clipping = {"gradient_clip_val": CLIP[cell.clip], "gradient_clip_algorithm": cell.clip} if clips else {}
     callback = MLUCallback(plan=plan_of(sizes), init=None, residual=residual)
     trainer = quiet(callback, max_epochs=EPOCHS, accumulate_grad_batches=cell.accumulate, **clipping)
     trainer.fit(module, loader(batches(dtype)))
@@ -166,10 +165,8 @@ def fitted(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) -> 
 def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) -> Net:
     """The same in plain torch, with the table's numbers in a group for each parameter."""
     module, case, at = Net(*sizes.shape).to(dtype), CASES[cell.optimizer], sizes.ratios
-    held = {
-        name: EXPECTED[role_of(name)](at).multiplier if residual == "fold" else 1.0
-        for name, _ in module.named_parameters()
-    }
+    multipliers = {name: EXPECTED[role_of(name)](at).multiplier for name, _ in module.named_parameters()}
+    held = multipliers if residual == "fold" else dict.fromkeys(multipliers, 1.0)
     branch, readout = (1 / at.depth, 1 / at.d) if residual == "hook" else (1.0, 1.0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():

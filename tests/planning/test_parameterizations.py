@@ -271,9 +271,8 @@ def test_file_whose_rules_are_edited() -> None:
     edited = Plan.from_yaml(text.replace("parameterization: mlu", "parameterization: sp"), "edited")
     assert edited.multipliers == plans[MLU].multipliers != plans[SP].multipliers
     for factor in ("std", "lr", "eps", "weight_decay"):
-        found, expected = (
-            {name: getattr(one, factor) for name, one in plan.scales("adamw").items()} for plan in (edited, plans[SP])
-        )
+        scales = edited.scales("adamw"), plans[SP].scales("adamw")
+        found, expected = ({name: getattr(one, factor) for name, one in each.items()} for each in scales)
         assert found == expected
     header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     assert "multipliers are the numbers in their lines, whatever it is. For another parameterization make" in header

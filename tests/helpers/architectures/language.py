@@ -91,6 +91,7 @@ def _t5_architecture(tied: bool) -> Architecture:
     return architecture if tied else architecture.reads("readout: lm_head.weight")
 
 
+_MIXTRAL_ACTIVE = {"model.layers.*.mlp.experts.*": 2}
 _NEOX = hugging_face(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, 32, **TOKENIZER)
 _BERT = hugging_face(hf.BertForMaskedLM, hf.BertConfig, 32, max_position_embeddings=8, **TOKENIZER)
 _BERT_READOUT = "bert.embeddings.word_embeddings.weight"
@@ -138,9 +139,7 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
         branch_bounded: model.layers.*.self_attn.[qk]_norm.weight
     """),
     # the only implementation for double precision and for tensors without values
-    "mixtral": Architecture(
-        mixtral("batched_mm"), LANGUAGE, "lm_head.weight", active={"model.layers.*.mlp.experts.*": 2}
-    ).reads(f"""
+    "mixtral": Architecture(mixtral("batched_mm"), LANGUAGE, "lm_head.weight", active=_MIXTRAL_ACTIVE).reads(f"""
         {_LLAMA.strip()}
         branch_bounded_matrix: model.layers.*.mlp.gate.weight
         branch_in: model.layers.*.mlp.experts.gate_up_proj

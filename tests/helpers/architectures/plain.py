@@ -69,9 +69,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, embedding)
         self.memory = nn.Linear(5, embedding)
-        layer = nn.TransformerDecoderLayer(
-            embedding, heads, 32 * heads, dropout=0.1, batch_first=True, norm_first=norm_first
-        )
+        settings = {"dropout": 0.1, "batch_first": True, "norm_first": norm_first}
+        layer = nn.TransformerDecoderLayer(embedding, heads, 32 * heads, **settings)
         self.decoder = nn.TransformerDecoder(layer, depth, nn.LayerNorm(embedding) if norm_first else None)
         self.readout = nn.Linear(embedding, VOCABULARY)
 

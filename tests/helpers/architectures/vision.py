@@ -117,13 +117,12 @@ def _convolutional(bottleneck: bool) -> Architecture:
 
 _VIT_SIZES = {"image_size": 8, "patch_size": 4, "num_labels": 3}
 _VIT = hugging_face(transformers.ViTForImageClassification, transformers.ViTConfig, 32, **_VIT_SIZES)
-_LABELS = torch.zeros(2, dtype=torch.long)
+_LABELS = {"labels": torch.zeros(2, dtype=torch.long)}
+_LABELED = {"pixel_values": IMAGES} | _LABELS
 _LAST_NORMS = "resnet.encoder.*.layer.2.normalization.*"
 
 VISION_MODELS: dict[str, Architecture] = {
-    "vit": Architecture(
-        _VIT, {"pixel_values": torch.ones(2, 3, 8, 8), "labels": _LABELS}, "classifier.weight"
-    ).reads("""
+    "vit": Architecture(_VIT, {"pixel_values": torch.ones(2, 3, 8, 8)} | _LABELS, "classifier.weight").reads("""
         embedding: vit.embeddings.*
         branch_in: vit.layers.*.attention.[qkv]_proj.weight|bias vit.layers.*.mlp.fc1.weight|bias
         branch_out: vit.layers.*.attention.o_proj.weight|bias vit.layers.*.mlp.fc2.weight|bias
@@ -145,9 +144,7 @@ VISION_MODELS: dict[str, Architecture] = {
     """),
     "basic resnet": _convolutional(bottleneck=False),
     "bottleneck resnet": _convolutional(bottleneck=True),
-    "hugging face resnet": Architecture(
-        _resnet, {"pixel_values": IMAGES, "labels": _LABELS}, "classifier.1.weight", ends=(_LAST_NORMS,), axis=1
-    ).reads("""
+    "hugging face resnet": Architecture(_resnet, _LABELED, "classifier.1.weight", ends=(_LAST_NORMS,), axis=1).reads("""
         embedding: resnet.embedder.embedder.convolution.weight
         stream_norm: resnet.embedder.embedder.normalization.* resnet.encoder.*.shortcut.normalization.*
         stream_matrix: resnet.encoder.*.shortcut.convolution.weight
