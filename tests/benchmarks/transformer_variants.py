@@ -108,9 +108,8 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
         def __init__(self, size: Size, kind: str) -> None:
             super().__init__(Size(0, size.embedding, 1), kind)
             self.tokens = uu.Embedding(VOCABULARY, size.embedding)
-            self.branches = uu.DepthModuleList(
-                branch for _ in range(size.depth) for branch in (Attention(size.embedding), MLP(size.embedding))
-            )
+            kinds = (Attention, MLP) * size.depth
+            self.branches = uu.DepthModuleList(kind(size.embedding) for kind in kinds)
             self.norm = uu.RMSNorm(size.embedding, elementwise_affine=True)
             self.readout = uu.LinearReadout(size.embedding, VOCABULARY)
             self.tau = uu.transformer_residual_scaling_rule()

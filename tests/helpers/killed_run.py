@@ -117,12 +117,8 @@ def run(folder: Path, optimizer: str, schedule: str, residual: Any, kill: tuple[
     module, base = Noisy(optimizer, schedule, str(folder / "losses")), ResNet(**BASE)
     probe = (torch.ones(4, 3), torch.ones(4, 2))
     saving = ModelCheckpoint(str(folder), "{step}", save_top_k=-1, every_n_train_steps=2, auto_insert_metric_name=False)
-    callbacks = [
-        MLUCallback(base, residual=residual, example=probe),
-        ReferenceRecorder(recording, probe, steps=1),
-        *([] if kill is None else [Killed(*kill)]),
-        saving,
-    ]
+    callbacks = [MLUCallback(base, residual=residual, example=probe), ReferenceRecorder(recording, probe, steps=1)]
+    callbacks += [saving] if kill is None else [Killed(*kill), saving]
     trainer = quiet(*callbacks, max_steps=STEPS, enable_checkpointing=True)
     trainer.fit(module, DataLoader(range(STEPS)), ckpt_path=checkpoint)
     schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]

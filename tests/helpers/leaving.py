@@ -1,7 +1,6 @@
 """Trained models that leave the package, and how a test sees that leaving was refused."""
 
 import copy
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -61,7 +60,7 @@ def hooks(module: nn.Module) -> int:
 
 
 def multiplied(
-    build: Callable[..., nn.Module], example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5
+    build: Any, example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5
 ) -> tuple[nn.Module, Plan]:
     torch.manual_seed(0)
     base, module = (build(*shape) for shape in shapes)

@@ -15,9 +15,7 @@ TANH: tuple[Callable[[Array], Array], ...] = np.tanh, lambda units: 1 - units**2
 POSITIVE: tuple[Callable[[Array], Array], ...] = np.copy, np.ones_like
 
 
-def numpy_step(
-    u: Array, v: Array, w_e: Array, w_u: Array, x: Array, y: Array, activation: Any = TANH
-) -> tuple[Array, Array, Array, Array, Array]:
+def numpy_step(u: Array, v: Array, w_e: Array, w_u: Array, x: Array, y: Array, activation: Any = TANH) -> list[Array]:
     """Output and new u, v [L, D, M], w_e and w_u [D, ...] at the learning rate 1, the loss half the squared error."""
     depth, embedding, hidden = u.shape
     sigma, slope = activation
@@ -32,7 +30,7 @@ def numpy_step(
         q = slope(units[layer]) * (v[layer].T @ b / embedding)
         new_u[layer], new_v[layer] = u[layer] - stream[layer] @ q.T, v[layer] - b @ units[layer].T
         b = b + u[layer] @ q / (depth * hidden)
-    return output, new_u, new_v, w_e - b @ x.T, w_u - stream[-1] @ (output - y).T
+    return [output, new_u, new_v, w_e - b @ x.T, w_u - stream[-1] @ (output - y).T]
 
 
 @torch.no_grad()

@@ -106,9 +106,7 @@ def record(path: Path, module: LightningModule | None = None, *callbacks: Callba
     return path
 
 
-def measure(
-    reference: Any, *callbacks: Callback, module: LightningModule | None = None, metrics: Any = None, **settings: Any
-) -> Memory:
+def measure(reference: Any, *callbacks: Callback, module: Any = None, metrics: Any = None, **settings: Any) -> Memory:
     memory = Memory()
     distance = EmbeddingDistance(reference, **({} if metrics is None else {"metrics": metrics}))
     fit(ResNet(**SHAPE) if module is None else module, distance, *callbacks, logger=memory, **settings)

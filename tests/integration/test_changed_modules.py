@@ -95,10 +95,9 @@ def test_a_part_that_is_frozen_during_the_run(residual: Any) -> None:
     factors = {name: s.folded("sgd") if name in state.folded else s for name, s in scales.items()}
     if residual == "hook":
         attach_multipliers(theirs, mlu.plan)
-    groups = [
-        {"params": [p], "lr": LR * factors[name].lr, "weight_decay": DECAY * factors[name].weight_decay}
-        for name, p in theirs.named_parameters()
-    ]
+    groups = []
+    for name, p in theirs.named_parameters():
+        groups.append({"params": [p], "lr": LR * factors[name].lr, "weight_decay": DECAY * factors[name].weight_decay})
     vars(theirs)["optimizer"] = lambda parameters: optim.SGD(groups, momentum=0.9)
     fit(theirs, freeze())
     for name, parameter in theirs.named_parameters():

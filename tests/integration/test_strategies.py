@@ -169,9 +169,7 @@ def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Traine
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("sync", [Exchanges, TorchSyncBatchNorm])
-def test_norms_that_the_strategy_exchanges_keep_their_multipliers(
-    sync: type[LayerSync], residual: Any, exchanging: Callable[..., Trainer]
-) -> None:
+def test_norms_that_the_strategy_exchanges_keep_their_multipliers(sync: Any, residual: Any, exchanging: Any) -> None:
     plain, module = (Normed(**WIDE) for _ in range(2))
     x = torch.ones(2, INPUTS)
     callback = MLUCallback(Normed(**BASE), residual=residual)

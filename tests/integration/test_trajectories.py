@@ -96,9 +96,7 @@ SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
     "ConstantLR": lambda opt: lrs.ConstantLR(opt, 0.5, total_iters=2),
     "LinearLR": lambda opt: lrs.LinearLR(opt, 0.1, total_iters=5),
     "ExponentialLR": lambda opt: lrs.ExponentialLR(opt, 0.7),
-    "SequentialLR": lambda o: lrs.SequentialLR(
-        o, [lrs.LinearLR(o, 0.1, 1, 2), lrs.CosineAnnealingLR(o, 4, 0.002)], [2]
-    ),
+    "SequentialLR": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o, 0.1, 1, 2), lrs.CosineAnnealingLR(o, 4, 2e-3)], [2]),
     "CosineAnnealingLR": lambda opt: lrs.CosineAnnealingLR(opt, 5, eta_min=0.002),
     "ChainedScheduler": lambda opt: lrs.ChainedScheduler([lrs.ConstantLR(opt, 0.5, 2), lrs.ExponentialLR(opt, 0.7)]),
     # the loss falls, so that "max" lowers the learning rate

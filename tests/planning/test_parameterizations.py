@@ -257,10 +257,9 @@ def test_rules_that_cannot_be(arguments: dict[str, Any], message: str, tmp_path:
     absolute = Plan.from_model(_model(BASE), EXAMPLE)
     absolute.save(tmp_path / "absolute.yaml")
     bases = {"a module": _model(BASE), "a plan": absolute, "a file": tmp_path / "absolute.yaml"}
+    given = {key: bases.get(value, value) for key, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        Plan.from_model(
-            _model(PROPORTIONAL), EXAMPLE, **{key: bases.get(value, value) for key, value in arguments.items()}
-        )
+        Plan.from_model(_model(PROPORTIONAL), EXAMPLE, **given)
 
 
 def test_file_whose_rules_are_edited() -> None:

@@ -17,9 +17,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, embedding)
         self.positions = nn.Parameter(torch.randn(1, 8, embedding))
-        layer = nn.TransformerEncoderLayer(
-            embedding, heads, 32 * heads, dropout=0.1, activation="gelu", batch_first=True, norm_first=norm_first
-        )
+        settings = {"dropout": 0.1, "activation": "gelu", "batch_first": True, "norm_first": norm_first}
+        layer = nn.TransformerEncoderLayer(embedding, heads, 32 * heads, **settings)
         norm = nn.LayerNorm(embedding) if norm_first else None
         self.encoder = nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=False)
         self.readout = nn.Linear(embedding, VOCABULARY)
