@@ -1,7 +1,5 @@
 """How the repository is built: which folder imports which, where files are, what they are called, and how long they are."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys
@@ -50,10 +48,9 @@ def imports(path: Path) -> set[str]:
 
 def test_contracts_of_import_linter() -> None:
     """Layers, and no circle between two files of a folder: ``[tool.importlinter]`` in pyproject.toml."""
-    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
-    result = subprocess.run(
-        [sys.executable, "-c", command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", code, "--no-cache"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 kept, 0 broken" in result.stdout
 
@@ -122,9 +119,8 @@ def docstring(path: Path) -> str | None:
 
 def test_every_folder_of_the_package_says_what_it_exports() -> None:
     """But utilities, whose files have nothing to do with each other."""
-    folders = {path for path in python_files(PACKAGE) if path.stem == "__init__"} - {
-        PACKAGE / "utilities" / "__init__.py"
-    }
+    folders = {path for path in python_files(PACKAGE) if path.stem == "__init__"}
+    folders.remove(PACKAGE / "utilities" / "__init__.py")
     assert not [relative(path) for path in sorted(folders) if "\n__all__ = [" not in path.read_text(encoding="utf-8")]
 
 

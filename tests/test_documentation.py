@@ -1,7 +1,5 @@
 """READMEs, cards and theory.md: links lead somewhere, cited sections and files exist, code compiles."""
 
-from __future__ import annotations
-
 import ast
 import fnmatch
 import importlib.resources
@@ -69,11 +67,8 @@ def test_anchors_by_the_rule_of_github(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_links_and_images_lead_to_a_file_and_to_a_heading_of_it(page: Path) -> None:
-    targets = [
-        str(token.attrs["href" if token.type == "link_open" else "src"])
-        for token in tokens(page)
-        if token.type in ("link_open", "image")
-    ]
+    kinds = {"link_open": "href", "image": "src"}
+    targets = [str(token.attrs[kinds[token.type]]) for token in tokens(page) if token.type in kinds]
     dead = []
     for target in targets:
         name, _, anchor = target.partition("#")

@@ -1,8 +1,7 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
+from helpers.paper_network import POSITIVE, TANH, load, numpy_step
 from helpers.trainers import quiet
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -15,24 +14,14 @@ DEPTH, HIDDEN, EMBEDDING, INPUTS, OUTPUTS = 3, 12, 7, 4, 2
 
 @pytest.mark.parametrize("activation", ["tanh", "positive"])
 def test_resnet_in_the_absolute_form_is_the_papers_with_its_gradient_step(activation: str) -> None:
-    """theory.md, section 2, in NumPy: U and V with entries N(0, D), learning rate 1 on everything, one step."""
+    """U and V with entries N(0, D), learning rate 1 on everything, one step."""
     rng = np.random.default_rng(0)
-    sigma, slope = {
-        "tanh": (np.tanh, lambda p: 1 - np.tanh(p) ** 2),
-        "positive": (lambda p: p, np.ones_like),
-    }[activation]
     w_e, w_u = rng.normal(size=(EMBEDDING, INPUTS)), rng.normal(size=(EMBEDDING, OUTPUTS))
-    u = rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5
-    v = rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5
+    u, v = (rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5 for _ in range(2))
     x, y = rng.normal(size=(INPUTS, 5)), rng.normal(size=(OUTPUTS, 5))
-
-    module = ResNet(DEPTH, HIDDEN, EMBEDDING, INPUTS, OUTPUTS, activation=activation).double()
-    with torch.no_grad():
-        module.embed.weight.copy_(torch.from_numpy(w_e))
-        module.readout.weight.copy_(torch.from_numpy(w_u.T))
-        for block, u_l, v_l in zip(module.blocks, u, v, strict=True):
-            block.read.weight.copy_(torch.from_numpy(u_l.T / EMBEDDING))
-            block.write.weight.copy_(torch.from_numpy(v_l / HIDDEN))
+    shape = (DEPTH, HIDDEN, EMBEDDING, INPUTS, OUTPUTS)
+    module, expected = (ResNet(*shape, activation=activation).double() for _ in range(2))
+    load(module, u, v, w_e, w_u)
     plan = Plan.from_model(module)
     attach_multipliers(module, plan)
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
@@ -40,27 +29,11 @@ def test_resnet_in_the_absolute_form_is_the_papers_with_its_gradient_step(activa
     output = module(torch.from_numpy(x.T))
     (0.5 * (output - torch.from_numpy(y.T)).square().sum()).backward()
     optimizer.step()
-
-    stream, hidden = [w_e @ x], []
-    for u_l, v_l in zip(u, v, strict=True):
-        hidden.append(u_l.T @ stream[-1] / EMBEDDING)
-        stream.append(stream[-1] + v_l @ sigma(hidden[-1]) / (DEPTH * HIDDEN))
-    f = w_u.T @ stream[-1] / EMBEDDING
-    np.testing.assert_allclose(output.detach().numpy().T, f, rtol=1e-12)
-
-    error = f - y
-    b = w_u @ error  # D times the gradient with respect to the stream
-    new_u, new_v = np.empty_like(u), np.empty_like(v)
-    for i in reversed(range(DEPTH)):
-        q = v[i].T @ b / EMBEDDING
-        new_u[i] = u[i] - stream[i] @ (slope(hidden[i]) * q).T
-        new_v[i] = v[i] - b @ sigma(hidden[i]).T
-        b = b + u[i] @ (slope(hidden[i]) * q) / (DEPTH * HIDDEN)
-    for block, u_l, v_l in zip(module.blocks, new_u, new_v, strict=True):
-        np.testing.assert_allclose(block.read.weight.detach().numpy(), u_l.T / EMBEDDING, rtol=1e-11)
-        np.testing.assert_allclose(block.write.weight.detach().numpy(), v_l / HIDDEN, rtol=1e-11)
-    np.testing.assert_allclose(module.readout.weight.detach().numpy().T, w_u - stream[-1] @ error.T, rtol=1e-11)
-    np.testing.assert_allclose(module.embed.weight.detach().numpy(), w_e - b @ x.T, rtol=1e-11)
+    found, *weights = numpy_step(u, v, w_e, w_u, x, y, {"tanh": TANH, "positive": POSITIVE}[activation])
+    np.testing.assert_allclose(output.detach().numpy().T, found, rtol=1e-12)
+    load(expected, *weights)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(parameter, expected.get_parameter(name), rtol=1e-11, atol=0, msg=name)
 
 
 def test_resnet_with_frozen_embeddings_trains_its_blocks_alone() -> None:

@@ -1,7 +1,6 @@
 """The quickstart: its study, what it says of the runs, and its command."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import math
 import subprocess
@@ -61,9 +60,8 @@ def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"The text .*missing.txt cannot be read: No such file or directory"):
         load_text(str(tmp_path / "missing.txt"))
     (tmp_path / "short.txt").write_text("to be or not to be")
-    with pytest.raises(
-        ValueError, match=r"short.txt has 18 bytes, and there is nothing to learn from less than 10 000"
-    ):
+    message = r"short.txt has 18 bytes, and there is nothing to learn from less than 10 000"
+    with pytest.raises(ValueError, match=message):
         load_text(str(tmp_path / "short.txt"))
 
 
@@ -141,11 +139,8 @@ def test_a_small_study_trains_and_is_the_same_again() -> None:
     study = Study(shapes=shapes, exponents=(-7, -5), steps=20)
     reported: list[Run] = []
     runs = run_study(study, load_text(), reported.append)
-    assert [(run.shape, run.mlu, run.exponent) for run in runs] == [
-        (shape, mlu, exponent)
-        for shape, mlu in (("base", False), ("deeper", True), ("deeper", False))
-        for exponent in (-7, -5)
-    ]
+    kinds = (("base", False), ("deeper", True), ("deeper", False))
+    assert [((run.shape, run.mlu), run.exponent) for run in runs] == [*itertools.product(kinds, (-7, -5))]
     assert sorted(map(str, reported)) == sorted(map(str, runs))
     assert all(1.5 < run.loss < math.log(256) for run in runs), "better than guessing among 256 bytes"
     assert len({run.loss for run in runs}) == len(runs)
@@ -167,32 +162,31 @@ def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.Monke
     assert len(started) < 10, "the other runs of 35 were not begun"
 
 
-@pytest.mark.parametrize("out", ["file", "file/folder"])
-def test_command_line_refuses_a_folder_that_cannot_be(
-    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("in the way")
+def said_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says when it refuses its arguments."""
     with pytest.raises(SystemExit) as exit_:
-        main(["quickstart", "--out", str(tmp_path / out)])
+        main(["quickstart", *arguments])
     assert exit_.value.code == 1
     error = capsys.readouterr().err
-    assert f"{out} cannot be made: " in error and "Give --out the path of a folder" in error and error.count("\n") == 1
+    assert error.startswith("mlu-lightning: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("out", ["file", "file/folder"])
+def test_a_folder_that_cannot_be_is_refused(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    error = said_by(capsys, "--out", str(tmp_path / out))
+    assert f"{out} cannot be made: " in error and "Give --out the path of a folder" in error
 
 
 def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["quickstart", "--text", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out")])
-    assert exit_.value.code == 1
-    error = capsys.readouterr().err
-    assert error.startswith("mlu-lightning: The text ") and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    error = said_by(capsys, "--text", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out"))
+    assert error.startswith("mlu-lightning: The text ") and not (tmp_path / "out").exists()
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        main(["quickstart"])
-    assert "matplotlib is not installed: pip install 'mlu-lightning[plots]'" in capsys.readouterr().err
+    assert "matplotlib is not installed: pip install 'mlu-lightning[plots]'" in said_by(capsys)
 
 
 @pytest.mark.slow

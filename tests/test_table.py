@@ -1,7 +1,5 @@
 """The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import astuple, replace
 
@@ -15,13 +13,9 @@ from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratio
 
 CLOSE = {"rel": 1e-12}  # a few roundings
 
-SHAPES = [
-    Shape(2, 3, 5, 7, 11),
-    Shape(4, 1, 1, 1, 1),
-    Shape(1, 8, 8, 1, 1),
-    Shape(1, 1, 1, 16, 16),
-    Shape(0.5, 0.25, 3, 0.125, 6),  # smaller than the base in some dimensions
-]
+# the last is smaller than the base in some dimensions
+SHAPES = [Shape(2, 3, 5, 7, 11), Shape(4, 1, 1, 1, 1), Shape(1, 8, 8, 1, 1), Shape(1, 1, 1, 16, 16)]
+SHAPES.append(Shape(0.5, 0.25, 3, 0.125, 6))
 
 
 def entry(row: Row, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.0) -> Scale:
@@ -57,22 +51,19 @@ def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
     assert entry(row, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-# --- known parameterizations that it contains
-
-
 @pytest.mark.parametrize(("width", "depth"), [(8.0, 1.0), (1.0, 32.0), (4.0, 16.0), (0.5, 0.25)])
 def test_completep_where_hidden_width_is_proportional_to_embedding(width: float, depth: float) -> None:
     """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
     shape = Shape(depth, width, width, width, width)
     in_blocks = 1 / (width * depth)
-    completep = {
+    hidden = Scale(1, width**-0.5, 1 / width, in_blocks, width)
+    vectors = dict.fromkeys((Role.BRANCH_IN_BIAS, Role.BRANCH_NORM), Scale(1, 1, 1, in_blocks, 1))
+    completep = vectors | {
         Role.EMBEDDING: Scale(1, 1, 1, 1 / width, 1),
-        Role.BRANCH_IN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_HIDDEN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_OUT: Scale(1 / depth, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_IN_BIAS: Scale(1, 1, 1, in_blocks, 1),
+        Role.BRANCH_IN: hidden,
+        Role.BRANCH_HIDDEN: hidden,
+        Role.BRANCH_OUT: replace(hidden, multiplier=1 / depth),
         Role.BRANCH_OUT_BIAS: Scale(1 / depth, 1, 1, in_blocks, 1),
-        Role.BRANCH_NORM: Scale(1, 1, 1, in_blocks, 1),
         Role.READOUT: Scale(1 / width, 1, 1, 1 / width, 1),
     }
     for role, expected in completep.items():
@@ -86,20 +77,10 @@ def test_mup_at_fixed_depth(width: float, family: OptimizerFamily) -> None:
     """Table 8 of Yang et al., arXiv 2203.03466: multiplier, std and learning rate at a ratio of widths."""
     shape = Shape(1, width, width, width, width)
     sgd = family is SGD
-    hidden = (1, width**-0.5, 1 if sgd else 1 / width)
-    vectors = (1, 1, width if sgd else 1)
-    mup = {
-        Role.EMBEDDING: vectors,
-        Role.BRANCH_IN: hidden,
-        Role.BRANCH_HIDDEN: hidden,
-        Role.BRANCH_OUT: hidden,
-        Role.STREAM_MATRIX: hidden,
-        Role.BRANCH_IN_BIAS: vectors,
-        Role.BRANCH_OUT_BIAS: vectors,
-        Role.BRANCH_NORM: vectors,
-        Role.STREAM_NORM: vectors,
-        Role.READOUT: (1 / width, 1, width if sgd else 1),
-    }
+    hidden = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_OUT, Role.STREAM_MATRIX)
+    vectors = (Role.EMBEDDING, Role.BRANCH_IN_BIAS, Role.BRANCH_OUT_BIAS, Role.BRANCH_NORM, Role.STREAM_NORM)
+    mup = dict.fromkeys(hidden, (1, width**-0.5, 1 if sgd else 1 / width))
+    mup |= dict.fromkeys(vectors, (1, 1, width if sgd else 1)) | {Role.READOUT: (1 / width, 1, width if sgd else 1)}
     for role, expected in mup.items():
         found = scale(role, EXPECTED[role](shape).ratios, family)
         assert (found.multiplier, found.std, found.lr) == pytest.approx(expected, **CLOSE), role
@@ -120,8 +101,6 @@ def test_numbers_where_the_ratio_of_hidden_to_embedding_changes() -> None:
     assert scale(Role.BRANCH_OUT, branch_out, ADAMW).std == 1 / 8 != 16**-0.5
 
 
-# --- properties
-
 sizes = st.floats(min_value=1 / 64, max_value=64, allow_nan=False)
 ratios = st.builds(Ratios, sizes, sizes, sizes)
 roles = st.sampled_from(list(Role))
@@ -133,10 +112,8 @@ def test_factors_from_base_to_target_multiply_along_the_way(
     role: Role, family: OptimizerFamily, first: Ratios, second: Ratios
 ) -> None:
     through = Ratios(*(a * b for a, b in zip(astuple(first), astuple(second), strict=True)))
-    product = [
-        a * b for a, b in zip(astuple(scale(role, first, family)), astuple(scale(role, second, family)), strict=True)
-    ]
-    assert astuple(scale(role, through, family)) == pytest.approx(product, rel=1e-10)
+    one, other, whole = (astuple(scale(role, at, family)) for at in (first, second, through))
+    assert whole == pytest.approx([a * b for a, b in zip(one, other, strict=True)], rel=1e-10)
 
 
 @given(roles, ratios)
@@ -148,8 +125,8 @@ def test_one_rule(role: Role, at: Ratios) -> None:
     assert sgd.lr * adam.eps == pytest.approx(adam.lr, **CLOSE)
     assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE)
     assert adam.weight_decay == sgd.weight_decay
-    assert sgd.std == adam.std == scale(role, at, MUON).std
-    assert sgd.multiplier == adam.multiplier == scale(role, at, MUON).multiplier
+    muon = scale(role, at, MUON)
+    assert (sgd.std, sgd.multiplier) == (adam.std, adam.multiplier) == (muon.std, muon.multiplier)
 
 
 @given(roles, ratios)
@@ -175,17 +152,9 @@ def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float)
     writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
     lr = alpha**-2 if family is SGD else 1 / alpha
     decay = 1 / lr if family in (SGD, ADAMW, MUON) else alpha**2  # Adam's L2 goes as SGD's
-    expected = Scale(
-        plain.multiplier * (alpha if writes else 1),
-        plain.std,
-        plain.lr * lr,
-        plain.eps * alpha,
-        plain.weight_decay * decay,
-    )
+    multiplier = plain.multiplier * (alpha if writes else 1)
+    expected = Scale(multiplier, plain.std, plain.lr * lr, plain.eps * alpha, plain.weight_decay * decay)
     assert astuple(rich) == pytest.approx(astuple(expected), **CLOSE)
-
-
-# --- folding
 
 
 def optimizer_of(family: OptimizerFamily, parameter: torch.nn.Parameter, factors: Scale) -> torch.optim.Optimizer:
@@ -246,16 +215,7 @@ def test_a_family_can_be_named(family: OptimizerFamily) -> None:
 
 @pytest.mark.parametrize("role", Role)
 def test_where_roles_are(role: Role) -> None:
-    matrices = (
-        "embedding",
-        "branch_in",
-        "branch_hidden",
-        "branch_out",
-        "branch_bounded_matrix",
-        "stream_matrix",
-        "stream_bounded_matrix",
-        "readout",
-    )
+    matrices = "embedding branch_in branch_hidden branch_out branch_bounded_matrix stream_matrix stream_bounded_matrix"
     assert str(role) == role.value
     assert role.in_branch == (role in BRANCH_ROLES)
-    assert role.is_matrix == (role.value in matrices)
+    assert role.is_matrix == (role.value in (*matrices.split(), "readout"))

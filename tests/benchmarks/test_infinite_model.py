@@ -4,16 +4,15 @@ One gradient step of the paper's network beside a plain NumPy one, taking turns;
 network that published experiments used in its place, with the error that is left in each.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from helpers.paper_network import Array, load, numpy_step
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
 from mlu_lightning.limit.infinite_model import embedding_weights, infinite_model
@@ -22,38 +21,14 @@ from mlu_lightning.observation.distances import output_distance, rms_distance
 
 DEPTH, WIDTH, DATA = 100, 256, 5
 ROUNDS, WARM_UP = 25, 3
-UNITS = 250, 2000
-"""Of infinite models, whose error is how far two with different units are from each other."""
-Array = NDArray[np.float64]
-
-
-def numpy_step(u: Array, v: Array, w_e: Array, w_u: Array, x: Array, y: Array, lr: float) -> tuple[Array, Array]:
-    """theory.md, section 2, as one would write it: u and v [L, D, M], frozen W_E and W_U, loss half the squared error."""
-    depth, embedding, hidden = u.shape
-    stream, preactivations = [w_e @ x], []
-    for u_l, v_l in zip(u, v, strict=True):
-        preactivations.append(u_l.T @ stream[-1] / embedding)
-        stream.append(stream[-1] + v_l @ np.tanh(preactivations[-1]) / (depth * hidden))
-    b = w_u @ (w_u.T @ stream[-1] / embedding - y)
-    du, dv = np.empty_like(u), np.empty_like(v)
-    for layer in reversed(range(depth)):
-        units = np.tanh(preactivations[layer])
-        q = (1 - units**2) * (v[layer].T @ b / embedding)
-        du[layer], dv[layer] = stream[layer] @ q.T, b @ units.T
-        b = b + u[layer] @ q / (depth * hidden)
-    return u - lr * du, v - lr * dv
+UNITS = 250, 2000  # of infinite models, whose error is how far two with different units are from each other
 
 
 def torch_step(dtype: torch.dtype, residual: str, arrays: dict[str, Array]) -> tuple[ResNet, Callable[[], None]]:
     """The same step of the same network by the package."""
     module = ResNet(DEPTH, WIDTH, WIDTH, DATA, DATA, train_embedding=False).to(dtype)
     plan = Plan.from_model(module)
-    with torch.no_grad():
-        module.embed.weight.copy_(torch.from_numpy(arrays["w_e"]))
-        module.readout.weight.copy_(torch.from_numpy(arrays["w_u"].T))
-        for block, u_l, v_l in zip(module.blocks, arrays["u"], arrays["v"], strict=True):
-            block.read.weight.copy_(torch.from_numpy(u_l.T / WIDTH))
-            block.write.weight.copy_(torch.from_numpy(v_l / WIDTH))
+    load(module, *(arrays[name] for name in ("u", "v", "w_e", "w_u")))
     fold(module, plan) if residual == "fold" else attach_multipliers(module, plan)
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=1.0)
     scale_optimizer(optimizer, module, plan)
@@ -75,8 +50,8 @@ def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtur
     arrays = {name: root * rng.normal(size=(DEPTH, WIDTH, WIDTH)) for name in ("u", "v")}
     arrays |= {name: rng.normal(size=(WIDTH, DATA)) for name in ("w_e", "w_u")}
     arrays |= {name: rng.normal(size=(DATA, 1)) for name in ("x", "y")}
-    expected, _ = numpy_step(**arrays, lr=1.0)
-    steps: dict[str, Callable[[], object]] = {"NumPy": lambda: numpy_step(**arrays, lr=1.0)}
+    expected = numpy_step(**arrays)[1]
+    steps: dict[str, Callable[[], object]] = {"NumPy": lambda: numpy_step(**arrays)}
     for dtype in (torch.float32, torch.float64):
         for residual in ("hook", "fold"):
             module, step = torch_step(dtype, residual, arrays)
@@ -96,9 +71,8 @@ def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtur
 
     measured = benchmark.pedantic(measure, rounds=1)
     with capsys.disabled():
-        print(
-            f"\nNumPy step in float64: {1e3 * np.median(measured['NumPy']):.0f} ms; {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        print(f"\nNumPy step in float64: {1e3 * np.median(measured['NumPy']):.0f} ms; {threads} threads")
         for name in list(steps)[1:]:
             ratios = measured["NumPy"] / measured[name]
             low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
@@ -107,14 +81,12 @@ def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
-def test_infinite_model_and_the_network_in_its_place(
-    benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """D = M = 2000, L = 50, K = 15 steps, N = 10. The aim is 100 times less for a smaller error."""
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(10, DATA, generator=draws), torch.randn(10, DATA, generator=draws)
 
-    def train(module: ResNet, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def train(module: ResNet, plan: Plan) -> tuple[Tensor, Tensor, float]:
         optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.5)
         scale_optimizer(optimizer, module, plan)
         start = time.perf_counter()
@@ -142,24 +114,25 @@ def test_infinite_model_and_the_network_in_its_place(
             trained = [train(limit.module, limit.plan) for limit in limits]
             streams = [limit.in_coordinates_of(weights, found[0]) for limit, found in zip(limits, trained, strict=True)]
             seconds[f"{units} units"] = min(found[2] for found in trained)
-            errors[f"{units} units"] = (
-                float(rms_distance(streams[1], streams[0])),
-                float(output_distance(trained[1][1], trained[0][1])),
-            )
+            errors[f"{units} units"] = distances((streams[1], trained[1][1]), (streams[0], trained[0][1]))
         # from the limit with most units
-        errors["finite"] = (float(rms_distance(stream, streams[0])), float(output_distance(output, trained[0][1])))
+        errors["finite"] = distances((stream, output), (streams[0], trained[0][1]))
         return seconds, errors
 
     seconds, errors = benchmark.pedantic(measure, rounds=1)
     with capsys.disabled():
-        print(
-            f"\nD = M = 2000: {seconds['finite']:.1f} s, error of the stream and the output {_shown(errors['finite'])}"
-        )
+        error = _shown(errors["finite"])
+        print(f"\nD = M = 2000: {seconds['finite']:.1f} s, error of the stream and the output {error}")
         for name in list(seconds)[1:]:
             ratio = seconds["finite"] / seconds[name]
             benchmark.extra_info[name] = {"ratio": ratio, "errors": errors[name]}
             print(f"infinite model of {name}: {ratio:.0f} times faster, error {_shown(errors[name])}")
             assert all(own < other for own, other in zip(errors[name], errors["finite"], strict=True))
+
+
+def distances(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Of streams and of outputs."""
+    return float(rms_distance(found[0], expected[0])), float(output_distance(found[1], expected[1]))
 
 
 def _shown(errors: tuple[float, float]) -> str:

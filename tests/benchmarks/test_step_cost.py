@@ -1,11 +1,8 @@
 """What training costs next to plain: with hooks, folded, with microsoft/mup and with unit-scaling.
 
 Run with ``pytest tests/benchmarks/test_step_cost.py --benchmark-enable -m slow``. ``mup`` and ``unit-scaling`` are left out
-where they are not installed. Times are processor time: that of other processes is not in them. The largest
-size takes 11 GB of memory.
+where they are not installed. Times are processor time: not that of other processes. The largest size takes 11 GB.
 """
-
-from __future__ import annotations
 
 import gc
 import multiprocessing
@@ -29,8 +26,7 @@ from turns import Runner, Turns, take_turns
 from mlu_lightning import Plan, attach_multipliers, scale_optimizer
 from mlu_lightning.models import CausalTransformer
 
-RUNS = {"1M": (4, 28), "10M": (3, 13), "100M": (2, 8)}
-"""Runs with new modules, whose tensors lie elsewhere in memory, and steps of each."""
+RUNS = {"1M": (4, 28), "10M": (3, 13), "100M": (2, 8)}  # runs with new modules, and steps of each
 WARM_UP = 3
 PRESENT = [name for name, variant in VARIANTS.items() if find_spec(variant.package)]
 STARTED = [name for name in PRESENT if name != "plain again"]
@@ -143,8 +139,7 @@ def test_step(benchmark: BenchmarkFixture, steps_table: Show, size: str, kind: s
 def processes() -> Iterator[Pool]:
     """Starts a process for every task, which has imported everything.
 
-    There, large tensors have pages of their own. By default the C library decides that by what was freed before, and the
-    peak memory of one and the same training differs by 10 %.
+    There, large tensors have pages of their own, or else the peak memory of one and the same training differs by 10 %.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
@@ -163,9 +158,8 @@ def test_start_and_peak_memory(processes: Pool, starts_table: Show, size: str) -
     for _ in range(PROCESSES):
         for name in STARTED:
             found[name].append(processes.apply(start, (name, size, "AdamW fused")))
-    seconds, megabytes = (
-        {name: np.array([each[key] for each in found[name]]) for name in STARTED} for key in ("seconds", "megabytes")
-    )
+    keys = "seconds", "megabytes"
+    seconds, megabytes = ({name: np.array([each[key] for each in found[name]]) for name in STARTED} for key in keys)
     starts_table(size, *(spread(seconds[name], 2) for name in STARTED))
     starts_table("  peak memory, MB", *(spread(megabytes[name], 0) for name in STARTED))
     for name in ("hook", "fold"):

@@ -3,8 +3,6 @@
 The structure, the data and the optimizer are the same; what differs is what a parameterization puts into them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,8 +51,7 @@ class Transformer(CausalTransformer):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         name, arguments = OPTIMIZERS[self.kind]
-        optimizer: torch.optim.Optimizer = getattr(self.optimizers_of(), name)(self.parameters(), lr=1e-4, **arguments)
-        return optimizer
+        return getattr(self.optimizers_of(), name)(self.parameters(), lr=1e-4, **arguments)
 
     def optimizers_of(self) -> Any:
         """Where the optimizers come from."""
@@ -72,8 +69,7 @@ def mup_transformer(size: Size, kind: str) -> Transformer:
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             name, arguments = OPTIMIZERS[self.kind]
-            optimizer: torch.optim.Optimizer = getattr(mup, f"Mu{name}")(self.parameters(), lr=1e-4, **arguments)
-            return optimizer
+            return getattr(mup, f"Mu{name}")(self.parameters(), lr=1e-4, **arguments)
 
     # depths have to be the same: parameters are matched by name
     base, wider = (MuTransformer(Size(size.depth, BASE.embedding * factor, 1), kind) for factor in (1, 2))
@@ -93,21 +89,17 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
 
         def forward(self, stream: Tensor) -> Tensor:
             stream = self.norm(stream)
-            query, key, value = (
-                project(stream).unflatten(-1, (-1, 16)).transpose(1, 2)
-                for project in (self.query, self.key, self.value)
-            )
-            attended = U.scaled_dot_product_attention(
-                _rotate(query, CONTEXT), _rotate(key, CONTEXT), value, is_causal=True
-            )
+            projections = (project(stream) for project in (self.query, self.key, self.value))
+            query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in projections)
+            query, key = _rotate(query, CONTEXT), _rotate(key, CONTEXT)
+            attended = U.scaled_dot_product_attention(query, key, value, is_causal=True)
             return self.out(attended.transpose(1, 2).flatten(2))
 
     class MLP(nn.Module):
         def __init__(self, embedding: int) -> None:
             super().__init__()
             self.norm = uu.RMSNorm(embedding, elementwise_affine=True)
-            self.read = uu.Linear(embedding, 4 * embedding)
-            self.write = uu.Linear(4 * embedding, embedding)
+            self.read, self.write = uu.Linear(embedding, 4 * embedding), uu.Linear(4 * embedding, embedding)
 
         def forward(self, stream: Tensor) -> Tensor:
             return self.write(U.gelu(self.read(self.norm(stream))))
@@ -116,9 +108,8 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
         def __init__(self, size: Size, kind: str) -> None:
             super().__init__(Size(0, size.embedding, 1), kind)
             self.tokens = uu.Embedding(VOCABULARY, size.embedding)
-            self.branches = uu.DepthModuleList(
-                branch for _ in range(size.depth) for branch in (Attention(size.embedding), MLP(size.embedding))
-            )
+            kinds = (Attention, MLP) * size.depth
+            self.branches = uu.DepthModuleList(kind(size.embedding) for kind in kinds)
             self.norm = uu.RMSNorm(size.embedding, elementwise_affine=True)
             self.readout = uu.LinearReadout(size.embedding, VOCABULARY)
             self.tau = uu.transformer_residual_scaling_rule()
@@ -166,9 +157,8 @@ VARIANTS = {
 def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) -> None:
     """Train for some steps, watched by a callback."""
     module = variant.build(size, kind)
-    tokens: Any = torch.randint(
-        VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=torch.Generator().manual_seed(0)
-    )
+    draws = torch.Generator().manual_seed(0)
+    tokens: Any = torch.randint(VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=draws)
     quiet(*variant.callbacks(), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
 
 

@@ -1,7 +1,5 @@
 """Trainings in several threads that take turns, so that what slows the machine down for a while slows all of them down."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

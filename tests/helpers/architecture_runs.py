@@ -1,8 +1,5 @@
 """Modules of the registry under a Trainer: their losses and data, a thin LightningModule around them, and their runs."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from helpers.architectures import Architecture
+from helpers.trainers import identical as identical
 from helpers.trainers import loader, quiet
 from mlu_lightning import Plan
 from mlu_lightning.models import CausalTransformer, ResNet
@@ -32,11 +30,9 @@ def loss_of(module: nn.Module, batch: Any) -> Tensor:
     if isinstance(module, CausalTransformer):
         return F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
     if isinstance(batch, dict):
-        loss: Tensor = module(**batch).loss
-        return loss
+        return module(**batch).loss
     output = module(*batch)
-    ramp = torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)
-    return (output - ramp).square().mean()
+    return (output - torch.linspace(-1, 1, output.shape[-1], dtype=output.dtype)).square().mean()
 
 
 def in_double(batch: Any) -> Any:
@@ -91,15 +87,15 @@ class Trained(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def built(architecture: Architecture, shape: tuple[int, int, int] = LARGE, seed: int = 0) -> Trained:
+def built(architecture: Architecture, shape: Any = LARGE, seed: int = 0, double: bool = False) -> Trained:
     """A module of a shape, in training mode, the same for the same seed."""
     torch.manual_seed(seed)
     module: Any = architecture.build(*shape)
     if hasattr(module, "loss_type") and module.loss_type is None:
-        module.loss_type = (
-            "ForCausalLM"  # what transformers takes then, with a warning that torch.compile stumbles over
-        )
-    return Trained(module).train()
+        # what transformers takes then, with a warning that torch.compile stumbles over
+        module.loss_type = "ForCausalLM"
+    module = Trained(module).train()
+    return doubled(module) if double else module
 
 
 def fit(
@@ -107,14 +103,14 @@ def fit(
     batches: list[Any],
     *callbacks: Callback,
     epochs: int = EPOCHS,
-    ckpt_path: Path | None = None,
-    folder: Path | None = None,
+    folder: Any = None,
+    **more: Any,
 ) -> Trainer:
     """Train, from the same random state every time; a checkpoint of every epoch goes to ``folder``."""
     saving = [] if folder is None else [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)]
     torch.manual_seed(3)
     trainer = quiet(*callbacks, *saving, max_epochs=epochs, enable_checkpointing=bool(saving))
-    trainer.fit(module, loader(batches), ckpt_path=ckpt_path)
+    trainer.fit(module, loader(batches), **more)
     return trainer
 
 
@@ -123,12 +119,6 @@ class Seeded(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         torch.manual_seed(trainer.global_step)
-
-
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    """Whether parameters and buffers are equal, bit for bit."""
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def attachable(plan: Plan) -> bool:

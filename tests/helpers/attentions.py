@@ -1,7 +1,5 @@
 """Attentions that put factors on their logits in many ways and places, at any head_dim."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +44,7 @@ def hugging_face(name: str, head_dim_is_free: bool = True, **numbers: Any) -> Ca
         sizes |= {"hidden_size": 32, "head_dim": head_dim} if head_dim_is_free else {"hidden_size": 4 * head_dim}
         special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **special, **(sizes | given))
-        module: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-        return module
+        return transformers.AutoModelForCausalLM.from_config(config)
 
     return build
 
@@ -57,38 +54,100 @@ GROUPED = {"num_key_value_heads": 2}
 
 def _t5(head_dim: int) -> nn.Module:
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(d_kv=head_dim, decoder_start_token_id=0, **sizes)
-    )
+    config = transformers.T5Config(d_kv=head_dim, decoder_start_token_id=0, **sizes)
+    return transformers.T5ForConditionalGeneration(config)
 
 
 def _bart(head_dim: int) -> nn.Module:
-    parts = ("encoder", "decoder")
-    sizes = {
-        f"{part}_{what}": n for part in parts for what, n in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 64))
-    }
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in _BART.items()}
     config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=4 * head_dim, max_position_embeddings=16, **sizes)
     return transformers.BartForConditionalGeneration(config)
 
 
-def _bert(head_dim: int) -> nn.Module:
-    sizes = _ENCODER | {"hidden_size": 4 * head_dim}
-    config = transformers.BertConfig(vocab_size=VOCABULARY, max_position_embeddings=8, **sizes)
-    return transformers.BertForMaskedLM(config)
-
-
-def _vit(head_dim: int) -> nn.Module:
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, num_labels=3, **_ENCODER | {"hidden_size": 4 * head_dim}
-    )
-    return transformers.ViTForImageClassification(config)
-
-
+_BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
 _ENCODER = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
+def _bert(head_dim: int) -> nn.Module:
+    sizes = _ENCODER | {"hidden_size": 4 * head_dim, "max_position_embeddings": 8}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **sizes))
+
+
+def _vit(head_dim: int) -> nn.Module:
+    sizes = _ENCODER | {"hidden_size": 4 * head_dim, "image_size": 8, "patch_size": 4}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=3, **sizes))
+
+
+fused = F.scaled_dot_product_attention
+
+
+def rms_normed(part: Tensor, gain: Tensor | None = None) -> Tensor:
+    return F.rms_norm(part, part.shape[-1:], gain)
+
+
+def added_to_biases(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    biases = torch.linspace(0, 1, q.shape[2], dtype=q.dtype).expand(1, 1, -1)
+    logits = torch.baddbmm(biases, q.flatten(0, 1), k.flatten(0, 1).mT, beta=0.7, alpha=net.head_dim**-0.5)
+    return (logits.softmax(-1) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+
+
+def cosine_by_hand(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-12)
+    return (3 * (q @ (k / k.norm(dim=-1, keepdim=True)).mT)).softmax(-1) @ v
+
+
+def in_place(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q *= net.head_dim**-0.5
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def masked_and_capped(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    logits = torch.tanh(0.3 * (q @ k.mT) / 5) * 5
+    return logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -1e9).softmax(-1) @ v
+
+
+def normalized_by_hand(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = net.gain * (q / (q.norm(dim=-1, keepdim=True) * net.head_dim**-0.5))
+    return fused(q, k * torch.rsqrt(k.pow(2).mean(-1, keepdim=True)), v)
+
+
+def quarter_powers(net: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bhqd,bhkd->bhqk", q * net.head_dim**-0.25, k / net.head_dim**0.25).softmax(-1)
+    return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+
+
+def _of_logits(logits: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda net, q, k, v: logits(net, q, k).softmax(-1) @ v
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {
+    "fused": lambda net, q, k, v: fused(q, k, v),
+    "fused_with_scale": lambda net, q, k, v: fused(q, k, v, scale=0.3),
+    "fused_in_mup_form": lambda net, q, k, v: fused(q, k, v, scale=3 / net.head_dim),
+    # in training no kernel takes dropout on the CPU: torch writes the product out
+    "fused_with_dropout": lambda net, q, k, v: fused(q, k, v, dropout_p=0.1 * net.training, scale=0.3),
+    "normalized": lambda net, q, k, v: fused(rms_normed(q), rms_normed(k), v),
+    "normalized_with_gain": lambda net, q, k, v: fused(rms_normed(q, net.gain), rms_normed(k), v),
+    "normalized_for_a_module": lambda net, q, k, v: fused(net.identity(rms_normed(q)), rms_normed(k), v),
+    "normalized_keys": lambda net, q, k, v: fused(q, rms_normed(k), v),
+    "shifted": lambda net, q, k, v: fused(q + net.gain, k, v),
+    "queries_for_keys": lambda net, q, k, v: fused(q, q + k, v),
+    "divided": _of_logits(lambda net, q, k: q @ k.mT / math.sqrt(net.head_dim)),
+    "unscaled": _of_logits(lambda net, q, k: q @ k.mT),
+    "constant_tensor": _of_logits(lambda net, q, k: q @ k.mT / torch.sqrt(torch.tensor(net.head_dim))),
+    "buffer": _of_logits(lambda net, q, k: q @ k.mT * net.factor),
+    "learned": _of_logits(lambda net, q, k: q @ k.mT / net.head_dim * net.temperature),
+    "cosine": _of_logits(lambda net, q, k: F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * net.temperature.exp()),
+    "normalized_queries": _of_logits(lambda net, q, k: F.normalize(q, dim=-1) @ k.mT),
+    "filled_tensor": _of_logits(lambda net, q, k: q @ k.mT / torch.full([], net.head_dim**0.5)),
+    "for_each_head": _of_logits(lambda net, q, k: q @ k.mT * torch.tensor([0.1, 0.2]).reshape(2, 1, 1).to(q)),
+}
+for form in (added_to_biases, cosine_by_hand, in_place, masked_and_capped, normalized_by_hand, quarter_powers):
+    FORMS[form.__name__] = form
+
+
 class Plain(nn.Module):
-    """One residual attention with 2 heads, whose logits are made by the method of the name ``how``."""
+    """One residual attention with 2 heads, of one of the forms."""
 
     def __init__(self, how: str, head_dim: int) -> None:
         super().__init__()
@@ -106,93 +165,7 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         parts = (part(h).unflatten(-1, (2, -1)).transpose(1, 2) for part in (self.query, self.key, self.value))
-        attended: Tensor = getattr(self, self.how)(*parts)
-        return self.readout(h + self.out(attended.transpose(1, 2).flatten(2)))
-
-    def fused(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value)
-
-    def fused_with_scale(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, scale=0.3)
-
-    def fused_in_mup_form(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, scale=3 / self.head_dim)
-
-    def fused_with_dropout(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """In training no kernel takes dropout on the CPU: torch writes the product out."""
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=0.1 * self.training, scale=0.3)
-
-    def divided(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT / math.sqrt(self.head_dim)).softmax(-1) @ value
-
-    def unscaled(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT).softmax(-1) @ value
-
-    def masked_and_capped(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        logits = torch.tanh(0.3 * (query @ key.mT) / 5) * 5
-        return logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -1e9).softmax(-1) @ value
-
-    def quarter_powers(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key = query * self.head_dim**-0.25, key / self.head_dim**0.25
-        weights = torch.einsum("bhqd,bhkd->bhqk", query, key).softmax(-1)
-        return torch.einsum("bhqk,bhkd->bhqd", weights, value)
-
-    def added_to_biases(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        biases = torch.linspace(0, 1, query.shape[2], dtype=query.dtype).expand(1, 1, -1)
-        logits = torch.baddbmm(biases, query.flatten(0, 1), key.flatten(0, 1).mT, beta=0.7, alpha=self.head_dim**-0.5)
-        return (logits.softmax(-1) @ value.flatten(0, 1)).unflatten(0, query.shape[:2])
-
-    def constant_tensor(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT / torch.sqrt(torch.tensor(self.head_dim))).softmax(-1) @ value
-
-    def buffer(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT * self.factor).softmax(-1) @ value
-
-    def learned(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT / self.head_dim * self.temperature).softmax(-1) @ value
-
-    def cosine(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        logits = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT
-        return (logits * self.temperature.exp()).softmax(-1) @ value
-
-    def cosine_by_hand(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = query * torch.rsqrt(query.square().sum(-1, keepdim=True) + 1e-12)
-        return (3 * (query @ (key / key.norm(dim=-1, keepdim=True)).mT)).softmax(-1) @ value
-
-    def normalized_queries(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (F.normalize(query, dim=-1) @ key.mT).softmax(-1) @ value
-
-    def normalized(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.fused(F.rms_norm(query, query.shape[-1:]), F.rms_norm(key, key.shape[-1:]), value)
-
-    def normalized_with_gain(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.fused(F.rms_norm(query, query.shape[-1:], self.gain), F.rms_norm(key, key.shape[-1:]), value)
-
-    def normalized_by_hand(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = self.gain * (query / (query.norm(dim=-1, keepdim=True) * self.head_dim**-0.5))
-        return self.fused(query, key * torch.rsqrt(key.pow(2).mean(-1, keepdim=True)), value)
-
-    def normalized_for_a_module(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.normalized_keys(self.identity(F.rms_norm(query, query.shape[-1:])), key, value)
-
-    def normalized_keys(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.fused(query, F.rms_norm(key, key.shape[-1:]), value)
-
-    def shifted(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.fused(query + self.gain, key, value)
-
-    def queries_for_keys(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.fused(query, query + key, value)
-
-    def filled_tensor(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT / torch.full([], self.head_dim**0.5)).softmax(-1) @ value
-
-    def in_place(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query *= self.head_dim**-0.5
-        return (query @ key.mT).softmax(-1) @ value
-
-    def for_each_head(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return (query @ key.mT * torch.tensor([0.1, 0.2]).reshape(2, 1, 1).to(query)).softmax(-1) @ value
+        return self.readout(h + self.out(FORMS[self.how](self, *parts).transpose(1, 2).flatten(2)))
 
 
 class Slices(nn.Module):
@@ -208,43 +181,33 @@ class Slices(nn.Module):
         h = self.embed(x)
         packed = self.packed(h)
         value, key, query = packed[..., : self.size], packed[..., self.size : -self.size], packed[..., -self.size :]
-        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (query, key, value))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.readout(h + self.out(attended.transpose(1, 2).flatten(2)))
+        parts = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (query, key, value))
+        return self.readout(h + self.out(fused(*parts).transpose(1, 2).flatten(2)))
 
 
 EXAMPLE = (torch.linspace(-1, 1, 24).reshape(2, 4, 3),)
-LLAMA = hugging_face("Llama", **GROUPED)
+GPT_NEO = {"attention_types": [[["global"], 2]], "max_position_embeddings": 8}
+OPT = {"ffn_dim": 64, "max_position_embeddings": 16, "word_embed_proj_dim": lambda head_dim: 4 * head_dim}
 CASES: dict[str, Case] = {
-    "causal transformer": Case(
-        lambda dim: CausalTransformer(VOCABULARY, 8, 2, 32, heads=2, head_dim=dim), TOKENS, ROOT
-    ),
+    "causal transformer": Case(lambda dim: CausalTransformer(VOCABULARY, 8, 2, 32, 2, head_dim=dim), TOKENS, ROOT),
     "pre-norm encoder": Case(lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), ROOT),
     "post-norm encoder": Case(lambda dim: Encoder(2, 2, 2 * dim, norm_first=False), (TOKENS,), ROOT),
     "gpt2": Case(hugging_face("GPT2", False, n_positions=8), LANGUAGE, ROOT),
     "gpt2, eager": Case(hugging_face("GPT2", False, n_positions=8, attn_implementation="eager"), LANGUAGE, ROOT),
     "gpt-neox": Case(hugging_face("GPTNeoX", False), UNTURNED, ROOT),
-    "gpt-neo, unscaled": Case(
-        hugging_face("GPTNeo", False, attention_types=[[["global"], 2]], max_position_embeddings=8), LANGUAGE, HALF
-    ),
-    "llama": Case(LLAMA, UNTURNED, ROOT),
+    "gpt-neo, unscaled": Case(hugging_face("GPTNeo", False, **GPT_NEO), LANGUAGE, HALF),
+    "llama": Case(hugging_face("Llama", **GROUPED), UNTURNED, ROOT),
     "tied llama": Case(hugging_face("Llama", tie_word_embeddings=True, **GROUPED), UNTURNED, ROOT),
     "phi3": Case(hugging_face("Phi3", **GROUPED), UNTURNED, ROOT),
     "granite": Case(hugging_face("Granite", attention_multiplier=0.3, **GROUPED), UNTURNED, HALF),
     "granite in µP form": Case(hugging_face("Granite", attention_multiplier=lambda d: 3 / d, **GROUPED), UNTURNED, 1.0),
     "gemma2": Case(hugging_face("Gemma2", **GROUPED), UNTURNED, HALF),
     "gemma2, eager": Case(hugging_face("Gemma2", attn_implementation="eager", **GROUPED), UNTURNED, HALF),
-    "gemma2, scalar = head_dim": Case(
-        hugging_face("Gemma2", query_pre_attn_scalar=lambda d: d, **GROUPED), UNTURNED, ROOT
-    ),
+    "gemma2, scalar = head_dim": Case(hugging_face("Gemma2", query_pre_attn_scalar=int, **GROUPED), UNTURNED, ROOT),
     "gemma3": Case(hugging_face("Gemma3Text", **GROUPED), UNTURNED, HALF),
     "qwen3": Case(hugging_face("Qwen3", **GROUPED), UNTURNED, ROOT),
     "olmo2": Case(hugging_face("Olmo2", False, **GROUPED), UNTURNED, ROOT),
-    "opt": Case(
-        hugging_face("OPT", False, ffn_dim=64, max_position_embeddings=16, word_embed_proj_dim=lambda d: 4 * d),
-        LANGUAGE,
-        ROOT,
-    ),
+    "opt": Case(hugging_face("OPT", False, **OPT), LANGUAGE, ROOT),
     "bart": Case(_bart, LANGUAGE, ROOT),
     "t5": Case(_t5, LANGUAGE, HALF),
     "bert": Case(_bert, LANGUAGE, ROOT),
@@ -252,26 +215,13 @@ CASES: dict[str, Case] = {
     "slices": Case(Slices, EXAMPLE, ROOT),
 } | {
     f"plain, {how}": Case(lambda dim, how=how: Plain(how, dim), EXAMPLE, factor)  # type: ignore[misc]
-    for how, factor in {
-        "fused": ROOT,
-        "fused_with_scale": HALF,
-        "fused_in_mup_form": 1.0,
-        "fused_with_dropout": HALF,
-        "divided": ROOT,
-        "unscaled": HALF,
-        "masked_and_capped": HALF,
-        "quarter_powers": ROOT,
-        "added_to_biases": ROOT,
-        "constant_tensor": ROOT,
-        "buffer": ROOT,
-        "learned": 1.0,
-        "cosine": 1.0,
-        "cosine_by_hand": 1.0,
-        "normalized_with_gain": ROOT,
-        "normalized_by_hand": ROOT,
-        "normalized_for_a_module": ROOT,
-        "normalized_keys": ROOT,
+    for factor, names in {
+        1.0: "fused_in_mup_form learned cosine cosine_by_hand",
+        HALF: "fused_with_scale fused_with_dropout unscaled masked_and_capped",
+        ROOT: """fused divided quarter_powers added_to_biases constant_tensor buffer normalized_with_gain normalized_by_hand
+        normalized_for_a_module normalized_keys""",
     }.items()
+    for how in names.split()
 }
 
 
@@ -320,10 +270,8 @@ def _input_axis(owner: nn.Module) -> int | None:
 def causal_logits(attention: Attention, stream: Tensor) -> Tensor:
     """Logits of the package's own attention, by the definition, with NaN for later tokens."""
     given = attention.norm(stream)
-    query, key = (
-        project(given).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-        for project in (attention.query, attention.key)
-    )
+    made = attention.query(given), attention.key(given)
+    query, key = (part.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in made)
     length, half = query.shape[-2], query.shape[-1] // 2
     angles = torch.outer(torch.arange(length), float(attention.context) ** -torch.linspace(0, 1, half))
     turn = torch.polar(torch.ones_like(angles), angles)

@@ -1,7 +1,5 @@
 """A residual network for MLUCallback in the Trainer, its data and its runs, and what updates saw of their groups."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from mlu_lightning.models import ResidualBlock
+from helpers.trainers import identical as identical
+from helpers.trainers import pairs, quiet
+from mlu_lightning.models import ResidualBlock, ResNet
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 
@@ -47,11 +47,7 @@ class Net(LightningModule):
             self.blocks = nn.ModuleList(ResidualBlock(hidden, embedding, "tanh") for _ in range(depth))
             self.readout = nn.Linear(embedding, OUTPUTS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        for block in self.blocks:
-            stream = stream + block(stream)
-        return self.readout(stream)
+    forward = ResNet.forward
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
@@ -98,22 +94,11 @@ MODULES = [Net, InSetup, InConfigureModel, InConfigureModelAfterSetup]
 
 
 def loader(shuffle: bool = True) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (
-        torch.randn(SAMPLES, INPUTS, generator=generator),
-        torch.randn(SAMPLES, OUTPUTS, generator=generator),
-    )
-    return DataLoader(TensorDataset(inputs, targets), BATCH, shuffle=shuffle)
+    return DataLoader(pairs(SAMPLES), BATCH, shuffle=shuffle)
 
 
 def trainer(*callbacks: Callback, epochs: int = 2, **settings: Any) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(accelerator="cpu", max_epochs=epochs, callbacks=[*callbacks], **{**quiet, **settings})
+    return quiet(*callbacks, max_epochs=epochs, **settings)
 
 
 def fit(module: Net, *callbacks: Callback, data: Any = None, ckpt_path: Any = None, **settings: Any) -> Trainer:
@@ -122,11 +107,6 @@ def fit(module: Net, *callbacks: Callback, data: Any = None, ckpt_path: Any = No
     run = trainer(*callbacks, **settings)
     run.fit(module, loader() if data is None else data, ckpt_path=ckpt_path)
     return run
-
-
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 class WatchedOptimizers:

@@ -1,7 +1,5 @@
 """Configurations of a LightningCLI for ``mlu-lightning check``, and the classes that they name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

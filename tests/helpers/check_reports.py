@@ -1,7 +1,5 @@
 """Rows and reports of checks, from measurements that are made up."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Checks of small Transformers on sequences that can be learned, for tests that run them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -23,9 +21,7 @@ def tokens(count: int = 12, samples: int = 16) -> list[Tensor]:
 
 def transformer(depth: int, hidden: int, embedding: int, **settings: Any) -> CausalTransformer:
     settings = {"lr": 2**-6, "weight_decay": 0.1} | settings
-    return CausalTransformer(
-        VOCABULARY, CONTEXT, depth, embedding, hidden, head_dim=8, mlp_hidden=32 * hidden, **settings
-    )
+    return CausalTransformer(VOCABULARY, CONTEXT, depth, embedding, hidden, 8, mlp_hidden=32 * hidden, **settings)
 
 
 def few(**settings: Any) -> CheckReport:

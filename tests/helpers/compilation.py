@@ -1,7 +1,5 @@
 """A backend of torch.compile that counts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

@@ -5,19 +5,20 @@ argument, ``limit``, measures the small one against the infinite model.
 """
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
+from helpers.processes import environment
+from helpers.trainers import pairs, quiet
 from mlu_lightning import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, Plan, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
@@ -25,8 +26,7 @@ SMALL = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 LARGE = SMALL | {"hidden": 64, "embedding": 32}
 BASE = SMALL | {"depth": 2}
 LIMIT = Limit(depth=6, units=32)
-SAMPLES = 8
-"""In a batch of all processes together."""
+SAMPLES = 8  # in a batch of all processes together
 
 
 class Sharded(ResNet):
@@ -40,57 +40,41 @@ class Sharded(ResNet):
         fully_shard(self, mesh=mesh["data_parallel"])
 
 
-def dataset(seed: int) -> TensorDataset:
-    draws = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(48, 3, generator=draws), torch.randn(48, 2, generator=draws))
-
-
 class Data(LightningDataModule):
     """The same samples in every batch of all processes together, however many they are."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         rank, processes = self.trainer.global_rank, self.trainer.world_size
-        data = dataset(0)
+        data = pairs(48)
         sampler: DistributedSampler[Any] = DistributedSampler(data, processes, rank, shuffle=False)
         return DataLoader(data, SAMPLES // processes, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(dataset(1), batch_size=6)
+        return DataLoader(pairs(48, seed=1), batch_size=6)
 
 
 def fit(strategy: str, shape: dict[str, int], folder: Path, *callbacks: Any) -> None:
     processes = 1 if strategy == "single" else 2
     seed_everything(0, verbose=False)
     model = (Sharded if strategy == "fsdp2" else ResNet)(**shape)
-    strategies: dict[str, Any] = {
-        "single": "auto",
-        "ddp": "ddp",
-        "fsdp2": ModelParallelStrategy(2, 1, process_group_backend="gloo") if strategy == "fsdp2" else None,
-    }
+    strategies: dict[str, Any] = {"single": "auto", "ddp": "ddp"}
+    if strategy == "fsdp2":
+        strategies[strategy] = ModelParallelStrategy(2, 1, process_group_backend="gloo")
     torch.manual_seed(1)
     base = ResNet(**BASE)
     plan = Plan.from_model(ResNet(**shape), (torch.ones(2, 3), torch.ones(2, 2)), base=base)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy=strategies[strategy],
-        max_epochs=2,
-        callbacks=[MLUCallback(plan=plan, init="coupled"), *callbacks],
-        logger=CSVLogger(folder, name=str(shape["embedding"]), version=0),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    logger = CSVLogger(folder, name=str(shape["embedding"]), version=0)
+    settings = {"devices": processes, "strategy": strategies[strategy], "logger": logger, "max_epochs": 2}
+    mlu = MLUCallback(plan=plan, init="coupled")
+    trainer = quiet(mlu, *callbacks, use_distributed_sampler=False, **settings)
     trainer.fit(model, datamodule=Data())
 
 
 def start(strategy: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run this file in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, __file__, strategy, str(folder), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def distances(folder: Path) -> dict[int, dict[str, float]]:

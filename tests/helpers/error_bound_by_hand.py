@@ -1,7 +1,5 @@
 """The error bound of theory.md, section 2, term by term."""
 
-from __future__ import annotations
-
 from mlu_lightning import ErrorConstants, Shape
 
 

@@ -1,15 +1,14 @@
 """Runs in which something happens on purpose, and what has to be true of module and optimizer afterwards."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn, optim
+from torch import nn, optim
 
 from helpers import runs_by_hand
+from helpers.paper_network import stream_of
 from helpers.parameter_groups import MULTIPLIERS
 from helpers.runs_by_hand import SHAPE, Net
 from mlu_lightning.application.multipliers import residual_state
@@ -71,14 +70,6 @@ def expected_hooks(residual: str) -> int:
     return SHAPE[0] + 1 if residual == "hook" else 0
 
 
-def by_hand(module: Net, x: Tensor, branch: float, readout: float) -> Tensor:
-    """theory.md, section 2, with the multipliers of section 3."""
-    stream = x @ module.embed.weight.T
-    for block in module.blocks:
-        stream = stream + branch * torch.tanh(stream @ block.read.weight.T) @ block.write.weight.T
-    return readout * stream @ module.readout.weight.T
-
-
 def check_module(module: Net, residual: str) -> None:
     """Methods are the module's own, and its multipliers are on once."""
     assert not {"setup", "configure_model", "configure_optimizers"} & vars(module).keys()
@@ -87,7 +78,8 @@ def check_module(module: Net, residual: str) -> None:
     assert own_hooks(module) == expected_hooks(residual)
     branch, readout = (MULTIPLIERS["branch_out"], MULTIPLIERS["readout"]) if residual == "hook" else (1.0, 1.0)
     x = torch.ones(1, 3)
-    torch.testing.assert_close(Net.forward(module, x), by_hand(module, x, branch, readout))
+    expected = readout * stream_of(module.state_dict(), x, branch)[-1] @ module.readout.weight.T
+    torch.testing.assert_close(Net.forward(module, x), expected)
 
 
 def check_optimizer(optimizer: optim.Optimizer) -> None:
@@ -101,5 +93,4 @@ def check_optimizer(optimizer: optim.Optimizer) -> None:
     (group,) = seen
     assert group is optimizer.param_groups[0]
     assert group["lr"] in [LR * 0.5**epoch for epoch in range(3)]
-    assert group["weight_decay"] == DECAY
-    assert len(group["params"]) == 2 * SHAPE[0] + 2
+    assert (group["weight_decay"], len(group["params"])) == (DECAY, 2 * SHAPE[0] + 2)

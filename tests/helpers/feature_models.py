@@ -1,7 +1,5 @@
 """Perceptrons and attentions written in many ways, each with what enters its nonlinearity or its softmax."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,22 +24,19 @@ class Units:
     made: int = HIDDEN  # outputs of the first matrix
 
 
-def first(block: Any, made: Tensor) -> Tensor:
-    return made[..., :HIDDEN]
-
-
-def last(block: Any, made: Tensor) -> Tensor:
-    return made[..., HIDDEN:]
-
-
 def normed(block: Any, made: Tensor) -> Tensor:
     return made * torch.rsqrt(made.square().mean(-1, keepdim=True) + 1e-6) * block.gain
+
+
+def layer_normed(made: Tensor) -> Tensor:
+    return F.layer_norm(made, (HIDDEN,))
 
 
 def gate_last(first: Tensor, last: Tensor) -> Tensor:
     return F.silu(last) * first
 
 
+FIRST, LAST = (lambda _, made: made[..., :HIDDEN]), (lambda _, made: made[..., HIDDEN:])
 UNITS = {
     "relu in place": Units(lambda _, made: F.relu(made, inplace=True)),
     "doubled, relu in place": Units(lambda _, made: (2 * made).relu_(), lambda _, made: 2 * made),
@@ -51,15 +46,13 @@ UNITS = {
     "squared relu": Units(lambda _, made: F.relu(made).square()),
     "leaky by hand": Units(lambda _, made: torch.maximum(made, 0.1 * made)),
     "scaled before": Units(lambda _, made: torch.tanh(made / 3), lambda _, made: made / 3),
-    "swiglu of chunks": Units(lambda _, made: F.silu(made.chunk(2, -1)[0]) * made.chunk(2, -1)[1], first, 2 * HIDDEN),
-    "swiglu, gate last": Units(lambda _, made: gate_last(*made.chunk(2, -1)), last, 2 * HIDDEN),
-    "swiglu of slices": Units(lambda _, made: made[..., :HIDDEN] * F.silu(made[..., HIDDEN:]), last, 2 * HIDDEN),
-    "glu": Units(lambda _, made: F.glu(made, -1), last, 2 * HIDDEN),
-    "bilinear": Units(lambda _, made: made[..., :HIDDEN] * made[..., HIDDEN:], first, 2 * HIDDEN),
-    "norm before": Units(
-        lambda _, made: F.gelu(F.layer_norm(made, (HIDDEN,))), lambda _, made: F.layer_norm(made, (HIDDEN,))
-    ),
-    "norm after": Units(lambda _, made: F.layer_norm(F.gelu(made), (HIDDEN,))),
+    "swiglu of chunks": Units(lambda _, made: F.silu(made.chunk(2, -1)[0]) * made.chunk(2, -1)[1], FIRST, 2 * HIDDEN),
+    "swiglu, gate last": Units(lambda _, made: gate_last(*made.chunk(2, -1)), LAST, 2 * HIDDEN),
+    "swiglu of slices": Units(lambda _, made: made[..., :HIDDEN] * F.silu(made[..., HIDDEN:]), LAST, 2 * HIDDEN),
+    "glu": Units(lambda _, made: F.glu(made, -1), LAST, 2 * HIDDEN),
+    "bilinear": Units(lambda _, made: made[..., :HIDDEN] * made[..., HIDDEN:], FIRST, 2 * HIDDEN),
+    "norm before": Units(lambda _, made: F.gelu(layer_normed(made)), lambda _, made: layer_normed(made)),
+    "norm after": Units(lambda _, made: layer_normed(F.gelu(made))),
     "norm by hand": Units(lambda block, made: F.gelu(normed(block, made)), normed),
     "linear": Units(lambda _, made: made),
 }
@@ -74,8 +67,7 @@ class UnitsNet(nn.Module):
         self.blocks = nn.Sequential(UnitsBlock(units), UnitsBlock(units))
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.readout(self.blocks(self.embed(x)))
-        return output
+        return self.readout(self.blocks(self.embed(x)))
 
 
 class UnitsBlock(nn.Module):
@@ -86,8 +78,7 @@ class UnitsBlock(nn.Module):
         self.write, self.units = nn.Linear(HIDDEN, EMBEDDING), units
 
     def forward(self, stream: Tensor) -> Tensor:
-        output: Tensor = stream + self.write(self.units.form(self, self.read(self.norm(stream))))
-        return output
+        return stream + self.write(self.units.form(self, self.read(self.norm(stream))))
 
 
 CAUSAL = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -112,16 +103,12 @@ def hide(logits: Tensor) -> Tensor:
     return logits.masked_fill(~CAUSAL, -math.inf)
 
 
-def plain(logits: Tensor) -> Tensor:
-    return logits
-
-
 @dataclass(frozen=True)
 class AttentionForm:
     """Attention as a function of queries, keys and values."""
 
     form: Callable[[Tensor, Tensor, Tensor], Tensor]
-    logits: Callable[[Tensor], Tensor] = plain  # from products of queries and keys divided by sqrt(d_k)
+    logits: Callable[[Tensor], Tensor] = lambda logits: logits  # from products of queries and keys divided by sqrt(d_k)
     groups: int = HEADS  # heads of keys and values
 
 
@@ -152,12 +139,9 @@ class AttentionNet(nn.Module):
         self.form = form
 
     def parts(self, stream: Tensor) -> list[Tensor]:
-        return [
-            project(stream).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
-            for project in (self.queries, self.keys, self.values)
-        ]
+        made = (project(stream) for project in (self.queries, self.keys, self.values))
+        return [part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in made]
 
     def forward(self, x: Tensor) -> Tensor:
         stream = self.embed(x)
-        output: Tensor = self.readout(stream + self.out(self.form.form(*self.parts(stream)).transpose(1, 2).flatten(2)))
-        return output
+        return self.readout(stream + self.out(self.form.form(*self.parts(stream)).transpose(1, 2).flatten(2)))

@@ -1,7 +1,5 @@
 """Modules of bare weights with a plan that says the same of all, and how large initial weights are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +13,10 @@ from mlu_lightning import Plan, Ratios, Role
 
 MODES = ("rescale", "normal", "coupled")
 GROWN = Ratios(depth=2.0, inputs=4.0, outputs=9.0)
-# The table's std at these ratios (theory.md, section 3), worked out by hand.
-STD = {
-    Role.EMBEDDING: 1.0,
-    Role.BRANCH_IN: 1 / 2,
-    Role.BRANCH_IN_BIAS: 1.0,
-    Role.BRANCH_HIDDEN: 1 / 2,
-    Role.BRANCH_OUT: 3 / 4,
-    Role.BRANCH_OUT_BIAS: 1.0,
-    Role.BRANCH_NORM: 1.0,
-    Role.BRANCH_BOUNDED: 1.0,
-    Role.BRANCH_BOUNDED_MATRIX: 1 / 2,
-    Role.STREAM_MATRIX: 1 / 2,
-    Role.STREAM_BOUNDED_MATRIX: 1 / 4,
-    Role.STREAM_NORM: 1.0,
-    Role.READOUT: 1.0,
-    Role.READOUT_BIAS: 1.0,
-}
+# The table's std at these ratios (theory.md, section 3), worked out by hand; the other roles keep the base's
+STD = dict.fromkeys(Role, 1.0) | {Role.BRANCH_OUT: 3 / 4, Role.STREAM_BOUNDED_MATRIX: 1 / 4}
+_OF_INPUTS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_BOUNDED_MATRIX, Role.STREAM_MATRIX)
+STD |= dict.fromkeys(_OF_INPUTS, 1 / 2)
 BASE_STD = 0.1
 FLOAT32 = 1e-6  # one rounding of every entry
 SAMPLED = 0.025  # the root mean square of 2e4 normal numbers has a standard error of 1/sqrt(4e4): five of those

@@ -1,11 +1,8 @@
 """Runs that can be killed, for test_killed_runs.py: ``python -m helpers.killed_run`` reads one run per line of its input.
 
-A line is JSON: the folder, names of the optimizer, the schedule and the residual mode, and, for one that is killed, the
-number of steps and the seconds until then. Each run is a process of its own, forked when everything is imported, and goes
-on from the last checkpoint in its folder, if there is one. Its exit code is printed when it ends.
+A line is JSON: folder, optimizer, schedule, residual, and ``kill``, the steps and the seconds until then, or null. Each run
+is a process, forked when everything is imported, that goes on from the last checkpoint in its folder; codes are printed.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -33,9 +30,8 @@ BASE = SHAPE | {"depth": 2, "hidden": 8, "embedding": 4}
 
 
 def warm_then_cosine(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
-    warm = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
-    cosine = lr_scheduler.CosineAnnealingLR(optimizer, STEPS - 5, eta_min=0.001)
-    return lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[5])
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5), SCHEDULES["cosine"](optimizer, STEPS - 5)]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[5])
 
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
@@ -45,17 +41,17 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "radam": lambda groups: optim.RAdam(groups, lr=0.01, weight_decay=0.1),
     "adafactor": lambda groups: optim.Adafactor(groups, lr=0.01, weight_decay=0.1),
 }
-SCHEDULES: dict[str, Callable[[optim.Optimizer], Any]] = {
-    "none": lambda optimizer: None,
-    "one-cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=STEPS + 1),
-    "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, STEPS, eta_min=0.001),
-    "warm-restarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7, eta_min=0.001),
-    "lambda": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-    "lambda-list": lambda optimizer: lr_scheduler.LambdaLR(optimizer, [lambda s: 1 / (1 + s), lambda s: 0.9**s]),
-    "plateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, min_lr=0.001),
-    "cyclic": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.001, 0.02, 3, cycle_momentum=False),
+SCHEDULES: dict[str, Callable[..., Any]] = {
+    "none": lambda opt: None,
+    "one-cycle": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.02, total_steps=STEPS + 1),
+    "cosine": lambda opt, steps=STEPS: lr_scheduler.CosineAnnealingLR(opt, steps, eta_min=0.001),
+    "warm-restarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 7, eta_min=0.001),
+    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "lambda-list": lambda opt: lr_scheduler.LambdaLR(opt, [lambda s: 1 / (1 + s), lambda s: 0.9**s]),
+    "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5, min_lr=0.001),
+    "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.001, 0.02, 3, cycle_momentum=False),
     "sequential": warm_then_cosine,
-    "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, total_iters=9),
+    "linear": lambda opt: lr_scheduler.LinearLR(opt, 0.1, total_iters=9),
 }
 
 
@@ -64,8 +60,7 @@ class Noisy(ResNet):
 
     def __init__(self, optimizer: str, schedule: str, losses: str) -> None:
         super().__init__(**SHAPE)
-        self.names = (optimizer, schedule)
-        self.losses = Path(losses)
+        self.names, self.losses = (optimizer, schedule), Path(losses)
 
     def training_step(self, batch: Any) -> Tensor:
         torch.manual_seed(self.global_step)
@@ -96,8 +91,7 @@ class Killed(Callback):
     """Lets another process kill this one, some seconds after some steps."""
 
     def __init__(self, steps: int, seconds: float) -> None:
-        self.steps = steps
-        self.seconds = seconds
+        self.steps, self.seconds = steps, seconds
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.steps -= 1
@@ -123,23 +117,13 @@ def run(folder: Path, optimizer: str, schedule: str, residual: Any, kill: tuple[
     module, base = Noisy(optimizer, schedule, str(folder / "losses")), ResNet(**BASE)
     probe = (torch.ones(4, 3), torch.ones(4, 2))
     saving = ModelCheckpoint(str(folder), "{step}", save_top_k=-1, every_n_train_steps=2, auto_insert_metric_name=False)
-    trainer = quiet(
-        MLUCallback(base, residual=residual, example=probe),
-        ReferenceRecorder(recording, probe, steps=1),
-        *([] if kill is None else [Killed(*kill)]),
-        saving,
-        max_steps=STEPS,
-        enable_checkpointing=True,
-    )
+    callbacks = [MLUCallback(base, residual=residual, example=probe), ReferenceRecorder(recording, probe, steps=1)]
+    callbacks += [saving] if kill is None else [Killed(*kill), saving]
+    trainer = quiet(*callbacks, max_steps=STEPS, enable_checkpointing=True)
     trainer.fit(module, DataLoader(range(STEPS)), ckpt_path=checkpoint)
-    torch.save(
-        {
-            "weights": module.state_dict(),
-            "optimizer": trainer.optimizers[0].state_dict(),
-            "scheduler": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        },
-        folder / "end.pt",
-    )
+    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    end = {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "scheduler": schedulers}
+    torch.save(end, folder / "end.pt")
 
 
 if __name__ == "__main__":

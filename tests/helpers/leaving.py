@@ -1,19 +1,15 @@
 """Trained models that leave the package, and how a test sees that leaving was refused."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from helpers.architecture_runs import quiet
 from helpers.architectures import ARCHITECTURES, Architecture
+from helpers.trainers import loader, quiet
 from mlu_lightning import MLUCallback, Plan, attach_multipliers
 from mlu_lightning.application import residual_state
 
@@ -31,12 +27,10 @@ class Lit(LightningModule):
         self.model = model
 
     def predict_step(self, batch: dict[str, Tensor]) -> Tensor:
-        output: Tensor = self.model(**batch).logits
-        return output
+        return self.model(**batch).logits
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = self.model(**batch).loss
-        return loss
+        return self.model(**batch).loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.02)
@@ -50,7 +44,7 @@ def lit(architecture: Architecture, shape: Shape) -> Lit:
 def trained(architecture: Architecture, mode: Mode, shape: Shape) -> tuple[Lit, Plan, Trainer]:
     module, callback = lit(architecture, shape), MLUCallback(lit(architecture, BASE), residual=mode, alpha=0.5)
     trainer = quiet(callback, max_epochs=3)
-    trainer.fit(module, DataLoader([architecture.example], batch_size=None))
+    trainer.fit(module, loader([architecture.example]))
     assert callback.plan is not None
     assert {m.kind for m in callback.plan.multipliers} == {"branch", "readout"}
     return module, callback.plan, trainer
@@ -58,8 +52,7 @@ def trained(architecture: Architecture, mode: Mode, shape: Shape) -> tuple[Lit, 
 
 @torch.no_grad()
 def logits(module: Any, architecture: Architecture) -> Tensor:
-    output: Tensor = (module.model if isinstance(module, Lit) else module).eval()(**architecture.example).logits
-    return output
+    return (module.model if isinstance(module, Lit) else module).eval()(**architecture.example).logits
 
 
 def hooks(module: nn.Module) -> int:
@@ -67,7 +60,7 @@ def hooks(module: nn.Module) -> int:
 
 
 def multiplied(
-    build: Callable[..., nn.Module], example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5
+    build: Any, example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5
 ) -> tuple[nn.Module, Plan]:
     torch.manual_seed(0)
     base, module = (build(*shape) for shape in shapes)
@@ -82,9 +75,7 @@ def tied_llama() -> tuple[Any, Plan]:
     return multiplied(architecture.build, architecture.example, BASE, TWICE, double=False, alpha=1.0)
 
 
-def assert_refused(
-    leave: Callable[[nn.Module, Plan], Any], module: nn.Module, plan: Plan, message: str, error: Any = ValueError
-) -> None:
+def assert_refused(leave: Any, module: nn.Module, plan: Plan, message: str, error: Any = ValueError) -> None:
     state, count, mark = copy.deepcopy(module.state_dict()), hooks(module), residual_state(module)
     with pytest.raises(error, match=message):
         leave(module, plan)

@@ -1,7 +1,5 @@
 """Small modules that have an infinite model, with their plans, data and training."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +14,10 @@ from mlu_lightning.models import CausalTransformer, ResNet
 
 Array = NDArray[np.float64]
 
-
 INPUTS, OUTPUTS, SAMPLES = 3, 2, 4
-
-
 VOCABULARY, CONTEXT = 5, 4
-
-
 STDS = {"embed.weight": 0.7, "readout.weight": 1.9}
 """Far from each other, so that S is far from a multiple of the identity."""
-
-
 S = np.repeat(np.square([*STDS.values()]), [INPUTS, OUTPUTS])
 
 
@@ -40,16 +31,16 @@ def tensors() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x.T.copy()), torch.from_numpy(y.T.copy())
 
 
+def with_stds(plan: Plan, stds: dict[str, float]) -> Plan:
+    parameters = {name: replace(p, base_std=stds.get(name, p.base_std)) for name, p in plan.parameters.items()}
+    return replace(plan, parameters=parameters)
+
+
 def planned(activation: str = "tanh", trained: bool = True, alpha: float = 1.0, **shape: int) -> tuple[ResNet, Plan]:
     """A network in float64 and its plan in the absolute form, with the variances of S."""
     shape = {"depth": 2, "hidden": 8, "embedding": 6} | shape
     module = ResNet(**shape, inputs=INPUTS, outputs=OUTPUTS, activation=activation, train_embedding=trained).double()
-    plan = Plan.from_model(module, alpha=alpha)
-    parameters = {
-        name: replace(parameter, base_std=STDS.get(name, parameter.base_std))
-        for name, parameter in plan.parameters.items()
-    }
-    return module, replace(plan, parameters=parameters)
+    return module, with_stds(Plan.from_model(module, alpha=alpha), STDS)
 
 
 def descend(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -77,10 +68,4 @@ def transformer(**sizes: Any) -> CausalTransformer:
 def planned_transformer(**sizes: Any) -> tuple[CausalTransformer, Plan]:
     """With norms of 1 and 2 of the entries of W, by which norms and logits differ from those of any other S."""
     module = transformer(**sizes)
-    plan = Plan.from_model(module)
-    stds = {"tokens.weight": 1.0, "readout.weight": 2.0}
-    parameters = {
-        name: replace(parameter, base_std=stds.get(name, parameter.base_std))
-        for name, parameter in plan.parameters.items()
-    }
-    return module, replace(plan, parameters=parameters)
+    return module, with_stds(Plan.from_model(module), {"tokens.weight": 1.0, "readout.weight": 2.0})

@@ -1,12 +1,10 @@
 """Small runs beside infinite models that are smaller."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -31,15 +29,13 @@ def resnet(**changes: Any) -> ResNet:
     return ResNet(**SHAPE | changes)
 
 
-def measure(
-    limit: Any, *callbacks: Callback, module: LightningModule | None = None, metrics: Any = None, **settings: Any
-) -> dict[int, dict[str, float]]:
+def measure(limit: Any, *callbacks: Callback, module: Any = None, metrics: Any = None, **more: Any) -> dict[int, Any]:
     """Distances from the limit by step, without the beginning of their names."""
     if not any(isinstance(callback, MLUCallback) for callback in callbacks):
         callbacks = (MLUCallback(), *callbacks)
     memory = Memory()
-    distance = EmbeddingDistance(limit) if metrics is None else EmbeddingDistance(limit, metrics)
-    fit(resnet() if module is None else module, *callbacks, distance, logger=memory, **settings)
+    distance = EmbeddingDistance(limit, **({} if metrics is None else {"metrics": metrics}))
+    fit(resnet() if module is None else module, *callbacks, distance, logger=memory, **more)
     return {
         step: {name.removeprefix("mlu/distance/"): value for name, value in values.items()}
         for step, values in memory.distances().items()

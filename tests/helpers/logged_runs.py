@@ -9,52 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from wandb.proto.wandb_internal_pb2 import Record
 
+from helpers.trainers import pairs, quiet
 from mlu_lightning import MLUCallback, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
 BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
-
-
 SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}
-
-
 LARGE = SMALL | {"embedding": 32}
-
-
-NAMES = {
-    f"mlu/distance/{name}"
-    for name in (
-        "output",
-        *(f"{kind}/s={s}" for kind in ("rms", "gram", "cka", "procrustes") for s in ("0", "0.5", "1")),
-    )
-}
+NAMES = {f"mlu/distance/{kind}/s={s}" for kind in ("rms", "gram", "cka", "procrustes") for s in ("0", "0.5", "1")}
+NAMES.add("mlu/distance/output")
 
 
 def data() -> DataLoader[Any]:
-    draws = torch.Generator().manual_seed(0)
-    samples = TensorDataset(torch.randn(20, 3, generator=draws), torch.randn(20, 2, generator=draws))
-    return DataLoader(samples, batch_size=4)
+    return DataLoader(pairs(20), batch_size=4)
 
 
 def fit(folder: Path, module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_steps": 10,
-        "max_epochs": -1,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-    }
-    trainer = Trainer(callbacks=[*callbacks], **defaults | settings)
+    saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    defaults = {"max_steps": 10, "max_epochs": -1, "enable_checkpointing": saving, "default_root_dir": folder}
+    trainer = quiet(*callbacks, **defaults | settings)
     trainer.fit(module, data())
     return trainer
 
@@ -103,9 +82,9 @@ def wandb_offline(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
-        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
-            patch.setenv(name, str(folder))
-        for name, value in {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}.items():
+        settings = {"MODE": "offline", "SILENT": "true", "ERROR_REPORTING": "false", "CONSOLE": "off"}
+        folders = dict.fromkeys(("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR", "ARTIFACT_DIR"), str(folder))
+        for name, value in (settings | folders).items():
             patch.setenv(f"WANDB_{name}", value)
         yield
         wandb.teardown()

@@ -1,7 +1,5 @@
 """Networks whose branches return their value in different ways, with multipliers, and their functions by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,19 +24,36 @@ ALPHA = 1.7
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of about ten terms
 
 
-# --- models that are built and called in different ways, and their forward pass by hand
+class Pair(NamedTuple):
+    extra: Tensor
+    value: Tensor
+
+
+def as_tuple(*parts: Tensor) -> tuple[Tensor, ...]:
+    return parts
+
+
+def as_list(*parts: Tensor) -> list[Tensor]:
+    return [*parts]
 
 
 class Mlp(nn.Module):
-    """A branch; subclasses return its value in other forms."""
+    """A branch that returns its value alone or next to a sum; after a norm at its end, only the norm has an effect."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int | None, returned: Callable[..., Any] | None = None, norm: bool = False) -> None:
         super().__init__()
-        self.inner = nn.Linear(D, HIDDEN)
-        self.out = nn.Linear(HIDDEN, D)
+        self.inner, self.out = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
+        self.index, self.returned, self.norm = index, returned, nn.LayerNorm(D) if norm else None
+        if self.norm is not None:
+            nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+            nn.init.uniform_(self.norm.bias)
 
     def forward(self, h: Tensor) -> Any:
-        return self.out(torch.tanh(self.inner(h)))
+        value = self.out(torch.tanh(self.inner(h)))
+        value = value if self.norm is None else self.norm(value)
+        if self.returned is None:
+            return value
+        return self.returned(value, h.sum()) if self.index == 0 else self.returned(h.sum(), value)
 
 
 def mlp_by_hand(branch: Mlp, h: Tensor) -> Tensor:
@@ -46,49 +61,11 @@ def mlp_by_hand(branch: Mlp, h: Tensor) -> Tensor:
     return inner @ branch.out.weight.T + branch.out.bias
 
 
-class Pair(NamedTuple):
-    extra: Tensor
-    value: Tensor
-
-
-class TupleMlp(Mlp):
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(h), h.sum()
-
-
-class ListMlp(Mlp):
-    def forward(self, h: Tensor) -> list[Tensor]:
-        return [h.sum(), super().forward(h)]
-
-
-class NamedTupleMlp(Mlp):
-    def forward(self, h: Tensor) -> Pair:
-        return Pair(h.sum(), super().forward(h))
-
-
-class ModelOutputMlp(Mlp):
-    def forward(self, h: Tensor) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=h.sum(), pooler_output=super().forward(h))
-
-
-class NormMlp(Mlp):
-    """A branch that ends in a norm: only what follows the norm has an effect."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(D)
-        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
-        nn.init.uniform_(self.norm.bias)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return self.norm(super().forward(h))
-
-
 class Network(nn.Module):
-    def __init__(self, branch: type[Mlp], index: int | None, tied: bool = False) -> None:
+    def __init__(self, index: int | None, tied: bool, **branch: Any) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, D)
-        self.branches = nn.ModuleList(branch() for _ in FACTORS)
+        self.branches = nn.ModuleList(Mlp(index, **branch) for _ in FACTORS)
         self.head = nn.Linear(D, VOCAB)
         self.last = self.branches[-1]  # a second name for a submodule
         self.index = index
@@ -109,7 +86,7 @@ def by_hand(network: Network, tokens: Tensor) -> Tensor:
     h = network.embedding.weight[tokens]
     for branch, factor in zip(network.branches, FACTORS, strict=True):
         value = mlp_by_hand(branch, h)
-        if isinstance(branch, NormMlp):
+        if branch.norm is not None:
             value = F.layer_norm(value, (D,)) * branch.norm.weight + branch.norm.bias
         h = h + ALPHA * factor * value
     return READOUT * (h @ network.head.weight.T) + network.head.bias
@@ -130,17 +107,19 @@ class Case:
             return self.build().double()
 
 
-def network_case(branch: type[Mlp], index: int | None = None, tied: bool = False, alias: bool = False) -> Case:
-    end = "norm" if branch is NormMlp else "out"
-    multipliers = []
-    for position, factor in enumerate(FACTORS):
-        name = "last" if alias and position == len(FACTORS) - 1 else f"branches.{position}"
-        folds = (f"{name}.{end}.weight", f"{name}.{end}.bias")
-        multipliers.append(Multiplier(name, "branch", factor, Site(name, "output", index), folds))
+def network_case(index: int | None = None, tied: bool = False, alias: bool = False, **branch: Any) -> Case:
+    names = [f"branches.{position}" for position in range(len(FACTORS))]
+    if alias:
+        names[-1] = "last"
+    ends = [f"{name}.{'norm' if branch.get('norm') else 'out'}" for name in names]
+    multipliers = [
+        Multiplier(name, "branch", factor, Site(name, "output", index), (f"{end}.weight", f"{end}.bias"))
+        for name, end, factor in zip(names, ends, FACTORS, strict=True)
+    ]
     head = () if tied else ("head.weight",)
     multipliers.append(Multiplier("head.weight", "readout", READOUT, Site("head", "input"), head))
     folded = frozenset(name for multiplier in multipliers for name in multiplier.folds)
-    return Case(lambda: Network(branch, index, tied), tuple(multipliers), by_hand, folded)
+    return Case(lambda: Network(index, tied, **branch), tuple(multipliers), by_hand, folded)
 
 
 class Attention(nn.Module):
@@ -164,14 +143,14 @@ def attention_by_hand(module: Attention, tokens: Tensor) -> Tensor:
 
 
 CASES = {
-    "tensor": network_case(Mlp),
-    "tuple": network_case(TupleMlp, 0),
-    "list": network_case(ListMlp, 1),
-    "named tuple": network_case(NamedTupleMlp, 1),
-    "model output": network_case(ModelOutputMlp, 1),
-    "ends in a norm": network_case(NormMlp),
-    "tied readout": network_case(Mlp, tied=True),
-    "second name": network_case(Mlp, alias=True),
+    "tensor": network_case(),
+    "tuple": network_case(0, returned=as_tuple),
+    "list": network_case(1, returned=as_list),
+    "named tuple": network_case(1, returned=Pair),
+    "model output": network_case(1, returned=BaseModelOutputWithPooling),
+    "ends in a norm": network_case(norm=True),
+    "tied readout": network_case(tied=True),
+    "second name": network_case(alias=True),
     "logits": Case(
         Attention,
         (

@@ -1,7 +1,5 @@
 """How far training one part of a module alone moves what the module makes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

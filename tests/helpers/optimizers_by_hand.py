@@ -28,15 +28,8 @@ class Row:
 
     def folded(self, a: float) -> Row:
         """For a weight that holds the multiplier a: std·a, Adam and Muon lr·a, SGD lr·a², eps/a."""
-        return replace(
-            self,
-            adam=self.adam * a,
-            sgd=self.sgd * a**2,
-            eps=self.eps / a,
-            std=self.std * a,
-            muon=self.muon * a,
-            muon_eps=self.muon_eps / a,
-        )
+        times = {name: getattr(self, name) * a for name in ("adam", "std", "muon")}
+        return replace(self, **times, sgd=self.sgd * a**2, eps=self.eps / a, muon_eps=self.muon_eps / a)
 
 
 def _row(name: str) -> Row:
@@ -46,51 +39,37 @@ def _row(name: str) -> Row:
 
 ROWS = {name: _row(name) for name in SHAPES}
 
+# A group's numbers for a parameter of a row at a step, from the user's
 ByHand = Callable[[Numbers, Row, int], Numbers]
 
 
-def sgd(numbers: Numbers, row: Row, step: int) -> Numbers:
-    factor = row.sgd
-    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
+def _times(factors: Callable[[Row, int], dict[str, float]]) -> ByHand:
+    """The user's numbers times factors of the row at a step."""
+
+    def by_hand(numbers: Numbers, row: Row, step: int) -> Numbers:
+        return {**numbers, **{name: numbers[name] * factor for name, factor in factors(row, step).items()}}
+
+    return by_hand
 
 
-def adam(numbers: Numbers, row: Row, step: int) -> Numbers:
-    scaled = {"lr": numbers["lr"] * row.adam, "eps": numbers["eps"] * row.eps}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / row.sgd}
-
-
-def adamw(numbers: Numbers, row: Row, step: int) -> Numbers:
-    scaled = {"lr": numbers["lr"] * row.adam, "eps": numbers["eps"] * row.eps}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / row.adam}
-
-
-def asgd(numbers: Numbers, row: Row, step: int) -> Numbers:
-    return {**sgd(numbers, row, step), "lambd": numbers["lambd"] / row.sgd}
-
-
-def radam(numbers: Numbers, row: Row, step: int) -> Numbers:
+def _radam_lr(row: Row, step: int) -> float:
     """With beta2 = 0.999 the first five steps are plain gradient steps."""
-    return {**adam(numbers, row, step), **({"lr": numbers["lr"] * row.sgd} if step < 5 else {})}
+    return row.sgd if step < 5 else row.adam
 
 
-def radamw(numbers: Numbers, row: Row, step: int) -> Numbers:
-    scaled = adamw(numbers, row, step)
-    return sgd(scaled | numbers, row, step) | {"eps": scaled["eps"]} if step < 5 else scaled
-
-
-def sparse(numbers: Numbers, row: Row, step: int) -> Numbers:
-    return {**numbers, "lr": numbers["lr"] * row.adam, "eps": numbers["eps"] * row.eps}
+sgd = _times(lambda row, _: {"lr": row.sgd, "weight_decay": 1 / row.sgd})
+adam = _times(lambda row, _: {"lr": row.adam, "eps": row.eps, "weight_decay": 1 / row.sgd})
+adamw = _times(lambda row, _: {"lr": row.adam, "eps": row.eps, "weight_decay": 1 / row.adam})
+asgd = _times(lambda row, _: {"lr": row.sgd, "weight_decay": 1 / row.sgd, "lambd": 1 / row.sgd})
+radam = _times(lambda row, step: {"lr": _radam_lr(row, step), "eps": row.eps, "weight_decay": 1 / row.sgd})
+radamw = _times(lambda row, s: {"lr": _radam_lr(row, s), "eps": row.eps, "weight_decay": 1 / _radam_lr(row, s)})
+sparse = _times(lambda row, _: {"lr": row.adam, "eps": row.eps})
+adadelta = _times(lambda row, _: {"lr": row.sgd, "eps": row.eps**2, "weight_decay": 1 / row.sgd})
 
 
 def rprop(numbers: Numbers, row: Row, step: int) -> Numbers:
-    low, high = numbers["step_sizes"]
-    factor = row.adam
-    return {**numbers, "lr": numbers["lr"] * factor, "step_sizes": (low * factor, high * factor)}
-
-
-def adadelta(numbers: Numbers, row: Row, step: int) -> Numbers:
-    scaled = {"lr": numbers["lr"] * row.sgd, "eps": numbers["eps"] * row.eps**2}
-    return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] / row.sgd}
+    sizes = tuple(size * row.adam for size in numbers["step_sizes"])
+    return {**numbers, "lr": numbers["lr"] * row.adam, "step_sizes": sizes}
 
 
 def adafactor(numbers: Numbers, row: Row, step: int) -> Numbers:

@@ -1,6 +1,5 @@
 """Modules of bare weights, their plan, and the rows of the table written out: what optimizers are tried on."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -82,9 +81,7 @@ def numbers_in_update(module: nn.Module, groups: list[Numbers], key: str) -> Num
     return {names[id(parameter)]: group[key] for group in groups for parameter in group["params"]}
 
 
-def scaled(
-    make: Callable[..., optim.Optimizer] = optim.SGD, *names: str, family: str | None = None, **numbers: Any
-) -> tuple[Weights, optim.Optimizer, list[list[Numbers]]]:
+def scaled(make: Any = optim.SGD, *names: str, family: str | None = None, **numbers: Any) -> tuple[Weights, Any, Any]:
     """Weights with a scaled optimizer, at a learning rate of 0.1 unless another is given, and the groups of its updates."""
     module = Weights(names or tuple(SHAPES))
     optimizer = make(module.parameters(), **{"lr": 0.1, **numbers})

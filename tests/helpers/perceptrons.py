@@ -1,7 +1,5 @@
 """A residual network that has every role of a perceptron's parameters."""
 
-from __future__ import annotations
-
 import re
 
 import torch
@@ -11,38 +9,31 @@ from torch import Tensor, nn
 from mlu_lightning import Role
 
 INPUTS, OUTPUTS = 3, 2
-ROLES = {
-    "embed.weight": Role.EMBEDDING,
-    "embed.bias": Role.EMBEDDING,
-    "branches.norm.weight": Role.BRANCH_NORM,
-    "branches.norm.bias": Role.BRANCH_NORM,
-    "branches.read.weight": Role.BRANCH_IN,
-    "branches.read.bias": Role.BRANCH_IN_BIAS,
-    "branches.write.weight": Role.BRANCH_OUT,
-    "branches.write.bias": Role.BRANCH_OUT_BIAS,
-    "norm.weight": Role.STREAM_NORM,
-    "norm.bias": Role.STREAM_NORM,
-    "readout.weight": Role.READOUT,
-    "readout.bias": Role.READOUT_BIAS,
-}
+_LAYERS = {
+    "embed": (Role.EMBEDDING, Role.EMBEDDING),
+    "branches.norm": (Role.BRANCH_NORM, Role.BRANCH_NORM),
+    "branches.read": (Role.BRANCH_IN, Role.BRANCH_IN_BIAS),
+    "branches.write": (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS),
+    "norm": (Role.STREAM_NORM, Role.STREAM_NORM),
+    "readout": (Role.READOUT, Role.READOUT_BIAS),
+}  # of their weights and biases
 
 
 def role_of(name: str) -> Role:
-    return ROLES[re.sub(r"\.\d+\.", ".", name)]
+    layer, _, part = re.sub(r"\.\d+\.", ".", name).rpartition(".")
+    return _LAYERS[layer][part == "bias"]
 
 
 class Branch(nn.Module):
     """Norm and perceptron."""
 
-    def __init__(self, hidden: int, embedding: int) -> None:
+    def __init__(self, hidden: int, embedding: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embedding)
-        self.read = nn.Linear(embedding, hidden)
-        self.write = nn.Linear(hidden, embedding)
+        self.read, self.write = linear(embedding, hidden), linear(hidden, embedding)
 
     def forward(self, stream: Tensor) -> Tensor:
-        branch: Tensor = self.write(torch.tanh(self.read(self.norm(stream))))
-        return branch
+        return self.write(torch.tanh(self.read(self.norm(stream))))
 
 
 class Perceptron(LightningModule):
@@ -60,8 +51,7 @@ class Perceptron(LightningModule):
         stream = self.embed(x)
         for branch in self.branches:
             stream = stream + branch(stream)
-        output: Tensor = self.readout(self.norm(stream))
-        return output
+        return self.readout(self.norm(stream))
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.mse_loss(self(batch[0]), batch[1])

@@ -1,7 +1,5 @@
 """Processes that tests start, and what they need."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

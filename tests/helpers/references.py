@@ -1,7 +1,5 @@
 """References of which a test knows all that is in them, and forged ones whose hashes are right."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -21,20 +19,12 @@ from mlu_lightning.observation.reference_writer import ReferenceWriter
 
 LOCATIONS: dict[LocationName, tuple[int, int]] = {StreamName(0): (3, 2), StreamName(0.5): (3, 2), OutputName(): (2, 1)}
 HEADER = ReferenceHeader(
-    depth=(4,),
-    embedding=(2,),
-    hidden={"mlp": 16, "attention": 4},
-    depths=(0.0, 0.5),
-    locations=LOCATIONS,
-    runs="validation_step",
-    data_sizes={"tokens.weight": (7,), "bias": ()},
+    **{"depth": (4,), "embedding": (2,), "hidden": {"mlp": 16, "attention": 4}, "depths": (0.0, 0.5)},
+    **{"locations": LOCATIONS, "runs": "validation_step", "data_sizes": {"tokens.weight": (7,), "bias": ()}},
     plan="alpha: 1.0\n",
 )
-PROBE: dict[str, Any] = {
-    "x": torch.tensor([[1, 2], [3, 4]]),
-    "meta": [None, "ä", math.nan, True],
-    "mask": torch.tensor([True, False]),
-}
+PROBE: dict[str, Any] = {"x": torch.tensor([[1, 2], [3, 4]]), "meta": [None, "ä", math.nan, True]}
+PROBE["mask"] = torch.tensor([True, False])
 
 
 def observation(step: int, locations: dict[LocationName, tuple[int, int]] = LOCATIONS) -> Observation:

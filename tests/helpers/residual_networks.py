@@ -1,7 +1,5 @@
 """Small residual networks whose forward pass is a function that a test writes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Folders of runs that were never made: logs and plans as files, and the text of their page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A residual network in the Trainer, and the same run with the table's numbers written into module and optimizer."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,10 +7,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn, optim
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from helpers.parameter_groups import ADAM_LR, EPS, MULTIPLIERS, D, L, M
-from helpers.trainers import quiet
+from helpers.trainers import pairs, quiet
 from mlu_lightning.models import ResidualBlock
 
 Residual = Literal["hook", "fold"]
@@ -28,11 +26,9 @@ class Net(LightningModule):
 
     def __init__(self, shape: tuple[int, int, int] = SHAPE) -> None:
         super().__init__()
-        self.lr = 0.02
-        self.batch_size = 4
+        self.lr, self.batch_size, self.branch, self.head = 0.02, 4, 1.0, 1.0
         self.losses: list[float] = []
         self.validated: list[float] = []
-        self.branch = self.head = 1.0
         self.shape = shape
         self.build()
 
@@ -52,8 +48,7 @@ class Net(LightningModule):
         stream = self.embed(x)
         for block in self.blocks:
             stream = stream + self.branch * block(stream)
-        output: Tensor = self.head * self.readout(stream)
-        return output
+        return self.head * self.readout(stream)
 
     def training_step(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self(batch[0]), batch[1])
@@ -110,22 +105,15 @@ class AdamWByHand(optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 lr, eps = self.factors[parameter]
-                numbers = {
-                    "lr": group["lr"] * lr,
-                    "eps": group["eps"] * eps,
-                    "weight_decay": group["weight_decay"] / lr,
-                }
-                alone = optim.AdamW([parameter], betas=group["betas"], **numbers)
+                numbers = {"eps": group["eps"] * eps, "weight_decay": group["weight_decay"] / lr}
+                alone = optim.AdamW([parameter], group["lr"] * lr, betas=group["betas"], **numbers)
                 alone.state[parameter] = self.state[parameter]
                 alone.step()
         return loss
 
 
 def data(seed: int, batch_size: int) -> DataLoader[Any]:
-    draws = torch.Generator().manual_seed(seed)
-    return DataLoader(
-        TensorDataset(torch.randn(24, 3, generator=draws), torch.randn(24, 2, generator=draws)), batch_size
-    )
+    return DataLoader(pairs(24, seed), batch_size)
 
 
 class Start(Callback):

@@ -24,16 +24,17 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
-from helpers.trainers import quiet
+from helpers.perceptrons import Branch
+from helpers.trainers import pairs, quiet
 from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.models import ResNet
 
 INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
 BASE = {"depth": 2, "hidden": 8, "embedding": 4}
 WIDE = {"depth": 4, "hidden": 32, "embedding": 16}
-ALL = [*product(("hook", "fold"), (1, 2))]
-"""Where multipliers are, and over how many batches gradients are accumulated."""
+ALL = [*product(("hook", "fold"), (1, 2))]  # where multipliers are, and over how many batches gradients are accumulated
 RUNS = {"few": [("hook", 2), ("fold", 1)], "all": ALL}
 
 
@@ -50,17 +51,6 @@ class Linear(nn.Linear):
                 parameter.copy_(values)
 
 
-class Block(nn.Module):
-    def __init__(self, hidden: int, embedding: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(embedding)
-        self.read = Linear(embedding, hidden)
-        self.write = Linear(hidden, embedding)
-
-    def forward(self, stream: Tensor) -> Tensor:
-        return self.write(torch.tanh(self.read(self.norm(stream))))
-
-
 class Net(LightningModule):
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         super().__init__()
@@ -71,14 +61,10 @@ class Net(LightningModule):
     def build(self) -> None:
         depth, hidden, embedding = self.shape
         self.embed = Linear(INPUTS, embedding)
-        self.blocks = nn.ModuleList(Block(hidden, embedding) for _ in range(depth))
+        self.blocks = nn.ModuleList(Branch(hidden, embedding, Linear) for _ in range(depth))
         self.readout = Linear(embedding, OUTPUTS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stream = self.embed(x)
-        for block in self.blocks:
-            stream = stream + block(stream)
-        return self.readout(stream)
+    forward = ResNet.forward
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss = nn.functional.mse_loss(self(batch[0]), batch[1])
@@ -115,7 +101,7 @@ class ShardedCheckpointed(Sharded):
     """Blocks are computed again in the backward pass, by torch's wrapper, which parts have inside of their names."""
 
     def divide(self, mesh: Any) -> None:
-        apply_activation_checkpointing(self, check_fn=lambda part: isinstance(part, Block))
+        apply_activation_checkpointing(self, check_fn=lambda part: isinstance(part, Branch))
         super().divide(mesh)
 
 
@@ -138,7 +124,7 @@ class FullySharded(FSDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         self.kwargs["device_id"] = torch.device("cpu")
-        policy = ModuleWrapPolicy({Block})
+        policy = ModuleWrapPolicy({Branch})
         kwargs = {name: value for name, value in self.kwargs.items() if name != "auto_wrap_policy"}
         divided = FullyShardedDataParallel(model, auto_wrap_policy=policy, **kwargs)
         _setup_activation_checkpointing(divided, self._activation_checkpointing_kwargs)
@@ -160,6 +146,7 @@ def model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:
     return lambda: ModelParallelStrategy(data, tensor, process_group_backend="gloo")
 
 
+CHECKPOINTED = {"activation_checkpointing_policy": {Branch}}
 WAYS = {
     "single": Way(Net, lambda: SingleDeviceStrategy("cpu"), 1, 1),
     "ddp": Way(Net, lambda: "ddp"),
@@ -168,14 +155,13 @@ WAYS = {
     "tensor-parallel": Way(Parallel, model_parallel(1, 2), parts=1, planned=True),
     "fsdp1": Way(Net, lambda: FullySharded(use_orig_params=True)),
     "fsdp2-checkpointed": Way(ShardedCheckpointed, model_parallel(2, 1), planned=True),
-    "fsdp1-checkpointed": Way(Net, lambda: FullySharded(use_orig_params=True, activation_checkpointing_policy={Block})),
+    "fsdp1-checkpointed": Way(Net, lambda: FullySharded(use_orig_params=True, **CHECKPOINTED)),
 }
 
 
 def loader(parts: int = 1, part: int = 0) -> DataLoader[Any]:
     """Batches of the same samples, or parts of them."""
-    draws = torch.Generator().manual_seed(0)
-    data = TensorDataset(*(torch.randn(SAMPLES, size, generator=draws) for size in (INPUTS, OUTPUTS)))
+    data = pairs(SAMPLES)
     sampler: DistributedSampler[Any] = DistributedSampler(data, parts, part, shuffle=False)
     return DataLoader(data, BATCH // parts, sampler=sampler)
 
@@ -187,16 +173,13 @@ def rank() -> int:
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     """All of every parameter, on every process."""
+    found = {}
     wrapped = isinstance(module, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(module, writeback=False) if wrapped else nullcontext():
-        return {
-            re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", name).removeprefix("module."): (
-                parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            )
-            .detach()
-            .clone()
-            for name, parameter in module.named_parameters()
-        }
+        for name, value in module.named_parameters():
+            name = re.sub(r"_(fsdp|checkpoint)_wrapped_module\.", "", name).removeprefix("module.")
+            found[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+    return found
 
 
 class AtStart(Callback):
@@ -213,27 +196,14 @@ def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
         for parameter in base.parameters():
             nn.init.normal_(parameter, std=0.5)
     module = way.module(**WIDE)
-    if way.planned:
-        callback = MLUCallback(plan=Plan.from_model(Net(**WIDE), next(iter(loader())), base=base), residual=residual)
-    else:
-        callback = MLUCallback(base, residual=residual)
+    plan = Plan.from_model(Net(**WIDE), next(iter(loader())), base=base) if way.planned else None
+    callback = MLUCallback(None if plan else base, plan=plan, residual=residual)
+    settings = {"devices": way.processes, "strategy": way.strategy(), "accumulate_grad_batches": accumulate}
     start = AtStart()
-    trainer = quiet(
-        callback,
-        start,
-        devices=way.processes,
-        strategy=way.strategy(),
-        max_epochs=2,
-        accumulate_grad_batches=accumulate,
-        use_distributed_sampler=False,
-    )
+    trainer = quiet(callback, start, max_epochs=2, use_distributed_sampler=False, **settings)
     trainer.fit(module, loader(way.parts, rank() % way.parts))
-    return {
-        "plan": callback.plan.to_yaml(),
-        "start": start.weights,
-        "losses": torch.stack(module.losses),
-        "end": weights(trainer.strategy.model),
-    }
+    weighed = {"start": start.weights, "end": weights(trainer.strategy.model)}
+    return {"plan": callback.plan.to_yaml(), "losses": torch.stack(module.losses), **weighed}
 
 
 if __name__ == "__main__":

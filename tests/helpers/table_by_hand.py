@@ -1,7 +1,5 @@
 """The table of theory.md, section 3, transcribed by hand, column by column: nothing in it comes from the package."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +8,34 @@ from typing import NamedTuple
 from mlu_lightning.table import OptimizerFamily, Ratios, Role, Scale, Variant
 
 SGD, ADAM, ADAMW, MUON = OptimizerFamily
+
+# At ratios to the base of the depth l, of hidden units m before and m2 after a matrix, and of the stream d before and d2
+# after one. No number for Muon: trained by AdamW next to it. No lines of theory.md's table, but of its rules:
+# - branch_bounded_matrix has no entry there for Muon: "sqrt(out ratio / in ratio)";
+# - stream_bounded_matrix: n = d and g = 1, and the std of a readout's weight with the 1/d of its output;
+# - branch_out before a norm: that of branch_out, with the std of a sum, for the norm after it undoes any other;
+# - stream_norm post-norm: "divide the lr of those norms by l", and decay by what lr is multiplied with;
+# - stream_matrix in a head: the row of a bounded matrix, where outputs do not grow.
+_TABLE = """
+row                     depth inputs outputs | multiplier std       adam sgd    muon       eps      decay
+embedding               l     1      d       | 1          1         1    d      -          1/d      1
+branch_in               l     d      m       | 1          d**-0.5   1/d  l*m/d  sqrt(m/d)  1/(l*m)  d
+branch_in_bias          l     1      m       | 1          1         1    l*m    -          1/(l*m)  1
+branch_hidden           l     m      m2      | 1          m**-0.5   1/m  l*m2/m sqrt(m2/m) 1/(l*m2) m
+branch_out              l     m      d       | 1/l        d**0.5/m  1/m  l*d/m  sqrt(d/m)  1/(l*d)  m
+branch_out_bias         l     1      d       | 1/l        1         1    l*d    -          1/(l*d)  1
+stream_matrix           l     d      d2      | 1          d**-0.5   1/d  d2/d   sqrt(d2/d) 1/d2     d
+stream_bounded_matrix   l     d      1       | 1          1/d       1/d  1/d    sqrt(1/d)  1        d
+branch_norm             l     1      d       | 1          1         1    l*d    -          1/(l*d)  1
+branch_bounded          l     1      1       | 1          1         1    l      -          1/l      1
+branch_bounded_matrix   l     d      1       | 1          d**-0.5   1/d  l/d    sqrt(1/d)  1/l      d
+stream_norm             l     1      d       | 1          1         1    d      -          1/d      1
+readout                 l     d      1       | 1/d        1         1    d      -          1/d      1
+readout_bias            l     1      1       | 1          1         1    1      -          1        1
+branch_out:before_norm  l     m      d       | 1/l        m**-0.5   1/m  l*d/m  sqrt(d/m)  1/(l*d)  m
+stream_norm:post_norm   l     1      d       | 1          1         1/l  d/l    -          1/d      l
+stream_matrix:in_head   l     d      1       | 1          1/d       1/d  1/d    sqrt(1/d)  1        d
+"""
 
 
 class Shape(NamedTuple):
@@ -24,106 +50,39 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """One line of theory.md's table at a shape. ``None`` in Muon's column: trained by AdamW next to Muon."""
+    """One line of the table at a shape."""
 
     ratios: Ratios
-    multiplier: float = 1.0
-    std: float = 1.0
-    adam: float = 1.0
-    sgd: float = 1.0
-    muon: float | None = None
-    eps: float = 1.0
-    decay: float = 1.0
+    multiplier: float
+    std: float
+    adam: float
+    sgd: float
+    muon: float | None
+    eps: float
+    decay: float
 
 
 Line = Callable[[Shape], Expected]
-
-EXPECTED: dict[Role, Line] = {
-    Role.EMBEDDING: lambda s: Expected(Ratios(s.depth, 1.0, s.d), sgd=s.d, eps=1 / s.d),
-    Role.BRANCH_IN: lambda s: Expected(
-        Ratios(s.depth, s.d, s.m),
-        std=s.d**-0.5,
-        adam=1 / s.d,
-        sgd=s.depth * s.m / s.d,
-        muon=math.sqrt(s.m / s.d),
-        eps=1 / (s.depth * s.m),
-        decay=s.d,
-    ),
-    Role.BRANCH_IN_BIAS: lambda s: Expected(Ratios(s.depth, 1.0, s.m), sgd=s.depth * s.m, eps=1 / (s.depth * s.m)),
-    Role.BRANCH_HIDDEN: lambda s: Expected(
-        Ratios(s.depth, s.m, s.m2),
-        std=s.m**-0.5,
-        adam=1 / s.m,
-        sgd=s.depth * s.m2 / s.m,
-        muon=math.sqrt(s.m2 / s.m),
-        eps=1 / (s.depth * s.m2),
-        decay=s.m,
-    ),
-    Role.BRANCH_OUT: lambda s: Expected(
-        Ratios(s.depth, s.m, s.d),
-        multiplier=1 / s.depth,
-        std=s.d**0.5 / s.m,
-        adam=1 / s.m,
-        sgd=s.depth * s.d / s.m,
-        muon=math.sqrt(s.d / s.m),
-        eps=1 / (s.depth * s.d),
-        decay=s.m,
-    ),
-    Role.BRANCH_OUT_BIAS: lambda s: Expected(
-        Ratios(s.depth, 1.0, s.d), multiplier=1 / s.depth, sgd=s.depth * s.d, eps=1 / (s.depth * s.d)
-    ),
-    Role.STREAM_MATRIX: lambda s: Expected(
-        Ratios(s.depth, s.d, s.d2),
-        std=s.d**-0.5,
-        adam=1 / s.d,
-        sgd=s.d2 / s.d,
-        muon=math.sqrt(s.d2 / s.d),
-        eps=1 / s.d2,
-        decay=s.d,
-    ),
-    # no line of the table: n = d and g = 1 of its rule, and the std of a readout's weight with the 1/d of its output
-    Role.STREAM_BOUNDED_MATRIX: lambda s: Expected(
-        Ratios(s.depth, s.d, 1.0), std=1 / s.d, adam=1 / s.d, sgd=1 / s.d, muon=math.sqrt(1 / s.d), decay=s.d
-    ),
-    Role.BRANCH_NORM: lambda s: Expected(Ratios(s.depth, 1.0, s.d), sgd=s.depth * s.d, eps=1 / (s.depth * s.d)),
-    Role.BRANCH_BOUNDED: lambda s: Expected(Ratios(s.depth, 1.0, 1.0), sgd=s.depth, eps=1 / s.depth),
-    # Muon has no entry in the table: "sqrt(out ratio / in ratio)" of its rule
-    Role.BRANCH_BOUNDED_MATRIX: lambda s: Expected(
-        Ratios(s.depth, s.d, 1.0),
-        std=s.d**-0.5,
-        adam=1 / s.d,
-        sgd=s.depth / s.d,
-        muon=math.sqrt(1 / s.d),
-        eps=1 / s.depth,
-        decay=s.d,
-    ),
-    Role.STREAM_NORM: lambda s: Expected(Ratios(s.depth, 1.0, s.d), sgd=s.d, eps=1 / s.d),
-    Role.READOUT: lambda s: Expected(Ratios(s.depth, s.d, 1.0), multiplier=1 / s.d, sgd=s.d, eps=1 / s.d),
-    Role.READOUT_BIAS: lambda s: Expected(Ratios(s.depth, 1.0, 1.0)),
-}
-
-VARIANTS: dict[tuple[Role, Variant], Line] = {
-    # no line of the table: that of branch_out, with the std of a sum, for the norm after it undoes any other
-    (Role.BRANCH_OUT, Variant.BEFORE_NORM): lambda s: Expected(
-        Ratios(s.depth, s.m, s.d),
-        multiplier=1 / s.depth,
-        std=s.m**-0.5,
-        adam=1 / s.m,
-        sgd=s.depth * s.d / s.m,
-        muon=math.sqrt(s.d / s.m),
-        eps=1 / (s.depth * s.d),
-        decay=s.m,
-    ),
-    # "divide the lr of those norms by l", and decay by what lr is multiplied with
-    (Role.STREAM_NORM, Variant.POST_NORM): lambda s: Expected(
-        Ratios(s.depth, 1.0, s.d), adam=1 / s.depth, sgd=s.d / s.depth, eps=1 / s.d, decay=s.depth
-    ),
-    # the row of a bounded matrix, where outputs do not grow
-    (Role.STREAM_MATRIX, Variant.IN_HEAD): EXPECTED[Role.STREAM_BOUNDED_MATRIX],
-}
-
 Row = tuple[Role, Variant | None]
-ROWS: dict[Row, Line] = {(role, None): line for role, line in EXPECTED.items()} | {**VARIANTS}
+
+
+def _line(cells: list[str]) -> Line:
+    def at(shape: Shape) -> Expected:
+        names = {**shape._asdict(), "l": shape.depth, "sqrt": math.sqrt}
+        numbers = [None if cell == "-" else eval(cell, names) for cell in cells]
+        return Expected(Ratios(*numbers[:3]), *numbers[3:])
+
+    return at
+
+
+def _row(name: str) -> Row:
+    role, _, variant = name.partition(":")
+    return Role(role), Variant(variant) if variant else None
+
+
+_LINES = [line.replace("|", " ").split() for line in _TABLE.strip().splitlines()[1:]]
+ROWS: dict[Row, Line] = {_row(name): _line(cells) for name, *cells in _LINES}
+EXPECTED: dict[Role, Line] = {role: line for (role, variant), line in ROWS.items() if variant is None}
 
 
 def wanted(role: Role, family: OptimizerFamily, shape: Shape, variant: Variant | None = None) -> Scale:

@@ -1,7 +1,5 @@
 """What is at taps in a forward pass, read by hooks of the test's own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

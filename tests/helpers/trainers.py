@@ -1,18 +1,32 @@
-"""A Trainer that prints, logs and saves nothing, and data for it."""
-
-from __future__ import annotations
+"""A Trainer that prints, logs and saves nothing, data for it, and whether two modules are the same afterwards."""
 
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+SILENT: dict[str, Any] = {"accelerator": "cpu"}
+SILENT |= dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
 
 
 def quiet(*callbacks: Callback, **settings: Any) -> Trainer:
-    silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    return Trainer(callbacks=[*callbacks], **{"accelerator": "cpu", **silent, **settings})
+    return Trainer(callbacks=[*callbacks], **SILENT | settings)
 
 
 def loader(batches: list[Any]) -> DataLoader[Any]:
     """Whole batches in their order."""
-    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list serves as a Dataset
+    return DataLoader(batches, batch_size=None)
+
+
+def pairs(count: int = 24, seed: int = 0) -> TensorDataset:
+    """Random inputs of three coordinates, and targets of two."""
+    draws = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))
+
+
+def identical(one: nn.Module, other: nn.Module) -> bool:
+    """Whether parameters and buffers are equal, bit for bit."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

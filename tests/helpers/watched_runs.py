@@ -7,39 +7,28 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from helpers.paper_network import stream_of as stream_of
+from helpers.trainers import SILENT as SILENT
+from helpers.trainers import pairs as samples
+from helpers.trainers import quiet
 from mlu_lightning import MLUCallback
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
 SHAPE = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 LARGE = SHAPE | {"embedding": 32, "hidden": 64}
-SILENT: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
-
-def samples(count: int = 24, seed: int = 0) -> TensorDataset:
-    draws = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))
 
 
 def loader(count: int = 24, seed: int = 0, shuffle: bool = True) -> DataLoader[Any]:
     return DataLoader(samples(count, seed), batch_size=4, shuffle=shuffle)
 
 
-def fit(
-    module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **settings: Any
-) -> Trainer:
-    data, validation = settings.pop("data", loader()), settings.pop("validation", None)
-    settings = SILENT | {"max_steps": steps, "max_epochs": -1} | settings
-    trainer = Trainer(callbacks=[*callbacks], **settings)
+def fit(module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path: Any = None, **more: Any) -> Trainer:
+    data, validation = more.pop("data", loader()), more.pop("validation", None)
+    trainer = quiet(*callbacks, **{"max_steps": steps, "max_epochs": -1} | more)
     trainer.fit(module, data, validation, ckpt_path=ckpt_path)
     return trainer
 
@@ -62,23 +51,12 @@ class Weights(Callback):
         self.losses.append(outputs["loss"])
 
 
-def stream_of(weights: dict[str, Tensor], x: Tensor, branch: float = 1.0) -> list[Tensor]:
-    """The stream of a ResNet, as theory.md, section 2, writes it in ordinary layers."""
-    h = [x @ weights["embed.weight"].T]
-    for block in range(SHAPE["depth"]):
-        units = torch.tanh(h[-1] @ weights[f"blocks.{block}.read.weight"].T)
-        h.append(h[-1] + branch * units @ weights[f"blocks.{block}.write.weight"].T)
-    return h
-
-
 class Busy(ResNet):
     """Has whatever a pass in between could change: dropout, running statistics, metrics, attributes, random numbers."""
 
     def __init__(self) -> None:
         super().__init__(**SHAPE)
-        self.norm = nn.BatchNorm1d(3)
-        self.drop = nn.Dropout(0.3)
-        self.average = MeanMetric()
+        self.norm, self.drop, self.average = nn.BatchNorm1d(3), nn.Dropout(0.3), MeanMetric()
         self.seen: list[float] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -106,11 +84,11 @@ class Memory(DummyLogger):
     def save(self) -> None: ...
 
     def distances(self) -> dict[int, dict[str, float]]:
-        found = {
-            step: {name: value for name, value in values.items() if name.startswith("mlu/distance/")}
-            for step, values in self.logged.items()
-        }
-        return {step: values for step, values in found.items() if values}
+        found = {}
+        for step, values in self.logged.items():
+            if distances := {name: value for name, value in values.items() if name.startswith("mlu/distance/")}:
+                found[step] = distances
+        return found
 
 
 def build_base() -> nn.Module:
@@ -122,17 +100,14 @@ def coupled(seed: int = 0) -> MLUCallback:
 
 
 def record(path: Path, module: LightningModule | None = None, *callbacks: Callback, **settings: Any) -> Path:
-    recorder = ReferenceRecorder(
-        path, **{key: settings.pop(key) for key in ("steps", "probe", "depths") if key in settings}
-    )
+    own = {key: settings.pop(key) for key in ("steps", "probe", "depths") if key in settings}
+    recorder = ReferenceRecorder(path, **own)
     fit(ResNet(**LARGE) if module is None else module, recorder, *callbacks, **settings)
     return path
 
 
-def measure(
-    reference: Any, *callbacks: Callback, module: LightningModule | None = None, metrics: Any = None, **settings: Any
-) -> Memory:
+def measure(reference: Any, *callbacks: Callback, module: Any = None, metrics: Any = None, **settings: Any) -> Memory:
     memory = Memory()
-    distance = EmbeddingDistance(reference) if metrics is None else EmbeddingDistance(reference, metrics)
+    distance = EmbeddingDistance(reference, **({} if metrics is None else {"metrics": metrics}))
     fit(ResNet(**SHAPE) if module is None else module, distance, *callbacks, logger=memory, **settings)
     return memory

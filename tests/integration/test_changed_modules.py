@@ -1,10 +1,7 @@
 """Modules that are copied, stored, moved, frozen or changed in or between fits: the multipliers are in each exactly once."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +14,7 @@ from torch import nn, optim
 from mlu_lightning import MLUCallback, attach_multipliers, scale_optimizer
 from mlu_lightning.application.multipliers import residual_state
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "copied": copy.deepcopy,
-    "pickled": lambda module: pickle.loads(pickle.dumps(module)),
-}
+COPIES: dict[str, Any] = {"copied": copy.deepcopy, "pickled": lambda module: pickle.loads(pickle.dumps(module))}
 both = pytest.mark.parametrize("residual", ["hook", "fold"])
 
 
@@ -101,10 +95,9 @@ def test_a_part_that_is_frozen_during_the_run(residual: Any) -> None:
     factors = {name: s.folded("sgd") if name in state.folded else s for name, s in scales.items()}
     if residual == "hook":
         attach_multipliers(theirs, mlu.plan)
-    groups = [
-        {"params": [p], "lr": LR * factors[name].lr, "weight_decay": DECAY * factors[name].weight_decay}
-        for name, p in theirs.named_parameters()
-    ]
+    groups = []
+    for name, p in theirs.named_parameters():
+        groups.append({"params": [p], "lr": LR * factors[name].lr, "weight_decay": DECAY * factors[name].weight_decay})
     vars(theirs)["optimizer"] = lambda parameters: optim.SGD(groups, momentum=0.9)
     fit(theirs, freeze())
     for name, parameter in theirs.named_parameters():

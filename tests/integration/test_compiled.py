@@ -1,6 +1,7 @@
 """torch.compile in several ways, before and after the Trainer gets a module: no multiplier too few or many."""
 
 import copy
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -25,11 +26,7 @@ RESNET = ARCHITECTURES["resnet"]
 SHAPE, BASE = (3, 4, 32), (2, 2, 16)
 BATCHES = batches_like(RESNET.example)
 
-
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-
-
-# Ways to compile a LightningModule, or what is inside
 
 
 def wrapper(module: Any, backend: Any) -> Any:
@@ -75,19 +72,14 @@ def trained(how: Any, when: str, backend: Any, *callbacks: Callback) -> Trained:
     return module
 
 
-@pytest.mark.parametrize("residual", ["hook", "fold"])
-@pytest.mark.parametrize(
-    ("how", "when"),
-    [
-        pytest.param(wrapper, "before", marks=pytest.mark.slow),
-        pytest.param(step, "before", marks=pytest.mark.slow),
-        (step, "after"),
-        pytest.param(inside, "before", marks=pytest.mark.slow),
-        pytest.param(inside, "after", marks=pytest.mark.slow),
-        pytest.param(blocks, "before", marks=pytest.mark.slow),
-        (blocks, "after"),
-    ],
-)
+both = pytest.mark.parametrize("residual", ["hook", "fold"])
+ALL = [(wrapper, "before"), *itertools.product((step, inside, blocks), ("before", "after"))]
+QUICK = ((step, "after"), (blocks, "after"))
+WAYS = [pytest.param(*way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in ALL]
+
+
+@both
+@pytest.mark.parametrize(("how", "when"), WAYS)
 def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     plan = Plan.from_model(built(RESNET, SHAPE), BATCHES[0], base=built(RESNET, BASE, seed=1))
     assert {plan.forward_multiplier(multiplier) for multiplier in plan.multipliers} == {2 / 3, 1 / 2}
@@ -102,8 +94,7 @@ def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     assert identical(module, plain)
     # torch runs the hooks of a module that is compiled by itself outside of its graph: here one graph for all of them
     assert counting.counts() == (graphs + (how is blocks and residual == "hook"), breaks)
-    assert graphs > 0
-    assert breaks == Counter()
+    assert graphs > 0 and breaks == Counter()
 
 
 class Regression(Trained):
@@ -111,7 +102,7 @@ class Regression(Trained):
         return nn.functional.mse_loss(self.module(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("residual", ["hook", "fold"])
+@both
 def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_too(residual: Any) -> None:
     counting = Counting("eager")
     plain, module, base = (Regression(built(RESNET, *shape).module) for shape in ((SHAPE,), (SHAPE,), (BASE, 1)))
@@ -121,9 +112,6 @@ def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_t
     fit(module, BATCHES, MLUCallback(base, residual=residual))
     assert counting.counts() == (1, Counter())
     assert module.losses == plain.losses
-
-
-# Multipliers of a plain module
 
 
 EXACT = {"rtol": 1e-14, "atol": 1e-16}
@@ -155,22 +143,14 @@ def test_no_multiplier_is_stale_after_a_compiled_call(compiled: Callable[..., An
     torch.testing.assert_close(call(x), scaled, **EXACT)
     handle.remove()
     torch.testing.assert_close(call(x), plain, **EXACT)
-    attach_multipliers(call, plan)
-    torch.testing.assert_close(call(x), scaled, **EXACT)
-    fold(call, plan)  # hooks move into the weights
-    torch.testing.assert_close(call(x), scaled, **EXACT)
+    for put in (attach_multipliers, fold, bake):  # hooks move into the weights
+        put(call, plan)
+        torch.testing.assert_close(call(x), scaled, **EXACT)
     torch.testing.assert_close(by_hand(module, 1.0), scaled, **EXACT)
-    bake(call, plan)
-    torch.testing.assert_close(call(x), scaled, **EXACT)
-
-
-# All modules of a class share what is compiled of it, those without multipliers too
 
 
 @pytest.mark.parametrize("compiled", [wrapper, inside, blocks])
-def test_modules_of_a_class_with_and_without_multipliers_do_not_take_each_others_code(
-    compiled: Callable[..., Any],
-) -> None:
+def test_modules_with_and_without_multipliers_do_not_take_each_others_code(compiled: Callable[..., Any]) -> None:
     plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
     hooked, again, baked, plain = (resnet(seed=seed) for seed in range(4))
     for module in (hooked, again, baked):
@@ -204,8 +184,7 @@ class Towers(Trained):
 
     def training_step(self, batch: Tensor) -> Tensor:
         streams = self.blocks(self.module(batch)), self.others(self.module(batch))
-        loss: Tensor = (self.readouts[0](streams[0]) * self.readouts[1](streams[1])).square().mean()
-        return loss
+        return (self.readouts[0](streams[0]) * self.readouts[1](streams[1])).square().mean()
 
 
 def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() -> None:
@@ -266,9 +245,6 @@ def test_copy_of_a_module_with_multipliers_runs_itself_and_lets_them_go(copied: 
     torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 1.0), **EXACT)
     assert [set(vars(part)) for part in twin.blocks.modules()] == [set(vars(part)) for part in plain.blocks.modules()]
     torch.testing.assert_close(module(EXAMPLE[0]), by_hand(module, 2 / 3), **EXACT)
-
-
-# Parts that torch.compile has wrapped have other names
 
 
 def test_wrapped_parts_are_refused_with_what_to_do() -> None:

@@ -1,7 +1,5 @@
 """Checkpoints of runs without the plugin in runs with it, and the other way round; plans of other versions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def end(module: Net, *callbacks: Any, ckpt_path: Path | None = None) -> dict[str, Any]:
     trainer = fit(module, *callbacks, ckpt_path=ckpt_path, num_sanity_val_steps=0)
-    (optimizer,) = trainer.optimizers
-    return {
-        "losses": module.losses[-12:],
-        "weights": listed(module.state_dict()),
-        "optimizer": listed(optimizer.state_dict()),
-    }
+    states = listed({"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()})
+    return {"losses": module.losses[-12:], **states}
 
 
 SAID = {
@@ -72,15 +66,11 @@ def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: di
         assert "configure_optimizers" not in vars(module)
 
 
-# Plans
-
-
 @pytest.mark.parametrize("version", ["1", "1.5", "next"])
 def test_plan_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     plan = Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
     path.write_text(plan.to_yaml().replace("mlu_plan: 2", f"mlu_plan: {version}"))
-    with pytest.raises(
-        ValueError, match=rf"plan\.yaml has version '?{version}'? of .* reads version 2\. Update mlu-lightning, or plan"
-    ):
+    message = rf"plan\.yaml has version '?{version}'? of .* reads version 2\. Update mlu-lightning, or plan"
+    with pytest.raises(ValueError, match=message):
         Plan.load(path)

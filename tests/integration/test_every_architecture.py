@@ -1,7 +1,5 @@
 """Every module of the registry trained with MLUCallback: the base's own shape, hook and fold, checkpoints, saved plans."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -11,24 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.architecture_runs import (
-    BATCHES,
-    EPOCHS,
-    SMALL,
-    Seeded,
-    Trained,
-    attachable,
-    batches_like,
-    built,
-    doubled,
-    fit,
-    identical,
-    in_double,
-    loss_of,
-)
+from helpers.architecture_runs import BATCHES, EPOCHS, SMALL, Seeded, attachable, batches_like, built, fit, in_double
 from helpers.architectures import ARCHITECTURES, Architecture
 from helpers.runs_by_hand import listed
-from helpers.trainers import loader, quiet
+from helpers.trainers import identical, loader, quiet
 from lightning.pytorch import Trainer
 
 from mlu_lightning import Plan, Role, attach_multipliers, fold, initialize
@@ -41,7 +25,7 @@ from mlu_lightning.planning.plan import Multiplier
 class Run:
     """What a training in double precision at another shape than the base's leaves behind."""
 
-    module: Trained
+    module: Any
     trainer: Trainer
     plan: Plan
     folder: Path  # of the checkpoints of each epoch
@@ -57,20 +41,18 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 @pytest.fixture(scope="module")
 def batches(architecture: Architecture) -> list[Any]:
-    return [in_double(batch) for batch in batches_like(architecture.example)]
+    return batches_like(in_double(architecture.example))
 
 
 @pytest.fixture(scope="module")
 def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    base = doubled(built(architecture, SMALL, seed=1))
+    base = built(architecture, SMALL, seed=1, double=True)
 
     @functools.cache
     def run(residual: str) -> Run:
-        module, folder = doubled(built(architecture)), tmp_path_factory.mktemp(residual)
-        if residual == "fold":
-            callback = MLUCallback(base, residual="fold", alpha=1.5)
-        else:
-            callback = MLUCallback(plan=run("fold").plan)
+        module, folder = built(architecture, double=True), tmp_path_factory.mktemp(residual)
+        folds = residual == "fold"
+        callback = MLUCallback(base, residual="fold", alpha=1.5) if folds else MLUCallback(plan=run("fold").plan)
         trainer = fit(module, batches, callback, Seeded(), folder=folder)
         assert callback.plan is not None
         return Run(module, trainer, callback.plan, folder)
@@ -85,13 +67,15 @@ def run(request: pytest.FixtureRequest, runs: Runs, residual: str) -> Run:
     return runs(residual)
 
 
-def evaluated(module: Trained, batches: list[Any]) -> list[float]:
+def evaluated(module: Any, batches: list[Any]) -> list[float]:
     module.eval()
     with torch.no_grad():
-        return [float(loss_of(module.module, batch)) for batch in batches]
+        return [float(module.training_step(batch)) for batch in batches]
 
 
-both = pytest.mark.parametrize("residual", ["hook", "fold"])
+@pytest.fixture(params=["hook", "fold"])
+def residual(request: pytest.FixtureRequest) -> Any:
+    return request.param
 
 
 def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Architecture) -> None:
@@ -139,11 +123,8 @@ def test_hook_and_fold_are_the_same_run(runs: Runs, architecture: Architecture, 
         torch.testing.assert_close(value, ours[name], rtol=1e-8, atol=1e-10, msg=_in(name))
 
 
-@both
-def test_resumed_run_is_the_uninterrupted_run(
-    run: Run, architecture: Architecture, batches: list[Any], residual: Any
-) -> None:
-    module, callback = doubled(built(architecture, seed=5)), MLUCallback(plan=run.plan, residual=residual)
+def test_resumed_run_is_the_whole_run(run: Run, architecture: Architecture, batches: list[Any], residual: Any) -> None:
+    module, callback = built(architecture, seed=5, double=True), MLUCallback(plan=run.plan, residual=residual)
     resumed = fit(module, batches, callback, Seeded(), ckpt_path=run.folder / "epoch=0.ckpt")
     assert module.losses == run.module.losses[BATCHES:]
     assert len(module.losses) == BATCHES * (EPOCHS - 1)
@@ -153,11 +134,10 @@ def test_resumed_run_is_the_uninterrupted_run(
     assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
 
 
-@both
 def test_checkpoint_in_a_plain_module(run: Run, architecture: Architecture, batches: list[Any], residual: str) -> None:
     """It has the same weights; the same outputs too, if all multipliers are in them, or as soon as they are put in."""
     checkpoint = torch.load(run.folder / "epoch=1.ckpt", weights_only=True)
-    plain = doubled(built(architecture, seed=5))
+    plain = built(architecture, seed=5, double=True)
     plain.load_state_dict(checkpoint["state_dict"])
     assert identical(plain, run.module)
     expected, found = evaluated(run.module, batches), evaluated(plain, batches)
@@ -173,12 +153,9 @@ def test_checkpoint_in_a_plain_module(run: Run, architecture: Architecture, batc
     assert evaluated(plain, batches) == expected
 
 
-@both
-def test_checkpoint_in_a_run_with_the_callback(
-    run: Run, architecture: Architecture, batches: list[Any], residual: str
-) -> None:
+def test_checkpoint_in_a_run_with_the_callback(run: Run, architecture: Architecture, batches: list[Any]) -> None:
     """Its multipliers come along into an evaluation, whatever the callback's base."""
-    module = doubled(built(architecture, seed=5))
+    module = built(architecture, seed=5, double=True)
     quiet(MLUCallback()).validate(module, loader(batches), ckpt_path=run.folder / "epoch=1.ckpt", verbose=False)
     assert module.validated == evaluated(run.module, batches)
     assert identical(module, run.module)
@@ -189,11 +166,11 @@ def test_saved_plan_is_the_plan(runs: Runs, architecture: Architecture, batches:
     plan.save(tmp_path / "plan.yaml")
     loaded = Plan.load(tmp_path / "plan.yaml")
     assert loaded == plan
-    ours, theirs = doubled(built(architecture)), doubled(built(architecture))
+    ours, theirs = built(architecture, double=True), built(architecture, double=True)
     initialize(ours, plan)
     initialize(theirs, loaded)
     assert identical(ours, theirs)
-    assert not identical(ours, doubled(built(architecture)))
+    assert not identical(ours, built(architecture, double=True))
     before = evaluated(ours, batches)
     for put in [attach_multipliers, fold] if attachable(plan) else [fold]:
         one, other = copy.deepcopy(ours), copy.deepcopy(theirs)

@@ -1,9 +1,7 @@
 """Every module of the registry, compiled, trained with MLUCallback: the run without compilation, in as many graphs."""
 
-from __future__ import annotations
-
+import itertools
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import pytest
@@ -21,33 +19,22 @@ SHAPE, BASE = (1, 4, 32), (2, 2, 16)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-ALIKE = {
-    "tied llama",
-    "mistral",
-    "qwen3",
-    "gpt-neox",
-    "tied t5",
-    "post-norm encoder",
-    "post-norm decoder",
-    "sum of experts",
-    "bottleneck resnet",
-}
+ALIKE = {"tied llama", "mistral", "qwen3", "gpt-neox", "tied t5"}
+ALIKE |= {"post-norm encoder", "post-norm decoder", "sum of experts", "bottleneck resnet"}
 """Close to others, which are compiled by default."""
 
 
-def cases() -> Iterator[Any]:
-    """Each name, backend and residual; slow are backward passes, which aot_eager compiles, folds with few hooks, and what
-    is alike."""
-    for name, architecture in ARCHITECTURES.items():
-        for backend in ("eager", "aot_eager"):
-            for residual in ("hook", "fold"):
-                hooks = residual == "hook" or architecture.unfoldable
-                quick = name == "resnet" or (backend == "eager" and hooks and name not in ALIKE)
-                marks = [] if quick else [pytest.mark.slow]
-                yield pytest.param(name, backend, residual, id=f"{name}-{backend}-{residual}", marks=marks)
+def case(name: str, backend: str, residual: str) -> Any:
+    """Slow are backward passes, which aot_eager compiles, folds with few hooks, and what is alike."""
+    hooks = residual == "hook" or ARCHITECTURES[name].unfoldable
+    quick = name == "resnet" or (backend == "eager" and hooks and name not in ALIKE)
+    return pytest.param(name, backend, residual, marks=[] if quick else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("name", "backend", "residual"), cases())
+CASES = [case(*each) for each in itertools.product(ARCHITECTURES, ("eager", "aot_eager"), ("hook", "fold"))]
+
+
+@pytest.mark.parametrize(("name", "backend", "residual"), CASES)
 def test_compiled_run_is_the_run(name: str, backend: str, residual: Literal["hook", "fold"]) -> None:
     """Also where code without the multipliers was compiled before; and without more graphs or breaks than that has."""
     architecture = ARCHITECTURES[name]

@@ -1,7 +1,5 @@
 """Everything that goes wrong during a fit: what is left is the user's own, with the multipliers in it exactly once."""
 
-from __future__ import annotations
-
 import copy
 import multiprocessing
 import os
@@ -26,8 +24,7 @@ from mlu_lightning.observation.reference import Reference
 from mlu_lightning.planning.plan import Plan
 
 
-class Fault(Exception):
-    pass
+class Fault(Exception): ...
 
 
 def fail(*args: Any, **kwargs: Any) -> Any:
@@ -150,11 +147,10 @@ def test_what_is_left_after_a_fault(name: str, first: bool, tmp_path: Path) -> N
             fit(module, *(*others, mlu) if first else (mlu, *others))
         for key in (*METHODS, "optimizer"):
             vars(module).pop(key, None)
-        for part in module.modules():
-            for hooks in (part._forward_hooks, part._forward_pre_hooks):
-                for key, hook in [*hooks.items()]:
-                    if not type(hook).__module__.startswith("mlu_lightning"):
-                        del hooks[key]
+        for hooks in (h for part in module.modules() for h in (part._forward_hooks, part._forward_pre_hooks)):
+            for key, hook in [*hooks.items()]:
+                if not type(hook).__module__.startswith("mlu_lightning"):
+                    del hooks[key]
         module.readout.weight._backward_hooks = None
         if name == "readout exchanged":
             continue
@@ -218,9 +214,6 @@ def test_anomalies_that_torch_finds(tmp_path: Path) -> None:
         fit(module, spoil, MLUCallback(Net(BASE)), detect_anomaly=True)
     check_optimizer(module.made[0])
     assert "configure_optimizers" not in vars(module) and own_hooks(module) == faulty_runs.expected_hooks("hook")
-
-
-# --- signals and disks
 
 
 def fit_until_terminated(folder: Path) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.faulty_runs import At
 from helpers.processes import environment
 from helpers.strategies_run import ALL, BASE, INPUTS, WAYS, WIDE, Net, fit, loader
 from helpers.trainers import quiet
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import Tensor, nn
@@ -67,34 +68,36 @@ def test_runs_differ_by_what_they_are_run_with(single: Runs) -> None:
     assert not torch.allclose(hook["start"]["blocks.0.write.weight"], fold["start"]["blocks.0.write.weight"])
 
 
-# What FSDP1 and DeepSpeed do with parameters
-
-
 class Uninstalled(DeepSpeedStrategy):
     """DeepSpeed's own strategy needs its package to be constructed, and nothing here gets as far as that."""
 
     def __init__(self) -> None: ...
 
 
-@pytest.mark.parametrize(
-    ("strategy", "message"),
-    [
-        (
-            Uninstalled(),
-            r"DeepSpeed joins parameters.*learning rates of their own\. Use ModelParallelStrategy \(FSDP2\)",
-        ),
-        (FSDPStrategy(use_orig_params=False), r"FSDPStrategy\(use_orig_params=False\) joins.*use_orig_params=True"),
-    ],
-    ids=["deepspeed", "fsdp1-flat"],
-)
-def test_strategy_that_joins_parameters_is_refused(strategy: Strategy, message: str) -> None:
+JOINING = {"deepspeed": Uninstalled(), "flat": FSDPStrategy(use_orig_params=False)}
+SAID = {
+    "deepspeed": r"DeepSpeed joins parameters.*learning rates of their own\. Use ModelParallelStrategy \(FSDP2\)",
+    "flat": r"FSDPStrategy\(use_orig_params=False\) joins.*use_orig_params=True",
+    "wrapped": r"wrapped by FSDP already.*build a module anew.*auto_wrap_policy.*ModelParallelStrategy",
+    "meta": r"on the meta device, and would be flattened.*build a module anew",
+}
+
+
+def set_up(strategy: Strategy, message: str, change: Callable[[Net], Any]) -> tuple[MLUCallback, Net, Trainer]:
+    """With a strategy that Lightning gives to machines with GPUs only, which is refused."""
     callback, module = MLUCallback(Net(**BASE)), Net(**WIDE)
     run = quiet(callback)
-    vars(run)["_accelerator_connector"].strategy = strategy  # which Lightning gives to machines with GPUs only
+    vars(run)["_accelerator_connector"].strategy = strategy
+    change(module)
     with pytest.raises(ValueError, match=message):
         callback.setup(run, module, "fit")
-    assert callback.plan is None
-    assert "configure_optimizers" not in vars(module)
+    return callback, module, run
+
+
+@pytest.mark.parametrize("said", JOINING)
+def test_strategy_that_joins_parameters_is_refused(said: str) -> None:
+    callback, module, run = set_up(JOINING[said], SAID[said], lambda module: None)
+    assert callback.plan is None and "configure_optimizers" not in vars(module)
     callback.setup(run, module, "validate")  # which needs no optimizer
 
 
@@ -103,24 +106,9 @@ def wrapped(module: Net) -> None:
     module.blocks[0] = module.blocks[1]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (wrapped, r"wrapped by FSDP already.*build a module anew.*auto_wrap_policy.*ModelParallelStrategy"),
-        (lambda module: module.to("meta"), r"on the meta device, and would be flattened.*build a module anew"),
-    ],
-    ids=["wrapped", "meta"],
-)
-def test_module_that_fsdp1_leaves_no_values_is_refused(change: Callable[[Net], Any], message: str) -> None:
-    callback, module = MLUCallback(Net(**BASE)), Net(**WIDE)
-    run = quiet(callback)
-    vars(run)["_accelerator_connector"].strategy = FSDPStrategy()
-    change(module)
-    with pytest.raises(ValueError, match=message):
-        callback.setup(run, module, "fit")
-
-
-# Norms that a strategy exchanges
+@pytest.mark.parametrize(("change", "said"), [(wrapped, "wrapped"), (lambda module: module.to("meta"), "meta")])
+def test_module_that_fsdp1_leaves_no_values_is_refused(change: Callable[[Net], Any], said: str) -> None:
+    set_up(FSDPStrategy(), SAID[said], change)
 
 
 class Synced(nn.BatchNorm1d):
@@ -181,9 +169,7 @@ def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Traine
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("sync", [Exchanges, TorchSyncBatchNorm])
-def test_norms_that_the_strategy_exchanges_keep_their_multipliers(
-    sync: type[LayerSync], residual: Any, exchanging: Callable[..., Trainer]
-) -> None:
+def test_norms_that_the_strategy_exchanges_keep_their_multipliers(sync: Any, residual: Any, exchanging: Any) -> None:
     plain, module = (Normed(**WIDE) for _ in range(2))
     x = torch.ones(2, INPUTS)
     callback = MLUCallback(Normed(**BASE), residual=residual)
@@ -204,21 +190,15 @@ def test_norms_that_the_strategy_exchanges_keep_their_multipliers(
 class Stopped(Exception): ...
 
 
-class Stops(Callback):
-    """After as many steps as the other run has."""
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step == 3:
-            raise Stopped
+def stop(*_: Any) -> None:
+    raise Stopped
 
 
-def test_norms_that_are_exchanged_back_after_an_error_keep_their_multipliers(
-    exchanging: Callable[..., Trainer],
-) -> None:
+def test_norms_that_are_exchanged_back_after_an_error_keep_them(exchanging: Callable[..., Trainer]) -> None:
     plain, module = (Normed(**WIDE) for _ in range(2))
     quiet(MLUCallback(Normed(**BASE)), max_epochs=2, max_steps=3).fit(plain, loader())
     with pytest.raises(Stopped):
-        exchanging(Exchanges(), MLUCallback(Normed(**BASE)), Stops()).fit(module, loader())
+        exchanging(Exchanges(), MLUCallback(Normed(**BASE)), At("on_train_batch_start", stop)).fit(module, loader())
     assert [type(norm) for norm in module.norms] == [nn.BatchNorm1d] * len(module.norms)
     x = torch.ones(2, INPUTS)
     assert torch.equal(module.eval()(x), plain.eval()(x))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler as lrs
 
 from mlu_lightning import MLUCallback, Plan, Role
 
@@ -87,35 +87,24 @@ def in_momentum(optimizer: optim.Optimizer) -> bool:
     return "momentum" in optimizer.defaults or "betas" in optimizer.defaults
 
 
-def warm_then_cosine(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
-    warm = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=2)
-    cosine = lr_scheduler.CosineAnnealingLR(optimizer, 4, eta_min=0.002)
-    return lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[2])
-
-
-def constant_and_exponential(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
-    half = lr_scheduler.ConstantLR(optimizer, 0.5, total_iters=2)
-    return lr_scheduler.ChainedScheduler([half, lr_scheduler.ExponentialLR(optimizer, 0.7)])
-
-
 # Those with numbers of their own (eta_min, max_lr, min_lr) would be wrong if they saw multiplied groups
 SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
-    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
-    "MultiplicativeLR": lambda opt: lr_scheduler.MultiplicativeLR(opt, lambda step: 0.7),
-    "StepLR": lambda opt: lr_scheduler.StepLR(opt, 2, 0.5),
-    "MultiStepLR": lambda opt: lr_scheduler.MultiStepLR(opt, [1, 3], 0.3),
-    "ConstantLR": lambda opt: lr_scheduler.ConstantLR(opt, 0.5, total_iters=2),
-    "LinearLR": lambda opt: lr_scheduler.LinearLR(opt, 0.1, total_iters=5),
-    "ExponentialLR": lambda opt: lr_scheduler.ExponentialLR(opt, 0.7),
-    "SequentialLR": warm_then_cosine,
-    "CosineAnnealingLR": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 5, eta_min=0.002),
-    "ChainedScheduler": constant_and_exponential,
+    "LambdaLR": lambda opt: lrs.LambdaLR(opt, lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": lambda opt: lrs.MultiplicativeLR(opt, lambda step: 0.7),
+    "StepLR": lambda opt: lrs.StepLR(opt, 2, 0.5),
+    "MultiStepLR": lambda opt: lrs.MultiStepLR(opt, [1, 3], 0.3),
+    "ConstantLR": lambda opt: lrs.ConstantLR(opt, 0.5, total_iters=2),
+    "LinearLR": lambda opt: lrs.LinearLR(opt, 0.1, total_iters=5),
+    "ExponentialLR": lambda opt: lrs.ExponentialLR(opt, 0.7),
+    "SequentialLR": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o, 0.1, 1, 2), lrs.CosineAnnealingLR(o, 4, 2e-3)], [2]),
+    "CosineAnnealingLR": lambda opt: lrs.CosineAnnealingLR(opt, 5, eta_min=0.002),
+    "ChainedScheduler": lambda opt: lrs.ChainedScheduler([lrs.ConstantLR(opt, 0.5, 2), lrs.ExponentialLR(opt, 0.7)]),
     # the loss falls, so that "max" lowers the learning rate
-    "ReduceLROnPlateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, "max", 0.5, patience=0, min_lr=0.002),
-    "CyclicLR": lambda opt: lr_scheduler.CyclicLR(opt, 0.002, 0.03, step_size_up=2, cycle_momentum=in_momentum(opt)),
-    "CosineAnnealingWarmRestarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 3, eta_min=0.002),
-    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, 0.03, total_steps=9, cycle_momentum=in_momentum(opt)),
-    "PolynomialLR": lambda opt: lr_scheduler.PolynomialLR(opt, 6, power=2.0),
+    "ReduceLROnPlateau": lambda opt: lrs.ReduceLROnPlateau(opt, "max", 0.5, patience=0, min_lr=0.002),
+    "CyclicLR": lambda opt: lrs.CyclicLR(opt, 0.002, 0.03, step_size_up=2, cycle_momentum=in_momentum(opt)),
+    "CosineAnnealingWarmRestarts": lambda opt: lrs.CosineAnnealingWarmRestarts(opt, 3, eta_min=0.002),
+    "OneCycleLR": lambda opt: lrs.OneCycleLR(opt, 0.03, total_steps=9, cycle_momentum=in_momentum(opt)),
+    "PolynomialLR": lambda opt: lrs.PolynomialLR(opt, 6, power=2.0),
 }
 # SparseAdam takes nothing but sparse gradients
 OPTIMIZERS = [name for name, case in CASES.items() if not case.sparse]
@@ -142,9 +131,7 @@ def row_of(name: str, sizes: Sizes) -> Row:
     """Theory.md's numbers for a parameter."""
     role, at = role_of(name), sizes.ratios
     line, muon = EXPECTED[role](at), wanted(role, MUON, at)
-    _, hidden, embedding = sizes.shape
-    _, base_hidden, base_embedding = sizes.base
-    shape, base = (hidden, embedding), (base_hidden, base_embedding)
+    shape, base = sizes.shape[1:], sizes.base[1:]
     if role is Role.BRANCH_OUT:
         shape, base = shape[::-1], base[::-1]
     return Row(line.adam, line.sgd, line.eps, line.std, muon.lr, muon.eps, shape, base)
@@ -165,9 +152,8 @@ def plan_of(sizes: Sizes) -> Plan:
 
 def fitted(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) -> Net:
     module = Net(*sizes.shape, cell=cell).to(dtype)
-    clipping: dict[str, Any] = {}
-    if cell.clip != "none":
-        clipping = {"gradient_clip_val": CLIP[cell.clip], "gradient_clip_algorithm": cell.clip}
+    clips = cell.clip != "none"
+    clipping = {"gradient_clip_val": CLIP[cell.clip], "gradient_clip_algorithm": cell.clip} if clips else {}
     callback = MLUCallback(plan=plan_of(sizes), init=None, residual=residual)
     trainer = quiet(callback, max_epochs=EPOCHS, accumulate_grad_batches=cell.accumulate, **clipping)
     trainer.fit(module, loader(batches(dtype)))
@@ -177,10 +163,8 @@ def fitted(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) -> 
 def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) -> Net:
     """The same in plain torch, with the table's numbers in a group for each parameter."""
     module, case, at = Net(*sizes.shape).to(dtype), CASES[cell.optimizer], sizes.ratios
-    held = {
-        name: EXPECTED[role_of(name)](at).multiplier if residual == "fold" else 1.0
-        for name, _ in module.named_parameters()
-    }
+    multipliers = {name: EXPECTED[role_of(name)](at).multiplier for name, _ in module.named_parameters()}
+    held = multipliers if residual == "fold" else dict.fromkeys(multipliers, 1.0)
     branch, readout = (1 / at.depth, 1 / at.d) if residual == "hook" else (1.0, 1.0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -200,8 +184,7 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
         loss = F.mse_loss(output, y)
         module.losses.append(loss.detach())
         (loss / cell.accumulate).backward()
-        place = index % BATCHES + 1
-        if place % cell.accumulate != 0 and place != BATCHES:
+        if (index % BATCHES + 1) % cell.accumulate and (index + 1) % BATCHES:
             continue
         clip(parameters, cell.clip, held)
         numbers = {key: value for key, value in users.param_groups[0].items() if key != "params"}
@@ -210,7 +193,7 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
         optimizer.step()
         optimizer.zero_grad()
         users.step()
-        scheduler.step(*[loss.detach()] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else [])
+        scheduler.step(*[loss.detach()] if isinstance(scheduler, lrs.ReduceLROnPlateau) else [])
         steps += 1
     return module
 
@@ -221,10 +204,7 @@ def clip(parameters: dict[str, nn.Parameter], how: Clip, held: dict[str, float])
         return
     for name, parameter in parameters.items():
         parameter.grad *= held[name]
-    if how == "norm":
-        nn.utils.clip_grad_norm_(parameters.values(), CLIP[how])
-    else:
-        nn.utils.clip_grad_value_(parameters.values(), CLIP[how])
+    (nn.utils.clip_grad_norm_ if how == "norm" else nn.utils.clip_grad_value_)(parameters.values(), CLIP[how])
     for name, parameter in parameters.items():
         parameter.grad /= held[name]
 
@@ -238,8 +218,8 @@ def check(cell: Cell) -> None:
         assert ours.rates == theirs.rates, (cell, residual)
         assert torch.equal(torch.stack(ours.losses), torch.stack(theirs.losses)), (cell, residual)
         for name, parameter in theirs.named_parameters():
-            assert parameter.isfinite().all(), (cell, residual, name)
-            assert torch.equal(ours.get_parameter(name), parameter), (cell, residual, name)
+            same = parameter.isfinite().all() and torch.equal(ours.get_parameter(name), parameter)
+            assert same, (cell, residual, name)
         runs.append(ours)
     hook, fold = runs
     for name, parameter in hook.named_parameters():
@@ -251,24 +231,22 @@ def check(cell: Cell) -> None:
 
 
 def test_every_scheduler_of_torch_is_in_the_matrix() -> None:
-    assert {*SCHEDULERS} == {*lr_scheduler.__all__} - {"LRScheduler"}
+    assert {*SCHEDULERS} == {*lrs.__all__} - {"LRScheduler"}
 
 
 def sample(cells: list[Cell], each: int) -> list[Cell]:
     """Some cells of each optimizer that have, together, as many pairs of values as they can."""
     chosen: list[Cell] = []
     counts: Counter[Any] = Counter()
-
-    def pairs(cell: Cell) -> list[Any]:
-        return list(itertools.combinations(enumerate(cell), 2))
-
-    for _ in range(each):
-        for optimizer in OPTIMIZERS:
-            candidates = [cell for cell in cells if cell.optimizer == optimizer]
-            best = min(candidates, key=lambda cell: sum(counts[pair] for pair in pairs(cell)))
-            counts.update(pairs(best))
-            chosen.append(best)
+    for optimizer in OPTIMIZERS * each:
+        candidates = [cell for cell in cells if cell.optimizer == optimizer]
+        chosen.append(min(candidates, key=lambda cell: sum(counts[pair] for pair in pairs(cell))))
+        counts.update(pairs(chosen[-1]))
     return chosen
+
+
+def pairs(cell: Cell) -> list[Any]:
+    return list(itertools.combinations(enumerate(cell), 2))
 
 
 @pytest.mark.parametrize("cell", sample(MATRIX, 2), ids=lambda cell: "-".join(map(str, cell)))

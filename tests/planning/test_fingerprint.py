@@ -1,7 +1,5 @@
 """Fingerprints tell plans of different runs apart, and only these."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +12,8 @@ from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import Ratios, Role
 
-PLAN = Plan(
-    {"w": entry(Role.BRANCH_OUT, (2, 3), Ratios(2.0, 1.5, 1.0), base_shape=(2, 3), base_std=0.02, fans=(3, 2))},
-    (),
-    (),
-    (Multiplier("m", "branch", 0.5, Site("a", "output", 0), ("w",)),),
-)
+OUT = entry(Role.BRANCH_OUT, (2, 3), Ratios(2.0, 1.5, 1.0), base_shape=(2, 3), base_std=0.02, fans=(3, 2))
+PLAN = Plan({"w": OUT}, (), (), (Multiplier("m", "branch", 0.5, Site("a", "output", 0), ("w",)),))
 
 
 def with_parameter(**changes: Any) -> Plan:

@@ -1,15 +1,14 @@
 """CompleteP, µP and the standard parameterization as plans, against their papers' tables and against MLU itself."""
 
-from __future__ import annotations
-
 from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
 import torch
 from helpers.parameter_groups import Weights, identical, plan_of
-from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor, nn, optim
+from helpers.trainers import quiet
+from lightning.pytorch import seed_everything
+from torch import optim
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
@@ -24,11 +23,8 @@ MLU, COMPLETEP, MUP, SP = Parameterization
 CLOSE = {"rel": 1e-12}  # a few roundings
 # depth, hidden width and embedding over those of the base, all different
 DEPTH, HIDDEN, EMBEDDING = 3.0, 5.0, 7.0
-INTO = Ratios(DEPTH, EMBEDDING, HIDDEN)
-WITHIN = Ratios(DEPTH, HIDDEN, HIDDEN)
-OUT = Ratios(DEPTH, HIDDEN, EMBEDDING)
-UNITS = Ratios(DEPTH, outputs=HIDDEN)
-COORDINATES = Ratios(DEPTH, outputs=EMBEDDING)
+INTO, WITHIN, OUT = Ratios(DEPTH, EMBEDDING, HIDDEN), Ratios(DEPTH, HIDDEN, HIDDEN), Ratios(DEPTH, HIDDEN, EMBEDDING)
+UNITS, COORDINATES = Ratios(DEPTH, outputs=HIDDEN), Ratios(DEPTH, outputs=EMBEDDING)
 READ = Ratios(DEPTH, inputs=EMBEDDING)
 
 
@@ -57,9 +53,8 @@ def test_completep_by_the_inputs_of_each_matrix() -> None:
         (Role.READOUT, READ): Scale(1 / 7, 1, 1, 1 / 7, 1),
     }
     for (role, ratios), numbers in expected.items():
-        assert astuple(scale(role, ratios, ADAMW, parameterization=COMPLETEP)) == pytest.approx(
-            astuple(numbers), **CLOSE
-        ), role
+        found = scale(role, ratios, ADAMW, parameterization=COMPLETEP)
+        assert astuple(found) == pytest.approx(astuple(numbers), **CLOSE), role
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)
@@ -97,9 +92,8 @@ def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
     }
     for (role, ratios), numbers in expected.items():
         found = scale(role, ratios, family, parameterization=MUP)
-        assert role is not Role.STREAM_NORM or found == scale(
-            role, ratios, family, parameterization=MUP, variant=Variant.POST_NORM
-        )
+        if role is Role.STREAM_NORM:
+            assert found == scale(role, ratios, family, parameterization=MUP, variant=Variant.POST_NORM)
         assert (found.multiplier, found.std, found.lr) == pytest.approx(numbers, **CLOSE), role
         assert found == scale(role, replace(ratios, depth=1000.0), family, parameterization=MUP)
 
@@ -125,44 +119,40 @@ def test_standard_parameterization_has_the_std_of_a_sum_and_nothing_else(family:
 
 def test_outputs_averaged_over_active_experts() -> None:
     """k times the experts: gradients are 1/k of those that they were, at hidden units and at the experts' outputs."""
-    into, out = (scale(role, Ratios(active=4.0), ADAMW) for role in (Role.BRANCH_IN, Role.BRANCH_OUT))
-    assert into == out == Scale(eps=1 / 4)
-    into, out = (scale(role, Ratios(active=4.0), SGD) for role in (Role.BRANCH_IN, Role.BRANCH_OUT))
-    assert into == out == Scale(lr=4.0, eps=1 / 4, weight_decay=1 / 4)
+    for family, expected in {ADAMW: Scale(eps=1 / 4), SGD: Scale(lr=4.0, eps=1 / 4, weight_decay=1 / 4)}.items():
+        for role in (Role.BRANCH_IN, Role.BRANCH_OUT):
+            assert scale(role, Ratios(active=4.0), family) == expected
 
-
-# --- as plans of modules
 
 BASE = {"depth": 1, "heads": 2, "embedding": 16, "mlp_hidden": 24}
 PROPORTIONAL = {"depth": 3, "heads": 6, "embedding": 48, "mlp_hidden": 72}  # M ∝ D, by factors that are not exact
-ASPECTS = {
-    "heads": {**BASE, "heads": 4},
-    "MLP": {**BASE, "mlp_hidden": 72},
-    "embedding": {**BASE, "embedding": 48},
-}
+ASPECTS = {"heads": {"heads": 4}, "MLP": {"mlp_hidden": 72}, "embedding": {"embedding": 48}}
+EXAMPLE = torch.zeros(2, 9, dtype=torch.long)
 
 
 def _model(shape: dict[str, int], **optimizer: Any) -> CausalTransformer:
     return CausalTransformer(20, 8, head_dim=8, lr=0.01, weight_decay=0.1, **shape, **optimizer)
 
 
+def _plans(module: CausalTransformer, base: CausalTransformer | None = None) -> dict[Parameterization, Plan]:
+    base = base or _model(BASE)
+    return {each: Plan.from_model(module, EXAMPLE, base=base, parameterization=each) for each in Parameterization}
+
+
 def _fitted(shape: dict[str, int], parameterization: str | None, **optimizer: Any) -> CausalTransformer:
     seed_everything(3, verbose=False)
-    base = _model(BASE)
-    model = _model(shape, **optimizer)
+    base, model = _model(BASE), _model(BASE | shape, **optimizer)
     tokens = torch.randint(20, (200,), generator=torch.Generator().manual_seed(0))
     data = DataLoader(Windows(tokens, torch.arange(0, 64), 9), batch_size=8)
     callbacks = [] if parameterization is None else [MLUCallback(base, parameterization=parameterization)]
-    trainer = Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=callbacks)
-    trainer.fit(model, data)
+    quiet(*callbacks, max_epochs=1).fit(model, data)
     return model
 
 
 def test_with_m_proportional_to_d_mlu_and_completep_are_the_same_run() -> None:
     mlu = _fitted(PROPORTIONAL, "mlu")
     assert identical(mlu, _fitted(PROPORTIONAL, "completep"))
-    for other in ("mup", "sp"):
-        assert not identical(mlu, _fitted(PROPORTIONAL, other))
+    assert not any(identical(mlu, _fitted(PROPORTIONAL, other)) for other in ("mup", "sp"))
 
 
 @pytest.mark.parametrize("axis", ASPECTS)
@@ -181,7 +171,7 @@ def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
     """``nn.Linear`` draws by the number of inputs: the plan's std differs by the noise of the base's draws alone."""
     module = _model(PROPORTIONAL)
     built = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    plan = Plan.from_model(module, torch.zeros(2, 9, dtype=torch.long), base=_model(BASE), parameterization="sp")
+    plan = _plans(module)[SP]
     assert all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers)
     assert set(plan.scales("adamw").values()) >= {Scale(std=3**-0.5)}
     initialize(module, plan)
@@ -193,59 +183,49 @@ def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
 @pytest.mark.parametrize(
     "build",
     [
-        lambda module: optim.Muon([module.branch_in, module.branch_out], lr=0.1),
-        lambda module: optim.Muon([module.branch_in, module.branch_out], lr=0.1, adjust_lr_fn="match_rms_adamw"),
-        lambda module: optim.Adafactor(module.parameters(), lr=0.1, weight_decay=0.1),
-        lambda module: optim.AdamW(module.parameters(), lr=0.1, eps=0.1),
-        lambda module: optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda m: optim.Muon([m.branch_in, m.branch_out], lr=0.1),
+        lambda m: optim.Muon([m.branch_in, m.branch_out], lr=0.1, adjust_lr_fn="match_rms_adamw"),
+        lambda m: optim.Adafactor(m.parameters(), lr=0.1, weight_decay=0.1),
+        lambda m: optim.AdamW(m.parameters(), lr=0.1, eps=0.1),
+        lambda m: optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
     ],
     ids=["Muon", "Muon as AdamW", "Adafactor", "AdamW", "SGD"],
 )
 def test_standard_parameterization_leaves_optimizers_alone(build: Any) -> None:
     """Also where they look at shapes or sizes of weights themselves, which the others divide out."""
-    ours, plain = Weights(), Weights()
-    plan = plan_of(ours)
-    attach = replace(plan, parameterization=SP)
-    handles = [build(ours), build(plain)]
-    scale_optimizer(handles[0], ours, attach)
-    for step in range(3):
-        for module, optimizer in zip((ours, plain), handles, strict=True):
+    plan = plan_of(Weights())
+
+    def trained(plan: Plan | None, steps: int) -> Weights:
+        module = Weights()
+        optimizer = build(module)
+        if plan is not None:
+            scale_optimizer(optimizer, module, plan)
+        for step in range(steps):
             module.load_gradients(step)
             optimizer.step()
-    assert identical(ours, plain)
-    changed = Weights()
-    optimizer = build(changed)
-    scale_optimizer(optimizer, changed, plan)
-    changed.load_gradients(0)
-    optimizer.step()
-    assert not identical(changed, ours)
+        return module
+
+    assert identical(trained(replace(plan, parameterization=SP), 3), trained(None, 3))
+    assert not identical(trained(plan, 1), trained(None, 1))
 
 
 def test_rules_are_kept_in_a_file_and_printed(tmp_path: Any) -> None:
     module = _model(PROPORTIONAL)
-    example = torch.zeros(2, 9, dtype=torch.long)
-    plans = {
-        parameterization: Plan.from_model(module, example, base=_model(BASE), parameterization=parameterization)
-        for parameterization in Parameterization
-    }
+    plans = _plans(module)
     titles = {MLU: "MLU plan", COMPLETEP: "CompleteP plan", MUP: "µP plan", SP: "Standard plan"}
     for parameterization, plan in plans.items():
         plan.save(tmp_path / "plan.yaml")
         assert Plan.load(tmp_path / "plan.yaml") == plan
         assert str(plan).startswith(titles[parameterization])
         # a plan is a base for any parameterization: it holds the base's shape
-        again = Plan.from_model(module, example, base=tmp_path / "plan.yaml")
+        again = Plan.from_model(module, EXAMPLE, base=tmp_path / "plan.yaml")
         assert again.scales("adamw") == plans[MLU].scales("adamw")
 
 
 def test_fingerprints_tell_runs_apart() -> None:
     """A run is not to go on from the checkpoint of one of another parameterization, or with other betas."""
     plan = plan_of(Weights())
-    others = [
-        replace(plan, parameterization=parameterization)
-        for parameterization in Parameterization
-        if parameterization is not MLU
-    ]
+    others = [replace(plan, parameterization=each) for each in (COMPLETEP, MUP, SP)]
     others += [replace(plan, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))]
     assert len({fingerprint(each) for each in (plan, *others)}) == 6
     assert fingerprint(replace(plan, parameterization=MLU, horizon=Horizon())) == fingerprint(plan)
@@ -255,94 +235,73 @@ def test_rules_that_do_not_exist(tmp_path: Any) -> None:
     path = tmp_path / "plan.yaml"
     Plan({}, (), (), ()).save(path)
     path.write_text(path.read_text().replace("parameterization: mlu", "parameterization: ntk"))
-    with pytest.raises(
-        ValueError, match=r"there is no parameterization 'ntk'\. Parameterizations are: mlu, completep, mup, sp"
-    ):
+    message = r"there is no parameterization 'ntk'\. Parameterizations are: mlu, completep, mup, sp"
+    with pytest.raises(ValueError, match=message):
         Plan.load(path)
+
+
+WITHOUT_BASE = "parameterization='mup' was given with .*a plan of a module without a base.*give the others"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"parameterization": "sp"}, "parameterization='sp' was given with base=None.*give the others a base"),
-        (
-            {"parameterization": "mup", "base": "a plan"},
-            "parameterization='mup' was given with .*a plan of a module without a base.*give the others",
-        ),
-        (
-            {"parameterization": "mup", "base": "a file"},
-            "parameterization='mup' was given with .*a plan of a module without a base.*give the others",
-        ),
+        ({"parameterization": "mup", "base": "a plan"}, WITHOUT_BASE),
+        ({"parameterization": "mup", "base": "a file"}, WITHOUT_BASE),
         ({"parameterization": "completep", "alpha": 2.0, "base": "a module"}, "given with alpha=2.*leave alpha at 1"),
         ({"parameterization": "ntk"}, "'ntk' is not a valid Parameterization"),
     ],
 )
 def test_rules_that_cannot_be(arguments: dict[str, Any], message: str, tmp_path: Any) -> None:
-    module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
-    absolute = Plan.from_model(_model(BASE), example)
+    absolute = Plan.from_model(_model(BASE), EXAMPLE)
     absolute.save(tmp_path / "absolute.yaml")
     bases = {"a module": _model(BASE), "a plan": absolute, "a file": tmp_path / "absolute.yaml"}
+    given = {key: bases.get(value, value) for key, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        Plan.from_model(module, example, **{key: bases.get(value, value) for key, value in arguments.items()})
+        Plan.from_model(_model(PROPORTIONAL), EXAMPLE, **given)
 
 
 def test_file_whose_rules_are_edited() -> None:
     """Its multipliers stay as they are written, and its header says so; what no plan can be is refused."""
-    module, example = _model(PROPORTIONAL), torch.zeros(2, 9, dtype=torch.long)
-    plans = {
-        parameterization: Plan.from_model(module, example, base=_model(BASE), parameterization=parameterization)
-        for parameterization in (MLU, SP)
-    }
+    module = _model(PROPORTIONAL)
+    plans = _plans(module)
     text = plans[MLU].to_yaml()
     edited = Plan.from_yaml(text.replace("parameterization: mlu", "parameterization: sp"), "edited")
     assert edited.multipliers == plans[MLU].multipliers != plans[SP].multipliers
     for factor in ("std", "lr", "eps", "weight_decay"):
-        found, expected = (
-            {name: getattr(one, factor) for name, one in plan.scales("adamw").items()} for plan in (edited, plans[SP])
-        )
+        scales = edited.scales("adamw"), plans[SP].scales("adamw")
+        found, expected = ({name: getattr(one, factor) for name, one in each.items()} for each in scales)
         assert found == expected
     header = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     assert "multipliers are the numbers in their lines, whatever it is. For another parameterization make" in header
 
     rich = replace(plans[MLU], alpha=2.0)
-    for plan, given in ((Plan.from_model(module, example), "base=None"), (rich, "alpha=2")):
-        with pytest.raises(
-            ValueError, match=f"^plan.yaml: parameterization='sp' was given with {given}.* leave alpha at 1"
-        ):
+    for plan, given in ((Plan.from_model(module, EXAMPLE), "base=None"), (rich, "alpha=2")):
+        message = f"^plan.yaml: parameterization='sp' was given with {given}.* leave alpha at 1"
+        with pytest.raises(ValueError, match=message):
             Plan.from_yaml(plan.to_yaml().replace("parameterization: mlu", "parameterization: sp"), "plan.yaml")
 
 
 def test_logits_keep_their_scale_in_the_standard_parameterization() -> None:
-    base = CausalTransformer(20, 8, 1, 16, heads=2, head_dim=8)
-    module = CausalTransformer(20, 8, 1, 16, heads=2, head_dim=32)
-    example = torch.zeros(2, 9, dtype=torch.long)
-    kinds = {
-        parameterization: {
-            m.kind: m.value
-            for m in Plan.from_model(module, example, base=base, parameterization=parameterization).multipliers
-        }
-        for parameterization in Parameterization
-    }
+    base, module = (CausalTransformer(20, 8, 1, 16, heads=2, head_dim=head_dim) for head_dim in (8, 32))
+    plans = _plans(module, base)
+    kinds = {each: {m.kind: m.value for m in plan.multipliers} for each, plan in plans.items()}
     assert "logits" not in kinds.pop(SP)
     assert {numbers["logits"] for numbers in kinds.values()} == {0.5}
 
 
 def test_multipliers_by_hand() -> None:
     """Depth 3 and embedding 3 times the base's: what is in the forward pass, by what it does to one."""
-    example = torch.randint(20, (2, 9))
-    expected = {"mlu": (1 / 3, 1 / 3), "completep": (1 / 3, 1 / 3), "mup": (1.0, 1 / 3), "sp": (1.0, 1.0)}
+    tokens = torch.randint(20, (2, 8))
+    expected = {MLU: (1 / 3, 1 / 3), COMPLETEP: (1 / 3, 1 / 3), MUP: (1.0, 1 / 3), SP: (1.0, 1.0)}
     for parameterization, (branch, readout) in expected.items():
         module = _model(PROPORTIONAL)
-        plan = Plan.from_model(module, example, base=_model(BASE), parameterization=parameterization)
+        plan = _plans(module)[parameterization]
         initialize(module, plan)
-        by_hand = _forward(module, example[:, :-1], branch, readout)
+        stream = module.tokens(tokens)
+        for block in module.branches:
+            stream = stream + branch * block(stream)
+        by_hand = readout * module.readout(module.norm(stream))
         attach_multipliers(module, plan)
-        torch.testing.assert_close(module(example[:, :-1]), by_hand, rtol=1e-5, atol=1e-6)
-
-
-def _forward(module: CausalTransformer, tokens: Tensor, branch: float, readout: float) -> Tensor:
-    stream = module.tokens(tokens)
-    for block in module.branches:
-        assert isinstance(block, nn.Module)
-        stream = stream + branch * block(stream)
-    return readout * module.readout(module.norm(stream))
+        torch.testing.assert_close(module(tokens), by_hand, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
+from dataclasses import astuple
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -10,36 +9,35 @@ import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
 from helpers.architectures.language import gpt2_with_heads_of
+from helpers.table_by_hand import ADAMW, Shape, wanted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, Role
 from mlu_lightning.models import CausalTransformer, ResNet
-from mlu_lightning.table import Variant
+from mlu_lightning.table import Scale, Variant
 
 BASE = (2, 4, 32)
-Numbers = dict[str, tuple[float, float, float, float, float]]
 
 
-def by_hand(depth: float, m: float, d: float) -> Numbers:
-    """Columns of theory.md, section 3, for AdamW: multiplier, std, lr, eps, decay."""
-    return {
-        "embedding": (1, 1, 1, 1 / d, 1),
-        "branch_in": (1, d**-0.5, 1 / d, 1 / (depth * m), d),
-        "branch_in_bias": (1, 1, 1, 1 / (depth * m), 1),
-        "branch_hidden": (1, m**-0.5, 1 / m, 1 / (depth * m), m),
-        "branch_out": (1 / depth, d**0.5 / m, 1 / m, 1 / (depth * d), m),
-        "branch_out (before_norm)": (1 / depth, m**-0.5, 1 / m, 1 / (depth * d), m),
-        "branch_out_bias": (1 / depth, 1, 1, 1 / (depth * d), 1),
-        "branch_norm": (1, 1, 1, 1 / (depth * d), 1),
-        "branch_bounded": (1, 1, 1, 1 / depth, 1),
-        "branch_bounded_matrix": (1, d**-0.5, 1 / d, 1 / depth, d),
-        **dict.fromkeys(["stream_matrix", "stream_matrix (in_head)"], (1, d**-0.5, 1 / d, 1 / d, d)),
-        "stream_norm": (1, 1, 1, 1 / d, 1),
-        "stream_norm (post_norm)": (1, 1, 1 / depth, 1 / d, depth),
-        "readout": (1 / d, 1, 1, 1 / d, 1),
-        "readout_bias": (1, 1, 1, 1, 1),
-    }
+def planned(architecture: Architecture, *shape: int, **settings: Any) -> Plan:
+    base = architecture.build(*BASE)
+    return Plan.from_model(architecture.build(*shape), architecture.example, **{"base": base, **settings})
+
+
+def by_hand(architecture: Architecture, plan: Plan, depth: float, m: float, d: float) -> dict[str, tuple[float, ...]]:
+    """Columns of theory.md, section 3, for AdamW, by parameter: multiplier, std, lr, eps, decay."""
+    found = {}
+    for name, parameter in plan.parameters.items():
+        width = 1 if any(fnmatch(name, pattern) for pattern in architecture.tokens) else d
+        # outputs of transforms in heads grow here, so that they are as any other matrix on the stream
+        variant = None if parameter.variant is Variant.IN_HEAD else parameter.variant
+        found[name] = astuple(wanted(parameter.role, ADAMW, Shape(depth, m, m, width, width), variant))
+    return found
+
+
+def resnet(depth: int = 2, hidden: int = 8, embedding: int = 4, **settings: Any) -> ResNet:
+    return ResNet(depth, hidden, embedding, inputs=3, outputs=2, **settings)
 
 
 @pytest.fixture(params=ARCHITECTURES, scope="module")
@@ -48,18 +46,15 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 
 def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> None:
-    base, module = architecture.build(*BASE), architecture.build(6, 8, 64)
-    plan = Plan.from_model(module, architecture.example, base=base)
+    plan = planned(architecture, 6, 8, 64)
+    expected = by_hand(architecture, plan, depth=3, m=2, d=2)
     for name, scale in plan.scales("adamw").items():
-        numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
-        across_tokens = any(fnmatch(name, pattern) for pattern in architecture.tokens)
-        expected = by_hand(depth=3, m=2, d=1 if across_tokens else 2)
-        multiplier, *rest = expected[plan.parameters[name].row]
+        multiplier, *rest = expected[name]
         if architecture.unfoldable:
             multiplier = 1  # the norm at the end of the branch is multiplied, which no parameter can hold
         elif architecture.ends and plan.roles[name].in_branch:
             multiplier = 1 / 3 if any(fnmatch(name, pattern) for pattern in architecture.ends) else 1
-        assert numbers == pytest.approx((multiplier, *rest)), name
+        assert astuple(scale) == pytest.approx((multiplier, *rest)), name
     values = {multiplier.name: multiplier.value for multiplier in plan.multipliers}
     assert values.pop(architecture.readout) == pytest.approx(1 / 2)
     assert len(values) == len(plan.branches) and all(value == pytest.approx(1 / 3) for value in values.values())
@@ -70,36 +65,29 @@ def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> Non
 )
 @pytest.mark.parametrize(("heads", "embedding"), [(16, 32), (4, 128), (2, 64), (4, 16)])
 def test_numbers_with_hidden_and_embedding_changed_on_their_own(name: str, heads: int, embedding: int) -> None:
-    architecture = ARCHITECTURES[name]
-    plan = Plan.from_model(
-        architecture.build(2, heads, embedding), architecture.example, base=architecture.build(*BASE)
-    )
+    plan = planned(ARCHITECTURES[name], 2, heads, embedding)
+    expected = by_hand(ARCHITECTURES[name], plan, depth=1, m=heads / 4, d=embedding / 32)
     for parameter, scale in plan.scales("adamw").items():
-        numbers = (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay)
-        across_tokens = any(fnmatch(parameter, pattern) for pattern in architecture.tokens)
-        expected = by_hand(depth=1, m=heads / 4, d=1 if across_tokens else embedding / 32)
-        assert numbers == pytest.approx(expected[plan.parameters[parameter].row]), parameter
+        assert astuple(scale) == pytest.approx(expected[parameter]), parameter
 
 
 def test_at_the_base_shape_everything_is_one(architecture: Architecture) -> None:
-    plan = Plan.from_model(architecture.build(*BASE), architecture.example, base=architecture.build(*BASE))
+    plan = planned(architecture, *BASE)
     for family in ("sgd", "adam", "adamw", "muon"):
-        for scale in plan.scales(family).values():
-            assert (scale.multiplier, scale.std, scale.lr, scale.eps, scale.weight_decay) == (1, 1, 1, 1, 1)
+        assert set(plan.scales(family).values()) == {Scale(1, 1, 1, 1, 1)}
     assert all(plan.forward_multiplier(multiplier) == 1 for multiplier in plan.multipliers)
 
 
 def test_absolute_form_is_the_papers_resnet() -> None:
     """theory.md, section 2: W_in = U^T/D and W_out = V/M, with lr η L M D for U and V and a readout 1/D."""
     depth, hidden, embedding = 6, 32, 16
-    plan = Plan.from_model(ResNet(depth, hidden, embedding, inputs=3, outputs=2))
+    plan = Plan.from_model(resnet(depth, hidden, embedding))
     scales = plan.scales("sgd")
     read, write = scales["blocks.0.read.weight"], scales["blocks.0.write.weight"]
     lr = depth * hidden * embedding
     assert read.std == pytest.approx(math.sqrt(embedding) / embedding)
-    assert read.lr == pytest.approx(lr / embedding**2), (
-        "a step of U is D steps of W_in, whose gradient is D times as large"
-    )
+    # a step of U is D steps of W_in, whose gradient is D times as large
+    assert read.lr == pytest.approx(lr / embedding**2)
     assert write.std == pytest.approx(math.sqrt(embedding) / hidden)
     assert write.lr == pytest.approx(lr / hidden**2)
     assert (read.multiplier, write.multiplier) == (1, pytest.approx(1 / depth))
@@ -117,10 +105,7 @@ def test_heads_are_hidden_units_in_the_absolute_form() -> None:
 
 
 def test_saved_edited_and_loaded(tmp_path: Path) -> None:
-    architecture = ARCHITECTURES["gemma2"]
-    plan = Plan.from_model(
-        architecture.build(3, 8, 48), architecture.example, base=architecture.build(*BASE), alpha=2.0
-    )
+    plan = planned(ARCHITECTURES["gemma2"], 3, 8, 48, alpha=2.0)
     path = tmp_path / "plan.yaml"
     plan.save(path)
     assert Plan.load(path) == plan
@@ -132,11 +117,9 @@ def test_saved_edited_and_loaded(tmp_path: Path) -> None:
 
 
 def test_a_saved_plan_stands_for_its_base(architecture: Architecture, tmp_path: Path) -> None:
-    base = architecture.build(*BASE)
-    Plan.from_model(architecture.build(3, 8, 64), architecture.example, base=base).save(tmp_path / "plan.yaml")
-    module = architecture.build(5, 12, 96)
-    again = Plan.from_model(module, architecture.example, base=tmp_path / "plan.yaml")
-    direct = Plan.from_model(module, architecture.example, base=base)
+    base, saved = architecture.build(*BASE), tmp_path / "plan.yaml"
+    planned(architecture, 3, 8, 64, base=base).save(saved)
+    again, direct = (planned(architecture, 5, 12, 96, base=given) for given in (saved, base))
     assert again.roles == direct.roles and again.multipliers == direct.multipliers and again.streams == direct.streams
     for name, parameter in direct.parameters.items():
         assert again.parameters[name].ratios == parameter.ratios
@@ -157,35 +140,29 @@ def test_printed_table() -> None:
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_the_difference() -> None:
-    plan = Plan.from_model(ResNet(2, 16, 8, inputs=3, outputs=2))
-    other = ResNet(3, 16, 12, inputs=3, outputs=2)
-    other.extra = nn.Linear(1, 1, bias=False)
+    plan, other = Plan.from_model(resnet(2, 16, 8)), resnet(3, 16, 12)
+    other.extra, other.embed = nn.Linear(1, 1, bias=False), nn.Linear(3, 8)
     del other.blocks[0]
-    other.embed = nn.Linear(3, 8)
     with pytest.raises(ValueError) as error:
         plan.check(other)
-    message = str(error.value)
-    assert "embed.bias is in the module only" in message
-    assert "extra.weight is in the module only" in message
-    assert "readout.weight is [2, 12] in the module and [2, 8] in the plan" in message
-    plan.check(ResNet(2, 16, 8, inputs=3, outputs=2))
+    assert "embed.bias is in the module only" in str(error.value)
+    assert "extra.weight is in the module only" in str(error.value)
+    assert "readout.weight is [2, 12] in the module and [2, 8] in the plan" in str(error.value)
+    plan.check(resnet(2, 16, 8))
     with pytest.raises(ValueError, match=r"blocks\.1\.read\.weight is in the plan only"):
-        plan.check(ResNet(1, 16, 8, inputs=3, outputs=2))
+        plan.check(resnet(1, 16, 8))
 
 
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda: ARCHITECTURES["tied llama"].build(*BASE), r"lm_head\.weight has no counterpart in the base"),
-        (
-            lambda: ARCHITECTURES["gpt2"].build(*BASE),
-            r"different architecture: model\..* has no counterpart.*and \d+ more",
-        ),
+        ("tied llama", r"lm_head\.weight has no counterpart in the base"),
+        ("gpt2", r"different architecture: model\..* has no counterpart.*and \d+ more"),
     ],
 )
-def test_base_of_another_architecture(base: Callable[[], nn.Module], message: str) -> None:
+def test_base_of_another_architecture(base: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        Plan.from_model(ARCHITECTURES["llama"].build(*BASE), LANGUAGE, base=base())
+        planned(ARCHITECTURES["llama"], *BASE, base=ARCHITECTURES[base].build(*BASE))
     assert "Give a base that differs from the module in depth, hidden width or embedding only" in str(error.value)
 
 
@@ -193,9 +170,8 @@ def test_base_of_the_same_names_and_another_architecture() -> None:
     pre, post = (Encoder(2, 2, 16, norm_first=first) for first in (True, False))
     del pre.encoder.norm, post.encoder.norm
     pre.encoder.norm = post.encoder.norm = None
-    with pytest.raises(
-        ValueError, match=r"norm1\.weight is branch_norm \[16\] and the base's is stream_norm \(post_norm\) \[16\]"
-    ):
+    message = r"norm1\.weight is branch_norm \[16\] and the base's is stream_norm \(post_norm\) \[16\]"
+    with pytest.raises(ValueError, match=message):
         Plan.from_model(pre, (TOKENS,), base=post)
 
 
@@ -210,9 +186,8 @@ def test_base_that_is_bigger_in_one_dimension() -> None:
 def test_base_on_meta_has_no_standard_deviations() -> None:
     with torch.device("meta"):
         base = CausalTransformer(50, 8, 1, 16, heads=1)
-    with pytest.raises(
-        ValueError, match=r"base CausalTransformer is on the meta device.*Build the base on a real device"
-    ):
+    message = r"base CausalTransformer is on the meta device.*Build the base on a real device"
+    with pytest.raises(ValueError, match=message):
         Plan.from_model(CausalTransformer(50, 8, 2, 16, heads=1), torch.zeros(1, 8, dtype=torch.long), base=base)
 
 
@@ -221,11 +196,7 @@ def test_base_on_meta_has_no_standard_deviations() -> None:
     [
         (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), None, "branches.0.query output"),
         (gpt2_with_heads_of, {"input_ids": TOKENS}, "transformer.h.0.attn.c_attn output, entries 0 to 64"),
-        (
-            lambda dim: Encoder(2, 2, 2 * dim, norm_first=True),
-            TOKENS,
-            "encoder.layers.0.self_attn weight, entries 0 to 64",
-        ),
+        (lambda d: Encoder(2, 2, 2 * d, norm_first=True), TOKENS, "encoder.layers.0.self_attn weight, entries 0 to 64"),
     ],
 )
 def test_head_dim_that_differs_from_the_base(build: Callable[[int], nn.Module], example: Any, where: str) -> None:
@@ -250,33 +221,34 @@ class PackedAttention(nn.Module):
         h = self.embed(x)
         query, key, value = self.packed(h).unflatten(-1, self.shape).transpose(1, 2).unbind(-2)
         h = h + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        output: Tensor = self.readout(h)
-        return output
+        return self.readout(h)
 
 
 def test_head_dim_that_differs_where_logits_cannot_be_multiplied() -> None:
-    with pytest.raises(
-        ValueError, match=r"head_dim of .* is 16 and the base's is 8.*Keep head_dim at the base's value"
-    ):
-        Plan.from_model(PackedAttention(2, 16), torch.ones(1, 4, 3), base=PackedAttention(2, 8))
-    assert (
-        Plan.from_model(PackedAttention(4, 8), torch.ones(1, 4, 3), base=PackedAttention(2, 8)).branches[0].hidden == 4
-    )
+    message = r"head_dim of .* is 16 and the base's is 8.*Keep head_dim at the base's value"
+    example, base = torch.ones(1, 4, 3), PackedAttention(2, 8)
+    with pytest.raises(ValueError, match=message):
+        Plan.from_model(PackedAttention(2, 16), example, base=base)
+    assert Plan.from_model(PackedAttention(4, 8), example, base=base).branches[0].hidden == 4
 
 
 def test_frozen_parameters_are_planned() -> None:
-    frozen = Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2, train_embedding=False))
-    assert frozen == Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
+    assert Plan.from_model(resnet(train_embedding=False)) == Plan.from_model(resnet())
 
 
-def test_overrides_that_match_nothing_or_name_no_role() -> None:
-    module = ResNet(2, 8, 4, inputs=3, outputs=2)
-    with pytest.raises(
-        ValueError, match=r"override 'block\.\*': 'readout' matches no parameter.*such as embed\.weight"
-    ):
-        Plan.from_model(module, overrides={"block.*": "readout"})
-    with pytest.raises(ValueError, match=r"names the role 'output', which does not exist. Roles are: embedding, "):
-        Plan.from_model(module, overrides={"readout.*": "output"})
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"block.*": "readout"}, r"override 'block\.\*': 'readout' matches no parameter.*such as embed\.weight"),
+        ({"readout.*": "output"}, r"names the role 'output', which does not exist. Roles are: embedding, "),
+    ],
+)
+def test_overrides_that_match_nothing_or_name_no_role(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_model(resnet(), overrides=overrides)
+
+
+MISSING = "branches features horizon multipliers parameterization parameters streams".split()
 
 
 @pytest.mark.parametrize(
@@ -284,10 +256,7 @@ def test_overrides_that_match_nothing_or_name_no_role() -> None:
     [
         ("a: [", "plan.yaml is not YAML"),
         ("lr: 1.0", "is not a plan: it has no line 'mlu_plan: 2'"),
-        (
-            "mlu_plan: 2\nalpha: 1.0",
-            "is not a complete plan: branches, features, horizon, multipliers, parameterization, parameters, streams",
-        ),
+        ("mlu_plan: 2\nalpha: 1.0", f"is not a complete plan: {', '.join(MISSING)}"),
     ],
 )
 def test_files_that_are_no_plans(tmp_path: Path, text: str, message: str) -> None:
@@ -297,20 +266,22 @@ def test_files_that_are_no_plans(tmp_path: Path, text: str, message: str) -> Non
         Plan.load(path)
 
 
-def test_a_plan_with_a_wrong_entry(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("role: readout", "role: output", r"readout\.weight: there is no role 'output'"),
+        ("base_depth", "depth0", r"streams: .*should be a mapping with the keys depth, base_depth"),
+    ],
+)
+def test_a_plan_with_a_wrong_entry(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "plan.yaml"
-    Plan.from_model(ResNet(1, 8, 4, inputs=3, outputs=2)).save(path)
-    text = path.read_text()
-    path.write_text(text.replace("role: readout", "role: output"))
-    with pytest.raises(ValueError, match=r"readout\.weight: there is no role 'output'"):
-        Plan.load(path)
-    path.write_text(text.replace("base_depth", "depth0"))
-    with pytest.raises(ValueError, match=r"streams: .*should be a mapping with the keys depth, base_depth"):
+    path.write_text(Plan.from_model(resnet(1)).to_yaml().replace(old, new))
+    with pytest.raises(ValueError, match=message):
         Plan.load(path)
 
 
 def test_the_bases_std_is_that_of_the_nearest_place_along_the_depth() -> None:
-    base, module = (ResNet(depth, 8, 4, inputs=3, outputs=2) for depth in (3, 6))
+    base, module = resnet(3), resnet(6)
     with torch.no_grad():
         for i, block in enumerate(base.blocks):
             block.write.weight.fill_(i + 1.0)
@@ -320,9 +291,6 @@ def test_the_bases_std_is_that_of_the_nearest_place_along_the_depth() -> None:
 
 
 def test_an_override_may_name_a_variant_of_a_role() -> None:
-    module = ResNet(4, 8, 4, inputs=3, outputs=2)
-    plan = Plan.from_model(
-        module, base=ResNet(2, 8, 4, inputs=3, outputs=2), overrides={"*.write.weight": "branch_out (before_norm)"}
-    )
-    assert plan.parameters["blocks.0.write.weight"].variant is Variant.BEFORE_NORM
-    assert plan.parameters["blocks.0.read.weight"].variant is None
+    plan = Plan.from_model(resnet(4), base=resnet(2), overrides={"*.write.weight": "branch_out (before_norm)"})
+    variants = [plan.parameters[f"blocks.0.{name}.weight"].variant for name in ("write", "read")]
+    assert variants == [Variant.BEFORE_NORM, None]

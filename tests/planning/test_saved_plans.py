@@ -1,7 +1,5 @@
 """Checkpoints say where the multipliers of their module are, whoever saves them, when, and with weights alone."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from collections.abc import Callable
@@ -26,8 +24,7 @@ class Subclass(MLUCallback):
 
 
 def read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found
+    return torch.load(path, weights_only=True)
 
 
 def by_hand(path: Path, residual: Residual) -> Tensor:
@@ -46,15 +43,15 @@ def evaluated(path: Path, callback: MLUCallback | None = None) -> tuple[Net, Tra
 
 # what a run is with, what is done afterwards, and where multipliers are then
 ENDS: dict[str, tuple[Residual, Callable[[Net, Plan], Any], Residual]] = {
-    "hook": ("hook", lambda module, plan: None, "hook"),
-    "fold": ("fold", lambda module, plan: None, "fold"),
+    **{name: (name, lambda module, plan: None, name) for name in ("hook", "fold")},
     "hook, then folded": ("hook", fold, "fold"),
     "hook, then baked": ("hook", bake, "fold"),
     "fold, then baked": ("fold", bake, "fold"),
 }
+weights_alone = pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
 
 
-@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+@weights_alone
 @pytest.mark.parametrize("end", ENDS)
 def test_checkpoint_after_a_fit(end: str, weights_only: bool, tmp_path: Path) -> None:
     residual, change, place = ENDS[end]
@@ -97,7 +94,7 @@ def test_model_checkpoint_of_weights_alone(residual: Residual, tmp_path: Path) -
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+@weights_alone
 def test_module_of_another_run_in_the_same_trainer(weights_only: bool, tmp_path: Path) -> None:
     callback = MLUCallback(Net(BASE))
     trainer = fit(Net(), callback, max_epochs=1)
@@ -120,7 +117,7 @@ def test_module_of_another_run_in_the_same_trainer(weights_only: bool, tmp_path:
 @pytest.mark.parametrize(
     "twin", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"]
 )
-@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+@weights_alone
 def test_copies(twin: Callable[[Net], Net], weights_only: bool, tmp_path: Path) -> None:
     module = Net()
     fit(module, MLUCallback(Net(BASE)), max_epochs=1)
@@ -144,7 +141,7 @@ class Noting(Net):
 
 
 @pytest.mark.parametrize("on_instance", [False, True])
-@pytest.mark.parametrize("weights_only", [False, True], ids=["whole", "weights-only"])
+@weights_alone
 def test_what_the_module_itself_saves_stays(on_instance: bool, weights_only: bool, tmp_path: Path) -> None:
     module = Noting()
     if on_instance:

@@ -1,83 +1,42 @@
 """Language models of Hugging Face transformers, from configurations."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import transformers
+import transformers as hf
 from torch import nn
 
-from helpers.architectures.architecture import LANGUAGE, VOCABULARY, Architecture
+from helpers.architectures.architecture import LANGUAGE, VOCABULARY, Architecture, Build, hugging_face
 
-Build = Callable[[int, int, int], nn.Module]
-
-
-def _config(cls: type, **numbers: Any) -> Any:
-    return cls(vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=None, pad_token_id=None, **numbers)
+TOKENIZER = {"vocab_size": VOCABULARY, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))}
 
 
-def _gpt2(depth: int, heads: int, embedding: int, head_dim: int = 8) -> nn.Module:
-    assert embedding == head_dim * heads, "GPT-2 has no head_dim of its own"
-    config = _config(transformers.GPT2Config, n_layer=depth, n_head=heads, n_embd=embedding, n_positions=8)
-    config.loss_type = "ForCausalLM"  # or else it is looked for in the name of the class, and missed with a warning
-    return transformers.GPT2LMHeadModel(config)
+def _gpt2(head_dim: int = 8) -> Build:
+    # the loss is looked for in the name of the class else, and missed with a warning
+    numbers = {"n_positions": 8, "loss_type": "ForCausalLM", **TOKENIZER}
+    return hugging_face(hf.GPT2LMHeadModel, hf.GPT2Config, 4 * head_dim, head_dim, **numbers)
 
 
 def gpt2_with_heads_of(head_dim: int) -> nn.Module:
     """GPT-2 with two blocks and two heads, of any dimension, which its embedding then has twice."""
-    return _gpt2(2, 2, 2 * head_dim, head_dim)
+    return _gpt2(head_dim)(2, 2, 2 * head_dim)
 
 
-def _of_heads_of_eight(model: type, config: type, **numbers: Any) -> Build:
-    """GPT-NeoX and BERT, which have no head_dim of their own."""
-
-    def build(depth: int, heads: int, embedding: int) -> nn.Module:
-        assert embedding == 8 * heads
-        made = _config(
-            config,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            hidden_size=embedding,
-            intermediate_size=32 * heads,
-            **numbers,
-        )
-        module: nn.Module = model(made)
-        return module
-
-    return build
-
-
-def _grouped(model: type, config: type, experts: str | None = None, **numbers: Any) -> Build:
-    """Llama and what has its config: grouped queries, gated perceptrons; and how experts are computed."""
-
-    def build(depth: int, heads: int, embedding: int) -> nn.Module:
-        made = _config(
-            config,
-            num_hidden_layers=depth,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            head_dim=8,
-            hidden_size=embedding,
-            intermediate_size=24 * heads,
-            **numbers,
-        )
-        made._experts_implementation = experts
-        module: nn.Module = model(made)
-        return module
-
-    return build
+def _grouped(model: type, config: type, **numbers: Any) -> Build:
+    """Llama and what has its config: grouped queries, gated perceptrons."""
+    groups = {"num_key_value_heads": lambda heads: heads // 2, "head_dim": 8}
+    return hugging_face(model, config, 24, **groups, **TOKENIZER, **numbers)
 
 
 def mixtral(experts: str) -> Build:
-    """Mixtral with four experts, of which a token is sent to two."""
-    numbers = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return _grouped(transformers.MixtralForCausalLM, transformers.MixtralConfig, experts, **numbers)
+    """Mixtral with four experts, of which a token is sent to two, and how they are computed."""
+    numbers = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": experts}
+    return _grouped(hf.MixtralForCausalLM, hf.MixtralConfig, **numbers)
 
 
 def _t5(tied: bool) -> Build:
     def build(depth: int, heads: int, embedding: int) -> nn.Module:
-        config = transformers.T5Config(
+        config = hf.T5Config(
             vocab_size=VOCABULARY,
             d_model=embedding,
             d_kv=8,
@@ -88,7 +47,7 @@ def _t5(tied: bool) -> Build:
             tie_word_embeddings=tied,  # for T5 this says only whether outputs are scaled as those of a tied table
             decoder_start_token_id=0,
         )
-        model = transformers.T5ForConditionalGeneration(config)
+        model = hf.T5ForConditionalGeneration(config)
         if not tied:
             model.lm_head = nn.Linear(embedding, VOCABULARY, bias=False)
         return model
@@ -96,167 +55,98 @@ def _t5(tied: bool) -> Build:
     return build
 
 
-_LLAMA_ROLES = {
-    "model.embed_tokens.weight": "embedding",
-    "model.layers.*.self_attn.[qkv]_proj.weight": "branch_in",
-    "model.layers.*.self_attn.o_proj.weight": "branch_out",
-    "model.layers.*.mlp.gate_proj.weight": "branch_in",
-    "model.layers.*.mlp.up_proj.weight": "branch_in",
-    "model.layers.*.mlp.down_proj.weight": "branch_out",
-    "model.layers.*.*layernorm.weight": "branch_norm",
-    "model.norm.weight": "stream_norm",
-}
-# every branch ends in a norm
-_GEMMA2_ROLES = _LLAMA_ROLES | {
-    "model.layers.*.self_attn.o_proj.weight": "branch_out (before_norm)",
-    "model.layers.*.mlp.down_proj.weight": "branch_out (before_norm)",
-}
-_LLAMA_BRANCHES = (("model.layers.*.self_attn", "attention", 1), ("model.layers.*.mlp", "mlp", 24))
-
-_T5_ROLES = {
-    "shared.weight": "embedding",
-    "*.relative_attention_bias.weight": "branch_in_bias",
-    "*Attention.[qkv].weight": "branch_in",
-    "*Attention.o.weight": "branch_out",
-    "*.DenseReluDense.wi*.weight": "branch_in",
-    "*.DenseReluDense.wo.weight": "branch_out",
-    "*.layer.*.layer_norm.weight": "branch_norm",
-    "*.final_layer_norm.weight": "stream_norm",
-}
+_LLAMA = """
+    embedding: model.embed_tokens.weight
+    branch_in: model.layers.*.self_attn.[qkv]_proj.weight model.layers.*.mlp.gate_proj.weight
+    branch_in: model.layers.*.mlp.up_proj.weight
+    branch_out: model.layers.*.self_attn.o_proj.weight model.layers.*.mlp.down_proj.weight
+    branch_norm: model.layers.*.*layernorm.weight
+    stream_norm: model.norm.weight
+    branches: model.layers.*.self_attn attention 1
+"""
 
 
-def _like_llama(model: type, config: type, **roles: str) -> Architecture:
-    return Architecture(
-        build=_grouped(model, config),
-        example=LANGUAGE,
-        roles=_LLAMA_ROLES | {"lm_head.weight": "readout"} | roles,
-        branches=_LLAMA_BRANCHES,
-        readout="lm_head.weight",
-    )
+def _like_llama(model: type, config: type, tied: bool = False, **numbers: Any) -> Architecture:
+    readout = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    architecture = Architecture(_grouped(model, config, **numbers), LANGUAGE, readout, tied=tied)
+    architecture = architecture.reads(f"{_LLAMA}branches: model.layers.*.mlp mlp 24")
+    return architecture if tied else architecture.reads("readout: lm_head.weight")
 
 
 def _t5_architecture(tied: bool) -> Architecture:
-    return Architecture(
-        build=_t5(tied),
-        example=LANGUAGE,
-        roles=_T5_ROLES | ({} if tied else {"lm_head.weight": "readout"}),
-        branches=(
-            ("decoder.block.*.layer.*.SelfAttention", "attention", 1),
-            ("decoder.block.*.layer.*.EncDecAttention", "attention", 1),
-            ("decoder.block.*.layer.*.DenseReluDense", "mlp", 24),
-        ),
-        encoder=(
-            ("encoder.block.*.layer.*.SelfAttention", "attention", 1),
-            ("encoder.block.*.layer.*.DenseReluDense", "mlp", 24),
-        ),
-        readout="shared.weight" if tied else "lm_head.weight",
-        tied=tied,
-        warns="shared across depth",
-    )
+    readout = "shared.weight" if tied else "lm_head.weight"
+    architecture = Architecture(_t5(tied), LANGUAGE, readout, tied=tied, warns="shared across depth").reads("""
+        embedding: shared.weight
+        branch_in_bias: *.relative_attention_bias.weight
+        branch_in: *Attention.[qkv].weight *.DenseReluDense.wi*.weight
+        branch_out: *Attention.o.weight *.DenseReluDense.wo.weight
+        branch_norm: *.layer.*.layer_norm.weight
+        stream_norm: *.final_layer_norm.weight
+        branches: decoder.block.*.layer.*.SelfAttention attention 1
+        branches: decoder.block.*.layer.*.EncDecAttention attention 1
+        branches: decoder.block.*.layer.*.DenseReluDense mlp 24
+        encoder: encoder.block.*.layer.*.SelfAttention attention 1
+        encoder: encoder.block.*.layer.*.DenseReluDense mlp 24
+    """)
+    return architecture if tied else architecture.reads("readout: lm_head.weight")
 
+
+_MIXTRAL_ACTIVE = {"model.layers.*.mlp.experts.*": 2}
+_NEOX = hugging_face(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig, 32, **TOKENIZER)
+_BERT = hugging_face(hf.BertForMaskedLM, hf.BertConfig, 32, max_position_embeddings=8, **TOKENIZER)
+_BERT_READOUT = "bert.embeddings.word_embeddings.weight"
 
 LANGUAGE_MODELS: dict[str, Architecture] = {
-    "gpt2": Architecture(
-        build=_gpt2,
-        example=LANGUAGE,
-        roles={
-            "transformer.wte.weight": "embedding",
-            "transformer.wpe.weight": "embedding",
-            "transformer.h.*.ln_?.*": "branch_norm",
-            "transformer.h.*.attn.c_attn.weight": "branch_in",
-            "transformer.h.*.attn.c_attn.bias": "branch_in_bias",
-            "transformer.h.*.mlp.c_fc.weight": "branch_in",
-            "transformer.h.*.mlp.c_fc.bias": "branch_in_bias",
-            "transformer.h.*.c_proj.weight": "branch_out",
-            "transformer.h.*.c_proj.bias": "branch_out_bias",
-            "transformer.ln_f.*": "stream_norm",
-        },
-        branches=(("transformer.h.*.attn", "attention", 1), ("transformer.h.*.mlp", "mlp", 32)),
-        readout="transformer.wte.weight",
-        tied=True,
-    ),
-    "llama": _like_llama(transformers.LlamaForCausalLM, transformers.LlamaConfig),
-    "tied llama": Architecture(
-        build=_grouped(transformers.LlamaForCausalLM, transformers.LlamaConfig, tie_word_embeddings=True),
-        example=LANGUAGE,
-        roles=_LLAMA_ROLES,
-        branches=_LLAMA_BRANCHES,
-        readout="model.embed_tokens.weight",
-        tied=True,
-    ),
-    "gemma2": Architecture(
-        build=_grouped(transformers.Gemma2ForCausalLM, transformers.Gemma2Config),
-        example=LANGUAGE,
-        roles=_GEMMA2_ROLES,
-        branches=_LLAMA_BRANCHES,
-        readout="model.embed_tokens.weight",
-        tied=True,
-        unfoldable=True,
-    ),
-    "gpt-neox": Architecture(
-        build=_of_heads_of_eight(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig),
-        example=LANGUAGE,
-        roles={
-            "gpt_neox.embed_in.weight": "embedding",
-            "gpt_neox.layers.*.*layernorm.*": "branch_norm",
-            "gpt_neox.layers.*.query_key_value.weight": "branch_in",
-            "gpt_neox.layers.*.query_key_value.bias": "branch_in_bias",
-            "gpt_neox.layers.*.dense_h_to_4h.weight": "branch_in",
-            "gpt_neox.layers.*.dense_h_to_4h.bias": "branch_in_bias",
-            "gpt_neox.layers.*.dense.weight": "branch_out",
-            "gpt_neox.layers.*.dense.bias": "branch_out_bias",
-            "gpt_neox.layers.*.dense_4h_to_h.weight": "branch_out",
-            "gpt_neox.layers.*.dense_4h_to_h.bias": "branch_out_bias",
-            "gpt_neox.final_layer_norm.*": "stream_norm",
-            "lm_head.weight": "readout",
-        },
-        branches=(("gpt_neox.layers.*.attention", "attention", 1), ("gpt_neox.layers.*.mlp", "mlp", 32)),
-        readout="lm_head.weight",
-        parallel=True,
-    ),
-    "bert": Architecture(
-        build=_of_heads_of_eight(transformers.BertForMaskedLM, transformers.BertConfig, max_position_embeddings=8),
-        example=LANGUAGE,
-        roles={
-            "bert.embeddings.*_embeddings.weight": "embedding",
-            "bert.embeddings.LayerNorm.*": "stream_norm",
-            "bert.encoder.layer.*.attention.self.*.weight": "branch_in",
-            "bert.encoder.layer.*.attention.self.*.bias": "branch_in_bias",
-            "bert.encoder.layer.*.output.dense.weight": "branch_out",
-            "bert.encoder.layer.*.output.dense.bias": "branch_out_bias",
-            "bert.encoder.layer.*.intermediate.dense.weight": "branch_in",
-            "bert.encoder.layer.*.intermediate.dense.bias": "branch_in_bias",
-            "bert.encoder.layer.*.LayerNorm.*": "stream_norm (post_norm)",
-            "cls.predictions.transform.dense.weight": "stream_matrix (in_head)",
-            "cls.predictions.transform.dense.bias": "stream_norm",
-            "cls.predictions.transform.LayerNorm.*": "stream_norm",
-            "cls.predictions.bias": "readout_bias",
-        },
-        branches=(("bert.encoder.layer.*.attention", "attention", 1), ("bert.encoder.layer.*", "mlp", 32)),
-        readout="bert.embeddings.word_embeddings.weight",
-        tied=True,
-        warns="post-norm",
-    ),
-    "mistral": _like_llama(transformers.MistralForCausalLM, transformers.MistralConfig),
-    "qwen3": _like_llama(
-        transformers.Qwen3ForCausalLM,
-        transformers.Qwen3Config,
-        **{"model.layers.*.self_attn.[qk]_norm.weight": "branch_bounded"},
-    ),
-    "mixtral": Architecture(
-        build=mixtral("batched_mm"),  # the only implementation for double precision and for tensors without values
-        example=LANGUAGE,
-        roles={name: role for name, role in _LLAMA_ROLES.items() if "_proj" not in name or "self_attn" in name}
-        | {
-            "model.layers.*.mlp.gate.weight": "branch_bounded_matrix",
-            "model.layers.*.mlp.experts.gate_up_proj": "branch_in",
-            "model.layers.*.mlp.experts.down_proj": "branch_out",
-            "lm_head.weight": "readout",
-        },
-        branches=(("model.layers.*.self_attn", "attention", 1), ("model.layers.*.mlp", "mlp", 2 * 24)),
-        readout="lm_head.weight",
-        active={"model.layers.*.mlp.experts.*": 2},
-    ),
+    "gpt2": Architecture(_gpt2(), LANGUAGE, "transformer.wte.weight", tied=True).reads("""
+        embedding: transformer.wte.weight transformer.wpe.weight
+        branch_norm: transformer.h.*.ln_?.*
+        branch_in: transformer.h.*.attn.c_attn.weight|bias transformer.h.*.mlp.c_fc.weight|bias
+        branch_out: transformer.h.*.c_proj.weight|bias
+        stream_norm: transformer.ln_f.*
+        branches: transformer.h.*.attn attention 1
+        branches: transformer.h.*.mlp mlp 32
+    """),
+    "llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig),
+    "tied llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig, tied=True, tie_word_embeddings=True),
+    # every branch ends in a norm
+    "gemma2": replace(_like_llama(hf.Gemma2ForCausalLM, hf.Gemma2Config, tied=True), unfoldable=True).reads("""
+        branch_out (before_norm): model.layers.*.self_attn.o_proj.weight model.layers.*.mlp.down_proj.weight
+    """),
+    "gpt-neox": Architecture(_NEOX, LANGUAGE, "lm_head.weight", parallel=True).reads("""
+        embedding: gpt_neox.embed_in.weight
+        branch_norm: gpt_neox.layers.*.*layernorm.*
+        branch_in: gpt_neox.layers.*.query_key_value.weight|bias gpt_neox.layers.*.dense_h_to_4h.weight|bias
+        branch_out: gpt_neox.layers.*.dense.weight|bias gpt_neox.layers.*.dense_4h_to_h.weight|bias
+        stream_norm: gpt_neox.final_layer_norm.*
+        readout: lm_head.weight
+        branches: gpt_neox.layers.*.attention attention 1
+        branches: gpt_neox.layers.*.mlp mlp 32
+    """),
+    "bert": Architecture(_BERT, LANGUAGE, _BERT_READOUT, tied=True, warns="post-norm").reads("""
+        embedding: bert.embeddings.*_embeddings.weight
+        stream_norm: bert.embeddings.LayerNorm.* cls.predictions.transform.dense.bias
+        stream_norm: cls.predictions.transform.LayerNorm.*
+        branch_in: bert.encoder.layer.*.attention.self.*.weight|bias bert.encoder.layer.*.intermediate.dense.weight|bias
+        branch_out: bert.encoder.layer.*.output.dense.weight|bias
+        stream_norm (post_norm): bert.encoder.layer.*.LayerNorm.*
+        stream_matrix (in_head): cls.predictions.transform.dense.weight
+        readout_bias: cls.predictions.bias
+        branches: bert.encoder.layer.*.attention attention 1
+        branches: bert.encoder.layer.* mlp 32
+    """),
+    "mistral": _like_llama(hf.MistralForCausalLM, hf.MistralConfig),
+    "qwen3": _like_llama(hf.Qwen3ForCausalLM, hf.Qwen3Config).reads("""
+        branch_bounded: model.layers.*.self_attn.[qk]_norm.weight
+    """),
+    # the only implementation for double precision and for tensors without values
+    "mixtral": Architecture(mixtral("batched_mm"), LANGUAGE, "lm_head.weight", active=_MIXTRAL_ACTIVE).reads(f"""
+        {_LLAMA.strip()}
+        branch_bounded_matrix: model.layers.*.mlp.gate.weight
+        branch_in: model.layers.*.mlp.experts.gate_up_proj
+        branch_out: model.layers.*.mlp.experts.down_proj
+        readout: lm_head.weight
+        branches: model.layers.*.mlp mlp {2 * 24}
+    """),
     "tied t5": _t5_architecture(tied=True),
     "t5": _t5_architecture(tied=False),
 }

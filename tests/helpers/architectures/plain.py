@@ -1,6 +1,6 @@
 """Residual networks of plain code."""
 
-from __future__ import annotations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, embedding)
         self.positions = nn.Parameter(torch.randn(1, 8, embedding))
-        layer = nn.TransformerEncoderLayer(
-            embedding, heads, 32 * heads, dropout=0.1, activation="gelu", batch_first=True, norm_first=norm_first
-        )
+        settings = {"dropout": 0.1, "activation": "gelu", "batch_first": True, "norm_first": norm_first}
+        layer = nn.TransformerEncoderLayer(embedding, heads, 32 * heads, **settings)
         norm = nn.LayerNorm(embedding) if norm_first else None
         self.encoder = nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=False)
         self.readout = nn.Linear(embedding, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self.readout(self.encoder(self.tokens(tokens) + self.positions))
-        return output
+        return self.readout(self.encoder(self.tokens(tokens) + self.positions))
 
 
 class ScaledMLP(nn.Module):
@@ -60,8 +58,7 @@ class Functional(nn.Module):
         self.out = nn.Linear(embedding, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.out(torch.tanh(self.transform(self.blocks(self.stem(F.relu(self.patches(x)))))))
-        return output
+        return self.out(torch.tanh(self.transform(self.blocks(self.stem(F.relu(self.patches(x)))))))
 
 
 class Decoder(nn.Module):
@@ -71,15 +68,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, embedding)
         self.memory = nn.Linear(5, embedding)
-        layer = nn.TransformerDecoderLayer(
-            embedding, heads, 32 * heads, dropout=0.1, batch_first=True, norm_first=norm_first
-        )
+        settings = {"dropout": 0.1, "batch_first": True, "norm_first": norm_first}
+        layer = nn.TransformerDecoderLayer(embedding, heads, 32 * heads, **settings)
         self.decoder = nn.TransformerDecoder(layer, depth, nn.LayerNorm(embedding) if norm_first else None)
         self.readout = nn.Linear(embedding, VOCABULARY)
 
     def forward(self, tokens: Tensor, memory: Tensor) -> Tensor:
-        output: Tensor = self.readout(self.decoder(self.tokens(tokens), self.memory(memory)))
-        return output
+        return self.readout(self.decoder(self.tokens(tokens), self.memory(memory)))
 
 
 class Experts(nn.Module):
@@ -116,141 +111,94 @@ class MixtureOfExperts(nn.Module):
         h = self.embed(x)
         for norm, experts in zip(self.norms, self.experts, strict=True):
             h = h + experts(norm(h))
-        output: Tensor = self.readout(h)
-        return output
+        return self.readout(h)
 
 
-_TORCH_ROLES = {
-    "tokens.weight": "embedding",
-    "*.layers.*.in_proj_weight": "branch_in",
-    "*.layers.*.in_proj_bias": "branch_in_bias",
-    "*.layers.*.out_proj.weight": "branch_out",
-    "*.layers.*.out_proj.bias": "branch_out_bias",
-    "*.layers.*.linear1.weight": "branch_in",
-    "*.layers.*.linear1.bias": "branch_in_bias",
-    "*.layers.*.linear2.weight": "branch_out",
-    "*.layers.*.linear2.bias": "branch_out_bias",
-    "readout.weight": "readout",
-    "readout.bias": "readout_bias",
-}
-_ENCODER_ROLES = _TORCH_ROLES | {"positions": "embedding"}
-_ENCODER_BRANCHES = (("encoder.layers.*.self_attn", "attention", 1), ("encoder.layers.*", "mlp", 32))
-_DECODER_ROLES = _TORCH_ROLES | {"memory.*": "embedding"}
-_DECODER_BRANCHES = (
-    ("decoder.layers.*.self_attn", "attention", 1),
-    ("decoder.layers.*.multihead_attn", "attention", 1),
-    ("decoder.layers.*", "mlp", 32),
-)
-_EXPERT_ROLES = {
-    "embed.*": "embedding",
-    "norms.*": "branch_norm",
-    "experts.*.router.weight": "branch_bounded_matrix",
-    "experts.*.router.bias": "branch_bounded",
-    "experts.*.gate.*.weight": "branch_in",
-    "experts.*.up.*.weight": "branch_in",
-    "experts.*.down.*.weight": "branch_out",
-    "experts.*.down.*.bias": "branch_out_bias",
-    "readout.weight": "readout",
-    "readout.bias": "readout_bias",
-}
+_TORCH = """
+    embedding: tokens.weight positions memory.*
+    branch_in: *.layers.*.in_proj_weight|bias *.layers.*.linear1.weight|bias
+    branch_out: *.layers.*.out_proj.weight|bias *.layers.*.linear2.weight|bias
+    readout: readout.weight|bias
+"""
+_PRE_NORM = "branch_norm: *.layers.*.norm?.*\nstream_norm: ??coder.norm.*"
+_POST_NORM = "stream_norm (post_norm): *.layers.*.norm?.*"
+
+
+def _stack(model: type[Encoder | Decoder], example: Any, attentions: tuple[str, ...], norm_first: bool) -> Architecture:
+    def build(*shape: int) -> nn.Module:
+        return model(*shape, norm_first=norm_first)
+
+    found = Architecture(build, example, "readout.weight", warns="" if norm_first else "post-norm").reads(_TORCH)
+    layers = f"{model.__name__.lower()}.layers.*"
+    for name in attentions:
+        found = found.reads(f"branches: {layers}.{name} attention 1")
+    return found.reads(f"branches: {layers} mlp 32").reads(_PRE_NORM if norm_first else _POST_NORM)
+
+
+_ENCODER = Encoder, (TOKENS,), ("self_attn",)
+_DECODER = Decoder, (TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)), ("self_attn", "multihead_attn")
+
+
+def _experts(normalized: bool) -> Architecture:
+    def build(*shape: int) -> nn.Module:
+        return MixtureOfExperts(*shape, normalized=normalized)
+
+    active = dict.fromkeys([f"experts.*.{part}.*" for part in ("gate", "up", "down")], 2) if normalized else {}
+    return Architecture(build, (torch.linspace(-1, 1, 20).reshape(4, 5),), "readout.weight", active=active).reads("""
+        embedding: embed.*
+        branch_norm: norms.*
+        branch_bounded_matrix: experts.*.router.weight
+        branch_bounded: experts.*.router.bias
+        branch_in: experts.*.gate.*.weight experts.*.up.*.weight
+        branch_out: experts.*.down.*.weight|bias
+        readout: readout.weight|bias
+        branches: experts.* mlp 16
+    """)
+
+
+def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
+    return ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2)
+
+
+def _transformer(depth: int, heads: int, embedding: int) -> nn.Module:
+    return CausalTransformer(VOCABULARY, 8, depth, embedding, heads, head_dim=8)
+
 
 PLAIN: dict[str, Architecture] = {
-    "resnet": Architecture(
-        build=lambda depth, heads, embedding: ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2),
-        example=(torch.ones(4, 3), torch.ones(4, 2)),
-        roles={
-            "embed.weight": "embedding",
-            "blocks.*.read.weight": "branch_in",
-            "blocks.*.write.weight": "branch_out",
-            "readout.weight": "readout",
-        },
-        branches=(("blocks.*", "mlp", 4),),
-        readout="readout.weight",
-    ),
-    "causal transformer": Architecture(
-        build=lambda depth, heads, embedding: CausalTransformer(VOCABULARY, 8, depth, embedding, heads, head_dim=8),
-        example=torch.zeros(2, 9, dtype=torch.long),
-        roles={
-            "tokens.weight": "embedding",
-            "branches.*.norm.weight": "branch_norm",
-            "branches.*.query.weight": "branch_in",
-            "branches.*.key.weight": "branch_in",
-            "branches.*.value.weight": "branch_in",
-            "branches.*.out.weight": "branch_out",
-            "branches.*.read.weight": "branch_in",
-            "branches.*.write.weight": "branch_out",
-            "norm.weight": "stream_norm",
-            "readout.weight": "readout",
-        },
-        branches=(("branches.*", "attention", 1), ("branches.*", "mlp", 32)),
-        readout="readout.weight",
-    ),
-    "functional": Architecture(
-        build=Functional,
-        example=(torch.ones(4, 5),),
-        roles={
-            "patches.weight": "embedding",
-            "patches.bias": "embedding",
-            "stem.weight": "stream_matrix",
-            "stem.bias": "stream_norm",
-            "blocks.*.read": "branch_in",
-            "blocks.*.read_bias": "branch_in_bias",
-            "blocks.*.gain": "branch_in_bias",
-            "blocks.*.between.weight": "branch_hidden",
-            "blocks.*.between.bias": "branch_in_bias",
-            "blocks.*.write": "branch_out",
-            "blocks.*.layer_scale": "branch_norm",
-            "transform.weight": "stream_matrix (in_head)",
-            "transform.bias": "stream_norm",
-            "out.weight": "readout",
-            "out.bias": "readout_bias",
-        },
-        branches=(("blocks.*", "mlp", 8),),
-        readout="out.weight",
-    ),
-    "pre-norm encoder": Architecture(
-        build=lambda depth, heads, embedding: Encoder(depth, heads, embedding, norm_first=True),
-        example=(TOKENS,),
-        roles=_ENCODER_ROLES | {"encoder.layers.*.norm?.*": "branch_norm", "encoder.norm.*": "stream_norm"},
-        branches=_ENCODER_BRANCHES,
-        readout="readout.weight",
-    ),
-    "post-norm encoder": Architecture(
-        build=lambda depth, heads, embedding: Encoder(depth, heads, embedding, norm_first=False),
-        example=(TOKENS,),
-        roles=_ENCODER_ROLES | {"encoder.layers.*.norm?.*": "stream_norm (post_norm)"},
-        branches=_ENCODER_BRANCHES,
-        readout="readout.weight",
-        warns="post-norm",
-    ),
-    "pre-norm decoder": Architecture(
-        build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=True),
-        example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
-        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "branch_norm", "decoder.norm.*": "stream_norm"},
-        branches=_DECODER_BRANCHES,
-        readout="readout.weight",
-    ),
-    "post-norm decoder": Architecture(
-        build=lambda depth, heads, embedding: Decoder(depth, heads, embedding, norm_first=False),
-        example=(TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)),
-        roles=_DECODER_ROLES | {"decoder.layers.*.norm?.*": "stream_norm (post_norm)"},
-        branches=_DECODER_BRANCHES,
-        readout="readout.weight",
-        warns="post-norm",
-    ),
-    "average of experts": Architecture(
-        build=lambda depth, heads, embedding: MixtureOfExperts(depth, heads, embedding, normalized=True),
-        example=(torch.linspace(-1, 1, 20).reshape(4, 5),),
-        roles=_EXPERT_ROLES,
-        branches=(("experts.*", "mlp", 2 * 8),),
-        readout="readout.weight",
-        active={"experts.*.gate.*": 2, "experts.*.up.*": 2, "experts.*.down.*": 2},
-    ),
-    "sum of experts": Architecture(
-        build=lambda depth, heads, embedding: MixtureOfExperts(depth, heads, embedding, normalized=False),
-        example=(torch.linspace(-1, 1, 20).reshape(4, 5),),
-        roles=_EXPERT_ROLES,
-        branches=(("experts.*", "mlp", 2 * 8),),
-        readout="readout.weight",
-    ),
+    "resnet": Architecture(_resnet, (torch.ones(4, 3), torch.ones(4, 2)), "readout.weight").reads("""
+        embedding: embed.weight
+        branch_in: blocks.*.read.weight
+        branch_out: blocks.*.write.weight
+        readout: readout.weight
+        branches: blocks.* mlp 4
+    """),
+    "causal transformer": Architecture(_transformer, torch.zeros(2, 9, dtype=torch.long), "readout.weight").reads("""
+        embedding: tokens.weight
+        branch_norm: branches.*.norm.weight
+        branch_in: branches.*.query.weight branches.*.key.weight branches.*.value.weight branches.*.read.weight
+        branch_out: branches.*.out.weight branches.*.write.weight
+        stream_norm: norm.weight
+        readout: readout.weight
+        branches: branches.* attention 1
+        branches: branches.* mlp 32
+    """),
+    "functional": Architecture(Functional, (torch.ones(4, 5),), "out.weight").reads("""
+        embedding: patches.weight patches.bias
+        stream_matrix: stem.weight
+        stream_norm: stem.bias transform.bias
+        branch_in: blocks.*.read
+        branch_in_bias: blocks.*.read_bias blocks.*.gain blocks.*.between.bias
+        branch_hidden: blocks.*.between.weight
+        branch_out: blocks.*.write
+        branch_norm: blocks.*.layer_scale
+        stream_matrix (in_head): transform.weight
+        readout: out.weight|bias
+        branches: blocks.* mlp 8
+    """),
+    "pre-norm encoder": _stack(*_ENCODER, norm_first=True),
+    "post-norm encoder": _stack(*_ENCODER, norm_first=False),
+    "pre-norm decoder": _stack(*_DECODER, norm_first=True),
+    "post-norm decoder": _stack(*_DECODER, norm_first=False),
+    "average of experts": _experts(normalized=True),
+    "sum of experts": _experts(normalized=False),
 }

@@ -1,13 +1,11 @@
 """Models of images: of plain code and of Hugging Face transformers."""
 
-from __future__ import annotations
-
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from helpers.architectures.architecture import Architecture
+from helpers.architectures.architecture import Architecture, hugging_face
 
 IMAGES = torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)
 
@@ -23,8 +21,7 @@ class MixerBlock(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         h = self.tokens(self.token_norm(h).transpose(1, 2)).transpose(1, 2) + h
-        output: Tensor = h + self.channels(self.channel_norm(h))
-        return output
+        return h + self.channels(self.channel_norm(h))
 
 
 class Mixer(nn.Module):
@@ -39,8 +36,7 @@ class Mixer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         h = self.blocks(self.patches(images).flatten(2).transpose(1, 2))
-        output: Tensor = self.classifier(self.norm(h).mean(1))
-        return output
+        return self.classifier(self.norm(h).mean(1))
 
 
 def _normed(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -89,136 +85,76 @@ class ConvolutionalResNet(nn.Module):
         h = self.pool(F.relu(self.stem(images)))
         for stage in self.stages:
             h = stage(h)
-        output: Tensor = self.fc(F.adaptive_avg_pool2d(h, 1).flatten(1))
-        return output
+        return self.fc(F.adaptive_avg_pool2d(h, 1).flatten(1))
 
 
 def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
     """Bottlenecks whose hidden channels are a quarter of the output's."""
     assert embedding == 8 * heads, "hidden channels are a quarter of the embedding"
-    config = transformers.ResNetConfig(
-        embedding_size=embedding // 4,
-        hidden_sizes=[embedding // 2, embedding],
-        depths=[depth, depth],
-        layer_type="bottleneck",
-        num_labels=3,
-    )
+    sizes = {"embedding_size": embedding // 4, "hidden_sizes": [embedding // 2, embedding], "depths": [depth, depth]}
+    config = transformers.ResNetConfig(**sizes, layer_type="bottleneck", num_labels=3)
     return transformers.ResNetForImageClassification(config)
 
 
-def _vit(depth: int, heads: int, embedding: int) -> nn.Module:
-    assert embedding == 8 * heads, "ViT has no head_dim of its own"
-    config = transformers.ViTConfig(
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        hidden_size=embedding,
-        intermediate_size=32 * heads,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config)
+def _convolutional(bottleneck: bool) -> Architecture:
+    def build(*shape: int) -> nn.Module:
+        return ConvolutionalResNet(*shape, bottleneck=bottleneck)
+
+    return Architecture(build, (IMAGES,), "fc.weight", ends=("stages.*.*.last.1.*",), axis=1).reads("""
+        embedding: stem.0.weight
+        stream_norm: stem.1.* stages.*.*.shortcut.1.*
+        branch_in: stages.*.*.first.0.weight
+        branch_in_bias: stages.*.*.first.1.* stages.*.*.second.1.*
+        branch_hidden: stages.*.*.second.0.weight
+        branch_out (before_norm): stages.*.*.last.0.weight
+        branch_norm: stages.*.*.last.1.*
+        stream_matrix: stages.*.*.shortcut.0.weight
+        readout: fc.weight|bias
+        branches: stages.*.* convolution 4
+        branches: stages.*.* convolution 8
+    """)
 
 
-_CONVOLUTIONAL_ROLES = {
-    "stem.0.weight": "embedding",
-    "stem.1.*": "stream_norm",
-    "stages.*.*.first.0.weight": "branch_in",
-    "stages.*.*.first.1.*": "branch_in_bias",
-    "stages.*.*.last.0.weight": "branch_out (before_norm)",
-    "stages.*.*.last.1.*": "branch_norm",
-    "stages.*.*.shortcut.0.weight": "stream_matrix",
-    "stages.*.*.shortcut.1.*": "stream_norm",
-    "fc.weight": "readout",
-    "fc.bias": "readout_bias",
-}
-_CONVOLUTIONAL_BRANCHES = (("stages.*.*", "convolution", 4), ("stages.*.*", "convolution", 8))
+_VIT_SIZES = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+_VIT = hugging_face(transformers.ViTForImageClassification, transformers.ViTConfig, 32, **_VIT_SIZES)
+_LABELS = {"labels": torch.zeros(2, dtype=torch.long)}
+_LABELED = {"pixel_values": IMAGES} | _LABELS
+_LAST_NORMS = "resnet.encoder.*.layer.2.normalization.*"
 
 VISION_MODELS: dict[str, Architecture] = {
-    "vit": Architecture(
-        build=_vit,
-        example={"pixel_values": torch.ones(2, 3, 8, 8), "labels": torch.zeros(2, dtype=torch.long)},
-        roles={
-            "vit.embeddings.*": "embedding",
-            "vit.layers.*.attention.[qkv]_proj.weight": "branch_in",
-            "vit.layers.*.attention.[qkv]_proj.bias": "branch_in_bias",
-            "vit.layers.*.attention.o_proj.weight": "branch_out",
-            "vit.layers.*.attention.o_proj.bias": "branch_out_bias",
-            "vit.layers.*.mlp.fc1.weight": "branch_in",
-            "vit.layers.*.mlp.fc1.bias": "branch_in_bias",
-            "vit.layers.*.mlp.fc2.weight": "branch_out",
-            "vit.layers.*.mlp.fc2.bias": "branch_out_bias",
-            "vit.layers.*.layernorm_*": "branch_norm",
-            "vit.layernorm.*": "stream_norm",
-            "classifier.weight": "readout",
-            "classifier.bias": "readout_bias",
-        },
-        branches=(("vit.layers.*.attention", "attention", 1), ("vit.layers.*.mlp", "mlp", 32)),
-        readout="classifier.weight",
-    ),
-    "mixer": Architecture(
-        build=Mixer,
-        example=(IMAGES,),
-        roles={
-            "patches.*": "embedding",
-            "blocks.*.*_norm.*": "branch_norm",
-            "blocks.*.tokens.0.weight": "branch_in",
-            "blocks.*.tokens.0.bias": "branch_in_bias",
-            "blocks.*.tokens.2.weight": "branch_out",
-            "blocks.*.tokens.2.bias": "branch_out_bias",
-            "blocks.*.channels.0.weight": "branch_in",
-            "blocks.*.channels.0.bias": "branch_in_bias",
-            "blocks.*.channels.2.weight": "branch_out",
-            "blocks.*.channels.2.bias": "branch_out_bias",
-            "norm.*": "stream_norm",
-            "classifier.weight": "readout",
-            "classifier.bias": "readout_bias",
-        },
-        branches=(("blocks.*.tokens", "mlp", 8), ("blocks.*.channels", "mlp", 16)),
-        readout="classifier.weight",
-        tokens=("blocks.*.tokens.*",),
-    ),
-    "basic resnet": Architecture(
-        build=lambda depth, heads, embedding: ConvolutionalResNet(depth, heads, embedding, bottleneck=False),
-        example=(IMAGES,),
-        roles=_CONVOLUTIONAL_ROLES,
-        branches=_CONVOLUTIONAL_BRANCHES,
-        readout="fc.weight",
-        ends=("stages.*.*.last.1.*",),
-        axis=1,
-    ),
-    "bottleneck resnet": Architecture(
-        build=lambda depth, heads, embedding: ConvolutionalResNet(depth, heads, embedding, bottleneck=True),
-        example=(IMAGES,),
-        roles=_CONVOLUTIONAL_ROLES
-        | {"stages.*.*.second.0.weight": "branch_hidden", "stages.*.*.second.1.*": "branch_in_bias"},
-        branches=_CONVOLUTIONAL_BRANCHES,
-        readout="fc.weight",
-        ends=("stages.*.*.last.1.*",),
-        axis=1,
-    ),
-    "hugging face resnet": Architecture(
-        build=_resnet,
-        example={"pixel_values": IMAGES, "labels": torch.zeros(2, dtype=torch.long)},
-        roles={
-            "resnet.embedder.embedder.convolution.weight": "embedding",
-            "resnet.embedder.embedder.normalization.*": "stream_norm",
-            "resnet.encoder.*.shortcut.convolution.weight": "stream_matrix",
-            "resnet.encoder.*.shortcut.normalization.*": "stream_norm",
-            "resnet.encoder.*.layer.0.convolution.weight": "branch_in",
-            "resnet.encoder.*.layer.[01].normalization.*": "branch_in_bias",
-            "resnet.encoder.*.layer.1.convolution.weight": "branch_hidden",
-            "resnet.encoder.*.layer.2.convolution.weight": "branch_out (before_norm)",
-            "resnet.encoder.*.layer.2.normalization.*": "branch_norm",
-            "classifier.1.weight": "readout",
-            "classifier.1.bias": "readout_bias",
-        },
-        branches=(
-            ("resnet.encoder.stages.*.layers.*.layer", "convolution", 1),
-            ("resnet.encoder.stages.*.layers.*.layer", "convolution", 2),
-        ),
-        readout="classifier.1.weight",
-        ends=("resnet.encoder.*.layer.2.normalization.*",),
-        axis=1,
-    ),
+    "vit": Architecture(_VIT, {"pixel_values": torch.ones(2, 3, 8, 8)} | _LABELS, "classifier.weight").reads("""
+        embedding: vit.embeddings.*
+        branch_in: vit.layers.*.attention.[qkv]_proj.weight|bias vit.layers.*.mlp.fc1.weight|bias
+        branch_out: vit.layers.*.attention.o_proj.weight|bias vit.layers.*.mlp.fc2.weight|bias
+        branch_norm: vit.layers.*.layernorm_*
+        stream_norm: vit.layernorm.*
+        readout: classifier.weight|bias
+        branches: vit.layers.*.attention attention 1
+        branches: vit.layers.*.mlp mlp 32
+    """),
+    "mixer": Architecture(Mixer, (IMAGES,), "classifier.weight", tokens=("blocks.*.tokens.*",)).reads("""
+        embedding: patches.*
+        branch_norm: blocks.*.*_norm.*
+        branch_in: blocks.*.tokens.0.weight|bias blocks.*.channels.0.weight|bias
+        branch_out: blocks.*.tokens.2.weight|bias blocks.*.channels.2.weight|bias
+        stream_norm: norm.*
+        readout: classifier.weight|bias
+        branches: blocks.*.tokens mlp 8
+        branches: blocks.*.channels mlp 16
+    """),
+    "basic resnet": _convolutional(bottleneck=False),
+    "bottleneck resnet": _convolutional(bottleneck=True),
+    "hugging face resnet": Architecture(_resnet, _LABELED, "classifier.1.weight", ends=(_LAST_NORMS,), axis=1).reads("""
+        embedding: resnet.embedder.embedder.convolution.weight
+        stream_norm: resnet.embedder.embedder.normalization.* resnet.encoder.*.shortcut.normalization.*
+        stream_matrix: resnet.encoder.*.shortcut.convolution.weight
+        branch_in: resnet.encoder.*.layer.0.convolution.weight
+        branch_in_bias: resnet.encoder.*.layer.[01].normalization.*
+        branch_hidden: resnet.encoder.*.layer.1.convolution.weight
+        branch_out (before_norm): resnet.encoder.*.layer.2.convolution.weight
+        branch_norm: resnet.encoder.*.layer.2.normalization.*
+        readout: classifier.1.weight|bias
+        branches: resnet.encoder.stages.*.layers.*.layer convolution 1
+        branches: resnet.encoder.stages.*.layers.*.layer convolution 2
+    """),
 }
