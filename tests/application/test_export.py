@@ -46,11 +46,7 @@ LLAMAS = ["llama", "tied llama"]
 
 
 # factors are powers of two at twice the base, whose products are exact; at three times the base they are rounded
-RUNS: dict[str, tuple[Mode, Shape]] = {
-    "hook": ("hook", TWICE),
-    "fold": ("fold", TWICE),
-    "rounded": ("hook", THRICE),
-}
+RUNS: dict[str, tuple[Mode, Shape]] = {"hook": ("hook", TWICE), "fold": ("fold", TWICE), "rounded": ("hook", THRICE)}
 
 
 ROUNDED = {"rtol": 0, "atol": 2e-5}  # logits of order one, in float32

@@ -106,11 +106,7 @@ def _with_softcap(module: Any) -> None:
         ("gpt2", lambda module: None, r"other weights: transformer\.wte\.weight \[50, 32\] is not in Granite; .* and "),
         ("gemma2", lambda module: None, r"other weights: .*pre_feedforward_layernorm\.weight \[32\] is not in Granite"),
         ("tied llama", _with_window, r"the last 4 tokens of up to 2048, .*config\.sliding_window to None"),
-        (
-            "tied llama",
-            _with_softcap,
-            r"computes something else .* differ by \d.* of the largest.*bake\(module, plan",
-        ),
+        ("tied llama", _with_softcap, r"computes something else .* differ by \d.* of the largest.*bake\(module, plan"),
         ("causal transformer", lambda module: None, r"no Hugging Face model in this CausalTransformer.*bake"),
     ],
 )

@@ -280,10 +280,7 @@ def test_refused_with_nothing_changed(mode: str, change: Callable[..., Any], mes
 @pytest.mark.parametrize("second", MODES)
 @pytest.mark.parametrize(
     ("first", "how", "advice"),
-    [
-        ("hook", "attached as hooks", r"\.remove\(\) of the handle"),
-        ("fold", "folded into its weights", "built anew"),
-    ],
+    [("hook", "attached as hooks", r"\.remove\(\) of the handle"), ("fold", "folded into its weights", "built anew")],
 )
 def test_applied_twice(first: str, second: str, how: str, advice: str) -> None:
     module, plan, tokens = made("tensor")

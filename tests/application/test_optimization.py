@@ -61,8 +61,7 @@ def forward_plan(module: Forward) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("make", "in_gradient", "lr_power"),
-    [(optim.SGD, True, 2), (optim.Adam, True, 1), (optim.AdamW, False, 1)],
+    ("make", "in_gradient", "lr_power"), [(optim.SGD, True, 2), (optim.Adam, True, 1), (optim.AdamW, False, 1)]
 )
 def test_folded_weights_have_the_numbers_of_the_effective_weight(
     make: Callable[..., optim.Optimizer], in_gradient: bool, lr_power: int

@@ -78,11 +78,7 @@ def test_run_is_that_of_the_functions_called_by_hand(make: type[Net], residual: 
 
     def by_hand(module: nn.Module) -> Any:
         groups = [
-            {
-                "params": [parameter],
-                "eps": 1e-8 * scales[name].eps,
-                "weight_decay": 0.1 * scales[name].weight_decay,
-            }
+            {"params": [parameter], "eps": 1e-8 * scales[name].eps, "weight_decay": 0.1 * scales[name].weight_decay}
             for name, parameter in module.named_parameters()
         ]
         optimizer = optim.AdamW(groups, lr=0.02)
