@@ -4,39 +4,22 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.optimizers_by_hand import (
-    CASES,
-    ROWS,
-    ByHand,
-    Case,
-    Combined,
-    OwnAdam,
-    OwnMuon,
-    RenamedAdamW,
-    adam,
-    adamw,
-    sgd,
-)
+from helpers import optimizers_by_hand as optimizers
+from helpers import parameter_groups as table
+from helpers.optimizers_by_hand import CASES, ROWS, Case, Combined, OwnAdam, adam, adamw, sgd
 from helpers.parameter_groups import (
-    ADAM_LR,
     EPS,
     MATRICES,
-    MUON_LR,
-    SGD_LR,
     SHAPES,
-    STD,
-    D,
-    L,
-    M,
     Numbers,
     Weights,
     groups_in_update,
     identical,
-    numbers_in_update,
     plan_of,
     scaled,
 )
 from helpers.plans import entry
+from helpers.updates import groups_of, train, update
 from torch import nn, optim
 
 from mlu_lightning import Plan
@@ -52,13 +35,11 @@ def test_every_class_of_torch_optim_is_tried() -> None:
 
 def run_by_hand(case: Case, module: Weights, steps: int) -> None:
     numbers = {key: value for key, value in case.optimizer(module).param_groups[0].items() if key != "params"}
-    groups = [{"params": [parameter]} for parameter in module.parameters()]
-    optimizer = case.make(groups, **case.numbers)
+    optimizer = case.make(groups_of(module, lambda name: {}), **case.numbers)
     for step in range(steps):
         for group, name in zip(optimizer.param_groups, case.names, strict=True):
             group.update(case.by_hand(numbers, ROWS[name], step))
-        module.load_gradients(step, case.sparse)
-        optimizer.step()
+        train([step], (module, optimizer), sparse=case.sparse)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -66,12 +47,7 @@ def test_update_is_that_of_groups_built_by_hand(case: Case) -> None:
     ours, theirs, plain = Weights(case.names), Weights(case.names), Weights(case.names)
     optimizer = case.optimizer(ours)
     scale_optimizer(optimizer, ours, plan_of(ours))
-    unscaled = case.optimizer(plain)
-    for step in range(10):
-        ours.load_gradients(step, case.sparse)
-        optimizer.step()
-        plain.load_gradients(step, case.sparse)
-        unscaled.step()
+    train(range(10), (ours, optimizer), (plain, case.optimizer(plain)), sparse=case.sparse)
     run_by_hand(case, theirs, 10)
     assert identical(ours, theirs)
     assert not identical(ours, plain)
@@ -85,11 +61,7 @@ def test_base_shape_is_the_plain_run(case: Case) -> None:
     optimizer.register_step_post_hook(lambda opt, *_: seen.append(opt.param_groups[0] is group))
     group = optimizer.param_groups[0]
     scale_optimizer(optimizer, ours, plan_of(ours, identity=True))
-    for step in range(3):
-        ours.load_gradients(step, case.sparse)
-        theirs.load_gradients(step, case.sparse)
-        optimizer.step()
-        plain.step()
+    train(range(3), (ours, optimizer), (theirs, plain), sparse=case.sparse)
     assert identical(ours, theirs)
     assert seen == [True] * 3
 
@@ -101,7 +73,7 @@ SCALE_FREE = {name: case for name, case in CASES.items() if not name.startswith(
 def test_run_is_the_base_run_in_other_units(case: Case) -> None:
     """Weights c times and gradients g times those of the base, c = lr/n and g of the table: so they stay, exactly."""
     base, scaled = Weights(), Weights()
-    units = {name: SGD_LR[name] * EPS[name] for name in SHAPES}
+    units = {name: table.SGD_LR[name] * EPS[name] for name in SHAPES}
     for name, parameter in scaled.named_parameters():
         parameter.data.mul_(units[name])
     reference, optimizer = case.optimizer(base), case.optimizer(scaled)
@@ -129,14 +101,14 @@ def test_adafactor_step_is_the_base_step_in_other_units(lr: float) -> None:
         scaled.load_gradients(step)
         before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
         for name, parameter in scaled.named_parameters():
-            parameter.data.copy_(before[name] * STD[name])
+            parameter.data.copy_(before[name] * table.STD[name])
             parameter.grad = parameter.grad * EPS[name]
         reference.step()
         optimizer.step()
         for name, parameter in scaled.named_parameters():
             decayed = 1 - lr * 0.1
-            moved = parameter - before[name] * STD[name] * decayed
-            expected = (base.get_parameter(name) - before[name] * decayed) * ADAM_LR[name]
+            moved = parameter - before[name] * table.STD[name] * decayed
+            expected = (base.get_parameter(name) - before[name] * decayed) * table.ADAM_LR[name]
             torch.testing.assert_close(moved, expected, rtol=1e-9, atol=1e-14)  # rounding of the subtraction
 
 
@@ -146,9 +118,8 @@ def test_adafactor_default_bound_is_the_precision_of_the_parameters(dtype: torch
     optimizer = optim.Adafactor(module.parameters())
     seen = groups_in_update(optimizer)
     scale_optimizer(optimizer, module, plan_of(module))
-    module.load_gradients(0)
-    optimizer.step()
-    assert seen[-1][0]["eps"] == (torch.finfo(dtype).eps * EPS["branch_in"] ** 2, 1e-3 * STD["branch_in"])
+    train([0], (module, optimizer))
+    assert seen[-1][0]["eps"] == (torch.finfo(dtype).eps * EPS["branch_in"] ** 2, 1e-3 * table.STD["branch_in"])
 
 
 def test_adafactor_refuses_a_step_above_its_limit() -> None:
@@ -156,8 +127,7 @@ def test_adafactor_refuses_a_step_above_its_limit() -> None:
     smaller = entry(Role.BRANCH_IN, SHAPES["branch_in"], Ratios(1.0, 1 / 16, 1.0))
     optimizer = optim.Adafactor(module.parameters(), lr=0.2)
     scale_optimizer(optimizer, module, Plan({"branch_in": smaller}, (), (), ()))
-    module.load_gradients(0)
-    optimizer.step()
+    train([0], (module, optimizer))
     with pytest.raises(ValueError, match=r"no steps above 1/sqrt\(step\), which is 0.707107 at step 2, but .* 0.8 for"):
         optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 0.2
@@ -166,31 +136,28 @@ def test_adafactor_refuses_a_step_above_its_limit() -> None:
 # Families
 
 
-def test_subclass_with_the_same_step_has_the_same_rule() -> None:
+@pytest.mark.parametrize(("make", "family"), [(optimizers.RenamedAdamW, None), (optim.AdamW, "sgd")])
+def test_adamw_is_known_by_its_step_whatever_family_is_given(make: type[optim.AdamW], family: str | None) -> None:
     ours, theirs = Weights(), Weights()
-    optimizer = RenamedAdamW(ours.parameters(), lr=0.1, eps=0.01)
-    scale_optimizer(optimizer, ours, plan_of(ours))
-    ours.load_gradients(0)
-    optimizer.step()
+    optimizer = make(ours.parameters(), lr=0.1, eps=0.01)
+    scale_optimizer(optimizer, ours, plan_of(ours), family)
+    train([0], (ours, optimizer))
     run_by_hand(Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}), theirs, 1)
     assert identical(ours, theirs)
 
 
 @pytest.mark.parametrize(("family", "by_hand"), [("adam", adam), ("sgd", sgd), ("adamw", adamw)])
-def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_hand: ByHand) -> None:
-    module, optimizer, seen = scaled(OwnAdam, family=family, weight_decay=0.2)
-    module.load_gradients(0)
-    optimizer.step()
+def test_family_is_the_column_of_the_table_for_other_optimizers(family: str, by_hand: Any) -> None:
+    module, optimizer, _ = scaled(OwnAdam, family=family, weight_decay=0.2)
     for key in ("lr", "weight_decay"):
         expected = {name: by_hand(optimizer.param_groups[0], ROWS[name], 9)[key] for name in SHAPES}
-        assert numbers_in_update(module, seen[-1], key) == expected
+        assert update(module, optimizer, key) == expected
 
 
 def test_other_muons_are_scaled_without_a_shape_factor() -> None:
-    module, optimizer, seen = scaled(OwnMuon, *MATRICES, family="muon", weight_decay=0.2)
-    optimizer.step()
-    assert numbers_in_update(module, seen[-1], "lr") == {name: 0.1 * MUON_LR[name] for name in MATRICES}
-    assert numbers_in_update(module, seen[-1], "weight_decay") == {name: 0.2 / MUON_LR[name] for name in MATRICES}
+    module, optimizer, _ = scaled(optimizers.OwnMuon, *MATRICES, family="muon", weight_decay=0.2)
+    assert update(module, optimizer) == {name: 0.1 * table.MUON_LR[name] for name in MATRICES}
+    assert update(module, optimizer, "weight_decay") == {name: 0.2 / table.MUON_LR[name] for name in MATRICES}
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -199,25 +166,23 @@ def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transp
     shape = (8, 48) if transposed else (48, 8)
     module = nn.Module()
     module.weight = nn.Parameter(torch.ones(shape))
-    planned = entry(Role.BRANCH_IN, shape, Ratios(L, D, M), fans=(8, 48), transposed=transposed)
+    planned = entry(Role.BRANCH_IN, shape, Ratios(table.L, table.D, table.M), fans=(8, 48), transposed=transposed)
     optimizer = optim.Muon(module.parameters(), lr=0.1)
     seen = groups_in_update(optimizer)
     scale_optimizer(optimizer, module, Plan({"weight": planned}, (), (), ()))
     module.weight.grad = torch.ones(shape)
     optimizer.step()
     own = 1.0 if transposed else (6 / 1.5) ** 0.5
-    assert seen[-1][0]["lr"] == pytest.approx(0.1 * MUON_LR["branch_in"] / own, rel=1e-14)  # float64 rounding
+    assert seen[-1][0]["lr"] == pytest.approx(0.1 * table.MUON_LR["branch_in"] / own, rel=1e-14)  # float64 rounding
 
 
 def test_combined_optimizers_have_a_family_for_each_group() -> None:
     ours, theirs = Weights(), Weights()
-    others = [name for name in SHAPES if name not in MATRICES]
+    others = ("embedding", "norm", "readout")
     muon, rest = {"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, "eps": 0.1, "weight_decay": 0.3}
 
-    def of(module: nn.Module, *names: str) -> list[nn.Parameter]:
-        return [module.get_parameter(name) for name in names]
-
-    optimizer = Combined([{"params": of(ours, *MATRICES), **muon}], [{"params": of(ours, *others), **rest}])
+    first, second = ([ours.get_parameter(name) for name in names] for names in (MATRICES, others))
+    optimizer = Combined([{"params": first, **muon}], [{"params": second, **rest}])
     with pytest.raises(TypeError, match=r"How Combined uses .*a list with one for each parameter group"):
         scale_optimizer(optimizer, ours, plan_of(ours))
     with pytest.raises(ValueError, match=r"names 3 families, and Combined has 2 parameter groups\. Give one for each"):
@@ -226,21 +191,13 @@ def test_combined_optimizers_have_a_family_for_each_group() -> None:
         scale_optimizer(optimizer, ours, plan_of(ours), family="muon")
     scaled = scale_optimizer(optimizer, ours, plan_of(ours), family=["muon", "adamw"])
     assert scaled.families == {name: "muon" if name in MATRICES else "adamw" for name in SHAPES}
-    by_hand = Combined(
-        [
-            {
-                "params": of(theirs, name),
-                "lr": muon["lr"] * MUON_LR[name],
-                "weight_decay": muon["weight_decay"] / MUON_LR[name],
-            }
-            for name in MATRICES
-        ],
-        [{"params": of(theirs, name), **adamw(rest, ROWS[name], 0)} for name in others],
-    )
-    for step in range(4):
-        for module, each in ((ours, optimizer), (theirs, by_hand)):
-            module.load_gradients(step)
-            each.step()
+
+    def muon_by_hand(name: str) -> Numbers:
+        return {"lr": muon["lr"] * table.MUON_LR[name], "weight_decay": muon["weight_decay"] / table.MUON_LR[name]}
+
+    rest_by_hand = groups_of(theirs, lambda name: adamw(rest, ROWS[name], 0), *others)
+    by_hand = Combined(groups_of(theirs, muon_by_hand, *MATRICES), rest_by_hand)
+    train(range(4), (ours, optimizer), (theirs, by_hand))
     assert identical(ours, theirs)
 
 
@@ -264,38 +221,25 @@ def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refuse
         with pytest.raises(ValueError, match=refused):
             optimizer.step()
         return
-    groups = [{"params": [theirs.get_parameter(name)], **adamw(numbers, ROWS[name], 0)} for name in SHAPES]
-    by_hand = Combined([], groups)
-    for step in range(3):
-        for module, each in ((ours, optimizer), (theirs, by_hand)):
-            module.load_gradients(step)
-            each.step()
+    by_hand = Combined([], groups_of(theirs, lambda name: adamw(numbers, ROWS[name], 0)))
+    train(range(3), (ours, optimizer), (theirs, by_hand))
     assert identical(ours, theirs)
 
 
 # Refusals
 
 
-def test_lbfgs_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (optim.LBFGS, r"LBFGS cannot be scaled: .* one step for all parameters together"),
+        (OwnAdam, r"How OwnAdam uses .* is not known.*family=\.\.\."),
+    ],
+)
+def test_other_rules_are_refused(make: Any, message: str) -> None:
     module = Weights()
-    with pytest.raises(TypeError, match=r"LBFGS cannot be scaled: .* one step for all parameters together"):
-        scale_optimizer(optim.LBFGS(module.parameters()), module, plan_of(module))
-
-
-def test_unknown_optimizer_is_refused() -> None:
-    module = Weights()
-    with pytest.raises(TypeError, match=r"How OwnAdam uses .* is not known.*family=\.\.\."):
-        scale_optimizer(OwnAdam(module.parameters()), module, plan_of(module))
-
-
-def test_family_is_not_asked_for_what_torch_defines() -> None:
-    ours, theirs = Weights(), Weights()
-    optimizer = optim.AdamW(ours.parameters(), lr=0.1, eps=0.01)
-    scale_optimizer(optimizer, ours, plan_of(ours), family="sgd")
-    ours.load_gradients(0)
-    optimizer.step()
-    run_by_hand(Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}), theirs, 1)
-    assert identical(ours, theirs)
+    with pytest.raises(TypeError, match=message):
+        scale_optimizer(make(module.parameters()), module, plan_of(module))
 
 
 @pytest.mark.parametrize("numbers", [{"eps": (1e-30, 1e-3)}, {"lr": None}])
