@@ -95,8 +95,17 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(draw[::2], draw[1::2], strict=True))
 
 
-def plan() -> Plan:
-    return Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE))
+def plan(alpha: float = 1.0) -> Plan:
+    return Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE), alpha=alpha)
+
+
+def made(put: Callable[[nn.Module, Plan], object]) -> tuple[Net, optim.Optimizer]:
+    """A module with multipliers and a scaled optimizer."""
+    module = Net(**WIDE)
+    put(module, plan())
+    optimizer = module.configure_optimizers()
+    scale_optimizer(optimizer, module, plan())
+    return module, optimizer
 
 
 def in_a_loop(
@@ -105,10 +114,7 @@ def in_a_loop(
     most: float = NORM,
 ) -> list[Tensor]:
     """Losses of a loop of one's own, which clips gradients inside of a context."""
-    module = Net(**WIDE)
-    put(module, plan())
-    optimizer = module.configure_optimizers()
-    scale_optimizer(optimizer, module, plan())
+    module, optimizer = made(put)
     for batch in batches():
         optimizer.zero_grad()
         module.training_step(batch).backward()
@@ -149,8 +155,7 @@ def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -
     trainer = quiet(MLUCallback(plan=plan(), init=None, residual=residual), max_epochs=1, **settings)
     trainer.fit(module, loader(batches()))
     torch.testing.assert_close(module.losses, expected, rtol=1e-12, atol=0)
-    assert "clip_gradients" not in vars(module)
-    assert "configure_gradient_clipping" not in vars(module)
+    assert not {"clip_gradients", "configure_gradient_clipping"} & vars(module).keys()
 
 
 def test_weights_that_are_pruned_during_the_run() -> None:
@@ -170,10 +175,7 @@ def test_gradients_that_are_taken_away_or_new(change: str) -> None:
     """The scaled optimizer then gets what the same change makes of them where multipliers are attached."""
     weights = []
     for put in (attach_multipliers, fold):
-        module = Net(**WIDE)
-        put(module, plan())
-        optimizer = module.configure_optimizers()
-        scale_optimizer(optimizer, module, plan())
+        module, optimizer = made(put)
         module.training_step(batches()[0]).backward()
         if change == "new":
             module.readout.weight.grad = None
@@ -188,8 +190,7 @@ def test_gradients_that_are_taken_away_or_new(change: str) -> None:
 def test_a_module_without_the_multipliers_is_refused() -> None:
     """A wrapper has other names, and would be left as it is."""
     module = fold(Net(**WIDE), plan())
-    other = Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE), alpha=2.0)
-    for given, numbers in ((nn.Sequential(module), plan()), (Net(**WIDE), plan()), (module, other)):
+    for given, numbers in ((nn.Sequential(module), plan()), (Net(**WIDE), plan()), (module, plan(alpha=2.0))):
         what = rf"not in the {type(given).__name__} that was given to unfolded_gradients. .* of a wrapper, .* what is inside"
         with pytest.raises(ValueError, match=what), unfolded_gradients(given, numbers):
             pass

@@ -14,30 +14,28 @@ from mlu_lightning import attach_multipliers
 from mlu_lightning.application import residual_state
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
 
 
+COMPILED = {"backend": "eager", "fullgraph": True}
+
+
 def compiled_in_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    module.compile(backend="eager", fullgraph=True)
+    module.compile(**COMPILED)
     return module
 
 
-def compiled_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(lambda tokens: module(tokens), backend="eager", fullgraph=True)
+COMPILERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "wrapper": lambda module: torch.compile(module, **COMPILED),
+    "in place": compiled_in_place,
+    "function": lambda module: torch.compile(lambda tokens: module(tokens), **COMPILED),
+}
 
 
-def compiled_wrapper(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    return torch.compile(module, backend="eager", fullgraph=True)
-
-
-COMPILERS = {"wrapper": compiled_wrapper, "in place": compiled_in_place, "function": compiled_function}
-
-
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("how", COMPILERS)
 @pytest.mark.parametrize("name", ["tensor", "tuple", "model output", "tied readout"])
 def test_compiled_after_attaching(name: str, how: str) -> None:
@@ -47,7 +45,6 @@ def test_compiled_after_attaching(name: str, how: str) -> None:
     torch.testing.assert_close(COMPILERS[how](module)(tokens), expected, **EXACT)
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", COMPILERS)
 def test_attached_and_removed_after_the_first_compiled_call(how: str, mode: str) -> None:

@@ -11,21 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multiplied_networks import (
-    ALPHA,
-    CASES,
-    EXACT,
-    FACTORS,
-    HIDDEN,
-    MODES,
-    READOUT,
-    D,
-    assert_unchanged,
-    made,
-    mlp_by_hand,
-    plan_of,
-    snapshot,
-)
+from helpers import multiplied_networks as networks
+from helpers.multiplied_networks import ALPHA, CASES, EXACT, FACTORS, MODES, READOUT, D, made, plan_of, snapshot
 from torch import Tensor, nn
 
 from mlu_lightning import attach_multipliers, fold
@@ -46,10 +33,9 @@ def test_function_is_the_one_written_by_hand(name: str, mode: str) -> None:
     MODES[mode](module, plan)
     torch.testing.assert_close(module(tokens), expected, **EXACT)
     assert list(module.state_dict()) == keys
-    state = residual_state(module)
+    state, folded = residual_state(module), CASES[name].folded if mode == "fold" else frozenset()
     assert state is not None
-    assert (state.mode, state.fingerprint) == (mode, fingerprint(plan))
-    assert state.folded == (CASES[name].folded if mode == "fold" else frozenset())
+    assert (state.mode, state.fingerprint, state.folded) == (mode, fingerprint(plan), folded)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,7 +45,7 @@ def test_hooks_leave_the_weights_and_come_off(name: str) -> None:
     handle = attach_multipliers(module, plan)
     assert all(torch.equal(value, before[0][key]) for key, value in module.state_dict().items())
     handle.remove()
-    assert_unchanged(module, before)
+    networks.assert_unchanged(module, before)
     assert torch.equal(module(tokens), output)
 
 
@@ -132,18 +118,14 @@ def test_hooks_of_others_see_the_multiplier_as_a_part_of_its_module() -> None:
     """Outputs are multiplied for hooks that came before too; inputs are not yet multiplied for those."""
     module, plan, tokens = made("tensor")
     seen: list[Tensor] = []
-
-    def watch() -> None:
+    for put in (lambda: None, lambda: attach_multipliers(module, plan)):
+        put()
         module.branches[0].register_forward_hook(lambda _, args, output: seen.append(output))
         module.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-
-    watch()
-    attach_multipliers(module, plan)
-    watch()
     module(tokens)
     branch, later_branch, head, later_head = seen
     h = module.embedding.weight[tokens]
-    torch.testing.assert_close(branch, ALPHA * FACTORS[0] * mlp_by_hand(module.branches[0], h), **EXACT)
+    torch.testing.assert_close(branch, ALPHA * FACTORS[0] * networks.mlp_by_hand(module.branches[0], h), **EXACT)
     assert torch.equal(branch, later_branch)
     torch.testing.assert_close(later_head, READOUT * head, **EXACT)
 
@@ -151,15 +133,9 @@ def test_hooks_of_others_see_the_multiplier_as_a_part_of_its_module() -> None:
 def test_a_parameter_of_two_multipliers_gets_both() -> None:
     module = nn.Linear(2, 2).double()
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
-    plan = plan_of(
-        module,
-        (
-            Multiplier("branch", "branch", 0.5, None, ("weight", "bias")),
-            Multiplier("logits", "logits", 0.25, None, ("weight",)),
-        ),
-        alpha=3.0,
-    )
-    fold(module, plan)
+    branch = Multiplier("branch", "branch", 0.5, None, ("weight", "bias"))
+    logits = Multiplier("logits", "logits", 0.25, None, ("weight",))
+    fold(module, plan_of(module, (branch, logits), alpha=3.0))
     torch.testing.assert_close(module.weight.detach(), weight * (0.5 * 3.0 * 0.25), rtol=1e-15, atol=0)
     torch.testing.assert_close(module.bias.detach(), bias * (0.5 * 3.0), rtol=1e-15, atol=0)
 
@@ -174,8 +150,7 @@ def test_factors_of_one_change_nothing(name: str, mode: str) -> None:
     before, output = snapshot(module), module(tokens)
     MODES[mode](module, replace(plan, multipliers=identity, alpha=2.0))
     state, hooks = snapshot(module)
-    assert all(torch.equal(state[name], before[0][name]) for name in state)
-    assert sum(hooks) == 0
+    assert all(torch.equal(state[name], before[0][name]) for name in state) and sum(hooks) == 0
     assert torch.equal(module(tokens), output)
     assert residual_state(module) is not None
 
@@ -185,10 +160,9 @@ def test_frozen_and_half_precision_parameters_are_folded() -> None:
     module.bfloat16().requires_grad_(False)
     expected = {name: value.double() for name, value in module.state_dict().items()}
     fold(module, plan)
-    for name, value in module.state_dict().items():
-        factor = {"branches.0.out.weight": FACTORS[0] * ALPHA, "head.weight": READOUT}.get(name)
-        if factor is not None:
-            torch.testing.assert_close(value.double(), expected[name] * factor, rtol=2**-8, atol=0)
+    for name, factor in {"branches.0.out.weight": FACTORS[0] * ALPHA, "head.weight": READOUT}.items():
+        folded = module.get_parameter(name).double()
+        torch.testing.assert_close(folded, expected[name] * factor, rtol=2**-8, atol=0)
     assert module(tokens).dtype == torch.bfloat16
 
 
@@ -208,11 +182,10 @@ def test_inputs_by_keyword_and_integers_before_them() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_fast_path_of_torch_transformers(training: bool) -> None:
     """In evaluation mode torch skips the submodules of an encoder layer, unless they have hooks."""
-    layer = nn.TransformerEncoderLayer(D, 2, HIDDEN, dropout=0.0, batch_first=True, norm_first=True).double()
-    sites = (Site("self_attn", "output", 0), Site("linear2"))
-    names = (("self_attn.out_proj.weight", "self_attn.out_proj.bias"), ("linear2.weight", "linear2.bias"))
+    layer = nn.TransformerEncoderLayer(D, 2, networks.HIDDEN, dropout=0.0, batch_first=True, norm_first=True).double()
+    places = {Site("self_attn", "output", 0): "self_attn.out_proj", Site("linear2"): "linear2"}
     multipliers = tuple(
-        Multiplier(str(site), "branch", 0.5, site, folds) for site, folds in zip(sites, names, strict=True)
+        Multiplier(str(site), "branch", 0.5, site, (f"{name}.weight", f"{name}.bias")) for site, name in places.items()
     )
     plan = plan_of(layer, multipliers, alpha=1.0)
     h = torch.randn(2, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -222,8 +195,8 @@ def test_fast_path_of_torch_transformers(training: bool) -> None:
     attach_multipliers(layer, plan)
     layer.train(training)
     with torch.no_grad():
-        torch.testing.assert_close(layer(h), expected, **EXACT)
-        torch.testing.assert_close(folded(h), expected, **EXACT)
+        for each in (layer, folded):
+            torch.testing.assert_close(each(h), expected, **EXACT)
 
 
 # --- errors: each names what is wrong and what to do, and leaves the module as it was
@@ -245,8 +218,8 @@ def on_meta(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
 
 
 def quantized(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
-    weight = module.branches[1].out.weight
-    module.branches[1].out.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    layer = module.branches[1].out
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     return module, plan
 
 
@@ -274,7 +247,7 @@ def test_refused_with_nothing_changed(mode: str, change: Callable[..., Any], mes
     before = snapshot(module)
     with pytest.raises(ValueError, match=message):
         MODES[mode](module, plan)
-    assert_unchanged(module, before)
+    networks.assert_unchanged(module, before)
 
 
 @pytest.mark.parametrize("second", MODES)
@@ -287,10 +260,9 @@ def test_applied_twice(first: str, second: str, how: str, advice: str) -> None:
     MODES[first](module, plan)
     output = module(tokens)
     for again, which in ((plan, "this plan"), (replace(plan, alpha=9.0), "another plan")):
-        if (first, second, again) == ("hook", "fold", plan):
-            continue  # moves them into the weights
-        with pytest.raises(ValueError, match=f"already has {which}'s multipliers, {how}.*multiply twice.*{advice}"):
-            MODES[second](module, again)
+        if (first, second, which) != ("hook", "fold", "this plan"):  # which moves them into the weights
+            with pytest.raises(ValueError, match=f"already has {which}'s multipliers, {how}.*multiply twice.*{advice}"):
+                MODES[second](module, again)
     with pytest.raises(ValueError, match="already has this plan's multipliers"):
         fold(module, plan, multiplied=True)
     assert torch.equal(module(tokens), output)
@@ -314,12 +286,12 @@ def test_hooks_stay_if_they_cannot_move_into_the_weights() -> None:
     attach_multipliers(module, plan)
     expected = module(tokens)
     weight = module.branches[1].out.weight
-    module.branches[1].out.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    quantized(module, plan)
     before = snapshot(module)
     with pytest.raises(ValueError, match="meta device or of an integer type"):
         fold(module, plan)
     assert snapshot(module)[1] == before[1]
-    assert residual_state(module) is not None and residual_state(module).mode == "hook"
+    assert (state := residual_state(module)) is not None and state.mode == "hook"
     module.branches[1].out.weight = weight
     assert torch.equal(module(tokens), expected)
 
