@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from mlu_lightning import attach_multipliers
 from mlu_lightning.application import residual_state
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 COMPILED = {"backend": "eager", "fullgraph": True}
 
 

@@ -58,9 +58,7 @@ def test_same_run(architecture: Architecture, name: str) -> None:
         return
     attach_multipliers(hooked, plan)
     fold(folded, plan)
-    torch.testing.assert_close(
-        _loss(folded, architecture.example), _loss(hooked, architecture.example), rtol=1e-13, atol=0
-    )
+    torch.testing.assert_close(*(_loss(each, architecture.example) for each in (folded, hooked)), rtol=1e-13, atol=0)
 
     losses = []
     for module in (hooked, folded):
@@ -74,15 +72,9 @@ def test_same_run(architecture: Architecture, name: str) -> None:
         losses.append(loss.detach())
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
     factors = {parameter: scale.multiplier for parameter, scale in plan.scales("sgd").items()}
-    others = dict(folded.named_parameters())
     for parameter, value in hooked.named_parameters():
-        torch.testing.assert_close(
-            others[parameter],
-            value * factors[parameter],
-            rtol=1e-8,
-            atol=1e-10,
-            msg=lambda text, p=parameter: f"{p}: {text}",
-        )
+        expected, found = value * factors[parameter], folded.get_parameter(parameter)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=lambda text, p=parameter: f"{p}: {text}")
 
 
 def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Architecture) -> None:
@@ -102,7 +94,7 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
     [
         (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight"),
         (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
-        (lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), "in_proj_"),
+        (lambda dim: Encoder(2, 2, 2 * dim, True), (TOKENS,), "in_proj_"),
     ],
 )
 def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], example: Any, queries: str) -> None:
@@ -122,8 +114,7 @@ def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], exampl
     expected = _loss(fold(by_hand, others), example)
     assert not torch.allclose(_loss(fold(copy.deepcopy(module), others), example), expected, rtol=1e-6, atol=0)
     for put in (attach_multipliers, fold):
-        copied = copy.deepcopy(module)
-        put(copied, plan)
+        put(copied := copy.deepcopy(module), plan)
         loss = _loss(copied, example)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         loss.backward()
