@@ -6,20 +6,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import parameter_groups as table
-from helpers.parameter_groups import (
-    ADAM_LR,
-    SGD_LR,
-    SHAPES,
-    D,
-    L,
-    Weights,
-    groups_in_update,
-    identical,
-    plan_of,
-    scaled,
-)
+from helpers.parameter_groups import ADAM_LR, SGD_LR, SHAPES, D, L, Weights, groups_in_update, plan_of, scaled
 from helpers.plans import entry
-from helpers.updates import groups_of, train, update
+from helpers.updates import groups_of, refused, scale, train, update
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn, optim
 from torch.nn.utils import prune
@@ -44,16 +33,11 @@ class Forward(nn.Module):
         self.branch, self.head = nn.Identity(), nn.Identity()
 
 
-def multipliers(prefix: str = "weights.") -> tuple[Multiplier, ...]:
-    return (
-        Multiplier("branch", "branch", 1 / L, Site("branch"), (f"{prefix}branch_out",)),
-        Multiplier("head", "readout", 1 / D, Site("head"), (f"{prefix}readout",)),
-    )
-
-
 def forward_plan(module: Forward) -> Plan:
-    parameters = plan_of(module.weights).parameters
-    return Plan({f"weights.{name}": value for name, value in parameters.items()}, (), (), multipliers())
+    parameters = {f"weights.{name}": value for name, value in plan_of(module.weights).parameters.items()}
+    branch = Multiplier("branch", "branch", 1 / L, Site("branch"), ("weights.branch_out",))
+    head = Multiplier("head", "readout", 1 / D, Site("head"), ("weights.readout",))
+    return Plan(parameters, (), (), (branch, head))
 
 
 @pytest.mark.parametrize(
@@ -71,8 +55,7 @@ def test_folded_weights_have_the_numbers_of_the_effective_weight(make: Any, powe
         module = Forward()
         plan = forward_plan(module)
         put(module, plan)
-        optimizer = make(module.parameters(), lr=0.1, weight_decay=0.1)
-        scale_optimizer(optimizer, module, plan)
+        optimizer = scale(make(module.parameters(), lr=0.1, weight_decay=0.1), module, plan)
         numbers += [update(module.weights, optimizer, key) for key in powers]
     for one, other, power in zip(attached, folded, powers.values(), strict=True):
         assert other == {name: number * table.MULTIPLIERS.get(name, 1) ** power for name, number in one.items()}
@@ -83,12 +66,10 @@ def test_multipliers_that_are_not_in_effect_are_refused() -> None:
     plan = forward_plan(module)
     optimizer = optim.SGD(module.parameters(), lr=0.1)
     message = r"multipliers, and they are not in effect.*attach_multipliers\(module, plan\)"
-    with pytest.raises(ValueError, match=message):
-        scale_optimizer(optimizer, module, plan)
+    refused(message, optimizer, module, plan)
     attach_multipliers(module, plan)
     other = Plan(plan.parameters, (), (), plan.multipliers, alpha=2.0)
-    with pytest.raises(ValueError, match="the multipliers of another plan"):
-        scale_optimizer(optimizer, module, other)
+    refused("the multipliers of another plan", optimizer, module, other)
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert "step" not in vars(optimizer)
 
@@ -103,9 +84,8 @@ def test_one_shadow_group_for_each_distinct_set_of_factors_and_group() -> None:
     more = {name: entry(table.ROLES["norm"][0], (8,), Ratios(L, outputs=D)) for name in norms}
     plan = Plan({**plan_of(Weights()).parameters, **more}, (), (), ())
     first, second = ([module.get_parameter(name) for name in names] for names in (SHAPES, norms))
-    optimizer = optim.AdamW([{"params": first, "lr": 0.1}, {"params": second, "lr": 0.2}])
+    optimizer = scale(optim.AdamW([{"params": first, "lr": 0.1}, {"params": second, "lr": 0.2}]), module, plan)
     seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan)
     train([0], (module, optimizer))
     # embedding and readout share theirs
     assert [len(group["params"]) for group in seen[-1]] == [2, 1, 1, 1, 10]
@@ -125,14 +105,13 @@ def test_groups_added_later_are_scaled() -> None:
             optimizer.add_param_group(rest)
         train(range(3), (module, optimizer))
         assert len(optimizer.param_groups) == 2
-    assert identical(ours, theirs)
+    assert table.identical(ours, theirs)
     assert not torch.equal(ours.branch_out, Weights().branch_out)
 
 
 def test_parameters_changed_in_a_group_are_found() -> None:
     module = Weights()
-    optimizer = optim.SGD([module.embedding], lr=0.1)
-    scale_optimizer(optimizer, module, plan_of(module))
+    optimizer = scale(optim.SGD([module.embedding], lr=0.1), module)
     optimizer.param_groups[0]["params"][0] = module.branch_in
     assert update(module, optimizer) == {"branch_in": 0.1 * SGD_LR["branch_in"]}
 
@@ -148,8 +127,7 @@ def test_numbers_changed_in_the_groups_are_taken_over() -> None:
 
 def test_named_parameters_keep_their_names() -> None:
     module = Weights()
-    optimizer = optim.SGD(module.named_parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan_of(module))
+    optimizer = scale(optim.SGD(module.named_parameters(), lr=0.1), module)
     train([0], (module, optimizer))
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
 
@@ -227,7 +205,7 @@ def test_gradient_scaler_finds_what_it_looks_for() -> None:
     scaler.step(optimizer)
     scaler.update()
     train([0], (reference, plain))
-    assert identical(module, reference)
+    assert table.identical(module, reference)
 
 
 # Wrappers of optimizers
@@ -258,7 +236,7 @@ def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
         return {"lr": 0.2 * factor, "eps": 0.01 * table.EPS[name], "weight_decay": 0.01 / factor}
 
     train([0], (theirs, optim.AdamW(groups_of(theirs, by_hand))))
-    assert identical(ours, theirs)
+    assert table.identical(ours, theirs)
 
 
 # Refusals
@@ -268,8 +246,7 @@ def test_parameter_of_another_module_is_refused() -> None:
     module = Weights()
     optimizer = optim.SGD([*module.parameters(), nn.Parameter(torch.ones(3, 4))], lr=0.1)
     message = r"shape \[3, 4\] in group 0 .* not a parameter of the module.*use_orig_params=True.*DeepSpeed ZeRO"
-    with pytest.raises(ValueError, match=message):
-        scale_optimizer(optimizer, module, plan_of(module))
+    refused(message, optimizer, module)
     assert "step" not in vars(optimizer)
 
 
@@ -278,15 +255,13 @@ def test_flattened_parameter_is_refused() -> None:
     module._fsdp_wrapped_module = nn.Module()
     module._fsdp_wrapped_module._flat_param = nn.Parameter(torch.ones(300))
     optimizer = optim.SGD(module.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"The parameter _flat_param in group 0 .*use_orig_params=True"):
-        scale_optimizer(optimizer, module, plan_of(Weights()))
+    refused(r"The parameter _flat_param in group 0 .*use_orig_params=True", optimizer, module, plan_of(Weights()))
 
 
 def test_names_inside_fsdp_are_those_of_the_plan() -> None:
     module = nn.Module()
     module._fsdp_wrapped_module = weights = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan_of(weights))
+    optimizer = scale(optim.SGD(module.parameters(), lr=0.1), module, plan_of(weights))
     assert update(weights, optimizer) == {name: 0.1 * factor for name, factor in SGD_LR.items()}
 
 
@@ -298,13 +273,11 @@ def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
     if names == "after":
         plan = Plan({f"{name}_orig": value for name, value in plan.parameters.items()}, (), (), ())
     else:
-        optimizer = optim.SGD([module.norm], lr=0.1)
-        scale_optimizer(optimizer, module, plan)
+        optimizer = scale(optim.SGD([module.norm], lr=0.1), module, plan)
     for name in SHAPES:
         prune.identity(module, name)
     if names == "after":
-        optimizer = optim.SGD([module.norm_orig], lr=0.1)
-        scale_optimizer(optimizer, module, plan)
+        optimizer = scale(optim.SGD([module.norm_orig], lr=0.1), module, plan)
     optimizer.add_param_group({"params": [p for p in module.parameters() if p is not module.norm_orig]})
     assert update(module, optimizer) == {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
 
@@ -314,8 +287,7 @@ def test_parameters_that_others_rename_are_refused() -> None:
     module = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False))
     parameters = plan_of(Weights(table.MATRICES)).parameters
     plan = Plan({"0.weight": parameters["branch_in"], "1.weight": parameters["branch_out"]}, (), (), ())
-    optimizer = optim.SGD(module[1].parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan)
+    optimizer = scale(optim.SGD(module[1].parameters(), lr=0.1), module, plan)
     nn.utils.spectral_norm(module[0])
     optimizer.add_param_group({"params": [module[0].weight_orig]})
     with pytest.raises(ValueError, match=r"The parameter 0\.weight_orig in group 1 .* not a parameter of the module"):
@@ -325,8 +297,7 @@ def test_parameters_that_others_rename_are_refused() -> None:
 def test_second_scaling_is_refused() -> None:
     module, optimizer, _ = scaled()
     lr_scheduler.StepLR(optimizer, 5)
-    with pytest.raises(ValueError, match=r"scaled already; .* \.remove\(\)"):
-        scale_optimizer(optimizer, module, plan_of(module))
+    refused(r"scaled already; .* \.remove\(\)", optimizer, module)
 
 
 class ReadOnly(optim.SGD):
@@ -346,5 +317,4 @@ def test_groups_that_are_not_a_list_are_refused() -> None:
     optimizer = optim.SGD(module.parameters(), lr=0.1)
     optimizer.__class__ = ReadOnly
     vars(optimizer)["_groups"] = vars(optimizer).pop("param_groups")
-    with pytest.raises(ValueError, match=r"param_groups of ReadOnly are not a list of its own.*scale each of these"):
-        scale_optimizer(optimizer, module, plan_of(module))
+    refused(r"param_groups of ReadOnly are not a list of its own.*scale each of these", optimizer, module)

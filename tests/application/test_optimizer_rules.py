@@ -19,7 +19,7 @@ from helpers.parameter_groups import (
     scaled,
 )
 from helpers.plans import entry
-from helpers.updates import groups_of, train, update
+from helpers.updates import groups_of, refused, scale, train, update
 from torch import nn, optim
 
 from mlu_lightning import Plan
@@ -45,8 +45,7 @@ def run_by_hand(case: Case, module: Weights, steps: int) -> None:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_update_is_that_of_groups_built_by_hand(case: Case) -> None:
     ours, theirs, plain = Weights(case.names), Weights(case.names), Weights(case.names)
-    optimizer = case.optimizer(ours)
-    scale_optimizer(optimizer, ours, plan_of(ours))
+    optimizer = scale(case.optimizer(ours), ours)
     train(range(10), (ours, optimizer), (plain, case.optimizer(plain)), sparse=case.sparse)
     run_by_hand(case, theirs, 10)
     assert identical(ours, theirs)
@@ -94,8 +93,7 @@ def test_adafactor_step_is_the_base_step_in_other_units(lr: float) -> None:
     """Weights are std times those of the base and gradients g times: steps are lr times. 1/sqrt(step) < 0.4 from 7."""
     base, scaled = Weights(dtype=torch.float64), Weights(dtype=torch.float64)
     reference = optim.Adafactor(base.parameters(), lr=lr, weight_decay=0.1)
-    optimizer = optim.Adafactor(scaled.parameters(), lr=lr, weight_decay=0.1)
-    scale_optimizer(optimizer, scaled, plan_of(scaled))
+    optimizer = scale(optim.Adafactor(scaled.parameters(), lr=lr, weight_decay=0.1), scaled)
     for step in range(12):
         base.load_gradients(step)
         scaled.load_gradients(step)
@@ -115,9 +113,8 @@ def test_adafactor_step_is_the_base_step_in_other_units(lr: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_adafactor_default_bound_is_the_precision_of_the_parameters(dtype: torch.dtype) -> None:
     module = Weights(("branch_in",), dtype)
-    optimizer = optim.Adafactor(module.parameters())
+    optimizer = scale(optim.Adafactor(module.parameters()), module)
     seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module))
     train([0], (module, optimizer))
     assert seen[-1][0]["eps"] == (torch.finfo(dtype).eps * EPS["branch_in"] ** 2, 1e-3 * table.STD["branch_in"])
 
@@ -125,8 +122,7 @@ def test_adafactor_default_bound_is_the_precision_of_the_parameters(dtype: torch
 def test_adafactor_refuses_a_step_above_its_limit() -> None:
     module = Weights(("branch_in",))
     smaller = entry(Role.BRANCH_IN, SHAPES["branch_in"], Ratios(1.0, 1 / 16, 1.0))
-    optimizer = optim.Adafactor(module.parameters(), lr=0.2)
-    scale_optimizer(optimizer, module, Plan({"branch_in": smaller}, (), (), ()))
+    optimizer = scale(optim.Adafactor(module.parameters(), lr=0.2), module, Plan({"branch_in": smaller}, (), (), ()))
     train([0], (module, optimizer))
     with pytest.raises(ValueError, match=r"no steps above 1/sqrt\(step\), which is 0.707107 at step 2, but .* 0.8 for"):
         optimizer.step()
@@ -139,8 +135,7 @@ def test_adafactor_refuses_a_step_above_its_limit() -> None:
 @pytest.mark.parametrize(("make", "family"), [(optimizers.RenamedAdamW, None), (optim.AdamW, "sgd")])
 def test_adamw_is_known_by_its_step_whatever_family_is_given(make: type[optim.AdamW], family: str | None) -> None:
     ours, theirs = Weights(), Weights()
-    optimizer = make(ours.parameters(), lr=0.1, eps=0.01)
-    scale_optimizer(optimizer, ours, plan_of(ours), family)
+    optimizer = scale(make(ours.parameters(), lr=0.1, eps=0.01), ours, family=family)
     train([0], (ours, optimizer))
     run_by_hand(Case(optim.AdamW, adamw, {"lr": 0.1, "eps": 0.01}), theirs, 1)
     assert identical(ours, theirs)
@@ -167,9 +162,8 @@ def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transp
     module = nn.Module()
     module.weight = nn.Parameter(torch.ones(shape))
     planned = entry(Role.BRANCH_IN, shape, Ratios(table.L, table.D, table.M), fans=(8, 48), transposed=transposed)
-    optimizer = optim.Muon(module.parameters(), lr=0.1)
+    optimizer = scale(optim.Muon(module.parameters(), lr=0.1), module, Plan({"weight": planned}, (), (), ()))
     seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, Plan({"weight": planned}, (), (), ()))
     module.weight.grad = torch.ones(shape)
     optimizer.step()
     own = 1.0 if transposed else (6 / 1.5) ** 0.5
@@ -183,12 +177,10 @@ def test_combined_optimizers_have_a_family_for_each_group() -> None:
 
     first, second = ([ours.get_parameter(name) for name in names] for names in (MATRICES, others))
     optimizer = Combined([{"params": first, **muon}], [{"params": second, **rest}])
-    with pytest.raises(TypeError, match=r"How Combined uses .*a list with one for each parameter group"):
-        scale_optimizer(optimizer, ours, plan_of(ours))
-    with pytest.raises(ValueError, match=r"names 3 families, and Combined has 2 parameter groups\. Give one for each"):
-        scale_optimizer(optimizer, ours, plan_of(ours), family=["muon", "adamw", "adamw"])
-    with pytest.raises(ValueError, match="Muon was given embedding"):
-        scale_optimizer(optimizer, ours, plan_of(ours), family="muon")
+    refused(r"How Combined uses .*a list with one for each parameter group", optimizer, ours, error=TypeError)
+    message = r"names 3 families, and Combined has 2 parameter groups\. Give one for each"
+    refused(message, optimizer, ours, family=["muon", "adamw", "adamw"])
+    refused("Muon was given embedding", optimizer, ours, family="muon")
     scaled = scale_optimizer(optimizer, ours, plan_of(ours), family=["muon", "adamw"])
     assert scaled.families == {name: "muon" if name in MATRICES else "adamw" for name in SHAPES}
 
@@ -213,8 +205,8 @@ def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refuse
     ours, theirs, numbers = Weights(), Weights(), {"lr": 0.01, "eps": 0.1, "weight_decay": 0.3}
     muon = [{"params": [ours.branch_in], **numbers}] if family[0] == "muon" else []
     rest = [{"params": [ours.norm, ours.readout], **numbers}]
-    optimizer = Combined(muon, rest if muon else [{"params": [ours.branch_in], **numbers}, *rest])
-    scale_optimizer(optimizer, ours, plan_of(ours), family)
+    rest = rest if muon else [{"params": [ours.branch_in], **numbers}, *rest]
+    optimizer = scale(Combined(muon, rest), ours, family=family)
     optimizer.add_param_group({"use_muon": False, "params": [ours.branch_out, ours.embedding], **numbers})
     ours.load_gradients(0)
     if refused is not None:
@@ -238,8 +230,7 @@ def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refuse
 )
 def test_other_rules_are_refused(make: Any, message: str) -> None:
     module = Weights()
-    with pytest.raises(TypeError, match=message):
-        scale_optimizer(make(module.parameters()), module, plan_of(module))
+    refused(message, make(module.parameters()), module, error=TypeError)
 
 
 @pytest.mark.parametrize("numbers", [{"eps": (1e-30, 1e-3)}, {"lr": None}])
@@ -247,20 +238,18 @@ def test_groups_without_plain_numbers_are_refused(numbers: Numbers) -> None:
     module = Weights()
     optimizer = OwnAdam(module.parameters())
     optimizer.param_groups[0].update(numbers)
-    with pytest.raises(ValueError, match=rf"has {next(iter(numbers))}=.*, which is not a number"):
-        scale_optimizer(optimizer, module, plan_of(module), family="adam")
+    refused(rf"has {next(iter(numbers))}=.*, which is not a number", optimizer, module, family="adam")
 
 
 @pytest.mark.parametrize("name", ["embedding", "readout"])
 def test_muon_is_refused_for_what_is_not_between_layers(name: str) -> None:
     module = Weights((name,))
-    with pytest.raises(ValueError, match=f"Muon was given {name}, whose role is {name}.*an AdamW next to Muon"):
-        scale_optimizer(optim.Muon(module.parameters()), module, plan_of(module))
+    message = f"Muon was given {name}, whose role is {name}.*an AdamW next to Muon"
+    refused(message, optim.Muon(module.parameters()), module)
 
 
 def test_adagrad_accumulator_is_refused() -> None:
     module = Weights()
     optimizer = optim.Adagrad(module.parameters(), initial_accumulator_value=0.1)
-    with pytest.raises(ValueError, match=r"Adagrad's initial_accumulator_value is 0\.1.*Leave it at 0"):
-        scale_optimizer(optimizer, module, plan_of(module))
+    refused(r"Adagrad's initial_accumulator_value is 0\.1.*Leave it at 0", optimizer, module)
     scale_optimizer(optimizer, module, plan_of(module, identity=True))

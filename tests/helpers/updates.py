@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 from torch import nn, optim
 
-from helpers.parameter_groups import Numbers, Weights, groups_in_update, numbers_in_update
+from helpers.parameter_groups import Numbers, Weights, groups_in_update, numbers_in_update, plan_of
+from mlu_lightning import scale_optimizer
 
 
 def train(steps: Iterable[int], *pairs: tuple[Weights, optim.Optimizer], sparse: bool = False) -> None:
@@ -16,6 +18,20 @@ def train(steps: Iterable[int], *pairs: tuple[Weights, optim.Optimizer], sparse:
         for module, optimizer in pairs:
             module.load_gradients(step, sparse)
             optimizer.step()
+
+
+def scale(optimizer: optim.Optimizer, module: nn.Module, plan: Any = None, family: Any = None) -> optim.Optimizer:
+    """Scale an optimizer, by the plan for bare weights unless another is given, and return it."""
+    scale_optimizer(optimizer, module, plan_of(module) if plan is None else plan, family)
+    return optimizer
+
+
+def refused(
+    message: str, optimizer: Any, module: nn.Module, plan: Any = None, family: Any = None, error: Any = ValueError
+) -> None:
+    """Assert that an optimizer is not scaled."""
+    with pytest.raises(error, match=message):
+        scale(optimizer, module, plan, family)
 
 
 def update(module: Weights, optimizer: optim.Optimizer, key: str = "lr") -> Numbers:
