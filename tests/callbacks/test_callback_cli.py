@@ -32,15 +32,10 @@ class Data(LightningDataModule):
 
 def run(tmp_path: Path, callback: dict[str, Any] | None, **config: Any) -> LightningCLI:
     """The command line `fit --config config.yaml`; without the callback if its arguments are None."""
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     entry = {"class_path": "mlu_lightning.callbacks.MLUCallback", "init_args": callback}
-    settings = {"accelerator": "cpu", "max_epochs": 2, "callbacks": [] if callback is None else [entry], **quiet}
-    content = {"seed_everything": 1, "trainer": settings, "model": WIDE, **config}
+    settings = {"accelerator": "cpu", "max_epochs": 2, "callbacks": [] if callback is None else [entry]}
+    content = {"seed_everything": 1, "trainer": settings | dict.fromkeys(silent, False), "model": WIDE, **config}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     return LightningCLI(ResNet, Data, save_config_callback=None, args=["fit", "--config", f"{tmp_path}/config.yaml"])
 
@@ -68,17 +63,12 @@ def plan() -> Plan:
 @pytest.mark.parametrize("given", ["plan", "base"])
 def test_saved_plan(given: str, adam: bool, plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.yaml")
-    path = str(tmp_path / "plan.yaml")
-    cli = run(
-        tmp_path, {given: path, "residual": "fold", "init": "normal"}, **({"optimizer": OPTIMIZER} if adam else {})
-    )
-    arguments: dict[str, Any] = {given: path, "residual": "fold", "init": "normal"}
+    arguments: dict[str, Any] = {given: str(tmp_path / "plan.yaml"), "residual": "fold", "init": "normal"}
+    cli = run(tmp_path, arguments, **({"optimizer": OPTIMIZER} if adam else {}))
     seed_everything(1)
-    theirs = by_hand(ResNet(**WIDE), MLUCallback(**arguments), adam)
-    assert identical(cli.model, theirs)
+    assert identical(cli.model, by_hand(ResNet(**WIDE), MLUCallback(**arguments), adam))
     state = residual_state(cli.model)
-    assert state is not None
-    assert state.mode == "fold"
+    assert state is not None and state.mode == "fold"
 
 
 def test_base_by_class_path(tmp_path: Path) -> None:
@@ -87,8 +77,7 @@ def test_base_by_class_path(tmp_path: Path) -> None:
     cli = run(tmp_path, {"base": base, "overrides": overrides, "alpha": 2.0, "seed": 3}, optimizer=OPTIMIZER)
     callback = next(callback for callback in cli.trainer.callbacks if isinstance(callback, MLUCallback))
     assert callback.plan is not None
-    assert callback.plan.alpha == 2.0
-    assert (callback.plan.streams[0].depth, callback.plan.streams[0].base_depth) == (4, 2)
+    assert (callback.plan.alpha, callback.plan.streams[0].depth, callback.plan.streams[0].base_depth) == (2.0, 4, 2)
     assert isinstance(cli.model, LightningModule)
     # what LightningCLI made of --optimizer is there again, and makes a plain optimizer
     assert "configure_optimizers" in vars(cli.model)
@@ -98,12 +87,12 @@ def test_base_by_class_path(tmp_path: Path) -> None:
 
 def test_base_by_class_path_draws_no_random_numbers(tmp_path: Path) -> None:
     """It is built when it is needed, not among the other objects of the configuration."""
-    runs = []
-    for callback in (None, {"base": {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}}):
-        runs.append((run(tmp_path, callback, model=BASE).model, torch.get_rng_state()))
-    assert identical(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])
-    assert residual_state(runs[1][0]) is not None
+    base = {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}
+    (plain, state), (ours, other) = (
+        (run(tmp_path, callback, model=BASE).model, torch.get_rng_state()) for callback in (None, {"base": base})
+    )
+    assert identical(plain, ours) and torch.equal(state, other)
+    assert residual_state(ours) is not None
 
 
 def test_callback_from_the_command_line(plan: Plan, tmp_path: Path) -> None:
