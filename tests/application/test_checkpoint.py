@@ -1,7 +1,5 @@
 """What checkpoints say about multipliers, and what modules take from them."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

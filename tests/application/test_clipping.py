@@ -1,7 +1,5 @@
 """Gradients of folded weights are clipped as those of attached multipliers, whoever clips them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +12,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
-from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, scale_optimizer
-from mlu_lightning.application.clipping import unfolded_gradients
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, scale_optimizer, unfolded_gradients
 from mlu_lightning.models import ResNet
 
 NORM = 0.5

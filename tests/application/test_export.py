@@ -1,7 +1,5 @@
 """Leaving: trained Hugging Face models, baked or exported to Granite, in a process that cannot import this package."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Export to Granite: its weights, its config and its function, and the models that cannot become one."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys

@@ -1,7 +1,5 @@
 """Multipliers as hooks and folded into weights are the same function and the same training run."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import replace

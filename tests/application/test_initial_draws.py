@@ -1,7 +1,5 @@
 """Weights that are drawn anew: their distribution, what they depend on, coordinates that models share, and shards."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Initial weights have the std of the table, by the form that they are built with, and nothing else changes."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -1,6 +1,4 @@
-"""Multipliers as hooks and folded, against a forward pass written by hand with the factors in it."""
-
-from __future__ import annotations
+"""Multipliers as hooks and folded, also compiled, against a forward pass written by hand with the factors in it."""
 
 import copy
 import io
@@ -15,12 +13,11 @@ from helpers import multiplied_networks as networks
 from helpers.multiplied_networks import ALPHA, CASES, EXACT, FACTORS, MODES, READOUT, D, made, plan_of, snapshot
 from torch import Tensor, nn
 
-from mlu_lightning import attach_multipliers, fold
+from mlu_lightning import Plan, attach_multipliers, fold
 from mlu_lightning.application import residual_state
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -310,3 +307,46 @@ def test_a_place_without_a_tensor_stops_the_run(name: str, site: Site, message: 
     attach_multipliers(module, plan)
     with pytest.raises(TypeError, match=message):
         module(tokens)
+
+
+# --- torch.compile, before or after
+
+COMPILED = {"backend": "eager", "fullgraph": True}
+
+
+def compiled_in_place(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    module.compile(**COMPILED)
+    return module
+
+
+COMPILERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "wrapper": lambda module: torch.compile(module, **COMPILED),
+    "in place": compiled_in_place,
+    "function": lambda module: torch.compile(lambda tokens: module(tokens), **COMPILED),
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", COMPILERS)
+@pytest.mark.parametrize("name", ["tensor", "tuple", "model output", "tied readout"])
+def test_compiled_after_attaching(name: str, how: str) -> None:
+    module, plan, tokens = made(name)
+    expected = CASES[name].by_hand(copy.deepcopy(module), tokens)
+    attach_multipliers(module, plan)
+    torch.testing.assert_close(COMPILERS[how](module)(tokens), expected, **EXACT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", COMPILERS)
+def test_attached_and_removed_after_the_first_compiled_call(how: str, mode: str) -> None:
+    module, plan, tokens = made("tied readout")
+    expected = CASES["tied readout"].by_hand(copy.deepcopy(module), tokens)
+    call = COMPILERS[how](module)
+    plain = call(tokens)
+    handle = MODES[mode](call if isinstance(call, nn.Module) else module, plan)
+    torch.testing.assert_close(call(tokens), expected, **EXACT)
+    assert residual_state(module) == residual_state(call if isinstance(call, nn.Module) else module) is not None
+    if mode == "hook":
+        handle.remove()
+        assert torch.equal(call(tokens), plain)

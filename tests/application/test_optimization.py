@@ -14,12 +14,9 @@ from torch import nn, optim
 from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
-from mlu_lightning import Plan
-from mlu_lightning.application.multipliers import attach_multipliers, fold
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning import Plan, Ratios, attach_multipliers, fold, scale_optimizer
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
-from mlu_lightning.table import Ratios
 
 # Multipliers: numbers for the stored weights
 

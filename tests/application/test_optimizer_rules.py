@@ -22,9 +22,7 @@ from helpers.plans import entry
 from helpers.updates import groups_of, refused, scale, train, update
 from torch import nn, optim
 
-from mlu_lightning import Plan
-from mlu_lightning.application.optimization import scale_optimizer
-from mlu_lightning.table import OptimizerFamily, Ratios, Role
+from mlu_lightning import OptimizerFamily, Plan, Ratios, Role, scale_optimizer
 
 IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
 

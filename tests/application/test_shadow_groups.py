@@ -13,7 +13,7 @@ from helpers.updates import groups_of, train
 from torch import optim
 from torch.optim import lr_scheduler
 
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning import scale_optimizer
 
 
 def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None:

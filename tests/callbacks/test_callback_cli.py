@@ -11,10 +11,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.application.multipliers import residual_state
-from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.models import ResNet
-from mlu_lightning.planning.plan import Plan
 
 BASE = {"depth": 2, "hidden": 8, "embedding": 4, "inputs": 3, "outputs": 2}
 WIDE = {"depth": 4, "hidden": 32, "embedding": 16, "inputs": 3, "outputs": 2}

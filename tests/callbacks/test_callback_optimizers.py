@@ -1,7 +1,5 @@
 """Optimizers in the Trainer, on a Transformer: MLUCallback's run is that of a module and parameter groups by hand."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
-from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning import MLUCallback
 from mlu_lightning.models import CausalTransformer
 
 # The shape is L, D and M times the base's in depth, embedding and hidden width

@@ -13,10 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn, optim
 from torch.distributed.fsdp import fully_shard
 
-from mlu_lightning.application.initialization import initialize
-from mlu_lightning.application.multipliers import attach_multipliers, fold
-from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initialize
 
 pytestmark = pytest.mark.slow
 

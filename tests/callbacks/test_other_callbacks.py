@@ -1,7 +1,5 @@
 """Callbacks of Lightning next to MLUCallback, before and after it: the run is that of the table's numbers by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

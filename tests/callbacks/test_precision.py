@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn, optim
 
-from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning import MLUCallback, Plan
 
 # depth, heads and embedding are 5/3, 3 and 3 times the base's: multiplying by these rounds, as by powers of two it does not
 BASE = {"depth": 3, "hidden": 10, "embedding": 6}

@@ -1,7 +1,5 @@
 """What the table is for: after a few steps every role has moved the logits equally far, at every shape."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest

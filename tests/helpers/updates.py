@@ -1,7 +1,5 @@
 """Updates of bare weights by optimizers, whose gradients depend on the number of the step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
