@@ -35,8 +35,7 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
     """A module in double precision with its plan, initialized; dropout is off, because its masks would not matter."""
     torch.manual_seed(0)
-    base = architecture.build(1, 2, 16)
-    module = architecture.build(2, 4, 32)
+    base, module = architecture.build(*BASE), architecture.build(*TWICE)
     plan = Plan.from_model(module, architecture.example, base=base, alpha=1.5)
     initialize(module, plan)
     return doubled(module).eval(), plan
@@ -82,7 +81,7 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
         assert architecture.tied or architecture.unfoldable
         return
     fold(module, plan)
-    plain = doubled(architecture.build(2, 4, 32)).eval()
+    plain = doubled(architecture.build(*TWICE)).eval()
     plain.load_state_dict(module.state_dict())
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
 
@@ -145,7 +144,8 @@ def test_a_handle_does_nothing_after_its_hooks_were_folded() -> None:
     plan = Plan.from_model(module, architecture.example, base=architecture.build(*BASE))
     handle = attach_multipliers(module, plan)
     fold(module, plan)
-    state, count = residual_state(module), hooks(module)
+    state = residual_state(module)
+    assert hooks(module) == 1
     handle.remove()
     assert residual_state(module) == state is not None
-    assert hooks(module) == count == 1
+    assert hooks(module) == 1

@@ -78,11 +78,10 @@ def test_copies_and_pickles_keep_the_multipliers(name: str) -> None:
     module, plan, tokens = made(name)
     handle = attach_multipliers(module, plan)
     expected = module(tokens)
-    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
-    file = io.BytesIO()
-    torch.save(module, file)
+    torch.save(module, file := io.BytesIO())
     file.seek(0)
-    twins.append(torch.load(file, weights_only=False))
+    loaded = torch.load(file, weights_only=False)
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded]
     handle.remove()
     for twin in twins:
         assert torch.equal(twin(tokens), expected)
@@ -169,7 +168,7 @@ def test_inputs_by_keyword_and_integers_before_them() -> None:
             return tokens + scale * h
 
     module = nn.ModuleDict({"head": Head(), "linear": nn.Linear(2, 2, bias=False)})
-    multipliers = tuple(Multiplier(n, "readout", 0.5, Site(n, "input"), ()) for n in ("head", "linear"))
+    multipliers = tuple(Multiplier(n, "readout", 0.5, Site(n, "input"), ()) for n in module)
     attach_multipliers(module, plan_of(module, multipliers))
     h, tokens = torch.tensor([1.0, 3.0]), torch.tensor([1, 2])
     assert torch.equal(module["head"](tokens, h=h), torch.tensor([2.0, 5.0]))
@@ -189,8 +188,7 @@ def test_fast_path_of_torch_transformers(training: bool) -> None:
     mixed = h + 0.5 * layer.self_attn(*[layer.norm1(h)] * 3, need_weights=False)[0]
     expected = mixed + 0.5 * layer.linear2(torch.relu(layer.linear1(layer.norm2(mixed))))
     folded = fold(copy.deepcopy(layer), plan).train(training)
-    attach_multipliers(layer, plan)
-    layer.train(training)
+    attach_multipliers(layer.train(training), plan)
     with torch.no_grad():
         for each in (layer, folded):
             torch.testing.assert_close(each(h), expected, **EXACT)
@@ -239,8 +237,7 @@ def quantized(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
     ],
 )
 def test_refused_with_nothing_changed(mode: str, change: Callable[..., Any], message: str) -> None:
-    module, plan, _ = made("tensor")
-    module, plan = change(module, plan)
+    module, plan = change(*made("tensor")[:2])
     before = snapshot(module)
     with pytest.raises(ValueError, match=message):
         MODES[mode](module, plan)

@@ -1,6 +1,6 @@
 """scale_optimizer: whose numbers an update sees, closures and errors in it, wrappers, names, refusals."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,13 +62,10 @@ def test_multipliers_that_are_not_in_effect_are_refused() -> None:
     module = Forward()
     plan = forward_plan(module)
     optimizer = optim.SGD(module.parameters(), lr=0.1)
-    message = r"multipliers, and they are not in effect.*attach_multipliers\(module, plan\)"
-    refused(message, optimizer, module, plan)
+    refused(r"multipliers, and they are not in effect.*attach_multipliers\(module, plan\)", optimizer, module, plan)
     attach_multipliers(module, plan)
-    other = Plan(plan.parameters, (), (), plan.multipliers, alpha=2.0)
-    refused("the multipliers of another plan", optimizer, module, other)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    assert "step" not in vars(optimizer)
+    refused("the multipliers of another plan", optimizer, module, replace(plan, alpha=2.0))
+    assert optimizer.param_groups[0]["lr"] == 0.1 and "step" not in vars(optimizer)
 
 
 # Groups
@@ -154,8 +151,7 @@ def test_closure_sees_the_users_groups(by_name: bool) -> None:
 class Lookahead(optim.SGD):
     """Calls its closure twice, and updates after each."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        assert closure is not None
+    def step(self, closure: Any = None) -> Any:
         super().step(closure)
         return super().step(closure)
 
@@ -164,10 +160,9 @@ def test_closure_that_is_called_twice() -> None:
     module, optimizer, seen = scaled(Lookahead, family="sgd")
     inside: list[int] = []
 
-    def closure() -> float:
+    def closure() -> None:
         module.load_gradients(0)
         inside.append(len(optimizer.param_groups))
-        return 0.0
 
     optimizer.step(closure)
     assert inside == [1, 1]
@@ -218,19 +213,18 @@ def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and warns
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    ours, theirs = Weights(), Weights()
     try:
-        ours, theirs = Weights(), Weights()
         zero = ZeroRedundancyOptimizer(ours.parameters(), optim.AdamW, lr=0.1, eps=0.01)
-        handle = scale_optimizer(zero, ours, plan_of(ours))
-        assert handle.optimizer is zero.optim
+        assert scale_optimizer(zero, ours, plan_of(ours)).optimizer is zero.optim
         zero.param_groups[0]["lr"] = 0.2
         train([0], (ours, zero))
     finally:
         torch.distributed.destroy_process_group()
 
     def by_hand(name: str) -> dict[str, float]:
-        factor = ADAM_LR[name]
-        return {"lr": 0.2 * factor, "eps": 0.01 * table.EPS[name], "weight_decay": 0.01 / factor}
+        lr = ADAM_LR[name]
+        return {"lr": 0.2 * lr, "eps": 0.01 * table.EPS[name], "weight_decay": 0.01 / lr}
 
     train([0], (theirs, optim.AdamW(groups_of(theirs, by_hand))))
     assert table.identical(ours, theirs)
@@ -265,16 +259,15 @@ def test_names_inside_fsdp_are_those_of_the_plan() -> None:
 @pytest.mark.parametrize("names", ["before", "after"])
 def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
     """Of the module before it was pruned, or after."""
-    module = Weights()
-    plan = plan_of(module)
-    if names == "after":
-        plan = Plan({f"{name}_orig": value for name, value in plan.parameters.items()}, (), (), ())
-    else:
-        optimizer = scale(optim.SGD([module.norm], lr=0.1), module, plan)
+    module, renamed = Weights(), names == "after"
+    entries = {f"{name}_orig" if renamed else name: value for name, value in plan_of(module).parameters.items()}
+    optimizer = optim.SGD([module.norm], lr=0.1)  # pruning leaves the parameter, under another name
+    if not renamed:
+        scale(optimizer, module, Plan(entries, (), (), ()))
     for name in SHAPES:
         prune.identity(module, name)
-    if names == "after":
-        optimizer = scale(optim.SGD([module.norm_orig], lr=0.1), module, plan)
+    if renamed:
+        scale(optimizer, module, Plan(entries, (), (), ()))
     optimizer.add_param_group({"params": [p for p in module.parameters() if p is not module.norm_orig]})
     assert update(module, optimizer) == {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
 
@@ -300,18 +293,12 @@ def test_second_scaling_is_refused() -> None:
 class ReadOnly(optim.SGD):
     """Makes its groups when they are read."""
 
-    @property
-    def param_groups(self) -> list[Any]:
-        return [{**group} for group in self.__dict__["_groups"]]
-
-    @param_groups.setter
-    def param_groups(self, value: list[Any]) -> None:
-        self.__dict__["_groups"] = value
+    param_groups: Any = property(lambda self: [{**group} for group in self.groups], lambda self, value: None)
 
 
 def test_groups_that_are_not_a_list_are_refused() -> None:
     module = Weights()
     optimizer = optim.SGD(module.parameters(), lr=0.1)
     optimizer.__class__ = ReadOnly
-    vars(optimizer)["_groups"] = vars(optimizer).pop("param_groups")
+    optimizer.groups = vars(optimizer).pop("param_groups")
     refused(r"param_groups of ReadOnly are not a list of its own.*scale each of these", optimizer, module)

@@ -90,8 +90,8 @@ def test_run_is_the_base_run_in_other_units(case: Case) -> None:
 def test_adafactor_step_is_the_base_step_in_other_units(lr: float) -> None:
     """Weights are std times those of the base and gradients g times: steps are lr times. 1/sqrt(step) < 0.4 from 7."""
     base, scaled = Weights(dtype=torch.float64), Weights(dtype=torch.float64)
-    reference = optim.Adafactor(base.parameters(), lr=lr, weight_decay=0.1)
-    optimizer = scale(optim.Adafactor(scaled.parameters(), lr=lr, weight_decay=0.1), scaled)
+    reference, optimizer = (optim.Adafactor(each.parameters(), lr=lr, weight_decay=0.1) for each in (base, scaled))
+    scale(optimizer, scaled)
     for step in range(12):
         base.load_gradients(step)
         scaled.load_gradients(step)

@@ -194,7 +194,7 @@ def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callab
     ours, theirs = Weights(), Weights()
     states: list[Any] = []
 
-    def save(opt: optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def save(opt: optim.Optimizer, *_: Any) -> None:
         states.append(copy.deepcopy(opt.state_dict()))
 
     final = []
@@ -203,8 +203,7 @@ def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callab
         if saved:
             (optimizer.register_step_pre_hook if when == "before" else optimizer.register_step_post_hook)(save)
         seen = groups_in_update(optimizer)
-        family = "sgd" if make is Averaging else None
-        scale_optimizer(optimizer, module, plan_of(module), family)
+        scale_optimizer(optimizer, module, plan_of(module), "sgd" if make is Averaging else None)
         for step in range(3):
             train([step], (module, optimizer))
             assert len(optimizer.param_groups) == 1
@@ -222,13 +221,12 @@ def test_copies_are_plain(duplicate: Callable[[optim.Optimizer], optim.Optimizer
     _, optimizer, _ = scaled()
     lr_scheduler.StepLR(optimizer, 5)
     twin = duplicate(optimizer)
-    reference = optim.SGD(plain.parameters(), lr=0.1)
-    train([0], (plain, reference))
+    train([0], (plain, optim.SGD(plain.parameters(), lr=0.1)))
     parameters = twin.param_groups[0]["params"]
     for parameter, other in zip(parameters, plain.parameters(), strict=True):
         parameter.grad = other.grad
     twin.step()
-    assert all(torch.equal(one, other) for one, other in zip(parameters, plain.parameters(), strict=True))
+    assert all(map(torch.equal, parameters, plain.parameters()))
 
 
 @pytest.mark.parametrize("scheduled", ["never", "before", "after"])
@@ -245,8 +243,7 @@ def test_removed_handle_leaves_a_plain_optimizer(scheduled: str) -> None:
     handle.remove()
     train([0], (ours, optimizer), (plain, reference))
     assert identical(ours, plain)
-    if scheduled != "after":
-        assert vars(optimizer).get("step") is present
+    assert scheduled == "after" or vars(optimizer).get("step") is present
 
     scale_optimizer(optimizer, ours, plan_of(ours))
     before = ours.branch_in.detach().clone()
