@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
-from helpers.architectures.language import gpt2_with_heads_of
 from helpers.leaving import BASE, THRICE, TWICE, assert_refused, hooks, logits, multiplied, tied_llama, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -135,47 +134,6 @@ def test_untied_readouts_are_written_by_hand() -> None:
     module.tie_weights()
     assert decoder.bias is not predictions.bias and decoder.weight is not words.weight
     assert decoder.weight.requires_grad and module.config.tie_word_embeddings is False
-
-
-def _neox(head_dim: int) -> nn.Module:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=2 * head_dim, **sizes)
-    return transformers.GPTNeoXForCausalLM(config)
-
-
-IDS = {"input_ids": TOKENS, "labels": TOKENS}
-QUERIES = range(64)  # of two heads with 32 each, where they come before all keys
-NEOX_QUERIES = (*range(32), *range(96, 128))  # before the keys of the same head
-
-
-@pytest.mark.parametrize(
-    ("build", "example", "queries", "rows"),
-    [
-        (gpt2_with_heads_of, IDS, "transformer.h.0.attn.c_attn.weight", QUERIES),
-        (lambda dim: Encoder(2, 2, 2 * dim, True), (TOKENS,), "encoder.layers.0.self_attn.in_proj_weight", QUERIES),
-        (_neox, IDS, "gpt_neox.layers.0.attention.query_key_value.weight", NEOX_QUERIES),
-    ],
-)
-def test_logits_where_head_dim_differs(
-    build: Callable[[int], nn.Module], example: Any, queries: str, rows: Sequence[int]
-) -> None:
-    """The queries of a fused projection are multiplied, in whichever direction it is stored."""
-    module, plan = multiplied(build, example, (16,), (32,))
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    before = module.get_parameter(queries).detach().clone()
-    output = (lambda: module(TOKENS)) if isinstance(example, tuple) else (lambda: module(TOKENS).logits)
-    expected = output()
-    bake(bake(module, plan), plan)
-    assert hooks(module) == 0
-    torch.testing.assert_close(output(), expected, rtol=1e-10, atol=1e-12)
-    ratio = module.get_parameter(queries) / before
-    ratio = ratio if "c_attn" in queries else ratio.T
-    torch.testing.assert_close(ratio[:, rows], torch.full_like(ratio[:, rows], 0.5**0.5), rtol=1e-14, atol=0)
-    assert (ratio[:, [row for row in range(192) if row not in rows]] == 1).all()
-
-
-# --- what cannot leave: each error names what is wrong and what to do, and leaves the module as it was
 
 
 def tied_encoder(*shape: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Multipliers as hooks and folded into weights are the same function and the same training run."""
+"""Multipliers as hooks, folded into weights and baked are the same function and the same training run."""
 
 import copy
 from collections.abc import Callable
@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.architecture_runs import attachable, doubled, in_double, loss_of
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from helpers.architectures.language import gpt2_with_heads_of
 from helpers.leaving import BASE, THRICE, TWICE, hooks
 from torch import Tensor, nn
 
-from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning import Plan, attach_multipliers, bake, fold, initialize, scale_optimizer
 from mlu_lightning.application import residual_state
 from mlu_lightning.models import CausalTransformer
 
@@ -86,37 +87,61 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
 
 
+def _neox(head_dim: int) -> nn.Module:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=2 * head_dim, **sizes)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def _baked(module: nn.Module, plan: Plan) -> None:
+    attach_multipliers(module, plan)
+    bake(bake(module, plan), plan)
+    assert hooks(module) == 0
+
+
+IDS = {"input_ids": TOKENS, "labels": TOKENS}
+QUERIES = [*range(64)]  # of two heads with 32 each, where they come before all keys
+BEFORE_KEYS = [*range(32), *range(96, 128)]  # of the same head
+
+
 @pytest.mark.parametrize(
-    ("build", "example", "queries"),
+    ("build", "example", "queries", "rows"),
     [
-        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight"),
-        (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
-        (lambda dim: Encoder(2, 2, 2 * dim, True), (TOKENS,), "in_proj_"),
+        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight", QUERIES),
+        (gpt2_with_heads_of, IDS, "c_attn.", QUERIES),
+        (lambda dim: Encoder(2, 2, 2 * dim, True), (TOKENS,), "in_proj_", QUERIES),
+        (_neox, IDS, "query_key_value.", BEFORE_KEYS),
     ],
 )
-def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], example: Any, queries: str) -> None:
-    """Multiplying logits is multiplying the rows of the queries by hand."""
+def test_logits_where_head_dim_differs(build: Any, example: Any, queries: str, rows: list[int]) -> None:
+    """Multiplying logits is multiplying the rows of the queries by hand, in whichever direction they are stored."""
     torch.manual_seed(0)
     module, base = build(32).double().eval(), build(16)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
-    plan = Plan.from_model(module, example, base=base)
-    by_hand = copy.deepcopy(module)
+    plan = Plan.from_model(module, example, base=base, alpha=1.5)
     others = replace(plan, multipliers=tuple(m for m in plan.multipliers if m.kind != "logits"))
+    by_hand = fold(copy.deepcopy(module), others)
+    without = _loss(by_hand, example).detach()
+    fused = [name for name, _ in by_hand.named_parameters() if queries in name]
     with torch.no_grad():
-        for name, parameter in by_hand.named_parameters():
-            if queries in name:
-                rows = parameter.T if "c_attn.weight" in name else parameter
-                rows[:64] *= 0.5**0.5
-    expected = _loss(fold(by_hand, others), example)
-    assert not torch.allclose(_loss(fold(copy.deepcopy(module), others), example), expected, rtol=1e-6, atol=0)
-    for put in (attach_multipliers, fold):
+        for name in fused:
+            parameter = by_hand.get_parameter(name)
+            (parameter.T if "c_attn.weight" in name else parameter)[rows] *= 0.5**0.5
+    expected = _loss(by_hand, example)
+    assert not torch.allclose(without, expected, rtol=1e-6, atol=0)
+    for put in (attach_multipliers, fold, _baked):
         put(copied := copy.deepcopy(module), plan)
         loss = _loss(copied, example)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         loss.backward()
         assert all(parameter.grad is not None for parameter in copied.parameters())
-        assert list(copied.state_dict()) == list(module.state_dict())
+        if put is _baked:  # which may untie a readout
+            for name in fused:
+                value = copied.get_parameter(name)
+                torch.testing.assert_close(value, by_hand.get_parameter(name), rtol=1e-14, atol=0)
+        else:
+            assert list(copied.state_dict()) == list(module.state_dict())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

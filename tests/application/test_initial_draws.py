@@ -116,8 +116,6 @@ def test_coupled_transformers() -> None:
         torch.testing.assert_close(ratios, ratios.mean().expand_as(ratios))
 
 
-# --- sharded parameters
-
 PLACEMENTS = {"rows": Shard(0), "columns": Shard(1), "whole": Replicate()}
 
 

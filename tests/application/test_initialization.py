@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import initial_weights
 from helpers.initial_weights import BASE_STD, FLOAT32, MODES, SAMPLED, STD, Bag, plan_of, rms, seeded, values_of
+from helpers.perceptrons import Perceptron
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -117,29 +118,13 @@ def test_depth_dependent_init_of_gpt2_is_undone() -> None:
 
 def test_biases_have_the_std_of_the_base_where_only_the_fan_in_beside_them_grows() -> None:
     """nn.Linear draws a bias from ±fan_in^(-1/2), which is not the base's where the fan-in is another."""
-
-    base, wide = (seeded(lambda hidden=hidden: BiasedResidual(hidden)) for hidden in (64, 1024))
-    plan = Plan.from_model(wide, torch.zeros(1, 512), base=base)
-    assert plan.parameters["write.bias"].ratios.is_identity
-    assert rms(wide.write.bias) == pytest.approx(rms(base.write.bias) / 4, rel=0.2)
+    base, wide = Perceptron(1, 64, 512), Perceptron(1, 1024, 512)
+    plan = Plan.from_model(wide, (torch.zeros(1, 3), torch.zeros(1, 2)), base=base)
+    bias, expected = wide.branches[0].write.bias, rms(base.branches[0].write.bias)
+    assert plan.parameters["branches.0.write.bias"].ratios.is_identity
+    assert rms(bias) == pytest.approx(expected / 4, rel=0.2)
     initialize(wide, plan)
-    assert rms(wide.write.bias) == pytest.approx(rms(base.write.bias), rel=FLOAT32)
-
-
-class BiasedResidual(nn.Module):
-    """A residual block with biases between two matrices."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.embed, self.readout = nn.Linear(512, 512), nn.Linear(512, 2)
-        self.read, self.write = nn.Linear(512, hidden), nn.Linear(hidden, 512)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        stream = self.embed(inputs)
-        return self.readout(stream + self.write(torch.tanh(self.read(stream))))
-
-
-# --- what stays as it is
+    assert rms(bias) == pytest.approx(expected, rel=FLOAT32)
 
 
 @pytest.mark.parametrize("base_std", [BASE_STD, 0.0999], ids=["same std", "sampled std"])
@@ -227,9 +212,6 @@ def test_buffers_and_the_random_state_are_left_alone_and_frozen_parameters_are_n
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
     assert rms(module[0].weight) == pytest.approx(BASE_STD, rel=1.0)
     assert not any(p.requires_grad for p in module.parameters())
-
-
-# --- errors: each names what is wrong and what to do, and leaves the module as it was
 
 
 def with_folded_multiplier(module: nn.Module, plan: Plan) -> Plan:

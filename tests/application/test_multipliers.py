@@ -194,9 +194,6 @@ def test_fast_path_of_torch_transformers(training: bool) -> None:
             torch.testing.assert_close(each(h), expected, **EXACT)
 
 
-# --- errors: each names what is wrong and what to do, and leaves the module as it was
-
-
 def changed(position: int, **changes: Any) -> Callable[[nn.Module, Plan], tuple[nn.Module, Plan]]:
     """Change one multiplier of the plan; -1 is the readout's."""
 
@@ -305,8 +302,6 @@ def test_a_place_without_a_tensor_stops_the_run(name: str, site: Site, message: 
     with pytest.raises(TypeError, match=message):
         module(tokens)
 
-
-# --- torch.compile, before or after
 
 COMPILED = {"backend": "eager", "fullgraph": True}
 

@@ -68,9 +68,6 @@ def test_multipliers_that_are_not_in_effect_are_refused() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.1 and "step" not in vars(optimizer)
 
 
-# Groups
-
-
 def test_one_shadow_group_for_each_distinct_set_of_factors_and_group() -> None:
     module, norms = Weights(), [f"norm{index}" for index in range(10)]
     for name in norms:
@@ -124,9 +121,6 @@ def test_named_parameters_keep_their_names() -> None:
     optimizer = scale(optim.SGD(module.named_parameters(), lr=0.1), module)
     train([0], (module, optimizer))
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
-
-
-# Closures and errors in them
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -200,9 +194,6 @@ def test_gradient_scaler_finds_what_it_looks_for() -> None:
     assert table.identical(module, reference)
 
 
-# Wrappers of optimizers
-
-
 def test_lightning_wrapper_stands_for_its_optimizer() -> None:
     module = Weights()
     optimizer = optim.SGD(module.parameters(), lr=0.1)
@@ -228,9 +219,6 @@ def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
 
     train([0], (theirs, optim.AdamW(groups_of(theirs, by_hand))))
     assert table.identical(ours, theirs)
-
-
-# Refusals
 
 
 def test_parameter_of_another_module_is_refused() -> None:

@@ -127,9 +127,6 @@ def test_adafactor_refuses_a_step_above_its_limit() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.2
 
 
-# Families
-
-
 @pytest.mark.parametrize(("make", "family"), [(optimizers.RenamedAdamW, None), (optim.AdamW, "sgd")])
 def test_adamw_is_known_by_its_step_whatever_family_is_given(make: type[optim.AdamW], family: str | None) -> None:
     ours, theirs = Weights(), Weights()
@@ -214,9 +211,6 @@ def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refuse
     by_hand = Combined([], groups_of(theirs, lambda name: adamw(numbers, ROWS[name], 0)))
     train(range(3), (ours, optimizer), (theirs, by_hand))
     assert identical(ours, theirs)
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,6 @@ def test_what_an_optimizer_keeps_in_its_groups_where_it_is_scaled_again(between:
     assert identical(ours, whole if between == "nothing" else forgotten)
 
 
-# Schedulers
-
-
 def warm_then_cosine(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
     warm = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3)
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, 5, eta_min=0.01)
@@ -156,9 +153,6 @@ def test_schedulers_still_see_that_the_optimizer_steps(attach: str) -> None:
     train([0], (module, optimizer))
     for scheduler in schedulers:
         scheduler.step()
-
-
-# State
 
 
 def test_state_goes_to_and_from_plain_runs() -> None:

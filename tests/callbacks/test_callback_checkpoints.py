@@ -172,9 +172,6 @@ def test_an_unpickled_module_saves_its_plan_when_it_is_fitted_again() -> None:
     assert checkpoint["callbacks"]["MLUCallback"]["mode"] == "hook"
 
 
-# A second fit
-
-
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("same", [True, False], ids=["same-callback", "new-callback"])
 @pytest.mark.parametrize("make", MODULES)

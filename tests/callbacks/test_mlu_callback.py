@@ -24,9 +24,6 @@ def plan() -> Plan:
     return Plan.from_model(Net(**WIDE), next(iter(loader())), base=Net())
 
 
-# The base shape: nothing changes
-
-
 class Data(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         return loader()
@@ -56,9 +53,6 @@ def test_run_at_the_base_shape_with_a_datamodule_and_a_saved_plan(plan: Plan, tm
     fit(theirs, data=Data())
     assert identical(ours, theirs)
     assert ours.losses == theirs.losses
-
-
-# Another shape: the functions of the package, in the right order
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
@@ -145,9 +139,6 @@ def test_frozen_parameters_are_planned_and_left_alone() -> None:
     start = initialize(Net(**WIDE), callback.plan)
     assert torch.equal(module.embed.weight, start.embed.weight)
     assert not torch.equal(module.readout.weight, start.readout.weight)
-
-
-# Arguments, and what is wrong with them
 
 
 def test_warnings_of_the_plan_are_given(plan: Plan) -> None:
