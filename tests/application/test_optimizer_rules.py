@@ -1,5 +1,6 @@
 """Every optimizer of torch.optim against parameter groups built by hand, and against exact scaling laws."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,17 +8,7 @@ import torch
 from helpers import optimizers_by_hand as optimizers
 from helpers import parameter_groups as table
 from helpers.optimizers_by_hand import CASES, ROWS, Case, Combined, OwnAdam, adam, adamw, sgd
-from helpers.parameter_groups import (
-    EPS,
-    MATRICES,
-    SHAPES,
-    Numbers,
-    Weights,
-    groups_in_update,
-    identical,
-    plan_of,
-    scaled,
-)
+from helpers.parameter_groups import MATRICES, SHAPES, Numbers, Weights, groups_in_update, identical, plan_of, scaled
 from helpers.plans import entry
 from helpers.updates import groups_of, refused, scale, train, update
 from torch import nn, optim
@@ -70,7 +61,7 @@ SCALE_FREE = {name: case for name, case in CASES.items() if not name.startswith(
 def test_run_is_the_base_run_in_other_units(case: Case) -> None:
     """Weights c times and gradients g times those of the base, c = lr/n and g of the table: so they stay, exactly."""
     base, scaled = Weights(), Weights()
-    units = {name: table.SGD_LR[name] * EPS[name] for name in SHAPES}
+    units = {name: table.SGD_LR[name] * table.EPS[name] for name in SHAPES}
     for name, parameter in scaled.named_parameters():
         parameter.data.mul_(units[name])
     reference, optimizer = case.optimizer(base), case.optimizer(scaled)
@@ -79,7 +70,7 @@ def test_run_is_the_base_run_in_other_units(case: Case) -> None:
         base.load_gradients(step, case.sparse)
         scaled.load_gradients(step, case.sparse)
         for name, parameter in scaled.named_parameters():
-            parameter.grad = parameter.grad * EPS[name]
+            parameter.grad = parameter.grad * table.EPS[name]
         reference.step()
         optimizer.step()
     for name, parameter in scaled.named_parameters():
@@ -98,7 +89,7 @@ def test_adafactor_step_is_the_base_step_in_other_units(lr: float) -> None:
         before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
         for name, parameter in scaled.named_parameters():
             parameter.data.copy_(before[name] * table.STD[name])
-            parameter.grad = parameter.grad * EPS[name]
+            parameter.grad = parameter.grad * table.EPS[name]
         reference.step()
         optimizer.step()
         for name, parameter in scaled.named_parameters():
@@ -114,7 +105,7 @@ def test_adafactor_default_bound_is_the_precision_of_the_parameters(dtype: torch
     optimizer = scale(optim.Adafactor(module.parameters()), module)
     seen = groups_in_update(optimizer)
     train([0], (module, optimizer))
-    assert seen[-1][0]["eps"] == (torch.finfo(dtype).eps * EPS["branch_in"] ** 2, 1e-3 * table.STD["branch_in"])
+    assert seen[-1][0]["eps"] == (torch.finfo(dtype).eps * table.EPS["branch_in"] ** 2, 1e-3 * table.STD["branch_in"])
 
 
 def test_adafactor_refuses_a_step_above_its_limit() -> None:
@@ -166,10 +157,8 @@ def test_muon_in_the_absolute_form_takes_its_shape_factor_from_the_ratios(transp
 
 
 def test_combined_optimizers_have_a_family_for_each_group() -> None:
-    ours, theirs = Weights(), Weights()
-    others = ("embedding", "norm", "readout")
+    ours, theirs, others = Weights(), Weights(), ("embedding", "norm", "readout")
     muon, rest = {"lr": 0.1, "weight_decay": 0.2}, {"lr": 0.01, "eps": 0.1, "weight_decay": 0.3}
-
     first, second = ([ours.get_parameter(name) for name in names] for names in (MATRICES, others))
     optimizer = Combined([{"params": first, **muon}], [{"params": second, **rest}])
     refused(r"How Combined uses .*a list with one for each parameter group", optimizer, ours, error=TypeError)
@@ -189,23 +178,22 @@ def test_combined_optimizers_have_a_family_for_each_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "refused"),
+    ("family", "message"),
     [
         (["adamw", OptimizerFamily.ADAMW], None),
         ("adamw", None),
         (["muon", "adamw"], r"names 2 families, .* 3 parameter groups\. .*let the optimizer have it from the start"),
     ],
 )
-def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refused: str | None) -> None:
+def test_groups_that_are_added_have_the_family_that_all_have(family: Any, message: str | None) -> None:
     ours, theirs, numbers = Weights(), Weights(), {"lr": 0.01, "eps": 0.1, "weight_decay": 0.3}
-    muon = [{"params": [ours.branch_in], **numbers}] if family[0] == "muon" else []
-    rest = [{"params": [ours.norm, ours.readout], **numbers}]
-    rest = rest if muon else [{"params": [ours.branch_in], **numbers}, *rest]
-    optimizer = scale(Combined(muon, rest), ours, family=family)
+    first, rest = ({"params": of, **numbers} for of in ([ours.branch_in], [ours.norm, ours.readout]))
+    optimizer = Combined([first], [rest]) if family[0] == "muon" else Combined([], [first, rest])
+    scale(optimizer, ours, family=family)
     optimizer.add_param_group({"use_muon": False, "params": [ours.branch_out, ours.embedding], **numbers})
     ours.load_gradients(0)
-    if refused is not None:
-        with pytest.raises(ValueError, match=refused):
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
             optimizer.step()
         return
     by_hand = Combined([], groups_of(theirs, lambda name: adamw(numbers, ROWS[name], 0)))
@@ -213,24 +201,24 @@ def test_groups_that_are_added_have_the_family_that_all_have(family: Any, refuse
     assert identical(ours, theirs)
 
 
+def without_numbers(parameters: Any, **numbers: Any) -> OwnAdam:
+    optimizer = OwnAdam(parameters)
+    optimizer.param_groups[0].update(numbers)
+    return optimizer
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "family", "error", "message"),
     [
-        (optim.LBFGS, r"LBFGS cannot be scaled: .* one step for all parameters together"),
-        (OwnAdam, r"How OwnAdam uses .* is not known.*family=\.\.\."),
+        (optim.LBFGS, None, TypeError, r"LBFGS cannot be scaled: .* one step for all parameters together"),
+        (OwnAdam, None, TypeError, r"How OwnAdam uses .* is not known.*family=\.\.\."),
+        (partial(without_numbers, eps=(1e-30, 1e-3)), "adam", ValueError, "has eps=.*, which is not a number"),
+        (partial(without_numbers, lr=None), "adam", ValueError, "has lr=.*, which is not a number"),
     ],
 )
-def test_other_rules_are_refused(make: Any, message: str) -> None:
+def test_other_rules_and_numbers_are_refused(make: Any, family: str | None, error: Any, message: str) -> None:
     module = Weights()
-    refused(message, make(module.parameters()), module, error=TypeError)
-
-
-@pytest.mark.parametrize("numbers", [{"eps": (1e-30, 1e-3)}, {"lr": None}])
-def test_groups_without_plain_numbers_are_refused(numbers: Numbers) -> None:
-    module = Weights()
-    optimizer = OwnAdam(module.parameters())
-    optimizer.param_groups[0].update(numbers)
-    refused(rf"has {next(iter(numbers))}=.*, which is not a number", optimizer, module, family="adam")
+    refused(message, make(module.parameters()), module, family=family, error=error)
 
 
 @pytest.mark.parametrize("name", ["embedding", "readout"])

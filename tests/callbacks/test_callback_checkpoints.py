@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_runs import (
-    INPUTS,
-    MODULES,
-    WIDE,
-    Net,
-    WatchedOptimizers,
-    factors,
-    fit,
-    identical,
-    loader,
-    trainer,
-)
+from helpers import callback_runs as runs
+from helpers.callback_runs import INPUTS, MODULES, WIDE, Net, fit, identical, loader, trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -63,22 +53,20 @@ def planned(module: Net) -> Plan:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Trained modules: by MLUCallback in both ways, and without it."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    runs = {"hook": [MLUCallback(Net())], "fold": [MLUCallback(Net(), residual="fold")], "plain": []}
-    for name, callbacks in runs.items():
+    trained = {"hook": [MLUCallback(Net())], "fold": [MLUCallback(Net(), residual="fold")], "plain": []}
+    for name, callbacks in trained.items():
         module = Net(**WIDE)
         fit(module, *callbacks).save_checkpoint(folder / f"{name}.ckpt")
         torch.save(module(ONE), folder / f"{name}.pt")
-    return {name: folder / f"{name}.ckpt" for name in runs}
+    return {name: folder / f"{name}.ckpt" for name in trained}
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 def test_evaluation_of_a_checkpoint_has_its_multipliers(residual: Any, checkpoints: dict[str, Path]) -> None:
-    trained = torch.load(checkpoints[residual].with_suffix(".pt"))
-    module = Net(**WIDE)
-    run = trainer(MLUCallback(Net(), residual=residual))
+    module, run = Net(**WIDE), trainer(MLUCallback(Net(), residual=residual))
     for _ in range(2):
         outputs = run.predict(module, loader(False), ckpt_path=checkpoints[residual], weights_only=True)
-    assert torch.equal(module(ONE), trained)
+    assert torch.equal(module(ONE), torch.load(checkpoints[residual].with_suffix(".pt")))
     assert outputs is not None
     expected = run.validate(module, loader(False), verbose=False)[0]["val_loss"]
     targets = loader(False).dataset.tensors[1]
@@ -102,11 +90,9 @@ def test_folded_checkpoint_is_a_plain_module(checkpoints: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_plain_checkpoint_is_warned_about(stage: str, checkpoints: dict[str, Path]) -> None:
-    module = Net(**WIDE)
-    callback = MLUCallback(Net())
+    module, run = Net(**WIDE), trainer(MLUCallback(Net()), epochs=3)
     if stage == "validate":
         attach_multipliers(module, planned(module))
-    run = trainer(callback, epochs=3)
     with pytest.warns(UserWarning, match="checkpoint is of a run without MLUCallback. Its weights were trained as"):
         getattr(run, stage)(module, loader(), ckpt_path=checkpoints["plain"])
 
@@ -149,8 +135,7 @@ def test_a_module_and_its_copies_save_their_own_plans(own: str) -> None:
     module = (Saves if own == "of the class" else Net)(**WIDE)
     if own == "of the instance":
         vars(module)["on_save_checkpoint"] = lambda checkpoint: checkpoint.update(shape=module.shape)
-    plan = planned(module)
-    handle = attach_multipliers(module, plan)
+    handle = attach_multipliers(module, plan := planned(module))
     for _ in range(2):
         wrap_saving(module)
     copied = fold(copy.deepcopy(module), plan)
@@ -187,10 +172,10 @@ def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residu
             assert all(torch.equal(parameter, weights[name]) for name, parameter in pl_module.named_parameters())
 
     second = callback if same else MLUCallback(Net(), residual=residual)
-    module.optimizers_of = probe = WatchedOptimizers()
+    module.optimizers_of = probe = runs.WatchedOptimizers()
     fit(module, second, AtStart())
     assert second.plan == callback.plan
-    lr, expected = probe.numbers[0], factors(second.plan, "adamw", folded=residual == "fold")
+    lr, expected = probe.numbers[0], runs.factors(second.plan, "adamw", folded=residual == "fold")
     assert {name: numbers["lr"] / lr["embed.weight"]["lr"] for name, numbers in lr.items()} == pytest.approx(expected)
 
 
