@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.callback_runs import identical, loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.application.multipliers import residual_state
@@ -21,12 +21,8 @@ OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02, "weight
 
 
 class Data(LightningDataModule):
-    """A few random pairs."""
-
     def train_dataloader(self) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(0)
-        inputs, targets = torch.randn(16, 3, generator=generator), torch.randn(16, 2, generator=generator)
-        return DataLoader(TensorDataset(inputs, targets), batch_size=8)
+        return loader(False)
 
 
 def run(tmp_path: Path, callback: dict[str, Any] | None, **config: Any) -> LightningCLI:
@@ -47,15 +43,10 @@ def by_hand(model: ResNet, callback: MLUCallback, adam: bool) -> ResNet:
     return model
 
 
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    return all(map(torch.equal, one.parameters(), other.parameters()))
-
-
 @pytest.fixture
 def plan() -> Plan:
-    batch = next(iter(Data().train_dataloader()))
     seed_everything(5)
-    return Plan.from_model(ResNet(**WIDE), batch, base=ResNet(**BASE))
+    return Plan.from_model(ResNet(**WIDE), next(iter(loader())), base=ResNet(**BASE))
 
 
 @pytest.mark.parametrize("adam", [False, True], ids=["own-optimizer", "--optimizer"])

@@ -34,25 +34,12 @@ class Numbers(Dataset[Any]):
         return torch.tensor(float(index)), sum(drawn())
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return (torch.tensor(float(index)) for index in range(10))
-
-
-class Once(Stream):
+class Once(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Tensor:
         raise AssertionError("must not be read")
-
-
-class Named(Dataset[Any]):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, name: str) -> Tensor:
-        return {"a": torch.ones(1), "b": torch.ones(1)}[name]
 
 
 class Batches:
@@ -110,10 +97,13 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "own-collation": lambda: DataLoader(Numbers(), batch_size=4, collate_fn=lambda samples: samples[-1]),
     "samples": lambda: DataLoader(Numbers(), batch_size=None),
     "batch-sampler": lambda: DataLoader(Numbers(), batch_sampler=BatchSampler(range(10), 3, drop_last=True)),
-    "stream": lambda: DataLoader(Stream(), batch_size=3),
-    "stream-of-samples": lambda: DataLoader(Stream(), batch_size=None),
-    "mapping": lambda: {"a": DataLoader(Numbers(), batch_size=2), "b": DataLoader(Stream(), batch_size=3)},
-    "sequence": lambda: [DataLoader(Numbers(), batch_size=2), DataLoader(Stream(), batch_size=3)],
+    "stream": lambda: DataLoader(Slice(torch.arange(10.0)), batch_size=3),
+    "stream-of-samples": lambda: DataLoader(Slice(torch.arange(10.0)), batch_size=None),
+    "mapping": lambda: {
+        "a": DataLoader(Numbers(), batch_size=2),
+        "b": DataLoader(Slice(torch.arange(10.0)), batch_size=3),
+    },
+    "sequence": lambda: [DataLoader(Numbers(), batch_size=2), DataLoader(Slice(torch.arange(10.0)), batch_size=3)],
     "combined": lambda: CombinedLoader({"a": DataLoader(Numbers(), batch_size=2), "b": [Batches()]}, "min_size"),
     "other": Batches,
 }
@@ -180,7 +170,7 @@ def test_example_from_a_datamodule_or_the_module(make: type[Finds], data: Callab
 def test_batch_has_the_precision_of_the_module(dtype: torch.dtype) -> None:
     """In setup the module is not converted yet, except where it is built in that precision."""
     module = Finds().to(dtype)
-    fit(module, DataLoader(Stream(), batch_size=2), plugins=DoublePrecision())
+    fit(module, DataLoader(Slice(torch.arange(10.0)), batch_size=2), plugins=DoublePrecision())
     assert module.found.dtype == dtype
 
 
@@ -205,7 +195,7 @@ def test_random_states_samplers_and_workers_are_left_alone() -> None:
 NOT_TWICE: dict[str, tuple[Callable[[], Any], str]] = {
     "generator": (lambda: (torch.ones(2) for _ in range(3)), "from a generator, which gives them only once"),
     "one-stream": (lambda: DataLoader(Once(), batch_size=2), "from a Once, which gives them only once"),
-    "names": (lambda: DataLoader(Named(), sampler=["a", "b"]), "Named has no samples numbered from 0"),
+    "names": (lambda: DataLoader({"a": 1.0, "b": 2.0}, sampler=["a", "b"]), "dict has no samples numbered from 0"),
     "nothing": (lambda: DataLoader(Slice(()), batch_size=2), "Slice has no samples"),
     "no-batches": (lambda: [Slice(())], "Slice has no batches"),
 }

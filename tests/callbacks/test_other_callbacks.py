@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,7 @@ from mlu_lightning import MLUCallback
 
 @dataclass(frozen=True)
 class Case:
-    """A callback, and what else it leaves behind than losses, weights and learning rates.
-
-    Args:
-        make: the callback, given a folder.
-        found: what else is compared.
-        settings: of the Trainer, given a folder.
-        beside: makes one more callback, which comes after it.
-    """
+    """A callback, given a folder, what else it leaves than losses, weights and rates, and one more that comes after it."""
 
     make: Callable[[Path], Callback]
     found: Callable[[Any], Any] = lambda callback: None
@@ -34,8 +28,7 @@ class Case:
 
 
 def average(callback: Any) -> dict[str, Any]:
-    found: dict[str, Any] = callback._average_model.state_dict()
-    return found
+    return callback._average_model.state_dict()
 
 
 def checkpoints(callback: others.ModelCheckpoint) -> dict[str, Any]:
@@ -45,6 +38,8 @@ def checkpoints(callback: others.ModelCheckpoint) -> dict[str, Any]:
     return {"best": best, **{name: (saved["state_dict"], saved["optimizer_states"]) for name, saved in loaded.items()}}
 
 
+pruning = partial(others.ModelPruning, "l1_unstructured", amount=0.1)
+finetuning = partial(others.BackboneFinetuning, backbone_initial_lr=0.004, verbose=False)
 CASES = {
     "ema": Case(lambda folder: others.EMAWeightAveraging(decay=0.5), average),
     "ema-late": Case(lambda folder: others.EMAWeightAveraging(decay=0.5, update_starting_at_step=20), average),
@@ -69,19 +64,12 @@ CASES = {
         checkpoints,
         lambda folder: {"enable_checkpointing": True},
     ),
-    "finetuning": Case(lambda folder: others.BackboneFinetuning(1, backbone_initial_lr=0.004, verbose=False)),
-    "pruning": Case(lambda folder: others.ModelPruning("l1_unstructured", amount=0.1)),
-    "pruning-only": Case(
-        lambda folder: others.ModelPruning("l1_unstructured", amount=0.1, use_lottery_ticket_hypothesis=False)
-    ),
-    "pruning-each": Case(
-        lambda folder: others.ModelPruning(
-            "l1_unstructured", amount=0.1, use_global_unstructured=False, use_lottery_ticket_hypothesis=False
-        )
-    ),
+    "finetuning": Case(lambda folder: finetuning(1)),
+    "pruning": Case(lambda folder: pruning()),
+    "pruning-only": Case(lambda folder: pruning(use_lottery_ticket_hypothesis=False)),
+    "pruning-each": Case(lambda folder: pruning(use_global_unstructured=False, use_lottery_ticket_hypothesis=False)),
     "finetuning-pruned": Case(
-        lambda folder: others.BackboneFinetuning(2, backbone_initial_lr=0.004, verbose=False),
-        beside=lambda: others.ModelPruning("l1_unstructured", amount=0.1, use_lottery_ticket_hypothesis=False),
+        lambda folder: finetuning(2), beside=lambda: pruning(use_lottery_ticket_hypothesis=False)
     ),
 }
 
@@ -163,8 +151,7 @@ def test_copies_are_of_the_initialized_module(name: str, make: type[Net], first:
 
 
 def test_learning_rates_that_are_logged_are_the_users(tmp_path: Path) -> None:
-    found = compare_with_numbers_by_hand(CASES["lr-monitor"], False, "hook", tmp_path)["else"]
-    rates, decay = found
+    rates, decay = compare_with_numbers_by_hand(CASES["lr-monitor"], False, "hook", tmp_path)["else"]
     assert rates == [0.02 * 0.5**epoch for epoch in range(4) for _ in range(6)]
     assert decay == 0.1
 
@@ -235,8 +222,7 @@ def test_what_an_optimizer_keeps_in_its_groups_is_saved_when_the_fit_is_over(
 
 
 def test_weights_drawn_anew_are_refused() -> None:
-    pruning = others.ModelPruning("l1_unstructured", amount=0.1, resample_parameters=True)
     module = Net()
     with pytest.raises(ValueError, match=r"resample_parameters=True.* Leave resample_parameters at False"):
-        fit(module, MLUCallback(Net(BASE)), pruning)
+        fit(module, MLUCallback(Net(BASE)), pruning(resample_parameters=True))
     assert all(map(torch.equal, module.parameters(), Net().parameters()))
