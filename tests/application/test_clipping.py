@@ -121,7 +121,7 @@ def in_a_loop(
     return module.losses
 
 
-def nothing(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+def nothing(*_: object) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -131,15 +131,13 @@ def expected() -> list[Tensor]:
     return in_a_loop(attach_multipliers, nothing)
 
 
-def compiled(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
-    """With the module as torch.compile wraps it."""
-    return unfolded_gradients(cast("nn.Module", torch.compile(module, backend="eager")), plan)
-
-
 def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
-    assert in_a_loop(attach_multipliers) == expected
-    assert in_a_loop(fold, compiled) == in_a_loop(fold)
-    torch.testing.assert_close(in_a_loop(fold), expected, rtol=1e-12, atol=0)  # rounding of factors
+    def compiled(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+        return unfolded_gradients(cast("nn.Module", torch.compile(module, backend="eager")), plan)
+
+    folded = in_a_loop(fold)
+    assert in_a_loop(attach_multipliers) == expected and in_a_loop(fold, compiled) == folded
+    torch.testing.assert_close(folded, expected, rtol=1e-12, atol=0)  # rounding of factors
     for without in (in_a_loop(fold, nothing), in_a_loop(fold, most=math.inf)):
         assert not torch.allclose(torch.stack(without), torch.stack(expected), rtol=0.01)
 

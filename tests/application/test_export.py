@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,7 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import bake, scale_optimizer, to_granite
 
-HUGGING_FACE = {
-    name: architecture
-    for name, architecture in ARCHITECTURES.items()
-    if isinstance(architecture.build(1, 2, 16), transformers.PreTrainedModel)
-}
-
+HUGGING_FACE = {n: a for n, a in ARCHITECTURES.items() if isinstance(a.build(1, 2, 16), transformers.PreTrainedModel)}
 LLAMAS = ["llama", "tied llama"]
 # factors are powers of two at twice the base, whose products are exact; at three times the base they are rounded
 RUNS: dict[str, Any] = {"hook": ("hook", TWICE), "fold": ("fold", TWICE), "rounded": ("hook", THRICE)}
@@ -78,9 +74,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize(
-    ("name", "form"), [(name, "baked") for name in HUGGING_FACE] + [(name, "granite") for name in LLAMAS]
-)
+@pytest.mark.parametrize(("name", "form"), [*product(HUGGING_FACE, ["baked"]), *product(LLAMAS, ["granite"])])
 def test_loaded_without_the_package(folders: Path, name: str, form: str, run: str) -> None:
     folder = folders / f"{name}, {run}, {form}"
     expected, left, loaded = (load_file(folder / file)["logits"] for file in ("expected", "left", "loaded"))

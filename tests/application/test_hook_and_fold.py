@@ -57,7 +57,6 @@ def test_same_run(architecture: Architecture, name: str) -> None:
     attach_multipliers(hooked, plan)
     fold(folded, plan)
     torch.testing.assert_close(*(_loss(each, architecture.example) for each in (folded, hooked)), rtol=1e-13, atol=0)
-
     losses = []
     for module in (hooked, folded):
         optimizer = OPTIMIZERS[name](module.parameters())

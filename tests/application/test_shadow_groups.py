@@ -172,7 +172,6 @@ def test_state_goes_to_and_from_plain_runs() -> None:
     train(range(5, 10), (resumed, again), (from_plain, plain_again), (module, ours), (plain, theirs))
     assert identical(resumed, module)
     assert identical(from_plain, plain)
-
     for each, foreign in ((plain, state), (module, plain_state)):
         crossed = optim.AdamW(each.parameters(), lr=0.7)
         if each is module:
@@ -238,7 +237,6 @@ def test_removed_handle_leaves_a_plain_optimizer(scheduled: str) -> None:
     train([0], (ours, optimizer), (plain, reference))
     assert identical(ours, plain)
     assert scheduled == "after" or vars(optimizer).get("step") is present
-
     scale_optimizer(optimizer, ours, plan_of(ours))
     before = ours.branch_in.detach().clone()
     optimizer.step()

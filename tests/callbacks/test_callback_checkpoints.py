@@ -21,9 +21,7 @@ from mlu_lightning.callbacks.saved_plans import wrap_saving
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("make", MODULES)
-def test_resumed_run_is_the_uninterrupted_run(
-    make: type[Net], residual: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_is_the_uninterrupted_run(make: Any, residual: Any, tmp_path: Path, monkeypatch: Any) -> None:
     def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Net, Trainer]:
         module, callback = make(**WIDE), MLUCallback(Net(), residual=residual)
         return module, fit(module, callback, data=loader(False), epochs=epochs, ckpt_path=ckpt_path)
@@ -104,9 +102,7 @@ def test_plain_checkpoint_is_warned_about(stage: str, checkpoints: dict[str, Pat
         ("hook", {"depth": 1}, r"run with another plan .* base, overrides and alpha of that run"),
     ],
 )
-def test_checkpoint_of_another_residual_or_plan_is_refused(
-    run: str, base: dict[str, int], message: str, checkpoints: dict[str, Path]
-) -> None:
+def test_checkpoint_of_another_run_is_refused(run: str, base: Any, message: str, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=message):
         fit(Net(**WIDE), MLUCallback(Net(**base)), ckpt_path=checkpoints[run])
 

@@ -61,7 +61,6 @@ def test_run_is_that_of_the_functions_called_by_hand(make: type[Net], residual: 
     ours, theirs = make(**WIDE), Net(**WIDE)
     callback = MLUCallback(Net(), residual=residual, seed=4, init="normal")
     fit(ours, callback)
-
     initialize(theirs, plan, "normal", seed=4)
     (attach_multipliers if residual == "hook" else fold)(theirs, plan)
     state = residual_state(theirs)

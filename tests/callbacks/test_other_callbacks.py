@@ -39,6 +39,7 @@ def checkpoints(callback: others.ModelCheckpoint) -> dict[str, Any]:
 
 
 pruning = partial(others.ModelPruning, "l1_unstructured", amount=0.1)
+ONLY = {"use_lottery_ticket_hypothesis": False}
 finetuning = partial(others.BackboneFinetuning, backbone_initial_lr=0.004, verbose=False)
 CASES = {
     "ema": Case(lambda folder: others.EMAWeightAveraging(decay=0.5), average),
@@ -66,11 +67,9 @@ CASES = {
     ),
     "finetuning": Case(lambda folder: finetuning(1)),
     "pruning": Case(lambda folder: pruning()),
-    "pruning-only": Case(lambda folder: pruning(use_lottery_ticket_hypothesis=False)),
-    "pruning-each": Case(lambda folder: pruning(use_global_unstructured=False, use_lottery_ticket_hypothesis=False)),
-    "finetuning-pruned": Case(
-        lambda folder: finetuning(2), beside=lambda: pruning(use_lottery_ticket_hypothesis=False)
-    ),
+    "pruning-only": Case(lambda folder: pruning(**ONLY)),
+    "pruning-each": Case(lambda folder: pruning(use_global_unstructured=False, **ONLY)),
+    "finetuning-pruned": Case(lambda folder: finetuning(2), beside=lambda: pruning(**ONLY)),
 }
 
 
@@ -122,9 +121,7 @@ ORDERS = [
 
 @pytest.mark.parametrize(("first", "residual"), ORDERS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_run_with_another_callback_is_that_of_numbers_by_hand(
-    case: Case, first: bool, residual: Residual, tmp_path: Path
-) -> None:
+def test_run_is_that_of_numbers_by_hand(case: Case, first: bool, residual: Residual, tmp_path: Path) -> None:
     compare_with_numbers_by_hand(case, first, residual, tmp_path)
 
 
@@ -158,9 +155,7 @@ def test_learning_rates_that_are_logged_are_the_users(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("first", "residual"), ORDERS)
 @pytest.mark.parametrize("name", ["ema", "swa", "finetuning"])
-def test_resumed_run_with_another_callback_is_that_of_numbers_by_hand(
-    name: str, first: bool, residual: Residual, tmp_path: Path
-) -> None:
+def test_resumed_run_is_that_of_numbers_by_hand(name: str, first: bool, residual: Residual, tmp_path: Path) -> None:
     """And the whole run, except with fine-tuning, which does not go on as it was in Lightning itself."""
     case, start, outcomes = CASES[name], Start(), []
     for make in (Net, lambda: ByHand(residual)):
@@ -198,9 +193,7 @@ class Fails(Callback):
 
 @pytest.mark.parametrize("when", ["after the fit", "on an exception"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_what_an_optimizer_keeps_in_its_groups_is_saved_when_the_fit_is_over(
-    when: str, first: bool, tmp_path: Path
-) -> None:
+def test_what_an_optimizer_keeps_is_saved_when_the_fit_is_over(when: str, first: bool, tmp_path: Path) -> None:
     """The resumed run is the whole run."""
     whole, part, resumed = Averaged(), Averaged(), Averaged()
     fit(whole, MLUCallback(Averaged(BASE), family="sgd"), num_sanity_val_steps=0)

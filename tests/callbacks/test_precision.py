@@ -137,7 +137,6 @@ def test_std_and_run_are_those_of_numbers_by_hand(
     for name, (multiplier, std, *_) in ROWS.items():
         expected = 0.25 * std * (multiplier if residual == "fold" else 1)
         assert rms(start.weights, name) == pytest.approx(expected, rel=rounding), name
-
     theirs = ByHand(**WIDE, optimizers=lambda module: optimizer(module.groups())).to(dtype)
     theirs.folded = residual == "fold"
     theirs.load_state_dict(start.weights)
