@@ -35,8 +35,7 @@ def test_draws_depend_on_seed_and_name_only(mode: str) -> None:
         module = seeded(lambda: nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(2))), built)
         return dict(initialize(module, plan_of(module, role=Role.EMBEDDING), mode, seed).named_parameters())
 
-    first = drawn(0, built=0)
-    again, other = drawn(0, built=1), drawn(1, built=0)
+    first, again, other = drawn(0, built=0), drawn(0, built=1), drawn(1, built=0)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.isclose(first[name], other[name]).any() for name in first)
     assert not torch.isclose(first["0.weight"], first["1.weight"]).any()
@@ -155,9 +154,9 @@ def test_draws_do_not_depend_on_the_default_dtype(mode: Any) -> None:
     base, built = (ResNet(2, 8, embedding, inputs=3, outputs=2) for embedding in (4, 6))
     plan = Plan.from_model(built, base=base)
     usual = initialize(copy.deepcopy(built), plan, mode)
-    torch.set_default_dtype(torch.float64)
     try:
+        torch.set_default_dtype(torch.float64)
         other = initialize(copy.deepcopy(built), plan, mode)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(usual.parameters(), other.parameters(), strict=True))
+    assert all(map(torch.equal, usual.parameters(), other.parameters()))

@@ -126,8 +126,7 @@ def test_named_parameters_keep_their_names() -> None:
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closure_sees_the_users_groups(by_name: bool) -> None:
     module, optimizer, seen = scaled()
-    groups = optimizer.param_groups
-    inside: list[Any] = []
+    groups, inside = optimizer.param_groups, []
 
     def closure() -> float:
         module.load_gradients(0)
@@ -138,8 +137,7 @@ def test_closure_sees_the_users_groups(by_name: bool) -> None:
     assert (optimizer.step(closure=closure) if by_name else optimizer.step(closure)) == 3.0
     assert inside[0][0] is optimizer.param_groups[0]
     assert table.numbers_in_update(module, seen[-1], "lr") == {name: 0.2 * by for name, by in SGD_LR.items()}
-    assert optimizer.param_groups is groups
-    assert [group["lr"] for group in groups] == [0.2]
+    assert optimizer.param_groups is groups and [group["lr"] for group in groups] == [0.2]
 
 
 class Lookahead(optim.SGD):
@@ -249,13 +247,13 @@ def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
     """Of the module before it was pruned, or after."""
     module, renamed = Weights(), names == "after"
     entries = {f"{name}_orig" if renamed else name: value for name, value in plan_of(module).parameters.items()}
-    optimizer = optim.SGD([module.norm], lr=0.1)  # pruning leaves the parameter, under another name
+    plan, optimizer = Plan(entries, (), (), ()), optim.SGD([module.norm], lr=0.1)  # which pruning renames
     if not renamed:
-        scale(optimizer, module, Plan(entries, (), (), ()))
+        scale(optimizer, module, plan)
     for name in SHAPES:
         prune.identity(module, name)
     if renamed:
-        scale(optimizer, module, Plan(entries, (), (), ()))
+        scale(optimizer, module, plan)
     optimizer.add_param_group({"params": [p for p in module.parameters() if p is not module.norm_orig]})
     assert update(module, optimizer) == {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
 
