@@ -24,3 +24,11 @@ def environment() -> Iterator[None]:
     """The environment as it was, after every test; strategies ask it for the number of threads."""
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """A compiler that has seen nothing yet."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()

@@ -1,7 +1,5 @@
 """What checkpoints say about multipliers, and what modules take from them."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,8 @@ def test_from_a_checkpoint(tmp_path: Path, mode: Mode) -> None:
         bake(again, plan)
     restored = restore_multipliers(again, torch.load(tmp_path / "last.ckpt", weights_only=True))
     assert restored == plan
-    assert torch.equal(logits(again, architecture), expected)
-    assert torch.equal(logits(to_granite(again, plan), architecture), expected)
-    assert torch.equal(logits(bake(again, plan), architecture), expected)
+    for leave in (lambda module, plan: module, to_granite, bake):
+        assert torch.equal(logits(leave(again, plan), architecture), expected)
 
 
 @pytest.mark.parametrize("mode", ["hook", "fold"])
@@ -54,15 +51,13 @@ def test_from_a_checkpoint_of_a_baked_module(tmp_path: Path, mode: Mode) -> None
     for _ in range(2):
         evaluating.predict(again, data, ckpt_path=path)
         assert torch.equal(logits(again, architecture), expected)
-    hooked = lit(architecture, TWICE)
-    attach_multipliers(hooked, plan)
+    attach_multipliers(hooked := lit(architecture, TWICE), plan)
     with pytest.raises(ValueError, match="baked module, a plain one, and this one has multipliers in hooks already"):
         restore_multipliers(hooked, checkpoint)
     with pytest.raises(ValueError, match=r"baked into its weights, and this one has them in hooks.* saved before bake"):
         evaluating.predict(hooked, data, ckpt_path=path)
-    with pytest.raises(
-        ValueError, match=rf"in {'hooks' if mode == 'hook' else 'its weights'}, and this one .* baked into"
-    ):
+    where = "hooks" if mode == "hook" else "its weights"
+    with pytest.raises(ValueError, match=f"in {where}, and this one .* baked into"):
         evaluating.predict(module, data, ckpt_path=tmp_path / "before.ckpt")
     tied = Lit.load_from_checkpoint(path, model=architecture.build(*TWICE))
     with pytest.raises(ValueError, match=r"model\.lm_head\.weight are different weights.*tie_word_embeddings=False"):
@@ -76,9 +71,8 @@ def test_hooks_that_folding_leaves_are_warned_about() -> None:
     tied, untied = ARCHITECTURES["tied llama"], ARCHITECTURES["llama"]
     with pytest.warns(UserWarning, match=rf"Folding leaves {SAID} in hooks.* another function.*bake\(module, callback"):
         trained(tied, "fold", TWICE)
-    with pytest.warns(
-        UserWarning, match="Folding leaves the multipliers of the branch .*, the branch .* and 2 more in"
-    ):
+    several = "Folding leaves the multipliers of the branch .*, the branch .* and 2 more in"
+    with pytest.warns(UserWarning, match=several):
         trained(ARCHITECTURES["gemma2"], "fold", TWICE)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Folding leaves")
@@ -105,9 +99,8 @@ def test_plain_checkpoint_in_a_run_in_which_folding_leaves_hooks(mode: Mode, mes
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     callback = MLUCallback(lit(architecture, BASE), residual=mode)
     with pytest.warns(UserWarning, match=message):
-        Trainer(max_epochs=1, callbacks=[callback], **settings).fit(
-            lit(architecture, TWICE), data, ckpt_path=tmp_path / "plain.ckpt"
-        )
+        trainer = Trainer(max_epochs=1, callbacks=[callback], **settings)
+        trainer.fit(lit(architecture, TWICE), data, ckpt_path=tmp_path / "plain.ckpt")
 
 
 def test_a_checkpoint_without_a_plan() -> None:

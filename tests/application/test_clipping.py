@@ -1,7 +1,5 @@
 """Gradients of folded weights are clipped as those of attached multipliers, whoever clips them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +12,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
-from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, scale_optimizer
-from mlu_lightning.application.clipping import unfolded_gradients
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, scale_optimizer, unfolded_gradients
 from mlu_lightning.models import ResNet
 
 NORM = 0.5
@@ -95,8 +92,17 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(draw[::2], draw[1::2], strict=True))
 
 
-def plan() -> Plan:
-    return Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE))
+def plan(alpha: float = 1.0) -> Plan:
+    return Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE), alpha=alpha)
+
+
+def made(put: Callable[[nn.Module, Plan], object]) -> tuple[Net, optim.Optimizer]:
+    """A module with multipliers and a scaled optimizer."""
+    module = Net(**WIDE)
+    put(module, plan())
+    optimizer = module.configure_optimizers()
+    scale_optimizer(optimizer, module, plan())
+    return module, optimizer
 
 
 def in_a_loop(
@@ -105,10 +111,7 @@ def in_a_loop(
     most: float = NORM,
 ) -> list[Tensor]:
     """Losses of a loop of one's own, which clips gradients inside of a context."""
-    module = Net(**WIDE)
-    put(module, plan())
-    optimizer = module.configure_optimizers()
-    scale_optimizer(optimizer, module, plan())
+    module, optimizer = made(put)
     for batch in batches():
         optimizer.zero_grad()
         module.training_step(batch).backward()
@@ -118,7 +121,7 @@ def in_a_loop(
     return module.losses
 
 
-def nothing(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+def nothing(*_: object) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -128,15 +131,13 @@ def expected() -> list[Tensor]:
     return in_a_loop(attach_multipliers, nothing)
 
 
-def compiled(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
-    """With the module as torch.compile wraps it."""
-    return unfolded_gradients(cast("nn.Module", torch.compile(module, backend="eager")), plan)
-
-
 def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
-    assert in_a_loop(attach_multipliers) == expected
-    assert in_a_loop(fold, compiled) == in_a_loop(fold)
-    torch.testing.assert_close(in_a_loop(fold), expected, rtol=1e-12, atol=0)  # rounding of factors
+    def compiled(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+        return unfolded_gradients(cast("nn.Module", torch.compile(module, backend="eager")), plan)
+
+    folded = in_a_loop(fold)
+    assert in_a_loop(attach_multipliers) == expected and in_a_loop(fold, compiled) == folded
+    torch.testing.assert_close(folded, expected, rtol=1e-12, atol=0)  # rounding of factors
     for without in (in_a_loop(fold, nothing), in_a_loop(fold, most=math.inf)):
         assert not torch.allclose(torch.stack(without), torch.stack(expected), rtol=0.01)
 
@@ -149,8 +150,7 @@ def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -
     trainer = quiet(MLUCallback(plan=plan(), init=None, residual=residual), max_epochs=1, **settings)
     trainer.fit(module, loader(batches()))
     torch.testing.assert_close(module.losses, expected, rtol=1e-12, atol=0)
-    assert "clip_gradients" not in vars(module)
-    assert "configure_gradient_clipping" not in vars(module)
+    assert not {"clip_gradients", "configure_gradient_clipping"} & vars(module).keys()
 
 
 def test_weights_that_are_pruned_during_the_run() -> None:
@@ -170,10 +170,7 @@ def test_gradients_that_are_taken_away_or_new(change: str) -> None:
     """The scaled optimizer then gets what the same change makes of them where multipliers are attached."""
     weights = []
     for put in (attach_multipliers, fold):
-        module = Net(**WIDE)
-        put(module, plan())
-        optimizer = module.configure_optimizers()
-        scale_optimizer(optimizer, module, plan())
+        module, optimizer = made(put)
         module.training_step(batches()[0]).backward()
         if change == "new":
             module.readout.weight.grad = None
@@ -188,8 +185,7 @@ def test_gradients_that_are_taken_away_or_new(change: str) -> None:
 def test_a_module_without_the_multipliers_is_refused() -> None:
     """A wrapper has other names, and would be left as it is."""
     module = fold(Net(**WIDE), plan())
-    other = Plan.from_model(Net(**WIDE), batches()[0], base=Net(**BASE), alpha=2.0)
-    for given, numbers in ((nn.Sequential(module), plan()), (Net(**WIDE), plan()), (module, other)):
+    for given, numbers in ((nn.Sequential(module), plan()), (Net(**WIDE), plan()), (module, plan(alpha=2.0))):
         what = rf"not in the {type(given).__name__} that was given to unfolded_gradients. .* of a wrapper, .* what is inside"
         with pytest.raises(ValueError, match=what), unfolded_gradients(given, numbers):
             pass

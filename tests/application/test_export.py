@@ -1,12 +1,11 @@
 """Leaving: trained Hugging Face models, baked or exported to Granite, in a process that cannot import this package."""
 
-from __future__ import annotations
-
 import copy
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
-from helpers.architectures.language import gpt2_with_heads_of
-from helpers.leaving import (
-    BASE,
-    THRICE,
-    TWICE,
-    Mode,
-    Shape,
-    assert_refused,
-    hooks,
-    logits,
-    multiplied,
-    tied_llama,
-    trained,
-)
+from helpers.leaving import BASE, THRICE, TWICE, assert_refused, hooks, logits, multiplied, tied_llama, trained
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,31 +21,13 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import bake, scale_optimizer, to_granite
 
-HUGGING_FACE = {
-    name: architecture
-    for name, architecture in ARCHITECTURES.items()
-    if isinstance(architecture.build(1, 2, 16), transformers.PreTrainedModel)
-}
-
-
+HUGGING_FACE = {n: a for n, a in ARCHITECTURES.items() if isinstance(a.build(1, 2, 16), transformers.PreTrainedModel)}
 LLAMAS = ["llama", "tied llama"]
-
-
 # factors are powers of two at twice the base, whose products are exact; at three times the base they are rounded
-RUNS: dict[str, tuple[Mode, Shape]] = {
-    "hook": ("hook", TWICE),
-    "fold": ("fold", TWICE),
-    "rounded": ("hook", THRICE),
-}
-
-
+RUNS: dict[str, Any] = {"hook": ("hook", TWICE), "fold": ("fold", TWICE), "rounded": ("hook", THRICE)}
 ROUNDED = {"rtol": 0, "atol": 2e-5}  # logits of order one, in float32
-
-
 # weights that were loaded lie elsewhere in memory, by which torch chooses how to sum in convolutions and over experts
 LOADED = {"rtol": 0, "atol": 5e-7}
-
-
 LOADER = """
 import sys
 sys.modules["mlu_lightning"] = None  # importing it is an ImportError
@@ -78,9 +46,10 @@ for folder in pathlib.Path(sys.argv[1]).iterdir():
 
 def leave(folder: Path, model: Any, architecture: Architecture, expected: Tensor) -> None:
     model.save_pretrained(folder)
-    save_file({"logits": logits(model, architecture).contiguous()}, folder / "left")
-    save_file({key: value.clone() for key, value in architecture.example.items()}, folder / "inputs")
-    save_file({"logits": expected.contiguous()}, folder / "expected")
+    inputs = {key: value.clone() for key, value in architecture.example.items()}
+    left = {"logits": logits(model, architecture).contiguous()}
+    for name, tensors in {"left": left, "inputs": inputs, "expected": {"logits": expected.contiguous()}}.items():
+        save_file(tensors, folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +74,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize(
-    ("name", "form"), [(name, "baked") for name in HUGGING_FACE] + [(name, "granite") for name in LLAMAS]
-)
+@pytest.mark.parametrize(("name", "form"), [*product(HUGGING_FACE, ["baked"]), *product(LLAMAS, ["granite"])])
 def test_loaded_without_the_package(folders: Path, name: str, form: str, run: str) -> None:
     folder = folders / f"{name}, {run}, {form}"
     expected, left, loaded = (load_file(folder / file)["logits"] for file in ("expected", "left", "loaded"))
@@ -136,8 +103,8 @@ def test_a_baked_module_has_no_learning_rates() -> None:
         scale_optimizer(optimizer, module, plan)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_baked_in_a_compiled_wrapper() -> None:
-    torch.compiler.reset()
     architecture = ARCHITECTURES["causal transformer"]
     module, plan = multiplied(architecture.build, architecture.example, BASE, THRICE)
     compiled = torch.compile(module, backend="eager")
@@ -145,7 +112,6 @@ def test_baked_in_a_compiled_wrapper() -> None:
     assert bake(compiled, plan) is compiled
     assert hooks(module) == 0
     torch.testing.assert_close(compiled(TOKENS), expected, rtol=1e-12, atol=1e-13)
-    torch.compiler.reset()
 
 
 def test_untied_readouts_are_written_by_hand() -> None:
@@ -156,82 +122,24 @@ def test_untied_readouts_are_written_by_hand() -> None:
     nn.init.normal_(predictions.bias)
     weight, bias = words.weight.detach().clone(), predictions.bias.detach().clone()
     bake(module, plan)
-    assert torch.equal(words.weight, weight)
-    torch.testing.assert_close(predictions.decoder.weight.detach(), weight / 3, rtol=1e-15, atol=0)
-    assert torch.equal(predictions.decoder.bias, bias)
-    assert predictions.decoder.bias is not predictions.bias
-    assert predictions.decoder.weight.requires_grad
-    assert module.config.tie_word_embeddings is False
+    decoder = predictions.decoder
+    assert torch.equal(words.weight, weight) and torch.equal(decoder.bias, bias)
+    torch.testing.assert_close(decoder.weight.detach(), weight / 3, rtol=1e-15, atol=0)
     module.tie_weights()
-    assert predictions.decoder.weight is not words.weight
+    assert decoder.bias is not predictions.bias and decoder.weight is not words.weight
+    assert decoder.weight.requires_grad and module.config.tie_word_embeddings is False
 
 
-def _neox(head_dim: int) -> nn.Module:
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=2 * head_dim, **sizes)
-    return transformers.GPTNeoXForCausalLM(config)
-
-
-QUERIES = range(64)  # of two heads with 32 each, where they come before all keys
-
-
-@pytest.mark.parametrize(
-    ("build", "example", "queries", "rows"),
-    [
-        (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "transformer.h.0.attn.c_attn.weight", QUERIES),
-        (
-            lambda dim: Encoder(2, 2, 2 * dim, norm_first=True),
-            (TOKENS,),
-            "encoder.layers.0.self_attn.in_proj_weight",
-            QUERIES,
-        ),
-        (
-            _neox,
-            {"input_ids": TOKENS, "labels": TOKENS},
-            "gpt_neox.layers.0.attention.query_key_value.weight",
-            (*range(32), *range(96, 128)),  # before the keys of the same head
-        ),
-    ],
-)
-def test_logits_where_head_dim_differs(
-    build: Callable[[int], nn.Module], example: Any, queries: str, rows: Sequence[int]
-) -> None:
-    """The queries of a fused projection are multiplied, in whichever direction it is stored."""
-    module, plan = multiplied(build, example, (16,), (32,))
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    before = module.get_parameter(queries).detach().clone()
-    arguments = example if isinstance(example, tuple) else (example["input_ids"],)
-    output = (lambda: module(*arguments)) if isinstance(example, tuple) else (lambda: module(*arguments).logits)
-    expected = output()
-    bake(bake(module, plan), plan)
-    assert hooks(module) == 0
-    torch.testing.assert_close(output(), expected, rtol=1e-10, atol=1e-12)
-    ratio = module.get_parameter(queries) / before
-    ratio = ratio if "c_attn" in queries else ratio.T
-    torch.testing.assert_close(ratio[:, rows], torch.full_like(ratio[:, rows], 0.5**0.5), rtol=1e-14, atol=0)
-    assert (ratio[:, [row for row in range(192) if row not in rows]] == 1).all()
-
-
-# --- what cannot leave: each error names what is wrong and what to do, and leaves the module as it was
-
-
-class Tied(nn.Module):
+def tied_encoder(*shape: int) -> nn.Module:
     """A readout that is tied by the module itself."""
-
-    def __init__(self, depth: int, heads: int, embedding: int) -> None:
-        super().__init__()
-        self.inner = Encoder(depth, heads, embedding, norm_first=True)
-        self.inner.readout.weight = self.inner.tokens.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self.inner(tokens)
-        return output
+    encoder = Encoder(*shape, norm_first=True)
+    encoder.readout.weight = encoder.tokens.weight
+    return encoder
 
 
 def test_a_tie_that_no_config_unties() -> None:
-    module, plan = multiplied(Tied, (TOKENS,), BASE, TWICE)
-    assert_refused(bake, module, plan, r"readout 'inner\.tokens\.weight' is tied .* by 0\.5 in the model's own code")
+    module, plan = multiplied(tied_encoder, (TOKENS,), BASE, TWICE)
+    assert_refused(bake, module, plan, r"readout 'tokens\.weight' is tied .* by 0\.5 in the model's own code")
 
 
 def test_a_config_that_does_not_keep_the_setting_and_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,17 +209,14 @@ def test_a_gain_minus_one_that_bfloat16_rounds_too_much() -> None:
     for name, parameter in module.named_parameters():
         if "norm" in name:
             nn.init.normal_(parameter, std=0.1)
-    assert_refused(
-        bake, module.bfloat16(), plan, r"stored minus one, and in bfloat16 .* wrong by up to .*module\.float\("
-    )
+    message = r"stored minus one, and in bfloat16 .* wrong by up to .*module\.float\("
+    assert_refused(bake, module.bfloat16(), plan, message)
 
 
 def test_another_plan_or_none() -> None:
     module, plan = tied_llama()
     for leave in (bake, to_granite):
-        assert_refused(
-            leave, module, replace(plan, alpha=3.0), "multipliers of another plan. Give the plan that it was"
-        )
-    assert_refused(
-        to_granite, bake(module, plan), plan, r"plan was not made for this LlamaForCausalLM: lm_head\.weight"
-    )
+        other = replace(plan, alpha=3.0)
+        assert_refused(leave, module, other, "multipliers of another plan. Give the plan that it was")
+    message = r"plan was not made for this LlamaForCausalLM: lm_head\.weight"
+    assert_refused(to_granite, bake(module, plan), plan, message)

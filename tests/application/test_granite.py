@@ -1,7 +1,5 @@
 """Export to Granite: its weights, its config and its function, and the models that cannot become one."""
 
-from __future__ import annotations
-
 import copy
 import json
 import sys
@@ -24,8 +22,7 @@ from mlu_lightning.planning.entries import Multiplier
 
 def saved_config(exported: Any, folder: Path) -> dict[str, Any]:
     exported.save_pretrained(folder)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
+    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["llama", "tied llama"])
@@ -38,10 +35,14 @@ def test_granite_keeps_weights_and_has_multipliers(name: str, tmp_path: Path) ->
     tied = name == "tied llama"
     assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == tied
     config = saved_config(exported, tmp_path)
-    numbers = {"residual_multiplier": 0.25, "embedding_multiplier": 1.0, "logits_scaling": 2.0}
+    numbers = {
+        "residual_multiplier": 0.25,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": tied,
+    }
     assert {key: config[key] for key in numbers} == numbers
     assert config["attention_multiplier"] == pytest.approx(8**-0.5, rel=1e-15)
-    assert config["tie_word_embeddings"] is tied
     # what a run with folded weights leaves to multiply is a tied readout only
     module, plan, _ = trained(ARCHITECTURES[name], "fold", TWICE)
     config = saved_config(to_granite(module, plan), tmp_path)
@@ -74,14 +75,12 @@ def test_granite_of_granite_and_of_mistral() -> None:
     own = {"residual_multiplier": 0.3, "embedding_multiplier": 7.0, "attention_multiplier": 0.2, "logits_scaling": 5.0}
 
     def granite(depth: int, embedding: int) -> nn.Module:
-        config = transformers.GraniteConfig(num_hidden_layers=depth, hidden_size=embedding, **numbers, **own)
-        return transformers.GraniteForCausalLM(config)
+        sizes = {"num_hidden_layers": depth, "hidden_size": embedding}
+        return transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, **numbers, **own))
 
     def mistral(depth: int, embedding: int) -> nn.Module:
-        config = transformers.MistralConfig(
-            num_hidden_layers=depth, hidden_size=embedding, sliding_window=None, **numbers
-        )
-        return transformers.MistralForCausalLM(config)
+        sizes = {"num_hidden_layers": depth, "hidden_size": embedding, "sliding_window": None}
+        return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **numbers))
 
     for build, residual, scaling in ((granite, 0.3, 5.0), (mistral, 1.0, 1.0)):
         module, plan = multiplied(build, {"input_ids": TOKENS, "labels": TOKENS}, (1, 16), (3, 48), double=False)
@@ -106,11 +105,7 @@ def _with_softcap(module: Any) -> None:
         ("gpt2", lambda module: None, r"other weights: transformer\.wte\.weight \[50, 32\] is not in Granite; .* and "),
         ("gemma2", lambda module: None, r"other weights: .*pre_feedforward_layernorm\.weight \[32\] is not in Granite"),
         ("tied llama", _with_window, r"the last 4 tokens of up to 2048, .*config\.sliding_window to None"),
-        (
-            "tied llama",
-            _with_softcap,
-            r"computes something else .* differ by \d.* of the largest.*bake\(module, plan",
-        ),
+        ("tied llama", _with_softcap, r"computes something else .* differ by \d.* of the largest.*bake\(module, plan"),
         ("causal transformer", lambda module: None, r"no Hugging Face model in this CausalTransformer.*bake"),
     ],
 )
@@ -118,24 +113,18 @@ def test_not_a_granite(name: str, change: Callable[[Any], None], message: str) -
     architecture = ARCHITECTURES[name]
     module, plan = multiplied(architecture.build, architecture.example, BASE, TWICE, double=False)
     change(module)
-    modes = [part.training for part in module.train().modules()]
-    random = torch.get_rng_state()
+    modes, random = [part.training for part in module.train().modules()], torch.get_rng_state()
     assert_refused(to_granite, module, plan, message)
     assert modes == [part.training for part in module.modules()]
     assert torch.equal(random, torch.get_rng_state())
-
-
-def _branch_factor(plan: Plan, name: str) -> Plan:
-    changed = tuple(replace(m, value=0.125) if m.name == name else m for m in plan.multipliers)
-    return replace(plan, multipliers=changed)
 
 
 def test_granite_has_one_multiplier_for_all_branches() -> None:
     architecture = ARCHITECTURES["tied llama"]
     module = architecture.build(*TWICE)
     plan = Plan.from_model(module, architecture.example, base=architecture.build(*BASE))
-    plan = _branch_factor(plan, "model.layers.1.mlp")
-    attach_multipliers(module, plan)
+    odd = (replace(m, value=0.125) if m.name == "model.layers.1.mlp" else m for m in plan.multipliers)
+    attach_multipliers(module, plan := replace(plan, multipliers=tuple(odd)))
     assert_refused(to_granite, module, plan, r"branches have different multipliers, 0\.125, 0\.5, and Granite has one")
 
 

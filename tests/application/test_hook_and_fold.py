@@ -1,6 +1,4 @@
-"""Multipliers as hooks and folded into weights are the same function and the same training run."""
-
-from __future__ import annotations
+"""Multipliers as hooks, folded into weights and baked are the same function and the same training run."""
 
 import copy
 from collections.abc import Callable
@@ -9,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.architecture_runs import attachable, doubled, in_double, loss_of
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from helpers.architectures.language import gpt2_with_heads_of
 from helpers.leaving import BASE, THRICE, TWICE, hooks
 from torch import Tensor, nn
 
-from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning import Plan, attach_multipliers, bake, fold, initialize, scale_optimizer
 from mlu_lightning.application import residual_state
 from mlu_lightning.models import CausalTransformer
 
@@ -37,8 +36,7 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
     """A module in double precision with its plan, initialized; dropout is off, because its masks would not matter."""
     torch.manual_seed(0)
-    base = architecture.build(1, 2, 16)
-    module = architecture.build(2, 4, 32)
+    base, module = architecture.build(*BASE), architecture.build(*TWICE)
     plan = Plan.from_model(module, architecture.example, base=base, alpha=1.5)
     initialize(module, plan)
     return doubled(module).eval(), plan
@@ -58,10 +56,7 @@ def test_same_run(architecture: Architecture, name: str) -> None:
         return
     attach_multipliers(hooked, plan)
     fold(folded, plan)
-    torch.testing.assert_close(
-        _loss(folded, architecture.example), _loss(hooked, architecture.example), rtol=1e-13, atol=0
-    )
-
+    torch.testing.assert_close(*(_loss(each, architecture.example) for each in (folded, hooked)), rtol=1e-13, atol=0)
     losses = []
     for module in (hooked, folded):
         optimizer = OPTIMIZERS[name](module.parameters())
@@ -74,15 +69,9 @@ def test_same_run(architecture: Architecture, name: str) -> None:
         losses.append(loss.detach())
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
     factors = {parameter: scale.multiplier for parameter, scale in plan.scales("sgd").items()}
-    others = dict(folded.named_parameters())
     for parameter, value in hooked.named_parameters():
-        torch.testing.assert_close(
-            others[parameter],
-            value * factors[parameter],
-            rtol=1e-8,
-            atol=1e-10,
-            msg=lambda text, p=parameter: f"{p}: {text}",
-        )
+        expected, found = value * factors[parameter], folded.get_parameter(parameter)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=lambda text, p=parameter: f"{p}: {text}")
 
 
 def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Architecture) -> None:
@@ -92,43 +81,66 @@ def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Ar
         assert architecture.tied or architecture.unfoldable
         return
     fold(module, plan)
-    plain = doubled(architecture.build(2, 4, 32)).eval()
+    plain = doubled(architecture.build(*TWICE)).eval()
     plain.load_state_dict(module.state_dict())
     assert torch.equal(_loss(plain, architecture.example), _loss(module, architecture.example))
 
 
+def _neox(head_dim: int) -> nn.Module:
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=2 * head_dim, **sizes)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def _baked(module: nn.Module, plan: Plan) -> None:
+    attach_multipliers(module, plan)
+    bake(bake(module, plan), plan)
+    assert hooks(module) == 0
+
+
+IDS = {"input_ids": TOKENS, "labels": TOKENS}
+QUERIES = [*range(64)]  # of two heads with 32 each, where they come before all keys
+BEFORE_KEYS = [*range(32), *range(96, 128)]  # of the same head
+
+
 @pytest.mark.parametrize(
-    ("build", "example", "queries"),
+    ("build", "example", "queries", "rows"),
     [
-        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight"),
-        (gpt2_with_heads_of, {"input_ids": TOKENS, "labels": TOKENS}, "c_attn."),
-        (lambda dim: Encoder(2, 2, 2 * dim, norm_first=True), (TOKENS,), "in_proj_"),
+        (lambda dim: CausalTransformer(50, 8, 2, 32, heads=2, head_dim=dim), TOKENS, "query.weight", QUERIES),
+        (gpt2_with_heads_of, IDS, "c_attn.", QUERIES),
+        (lambda dim: Encoder(2, 2, 2 * dim, True), (TOKENS,), "in_proj_", QUERIES),
+        (_neox, IDS, "query_key_value.", BEFORE_KEYS),
     ],
 )
-def test_logits_where_head_dim_differs(build: Callable[[int], nn.Module], example: Any, queries: str) -> None:
-    """Multiplying logits is multiplying the rows of the queries by hand."""
+def test_logits_where_head_dim_differs(build: Any, example: Any, queries: str, rows: list[int]) -> None:
+    """Multiplying logits is multiplying the rows of the queries by hand, in whichever direction they are stored."""
     torch.manual_seed(0)
     module, base = build(32).double().eval(), build(16)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
-    plan = Plan.from_model(module, example, base=base)
-    by_hand = copy.deepcopy(module)
+    plan = Plan.from_model(module, example, base=base, alpha=1.5)
     others = replace(plan, multipliers=tuple(m for m in plan.multipliers if m.kind != "logits"))
+    by_hand = fold(copy.deepcopy(module), others)
+    without = _loss(by_hand, example).detach()
+    fused = [name for name, _ in by_hand.named_parameters() if queries in name]
     with torch.no_grad():
-        for name, parameter in by_hand.named_parameters():
-            if queries in name:
-                rows = parameter.T if "c_attn.weight" in name else parameter
-                rows[:64] *= 0.5**0.5
-    expected = _loss(fold(by_hand, others), example)
-    assert not torch.allclose(_loss(fold(copy.deepcopy(module), others), example), expected, rtol=1e-6, atol=0)
-    for put in (attach_multipliers, fold):
-        copied = copy.deepcopy(module)
-        put(copied, plan)
+        for name in fused:
+            parameter = by_hand.get_parameter(name)
+            (parameter.T if "c_attn.weight" in name else parameter)[rows] *= 0.5**0.5
+    expected = _loss(by_hand, example)
+    assert not torch.allclose(without, expected, rtol=1e-6, atol=0)
+    for put in (attach_multipliers, fold, _baked):
+        put(copied := copy.deepcopy(module), plan)
         loss = _loss(copied, example)
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
         loss.backward()
         assert all(parameter.grad is not None for parameter in copied.parameters())
-        assert list(copied.state_dict()) == list(module.state_dict())
+        if put is _baked:  # which may untie a readout
+            for name in fused:
+                value = copied.get_parameter(name)
+                torch.testing.assert_close(value, by_hand.get_parameter(name), rtol=1e-14, atol=0)
+        else:
+            assert list(copied.state_dict()) == list(module.state_dict())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -156,7 +168,8 @@ def test_a_handle_does_nothing_after_its_hooks_were_folded() -> None:
     plan = Plan.from_model(module, architecture.example, base=architecture.build(*BASE))
     handle = attach_multipliers(module, plan)
     fold(module, plan)
-    state, count = residual_state(module), hooks(module)
+    state = residual_state(module)
+    assert hooks(module) == 1
     handle.remove()
     assert residual_state(module) == state is not None
-    assert hooks(module) == count == 1
+    assert hooks(module) == 1

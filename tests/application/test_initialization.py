@@ -1,7 +1,5 @@
 """Initial weights have the std of the table, by the form that they are built with, and nothing else changes."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable
@@ -10,19 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.initial_weights import (
-    BASE_STD,
-    FLOAT32,
-    MODES,
-    SAMPLED,
-    STD,
-    Bag,
-    assert_same,
-    plan_of,
-    rms,
-    seeded,
-    values_of,
-)
+from helpers import initial_weights
+from helpers.initial_weights import BASE_STD, FLOAT32, MODES, SAMPLED, STD, Bag, plan_of, rms, seeded, values_of
+from helpers.perceptrons import Perceptron
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -31,15 +19,18 @@ from mlu_lightning.planning import Multiplier
 from mlu_lightning.table import Variant
 
 
+def embeddings(module: nn.Module, **says: Any) -> Plan:
+    return plan_of(module, role=Role.EMBEDDING, **says)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("role", Role)
 def test_every_role_gets_the_std_of_the_table(role: Role, mode: str) -> None:
     module = seeded(lambda: Bag(p=torch.randn(200, 100) * 0.37 + 0.1))
     initialize(module, plan_of(module, role=role), mode)
     assert rms(module.p) == pytest.approx(BASE_STD * STD[role], rel=SAMPLED)
-    matrix = role.value in ("embedding", "branch_in", "branch_hidden", "branch_out", "stream_matrix", "readout")
-    matrix |= role.value in ("branch_out_normed", "branch_bounded_matrix", "stream_bounded_matrix")
-    drawn = {"rescale": False, "normal": matrix, "coupled": role.value in ("embedding", "readout")}[mode]
+    matrix = not role.value.endswith(("_bias", "_norm", "branch_bounded"))
+    drawn = {"rescale": False, "normal": matrix, "coupled": role in (Role.EMBEDDING, Role.READOUT)}[mode]
     if drawn:
         # the mean of 2e4 numbers has a standard error of std/141; the built mean, scaled, would be 26 % of the std
         assert abs(module.p.mean()) < 5 / 141 * rms(module.p)
@@ -79,14 +70,12 @@ def test_uniform_stays_within_its_bounds_and_orthogonal_stays_orthogonal() -> No
 def test_layers_are_scaled_together() -> None:
     """Their common root mean square is set, by hand; differences between layers stay."""
     layers = nn.Sequential(*(nn.Linear(4, 3, bias=False) for _ in range(2)))
-    with torch.no_grad():
-        layers[0].weight.fill_(1.0)
-        layers[1].weight.fill_(-3.0)
-    plan = plan_of(layers, **{"0.weight": {"base_std": 0.1}, "1.weight": {"base_std": 0.2}})
-    initialize(layers, plan)
+    for layer, value in zip(layers, (1.0, -3.0), strict=True):
+        nn.init.constant_(layer.weight, value)
+    initialize(layers, plan_of(layers, **{"0.weight": {"base_std": 0.1}, "1.weight": {"base_std": 0.2}}))
     factor = 0.5 * math.sqrt((0.1**2 + 0.2**2) / 2) / math.sqrt((1 + 9) / 2)
-    torch.testing.assert_close(layers[0].weight.detach(), torch.full((3, 4), factor))
-    torch.testing.assert_close(layers[1].weight.detach(), torch.full((3, 4), -3 * factor))
+    for layer, value in zip(layers, (1.0, -3.0), strict=True):
+        torch.testing.assert_close(layer.weight.detach(), torch.full((3, 4), value * factor))
 
 
 def test_parameters_of_other_roles_and_shapes_are_scaled_apart() -> None:
@@ -129,55 +118,29 @@ def test_depth_dependent_init_of_gpt2_is_undone() -> None:
 
 def test_biases_have_the_std_of_the_base_where_only_the_fan_in_beside_them_grows() -> None:
     """nn.Linear draws a bias from ±fan_in^(-1/2), which is not the base's where the fan-in is another."""
-
-    def build(hidden: int) -> nn.Module:
-        return seeded(lambda: BiasedResidual(hidden))
-
-    base, wide = build(64), build(1024)
-    plan = Plan.from_model(wide, torch.zeros(1, 512), base=base)
-    assert plan.parameters["write.bias"].ratios.is_identity
-    assert rms(wide.write.bias) == pytest.approx(rms(base.write.bias) / 4, rel=0.2)
+    base, wide = Perceptron(1, 64, 512), Perceptron(1, 1024, 512)
+    plan = Plan.from_model(wide, (torch.zeros(1, 3), torch.zeros(1, 2)), base=base)
+    bias, expected = wide.branches[0].write.bias, rms(base.branches[0].write.bias)
+    assert plan.parameters["branches.0.write.bias"].ratios.is_identity
+    assert rms(bias) == pytest.approx(expected / 4, rel=0.2)
     initialize(wide, plan)
-    assert rms(wide.write.bias) == pytest.approx(rms(base.write.bias), rel=FLOAT32)
+    assert rms(bias) == pytest.approx(expected, rel=FLOAT32)
 
 
-class BiasedResidual(nn.Module):
-    """A residual block with biases between two matrices."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.embed, self.readout = nn.Linear(512, 512), nn.Linear(512, 2)
-        self.read, self.write = nn.Linear(512, hidden), nn.Linear(hidden, 512)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        stream = self.embed(inputs)
-        output: torch.Tensor = self.readout(stream + self.write(torch.tanh(self.read(stream))))
-        return output
-
-
-# --- what stays as it is
-
-
-@pytest.mark.parametrize("says", [{}, {"p": {"base_std": 0.0999}}], ids=["same std", "sampled std"])
-def test_the_base_shape_is_left_alone_bit_for_bit(says: dict[str, Any]) -> None:
+@pytest.mark.parametrize("base_std", [BASE_STD, 0.0999], ids=["same std", "sampled std"])
+def test_the_base_shape_is_left_alone_bit_for_bit(base_std: float) -> None:
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Embedding(4, 4)))
     before = values_of(module)
-    plan = plan_of(module, ratios=Ratios())
-    plan = replace(plan, parameters={n: replace(p, base_shape=p.shape) for n, p in plan.parameters.items()})
-    initialize(module, plan)
-    assert_same(module, before)
+    shapes = {name: {"base_shape": tuple(value.shape)} for name, value in module.named_parameters()}
+    initialize(module, plan_of(module, ratios=Ratios(), base_std=base_std, **shapes))
+    initial_weights.assert_same(module, before)
 
 
-def test_another_depth_at_the_same_shape_is_not_the_base() -> None:
-    module = seeded(lambda: nn.Linear(4, 4, bias=False))
-    initialize(module, plan_of(module, ratios=Ratios(depth=4.0), base_shape=(4, 4)))
-    assert rms(module.weight) == pytest.approx(BASE_STD, rel=FLOAT32)
-
-
-def test_another_shape_at_the_same_ratios_is_not_the_base() -> None:
+@pytest.mark.parametrize(("ratios", "base_shape"), [(Ratios(depth=4.0), (4, 4)), (Ratios(), (4, 2))])
+def test_another_depth_or_shape_is_not_the_base(ratios: Ratios, base_shape: tuple[int, int]) -> None:
     """Ratios know nothing of kernel sizes and of data."""
     module = seeded(lambda: nn.Linear(4, 4, bias=False))
-    initialize(module, plan_of(module, ratios=Ratios(), base_shape=(4, 2)))
+    initialize(module, plan_of(module, ratios=ratios, base_shape=base_shape))
     assert rms(module.weight) == pytest.approx(BASE_STD, rel=FLOAT32)
 
 
@@ -189,7 +152,7 @@ def test_gains_stay_exactly_what_they_are(mode: str) -> None:
     # root mean squares as NumPy finds them at the base, where the vectors are shorter
     says = {name: {"base_std": rms(value[:3])} for name, value in before.items()}
     initialize(module, plan_of(module, role=Role.BRANCH_NORM, **says), mode)
-    assert_same(module, before)
+    initial_weights.assert_same(module, before)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -206,8 +169,7 @@ def test_zero_stays_zero(role: Role, mode: str) -> None:
         "vector.0": {"fans": (500, 1) if reads else (1, 500), "transposed": reads},
     }
     initialize(module, plan_of(module, role=role, **says), mode)
-    assert not module["zero"].weight.any()
-    assert not vector.any()
+    assert not module["zero"].weight.any() and not vector.any()
     # zero rows count in the root mean square, as they do at the base
     alive = (torch.arange(40) != 3) & (torch.arange(40) < 20)
     assert torch.equal(table.weight.any(1), alive)
@@ -228,8 +190,8 @@ def test_zero_needs_no_std_to_be_coupled() -> None:
     """As the bias of an embedding in the absolute form."""
     module = nn.Linear(4, 4)
     nn.init.zeros_(module.bias)
-    plan = plan_of(module, role=Role.EMBEDDING, **{"bias": {"base_std": None}})
-    assert not initialize(module, plan, "coupled").bias.any()
+    initialize(module, embeddings(module, bias={"base_std": None}), "coupled")
+    assert not module.bias.any()
 
 
 @pytest.mark.parametrize("mode", ["rescale", "normal"])
@@ -237,23 +199,19 @@ def test_without_a_std_of_the_base_nothing_is_set(mode: str) -> None:
     module = seeded(lambda: nn.Linear(4, 4))
     before = values_of(module)
     initialize(module, plan_of(module, base_std=None), mode)
-    assert_same(module, before)
+    initial_weights.assert_same(module, before)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_buffers_and_the_random_state_are_left_alone_and_frozen_parameters_are_not(mode: str) -> None:
     module = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))).requires_grad_(False)
     module[1].running_mean.normal_()
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    state = torch.get_rng_state()
-    assert initialize(module, plan_of(module, role=Role.EMBEDDING), mode) is module
+    buffers, state = {name: buffer.clone() for name, buffer in module.named_buffers()}, torch.get_rng_state()
+    assert initialize(module, embeddings(module), mode) is module
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
     assert rms(module[0].weight) == pytest.approx(BASE_STD, rel=1.0)
     assert not any(p.requires_grad for p in module.parameters())
-
-
-# --- errors: each names what is wrong and what to do, and leaves the module as it was
 
 
 def with_folded_multiplier(module: nn.Module, plan: Plan) -> Plan:
@@ -262,53 +220,37 @@ def with_folded_multiplier(module: nn.Module, plan: Plan) -> Plan:
     return plan
 
 
-def on_meta(module: nn.Module, plan: Plan) -> Plan:
-    module[2].to("meta")
-    return plan
-
-
-def infinite(module: nn.Module, plan: Plan) -> Plan:
-    module[2].weight.data[1, 1] = math.inf
-    return plan
-
-
-def of_another_module(module: nn.Module, plan: Plan) -> Plan:
-    return plan_of(nn.Linear(2, 2))
-
-
-def without_std(module: nn.Module, plan: Plan) -> Plan:
-    return replace(plan, parameters={n: replace(p, base_std=None) for n, p in plan.parameters.items()})
-
-
-def without_axis(module: nn.Module, plan: Plan) -> Plan:
-    parameters = {**plan.parameters, "2.weight": replace(plan.parameters["2.weight"], fans=(4, 99))}
-    return replace(plan, parameters=parameters)
+CHANGES: dict[str, Callable[[Any, Plan], Any]] = {
+    "no change": lambda module, plan: plan,
+    "another module": lambda module, plan: plan_of(nn.Linear(2, 2)),
+    "folded": with_folded_multiplier,
+    "on meta": lambda module, plan: module[2].to("meta"),
+    "infinite": lambda module, plan: module[2].weight.data[1, 1].fill_(math.inf),
+    "no std": lambda module, plan: embeddings(module, base_std=None),
+    "no axis": lambda module, plan: embeddings(module, **{"2.weight": {"fans": (4, 99)}}),
+}
 
 
 @pytest.mark.parametrize(
     ("mode", "change", "message"),
     [
-        ("xavier", None, r"Unknown initialization 'xavier'\. Use one of: rescale, normal, coupled"),
-        ("rescale", of_another_module, r"not made for this Sequential.*0\.weight is in the module only"),
-        ("rescale", with_folded_multiplier, r"folded into the weights already.*Initialize before fold"),
-        ("normal", on_meta, r"meta device and have no values to scale: 2\.weight\. Materialize the module"),
-        ("rescale", infinite, r"2\.weight holds values that are not finite.*to_empty"),
-        ("coupled", without_std, r"draws 0\.weight anew, but .*base_std is not given.*Plan relative to a base module"),
-        ("coupled", without_axis, r"which axis of 2\.weight, of shape \[5, 4\], holds the 99 coordinates.*nn\.Linear"),
+        ("xavier", "no change", r"Unknown initialization 'xavier'\. Use one of: rescale, normal, coupled"),
+        ("rescale", "another module", r"not made for this Sequential.*0\.weight is in the module only"),
+        ("rescale", "folded", r"folded into the weights already.*Initialize before fold"),
+        ("normal", "on meta", r"meta device and have no values to scale: 2\.weight\. Materialize the module"),
+        ("rescale", "infinite", r"2\.weight holds values that are not finite.*to_empty"),
+        ("coupled", "no std", r"draws 0\.weight anew, but .*base_std is not given.*Plan relative to a base module"),
+        ("coupled", "no axis", r"which axis of 2\.weight, of shape \[5, 4\], holds the 99 coordinates.*nn\.Linear"),
     ],
 )
-def test_refused_with_nothing_changed(
-    mode: Any, change: Callable[[nn.Module, Plan], Plan] | None, message: str
-) -> None:
+def test_refused_with_nothing_changed(mode: Any, change: str, message: str) -> None:
     module = seeded(lambda: nn.Sequential(*(nn.Linear(4, size, bias=False) for size in (3, 4, 5))))
-    plan = plan_of(module, role=Role.EMBEDDING)
-    if change is not None:
-        plan = change(module, plan)
+    plan = embeddings(module)
+    changed = CHANGES[change](module, plan)
     before = values_of(module)
     with pytest.raises(ValueError, match=message):
-        initialize(module, plan, mode)
-    before = {name: value for name, value in before.items() if not value.is_meta}
-    assert all(torch.equal(module.get_parameter(name), value) for name, value in before.items())
+        initialize(module, changed if isinstance(changed, Plan) else plan, mode)
+    assert all(value.is_meta or torch.equal(module.get_parameter(name), value) for name, value in before.items())
 
 
 def test_multipliers_that_are_attached_do_not_matter() -> None:
@@ -317,4 +259,4 @@ def test_multipliers_that_are_attached_do_not_matter() -> None:
     plan = plan_of(plain)
     attach_multipliers(hooked, plan)
     initialize(hooked, plan)
-    assert_same(hooked, values_of(initialize(plain, plan)))
+    initial_weights.assert_same(hooked, values_of(initialize(plain, plan)))

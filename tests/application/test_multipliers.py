@@ -1,6 +1,4 @@
-"""Multipliers as hooks and folded, against a forward pass written by hand with the factors in it."""
-
-from __future__ import annotations
+"""Multipliers as hooks and folded, also compiled, against a forward pass written by hand with the factors in it."""
 
 import copy
 import io
@@ -11,45 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.multiplied_networks import (
-    ALPHA,
-    CASES,
-    EXACT,
-    FACTORS,
-    HIDDEN,
-    MODES,
-    READOUT,
-    D,
-    assert_unchanged,
-    made,
-    mlp_by_hand,
-    plan_of,
-    snapshot,
-)
+from helpers import multiplied_networks as networks
+from helpers.multiplied_networks import ALPHA, CASES, EXACT, FACTORS, MODES, READOUT, D, made, plan_of, snapshot
 from torch import Tensor, nn
 
-from mlu_lightning import attach_multipliers, fold
+from mlu_lightning import Plan, attach_multipliers, fold
 from mlu_lightning.application import residual_state
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.plan import Plan
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
 def test_function_is_the_one_written_by_hand(name: str, mode: str) -> None:
     module, plan, tokens = made(name)
-    plain, keys = copy.deepcopy(module), list(module.state_dict())
+    plain = copy.deepcopy(module)
     expected = CASES[name].by_hand(plain, tokens)
     assert not torch.allclose(module(tokens), expected, rtol=1e-3)  # the factors matter
     MODES[mode](module, plan)
     torch.testing.assert_close(module(tokens), expected, **EXACT)
-    assert list(module.state_dict()) == keys
-    state = residual_state(module)
+    assert list(module.state_dict()) == list(plain.state_dict())
+    state, folded = residual_state(module), CASES[name].folded if mode == "fold" else frozenset()
     assert state is not None
-    assert (state.mode, state.fingerprint) == (mode, fingerprint(plan))
-    assert state.folded == (CASES[name].folded if mode == "fold" else frozenset())
+    assert (state.mode, state.fingerprint, state.folded) == (mode, fingerprint(plan), folded)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -59,7 +42,7 @@ def test_hooks_leave_the_weights_and_come_off(name: str) -> None:
     handle = attach_multipliers(module, plan)
     assert all(torch.equal(value, before[0][key]) for key, value in module.state_dict().items())
     handle.remove()
-    assert_unchanged(module, before)
+    networks.assert_unchanged(module, before)
     assert torch.equal(module(tokens), output)
 
 
@@ -95,11 +78,10 @@ def test_copies_and_pickles_keep_the_multipliers(name: str) -> None:
     module, plan, tokens = made(name)
     handle = attach_multipliers(module, plan)
     expected = module(tokens)
-    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
-    file = io.BytesIO()
-    torch.save(module, file)
+    torch.save(module, file := io.BytesIO())
     file.seek(0)
-    twins.append(torch.load(file, weights_only=False))
+    loaded = torch.load(file, weights_only=False)
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded]
     handle.remove()
     for twin in twins:
         assert torch.equal(twin(tokens), expected)
@@ -108,60 +90,46 @@ def test_copies_and_pickles_keep_the_multipliers(name: str) -> None:
             attach_multipliers(twin, plan)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_folded_checkpoint_continues_without_being_multiplied_again(name: str) -> None:
+@pytest.mark.parametrize(("name", "device"), [*((name, "cpu") for name in CASES), ("tied readout", "meta")])
+def test_a_folded_checkpoint_continues_without_being_multiplied_again(name: str, device: str) -> None:
+    """It can also be announced before the weights exist."""
     module, plan, tokens = made(name)
     expected = fold(module, plan)(tokens)
-    fresh = CASES[name].build().double()
-    fresh.load_state_dict(module.state_dict())
+    with torch.device(device):
+        fresh = CASES[name].build().double()
+    if device == "cpu":
+        fresh.load_state_dict(module.state_dict())
     assert fold(fresh, plan, multiplied=True) is fresh
+    if device == "meta":
+        fresh.load_state_dict(module.state_dict(), assign=True)
     assert torch.equal(fresh(tokens), expected)
     assert residual_state(fresh) == residual_state(module)
-
-
-def test_a_folded_checkpoint_can_be_announced_before_the_weights_exist() -> None:
-    module, plan, tokens = made("tied readout")
-    expected = fold(module, plan)(tokens)
-    with torch.device("meta"):
-        fresh = fold(CASES["tied readout"].build(), plan, multiplied=True)
-    fresh.load_state_dict(module.state_dict(), assign=True)
-    assert torch.equal(fresh(tokens), expected)
 
 
 def test_hooks_of_others_see_the_multiplier_as_a_part_of_its_module() -> None:
     """Outputs are multiplied for hooks that came before too; inputs are not yet multiplied for those."""
     module, plan, tokens = made("tensor")
     seen: list[Tensor] = []
-
-    def watch() -> None:
+    for put in (lambda: None, lambda: attach_multipliers(module, plan)):
+        put()
         module.branches[0].register_forward_hook(lambda _, args, output: seen.append(output))
         module.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-
-    watch()
-    attach_multipliers(module, plan)
-    watch()
     module(tokens)
     branch, later_branch, head, later_head = seen
     h = module.embedding.weight[tokens]
-    torch.testing.assert_close(branch, ALPHA * FACTORS[0] * mlp_by_hand(module.branches[0], h), **EXACT)
+    torch.testing.assert_close(branch, ALPHA * FACTORS[0] * networks.mlp_by_hand(module.branches[0], h), **EXACT)
     assert torch.equal(branch, later_branch)
     torch.testing.assert_close(later_head, READOUT * head, **EXACT)
 
 
 def test_a_parameter_of_two_multipliers_gets_both() -> None:
     module = nn.Linear(2, 2).double()
-    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
-    plan = plan_of(
-        module,
-        (
-            Multiplier("branch", "branch", 0.5, None, ("weight", "bias")),
-            Multiplier("logits", "logits", 0.25, None, ("weight",)),
-        ),
-        alpha=3.0,
-    )
-    fold(module, plan)
-    torch.testing.assert_close(module.weight.detach(), weight * (0.5 * 3.0 * 0.25), rtol=1e-15, atol=0)
-    torch.testing.assert_close(module.bias.detach(), bias * (0.5 * 3.0), rtol=1e-15, atol=0)
+    before = copy.deepcopy(module.state_dict())
+    branch = Multiplier("branch", "branch", 0.5, None, ("weight", "bias"))
+    logits = Multiplier("logits", "logits", 0.25, None, ("weight",))
+    fold(module, plan_of(module, (branch, logits), alpha=3.0))
+    expected = {"weight": before["weight"] * (0.5 * 3.0 * 0.25), "bias": before["bias"] * (0.5 * 3.0)}
+    torch.testing.assert_close(dict(module.state_dict()), expected, rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -174,8 +142,7 @@ def test_factors_of_one_change_nothing(name: str, mode: str) -> None:
     before, output = snapshot(module), module(tokens)
     MODES[mode](module, replace(plan, multipliers=identity, alpha=2.0))
     state, hooks = snapshot(module)
-    assert all(torch.equal(state[name], before[0][name]) for name in state)
-    assert sum(hooks) == 0
+    assert all(torch.equal(state[name], before[0][name]) for name in state) and sum(hooks) == 0
     assert torch.equal(module(tokens), output)
     assert residual_state(module) is not None
 
@@ -185,10 +152,9 @@ def test_frozen_and_half_precision_parameters_are_folded() -> None:
     module.bfloat16().requires_grad_(False)
     expected = {name: value.double() for name, value in module.state_dict().items()}
     fold(module, plan)
-    for name, value in module.state_dict().items():
-        factor = {"branches.0.out.weight": FACTORS[0] * ALPHA, "head.weight": READOUT}.get(name)
-        if factor is not None:
-            torch.testing.assert_close(value.double(), expected[name] * factor, rtol=2**-8, atol=0)
+    for name, factor in {"branches.0.out.weight": FACTORS[0] * ALPHA, "head.weight": READOUT}.items():
+        folded = module.get_parameter(name).double()
+        torch.testing.assert_close(folded, expected[name] * factor, rtol=2**-8, atol=0)
     assert module(tokens).dtype == torch.bfloat16
 
 
@@ -198,7 +164,7 @@ def test_inputs_by_keyword_and_integers_before_them() -> None:
             return tokens + scale * h
 
     module = nn.ModuleDict({"head": Head(), "linear": nn.Linear(2, 2, bias=False)})
-    multipliers = tuple(Multiplier(n, "readout", 0.5, Site(n, "input"), ()) for n in ("head", "linear"))
+    multipliers = tuple(Multiplier(n, "readout", 0.5, Site(n, "input"), ()) for n in module)
     attach_multipliers(module, plan_of(module, multipliers))
     h, tokens = torch.tensor([1.0, 3.0]), torch.tensor([1, 2])
     assert torch.equal(module["head"](tokens, h=h), torch.tensor([2.0, 5.0]))
@@ -208,25 +174,19 @@ def test_inputs_by_keyword_and_integers_before_them() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_fast_path_of_torch_transformers(training: bool) -> None:
     """In evaluation mode torch skips the submodules of an encoder layer, unless they have hooks."""
-    layer = nn.TransformerEncoderLayer(D, 2, HIDDEN, dropout=0.0, batch_first=True, norm_first=True).double()
-    sites = (Site("self_attn", "output", 0), Site("linear2"))
-    names = (("self_attn.out_proj.weight", "self_attn.out_proj.bias"), ("linear2.weight", "linear2.bias"))
-    multipliers = tuple(
-        Multiplier(str(site), "branch", 0.5, site, folds) for site, folds in zip(sites, names, strict=True)
-    )
+    layer = nn.TransformerEncoderLayer(D, 2, networks.HIDDEN, dropout=0.0, batch_first=True, norm_first=True).double()
+    places = {Site("self_attn", "output", 0): "self_attn.out_proj", Site("linear2"): "linear2"}
+    folds = {site: (f"{name}.weight", f"{name}.bias") for site, name in places.items()}
+    multipliers = tuple(Multiplier(str(site), "branch", 0.5, site, names) for site, names in folds.items())
     plan = plan_of(layer, multipliers, alpha=1.0)
     h = torch.randn(2, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     mixed = h + 0.5 * layer.self_attn(*[layer.norm1(h)] * 3, need_weights=False)[0]
     expected = mixed + 0.5 * layer.linear2(torch.relu(layer.linear1(layer.norm2(mixed))))
     folded = fold(copy.deepcopy(layer), plan).train(training)
-    attach_multipliers(layer, plan)
-    layer.train(training)
+    attach_multipliers(layer.train(training), plan)
     with torch.no_grad():
-        torch.testing.assert_close(layer(h), expected, **EXACT)
-        torch.testing.assert_close(folded(h), expected, **EXACT)
-
-
-# --- errors: each names what is wrong and what to do, and leaves the module as it was
+        for each in (layer, folded):
+            torch.testing.assert_close(each(h), expected, **EXACT)
 
 
 def changed(position: int, **changes: Any) -> Callable[[nn.Module, Plan], tuple[nn.Module, Plan]]:
@@ -245,9 +205,12 @@ def on_meta(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
 
 
 def quantized(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
-    weight = module.branches[1].out.weight
-    module.branches[1].out.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    layer = module.branches[1].out
+    layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
     return module, plan
+
+
+GONE = r"multiplies the branch 'branches\.1' at gone\.1 output, .* no submodule 'gone\.1'\. Plan"
 
 
 @pytest.mark.parametrize(
@@ -256,11 +219,7 @@ def quantized(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
         ("hook", changed(1, site=None), r"branch 'branches\.1' cannot be attached as a hook.*residual=\"fold\""),
         ("fold", changed(-1, site=None, folds=()), r"readout 'head\.weight' can be neither folded.*nn\.Identity"),
         ("hook", changed(-1, site=None, folds=()), r"readout 'head\.weight' can be neither folded.*nn\.Identity"),
-        (
-            "hook",
-            changed(1, site=Site("gone.1")),
-            r"multiplies the branch 'branches\.1' at gone\.1 output, .* no submodule 'gone\.1'\. Plan",
-        ),
+        ("hook", changed(1, site=Site("gone.1")), GONE),
         ("fold", changed(-1, site=Site("gone"), folds=()), r"at gone output, but the module has no submodule 'gone'"),
         ("hook", changed(2, site=Site("branches.0")), r"'branches\.0' and 'branches\.2' have the same place"),
         ("fold", changed(0, folds=("gone.weight",)), r"parameters that the module does not have: gone\.weight"),
@@ -269,31 +228,26 @@ def quantized(module: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
     ],
 )
 def test_refused_with_nothing_changed(mode: str, change: Callable[..., Any], message: str) -> None:
-    module, plan, _ = made("tensor")
-    module, plan = change(module, plan)
+    module, plan = change(*made("tensor")[:2])
     before = snapshot(module)
     with pytest.raises(ValueError, match=message):
         MODES[mode](module, plan)
-    assert_unchanged(module, before)
+    networks.assert_unchanged(module, before)
 
 
 @pytest.mark.parametrize("second", MODES)
 @pytest.mark.parametrize(
     ("first", "how", "advice"),
-    [
-        ("hook", "attached as hooks", r"\.remove\(\) of the handle"),
-        ("fold", "folded into its weights", "built anew"),
-    ],
+    [("hook", "attached as hooks", r"\.remove\(\) of the handle"), ("fold", "folded into its weights", "built anew")],
 )
 def test_applied_twice(first: str, second: str, how: str, advice: str) -> None:
     module, plan, tokens = made("tensor")
     MODES[first](module, plan)
     output = module(tokens)
     for again, which in ((plan, "this plan"), (replace(plan, alpha=9.0), "another plan")):
-        if (first, second, again) == ("hook", "fold", plan):
-            continue  # moves them into the weights
-        with pytest.raises(ValueError, match=f"already has {which}'s multipliers, {how}.*multiply twice.*{advice}"):
-            MODES[second](module, again)
+        if (first, second, which) != ("hook", "fold", "this plan"):  # which moves them into the weights
+            with pytest.raises(ValueError, match=f"already has {which}'s multipliers, {how}.*multiply twice.*{advice}"):
+                MODES[second](module, again)
     with pytest.raises(ValueError, match="already has this plan's multipliers"):
         fold(module, plan, multiplied=True)
     assert torch.equal(module(tokens), output)
@@ -317,12 +271,12 @@ def test_hooks_stay_if_they_cannot_move_into_the_weights() -> None:
     attach_multipliers(module, plan)
     expected = module(tokens)
     weight = module.branches[1].out.weight
-    module.branches[1].out.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    quantized(module, plan)
     before = snapshot(module)
     with pytest.raises(ValueError, match="meta device or of an integer type"):
         fold(module, plan)
     assert snapshot(module)[1] == before[1]
-    assert residual_state(module) is not None and residual_state(module).mode == "hook"
+    assert (state := residual_state(module)) is not None and state.mode == "hook"
     module.branches[1].out.weight = weight
     assert torch.equal(module(tokens), expected)
 
@@ -337,7 +291,40 @@ def test_hooks_stay_if_they_cannot_move_into_the_weights() -> None:
 )
 def test_a_place_without_a_tensor_stops_the_run(name: str, site: Site, message: str) -> None:
     module, plan, tokens = made(name)
-    module, plan = changed(0, site=site)(module, plan)
-    attach_multipliers(module, plan)
+    attach_multipliers(*changed(0, site=site)(module, plan))
     with pytest.raises(TypeError, match=message):
         module(tokens)
+
+
+COMPILED: Any = {"backend": "eager", "fullgraph": True}
+COMPILERS: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "wrapper": lambda module: torch.compile(module, **COMPILED),
+    "in place": lambda module: module.compile(**COMPILED) or module,
+    "function": lambda module: torch.compile(lambda tokens: module(tokens), **COMPILED),
+}
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", COMPILERS)
+@pytest.mark.parametrize("name", ["tensor", "tuple", "model output", "tied readout"])
+def test_compiled_after_attaching(name: str, how: str) -> None:
+    module, plan, tokens = made(name)
+    expected = CASES[name].by_hand(copy.deepcopy(module), tokens)
+    attach_multipliers(module, plan)
+    torch.testing.assert_close(COMPILERS[how](module)(tokens), expected, **EXACT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("how", COMPILERS)
+def test_attached_and_removed_after_the_first_compiled_call(how: str, mode: str) -> None:
+    module, plan, tokens = made("tied readout")
+    expected = CASES["tied readout"].by_hand(copy.deepcopy(module), tokens)
+    call = COMPILERS[how](module)
+    plain = call(tokens)
+    handle = MODES[mode](call if isinstance(call, nn.Module) else module, plan)
+    torch.testing.assert_close(call(tokens), expected, **EXACT)
+    assert residual_state(module) == residual_state(call if isinstance(call, nn.Module) else module) is not None
+    if mode == "hook":
+        handle.remove()
+        assert torch.equal(call(tokens), plain)

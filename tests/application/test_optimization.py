@@ -1,40 +1,22 @@
 """scale_optimizer: whose numbers an update sees, closures and errors in it, wrappers, names, refusals."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers.parameter_groups import (
-    ADAM_LR,
-    EPS,
-    MATRICES,
-    MULTIPLIERS,
-    ROLES,
-    SGD_LR,
-    SHAPES,
-    D,
-    L,
-    Numbers,
-    Weights,
-    groups_in_update,
-    identical,
-    numbers_in_update,
-    plan_of,
-    scaled,
-)
+from helpers import parameter_groups as table
+from helpers.parameter_groups import ADAM_LR, SGD_LR, SHAPES, D, L, Weights, groups_in_update, plan_of, scaled
 from helpers.plans import entry
+from helpers.updates import groups_of, refused, scale, train, update
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn, optim
 from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
-from mlu_lightning import Plan
-from mlu_lightning.application.multipliers import attach_multipliers, fold
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning import Plan, Ratios, attach_multipliers, fold, scale_optimizer
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
-from mlu_lightning.table import Ratios
 
 # Multipliers: numbers for the stored weights
 
@@ -48,82 +30,54 @@ class Forward(nn.Module):
         self.branch, self.head = nn.Identity(), nn.Identity()
 
 
-def multipliers(prefix: str = "weights.") -> tuple[Multiplier, ...]:
-    return (
-        Multiplier("branch", "branch", 1 / L, Site("branch"), (f"{prefix}branch_out",)),
-        Multiplier("head", "readout", 1 / D, Site("head"), (f"{prefix}readout",)),
-    )
-
-
 def forward_plan(module: Forward) -> Plan:
-    parameters = plan_of(module.weights).parameters
-    return Plan({f"weights.{name}": value for name, value in parameters.items()}, (), (), multipliers())
+    parameters = {f"weights.{name}": value for name, value in plan_of(module.weights).parameters.items()}
+    branch = Multiplier("branch", "branch", 1 / L, Site("branch"), ("weights.branch_out",))
+    head = Multiplier("head", "readout", 1 / D, Site("head"), ("weights.readout",))
+    return Plan(parameters, (), (), (branch, head))
 
 
 @pytest.mark.parametrize(
-    ("make", "in_gradient", "lr_power"),
-    [(optim.SGD, True, 2), (optim.Adam, True, 1), (optim.AdamW, False, 1)],
+    ("make", "powers"),
+    [
+        (optim.SGD, {"lr": 2, "weight_decay": -2}),
+        (optim.Adam, {"lr": 1, "eps": -1, "weight_decay": -2}),
+        (optim.AdamW, {"lr": 1, "eps": -1, "weight_decay": -1}),
+    ],
 )
-def test_folded_weights_have_the_numbers_of_the_effective_weight(
-    make: Callable[..., optim.Optimizer], in_gradient: bool, lr_power: int
-) -> None:
+def test_folded_weights_have_the_numbers_of_the_effective_weight(make: Any, powers: dict[str, int]) -> None:
     """Theory.md, section 3: lr·a² and decay/a² for SGD; Adam lr·a, eps/a, L2 decay/a², decoupled decay/a."""
-    attached, folded = Forward(), Forward()
-    plan = forward_plan(attached)
-    attach_multipliers(attached, plan)
-    fold(folded, plan)
-    numbers = []
-    for module in (attached, folded):
-        optimizer = make(module.parameters(), lr=0.1, weight_decay=0.1)
-        seen = groups_in_update(optimizer)
-        scale_optimizer(optimizer, module, plan)
-        module.weights.load_gradients(0)
-        optimizer.step()
-        numbers.append(seen[-1])
-    for key, power in {"lr": lr_power, "eps": -1, "weight_decay": -2 if in_gradient else -1}.items():
-        if key not in numbers[0][0]:
-            continue
-        one, other = numbers_in_update(attached, numbers[0], key), numbers_in_update(folded, numbers[1], key)
-        for name in SHAPES:
-            expected = one[f"weights.{name}"] * MULTIPLIERS.get(name, 1) ** power
-            assert other[f"weights.{name}"] == expected, (key, name)
+    attached, folded = [], []
+    for put, numbers in ((attach_multipliers, attached), (fold, folded)):
+        module = Forward()
+        plan = forward_plan(module)
+        put(module, plan)
+        optimizer = scale(make(module.parameters(), lr=0.1, weight_decay=0.1), module, plan)
+        numbers += [update(module.weights, optimizer, key) for key in powers]
+    for one, other, power in zip(attached, folded, powers.values(), strict=True):
+        assert other == {name: number * table.MULTIPLIERS.get(name, 1) ** power for name, number in one.items()}
 
 
 def test_multipliers_that_are_not_in_effect_are_refused() -> None:
     module = Forward()
     plan = forward_plan(module)
     optimizer = optim.SGD(module.parameters(), lr=0.1)
-    with pytest.raises(
-        ValueError, match=r"multipliers, and they are not in effect.*attach_multipliers\(module, plan\)"
-    ):
-        scale_optimizer(optimizer, module, plan)
+    refused(r"multipliers, and they are not in effect.*attach_multipliers\(module, plan\)", optimizer, module, plan)
     attach_multipliers(module, plan)
-    other = Plan(plan.parameters, (), (), plan.multipliers, alpha=2.0)
-    with pytest.raises(ValueError, match="the multipliers of another plan"):
-        scale_optimizer(optimizer, module, other)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    assert "step" not in vars(optimizer)
-
-
-# Groups
+    refused("the multipliers of another plan", optimizer, module, replace(plan, alpha=2.0))
+    assert optimizer.param_groups[0]["lr"] == 0.1 and "step" not in vars(optimizer)
 
 
 def test_one_shadow_group_for_each_distinct_set_of_factors_and_group() -> None:
-    module = Weights()
-    for index in range(10):
-        module.register_parameter(f"norm{index}", nn.Parameter(torch.zeros(8)))
-    ratios = {f"norm{index}": entry(*ROLES["norm"][:1], (8,), Ratios(L, outputs=D)) for index in range(10)}
-    plan = Plan({**plan_of(Weights()).parameters, **ratios}, (), (), ())
-    optimizer = optim.AdamW(
-        [
-            {"params": [module.get_parameter(name) for name in SHAPES], "lr": 0.1},
-            {"params": [module.get_parameter(name) for name in ratios], "lr": 0.2},
-        ]
-    )
+    module, norms = Weights(), [f"norm{index}" for index in range(10)]
+    for name in norms:
+        module.register_parameter(name, nn.Parameter(torch.zeros(8)))
+    more = {name: entry(table.ROLES["norm"][0], (8,), Ratios(L, outputs=D)) for name in norms}
+    plan = Plan({**plan_of(Weights()).parameters, **more}, (), (), ())
+    first, second = ([module.get_parameter(name) for name in names] for names in (SHAPES, norms))
+    optimizer = scale(optim.AdamW([{"params": first, "lr": 0.1}, {"params": second, "lr": 0.2}]), module, plan)
     seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan)
-    module.load_gradients(0)
-    optimizer.step()
+    train([0], (module, optimizer))
     # embedding and readout share theirs
     assert [len(group["params"]) for group in seen[-1]] == [2, 1, 1, 1, 10]
     assert seen[-1][-1]["lr"] == 0.2
@@ -140,53 +94,39 @@ def test_groups_added_later_are_scaled() -> None:
         scale_optimizer(optimizer, module, plan_of(module))
         if late:
             optimizer.add_param_group(rest)
-        for step in range(3):
-            module.load_gradients(step)
-            optimizer.step()
+        train(range(3), (module, optimizer))
         assert len(optimizer.param_groups) == 2
-    assert identical(ours, theirs)
+    assert table.identical(ours, theirs)
     assert not torch.equal(ours.branch_out, Weights().branch_out)
 
 
 def test_parameters_changed_in_a_group_are_found() -> None:
     module = Weights()
-    optimizer = optim.SGD([module.embedding], lr=0.1)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(module))
+    optimizer = scale(optim.SGD([module.embedding], lr=0.1), module)
     optimizer.param_groups[0]["params"][0] = module.branch_in
-    module.load_gradients(0)
-    optimizer.step()
-    assert numbers_in_update(module, seen[-1], "lr") == {"branch_in": 0.1 * SGD_LR["branch_in"]}
+    assert update(module, optimizer) == {"branch_in": 0.1 * SGD_LR["branch_in"]}
 
 
 def test_numbers_changed_in_the_groups_are_taken_over() -> None:
-    ours, optimizer, seen = scaled(optim.AdamW)
-    ours.load_gradients(0)
-    optimizer.step()
+    module, optimizer, seen = scaled(optim.AdamW)
+    train([0], (module, optimizer))
     optimizer.param_groups[0].update(lr=0.3, betas=(0.5, 0.6), weight_decay=0.7, maximize=True, note="new")
-    optimizer.step()
+    assert update(module, optimizer) == {name: 0.3 * factor for name, factor in ADAM_LR.items()}
+    assert update(module, optimizer, "weight_decay") == {name: 0.7 / by for name, by in ADAM_LR.items()}
     assert {(group["betas"], group["maximize"], group["note"]) for group in seen[-1]} == {((0.5, 0.6), True, "new")}
-    assert numbers_in_update(ours, seen[-1], "lr") == {name: 0.3 * factor for name, factor in ADAM_LR.items()}
-    assert numbers_in_update(ours, seen[-1], "weight_decay") == {name: 0.7 / by for name, by in ADAM_LR.items()}
 
 
 def test_named_parameters_keep_their_names() -> None:
     module = Weights()
-    optimizer = optim.SGD(module.named_parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan_of(module))
-    module.load_gradients(0)
-    optimizer.step()
+    optimizer = scale(optim.SGD(module.named_parameters(), lr=0.1), module)
+    train([0], (module, optimizer))
     assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
-
-
-# Closures and errors in them
 
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closure_sees_the_users_groups(by_name: bool) -> None:
     module, optimizer, seen = scaled()
-    groups = optimizer.param_groups
-    inside: list[list[Numbers]] = []
+    groups, inside = optimizer.param_groups, []
 
     def closure() -> float:
         module.load_gradients(0)
@@ -196,16 +136,14 @@ def test_closure_sees_the_users_groups(by_name: bool) -> None:
 
     assert (optimizer.step(closure=closure) if by_name else optimizer.step(closure)) == 3.0
     assert inside[0][0] is optimizer.param_groups[0]
-    assert numbers_in_update(module, seen[-1], "lr") == {name: 0.2 * factor for name, factor in SGD_LR.items()}
-    assert optimizer.param_groups is groups
-    assert [group["lr"] for group in groups] == [0.2]
+    assert table.numbers_in_update(module, seen[-1], "lr") == {name: 0.2 * by for name, by in SGD_LR.items()}
+    assert optimizer.param_groups is groups and [group["lr"] for group in groups] == [0.2]
 
 
 class Lookahead(optim.SGD):
     """Calls its closure twice, and updates after each."""
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        assert closure is not None
+    def step(self, closure: Any = None) -> Any:
         super().step(closure)
         return super().step(closure)
 
@@ -214,10 +152,9 @@ def test_closure_that_is_called_twice() -> None:
     module, optimizer, seen = scaled(Lookahead, family="sgd")
     inside: list[int] = []
 
-    def closure() -> float:
+    def closure() -> None:
         module.load_gradients(0)
         inside.append(len(optimizer.param_groups))
-        return 0.0
 
     optimizer.step(closure)
     assert inside == [1, 1]
@@ -237,8 +174,7 @@ def test_error_leaves_the_users_groups(where: str, error: type[Exception]) -> No
 
     with pytest.raises(error, match="forward" if where == "closure" else "sparse gradients"):
         optimizer.step(closure)
-    assert len(optimizer.param_groups) == 1
-    assert optimizer.param_groups[0] is group
+    assert [found is group for found in optimizer.param_groups] == [True]
 
 
 def test_gradient_scaler_finds_what_it_looks_for() -> None:
@@ -252,12 +188,8 @@ def test_gradient_scaler_finds_what_it_looks_for() -> None:
     scaler.scale(torch.ones(()))
     scaler.step(optimizer)
     scaler.update()
-    reference.load_gradients(0)
-    plain.step()
-    assert identical(module, reference)
-
-
-# Wrappers of optimizers
+    train([0], (reference, plain))
+    assert table.identical(module, reference)
 
 
 def test_lightning_wrapper_stands_for_its_optimizer() -> None:
@@ -270,33 +202,28 @@ def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # slow to import, and warns
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    ours, theirs = Weights(), Weights()
     try:
-        ours, theirs = Weights(), Weights()
         zero = ZeroRedundancyOptimizer(ours.parameters(), optim.AdamW, lr=0.1, eps=0.01)
-        handle = scale_optimizer(zero, ours, plan_of(ours))
-        assert handle.optimizer is zero.optim
+        assert scale_optimizer(zero, ours, plan_of(ours)).optimizer is zero.optim
         zero.param_groups[0]["lr"] = 0.2
-        ours.load_gradients(0)
-        zero.step()
+        train([0], (ours, zero))
     finally:
         torch.distributed.destroy_process_group()
-    plain = optim.AdamW([{"params": [parameter]} for parameter in theirs.parameters()])
-    for group, name in zip(plain.param_groups, SHAPES, strict=True):
-        group.update(lr=0.2 * ADAM_LR[name], eps=0.01 * EPS[name], weight_decay=0.01 / ADAM_LR[name])
-    theirs.load_gradients(0)
-    plain.step()
-    assert identical(ours, theirs)
 
+    def by_hand(name: str) -> dict[str, float]:
+        lr = ADAM_LR[name]
+        return {"lr": 0.2 * lr, "eps": 0.01 * table.EPS[name], "weight_decay": 0.01 / lr}
 
-# Refusals
+    train([0], (theirs, optim.AdamW(groups_of(theirs, by_hand))))
+    assert table.identical(ours, theirs)
 
 
 def test_parameter_of_another_module_is_refused() -> None:
     module = Weights()
     optimizer = optim.SGD([*module.parameters(), nn.Parameter(torch.ones(3, 4))], lr=0.1)
     message = r"shape \[3, 4\] in group 0 .* not a parameter of the module.*use_orig_params=True.*DeepSpeed ZeRO"
-    with pytest.raises(ValueError, match=message):
-        scale_optimizer(optimizer, module, plan_of(module))
+    refused(message, optimizer, module)
     assert "step" not in vars(optimizer)
 
 
@@ -305,51 +232,38 @@ def test_flattened_parameter_is_refused() -> None:
     module._fsdp_wrapped_module = nn.Module()
     module._fsdp_wrapped_module._flat_param = nn.Parameter(torch.ones(300))
     optimizer = optim.SGD(module.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"The parameter _flat_param in group 0 .*use_orig_params=True"):
-        scale_optimizer(optimizer, module, plan_of(Weights()))
+    refused(r"The parameter _flat_param in group 0 .*use_orig_params=True", optimizer, module, plan_of(Weights()))
 
 
 def test_names_inside_fsdp_are_those_of_the_plan() -> None:
     module = nn.Module()
     module._fsdp_wrapped_module = weights = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
-    seen = groups_in_update(optimizer)
-    scale_optimizer(optimizer, module, plan_of(weights))
-    weights.load_gradients(0)
-    optimizer.step()
-    assert numbers_in_update(weights, seen[-1], "lr") == {name: 0.1 * factor for name, factor in SGD_LR.items()}
+    optimizer = scale(optim.SGD(module.parameters(), lr=0.1), module, plan_of(weights))
+    assert update(weights, optimizer) == {name: 0.1 * factor for name, factor in SGD_LR.items()}
 
 
 @pytest.mark.parametrize("names", ["before", "after"])
 def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
     """Of the module before it was pruned, or after."""
-    module = Weights()
-    plan = plan_of(module)
-    if names == "after":
-        plan = Plan({f"{name}_orig": value for name, value in plan.parameters.items()}, (), (), ())
-    else:
-        optimizer = optim.SGD([module.norm], lr=0.1)
-        scale_optimizer(optimizer, module, plan)
+    module, renamed = Weights(), names == "after"
+    entries = {f"{name}_orig" if renamed else name: value for name, value in plan_of(module).parameters.items()}
+    plan, optimizer = Plan(entries, (), (), ()), optim.SGD([module.norm], lr=0.1)  # which pruning renames
+    if not renamed:
+        scale(optimizer, module, plan)
     for name in SHAPES:
         prune.identity(module, name)
-    if names == "after":
-        optimizer = optim.SGD([module.norm_orig], lr=0.1)
-        scale_optimizer(optimizer, module, plan)
-    seen = groups_in_update(optimizer)
+    if renamed:
+        scale(optimizer, module, plan)
     optimizer.add_param_group({"params": [p for p in module.parameters() if p is not module.norm_orig]})
-    module.load_gradients(0)
-    optimizer.step()
-    expected = {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
-    assert numbers_in_update(module, seen[-1], "lr") == expected
+    assert update(module, optimizer) == {f"{name}_orig": 0.1 * factor for name, factor in SGD_LR.items()}
 
 
 def test_parameters_that_others_rename_are_refused() -> None:
     """A norm of the weight makes the module another function."""
     module = nn.Sequential(nn.Linear(8, 32, bias=False), nn.Linear(32, 8, bias=False))
-    parameters = plan_of(Weights(MATRICES)).parameters
+    parameters = plan_of(Weights(table.MATRICES)).parameters
     plan = Plan({"0.weight": parameters["branch_in"], "1.weight": parameters["branch_out"]}, (), (), ())
-    optimizer = optim.SGD(module[1].parameters(), lr=0.1)
-    scale_optimizer(optimizer, module, plan)
+    optimizer = scale(optim.SGD(module[1].parameters(), lr=0.1), module, plan)
     nn.utils.spectral_norm(module[0])
     optimizer.add_param_group({"params": [module[0].weight_orig]})
     with pytest.raises(ValueError, match=r"The parameter 0\.weight_orig in group 1 .* not a parameter of the module"):
@@ -359,26 +273,18 @@ def test_parameters_that_others_rename_are_refused() -> None:
 def test_second_scaling_is_refused() -> None:
     module, optimizer, _ = scaled()
     lr_scheduler.StepLR(optimizer, 5)
-    with pytest.raises(ValueError, match=r"scaled already; .* \.remove\(\)"):
-        scale_optimizer(optimizer, module, plan_of(module))
+    refused(r"scaled already; .* \.remove\(\)", optimizer, module)
 
 
 class ReadOnly(optim.SGD):
     """Makes its groups when they are read."""
 
-    @property
-    def param_groups(self) -> list[Numbers]:
-        return [{**group} for group in self.__dict__["_groups"]]
-
-    @param_groups.setter
-    def param_groups(self, value: list[Numbers]) -> None:
-        self.__dict__["_groups"] = value
+    param_groups: Any = property(lambda self: [{**group} for group in self.groups], lambda self, value: None)
 
 
 def test_groups_that_are_not_a_list_are_refused() -> None:
     module = Weights()
     optimizer = optim.SGD(module.parameters(), lr=0.1)
     optimizer.__class__ = ReadOnly
-    vars(optimizer)["_groups"] = vars(optimizer).pop("param_groups")
-    with pytest.raises(ValueError, match=r"param_groups of ReadOnly are not a list of its own.*scale each of these"):
-        scale_optimizer(optimizer, module, plan_of(module))
+    optimizer.groups = vars(optimizer).pop("param_groups")
+    refused(r"param_groups of ReadOnly are not a list of its own.*scale each of these", optimizer, module)

@@ -9,29 +9,21 @@ import pytest
 import torch
 from helpers.optimizers_by_hand import Averaging
 from helpers.parameter_groups import SGD_LR, SHAPES, Weights, groups_in_update, identical, plan_of, scaled
+from helpers.updates import groups_of, train
 from torch import optim
 from torch.optim import lr_scheduler
 
-from mlu_lightning.application.optimization import scale_optimizer
+from mlu_lightning import scale_optimizer
 
 
 def test_what_an_optimizer_keeps_in_its_groups_is_kept_for_each_shadow() -> None:
     theirs = Weights()
     ours, optimizer, _ = scaled(Averaging, family="sgd")
-    groups = [{"params": [parameter]} for parameter in theirs.parameters()]
-    by_hand = Averaging(groups, lr=0.1)
-    for group, name in zip(by_hand.param_groups, SHAPES, strict=True):
-        group["lr"] *= SGD_LR[name]
-    for step in range(3):
-        ours.load_gradients(step)
-        theirs.load_gradients(step)
-        optimizer.step()
-        by_hand.step()
+    by_hand = Averaging(groups_of(theirs, lambda name: {"lr": 0.1 * SGD_LR[name]}), lr=0.1)
+    train(range(3), (ours, optimizer), (theirs, by_hand))
     assert identical(ours, theirs)
     group = optimizer.param_groups[0]
-    assert group["k"] == 3
-    assert group["lr"] == 0.1 / 8
-    assert group["lr_max"] == 0.1 * max(SGD_LR.values())
+    assert (group["k"], group["lr"], group["lr_max"]) == (3, 0.1 / 8, 0.1 * max(SGD_LR.values()))
     assert optimizer.state_dict()["param_groups"][0]["k"] == 3
 
 
@@ -45,9 +37,7 @@ def test_what_an_optimizer_keeps_in_its_groups_is_saved_for_each_shadow(removed:
             handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
         if state is not None:
             optimizer.load_state_dict(state)
-        for step in steps:
-            module.load_gradients(step)
-            optimizer.step()
+        train(steps, (module, optimizer))
         if scaled and removed:
             handle.remove()
         return copy.deepcopy(optimizer.state_dict())
@@ -75,21 +65,19 @@ def test_what_an_optimizer_keeps_in_its_groups_where_it_is_scaled_again(between:
     def run(module: Weights, again: bool, forgetting: bool = False) -> None:
         optimizer = Averaging(module.parameters(), lr=0.1)
         handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
-        for step in range(6):
-            if step == 3 and again:
+        train(range(3), (module, optimizer))
+        if again:
+            handle.remove()
+            handle.remove()
+            if forgetting:
+                del optimizer.param_groups[0]["mlu_own"]
+            if between == "a plain step":
+                train([9], (module, optimizer))
                 handle.remove()
-                handle.remove()
-                if forgetting:
-                    del optimizer.param_groups[0]["mlu_own"]
-                if between == "a plain step":
-                    module.load_gradients(9)
-                    optimizer.step()
-                    handle.remove()
-                if between == "another plan":
-                    scale_optimizer(optimizer, module, plan_of(module, identity=True), family="sgd").remove()
-                handle = scale_optimizer(optimizer, module, plan_of(module), family="sgd")
-            module.load_gradients(step)
-            optimizer.step()
+            if between == "another plan":
+                scale_optimizer(optimizer, module, plan_of(module, identity=True), family="sgd").remove()
+            scale_optimizer(optimizer, module, plan_of(module), family="sgd")
+        train(range(3, 6), (module, optimizer))
 
     ours, whole, forgotten = Weights(), Weights(), Weights()
     run(ours, again=True)
@@ -97,9 +85,6 @@ def test_what_an_optimizer_keeps_in_its_groups_where_it_is_scaled_again(between:
     run(forgotten, again=True, forgetting=True)
     assert not identical(forgotten, whole)
     assert identical(ours, whole if between == "nothing" else forgotten)
-
-
-# Schedulers
 
 
 def warm_then_cosine(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
@@ -130,9 +115,8 @@ def test_schedule_is_multiplied_exactly(schedule: Callable[[optim.Optimizer], An
 
     def make(module: Weights) -> optim.Optimizer:
         first, second = [module.embedding, module.branch_in], [module.branch_out, module.norm, module.readout]
-        groups = [{"params": first, "lr": 0.1}, {"params": second, "lr": 0.05}]
-        for group in groups:
-            group["lr"] = torch.tensor(group["lr"]) if tensor else group["lr"]
+        rates = [torch.tensor(lr) if tensor else lr for lr in (0.1, 0.05)]
+        groups = [{"params": of, "lr": lr} for of, lr in zip((first, second), rates, strict=True)]
         return optim.SGD(groups, momentum=0.9)
 
     optimizer, plain = make(ours), make(dummy)
@@ -141,16 +125,13 @@ def test_schedule_is_multiplied_exactly(schedule: Callable[[optim.Optimizer], An
     scheduler, reference = schedule(optimizer), schedule(plain)
     if attach == "after":
         scale_optimizer(optimizer, ours, plan_of(ours))
-    by_hand = optim.SGD([{"params": [p]} for p in theirs.parameters()], lr=0.1, momentum=0.9)
+    by_hand = optim.SGD(groups_of(theirs, lambda name: {}), lr=0.1, momentum=0.9)
     for step in range(12):
         assert [float(g["lr"]) for g in optimizer.param_groups] == [float(g["lr"]) for g in plain.param_groups]
         for group, name in zip(by_hand.param_groups, SHAPES, strict=True):
             user = plain.param_groups[0 if name in ("embedding", "branch_in") else 1]
             group.update(lr=user["lr"] * SGD_LR[name], momentum=user["momentum"])
-        for module in (ours, theirs):
-            module.load_gradients(step)
-        optimizer.step()
-        by_hand.step()
+        train([step], (ours, optimizer), (theirs, by_hand))
         plain.step()
         metric = [1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []
         scheduler.step(*metric)
@@ -169,53 +150,34 @@ def test_schedulers_still_see_that_the_optimizer_steps(attach: str) -> None:
     if attach == "after":
         scale_optimizer(optimizer, module, plan_of(module))
     schedulers.append(lr_scheduler.StepLR(optimizer, 1))
-    module.load_gradients(0)
-    optimizer.step()
+    train([0], (module, optimizer))
     for scheduler in schedulers:
         scheduler.step()
 
 
-# State
-
-
 def test_state_goes_to_and_from_plain_runs() -> None:
     """A checkpoint of either run loads into the other, and resuming is the uninterrupted run."""
-
-    def run(module: Weights, optimizer: optim.Optimizer, steps: range) -> None:
-        for step in steps:
-            module.load_gradients(step)
-            optimizer.step()
-
     module, ours, _ = scaled(optim.AdamW)
     plain = Weights()
     theirs = optim.AdamW(plain.parameters(), lr=0.1)
-    run(module, ours, range(5))
-    run(plain, theirs, range(5))
+    train(range(5), (module, ours), (plain, theirs))
     state, plain_state = copy.deepcopy(ours.state_dict()), copy.deepcopy(theirs.state_dict())
     assert state["param_groups"] == plain_state["param_groups"]
-
-    resumed = copy.deepcopy(module)
-    optimizer = optim.AdamW(resumed.parameters(), lr=0.7)
-    scale_optimizer(optimizer, resumed, plan_of(resumed))
-    optimizer.load_state_dict(state)
-    run(resumed, optimizer, range(5, 10))
-    from_plain = copy.deepcopy(plain)
-    optimizer = optim.AdamW(from_plain.parameters(), lr=0.7)
-    scale_optimizer(optimizer, from_plain, plan_of(from_plain)).remove()
-    optimizer.load_state_dict(plain_state)
-    run(from_plain, optimizer, range(5, 10))
-    run(module, ours, range(5, 10))
-    run(plain, theirs, range(5, 10))
+    resumed, from_plain = copy.deepcopy(module), copy.deepcopy(plain)
+    again, plain_again = (optim.AdamW(each.parameters(), lr=0.7) for each in (resumed, from_plain))
+    scale_optimizer(again, resumed, plan_of(resumed))
+    again.load_state_dict(state)
+    scale_optimizer(plain_again, from_plain, plan_of(from_plain)).remove()
+    plain_again.load_state_dict(plain_state)
+    train(range(5, 10), (resumed, again), (from_plain, plain_again), (module, ours), (plain, theirs))
     assert identical(resumed, module)
     assert identical(from_plain, plain)
-
-    crossed = optim.AdamW(plain.parameters(), lr=0.7)
-    crossed.load_state_dict(state)
-    assert crossed.param_groups[0]["lr"] == 0.1
-    crossed = optim.AdamW(module.parameters(), lr=0.7)
-    scale_optimizer(crossed, module, plan_of(module))
-    crossed.load_state_dict(plain_state)
-    assert crossed.param_groups[0]["lr"] == 0.1
+    for each, foreign in ((plain, state), (module, plain_state)):
+        crossed = optim.AdamW(each.parameters(), lr=0.7)
+        if each is module:
+            scale_optimizer(crossed, module, plan_of(module))
+        crossed.load_state_dict(foreign)
+        assert crossed.param_groups[0]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("make", [optim.SGD, Averaging])
@@ -225,30 +187,25 @@ def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callab
     ours, theirs = Weights(), Weights()
     states: list[Any] = []
 
-    def save(opt: optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def save(opt: optim.Optimizer, *_: Any) -> None:
         states.append(copy.deepcopy(opt.state_dict()))
 
     final = []
     for module, saved in ((ours, True), (theirs, False)):
         optimizer = make(module.parameters(), lr=0.1)
-        if saved and when == "before":
-            optimizer.register_step_pre_hook(save)
-        if saved and when == "after":
-            optimizer.register_step_post_hook(save)
+        if saved:
+            (optimizer.register_step_pre_hook if when == "before" else optimizer.register_step_post_hook)(save)
         seen = groups_in_update(optimizer)
-        family = "sgd" if make is Averaging else None
-        scale_optimizer(optimizer, module, plan_of(module), family)
+        scale_optimizer(optimizer, module, plan_of(module), "sgd" if make is Averaging else None)
         for step in range(3):
-            module.load_gradients(step)
-            optimizer.step()
+            train([step], (module, optimizer))
             assert len(optimizer.param_groups) == 1
         assert {len(groups) for groups in seen} == {len(set(SGD_LR.values()))}
         final.append(copy.deepcopy(optimizer.state_dict()["param_groups"]))
     assert identical(ours, theirs)
     assert final[0] == final[1]
-    assert [len(state["param_groups"]) for state in states] == [1, 1, 1]
     halved = [0.1 / 2 ** (step + (when == "after")) if make is Averaging else 0.1 for step in range(3)]
-    assert [state["param_groups"][0]["lr"] for state in states] == halved
+    assert [[group["lr"] for group in state["param_groups"]] for state in states] == [[lr] for lr in halved]
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
@@ -257,14 +214,12 @@ def test_copies_are_plain(duplicate: Callable[[optim.Optimizer], optim.Optimizer
     _, optimizer, _ = scaled()
     lr_scheduler.StepLR(optimizer, 5)
     twin = duplicate(optimizer)
-    reference = optim.SGD(plain.parameters(), lr=0.1)
-    plain.load_gradients(0)
-    reference.step()
+    train([0], (plain, optim.SGD(plain.parameters(), lr=0.1)))
     parameters = twin.param_groups[0]["params"]
     for parameter, other in zip(parameters, plain.parameters(), strict=True):
         parameter.grad = other.grad
     twin.step()
-    assert all(torch.equal(one, other) for one, other in zip(parameters, plain.parameters(), strict=True))
+    assert all(map(torch.equal, parameters, plain.parameters()))
 
 
 @pytest.mark.parametrize("scheduled", ["never", "before", "after"])
@@ -279,13 +234,9 @@ def test_removed_handle_leaves_a_plain_optimizer(scheduled: str) -> None:
         lr_scheduler.StepLR(optimizer, 5)
     handle.remove()
     handle.remove()
-    for module, opt in ((ours, optimizer), (plain, reference)):
-        module.load_gradients(0)
-        opt.step()
+    train([0], (ours, optimizer), (plain, reference))
     assert identical(ours, plain)
-    if scheduled != "after":
-        assert vars(optimizer).get("step") is present
-
+    assert scheduled == "after" or vars(optimizer).get("step") is present
     scale_optimizer(optimizer, ours, plan_of(ours))
     before = ours.branch_in.detach().clone()
     optimizer.step()

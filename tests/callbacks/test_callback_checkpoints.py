@@ -7,18 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_runs import (
-    INPUTS,
-    MODULES,
-    WIDE,
-    Net,
-    WatchedOptimizers,
-    factors,
-    fit,
-    identical,
-    loader,
-    trainer,
-)
+from helpers import callback_runs as runs
+from helpers.callback_runs import INPUTS, MODULES, WIDE, Net, fit, identical, loader, trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -31,52 +21,50 @@ from mlu_lightning.callbacks.saved_plans import wrap_saving
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("make", MODULES)
-def test_resumed_run_is_the_uninterrupted_run(make: type[Net], residual: Any, tmp_path: Path) -> None:
+def test_resumed_run_is_the_uninterrupted_run(make: Any, residual: Any, tmp_path: Path, monkeypatch: Any) -> None:
     def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Net, Trainer]:
-        module = make(**WIDE)
-        return module, fit(
-            module, MLUCallback(Net(), residual=residual), data=loader(False), epochs=epochs, ckpt_path=ckpt_path
-        )
+        module, callback = make(**WIDE), MLUCallback(Net(), residual=residual)
+        return module, fit(module, callback, data=loader(False), epochs=epochs, ckpt_path=ckpt_path)
 
     def quiet(self: Net, batch: Any) -> Tensor:
         loss = nn.functional.mse_loss(self(batch[0]), batch[1])
         self.losses.append(float(loss.detach()))
         return loss
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Net, "training_step", quiet)  # the Trainer does not restore random states
-        whole, _ = run(4)
-        _, half = run(2)
-        half.save_checkpoint(tmp_path / "half.ckpt")
-        resumed, _ = run(4, tmp_path / "half.ckpt")
+    monkeypatch.setattr(Net, "training_step", quiet)  # the Trainer does not restore random states
+    whole, _ = run(4)
+    _, half = run(2)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(4, tmp_path / "half.ckpt")
     assert identical(resumed, whole)
     assert resumed.losses == whole.losses[8:]
+
+
+ONE = torch.ones(1, INPUTS)
+
+
+def planned(module: Net) -> Plan:
+    return Plan.from_model(module, next(iter(loader())), base=Net())
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Trained modules: by MLUCallback in both ways, and without it."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for name, callbacks in {
-        "hook": [MLUCallback(Net())],
-        "fold": [MLUCallback(Net(), residual="fold")],
-        "plain": [],
-    }.items():
+    trained = {"hook": [MLUCallback(Net())], "fold": [MLUCallback(Net(), residual="fold")], "plain": []}
+    for name, callbacks in trained.items():
         module = Net(**WIDE)
-        run = fit(module, *callbacks)
-        run.save_checkpoint(folder / f"{name}.ckpt")
-        torch.save(module(torch.ones(1, INPUTS)), folder / f"{name}.pt")
-    return {name: folder / f"{name}.ckpt" for name in ("hook", "fold", "plain")}
+        fit(module, *callbacks).save_checkpoint(folder / f"{name}.ckpt")
+        torch.save(module(ONE), folder / f"{name}.pt")
+    return {name: folder / f"{name}.ckpt" for name in trained}
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 def test_evaluation_of_a_checkpoint_has_its_multipliers(residual: Any, checkpoints: dict[str, Path]) -> None:
-    trained = torch.load(checkpoints[residual].with_suffix(".pt"))
-    module = Net(**WIDE)
-    run = trainer(MLUCallback(Net(), residual=residual))
+    module, run = Net(**WIDE), trainer(MLUCallback(Net(), residual=residual))
     for _ in range(2):
         outputs = run.predict(module, loader(False), ckpt_path=checkpoints[residual], weights_only=True)
-    assert torch.equal(module(torch.ones(1, INPUTS)), trained)
+    assert torch.equal(module(ONE), torch.load(checkpoints[residual].with_suffix(".pt")))
     assert outputs is not None
     expected = run.validate(module, loader(False), verbose=False)[0]["val_loss"]
     targets = loader(False).dataset.tensors[1]
@@ -87,37 +75,36 @@ def test_fit_after_evaluation_goes_on_from_the_checkpoint(checkpoints: dict[str,
     module = Net(**WIDE, optimizers=lambda module: None)
     run = trainer(MLUCallback(Net()))
     run.validate(module, loader(False), ckpt_path=checkpoints["hook"], verbose=False)
-    before = module(torch.ones(1, INPUTS))
+    before = module(ONE)
     run.fit(module, loader())
-    assert torch.equal(module(torch.ones(1, INPUTS)), before)
+    assert torch.equal(module(ONE), before)
 
 
 def test_folded_checkpoint_is_a_plain_module(checkpoints: dict[str, Path]) -> None:
     module = Net(**WIDE)
     module.load_state_dict(torch.load(checkpoints["fold"], weights_only=True)["state_dict"])
-    torch.testing.assert_close(module(torch.ones(1, INPUTS)), torch.load(checkpoints["fold"].with_suffix(".pt")))
+    torch.testing.assert_close(module(ONE), torch.load(checkpoints["fold"].with_suffix(".pt")))
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_plain_checkpoint_is_warned_about(stage: str, checkpoints: dict[str, Path]) -> None:
-    module = Net(**WIDE)
-    callback = MLUCallback(Net())
+    module, run = Net(**WIDE), trainer(MLUCallback(Net()), epochs=3)
     if stage == "validate":
-        attach_multipliers(module, Plan.from_model(module, next(iter(loader())), base=Net()))
-    run = trainer(callback, epochs=3)
+        attach_multipliers(module, planned(module))
     with pytest.warns(UserWarning, match="checkpoint is of a run without MLUCallback. Its weights were trained as"):
         getattr(run, stage)(module, loader(), ckpt_path=checkpoints["plain"])
 
 
-def test_checkpoint_of_the_other_residual_is_refused(checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"multipliers in its weights, and .* in hooks, .* Give residual='fold'"):
-        fit(Net(**WIDE), MLUCallback(Net()), ckpt_path=checkpoints["fold"])
-
-
-def test_checkpoint_of_another_plan_is_refused(checkpoints: dict[str, Path]) -> None:
-    callback = MLUCallback(Net(depth=1))
-    with pytest.raises(ValueError, match=r"run with another plan .* base, overrides and alpha of that run"):
-        fit(Net(**WIDE), callback, ckpt_path=checkpoints["hook"])
+@pytest.mark.parametrize(
+    ("run", "base", "message"),
+    [
+        ("fold", {}, r"multipliers in its weights, and .* in hooks, .* Give residual='fold'"),
+        ("hook", {"depth": 1}, r"run with another plan .* base, overrides and alpha of that run"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(run: str, base: Any, message: str, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(Net(**WIDE), MLUCallback(Net(**base)), ckpt_path=checkpoints[run])
 
 
 @pytest.mark.filterwarnings("error:.*MLUCallback.*")
@@ -144,8 +131,7 @@ def test_a_module_and_its_copies_save_their_own_plans(own: str) -> None:
     module = (Saves if own == "of the class" else Net)(**WIDE)
     if own == "of the instance":
         vars(module)["on_save_checkpoint"] = lambda checkpoint: checkpoint.update(shape=module.shape)
-    plan = Plan.from_model(module, next(iter(loader())), base=Net())
-    handle = attach_multipliers(module, plan)
+    handle = attach_multipliers(module, plan := planned(module))
     for _ in range(2):
         wrap_saving(module)
     copied = fold(copy.deepcopy(module), plan)
@@ -159,15 +145,12 @@ def test_a_module_and_its_copies_save_their_own_plans(own: str) -> None:
 
 def test_an_unpickled_module_saves_its_plan_when_it_is_fitted_again() -> None:
     module = Net(**WIDE)
-    attach_multipliers(module, Plan.from_model(module, next(iter(loader())), base=Net()))
+    attach_multipliers(module, planned(module))
     wrap_saving(module)
     again = pickle.loads(pickle.dumps(module))
     wrap_saving(again)
     again.on_save_checkpoint(checkpoint := {})
     assert checkpoint["callbacks"]["MLUCallback"]["mode"] == "hook"
-
-
-# A second fit
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
@@ -177,18 +160,18 @@ def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residu
     module = make(**WIDE)
     callback = MLUCallback(Net(), residual=residual)
     fit(module, callback)
-    output, weights = module(torch.ones(1, INPUTS)), {n: p.detach().clone() for n, p in module.named_parameters()}
+    output, weights = module(ONE), {n: p.detach().clone() for n, p in module.named_parameters()}
 
     class AtStart(Callback):
         def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            assert torch.equal(pl_module(torch.ones(1, INPUTS)), output)
+            assert torch.equal(pl_module(ONE), output)
             assert all(torch.equal(parameter, weights[name]) for name, parameter in pl_module.named_parameters())
 
     second = callback if same else MLUCallback(Net(), residual=residual)
-    module.optimizers_of = probe = WatchedOptimizers()
+    module.optimizers_of = probe = runs.WatchedOptimizers()
     fit(module, second, AtStart())
     assert second.plan == callback.plan
-    lr, expected = probe.numbers[0], factors(second.plan, "adamw", folded=residual == "fold")
+    lr, expected = probe.numbers[0], runs.factors(second.plan, "adamw", folded=residual == "fold")
     assert {name: numbers["lr"] / lr["embed.weight"]["lr"] for name, numbers in lr.items()} == pytest.approx(expected)
 
 
@@ -200,23 +183,22 @@ def test_second_fit_after_hooks_moved_into_the_weights_does_not_initialize_them(
     assert (first.initialized, second.initialized) == (True, False)
 
 
-def test_second_fit_with_another_plan_is_refused() -> None:
-    module = Net(**WIDE)
-    fit(module, MLUCallback(Net()))
-    with pytest.raises(ValueError, match=r"multipliers of another plan than that of this MLUCallback"):
-        fit(module, MLUCallback(Net(depth=1)))
-
-
-def test_second_fit_with_another_residual_is_refused() -> None:
-    module = Net(**WIDE)
-    fit(module, MLUCallback(Net()))
-    with pytest.raises(ValueError, match=r"in hooks already, but MLUCallback has residual='fold'.*residual='hook'"):
-        fit(module, MLUCallback(Net(), residual="fold"))
+@pytest.mark.parametrize(
+    ("base", "residual", "message"),
+    [
+        ({"depth": 1}, "hook", r"multipliers of another plan than that of this MLUCallback"),
+        ({}, "fold", r"in hooks already, but MLUCallback has residual='fold'.*residual='hook'"),
+    ],
+)
+def test_second_fit_with_another_plan_or_residual_is_refused(base: Any, residual: Any, message: str) -> None:
+    fit(module := Net(**WIDE), MLUCallback(Net()))
+    with pytest.raises(ValueError, match=message):
+        fit(module, MLUCallback(Net(**base), residual=residual))
 
 
 def test_multipliers_of_somebody_else_leave_the_initialization_open() -> None:
     module = Net(**WIDE)
-    plan = Plan.from_model(module, next(iter(loader())), base=Net())
+    plan = planned(module)
     attach_multipliers(initialize(module, plan), plan)
     with pytest.raises(ValueError, match=r"not from an MLUCallback.* give init=None"):
         fit(module, MLUCallback(Net()))

@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.callback_runs import identical, loader
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningCLI
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
+from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.application.multipliers import residual_state
-from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.models import ResNet
-from mlu_lightning.planning.plan import Plan
 
 BASE = {"depth": 2, "hidden": 8, "embedding": 4, "inputs": 3, "outputs": 2}
 WIDE = {"depth": 4, "hidden": 32, "embedding": 16, "inputs": 3, "outputs": 2}
@@ -22,25 +21,16 @@ OPTIMIZER = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02, "weight
 
 
 class Data(LightningDataModule):
-    """A few random pairs."""
-
     def train_dataloader(self) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(0)
-        inputs, targets = torch.randn(16, 3, generator=generator), torch.randn(16, 2, generator=generator)
-        return DataLoader(TensorDataset(inputs, targets), batch_size=8)
+        return loader(False)
 
 
 def run(tmp_path: Path, callback: dict[str, Any] | None, **config: Any) -> LightningCLI:
     """The command line `fit --config config.yaml`; without the callback if its arguments are None."""
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     entry = {"class_path": "mlu_lightning.callbacks.MLUCallback", "init_args": callback}
-    settings = {"accelerator": "cpu", "max_epochs": 2, "callbacks": [] if callback is None else [entry], **quiet}
-    content = {"seed_everything": 1, "trainer": settings, "model": WIDE, **config}
+    settings = {"accelerator": "cpu", "max_epochs": 2, "callbacks": [] if callback is None else [entry]}
+    content = {"seed_everything": 1, "trainer": settings | dict.fromkeys(silent, False), "model": WIDE, **config}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
     return LightningCLI(ResNet, Data, save_config_callback=None, args=["fit", "--config", f"{tmp_path}/config.yaml"])
 
@@ -53,32 +43,22 @@ def by_hand(model: ResNet, callback: MLUCallback, adam: bool) -> ResNet:
     return model
 
 
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    return all(map(torch.equal, one.parameters(), other.parameters()))
-
-
 @pytest.fixture
 def plan() -> Plan:
-    batch = next(iter(Data().train_dataloader()))
     seed_everything(5)
-    return Plan.from_model(ResNet(**WIDE), batch, base=ResNet(**BASE))
+    return Plan.from_model(ResNet(**WIDE), next(iter(loader())), base=ResNet(**BASE))
 
 
 @pytest.mark.parametrize("adam", [False, True], ids=["own-optimizer", "--optimizer"])
 @pytest.mark.parametrize("given", ["plan", "base"])
 def test_saved_plan(given: str, adam: bool, plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.yaml")
-    path = str(tmp_path / "plan.yaml")
-    cli = run(
-        tmp_path, {given: path, "residual": "fold", "init": "normal"}, **({"optimizer": OPTIMIZER} if adam else {})
-    )
-    arguments: dict[str, Any] = {given: path, "residual": "fold", "init": "normal"}
+    arguments: dict[str, Any] = {given: str(tmp_path / "plan.yaml"), "residual": "fold", "init": "normal"}
+    cli = run(tmp_path, arguments, **({"optimizer": OPTIMIZER} if adam else {}))
     seed_everything(1)
-    theirs = by_hand(ResNet(**WIDE), MLUCallback(**arguments), adam)
-    assert identical(cli.model, theirs)
+    assert identical(cli.model, by_hand(ResNet(**WIDE), MLUCallback(**arguments), adam))
     state = residual_state(cli.model)
-    assert state is not None
-    assert state.mode == "fold"
+    assert state is not None and state.mode == "fold"
 
 
 def test_base_by_class_path(tmp_path: Path) -> None:
@@ -87,8 +67,7 @@ def test_base_by_class_path(tmp_path: Path) -> None:
     cli = run(tmp_path, {"base": base, "overrides": overrides, "alpha": 2.0, "seed": 3}, optimizer=OPTIMIZER)
     callback = next(callback for callback in cli.trainer.callbacks if isinstance(callback, MLUCallback))
     assert callback.plan is not None
-    assert callback.plan.alpha == 2.0
-    assert (callback.plan.streams[0].depth, callback.plan.streams[0].base_depth) == (4, 2)
+    assert (callback.plan.alpha, callback.plan.streams[0].depth, callback.plan.streams[0].base_depth) == (2.0, 4, 2)
     assert isinstance(cli.model, LightningModule)
     # what LightningCLI made of --optimizer is there again, and makes a plain optimizer
     assert "configure_optimizers" in vars(cli.model)
@@ -98,12 +77,12 @@ def test_base_by_class_path(tmp_path: Path) -> None:
 
 def test_base_by_class_path_draws_no_random_numbers(tmp_path: Path) -> None:
     """It is built when it is needed, not among the other objects of the configuration."""
-    runs = []
-    for callback in (None, {"base": {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}}):
-        runs.append((run(tmp_path, callback, model=BASE).model, torch.get_rng_state()))
-    assert identical(runs[0][0], runs[1][0])
-    assert torch.equal(runs[0][1], runs[1][1])
-    assert residual_state(runs[1][0]) is not None
+    base = {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}
+    (plain, state), (ours, other) = (
+        (run(tmp_path, callback, model=BASE).model, torch.get_rng_state()) for callback in (None, {"base": base})
+    )
+    assert identical(plain, ours) and torch.equal(state, other)
+    assert residual_state(ours) is not None
 
 
 def test_callback_from_the_command_line(plan: Plan, tmp_path: Path) -> None:

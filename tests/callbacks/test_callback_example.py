@@ -19,6 +19,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from mlu_lightning.callbacks.example import find_example
 
 
+def drawn() -> tuple[float, float, float]:
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
 class Numbers(Dataset[Any]):
     """Sample i is (i, a random number); not to be read in a worker."""
 
@@ -27,33 +31,15 @@ class Numbers(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, float]:
         assert get_worker_info() is None
-        return torch.tensor(float(index)), torch.rand(()).item() + np.random.rand() + random.random()
+        return torch.tensor(float(index)), sum(drawn())
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        return (torch.tensor(float(index)) for index in range(10))
-
-
-class Once(Stream):
+class Once(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Tensor:
         raise AssertionError("must not be read")
-
-
-class Nothing(Stream):
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-
-class Named(Dataset[Any]):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, name: str) -> Tensor:
-        return {"a": torch.ones(1), "b": torch.ones(1)}[name]
 
 
 class Batches:
@@ -76,15 +62,9 @@ class Slice(IterableDataset[Any]):
         return islice(self.behind, self.length)
 
 
-class Draws:
-    """Endless numbers from a generator."""
-
-    def __init__(self, draw: Callable[[], Any]) -> None:
-        self.draw = draw
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            yield self.draw()
+def draws(draw: Callable[[], Any]) -> Iterator[Any]:
+    while True:
+        yield draw()
 
 
 class Finds(LightningModule):
@@ -106,10 +86,9 @@ class Finds(LightningModule):
         return torch.optim.SGD(self.parameters())
 
 
-def fit(module: LightningModule, **data: Any) -> Trainer:
-    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, plugins=data.pop("plugins", None))
-    trainer.fit(module, **data)
-    return trainer
+def fit(module: LightningModule, data: Any = None, batches: float = 1.0, **settings: Any) -> None:
+    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=batches, **settings)
+    trainer.fit(module, data)
 
 
 LOADERS: dict[str, Callable[[], Any]] = {
@@ -118,10 +97,13 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "own-collation": lambda: DataLoader(Numbers(), batch_size=4, collate_fn=lambda samples: samples[-1]),
     "samples": lambda: DataLoader(Numbers(), batch_size=None),
     "batch-sampler": lambda: DataLoader(Numbers(), batch_sampler=BatchSampler(range(10), 3, drop_last=True)),
-    "stream": lambda: DataLoader(Stream(), batch_size=3),
-    "stream-of-samples": lambda: DataLoader(Stream(), batch_size=None),
-    "mapping": lambda: {"a": DataLoader(Numbers(), batch_size=2), "b": DataLoader(Stream(), batch_size=3)},
-    "sequence": lambda: [DataLoader(Numbers(), batch_size=2), DataLoader(Stream(), batch_size=3)],
+    "stream": lambda: DataLoader(Slice(torch.arange(10.0)), batch_size=3),
+    "stream-of-samples": lambda: DataLoader(Slice(torch.arange(10.0)), batch_size=None),
+    "mapping": lambda: {
+        "a": DataLoader(Numbers(), batch_size=2),
+        "b": DataLoader(Slice(torch.arange(10.0)), batch_size=3),
+    },
+    "sequence": lambda: [DataLoader(Numbers(), batch_size=2), DataLoader(Slice(torch.arange(10.0)), batch_size=3)],
     "combined": lambda: CombinedLoader({"a": DataLoader(Numbers(), batch_size=2), "b": [Batches()]}, "min_size"),
     "other": Batches,
 }
@@ -130,11 +112,10 @@ LOADERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("loaders", LOADERS.values(), ids=LOADERS)
 def test_example_is_what_training_step_is_given(loaders: Callable[[], Any]) -> None:
     module = Finds()
-    fit(module, train_dataloaders=loaders())
+    fit(module, loaders())
     found, structure = tree_flatten(module.found)
     given, expected = tree_flatten(module.given)
-    assert structure == expected
-    assert found
+    assert structure == expected and found
     for one, other in zip(found, given, strict=True):
         # samples hold random numbers, which are of another time
         assert type(one) is type(other)
@@ -153,7 +134,7 @@ class Hooked(Finds):
 
 def test_hooks_of_the_module_change_the_example() -> None:
     module = Hooked()
-    fit(module, train_dataloaders=DataLoader(Numbers(), batch_size=2))
+    fit(module, DataLoader(Numbers(), batch_size=2))
     assert module.found.keys() == {"images", "labels"}
     assert torch.equal(module.found["labels"], torch.tensor([0.0, 2.0]))
 
@@ -171,12 +152,6 @@ class Data(LightningDataModule):
         return [-batch[0]]
 
 
-def test_example_from_a_datamodule() -> None:
-    module = Finds()
-    fit(module, datamodule=Data())
-    assert torch.equal(module.found[0], torch.tensor([0.0, -1.0]))
-
-
 class Loads(Finds):
     """Has its data itself."""
 
@@ -184,41 +159,44 @@ class Loads(Finds):
         return DataLoader(Numbers(), batch_size=2)
 
 
-def test_example_from_the_module() -> None:
-    module = Loads()
-    fit(module)
-    assert torch.equal(module.found[0], torch.tensor([0.0, 1.0]))
+@pytest.mark.parametrize(("make", "data", "sample"), [(Finds, Data, -1.0), (Loads, lambda: None, 1.0)])
+def test_example_from_a_datamodule_or_the_module(make: type[Finds], data: Callable[[], Any], sample: float) -> None:
+    module = make()
+    fit(module, data())
+    assert torch.equal(module.found[0], torch.tensor([0.0, sample]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_batch_has_the_precision_of_the_module(dtype: torch.dtype) -> None:
     """In setup the module is not converted yet, except where it is built in that precision."""
     module = Finds().to(dtype)
-    fit(module, train_dataloaders=DataLoader(Stream(), batch_size=2), plugins=DoublePrecision())
+    fit(module, DataLoader(Slice(torch.arange(10.0)), batch_size=2), plugins=DoublePrecision())
     assert module.found.dtype == dtype
+
+
+def seed_all() -> None:
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
 
 
 def test_random_states_samplers_and_workers_are_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     loaders = DataLoader(Numbers(), batch_size=4, shuffle=True, generator=generator, num_workers=2)
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
     module = Finds()
-    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=0)
-    trainer.fit(module, loaders)
+    seed_all()
+    fit(module, loaders, batches=0)
     assert torch.equal(module.found[0], torch.arange(4.0))
     assert torch.equal(generator.get_state(), torch.Generator().manual_seed(0).get_state())
-    after = torch.rand(()).item(), np.random.rand(), random.random()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(0)
-    assert after == (torch.rand(()).item(), np.random.rand(), random.random())
+    after = drawn()
+    seed_all()
+    assert after == drawn()
 
 
 NOT_TWICE: dict[str, tuple[Callable[[], Any], str]] = {
     "generator": (lambda: (torch.ones(2) for _ in range(3)), "from a generator, which gives them only once"),
     "one-stream": (lambda: DataLoader(Once(), batch_size=2), "from a Once, which gives them only once"),
-    "names": (lambda: DataLoader(Named(), sampler=["a", "b"]), "Named has no samples numbered from 0"),
-    "nothing": (lambda: DataLoader(Nothing(), batch_size=2), "Nothing has no samples"),
+    "names": (lambda: DataLoader({"a": 1.0, "b": 2.0}, sampler=["a", "b"]), "dict has no samples numbered from 0"),
+    "nothing": (lambda: DataLoader(Slice(()), batch_size=2), "Slice has no samples"),
     "no-batches": (lambda: [Slice(())], "Slice has no batches"),
 }
 
@@ -226,11 +204,10 @@ NOT_TWICE: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize(("loaders", "message"), NOT_TWICE.values(), ids=NOT_TWICE)
 def test_without_a_batch_the_example_input_array_serves(loaders: Callable[[], Any], message: str) -> None:
     module = Finds(torch.ones(1, 3))
-    trainer = Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=0)
-    trainer.fit(module, loaders())
+    fit(module, loaders(), batches=0)
     assert module.found is None
     with pytest.raises(ValueError, match=rf"no example to run it on: .*{message}. Give MLUCallback\(example=\.\.\.\)"):
-        trainer.fit(Finds(), loaders())
+        fit(Finds(), loaders(), batches=0)
 
 
 def find(loaders: Any) -> tuple[Any, list[str]]:
@@ -238,7 +215,7 @@ def find(loaders: Any) -> tuple[Any, list[str]]:
     module = Finds()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Trainer(accelerator="cpu", barebones=True, max_steps=1, limit_train_batches=0).fit(module, loaders)
+        fit(module, loaders, batches=0)
     return module.found, [str(one.message) for one in caught if "gave other data" in str(one.message)]
 
 
@@ -251,7 +228,7 @@ GOES_ON: dict[str, Callable[[], Any]] = {
     "sizes": lambda: [Slice(chain([torch.ones(1)], repeat(torch.ones(2))))],
     "kinds": lambda: [Slice(chain([torch.ones(1)], repeat(np.ones(1))))],
     "to-an-end": lambda: [Slice(iter([torch.ones(1)]))],
-    "draws": lambda: DataLoader(Slice(Draws(OWN.random)), batch_size=2),
+    "draws": lambda: DataLoader(Slice(draws(OWN.random)), batch_size=2),
 }
 
 
@@ -259,23 +236,21 @@ GOES_ON: dict[str, Callable[[], Any]] = {
 def test_data_that_go_on_where_they_were_left(loaders: Callable[[], Any]) -> None:
     found, warned = find(loaders())
     assert len(found) > 0
-    assert len(warned) == 1
-    assert "Slice gave other data" in warned[0]
-    assert "MLUCallback(example=...)" in warned[0]
+    (text,) = warned
+    assert "Slice gave other data" in text and "MLUCallback(example=...)" in text
 
 
 STARTS_ANEW: dict[str, Callable[[], Any]] = {
     "batches": lambda: [Slice([torch.zeros(1), torch.ones(1)])],
     "missing-values": lambda: [Slice([(torch.tensor([1.0, torch.nan]), np.array([np.nan, 1.0]), float("nan"))])],
-    "drawn-by-torch": lambda: [Slice(Draws(lambda: torch.rand(2)))],
-    "drawn-by-numpy": lambda: DataLoader(Slice(Draws(lambda: np.random.rand(3))), batch_size=2),
+    "drawn-by-torch": lambda: [Slice(draws(lambda: torch.rand(2)))],
+    "drawn-by-numpy": lambda: DataLoader(Slice(draws(lambda: np.random.rand(3))), batch_size=2),
     "sparse": lambda: [Slice([torch.eye(2).to_sparse()])],
-    "other-objects": lambda: [Slice(Draws(object))],
+    "other-objects": lambda: [Slice(draws(object))],
 }
 
 
 @pytest.mark.parametrize("loaders", STARTS_ANEW.values(), ids=STARTS_ANEW)
 def test_data_that_start_anew_are_left_alone(loaders: Callable[[], Any]) -> None:
     found, warned = find(loaders())
-    assert found is not None
-    assert not warned
+    assert found is not None and not warned

@@ -1,22 +1,21 @@
 """Optimizers in the Trainer, on a Transformer: MLUCallback's run is that of a module and parameter groups by hand."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import parameter_groups as table
+from helpers import optimizers_by_hand as optimizers
 from helpers.architecture_runs import fit, identical
+from helpers.optimizers_by_hand import Row
 from helpers.parameter_groups import MULTIPLIERS, D, L, M, Numbers
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
-from mlu_lightning.callbacks import MLUCallback
+from mlu_lightning import MLUCallback
 from mlu_lightning.models import CausalTransformer
 
 # The shape is L, D and M times the base's in depth, embedding and hidden width
@@ -35,10 +34,8 @@ class Lion(optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
@@ -49,58 +46,15 @@ class Lion(optim.Optimizer):
         return loss
 
 
-# Rows of theory.md, section 3, for the stored weights, which hold the multiplier a if it was folded into them
+def lion(numbers: Numbers, row: Row, step: int) -> Numbers:
+    return {**numbers, "lr": numbers["lr"] * row.adam, "weight_decay": numbers["weight_decay"] / row.adam}
 
 
-def sgd(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
-    factor = SGD_LR[role] * a**2
-    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
-
-
-def adamw(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
-    return lion(numbers, role, shape, a) | {"eps": numbers["eps"] * EPS[role] / a}
-
-
-def lion(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
-    factor = ADAM_LR[role] * a
-    return {**numbers, "lr": numbers["lr"] * factor, "weight_decay": numbers["weight_decay"] / factor}
-
-
-def adafactor(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
-    """Steps are relative to the size of the weights, which is std·a: so are they, and bounds of squared gradients."""
-    factor = ADAM_LR[role] / STD[role]
-    eps = numbers["eps"][0] * (EPS[role] / a) ** 2, numbers["eps"][1] * STD[role] * a
-    return {**numbers, "lr": numbers["lr"] * factor, "eps": eps, "weight_decay": numbers["weight_decay"] / factor}
-
-
-def muon(numbers: Numbers, role: str, shape: torch.Size, a: float) -> Numbers:
-    """Without the factor of the shape that torch has of its own: with fan_in and fan_out of base and module, by hand."""
-    rows, columns = shape
-    base = {"branch_in": (rows / M, columns / D), "branch_out": (rows / D, columns / M)}[role]
-    if numbers["adjust_lr_fn"] == "match_rms_adamw":
-        own = (max(rows, columns) / max(base)) ** 0.5
-    else:
-        own = (max(1, rows / columns) / max(1, base[0] / base[1])) ** 0.5
-    factor = table.MUON_LR[role] / own * a
-    eps = numbers["eps"] * table.MUON_EPS[role] / a
-    return {**numbers, "lr": numbers["lr"] * factor, "eps": eps, "weight_decay": numbers["weight_decay"] / factor}
-
-
-# The norm on the stream is a row that the table for bare weights does not have
-SGD_LR = table.SGD_LR | {"stream_norm": D}
-ADAM_LR = table.ADAM_LR | {"stream_norm": 1}
-EPS = table.EPS | {"stream_norm": 1 / D}
-STD = table.STD | {"stream_norm": 1}
-ROLES = {
-    "tokens": "embedding",
-    "query": "branch_in",
-    "key": "branch_in",
-    "value": "branch_in",
-    "read": "branch_in",
-    "out": "branch_out",
-    "write": "branch_out",
-    "readout": "readout",
-}
+# Of theory.md, section 3; the norm on the stream is a row that the table for bare weights does not have
+ROWS = optimizers.ROWS | {"stream_norm": Row(adam=1, sgd=D, eps=1 / D, std=1)}
+BASES = {"branch_in": (M, D), "branch_out": (D, M)}
+ROLES = {"tokens": "embedding", "out": "branch_out", "write": "branch_out", "readout": "readout"}
+ROLES |= dict.fromkeys(("query", "key", "value", "read"), "branch_in")
 
 
 def role_of(name: str) -> str:
@@ -110,28 +64,23 @@ def role_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer of some of the parameters.
-
-    Args:
-        make: optimizer of parameters or groups.
-        numbers: of the base.
-        by_hand: those of a parameter, from its role, shape and the multiplier that was folded into it.
-    """
+    """An optimizer of some of the parameters, the numbers of the base, and those of a row of the table."""
 
     make: Callable[..., optim.Optimizer]
     numbers: Numbers
-    by_hand: Callable[[Numbers, str, torch.Size, float], Numbers]
+    by_hand: optimizers.ByHand
 
 
-ADAMW = Case(optim.AdamW, {"lr": 0.01, "eps": 1e-5, "weight_decay": 0.1}, adamw)
+ADAMW = Case(optim.AdamW, {"lr": 0.01, "eps": 1e-5, "weight_decay": 0.1}, optimizers.adamw)
 MUON = {"lr": 0.02, "weight_decay": 0.1, "eps": 0.01}
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}
 RUNS = {
     "lion": (Case(Lion, {"lr": 0.003, "weight_decay": 0.1}, lion),),
-    "sgd-momentum": (Case(optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}, sgd),),
-    "sgd-nesterov": (Case(optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, sgd),),
-    "adafactor": (Case(optim.Adafactor, {"lr": 0.01, "eps": (1e-5, 0.1), "weight_decay": 0.1}, adafactor),),
-    "muon": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "original"}, muon), ADAMW),
-    "muon-rms": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "match_rms_adamw"}, muon), ADAMW),
+    "sgd-momentum": (Case(optim.SGD, SGD, optimizers.sgd),),
+    "sgd-nesterov": (Case(optim.SGD, {**SGD, "nesterov": True}, optimizers.sgd),),
+    "adafactor": (Case(optim.Adafactor, {"lr": 0.01, "eps": (1e-5, 0.1), "weight_decay": 0.1}, optimizers.adafactor),),
+    "muon": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "original"}, optimizers.muon), ADAMW),
+    "muon-rms": (Case(optim.Muon, {**MUON, "adjust_lr_fn": "match_rms_adamw"}, optimizers.muon), ADAMW),
 }
 
 
@@ -155,11 +104,10 @@ class Language(CausalTransformer):
         loss = F.cross_entropy(self(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         self.losses.append(float(loss.detach()))
         if not self.automatic_optimization:
-            optimizers = self.optimizers()
-            for optimizer in optimizers:
+            for optimizer in self.optimizers():
                 optimizer.zero_grad()
             self.manual_backward(loss)
-            for optimizer in optimizers:
+            for optimizer in self.optimizers():
                 optimizer.step()
         return loss
 
@@ -188,9 +136,12 @@ class ByHand(Language):
         ]
 
     def group(self, case: Case, name: str, parameter: nn.Parameter) -> Numbers:
-        role = role_of(name)
-        folded = MULTIPLIERS.get(role, 1.0) if self.residual == "fold" else 1.0
-        return {"params": [parameter], **case.by_hand(case.numbers, role, parameter.shape, folded)}
+        role, shape = role_of(name), tuple(parameter.shape)
+        base = tuple(size / ratio for size, ratio in zip(shape, BASES.get(role, ()), strict=False))
+        row = replace(ROWS[role], shape=shape, base=base)
+        if self.residual == "fold":
+            row = row.folded(MULTIPLIERS.get(role, 1.0))
+        return {"params": [parameter], **case.by_hand(case.numbers, row, 0)}
 
 
 class Start(Callback):
@@ -218,8 +169,7 @@ def test_run_is_that_of_numbers_by_hand(cases: tuple[Case, ...], residual: Resid
     assert ours.losses == theirs.losses
     assert len(ours.losses) == 6
     assert identical(ours, theirs)
-    moved = [not torch.equal(value, start.weights[name]) for name, value in ours.state_dict().items()]
-    assert all(moved)
+    assert not any(torch.equal(value, start.weights[name]) for name, value in ours.state_dict().items())
 
 
 def test_optimizer_that_torch_does_not_define_needs_a_family() -> None:

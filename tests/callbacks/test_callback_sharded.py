@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.callback_runs import BASE, WIDE, Net, loader
+from helpers.trainers import quiet
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn, optim
 from torch.distributed.fsdp import fully_shard
 
-from mlu_lightning.application.initialization import initialize
-from mlu_lightning.application.multipliers import attach_multipliers, fold
-from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initialize
 
 pytestmark = pytest.mark.slow
 
@@ -58,10 +56,7 @@ def plan() -> Plan:
 
 def fit(module: Sharded, *callbacks: Any, epochs: int = 2, ckpt_path: Any = None) -> Trainer:
     strategy = ModelParallelStrategy(1, 1, process_group_backend="gloo")
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_epochs=epochs, callbacks=[*callbacks], **settings
-    )
+    trainer = quiet(*callbacks, devices=1, strategy=strategy, max_epochs=epochs)
     trainer.fit(module, loader(False), ckpt_path=ckpt_path)
     return trainer
 
@@ -78,15 +73,8 @@ def test_sharded_run_is_that_of_the_functions_called_by_hand(residual: Any, plan
         if residual == "fold":
             scales = {name: scale.folded("adamw") for name, scale in scales.items()}
         return optim.AdamW(
-            [
-                {
-                    "params": [parameter],
-                    "lr": 0.02 * scales[name].lr,
-                    "eps": 1e-8 * scales[name].eps,
-                    "weight_decay": 0.01 * scales[name].weight_decay,
-                }
-                for name, parameter in module.named_parameters()
-            ]
+            {"params": [p], "lr": 0.02 * s.lr, "eps": 1e-8 * s.eps, "weight_decay": 0.01 * s.weight_decay}
+            for p, s in ((p, scales[name]) for name, p in module.named_parameters())
         )
 
     ours = Sharded(**WIDE, optimizers=lambda module: optim.AdamW(module.parameters(), lr=0.02))
@@ -109,17 +97,17 @@ class OnMeta(Sharded):
 @pytest.mark.parametrize("make", [Sharded, OnMeta])
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 def test_resumed_run_is_the_uninterrupted_run(residual: Any, make: type[Sharded], plan: Plan, tmp_path: Path) -> None:
-    runs = []
-    for epochs in (2, 4):
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Sharded, Trainer]:
         torch.manual_seed(0)
-        runs.append(make(**WIDE))
-        trainer = fit(runs[-1], MLUCallback(plan=plan, residual=residual), epochs=epochs)
-        if epochs == 2:
-            trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = make(**WIDE)
-    fit(resumed, MLUCallback(plan=plan, residual=residual), epochs=4, ckpt_path=tmp_path / "half.ckpt")
-    assert identical(resumed, runs[1])
-    assert not identical(resumed, runs[0])
+        module = make(**WIDE)
+        return module, fit(module, MLUCallback(plan=plan, residual=residual), epochs=epochs, ckpt_path=ckpt_path)
+
+    half, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    whole, _ = run(4)
+    resumed, _ = run(4, tmp_path / "half.ckpt")
+    assert identical(resumed, whole)
+    assert not identical(resumed, half)
 
 
 def test_sharded_module_without_a_plan_is_refused() -> None:

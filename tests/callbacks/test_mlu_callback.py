@@ -18,7 +18,10 @@ from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initializ
 from mlu_lightning.application import residual_state
 from mlu_lightning.planning.arguments import PlanArguments
 
-# The base shape: nothing changes
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan.from_model(Net(**WIDE), next(iter(loader())), base=Net())
 
 
 class Data(LightningDataModule):
@@ -33,24 +36,18 @@ def test_run_at_the_base_shape_is_the_run_without_the_callback(make: type[Net], 
     for callbacks in ([], [MLUCallback(Net(), residual=residual)]):
         module = make()
         generator = torch.Generator().manual_seed(5)
-        shuffled = DataLoader(loader().dataset, BATCH, shuffle=True, generator=generator)
-        fit(module, *callbacks, data=shuffled)
-        states = (
-            torch.get_rng_state(),
-            generator.get_state(),
-            torch.tensor(np.random.rand()),
-            torch.tensor(random.random()),
-        )
+        fit(module, *callbacks, data=DataLoader(loader().dataset, BATCH, shuffle=True, generator=generator))
+        drawn = torch.tensor([np.random.rand(), random.random()], dtype=torch.float64)
+        states = torch.get_rng_state(), generator.get_state(), drawn
         runs.append((module, states))
     (ours, states), (theirs, others) = runs
-    assert identical(ours, theirs)
+    assert identical(ours, theirs) and all(map(torch.equal, states, others))
     assert ours.losses == theirs.losses
-    assert all(map(torch.equal, states, others))
     assert len(ours.losses) == 8
 
 
-def test_run_at_the_base_shape_with_a_datamodule_and_a_saved_plan(tmp_path: Path) -> None:
-    Plan.from_model(Net(**WIDE), next(iter(loader())), base=Net()).save(tmp_path / "plan.yaml")
+def test_run_at_the_base_shape_with_a_datamodule_and_a_saved_plan(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.yaml")
     ours, theirs = Net(), Net()
     fit(ours, MLUCallback(str(tmp_path / "plan.yaml")), data=Data())
     fit(theirs, data=Data())
@@ -58,42 +55,31 @@ def test_run_at_the_base_shape_with_a_datamodule_and_a_saved_plan(tmp_path: Path
     assert ours.losses == theirs.losses
 
 
-# Another shape: the functions of the package, in the right order
-
-
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("make", MODULES)
-def test_run_is_that_of_the_functions_called_by_hand(make: type[Net], residual: Any) -> None:
+def test_run_is_that_of_the_functions_called_by_hand(make: type[Net], residual: Any, plan: Plan) -> None:
     ours, theirs = make(**WIDE), Net(**WIDE)
     callback = MLUCallback(Net(), residual=residual, seed=4, init="normal")
     fit(ours, callback)
-
-    plan = Plan.from_model(theirs, next(iter(loader())), base=Net())
     initialize(theirs, plan, "normal", seed=4)
     (attach_multipliers if residual == "hook" else fold)(theirs, plan)
-    scales = plan.scales("adamw")
     state = residual_state(theirs)
     assert state is not None
+    scales = plan.scales("adamw")
     scales = {name: scale.folded("adamw") if name in state.folded else scale for name, scale in scales.items()}
 
     def by_hand(module: nn.Module) -> Any:
-        groups = [
-            {
-                "params": [parameter],
-                "eps": 1e-8 * scales[name].eps,
-                "weight_decay": 0.1 * scales[name].weight_decay,
-            }
-            for name, parameter in module.named_parameters()
-        ]
+        pairs = [(parameter, scales[name]) for name, parameter in module.named_parameters()]
+        groups = [{"params": [p], "eps": 1e-8 * s.eps, "weight_decay": 0.1 * s.weight_decay} for p, s in pairs]
         optimizer = optim.AdamW(groups, lr=0.02)
-        rates = [0.05 * scales[name].lr for name, _ in module.named_parameters()]
+        rates = [0.05 * scale.lr for _, scale in pairs]
         schedule = optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rates, total_steps=16)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     theirs.optimizers_of = by_hand
     fit(theirs)
     assert callback.plan == plan
-    assert not identical(ours, make(**WIDE) if make is Net else Net(**WIDE))
+    assert not identical(ours, Net(**WIDE))
     for name, parameter in theirs.named_parameters():
         # the schedule interpolates between learning rates before or after they are multiplied
         torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
@@ -126,9 +112,8 @@ def test_hook_and_fold_are_the_same_run(optimizers: Optimizers, tolerance: float
         torch.testing.assert_close(effective[1][name], weight, rtol=tolerance, atol=tolerance)  # float64 rounding
 
 
-def test_weights_that_are_folded_already_take_the_numbers_of_fold() -> None:
+def test_weights_that_are_folded_already_take_the_numbers_of_fold(plan: Plan) -> None:
     fresh, folded = Net(**WIDE), Net(**WIDE)
-    plan = Plan.from_model(fresh, next(iter(loader())), base=Net())
     folded.load_state_dict(fold(initialize(Net(**WIDE), plan), plan).state_dict())
     fit(fresh, MLUCallback(plan=plan, residual="fold"))
     fit(fold(folded, plan, multiplied=True), MLUCallback(Net(), residual="fold", init=None))
@@ -136,12 +121,11 @@ def test_weights_that_are_folded_already_take_the_numbers_of_fold() -> None:
     assert fresh.losses == folded.losses
 
 
-def test_init_none_leaves_the_weights() -> None:
-    module, before = Net(**WIDE, optimizers=lambda module: None), Net(**WIDE)
-    fit(module, MLUCallback(Net(), init=None))
-    assert identical(module, before)
-    fit(module := Net(**WIDE, optimizers=lambda module: None), MLUCallback(Net()))
-    assert not identical(module, before)
+@pytest.mark.parametrize("init", [{}, {"init": None}], ids=["rescale", "none"])
+def test_init_none_leaves_the_weights(init: dict[str, Any]) -> None:
+    module = Net(**WIDE, optimizers=lambda module: None)
+    fit(module, MLUCallback(Net(), **init))
+    assert identical(module, Net(**WIDE)) == ("init" in init)
 
 
 def test_frozen_parameters_are_planned_and_left_alone() -> None:
@@ -156,11 +140,7 @@ def test_frozen_parameters_are_planned_and_left_alone() -> None:
     assert not torch.equal(module.readout.weight, start.readout.weight)
 
 
-# Arguments, and what is wrong with them
-
-
-def test_warnings_of_the_plan_are_given() -> None:
-    plan = Plan.from_model(Net(**WIDE), next(iter(loader())), base=Net())
+def test_warnings_of_the_plan_are_given(plan: Plan) -> None:
     with pytest.warns(UserWarning, match="heads have grown"):
         fit(Net(**WIDE), MLUCallback(plan=replace(plan, warnings=("heads have grown",))))
 
@@ -188,14 +168,18 @@ def test_overrides_reach_the_plan() -> None:
     assert callback.plan.roles["blocks.3.read.weight"] == "branch_hidden"
 
 
+TOGETHER = "cannot be given together with base, overrides, alpha"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"init": "xavier"}, "init='xavier' is none of: rescale, normal, coupled, None"),
         ({"residual": "scale"}, "residual='scale' is none of: hook, fold"),
-        ({"plan": "plan.yaml", "base": "base.yaml"}, "cannot be given together with base, overrides, alpha"),
-        ({"plan": "plan.yaml", "overrides": {}}, "cannot be given together with base, overrides, alpha"),
-        ({"plan": "plan.yaml", "alpha": 2.0}, "cannot be given together with base, overrides, alpha"),
+        *(
+            ({"plan": "plan.yaml", **more}, TOGETHER)
+            for more in ({"base": "base.yaml"}, {"overrides": {}}, {"alpha": 2.0})
+        ),
     ],
 )
 def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
@@ -220,8 +204,7 @@ def test_second_callback_is_refused() -> None:
     assert identical(module, Net(**WIDE))
 
 
-def test_plan_of_another_module_is_refused() -> None:
-    plan = Plan.from_model(Net(**WIDE), next(iter(loader())), base=Net())
+def test_plan_of_another_module_is_refused(plan: Plan) -> None:
     module = Net()
     with pytest.raises(ValueError, match="The plan was not made for this Net"):
         fit(module, MLUCallback(plan=plan))

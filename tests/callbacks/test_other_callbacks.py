@@ -1,9 +1,8 @@
 """Callbacks of Lightning next to MLUCallback, before and after it: the run is that of the table's numbers by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,7 @@ from mlu_lightning import MLUCallback
 
 @dataclass(frozen=True)
 class Case:
-    """A callback, and what else it leaves behind than losses, weights and learning rates.
-
-    Args:
-        make: the callback, given a folder.
-        found: what else is compared.
-        settings: of the Trainer, given a folder.
-        beside: makes one more callback, which comes after it.
-    """
+    """A callback, given a folder, what else it leaves than losses, weights and rates, and one more that comes after it."""
 
     make: Callable[[Path], Callback]
     found: Callable[[Any], Any] = lambda callback: None
@@ -36,8 +28,7 @@ class Case:
 
 
 def average(callback: Any) -> dict[str, Any]:
-    found: dict[str, Any] = callback._average_model.state_dict()
-    return found
+    return callback._average_model.state_dict()
 
 
 def checkpoints(callback: others.ModelCheckpoint) -> dict[str, Any]:
@@ -47,6 +38,9 @@ def checkpoints(callback: others.ModelCheckpoint) -> dict[str, Any]:
     return {"best": best, **{name: (saved["state_dict"], saved["optimizer_states"]) for name, saved in loaded.items()}}
 
 
+pruning = partial(others.ModelPruning, "l1_unstructured", amount=0.1)
+ONLY = {"use_lottery_ticket_hypothesis": False}
+finetuning = partial(others.BackboneFinetuning, backbone_initial_lr=0.004, verbose=False)
 CASES = {
     "ema": Case(lambda folder: others.EMAWeightAveraging(decay=0.5), average),
     "ema-late": Case(lambda folder: others.EMAWeightAveraging(decay=0.5, update_starting_at_step=20), average),
@@ -71,20 +65,11 @@ CASES = {
         checkpoints,
         lambda folder: {"enable_checkpointing": True},
     ),
-    "finetuning": Case(lambda folder: others.BackboneFinetuning(1, backbone_initial_lr=0.004, verbose=False)),
-    "pruning": Case(lambda folder: others.ModelPruning("l1_unstructured", amount=0.1)),
-    "pruning-only": Case(
-        lambda folder: others.ModelPruning("l1_unstructured", amount=0.1, use_lottery_ticket_hypothesis=False)
-    ),
-    "pruning-each": Case(
-        lambda folder: others.ModelPruning(
-            "l1_unstructured", amount=0.1, use_global_unstructured=False, use_lottery_ticket_hypothesis=False
-        )
-    ),
-    "finetuning-pruned": Case(
-        lambda folder: others.BackboneFinetuning(2, backbone_initial_lr=0.004, verbose=False),
-        beside=lambda: others.ModelPruning("l1_unstructured", amount=0.1, use_lottery_ticket_hypothesis=False),
-    ),
+    "finetuning": Case(lambda folder: finetuning(1)),
+    "pruning": Case(lambda folder: pruning()),
+    "pruning-only": Case(lambda folder: pruning(**ONLY)),
+    "pruning-each": Case(lambda folder: pruning(use_global_unstructured=False, **ONLY)),
+    "finetuning-pruned": Case(lambda folder: finetuning(2), beside=lambda: pruning(**ONLY)),
 }
 
 
@@ -136,9 +121,7 @@ ORDERS = [
 
 @pytest.mark.parametrize(("first", "residual"), ORDERS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_run_with_another_callback_is_that_of_numbers_by_hand(
-    case: Case, first: bool, residual: Residual, tmp_path: Path
-) -> None:
+def test_run_is_that_of_numbers_by_hand(case: Case, first: bool, residual: Residual, tmp_path: Path) -> None:
     compare_with_numbers_by_hand(case, first, residual, tmp_path)
 
 
@@ -165,17 +148,14 @@ def test_copies_are_of_the_initialized_module(name: str, make: type[Net], first:
 
 
 def test_learning_rates_that_are_logged_are_the_users(tmp_path: Path) -> None:
-    found = compare_with_numbers_by_hand(CASES["lr-monitor"], False, "hook", tmp_path)["else"]
-    rates, decay = found
+    rates, decay = compare_with_numbers_by_hand(CASES["lr-monitor"], False, "hook", tmp_path)["else"]
     assert rates == [0.02 * 0.5**epoch for epoch in range(4) for _ in range(6)]
     assert decay == 0.1
 
 
 @pytest.mark.parametrize(("first", "residual"), ORDERS)
 @pytest.mark.parametrize("name", ["ema", "swa", "finetuning"])
-def test_resumed_run_with_another_callback_is_that_of_numbers_by_hand(
-    name: str, first: bool, residual: Residual, tmp_path: Path
-) -> None:
+def test_resumed_run_is_that_of_numbers_by_hand(name: str, first: bool, residual: Residual, tmp_path: Path) -> None:
     """And the whole run, except with fine-tuning, which does not go on as it was in Lightning itself."""
     case, start, outcomes = CASES[name], Start(), []
     for make in (Net, lambda: ByHand(residual)):
@@ -213,9 +193,7 @@ class Fails(Callback):
 
 @pytest.mark.parametrize("when", ["after the fit", "on an exception"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
-def test_what_an_optimizer_keeps_in_its_groups_is_saved_when_the_fit_is_over(
-    when: str, first: bool, tmp_path: Path
-) -> None:
+def test_what_an_optimizer_keeps_is_saved_when_the_fit_is_over(when: str, first: bool, tmp_path: Path) -> None:
     """The resumed run is the whole run."""
     whole, part, resumed = Averaged(), Averaged(), Averaged()
     fit(whole, MLUCallback(Averaged(BASE), family="sgd"), num_sanity_val_steps=0)
@@ -237,8 +215,7 @@ def test_what_an_optimizer_keeps_in_its_groups_is_saved_when_the_fit_is_over(
 
 
 def test_weights_drawn_anew_are_refused() -> None:
-    pruning = others.ModelPruning("l1_unstructured", amount=0.1, resample_parameters=True)
     module = Net()
     with pytest.raises(ValueError, match=r"resample_parameters=True.* Leave resample_parameters at False"):
-        fit(module, MLUCallback(Net(BASE)), pruning)
+        fit(module, MLUCallback(Net(BASE)), pruning(resample_parameters=True))
     assert all(map(torch.equal, module.parameters(), Net().parameters()))

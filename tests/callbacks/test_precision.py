@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn, optim
 
-from mlu_lightning.callbacks import MLUCallback
-from mlu_lightning.planning.plan import Plan
+from mlu_lightning import MLUCallback, Plan
 
 # depth, heads and embedding are 5/3, 3 and 3 times the base's: multiplying by these rounds, as by powers of two it does not
 BASE = {"depth": 3, "hidden": 10, "embedding": 6}
@@ -29,10 +28,6 @@ ROWS = {
 LR, EPS, DECAY = 0.02, 1e-3, 0.1
 
 
-def row(name: str) -> tuple[float, float, float, float]:
-    return ROWS[".".join(name.split(".")[-2:])]
-
-
 class ByHand(Net):
     """Multiplies in its own forward, or not, where its weights are multiplied; each parameter has its own group."""
 
@@ -48,7 +43,7 @@ class ByHand(Net):
 
     def groups(self) -> Iterator[dict[str, Any]]:
         for name, parameter in self.named_parameters():
-            multiplier, _, lr, eps = row(name)
+            multiplier, _, lr, eps = ROWS[".".join(name.split(".")[-2:])]
             a = multiplier if self.folded else 1.0
             yield {"params": [parameter], "lr": LR * lr * a, "eps": EPS * eps / a, "weight_decay": DECAY / (lr * a)}
 
@@ -100,9 +95,8 @@ class AtStart(Callback):
 def base_of(std: float) -> Net:
     """Every parameter has the same std."""
     base = Net(**BASE).double()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.mul_(std / parameter.square().mean().sqrt())
+    for parameter in base.parameters():
+        parameter.data.mul_(std / parameter.data.square().mean().sqrt())
     return base
 
 
@@ -134,9 +128,8 @@ def test_std_and_run_are_those_of_numbers_by_hand(
     ours = make(**WIDE, optimizers=lambda module: optimizer(module.parameters()))
     family = "adamw" if optimizer is Master else None
     run = fit(ours, MLUCallback(base, residual=residual, family=family), start, **settings())
-    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}.get(
-        precision, torch.float32
-    )
+    dtypes = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+    dtype = dtypes.get(precision, torch.float32)
     assert {parameter.dtype for parameter in ours.parameters()} == {dtype}
 
     # a mean over rounded numbers; Net is multiplied in float32 and converted then, also to float64
@@ -144,7 +137,6 @@ def test_std_and_run_are_those_of_numbers_by_hand(
     for name, (multiplier, std, *_) in ROWS.items():
         expected = 0.25 * std * (multiplier if residual == "fold" else 1)
         assert rms(start.weights, name) == pytest.approx(expected, rel=rounding), name
-
     theirs = ByHand(**WIDE, optimizers=lambda module: optimizer(module.groups())).to(dtype)
     theirs.folded = residual == "fold"
     theirs.load_state_dict(start.weights)
@@ -161,9 +153,8 @@ def test_std_and_run_are_those_of_numbers_by_hand(
 
 def test_copies_in_float32_have_to_be_in_the_state_of_an_optimizer() -> None:
     module = Net(**WIDE, optimizers=lambda module: CopiesInGroups(module.parameters()))
-    with pytest.raises(
-        ValueError, match=r"not a parameter of the module.*float32 copies.*in its state, not in its groups"
-    ):
+    message = r"not a parameter of the module.*float32 copies.*in its state, not in its groups"
+    with pytest.raises(ValueError, match=message):
         fit(module, MLUCallback(Net(**BASE)), precision="bf16-true")
 
 
