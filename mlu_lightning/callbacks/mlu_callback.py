@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -115,8 +114,8 @@ class MLUCallback(Callback):
         if residual not in get_args(Residual):
             raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
         self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio)
-        if plan is not None and not self._arguments.are_default():
-            *names, last = PlanArguments.names()
+        if plan is not None and self._arguments != PlanArguments():
+            *names, last = vars(self._arguments)
             raise ValueError(
                 "A plan holds its base, roles, alpha, parameterization and ratios of batch and tokens, so it cannot be "
                 f"given together with {', '.join(names)} or {last}. Give these alone, to plan anew, or edit the plan."
@@ -268,7 +267,7 @@ class MLUCallback(Callback):
             )
         example = find_example(trainer, module) if self._example is None else self._example
         with _built(self._arguments.base, trainer, self._seed) as base:
-            return Plan.from_model(module, example, **replace(self._arguments, base=base).keywords())
+            return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
