@@ -8,18 +8,15 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from mlu_lightning.application.applied import Mode, forward_factors, residual_state, uncompiled
+from mlu_lightning.application.applied import Mode, residual_state, uncompiled
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["STATE_KEY", "WHERE", "apply_saved", "load_plan", "warn_of_hooks", "write_plan"]
 
-STATE_KEY = "MLUCallback"
-"""Where checkpoints have the plan, among the states of callbacks."""
-
+STATE_KEY = "MLUCallback"  # where checkpoints have the plan, among the states of callbacks
 WHERE: dict[Mode, str] = {"hook": "in hooks", "fold": "in its weights", "baked": "baked into its weights"}
-"""Where multipliers are, in words."""
 
 
 def write_plan(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -95,7 +92,7 @@ _ADVICE: dict[Mode, str] = {
 
 def _hooks_of_fold(plan: Plan) -> list[Multiplier]:
     """Multipliers that no weight of their own can hold."""
-    return [multiplier for multiplier, _ in forward_factors(plan) if not multiplier.folds]
+    return [multiplier for multiplier in plan.forward_factors if not multiplier.folds]
 
 
 def _read(saved: Mapping[str, Any]) -> tuple[Plan, Mode]:

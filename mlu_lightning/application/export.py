@@ -27,11 +27,9 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     """Put all multipliers of a trained module into its weights, so that it is a plain module of the same function.
 
     No hook is left, and checkpoints of it load without this package: ``model.save_pretrained(...)`` of a Hugging Face
-    model and ``from_pretrained`` elsewhere give the same outputs, exactly where factors are powers of two, else but for
-    rounding. The model may be an attribute of a LightningModule: bake that, and save its attribute.
-
-    Multipliers are folded as by :func:`mlu_lightning.fold` (theory.md, section 3). What that leaves as hooks goes into
-    the weights too:
+    model (bake the LightningModule, save its attribute) and ``from_pretrained`` elsewhere give the same outputs, exactly
+    where factors are powers of two, else but for rounding. What :func:`mlu_lightning.fold` leaves as hooks (theory.md,
+    section 3) goes into the weights too:
 
     - a readout tied to an embedding, which Hugging Face's ``tie_word_embeddings`` ties: they get weights of their own,
       and the setting becomes False;
@@ -42,13 +40,12 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     that nothing is left to multiply. For further training with the same plan, go on from a checkpoint of the run instead.
 
     Args:
-        module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place and
-            returned. Weights from a checkpoint need :func:`restore_multipliers` before.
+        module: module with the plan's multipliers (after loading a checkpoint: :func:`restore_multipliers`); changed in
+            place and returned.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
 
     Raises:
-        ValueError: if the plan's multipliers are not in the module, or one cannot be put into weights. Nothing was
-            changed then.
+        ValueError: if the plan's multipliers are not in the module, or one has no weight. Nothing was changed then.
 
     >>> from mlu_lightning import attach_multipliers
     >>> from mlu_lightning.models import ResNet
@@ -80,16 +77,15 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
 def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
     """Put multipliers into a module with the weights of a checkpoint, as they were in its run, and return the run's plan.
 
-    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too, and whether
-    the weights hold the multipliers. ``load_from_checkpoint`` gives the weights alone, which are those of another function.
+    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too; the weights
+    alone, which ``load_from_checkpoint`` gives, are those of another function.
 
     Args:
         module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
         checkpoint: checkpoint of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
 
     Raises:
-        ValueError: if the checkpoint is of a run without ``MLUCallback``, or of another module, or if the module has
-            multipliers already.
+        ValueError: if the checkpoint is of a run without ``MLUCallback`` or of another module, or this one has multipliers.
 
     >>> from mlu_lightning import fold
     >>> from mlu_lightning.application.checkpoint import write_plan  # as the Trainer of a run with MLUCallback does
@@ -235,11 +231,8 @@ def _tying_model(module: nn.Module, name: str) -> Any:
 
 
 def _lasting_untied(model: Any) -> bool:
-    """Whether ``tie_word_embeddings=False`` is read back from a saved config, and only says what is tied.
-
-    T5 reads True from every config, and some models scale their outputs by that setting. Without it, transformers
-    does not tie weights that differ in a file, and says so.
-    """
+    """Whether ``tie_word_embeddings=False`` is read back from a saved config, and only says what is tied."""
+    # T5 reads True from every config, and some models scale their outputs by that setting
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     kept = type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()

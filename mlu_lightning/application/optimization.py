@@ -1,9 +1,7 @@
 """Scale somebody else's optimizer: during its update, and only there, it sees groups with the plan's numbers.
 
-The user's optimizer keeps the user's own parameter groups and learning rates, so schedulers, the learning rate finder,
-loggers and checkpoints go on as without a plan. When the update begins the groups are exchanged for *shadow groups*,
-one for each distinct set of factors in a group, whose learning rate, eps and weight decay are those of the user's group
-times the factors of theory.md, section 3; when it ends they are exchanged back.
+It keeps the user's parameter groups, so schedulers, loggers and checkpoints go on as without a plan. In the update *shadow
+groups* take their place, one for each distinct set of factors (theory.md, section 3) in a group.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
@@ -39,16 +37,13 @@ def scale_optimizer(
 
     The factors are those of theory.md, section 3, for the stored weights: where a multiplier a was folded into a
     weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
-    whose factors are all 1 are updated exactly as without a plan.
-
-    In the update ``optimizer.param_groups`` holds other groups, where step hooks of the optimizer run. Groups may be added
-    later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to and from it. A deep copy or an
-    unpickled optimizer is plain: scale it again.
+    whose factors are all 1 are updated exactly as without a plan. Step hooks of the optimizer see other groups. Groups
+    may be added later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to and from it. A deep
+    copy or an unpickled optimizer is plain: scale it again.
 
     Args:
-        optimizer: optimizer of ``torch.optim``, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``. LBFGS
-            cannot be scaled. Adafactor's steps are relative to the size of the weights, which is taken to be that of
-            the plan's initialization.
+        optimizer: optimizer of ``torch.optim`` but LBFGS, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``.
+            Adafactor's weights are taken to keep the size that the plan's initialization gives them.
         module: module with the optimizer's parameters, and with the plan's multipliers.
         plan: its plan.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for an optimizer that
@@ -124,10 +119,7 @@ class ScaledOptimizer:
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
     def remove(self) -> None:
-        """Make the optimizer plain again; a second call does nothing.
-
-        What it has kept in its shadow groups stays in the user's, for checkpoints that are saved later.
-        """
+        """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
         if not self.active:
             return
         self._swap_out()
@@ -246,10 +238,8 @@ def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
 
 
-_MARK = "_mlu_scaled_by"
-"""Where the step of a scaled optimizer has its handle; schedulers that wrap the step take it along."""
-_OWN = "mlu_own"
-"""Where a group has what its shadows have of their own."""
+_MARK = "_mlu_scaled_by"  # where a step has its handle; schedulers that wrap the step take it along
+_OWN = "mlu_own"  # where a group has what its shadows have of their own
 
 
 def _for_all(family: Family | None) -> Family | None:
@@ -296,7 +286,7 @@ def _check_module(module: nn.Module, plan: Plan) -> None:
     if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
         plan.check(module)  # FSDP1 leaves shards, of other shapes
     if applied is None:
-        if not forward_factors(plan):
+        if not plan.forward_factors:
             return
         raise ValueError(
             "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
