@@ -9,21 +9,12 @@ from typing import Literal
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.planning import Plan
+from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.planning.fingerprint import fingerprint
 
-__all__ = [
-    "Applied",
-    "Mode",
-    "folded_parameters",
-    "mark_initialized",
-    "residual_state",
-    "set_applied",
-    "uncompiled",
-]
+__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied", "uncompiled"]
 
-Mode = Literal["hook", "fold", "baked"]
-"""Where multipliers are: in hooks, in weights as far as they fold, or in weights altogether."""
+Mode = Literal["hook", "fold", "baked"]  # in hooks, in weights as far as they fold, or in weights altogether
 
 _NAME = "_mlu_applied"
 
@@ -41,6 +32,12 @@ class Applied:
     def fingerprint(self) -> str:
         """Fingerprint of the plan."""
         return fingerprint(self.plan)
+
+    @property
+    def acting(self) -> dict[Multiplier, float]:
+        """Multipliers that act in the forward pass besides the weights, with their factors."""
+        factors = {} if self.mode == "baked" else self.plan.forward_factors
+        return {m: factor for m, factor in factors.items() if self.mode == "hook" or not m.folds}
 
     @property
     def folded(self) -> frozenset[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mlu_lightning.application.applied import uncompiled
-from mlu_lightning.application.multipliers import acting_multipliers
+from mlu_lightning.application.multipliers import state_with
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.state import preserve_state
 
@@ -62,7 +62,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
             "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
         ) from error
     plain = uncompiled(module)
-    acting = acting_multipliers(plain, plan)
+    acting = state_with(plain, plan).acting
     plan.check(plain)
     models = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
     prefix, model = next(models, ("", None))
@@ -139,8 +139,8 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
     given = {name: [*value.shape] for name, value in model.state_dict().items()}
     found = [f"{name} {given[name]} is not in Granite" for name in given if name not in wanted]
     found += [f"Granite has {name} {wanted[name]}" for name in wanted if name not in given]
-    other = [name for name in given if wanted.get(name, given[name]) != given[name]]
-    found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in other]
+    both = [name for name in given if name in wanted and wanted[name] != given[name]]
+    found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in both]
     if found:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")
@@ -159,11 +159,8 @@ def _check_function(model: Any, exported: Any) -> None:
     # norms and softmax are computed in float32; other functions differ by far more than the square root of rounding
     tolerance = max(torch.finfo(dtype).eps for dtype in (expected.dtype, torch.float32)) ** 0.5
     if not difference <= tolerance:
-        raise _not_granite(
-            model,
-            "it computes something else with the same weights: logits of a few tokens differ by "
-            f"{float(difference):.2g} of the largest",
-        )
+        by = f"logits of a few tokens differ by {float(difference):.2g} of the largest"
+        raise _not_granite(model, f"it computes something else with the same weights: {by}")
 
 
 def _not_granite(model: nn.Module, why: str) -> ValueError:

@@ -21,8 +21,7 @@ __all__ = ["attach_hooks", "detach_hooks"]
 
 def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
     """Register a hook for each multiplier; nothing is registered unless all of them have a site of their own."""
-    owners: dict[tuple[int, str, int | None], str] = {}
-    targets: list[tuple[nn.Module, Site, float]] = []
+    targets: dict[tuple[nn.Module, str, int | None], tuple[Multiplier, Site, float]] = {}
     for multiplier, factor in acting.items():
         site = multiplier.site
         assert site is not None
@@ -33,26 +32,26 @@ def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple
                 f"The plan multiplies the {multiplier.kind} {multiplier.name!r} at {site}, but the module has no "
                 f"submodule {site.module!r}. Plan this module again."
             ) from None
-        key = (id(target), site.where, site.index)
-        if key in owners:
+        key = target, site.where, site.index
+        if key in targets:
             raise ValueError(
-                f"The multipliers of {owners[key]!r} and {multiplier.name!r} have the same place, {site}, and a hook would "
-                "multiply both twice. The theory has no weights that branches share; give each branch a module of its own."
+                f"The multipliers of {targets[key][0].name!r} and {multiplier.name!r} have the same place, {site}, and a "
+                "hook would multiply both twice. The theory has no weights that branches share; give each branch a module "
+                "of its own."
             )
-        owners[key] = multiplier.name
-        targets.append((target, site, factor))
+        targets[key] = multiplier, site, factor
     hooks = []
-    for target, site, factor in targets:
+    for (target, where, _), (_, site, factor) in targets.items():
         # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
-        if site.where == "output":
+        if where == "output":
             hooks.append(target.register_forward_hook(_OutputMultiplier(factor, site), prepend=True))
-        elif site.where == "weight":
+        elif where == "weight":
             assert site.part is not None
             hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
             hooks.append(target.register_forward_hook(_restore_rows, always_call=True))
         else:
             hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, site), with_kwargs=True))
-    for target in {id(target): target for target, _, _ in targets}.values():
+    for target in dict.fromkeys(target for target, _, _ in targets):
         _set_apart(target)
     if hooks and "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # makes room: torch keeps a limited number of versions of compiled code

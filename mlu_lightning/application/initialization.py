@@ -1,8 +1,4 @@
-"""Give the weights of a freshly built module the standard deviations that a plan asks for.
-
-A standard deviation here is the root mean square over all entries of all parameters that differ only in their place along
-the depth, so that the sampling noise of single tensors averages out.
-"""
+"""Give the weights of a freshly built module the standard deviations that a plan asks for."""
 
 from __future__ import annotations
 
@@ -64,11 +60,9 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
         group = {name: parameters[name] for name in names}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
             changes += _coupled(group, planned, target, seed)
-        elif target is None:
-            continue
-        elif mode == "normal" and planned.role.is_matrix:
+        elif target is not None and mode == "normal" and planned.role.is_matrix:
             changes += _draws(group, target, seed, axis=None)
-        elif not at_base:
+        elif target is not None and not at_base:
             built = _rms(group)
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
                 changes += [partial(parameter.mul_, target / built) for parameter in group.values()]
@@ -114,6 +108,7 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
 
 def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     """Parameters that differ in their place along the depth only, and the root mean square that they should have."""
+    # over all of them, so that the sampling noise of single tensors averages out
     groups: dict[object, dict[str, float | None]] = {}
     for name, planned in plan.parameters.items():
         row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios
@@ -154,7 +149,6 @@ def _coupled(
 
 def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor]:
     """By axis, which slices are not all zero; axes that have no zero slice, and the stream's own, are left out."""
-    # single zeros are not looked at: random numbers may be zero too
     nonzero = _full(parameter) != 0
     found = {}
     for axis in range(parameter.ndim):

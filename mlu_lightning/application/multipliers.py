@@ -18,12 +18,12 @@ from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = [
     "MultiplierHandle",
-    "acting_multipliers",
     "attach_again",
     "attach_multipliers",
     "check_attached",
     "fold",
     "mark_baked",
+    "state_with",
 ]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -86,19 +86,17 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
 
     The function is that of :func:`attach_multipliers`, whose hooks, if the module has them, move into the weights; an
     optimizer that was scaled for it has to be scaled anew then. A readout tied to an embedding cannot be folded: its
-    multiplier becomes a hook in this mode too (theory.md, section 3); to leave the package behind, see
-    :func:`mlu_lightning.bake`. Gradients of folded weights are larger by 1/factor: clip them in
-    :func:`mlu_lightning.unfolded_gradients`.
+    multiplier becomes a hook (theory.md, section 3), and :func:`mlu_lightning.bake` leaves none. Gradients of folded
+    weights are larger by 1/factor: clip them in :func:`mlu_lightning.unfolded_gradients`.
 
     Args:
         module: module that the plan was made for, plain or with the plan's hooks; changed in place and returned.
         plan: its plan.
-        multiplied: whether the weights hold their multipliers already, as those of a folded run's checkpoint do:
-            multiply nothing, and attach only the hooks. ``MLUCallback(residual="fold", init=None)`` goes on from there.
+        multiplied: whether the weights, as a folded run's checkpoint has them, hold their multipliers already: attach only
+            the hooks that are left. ``MLUCallback(residual="fold", init=None)`` goes on from there.
 
     Raises:
-        ValueError: if the plan does not fit the module, if multipliers are already in it, if one can be neither folded
-            nor attached, or if a parameter cannot be multiplied. Nothing was changed then.
+        ValueError: if the plan does not fit the module, or a multiplier is already in it or can be put nowhere.
 
     >>> from mlu_lightning import Plan, Role
     >>> from mlu_lightning.planning import ParameterPlan
@@ -121,12 +119,12 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     parameters = _foldable(plain, plan, multiplied)
     if attached is not None:
         _remove(plain, attached)
-    hooks = attach_hooks(plain, _left(plan))
+    applied = Applied(plan, "fold", initialized=attached is not None and attached.initialized)
+    set_applied(plain, replace(applied, hooks=attach_hooks(plain, applied.acting)))
     if not multiplied:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.mul_(plan.folded_factors[name])
-    set_applied(plain, Applied(plan, "fold", hooks, initialized=attached is not None and attached.initialized))
     return module
 
 
@@ -150,14 +148,13 @@ def check_attached(module: nn.Module) -> None:
 
 def attach_again(module: nn.Module, plan: Plan) -> None:
     """Attach the hooks of a module anew, after parts were exchanged for others of the same weights."""
-    acting, applied = acting_multipliers(module, plan), residual_state(module)
-    assert applied is not None
+    applied = state_with(module, plan)
     detach_hooks(module, applied.hooks)
-    set_applied(module, replace(applied, hooks=attach_hooks(module, acting)))
+    set_applied(module, replace(applied, hooks=attach_hooks(module, applied.acting)))
 
 
-def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
-    """Find the multipliers of a plan that act in a module's forward pass besides its weights, with their factors."""
+def state_with(module: nn.Module, plan: Plan) -> Applied:
+    """Tell how a plan's multipliers were put into a module, and refuse one that does not have them."""
     applied = residual_state(module)
     if applied is None:
         raise ValueError(
@@ -170,9 +167,7 @@ def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]
             "The module has the multipliers of another plan. Give the plan that it was trained with, such as "
             "MLUCallback.plan after fit."
         )
-    if applied.mode == "baked":
-        return {}
-    return plan.forward_factors if applied.mode == "hook" else _left(plan)
+    return applied
 
 
 def mark_baked(module: nn.Module, plan: Plan) -> None:
@@ -184,11 +179,6 @@ def mark_baked(module: nn.Module, plan: Plan) -> None:
             return
         _remove(module, applied)
     set_applied(module, Applied(plan, "baked"))
-
-
-def _left(plan: Plan) -> dict[Multiplier, float]:
-    """Multipliers that folding leaves as hooks, with their factors."""
-    return {multiplier: factor for multiplier, factor in plan.forward_factors.items() if not multiplier.folds}
 
 
 def _remove(module: nn.Module, applied: Applied) -> None:

@@ -23,11 +23,8 @@ from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Scale
 __all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "multiplied", "update_rules"]
 
 Group = dict[str, Any]
-"""A parameter group of an optimizer."""
-Factor = float | tuple[float, ...] | Forgetting
-"""By what to multiply a number of a group, or the numbers in a tuple of it; or what to make of betas."""
-Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]
-"""Column of the table, for all groups of an optimizer or for each of them."""
+Factor = float | tuple[float, ...] | Forgetting  # of a number in a group, of the numbers in a tuple, or of betas
+Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]  # for all groups of an optimizer, or for each of them
 
 
 @dataclass(frozen=True)
@@ -184,8 +181,7 @@ def _adafactor(group: Group, name: str, parameter: ParameterPlan, scale: Scale) 
 
 def _adafactor_step(group: Group, scaled: Group, factors: Mapping[str, Factor], step: int) -> None:
     """Adafactor takes the smaller of lr and 1/sqrt(step): multiply that, and leave lr·weight_decay as is."""
-    if "eps" in factors and group["eps"][0] is None:
-        # None is torch's way to say the machine precision of the parameters
+    if "eps" in factors and group["eps"][0] is None:  # which is the machine precision of the parameters
         scaled["eps"] = multiplied((torch.finfo(group["params"][0].dtype).eps, group["eps"][1]), factors["eps"])
     relative, limit = factors.get("lr", 1.0), step**-0.5
     if relative == 1.0:
@@ -212,16 +208,11 @@ def _muon(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> di
         base_rows, base_columns = rows / by_row, columns / by_column
     else:
         base_rows, base_columns = parameter.base_shape
-    adjust = group["adjust_lr_fn"]
-    own = _muon_adjustment(adjust, rows, columns) / _muon_adjustment(adjust, base_rows, base_columns)
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        own = math.sqrt(max(rows, columns)) / math.sqrt(max(base_rows, base_columns))
+    else:
+        own = math.sqrt(max(1.0, rows / columns)) / math.sqrt(max(1.0, base_rows / base_columns))
     return {"lr": scale.lr / own, "eps": scale.eps, "weight_decay": scale.weight_decay * own}
-
-
-def _muon_adjustment(adjust: str | None, rows: float, columns: float) -> float:
-    """By what torch's Muon multiplies lr, up to a constant."""
-    if adjust == "match_rms_adamw":
-        return math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
 
 
 def _check_horizon(horizon: Horizon, group: Group, family: OptimizerFamily) -> None:

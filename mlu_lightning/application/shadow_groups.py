@@ -26,12 +26,6 @@ class Shadow:
     seen: Group = field(default_factory=dict)  # the user's other values when they were last taken over
     given: Group = field(default_factory=dict)  # the group's values at the beginning of the update
 
-    def lr_factor(self) -> float:
-        """Factor of the learning rate."""
-        factor = self.factors.get("lr", 1.0)
-        assert isinstance(factor, float)
-        return factor
-
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
         for key, value in user.items():
