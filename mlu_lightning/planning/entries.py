@@ -80,7 +80,7 @@ class BranchPlan:
     """A residual branch next to the base's, whose numbers are 1 and None in the absolute form.
 
     Args:
-        name: name of the module that it is.
+        name: name of its module.
         kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
         hidden: hidden width M: heads, channels or units.
         stream: index into ``Plan.streams``.
