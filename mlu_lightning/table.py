@@ -1,13 +1,8 @@
 """The MLU table: what each role of a parameter means for its multiplier, init, learning rate, eps and decay.
 
-The table of theory.md, section 3 (Chizat, arXiv 2509.10167; Chaintron, Chizat, Maass, arXiv 2603.18168) stands here
-once, as data. A row says two things about a role, both as powers of ratios to the base shape:
-
-* ``n``: over how many inputs each output sums,
-* ``g``: how large the gradient is at one output.
-
-Learning rates, eps and weight decay of every optimizer family follow from these; only the forward multiplier and the init
-std are entries of their own. Other parameterizations, to compare with, are what differs from this table.
+The table of theory.md, section 3 (Chizat, arXiv 2509.10167; Chaintron, Chizat, Maass, arXiv 2603.18168), once, as data.
+Learning rates, eps and weight decay of every optimizer family follow from two entries of a row, ``n`` and ``g``. Other
+parameterizations, to compare with, are what differs from this table.
 """
 
 from __future__ import annotations
@@ -127,9 +122,8 @@ class OptimizerFamily(_Name):
 
 
 class Parameterization(_Name):
-    """How ratios to the base shape turn into factors: as this package does it, and three others to compare it with.
+    """How ratios to the base shape turn into factors: maximal local feature updates (``mlu``), and three to compare with.
 
-    ``mlu``: maximal local feature updates (theory.md, section 3).
     ``completep``: CompleteP (Dey et al., arXiv 2505.01618) with depth exponent 1, each matrix by its own number of inputs.
     It is ``mlu`` but for the std of ``branch_out``, and ``mlu`` itself where hidden width and embedding grow alike.
     ``mup``: µP (Yang et al., arXiv 2203.03466), each matrix by its own number of inputs; depth changes nothing.
@@ -195,32 +189,20 @@ class Scale:
         """Return the numbers for the effective weight, the multiplier a times the stored one, that give the same run.
 
         std·a, Adam and Muon lr·a, eps/a; SGD lr·a²; decoupled decay/a, decay in the gradient/a² (theory.md, section 3).
-
-        Args:
-            family: kind of optimizer, or its name.
         """
-        family = OptimizerFamily(family)
-        a = self.multiplier
-        return Scale(
-            multiplier=1.0,
-            std=self.std * a,
-            lr=self.lr * (a * a if family is OptimizerFamily.SGD else a),
-            eps=self.eps / a,
-            weight_decay=self.weight_decay / (a * a if family.has_l2_decay else a),
-        )
+        family, a = OptimizerFamily(family), self.multiplier
+        lr = self.lr * (a * a if family is OptimizerFamily.SGD else a)
+        decay = self.weight_decay / (a * a if family.has_l2_decay else a)
+        return Scale(1.0, self.std * a, lr, self.eps / a, decay)
 
     def enriched(self, role: Role, family: OptimizerFamily, alpha: float) -> Scale:
         """Return the numbers at richness alpha, which concerns the parameters of branches (theory.md, section 3)."""
         if not role.in_branch:
             return self
-        square = alpha * alpha
-        return Scale(
-            multiplier=self.multiplier * (alpha if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS) else 1.0),
-            std=self.std,
-            lr=self.lr / (square if family is OptimizerFamily.SGD else alpha),
-            eps=self.eps * alpha,
-            weight_decay=self.weight_decay * (square if family.has_l2_decay else alpha),
-        )
+        multiplier = self.multiplier * (alpha if role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS) else 1.0)
+        lr = self.lr / (alpha * alpha if family is OptimizerFamily.SGD else alpha)
+        decay = self.weight_decay * (alpha * alpha if family.has_l2_decay else alpha)
+        return Scale(multiplier, self.std, lr, self.eps * alpha, decay)
 
 
 @dataclass(frozen=True)

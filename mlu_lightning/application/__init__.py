@@ -1,9 +1,8 @@
 """From a plan to a module and its optimizer, and back.
 
-In comes a module with its plan; out goes the module with the plan's initial weights and multipliers, and an optimizer
-that is scaled for it. Begin with :mod:`~mlu_lightning.application.multipliers`, and
-:mod:`~mlu_lightning.application.optimization` for optimizers. What was applied to a module is kept on it as one value
-(:mod:`~mlu_lightning.application.applied`); :func:`bake` and :func:`to_granite` make it a plain module again.
+In comes a module with its plan; out goes the module with the plan's initial weights and multipliers, and an optimizer that
+is scaled for it. Begin with ``multipliers.py``, and ``optimization.py`` for optimizers. What was applied to a module is kept
+on it as one value (``applied.py``); :func:`bake` and :func:`to_granite` make it a plain module again.
 """
 
 from mlu_lightning.application.applied import folded_parameters, residual_state

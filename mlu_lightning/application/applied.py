@@ -12,47 +12,37 @@ from torch.utils.hooks import RemovableHandle
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.planning.fingerprint import fingerprint
 
-__all__ = [
-    "Applied",
-    "Mode",
-    "folded_parameters",
-    "forward_factors",
-    "mark_initialized",
-    "residual_state",
-    "set_applied",
-    "uncompiled",
-]
+__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied", "uncompiled"]
 
-Mode = Literal["hook", "fold", "baked"]
-"""Where multipliers are: in hooks, in weights as far as they fold, or in weights altogether."""
+Mode = Literal["hook", "fold", "baked"]  # in hooks, in weights as far as they fold, or in weights altogether
 
 _NAME = "_mlu_applied"
 
 
 @dataclass(frozen=True)
 class Applied:
-    """A plan whose multipliers are in a module, and how they were put there.
-
-    Copies and pickles of the module have it too: torch handles find their hooks in a copy.
-
-    Args:
-        plan: whose multipliers they are.
-        mode: where they are.
-        folded: names of the parameters that hold their multipliers.
-        hooks: a torch handle for each hook.
-        initialized: whether ``MLUCallback`` answers for the initial weights.
-    """
+    """A plan whose multipliers are in a module, and how; copies of the module have it, as handles find hooks in a copy."""
 
     plan: Plan
     mode: Mode
-    folded: frozenset[str] = frozenset()
     hooks: tuple[RemovableHandle, ...] = field(default=(), compare=False)
-    initialized: bool = field(default=False, compare=False)
+    initialized: bool = field(default=False, compare=False)  # whether MLUCallback answers for the initial weights
 
     @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the plan."""
         return fingerprint(self.plan)
+
+    @property
+    def acting(self) -> dict[Multiplier, float]:
+        """Multipliers that act in the forward pass besides the weights, with their factors."""
+        factors = {} if self.mode == "baked" else self.plan.forward_factors
+        return {m: factor for m, factor in factors.items() if self.mode == "hook" or not m.folds}
+
+    @property
+    def folded(self) -> frozenset[str]:
+        """Names of the parameters that hold their multipliers."""
+        return frozenset() if self.mode == "hook" else frozenset(self.plan.folded_factors)
 
     def is_of(self, plan: Plan) -> bool:
         """Whether these are the multipliers of a plan, or of one with equal numbers."""
@@ -60,22 +50,13 @@ class Applied:
 
 
 def residual_state(module: nn.Module) -> Applied | None:
-    """Tell how multipliers were put into a module, None if they were not.
-
-    Args:
-        module: any, also torch.compile's wrapper of one; a deep copy of a module with multipliers has them too.
+    """Tell how multipliers were put into a module, or into what torch.compile has wrapped; None if they were not.
 
     >>> residual_state(nn.Linear(2, 2)) is None
     True
     """
     found = vars(uncompiled(module)).get(_NAME)
     return found if isinstance(found, Applied) else None
-
-
-def forward_factors(plan: Plan) -> list[tuple[Multiplier, float]]:
-    """Multipliers of a plan that change the forward pass, with their factors."""
-    factors = [(multiplier, plan.forward_multiplier(multiplier)) for multiplier in plan.multipliers]
-    return [(multiplier, factor) for multiplier, factor in factors if factor != 1]
 
 
 def folded_parameters(module: nn.Module) -> frozenset[str]:

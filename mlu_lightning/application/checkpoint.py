@@ -8,27 +8,22 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from mlu_lightning.application.applied import Mode, forward_factors, residual_state, uncompiled
+from mlu_lightning.application.applied import Applied, Mode, residual_state, uncompiled
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["STATE_KEY", "WHERE", "apply_saved", "load_plan", "warn_of_hooks", "write_plan"]
 
-STATE_KEY = "MLUCallback"
-"""Where checkpoints have the plan, among the states of callbacks."""
-
+STATE_KEY = "MLUCallback"  # where checkpoints have the plan, among the states of callbacks
 WHERE: dict[Mode, str] = {"hook": "in hooks", "fold": "in its weights", "baked": "baked into its weights"}
-"""Where multipliers are, in words."""
 
 
 def write_plan(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint which plan's multipliers its module has, and where; nothing if it has none."""
+    """Write into a checkpoint, among the states of callbacks, which plan's multipliers its module has, if any, and where."""
     applied = residual_state(module)
     if applied is not None:
-        # beside the states of callbacks also where Lightning saves none, so that it lets callbacks read this one
-        state = {"plan": applied.plan.to_yaml(), "mode": applied.mode}
-        checkpoint.setdefault("callbacks", {})[STATE_KEY] = state
+        checkpoint.setdefault("callbacks", {})[STATE_KEY] = {"plan": applied.plan.to_yaml(), "mode": applied.mode}
 
 
 def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -43,9 +38,15 @@ def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
         return apply_saved(module, saved)
     plan, mode = _read(saved)
     if present.mode != mode:
+        advice = f"Give residual={mode!r} to MLUCallback, and a module that was built anew."
+        if mode == "baked":
+            advice = (
+                "To train on with MLUCallback, go on from a checkpoint that was saved before bake; to evaluate, give the "
+                "Trainer a module that was built anew."
+            )
         raise ValueError(
             f"The checkpoint is of a module with its multipliers {WHERE[mode]}, and this one has them "
-            f"{WHERE[present.mode]}, so the weights would not fit. {_ADVICE[mode]}"
+            f"{WHERE[present.mode]}, so the weights would not fit. {advice}"
         )
     if not present.is_of(plan):
         raise ValueError(
@@ -76,26 +77,13 @@ def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
 
 def warn_of_hooks(plan: Plan) -> None:
     """Say which multipliers of a run with folded weights its checkpoints do not hold."""
-    left = _hooks_of_fold(plan)
+    left = [*Applied(plan, "fold").acting]
     if left:
         rank_zero_warn(
             f"Folding leaves {_listed(left)} in hooks, because no weight multiplies there and nowhere else, so a plain "
             "model that loads a checkpoint of this run is another function. Afterwards, bake(module, callback.plan) makes a "
             "plain module of the same function."
         )
-
-
-_ADVICE: dict[Mode, str] = {
-    "hook": "Give residual='hook' to MLUCallback, and a module that was built anew.",
-    "fold": "Give residual='fold' to MLUCallback, and a module that was built anew.",
-    "baked": "To train on with MLUCallback, go on from a checkpoint that was saved before bake; to evaluate, give the "
-    "Trainer a module that was built anew.",
-}
-
-
-def _hooks_of_fold(plan: Plan) -> list[Multiplier]:
-    """Multipliers that no weight of their own can hold."""
-    return [multiplier for multiplier, _ in forward_factors(plan) if not multiplier.folds]
 
 
 def _read(saved: Mapping[str, Any]) -> tuple[Plan, Mode]:
@@ -127,7 +115,7 @@ def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
         became = "Its weights take the place of those that hold the plan's multipliers,"
         whole = " so the module is the function that they were trained as; from here on they have the plan's learning rates."
         in_part = " but the module is another function than they were trained as"
-    left = _hooks_of_fold(plan)
+    left = [*Applied(plan, "fold").acting]
     if left:
         whole = (
             f"{in_part}, because {_listed(left)} can only be in hooks. To go on with that function, train without "
@@ -139,7 +127,7 @@ def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
 def _check_untied(module: nn.Module, plan: Plan) -> None:
     """Refuse a module that ties a readout that has a weight of its own in the checkpoint, where bake untied it."""
     parameters = planned_parameters(uncompiled(module), remove_duplicate=False)
-    for multiplier in _hooks_of_fold(plan):
+    for multiplier in Applied(plan, "fold").acting:
         tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
         if multiplier.kind == "readout" and len(tied) > 1:
             raise ValueError(

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state, uncompiled
+from mlu_lightning.application.applied import folded_parameters, residual_state, uncompiled
 from mlu_lightning.application.optimization import plan_names
 from mlu_lightning.planning import Plan
-from mlu_lightning.table import OptimizerFamily
 
 __all__ = ["unfolded_gradients"]
 
@@ -21,10 +20,10 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """Let gradients be those of the weights without the multipliers that are folded into them, inside of the context.
 
     Where a multiplier a was folded into a weight, its gradient is 1/a times that of the weight without it (theory.md,
-    section 3). Every optimizer is scaled for that, but clipping is not linear. In this context a loop of one's own clips the
-    same after :func:`mlu_lightning.fold` as after :func:`mlu_lightning.attach_multipliers`, as Lightning's clipping does
-    with :class:`~mlu_lightning.MLUCallback`. At the end gradients are those of the stored weights again, for the scaled
-    optimizer, also others that were put in their place. A module whose multipliers are attached is left as it is.
+    section 3). Optimizers are scaled for that, but clipping is not linear: in this context a loop of one's own clips the
+    same after :func:`mlu_lightning.fold` as after :func:`mlu_lightning.attach_multipliers`, as Lightning does with
+    :class:`~mlu_lightning.MLUCallback`. At the end gradients, also others that were put in their place, are those of the
+    stored weights again. A module whose multipliers are attached is left as it is.
 
     Args:
         module: module that has the plan's multipliers, or torch.compile's wrapper of it.
@@ -47,17 +46,15 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     """
     module = uncompiled(module)
     applied = residual_state(module)
-    fits = applied.is_of(plan) if applied is not None else not forward_factors(plan)
+    fits = applied.is_of(plan) if applied is not None else not plan.forward_factors
     if not fits:
         raise ValueError(
             f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
             "DistributedDataParallel, what is inside."
         )
-    folded = folded_parameters(module)
-    multipliers = {name: scale.multiplier for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}
-    names = plan_names(module, plan)
-    factors = {p: multipliers[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
+    folded, names = folded_parameters(module), plan_names(module, plan)
+    factors = {p: plan.folded_factors[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
     before = {parameter: parameter.grad for parameter in factors}
     with torch.no_grad():
         for parameter, factor in factors.items():

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import residual_state, uncompiled
+from mlu_lightning.application.applied import uncompiled
 from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
-from mlu_lightning.application.multipliers import acting_multipliers, fold, mark_baked
+from mlu_lightning.application.multipliers import fold, mark_baked, state_with
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_part
@@ -27,28 +27,20 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     """Put all multipliers of a trained module into its weights, so that it is a plain module of the same function.
 
     No hook is left, and checkpoints of it load without this package: ``model.save_pretrained(...)`` of a Hugging Face
-    model and ``from_pretrained`` elsewhere give the same outputs, exactly where factors are powers of two, else but for
-    rounding. The model may be an attribute of a LightningModule: bake that, and save its attribute.
-
-    Multipliers are folded as by :func:`mlu_lightning.fold` (theory.md, section 3). What that leaves as hooks goes into
-    the weights too:
-
-    - a readout tied to an embedding, which Hugging Face's ``tie_word_embeddings`` ties: they get weights of their own,
-      and the setting becomes False;
-    - a branch that ends in a norm whose gain is stored minus one, as Gemma's;
-    - attention logits whose queries are a part of a fused projection.
-
-    Baked twice, a module stays as it is; checkpoints of its Trainer tell ``MLUCallback`` and :func:`restore_multipliers`
-    that nothing is left to multiply. For further training with the same plan, go on from a checkpoint of the run instead.
+    model (bake the LightningModule, save its attribute) and ``from_pretrained`` elsewhere give the same outputs, exactly
+    where factors are powers of two, else but for rounding. What :func:`mlu_lightning.fold` leaves as hooks (theory.md,
+    section 3) goes into the weights too: those of readouts tied to embeddings by Hugging Face's ``tie_word_embeddings``,
+    which becomes False; of branches that end in a norm whose gain is stored minus one, as Gemma's; and of attention
+    logits whose queries are a part of a fused projection. Baked twice, a module stays as it is; checkpoints of its Trainer
+    say that nothing is left to multiply. To train on with the same plan, go on from a checkpoint of the run instead.
 
     Args:
-        module: module with the plan's multipliers, as a run with ``MLUCallback`` leaves it; changed in place and
-            returned. Weights from a checkpoint need :func:`restore_multipliers` before.
+        module: module with the plan's multipliers (after loading a checkpoint: :func:`restore_multipliers`); changed in
+            place and returned.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
 
     Raises:
-        ValueError: if the plan's multipliers are not in the module, or one cannot be put into weights. Nothing was
-            changed then.
+        ValueError: if the plan's multipliers are not in the module, or one has no weight. Nothing was changed then.
 
     >>> from mlu_lightning import attach_multipliers
     >>> from mlu_lightning.models import ResNet
@@ -63,12 +55,12 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     True
     """
     plain = uncompiled(module)
-    acting, applied = acting_multipliers(plain, plan), residual_state(plain)
-    if applied is not None and applied.mode == "baked":
+    applied = state_with(plain, plan)
+    if applied.mode == "baked":
         return module
     plan.check(plain)
-    changes = [_change(plain, plan, m, factor) for m, factor in acting.items() if not m.folds]
-    if applied is not None and applied.mode == "hook":
+    changes = [_change(plain, plan, m, factor) for m, factor in applied.acting.items() if not m.folds]
+    if applied.mode == "hook":
         fold(plain, plan)
     with torch.no_grad():
         for change in changes:
@@ -80,16 +72,15 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
 def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
     """Put multipliers into a module with the weights of a checkpoint, as they were in its run, and return the run's plan.
 
-    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too, and whether
-    the weights hold the multipliers. ``load_from_checkpoint`` gives the weights alone, which are those of another function.
+    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too; the weights
+    alone, which ``load_from_checkpoint`` gives, are those of another function.
 
     Args:
         module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
         checkpoint: checkpoint of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
 
     Raises:
-        ValueError: if the checkpoint is of a run without ``MLUCallback``, or of another module, or if the module has
-            multipliers already.
+        ValueError: if the checkpoint is of a run without ``MLUCallback`` or of another module, or this one has multipliers.
 
     >>> from mlu_lightning import fold
     >>> from mlu_lightning.application.checkpoint import write_plan  # as the Trainer of a run with MLUCallback does
@@ -170,14 +161,12 @@ def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, fac
 
 def _offset_gain(module: nn.Module) -> nn.Parameter | None:
     """The gain of a norm that multiplies by 1 + gain, None if the module computes something else."""
-    parameters = dict(module.named_parameters())
-    if len(parameters) != 1:
-        return None
-    ((name, gain),) = parameters.items()
-    if gain.dim() != 1 or gain.is_meta or not gain.is_floating_point():
+    parameters = [*module.parameters()]
+    gain = parameters[0] if len(parameters) == 1 else None
+    if gain is None or gain.dim() != 1 or gain.is_meta or not gain.is_floating_point():
         return None
     copied = copy.deepcopy(module).eval()
-    own = copied.get_parameter(name)
+    (own,) = copied.parameters()
     probe = torch.linspace(-1, 2, 3 * len(gain), device=gain.device).reshape(3, -1).to(gain.dtype)
     outputs = []
     for value in (-1.0, 0.0, 1.0):
@@ -235,11 +224,8 @@ def _tying_model(module: nn.Module, name: str) -> Any:
 
 
 def _lasting_untied(model: Any) -> bool:
-    """Whether ``tie_word_embeddings=False`` is read back from a saved config, and only says what is tied.
-
-    T5 reads True from every config, and some models scale their outputs by that setting. Without it, transformers
-    does not tie weights that differ in a file, and says so.
-    """
+    """Whether ``tie_word_embeddings=False`` is read back from a saved config, and only says what is tied."""
+    # T5 reads True from every config, and some models scale their outputs by that setting
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = False
     kept = type(config).from_dict(config.to_dict()).to_dict() == config.to_dict()
@@ -250,10 +236,9 @@ def _lasting_untied(model: Any) -> bool:
 
 def _untie_all(model: nn.Module) -> None:
     """Give everything that the model's config ties a weight of its own, because the config will not tie it again."""
-    seen = set()
+    first = dict(model.named_parameters())
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if parameter in seen:
+        if name not in first:
             owner, _, attribute = name.rpartition(".")
             own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
             setattr(model.get_submodule(owner), attribute, own)
-        seen.add(parameter)

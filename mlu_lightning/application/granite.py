@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mlu_lightning.application.applied import uncompiled
-from mlu_lightning.application.multipliers import acting_multipliers
+from mlu_lightning.application.multipliers import state_with
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.state import preserve_state
 
 if TYPE_CHECKING:
     from transformers import GraniteConfig, GraniteForCausalLM
@@ -24,17 +25,14 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     A Granite model is a Llama whose config has ``residual_multiplier`` (here α/l), ``logits_scaling`` (d),
     ``attention_multiplier`` and ``embedding_multiplier`` (theory.md, section 3), so nothing is folded, tied embeddings stay
     tied, and ``from_pretrained`` needs nothing of this package. Any model will do that has Granite's parameters and
-    computes what Granite computes, which a forward pass of a few tokens shows: Llama, Mistral without a sliding window,
-    Granite itself. For others, and where branches have different multipliers, there is :func:`mlu_lightning.bake`.
-
-    Weights stay those of the parameterization: whoever trains the exported model further scales learning rate, eps and
-    weight decay of every parameter by ``plan.scales(family)``. After a run with ``residual="fold"`` the config has only
-    what is not in the weights, and the scales are their ``.folded(family)``.
+    computes what it computes, as a few tokens show: Llama, Mistral without a sliding window, Granite itself. For others,
+    and where branches have different multipliers, there is :func:`mlu_lightning.bake`. To train the exported model
+    further, scale learning rate, eps and weight decay of every parameter by ``plan.scales(family)``, and by their
+    ``.folded(family)`` after ``residual="fold"``, where the config has only what is not in the weights.
 
     Args:
         module: Hugging Face model for causal language modelling, or a LightningModule with one inside, with the plan's
-            multipliers, as a run with ``MLUCallback`` leaves it; not changed. Weights from a checkpoint need
-            :func:`mlu_lightning.restore_multipliers` before.
+            multipliers (after loading a checkpoint: :func:`mlu_lightning.restore_multipliers`); not changed.
         plan: its plan, such as ``MLUCallback.plan`` after ``fit``.
 
     Raises:
@@ -64,7 +62,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
             "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
         ) from error
     plain = uncompiled(module)
-    acting = acting_multipliers(plain, plan)
+    acting = state_with(plain, plan).acting
     plan.check(plain)
     models = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
     prefix, model = next(models, ("", None))
@@ -115,10 +113,8 @@ def _only(model: nn.Module, what: str, factors: Iterable[float]) -> float:
     """The factor that all of them are, 1 if there are none."""
     distinct = sorted({*factors}) or [1.0]
     if len(distinct) > 1:
-        raise _not_granite(
-            model,
-            f"its {what} have different multipliers, {', '.join(f'{f:g}' for f in distinct)}, and Granite has one",
-        )
+        listed = ", ".join(f"{factor:g}" for factor in distinct)
+        raise _not_granite(model, f"its {what} have different multipliers, {listed}, and Granite has one")
     return distinct[0]
 
 
@@ -127,11 +123,11 @@ def _check_window(model: Any) -> None:
     config = model.config.to_dict()
     window, positions = config.get("sliding_window"), config.get("max_position_embeddings", 0)
     if window is not None and window < positions:
-        raise _not_granite(
-            model,
+        why = (
             f"it attends to the last {window} tokens of up to {positions}, and Granite to all; if it was trained on "
-            "shorter sequences only, set its config.sliding_window to None",
+            "shorter sequences only, set its config.sliding_window to None"
         )
+        raise _not_granite(model, why)
 
 
 def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
@@ -143,8 +139,8 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
     given = {name: [*value.shape] for name, value in model.state_dict().items()}
     found = [f"{name} {given[name]} is not in Granite" for name in given if name not in wanted]
     found += [f"Granite has {name} {wanted[name]}" for name in wanted if name not in given]
-    other = [name for name in given if wanted.get(name, given[name]) != given[name]]
-    found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in other]
+    both = [name for name in given if name in wanted and wanted[name] != given[name]]
+    found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in both]
     if found:
         more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
         raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")
@@ -156,22 +152,15 @@ def _check_function(model: Any, exported: Any) -> None:
     config = exported.config
     length = min(16, config.max_position_embeddings)
     tokens = (torch.arange(2 * length, device=model.device) * 7919 % config.vocab_size).reshape(2, length)
-    modes = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
+    with preserve_state(model):
+        model.eval()
         expected: Tensor = model(input_ids=tokens, use_cache=False).logits
-    finally:
-        for part, training in modes:
-            part.training = training
     difference = (exported(input_ids=tokens, use_cache=False).logits - expected).abs().max() / expected.abs().max()
     # norms and softmax are computed in float32; other functions differ by far more than the square root of rounding
     tolerance = max(torch.finfo(dtype).eps for dtype in (expected.dtype, torch.float32)) ** 0.5
     if not difference <= tolerance:
-        raise _not_granite(
-            model,
-            "it computes something else with the same weights: logits of a few tokens differ by "
-            f"{float(difference):.2g} of the largest",
-        )
+        by = f"logits of a few tokens differ by {float(difference):.2g} of the largest"
+        raise _not_granite(model, f"it computes something else with the same weights: {by}")
 
 
 def _not_granite(model: nn.Module, why: str) -> ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -19,11 +19,10 @@ from mlu_lightning.utilities.names import planned_part
 __all__ = ["attach_hooks", "detach_hooks"]
 
 
-def attach_hooks(module: nn.Module, acting: Iterable[tuple[Multiplier, float]]) -> tuple[RemovableHandle, ...]:
+def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
     """Register a hook for each multiplier; nothing is registered unless all of them have a site of their own."""
-    owners: dict[tuple[int, str, int | None], str] = {}
-    targets: list[tuple[nn.Module, Site, float]] = []
-    for multiplier, factor in acting:
+    targets: dict[tuple[nn.Module, str, int | None], tuple[Multiplier, Site, float]] = {}
+    for multiplier, factor in acting.items():
         site = multiplier.site
         assert site is not None
         try:
@@ -33,27 +32,26 @@ def attach_hooks(module: nn.Module, acting: Iterable[tuple[Multiplier, float]]) 
                 f"The plan multiplies the {multiplier.kind} {multiplier.name!r} at {site}, but the module has no "
                 f"submodule {site.module!r}. Plan this module again."
             ) from None
-        key = (id(target), site.where, site.index)
-        if key in owners:
+        key = target, site.where, site.index
+        if key in targets:
             raise ValueError(
-                f"The multipliers of {owners[key]!r} and {multiplier.name!r} have the same place, {site}, and a hook would "
-                "multiply both twice. The theory has no weights that branches share; give each branch a module of its own."
+                f"The multipliers of {targets[key][0].name!r} and {multiplier.name!r} have the same place, {site}, and a "
+                "hook would multiply both twice. The theory has no weights that branches share; give each branch a module "
+                "of its own."
             )
-        owners[key] = multiplier.name
-        targets.append((target, site, factor))
+        targets[key] = multiplier, site, factor
     hooks = []
-    for target, site, factor in targets:
+    for (target, where, _), (_, site, factor) in targets.items():
         # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
-        if site.where == "output":
-            hook = _OutputMultiplier(factor, site.index, site.part, site.period, str(site))
-            hooks.append(target.register_forward_hook(hook, prepend=True))
-        elif site.where == "weight":
+        if where == "output":
+            hooks.append(target.register_forward_hook(_OutputMultiplier(factor, site), prepend=True))
+        elif where == "weight":
             assert site.part is not None
             hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
-            hooks.append(target.register_forward_hook(_RowsRestored(), always_call=True))
+            hooks.append(target.register_forward_hook(_restore_rows, always_call=True))
         else:
-            hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, str(site)), with_kwargs=True))
-    for target in {id(target): target for target, _, _ in targets}.values():
+            hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, site), with_kwargs=True))
+    for target in dict.fromkeys(target for target, _, _ in targets):
         _set_apart(target)
     if hooks and "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # makes room: torch keeps a limited number of versions of compiled code
@@ -68,16 +66,11 @@ def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
         _set_back(part)
 
 
-_BEFORE = "_mlu_forward"
-"""Where a part with hooks has the ``forward`` that somebody had put into it, which copies of the part take along."""
+_BEFORE = "_mlu_forward"  # where a part with hooks, and its copies, have the forward that somebody had put into it
 
 
 def _set_apart(module: nn.Module) -> None:
-    """Let compiled code tell a module with hooks from one of its class without.
-
-    All modules of a class share what torch.compile makes of it, and whether code that was made for one without hooks
-    fits another is by default decided without a look at hooks. What is always looked at is a ``forward`` of its own.
-    """
+    """Let compiled code, which modules of a class share, tell one with hooks from one without: by its own ``forward``."""
     before = vars(module).get("forward")
     vars(module)[_BEFORE] = before
     vars(module)["forward"] = MethodType(type(module).forward if before is None else _forward_before, module)
@@ -104,32 +97,31 @@ class _OutputMultiplier:
     """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     factor: float
-    index: int | None
-    part: tuple[int, int] | None
-    period: int | None
-    site: str
+    site: Site
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self.index is None:
+        index = self.site.index
+        if index is None:
             return self._multiplied(output)
         if isinstance(output, Mapping):
-            key = list(output)[self.index]
+            key = list(output)[index]
             changed: Any = {**output, key: self._multiplied(output[key])}
             return type(output)(**changed)
         if isinstance(output, (tuple, list)):
             elements = [*output]
-            elements[self.index] = self._multiplied(elements[self.index])
+            elements[index] = self._multiplied(elements[index])
             # a named tuple takes its elements one by one
             return type(output)(*elements) if hasattr(output, "_fields") else type(output)(elements)
-        raise self._error(f"a {type(output).__name__}, which has no element {self.index}")
+        raise self._error(f"a {type(output).__name__}, which has no element {index}")
 
     def _multiplied(self, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
             raise self._error(f"a {type(value).__name__} where the plan has a tensor")
-        if self.part is None:
+        if self.site.part is None:
             return value * self.factor
-        start, stop = self.part
-        blocks = value if self.period is None else value.reshape(*value.shape[:-1], -1, self.period)
+        start, stop = self.site.part
+        period = self.site.period
+        blocks = value if period is None else value.reshape(*value.shape[:-1], -1, period)
         scaled = torch.cat((blocks[..., :start], blocks[..., start:stop] * self.factor, blocks[..., stop:]), dim=-1)
         return scaled.reshape(value.shape)
 
@@ -145,7 +137,7 @@ class _InputMultiplier:
     """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
 
     factor: float
-    site: str
+    site: Site
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for position, value in enumerate(args):
@@ -162,10 +154,7 @@ class _InputMultiplier:
 
 @dataclass(frozen=True)
 class _RowsMultiplier:
-    """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied.
-
-    Gradients reach the parameters through them.
-    """
+    """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied."""
 
     factor: float
     part: tuple[int, int]
@@ -177,10 +166,7 @@ class _RowsMultiplier:
             module.__dict__[name] = rows
 
 
-@dataclass(frozen=True)
-class _RowsRestored:
-    """Forward hook that takes the products of :class:`_RowsMultiplier` away again, also after an error."""
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        for name, _ in module.named_parameters(recurse=False):
-            module.__dict__.pop(name, None)
+def _restore_rows(module: nn.Module, args: Any, output: Any) -> None:
+    """Take the products of :class:`_RowsMultiplier` away again, also after an error, in a forward hook."""
+    for name, _ in module.named_parameters(recurse=False):
+        module.__dict__.pop(name, None)

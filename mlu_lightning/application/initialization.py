@@ -1,9 +1,4 @@
-"""Give the weights of a freshly built module the standard deviations that a plan asks for.
-
-The standard deviation of a parameter is that of the base's initial weights times the table's factor (theory.md,
-section 3). What "standard deviation" means here is the root mean square over all entries of all parameters that differ
-only in their place along the depth, so that the sampling noise of single tensors averages out.
-"""
+"""Give the weights of a freshly built module the standard deviations that a plan asks for."""
 
 from __future__ import annotations
 
@@ -32,23 +27,20 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     """Set the scale of a freshly built module's parameters: the base's initial std times the table's factor.
 
     ``branch_in`` d^(-1/2), ``branch_out`` d^(1/2)/m, and so on (theory.md, section 3). Weights that are zero stay zero,
-    buffers are left alone, frozen parameters are initialized like others. Where ``base_std`` of the plan is None, a
-    parameter stays as it was built.
+    buffers are left alone, frozen parameters are initialized like others, and one without ``base_std`` stays as built.
 
     Args:
         module: module with its initial weights, before multipliers are folded into them; changed in place and returned.
         plan: its plan.
         mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
             (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
-            every matrix anew from a normal distribution. ``"coupled"`` draws embeddings and readouts from a normal
-            distribution, one stream coordinate after the other, so that those of a model of embedding dimension D are
-            the first D coordinates of a bigger one's (theory.md, section 4), and rescales the rest.
+            every matrix anew from a normal distribution. ``"coupled"`` so draws embeddings and readouts, one stream
+            coordinate after the other: those of dimension D are the first D of a bigger model's (theory.md, section 4).
         seed: seed of the draws, which depend on the parameter's name too and are the same on every device.
 
     Raises:
         ValueError: if the plan does not fit the module, if parameters have no or infinite values, if multipliers are
-            folded into them already, or if ``"coupled"`` has no std or no stream axis for one. Nothing was changed
-            then.
+            folded into them already, or if ``"coupled"`` has no std or no stream axis for one. Nothing was changed then.
 
     >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (400, 8), base_fans=(100, 8), base_std=0.1)
     >>> module = initialize(nn.Linear(400, 8, bias=False), Plan({"weight": weight}, (), (), ()))
@@ -68,11 +60,9 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
         group = {name: parameters[name] for name in names}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
             changes += _coupled(group, planned, target, seed)
-        elif target is None:
-            continue
-        elif mode == "normal" and planned.role.is_matrix:
+        elif target is not None and mode == "normal" and planned.role.is_matrix:
             changes += _draws(group, target, seed, axis=None)
-        elif not at_base:
+        elif target is not None and not at_base:
             built = _rms(group)
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
                 changes += [partial(parameter.mul_, target / built) for parameter in group.values()]
@@ -85,9 +75,6 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
 def planned_stds(plan: Plan) -> dict[str, float | None]:
     """Find the root mean square of every parameter after :func:`initialize`; None for those that it leaves as built.
 
-    Args:
-        plan: plan of the module.
-
     >>> weight = ParameterPlan(Role.BRANCH_IN, (8, 400), (400, 8), base_fans=(100, 8), base_std=0.1)
     >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
     {'weight': 0.05}
@@ -98,12 +85,8 @@ def planned_stds(plan: Plan) -> dict[str, float | None]:
 def stream_axis(name: str, planned: ParameterPlan) -> int:
     """Find the axis of an embedding or readout along which the stream's coordinates are.
 
-    Args:
-        name: name of the parameter, for the error.
-        planned: its entry in the plan.
-
     Raises:
-        ValueError: if its shape does not tell.
+        ValueError: if its shape does not tell; the message has its name.
 
     >>> stream_axis("tokens.weight", ParameterPlan(Role.EMBEDDING, (100, 8), (1, 8), (1, 1), transposed=True))
     1
@@ -125,17 +108,17 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
 
 def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     """Parameters that differ in their place along the depth only, and the root mean square that they should have."""
-    groups: dict[object, list[str]] = {}
+    # over all of them, so that the sampling noise of single tensors averages out
+    groups: dict[object, dict[str, float | None]] = {}
     for name, planned in plan.parameters.items():
         row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios
-        groups.setdefault((name_pattern(name), row, planned.base_std is None), []).append(name)
-    std = {name: scale.std for name, scale in plan.scales(OptimizerFamily.ADAMW).items()}  # the same for all families
+        groups.setdefault((name_pattern(name), row, planned.base_std is None), {})[name] = planned.base_std
+    scales = plan.scales(OptimizerFamily.ADAMW)  # their std is the same for all families
     found: list[tuple[list[str], float | None]] = []
-    for names in groups.values():
-        stds = [plan.parameters[name].base_std for name in names]
-        known = [value for value in stds if value is not None]
-        base = math.sqrt(sum(value**2 for value in known) / len(names))
-        found.append((names, base * std[names[0]] if known else None))
+    for group in groups.values():
+        names, squares = [*group], [std**2 for std in group.values() if std is not None]
+        target = math.sqrt(sum(squares) / len(squares)) * scales[names[0]].std if squares else None
+        found.append((names, target))
     return found
 
 
@@ -166,7 +149,6 @@ def _coupled(
 
 def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor]:
     """By axis, which slices are not all zero; axes that have no zero slice, and the stream's own, are left out."""
-    # single zeros are not looked at: random numbers may be zero too
     nonzero = _full(parameter) != 0
     found = {}
     for axis in range(parameter.ndim):
@@ -212,10 +194,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, alive: Mapping[int, Tensor]) -> None:
-    """Draw a parameter anew in float32 on the CPU, each rank its shard of the same full tensor.
-
-    With an axis, each coordinate along it is drawn by itself; slices that are not alive become zero.
-    """
+    """Draw a parameter anew in float32 on the CPU, each rank its shard, coordinate by coordinate of an axis if given."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")

@@ -1,32 +1,29 @@
 """Put a plan's forward multipliers into a module: attached as hooks, or folded into its weights.
 
-Both make the same function and, with an optimizer that is scaled for it, the same run (theory.md, section 3). Hooks leave
-the weights as they are and cost a multiplication per branch; folded weights cost nothing per step and make a checkpoint that
-any plain model loads, unless a multiplier has no weight and stays a hook.
+Both make the same function and, with an optimizer that is scaled for it, the same run (theory.md, section 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import Applied, forward_factors, residual_state, set_applied, uncompiled
+from mlu_lightning.application.applied import Applied, residual_state, set_applied, uncompiled
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = [
     "MultiplierHandle",
-    "acting_multipliers",
     "attach_again",
     "attach_multipliers",
     "check_attached",
     "fold",
     "mark_baked",
+    "state_with",
 ]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -40,10 +37,7 @@ class MultiplierHandle:
         self._plan: Plan | None = plan
 
     def remove(self) -> None:
-        """Remove the hooks; the module is as before :func:`attach_multipliers`.
-
-        A second call does nothing, nor does one after the multipliers went into the weights.
-        """
+        """Remove the hooks, unless they were removed before, or the multipliers went into the weights."""
         applied = residual_state(self._module)
         if applied is not None and applied.mode == "hook" and applied.plan is self._plan:
             _remove(self._module, applied)
@@ -54,8 +48,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     """Multiply the module's branches, readouts and attention logits by the plan's factors, with hooks.
 
     Branches by α/l, readouts by 1/d (theory.md, section 3). Weights and ``state_dict`` keys stay as they are, and
-    nothing is attached where the factor is exactly 1. Code that ``torch.compile`` made before is dropped, because it
-    would go on without the hooks.
+    nothing is attached where the factor is exactly 1. Code that ``torch.compile`` made before, without hooks, is dropped.
 
     Args:
         module: module that the plan was made for; changed in place.
@@ -77,36 +70,33 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     """
     module = uncompiled(module)
     _check_fresh(module, plan)
-    acting = forward_factors(plan)
-    for multiplier, _ in acting:
+    for multiplier in plan.forward_factors:
         _check_place(multiplier)
         if multiplier.site is None:
             raise ValueError(
                 f"The multiplier of the {multiplier.kind} {multiplier.name!r} cannot be attached as a hook, because no "
                 'submodule has it as output or input. Put it into the weights: residual="fold", or fold(module, plan).'
             )
-    set_applied(module, Applied(plan, "hook", hooks=attach_hooks(module, acting)))
+    set_applied(module, Applied(plan, "hook", attach_hooks(module, plan.forward_factors)))
     return MultiplierHandle(module, plan)
 
 
 def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     """Multiply the plan's factors into the weights that write to branches, readouts and attention logits.
 
-    The function is that of :func:`attach_multipliers`; ``state_dict`` keys stay as they are. A readout tied to an
-    embedding cannot be folded: its multiplier becomes a hook in this mode too (theory.md, section 3). A module that has
-    the plan's multipliers as hooks is the same function before and after: they move into the weights. An optimizer that
-    was scaled for it has to be scaled anew then; to leave the package behind, see :func:`mlu_lightning.bake`. Gradients of
-    folded weights are larger by 1/factor: clip them in :func:`mlu_lightning.unfolded_gradients`.
+    The function is that of :func:`attach_multipliers`, whose hooks, if the module has them, move into the weights; an
+    optimizer that was scaled for it has to be scaled anew then. A readout tied to an embedding cannot be folded: its
+    multiplier becomes a hook (theory.md, section 3), and :func:`mlu_lightning.bake` leaves none. Gradients of folded
+    weights are larger by 1/factor: clip them in :func:`mlu_lightning.unfolded_gradients`.
 
     Args:
         module: module that the plan was made for, plain or with the plan's hooks; changed in place and returned.
         plan: its plan.
-        multiplied: whether the weights hold their multipliers already, as those of a folded run's checkpoint do:
-            multiply nothing, and attach only the hooks. ``MLUCallback(residual="fold", init=None)`` goes on from there.
+        multiplied: whether the weights, as a folded run's checkpoint has them, hold their multipliers already: attach only
+            the hooks that are left. ``MLUCallback(residual="fold", init=None)`` goes on from there.
 
     Raises:
-        ValueError: if the plan does not fit the module, if multipliers are already in it, if one can be neither folded
-            nor attached, or if a parameter cannot be multiplied. Nothing was changed then.
+        ValueError: if the plan does not fit the module, or a multiplier is already in it or can be put nowhere.
 
     >>> from mlu_lightning import Plan, Role
     >>> from mlu_lightning.planning import ParameterPlan
@@ -124,24 +114,17 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     else:
         attached = None
         _check_fresh(plain, plan)
-    factors: dict[str, float] = {}
-    left: list[tuple[Multiplier, float]] = []
-    for multiplier, factor in forward_factors(plan):
+    for multiplier in plan.forward_factors:
         _check_place(multiplier)
-        if not multiplier.folds:
-            left.append((multiplier, factor))
-        for name in multiplier.folds:
-            factors[name] = factors.get(name, 1.0) * factor
-    parameters = _foldable(plain, factors, multiplied)
+    parameters = _foldable(plain, plan, multiplied)
     if attached is not None:
         _remove(plain, attached)
-    hooks = attach_hooks(plain, left)
+    applied = Applied(plan, "fold", initialized=attached is not None and attached.initialized)
+    set_applied(plain, replace(applied, hooks=attach_hooks(plain, applied.acting)))
     if not multiplied:
         with torch.no_grad():
-            for name, factor in factors.items():
-                parameters[name].mul_(factor)
-    initialized = attached is not None and attached.initialized
-    set_applied(plain, Applied(plan, "fold", frozenset(factors), hooks, initialized))
+            for name, parameter in parameters.items():
+                parameter.mul_(plan.folded_factors[name])
     return module
 
 
@@ -165,14 +148,13 @@ def check_attached(module: nn.Module) -> None:
 
 def attach_again(module: nn.Module, plan: Plan) -> None:
     """Attach the hooks of a module anew, after parts were exchanged for others of the same weights."""
-    acting, applied = acting_multipliers(module, plan), residual_state(module)
-    assert applied is not None
+    applied = state_with(module, plan)
     detach_hooks(module, applied.hooks)
-    set_applied(module, replace(applied, hooks=attach_hooks(module, acting.items())))
+    set_applied(module, replace(applied, hooks=attach_hooks(module, applied.acting)))
 
 
-def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]:
-    """Find the multipliers of a plan that act in a module's forward pass besides its weights, with their factors."""
+def state_with(module: nn.Module, plan: Plan) -> Applied:
+    """Tell how a plan's multipliers were put into a module, and refuse one that does not have them."""
     applied = residual_state(module)
     if applied is None:
         raise ValueError(
@@ -185,9 +167,7 @@ def acting_multipliers(module: nn.Module, plan: Plan) -> dict[Multiplier, float]
             "The module has the multipliers of another plan. Give the plan that it was trained with, such as "
             "MLUCallback.plan after fit."
         )
-    if applied.mode == "baked":
-        return {}
-    return {m: factor for m, factor in forward_factors(plan) if applied.mode == "hook" or not m.folds}
+    return applied
 
 
 def mark_baked(module: nn.Module, plan: Plan) -> None:
@@ -198,8 +178,7 @@ def mark_baked(module: nn.Module, plan: Plan) -> None:
         if not applied.hooks:
             return
         _remove(module, applied)
-    folded = frozenset(name for multiplier, _ in forward_factors(plan) for name in multiplier.folds)
-    set_applied(module, Applied(plan, "baked", folded))
+    set_applied(module, Applied(plan, "baked"))
 
 
 def _remove(module: nn.Module, applied: Applied) -> None:
@@ -207,17 +186,17 @@ def _remove(module: nn.Module, applied: Applied) -> None:
     set_applied(module, None)
 
 
-def _foldable(module: nn.Module, factors: Mapping[str, float], multiplied: bool) -> dict[str, nn.Parameter]:
+def _foldable(module: nn.Module, plan: Plan, multiplied: bool) -> dict[str, nn.Parameter]:
     """Find the parameters to fold into, and refuse those that cannot be multiplied."""
     # later names of a shared parameter count too
     parameters = planned_parameters(module, remove_duplicate=False)
-    missing = sorted(set(factors) - set(parameters))
+    missing = sorted(plan.folded_factors.keys() - parameters.keys())
     if missing:
         raise ValueError(
             f"The plan folds multipliers into parameters that the module does not have: {', '.join(missing)}. Plan "
             "this module again."
         )
-    found = {name: parameters[name] for name in factors}
+    found = {name: parameters[name] for name in plan.folded_factors}
     unfit = [name for name, parameter in found.items() if parameter.is_meta or not parameter.is_floating_point()]
     if unfit and not multiplied:
         raise ValueError(

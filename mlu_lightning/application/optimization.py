@@ -1,9 +1,7 @@
 """Scale somebody else's optimizer: during its update, and only there, it sees groups with the plan's numbers.
 
-The user's optimizer keeps the user's own parameter groups and learning rates, so schedulers, the learning rate finder,
-loggers and checkpoints go on as without a plan. When the update begins the groups are exchanged for *shadow groups*,
-one for each distinct set of factors in a group, whose learning rate, eps and weight decay are those of the user's group
-times the factors of theory.md, section 3; when it ends they are exchanged back.
+It keeps the user's parameter groups, so schedulers, loggers and checkpoints go on as without a plan. In the update *shadow
+groups* take their place, one for each distinct set of factors (theory.md, section 3) in a group.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application.applied import folded_parameters, forward_factors, residual_state
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.multipliers import check_attached
-from mlu_lightning.application.optimizer_rules import Factor, Family, Group, update_rules
+from mlu_lightning.application.optimizer_rules import Factor, Family, Group, multiplied, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
@@ -30,35 +28,27 @@ __all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
 
 
 def scale_optimizer(
-    optimizer: Optimizer | LightningOptimizer,
-    module: nn.Module,
-    plan: Plan,
-    family: Family | None = None,
+    optimizer: Optimizer | LightningOptimizer, module: nn.Module, plan: Plan, family: Family | None = None
 ) -> ScaledOptimizer:
     """Let an optimizer update each parameter with its own multiple of learning rate, eps and weight decay.
 
     The factors are those of theory.md, section 3, for the stored weights: where a multiplier a was folded into a
     weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
-    whose factors are all 1 are updated exactly as without a plan.
-
-    In the update ``optimizer.param_groups`` holds other groups, where step hooks of the optimizer run. Groups may be added
-    later, and ``state_dict`` and ``load_state_dict`` work as on the plain optimizer, to and from it. A deep copy or an
-    unpickled optimizer is plain: scale it again.
+    whose factors are all 1 are updated exactly as without a plan. Step hooks see other groups; groups may be added later;
+    ``state_dict`` goes from and to plain optimizers. A deep copy or an unpickled optimizer is plain: scale it again.
 
     Args:
-        optimizer: optimizer of ``torch.optim``, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``. LBFGS
-            cannot be scaled. Adafactor's steps are relative to the size of the weights, which is taken to be that of
-            the plan's initialization.
+        optimizer: optimizer of ``torch.optim`` but LBFGS, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``.
+            Adafactor's weights are taken to keep the size that the plan's initialization gives them.
         module: module with the optimizer's parameters, and with the plan's multipliers.
         plan: its plan.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for an optimizer that
-            ``torch.optim`` does not define, None for the others. A list with one for each parameter group where they
-            differ; groups that are added later need one family for all.
+            ``torch.optim`` does not define; a list with one for each group where they differ and none is added later.
 
     Raises:
         TypeError: if the optimizer's class cannot be scaled or is not known.
-        ValueError: if a parameter is not the module's, if the plan does not fit the module or its multipliers are not
-            in effect, or if a group cannot be scaled. The optimizer was not changed then.
+        ValueError: if a parameter is not the module's, if the plan or its multipliers are not those of the module, or if
+            a group cannot be scaled. The optimizer was not changed then.
 
     >>> import torch
     >>> from mlu_lightning import Role
@@ -124,10 +114,7 @@ class ScaledOptimizer:
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
 
     def remove(self) -> None:
-        """Make the optimizer plain again; a second call does nothing.
-
-        What it has kept in its shadow groups stays in the user's, for checkpoints that are saved later.
-        """
+        """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
         if not self.active:
             return
         self._swap_out()
@@ -228,7 +215,7 @@ class ScaledOptimizer:
             members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
         shadows = [Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
-        shadows.sort(key=Shadow.lr_factor, reverse=True)
+        shadows.sort(key=lambda shadow: multiplied(1.0, shadow.factors.get("lr", 1.0)), reverse=True)
         split = Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
         split.load_own(group.pop(_OWN, []))
         return split
@@ -246,10 +233,8 @@ def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
 
 
-_MARK = "_mlu_scaled_by"
-"""Where the step of a scaled optimizer has its handle; schedulers that wrap the step take it along."""
-_OWN = "mlu_own"
-"""Where a group has what its shadows have of their own."""
+_MARK = "_mlu_scaled_by"  # where a step has its handle; schedulers that wrap the step take it along
+_OWN = "mlu_own"  # where a group has what its shadows have of their own
 
 
 def _for_all(family: Family | None) -> Family | None:
@@ -295,14 +280,12 @@ def _check_module(module: nn.Module, plan: Plan) -> None:
         )
     if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
         plan.check(module)  # FSDP1 leaves shards, of other shapes
-    if applied is None:
-        if not forward_factors(plan):
-            return
+    if applied is None and plan.forward_factors:
         raise ValueError(
             "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
             "be wrong. Call attach_multipliers(module, plan) or fold(module, plan) before scale_optimizer."
         )
-    if not applied.is_of(plan):
+    if applied is not None and not applied.is_of(plan):
         raise ValueError(
             "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
             "to both."

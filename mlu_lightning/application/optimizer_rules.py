@@ -1,8 +1,7 @@
 """What the numbers in an optimizer's parameter groups mean, and so by what each of them is to be multiplied.
 
-The table (theory.md, section 3) speaks of a learning rate, an eps and a weight decay, and optimizers differ in what they
-do with these. Every rule below has one aim: where a weight and its updates are c times and its gradients g times those of
-the base, the optimizer does c times what it does at the base, at every step.
+Every rule has one aim: where a weight and its updates are c times and its gradients g times those of the base (theory.md,
+section 3), the optimizer does c times what it does at the base, at every step.
 """
 
 from __future__ import annotations
@@ -19,33 +18,24 @@ from torch.optim import Optimizer
 
 from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.planning.horizon import Forgetting, Horizon
-from mlu_lightning.table import TABLES, OptimizerFamily, Role, Scale
+from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Scale
 
 __all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "multiplied", "update_rules"]
 
 Group = dict[str, Any]
-"""A parameter group of an optimizer."""
-Factor = float | tuple[float, ...] | Forgetting
-"""By what to multiply a number of a group, or the numbers in a tuple of it; or what to make of betas."""
-Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]
-"""Column of the table, for all groups of an optimizer or for each of them."""
+Factor = float | tuple[float, ...] | Forgetting  # of a number in a group, of the numbers in a tuple, or of betas
+Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]  # for all groups of an optimizer, or for each of them
 
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """How an optimizer uses the numbers in its parameter groups.
-
-    Args:
-        family: column of the table.
-        numbers: factors of a group's numbers for one parameter, from the group, the parameter's name, its entry in the
-            plan, and its scale.
-        at_step: what constant factors cannot say: changes the multiplied group for one step, given the user's group,
-            the multiplied one, its factors, and the number of the step, from 1.
-    """
+    """How an optimizer uses the numbers in its parameter groups."""
 
     family: OptimizerFamily
     numbers: Callable[[Group, str, ParameterPlan, Scale], Mapping[str, Factor]]
+    """Factors of a group's numbers for one parameter, by name, as planned, and with its scale."""
     at_step: Callable[[Group, Group, Mapping[str, Factor], int], None] | None = None
+    """Changes the multiplied group for one step, given the user's group, that, its factors, and the step's number from 1."""
 
     def family_of(self, group: Group) -> OptimizerFamily:
         """Column of the table for one group: Adam's decay is decoupled if the group says so."""
@@ -68,10 +58,7 @@ class UpdateRule:
 
 
 def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[UpdateRule]:
-    """Find the rule of every parameter group of an optimizer, from its class or, elsewhere, from a declared family.
-
-    A class that inherits from one of ``torch.optim`` has the rule of that class if it also inherits its ``step``.
-    """
+    """Find the rule of every parameter group of an optimizer, from its class or, elsewhere, from a declared family."""
     name = _torch_class(optimizer)
     if name == "LBFGS":
         raise TypeError(
@@ -128,7 +115,6 @@ def _torch_class(optimizer: Optimizer) -> str | None:
 
 
 def _plain(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> dict[str, Factor]:
-    """Learning rate, eps on the scale of gradients, weight decay."""
     return {"lr": scale.lr, "eps": scale.eps, "weight_decay": scale.weight_decay}
 
 
@@ -187,19 +173,15 @@ def _radam_step(group: Group, scaled: Group, factors: Mapping[str, Factor], step
 
 
 def _adafactor(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> dict[str, Factor]:
-    """Adafactor's step is relative to the weight's root mean square, which is taken to stay that of initialization.
-
-    eps[1] is a lower bound of that root mean square. eps[0] is a lower bound of squared gradients (its square is one
-    more, far smaller bound, which only keeps the fraction finite).
-    """
+    """Adafactor's step is relative to the weight's root mean square, which is taken to stay that of initialization."""
+    # eps[0] bounds squared gradients from below, and eps[1] that root mean square
     relative = scale.lr / scale.std
     return {"lr": relative, "eps": (scale.eps * scale.eps, scale.std), "weight_decay": 1 / relative}
 
 
 def _adafactor_step(group: Group, scaled: Group, factors: Mapping[str, Factor], step: int) -> None:
     """Adafactor takes the smaller of lr and 1/sqrt(step): multiply that, and leave lr·weight_decay as is."""
-    if "eps" in factors and group["eps"][0] is None:
-        # None is torch's way to say the machine precision of the parameters
+    if "eps" in factors and group["eps"][0] is None:  # which is the machine precision of the parameters
         scaled["eps"] = multiplied((torch.finfo(group["params"][0].dtype).eps, group["eps"][1]), factors["eps"])
     relative, limit = factors.get("lr", 1.0), step**-0.5
     if relative == 1.0:
@@ -226,16 +208,11 @@ def _muon(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> di
         base_rows, base_columns = rows / by_row, columns / by_column
     else:
         base_rows, base_columns = parameter.base_shape
-    adjust = group["adjust_lr_fn"]
-    own = _muon_adjustment(adjust, rows, columns) / _muon_adjustment(adjust, base_rows, base_columns)
+    if group["adjust_lr_fn"] == "match_rms_adamw":
+        own = math.sqrt(max(rows, columns)) / math.sqrt(max(base_rows, base_columns))
+    else:
+        own = math.sqrt(max(1.0, rows / columns)) / math.sqrt(max(1.0, base_rows / base_columns))
     return {"lr": scale.lr / own, "eps": scale.eps, "weight_decay": scale.weight_decay * own}
-
-
-def _muon_adjustment(adjust: str | None, rows: float, columns: float) -> float:
-    """By what torch's Muon multiplies lr, up to a constant."""
-    if adjust == "match_rms_adamw":
-        return math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
 
 
 def _check_horizon(horizon: Horizon, group: Group, family: OptimizerFamily) -> None:
@@ -254,7 +231,7 @@ def _check_horizon(horizon: Horizon, group: Group, family: OptimizerFamily) -> N
 
 
 def _check_muon(name: str, parameter: ParameterPlan) -> None:
-    if not parameter.role.is_matrix or parameter.role in (Role.EMBEDDING, Role.READOUT):
+    if not TABLES[Parameterization.MLU].rows[parameter.role].spectral:
         raise ValueError(
             f"Muon was given {name}, whose role is {parameter.role}. Its update of unit spectral norm is for matrices "
             "between layers, not for embeddings, readouts, norms and biases. Give these to an AdamW next to Muon."

@@ -1,8 +1,7 @@
 """Parameter groups that an optimizer sees in the place of the user's, and what goes over from one to the other.
 
-A *shadow* of a group has some of its parameters, and its numbers times their factors. It takes over at the beginning of an
-update what the user or a scheduler has changed in the group; what the optimizer changes in it goes to the group at the end,
-while it goes on with its own value until the user changes that.
+A *shadow* of a group has some of its parameters, and its numbers times their factors. It takes over what the user changes
+in the group; what the optimizer changes goes to the group, while the shadow goes on with its own value.
 """
 
 from __future__ import annotations
@@ -26,12 +25,6 @@ class Shadow:
     factors: dict[str, Factor]
     seen: Group = field(default_factory=dict)  # the user's other values when they were last taken over
     given: Group = field(default_factory=dict)  # the group's values at the beginning of the update
-
-    def lr_factor(self) -> float:
-        """Factor of the learning rate."""
-        factor = self.factors.get("lr", 1.0)
-        assert isinstance(factor, float)
-        return factor
 
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""

@@ -31,31 +31,24 @@ __all__ = ["find_example", "find_probe"]
 def find_example(trainer: Trainer, module: LightningModule) -> Any:
     """Take a batch as ``training_step`` will be given it, or None if only ``example_input_array`` can serve.
 
-    The batch is made of the first samples of the dataset: no sampler is asked, no worker is started, and random states
-    stay as they are. ``train_dataloader()`` is called once more than without, and the samples are read once more; data that
-    can only be iterated over are read twice, with a warning if they do not begin anew each time.
+    It is made of the first samples of the dataset: no sampler is asked, no worker is started, and random states stay.
     """
     with isolate_rng():
         loaders = _iterables(train_dataloaders(trainer))
         try:
-            batch = tree_map(_first_batch, loaders)
+            return _transferred(tree_map(_first_batch, loaders), trainer, module)
         except _NoBatchError as reason:
-            if module.example_input_array is None:
-                raise ValueError(
-                    f"To plan {type(module).__name__} one forward pass has to be run, and there is no example to run "
-                    f"it on: {reason}. Give MLUCallback(example=...) a batch as training_step takes it, or set "
-                    "example_input_array in the module."
-                ) from reason
-            return None
-        return _transferred(batch, trainer, module)
+            if module.example_input_array is not None:
+                return None
+            raise ValueError(
+                f"To plan {type(module).__name__} one forward pass has to be run, and there is no example to run it on: "
+                f"{reason}. Give MLUCallback(example=...) a batch as training_step takes it, or set example_input_array "
+                "in the module."
+            ) from reason
 
 
 def find_probe(trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
-    """Take a batch to probe a run with: of the first validation data, or of the training data if there are none.
-
-    It is made of the first samples of the dataset, as for :func:`find_example`, not transferred, and comes with the step
-    that takes it.
-    """
+    """Take a batch of the first validation data, or of training data if there are none, with the step that takes it."""
     with isolate_rng():
         loaders = _validation_loader(trainer, module)
         step: StepName = "training_step" if loaders is None else "validation_step"
@@ -138,10 +131,8 @@ def _beginning(data: Iterable[Any], size: int) -> list[Any]:
 def _same(value: Any, other: Any) -> bool:
     """Whether two tensors, arrays, numbers or texts are equal, as NaN is to itself; others are not looked at."""
     if isinstance(value, np.ndarray) or (isinstance(value, Tensor) and value.layout is torch.strided):
-        if type(value) is not type(other) or value.shape != other.shape:
-            return False
-        equal: Any = (value == other) | ((value != value) & (other != other))
-        return bool(equal.all())
+        alike = type(value) is type(other) and value.shape == other.shape
+        return alike and bool(((value == other) | ((value != value) & (other != other))).all())
     return not isinstance(value, (str, bytes, int, float)) or value == other or value != value
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -47,32 +46,23 @@ class MLUCallback(Callback):
     run is bit for bit the run without the callback.
 
     The module is planned and initialized before ``fit`` does anything else, or, if it overrides ``setup`` or
-    ``configure_model``, right after the later of them. A module that was fitted with the callback goes on from its weights
-    in the next ``fit``. ``validate``, ``test`` and ``predict`` alone change nothing, except that a checkpoint of a run with
-    ``residual="hook"`` brings its multipliers along. Every checkpoint says where the multipliers of the module are.
-
-    Lightning's own callbacks may stand before or after it: averages of weights start from the initialized module, groups
-    that fine-tuning adds have the plan's factors, and learning rates that are found, set or logged are those of the base.
-    Callbacks of others that copy the module in their ``setup`` should come after it.
+    ``configure_model``, right after the later of them, and goes on from its weights in the next ``fit``. ``validate``,
+    ``test`` and ``predict`` alone change nothing, but a checkpoint of a run with ``residual="hook"`` brings its multipliers
+    along. Callbacks of others than Lightning that copy the module in their ``setup`` should come after this one.
 
     Args:
         base: shape at which the hyperparameters are known to be good: a freshly built module of that shape, a function
             that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan whose base has
             it. None for the paper's absolute form, whose learning rates are those of the infinite model.
-        plan: finished plan, or the path of a saved one, instead of ``base``, ``overrides``, ``alpha``,
-            ``parameterization`` and the ratios.
-        init: ``"rescale"`` keeps the form of the initial distributions and sets their scale, ``"normal"`` draws matrices
-            anew, ``"coupled"`` draws embeddings that are the first coordinates of a bigger model's, and None leaves the
-            weights alone, for those of a checkpoint.
-        residual: how branches and readouts are multiplied. ``"hook"``: in the forward pass; weights stay those of the
-            parameterization. ``"fold"``: in the weights, which then are those of a plain model of the same function,
-            unless the fit warns that hooks are left (of tied readouts, gains stored minus one, fused queries); their
-            gradients are clipped as those with hooks (:func:`mlu_lightning.unfolded_gradients`). For weights that hold
-            their multipliers already, call ``fold(module, plan, multiplied=True)`` before ``fit``, and give ``init=None``.
+        plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization and ratios.
+        init: ``"rescale"`` sets the scale of the initial weights, ``"normal"`` draws matrices anew, ``"coupled"`` draws
+            embeddings that are the first coordinates of a bigger model's, and None leaves a checkpoint's weights alone.
+        residual: how branches and readouts are multiplied: ``"hook"`` in the forward pass, ``"fold"`` in the weights, which
+            then are those of a plain model of the same function, unless the fit warns that hooks are left. Where weights
+            hold their multipliers already, call ``fold(module, plan, multiplied=True)`` before, and give ``init=None``.
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
-        example: batch as ``training_step`` takes it, for planning. By default the first samples of the training data,
-            or else the module's ``example_input_array``.
+        example: batch as ``training_step`` takes it, for planning; by default the first samples of the training data.
         seed: seed of what ``init`` draws, and of a base that is built here.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for optimizers that ``torch.optim``
             does not define; a list with one for each parameter group where they differ.
@@ -115,8 +105,8 @@ class MLUCallback(Callback):
         if residual not in get_args(Residual):
             raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
         self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio)
-        if plan is not None and not self._arguments.are_default():
-            *names, last = PlanArguments.names()
+        if plan is not None and self._arguments != PlanArguments():
+            *names, last = vars(self._arguments)
             raise ValueError(
                 "A plan holds its base, roles, alpha, parameterization and ratios of batch and tokens, so it cannot be "
                 f"given together with {', '.join(names)} or {last}. Give these alone, to plan anew, or edit the plan."
@@ -268,7 +258,7 @@ class MLUCallback(Callback):
             )
         example = find_example(trainer, module) if self._example is None else self._example
         with _built(self._arguments.base, trainer, self._seed) as base:
-            return Plan.from_model(module, example, **replace(self._arguments, base=base).keywords())
+            return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
@@ -310,9 +300,7 @@ class MLUCallback(Callback):
 
 
 @contextmanager
-def _built(
-    base: str | Callable[[], nn.Module] | nn.Module | None, trainer: Trainer, seed: int
-) -> Iterator[nn.Module | str | None]:
+def _built(base: Any, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
     """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
     # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
     with isolate_rng():

@@ -23,11 +23,7 @@ def check_copies(others: Iterable[Callback]) -> None:
 
 
 def copy_again(others: Iterable[Callback], trainer: Trainer, module: LightningModule) -> None:
-    """Let callbacks that have copied a module copy it once more, now that it is initialized.
-
-    Weight averaging starts from its copy, and is validated and saved with it until there is something to average; pruning
-    by the lottery ticket hypothesis goes back to its copy.
-    """
+    """Let weight averaging and pruning, which go back to a copy of the module, copy it once more, now initialized."""
     for callback in others:
         if isinstance(callback, _COPYING):
             callback.setup(trainer, module, TrainerFn.FITTING)

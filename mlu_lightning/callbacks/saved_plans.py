@@ -1,4 +1,4 @@
-"""The plan in every checkpoint of a module, those with weights alone too."""
+"""The plan in every checkpoint of a module, also those about which Lightning asks no callback, only the module."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ __all__ = ["wrap_saving"]
 
 
 def wrap_saving(module: LightningModule) -> None:
-    """Let every checkpoint of a module and of its copies have its plan, also those that are saved after the fit.
-
-    Lightning asks no callback about checkpoints with ``save_weights_only``, only the module itself.
-    """
+    """Let every checkpoint of a module and of its copies have its plan, also those with ``save_weights_only``."""
     found = vars(module).get("on_save_checkpoint")
     method = getattr(found, "__func__", None)
     if isinstance(method, _SavesPlan):
@@ -36,10 +33,7 @@ def wrap_saving(module: LightningModule) -> None:
 
 @dataclass(frozen=True)
 class _SavesPlan:
-    """Does what a module does when a checkpoint is saved, and adds its plan."""
-
     method: Callable[[LightningModule, dict[str, Any]], None]
-
     __name__ = "on_save_checkpoint"
 
     def __call__(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -48,11 +48,7 @@ def check_whole(strategy: Strategy, module: nn.Module) -> None:
 
 
 def wrap_layer_sync(strategy: Strategy, module: nn.Module, plan: Plan) -> Callable[[], None]:
-    """Let a module keep its hooks where a strategy exchanges its norms, and exchanges them back after the fit.
-
-    With ``Trainer(sync_batchnorm=True)`` every BatchNorm becomes a SyncBatchNorm of the same weights, without hooks. What
-    is returned undoes this, but for the exchange back, which is still to come.
-    """
+    """Let a module keep its hooks where ``sync_batchnorm`` exchanges its norms; return what undoes all but their return."""
     layers = layer_sync(strategy)
     if layers is None:
         return lambda: None

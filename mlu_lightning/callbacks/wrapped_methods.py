@@ -13,11 +13,7 @@ __all__ = ["wrap_method"]
 
 
 def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Callable[[], None]:
-    """Let a function be called instead of a method of an instance, with the method first; return what undoes this.
-
-    Copies of the module that are made meanwhile, and pickles of it, have the method as it was, and of their own. Where
-    somebody else has wrapped the method since, undoing lets the function only pass the call on.
-    """
+    """Let a function be called instead of a method of an instance, not of its copies; return what undoes this."""
     method: Callable[..., Any] = getattr(module, name)
     # LightningCLI, for one, keeps its configure_optimizers on the instance
     own: Callable[..., Any] | None = vars(module).get(name)
@@ -41,12 +37,11 @@ def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Cal
 
     def restore() -> None:
         nonlocal active
-        active = False
-        if vars(module).get(name) is not wrapped:
-            return
-        del vars(module)[name]
-        if own is not None:
-            vars(module)[name] = own
+        active = False  # what somebody else has wrapped since, only passes the call on
+        if vars(module).get(name) is wrapped:
+            del vars(module)[name]
+            if own is not None:
+                vars(module)[name] = own
 
     vars(module)[name] = wrapped
     return restore

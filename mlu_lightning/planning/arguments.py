@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = ["ParameterizationName", "PlanArguments"]
@@ -21,16 +21,3 @@ class PlanArguments:
     parameterization: ParameterizationName = "mlu"
     batch_ratio: float = 1.0
     token_ratio: float = 1.0
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Names of the arguments, in the order of the signature."""
-        return [argument.name for argument in fields(cls)]
-
-    def keywords(self) -> dict[str, Any]:
-        """The arguments by name."""
-        return {name: getattr(self, name) for name in self.names()}
-
-    def are_default(self) -> bool:
-        """Whether none of them was given."""
-        return all(getattr(self, argument.name) == argument.default for argument in fields(self))

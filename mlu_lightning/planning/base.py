@@ -97,27 +97,19 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
     found: dict[str, BaseParameter] = {}
     differences: list[str] = []
     for name, facts in structure.parameters.items():
-        alike = by_pattern.get(name_pattern(name), [])
-        candidates = [
-            other
-            for other in alike
-            if base.parameters[other].row == facts.row and len(base.parameters[other].shape) == len(facts.shape)
-        ]
+        alike = {other: base.parameters[other] for other in by_pattern.get(name_pattern(name), ())}
+        row, dims = facts.row, len(facts.shape)
+        candidates = [other for other, entry in alike.items() if entry.row == row and len(entry.shape) == dims]
         if candidates:
-            found[name] = base.parameters[min(candidates, key=lambda other: _distance(name, other))]
+            found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
         elif alike:
-            other = base.parameters[alike[0]]
-            differences.append(
-                f"{name} is {facts.row} {list(facts.shape)} and the base's is {other.row} {list(other.shape)}"
-            )
+            entry = next(iter(alike.values()))
+            differences.append(f"{name} is {row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}")
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern(name) for name in structure.parameters}
-    differences.extend(
-        f"{names[0]} of the base has no counterpart in the module"
-        for pattern, names in by_pattern.items()
-        if pattern not in patterns
-    )
+    missing = [names[0] for pattern, names in by_pattern.items() if pattern not in patterns]
+    differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         advice = advice_on_names([*structure.parameters, *base.parameters])
@@ -140,5 +132,5 @@ def advice_on_names(names: Iterable[str]) -> str:
 
 def _distance(name: str, other: str) -> list[int]:
     """How far two names of one pattern are apart along the depth."""
-    places = [[int(part) for part in n.split(".") if part.isdigit()] for n in (name, other)]
-    return [abs(a - b) for a, b in zip(*places, strict=True)]
+    positions = [[int(part) for part in each.split(".") if part.isdigit()] for each in (name, other)]
+    return [abs(a - b) for a, b in zip(*positions, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, logits_scales
@@ -31,20 +31,14 @@ def plan_streams(structure: Structure, base: Base | None) -> tuple[StreamPlan, .
 def plan_parameters(
     structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...]
 ) -> dict[str, ParameterPlan]:
-    """Put every parameter, all of which have a role, next to its counterpart.
-
-    In the paper's absolute form entries are of order one: N(0, 1/d_in) where data is multiplied with a matrix, N(0, 1) for
-    tables and readouts, the table's N(0, 1/D) and N(0, D/M²) in branches.
-    """
+    """Put every parameter, all of which have a role, next to its counterpart, or next to units in the absolute form."""
     found = None if base is None else counterparts(structure, base)
     planned: dict[str, ParameterPlan] = {}
     for name, facts in structure.parameters.items():
         assert facts.role is not None
         if found is None:
-            fans, of_base = (
-                _units(facts, structure),
-                BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, facts.variant),
-            )
+            fans = _units(facts, structure)
+            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, facts.variant)
         else:
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
         planned[name] = ParameterPlan(
@@ -96,15 +90,9 @@ def plan_multipliers(
 ) -> tuple[tuple[Multiplier, ...], tuple[str, ...]]:
     """Look up the factors in the forward pass, with warnings: of branches, readouts, and logits of another head_dim.
 
-    The theory has a bounded head_dim d_k (theory.md, section 3). Where it differs from the base's, logits are to be
-    proportional to 1/d_k relative to it, whatever the module's own factor c is: they are multiplied by
-    (base d_k / d_k) / (c / base c), because training correlates queries and keys, so that a logit becomes c times a sum
-    of d_k products of one sign.
-
-    With query-key norm the rule is the same, for a stronger reason: a logit is at most c · d_k times the gains, however
-    long the training, and 1/d_k keeps that bound. It has to come after the norm, which undoes what multiplies its
-    input. For the same reason the std of the queries' and keys' projections has no effect on the function there, but
-    it divides what a step of a given size does; without the norm, logits grow with it.
+    The theory has a bounded head_dim d_k (theory.md, section 3). Where it differs from the base's, logits with a factor c of
+    the module's own are multiplied by (base d_k / d_k) / (c / base c), because training correlates queries and keys, so
+    that a logit becomes c times a sum of d_k products of one sign; with query-key norm c · d_k bounds it.
     """
     table = TABLES[parameterization]
     found: list[Multiplier] = []
@@ -118,19 +106,17 @@ def plan_multipliers(
         axis = 1 if structure.parameters[readout.parameter].tied else 0
         value = table.rows[Role.READOUT].multiplier(Ratios(inputs=matrix.fans[axis] / matrix.base_fans[axis]))
         found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
-    changed = list(_changed_heads(structure, base)) if table.scales_logits else []
+    changed = _changed_heads(structure, base) if table.scales_logits else []
     if not changed:
         return tuple(found), ()
     scales = logits_scales(structure)
-    found.extend(
-        _logits(branch, base_dim, scales[branch.name], of_base.logits_scale) for branch, base_dim, of_base in changed
-    )
-    branch, base_dim, _ = changed[0]
+    found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)
+    branch, of_base = changed[0]
     warning = (
-        f"head_dim is {branch.head_dim} and the base's is {base_dim}. The theory holds for a bounded key-query dimension "
-        "only, so for these branches µP's rule is used instead: logits proportional to 1/head_dim relative to the base "
-        "(whatever factor modules have themselves), and the fan-in ratio of the output matrix as the ratio of hidden "
-        "widths. Keep head_dim and change the number of heads to stay within the theory"
+        f"head_dim is {branch.head_dim} and the base's is {of_base.head_dim}. The theory holds for a bounded key-query "
+        "dimension only, so for these branches µP's rule is used instead: logits proportional to 1/head_dim relative to the "
+        "base (whatever factor modules have themselves), and the fan-in ratio of the output matrix as the ratio of "
+        "hidden widths. Keep head_dim and change the number of heads to stay within the theory"
     )
     return tuple(found), (warning,)
 
@@ -139,27 +125,26 @@ def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
     return None if base is None else base.branches.get((name_pattern(branch.name), branch.kind))
 
 
-def _changed_heads(structure: Structure, base: Base | None) -> Iterator[tuple[Branch, int, BaseBranch]]:
-    """Attention branches whose head_dim is not the base's, which comes second."""
-    for branch in structure.branches:
-        of_base = _base_branch(branch, base)
-        if of_base is None or of_base.head_dim is None or branch.head_dim in (None, of_base.head_dim):
-            continue
-        yield branch, of_base.head_dim, of_base
+def _changed_heads(structure: Structure, base: Base | None) -> list[tuple[Branch, BaseBranch]]:
+    """Attention branches whose head_dim is not that of the base's branch, which comes second."""
+    pairs = [(branch, _base_branch(branch, base)) for branch in structure.branches if branch.head_dim is not None]
+    return [
+        (branch, of_base) for branch, of_base in pairs if of_base and of_base.head_dim not in (None, branch.head_dim)
+    ]
 
 
-def _logits(branch: Branch, base_dim: int, scale: float | None, base_scale: float | None) -> Multiplier:
-    assert branch.head_dim is not None and branch.logits is not None
+def _logits(branch: Branch, of_base: BaseBranch, scale: float | None) -> Multiplier:
+    assert branch.head_dim is not None and of_base.head_dim is not None and branch.logits is not None
     name = branch.name or "the module itself"
-    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {base_dim}, so its logits have to be "
-    if not scale or not base_scale:
+    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {of_base.head_dim}, so its logits have to be "
+    if not scale or not of_base.logits_scale:
         whose = "the module" if not scale else "the base"
         raise ValueError(
             f"{reason}multiplied, but the factor that {whose} itself puts on them cannot be read from its forward pass, "
             "or is not the same in all blocks. Multiply queries times keys by a Python number, not in place and not by "
             "a tensor, or keep head_dim at the base's value and change the number of heads."
         )
-    value = base_dim / branch.head_dim * base_scale / scale
+    value = of_base.head_dim / branch.head_dim * of_base.logits_scale / scale
     if math.isclose(value, 1.0, rel_tol=1e-6):  # the module has the rule already, up to rounding of its constants
         value = 1.0
     elif branch.logits.site is None and not branch.logits.folds:
@@ -188,7 +173,7 @@ def _absolute_std(facts: ParameterFacts) -> float | None:
     assert facts.role is not None
     if not facts.role.is_matrix or len(facts.shape) < 2:
         return None
-    table = facts.fan_in == 1 and facts.transposed
-    if facts.role is Role.EMBEDDING and not table:
+    is_table = facts.fan_in == 1 and facts.transposed
+    if facts.role is Role.EMBEDDING and not is_table:
         return math.sqrt(facts.fan_out / math.prod(facts.shape))  # sums over data, which the table does not count
     return 1.0

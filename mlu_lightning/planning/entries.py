@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -14,19 +14,15 @@ __all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "StreamPlan"]
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter next to its counterpart at the base.
+    """One parameter next to its counterpart at the base, whose numbers are those with ``base_``.
 
     Args:
         role: row of the table.
-        shape: its shape.
-        fans: inputs and outputs of its map, in units (1 input for vectors).
-        base_fans: the same at the base; (1, 1) in the paper's absolute form.
-        base_shape: shape at the base; None in the absolute form.
+        shape: its shape; None at the base in the paper's absolute form.
+        fans: inputs and outputs of its map, in units (1 input for vectors); (1, 1) at the base in the absolute form.
         base_std: root mean square at the base's initialization; None leaves the parameter as it was built.
         depth: residual additions along its stream, L.
-        base_depth: the same at the base, L0.
         active: number of experts over whose outputs a mixture of experts averages; 1 outside of experts.
-        base_active: the same at the base.
         variant: what about its place changes the row of its role.
         branch: index into ``Plan.branches``, None outside branches.
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
@@ -64,24 +60,14 @@ class ParameterPlan:
             active=self.active / self.base_active,
         )
         powers = TABLES[Parameterization.MLU].row(self.role, self.variant, ratios).powers
-        return Ratios(  # data, targets and bounded sizes do not count
-            depth=ratios.depth if any(power.depth for power in powers) else 1.0,
-            inputs=ratios.inputs if any(power.inputs for power in powers) else 1.0,
-            outputs=ratios.outputs if any(power.outputs for power in powers) else 1.0,
-            active=ratios.active,
-        )
+        # data, targets and bounded sizes do not count
+        unused = [key for key in ("depth", "inputs", "outputs") if not any(getattr(power, key) for power in powers)]
+        return replace(ratios, **dict.fromkeys(unused, 1.0))
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """A residual stream next to the base's (1 in the absolute form).
-
-    Args:
-        depth: residual additions along it, L.
-        base_depth: the same at the base, L0.
-        embedding: its dimension, D.
-        base_embedding: the same at the base, D0.
-    """
+    """A residual stream, of L additions and dimension D, next to the base's (1 in the absolute form)."""
 
     depth: int
     base_depth: int
@@ -91,19 +77,16 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """A residual branch next to the base's.
+    """A residual branch next to the base's, whose numbers are 1 and None in the absolute form.
 
     Args:
-        name: of the module that it is.
+        name: name of its module.
         kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
         hidden: hidden width M: heads, channels or units.
-        base_hidden: the same at the base, 1 in the absolute form.
         stream: index into ``Plan.streams``.
         position: place along the stream.
         head_dim: dimension of queries and keys per head, None for other kinds.
-        base_head_dim: the same at the base, None in the absolute form.
         logits_scale: what the module itself multiplies logits by, None for other kinds and where it cannot be read.
-        base_logits_scale: the same at the base.
     """
 
     name: str

@@ -12,18 +12,10 @@ __all__ = ["fingerprint"]
 
 
 def fingerprint(plan: Plan) -> str:
-    """Hash the numbers of a plan that a training run depends on: equal runs have equal fingerprints.
-
-    Roles, shapes, ratios, multipliers, parameterization, alpha, batch size and duration count; what only initialization uses
-    (``base_std``) and texts do not.
-    """
+    """Hash the numbers of a plan that a run depends on after its initialization: equal runs have equal fingerprints."""
     content = {
         "parameters": {
-            name: [
-                parameter.row,
-                list(parameter.shape),
-                *map(float, astuple(parameter.ratios)),
-            ]
+            name: [parameter.row, list(parameter.shape), *map(float, astuple(parameter.ratios))]
             for name, parameter in plan.parameters.items()
         },
         "multipliers": [

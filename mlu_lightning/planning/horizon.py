@@ -43,14 +43,10 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Horizon:
-    """Batch size and duration of a run next to those of the base.
+    """Batch size and duration of a run, in tokens or samples, over those of the base.
 
     With s = sqrt(batch_ratio / token_ratio): lr·s, eps/s, decoupled decay·s, and (1 - β)·s² (Complete(d)P, arXiv
     2512.22382). The run has 1/s² times the base's optimizer steps.
-
-    Args:
-        batch_ratio: tokens (or samples) in a batch over those in one of the base's, 1 by default.
-        token_ratio: tokens (or samples) seen in all of the training over those seen by the base, 1 by default.
 
     Raises:
         ValueError: if a ratio is not a positive number.
@@ -68,7 +64,7 @@ class Horizon:
         """Check the ratios."""
         for name in ("batch_ratio", "token_ratio"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < value < math.inf:
                 raise ValueError(
                     f"{name} is {value!r}, and it has to be a positive number: what the run has over what the base has."
                 )

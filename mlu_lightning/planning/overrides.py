@@ -26,7 +26,8 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
             )
         if str(role) not in _ROWS:
             raise ValueError(
-                f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: {_role_names()}."
+                f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: "
+                f"{', '.join(_ROWS)}."
             )
         for name in matches:
             given, variant = _ROWS[str(role)]
@@ -42,25 +43,21 @@ def require_roles(structure: Structure, module: nn.Module) -> None:
     """Refuse a structure in which a parameter has no role, with the overrides that would settle it."""
     if not structure.unassigned:
         return
-    found = "; ".join(
-        f"{name} {list(structure.parameters[name].shape)}: {why}" for name, why in structure.unassigned.items()
-    )
-    lines = ", ".join(
-        f'"{name}": "{Role.STREAM_MATRIX if sum(n > 1 for n in structure.parameters[name].shape) > 1 else Role.STREAM_NORM}"'
-        for name in structure.unassigned
-    )
+    shapes = {name: structure.parameters[name].shape for name in structure.unassigned}
+    found = "; ".join(f"{name} {list(shapes[name])}: {why}" for name, why in structure.unassigned.items())
+    likely = {name: Role.STREAM_MATRIX if _is_matrix(shape) else Role.STREAM_NORM for name, shape in shapes.items()}
+    lines = ", ".join(f'"{name}": "{role}"' for name, role in likely.items())
     raise ValueError(
-        f"{len(structure.unassigned)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what "
-        f"they are for, for example overrides={{{lines}}}; roles are: {_role_names()}."
+        f"{len(shapes)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what they are for, "
+        f"for example overrides={{{lines}}}; roles are: {', '.join(_ROWS)}."
     )
 
 
 def _check_readout(structure: Structure, name: str, role: Role, pattern: str) -> None:
     """Refuse to change which matrices are readouts: their multipliers are placed by discovery."""
     facts = structure.parameters[name]
-    is_matrix = sum(size > 1 for size in facts.shape) > 1
     found = any(readout.parameter == name for readout in structure.readouts)
-    if role is not facts.role and found != (role is Role.READOUT) and (found or is_matrix):
+    if role is not facts.role and found != (role is Role.READOUT) and (found or _is_matrix(facts.shape)):
         here = "was found to be a readout" if found else f"was not found to be one (its role is {facts.role})"
         raise ValueError(
             f"The override {pattern!r} makes {name} {'a' if found else 'the'} {role}, but it {here}. A readout's output is "
@@ -74,5 +71,5 @@ _ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for ro
 }
 
 
-def _role_names() -> str:
-    return ", ".join(_ROWS)
+def _is_matrix(shape: tuple[int, ...]) -> bool:
+    return sum(size > 1 for size in shape) > 1

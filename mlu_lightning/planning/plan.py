@@ -34,7 +34,7 @@ class Plan:
     """Numbers of the MLU table for every parameter of one module relative to a base shape.
 
     Args:
-        parameters: by name, in the order of ``named_parameters()``.
+        parameters: entries by name, in the order of ``named_parameters()``.
         branches: residual branches in order of execution.
         streams: residual streams.
         multipliers: factors in the forward pass.
@@ -62,7 +62,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Check the richness, and that the parameterization has what it needs."""
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not 0 < self.alpha < math.inf:
             raise ValueError(
                 f"alpha is {self.alpha!r}, and it has to be a positive number: 1 for MLU, more for a run that is closer to "
                 "that of a linearized model."
@@ -93,16 +93,14 @@ class Plan:
                 rates are those of the infinite model.
             overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
             alpha: richness.
-            parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``
-                (:class:`mlu_lightning.table.Parameterization`).
+            parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, with a base.
             batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
                 AdamW's lr and decay are multiplied by s, eps by 1/s, and 1 - β by s² (Complete(d)P, arXiv 2512.22382).
             token_ratio: tokens seen in all of the training over those that the base saw.
 
         Raises:
-            ValueError: without residual branches, without an example, with a parameter that has no role, with an
-                override that matches nothing, with a base of another architecture, or with a parameterization that needs a
-                base or has no richness.
+            ValueError: without residual branches or example, with a parameter that has no role, an override that matches
+                nothing, a base of another architecture, or a parameterization that needs a base or has no richness.
 
         >>> from mlu_lightning.models import ResNet
         >>> import torch
@@ -122,7 +120,8 @@ class Plan:
         structure = override_roles(discover(module, example), overrides)
         require_roles(structure, module)
         if isinstance(base, nn.Module):
-            base_example = example if example is not None or _has_example(base) else getattr(module, _EXAMPLE, None)
+            of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
+            base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides)
             require_roles(base_structure, base)
             reference = base_of_module(base, base_structure)
@@ -154,17 +153,13 @@ class Plan:
             return None
         return Base(
             parameters={
-                name: BaseParameter(
-                    one.role, one.base_shape or (), one.base_fans, one.base_std, one.base_active, one.variant
-                )
-                for name, one in self.parameters.items()
+                name: BaseParameter(p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.variant)
+                for name, p in self.parameters.items()
             },
             streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
             branches={
-                (name_pattern(one.name), one.kind): BaseBranch(
-                    one.base_hidden, one.base_head_dim, one.base_logits_scale
-                )
-                for one in reversed(self.branches)
+                (name_pattern(b.name), b.kind): BaseBranch(b.base_hidden, b.base_head_dim, b.base_logits_scale)
+                for b in reversed(self.branches)
             },
         )
 
@@ -174,6 +169,21 @@ class Plan:
         if multiplier.role is None or self.alpha == 1.0:
             return value.multiplier
         return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
+
+    @cached_property
+    def forward_factors(self) -> dict[Multiplier, float]:
+        """Factors in the forward pass, by multiplier, without those that are 1."""
+        factors = {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers}
+        return {multiplier: factor for multiplier, factor in factors.items() if factor != 1}
+
+    @cached_property
+    def folded_factors(self) -> dict[str, float]:
+        """Product of the multipliers that can be folded into a parameter, by name, for those that have any."""
+        factors: dict[str, float] = {}
+        for multiplier, factor in self.forward_factors.items():
+            for name in multiplier.folds:
+                factors[name] = factors.get(name, 1.0) * factor
+        return factors
 
     def scales(self, family: OptimizerFamily | str) -> dict[str, Scale]:
         """Look every parameter up in the table.
@@ -189,13 +199,13 @@ class Plan:
             ValueError: if batch size or duration differ from the base's, and there are no rules for the family.
         """
         family = OptimizerFamily(family)
-        folds = self._forward_factors
         found: dict[str, Scale] = {}
         for name, parameter in self.parameters.items():
             entry = scale(
                 parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
             )
-            found[name] = self.horizon.scaled(replace(entry, multiplier=folds.get(name, 1.0)), family)
+            entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))
+            found[name] = self.horizon.scaled(entry, family)
         return found
 
     def check(self, module: nn.Module) -> None:
@@ -217,14 +227,7 @@ class Plan:
             )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as YAML that a person can read and edit.
-
-        Args:
-            path: of the file; an older one stays as it is until the new one is complete.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete."""
         path = Path(path)
         temporary = path.with_name(f"{path.name}.tmp")
         try:
@@ -236,9 +239,6 @@ class Plan:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Read a plan that ``save`` wrote.
-
-        Args:
-            path: of the file.
 
         Raises:
             OSError: if there is no such file, or it cannot be read.
@@ -280,18 +280,6 @@ class Plan:
         """Whether it is relative to no base."""
         return any(parameter.base_shape is None for parameter in self.parameters.values())
 
-    @cached_property
-    def _forward_factors(self) -> dict[str, float]:
-        """Product of the multipliers that can be folded into each parameter."""
-        factors: dict[str, float] = {}
-        for multiplier in self.multipliers:
-            for name in multiplier.folds:
-                factors[name] = factors.get(name, 1.0) * self.forward_multiplier(multiplier)
-        return factors
-
-
-_EXAMPLE = "example_input_array"
-
 
 def _check_parameterization(parameterization: Parameterization, alpha: float, absolute: bool) -> None:
     if parameterization != Parameterization.MLU and (absolute or alpha != 1.0):
@@ -300,7 +288,3 @@ def _check_parameterization(parameterization: Parameterization, alpha: float, ab
             f"parameterization={parameterization.value!r} was given with {given}. The absolute form and the "
             "richness alpha are those of the MLU parameterization: give the others a base, and leave alpha at 1."
         )
-
-
-def _has_example(module: nn.Module) -> bool:
-    return getattr(module, _EXAMPLE, None) is not None

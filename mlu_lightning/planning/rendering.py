@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from io import StringIO
 
 from rich.console import Console
@@ -71,19 +72,15 @@ def _roles(parameters: Mapping[str, ParameterPlan], scales: Mapping[str, Scale])
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
-    rows: Counter[tuple[Role, Variant | None, Ratios, Scale]] = Counter()
-    entries: Counter[tuple[Role, Variant | None, Ratios, Scale]] = Counter()
+    sizes: dict[tuple[Role, Variant | None, Ratios, Scale], list[int]] = {}
     for name, parameter in parameters.items():
         row = parameter.role, parameter.variant, parameter.ratios, scales[name]
-        rows[row] += 1
-        entries[row] += math.prod(parameter.shape)
+        sizes.setdefault(row, []).append(math.prod(parameter.shape))
     order = list(Role)
-    for row, count in sorted(rows.items(), key=lambda item: order.index(item[0][0])):
-        role, variant, ratios, factors = row
+    for (role, variant, ratios, factors), entries in sorted(sizes.items(), key=lambda item: order.index(item[0][0])):
         shape = (f"{ratio:.5g}" for ratio in (ratios.depth, ratios.inputs, ratios.outputs))
-        numbers = (factors.multiplier, factors.std, factors.lr, factors.eps, factors.weight_decay)
-        cells = (f"{number:.3g}" for number in numbers)
-        table.add_row(row_name(role, variant), str(count), _short(entries[row]), *shape, *cells)
+        numbers = (f"{number:.3g}" for number in astuple(factors))
+        table.add_row(row_name(role, variant), str(len(entries)), _short(sum(entries)), *shape, *numbers)
     return table
 
 

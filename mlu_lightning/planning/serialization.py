@@ -38,15 +38,14 @@ _VERSION = 2
 def parts_to_yaml(parts: Mapping[str, Any]) -> str:
     """Write the fields of a plan, one line for each parameter, branch, multiplier and tap."""
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
-    lines.append(f"parameterization: {parts['parameterization'].value}")
-    lines.append(f"alpha: {_flow(parts['alpha'])}")
-    lines.append(f"horizon: {_flow(asdict(parts['horizon']))}")
-    for key in ("warnings", "streams", "branches", "multipliers", "taps", "features"):
-        values = parts[key]
-        lines.append(f"{key}:" if values else f"{key}: []")
-        lines.extend(f"  - {_flow(value if isinstance(value, str) else asdict(value))}" for value in values)
-    lines.append("parameters:" if parts["parameters"] else "parameters: {}")
-    lines.extend(f"  {_flow(name)}: {_flow(_entry(parameter))}" for name, parameter in parts["parameters"].items())
+    for key in _PARTS:
+        value = parts[key]
+        block = isinstance(value, (tuple, dict)) and len(value) > 0
+        lines.append(f"{key}:" if block else f"{key}: {_flow(value)}")
+        if isinstance(value, dict):
+            lines.extend(f"  {_flow(name)}: {_flow(entry)}" for name, entry in value.items())
+        elif block:
+            lines.extend(f"  - {_flow(entry)}" for entry in value)
     text = "\n".join(lines) + "\n"
     length = len(text.encode())
     if length > LONGEST:
@@ -136,12 +135,9 @@ def _read_fields(cls: type, value: Any, where: str, key: str) -> Any:
     """A dataclass from the mapping that stands for it."""
     hints = get_type_hints(cls)
     required = {field.name for field in fields(cls) if field.default is MISSING}
-    if not isinstance(value, dict) or not required <= value.keys() <= hints.keys():
-        raise ValueError(
-            f"{where}, {key[:80]}: {shortened(value)} should be a mapping with the keys {', '.join(hints)}."
-        )
-    where = f"{where}, {key[:80]}"
-    return cls(**{name: _read(hints[name], item, where, name) for name, item in value.items()})
+    fits = isinstance(value, dict) and required <= value.keys() <= hints.keys()
+    _require(fits, where, key, value, f"a mapping with the keys {', '.join(hints)}")
+    return cls(**{name: _read(hints[name], item, f"{where}, {key[:80]}", name) for name, item in value.items()})
 
 
 def _read_enum(cls: type[Enum], value: Any, where: str, key: str) -> Enum:
@@ -166,9 +162,8 @@ def _read_number(text: str, where: str, key: str) -> float:
     if key == "base_std":  # of weights that are zero, too
         _require(0 <= number < math.inf, where, key, text, "a number from 0 on")
     else:
-        _require(
-            1 / _LARGEST <= number <= _LARGEST, where, key, text, f"a number from {1 / _LARGEST:g} to {_LARGEST:g}"
-        )
+        smallest = 1 / _LARGEST
+        _require(smallest <= number <= _LARGEST, where, key, text, f"a number from {smallest:g} to {_LARGEST:g}")
     return number
 
 
@@ -181,14 +176,8 @@ def _check_references(parts: Mapping[str, Any], source: str) -> None:
     """Refuse what points at a stream, branch or parameter that the plan does not have."""
     streams, branches, parameters = len(parts["streams"]), len(parts["branches"]), parts["parameters"]
     multiplied = {multiplier.name for multiplier in parts["multipliers"] if multiplier.kind == "branch"}
-    wrong = [
-        f"branch {branch.name!r} in a stream {branch.stream}"
-        for branch in parts["branches"]
-        if branch.stream >= streams
-    ]
-    wrong += [
-        f"branch {branch.name!r} without a multiplier" for branch in parts["branches"] if branch.name not in multiplied
-    ]
+    wrong = [f"branch {b.name!r} in a stream {b.stream}" for b in parts["branches"] if b.stream >= streams]
+    wrong += [f"branch {b.name!r} without a multiplier" for b in parts["branches"] if b.name not in multiplied]
     wrong += [
         f"parameter {name!r} in a branch {parameter.branch}"
         for name, parameter in parameters.items()
@@ -202,31 +191,26 @@ def _check_references(parts: Mapping[str, Any], source: str) -> None:
         raise ValueError(f"{source} contradicts itself: it has a {wrong[0]}.")
 
 
-def _entry(parameter: ParameterPlan) -> dict[str, Any]:
-    variant = None if parameter.variant is None else parameter.variant.value
-    return asdict(parameter) | {"role": parameter.role.value, "variant": variant}
-
-
 def _flow(value: Any) -> str:
     """One line of YAML."""
+    value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     dumped: str = yaml.dump(
-        _plain(value), Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
+        value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
     )
     return dumped.removesuffix("...\n").rstrip("\n")
 
 
 class _OneLine(yaml.SafeDumper):
-    """Writes texts with line breaks, which YAML would break up, in quotes with escapes."""
+    """Writes members of enums as their values, and texts with line breaks, which YAML would break up, with escapes."""
 
     def represent_str(self, data: str) -> Any:
         style = None if data.isprintable() else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
 
 _OneLine.add_representer(str, _OneLine.represent_str)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+_OneLine.add_representer(tuple, _OneLine.represent_list)
+_OneLine.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))

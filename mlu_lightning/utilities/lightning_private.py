@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -41,12 +40,12 @@ def starts_processes(strategy: Strategy) -> bool:
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
 
 
-def train_dataloaders(trainer: Trainer) -> Any:
+def train_dataloaders(trainer: Any) -> Any:
     """Ask for the training data as ``fit`` does, without setting its loop up."""
     return trainer.fit_loop._data_source.dataloader()
 
 
-def val_dataloaders(trainer: Trainer) -> Any:
+def val_dataloaders(trainer: Any) -> Any:
     """Ask for the validation data as ``fit`` does, None if there are none."""
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     return source.dataloader() if source.is_defined() else None
@@ -67,6 +66,6 @@ def layer_sync(strategy: Strategy) -> Any:
     return getattr(strategy, "_layer_sync", None)
 
 
-def resamples_parameters(pruning: ModelPruning) -> bool:
+def resamples_parameters(pruning: Any) -> bool:
     """Tell whether pruning by the lottery ticket hypothesis draws weights anew instead of going back to the first."""
     return bool(pruning._use_lottery_ticket_hypothesis and pruning._resample_parameters)

@@ -191,7 +191,7 @@ def test_planning_arguments_are_those_of_from_model() -> None:
     """With the same defaults, and explicit, for command lines."""
     for function in (Plan.from_model, MLUCallback):
         found = inspect.signature(function).parameters
-        assert {name: found[name].default for name in PlanArguments.names()} == PlanArguments().keywords()
+        assert {name: found[name].default for name in vars(PlanArguments())} == vars(PlanArguments())
 
 
 def test_second_callback_is_refused() -> None:
