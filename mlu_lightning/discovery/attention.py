@@ -32,8 +32,7 @@ class Attention:
     queries: Op
     keys: Op
     values: Op  # what the attention weights multiply
-    # from the input of the softmax back to the product of queries and keys, or the attention that is one operation
-    path: tuple[Op, ...]
+    path: tuple[Op, ...]  # from the softmax's input back to the product of queries and keys, or a fused attention
     key_dim: int  # of queries and keys per head, d_k
     value_dim: int  # of values per head, d_v
 
@@ -80,19 +79,12 @@ def _path_to_product(weights: Op) -> tuple[Op, ...] | None:
         if weights.name not in RESHAPES | {"Mul", "Div", "Slice"} or len(weights.data) != 1:
             return None
         weights = weights.data[0]
-    visited: set[Op] = set()
-    path = list(weights.data[:1])
-    while path:
-        op = path[-1]
-        visited.add(op)
-        if op.name in ("Bmm", "Baddbmm") and len(op.data) > 1:
-            return tuple(path)
-        further = next((operand for operand in op.data if operand not in visited), None)
-        if further is None:
-            path.pop()
-        else:
-            path.append(further)
-    return None
+    visited, path = set[Op](), weights.data[:1]
+    while path and not (path[-1].name in ("Bmm", "Baddbmm") and len(path[-1].data) > 1):
+        visited.add(path[-1])
+        further = [operand for operand in path[-1].data if operand not in visited]
+        path = (*path, further[0]) if further else path[:-1]
+    return path or None
 
 
 def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scalars) -> float | None:

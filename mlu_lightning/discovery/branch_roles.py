@@ -160,7 +160,7 @@ class BranchRoles:
             sources = [operand.source for operand in op.data]
             matrices = [source for source in sources if self.experts and source in self.experts.ops]
             if op.name == "Add" and len(matrices) == 1:
-                tables = [source for source in sources if self.graph.is_lookup(source)]
+                tables = [source for source in sources if "lookup" in self.graph.kinds(source)]
                 found |= dict.fromkeys(tables or [op], matrices[0])
         return found
 

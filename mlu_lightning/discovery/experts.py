@@ -60,14 +60,9 @@ class Experts:
 
     @cached_property
     def _selections(self) -> list[Op]:
-        return [
-            op
-            for op in self.weights
-            if op.name in _SELECTIONS
-            and op.shape
-            and math.prod(op.shape[:-1]) == self._tokens
-            and (op.shape[-1] < self.number or op.name == "Topk")
-        ]
+        selections = (op for op in self.weights if op.name in _SELECTIONS and op.shape)
+        of_tokens = (op for op in selections if math.prod(op.shape[:-1]) == self._tokens)
+        return [op for op in of_tokens if op.shape[-1] < self.number or op.name == "Topk"]
 
 
 def find_experts(graph: Graph, ops: tuple[Op, ...]) -> Experts | None:

@@ -84,7 +84,7 @@ class FeatureTaps:
 
     def _first(self, tensors: tuple[TracedTensor, ...]) -> Value | None:
         """The value of the first tensor, None if it has no part in the loss."""
-        return next((self.graph.value(tensor) for tensor in tensors if tensor.index == 0), None)
+        return next((value for index, value in self.graph.values(tensors) if index == 0), None)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,8 +13,7 @@ from torch.autograd.graph import Node
 
 from mlu_lightning.discovery.trace import Trace, TracedTensor
 
-__all__ = ["Graph", "Op", "Use", "UseKind", "Value", "build_graph", "signed"]
-
+__all__ = ["Graph", "Op", "Use", "UseKind", "Value", "build_graph"]
 
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
@@ -156,8 +155,8 @@ class Use:
     @property
     def is_section(self) -> bool:
         """Whether it is one of several sections of the parameter, such as the queries' rows of in_proj_weight."""
-        is_cut = any(step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path)
-        return is_cut and len(self.shape) == len(self.stored)
+        cut = any(step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path)
+        return cut and len(self.shape) == len(self.stored)
 
     @property
     def stored_inputs_first(self) -> bool:
@@ -205,14 +204,10 @@ class Graph:
         """Whether an operation multiplies data with a parameter matrix."""
         return "matrix" in self.kinds(op)
 
-    def is_lookup(self, op: Op) -> bool:
-        """Whether an operation looks rows of a parameter up."""
-        return "lookup" in self.kinds(op)
-
-    def value(self, tensor: TracedTensor) -> Value | None:
-        """The value that a tensor holds, None if it has no part in what the forward pass returned."""
-        op = self.by_node.get(tensor.node)
-        return None if op is None else (op, tensor.output)
+    def values(self, tensors: Iterable[TracedTensor]) -> Iterator[tuple[int | None, Value]]:
+        """Indices of the tensors that have a part in what the forward pass returned, and the values that they hold."""
+        found = ((tensor, self.by_node.get(tensor.node)) for tensor in tensors)
+        return ((tensor.index, (op, tensor.output)) for tensor, op in found if op is not None)
 
     @cached_property
     def users(self) -> dict[Op, list[Op]]:
@@ -256,11 +251,6 @@ def build_graph(trace: Trace) -> Graph:
     ops = tuple(by_node.values())
     uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
     return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
-
-
-def signed(saved: int) -> int:
-    """Turn a negative axis or position, which autograd saves as an unsigned number, into itself."""
-    return saved - 2**64 if saved >= 2**63 else saved
 
 
 def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:

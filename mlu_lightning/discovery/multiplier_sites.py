@@ -11,22 +11,10 @@ from functools import cached_property
 from torch import nn
 
 from mlu_lightning.discovery.attention import Attention
-from mlu_lightning.discovery.graph import (
-    ARITHMETIC,
-    ATTENTION,
-    JOINS,
-    LINEAR,
-    NORMS,
-    RESHAPES,
-    VIEWS,
-    Graph,
-    Op,
-    Use,
-    signed,
-)
+from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, JOINS, LINEAR, NORMS, RESHAPES, VIEWS, Graph, Op, Use
 from mlu_lightning.discovery.structure import Logits, Site
 from mlu_lightning.discovery.trace import ModuleCall, Trace
-from mlu_lightning.discovery.traversal import walk_back
+from mlu_lightning.discovery.traversal import in_order, walk_back
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["MultiplierSites"]
@@ -61,7 +49,9 @@ class MultiplierSites:
     def logits(self, attention: Attention, calls: int) -> Logits:
         """Where the queries of an attention in the first call can be multiplied: after a norm, which would undo it."""
         queries = attention.queries
-        behind = self._behind(queries)
+        # what queries are made of by linear operations, nearest first
+        linear = walk_back([queries], lambda op: op.data if op.name in LINEAR and not op.is_normalizer else ())
+        behind = in_order(linear)[::-1]
         since, size = behind[-1].index, math.prod(queries.shape)
         # what keys or values are made of, as far back as queries are
         others = set(walk_back((attention.keys, attention.values), lambda op: op.data if op.index > since else ()))
@@ -88,11 +78,6 @@ class MultiplierSites:
         alone = all(len(total[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
         return names.pop() if alone and len(names) == 1 else ()
 
-    def _behind(self, queries: Op) -> list[Op]:
-        """What queries are made of by linear operations, nearest first."""
-        reached = walk_back([queries], lambda op: op.data if op.name in LINEAR and not op.is_normalizer else ())
-        return sorted(reached, key=lambda op: -op.index)
-
     def _is_proportional(self, op: Op, to: Op) -> bool:
         """Whether multiplying the output of one operation multiplies that of another."""
         if op is to:
@@ -108,7 +93,7 @@ class MultiplierSites:
             return False  # a constant or a parameter is joined, which would not be multiplied
         return all(self._is_proportional(operand, to) for operand in op.data)
 
-    def _parts(self, queries: Op, behind: list[Op], calls: int) -> Iterator[Site]:
+    def _parts(self, queries: Op, behind: Iterable[Op], calls: int) -> Iterator[Site]:
         """Modules that return queries together with keys and values, side by side in their last dimension."""
         outputs: dict[Op, set[int]] = defaultdict(set)
         for operand, output in (value for op in behind for value in op.values):
@@ -125,7 +110,7 @@ class MultiplierSites:
                 period = None if op.shape[-1] == length else length
                 yield from (replace(site, part=entries, period=period) for site in self._output_sites([op], calls))
 
-    def _query_rows(self, behind: list[Op]) -> Iterator[Site]:
+    def _query_rows(self, behind: Iterable[Op]) -> Iterator[Site]:
         """The rows of queries in the projection that ``nn.MultiheadAttention`` holds for all three."""
         for op in behind:
             for use in self.graph.matrices(op):
@@ -175,10 +160,10 @@ class MultiplierSites:
         """The readout matrix that a call of a module is, from its first input to its only output."""
         if len(call.outputs) != 1 or not call.inputs:
             return None
-        given, made = self.graph.value(call.inputs[0]), self.graph.value(call.outputs[0])
-        if given is None or made is None:
+        found = [op.source for _, (op, _) in self.graph.values((call.inputs[0], call.outputs[0]))]
+        if len(found) < 2:
             return None  # nothing that reaches the loss
-        read, written = given[0].source, made[0].source
+        read, written = found
         adds_bias = written.name == "Add" and len(written.data) == 1
         before_bias = written.data[0].source if adds_bias else written
         return next((matrix for matrix in (written, before_bias) if source.get(matrix) is read), None)
@@ -191,12 +176,8 @@ class MultiplierSites:
 
     def _output_sites(self, ops: Iterable[Op], calls: int = 1) -> list[Site]:
         """Outputs of modules with that number of calls that are one of the operations', in the order of ``ops``."""
-        return [
-            Site(call.module, "output", index)
-            for op in ops
-            for call, index in self._returned[op]
-            if len(self._calls[call.module]) == calls
-        ]
+        returned = (value for op in ops for value in self._returned[op])
+        return [Site(name, "output", index) for name, index in returned if len(self._calls[name]) == calls]
 
     @staticmethod
     def _common(sites: list[list[Site]]) -> Iterator[Site]:
@@ -211,14 +192,12 @@ class MultiplierSites:
         return calls
 
     @cached_property
-    def _returned(self) -> dict[Op, list[tuple[ModuleCall, int | None]]]:
-        """Calls of modules that return an operation's output, with the position among what they return."""
-        returned: dict[Op, list[tuple[ModuleCall, int | None]]] = defaultdict(list)
+    def _returned(self) -> dict[Op, list[tuple[str, int | None]]]:
+        """Modules that return an operation's output, with the position among what they return."""
+        returned: dict[Op, list[tuple[str, int | None]]] = defaultdict(list)
         for call in self.trace.calls:
-            for tensor in call.outputs:
-                value = self.graph.value(tensor)
-                if value is not None:
-                    returned[value[0]].append((call, tensor.index))
+            for index, (op, _) in self.graph.values(call.outputs):
+                returned[op].append((call.module, index))
         return returned
 
 
@@ -232,7 +211,8 @@ def _entries(part: Op, output: int) -> tuple[int, int] | None:
     if part.name in ("Split", "SplitWithSizes"):
         start = sum(other[-1] for other in part.shapes[:output])
     elif part.name == "Slice" and getattr(part.node, "_saved_step", None) == 1:
-        start = signed(getattr(part.node, "_saved_start", 0)) % shape[-1]
+        # autograd shows negative numbers as unsigned ones
+        start = (getattr(part.node, "_saved_start", 0) + shape[-1]) % 2**64 % shape[-1]
     else:
         return None
     return start, start + part.shapes[output][-1]
@@ -246,5 +226,6 @@ def _keeps_rows(op: Op, length: int) -> bool:
     if op.name in VIEWS:
         return bool(before) and before[-1] % length == 0 and after[-1] % length == 0
     if op.name == "Transpose":
-        return not {signed(getattr(op.node, name)) for name in ("_saved_dim0", "_saved_dim1")} & {len(after) - 1, -1}
+        moved = {getattr(op.node, name) % 2**64 for name in ("_saved_dim0", "_saved_dim1")}
+        return not moved & {len(after) - 1, 2**64 - 1}
     return op.name in ("Clone", "Alias", "ToCopy")

@@ -81,13 +81,12 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
 def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
     """All uses of every parameter with their roles."""
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
-    for region in regions:
-        for op in region.ops:
-            for use in graph.uses.get(op, ()):
-                found = region.place(use)
-                if use.kind == "matrix" and use.shared:
-                    found = Unplaced("it is combined with other parameters before it meets data")
-                placed[use.parameter].append(PlacedUse(use, region, found))
+    regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
+    for region, use in regional:
+        found = region.place(use)
+        if use.kind == "matrix" and use.shared:
+            found = Unplaced("it is combined with other parameters before it meets data")
+        placed[use.parameter].append(PlacedUse(use, region, found))
     return placed
 
 

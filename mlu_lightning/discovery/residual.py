@@ -84,8 +84,8 @@ def partition(graph: Graph) -> Partition:
             ops, outside = _branch_ops(graph, end, stops, reads_root)
             context.extend(outside)
             number = stream_of[addition.op]
-            where = number, along[number][addition.root]
-            branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *where))
+            at = number, along[number][addition.root]
+            branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *at))
 
     streams = [StreamRegions(len(roots)) for roots in along]
     for addition in additions:

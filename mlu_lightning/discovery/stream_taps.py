@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
-from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value, signed
+from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value
 from mlu_lightning.discovery.structure import Site, Tap
-from mlu_lightning.discovery.trace import Trace, TracedTensor
+from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import between, origin
 
 __all__ = ["StreamTaps"]
@@ -50,7 +50,6 @@ class StreamTaps:
 
     @cached_property
     def _axes(self) -> dict[Op, int]:
-        """Axis of the coordinates in what each operation makes."""
         return _coordinate_axes(self.graph, self.streams)
 
     def _along(self, number: int, branches: list[BranchRoles]) -> Iterator[Tap]:
@@ -165,14 +164,12 @@ class StreamTaps:
         counts = Counter(call.module for call in self.trace.calls)
         candidates: dict[Value, list[_Candidate]] = defaultdict(list)
         for call in {call.module: call for call in reversed(self.trace.calls)}.values():
-            passed: list[tuple[Literal["input", "output"], int, TracedTensor]]
-            passed = [("input", call.begin, tensor) for tensor in call.inputs]
-            passed += [("output", call.end, tensor) for tensor in call.outputs]
-            for where, time, tensor in passed:
-                value = self.graph.value(tensor)
-                if value is not None:
-                    candidate = _Candidate(call.module, where, tensor.index, counts[call.module], time)
-                    candidates[self._canonical(value)].append(candidate)
+            for index, value in self.graph.values(call.inputs):
+                candidate = _Candidate(call.module, "input", index, counts[call.module], call.begin)
+                candidates[self._canonical(value)].append(candidate)
+            for index, value in self.graph.values(call.outputs):
+                candidate = _Candidate(call.module, "output", index, counts[call.module], call.end)
+                candidates[self._canonical(value)].append(candidate)
         return candidates
 
     @cached_property
@@ -181,9 +178,8 @@ class StreamTaps:
         sites = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
         changed: dict[Value, int] = {}
         for call in self.trace.calls:
-            for tensor in call.outputs:
-                value = self.graph.value(tensor) if (call.module, tensor.index) in sites else None
-                if value is not None:
+            for index, value in self.graph.values(call.outputs):
+                if (call.module, index) in sites:
                     changed.setdefault(self._canonical(value), call.end)
         return changed
 
@@ -230,7 +226,7 @@ def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
     for op in graph.ops:
         if graph.is_matrix(op):
             axes[op] = _written_axis(graph, op)
-        elif graph.is_lookup(op):
+        elif "lookup" in graph.kinds(op):
             axes[op] = len(op.shape) - 1
         else:
             operands = (streams[op], *op.data) if op in streams else op.data
@@ -268,7 +264,12 @@ def _order(op: Op, dimensions: int) -> list[int]:
     node: Any = op.node
     order = list(range(dimensions))
     if op.name == "Permute":
-        return [order[signed(axis)] for axis in node._saved_dims]
-    first, second = (signed(node._saved_dim0), signed(node._saved_dim1)) if op.name == "Transpose" else (0, -1)
+        return [order[_signed(axis)] for axis in node._saved_dims]
+    first, second = (_signed(node._saved_dim0), _signed(node._saved_dim1)) if op.name == "Transpose" else (0, -1)
     order[first], order[second] = order[second], order[first]
     return order
+
+
+def _signed(axis: int) -> int:
+    """Autograd shows negative axes as unsigned numbers."""
+    return axis - 2**64 if axis >= 2**63 else axis

@@ -70,8 +70,7 @@ class Branch:
 
     name: str  # longest module name that its parameters share
     kind: BranchKind
-    # M: heads of an attention block, inputs of the last matrix otherwise, in all experts that a token is sent to
-    hidden: int
+    hidden: int  # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to
     stream: int  # index into ``Structure.streams``
     position: int  # along the stream, from 0; parallel branches of one addition share it
     parameters: tuple[str, ...]
@@ -79,8 +78,7 @@ class Branch:
     folds: tuple[str, ...] = ()  # parameters whose multiplication multiplies the branch, empty if there are none
     head_dim: int | None = None  # size of an attention head, None for other kinds
     logits: Logits | None = None  # where attention logits can be multiplied, None for other kinds
-    # factor of the module itself on products of queries and keys, such as 1/sqrt(head_dim); None if it cannot be read
-    logits_scale: float | None = None
+    logits_scale: float | None = None  # the module's own, such as 1/sqrt(head_dim); None if it cannot be read
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,7 @@ class Logits:
     """How the logits of an attention branch can be multiplied: through the queries, after their norm if they have one."""
 
     site: Site | None = None  # module whose output the queries are, None if there is none of their own
-    # parameters that queries, and neither keys nor values, are proportional to: of their projection or their norm
-    folds: tuple[str, ...] = ()
+    folds: tuple[str, ...] = ()  # parameters that queries, and neither keys nor values, are proportional to
 
 
 @dataclass(frozen=True)
@@ -158,12 +155,9 @@ class Structure:
     branches: tuple[Branch, ...]  # in order of execution
     streams: tuple[Stream, ...]  # the first is the one that reaches the loss last
     readouts: tuple[Readout, ...] = ()
-    # of streams by number and position, then of readouts; what no submodule is given or returns has none
-    taps: tuple[Tap, ...] = ()
-    # of pre-activations and logits of branches; none of experts, and of what no submodule has
-    features: tuple[Tap, ...] = ()
-    # parameters without a role, and what was found around them
-    unassigned: dict[str, str] = field(default_factory=dict)
+    taps: tuple[Tap, ...] = ()  # of streams by number and position, then of readouts, where a submodule has them
+    features: tuple[Tap, ...] = ()  # of pre-activations and logits of branches, where a submodule has them
+    unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
 
     @property

@@ -131,12 +131,10 @@ def _is_scan(ops: tuple[Op, ...], matrices: Ancestry) -> bool:
         if op.name != "Add":
             continue
         steps = [frozenset[Op]()]
-        for product in (operand.source for operand in op.data):
-            factors = [factor.source for factor in product.data] if product.name == "Mul" else []
-            for state, multiplier in permutations(factors, 2):
-                used = multipliers.get(state, frozenset())
+        for product in (operand.source for operand in op.data if operand.source.name == "Mul"):
+            for state, multiplier in permutations((factor.source for factor in product.data), 2):
                 if state in multipliers and state.shape == op.shape and matrices.of(state) == matrices.of(op):
-                    steps.append(used | {multiplier})
+                    steps.append(multipliers[state] | {multiplier})
         multipliers[op] = max(steps, key=len)
     return max(map(len, multipliers.values()), default=0) >= _STEPS
 
@@ -145,7 +143,5 @@ def _is_cumulative_decay(ops: tuple[Op, ...]) -> bool:
     """Whether data is summed up along an axis and exponentiated, or multiplied up, as in a scan over chunks."""
     elementwise = (op for op in ops if op.name in RESHAPES | PARTS | _ELEMENTWISE)
     summed = descendants(elementwise, [op for op in ops if op.name == "Cumsum"])
-    return any(
-        op.name in ("Cumprod", "Logcumsumexp") or (op.name == "Exp" and any(operand in summed for operand in op.data))
-        for op in ops
-    )
+    exponents = (operand for op in ops if op.name == "Exp" for operand in op.data)
+    return any(op.name in ("Cumprod", "Logcumsumexp") for op in ops) or not summed.isdisjoint(exponents)

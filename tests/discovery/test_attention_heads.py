@@ -18,18 +18,14 @@ from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
 
 def _deepseek(heads: int, query_dim: int, value_dim: int) -> nn.Module:
     """Latent attention: keys and values of different dimensions from one matrix, a part of keys shared by heads."""
-    build = hugging_face(
-        "DeepseekV3",
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        q_lora_rank=None,
-        kv_lora_rank=16,
-        qk_nope_head_dim=query_dim - 4,
-        qk_rope_head_dim=4,
-        v_head_dim=value_dim,
-        first_k_dense_replace=2,
-    )
-    return build(4)
+    numbers = {"num_attention_heads": heads, "num_key_value_heads": heads, "v_head_dim": value_dim}
+    numbers |= {
+        "qk_nope_head_dim": query_dim - 4,
+        "qk_rope_head_dim": 4,
+        "kv_lora_rank": 16,
+        "first_k_dense_replace": 2,
+    }
+    return hugging_face("DeepseekV3", q_lora_rank=None, **numbers)(4)
 
 
 @pytest.mark.parametrize(
@@ -58,17 +54,11 @@ def test_ratios_of_grouped_queries(heads: int, key_heads: int) -> None:
     """Hidden units are query heads for W_Q and W_O, and key heads for W_K and W_V, of which the base has 4 and 2."""
     build = hugging_face("Llama", num_attention_heads=heads, num_key_value_heads=key_heads)
     plan = Plan.from_model(build(8), LANGUAGE, base=CASES["llama"].build(8))
-    found = {
-        part: (str(planned.role), planned.ratios.inputs, planned.ratios.outputs)
-        for part in "qkvo"
-        for planned in [plan.parameters[f"model.layers.1.self_attn.{part}_proj.weight"]]
-    }
-    assert found == {
-        "q": ("branch_in", 1.0, heads / 4),
-        "k": ("branch_in", 1.0, key_heads / 2),
-        "v": ("branch_in", 1.0, key_heads / 2),
-        "o": ("branch_out", heads / 4, 1.0),
-    }
+    ratios = {"q": (1.0, heads / 4), "k": (1.0, key_heads / 2), "v": (1.0, key_heads / 2), "o": (heads / 4, 1.0)}
+    for part, (inputs, outputs) in ratios.items():
+        planned = plan.parameters[f"model.layers.1.self_attn.{part}_proj.weight"]
+        role = "branch_out" if part == "o" else "branch_in"
+        assert (planned.role, planned.ratios.inputs, planned.ratios.outputs) == (role, inputs, outputs), part
     # n and g of theory.md, section 3: a key head's gradient is the sum over its group, 1/(l m) with m of key heads
     scales = plan.scales("sgd")
     assert scales["model.layers.1.self_attn.k_proj.weight"].lr == key_heads / 2

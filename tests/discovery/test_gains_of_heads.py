@@ -50,15 +50,12 @@ def test_gains_of_heads(heads: int, head_dim: int) -> None:
     (branch,) = structure.branches
     assert (branch.kind, branch.hidden, branch.head_dim) == ("attention", heads, head_dim)
     assert structure.roles["shared_gain"] == "branch_bounded"
-    per_head = {"gain": heads * head_dim, "temperature": heads, "sink": heads}
+    assert structure.parameters["gain"].fan_out == heads * head_dim
     if heads == 1:  # a single number shows nothing of what it is for
-        per_head = {"gain": head_dim}
         assert structure.roles["temperature"] == structure.roles["sink"] == "branch_bounded"
-    for name, entries in per_head.items():
-        facts = structure.parameters[name]
-        if heads > 1:
-            assert facts.role == "branch_in_bias", name
-        assert facts.fan_out == entries, name
+        return
+    assert {structure.roles[name] for name in ("gain", "temperature", "sink")} == {"branch_in_bias"}
+    assert structure.parameters["temperature"].fan_out == structure.parameters["sink"].fan_out == heads
 
 
 def flat_norm(heads: int) -> Net:
