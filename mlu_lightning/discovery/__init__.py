@@ -1,9 +1,7 @@
 """Discovery: a module and an example come in, its structure goes out.
 
-The structure (``structure.py``) has the residual streams and branches, the role of every parameter, and where multipliers
-can be attached and values read. Begin at ``discover.py``: ``trace.py`` runs one forward pass, ``graph.py`` and
-``traversal.py`` make its graph and walk it, ``residual.py`` finds the streams and branches in it, ``branch_roles.py`` and
-``outer_roles.py`` say what parameters are for.
+Begin at ``discover.py``: ``trace.py`` runs one forward pass, ``graph.py`` and ``traversal.py`` make its graph and walk it,
+``residual.py`` finds streams and branches in it, ``branch_roles.py`` and ``outer_roles.py`` say what parameters are for.
 """
 
 from mlu_lightning.discovery.discover import discover

@@ -1,10 +1,7 @@
 """What an attention itself multiplies its logits by, read from the graph of a forward pass.
 
-Logits are c · Σ q_i k_i over the head_dim coordinates of a query and a key. Modules put c in different places: into
-``scale=`` of ``scaled_dot_product_attention``, between the product and the softmax, or on queries or keys before the
-product; it is 1/sqrt(head_dim) in most of them, 1 in T5, a number of the configuration in Gemma 2 and Granite. A norm
-that gives queries the length one (cosine attention) is a factor 1/sqrt(head_dim), too. What counts is how large logits
-are for coordinates of order one, as projections and root-mean-square norms make them.
+Logits are c · Σ q_i k_i over the head_dim coordinates of a query and a key. Modules put c into ``scale=`` of a fused
+attention, before the softmax, or on queries or keys; norms to length one (cosine attention) are 1/sqrt(head_dim), too.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -34,8 +32,7 @@ class Attention:
     queries: Op
     keys: Op
     values: Op  # what the attention weights multiply
-    # from the input of the softmax back to the product of queries and keys, or the attention that is one operation
-    path: tuple[Op, ...]
+    path: tuple[Op, ...]  # from the softmax's input back to the product of queries and keys, or a fused attention
     key_dim: int  # of queries and keys per head, d_k
     value_dim: int  # of values per head, d_v
 
@@ -55,27 +52,22 @@ def find_attention(ops: Iterable[Op], graph: Graph) -> Attention | None:
 
 
 def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Scalars) -> float | None:
-    """Read c: how large logits are for queries and keys with coordinates of order one, over their sum of products.
+    """Read c for projections and norms that make coordinates of order one; None if something on the way hides it.
 
-    Parameters on the way, such as the gain of a query-key norm or a learned temperature, count as 1: they are at the
-    base what they are in the module. None if c cannot be read: behind an operation in place, a tensor of unknown value,
-    or where queries or keys are made in another way than by projections, norms and linear operations.
+    Parameters on the way, such as the gain of a query-key norm, count as 1: they are at the base what they are here.
     """
-    *path, product = attention.path
+    path = attention.path[::-1]
+    product = path[0]
     sizes: dict[Op, float | None] = {}
-    for op in ops:
-        if op.index < product.index:
-            sizes[op] = _size(op, sizes, graph, scalars)
+    for op in (op for op in ops if op.index < product.index):
+        sizes[op] = _size(op, sizes, graph, scalars)
     factors = [sizes.get(attention.queries, 1.0), sizes.get(attention.keys, 1.0)]
     if product.name.startswith(ATTENTION):
         scale = getattr(product.node, "_saved_scale", None)
         factors.append(attention.key_dim**-0.5 if scale is None else float(scale))
     else:
         factors.append(float(getattr(product.node, "_saved_alpha", 1.0)))
-    before = product
-    for op in reversed(path):
-        factors.append(_slope(op, before, scalars))
-        before = op
+    factors += [_slope(op, before, scalars) for before, op in pairwise(path)]
     known = [factor for factor in factors if factor is not None]
     return math.prod(known) if len(known) == len(factors) else None
 
@@ -87,19 +79,12 @@ def _path_to_product(weights: Op) -> tuple[Op, ...] | None:
         if weights.name not in RESHAPES | {"Mul", "Div", "Slice"} or len(weights.data) != 1:
             return None
         weights = weights.data[0]
-    visited: set[Op] = set()
-    path = list(weights.data[:1])
-    while path:
-        op = path[-1]
-        visited.add(op)
-        if op.name in ("Bmm", "Baddbmm") and len(op.data) > 1:
-            return tuple(path)
-        further = next((operand for operand in op.data if operand not in visited), None)
-        if further is None:
-            path.pop()
-        else:
-            path.append(further)
-    return None
+    visited, path = set[Op](), weights.data[:1]
+    while path and not (path[-1].name in ("Bmm", "Baddbmm") and len(path[-1].data) > 1):
+        visited.add(path[-1])
+        further = [operand for operand in path[-1].data if operand not in visited]
+        path = (*path, further[0]) if further else path[:-1]
+    return path or None
 
 
 def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scalars) -> float | None:
@@ -136,14 +121,11 @@ def _slope(op: Op, before: Op, scalars: Scalars) -> float | None:
 
 def _product(op: Op, sizes: Mapping[Op, float | None], scalars: Scalars) -> float | None:
     """Size of a product or a quotient."""
-    found: list[float | None] = []
     operands = (*op.operands, None)[:2]  # a product with a number may have one operand
-    for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True):
-        if operand is None:
-            found.append(_constant(getattr(op.node, attribute), scalars))
-        else:
-            found.append(sizes.get(operand[0], 1.0) if operand[0].from_data else 1.0)
-    first, second = found
+    first, second = (
+        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute), scalars)
+        for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True)
+    )
     if first is None or not second:
         return None
     return first * second if op.name == "Mul" else first / second

@@ -30,7 +30,8 @@ class BranchRoles:
         op = use.op
         if use.kind == "matrix":
             role = self._matrix_role(op)
-            return Placed(role, Variant.BEFORE_NORM if role is Role.BRANCH_OUT and self._ends_in_norm else None)
+            before_norm = role is Role.BRANCH_OUT and any(o.is_normalizer for o in self._writing_path)
+            return Placed(role, Variant.BEFORE_NORM if before_norm else None)
         if use.kind == "bias":
             return Placed(BIAS_ROLES[self._matrix_role(op)])
         if use.kind == "lookup":
@@ -40,8 +41,9 @@ class BranchRoles:
             return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
         if size != max(use.selected, default=1) and not self._is_per_head(use):
             return Unplaced(f"it enters {op.name} with shape {list(use.shape)}")
-        # at D = 1 the gain of a norm has one entry, too
-        if size == 1 and not (use.shape and self._embedding == 1 and not self._matrices_before.of(op)):
+        # at D = 1, where the matrix that writes has one output, the gain of a norm has one entry, too
+        embedding = self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
+        if size == 1 and not (use.shape and embedding == 1 and not self._matrices_before.of(op)):
             return Placed(Role.BRANCH_BOUNDED)
         if op in self._writing_path:
             return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
@@ -57,7 +59,7 @@ class BranchRoles:
                 return Placed(Role.BRANCH_BOUNDED)
             if size % attention.key_dim == 0:
                 return Placed(Role.BRANCH_IN_BIAS)
-        if size in self._sizes:
+        if any(size in matrix.fans for other in self.matrices for matrix in self.graph.matrices(other)):
             return Placed(Role.BRANCH_IN_BIAS)
         return Unplaced(
             f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
@@ -77,11 +79,6 @@ class BranchRoles:
     def writers(self) -> tuple[Op, ...]:
         """Matrices that write to the addition: nothing but linear operations and norms lies between."""
         return tuple(op for op in self.matrices if op in self._writing_path)
-
-    @cached_property
-    def _ends_in_norm(self) -> bool:
-        """Whether a norm comes after the matrices that write."""
-        return any(op.is_normalizer for op in self._writing_path)
 
     @cached_property
     def attention(self) -> Attention | None:
@@ -115,9 +112,7 @@ class BranchRoles:
 
     def is_expert(self, op: Op) -> bool:
         """Whether an operation is a matrix of an expert, or looks up its bias."""
-        if self.experts is None:
-            return False
-        return op in self.experts.ops or self._biased.get(op) in self.experts.ops
+        return self.experts is not None and not self.experts.ops.isdisjoint((op, self._biased.get(op)))
 
     def _matrix_role(self, op: Op) -> Role:
         router = None if self.experts is None else self.experts.router
@@ -143,9 +138,9 @@ class BranchRoles:
 
     def _is_per_head(self, use: Use) -> bool:
         """Whether a parameter is [heads, head_dim]."""
-        attention = self.attention
+        dims = () if self.attention is None else (self.attention.key_dim, self.attention.value_dim)
         entries = [size for size in use.selected if size > 1]
-        return attention is not None and len(entries) == 2 and entries[1] in (attention.key_dim, attention.value_dim)
+        return len(entries) == 2 and entries[1] in dims
 
     def _is_in_heads(self, op: Op) -> bool:
         """Whether units have been split into heads, which one head alone does not show in the size of the last axis."""
@@ -163,17 +158,17 @@ class BranchRoles:
         found: dict[Op, Op] = {}
         for op in self.region.ops if self.experts is not None else ():
             sources = [operand.source for operand in op.data]
-            matrices = [source for source in sources if self.experts is not None and source in self.experts.ops]
+            matrices = [source for source in sources if self.experts and source in self.experts.ops]
             if op.name == "Add" and len(matrices) == 1:
-                tables = [source for source in sources if self.graph.is_lookup(source)]
+                tables = [source for source in sources if "lookup" in self.graph.kinds(source)]
                 found |= dict.fromkeys(tables or [op], matrices[0])
         return found
 
     @cached_property
     def _matrices_before(self) -> Ancestry:
         """Matrices and lookups that come before each operation."""
-        ops = self.region.ops
-        return Ancestry(self.graph, ops, (op for op in ops if self.graph.is_matrix(op) or self.graph.is_lookup(op)))
+        maps = (op for op in self.region.ops if self.graph.kinds(op) & {"matrix", "lookup"})
+        return Ancestry(self.graph, self.region.ops, maps)
 
     @cached_property
     def _writing_path(self) -> frozenset[Op]:
@@ -189,12 +184,3 @@ class BranchRoles:
 
         ops, _ = between([self.region.end], lambda op: op not in members or op.name in NONLINEAR, operands)
         return frozenset(ops)
-
-    @cached_property
-    def _embedding(self) -> int | None:
-        """Dimension of the stream, D: outputs of the matrix that writes."""
-        return self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
-
-    @cached_property
-    def _sizes(self) -> frozenset[int]:
-        return frozenset(size for op in self.matrices for use in self.graph.matrices(op) for size in use.fans)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from mlu_lightning.discovery.attention import own_scale
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.feature_taps import FeatureTaps
-from mlu_lightning.discovery.graph import build_graph
+from mlu_lightning.discovery.graph import UseKind, build_graph
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
 from mlu_lightning.discovery.outer_roles import Unplaced
 from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
@@ -33,19 +33,15 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
 
     One forward pass is run on a copy of the module whose tensors have shapes but no memory; then autograd's graph is
     walked back. Residual additions are those whose one operand goes into the other through a parameter matrix.
+    Parameters that could not be placed are in ``unassigned``, with what was found around them.
 
     Args:
         module: LightningModule, or any other module.
-        example: batch as ``training_step`` takes it for a LightningModule; arguments of ``forward`` (a tensor, a tuple, or
-            a mapping of keyword arguments) for any other module. By default the ``example_input_array`` of a
-            LightningModule, on which its ``forward`` is run.
-
-    Returns:
-        The structure. Parameters that could not be placed are in its ``unassigned``, with what was found around them.
+        example: batch of a LightningModule's ``training_step``, by default its ``example_input_array`` for ``forward``;
+            arguments of any other module's ``forward``: a tensor, a tuple, or a mapping of keyword arguments.
 
     Raises:
-        ValueError: if the module has no residual branches, or recurrent ones, or parts that autograd does not show, or
-            cannot be copied, or there is no example.
+        ValueError: no example, no residual branches, recurrent ones, parts that autograd does not show or cannot be copied.
 
     >>> class Residual(nn.Module):
     ...     def __init__(self):
@@ -75,7 +71,11 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
     sites = MultiplierSites(trace, graph)
     named = _named_branches(regions, uses)
-    branches = tuple(_branch(branch, sites, idle) for branch in named)
+    members: dict[int | None, list[str]] = defaultdict(list)
+    for name, placed in uses.items():
+        for number in {u.region.number for u in placed}:
+            members[number].append(name)
+    branches = tuple(_branch(name, calls, members[calls[0].number], sites, idle) for name, calls in named.items())
     readouts = tuple(_readouts(uses, sites))
     sums = {branch.addition: branch.before for branch in parts.branches}
     multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
@@ -88,60 +88,51 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         streams=tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True)),
         readouts=readouts,
         taps=tuple(_taps(taps, along, readouts, uses)),
-        features=FeatureTaps(trace, graph).branches(branch.calls for branch in named),
+        features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
         warnings=tuple(warnings_about(parts, regions, uses, {f.variant for f in parameters.values()}, [*idle])),
     )
 
 
-@dataclass(frozen=True)
-class _NamedBranch:
-    """One branch with all of its calls."""
-
-    name: str
-    parameters: tuple[str, ...]
-    stream: int
-    calls: tuple[BranchRoles, ...]
+def _calls(regions: Iterable[Region]) -> list[BranchRoles]:
+    return [region.branch for region in regions if region.branch is not None]
 
 
-def _named_branches(regions: list[Region], uses: Uses) -> list[_NamedBranch]:
-    """Every branch with its name and parameters, in order."""
-    members: dict[int | None, list[str]] = defaultdict(list)
-    for name, placed in uses.items():
-        for number in dict.fromkeys(u.region.number for u in placed):
-            members[number].append(name)
+def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]]:
+    """The calls of every branch by its name, in order."""
     called: dict[int | None, list[Region]] = defaultdict(list)
     for region in regions:
         called[region.number].append(region)
     called.pop(None, None)
-    named: dict[str, _NamedBranch] = {}
-    for number, (first, *others) in called.items():
-        calls = tuple(region.branch for region in (first, *others) if region.branch is not None)
-        matrices = calls[0].matrix_names
+    named: dict[str, list[Region]] = {}
+    for of_branch in called.values():
+        matrices = _calls(of_branch)[0].matrix_names
+        first = of_branch[0]
         roles = {name: next((u.found.role for u in uses[name] if u.region is first), None) for name in matrices}
         # if another branch has that name, gates of this one and then all but what it writes with are left out
         units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
         names = [common_module(matrices), common_module(units), matrices[-1].rpartition(".")[0]]
-        name = next((name for name in names if name not in named), names[-1])
-        named[name] = _NamedBranch(name, tuple(members[number]), first.stream, calls)
-    return list(named.values())
+        named[next((name for name in names if name not in named), names[-1])] = of_branch
+    return named
 
 
-def _branch(named: _NamedBranch, sites: MultiplierSites, idle: dict[str, str]) -> Branch:
-    first = named.calls[0]
-    attention = first.attention
+def _branch(
+    name: str, regions: list[Region], parameters: list[str], sites: MultiplierSites, idle: dict[str, str]
+) -> Branch:
+    calls = _calls(regions)
+    first, attention = calls[0], calls[0].attention
     writers = [use.parameter for op in first.writers for use in first.graph.matrices(op)]
-    owner = writers[-1].rpartition(".")[0] if writers else named.name
-    ends = [call.region.end for call in named.calls]
+    owner = writers[-1].rpartition(".")[0] if writers else name
+    ends = [call.region.end for call in calls]
     folds = sites.folds(ends)
     branch = Branch(
-        name=named.name,
+        name=name,
         kind=first.kind,
         hidden=first.hidden,
-        stream=named.stream,
+        stream=regions[0].stream,
         position=first.region.position,
-        parameters=named.parameters,
-        site=sites.branch(ends, named.name, owner),
+        parameters=tuple(parameters),
+        site=sites.branch(ends, name, owner),
         folds=folds + tuple(name for name, sibling in idle.items() if sibling in folds),
     )
     if attention is None:
@@ -153,27 +144,25 @@ def _branch(named: _NamedBranch, sites: MultiplierSites, idle: dict[str, str]) -
 def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
     """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
-        reads = _matrices(placed, Role.READOUT)
+        reads = _used_as(placed, Role.READOUT, "matrix")
         if reads:
             site = sites.readout([u.use.op for u in reads])
             alone = len(reads) == len(placed) and all(u.use.homogeneous for u in reads)
             yield Readout(name, reads[0].region.stream, site, (name,) if alone else (), reads[0].use.fans[0])
 
 
-def _matrices(uses: list[PlacedUse], role: Role) -> list[PlacedUse]:
-    return [u for u in uses if u.found.role is role and u.use.kind == "matrix"]
+def _used_as(uses: list[PlacedUse], role: Role, kind: UseKind) -> list[PlacedUse]:
+    return [u for u in uses if u.found.role is role and u.use.kind == kind]
 
 
 def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Readout, ...], uses: Uses) -> Iterator[Tap]:
     """Taps of streams, from the calls of branches along each, then of readouts."""
     for number, branches in enumerate(along):
         yield from taps.stream(number, branches)
-    biases = (
-        u for placed in uses.values() for u in placed if u.found.role is Role.READOUT_BIAS and u.use.kind == "add"
-    )
-    added = {u.use.op for u in biases}
+    biases = {u.use.op for placed in uses.values() for u in _used_as(placed, Role.READOUT_BIAS, "add")}
     for number, readout in enumerate(readouts):
-        tap = taps.readout(number, [u.use.op for u in _matrices(uses[readout.parameter], Role.READOUT)], added)
+        matrices = [u.use.op for u in _used_as(uses[readout.parameter], Role.READOUT, "matrix")]
+        tap = taps.readout(number, matrices, biases)
         if tap is not None:
             yield tap
 
@@ -193,12 +182,9 @@ def _idle_experts(shapes: dict[str, tuple[int, ...]], uses: Uses) -> dict[str, s
     for name, placed in uses.items():
         if any(u.region.branch is not None and u.region.branch.is_expert(u.use.op) for u in placed):
             busy |= dict.fromkeys(_patterns(name), name)
-    found: dict[str, str] = {}
-    for name, shape in shapes.items():
-        sibling = next((busy[pattern] for pattern in _patterns(name) if pattern in busy), None)
-        if not uses.get(name) and sibling is not None and shapes[sibling] == shape:
-            found[name] = sibling
-    return found
+    idle = (name for name in shapes if not uses.get(name))
+    siblings = ((name, next(filter(None, map(busy.get, _patterns(name))), "")) for name in idle)
+    return {name: sibling for name, sibling in siblings if shapes.get(sibling) == shapes[name]}
 
 
 def _patterns(name: str) -> list[str]:

@@ -18,13 +18,13 @@ _SELECTIONS = frozenset({"Topk", "Gather", "Cat", "Stack", "Index"})
 _MASKS = frozenset({"Where", "MaskedFill", "MaskedScatter", "Scatter", "ScatterAdd", "IndexPut", "CopySlices"})
 _AFTER_SUMS = frozenset("Add ClampMin Clamp Reciprocal ToCopy Unsqueeze Expand Mul".split())
 """What a sum goes through before weights are divided by it."""
+_SUMS = ("Sum", "LinalgVectorNorm")
 
 
 @dataclass(frozen=True)
 class Experts:
     """Experts of a branch, between which a router chooses for every token."""
 
-    graph: Graph
     router: Op  # matrix whose outputs are weights of experts
     ops: frozenset[Op]  # matrices of experts
     number: int
@@ -38,8 +38,8 @@ class Experts:
             selected.append(1)
         if selected:
             return max(selected)
-        hidden = any(op.name in _MASKS | {"Topk", "Sort"} or _is_masked(op) for op in self.weights)
-        return None if hidden else self.number
+        unread = any(op.name in _MASKS | {"Topk", "Sort"} or _is_masked(op) for op in self.weights)
+        return None if unread else self.number
 
     @cached_property
     def averaged(self) -> bool:
@@ -49,7 +49,7 @@ class Experts:
         sizes = {op.shape[-1] for op in starts}
         return any(
             (op.name == "Softmax" and op.shape[-1] in sizes)
-            or (op.name in ("Div", "Mul") and op.shape[-1] in sizes and self._is_share(op, after))
+            or (_is_share(op) and op.shape[-1] in sizes and after.issuperset(op.data))
             for op in self.weights
             if op in after and op not in starts
         )
@@ -60,21 +60,9 @@ class Experts:
 
     @cached_property
     def _selections(self) -> list[Op]:
-        return [
-            op
-            for op in self.weights
-            if op.name in _SELECTIONS
-            and op.shape
-            and math.prod(op.shape[:-1]) == self._tokens
-            and (op.shape[-1] < self.number or op.name == "Topk")
-        ]
-
-    def _is_share(self, op: Op, after: set[Op]) -> bool:
-        """Whether an operation divides weights by their sum."""
-        divisors = (operand for operand in op.data if operand.shape[-1:] == (1,))
-        sources = (origin((o, 0), lambda o: o.name in _AFTER_SUMS and len(o.data) == 1)[0] for o in divisors)
-        whole = len(op.data) == 2 and after.issuperset(op.data)
-        return whole and any(source.name in ("Sum", "LinalgVectorNorm") for source in sources)
+        selections = (op for op in self.weights if op.name in _SELECTIONS and op.shape)
+        of_tokens = (op for op in selections if math.prod(op.shape[:-1]) == self._tokens)
+        return [op for op in of_tokens if op.shape[-1] < self.number or op.name == "Topk"]
 
 
 def find_experts(graph: Graph, ops: tuple[Op, ...]) -> Experts | None:
@@ -88,27 +76,27 @@ def find_experts(graph: Graph, ops: tuple[Op, ...]) -> Experts | None:
     products: dict[Op, list[tuple[Op, Op]]] = {}  # by router: a weight, and the product that it goes into
     weighting: dict[Op, set[Op]] = {}
     for op in ops:
-        if op.name not in ("Mul", "Bmm") or len(op.data) != 2 or op.is_normalizer:
+        is_product = op.name == "Mul" or (op.name == "Bmm" and not graph.is_matrix(op))
+        if not is_product or len(op.data) != 2 or op.is_normalizer:
             continue
         for weight in op.data:
-            whole = op.name == "Mul" and (2 * math.prod(weight.shape) > math.prod(op.shape) or weight.shape[-1] != 1)
-            if whole or (op.name == "Bmm" and graph.is_matrix(op)):
+            if op.name == "Mul" and (2 * math.prod(weight.shape) > math.prod(op.shape) or weight.shape[-1] != 1):
                 continue
             path, met = between([weight], lambda o: o not in members or graph.is_matrix(o))
-            sources = met & members
-            if len(sources) == 1:
-                (router,) = sources
+            if len(met & members) == 1:
+                (router,) = met & members
                 products.setdefault(router, []).append((weight, op))
                 weighting.setdefault(router, set()).update(path)
     for router, found in products.items():
-        number = _outputs(graph.matrices(router)[0])
-        stacked = {op for op in matrices if op is not router and _is_stacked(graph.matrices(op), number)}
-        own = stacked
+        gate = graph.matrices(router)[0]
+        number = gate.shape[-1] if gate.inputs_first else gate.shape[0]
+        own = stacked = {op for op in matrices if op is not router and _is_stacked(graph.matrices(op), number)}
         outputs = _each([(weight, product) for weight, product in found if product.name == "Mul"], number)
         if not stacked and 1 < len(outputs) <= number:  # those that no token was sent to may be missing
-            own = _own_matrices(outputs, matrices, router)
+            behind = [set(walk_back([product])).intersection(matrices) - {router} for product in outputs]
+            own = set().union(*behind).difference(set(matrices).intersection(*behind))  # what all share is none's
         if number > 1 and own and (stacked or len(own) >= len(outputs)):
-            return Experts(graph, router, frozenset(own), number, in_order(weighting[router]))
+            return Experts(router, frozenset(own), number, in_order(weighting[router]))
     return None
 
 
@@ -119,12 +107,6 @@ def _each(products: list[tuple[Op, Op]], number: int) -> list[Op]:
     weight, product = products[0]
     stack = next((op for op in (factor.source for factor in product.full_factors) if op.name in ("Stack", "Cat")), None)
     return list(stack.data) if stack is not None and weight.shape[-2:] == (number, 1) else []
-
-
-def _own_matrices(products: list[Op], matrices: list[Op], router: Op) -> set[Op]:
-    """Matrices behind one of the products of experts and weights, but not behind all of them."""
-    behind = [set(walk_back([product])).intersection(matrices) - {router} for product in products]
-    return set().union(*behind) - set(matrices).intersection(*behind)
 
 
 def _is_stacked(uses: tuple[Use, ...], number: int) -> bool:
@@ -138,8 +120,11 @@ def _is_stacked(uses: tuple[Use, ...], number: int) -> bool:
     )
 
 
-def _outputs(use: Use) -> int:
-    return use.shape[-1] if use.inputs_first else use.shape[0]
+def _is_share(op: Op) -> bool:
+    """Whether an operation divides weights by their sum."""
+    divisors = (operand for operand in op.data if operand.shape[-1:] == (1,))
+    sources = (origin((o, 0), lambda o: o.name in _AFTER_SUMS and len(o.data) == 1)[0] for o in divisors)
+    return op.name in ("Div", "Mul") and len(op.data) == 2 and any(s.name in _SUMS for s in sources)
 
 
 def _is_masked(op: Op) -> bool:

@@ -1,9 +1,8 @@
 """Where pre-activations and attention logits can be read: torch functions that are given them or return them.
 
-Pre-activations are what enters the nonlinearity of a branch. Hidden units are what the last matrix of a branch reads. On the
-way back from there to the matrices before lie their nonlinearity, which may be a formula of several steps, and the product
-with the other half of a gated perceptron; before these what is linear in what the matrices make, biases and norms. Where
-that ends are the pre-activations.
+On the way back from what the last matrix of a branch reads lie the nonlinearity, which may be a formula of several steps,
+and the product of a gated perceptron; before these, what is linear in what the matrices before make, which is where
+pre-activations are.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class FeatureTaps:
     trace: Trace
     graph: Graph
 
-    def branches(self, branches: Iterable[tuple[BranchRoles, ...]]) -> tuple[Tap, ...]:
+    def branches(self, branches: Iterable[Iterable[BranchRoles]]) -> tuple[Tap, ...]:
         """Taps of branches; of several calls of one, the first that can be read, which need not come first in the graph."""
         found = (next(filter(None, (self._tap(i, call) for call in calls)), None) for i, calls in enumerate(branches))
         return tuple(tap for tap in found if tap is not None)
@@ -59,14 +58,13 @@ class FeatureTaps:
 
     def _attention(self, entering: Op) -> FunctionCall | None:
         """The attention that is an operation, or whose softmax takes what that makes."""
-        return next((call for op, call in self._attentions if op is entering or entering in op.data), None)
+        calls = (call for call in self.trace.functions if call.place.function == ATTENTION_CALL)
+        found = ((self._by_number.get(call.sequence), call) for call in calls)
+        return next((call for op, call in found if op is not None and (op is entering or entering in op.data)), None)
 
     @cached_property
-    def _attentions(self) -> list[tuple[Op, FunctionCall]]:
-        """Attentions with their operations."""
-        by_number = {op.node._sequence_nr(): op for op in self.graph.ops}
-        calls = (call for call in self.trace.functions if call.place.function == ATTENTION_CALL)
-        return [(by_number[call.sequence], call) for call in calls if call.sequence in by_number]
+    def _by_number(self) -> dict[int, Op]:
+        return {op.node._sequence_nr(): op for op in self.graph.ops}
 
     @cached_property
     def _candidates(self) -> dict[Value, list[_Candidate]]:
@@ -86,8 +84,7 @@ class FeatureTaps:
 
     def _first(self, tensors: tuple[TracedTensor, ...]) -> Value | None:
         """The value of the first tensor, None if it has no part in the loss."""
-        values = (self.graph.value(tensor) for tensor in tensors if tensor.index == 0)
-        return next((value for value in values if value is not None), None)
+        return next((value for index, value in self.graph.values(tensors) if index == 0), None)
 
 
 @dataclass(frozen=True)
@@ -106,14 +103,12 @@ class _Candidate:
 
 
 def _pre_activations(branch: BranchRoles) -> Value | None:
-    """Find what enters the nonlinearity of the hidden units of a branch without attention.
+    """Find what enters the nonlinearity of a branch without attention, or what its first matrix makes if it has none.
 
-    The pre-activations of gated perceptrons are those of the half that enters the nonlinearity, the larger value if there
-    is none, and of a branch whose units are linear what its first matrix makes. None for experts, whose tokens change
-    their places from step to step, and in a branch without matrices.
+    Of gated perceptrons it is the half that enters the nonlinearity, the larger value if there is none.
     """
     if branch.experts is not None:
-        return None
+        return None  # tokens change their places from step to step
     ends = branch.writers[-1].data if branch.writers else (branch.region.end,)
     inside = set(branch.region.ops)
     formula, before = between(ends, lambda op: op not in inside or branch.graph.is_matrix(op))
@@ -122,9 +117,9 @@ def _pre_activations(branch: BranchRoles) -> Value | None:
     users: dict[Value, dict[Value, list[Op]]] = defaultdict(lambda: defaultdict(list))
     for op in formula:
         if op not in linear and op not in sizes:
-            for operand in op.operands:
-                if operand is not None and operand[0] in entering:
-                    users[origin(operand, lambda o: o.is_transparent)][_unarranged(operand)].append(op)
+            for value in op.values:
+                if value[0] in entering:
+                    users[origin(value, lambda o: o.is_transparent)][_unarranged(value)].append(op)
 
     def rank(source: Value) -> tuple[bool, int]:
         nonlinear = any(op.name in NONLINEAR for ops in users[source].values() for op in ops)
@@ -144,8 +139,7 @@ def _unarranged(value: Value) -> Value:
 
 def _linear_part(formula: tuple[Op, ...], before: set[Op], users: dict[Op, list[Op]]) -> tuple[set[Op], set[Op]]:
     """Operations that are linear in what comes before, or norms of that; and those that compute the size in a norm."""
-    linear: set[Op] = set()
-    sizes: set[Op] = set()
+    linear, sizes = set[Op](), set[Op]()
     for op in formula:
         known = [operand in linear or operand in before for operand in op.data]
         if (all(known) and _is_linear(op)) or (any(known) and op.is_normalizer):  # written by hand, the size is not

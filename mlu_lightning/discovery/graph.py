@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,8 +13,7 @@ from torch.autograd.graph import Node
 
 from mlu_lightning.discovery.trace import Trace, TracedTensor
 
-__all__ = ["Graph", "Op", "Use", "Value", "build_graph"]
-
+__all__ = ["Graph", "Op", "Use", "UseKind", "Value", "build_graph"]
 
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
@@ -71,7 +70,8 @@ class Op:
     name: str  # what autograd calls it, without ``Backward`` and number
     shapes: tuple[tuple[int, ...], ...]  # of its outputs
     operands: tuple[Value | None, ...]  # in autograd's order, None for constants
-    data: tuple[Op, ...]  # operations among the operands that data enters
+    values: tuple[Value, ...]  # those of the operands that data enters
+    data: tuple[Op, ...]  # their operations
     from_data: bool  # whether data enters it, or only parameters and constants do
     parameter: str | None  # its name, if it is a parameter
     node: Node
@@ -102,8 +102,7 @@ class Op:
         """Whether it divides data by a size of that data: a norm, whole or its last step written by hand."""
         if self.name not in ("Mul", "Div") or len(self.data) != 2:
             return self.name in NORMS
-        by_size = ((op.source.name in SIZES and (1,) in (op.source.shape[-1:], op.shape[-1:])) for op in self.data)
-        return any(by_size)
+        return any(op.source.name in SIZES and (1,) in (op.source.shape[-1:], op.shape[-1:]) for op in self.data)
 
     @property
     def full_factors(self) -> tuple[Op, ...]:
@@ -145,14 +144,19 @@ class Use:
     @property
     def selected(self) -> tuple[int, ...]:
         """Shape of what one use selects of the parameter, before it is arranged to meet data."""
-        picked = any(step.name in SELECTIONS or step.name in ("Select", "Unbind") for step in self.path)
+        picked = any(step.name in SELECTIONS | {"Select", "Unbind"} for step in self.path)
         return self.shape if picked else self.stored
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether the operand has several entries along one axis at most."""
+        return math.prod(self.shape) == max(self.shape, default=1)
 
     @property
     def is_section(self) -> bool:
         """Whether it is one of several sections of the parameter, such as the queries' rows of in_proj_weight."""
-        is_cut = any(step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path)
-        return is_cut and len(self.shape) == len(self.stored)
+        cut = any(step.name in ("Slice", "Split", "SplitWithSizes") for step in self.path)
+        return cut and len(self.shape) == len(self.stored)
 
     @property
     def stored_inputs_first(self) -> bool:
@@ -192,18 +196,18 @@ class Graph:
         """Uses of parameters as a matrix by an operation."""
         return tuple(use for use in self.uses.get(op, ()) if use.kind == "matrix")
 
+    def kinds(self, op: Op) -> set[UseKind]:
+        """What parameters are to an operation."""
+        return {use.kind for use in self.uses.get(op, ())}
+
     def is_matrix(self, op: Op) -> bool:
         """Whether an operation multiplies data with a parameter matrix."""
-        return any(use.kind == "matrix" for use in self.uses.get(op, ()))
+        return "matrix" in self.kinds(op)
 
-    def is_lookup(self, op: Op) -> bool:
-        """Whether an operation looks rows of a parameter up."""
-        return any(use.kind == "lookup" for use in self.uses.get(op, ()))
-
-    def value(self, tensor: TracedTensor) -> Value | None:
-        """The value that a tensor holds, None if it has no part in what the forward pass returned."""
-        op = self.by_node.get(tensor.node)
-        return None if op is None else (op, tensor.output)
+    def values(self, tensors: Iterable[TracedTensor]) -> Iterator[tuple[int | None, Value]]:
+        """Indices of the tensors that have a part in what the forward pass returned, and the values that they hold."""
+        found = ((tensor, self.by_node.get(tensor.node)) for tensor in tensors)
+        return ((tensor.index, (op, tensor.output)) for tensor, op in found if op is not None)
 
     @cached_property
     def users(self) -> dict[Op, list[Op]]:
@@ -229,6 +233,7 @@ def build_graph(trace: Trace) -> Graph:
     by_node: dict[Node, Op] = {}
     for node in _topological(trace.roots):
         operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
+        values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
         name = _plain_name(node)
         leaf = getattr(node, "variable", None) if not operands else None
         parameter = trace.parameters.get(id(leaf)) if leaf is not None else None
@@ -237,8 +242,9 @@ def build_graph(trace: Trace) -> Graph:
             name=name,
             shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
             operands=operands,
-            data=tuple(operand[0] for operand in operands if operand is not None and operand[0].from_data),
-            from_data=_takes_data(name, operands) if operands else parameter is None,
+            values=values,
+            data=tuple(op for op, _ in values),
+            from_data=_takes_data(name, operands, values) if operands else parameter is None,
             parameter=parameter,
             node=node,
         )
@@ -265,16 +271,16 @@ def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
 
 def _plain_name(node: Node) -> str:
     name = node.name().rsplit("::", 1)[-1]
-    return name.split("Backward")[0] if "Backward" in name and not name.startswith("Backward") else name
+    return name.partition("Backward")[0] or name
 
 
-def _takes_data(name: str, operands: tuple[Value | None, ...]) -> bool:
+def _takes_data(name: str, operands: tuple[Value | None, ...], values: tuple[Value, ...]) -> bool:
     stack = operands[0]
     # matrices may be taken from a parameter that holds one for each expert
     selects = name in SELECTIONS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
     if name in LOOKUPS and not selects:
         return True  # indices are data that need no gradient
-    if any(operand is not None and operand[0].from_data for operand in operands):
+    if values:
         return True
     factors = _FACTORS.get(name, (0,) if name in WEIGHT_SLOTS else ())
     return any(operands[slot] is None for slot in factors if slot < len(operands))  # a parameter multiplies a constant
@@ -286,14 +292,16 @@ _FACTORS = dict.fromkeys(("Mm", "Bmm", "Mv"), (0, 1)) | dict.fromkeys(("Addmm", 
 
 def _uses(op: Op) -> Iterator[Use]:
     """Uses of parameters by an operation on data, through operations on parameters alone."""
+    weights = WEIGHT_SLOTS.get(op.name, {})
+    kinds: dict[int | None, UseKind] = {BIAS_SLOTS.get(op.name): "bias", **dict.fromkeys(weights, "matrix")}
     for slot, operand in enumerate(op.operands):
         if operand is None or operand[0].from_data:
             continue
         leaves = list(_leaves(operand[0], ()))
         shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
-        inputs_first = WEIGHT_SLOTS.get(op.name, {}).get(slot, False)
+        kind = kinds.get(slot, _KINDS.get(op.name, "other"))
         for leaf, path in leaves:
-            kind = _use_kind(op, slot)
+            inputs_first = weights.get(slot, False)
             yield Use(leaf.parameter or "", op, kind, path, shape, leaf.shape, inputs_first, shared=len(leaves) > 1)
 
 
@@ -304,9 +312,3 @@ def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]
     for operand in op.operands:
         if operand is not None:
             yield from _leaves(operand[0], (op, *path))
-
-
-def _use_kind(op: Op, slot: int) -> UseKind:
-    if slot in WEIGHT_SLOTS.get(op.name, {}):
-        return "matrix"
-    return "bias" if BIAS_SLOTS.get(op.name) == slot else _KINDS.get(op.name, "other")

@@ -14,7 +14,7 @@ from mlu_lightning.discovery.attention import Attention
 from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, JOINS, LINEAR, NORMS, RESHAPES, VIEWS, Graph, Op, Use
 from mlu_lightning.discovery.structure import Logits, Site
 from mlu_lightning.discovery.trace import ModuleCall, Trace
-from mlu_lightning.discovery.traversal import walk_back
+from mlu_lightning.discovery.traversal import in_order, walk_back
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["MultiplierSites"]
@@ -28,10 +28,7 @@ class MultiplierSites:
     graph: Graph
 
     def branch(self, ends: list[Op], name: str, owner: str) -> Site | None:
-        """A module whose output, multiplied, multiplies a branch in each of its calls and nothing else.
-
-        Preferred is a module that has the name of the branch, then the owner of the matrix that writes.
-        """
+        """A module whose output is a branch in each of its calls: of its name, or the owner of the matrix that writes."""
         found = self._common([self._output_sites(self._proportional(end), len(ends)) for end in ends])
         return min(found, key=lambda site: (site.module != name, site.module != owner, len(site.module)), default=None)
 
@@ -50,44 +47,36 @@ class MultiplierSites:
         return next(self._common([self._output_sites([op], len(matrices)) for op in source.values()]), None)
 
     def logits(self, attention: Attention, calls: int) -> Logits:
-        """Where the queries of an attention can be multiplied: after their norm, which would undo it, if they have one.
-
-        ``attention`` is in the first of the branch's calls.
-        """
+        """Where the queries of an attention in the first call can be multiplied: after a norm, which would undo it."""
         queries = attention.queries
-        behind = self._behind(queries)
+        # what queries are made of by linear operations, nearest first
+        linear = walk_back([queries], lambda op: op.data if op.name in LINEAR and not op.is_normalizer else ())
+        behind = in_order(linear)[::-1]
         since, size = behind[-1].index, math.prod(queries.shape)
         # what keys or values are made of, as far back as queries are
         others = set(walk_back((attention.keys, attention.values), lambda op: op.data if op.index > since else ()))
         own = (op for op in behind if math.prod(op.shape) == size and op not in others)
         alone = [op for op in own if self._is_proportional(queries, op)]
-        factors = self._factors(queries) or []
+        factors, _ = self._factors(queries) or ([], set())
         folds = self.folds([queries]) if calls == 1 and all(use.op in alone for use in factors) else ()
         sites = (*self._output_sites(alone, calls), *self._parts(queries, behind, calls), *self._query_rows(behind))
         return Logits(next(iter(sites), None), folds)
 
     def folds(self, ends: list[Op]) -> tuple[str, ...]:
         """Parameters whose multiplication multiplies the ends of all calls and nothing else, empty if there is none."""
-        # what is read twice, as by a rotation of positions, is used once
-        paths: list[set[Op]] = [set() for _ in ends]
-        found = [list(dict.fromkeys(self._factors(end, path) or [])) for end, path in zip(ends, paths, strict=True)]
+        found = [factors for factors in map(self._factors, ends) if factors is not None]
         users = self.graph.users
-        inner = ((op, path) for end, path in zip(ends, paths, strict=True) for op in path if op is not end)
-        if any(user not in path for op, path in inner for user in users[op]) or any(
-            len(users[end]) > 1 for end in ends
-        ):
+        inner = ((op, path) for end, (_, path) in zip(ends, found, strict=False) for op in path if op is not end)
+        if len(found) < len(ends) or any(len(users[end]) > 1 for end in ends):
+            return ()
+        if any(user not in path for op, path in inner for user in users[op]):
             return ()  # something else reads what lies between the parameters and the end of the branch
-        names = [tuple(dict.fromkeys(use.parameter for use in uses)) for uses in found]
-        together = [use for uses in found for use in uses]
-        counts = Counter(use.parameter for use in together)
-        total = self.graph.uses_of
+        names = {tuple(dict.fromkeys(use.parameter for use in uses)) for uses, _ in found}
+        # what is read twice, as by a rotation of positions, is used once
+        together = [use for uses, _ in found for use in dict.fromkeys(uses)]
+        counts, total = Counter(use.parameter for use in together), self.graph.uses_of
         alone = all(len(total[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
-        return names[0] if alone and len(set(names)) == 1 else ()
-
-    def _behind(self, queries: Op) -> list[Op]:
-        """What queries are made of by linear operations, nearest first."""
-        reached = walk_back([queries], lambda op: op.data if op.name in LINEAR and not op.is_normalizer else ())
-        return sorted(reached, key=lambda op: -op.index)
+        return names.pop() if alone and len(names) == 1 else ()
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
         """Whether multiplying the output of one operation multiplies that of another."""
@@ -104,26 +93,24 @@ class MultiplierSites:
             return False  # a constant or a parameter is joined, which would not be multiplied
         return all(self._is_proportional(operand, to) for operand in op.data)
 
-    def _parts(self, queries: Op, behind: list[Op], calls: int) -> Iterator[Site]:
+    def _parts(self, queries: Op, behind: Iterable[Op], calls: int) -> Iterator[Site]:
         """Modules that return queries together with keys and values, side by side in their last dimension."""
         outputs: dict[Op, set[int]] = defaultdict(set)
-        for op in behind:
-            for operand, output in filter(None, op.operands):
-                outputs[operand].add(output)
+        for operand, output in (value for op in behind for value in op.values):
+            outputs[operand].add(output)
         for part in behind:
             entries = _entries(part, *outputs[part]) if len(outputs[part]) == 1 else None
             if entries is None or not self._is_proportional(queries, part):
                 continue
-            op = part.data[0]
-            length = op.shape[-1]
-            while True:
+            row = [part.data[0]]
+            length = row[0].shape[-1]
+            while _keeps_rows(row[-1], length):
+                row += row[-1].data
+            for op in row:
                 period = None if op.shape[-1] == length else length
                 yield from (replace(site, part=entries, period=period) for site in self._output_sites([op], calls))
-                if not _keeps_rows(op, length):
-                    break
-                op = op.data[0]
 
-    def _query_rows(self, behind: list[Op]) -> Iterator[Site]:
+    def _query_rows(self, behind: Iterable[Op]) -> Iterator[Site]:
         """The rows of queries in the projection that ``nn.MultiheadAttention`` holds for all three."""
         for op in behind:
             for use in self.graph.matrices(op):
@@ -132,35 +119,27 @@ class MultiplierSites:
                 if isinstance(owner, nn.MultiheadAttention) and attribute == "in_proj_weight":
                     yield Site(name, "weight", part=(0, owner.embed_dim))
 
-    def _factors(self, op: Op, path: set[Op] | None = None) -> list[Use] | None:
-        """Uses of parameters that an operation's output is proportional to, taken together.
-
-        ``path`` is given the operations between the parameters and it.
-        """
-        path = set() if path is None else path
-        path.add(op)
-        uses = list(self.graph.uses.get(op, ()))
+    def _factors(self, op: Op) -> tuple[list[Use], set[Op]] | None:
+        """Uses of parameters that an output is proportional to, taken together, and the operations from them to it."""
+        uses, operands = list(self.graph.uses.get(op, ())), op.data
         if self.graph.is_matrix(op) or op.name in NORMS:
-            return uses or None
+            return (uses, {op}) if uses else None
         if op.is_normalizer:
             return None
         if op.name in ("Mul", "Div"):
-            for operand in op.full_factors:
-                further: set[Op] = set()
-                factors = self._factors(operand, further)
-                if factors is not None:
-                    path |= further
-                    return factors
-            return uses or None
+            factor = next(filter(None, map(self._factors, op.full_factors)), None)
+            if factor is not None:
+                return factor[0], factor[1] | {op}
+            return (uses, {op}) if uses else None
         if op.name == "Bmm" or op.name.startswith(ATTENTION):
             values = op.operands[1 if op.name == "Bmm" else 2]
-            return self._factors(values[0], path) if values is not None else None
-        if op.name in ("Add", "Sub") and None in op.operands:
+            uses, operands = [], () if values is None else (values[0],)
+        elif op.name not in LINEAR or (op.name in ("Add", "Sub") and None in op.operands):
             return None  # a constant is added, which no parameter multiplies
-        if op.name in LINEAR and op.data:
-            parts = [self._factors(operand, path) for operand in op.data]
-            return None if None in parts else uses + [use for part in parts for use in part or ()]
-        return None
+        parts = [part for part in map(self._factors, operands) if part is not None]
+        if not parts or len(parts) < len(operands):
+            return None
+        return uses + [use for part, _ in parts for use in part], {op}.union(*(path for _, path in parts))
 
     def _proportional(self, end: Op) -> list[Op]:
         """The end of a branch, and what it is proportional to, as far back as nothing else reads that."""
@@ -181,10 +160,10 @@ class MultiplierSites:
         """The readout matrix that a call of a module is, from its first input to its only output."""
         if len(call.outputs) != 1 or not call.inputs:
             return None
-        given, made = self.graph.value(call.inputs[0]), self.graph.value(call.outputs[0])
-        if given is None or made is None:
+        found = [op.source for _, (op, _) in self.graph.values((call.inputs[0], call.outputs[0]))]
+        if len(found) < 2:
             return None  # nothing that reaches the loss
-        read, written = given[0].source, made[0].source
+        read, written = found
         adds_bias = written.name == "Add" and len(written.data) == 1
         before_bias = written.data[0].source if adds_bias else written
         return next((matrix for matrix in (written, before_bias) if source.get(matrix) is read), None)
@@ -197,12 +176,8 @@ class MultiplierSites:
 
     def _output_sites(self, ops: Iterable[Op], calls: int = 1) -> list[Site]:
         """Outputs of modules with that number of calls that are one of the operations', in the order of ``ops``."""
-        return [
-            Site(call.module, "output", index)
-            for op in ops
-            for call, index in self._returned[op]
-            if len(self._calls[call.module]) == calls
-        ]
+        returned = (value for op in ops for value in self._returned[op])
+        return [Site(name, "output", index) for name, index in returned if len(self._calls[name]) == calls]
 
     @staticmethod
     def _common(sites: list[list[Site]]) -> Iterator[Site]:
@@ -217,14 +192,12 @@ class MultiplierSites:
         return calls
 
     @cached_property
-    def _returned(self) -> dict[Op, list[tuple[ModuleCall, int | None]]]:
-        """Calls of modules that return an operation's output, with the position among what they return."""
-        returned: dict[Op, list[tuple[ModuleCall, int | None]]] = defaultdict(list)
+    def _returned(self) -> dict[Op, list[tuple[str, int | None]]]:
+        """Modules that return an operation's output, with the position among what they return."""
+        returned: dict[Op, list[tuple[str, int | None]]] = defaultdict(list)
         for call in self.trace.calls:
-            for tensor in call.outputs:
-                value = self.graph.value(tensor)
-                if value is not None:
-                    returned[value[0]].append((call, tensor.index))
+            for index, (op, _) in self.graph.values(call.outputs):
+                returned[op].append((call.module, index))
         return returned
 
 
@@ -238,8 +211,8 @@ def _entries(part: Op, output: int) -> tuple[int, int] | None:
     if part.name in ("Split", "SplitWithSizes"):
         start = sum(other[-1] for other in part.shapes[:output])
     elif part.name == "Slice" and getattr(part.node, "_saved_step", None) == 1:
-        start = getattr(part.node, "_saved_start", 0) % 2**64
-        start = start - 2**64 + shape[-1] if start >= 2**63 else start
+        # autograd shows negative numbers as unsigned ones
+        start = (getattr(part.node, "_saved_start", 0) + shape[-1]) % 2**64 % shape[-1]
     else:
         return None
     return start, start + part.shapes[output][-1]

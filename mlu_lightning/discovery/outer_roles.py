@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,7 +9,7 @@ from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.table import Role, Variant
 
-__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "StemRoles", "TrunkRoles", "Unplaced"]
+__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "Unplaced", "place_in_stem", "place_on_trunk"]
 
 BIAS_ROLES = {
     Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
@@ -41,47 +40,27 @@ class Unplaced:
     variant: None = None
 
 
-@dataclass(frozen=True)
-class StemRoles:
-    """Roles between the data and the first addition of a stream, or a branch that reads something else."""
-
-    graph: Graph
-    ops: tuple[Op, ...]
-
-    def place(self, use: Use) -> Placed | Unplaced:
-        """Role of a parameter at one use."""
-        if use.kind == "lookup":
-            return Placed(Role.EMBEDDING)
-        if use.kind in ("matrix", "bias"):
-            role = Role.STREAM_MATRIX if self._matrices_before.of(use.op) else Role.EMBEDDING
-            return Placed(role if use.kind == "matrix" else BIAS_ROLES[role])
-        if use.kind == "other" and math.prod(use.shape) != max(use.shape, default=1):
-            return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
-        return Placed(Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM)
-
-    @cached_property
-    def _matrices_before(self) -> Ancestry:
-        marked = (op for op in self.ops if self.graph.is_matrix(op) or self.graph.is_lookup(op))
-        return Ancestry(self.graph, self.ops, marked)
+def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:
+    """Role between the data and the first addition of a stream, or a branch that reads something else."""
+    if use.kind == "lookup":
+        return Placed(Role.EMBEDDING)
+    if use.kind in ("matrix", "bias"):
+        role = Role.STREAM_MATRIX if maps_before.of(use.op) else Role.EMBEDDING
+        return Placed(role if use.kind == "matrix" else BIAS_ROLES[role])
+    if use.kind == "other" and not use.is_vector:
+        return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
+    return Placed(Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM)
 
 
-@dataclass(frozen=True)
-class TrunkRoles:
-    """Roles on a stream between its additions."""
-
-    post_norm: bool
-
-    def place(self, use: Use) -> Placed | Unplaced:
-        """Role of a parameter at one use."""
-        if use.kind == "matrix":
-            return Placed(Role.STREAM_MATRIX)
-        if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
-            return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
-        if math.prod(use.shape) != max(use.shape, default=1):
-            return Unplaced(
-                f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
-            )
-        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.kind in ("norm", "mul") else None)
+def place_on_trunk(use: Use, post_norm: bool) -> Placed | Unplaced:
+    """Role on a stream between its additions."""
+    if use.kind == "matrix":
+        return Placed(Role.STREAM_MATRIX)
+    if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
+        return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
+    if not use.is_vector:
+        return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions")
+    return Placed(Role.STREAM_NORM, Variant.POST_NORM if post_norm and use.kind in ("norm", "mul") else None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +80,7 @@ class HeadRoles:
             return Placed(role, Variant.IN_HEAD if role is Role.STREAM_MATRIX else None)
         if use.kind == "lookup":
             return Unplaced("it is a table that is looked up after the last addition")
-        if math.prod(use.shape) != max(use.shape, default=1):
+        if not use.is_vector:
             return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} after the last addition")
         if self._matrices_before.of(use.op) & self._readouts:
             return Placed(Role.READOUT_BIAS)
@@ -122,11 +101,11 @@ class HeadRoles:
 
     @cached_property
     def _matrices_before(self) -> Ancestry:
-        return Ancestry(self.graph, self.ops, (op for op in self.ops if self.graph.is_matrix(op)))
+        return Ancestry(self.graph, self.ops)
 
     @cached_property
     def _first_norms(self) -> frozenset[Op]:
         """Norms that no other norm of the head comes before: one for each forward pass."""
-        norms = [op for op in self.ops if any(use.kind in ("norm", "mul") for use in self.graph.uses.get(op, ()))]
+        norms = [op for op in self.ops if self.graph.kinds(op) & {"norm", "mul"}]
         before = Ancestry(self.graph, self.ops, norms)
         return frozenset(op for op in norms if not before.of(op))

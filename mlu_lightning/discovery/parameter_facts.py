@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, StemRoles, TrunkRoles, Unplaced
+from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, Unplaced, place_in_stem, place_on_trunk
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
-from mlu_lightning.discovery.traversal import in_order
+from mlu_lightning.discovery.traversal import Ancestry, in_order
 from mlu_lightning.table import Role, Variant
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
-
-_Roles = BranchRoles | StemRoles | TrunkRoles | HeadRoles
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,15 +24,10 @@ class Region:
     """A region of the graph and the rules for roles in it."""
 
     ops: tuple[Op, ...]  # in order
-    roles: _Roles
+    place: Callable[[Use], Placed | Unplaced]
     stream: int
-    number: int | None = None  # of its branch, None outside of branches
-    position: int | None = None  # of the branch along its stream
-
-    @property
-    def branch(self) -> BranchRoles | None:
-        """The branch that it is, None outside of branches."""
-        return self.roles if isinstance(self.roles, BranchRoles) else None
+    branch: BranchRoles | None = None  # the branch that it is, None outside of branches
+    number: int | None = None  # of the branch
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,7 @@ Uses = dict[str, list[PlacedUse]]
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
     """Regions in the order in which they are looked at, and the depth of every stream.
 
-    A branch that is called again, in a second forward pass or at another depth, is one branch, and the streams of
-    several forward passes are one stream.
+    Calls of a branch, also in several forward passes, are one branch, and the streams of these passes one stream.
     """
     branches = [BranchRoles(graph, region) for region in partition.branches]
     groups: dict[tuple[str, ...], int] = {}
@@ -65,7 +59,7 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     streams = {old: kept.index(new) for old, new in merged.items()}
 
     regions = [
-        Region(branch.region.ops, branch, streams[branch.region.stream], number, branch.region.position)
+        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number)
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
@@ -73,27 +67,26 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
         norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
         post_norm = norms > 0 and 2 * norms >= stream.depth - 1
-        parts: list[tuple[tuple[Op, ...], _Roles]] = [
-            (stream.stem, StemRoles(graph, stream.stem)),
-            *((segment, TrunkRoles(post_norm)) for segment in stream.trunk),
-            (stream.shortcuts, TrunkRoles(post_norm=False)),
-            (stream.link, TrunkRoles(post_norm)),
-            (stream.head, HeadRoles(graph, head, post_norm)),
+        maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
+        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced]]] = [
+            (stream.stem, partial(place_in_stem, maps_before=maps)),
+            *((segment, partial(place_on_trunk, post_norm=post_norm)) for segment in (*stream.trunk, stream.link)),
+            (stream.shortcuts, partial(place_on_trunk, post_norm=False)),
+            (stream.head, HeadRoles(graph, head, post_norm).place),
         ]
-        regions += [Region(ops, roles, streams[number]) for ops, roles in parts if ops]
+        regions += [Region(ops, place, streams[number]) for ops, place in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
 
 
 def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
     """All uses of every parameter with their roles."""
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
-    for region in regions:
-        for op in region.ops:
-            for use in graph.uses.get(op, ()):
-                found = region.roles.place(use)
-                if use.kind == "matrix" and use.shared:
-                    found = Unplaced("it is combined with other parameters before it meets data")
-                placed[use.parameter].append(PlacedUse(use, region, found))
+    regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
+    for region, use in regional:
+        found = region.place(use)
+        if use.kind == "matrix" and use.shared:
+            found = Unplaced("it is combined with other parameters before it meets data")
+        placed[use.parameter].append(PlacedUse(use, region, found))
     return placed
 
 
@@ -103,7 +96,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
     if (len(roles) != 1 and not tied) or len(norms) > 1:
-        return ParameterFacts(name, None, shape, *_plain_fans(shape))
+        return ParameterFacts(name, None, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
@@ -121,11 +114,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
             elif role is Role.BRANCH_IN or (role is Role.BRANCH_IN_BIAS and fan_out != branch.hidden):
                 head_dim = branch.attention.key_dim
     return ParameterFacts(
-        name=name,
-        role=role,
-        shape=shape,
-        fan_in=fan_in,
-        fan_out=fan_out,
+        *(name, role, shape, fan_in, fan_out),
         branch=region.number,
         stream=region.stream,
         transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
@@ -138,25 +127,15 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:
     """Whether a norm with a gain, and no matrix, lies between two additions."""
-    kinds = {use.kind for op in segment for use in graph.uses.get(op, ())}
+    kinds = set().union(*map(graph.kinds, segment))
     return bool(kinds & {"norm", "mul"}) and "matrix" not in kinds
 
 
 def _of_experts(branch: BranchRoles, role: Role | None, fan_in: int, fan_out: int) -> tuple[int, int, int]:
-    """Fans of an expert's parameter, and number of experts over which the mixture averages.
-
-    Where outputs of experts are summed, the units of all of them are one hidden layer. Where they are averaged, a matrix
-    sums over the units of its own expert alone.
-    """
+    """Fans of an expert's parameter, among all experts' units if outputs are summed, and number of experts averaged over."""
     assert branch.experts is not None
-    active = branch.active
     if branch.experts.averaged:
-        return fan_in, fan_out, active
-    from_units = role in (Role.BRANCH_HIDDEN, Role.BRANCH_OUT)
-    to_units = role in (Role.BRANCH_IN, Role.BRANCH_IN_BIAS, Role.BRANCH_HIDDEN)
-    return fan_in * (active if from_units else 1), fan_out * (active if to_units else 1), 1
-
-
-def _plain_fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Inputs and outputs of a parameter about which only its shape is known, stored as ``nn.Linear`` does."""
-    return (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
+        return fan_in, fan_out, branch.active
+    inputs = branch.active if role in (Role.BRANCH_HIDDEN, Role.BRANCH_OUT) else 1
+    outputs = branch.active if role in (Role.BRANCH_IN, Role.BRANCH_IN_BIAS, Role.BRANCH_HIDDEN) else 1
+    return fan_in * inputs, fan_out * outputs, 1

@@ -1,10 +1,7 @@
 """Streams and branches in an autograd graph: which additions are residual, and which operations lie between them.
 
-A residual addition adds two tensors of one shape, one of which (the stream) goes into the other (the branch) through
-at least one parameter matrix. Where a stage of a network changes the shape, both operands are computed from the stream:
-the one without a nonlinearity (a strided convolution, pooling) is the stream's shortcut. Everything else follows from
-walking back: from a branch to the stream it reads, from the stream to the addition before, from the first one to the data
-(the stem), and from the output to the last one (the head).
+A residual addition adds two tensors of one shape, one of which (the stream) goes into the other (the branch) through a
+parameter matrix. Where a stage changes the shape, both are made from the stream, its shortcut without a nonlinearity.
 """
 
 from __future__ import annotations
@@ -71,13 +68,13 @@ def partition(graph: Graph) -> Partition:
     stops = {op for addition in additions for op in (addition.op, addition.root)}
     head, head_stops = between(graph.roots, stops.__contains__)
 
-    behind: dict[Op, tuple[tuple[Op, ...], set[Op]]] = {}
+    roots = dict.fromkeys(addition.root for addition in additions)
     own = {addition.op for addition in additions}
-    for addition in additions:
-        if addition.root not in own and addition.root not in behind:
-            behind[addition.root] = between([addition.root], (stops - {addition.root}).__contains__)
+    behind = {root: between([root], (stops - {root}).__contains__) for root in roots if root not in own}
     stream_of = _streams(additions, {root: hits for root, (_, hits) in behind.items()}, head_stops)
-    position_of, depths = _positions(additions, stream_of)
+    along: list[dict[Op, int]] = [{} for _ in set(stream_of.values())]  # the position at which each root is read
+    for addition in additions:
+        along[stream_of[addition.op]].setdefault(addition.root, len(along[stream_of[addition.op]]))
 
     branches: list[BranchRegion] = []
     context: list[Op] = []
@@ -86,10 +83,11 @@ def partition(graph: Graph) -> Partition:
         for end in _parallel_ends(graph, addition.branch, stops, reads_root):
             ops, outside = _branch_ops(graph, end, stops, reads_root)
             context.extend(outside)
-            where = stream_of[addition.op], position_of[addition.op]
-            branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *where))
+            number = stream_of[addition.op]
+            at = number, along[number][addition.root]
+            branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *at))
 
-    streams = [StreamRegions(depth) for depth in depths]
+    streams = [StreamRegions(len(roots)) for roots in along]
     for addition in additions:
         streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
     for root, (ops, hits) in behind.items():
@@ -151,8 +149,7 @@ def _is_nonlinear(branch: Op, root: Op) -> bool:
 
 
 def _adds_two(op: Op) -> bool:
-    data = op.data
-    return op.name in ("Add", "Sub") and op.shape != () and len(data) == 2 and all(d.shape == op.shape for d in data)
+    return op.name in ("Add", "Sub") and op.shape != () and [o.shape for o in op.data] == [op.shape] * 2
 
 
 def _without_outermost(graph: Graph, found: list[_Addition], ancestry: Ancestry) -> list[_Addition]:
@@ -170,11 +167,8 @@ def _without_nested(found: list[_Addition], ancestry: Ancestry) -> list[_Additio
     """Additions that lie in no other one's branch, on the way from the root it reads to its end."""
     kept: list[_Addition] = []
     for addition in reversed(found):
-        if not any(
-            ancestry.precedes(outer.root, addition.op)
-            and (ancestry.precedes(addition.op, outer.branch) or outer.branch is addition.op)
-            for outer in kept
-        ):
+        behind = (outer for outer in kept if ancestry.precedes(outer.root, addition.op))
+        if not any(ancestry.precedes(addition.op, o.branch) or o.branch is addition.op for o in behind):
             kept.append(addition)
     return kept[::-1]
 
@@ -195,14 +189,12 @@ def _branch_ops(graph: Graph, end: Op, stops: set[Op], reads_root: set[Op]) -> t
 
 def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:
     """Operations by the first of the streams that they come from, None if they come from data alone."""
-    first: dict[Op, int] = {}
+    first: dict[Op, int | None] = {}
     parts: dict[int | None, tuple[Op, ...]] = {}
     for op in ops:
         streams = [first.get(operand, stream_of.get(operand)) for operand in op.data]
-        known = [stream for stream in streams if stream is not None]
-        if known:
-            first[op] = min(known)
-        parts[first.get(op)] = (*parts.get(first.get(op), ()), op)
+        stream = first[op] = min((stream for stream in streams if stream is not None), default=None)
+        parts[stream] = (*parts.get(stream, ()), op)
     return parts
 
 
@@ -233,15 +225,5 @@ def _streams(additions: list[_Addition], behind: dict[Op, set[Op]], head_stops: 
         for hit in hits:
             parent[find(hit)] = find(root)
     last = {find(a.op): (a.op in head_stops, a.op.index) for a in additions}
-    order = {top: i for i, top in enumerate(sorted(last, key=lambda top: last[top], reverse=True))}
-    return {op: order[find(op)] for op in list(parent)}
-
-
-def _positions(additions: list[_Addition], stream_of: dict[Op, int]) -> tuple[dict[Op, int], tuple[int, ...]]:
-    """Position of every addition along its stream, and the number of positions of each stream."""
-    roots: list[dict[Op, int]] = [{} for _ in set(stream_of.values())]
-    position: dict[Op, int] = {}
-    for addition in additions:
-        along = roots[stream_of[addition.op]]
-        position[addition.op] = along.setdefault(addition.root, len(along))
-    return position, tuple(len(along) for along in roots)
+    order = sorted(last, key=last.__getitem__, reverse=True)
+    return {op: order.index(find(op)) for op in list(parent)}

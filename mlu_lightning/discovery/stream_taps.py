@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value
 from mlu_lightning.discovery.structure import Site, Tap
-from mlu_lightning.discovery.trace import Trace, TracedTensor
+from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import between, origin
 
 __all__ = ["StreamTaps"]
@@ -23,10 +23,7 @@ _Key = tuple[Literal["stream", "branch", "readout"], int, int]
 
 @dataclass(frozen=True)
 class StreamTaps:
-    """Taps of streams and readouts in a traced module.
-
-    Only the first call of a submodule counts, because that is the one that is read later.
-    """
+    """Taps of streams and readouts in a traced module, at first calls of submodules, which are those read later."""
 
     trace: Trace
     graph: Graph
@@ -53,7 +50,6 @@ class StreamTaps:
 
     @cached_property
     def _axes(self) -> dict[Op, int]:
-        """Axis of the coordinates in what each operation makes."""
         return _coordinate_axes(self.graph, self.streams)
 
     def _along(self, number: int, branches: list[BranchRoles]) -> Iterator[Tap]:
@@ -66,7 +62,9 @@ class StreamTaps:
         sums = [max((b.region.addition for b in step), key=lambda op: op.index) for step in steps]
         roots = [step[0].region.root for step in steps]
         axes = [self._axis(addition, step[0]) for addition, step in zip(sums, steps, strict=True)]
-        begin = _stream_operand(min((b.region.addition for b in steps[0]), key=lambda op: op.index), roots[0])
+        first = min((b.region.addition for b in steps[0]), key=lambda op: op.index)
+        # what goes into it as the stream; what its branch reads, where a shortcut changes the shape
+        begin = next((value for value in first.values if value[0].source is roots[0]), (roots[0], 0))
         # where a pooling comes before, the first branch reads another shape
         axis = axes[0] if len(begin[0].shape) == len(sums[0].shape) else self._axes.get(begin[0])
         values: list[tuple[list[Value], int | None]] = [([begin], axis)]
@@ -77,14 +75,12 @@ class StreamTaps:
         for position, (choices, axis) in enumerate(values):
             taps = ((value, self._tap(("stream", number, position), value, axis)) for value in choices)
             value, tap = next((found for found in taps if found[1] is not None), (choices[0], None))
-            if tap is not None:
-                yield tap
-            elif position > 0 and before is not None:
+            found = [] if tap is None else [tap]
+            if tap is None and before is not None:
                 ends = [branch.region.end for branch in steps[position - 1]]
-                added = self._branches_added(number, position - 1, sums[position - 1], before, ends, axis)
-                yield from added
-                tap = added[0] if added else None
-            before = None if tap is None else self._canonical(value)
+                found = self._branches_added(number, position - 1, sums[position - 1], before, ends, axis)
+            yield from found
+            before = self._canonical(value) if found else None
 
     def _branches_added(
         self, number: int, position: int, addition: Op, before: Value, branches: Sequence[Op], axis: int | None
@@ -99,10 +95,10 @@ class StreamTaps:
                 summands[value] += 1
             else:
                 stack.extend(self._canonical(operand) for operand in op.operands if operand is not None)
-        taps = [self._tap(("branch", number, position), end, axis) for end in ends]
+        taps = [tap for end in ends if (tap := self._tap(("branch", number, position), end, axis)) is not None]
         broadcast = any(math.prod(op.shape) != math.prod(addition.shape) for op, _ in summands)
-        plain = summands == Counter([before, *ends]) and not broadcast and None not in taps
-        return [tap for tap in taps if tap is not None] if plain else []
+        plain = summands == Counter([before, *ends]) and not broadcast and len(taps) == len(ends)
+        return taps if plain else []
 
     def _read_last(self, sums: Sequence[Op], roots: Sequence[Op]) -> list[Op]:
         """What is read of the last addition, if what follows the one before it follows it too."""
@@ -157,30 +153,23 @@ class StreamTaps:
     def _keeps_entries(self, op: Op) -> bool:
         if len(op.data) != 1:
             return False
-        operand, output = next(o for o in op.operands if o is not None and o[0].from_data)
-        same = operand.shapes[output] == op.shape or self._flattens(op, operand)
+        ((operand, output),) = op.values
+        in_last = all(self._axes.get(o) == len(o.shape) - 1 for o in (op, operand))  # others may be split or joined
+        same = operand.shapes[output] == op.shape or (in_last and op.shape[-1] == operand.shape[-1])
         return (op.name in RESHAPES - PERMUTATIONS - {"AsStrided"} and same) or _is_dropout(op)
-
-    def _flattens(self, op: Op, operand: Op) -> bool:
-        """Whether an operation splits or joins the axes before the last one, in which the coordinates are."""
-        return all(self._axes.get(o) == len(o.shape) - 1 for o in (op, operand)) and op.shape[-1] == operand.shape[-1]
 
     @cached_property
     def _candidates(self) -> dict[Value, list[_Candidate]]:
         """First calls of submodules by every value that they are given or return."""
         counts = Counter(call.module for call in self.trace.calls)
         candidates: dict[Value, list[_Candidate]] = defaultdict(list)
-        seen: set[str] = set()
-        for call in self.trace.calls:
-            passed: list[tuple[Literal["input", "output"], int, TracedTensor]]
-            passed = [("input", call.begin, tensor) for tensor in call.inputs]
-            passed += [("output", call.end, tensor) for tensor in call.outputs]
-            for where, time, tensor in passed if call.module not in seen else ():
-                value = self.graph.value(tensor)
-                if value is not None:
-                    candidate = _Candidate(call.module, where, tensor.index, counts[call.module], time)
-                    candidates[self._canonical(value)].append(candidate)
-            seen.add(call.module)
+        for call in {call.module: call for call in reversed(self.trace.calls)}.values():
+            for index, value in self.graph.values(call.inputs):
+                candidate = _Candidate(call.module, "input", index, counts[call.module], call.begin)
+                candidates[self._canonical(value)].append(candidate)
+            for index, value in self.graph.values(call.outputs):
+                candidate = _Candidate(call.module, "output", index, counts[call.module], call.end)
+                candidates[self._canonical(value)].append(candidate)
         return candidates
 
     @cached_property
@@ -189,9 +178,8 @@ class StreamTaps:
         sites = {(site.module, site.index) for site in self.multiplied if site.where == "output"}
         changed: dict[Value, int] = {}
         for call in self.trace.calls:
-            for tensor in call.outputs:
-                value = self.graph.value(tensor) if (call.module, tensor.index) in sites else None
-                if value is not None:
+            for index, value in self.graph.values(call.outputs):
+                if (call.module, index) in sites:
                     changed.setdefault(self._canonical(value), call.end)
         return changed
 
@@ -207,19 +195,11 @@ class _Candidate:
     time: int
 
     def rank(self, inner: bool) -> tuple[object, ...]:
-        """Prefers what another forward pass does in the same way, then inner modules, which return first, or outer ones.
-
-        Outer modules have short names; the module itself comes last, because steps may not call it.
-        """
+        """Prefers what another pass does in the same way, then inner modules, which return first, or outer ones."""
         doubts = self.calls > 1, self.where == "input", self.where == "output" and self.index is not None
+        # outer modules have short names; the module itself comes last, because steps may not call it
         preferred = (self.time,) if inner else (not self.module, len(self.module), self.module)
         return *doubts, *preferred, self.index or 0
-
-
-def _stream_operand(addition: Op, root: Op) -> Value:
-    """What goes into an addition as the stream; what its branch reads, where a shortcut changes the shape."""
-    operands = (operand for operand in addition.operands if operand is not None and operand[0].from_data)
-    return next((operand for operand in operands if operand[0].source is root), (root, 0))
 
 
 def _read_next(graph: Graph, addition: Op, root: Op) -> list[Op]:
@@ -241,16 +221,12 @@ def _is_dropout(op: Op) -> bool:
 
 
 def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
-    """Follow the axis of what the last matrix made, and on a stream that of the matrix which made the stream.
-
-    A branch may mix tokens instead of coordinates: the axis that its last matrix made then is that of tokens. ``streams``
-    has the operand of every residual addition that is the stream. Operations that cannot be followed have no axis.
-    """
+    """Follow the axis of what the last matrix made, on a stream of what made the stream: a branch may mix tokens instead."""
     axes: dict[Op, int] = {}
     for op in graph.ops:
         if graph.is_matrix(op):
             axes[op] = _written_axis(graph, op)
-        elif graph.is_lookup(op):
+        elif "lookup" in graph.kinds(op):
             axes[op] = len(op.shape) - 1
         else:
             operands = (streams[op], *op.data) if op in streams else op.data
@@ -273,8 +249,7 @@ def _moved(op: Op, operand: Op, axis: int) -> int | None:
     """Where an operation puts an axis of its operand, None if that cannot be told."""
     before, after = operand.shape, op.shape
     if op.name in PERMUTATIONS:
-        order = _order(op, len(before))
-        return order.index(axis)
+        return _order(op, len(before)).index(axis)
     if op.name in VIEWS | {"Squeeze", "Unsqueeze"}:
         ahead = math.prod(before[:axis])
         fits = (i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead)
@@ -287,14 +262,12 @@ def _moved(op: Op, operand: Op, axis: int) -> int | None:
 def _order(op: Op, dimensions: int) -> list[int]:
     """Axis of the operand that each axis of a permutation is."""
     node: Any = op.node
-    if op.name == "Permute":
-        return [_signed(axis) % dimensions for axis in node._saved_dims]
     order = list(range(dimensions))
-    if op.name == "Transpose":
-        first, second = (_signed(axis) % dimensions for axis in (node._saved_dim0, node._saved_dim1))
-        order[first], order[second] = second, first
-        return order
-    return order[::-1]
+    if op.name == "Permute":
+        return [order[_signed(axis)] for axis in node._saved_dims]
+    first, second = (_signed(node._saved_dim0), _signed(node._saved_dim1)) if op.name == "Transpose" else (0, -1)
+    order[first], order[second] = order[second], order[first]
+    return order
 
 
 def _signed(axis: int) -> int:

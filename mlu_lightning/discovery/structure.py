@@ -20,8 +20,7 @@ class Site:
         module: name of the submodule, as in ``named_modules()``.
         where: its ``"output"``, its (first) ``"input"``, or the ``"weight"`` and bias that it holds itself.
         index: position of the tensor if the output is a tuple or list, else None.
-        part: first and last (exclusive) entry to be multiplied, of an output's last dimension or a weight's rows, if
-            not all of them are.
+        part: first and last (exclusive) entry to multiply, of the last dimension or a weight's rows; None for all.
         period: entries after which ``part`` comes again, as where each head's queries, keys and values lie together.
 
     >>> print(Site("layers.0.attention", "weight", part=(0, 64)))
@@ -48,10 +47,9 @@ class ParameterFacts:
     name: str  # as in ``named_parameters()``
     role: Role | None  # row of the table, None if it could not be placed
     shape: tuple[int, ...]
-    # inputs of the map (units; kernel sizes do not count), 1 for vectors; units of experts whose outputs are summed count
-    # in all experts that a token is sent to, here and in ``fan_out``
-    fan_in: int
-    fan_out: int  # outputs of the map; entries of a vector
+    fan_in: int  # inputs of the map (units; kernel sizes do not count), 1 for vectors
+    # outputs of the map, entries of a vector; units of summed experts count in all that a token is sent to, as in fan_in
+    fan_out: int
     branch: int | None = None  # index into ``Structure.branches``, None outside branches
     stream: int = 0  # index into ``Structure.streams``
     transposed: bool = False  # whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it
@@ -72,8 +70,7 @@ class Branch:
 
     name: str  # longest module name that its parameters share
     kind: BranchKind
-    # M: heads of an attention block, inputs of the last matrix otherwise, in all experts that a token is sent to
-    hidden: int
+    hidden: int  # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to
     stream: int  # index into ``Structure.streams``
     position: int  # along the stream, from 0; parallel branches of one addition share it
     parameters: tuple[str, ...]
@@ -81,8 +78,7 @@ class Branch:
     folds: tuple[str, ...] = ()  # parameters whose multiplication multiplies the branch, empty if there are none
     head_dim: int | None = None  # size of an attention head, None for other kinds
     logits: Logits | None = None  # where attention logits can be multiplied, None for other kinds
-    # factor of the module itself on products of queries and keys, such as 1/sqrt(head_dim); None if it cannot be read
-    logits_scale: float | None = None
+    logits_scale: float | None = None  # the module's own, such as 1/sqrt(head_dim); None if it cannot be read
 
 
 @dataclass(frozen=True)
@@ -90,8 +86,7 @@ class Logits:
     """How the logits of an attention branch can be multiplied: through the queries, after their norm if they have one."""
 
     site: Site | None = None  # module whose output the queries are, None if there is none of their own
-    # parameters that queries, and neither keys nor values, are proportional to: of their projection or their norm
-    folds: tuple[str, ...] = ()
+    folds: tuple[str, ...] = ()  # parameters that queries, and neither keys nor values, are proportional to
 
 
 @dataclass(frozen=True)
@@ -122,19 +117,15 @@ class Tap:
     what enters the first nonlinearity of a branch, or the logits of its attention.
 
     Args:
-        reads: ``"stream"``, ``"readout"``, or, where a stream cannot be read after an addition, each ``"branch"`` that
-            the addition adds to it; ``"units"`` or ``"logits"`` of a branch.
+        reads: ``"stream"``; ``"branch"``, each that an addition adds, if the stream cannot be read after it; or others.
         number: index into ``Structure.streams``, ``Structure.readouts`` or, for pre-activations, ``Structure.branches``.
         position: residual additions before it, from 0 to the stream's depth; 0 for a readout.
         module: name of the submodule, as in ``named_modules()``.
         where: its ``"output"``, after all hooks, or its ``"input"``, before any hook; of a function inside of it the same.
-        index: position of the tensor if the output is a tuple, list or mapping, None if it is a bare tensor; for an
-            input its number among all tensors that the submodule is given, positional ones first; of a function the
-            number of calls of it before.
-        axis: axis of the stream's coordinates, the targets, the units or the keys: -1 where that is the last one, 1 for
-            channels of an image.
-        function: name of the torch function inside of the submodule that is given pre-activations or returns them,
-            ``"attention"`` for logits; None where the submodule itself is.
+        index: position in a tuple, list or mapping that is returned, None of a bare tensor; number among all tensors that
+            are given, positional ones first; of a function, its calls before this one.
+        axis: axis of the coordinates, targets, units or keys: -1 where that is the last one, 1 for channels of an image.
+        function: torch function in the submodule that reads or returns pre-activations, ``"attention"`` for logits.
 
     >>> print(Tap("units", 0, 3, "blocks.3", "input", 0, -1, "gelu"))
     units 0 after 3 additions: blocks.3 gelu input[0]
@@ -164,12 +155,9 @@ class Structure:
     branches: tuple[Branch, ...]  # in order of execution
     streams: tuple[Stream, ...]  # the first is the one that reaches the loss last
     readouts: tuple[Readout, ...] = ()
-    # of streams by number and position, then of readouts; what no submodule is given or returns has none
-    taps: tuple[Tap, ...] = ()
-    # of pre-activations and logits of branches; none of experts, and of what no submodule has
-    features: tuple[Tap, ...] = ()
-    # parameters without a role, and what was found around them
-    unassigned: dict[str, str] = field(default_factory=dict)
+    taps: tuple[Tap, ...] = ()  # of streams by number and position, then of readouts, where a submodule has them
+    features: tuple[Tap, ...] = ()  # of pre-activations and logits of branches, where a submodule has them
+    unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
 
     @property

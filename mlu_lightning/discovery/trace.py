@@ -1,7 +1,7 @@
 """One forward pass of a copy of a module, to look at its autograd graph without touching the module itself.
 
-The copy's parameters are fake tensors, which have shapes but no memory, so that a model of any size, also on the meta
-device, takes seconds. Where a forward pass needs values (data-dependent control flow) it is repeated with real ones.
+The copy's parameters are fake tensors, without memory, so that a model of any size takes seconds. Where a forward pass
+needs values (data-dependent control flow) it is repeated with real ones.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ __all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"
 class TracedTensor:
     """A tensor with a gradient that a submodule or a function was given or returned."""
 
-    # number among all tensors that were given, or that a function returned; position in a tuple, list or mapping that a
-    # submodule returned, None for a bare tensor
+    # number among all that were given, or a function returned; position in what a submodule returned, None if that is it
     index: int | None
     node: Node
     output: int  # number among those of the node
@@ -71,16 +70,11 @@ class Trace:
     calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
-    # floating-point buffers of one entry, each with its value; those on the meta device have none
-    scalars: tuple[tuple[Tensor, float], ...]
+    scalars: tuple[tuple[Tensor, float], ...]  # floating-point buffers of one entry with their values, if they have any
 
 
 def trace_module(module: nn.Module, example: Any) -> Trace:
-    """Run a copy of a module once, in training mode, and keep its autograd graph.
-
-    Random states, buffers, gradients, logged values and Python attributes of ``module`` stay as they are. ``example`` is
-    that of :func:`discover`; its floating-point tensors are given the dtype of the parameters.
-    """
+    """Run a copy of a module once, in training mode, and keep its autograd graph; the module itself stays as it is."""
     step = is_lightning_module(module) and example is not None
     if example is None:
         example = getattr(module, "example_input_array", None)
@@ -139,10 +133,9 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
 
 
 def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
-    pairs = zip(module.buffers(), twin.buffers(), strict=True)
-    scalars = ((buffer, copied) for buffer, copied in pairs if buffer.numel() == 1 and buffer.is_floating_point())
-    known = ((b, copied) for b, copied in scalars if not b.is_meta and not isinstance(b, FakeTensor))
-    return tuple((copied, buffer.item()) for buffer, copied in known)
+    buffers = zip(twin.buffers(), module.buffers(), strict=True)
+    scalars = ((copied, b) for copied, b in buffers if b.numel() == 1 and b.is_floating_point())
+    return tuple((copied, b.item()) for copied, b in scalars if not (b.is_meta or isinstance(b, FakeTensor)))
 
 
 def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
@@ -165,15 +158,15 @@ def _train(module: Any, example: Any, losses: list[Tensor]) -> Any:
 def _call(module: nn.Module, example: Any) -> Any:
     if isinstance(example, Mapping):
         return module(**example)
-    return module(*example) if isinstance(example, (tuple, list)) else module(example)
+    return module(*(example if isinstance(example, (tuple, list)) else (example,)))
 
 
 def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
     """Note which graph nodes go into a submodule and come out of it."""
     begun: list[tuple[int, tuple[TracedTensor, ...]]] = []  # more than one while the module calls itself
 
-    def given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        begun.append((next(clock), _traced(enumerate(tensors_in((args, kwargs))))))
+    def given(module: nn.Module, *args_and_kwargs: Any) -> None:
+        begun.append((next(clock), _traced(enumerate(tensors_in(args_and_kwargs)))))
 
     def returned(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         parts: Iterable[tuple[int | None, Any]] = [(None, output)]
@@ -188,9 +181,7 @@ def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], cloc
 
 def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
     tensors = ((index, part) for index, part in parts if isinstance(part, Tensor))
-    return tuple(
-        TracedTensor(i, tensor.grad_fn, tensor.output_nr) for i, tensor in tensors if tensor.grad_fn is not None
-    )
+    return tuple(TracedTensor(i, part.grad_fn, part.output_nr) for i, part in tensors if part.grad_fn is not None)
 
 
 def _note(
@@ -209,9 +200,9 @@ def _note(
 def _mute(module: Any, losses: list[Tensor]) -> None:
     """Mute a copied LightningModule, whose optimizers are its own, made anew."""
 
-    @cache
-    def configured() -> tuple[list[Any], list[Any]]:
-        made: tuple[list[Any], list[Any], Any] = configured_optimizers(module.configure_optimizers())
-        return made[0], [found["scheduler"] if isinstance(found, dict) else found for found in made[1]]
+    configured = cache(lambda: configured_optimizers(module.configure_optimizers()))
 
-    mute(module, losses, lambda: configured()[0], lambda: configured()[1])
+    def schedulers() -> list[Any]:
+        return [found["scheduler"] if isinstance(found, dict) else found for found in configured()[1]]
+
+    mute(module, losses, lambda: configured()[0], schedulers)

@@ -23,9 +23,7 @@ def walk_back(starts: Iterable[Op], operands: Callable[[Op], Iterable[Op]] = lam
 
 
 def between(
-    ends: Iterable[Op],
-    stops: Callable[[Op], bool],
-    operands: Callable[[Op], Iterable[Op]] = lambda op: op.data,
+    ends: Iterable[Op], stops: Callable[[Op], bool], operands: Callable[[Op], Iterable[Op]] = lambda op: op.data
 ) -> tuple[tuple[Op, ...], set[Op]]:
     """Operations on the way back from ``ends`` to operations that stop it, in order, and those that did."""
     met: set[Op] = set()
@@ -55,10 +53,11 @@ def descendants(ops: Iterable[Op], starts: Iterable[Op]) -> set[Op]:
 
 
 class Ancestry:
-    """Which of some marked operations come before each operation of a region, or of the whole graph, as bits."""
+    """Which of some marked operations, by default those with a matrix, come before each operation of a region, as bits."""
 
-    def __init__(self, graph: Graph, ops: Iterable[Op], marked: Iterable[Op]) -> None:
-        self._graph, self._ops, self._marked = graph, tuple(ops), in_order(marked)
+    def __init__(self, graph: Graph, ops: Iterable[Op], marked: Iterable[Op] | None = None) -> None:
+        self._graph, self._ops = graph, tuple(ops)
+        self._marked = in_order(filter(graph.is_matrix, self._ops) if marked is None else marked)
         self._bit = {op: 1 << i for i, op in enumerate(self._marked)}
 
     def of(self, op: Op) -> frozenset[Op]:
@@ -98,5 +97,5 @@ class Ancestry:
 def origin(value: Value, passes: Callable[[Op], bool]) -> Value:
     """Walk back over operations that ``passes`` lets through, by the first operand that data enters."""
     while passes(value[0]):
-        value = next(operand for operand in value[0].operands if operand is not None and operand[0].from_data)
+        value = value[0].values[0]
     return value

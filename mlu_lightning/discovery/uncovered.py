@@ -42,18 +42,16 @@ def require_residual_branches(module: nn.Module, graph: Graph, partition: Partit
             "from through a weight matrix. The MLU parameterization is one of residual networks; if the module is one, "
             "check that the example runs its residual blocks."
         )
+    recurrent = ((branch, how) for branch in partition.branches if (how := _recurrence(graph, branch.ops)) is not None)
     found: dict[str, str] = {}
-    for branch in partition.branches:
-        how = _recurrence(graph, branch.ops)
-        if how is not None:
-            names = tuple(use.parameter for op in branch.ops for use in graph.matrices(op))
-            found.setdefault(common_module(names), how)
+    for branch, how in recurrent:
+        found.setdefault(common_module(use.parameter for op in branch.ops for use in graph.matrices(op)), how)
     if found:
-        first, *others = found
+        (first, how), *others = found.items()
         more = f" and {len(others)} more" if others else ""
         raise ValueError(
             f"{type(module).__name__} has recurrent or state-space branches, which the theory does not cover: "
-            f"{first or 'the module itself'}{more} ({found[first]}). There are no numbers to plan it by: the MLU "
+            f"{first or 'the module itself'}{more} ({how}). There are no numbers to plan it by: the MLU "
             "parameterization is one of residual branches whose units do not feed back into themselves from token to "
             "token, such as perceptrons, attention and convolutions."
         )
@@ -75,28 +73,25 @@ def warnings_about(
             + ", ".join(shared)
         )
     branches = (region.branch for region in regions if region.branch is not None)
-    hidden = [b for b in branches if b.experts is not None and b.experts.active is None]
-    if hidden:
+    unread = [common_module(b.matrix_names) for b in branches if b.experts is not None and b.experts.active is None]
+    if unread:
         yield (
             "the number of experts that a token is sent to cannot be read in the graph, so that the hidden units of one "
-            "expert are counted, which is right as long as that number is the base's: "
-            + ", ".join(common_module(branch.matrix_names) for branch in hidden)
+            f"expert are counted, which is right as long as that number is the base's: {', '.join(unread)}"
         )
     if idle:
-        yield (
-            "experts that no token of the example was sent to are planned as the experts beside them: "
-            + ", ".join(idle)
-        )
+        names = ", ".join(idle)
+        yield f"experts that no token of the example was sent to are planned as the experts beside them: {names}"
     if partition.nested:
         yield f"{partition.nested} residual additions inside other residual branches are taken for parts of these"
 
 
 def _is_shared(uses: list[PlacedUse]) -> bool:
     """Whether a matrix or a table acts at several positions along the depth."""
-    regions: dict[Op, dict[int | None, Region]] = defaultdict(dict)
+    regions: dict[Op, dict[int, Region]] = defaultdict(dict)
     for placed in uses:
-        if placed.use.kind in ("matrix", "lookup") and placed.region.number is not None:
-            regions[placed.use.op].setdefault(placed.region.position, placed.region)
+        if placed.use.kind in ("matrix", "lookup") and placed.region.branch is not None:
+            regions[placed.use.op].setdefault(placed.region.branch.region.position, placed.region)
     if len({position for at in regions.values() for position in at}) < 2:
         return False
     return len(regions) > 1 or any(_is_read_again(op, list(at.values())) for op, at in regions.items())
@@ -106,14 +101,9 @@ def _is_read_again(op: Op, regions: list[Region]) -> bool:
     """Whether several branches read the same of what an operation makes, and not parts of their own."""
     common = set(regions[0].ops).intersection(*(region.ops for region in regions[1:]))
     made = descendants((o for o in regions[0].ops if o in common), [op])
-    seen: set[tuple[Op, int]] = set()
-    for region in regions:
-        own = (o for o in region.ops if o not in common)
-        read = {operand for o in own for operand in o.operands if operand is not None and operand[0] in made}
-        if seen & read:
-            return True
-        seen |= read
-    return False
+    own = [[o for o in region.ops if o not in common] for region in regions]
+    read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
+    return len(set().union(*read)) < sum(map(len, read))
 
 
 def _recurrence(graph: Graph, ops: tuple[Op, ...]) -> str | None:
@@ -121,7 +111,7 @@ def _recurrence(graph: Graph, ops: tuple[Op, ...]) -> str | None:
     fused = next((op.name for op in ops if any(part in op.name for part in _FUSED)), None)
     if fused is not None:
         return f"it calls {fused}"
-    matrices = Ancestry(graph, ops, filter(graph.is_matrix, ops))
+    matrices = Ancestry(graph, ops)
     for op in filter(graph.is_matrix, ops):  # as in a recurrent cell that is called for every token
         before = {use.parameter for matrix in matrices.of(op) for use in graph.matrices(matrix)}
         again = before & {use.parameter for use in graph.matrices(op)}
@@ -141,12 +131,10 @@ def _is_scan(ops: tuple[Op, ...], matrices: Ancestry) -> bool:
         if op.name != "Add":
             continue
         steps = [frozenset[Op]()]
-        for product in (operand.source for operand in op.data):
-            factors = [factor.source for factor in product.data] if product.name == "Mul" else []
-            for state, multiplier in permutations(factors, 2):
-                used = multipliers.get(state, frozenset())
+        for product in (operand.source for operand in op.data if operand.source.name == "Mul"):
+            for state, multiplier in permutations((factor.source for factor in product.data), 2):
                 if state in multipliers and state.shape == op.shape and matrices.of(state) == matrices.of(op):
-                    steps.append(used | {multiplier})
+                    steps.append(multipliers[state] | {multiplier})
         multipliers[op] = max(steps, key=len)
     return max(map(len, multipliers.values()), default=0) >= _STEPS
 
@@ -155,7 +143,5 @@ def _is_cumulative_decay(ops: tuple[Op, ...]) -> bool:
     """Whether data is summed up along an axis and exponentiated, or multiplied up, as in a scan over chunks."""
     elementwise = (op for op in ops if op.name in RESHAPES | PARTS | _ELEMENTWISE)
     summed = descendants(elementwise, [op for op in ops if op.name == "Cumsum"])
-    return any(
-        op.name in ("Cumprod", "Logcumsumexp") or (op.name == "Exp" and any(operand in summed for operand in op.data))
-        for op in ops
-    )
+    exponents = (operand for op in ops if op.name == "Exp" for operand in op.data)
+    return any(op.name in ("Cumprod", "Logcumsumexp") for op in ops) or not summed.isdisjoint(exponents)

@@ -1,8 +1,7 @@
 """Watch the torch functions that a forward pass calls, each by its submodule, its name, and how often it was called before.
 
-Activations and attentions are functions more often than submodules, so hooks do not see what goes into them. Functions are
-seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An attention may
-be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.
+Functions are seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An
+attention may be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ Watch = Callable[[CallPlace, tuple[Any, ...], dict[str, Any]], Callable[[Any], N
 def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
     """Call ``watch`` before every torch function in the first call of any submodule.
 
-    Args:
-        module: module whose submodules are hooked meanwhile; functions that none of them calls are not seen.
-        watch: function of the place and the arguments of a call; what it returns is called with the result. An attention
-            has all of its arguments by name.
+    Functions that none of the submodules calls are not seen. An attention has all of its arguments by name.
 
     >>> import torch
     >>> places = []
@@ -64,17 +60,11 @@ def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Find the tensors in what a module was given or returned, in order.
-
-    Tuples, lists, mappings (such as Hugging Face outputs) and dataclasses may hold them.
-    """
+    """Find the tensors in tuples, lists, mappings (such as Hugging Face outputs) and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
     elif is_dataclass(value):
         yield from tensors_in(vars(value))

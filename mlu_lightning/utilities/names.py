@@ -41,42 +41,25 @@ def planned_name(name: str) -> str:
 
 
 def planned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-    """Return the parameters of a module by their names in plans; shared ones have their first name only, or all of them.
-
-    >>> [*planned_parameters(nn.Linear(1, 1))]
-    ['weight', 'bias']
-    """
-    return {
-        planned_name(name): parameter for name, parameter in module.named_parameters(remove_duplicate=remove_duplicate)
-    }
+    """Return the parameters of a module by their names in plans; shared ones have their first name only, or all of them."""
+    named = module.named_parameters(remove_duplicate=remove_duplicate)
+    return {planned_name(name): parameter for name, parameter in named}
 
 
 def planned_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over a module and its submodules, without wrappers, with their names in plans.
-
-    >>> [name for name, _ in planned_modules(nn.Sequential(nn.ReLU()))]
-    ['', '0']
-    """
+    """Iterate over a module and its submodules, without wrappers, with their names in plans."""
     for name, part in module.named_modules():
         if unwrapped(part) is part:
             yield planned_name(name), part
 
 
 def planned_part(module: nn.Module, name: str) -> nn.Module:
-    """Return the submodule that has a name in plans, inside of its wrappers.
-
-    >>> planned_part(nn.Sequential(nn.ReLU()), "0")
-    ReLU()
-    """
+    """Return the submodule that has a name in plans, inside of its wrappers."""
     return unwrapped(module.get_submodule(name))  # wrappers pass on attributes that they do not have
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside of wrappers around it.
-
-    >>> unwrapped(nn.ReLU())
-    ReLU()
-    """
+    """Return the module inside of wrappers around it."""
     inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
     return module if inner is None else unwrapped(inner)
 

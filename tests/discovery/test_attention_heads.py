@@ -1,4 +1,4 @@
-"""Attention whose heads, key heads or dimensions differ from the base's, and how far its logits move in training."""
+"""Attention whose heads or dimensions differ from the base's, how far its logits move, and roles of what heads have."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ import pytest
 import torch
 from helpers.architectures import LANGUAGE, VOCABULARY
 from helpers.attentions import CASES, RTOL, hugging_face, logits_of, loss_of
+from helpers.residual_networks import Net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
+from mlu_lightning import Plan, attach_multipliers, discover, initialize, scale_optimizer
+
+FEATURES, D = torch.linspace(-1, 1, 120).reshape(3, 8, 5), 16
 
 
 def _deepseek(heads: int, query_dim: int, value_dim: int) -> nn.Module:
     """Latent attention: keys and values of different dimensions from one matrix, a part of keys shared by heads."""
-    build = hugging_face(
-        "DeepseekV3",
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        q_lora_rank=None,
-        kv_lora_rank=16,
-        qk_nope_head_dim=query_dim - 4,
-        qk_rope_head_dim=4,
-        v_head_dim=value_dim,
-        first_k_dense_replace=2,
-    )
-    return build(4)
+    numbers = {"num_attention_heads": heads, "num_key_value_heads": heads, "v_head_dim": value_dim}
+    numbers |= {
+        "qk_nope_head_dim": query_dim - 4,
+        "qk_rope_head_dim": 4,
+        "kv_lora_rank": 16,
+        "first_k_dense_replace": 2,
+    }
+    return hugging_face("DeepseekV3", q_lora_rank=None, **numbers)(4)
 
 
 @pytest.mark.parametrize(
@@ -58,17 +57,11 @@ def test_ratios_of_grouped_queries(heads: int, key_heads: int) -> None:
     """Hidden units are query heads for W_Q and W_O, and key heads for W_K and W_V, of which the base has 4 and 2."""
     build = hugging_face("Llama", num_attention_heads=heads, num_key_value_heads=key_heads)
     plan = Plan.from_model(build(8), LANGUAGE, base=CASES["llama"].build(8))
-    found = {
-        part: (str(planned.role), planned.ratios.inputs, planned.ratios.outputs)
-        for part in "qkvo"
-        for planned in [plan.parameters[f"model.layers.1.self_attn.{part}_proj.weight"]]
-    }
-    assert found == {
-        "q": ("branch_in", 1.0, heads / 4),
-        "k": ("branch_in", 1.0, key_heads / 2),
-        "v": ("branch_in", 1.0, key_heads / 2),
-        "o": ("branch_out", heads / 4, 1.0),
-    }
+    ratios = {"q": (1.0, heads / 4), "k": (1.0, key_heads / 2), "v": (1.0, key_heads / 2), "o": (heads / 4, 1.0)}
+    for part, (inputs, outputs) in ratios.items():
+        planned = plan.parameters[f"model.layers.1.self_attn.{part}_proj.weight"]
+        role = "branch_out" if part == "o" else "branch_in"
+        assert (planned.role, planned.ratios.inputs, planned.ratios.outputs) == (role, inputs, outputs), part
     # n and g of theory.md, section 3: a key head's gradient is the sum over its group, 1/(l m) with m of key heads
     scales = plan.scales("sgd")
     assert scales["model.layers.1.self_attn.k_proj.weight"].lr == key_heads / 2
@@ -138,3 +131,65 @@ def test_logits_move_as_far_at_every_head_dim(norm: bool) -> None:
     at_base = _moved(16, norm, multiplied=True)
     assert 0.7 < _moved(64, norm, multiplied=True) / at_base < 1.3
     assert _moved(64, norm, multiplied=False) / at_base > 1.4
+
+
+class NormedAttention(nn.Module):
+    """Attention with norms of queries and keys, a temperature and a sink for every head."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.embed, self.out = nn.Linear(5, D), nn.Linear(D, 3)
+        self.qkv = nn.Linear(D, 3 * heads * head_dim, bias=False)
+        self.write = nn.Linear(heads * head_dim, D, bias=False)
+        self.shared_gain = nn.Parameter(torch.ones(head_dim))
+        self.gain = nn.Parameter(torch.ones(heads, head_dim))
+        self.temperature = nn.Parameter(torch.zeros(heads, 1, 1))
+        self.sink = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.embed(x)
+        parts = self.qkv(h).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = parts.unbind(0)
+        queries = F.rms_norm(queries, (self.head_dim,)) * self.shared_gain
+        keys = F.rms_norm(keys, (self.head_dim,)) * self.gain[:, None]
+        logits = queries @ keys.mT * self.temperature.exp()
+        sinks = self.sink.reshape(1, -1, 1, 1).expand(len(x), -1, 8, 1)
+        weights = torch.cat([logits, sinks], -1).softmax(-1)[..., :-1]
+        return self.out(h + self.write((weights @ values).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(4, 4), (2, 8), (1, 16)])
+def test_gains_of_heads(heads: int, head_dim: int) -> None:
+    """What has an entry for every head grows with them; what all of them share does not, however many there are."""
+    structure = discover(NormedAttention(heads, head_dim), (FEATURES,))
+    assert not structure.unassigned
+    (branch,) = structure.branches
+    assert (branch.kind, branch.hidden, branch.head_dim) == ("attention", heads, head_dim)
+    assert structure.roles["shared_gain"] == "branch_bounded"
+    assert structure.parameters["gain"].fan_out == heads * head_dim
+    if heads == 1:  # a single number shows nothing of what it is for
+        assert structure.roles["temperature"] == structure.roles["sink"] == "branch_bounded"
+        return
+    assert {structure.roles[name] for name in ("gain", "temperature", "sink")} == {"branch_in_bias"}
+    assert structure.parameters["temperature"].fan_out == structure.parameters["sink"].fan_out == heads
+
+
+def flat_norm(heads: int) -> Net:
+    """A norm of all queries, of all heads together."""
+
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        queries, keys, values = net.blocks(h).chunk(3, -1)
+        parts = (net.norm(queries), net.norm(keys), values)
+        made = F.scaled_dot_product_attention(*(part.unflatten(-1, (heads, 8)).transpose(1, 2) for part in parts))
+        return net.out(h + net.write(made.transpose(1, 2).flatten(2)))
+
+    parts = {"embed": nn.Linear(5, D), "out": nn.Linear(D, 3), "blocks": nn.Linear(D, 24 * heads)}
+    return Net(forward, write=nn.Linear(8 * heads, D), norm=nn.RMSNorm(8 * heads), **parts)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_norm_before_units_are_split_into_heads(heads: int) -> None:
+    """It has the same role at one head, as a base may have, as at many."""
+    assert discover(flat_norm(heads), (FEATURES,)).roles["norm.weight"] == "branch_in_bias"

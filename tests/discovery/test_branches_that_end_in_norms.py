@@ -25,17 +25,13 @@ class Normed(nn.Module):
     def __init__(self, hidden: int, embedding: int) -> None:
         super().__init__()
         self.embed = nn.Linear(5, embedding)
-        self.branches = nn.ModuleList(
-            nn.Sequential(
-                nn.RMSNorm(embedding),
-                nn.Linear(embedding, hidden),
-                nn.GELU(),
-                nn.Linear(hidden, embedding, bias=False),
-                nn.RMSNorm(embedding),
-            )
-            for _ in range(3)
-        )
+        self.branches = nn.ModuleList(self._branch(hidden, embedding) for _ in range(3))
         self.out = nn.Linear(embedding, 1)
+
+    @staticmethod
+    def _branch(hidden: int, embedding: int) -> nn.Sequential:
+        read, write = nn.Linear(embedding, hidden), nn.Linear(hidden, embedding, bias=False)
+        return nn.Sequential(nn.RMSNorm(embedding), read, nn.GELU(), write, nn.RMSNorm(embedding))
 
     def forward(self, x: Tensor) -> Any:
         return self.out(self.stream(x))
@@ -54,8 +50,8 @@ def _plan(module: nn.Module) -> Plan:
 def test_numbers_are_those_of_branch_out_but_for_the_std() -> None:
     """Ratios 4 and 16, so that every factor is exact."""
     plan = _plan(Normed(16 * HIDDEN, 4 * EMBEDDING))
-    assert plan.parameters["branches.0.3.weight"].row == "branch_out (before_norm)"
-    assert plan.parameters["branches.0.3.weight"].ratios == Ratios(inputs=16.0, outputs=4.0)
+    planned = plan.parameters["branches.0.3.weight"]
+    assert (planned.row, planned.ratios) == ("branch_out (before_norm)", Ratios(inputs=16.0, outputs=4.0))
     expected = Scale(std=1 / 4, lr=1 / 16, eps=1 / 4, weight_decay=16.0)
     assert plan.scales("adamw")["branches.0.3.weight"] == expected
     again = Plan.from_model(Normed(16 * HIDDEN, 4 * EMBEDDING), (INPUTS,), base=plan)
@@ -108,10 +104,8 @@ class Plain(Normed):
 
 def test_with_sgd_what_comes_before_the_matrix_does_not_move_equally_far() -> None:
     """A limit of the table: sqrt(m/d) times as far in the first step, 4 and 0.35, and without the norm it is 1."""
-    for kind, wide, embedded in (
-        (Normed, (4 / 1.8, 4 * 1.8), (0.35 / 2.5, 0.35 * 2.5)),
-        (Plain, *[(1 / 1.6, 1.6)] * 2),
-    ):
+    bounds = {Normed: ((4 / 1.8, 4 * 1.8), (0.35 / 2.5, 0.35 * 2.5)), Plain: ((1 / 1.6, 1.6), (1 / 1.6, 1.6))}
+    for kind, (wide, embedded) in bounds.items():
         base = _features_moved(kind, 1, 1)
         assert wide[0] < _features_moved(kind, 16, 1) / base < wide[1]
         assert embedded[0] < _features_moved(kind, 1, 8) / base < embedded[1]

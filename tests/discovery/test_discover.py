@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
 from helpers.residual_networks import Net, X, in_a_row
+from helpers.taps import inputs, logits
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -109,20 +110,8 @@ def test_multiplying_at_every_site_is_multiplying_every_branch(architecture: Arc
     with torch.no_grad():
         for name in (name for branch in structure.branches for name in branch.folds):
             shallow.get_parameter(name).zero_()
-    torch.testing.assert_close(_output(module, architecture), _output(shallow, architecture), rtol=0, atol=0)
-
-
-def _output(module: nn.Module, architecture: Architecture) -> Any:
-    example = architecture.example
-    if isinstance(module, LightningModule):
-        x = example[0] if isinstance(example, tuple) else example
-        example = {"x" if isinstance(module, ResNet) else "tokens": x[:, :8]}
-    elif isinstance(example, tuple):
-        example = dict(enumerate(example))
-    example = {k: v.double() if v.is_floating_point() else v for k, v in example.items()}
-    with torch.no_grad():
-        output = module(*example.values()) if 0 in example else module(**example)
-    return getattr(output, "logits", output)
+        found, expected = (logits(each, inputs(architecture)) for each in (module, shallow))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 class Watchful(LightningModule):
@@ -186,9 +175,8 @@ class Manual(LightningModule):
 def test_manual_optimization_and_values_in_control_flow() -> None:
     module = Manual()
     before = copy.deepcopy(module.state_dict())
-    structure = discover(module, torch.ones(4, 3))
-    assert structure.roles["net.blocks.1.write.weight"] == "branch_out"
-    assert structure.roles["critic.weight"] == "readout"
+    roles = discover(module, torch.ones(4, 3)).roles
+    assert (roles["net.blocks.1.write.weight"], roles["critic.weight"]) == ("branch_out", "readout")
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
@@ -218,8 +206,9 @@ def test_no_residual_branches() -> None:
 def test_a_module_that_cannot_be_copied() -> None:
     module = ResNet(1, 8, 4, inputs=3, outputs=2)
     module.lock = threading.Lock()
-    message = r"ResNet cannot be copied \(cannot pickle .*Plan it before it holds open files"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"ResNet cannot be copied \(cannot pickle .*Plan it before it holds open files"
+    ):
         discover(module)
 
 
@@ -230,27 +219,16 @@ def test_no_example() -> None:
     assert discover(ResNet(2, 8, 4, inputs=3, outputs=2)).depth == 2, "example_input_array is an example"
 
 
-class CrossAttention(nn.Module):
-    """An encoder stream and a decoder stream that reads it."""
-
-    def __init__(self, embedding: int = 16) -> None:
-        super().__init__()
-        self.source, self.target = nn.Embedding(9, embedding), nn.Embedding(9, embedding)
-        self.model = nn.Transformer(embedding, 2, 2, 3, 32, batch_first=True, norm_first=True)
-        self.out = nn.Linear(embedding, 9)
-
-    def forward(self, source: Tensor, target: Tensor) -> Any:
-        return self.out(self.model(self.source(source), self.target(target)))
-
-
 def test_encoder_and_decoder_are_two_streams() -> None:
-    tokens = torch.zeros(2, 4, dtype=torch.long)
-    structure = discover(CrossAttention(), (tokens, tokens))
+    tokens, parts = torch.zeros(2, 4, dtype=torch.long), {"embed": nn.Embedding(9, 16), "target": nn.Embedding(9, 16)}
+    parts |= {"blocks": nn.Transformer(16, 2, 2, 3, 32, batch_first=True, norm_first=True), "out": nn.Linear(16, 9)}
+    module = Net(lambda net, x, y: net.out(net.blocks(net.embed(x), net.target(y))), **parts)
+    structure = discover(module, (tokens, tokens))
     assert not structure.unassigned
     assert [stream.depth for stream in structure.streams] == [9, 4], "decoder first: it makes the output"
-    assert structure.roles["model.encoder.norm.weight"] == "stream_norm"
-    assert structure.roles["model.decoder.layers.2.multihead_attn.in_proj_weight"] == "branch_in"
-    assert structure.parameters["model.encoder.layers.0.linear1.weight"].stream == 1
+    assert structure.roles["blocks.encoder.norm.weight"] == "stream_norm"
+    assert structure.roles["blocks.decoder.layers.2.multihead_attn.in_proj_weight"] == "branch_in"
+    assert structure.parameters["blocks.encoder.layers.0.linear1.weight"].stream == 1
 
 
 class Stages(nn.Module):
@@ -284,8 +262,8 @@ def test_strided_shortcuts(pool: bool) -> None:
     structure = discover(Stages(pool), torch.ones(2, 3, 8, 8))
     assert not structure.unassigned and not structure.warnings
     assert structure.depth == 3
-    assert [branch.name for branch in structure.branches] == ["first", "second", "third"]
-    assert [str(branch.site) for branch in structure.branches] == ["first output", "second output", "third output"]
+    found = [(branch.name, str(branch.site)) for branch in structure.branches]
+    assert found == [(name, f"{name} output") for name in ("first", "second", "third")]
     assert structure.roles["second.0.weight"] == "branch_in" and structure.roles["second.3.weight"] == "branch_out"
     if not pool:
         assert structure.roles["shortcut.0.weight"] == "stream_matrix"
@@ -294,19 +272,13 @@ def test_strided_shortcuts(pool: bool) -> None:
 
 def test_convolutions() -> None:
     """Residual convolutions with batch norm and a depthwise kernel."""
-    blocks = nn.ModuleList(
-        nn.Sequential(
-            nn.BatchNorm2d(8),
-            nn.Conv2d(8, 16, 1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 16, 3, padding=1, groups=16),
-            nn.ReLU(),
-            nn.Conv2d(16, 8, 1),
-        )
-        for _ in range(2)
-    )
-    parts = {"embed": nn.Conv2d(3, 8, 3, padding=1), "out": nn.Identity(), "fc": nn.Linear(8, 5), "blocks": blocks}
+
+    def block() -> nn.Sequential:
+        first = nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU()
+        return nn.Sequential(*first, nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU(), nn.Conv2d(16, 8, 1))
+
+    parts = {"embed": nn.Conv2d(3, 8, 3, padding=1), "out": nn.Identity(), "fc": nn.Linear(8, 5)}
+    parts["blocks"] = nn.ModuleList((block(), block()))
     module = Net(lambda net, x: net.fc(in_a_row(net, x).mean((2, 3))), **parts)
     structure = discover(module, torch.ones(2, 3, 8, 8))
     assert not structure.unassigned

@@ -24,8 +24,7 @@ X = torch.linspace(-1, 1, 80).reshape(16, 5)
 def test_however_experts_are_computed(implementation: str) -> None:
     expected = discover(mixtral("batched_mm")(2, 4, EMBEDDING), LANGUAGE)
     structure = discover(mixtral(implementation)(2, 4, EMBEDDING), LANGUAGE)
-    assert structure.parameters == expected.parameters
-    assert structure.branches == expected.branches
+    assert (structure.parameters, structure.branches) == (expected.parameters, expected.branches)
 
 
 def _hugging_face(name: str, **numbers: Any) -> nn.Module:
@@ -39,19 +38,9 @@ def _hugging_face(name: str, **numbers: Any) -> nn.Module:
 
 _FEW = {"num_local_experts": EXPERTS, "intermediate_size": UNITS}
 _MANY = {"num_experts": EXPERTS, "moe_intermediate_size": UNITS, "head_dim": 8}
-_DEEPSEEK = {
-    "n_routed_experts": EXPERTS,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": UNITS,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "kv_lora_rank": 12,
-    "q_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
+_DEEPSEEK = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "moe_intermediate_size": UNITS, "n_group": 2}
+_DEEPSEEK |= {"first_k_dense_replace": 1, "topk_group": 1, "kv_lora_rank": 12, "q_lora_rank": 16}
+_DEEPSEEK |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
 
 
 @pytest.mark.parametrize(
@@ -78,12 +67,8 @@ def test_hugging_face_experts(name: str, numbers: dict[str, Any], averaged: bool
     assert read.active == write.active == (CHOSEN if averaged else 1)
     assert write.branch is not None
     assert structure.branches[write.branch].hidden == CHOSEN * UNITS
-    (router,) = {
-        role
-        for parameter, role in structure.roles.items()
-        if parameter.endswith((".gate.weight", ".router.weight")) and "layers.1." in parameter
-    }
-    assert router == "branch_bounded_matrix"
+    names = [name for name in structure.roles if name.endswith((".gate.weight", ".router.weight"))]
+    assert {structure.roles[name] for name in names if "layers.1." in name} == {"branch_bounded_matrix"}
     # everything outside of the experts, such as experts that are always on, averages over nothing
     assert {facts.active for facts in structure.parameters.values() if ".experts." not in facts.name} == {1}
 
@@ -173,13 +158,15 @@ class Product(nn.Module):
         self.bias = nn.Parameter(torch.zeros(EXPERTS, UNITS))
         self.write = nn.Parameter(torch.randn(EXPERTS, UNITS, EMBEDDING))
 
+    def weights(self, h: Tensor, squash: Callable[[Tensor], Tensor]) -> Tensor:
+        best, chosen = self.router(h).topk(CHOSEN, -1)
+        return torch.zeros(len(h), EXPERTS).scatter(1, chosen, squash(best))
+
     def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
-        best, chosen = self.router(h).topk(CHOSEN, -1)
-        weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.softmax(-1))
         units = F.gelu(torch.einsum("nd,edm->enm", h, self.read) + self.bias[:, None])
         made = torch.einsum("enm,emd->end", units, self.write)
-        return self.out(h + torch.einsum("ne,end->nd", weights, made))
+        return self.out(h + torch.einsum("ne,end->nd", self.weights(h, lambda best: best.softmax(-1)), made))
 
 
 class Weighted(Product):
@@ -187,9 +174,8 @@ class Weighted(Product):
 
     def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
-        best, chosen = self.router(h).topk(CHOSEN, -1)
-        weights = torch.zeros(len(x), EXPERTS).scatter(1, chosen, best.sigmoid())
-        units = F.gelu(torch.einsum("end,edm->enm", weights.T[..., None] * h, self.read) + self.bias[:, None])
+        given = self.weights(h, torch.sigmoid).T[..., None] * h
+        units = F.gelu(torch.einsum("end,edm->enm", given, self.read) + self.bias[:, None])
         return self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
 
 
@@ -197,13 +183,9 @@ def test_experts_whose_inputs_are_weighted() -> None:
     structure = discover(Weighted(), X)
     assert not structure.unassigned
     assert [branch.hidden for branch in structure.branches] == [CHOSEN * UNITS]
-    roles = {name: structure.roles[name].value for name in ("router.weight", "read", "bias", "write")}
-    assert roles == {
-        "router.weight": "branch_bounded_matrix",
-        "read": "branch_in",
-        "bias": "branch_in_bias",
-        "write": "branch_out",
-    }
+    roles = {"router.weight": "branch_bounded_matrix", "read": "branch_in", "bias": "branch_in_bias"}
+    roles["write"] = "branch_out"
+    assert {name: structure.roles[name] for name in roles} == roles
     assert {facts.active for facts in structure.parameters.values()} == {1}
 
 
@@ -215,14 +197,11 @@ def test_plain_experts(mix: Callable[[Any, Tensor], Tensor] | None, active: int,
     structure = discover(Product() if mix is None else Mixture(mix), X)
     assert not structure.unassigned
     assert [branch.hidden for branch in structure.branches] == [hidden]
-    stacked = mix is None
-    for name, role, fan_in, fan_out in (
-        ("read" if stacked else "read.2.weight", "branch_in", EMBEDDING, UNITS),
-        ("write" if stacked else "write.2.weight", "branch_out", UNITS, EMBEDDING),
-        ("bias" if stacked else "read.2.bias", "branch_in_bias", 1, UNITS),
-    ):
-        facts = structure.parameters[name]
-        assert (facts.role, facts.fan_in, facts.fan_out, facts.active) == (role, fan_in, fan_out, active), name
+    names = ("read", "write", "bias") if mix is None else ("read.2.weight", "write.2.weight", "read.2.bias")
+    facts = [structure.parameters[name] for name in names]
+    expected = [("branch_in", EMBEDDING, UNITS), ("branch_out", UNITS, EMBEDDING), ("branch_in_bias", 1, UNITS)]
+    assert [(f.role, f.fan_in, f.fan_out) for f in facts] == expected
+    assert {f.active for f in facts} == {active}
     assert structure.roles["router.weight"] == "branch_bounded_matrix"
 
 

@@ -23,9 +23,13 @@ OF_EXPERTS = ("average of experts", "sum of experts", "mixtral")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # single precision
 
 
-def read(module: nn.Module, example: Any) -> dict[str, Tensor]:
+def located(module: nn.Module, example: Any) -> Any:
     structure = discover(module, example)
-    return observe(module, example, locate_features(structure.features, structure.branches))
+    return locate_features(structure.features, structure.branches)
+
+
+def read(module: nn.Module, example: Any) -> dict[str, Tensor]:
+    return observe(module, example, located(module, example))
 
 
 def seen_by_hooks(module: nn.Module, name: str, run: Any) -> Tensor:
@@ -44,12 +48,8 @@ def test_every_branch_but_mixtures_of_experts_can_be_read(name: str) -> None:
     architecture = ARCHITECTURES[name]
     torch.manual_seed(0)
     module = architecture.build(DEPTH, HEADS, EMBEDDING)
-    structure = discover(module, architecture.example)
-    expected = {
-        f"{branch.kind}/{branch.name}"
-        for branch in structure.branches
-        if branch.kind == "attention" or name not in OF_EXPERTS
-    }
+    branches = discover(module, architecture.example).branches
+    expected = {f"{b.kind}/{b.name}" for b in branches if b.kind == "attention" or name not in OF_EXPERTS}
     assert set(read(module, architecture.example)) == expected
 
 
@@ -67,21 +67,20 @@ def test_units_of_a_resnet_are_what_its_first_matrix_makes() -> None:
 @pytest.mark.parametrize(
     ("architecture", "branch", "enters"),
     [
-        ("gpt2", "mlp/transformer.h.1.mlp", "transformer.h.1.mlp.c_fc"),  # a formula of tanh and a cube follows
-        # the gate, not what it is multiplied with
-        ("gemma2", "mlp/model.layers.1.mlp", "model.layers.1.mlp.gate_proj"),
-        ("llama", "mlp/model.layers.0.mlp", "model.layers.0.mlp.gate_proj"),
-        ("pre-norm encoder", "mlp/encoder.layers.1", "encoder.layers.1.linear1"),
-        ("hugging face resnet", "convolution/resnet.encoder.stages.0.layers.0.layer", None),
+        ("gpt2", "mlp/transformer.h.1.mlp", ".c_fc"),  # a formula of tanh and a cube follows
+        ("gemma2", "mlp/model.layers.1.mlp", ".gate_proj"),  # the gate, not what it is multiplied with
+        ("llama", "mlp/model.layers.0.mlp", ".gate_proj"),
+        ("pre-norm encoder", "mlp/encoder.layers.1", ".linear1"),
+        # before the last of its convolutions
+        ("hugging face resnet", "convolution/resnet.encoder.stages.0.layers.0.layer", ".1.normalization"),
     ],
 )
-def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, enters: str | None) -> None:
+def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, enters: str) -> None:
     torch.manual_seed(0)
     module = ARCHITECTURES[architecture].build(DEPTH, HEADS, EMBEDDING)
     example = ARCHITECTURES[architecture].example
-    enters = enters or "resnet.encoder.stages.0.layers.0.layer.1.normalization"  # before the last of its convolutions
     run = (lambda: module(**example)) if isinstance(example, dict) else (lambda: module(*example))
-    values = seen_by_hooks(module, enters, run)
+    values = seen_by_hooks(module, branch.partition("/")[2] + enters, run)
     values = values.movedim(1, -1) if branch.startswith("convolution") else values
     rows = values.reshape(-1, values.shape[-1])
     torch.testing.assert_close(read(module, example)[branch], rows[spread(len(rows), 32)], **CLOSE)
@@ -157,8 +156,7 @@ def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
     """A weight that underflows is not one of a key that cannot be seen."""
     torch.manual_seed(0)
     module, x = AttentionNet(ATTENTIONS["eager, -inf"]), torch.randn(2, LENGTH, INPUTS)
-    structure = discover(module, x)
-    locations = locate_features(structure.features, structure.branches)
+    locations = located(module, x)
     before = observe(module, x, locations)["attention/self"]
     with torch.no_grad():
         module.queries.weight.mul_(400)
@@ -167,17 +165,16 @@ def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
     assert (after.softmax(-1) == 0).sum() > after.isneginf().sum()
     seen = ~before.isneginf()
     assert torch.equal(seen, ~after.isneginf())
-    assert rms_change(before, after) == pytest.approx(
-        399 * before[seen].double().square().mean().sqrt().item(), rel=1e-4
-    )
+    expected = 399 * before[seen].double().square().mean().sqrt().item()
+    assert rms_change(before, after) == pytest.approx(expected, rel=1e-4)
 
 
 def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
     torch.manual_seed(0)
     module, x = AttentionNet(ATTENTIONS["causal"]), torch.randn(2, LENGTH, INPUTS)
-    structure = discover(module, x)
+    locations = located(module, x)
     with torch.autocast("cpu", torch.bfloat16):
-        found = observe(module, x, locate_features(structure.features, structure.branches))["attention/self"]
+        found = observe(module, x, locations)["attention/self"]
         query, key, _ = module.parts(module.embed(x))
     assert query.dtype == torch.bfloat16
     logits = ATTENTIONS["causal"].logits((query.float() @ key.float().mT / 2).detach()).reshape(-1, LENGTH)
@@ -192,8 +189,7 @@ def test_grouped_keys_are_read_for_every_head() -> None:
     assert found.shape == (32, length)  # of samples * 4 heads * length rows
     assert samples * 4 * length >= 32
     seen = (~found.isneginf()).sum(1)
-    assert seen.min() >= 1
-    assert seen.max() <= length
+    assert seen.min() >= 1 and seen.max() <= length
 
 
 def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
@@ -210,8 +206,7 @@ def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
 
 def test_watching_ends_when_the_forward_pass_fails() -> None:
     model, tokens = transformer()
-    plan = Plan.from_model(model, tokens, base=model)
-    locations = locate_features(plan.features, plan.branches)
+    locations = located(model, tokens)
 
     def fail(*_: Any) -> None:
         raise RuntimeError("on purpose")

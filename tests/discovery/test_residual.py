@@ -67,10 +67,8 @@ def test_what_a_decoder_reads_an_encoder_through() -> None:
 
 
 def test_the_last_norm_of_a_post_norm_encoder_is_one_of_them() -> None:
-    parts = ("encoder", "decoder")
-    sizes = {
-        f"{part}_{what}": n for part in parts for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 24))
-    }
+    numbers = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+    sizes = {f"{part}_{what}": number for part in ("encoder", "decoder") for what, number in numbers.items()}
     config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=16, max_position_embeddings=16, **sizes)
     structure = discover(transformers.BartForConditionalGeneration(config), LANGUAGE)
     for name in ("model.encoder.layers.1.final_layer_norm.weight", "model.decoder.layers.1.final_layer_norm.weight"):
@@ -96,10 +94,8 @@ def test_each_readout_is_of_the_stream_that_it_reads() -> None:
     assert not structure.unassigned
     depths = [stream.depth for stream in structure.streams]
     assert sorted(depths) == [2, 3]
-    assert {(r.parameter, depths[r.stream], r.fan_in) for r in structure.readouts} == {
-        ("out.0.weight", 2, 16),
-        ("out.1.weight", 3, 24),
-    }
+    found = {(r.parameter, depths[r.stream], r.fan_in) for r in structure.readouts}
+    assert found == {("out.0.weight", 2, 16), ("out.1.weight", 3, 24)}
     assert structure.roles["temperature"] == "readout_bias"
 
 
@@ -155,19 +151,15 @@ class Inverted(nn.Module):
         super().__init__()
         self.stem, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 5)
         shapes = ((8, 8, 1), (8, 16, 2), (16, 16, 1), (16, 16, 2))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(inputs, 4 * inputs, 1, bias=False),
-                nn.BatchNorm2d(4 * inputs),
-                nn.ReLU6(),
-                nn.Conv2d(4 * inputs, 4 * inputs, 3, stride, 1, groups=4 * inputs, bias=False),
-                nn.BatchNorm2d(4 * inputs),
-                nn.ReLU6(),
-                nn.Conv2d(4 * inputs, outputs, 1, bias=False),
-                nn.BatchNorm2d(outputs),
-            )
-            for inputs, outputs, stride in shapes
-        )
+        self.blocks = nn.ModuleList(self._block(*shape) for shape in shapes)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        units = 4 * inputs
+        depthwise = nn.Conv2d(units, units, 3, stride, 1, groups=units, bias=False)
+        first = nn.Conv2d(inputs, units, 1, bias=False), nn.BatchNorm2d(units), nn.ReLU6()
+        last = nn.Conv2d(units, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        return nn.Sequential(*first, depthwise, nn.BatchNorm2d(units), nn.ReLU6(), *last)
 
     def forward(self, images: Tensor) -> Any:
         h = self.stem(images)
@@ -214,10 +206,6 @@ class Flattened(Blocks):
 
 def test_a_stream_that_is_flattened_on_the_way_can_be_read() -> None:
     module = nn.Sequential(nn.Linear(8, 16), Flattened(16, 4), nn.Linear(16, 5))
-    structure = discover(module, (X,))
-    taps = [(tap.reads, tap.position, tap.module, tap.axis) for tap in structure.taps]
-    assert taps[:-1] == [
-        ("stream", 0, "0", -1),
-        *(("stream", i, f"1.branches.{i}", -1) for i in (1, 2, 3)),
-        ("stream", 4, "1", -1),
-    ]
+    taps = [(tap.reads, tap.position, tap.module, tap.axis) for tap in discover(module, (X,)).taps]
+    modules = "0", *(f"1.branches.{i}" for i in (1, 2, 3)), "1"
+    assert taps[:-1] == [("stream", position, name, -1) for position, name in enumerate(modules)]

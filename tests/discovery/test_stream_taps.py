@@ -8,38 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.architectures import ARCHITECTURES, TOKENS, Architecture
-from helpers.taps import read, streams
+from helpers.architectures import ARCHITECTURES, TOKENS
+from helpers.taps import inputs, logits, read, streams
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, discover, initialize
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.models import ResNet
 
 DEPTH, HEADS, EMBEDDING = 2, 4, 32
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # double precision; only the order of sums differs
-
-
-def doubles(example: Any) -> Any:
-    if isinstance(example, dict):
-        return {key: doubles(value) for key, value in example.items()}
-    if isinstance(example, tuple):
-        return tuple(map(doubles, example))
-    return example.double() if example.is_floating_point() else example
-
-
-def inputs(architecture: Architecture) -> Any:
-    """Arguments of forward; the registry has batches for LightningModules."""
-    example = architecture.example
-    return doubles(example if isinstance(example, (dict, tuple)) else (TOKENS,))
-
-
-def logits(module: nn.Module, example: Any) -> Any:
-    if isinstance(module, ResNet):
-        example = example[:1]
-    output = module(**example) if isinstance(example, dict) else module(*example)
-    return getattr(output, "logits", output)
 
 
 # What a person reads off the source: how the first branch's stream is made, and the output from the last sum.

@@ -8,7 +8,7 @@ import torch
 import transformers
 from helpers.architectures import TOKENS
 from helpers.residual_networks import Net
-from helpers.taps import modules, printed, read, streams
+from helpers.taps import modules, read, streams
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -106,7 +106,7 @@ def test_encoder_and_decoder() -> None:
     parts = {"embed": nn.Embedding(50, 16), "out": nn.Linear(16, 9), "blocks": nn.Identity()}
     module, source, target = Net(translator, encoder=encoder, decoder=decoder, **parts).eval(), TOKENS, TOKENS.flip(1)
     structure = discover(module, (source, target))
-    assert printed(module, (source, target)) == [
+    assert [str(tap) for tap in structure.taps] == [
         "stream 0 after 0 additions: decoder input[0]",
         "stream 0 after 1 additions: decoder.norm2 input[0]",
         "stream 0 after 2 additions: decoder.norm3 input[0]",

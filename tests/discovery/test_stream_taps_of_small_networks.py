@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.architectures import TOKENS
-from helpers.residual_networks import Block, Net, X, in_a_row
-from helpers.taps import modules, printed, read, streams
+from helpers.residual_networks import Block, Net, X, in_a_row, stepwise, stream
+from helpers.taps import listed, modules, read, streams
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,18 +28,10 @@ class Masked(Block):
 
 
 def test_tensors_without_gradient_count_among_inputs() -> None:
-    def forward(net: Net, x: Tensor) -> Any:
-        h = net.embed(x)
-        for block in net.blocks:
-            h = h + block(mask=torch.ones(4, 1), stream=h)
-        return net.out(h)
-
-    assert printed(Net(forward, blocks=nn.ModuleList([Masked(), Masked()])), X) == [
-        "stream 0 after 0 additions: embed output",
-        "stream 0 after 1 additions: blocks.1 input[1]",
-        "stream 0 after 2 additions: out input[0]",
-        "readout 0: out output",
-    ]
+    blocks = nn.ModuleList([Masked(), Masked()])
+    module = stepwise(lambda net, h, block: h + block(mask=torch.ones(4, 1), stream=h), blocks=blocks)
+    expected = "stream 0: embed output, stream 1: blocks.1 input[1], stream 2: out input[0], readout 0: out output"
+    assert listed(module, X) == expected
 
 
 class Adding(Block):
@@ -51,11 +43,8 @@ class Adding(Block):
 
 
 def test_sums_in_place() -> None:
-    def forward(net: Net, x: Tensor) -> Any:
-        return net.out(net.blocks[1](net.blocks[0](net.embed(x))))
-
     torch.manual_seed(0)
-    module = Net(forward, blocks=nn.ModuleList([Adding(), Adding()]))
+    module = Net(adds=True, blocks=nn.ModuleList([Adding(), Adding()]))
     structure = discover(module, X)
     assert modules(structure.taps) == ["embed output", "blocks.0 output", "blocks.1 output", "out output"]
     h = streams(read(module, structure.taps, lambda: module(X)))
@@ -97,31 +86,19 @@ def scaled(net: Net, x: Tensor) -> Any:
 
 def through_a_matrix(net: Net, x: Tensor) -> Any:
     """A matrix without a module is between the sums: what the next block is given is not what was summed."""
-    h = net.embed(x)
-    for block in net.blocks:
-        h = F.linear(h + block(h), block.read.weight[:8])
-    return net.out(h)
+    return net.out(stream(net, x, lambda net, h, block: F.linear(h + block(h), block.read.weight[:8])))
 
 
 @pytest.mark.parametrize(("forward", "begin"), [(scaled, "blocks.0 input[0]"), (through_a_matrix, "embed output")])
 def test_what_is_made_of_a_sum_by_factors_or_a_matrix_does_not_stand_for_it(
     forward: Callable[..., Any], begin: str
 ) -> None:
-    assert printed(Net(forward), X) == [
-        f"stream 0 after 0 additions: {begin}",
-        "branch 0 after 0 additions: blocks.0 output",
-        "readout 0: out output",
-    ]
+    assert listed(Net(forward), X) == f"stream 0: {begin}, branch 0: blocks.0 output, readout 0: out output"
 
 
 def bare(change: Callable[[Any, Tensor, Tensor], Tensor]) -> Net:
     """Nothing is given the last sum, which the mean over samples follows."""
-
-    def forward(net: Net, x: Tensor) -> Any:
-        h = change(net, net.embed(x), x)
-        return h.mean(0) @ net.out.weight.T + net.out.bias
-
-    return Net(forward)
+    return Net(lambda net, x: change(net, net.embed(x), x).mean(0) @ net.out.weight.T + net.out.bias)
 
 
 def one_by_one(net: Any, h: Tensor, x: Tensor) -> Tensor:
@@ -178,26 +155,13 @@ def test_branches_that_are_added_in_turn_make_one_position() -> None:
         h, (first, second) = net.embed(x), net.blocks
         return net.out(net.drop(h + first(h)) + second(h))
 
-    assert printed(Net(forward, drop=nn.Dropout(0.5)), X) == [
-        "stream 0 after 0 additions: embed output",
-        "stream 0 after 1 additions: out input[0]",
-        "readout 0: out output",
-    ]
+    expected = "stream 0: embed output, stream 1: out input[0], readout 0: out output"
+    assert listed(Net(forward, drop=nn.Dropout(0.5)), X) == expected
 
 
 def test_only_first_calls_are_read() -> None:
-    def forward(net: Net, x: Tensor) -> Any:
-        h = net.embed(x)
-        for _ in range(3):
-            h = h + net.blocks[0](h)
-        return net.out(h)
-
-    assert printed(Net(forward), X) == [
-        "stream 0 after 0 additions: embed output",
-        "branch 0 after 0 additions: blocks.0 output",
-        "stream 0 after 3 additions: out input[0]",
-        "readout 0: out output",
-    ]
+    expected = "stream 0: embed output, branch 0: blocks.0 output, stream 3: out input[0], readout 0: out output"
+    assert listed(Net(blocks=nn.ModuleList([Block()] * 3)), X) == expected
 
 
 def test_the_first_of_two_passes_is_read() -> None:
@@ -233,12 +197,8 @@ class StepTwice(LightningModule):
 
 
 def test_passes_of_a_training_step() -> None:
-    assert printed(StepTwice(), X) == [
-        "stream 0 after 0 additions: net.embed output",
-        "stream 0 after 1 additions: net.blocks.1 input[0]",
-        "stream 0 after 2 additions: net.readout input[0]",
-        "readout 0: net.readout output",
-    ]
+    expected = "stream 0: net.embed output, stream 1: net.blocks.1 input[0], stream 2: net.readout input[0]"
+    assert listed(StepTwice(), X) == f"{expected}, readout 0: net.readout output"
 
 
 def test_outputs_of_one_operation_are_told_apart() -> None:
@@ -248,10 +208,9 @@ def test_outputs_of_one_operation_are_told_apart() -> None:
         first, second = net.embed(x).chunk(2, -1)
         return net.out(first + net.block(second))
 
-    assert printed(Net(forward, embed=nn.Linear(3, 16), block=Block()), X) == [
-        "stream 0 after 1 additions: out input[0]",  # before it, the block is given the other half
-        "readout 0: out output",
-    ]
+    # before it, the block is given the other half
+    expected = "stream 1: out input[0], readout 0: out output"
+    assert listed(Net(forward, embed=nn.Linear(3, 16), block=Block()), X) == expected
 
 
 @pytest.mark.parametrize(
@@ -264,10 +223,8 @@ def test_outputs_of_one_operation_are_told_apart() -> None:
 def test_what_a_multiplier_changes_is_not_read(adds: bool, site: str, expected: list[str]) -> None:
     """The tied readout's 1/d goes to the first module that returns the last sum; then that is not given to any other."""
 
-    def forward(net: Net, tokens: Tensor) -> Any:
-        return in_a_row(net, tokens) @ net.embed.weight.T
-
-    module = Net(forward, adds, embed=nn.Embedding(50, 8), out=nn.Sequential(nn.Identity()))
+    parts = {"embed": nn.Embedding(50, 8), "out": nn.Sequential(nn.Identity())}
+    module = Net(lambda net, tokens: in_a_row(net, tokens) @ net.embed.weight.T, adds, **parts)
     plan = Plan.from_model(module, TOKENS)  # in the absolute form: d = 8
     assert [str(m.site) for m in plan.multipliers if m.kind == "readout"] == [site]
     assert modules(plan.taps) == [*expected, "(module itself) output"]
@@ -286,30 +243,19 @@ def test_an_output_is_read_with_its_bias() -> None:
     torch.testing.assert_close(found["readout", 0, 0], (in_a_row(module, X[None]) + bias).detach())
 
 
-def post_norm(norm: Callable[[Any, Tensor], Tensor]) -> Net:
-    """Norms without modules after the sums; ``sizes`` is given the squares."""
-
-    def forward(net: Net, x: Tensor) -> Any:
-        h = net.embed(x)
-        for block in net.blocks:
-            h = norm(net, h + block(h))
-        return net.out(h)
-
-    return Net(forward, sizes=nn.Identity())
-
-
 def whole(net: Any, h: Tensor) -> Tensor:
     return F.layer_norm(h, (8,))
 
 
 def by_hand(net: Any, h: Tensor) -> Tensor:
+    """A norm whose squares are given to ``sizes``."""
     return h * torch.rsqrt(net.sizes(h.square()).mean(-1, keepdim=True) + 1e-5)
 
 
 @pytest.mark.parametrize("norm", [whole, by_hand])
 def test_norms_stand_for_sums_that_no_module_is_given(norm: Callable[[Any, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
-    module = post_norm(norm)
+    module = stepwise(lambda net, h, block: norm(net, h + block(h)), sizes=nn.Identity())
     structure = discover(module, X)
     # what follows the last sum has many parts if it is written by hand, and is not known to be a norm
     last = "out input[0]" if norm is whole else "blocks.1 output"
@@ -322,14 +268,10 @@ def test_norms_stand_for_sums_that_no_module_is_given(norm: Callable[[Any, Tenso
 def test_parts_of_a_norm_do_not_stand_for_sums() -> None:
     """Only the squares are given to a module."""
 
-    def forward(net: Net, x: Tensor) -> Any:
-        h = net.embed(x)
-        for block in net.blocks:
-            units = torch.tanh(F.linear(h, block.read.weight))
-            h = by_hand(net, h + F.linear(units, block.write.weight))
-        return net.out(h)
+    def step(net: Net, h: Tensor, block: Block) -> Tensor:
+        return by_hand(net, h + F.linear(torch.tanh(F.linear(h, block.read.weight)), block.write.weight))
 
-    taps = discover(Net(forward, sizes=nn.Identity()), X).taps
+    taps = discover(stepwise(step, sizes=nn.Identity()), X).taps
     assert [(tap.module, tap.position) for tap in taps if tap.reads == "stream"] == [("embed", 0)]
 
 

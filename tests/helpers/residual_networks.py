@@ -39,7 +39,17 @@ class Net(nn.Module):
 
 def in_a_row(net: Net, x: Tensor) -> Any:
     """Blocks one after the other, each added to what it reads."""
+    return net.out(stream(net, x, lambda net, h, block: block(h) if net.adds else h + block(h)))
+
+
+def stream(net: Net, x: Tensor, step: Callable[[Any, Tensor, Any], Tensor]) -> Any:
+    """The stream after ``step``, of the network, the stream and a block, has been made with every block."""
     h = net.embed(x)
     for block in net.blocks:
-        h = block(h) if net.adds else h + block(h)
-    return net.out(h)
+        h = step(net, h, block)
+    return h
+
+
+def stepwise(step: Callable[[Any, Tensor, Any], Tensor], **parts: Any) -> Net:
+    """A network whose stream goes through ``step`` with every block."""
+    return Net(lambda net, x: net.out(stream(net, x, step)), **parts)
