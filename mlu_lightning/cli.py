@@ -32,12 +32,7 @@ def main(args: list[str] | None = None) -> None:
     if given[:1] in (["check"], ["report"]) and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--path")  # what a command is about needs no option
     try:
-        auto_cli(
-            {"quickstart": quickstart, "check": check, "report": report, "shape": shape},
-            args=given,
-            prog="mlu-lightning",
-            as_positional=False,
-        )
+        auto_cli([quickstart, check, report, shape], args=given, prog="mlu-lightning", as_positional=False)
     except ValueError as error:
         Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
@@ -58,9 +53,7 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     from mlu_lightning.quickstart import Study, load_text, loss_table, run_study, save_figure, save_runs, verdicts
 
     content = load_text(text)
-    folder = _folder(out)
-    study = Study(steps=steps, seed=seed)
-    console = _console()
+    folder, study, console = _folder(out), Study(steps=steps, seed=seed), _console()
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
     source = "the documentation in Python's standard library" if text is None else text
     _say(console, f"{total} runs of {steps} steps on {len(content):,} bytes of {source}")
@@ -118,9 +111,7 @@ def check(
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
     keys = {axis: names.split(",") if names else [] for axis, names in named.items()}
     configured = read_config(path, keys, model, data)
-    folder = _folder(out)
-    axes = [axis for axis, names in keys.items() if names]
-    console = _console(125)
+    folder, console = _folder(out), _console(125)
     for note in configured.notes:
         _say(console, note)
     with _progress(console) as progress:
@@ -130,7 +121,7 @@ def check(
             configured.base,
             configured.data(),
             callbacks=configured.callbacks,
-            axes=default_axes(factors, axes),
+            axes=default_axes(factors, [axis for axis, names in keys.items() if names]),
             factors=factors,
             seeds=seeds,
             steps=steps,
@@ -165,18 +156,13 @@ def report(path: str, out: str = "report.html") -> None:
     try:
         target.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ValueError(
-            f"The page cannot be written to {out}: {error.strerror}. Give --out the path of an HTML file."
-        ) from error
+        wrong = f"The page cannot be written to {out}: {error.strerror}"
+        raise ValueError(f"{wrong}. Give --out the path of an HTML file.") from error
     console = _console()
-    found: dict[str, Mapping[str, object]] = {
-        "plan": record.plans,
-        "check": record.checks,
-        "logged value": record.values,
-        "reference": record.references,
-    }
-    counts = ", ".join(f"{len(items)} {name}{'' if len(items) == 1 else 's'}" for name, items in found.items())
-    _say(console, f"Wrote {target}: {counts}.", soft_wrap=True)
+    found = len(record.plans), len(record.checks), len(record.values), len(record.references)
+    names = "plan", "check", "logged value", "reference"
+    counts = (f"{count} {name}{'' if count == 1 else 's'}" for count, name in zip(found, names, strict=True))
+    _say(console, f"Wrote {target}: {', '.join(counts)}.", soft_wrap=True)
     for name, reason in record.problems.items():
         _say(console, f"{name}: {reason}", soft_wrap=True)
 
@@ -211,9 +197,7 @@ def shape(
             experiments, which are named below the table.
         gain: part by which twice the depth must lower the error to be taken, from 0.01 to below 0.5.
     """
-    names = ("vocabulary", "head_dim", "mlp_ratio", "inputs", "outputs")
-    given = dict(zip(names, (vocabulary, head_dim, mlp_ratio, inputs, outputs), strict=True))
-    sizes = _sizes(model, {name: value for name, value in given.items() if value is not None})
+    sizes = _sizes(model, vocabulary=vocabulary, head_dim=head_dim, mlp_ratio=mlp_ratio, inputs=inputs, outputs=outputs)
     heads = None
     if model == "transformer":
         heads = sizes["head_dim"], sizes["mlp_ratio"] * sizes["head_dim"]
@@ -229,10 +213,9 @@ def shape(
             "Give twice the number of blocks."
         )
     best = optimal_shape(parameters, architecture, gain)
-    candidates = candidate_shapes(parameters, architecture, gain)
     console, outside = _console(), f"{architecture.per_coordinate} D are outside branches"
     _say(console, f"Shapes of a {model} with up to {parameters:,.0f} parameters, of which {outside}")
-    console.print(shape_table(candidates, best, compared, heads))
+    console.print(shape_table(candidate_shapes(parameters, architecture, gain), best, compared, heads))
     for sentence in assumptions(architecture.constants, gain, compared, heads):
         _say(console, sentence)
 
@@ -242,10 +225,10 @@ def _require(needed: str, *packages: str) -> None:
         raise ValueError(f"{needed} not installed: pip install 'mlu-lightning[plots]'.")
 
 
-def _sizes(model: str, given: dict[str, int]) -> dict[str, int]:
+def _sizes(model: str, **options: int | None) -> dict[str, int]:
     """Sizes of a model besides its shape, those that are not given by default."""
-    wrong = [name for name in given if name not in _SIZES[model]]
-    if wrong:
+    given = {name: value for name, value in options.items() if value is not None}
+    if wrong := [name for name in given if name not in _SIZES[model]]:
         raise ValueError(
             f"--{' and --'.join(wrong)} cannot be used with --model {model}, which has --{', --'.join(_SIZES[model])}. "
             "Leave them out, or choose the other model."
@@ -283,9 +266,8 @@ def _folder(path: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"The folder {path} cannot be made: {error.strerror}. Give --out the path of a folder that can be written to."
-        ) from error
+        wrong = f"The folder {path} cannot be made: {error.strerror}"
+        raise ValueError(f"{wrong}. Give --out the path of a folder that can be written to.") from error
     return folder
 
 

@@ -6,6 +6,8 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, se
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
-from mlu_lightning.checking.growth import check_growth
 from mlu_lightning.checking.measurement import Measurement, measure
 from mlu_lightning.checking.preparation import build, first_batches, make_trainer, prepare, quiet, transfer
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.report import CheckReport
-from mlu_lightning.checking.sizes import AXES, Size, default_axes, sizes
+from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
 from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
@@ -43,24 +44,21 @@ def check(
     """Check that a module's features move alike at every shape, and name the role that is at fault if they do not.
 
     The module is built at several shapes along depth, hidden width and embedding, separately and together, and trained
-    for a few steps by its own optimizers in a Trainer with the callbacks that are to be checked. Everything that the MLU
-    parameterization makes independent of the shape (theory.md, sections 1 and 3) is measured in each run: how far
-    pre-activations, streams and outputs move; what every parameter does where it acts, at the start and because it was
-    updated; what weight decay takes away; and what the update of each role does to streams and outputs. Slopes against
-    size, fitted with a confidence interval, are the verdict. Powers in the table are multiples of 1/2, so a missing factor
-    shifts a slope by 1/2 at least; 1/4 is left to how networks of finite size drift.
+    for a few steps by its own optimizers. Each run measures what the MLU parameterization makes independent of the shape
+    (theory.md, sections 1 and 3): how far pre-activations, streams and outputs move; what every parameter does where it
+    acts, at the start and because it was updated; what weight decay takes away; and what the update of each role does to
+    streams and outputs. Slopes against size, fitted with a confidence interval, are the verdict. Powers in the table are
+    multiples of 1/2, so a missing factor shifts a slope by 1/2 at least; 1/4 is left to drift of networks of finite size.
 
     Args:
-        module_factory: function that builds the module, called with ``depth=``, ``hidden=`` and ``embedding=``. The depth
-            of what it builds may be any multiple of the argument, as two additions for each block of a Transformer.
+        module_factory: function from ``depth=``, ``hidden=`` and ``embedding=`` to a module, whose depth may be a multiple
+            of the argument, such as two additions for each block of a Transformer.
         base: arguments at which the hyperparameters are known to be good.
-        data: batches as ``training_step`` takes them: a DataLoader, a list of batches or a ``LightningDataModule``; None
-            for a module that has its own ``train_dataloader``.
-        callbacks: function that makes the callbacks of a Trainer, given a freshly built module of the base shape; by
-            default an :class:`MLUCallback` with that base. Those that save checkpoints or print are left out.
-        axes: axes along which shapes grow, some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``; without
-            those that a module cannot grow alone, such as heads whose dimension times their number is the embedding. By
-            default all, together if there are four factors or more, because they grow together by all but the last.
+        data: DataLoader, list of batches or ``LightningDataModule``; None for the module's own ``train_dataloader``.
+        callbacks: function from a module of the base shape to the callbacks of a Trainer, by default an
+            :class:`MLUCallback` with that base; those that save checkpoints or print are left out.
+        axes: some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``, without those that the module cannot
+            grow alone; by default all, ``"together"`` with four factors or more, because it grows by all but the last.
         factors: factors by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
         steps: optimizer steps of every run.
@@ -68,12 +66,8 @@ def check(
         trainer: further arguments of the Trainer, such as ``precision`` or ``gradient_clip_val``.
         progress: function called with the number of runs made and that of all.
 
-    Returns:
-        The report, which prints as a table and says which roles are at fault.
-
     Raises:
-        ValueError: if an argument is not of these, the module cannot be planned at one of the shapes or does not grow along
-            one of the axes, or a run stops before its last step.
+        ValueError: if an argument is not of these, the module cannot be planned or does not grow, or a run stops early.
 
     >>> from mlu_lightning.models import ResNet
     >>> def build(depth, hidden, embedding):
@@ -114,35 +108,17 @@ def check(
             plan, module = plan_of(shape), build(module_factory, shape, run_seed)
             at_base = build(module_factory, base, run_seed)
             seed_everything(run_seed, verbose=False)
-            measured[shape, run_seed] = measure(
-                module,
-                plan,
-                make_callbacks(at_base),
-                batches[run_seed][:count],
-                probe,
-                steps,
-                settings,
-                datamodule,
-            )
+            training = make_callbacks(at_base), batches[run_seed][:count], probe, steps, settings, datamodule
+            measured[shape, run_seed] = measure(module, plan, *training)
             progress(len(measured), len(runs))
-    return CheckReport(
-        base=base,
-        factors=tuple(factors),
-        seeds=seeds,
-        steps=steps,
-        rows=tuple(_rows(grid, measured)),
-        warnings=tuple(dict.fromkeys(largest.warnings)),
-    )
+    rows, warnings = tuple(_rows(grid, measured)), tuple(dict.fromkeys(largest.warnings))
+    return CheckReport(base, tuple(factors), seeds, steps, rows, warnings)
 
 
 def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Iterator[Row]:
     """Rows of all quantities and axes, in order of kinds and axes."""
-    shallowest: dict[Quantity, Measurement] = {}
-    for found in measured.values():
-        for measurement in found:
-            quantity = measurement.quantity
-            if len(measurement.values) < len(shallowest.setdefault(quantity, measurement).values):
-                shallowest[quantity] = measurement
+    by_depth = sorted(chain.from_iterable(measured.values()), key=lambda measurement: -len(measurement.values))
+    shallowest = {measurement.quantity: measurement for measurement in by_depth}
     points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
     for size in grid:
         for (shape, seed), found in measured.items():
@@ -167,8 +143,6 @@ def _at(depths: Sequence[float], measurement: Measurement) -> Sequence[float]:
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
-    if not all(math.isfinite(value) for value in values):
+    if not all(map(math.isfinite, values)):
         return math.nan
-    if min(values) == 0:
-        return 0.0
-    return math.exp(math.fsum(map(math.log, values)) / len(values))
+    return geometric_mean(values) if min(values) > 0 else 0.0

@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from argparse import ArgumentError
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
@@ -25,21 +25,13 @@ __all__ = ["Configured", "read_config"]
 
 @dataclass(frozen=True)
 class Configured:
-    """A LightningCLI's configuration, with the names of the model's arguments that make up its shape.
-
-    Args:
-        content: content of the file.
-        keys: names of the model's arguments by axis; all of an axis grow by one factor.
-        start: value of each of them at the base.
-        base: shape of the base, from the first name of each axis.
-        notes: sentences about what the check does not take from the configuration as it stands.
-    """
+    """A LightningCLI's configuration, with the names of the model's arguments that make up its shape."""
 
     content: Mapping[str, Any]
-    keys: Mapping[str, tuple[str, ...]]
-    start: Mapping[str, int]
-    base: Shape
-    notes: tuple[str, ...] = ()
+    keys: Mapping[str, tuple[str, ...]]  # names by axis; all of an axis grow by one factor
+    start: Mapping[str, int]  # value of each of them at the base
+    base: Shape  # from the first name of each axis
+    notes: tuple[str, ...] = ()  # about what the check does not take from the configuration as it stands
 
     def build(self, depth: int, hidden: int, embedding: int) -> LightningModule:
         """Build the module at a shape."""
@@ -84,10 +76,9 @@ def read_config(
 ) -> Configured:
     """Read the YAML file of a LightningCLI, of one command or of all, and find the base's shape in it.
 
-    The base is that of the configuration's :class:`MLUCallback`, where it has a ``class_path`` with ``init_args``;
-    without one, what the configuration trains is taken for it. Arguments that the model lacks are the base's, too: a CLI
-    that links arguments does not save those that it sets. Of keys at the top, those of LightningCLI itself are taken.
-    ``model`` and ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``.
+    The base is that of the configuration's :class:`MLUCallback`, or else what the configuration trains. Arguments that
+    the model lacks are the base's, too: a CLI that links arguments does not save those that it sets. ``model`` and
+    ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``.
     """
     content = _content(Path(path))
     left_out = [name for name in content if name not in _OF_LIGHTNING]
@@ -125,9 +116,8 @@ def read_config(
     first = {axis: start[names[0]] if names else 1 for axis, names in keys.items()}
     own, missing = _arguments(content["model"]) | start, _of_base(content["model"], base)
     filled = content | {"model": content["model"] | {"init_args": missing | own}}
-    parsed = _parse(_Arguments, filled, {}).config
+    parsed, data_arguments = _parse(_Arguments, filled, {}).config.as_dict(), _arguments(content.get("data") or {})
     if _is_saved(content):
-        data_arguments = _arguments(content.get("data") or {})
         linked = _linked("model", parsed, own, missing) + _linked("data", parsed, data_arguments, {})
         if linked:
             raise ValueError(
@@ -135,17 +125,17 @@ def read_config(
                 "those that a CLI links to others (link_arguments): what the training had is not known. Write what is "
                 "missing into a copy of the file, beside the other arguments, and check the copy."
             )
-    taken = {name: value for name, value in missing.items() if name not in start}
+    taken = [f"{name}={value}" for name, value in missing.items() if name not in start]
     axes = {axis: tuple(names) for axis, names in keys.items()}
-    return Configured(filled, axes, start, Shape(**first), _notes(left_out, taken))
+    return Configured(filled, axes, start, Shape(**first), tuple(_notes(left_out, taken)))
 
 
 _OF_A_STEP = (
     "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
 )
 _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
-_OTHER_VERSIONS = 4
-"""How many arguments the Trainer may have gained since the version of Lightning that saved a file."""
+_OF_FIT = ("ckpt_path", "config", "weights_only")
+_OTHER_VERSIONS = 4  # how many arguments the Trainer may have gained since the version of Lightning that saved a file
 
 
 class _Arguments(LightningCLI):
@@ -171,7 +161,7 @@ _CLI = TypeVar("_CLI", bound=LightningCLI)
 
 
 def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int], loggers: Sequence[Any] = ()) -> _CLI:
-    """Parse a configuration with other sizes in the model's arguments, and with the callbacks that take part."""
+    """Parse a configuration with other sizes in the model's arguments, and only the callbacks that take part."""
     changed: dict[str, Any] = copy.deepcopy(dict(content))
     changed["model"].setdefault("init_args", {}).update(sizes)
     kept = [callback for callback in _callbacks(changed) if _takes_part(callback)]
@@ -201,8 +191,7 @@ def _content(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is not the configuration of a LightningCLI: it has no model. Give that of a training."
         )
-    # arguments of fit itself
-    return {name: value for name, value in content.items() if name not in ("ckpt_path", "config", "weights_only")}
+    return {name: value for name, value in content.items() if name not in _OF_FIT}
 
 
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,18 +249,15 @@ def _of_base(model: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
     return {name: value for name, value in _arguments(base).items() if name not in given}
 
 
-def _notes(left_out: Sequence[str], taken: Mapping[str, Any]) -> tuple[str, ...]:
-    """Sentences about keys that are not LightningCLI's, and about arguments that the model has from the base."""
-    notes = []
+def _notes(left_out: Sequence[str], taken: Sequence[str]) -> Iterator[str]:
+    """Say which keys are not LightningCLI's, and which arguments the model has from the base."""
     if left_out:
-        notes.append(
+        yield (
             f"Left out, because LightningCLI itself does not have them: {', '.join(map(str, left_out))}. Optimizers and "
             "callbacks that your own CLI makes of them are not in this check."
         )
     if taken:
-        values = ", ".join(f"{name}={value}" for name, value in taken.items())
-        notes.append(f"Taken from the MLUCallback's base, because the model has no value for them: {values}.")
-    return tuple(notes)
+        yield f"Taken from the MLUCallback's base, because the model has no value for them: {', '.join(taken)}."
 
 
 def _is_saved(content: Mapping[str, Any]) -> bool:
@@ -280,9 +266,9 @@ def _is_saved(content: Mapping[str, Any]) -> bool:
     return "seed_everything" in content and len(every - (content.get("trainer") or {}).keys()) <= _OTHER_VERSIONS
 
 
-def _linked(section: str, parsed: Any, given: Mapping[str, Any], of_base: Mapping[str, Any]) -> list[str]:
+def _linked(section: str, parsed: Mapping[str, Any], given: Mapping[str, Any], of_base: Mapping[str, Any]) -> list[str]:
     """Arguments of a class that a saved configuration has no value for, and its base none that somebody has chosen."""
-    found = parsed.as_dict().get(section) or {}
+    found = parsed.get(section) or {}
     arguments = found.get("init_args") or {}
     if not arguments:
         return []

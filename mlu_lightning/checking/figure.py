@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import geometric_mean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,30 +21,25 @@ __all__ = ["draw_check"]
 
 
 def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
-    """Draw every quantity over its value at the smallest size, one panel for each kind and axis.
-
-    The grey band is what passes: slopes within the tolerance. What passes is thin and blue, what fails thick, red and
-    named, what is undecided yellow.
-    """
+    """Draw every quantity over its value at the smallest size, a panel for each kind and axis, over the band that passes."""
     panels: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        panels[_group(row.quantity.kind)].append(row)
+        kind = row.quantity.kind
+        moves = kind in (Kind.FEATURES, Kind.STREAM, Kind.OUTPUT)
+        panels["features, stream, output" if moves else str(kind)].append(row)
     axes = axes_of(rows)
     figure = Figure(figsize=(3.1 * len(axes) + 0.6, 2.3 * len(panels) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
     for line, (group, members) in zip(grid, panels.items(), strict=True):
-        ends = [
-            _draw(panel, [row for row in members if row.axis == axis], axis)
-            for panel, axis in zip(line, axes, strict=True)
-        ]
+        of_axes = [[row for row in members if row.axis == axis] for axis in axes]
+        ends = [_draw(panel, of_axis, axis) for panel, of_axis, axis in zip(line, of_axes, axes, strict=True)]
         for panel, heights in zip(line, ends, strict=True):  # after all of a line, which share an axis
             _name(panel, heights)
         line[0].set_ylabel(group)
-    for panel, axis in zip(grid[0], axes, strict=True):
-        panel.set_title(axis, loc="left", fontsize=10)
-    for panel in grid[-1]:
-        panel.set_xlabel("times the base")
+    for top, bottom, axis in zip(grid[0], grid[-1], axes, strict=True):
+        top.set_title(axis, loc="left", fontsize=10)
+        bottom.set_xlabel("times the base")
     verdict = overall_verdict(rows)
     figure.suptitle(
         f"{verdict.upper()}   sizes over that at the smallest network, from L={base.depth}, M={base.hidden}, "
@@ -59,10 +55,6 @@ _COLORS: dict[Verdict, str] = {"pass": "#0072B2", "fail": "#C40000", "undecided"
 """Okabe and Ito's palette but for the red: people with any colour vision can tell them apart."""
 
 
-def _group(kind: Kind) -> str:
-    return "features, stream, output" if kind in (Kind.FEATURES, Kind.STREAM, Kind.OUTPUT) else str(kind)
-
-
 def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
     """Draw a panel, and return the last values of the curves that are to be named, by name."""
     panel.set_xscale("log", base=2)
@@ -76,14 +68,13 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
     lowest, highest = lowest_and_highest(rows[0].quantity, axis)
     panel.fill_between(factors, sizes**lowest, sizes**highest, color="0.92", zorder=-1)
     named: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: _ORDER.index(row.verdict)):
+    for row in sorted(rows, key=lambda row: ("pass", "undecided", "fail").index(row.verdict)):
         curve = _curve(row, factors)
         if curve is None:
             continue
-        failing = row.verdict == "fail"
-        width, alpha = (2, 1.0) if failing else (0.9, 0.7)
+        width, alpha = (2, 1.0) if row.verdict == "fail" else (0.9, 0.7)
         panel.plot(factors, curve, color=_COLORS[row.verdict], linewidth=width, alpha=alpha)
-        if failing:
+        if row.verdict == "fail":
             named[row.quantity.label] = curve[-1]
     panel.plot([factors[0]] * 2, [1 / 2, 2], alpha=0)  # the least that is shown
     panel.set_xticks(factors, [f"{factor}" for factor in factors])
@@ -111,9 +102,6 @@ def _name(panel: Axes, heights: dict[str, float]) -> None:
         )
 
 
-_ORDER: tuple[Verdict, ...] = ("pass", "undecided", "fail")
-
-
 def _curve(row: Row, factors: Sequence[int]) -> list[float] | None:
     """Geometric means over seeds, over that at the smallest size; None if there is no such number at every size."""
     values: dict[int, list[float]] = defaultdict(list)
@@ -121,5 +109,5 @@ def _curve(row: Row, factors: Sequence[int]) -> list[float] | None:
         values[point.factor].append(point.at(row.reason))
     if values.keys() != set(factors) or not all(0 < value < math.inf for found in values.values() for value in found):
         return None
-    means = [math.exp(math.fsum(map(math.log, values[factor])) / len(values[factor])) for factor in factors]
+    means = [geometric_mean(values[factor]) for factor in factors]
     return [mean / means[0] for mean in means]

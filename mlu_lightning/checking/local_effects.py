@@ -1,18 +1,16 @@
 """Local effects of parameters: how far the output of a parameter's own submodule moves if it had another value.
 
-A submodule is run again on what it was given, with one parameter replaced and everything else as it is. So neither what
-comes before nor what comes after has a part in the difference, except for the multiplier of a branch or readout, which
-belongs to the matrix that writes there and is part of it, and of no other parameter of the submodule that it acts on.
+A submodule is run again on what it was given, with one parameter replaced and all else as it is. What comes before and after
+has no part in the difference, but for the multiplier of a branch or readout, which belongs to the matrix that writes there.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,29 +20,21 @@ from torch.func import functional_call
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.function_calls import tensors_in
+from mlu_lightning.utilities.names import common_module
 
 __all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Where the effect of one parameter is read.
-
-    Args:
-        parameter: name of the parameter.
-        owner: submodule that holds it, whose input it acts on.
-        module: submodule that is run again: the owner, or the smallest one with the owner and the parameter's multiplier.
-        role: role of the parameter.
-        multiplied: whether the multiplier of a branch is part of what is read.
-        before_hooks: whether the output is read before hooks, which have another parameter's multiplier.
-    """
+    """Where the effect of one parameter is read."""
 
     parameter: str
-    owner: str
-    module: str
+    owner: str  # the submodule that holds it, whose input it acts on
+    module: str  # what is run again: the owner, or the smallest submodule with it and the parameter's multiplier
     role: Role
-    multiplied: bool = False
-    before_hooks: bool = False
+    multiplied: bool = False  # whether the multiplier of a branch is part of what is read
+    before_hooks: bool = False  # whether the output is read before hooks, which have another parameter's multiplier
 
 
 def find_readers(plan: Plan) -> tuple[Reader, ...]:
@@ -53,11 +43,8 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
     Parameters in whose submodule other matrices come after them are left out, such as the projections of queries, keys and
     values in ``nn.MultiheadAttention``, or what a stack of experts reads with: see :func:`value_effects` for these.
     """
-    attached = [
-        (multiplier, multiplier.site)
-        for multiplier in plan.multipliers
-        if multiplier.kind in ("branch", "readout") and multiplier.site is not None
-    ]
+    multipliers = [multiplier for multiplier in plan.multipliers if multiplier.kind in ("branch", "readout")]
+    attached = [(multiplier, multiplier.site) for multiplier in multipliers if multiplier.site is not None]
     of_parameter = {name: (multiplier, site) for multiplier, site in attached for name in multiplier.folds}
     at_site = {(site.module, site.where): multiplier for multiplier, site in attached}
     entries = plan.parameters
@@ -66,8 +53,8 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
     for name, entry in entries.items():
         owner = name.rpartition(".")[0]
         multiplier, site = of_parameter.get(name, (None, None))
-        module = owner if site is None else _common(owner, site.module)
-        others = [other for other in matrices if other != name and _is_in(other, module)]
+        module = owner if site is None else common_module([name, f"{site.module}.{site.where}"])
+        others = [other for other in matrices if other != name and (not module or other.startswith(f"{module}."))]
         if multiplier is not None or entry.role in _LAST:  # all others in its branch come before it
             others = [other for other in others if entries[other].branch != entry.branch]
         is_vector_of_matrix = not entry.role.is_matrix and [other.rpartition(".")[0] for other in others] == [owner]
@@ -83,9 +70,8 @@ def local_effects(
 ) -> dict[str, float]:
     """Measure how far outputs move where parameters act, if each on its own had its replacement as a value.
 
-    ``run`` passes a batch through the module; the first call of each submodule counts. The root mean square of the
-    difference of the output is over that of what the parameter's submodule was given, where the parameter is a matrix and is
-    given numbers. Parameters whose submodule was not called are left out.
+    ``run`` passes a batch through the module; the first call of each submodule counts. Of matrices that are given numbers,
+    the root mean square is over that of their input. Parameters whose submodule was not called are left out.
     """
     of_module: dict[str, list[Reader]] = defaultdict(list)
     for reader in readers:
@@ -94,16 +80,13 @@ def local_effects(
     effects: dict[str, float] = {}
     with ExitStack() as stack:
         for owner in dict.fromkeys(reader.owner for reader in readers if reader.role.is_matrix):
-            stack.enter_context(_input_measured(module.get_submodule(owner), owner, input_sizes))
+            _measure_input(stack, module.get_submodule(owner), owner, input_sizes)
         for name, here in of_module.items():
-            stack.enter_context(_run_again(module.get_submodule(name), name, here, replacements, effects))
+            _run_again(stack, module.get_submodule(name), name, here, replacements, effects)
         run()
-    return {
-        reader.parameter: effects[reader.parameter]
-        / (input_sizes.get(reader.owner, 1.0) if reader.role.is_matrix else 1.0)
-        for reader in readers
-        if reader.parameter in effects
-    }
+    called = [reader for reader in readers if reader.parameter in effects]
+    scales = [input_sizes.get(reader.owner, 1.0) if reader.role.is_matrix else 1.0 for reader in called]
+    return {reader.parameter: effects[reader.parameter] / scale for reader, scale in zip(called, scales, strict=True)}
 
 
 def value_effects(
@@ -111,9 +94,8 @@ def value_effects(
 ) -> dict[str, float]:
     """Say from values alone how far the outputs of parameters would move, if each had its replacement as a value.
 
-    Inputs have a root mean square of one. If they are ``aligned``, they are what the difference responds to most, as those
-    are that it was learned from: it is the spectral norm between root mean squares. Otherwise they are random, as to a
-    matrix that was drawn.
+    Inputs have a root mean square of one, and are random, as to a matrix that was drawn, or ``aligned``: what the difference
+    responds to most, as those are that it was learned from, so that the spectral norm tells.
     """
     found = {}
     for name in names:
@@ -135,9 +117,8 @@ def rms(values: Tensor) -> float:
     return values.detach().double().square().mean().sqrt().item()
 
 
-@contextmanager
-def _input_measured(owner: nn.Module, name: str, sizes: dict[str, float]) -> Iterator[None]:
-    """Measure the input of a submodule's first call."""
+def _measure_input(stack: ExitStack, owner: nn.Module, name: str, sizes: dict[str, float]) -> None:
+    """Measure the input of a submodule's first call, by a hook that the stack removes."""
 
     def measure(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         numbers = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point()]
@@ -145,22 +126,18 @@ def _input_measured(owner: nn.Module, name: str, sizes: dict[str, float]) -> Ite
             sizes[name] = rms(numbers[0]) or 1.0
 
     # before the hook that multiplies what a readout is given
-    handle = owner.register_forward_pre_hook(measure, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    stack.enter_context(owner.register_forward_pre_hook(measure, prepend=True, with_kwargs=True))
 
 
-@contextmanager
 def _run_again(
+    stack: ExitStack,
     submodule: nn.Module,
     name: str,
     readers: list[Reader],
     replacements: Mapping[str, Tensor],
     effects: dict[str, float],
-) -> Iterator[None]:
-    """Run a submodule again after its first call, with a replacement of each of its parameters."""
+) -> None:
+    """Run a submodule again after its first call, with a replacement of each parameter, by hooks that the stack removes."""
     inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs: list[Any] = []
     begun = False
@@ -187,16 +164,9 @@ def _run_again(
             effects[reader.parameter] = effect if effect > _ROUNDING * torch.finfo(now.dtype).eps * rms(now) else 0.0
 
     # inputs are kept before other hooks multiply them, because these hooks run again
-    handles = (
-        submodule.register_forward_pre_hook(keep_inputs, prepend=True, with_kwargs=True),
-        submodule.register_forward_hook(keep_output, prepend=True),
-        submodule.register_forward_hook(run_again, with_kwargs=True),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    stack.enter_context(submodule.register_forward_pre_hook(keep_inputs, prepend=True, with_kwargs=True))
+    stack.enter_context(submodule.register_forward_hook(keep_output, prepend=True))
+    stack.enter_context(submodule.register_forward_hook(run_again, with_kwargs=True))
 
 
 def _first(output: Any) -> Tensor:
@@ -205,13 +175,3 @@ def _first(output: Any) -> Tensor:
 
 _ROUNDING = 4
 _LAST = (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS, Role.READOUT, Role.READOUT_BIAS)
-
-
-def _is_in(name: str, module: str) -> bool:
-    return not module or name.startswith(f"{module}.")
-
-
-def _common(one: str, other: str) -> str:
-    """Name of the smallest submodule that has both in it."""
-    parts = zip(one.split("."), other.split("."), strict=False)
-    return ".".join(part for part, _ in takewhile(lambda pair: pair[0] == pair[1], parts))

@@ -1,4 +1,4 @@
-"""The measurements of a check in one run: train a module as its Trainer does, and measure what moves and what moves it."""
+"""The measurements of a check in one run: train a module in its Trainer, and measure what moves and what moves it."""
 
 from __future__ import annotations
 
@@ -36,21 +36,15 @@ __all__ = ["Measurement", "measure"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """A quantity in one run, at every place along the depth where it is.
+    """A quantity in one run, at every depth where it is, measured over expected: constant in the limit of large networks.
 
-    Args:
-        quantity: what was measured.
-        values: measured over expected, so constant in the limit of large networks.
-        depths: relative depths s of these places, ascending, if values depend on it; empty otherwise. How far
-            pre-activations move does, because the stream before them has moved, too: in the block at s = 0, the only one of
-            the shallowest network, less than further up.
-        may_be_still: whether it may be right that it does not move, as of a stream that begins with the data.
+    Pre-activations move more at larger relative depths, because the stream before them has moved, too.
     """
 
     quantity: Quantity
     values: tuple[float, ...]
-    depths: tuple[float, ...] = ()
-    may_be_still: bool = False
+    depths: tuple[float, ...] = ()  # relative ones of the values, if these depend on it
+    may_be_still: bool = False  # whether it may be right not to move, as for a stream that begins with the data
 
 
 def measure(
@@ -65,8 +59,7 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Train a freshly built module on batches, and measure it before the first step, before the last and after it.
 
-    Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; of the plan, ratios and locations
-    are used, and none of its factors. The hooks of a datamodule transfer batches.
+    Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; the plan's factors are not used.
     """
     watch = _Watch(plan, probe, steps)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
@@ -118,9 +111,8 @@ class _Watch(Callback):
         if self._decayed or trainer.global_step < self._steps - 1:
             return
         self._decayed = True  # schedules may end at a learning rate of zero, so not after the last step
-        parameters = {
-            name: parameter for name, parameter in planned_parameters(pl_module).items() if parameter.requires_grad
-        }
+        named = planned_parameters(pl_module).items()
+        parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         for name, part in shrinkage(trainer.optimizers, parameters).items():
             self._add(Kind.DECAY, name, part)
 
@@ -128,17 +120,15 @@ class _Watch(Callback):
         self._add_local(Kind.UPDATE, pl_module, self._start)
         after = self._observe(pl_module)
         for name, values in after.items():
-            quantity, moves = _quantity_at(name), rms_change(self._before[name], values)
-            self._found[quantity].append(moves)
+            quantity = _quantity_at(name)
+            self._found[quantity].append(rms_change(self._before[name], values))
             if name in self._feature_depths:
                 self._depths[quantity].append(self._feature_depths[name])
-        ends = [
-            name for name in after if isinstance(name, OutputName) or (isinstance(name, StreamName) and name.depth == 1)
-        ]
+        ends: dict[LocationName, Kind] = {name: Kind.EFFECT_ON_OUTPUT for name in after if isinstance(name, OutputName)}
+        ends |= {name: Kind.EFFECT_ON_STREAM for name in after if isinstance(name, StreamName) and name.depth == 1}
         for row in dict.fromkeys(self._rows.values()):
             without = self._observe_without(row, pl_module)
-            for name in ends:
-                effect = Kind.EFFECT_ON_OUTPUT if isinstance(name, OutputName) else Kind.EFFECT_ON_STREAM
+            for name, effect in ends.items():
                 moves = rms_change(without[name], after[name])
                 if moves > 0:  # what comes after a stream has no effect on it
                     self._found[Quantity(effect, row, row)].append(moves)
@@ -167,9 +157,8 @@ class _Watch(Callback):
 
     def _add_local(self, kind: Kind, module: LightningModule, replacements: Mapping[str, Tensor]) -> None:
         """Add what every parameter does where it acts."""
-        effects = local_effects(
-            module, tuple(self._readers.values()), replacements, lambda: self._observe(module, locations=())
-        )
+        readers = tuple(self._readers.values())
+        effects = local_effects(module, readers, replacements, lambda: self._observe(module, locations=()))
         # experts without tokens are not read, as others beside them are
         read = {(name_pattern(name), self._rows[name]) for name in effects}
         parameters = planned_parameters(module)
@@ -179,9 +168,8 @@ class _Watch(Callback):
             multiplied = name in self._readers and self._readers[name].multiplied
             if kind is Kind.START and multiplied and self._plan.roles[name] is Role.BRANCH_NORM and effect > 0:
                 # it is the multiplier of what comes before the norm, and the norm's values are something else
-                size = rms(parameters[name])
+                size, before_norm = rms(parameters[name]), (Role.BRANCH_OUT, Variant.BEFORE_NORM)
                 self._add(kind, name, size)
-                before_norm = Role.BRANCH_OUT, Variant.BEFORE_NORM
                 self._add(kind, name, effect / size, before_norm, " (multiplier)", multiplied)
             elif effect > 0 or kind is Kind.UPDATE:  # what is zero at the start has no size to scale
                 self._add(kind, name, effect, multiplied=multiplied)

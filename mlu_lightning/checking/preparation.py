@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,18 +28,12 @@ def build(module_factory: Callable[..., LightningModule], shape: Shape, seed: in
 
 
 def prepare(module: LightningModule, trainer: Trainer) -> LightningModule:
-    """Attach a module to a Trainer and call the hooks that get its data and build it.
-
-    It is to be planned, not to be trained: the Trainer that does that calls the same hooks again.
-    """
+    """Attach a module that is to be planned to a Trainer, and call the hooks that get its data and build it."""
     module.trainer = trainer
-    for name, arguments in _HOOKS.items():
+    for name, *arguments in (("prepare_data",), ("setup", "fit"), ("configure_model",)):
         if is_overridden(name, module):
             getattr(module, name)(*arguments)
     return module
-
-
-_HOOKS: dict[str, tuple[str, ...]] = {"prepare_data": (), "setup": ("fit",), "configure_model": ()}
 
 
 def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str, Any]) -> Trainer:
@@ -55,16 +50,13 @@ def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "callbacks": [one for one in callbacks if not isinstance(one, (Checkpoint, ProgressBar, ModelSummary))],
+        "callbacks": [item for item in callbacks if not isinstance(item, (Checkpoint, ProgressBar, ModelSummary))],
     }
     return Trainer(**arguments)
 
 
 def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> list[Any]:
-    """The first batches of a run with a seed, again from the beginning if there are not as many.
-
-    The seed decides the order of loaders that shuffle, and where a list begins.
-    """
+    """Take a run's first batches, again if there are too few; the seed shuffles loaders and says where a list begins."""
     if isinstance(data, list):
         begin = seed * count % max(len(data), 1)
         loader: Any = Batches(data[begin:] + data[:begin])
@@ -79,13 +71,10 @@ def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> 
     combined = CombinedLoader(loader, "max_size_cycle")
     found: list[Any] = []
     while len(found) < count:
-        before = len(found)
-        for batch, _, _ in combined:
-            found.append(batch)
-            if len(found) == count:
-                break
-        if len(found) == before:
+        epoch = [batch for batch, _, _ in islice(combined, count - len(found))]
+        if not epoch:
             raise ValueError("There are no batches in the data. Give check() data that has some.")
+        found += epoch
     return found
 
 
@@ -111,14 +100,11 @@ def transfer(batch: Any, hooks: LightningDataModule | LightningModule) -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what the Trainer says about devices and loaders in each of many short runs."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
+    with ExitStack() as stack:
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield

@@ -19,11 +19,10 @@ def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:
     """Log a check to the loggers of a run.
 
     A ``WandbLogger`` gets the figure as the image ``mlu/check``, the verdict and the roles at fault in the run's summary,
-    and the table ``mlu/check/rows`` of all slopes; a ``TensorBoardLogger`` the figure and the printed report. Other
-    loggers are left alone.
+    and the table ``mlu/check/rows`` of all slopes; a ``TensorBoardLogger`` the figure and the printed report.
 
     Args:
-        loggers: loggers of a Trainer, or on their own: ``log_check([WandbLogger()], check(...))``.
+        loggers: loggers of a Trainer, or made for this; those of other kinds are left alone.
         report: report of a check.
 
     >>> from mlu_lightning import Shape
@@ -44,13 +43,11 @@ def _log_to_wandb(logger: WandbLogger, report: CheckReport) -> None:
     run: Any = logger.experiment
     run.log({"mlu/check": wandb.Image(report.draw())})
     columns = ["kind", "name", "role", "axis", "slope", "error", "verdict", "reason"]
-    data = []
+    data: list[list[Any]] = []
     for row in report.rows:
-        quantity = row.quantity
         numbers = (None if math.isnan(number) else number for number in (row.slope, row.error))
-        data.append(
-            [str(quantity.kind), quantity.name, quantity.role, row.axis, *numbers, row.verdict, str(row.reason)]
-        )
+        what = str(row.quantity.kind), row.quantity.name, row.quantity.role
+        data.append([*what, row.axis, *numbers, row.verdict, str(row.reason)])
     logger.log_table("mlu/check/rows", columns=columns, data=data)
     run.summary["mlu/check/verdict"] = report.verdict
     run.summary["mlu/check/causes"] = [str(cause) for cause in report.causes]

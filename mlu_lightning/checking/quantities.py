@@ -7,24 +7,19 @@ from enum import Enum
 
 from mlu_lightning.table import TABLES, Parameterization, Powers, Ratios, Role, Variant
 
-__all__ = ["ALONE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_size", "lowest_and_highest"]
+__all__ = ["ALONE", "CONFIDENCE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_size", "lowest_and_highest"]
 
-DRIFT = 0.25
-"""How far slopes may be from those of the limit because networks are of finite size."""
-
-FAULT = 0.45
-"""How far slopes are, at least, if something is missing: powers in the table are multiples of 1/2, and drift as well."""
-
-ALONE = 0.65
-"""The same for a single place along the depth: the lowest and the highest of ever more random values drift further."""
+CONFIDENCE = 0.95  # probability of the intervals of slopes
+DRIFT = 0.25  # how far slopes may be from those of the limit because networks are of finite size
+FAULT = 0.45  # how far they are, at least, if something is missing: powers are multiples of 1/2, and drift as well
+ALONE = 0.65  # the same for the lowest and the highest along the depth, which drift further, being of ever more values
 
 
 class Kind(str, Enum):
     """Kind of a quantity; one that comes earlier can be the cause of what is wrong with a later one."""
 
     START = "start"
-    """What a parameter does where it acts before the first step: its submodule's output less that with zeros in its place,
-    over the input."""
+    """What a parameter does before the first step: its submodule's output less that with zeros instead, over the input."""
     UPDATE = "update"
     """What it does there because its own value has moved since then."""
     DECAY = "decay"
@@ -32,13 +27,10 @@ class Kind(str, Enum):
     FEATURES = "features"
     """How far pre-activations have moved: inputs of nonlinearities and logits of attention."""
     STREAM = "stream"
-    """How far a residual stream has moved."""
     OUTPUT = "output"
-    """How far outputs have moved."""
     EFFECT_ON_STREAM = "effect on stream"
     """How much of the stream's move goes back if the parameters of a role are put back."""
     EFFECT_ON_OUTPUT = "effect on output"
-    """The same of outputs."""
 
     def __str__(self) -> str:
         return self.value
@@ -56,15 +48,11 @@ class Kind(str, Enum):
 
 @dataclass(frozen=True)
 class Quantity:
-    """Something that is measured in every run of a check.
-
-    The name is a pattern of parameters or of branches, a location in a stream, or a role; the role is that of the
-    parameters, None for features, streams and outputs.
-    """
+    """Something that is measured in every run of a check."""
 
     kind: Kind
-    name: str
-    role: str | None = None
+    name: str  # a pattern of parameters or of branches, a location in a stream, or a role
+    role: str | None = None  # of the parameters
 
     def __str__(self) -> str:
         if self.kind.is_effect:
@@ -82,10 +70,9 @@ class Quantity:
 def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratios, multiplied: bool) -> float:
     """Size of a parameter's quantity over that at the base, in the limit of large networks.
 
-    Everything moves by Θ(1) in every step (theory.md, section 1), and what a branch adds to the stream is one of L such
-    parts. At the start, W_in h and W h are of order one, a branch adds sqrt(D/M)/L of what goes into its last matrix, and
-    outputs are of order 1/sqrt(D) (theory.md, section 2). ``multiplied`` says that the multiplier 1/L of the branch is part
-    of what is measured.
+    Everything moves by Θ(1) in every step (theory.md, section 1). At the start, W_in h and W h are of order one, a branch
+    adds sqrt(D/M)/L of what goes into its last matrix, and outputs are of order 1/sqrt(D) (theory.md, section 2).
+    ``multiplied`` says that the multiplier 1/L of the branch is part of what is measured.
     """
     row = _TABLE.row(role, variant, ratios)
     powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
@@ -100,10 +87,8 @@ def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
     """Range of slopes that networks of finite size may have on the way to the expected one.
 
     What happens at random in the stream is sqrt(D/(L M)) of a coordinate, and in outputs 1/sqrt(D) or 1/sqrt(L M)
-    (theory.md, section 2), so it falls with all three together as the inverse root and the inverse of the size. Streams and
-    outputs move by such parts at first, and by the expected ones later, as a whole and by the effects of roles. Gradients of
-    gains and gates in a branch come through matrices that know nothing of them yet, and are of this size as well. Effects
-    may drift from either by as much again.
+    (theory.md, section 2). Streams and outputs move by such parts at first and by the expected ones later. Gradients of
+    gains and gates in a branch come through matrices that know nothing of them yet, and are of this size as well.
     """
     low = high = 0.0
     if quantity.kind in (Kind.OUTPUT, Kind.EFFECT_ON_OUTPUT):

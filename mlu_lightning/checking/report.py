@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,19 +16,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlu_lightning.checking.quantities import Kind, Quantity
+from mlu_lightning.checking.quantities import CONFIDENCE, Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
-from mlu_lightning.checking.verdicts import (
-    CONFIDENCE,
-    Cause,
-    Point,
-    Reason,
-    Row,
-    Verdict,
-    axes_of,
-    find_causes,
-    overall_verdict,
-)
+from mlu_lightning.checking.verdicts import Cause, Point, Reason, Row, Verdict, axes_of, find_causes, overall_verdict
 from mlu_lightning.shapes import Shape
 
 if TYPE_CHECKING:
@@ -46,7 +37,7 @@ class CheckReport:
         seeds: number of runs at every shape.
         steps: optimizer steps of every run.
         rows: slopes and verdicts of everything that was measured.
-        warnings: what the theory does not cover in the module, and what could not be measured.
+        warnings: what the theory does not cover in the module, and what could not be measured, by default nothing.
 
     >>> row = Row(Quantity(Kind.UPDATE, "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail")
     >>> report = CheckReport(Shape(2, 4, 8), (1, 2, 4), 2, 3, (row,))
@@ -72,6 +63,12 @@ class CheckReport:
         return find_causes(self.rows)
 
     @property
+    def setting(self) -> str:
+        """Seeds, steps and shapes of the check."""
+        base = f"L={self.base.depth}, M={self.base.hidden}, D={self.base.embedding}"
+        return f"{self.seeds} seeds, {self.steps} steps, sizes {' : '.join(map(str, self.factors))} from {base}"
+
+    @property
     def summary(self) -> str:
         """The verdict in a line, and a line for each cause."""
         counts = {verdict: sum(row.verdict == verdict for row in self.rows) for verdict in _MARKS}
@@ -82,25 +79,21 @@ class CheckReport:
         if follow := [label for label in failing if label not in named]:
             lines.append(f"Failing too, which may follow from that: {', '.join(follow)}")
         undecided = [row for row in self.rows if row.verdict == "undecided" and not row.quantity.kind.is_effect]
-        if self.verdict == "undecided" and any(not math.isnan(row.slope) for row in undecided):
-            lines.append(
-                "Runs differ too much to tell from one size to the next. More seeds, or more factors, would tell."
-            )
-        elif self.verdict == "undecided":
-            lines += dict.fromkeys(f"{row.quantity}: {row.reason}" for row in undecided)
-        return "\n".join(lines)
+        if self.verdict != "undecided":
+            return "\n".join(lines)
+        more = "Runs differ too much to tell from one size to the next. More seeds, or more factors, would tell."
+        reasons = dict.fromkeys(f"{row.quantity}: {row.reason}" for row in undecided)
+        return "\n".join([*lines, *(reasons if all(math.isnan(row.slope) for row in undecided) else [more])])
 
     def tables(self) -> RenderableType:
         """The report for a terminal: a table of what should not grow, one of the effects of roles, and the verdict."""
         effects = [row for row in self.rows if row.quantity.kind.is_effect]
         others = [row for row in self.rows if not row.quantity.kind.is_effect]
-        parts: list[RenderableType] = [
+        heading = (
             "Slopes of log size of what moves against log size of the network, less what is expected, "
-            f"with {100 * CONFIDENCE:g} % intervals ({self.seeds} seeds, {self.steps} steps, sizes "
-            f"{' : '.join(map(str, self.factors))} from L={self.base.depth}, M={self.base.hidden}, "
-            f"D={self.base.embedding})",
-            _table(others),
-        ]
+            f"with {100 * CONFIDENCE:g} % intervals ({self.setting})"
+        )
+        parts: list[RenderableType] = [heading, _table(others)]
         if effects:
             parts += ["Effect of each role's own update on streams and outputs", _table(effects)]
         parts += [f"Warning: {warning}." for warning in self.warnings]
@@ -130,7 +123,7 @@ class CheckReport:
         """The report as JSON; a number that is not finite is null."""
         content = {
             "verdict": self.verdict,
-            "causes": [{"role": one.role, "factor": one.factor, "says": str(one)} for one in self.causes],
+            "causes": [{"role": cause.role, "factor": cause.factor, "says": str(cause)} for cause in self.causes],
             "base": asdict(self.base),
             "factors": list(self.factors),
             "seeds": self.seeds,
@@ -180,19 +173,18 @@ def _table(rows: Sequence[Row]) -> Table:
     axes = axes_of(rows)
     table = Table("", "what", "role", *axes, "verdict")
     table.columns[1].overflow = "fold"
-    for column in table.columns[3 : 3 + len(axes)]:
+    for column in table.columns[3:-1]:
         column.justify = "right"
         column.no_wrap = True
-    last: Kind | None = None
-    for quantity, found in by_quantity(rows).items():
-        kind = "" if quantity.kind is last else str(quantity.kind)
-        if kind and last is not None:
-            table.add_section()
-        last = quantity.kind
-        name = "" if quantity.name == quantity.role else quantity.name
-        cells = [_cell(found.get(axis)) for axis in axes]
-        worst = min((row.verdict for row in found.values()), key=("fail", "undecided", "pass").index)
-        table.add_row(kind, name, quantity.role or "", *cells, Text(worst, style=_STYLES[worst]))
+    for kind, quantities in groupby(by_quantity(rows).items(), key=lambda item: item[0].kind):
+        table.add_section()
+        heading = str(kind)
+        for quantity, found in quantities:
+            name = "" if quantity.name == quantity.role else quantity.name
+            cells = [_cell(found.get(axis)) for axis in axes]
+            worst = min((row.verdict for row in found.values()), key=("fail", "undecided", "pass").index)
+            table.add_row(heading, name, quantity.role or "", *cells, Text(worst, style=_STYLES[worst]))
+            heading = ""
     return table
 
 
@@ -206,7 +198,7 @@ def _cell(row: Row | None) -> Text:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
+    """Put null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -215,11 +207,10 @@ def _finite(value: Any) -> Any:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    quantity, role = content["quantity"], content["quantity"].get("role")
+    what = content["quantity"]
+    role = what.get("role")
     return Row(
-        quantity=Quantity(
-            Kind(_one_of(list(Kind), quantity["kind"])), _a(str, quantity["name"]), role and _a(str, role)
-        ),
+        quantity=Quantity(Kind(_one_of(list(Kind), what["kind"])), _a(str, what["name"]), role and _a(str, role)),
         axis=_one_of(AXES, content["axis"]),
         slope=_number(content["slope"]),
         error=_number(content["error"]),
@@ -240,11 +231,8 @@ def _number(value: float | None) -> float:
 
 def _a(kind: type, value: Any) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"{value!r} should be {_NAMES[kind]}")
+        raise ValueError(f"{value!r} should be {'text' if kind is str else 'a whole number'}")
     return value
-
-
-_NAMES = {int: "a whole number", str: "text"}
 
 
 def _one_of(known: Sequence[Any], value: Any) -> Any:

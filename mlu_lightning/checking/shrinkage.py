@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,14 +19,12 @@ __all__ = ["restored", "shrinkage"]
 def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
     """Measure the part of every parameter that weight decay takes away in the next step.
 
-    A step without gradients is made twice, with the optimizer's weight decay and without, and taken back: the difference
-    is lr · λ for decoupled decay and for SGD. For Adam's L2 decay it is what decay adds to the update, divided by the
-    running size of the gradients. Parameters that are zero or have no decay are left out.
+    A step without gradients is made twice, with weight decay and without, and taken back: the difference is lr · λ for
+    decoupled decay and for SGD; for Adam's L2 decay it is what decay adds to the update, over the running size of the
+    gradients. Parameters that are zero or have no decay are left out.
     """
     with_decay = _stepped(optimizers, parameters)
-    with ExitStack() as stack:
-        for optimizer in optimizers:
-            stack.enter_context(_without_decay(optimizer))
+    with _without_decay(optimizers):
         without = _stepped(optimizers, parameters)
     found = {}
     for name, parameter in parameters.items():
@@ -51,9 +49,7 @@ def restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
 def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Values after a step without gradients, which is taken back."""
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    states = [
-        {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()} for optimizer in optimizers
-    ]
+    states = [{key: copy.deepcopy(state) for key, state in optimizer.state.items()} for optimizer in optimizers]
     settings = [[copy.deepcopy(_settings(group)) for group in optimizer.param_groups] for optimizer in optimizers]
     with restored(parameters):
         for parameter in parameters.values():
@@ -78,14 +74,13 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_decay(optimizer: Optimizer) -> Iterator[None]:
-    decays = [group.get("weight_decay") for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        if "weight_decay" in group:
-            group["weight_decay"] = 0.0 * group["weight_decay"]
+def _without_decay(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "weight_decay" in group]
+    decays = [group["weight_decay"] for group in groups]
+    for group in groups:
+        group["weight_decay"] = 0.0 * group["weight_decay"]
     try:
         yield
     finally:
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            if decay is not None:
-                group["weight_decay"] = decay
+        for group, decay in zip(groups, decays, strict=True):
+            group["weight_decay"] = decay

@@ -1,14 +1,17 @@
-"""The shapes at which a module is checked: along depth, hidden width and embedding, and along all of them together."""
+"""The shapes at which a module is checked, along depth, hidden width, embedding or all together, and whether it grows."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
+from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["AXES", "Size", "default_axes", "sizes"]
+__all__ = ["AXES", "Size", "check_growth", "default_axes", "sizes"]
 
 AXES = "depth", "hidden", "embedding", "together"
 """Ways for a shape to grow."""
@@ -31,21 +34,60 @@ def default_axes(factors: Sequence[int], axes: Sequence[str] = AXES[:-1]) -> tup
 def sizes(base: Shape, factors: Sequence[int], axes: Sequence[str] = AXES) -> tuple[Size, ...]:
     """List all sizes along each axis; a shape on several axes is there for each.
 
-    Depth and hidden width grow from the base. The embedding grows where the hidden width is largest: in a network of
-    finite width what happens at random in the stream is larger than what the theory has in the limit as D/(L M) grows
-    (theory.md, section 2), and at the base's own hidden width that would be measured. All three together grow by all
-    factors but the last.
+    The embedding grows where the hidden width is largest, because what happens at random in the stream grows with
+    D/(L M) (theory.md, section 2), and at the base's own hidden width that would be measured.
     """
     if len(factors) < 2 or factors[0] != 1 or any(one >= next_ for one, next_ in itertools.pairwise(factors)):
         raise ValueError(f"factors={list(factors)} should be two or more that ascend from 1, such as [1, 2, 4, 8].")
     if not axes or not set(axes) <= set(AXES):
         raise ValueError(f"axes={list(axes)} should be some of: {', '.join(AXES)}.")
-    depth, hidden, embedding = base.depth, base.hidden, base.embedding
-    widest = hidden * factors[-1]
-    found = [Size("depth", factor, Shape(depth * factor, hidden, embedding)) for factor in factors]
-    found += [Size("hidden", factor, Shape(depth, hidden * factor, embedding)) for factor in factors]
-    found += [Size("embedding", factor, Shape(depth, widest, embedding * factor)) for factor in factors]
-    found += [
-        Size("together", factor, Shape(depth * factor, hidden * factor, embedding * factor)) for factor in factors[:-1]
-    ]
+
+    def grown(depth: int, hidden: int, embedding: int) -> Shape:
+        return Shape(base.depth * depth, base.hidden * hidden, base.embedding * embedding)
+
+    found = [Size("depth", factor, grown(factor, 1, 1)) for factor in factors]
+    found += [Size("hidden", factor, grown(1, factor, 1)) for factor in factors]
+    found += [Size("embedding", factor, grown(1, factors[-1], factor)) for factor in factors]
+    found += [Size("together", factor, grown(factor, factor, factor)) for factor in factors[:-1]]
     return tuple(size for size in found if size.axis in axes)
+
+
+def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
+    """Refuse modules that do not grow along an axis, because they would pass; one kind of stream or branch is enough."""
+    if any(_grows(grown, factor, small, large) for grown in (_COUNTED if axis == "together" else (axis,))):
+        return
+    if axis == "together":
+        raise ValueError(
+            "The module grows neither with its depth nor with its hidden width or embedding. Let the module_factory use "
+            "depth=..., hidden=... and embedding=..."
+        )
+    had = "as they had at half of it" if factor == 2 else f"as they had at 1/{factor} of it"
+    whose, what = _COUNTED[axis]
+    listed = ", ".join(map(str, dict.fromkeys(_sizes(axis, large))))
+    raise ValueError(
+        f"The module does not grow with its {axis}: {whose} have {listed} {what}, {had}. Let the "
+        f"module_factory use {axis}=..., or leave it out with axes=[...] (--{axis} null on the command line, or names "
+        "of other arguments)."
+    )
+
+
+_COUNTED = {
+    "depth": ("its streams", "additions"),
+    "hidden": ("its branches", "hidden units, heads or channels"),
+    "embedding": ("its streams", "dimensions"),
+}
+
+
+def _grows(axis: str, factor: int, small: Plan, large: Plan) -> bool:
+    before, after = _sizes(axis, small), _sizes(axis, large)
+    if len(before) != len(after):
+        return True
+    # sizes may be rounded
+    return any(new >= old * math.sqrt(factor) for old, new in zip(before, after, strict=True))
+
+
+def _sizes(axis: str, plan: Plan) -> list[int]:
+    if axis == "hidden":
+        # each kind and name once, however many blocks there are
+        return list({(name_pattern(branch.name), branch.kind): branch.hidden for branch in plan.branches}.values())
+    return [stream.depth if axis == "depth" else stream.embedding for stream in plan.streams]

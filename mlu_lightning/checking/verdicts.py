@@ -10,26 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from mlu_lightning.checking.quantities import ALONE, DRIFT, FAULT, Kind, Quantity, lowest_and_highest
+from mlu_lightning.checking.quantities import ALONE, CONFIDENCE, DRIFT, FAULT, Kind, Quantity, lowest_and_highest
 from mlu_lightning.checking.sizes import AXES
 
-__all__ = [
-    "CONFIDENCE",
-    "Cause",
-    "Point",
-    "Reason",
-    "Row",
-    "Verdict",
-    "axes_of",
-    "find_causes",
-    "fit_row",
-    "overall_verdict",
-]
+__all__ = ["Cause", "Point", "Reason", "Row", "Verdict", "axes_of", "find_causes", "fit_row", "overall_verdict"]
 
 Verdict = Literal["pass", "fail", "undecided"]
-
-CONFIDENCE = 0.95
-"""Probability of the intervals of slopes."""
 
 
 class Reason(str, Enum):
@@ -50,7 +36,7 @@ class Reason(str, Enum):
 
 @dataclass(frozen=True)
 class Point:
-    """A quantity in one run, measured over expected: the geometric mean over places along the depth, least and largest."""
+    """A quantity in one run, measured over expected: geometric mean, least and largest along the depth."""
 
     factor: int
     seed: int
@@ -67,9 +53,8 @@ class Point:
 class Row:
     """How a quantity grows along an axis: the slope d log quantity / d log size, less what is expected, or NaN.
 
-    ``error`` is half the width of the slope's confidence interval. The verdict is ``"pass"`` if the interval has a slope of
-    finite networks in it and none of a fault, or a parameter does nothing at any size, ``"fail"`` if it is the other way
-    round, else ``"undecided"``.
+    It passes if the confidence interval, of half the width ``error``, has a slope of finite networks in it and none of a
+    fault, or if a parameter does nothing at any size; it fails if it is the other way round.
     """
 
     quantity: Quantity
@@ -110,10 +95,9 @@ def fit_row(
 ) -> Row:
     """Fit the slope of a quantity against size, and judge it.
 
-    Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. If the mean over
-    places along the depth passes, the lowest and the highest of what parameters do themselves are fitted as well: a single
-    branch that is wrong among many is seen there. ``others`` are points of other axes, along which the quantity is as
-    noisy; ``may_be_still`` says that it is right not to move, as it is for parameters.
+    Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. Of parameters, the
+    lowest and the highest along the depth are fitted, too, where a single wrong branch is seen. ``others`` are points of
+    other axes, along which the quantity is as noisy; ``may_be_still`` says that it is right not to move.
     """
     row = Row(quantity, axis, math.nan, math.nan, "undecided", points=tuple(points))
     mean = _judged(row, others, may_be_still)
@@ -130,10 +114,7 @@ def axes_of(rows: Sequence[Row]) -> list[str]:
 
 
 def overall_verdict(rows: Sequence[Row]) -> Verdict:
-    """``"fail"`` if any row fails, else ``"undecided"`` if any is, else ``"pass"``.
-
-    Effects of roles can make a check fail; that one of them is too noisy to tell does not make it undecided.
-    """
+    """``"fail"`` if any row fails, else ``"undecided"`` if any is but effects of roles, which are noisy, else ``"pass"``."""
     if any(row.verdict == "fail" for row in rows):
         return "fail"
     verdicts = {row.verdict for row in rows if not row.quantity.kind.is_effect}
@@ -141,11 +122,7 @@ def overall_verdict(rows: Sequence[Row]) -> Verdict:
 
 
 def find_causes(rows: Sequence[Row]) -> tuple[Cause, ...]:
-    """Say which roles are wrong, the worst first, from what fails.
-
-    What is wrong at the start makes updates wrong, and these make features and streams wrong; so only the earliest kind
-    of failing rows says what the cause is. Rows about parameters' own starts, updates and decays name their roles.
-    """
+    """Say which roles are wrong, the worst first, from the earliest kind of failing rows, as it makes later ones fail."""
     failing = sorted((row for row in rows if row.verdict == "fail"), key=lambda row: -_deviation(row))
     earliest = next((kind for kind in Kind if any(row.quantity.kind is kind for row in failing)), None)
     causes = []
@@ -187,9 +164,8 @@ def _judged(row: Row, others: Sequence[Sequence[Point]], may_be_still: bool = Fa
         return replace(row, reason=Reason.TOO_FEW)
     clean = [other for other in others if all(0 < point.at(row.reason) < math.inf for point in other)]
     other_fits = [_Fit.of(other, [point.at(row.reason) for point in other]) for other in clean]
-    slope, error = fit.slope, fit.error(other_fits)
+    slope, error, beyond = fit.slope, fit.error(other_fits), FAULT - DRIFT
     lowest, highest = lowest_and_highest(row.quantity, row.axis)
-    beyond = FAULT - DRIFT
     may_be_right = lowest <= slope + error and slope - error <= highest
     may_be_wrong = slope - error <= lowest - beyond or highest + beyond <= slope + error
     verdict: Verdict = "undecided"
@@ -216,8 +192,8 @@ class _Fit:
         coefficients, *_ = np.linalg.lstsq(design, logs, rcond=None)
         residual = logs - design @ coefficients
         spread = sizes - of_seed @ np.linalg.lstsq(of_seed, sizes, rcond=None)[0]
-        freedom = len(points) - len(seeds) - 1
-        return cls(float(coefficients[0]), float(residual @ residual), freedom, float(spread @ spread))
+        squares, freedom = float(residual @ residual), len(points) - len(seeds) - 1
+        return cls(float(coefficients[0]), squares, freedom, float(spread @ spread))
 
     def error(self, others: Sequence[_Fit]) -> float:
         """Half the confidence interval of the slope, with the noise of all fits together."""

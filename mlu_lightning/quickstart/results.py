@@ -30,11 +30,9 @@ def loss_table(study: Study, runs: list[Run]) -> Table:
     for mlu in (True, False):
         for shape in study.shapes:
             losses = [loss for _, loss in curve_of(runs, shape, mlu)]
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            cells = [
-                f"[bold]{loss:.3f}*[/bold]" if finite and loss == min(finite) else f"{loss:.3f} " for loss in losses
-            ]
-            best = f"2^{best_exponent(runs, shape, mlu):.1f}" if finite else "-"
+            least = min(filter(math.isfinite, losses), default=None)
+            cells = [f"[bold]{loss:.3f}*[/bold]" if loss == least else f"{loss:.3f} " for loss in losses]
+            best = "-" if least is None else f"2^{best_exponent(runs, shape, mlu):.1f}"
             table.add_row(shape, "MLU" if mlu else "standard", *cells, best)
         table.add_section()
     return table
@@ -50,18 +48,13 @@ def verdicts(study: Study, runs: list[Run]) -> list[str]:
         if shape != BASE
     ]
     if _learned(runs, BASE, False) and best_exponent(runs, BASE, False) in ends:
-        return [
-            f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little.",
-            *sentences,
-        ]
+        warning = f"{BASE}: the best learning rate is at an end of those tried, so that the factors say little."
+        return [warning, *sentences]
     return sentences
 
 
 def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validation loss (nats per byte)") -> None:
-    """Draw validation loss against learning rate, with MLU and without, one curve for each shape.
-
-    A large dot marks the best learning rate of a curve, which lies between those tried.
-    """
+    """Draw validation loss against learning rate, with MLU and without, a curve for each shape with a dot at its best."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -76,8 +69,9 @@ def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validat
 def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
     """Draw a panel; the dotted line is the base's best learning rate."""
     axes.axvline(2.0 ** best_exponent(runs, BASE, mlu), color="0.6", linestyle=":", linewidth=1.2, zorder=0)
+    colors = dict(zip(study.shapes, cycle(_COLORS)))
     ends: dict[str, tuple[float, float]] = {}
-    for shape, color in _colors(study).items():
+    for shape, color in colors.items():
         curve = [(exponent, loss) for exponent, loss in curve_of(runs, shape, mlu) if math.isfinite(loss)]
         if not curve:
             continue
@@ -87,7 +81,7 @@ def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
         best = best_exponent(runs, shape, mlu)
         axes.plot(2.0**best, np.interp(best, exponents, losses), marker="o", markersize=8, color=color)
         ends[shape] = (rates[-1], losses[-1])
-    _label(axes, ends, _colors(study))
+    _label(axes, ends, colors)
     axes.set_xscale("log", base=2)
     axes.set_xlabel("learning rate (large dots: the best; dotted line: the base's best)")
     axes.set_title(_TITLES[mlu], loc="left")
@@ -110,10 +104,6 @@ def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, s
             color=colors[shape],
             annotation_clip=False,
         )
-
-
-def _colors(study: Study) -> dict[str, str]:
-    return dict(zip(study.shapes, cycle(_COLORS)))
 
 
 def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:

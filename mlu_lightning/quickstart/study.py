@@ -1,8 +1,7 @@
 """The runs of the quickstart, which show whether the best learning rate stays where it is when the shape grows.
 
-Small Transformers are trained on text at a few learning rates: at a base shape, and with eight times its depth, its
-hidden width and its embedding dimension, each on its own, in the MLU parameterization (the base's hyperparameters and
-:class:`mlu_lightning.MLUCallback`) and in the standard one (the base's hyperparameters and nothing else).
+Small Transformers are trained on text at a few learning rates: at a base shape, and with eight times its depth, hidden
+width and embedding dimension, each alone, with the base's hyperparameters and :class:`mlu_lightning.MLUCallback`, or not.
 """
 
 from __future__ import annotations
@@ -66,23 +65,14 @@ SHAPES: dict[str, TransformerShape] = {
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained.
+    """What is trained."""
 
-    Args:
-        shapes: shapes by name; the first is the base.
-        exponents: logarithms of the learning rates, base 2.
-        steps: optimizer steps of every run.
-        samples: samples in a batch.
-        context: bytes in a sample.
-        seed: seed of initial weights and batches.
-    """
-
-    shapes: dict[str, TransformerShape] = field(default_factory=lambda: dict(SHAPES))
-    exponents: tuple[int, ...] = (-10, -9, -8, -7, -6, -5, -4)
+    shapes: dict[str, TransformerShape] = field(default_factory=lambda: dict(SHAPES))  # by name; the first is the base
+    exponents: tuple[int, ...] = (-10, -9, -8, -7, -6, -5, -4)  # logarithms of the learning rates, base 2
     steps: int = 220
-    samples: int = 16
-    context: int = 32
-    seed: int = 0
+    samples: int = 16  # in a batch
+    context: int = 32  # bytes in a sample
+    seed: int = 0  # of initial weights and batches
 
 
 @dataclass(frozen=True)
@@ -118,27 +108,19 @@ def load_text(path: str | None = None) -> bytes:
     try:
         text = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(
-            f"The text {path} cannot be read: {error.strerror}. Give --text the path of a file."
-        ) from error
+        wrong = f"The text {path} cannot be read: {error.strerror}"
+        raise ValueError(f"{wrong}. Give --text the path of a file.") from error
     if len(text) < 10_000:
-        raise ValueError(
-            f"The text {path} has {len(text)} bytes, and there is nothing to learn from less than 10 000. Give --text a "
-            "longer file."
-        )
+        wrong = f"The text {path} has {len(text)} bytes, and there is nothing to learn from less than 10 000"
+        raise ValueError(f"{wrong}. Give --text a longer file.")
     return text
 
 
 def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda run: None) -> list[Run]:
     """Train every shape at every learning rate, two runs at a time where there are two cores.
 
-    Args:
-        study: what to train.
-        text: text to train on.
-        report: called with each run when it is done.
-
-    Returns:
-        The runs, in the order of shapes, parameterizations and learning rates. The base's stand for both.
+    ``report`` is called with each run when it is done. The runs are returned in the order of shapes, parameterizations and
+    learning rates; those of the base stand for both parameterizations.
     """
     runs = list(_runs(study))
     longest_first = sorted(runs, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
@@ -160,8 +142,7 @@ def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda 
 def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
     """Exponent of the learning rate with the least validation loss, interpolated by a parabola.
 
-    That is the vertex of the parabola through the best run and its two neighbours, or the best run's own exponent at an
-    end of the range or next to a run that diverged.
+    At an end of the range, or next to a run that diverged, it is the best run's own exponent.
     """
     curve = sorted(curve_of(runs, shape, mlu))
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in curve]
@@ -181,11 +162,8 @@ def curve_of(runs: list[Run], shape: str, mlu: bool) -> list[tuple[int, float]]:
 
 def save_runs(study: Study, runs: list[Run], path: Path) -> None:
     """Write a study and its runs as JSON, in which the loss of a run that diverged is null."""
-    losses = [run.loss if math.isfinite(run.loss) else None for run in runs]
-    content = {
-        "study": asdict(study),
-        "runs": [{**asdict(run), "loss": loss} for run, loss in zip(runs, losses, strict=True)],
-    }
+    rows = [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in runs]
+    content = {"study": asdict(study), "runs": rows}
     path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
 
 
@@ -213,17 +191,8 @@ def _train(study: Study, text: bytes, run: Run) -> Run:
     training, validation, vocabulary = _tokens(text)
 
     def build(name: str) -> CausalTransformer:
-        shape = study.shapes[name]
-        return CausalTransformer(
-            vocabulary,
-            study.context,
-            shape.depth,
-            shape.embedding,
-            shape.heads,
-            mlp_hidden=shape.mlp_hidden,
-            lr=2.0**run.exponent,
-            schedule_steps=study.steps,
-        )
+        shape, rate = asdict(study.shapes[name]), 2.0**run.exponent
+        return CausalTransformer(vocabulary, study.context, **shape, lr=rate, schedule_steps=study.steps)
 
     seed_everything(study.seed, verbose=False)
     model = build(run.shape)

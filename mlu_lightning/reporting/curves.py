@@ -20,11 +20,7 @@ __all__ = ["as_data_uri", "curves_figure", "not_drawn", "panels_of"]
 
 
 def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, Curve]]:
-    """Sort logged values whose names begin with a prefix into panels, by the next part of their names.
-
-    >>> panels_of({"mlu/distance/rms/s=0.5": ((1, 0.1),), "loss": ((1, 2.0),)}, "mlu/distance/")
-    {'rms': {'s=0.5': ((1, 0.1),)}}
-    """
+    """Sort logged values whose names begin with a prefix into panels, by the next part of their names."""
     panels: dict[str, dict[str, Curve]] = defaultdict(dict)
     for name, curve in values.items():
         if name.startswith(prefix):
@@ -34,10 +30,7 @@ def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, C
 
 
 def curves_figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> Figure:
-    """Draw curves against steps, with values on a logarithmic axis of at most six decades if wanted.
-
-    Curves the last part of whose name is "floor" are dotted; of more than eight in a panel, only some are named.
-    """
+    """Draw curves against steps, floors of others dotted, with values on a logarithmic axis of six decades if wanted."""
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4.2 * across, 3.1 * down), layout="constrained")
@@ -81,17 +74,12 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool
     every = max(1, math.ceil(len(plain) / _MOST_NAMED))
     colors = {name: _COLORS(0.85 * i / max(len(plain) - 1, 1)) for i, name in enumerate(plain)}
     colors["all"] = mpl.colors.to_rgba("black")
-    shown: list[float] = []
-    unnamed_floor = True
-    for name, curve in curves.items():
-        points = _drawn(curve, logarithmic)
-        if not points:
-            continue
-        shown.extend(value for _, value in points)
+    drawn = {name: points for name, curve in curves.items() if (points := _drawn(curve, logarithmic))}
+    first_floor = next(filter(_is_floor, drawn), None)
+    for name, points in drawn.items():
         if _is_floor(name):
             # one name for all of them, which are those of the curves in their colour
-            label = "floor" if unnamed_floor else None
-            unnamed_floor = False
+            label = "floor" if name == first_floor else None
             axes.plot(*zip(*points, strict=True), ":", color=_color_of_floor(name, colors), label=label)
         else:
             label = _visible(name) if plain.index(name) % every == 0 else None
@@ -103,8 +91,9 @@ def _draw(axes: Axes, title: str, curves: Mapping[str, Curve], logarithmic: bool
         axes.set_xscale("log")
     if logarithmic:
         axes.set_yscale("log")
-        if shown and min(shown) < max(shown) * 10.0**-_DECADES:
-            axes.set_ylim(bottom=max(shown) * 10.0**-_DECADES)  # what is rounding only would make the rest look flat
+        values = [value for points in drawn.values() for _, value in points]
+        if values and min(values) < max(values) * 10.0**-_DECADES:
+            axes.set_ylim(bottom=max(values) * 10.0**-_DECADES)  # what is rounding only would make the rest look flat
     axes.set_title(_visible(title), loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")
     axes.spines[["top", "right"]].set_visible(False)

@@ -23,11 +23,6 @@ __all__ = ["run_page"]
 def run_page(record: RunRecord) -> str:
     """Render the page of a run, in which everything that comes from files is escaped; equal records make equal pages.
 
-    What was read but cannot be shown is named in its place, with the reason.
-
-    Args:
-        record: what was found of the run.
-
     >>> from pathlib import Path
     >>> page = run_page(RunRecord(Path("runs/<1>")))
     >>> "<title>runs/&lt;1&gt;</title>" in page, "http" in page
@@ -81,19 +76,15 @@ def _shown(items: Mapping[str, _Item], view: Callable[[_Item], _View]) -> list[_
 
 
 def _check(check: CheckReport) -> _View:
-    base, axes = check.base, axes_of(check.rows)
+    axes = axes_of(check.rows)
     return {
-        "about": f"{check.seeds} seeds, {check.steps} steps, sizes {' : '.join(map(str, check.factors))} from "
-        f"L={base.depth}, M={base.hidden}, D={base.embedding}",
+        "about": check.setting,
         "verdict": check.verdict,
         "summary": check.summary.splitlines(),
         "warnings": check.warnings,
         "image": as_data_uri(check.draw()) if check.rows else None,
         "axes": axes,
-        "slopes": [
-            (quantity, [_slope(found.get(axis)) for axis in axes])
-            for quantity, found in by_quantity(check.rows).items()
-        ],
+        "slopes": [(what, [_slope(row.get(axis)) for axis in axes]) for what, row in by_quantity(check.rows).items()],
     }
 
 
@@ -106,8 +97,8 @@ def _slope(row: Row | None) -> tuple[str, str]:
 
 def _plan(plan: Plan) -> _View:
     """The table for AdamW, and those for other optimizers, whose factors are not the same."""
-    others = [family for family in OptimizerFamily if family is not OptimizerFamily.ADAMW]
-    return {"tables": [_factors(plan, family) for family in (OptimizerFamily.ADAMW, *others)]}
+    families = sorted(OptimizerFamily, key=lambda family: family is not OptimizerFamily.ADAMW)
+    return {"tables": [_factors(plan, family) for family in families]}
 
 
 def _factors(plan: Plan, family: OptimizerFamily) -> _View:
@@ -119,9 +110,8 @@ def _factors(plan: Plan, family: OptimizerFamily) -> _View:
 
 def _curves(values: Mapping[str, Curve], prefix: str) -> list[_View]:
     panels = panels_of(values, prefix)
-    return _shown(
-        {f"{prefix} against step": panels} if panels else {}, lambda panels: _figure(panels, logarithmic=True)
-    )
+    figures = {f"{prefix} against step": panels} if panels else {}
+    return _shown(figures, lambda panels: _figure(panels, logarithmic=True))
 
 
 def _figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> _View:

@@ -29,35 +29,20 @@ Curve = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What was found in the folder of a run.
-
-    Args:
-        folder: folder of the run.
-        plans: plans by the path of their file or checkpoint; of checkpoints with one plan, the first is named.
-        checks: checks by path.
-        values: curves by the name of what was logged, from all logs of the run.
-        references: references by path.
-        problems: why a file could not be read, or only in part, by path.
-    """
+    """What was found in the folder of a run, by the path of the file; curves by the name of what was logged."""
 
     folder: Path
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)  # of checkpoints with one plan, the first is named
     checks: dict[str, CheckReport] = field(default_factory=dict)
     values: dict[str, Curve] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was found."""
-        return not (self.plans or self.checks or self.values or self.references or self.problems)
+    problems: dict[str, str] = field(default_factory=dict)  # why a file could not be read, or only in part
 
 
 def read_run(folder: Path) -> RunRecord:
     """Collect what a run has left: logs of ``CSVLogger`` and ``TensorBoardLogger``, checkpoints, plans, checks, references.
 
-    The logs of one run agree. One that contradicts those before it is of another run: it is left out, and named among the
-    problems.
+    A log that contradicts those before it is of another run: it is left out, and named among the problems.
 
     Args:
         folder: folder of the run, such as ``lightning_logs/version_0``.
@@ -80,13 +65,15 @@ def read_run(folder: Path) -> RunRecord:
         read = _reader(path)
         if read is None:
             continue
+        # a resumed run goes on in another file of TensorBoard's, and may repeat steps
+        log = str(Path(name).parent) if read is _read_events else name
         try:
-            read(path, name, record, logs.setdefault(_log(path, name), defaultdict(dict)))
+            read(path, name, record, logs.setdefault(log, defaultdict(dict)))
         except UNREADABLE as error:
             record.problems[name] = reason(error)
     merged = _merged(logs, record.problems)
     record.values.update({name: tuple(sorted(curve.items())) for name, curve in sorted(merged.items())})
-    if record.is_empty:
+    if record == RunRecord(folder):
         raise ValueError(
             f"Nothing of a run was found in {folder}: no metrics.csv, TensorBoard events, checkpoint, plan, check.json or "
             "reference. Give the folder of a run, such as lightning_logs/version_0."
@@ -114,15 +101,6 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _log(path: Path, name: str) -> str:
-    """Name of the log to which a file belongs: a resumed run goes on in another file, and may repeat steps."""
-    return str(Path(name).parent) if _has_events(path) else name
-
-
-def _has_events(path: Path) -> bool:
-    return path.name.startswith("events.out.tfevents")
-
-
 def _merged(logs: Mapping[str, _Values], problems: dict[str, str]) -> _Values:
     """Values of all logs but those that contradict the ones before."""
     merged: _Values = defaultdict(dict)
@@ -140,17 +118,15 @@ def _merged(logs: Mapping[str, _Values], problems: dict[str, str]) -> _Values:
     return merged
 
 
-def _agree(one: Mapping[int, float], other: Mapping[int, float]) -> bool:
+def _agree(first: Mapping[int, float], second: Mapping[int, float]) -> bool:
     """Whether values at the same steps are the same in float32, as TensorBoard has them."""
-    pairs = [(value, other[step]) for step, value in one.items() if step in other]
-    return all(
-        math.isclose(first, second, rel_tol=1e-6, abs_tol=1e-37) or (math.isnan(first) and math.isnan(second))
-        for first, second in pairs
-    )
+    pairs = [(value, second[step]) for step, value in first.items() if step in second]
+    close = (math.isclose(*pair, rel_tol=1e-6, abs_tol=1e-37) or all(map(math.isnan, pair)) for pair in pairs)
+    return all(close)
 
 
 def _reader(path: Path) -> _Read | None:
-    if _has_events(path):
+    if path.name.startswith("events.out.tfevents"):
         return _read_events
     by_name: dict[str, _Read] = {"metrics.csv": _read_csv, "check.json": _read_check}
     by_suffix: dict[str, _Read] = {".ckpt": _read_checkpoint, ".yaml": _read_plan, ".safetensors": _read_reference}

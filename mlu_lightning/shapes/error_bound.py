@@ -1,9 +1,4 @@
-"""How far a residual network of a given shape is from the infinite model, and how to fit that bound to measurements.
-
-After a bounded number of steps of gradient descent, RMS(h - h_inf)^2 = (c1/L)^2 + c2^2 D/(L M) + c3^2/D for the residual
-stream h of an MLU model, with constants that depend on the data, the activation and the number of steps (theory.md,
-section 2; Chaintron, Chizat, Maass, arXiv 2603.18168).
-"""
+"""How far a residual network of a given shape is from the infinite model, and how to fit that bound to measurements."""
 
 from __future__ import annotations
 
@@ -28,9 +23,7 @@ __all__ = [
     "fit_error_bound",
 ]
 
-
-Measured = Literal["stream", "output"]
-"""What an error is of: the residual stream, in embedding space, or the output."""
+Measured = Literal["stream", "output"]  # what an error is of: the residual stream, in embedding space, or the output
 
 
 @dataclass(frozen=True)
@@ -54,10 +47,9 @@ class Shape:
     embedding: int
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if type(value) is not int or value < 1:
-                raise ValueError(f"{field.name}={value!r} of a shape should be a whole number of 1 or more.")
+                raise ValueError(f"{name}={value!r} of a shape should be a whole number of 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -81,30 +73,24 @@ class ErrorConstants:
     embedding: float
 
     def __post_init__(self) -> None:
-        for name in ("depth", "hidden", "embedding"):
-            value = getattr(self, name)
+        for name, value in (("depth", self.depth), ("hidden", self.hidden), ("embedding", self.embedding)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"The constant {name}={value!r} of the error bound should be finite and not negative.")
 
 
 @dataclass(frozen=True)
 class FittedConstants(ErrorConstants):
-    """Constants found by :func:`fit_error_bound`, and how well they are known.
-
-    Args:
-        uncertainty: increase of each constant if its square grew by one standard error; None without more points than
-            constants.
-        scatter: root mean square of log(measured / bound) over the points.
-    """
+    """Constants found by :func:`fit_error_bound`, and how well they are known."""
 
     uncertainty: ErrorConstants | None
+    """Increase of each constant if its square grew by one standard error; None without more points than constants."""
     scatter: float
+    """Root mean square of log(measured / bound) over the points."""
 
 
 PAPER = ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5)
-"""Perceptron blocks: hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D)) is the published fit to the paper's experiment with tanh.
-Its only depth was L = 50, so it has no term in L: depth = 0.13 was measured with infinite models of few Euler steps in the
-same experiment (``recipes/paper_rates``)."""
+"""Perceptron blocks: hypot(0.8 sqrt(D/(L M)), 2.5/sqrt(D)) is the published fit to the paper's experiment with tanh at
+L = 50; depth = 0.13 was measured with infinite models of few Euler steps in the same one (``recipes/paper_rates``)."""
 
 ATTENTION = ErrorConstants(depth=1.0, hidden=2.2, embedding=2.5)
 """Attention blocks, M = heads: hidden = 2.2 was measured at head dimension 4 and L = 8 (theory.md, section 6). The other
@@ -114,17 +100,14 @@ two were not measured with attention: embedding is that of :data:`PAPER`, and de
 def error_bound(shape: Shape, constants: ErrorConstants = PAPER, of: Measured = "stream") -> float:
     """Predict how far a shape is from the infinite model: sqrt((c1/L)^2 + c2^2 D/(L M) + c3^2/D).
 
-    The terms of the bound (theory.md, section 2; Chaintron, Chizat, Maass, arXiv 2603.18168) are added as independent
-    errors. It holds for a bounded number of steps of gradient descent in the MLU parameterization. Coordinates of the
-    stream are of order one, so a prediction of one or more only says that the shape is far away.
+    The terms (theory.md, section 2; Chaintron, Chizat, Maass, arXiv 2603.18168) are added as independent errors. It holds
+    for a bounded number of steps of gradient descent in the MLU parameterization, with constants that depend on the data,
+    the activation and the number of steps. A prediction of one or more only says that the shape is far away.
 
     Args:
         shape: shape of the network.
         constants: constants of the bound; by default those of the paper's experiment.
         of: ``"stream"``, or ``"output"``, where the second term is c2 D/(L M) in the paper's experiments.
-
-    Returns:
-        Root mean square of h - h_inf over coordinates, or of the difference of outputs.
 
     >>> round(error_bound(Shape(depth=50, hidden=500, embedding=256), ErrorConstants(0, 0.8, 2.5)), 3)
     0.176
@@ -150,17 +133,12 @@ def fit_error_bound(
     the depth constant is whatever part of the error does not fall with M and D.
 
     Args:
-        points: shapes and the error measured at each, for example
-            :func:`~mlu_lightning.observation.distances.rms_distance` to a limit; a shape may occur several times.
+        points: shapes and the error measured at each, such as an RMS distance to a limit; a shape may occur several times.
         of: what was measured, as in :func:`error_bound`.
-
-    Returns:
-        The constants, their uncertainty, and the scatter of the points around the bound.
 
     Raises:
         ImportError: without scipy.
-        ValueError: if an error is not finite and positive, there are fewer than three different shapes, or the shapes
-            cannot tell the constants apart.
+        ValueError: if an error is not finite and positive, or the shapes cannot tell the constants apart.
 
     >>> shapes = [Shape(50, 500, 64), Shape(50, 500, 1024), Shape(5, 500, 256), Shape(50, 50, 256)]
     >>> fit = fit_error_bound({shape: error_bound(shape) for shape in shapes})
@@ -176,10 +154,11 @@ def fit_error_bound(
                 f"The error measured at {shape} is {error}, and a bound can only be fitted to finite errors above zero. "
                 "Leave out runs that diverged, and the reference itself."
             )
-    if len({shape for shape, _ in pairs}) < 3:
+    different = len({shape for shape, _ in pairs})
+    if different < 3:
         raise ValueError(
-            f"There are {len({shape for shape, _ in pairs})} different shapes, and the bound has three constants. Measure "
-            "three shapes or more, among which depth, hidden and embedding all change."
+            f"There are {different} different shapes, and the bound has three constants. Measure three shapes or more, "
+            "among which depth, hidden and embedding all change."
         )
     # squared errors are linear in the squares of the constants: each point over its error, and terms of norm one
     terms = np.array([_terms(s.depth, s.hidden, s.embedding, of) for s, _ in pairs])
@@ -196,8 +175,9 @@ def fit_error_bound(
         deviations = np.sqrt(variance * np.diag(np.linalg.inv(slopes.T @ slopes)))
         raised = np.sqrt((squares + deviations) / norms) - np.sqrt(squares / norms)
         uncertainty = ErrorConstants(*raised.tolist())
+    scatter = float(np.sqrt(np.mean(residuals**2)))
     depth, hidden, embedding = np.sqrt(squares / norms).tolist()
-    return FittedConstants(depth, hidden, embedding, uncertainty, scatter=float(np.sqrt(np.mean(residuals**2))))
+    return FittedConstants(depth, hidden, embedding, uncertainty, scatter)
 
 
 def _terms(depth: float, hidden: float, embedding: float, of: Measured) -> tuple[float, float, float]:
@@ -211,8 +191,8 @@ def _require_independent(terms: NDArray[np.float64], shapes: list[Shape]) -> Non
     _, singular, directions = np.linalg.svd(terms)
     if len(singular) == 3 and singular[-1] > 1e-6 * singular[0]:
         return
-    names = [field.name for field in fields(Shape)]
-    confused = [name for name, weight in zip(names, directions[-1], strict=True) if abs(weight) > 1e-3]
+    weights = zip(fields(Shape), directions[-1], strict=True)
+    confused = [field.name for field, weight in weights if abs(weight) > 1e-3]
     constant = [name for name in confused if len({getattr(shape, name) for shape in shapes}) == 1]
     remark = f" (all have the same {' and '.join(constant)})" if constant else ""
     raise ValueError(
@@ -226,16 +206,12 @@ def _fit_logarithms(terms: NDArray[np.float64]) -> NDArray[np.float64]:
     """Find x >= 0 that minimizes the sum of squares of log(terms @ x)."""
     from scipy.optimize import least_squares, nnls
 
-    tight = 4 * np.finfo(np.float64).eps
     fit = least_squares(
         lambda x: np.log(terms @ x),
         nnls(terms, np.ones(len(terms)))[0],
         lambda x: terms / (terms @ x)[:, None],
         bounds=(0, np.inf),
         method="dogbox",  # of the methods with bounds, the one that can end on them
-        ftol=tight,
-        xtol=tight,
-        gtol=tight,
+        **dict.fromkeys(("ftol", "xtol", "gtol"), 4 * np.finfo(np.float64).eps),
     )
-    found: NDArray[np.float64] = fit.x
-    return found
+    return np.asarray(fit.x, np.float64)

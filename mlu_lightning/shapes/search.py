@@ -1,12 +1,9 @@
-"""The best shape for a number of parameters: the (L, M, D) of least predicted error to the infinite model.
-
-Perceptron ResNets and Transformers, whose parameter counts differ, are two architectures to search; the error is
-:func:`~mlu_lightning.error_bound` (theory.md, section 2).
-"""
+"""The best shape for a number of parameters: the (L, M, D) of least predicted error to the infinite model."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,9 +67,7 @@ class Architecture:
     ) -> Architecture:
         """Describe alternating attention and MLP branches as in :class:`~mlu_lightning.models.CausalTransformer`.
 
-        Hidden width M is the number of heads; their dimension stays as it is, and MLP branches keep mlp_ratio * head_dim
-        units per head (theory.md, section 3, "Attention with a bounded key-query dimension"). L counts both branches of a
-        block.
+        Hidden width M is the number of heads, of fixed dimension (theory.md, section 3). L counts both branches of a block.
 
         Args:
             vocabulary: number of tokens; token table and readout, not tied, have 2 * vocabulary * D parameters.
@@ -98,8 +93,7 @@ class Architecture:
         return Candidate(shape, self.parameters(shape), error_bound(shape, self.constants))
 
 
-RESNET = Architecture.resnet()
-"""The paper's ResNet, blocks alone, in multiples of 64."""
+RESNET = Architecture.resnet()  # the paper's, blocks alone, in multiples of 64
 
 
 @dataclass(frozen=True)
@@ -114,18 +108,14 @@ class Candidate:
 def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> Candidate:
     """Find the shape of least predicted error within a number of parameters, where depth has to pay for itself.
 
-    In the bound, depth is free: at the same L M, more depth and fewer hidden units only lower it. But branches run one
-    after another, so twice the depth is taken only where it lowers the error by ``gain``: the shape minimizes error * L^e
-    with e = -log2(1 - gain). For any gain this gives L ~ P^(1/6), M ~ P^(1/2), D ~ P^(1/3) and an error ~ P^(-1/6) with
-    growing P, the shape of theory.md, section 2 (Chaintron, Chizat, Maass, arXiv 2603.18168).
+    In the bound, depth is free, but branches run one after another, so twice the depth is taken only where it lowers the
+    error by ``gain``: the shape minimizes error * L^e with e = -log2(1 - gain). This gives L ~ P^(1/6), M ~ P^(1/2),
+    D ~ P^(1/3) and an error ~ P^(-1/6) with growing P (theory.md, section 2; Chaintron, Chizat, Maass, arXiv 2603.18168).
 
     Args:
         parameters: most parameters that the network may have, all of them counted.
         architecture: family of shapes, with its multiples and constants.
         gain: part by which twice the depth must lower the error, from 0.01 to below 0.5.
-
-    Returns:
-        The best of all shapes in the architecture's multiples, exactly.
 
     Raises:
         ValueError: if the number of parameters does not suffice for the smallest shape, or ``gain`` is out of range.
@@ -140,11 +130,7 @@ def optimal_shape(parameters: float, architecture: Architecture = RESNET, gain: 
 
 
 def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gain: float = 0.05) -> list[Candidate]:
-    """List the optimal shape and others around it, for a choice that has to respect more than the bound.
-
-    These are the best shapes at a quarter, half, twice and four times its depth, and the best at its depth with these
-    parts of its embedding dimension, in order of depth and embedding dimension.
-    """
+    """List the optimal shape and the best at 1/4 to 4 times its depth, or at its depth and 1/4 to 4 times its embedding."""
     search = _Search(parameters, architecture, gain)
     best = search.best().shape
     factors = (0.25, 0.5, 1, 2, 4)
@@ -178,10 +164,6 @@ class _Search:
                 f"{least:,} parameters. Allow as many, or smaller multiples."
             )
 
-    @property
-    def budget(self) -> int:
-        return int(self.parameters)
-
     def best(self) -> Candidate:
         """Candidate of least error * L^e with e = -log2(1 - gain), over all depths."""
         exponent = -math.log2(1 - self.gain)
@@ -207,7 +189,7 @@ class _Search:
     def widest(self, depth: int, embedding: int) -> Candidate:
         """Candidate of the largest hidden width, with which the error only falls."""
         architecture, step = self.architecture, self.architecture.multiples.hidden
-        branch = (self.budget // embedding - architecture.per_coordinate) // depth
+        branch = (int(self.parameters) // embedding - architecture.per_coordinate) // depth
         hidden = (branch - architecture.per_addition) // architecture.per_unit // step * step
         return architecture.candidate(Shape(depth, hidden, embedding))
 
@@ -217,7 +199,9 @@ class _Search:
 
     def most_embedding(self, depth: int) -> int:
         step = self.architecture.multiples.embedding
-        return self.budget // (depth * self._smallest_branch() + self.architecture.per_coordinate) // step * step
+        return (
+            int(self.parameters) // (depth * self._smallest_branch() + self.architecture.per_coordinate) // step * step
+        )
 
     def _floor(self) -> float:
         """Squared error that no depth goes below: all parameters in matrices of branches, no term in L."""
@@ -236,7 +220,7 @@ class _Search:
 
     def _units(self, embedding: int) -> float:
         """Parameters left for branches, per coordinate of the stream."""
-        return self.budget / embedding - self.architecture.per_coordinate
+        return int(self.parameters) / embedding - self.architecture.per_coordinate
 
 
 def _least(
@@ -255,11 +239,4 @@ def _least(
 
 def _valley(function: Callable[[int], float], count: int) -> int:
     """Argument among 1 to count at which a function that falls and then rises is least."""
-    low, high = 1, count
-    while low < high:
-        middle = (low + high) // 2
-        if function(middle) <= function(middle + 1):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return 1 + bisect_left(range(1, count), True, key=lambda i: function(i) <= function(i + 1))

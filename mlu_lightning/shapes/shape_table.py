@@ -20,10 +20,7 @@ _SOURCES = {
 def shape_table(
     candidates: list[Candidate], best: Candidate, present: Candidate | None = None, heads: tuple[int, int] | None = None
 ) -> Table:
-    """Tabulate candidates with their predicted errors, the best marked, and the present shape in a row of its own.
-
-    ``heads`` are the dimension of a Transformer's heads and its MLP units per head; None for perceptron blocks.
-    """
+    """Tabulate candidates, the best marked; ``heads`` are the dimension of a Transformer's heads and MLP units per head."""
     sizes = ("L", "M units", "D") if heads is None else ("L", "blocks", "M heads", "head_dim", "MLP units", "D")
     table = Table("", *sizes, "parameters", "error", *([] if present is None else ["error / present"]))
     for column in table.columns[1:]:
