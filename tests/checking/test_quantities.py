@@ -1,7 +1,5 @@
 """How quantities should grow: the theory against the table, and the slopes that finite networks may have."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -36,13 +34,12 @@ def test_expectations_of_the_theory_are_what_the_table_makes(role: Role, variant
         ratios = Ratios(depth=3.0, outputs=7.0)
     if role is Role.EMBEDDING:
         ratios = Ratios(outputs=7.0)
-    writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
-    expected = expected_size(kind, role, variant, ratios, multiplied=writes)
+    expected = expected_size(kind, role, variant, ratios, role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS))
     assert expected == pytest.approx(table_says(role, variant, ratios, kind), rel=1e-12)
 
 
 def test_band_of_what_happens_at_random() -> None:
     assert lowest_and_highest(READ, "hidden") == (-0.25, 0.25)
-    assert lowest_and_highest(Quantity(Kind.UPDATE, "norm", "branch_norm"), "hidden") == (-0.75, 0.25)
-    assert lowest_and_highest(Quantity(Kind.UPDATE, "norm", "branch_norm"), "embedding") == (-0.25, 0.75)
-    assert lowest_and_highest(Quantity(Kind.START, "norm", "branch_norm"), "hidden") == (-0.25, 0.25)
+    update, start = (Quantity(kind, "norm", "branch_norm") for kind in (Kind.UPDATE, Kind.START))
+    assert [lowest_and_highest(update, axis) for axis in ("hidden", "embedding")] == [(-0.75, 0.25), (-0.25, 0.75)]
+    assert lowest_and_highest(start, "hidden") == (-0.25, 0.25)
