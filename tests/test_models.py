@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -17,13 +15,10 @@ DEPTH, HIDDEN, EMBEDDING, INPUTS, OUTPUTS = 3, 12, 7, 4, 2
 def test_resnet_in_the_absolute_form_is_the_papers_with_its_gradient_step(activation: str) -> None:
     """theory.md, section 2, in NumPy: U and V with entries N(0, D), learning rate 1 on everything, one step."""
     rng = np.random.default_rng(0)
-    sigma, slope = {
-        "tanh": (np.tanh, lambda p: 1 - np.tanh(p) ** 2),
-        "positive": (lambda p: p, np.ones_like),
-    }[activation]
+    tanh, linear = (np.tanh, lambda p: 1 - np.tanh(p) ** 2), (lambda p: p, np.ones_like)
+    sigma, slope = tanh if activation == "tanh" else linear
     w_e, w_u = rng.normal(size=(EMBEDDING, INPUTS)), rng.normal(size=(EMBEDDING, OUTPUTS))
-    u = rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5
-    v = rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5
+    u, v = (rng.normal(size=(DEPTH, EMBEDDING, HIDDEN)) * EMBEDDING**0.5 for _ in range(2))
     x, y = rng.normal(size=(INPUTS, 5)), rng.normal(size=(OUTPUTS, 5))
 
     module = ResNet(DEPTH, HIDDEN, EMBEDDING, INPUTS, OUTPUTS, activation=activation).double()
@@ -67,10 +62,8 @@ def test_resnet_with_frozen_embeddings_trains_its_blocks_alone() -> None:
     module = ResNet(2, 8, 4, inputs=3, outputs=2, train_embedding=False)
     assert {name for name, p in module.named_parameters() if not p.requires_grad} == {"embed.weight", "readout.weight"}
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    data = DataLoader([(torch.randn(3), torch.randn(2)) for _ in range(8)], batch_size=4)
-    quiet(max_epochs=2).fit(module, data)
-    changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {name for name, p in module.named_parameters() if p.requires_grad}
+    quiet(max_epochs=2).fit(module, DataLoader([(torch.randn(3), torch.randn(2)) for _ in range(8)], batch_size=4))
+    assert all(torch.equal(p, before[name]) is not p.requires_grad for name, p in module.named_parameters())
 
 
 @pytest.mark.parametrize("activation", ["no_such_function", "cross_entropy", "sum"])
@@ -100,8 +93,8 @@ def test_transformer_tells_places_apart() -> None:
 def test_transformer_of_any_heads_and_embedding() -> None:
     module = CausalTransformer(11, 8, depth=2, embedding=20, heads=3, head_dim=16, mlp_hidden=50)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    assert shapes["branches.0.query.weight"] == (48, 20) and shapes["branches.0.out.weight"] == (20, 48)
-    assert shapes["branches.1.read.weight"] == (50, 20) and shapes["readout.weight"] == (11, 20)
+    names = "branches.0.query", "branches.0.out", "branches.1.read", "readout"
+    assert [shapes[f"{name}.weight"] for name in names] == [(48, 20), (20, 48), (50, 20), (11, 20)]
     with pytest.raises(ValueError, match="head_dim"):
         CausalTransformer(11, 8, depth=2, embedding=20, heads=3, head_dim=15)
 
@@ -109,13 +102,15 @@ def test_transformer_of_any_heads_and_embedding() -> None:
 def test_transformer_learns_and_is_loaded_from_its_checkpoint(tmp_path: object) -> None:
     torch.manual_seed(0)
     module = CausalTransformer(5, 8, depth=1, embedding=16, heads=1, lr=1e-2, schedule_steps=60)
-    data = DataLoader([(torch.arange(9) + i) % 5 for i in range(240)], batch_size=4)
-    trainer = quiet(max_epochs=1)
-    before = F.cross_entropy(module(torch.arange(5)[None])[0], (torch.arange(5) + 1) % 5)
-    trainer.fit(module, data)
-    after = F.cross_entropy(module(torch.arange(5)[None])[0], (torch.arange(5) + 1) % 5)
-    assert after < 0.2 * before, "counting modulo 5 is easy"
+    trainer, tokens = quiet(max_epochs=1), torch.arange(5)
+
+    def loss() -> float:
+        return F.cross_entropy(module(tokens[None])[0], (tokens + 1) % 5).item()
+
+    before = loss()
+    trainer.fit(module, DataLoader([(torch.arange(9) + i) % 5 for i in range(240)], batch_size=4))
+    assert loss() < 0.2 * before, "counting modulo 5 is easy"
     assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-3, "the schedule ends near zero"
     trainer.save_checkpoint(f"{tmp_path}/model.ckpt")
     loaded = CausalTransformer.load_from_checkpoint(f"{tmp_path}/model.ckpt")
-    assert torch.equal(loaded(torch.arange(5)[None]), module(torch.arange(5)[None]))
+    assert torch.equal(loaded(tokens[None]), module(tokens[None]))

@@ -1,7 +1,5 @@
 """The quickstart: its study, what it says of the runs, and its command."""
 
-from __future__ import annotations
-
 import json
 import math
 import subprocess
@@ -9,14 +7,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product, starmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers.check_command import command
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from mlu_lightning.cli import main
 from mlu_lightning.quickstart import study as quickstart
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
 from mlu_lightning.quickstart.study import (
@@ -37,9 +37,7 @@ def _valley(shape: str, mlu: bool, bottom: float, least: float = 2.0) -> list[Ru
     return [Run(shape, mlu, exponent, least + 0.1 * (exponent - bottom) ** 2) for exponent in EXPONENTS]
 
 
-@pytest.fixture
-def study() -> Study:
-    return Study(exponents=EXPONENTS)
+STUDY = Study(exponents=EXPONENTS)
 
 
 @pytest.fixture
@@ -53,17 +51,15 @@ def runs() -> list[Run]:
 
 def test_default_text_is_that_of_the_standard_library() -> None:
     text = load_text()
-    assert len(text) > 400_000
-    assert b"The standard type hierarchy" in text
+    assert len(text) > 400_000 and b"The standard type hierarchy" in text
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"The text .*missing.txt cannot be read: No such file or directory"):
         load_text(str(tmp_path / "missing.txt"))
     (tmp_path / "short.txt").write_text("to be or not to be")
-    with pytest.raises(
-        ValueError, match=r"short.txt has 18 bytes, and there is nothing to learn from less than 10 000"
-    ):
+    refusal = r"short.txt has 18 bytes, and there is nothing to learn from less than 10 000"
+    with pytest.raises(ValueError, match=refusal):
         load_text(str(tmp_path / "short.txt"))
 
 
@@ -75,36 +71,33 @@ def test_best_learning_rate_is_the_vertex_of_a_parabola(runs: list[Run]) -> None
     assert best_exponent(diverged, "x", mlu=True) == -5, "nor next to a run that diverged"
 
 
-def test_table_and_verdicts_are_those_of_the_runs(study: Study, runs: list[Run], tmp_path: Path) -> None:
+def test_table_and_verdicts_are_those_of_the_runs(runs: list[Run], tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=(tmp_path / "table.txt").open("w"))
-    console.print(loss_table(study, runs))
+    console.print(loss_table(STUDY, runs))
     text = console.export_text()
     assert text.count("2.000*") == 2, "the base's runs stand for both parameterizations"
     assert text.count("1.900*") == 3
-    assert verdicts(study, runs) == [
-        "8 × depth: the best learning rate is 1.00 times the base's with MLU, and 0.50 times the base's without.",
-        "8 × hidden width: the best learning rate is 1.00 times the base's with MLU, and 1.41 times the base's without.",
-        "8 × embedding: the best learning rate is 1.00 times the base's with MLU, and at most 0.25 times the base's "
-        "(the smallest that was tried) without.",
-    ]
+    without = {"8 × depth": "0.50 times the base's", "8 × hidden width": "1.41 times the base's"}
+    without["8 × embedding"] = "at most 0.25 times the base's (the smallest that was tried)"
+    text = "{}: the best learning rate is 1.00 times the base's with MLU, and {} without."
+    assert verdicts(STUDY, runs) == [*starmap(text.format, without.items())]
 
 
-def test_verdicts_say_when_they_know_little(study: Study, runs: list[Run]) -> None:
+def test_verdicts_say_when_they_know_little(runs: list[Run]) -> None:
     diverged = [replace(run, loss=math.nan) if run.shape == "8 × embedding" and not run.mlu else run for run in runs]
-    assert verdicts(study, diverged)[-1].endswith("with MLU, and unknown (every run diverged) without.")
+    assert verdicts(STUDY, diverged)[-1].endswith("with MLU, and unknown (every run diverged) without.")
     without_base = [replace(run, loss=math.nan) if run.shape == "base" else run for run in runs]
-    assert verdicts(study, without_base)[0] == (
-        "8 × depth: the best learning rate is unknown (every run of the base diverged) with MLU, "
-        "and unknown (every run of the base diverged) without."
-    )
+    unknown = "unknown (every run of the base diverged)"
+    says = f"8 × depth: the best learning rate is {unknown} with MLU, and {unknown} without."
+    assert verdicts(STUDY, without_base)[0] == says
     at_end = _valley("base", False, -3.0) + runs[len(EXPONENTS) :]
-    assert verdicts(study, at_end)[0].startswith("base: the best learning rate is at an end of those tried")
-    assert len(verdicts(study, at_end)) == len(verdicts(study, runs)) + 1
+    assert verdicts(STUDY, at_end)[0].startswith("base: the best learning rate is at an end of those tried")
+    assert len(verdicts(STUDY, at_end)) == len(verdicts(STUDY, runs)) + 1
 
 
-def test_runs_are_saved_as_json_that_any_reader_takes(study: Study, runs: list[Run], tmp_path: Path) -> None:
+def test_runs_are_saved_as_json_that_any_reader_takes(runs: list[Run], tmp_path: Path) -> None:
     runs[-1] = replace(runs[-1], loss=math.nan)
-    save_runs(study, runs, tmp_path / "runs.json")
+    save_runs(STUDY, runs, tmp_path / "runs.json")
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")
@@ -115,24 +108,21 @@ def test_runs_are_saved_as_json_that_any_reader_takes(study: Study, runs: list[R
     assert content["runs"][-1]["loss"] is None
 
 
-def test_figure_marks_the_best_learning_rates_and_names_the_curves(
-    study: Study, runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figure_marks_the_best_learning_rates_and_names_the_curves(runs: list[Run], monkeypatch: Any) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    save_figure(study, runs, tmp_path / "figure.png")
+    save_figure(STUDY, runs, Path("figure.png"))
     for axes, exponents in zip(figures[0].axes, [(-6, -6, -6, -6), (-6, -7, -5.5, -8)], strict=True):
         large = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
         assert large == pytest.approx([2.0**exponent for exponent in exponents])
         assert {text.get_text() for text in axes.texts} == set(SHAPES)
-        places = sorted(text.xy[1] for text in axes.texts)
-        gap = np.diff(axes.get_ylim())[0] / 20
-        assert min(np.diff(places)) > 0.99 * gap, "names do not overlap"
+        gaps = np.diff(sorted(text.xy[1] for text in axes.texts))
+        assert min(gaps) > 0.99 * np.diff(axes.get_ylim())[0] / 20, "names do not overlap"
 
 
-def test_figure_is_drawn_also_of_runs_that_diverged(study: Study, runs: list[Run], tmp_path: Path) -> None:
-    runs[-1] = Run(runs[-1].shape, runs[-1].mlu, runs[-1].exponent, math.nan)
-    save_figure(study, runs, tmp_path / "figure.png")
+def test_figure_is_drawn_also_of_runs_that_diverged(runs: list[Run], tmp_path: Path) -> None:
+    runs[-1] = replace(runs[-1], loss=math.nan)
+    save_figure(STUDY, runs, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -141,18 +131,14 @@ def test_a_small_study_trains_and_is_the_same_again() -> None:
     study = Study(shapes=shapes, exponents=(-7, -5), steps=20)
     reported: list[Run] = []
     runs = run_study(study, load_text(), reported.append)
-    assert [(run.shape, run.mlu, run.exponent) for run in runs] == [
-        (shape, mlu, exponent)
-        for shape, mlu in (("base", False), ("deeper", True), ("deeper", False))
-        for exponent in (-7, -5)
-    ]
+    trained = product((("base", False), ("deeper", True), ("deeper", False)), (-7, -5))
+    assert [((run.shape, run.mlu), run.exponent) for run in runs] == [*trained]
     assert sorted(map(str, reported)) == sorted(map(str, runs))
     assert all(1.5 < run.loss < math.log(256) for run in runs), "better than guessing among 256 bytes"
-    assert len({run.loss for run in runs}) == len(runs)
-    assert run_study(study, load_text()) == runs
+    assert len({run.loss for run in runs}) == len(runs) and run_study(study, load_text()) == runs
 
 
-def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_ends_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Run] = []
 
     def fail(study: Study, text: bytes, run: Run) -> Run:
@@ -163,26 +149,20 @@ def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.Monke
     monkeypatch.setattr(quickstart, "_train", fail)
     monkeypatch.setattr(quickstart, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
     with pytest.raises(RuntimeError, match="out of luck"):
-        run_study(study, b"")
+        run_study(STUDY, b"")
     assert len(started) < 10, "the other runs of 35 were not begun"
 
 
 @pytest.mark.parametrize("out", ["file", "file/folder"])
-def test_command_line_refuses_a_folder_that_cannot_be(
-    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_refuses_a_folder_that_cannot_be(out: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SystemExit) as exit_:
-        main(["quickstart", "--out", str(tmp_path / out)])
-    assert exit_.value.code == 1
+    assert command("quickstart", "--out", str(tmp_path / out)) == 1
     error = capsys.readouterr().err
     assert f"{out} cannot be made: " in error and "Give --out the path of a folder" in error and error.count("\n") == 1
 
 
 def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["quickstart", "--text", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out")])
-    assert exit_.value.code == 1
+    assert command("quickstart", "--text", str(tmp_path / "missing.txt"), "--out", str(tmp_path / "out")) == 1
     error = capsys.readouterr().err
     assert error.startswith("mlu-lightning: The text ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -190,8 +170,7 @@ def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit):
-        main(["quickstart"])
+    assert command("quickstart") != 0
     assert "matplotlib is not installed: pip install 'mlu-lightning[plots]'" in capsys.readouterr().err
 
 

@@ -1,7 +1,5 @@
 """The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import astuple, replace
 
@@ -15,13 +13,8 @@ from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratio
 
 CLOSE = {"rel": 1e-12}  # a few roundings
 
-SHAPES = [
-    Shape(2, 3, 5, 7, 11),
-    Shape(4, 1, 1, 1, 1),
-    Shape(1, 8, 8, 1, 1),
-    Shape(1, 1, 1, 16, 16),
-    Shape(0.5, 0.25, 3, 0.125, 6),  # smaller than the base in some dimensions
-]
+SHAPES = [Shape(2, 3, 5, 7, 11), Shape(4, 1, 1, 1, 1), Shape(1, 8, 8, 1, 1), Shape(1, 1, 1, 16, 16)]
+SHAPES += [Shape(0.5, 0.25, 3, 0.125, 6)]  # smaller than the base in some dimensions
 
 
 def entry(row: Row, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.0) -> Scale:
@@ -33,8 +26,7 @@ def entry(row: Row, ratios: Ratios, family: OptimizerFamily, alpha: float = 1.0)
 @pytest.mark.parametrize("row", ROWS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: ",".join(f"{x:g}" for x in shape))
 def test_every_entry(row: Row, family: OptimizerFamily, shape: Shape) -> None:
-    found = entry(row, ROWS[row](shape).ratios, family)
-    role, variant = row
+    found, (role, variant) = entry(row, ROWS[row](shape).ratios, family), row
     assert astuple(found) == pytest.approx(astuple(wanted(role, family, shape, variant)), **CLOSE)
 
 
@@ -47,8 +39,8 @@ def test_a_variant_of_another_role_changes_nothing() -> None:
     ratios = Ratios(2.0, 4.0, 8.0)
     for role, variant in ((role, variant) for role in Role for variant in Variant if (role, variant) not in ROWS):
         assert scale(role, ratios, ADAMW, variant=variant) == scale(role, ratios, ADAMW)
-    growing = scale(Role.STREAM_MATRIX, ratios, ADAMW, variant=Variant.IN_HEAD)
-    assert growing == scale(Role.STREAM_MATRIX, ratios, ADAMW)
+    in_head = scale(Role.STREAM_MATRIX, ratios, ADAMW, variant=Variant.IN_HEAD)
+    assert in_head == scale(Role.STREAM_MATRIX, ratios, ADAMW), "where outputs grow"
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)
@@ -64,16 +56,13 @@ def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
 def test_completep_where_hidden_width_is_proportional_to_embedding(width: float, depth: float) -> None:
     """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
     shape = Shape(depth, width, width, width, width)
-    in_blocks = 1 / (width * depth)
-    completep = {
-        Role.EMBEDDING: Scale(1, 1, 1, 1 / width, 1),
-        Role.BRANCH_IN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_HIDDEN: Scale(1, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_OUT: Scale(1 / depth, width**-0.5, 1 / width, in_blocks, width),
-        Role.BRANCH_IN_BIAS: Scale(1, 1, 1, in_blocks, 1),
-        Role.BRANCH_OUT_BIAS: Scale(1 / depth, 1, 1, in_blocks, 1),
-        Role.BRANCH_NORM: Scale(1, 1, 1, in_blocks, 1),
-        Role.READOUT: Scale(1 / width, 1, 1, 1 / width, 1),
+    matrix, vector = Scale(1, width**-0.5, 1 / width, 1 / (width * depth), width), Scale(eps=1 / (width * depth))
+    completep = dict.fromkeys((Role.BRANCH_IN, Role.BRANCH_HIDDEN), matrix) | {
+        Role.BRANCH_OUT: replace(matrix, multiplier=1 / depth),
+        **dict.fromkeys((Role.BRANCH_IN_BIAS, Role.BRANCH_NORM), vector),
+        Role.BRANCH_OUT_BIAS: replace(vector, multiplier=1 / depth),
+        Role.EMBEDDING: Scale(eps=1 / width),
+        Role.READOUT: Scale(1 / width, eps=1 / width),
     }
     for role, expected in completep.items():
         found = scale(role, EXPECTED[role](shape).ratios, ADAMW)
@@ -88,18 +77,10 @@ def test_mup_at_fixed_depth(width: float, family: OptimizerFamily) -> None:
     sgd = family is SGD
     hidden = (1, width**-0.5, 1 if sgd else 1 / width)
     vectors = (1, 1, width if sgd else 1)
-    mup = {
-        Role.EMBEDDING: vectors,
-        Role.BRANCH_IN: hidden,
-        Role.BRANCH_HIDDEN: hidden,
-        Role.BRANCH_OUT: hidden,
-        Role.STREAM_MATRIX: hidden,
-        Role.BRANCH_IN_BIAS: vectors,
-        Role.BRANCH_OUT_BIAS: vectors,
-        Role.BRANCH_NORM: vectors,
-        Role.STREAM_NORM: vectors,
-        Role.READOUT: (1 / width, 1, width if sgd else 1),
-    }
+    mup = dict.fromkeys((Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_OUT, Role.STREAM_MATRIX), hidden)
+    mup |= dict.fromkeys((Role.EMBEDDING, Role.BRANCH_IN_BIAS, Role.BRANCH_OUT_BIAS), vectors)
+    mup |= dict.fromkeys((Role.BRANCH_NORM, Role.STREAM_NORM), vectors)
+    mup[Role.READOUT] = (1 / width, 1, width if sgd else 1)
     for role, expected in mup.items():
         found = scale(role, EXPECTED[role](shape).ratios, family)
         assert (found.multiplier, found.std, found.lr) == pytest.approx(expected, **CLOSE), role
@@ -107,17 +88,16 @@ def test_mup_at_fixed_depth(width: float, family: OptimizerFamily) -> None:
 
 def test_numbers_where_the_ratio_of_hidden_to_embedding_changes() -> None:
     """Depth 2, hidden width 16 and embedding 4 times the base's, worked out by hand: all powers of two, so exact."""
-    branch_in, branch_out = Ratios(2.0, 4.0, 16.0), Ratios(2.0, 16.0, 4.0)
-    assert scale(Role.BRANCH_IN, branch_in, ADAMW) == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 4.0)
-    assert scale(Role.BRANCH_IN, branch_in, SGD) == Scale(1.0, 1 / 2, 8.0, 1 / 32, 1 / 8)
-    assert scale(Role.BRANCH_IN, branch_in, ADAM) == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 1 / 8)
-    assert scale(Role.BRANCH_IN, branch_in, MUON) == Scale(1.0, 1 / 2, 2.0, 1 / 4, 1 / 2)
-    assert scale(Role.BRANCH_OUT, branch_out, ADAMW) == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 16.0)
-    assert scale(Role.BRANCH_OUT, branch_out, SGD) == Scale(1 / 2, 1 / 8, 1 / 2, 1 / 8, 2.0)
-    assert scale(Role.BRANCH_OUT, branch_out, ADAM) == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 2.0)
-    assert scale(Role.BRANCH_OUT, branch_out, MUON) == Scale(1 / 2, 1 / 8, 1 / 2, 1.0, 2.0)
-    # CompleteP and µP have the std of a sum over hidden units here, 1/4
-    assert scale(Role.BRANCH_OUT, branch_out, ADAMW).std == 1 / 8 != 16**-0.5
+    reads = {family: scale(Role.BRANCH_IN, Ratios(2.0, 4.0, 16.0), family) for family in OptimizerFamily}
+    assert reads[ADAMW] == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 4.0) and reads[SGD] == Scale(1.0, 1 / 2, 8.0, 1 / 32, 1 / 8)
+    assert reads[ADAM] == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 1 / 8)
+    assert reads[MUON] == Scale(1.0, 1 / 2, 2.0, 1 / 4, 1 / 2)
+    # CompleteP and µP have the std of a sum over hidden units for what writes, 1/4
+    writes = {family: scale(Role.BRANCH_OUT, Ratios(2.0, 16.0, 4.0), family) for family in OptimizerFamily}
+    assert writes[ADAMW] == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 16.0)
+    assert writes[SGD] == Scale(1 / 2, 1 / 8, 1 / 2, 1 / 8, 2.0)
+    assert writes[ADAM] == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 2.0)
+    assert writes[MUON] == Scale(1 / 2, 1 / 8, 1 / 2, 1.0, 2.0)
 
 
 # --- properties
@@ -129,13 +109,10 @@ families = st.sampled_from(list(OptimizerFamily))
 
 
 @given(roles, families, ratios, ratios)
-def test_factors_from_base_to_target_multiply_along_the_way(
-    role: Role, family: OptimizerFamily, first: Ratios, second: Ratios
-) -> None:
+def test_factors_multiply_along_the_way(role: Role, family: OptimizerFamily, first: Ratios, second: Ratios) -> None:
     through = Ratios(*(a * b for a, b in zip(astuple(first), astuple(second), strict=True)))
-    product = [
-        a * b for a, b in zip(astuple(scale(role, first, family)), astuple(scale(role, second, family)), strict=True)
-    ]
+    both = zip(astuple(scale(role, first, family)), astuple(scale(role, second, family)), strict=True)
+    product = [a * b for a, b in both]
     assert astuple(scale(role, through, family)) == pytest.approx(product, rel=1e-10)
 
 
@@ -143,11 +120,9 @@ def test_factors_from_base_to_target_multiply_along_the_way(
 def test_one_rule(role: Role, at: Ratios) -> None:
     """Adam family: lr 1/n, eps g, decoupled decay n; SGD: lr 1/(n·g); decay in the gradient (any): n·g."""
     sgd, adam, adamw = (scale(role, at, family) for family in (SGD, ADAM, ADAMW))
-    assert adam.lr == adamw.lr
-    assert adamw.lr * adamw.weight_decay == pytest.approx(1.0, **CLOSE)
+    assert adam.lr == adamw.lr and adamw.lr * adamw.weight_decay == pytest.approx(1.0, **CLOSE)
     assert sgd.lr * adam.eps == pytest.approx(adam.lr, **CLOSE)
-    assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE)
-    assert adam.weight_decay == sgd.weight_decay
+    assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE) and adam.weight_decay == sgd.weight_decay
     assert sgd.std == adam.std == scale(role, at, MUON).std
     assert sgd.multiplier == adam.multiplier == scale(role, at, MUON).multiplier
 
@@ -175,14 +150,9 @@ def test_richness(role: Role, family: OptimizerFamily, at: Ratios, alpha: float)
     writes = role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
     lr = alpha**-2 if family is SGD else 1 / alpha
     decay = 1 / lr if family in (SGD, ADAMW, MUON) else alpha**2  # Adam's L2 goes as SGD's
-    expected = Scale(
-        plain.multiplier * (alpha if writes else 1),
-        plain.std,
-        plain.lr * lr,
-        plain.eps * alpha,
-        plain.weight_decay * decay,
-    )
-    assert astuple(rich) == pytest.approx(astuple(expected), **CLOSE)
+    factors = (alpha if writes else 1, 1, lr, alpha, decay)
+    expected = [number * factor for number, factor in zip(astuple(plain), factors, strict=True)]
+    assert astuple(rich) == pytest.approx(expected, **CLOSE)
 
 
 # --- folding
@@ -246,16 +216,7 @@ def test_a_family_can_be_named(family: OptimizerFamily) -> None:
 
 @pytest.mark.parametrize("role", Role)
 def test_where_roles_are(role: Role) -> None:
-    matrices = (
-        "embedding",
-        "branch_in",
-        "branch_hidden",
-        "branch_out",
-        "branch_bounded_matrix",
-        "stream_matrix",
-        "stream_bounded_matrix",
-        "readout",
-    )
-    assert str(role) == role.value
-    assert role.in_branch == (role in BRANCH_ROLES)
-    assert role.is_matrix == (role.value in matrices)
+    matrices = "embedding branch_in branch_hidden branch_out readout"
+    matrices += " branch_bounded_matrix stream_matrix stream_bounded_matrix"
+    assert str(role) == role.value and role.in_branch == (role in BRANCH_ROLES)
+    assert role.is_matrix == (role.value in [*matrices.split(), "readout"])

@@ -234,9 +234,8 @@ def test_what_does_not_grow_is_refused(axis: str, size: int, says: str) -> None:
 
 def test_of_what_grows_together_one_is_enough() -> None:
     assert layers(lambda depth, hidden, embedding: Layers(2, hidden, 8), axes=["together"], factors=(1, 2, 4)).rows
-    with pytest.raises(
-        ValueError, match=r"grows neither with its depth nor .*Let the module_factory use depth=\.\.\., "
-    ):
+    refusal = r"grows neither with its depth nor .*Let the module_factory use depth=\.\.\., "
+    with pytest.raises(ValueError, match=refusal):
         layers(lambda depth, hidden, embedding: Layers(2, 16, 8), axes=["together"])
 
 
@@ -260,9 +259,8 @@ def test_runs_that_stop_early_are_refused(settings: Any) -> None:
 
 def test_a_module_without_an_optimizer_does_not_pass() -> None:
     report = layers(WithoutOptimizer)
-    still = [
-        f"{what}: it does not move" for what in ("features of blocks.* (mlp)", "stream of s=1", "output of output")
-    ]
+    names = "features of blocks.* (mlp)", "stream of s=1", "output of output"
+    still = [f"{name}: it does not move" for name in names]
     assert (report.verdict, report.summary.splitlines()[1:]) == ("undecided", still)
 
 

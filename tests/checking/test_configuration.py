@@ -54,11 +54,11 @@ net = partial(plugin, CLASSES[0])
 
 
 def saved(
-    folder: Path, cli: type[LightningCLI], *args: str, callbacks: list[Any] | None = None, **kwargs: Any
+    folder: Path, cli: type[LightningCLI], *args: str, callbacks: Any = (), **kwargs: Any
 ) -> tuple[str, LightningCLI]:
     """Train for a step with a command line, and give back the file that it saves, and the CLI."""
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}}
-    trainer = SILENT | {"max_steps": 1, "logger": logger, "callbacks": callbacks or []}
+    trainer = SILENT | {"max_steps": 1, "logger": logger, "callbacks": [*callbacks]}
     (folder / "given.yaml").write_text(yaml.safe_dump({"trainer": trainer, "seed_everything": 1}))
     classes = {"model_class": Net, "datamodule_class": Wide} | kwargs
     made = cli(args=["fit", "--config", str(folder / "given.yaml"), *args], **classes)
@@ -201,7 +201,7 @@ def test_optimizers_stay(tmp_path: Path) -> None:
     [
         ({"class_path": RESNET, "init_args": BASE | {"dept": 3}}, "Option 'dept' is not accepted"),
         ({"class_path": "nowhere.Net", "init_args": BASE}, "No module named 'nowhere'"),
-        ({"class_path": RESNET, "init_args": {"depth": 1, "hidden": 8, "embedding": 4}}, "required: inputs, outputs"),
+        ({"class_path": RESNET, "init_args": dict.fromkeys(KEYS, 8)}, "are required: inputs, outputs"),
     ],
 )
 def test_what_cannot_be_parsed_is_an_error(model: dict[str, Any], says: str, tmp_path: Path, capsys: Any) -> None:

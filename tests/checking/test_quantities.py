@@ -4,6 +4,7 @@ import math
 
 import pytest
 from helpers.check_reports import READ
+from helpers.table_by_hand import ROWS
 
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_size, lowest_and_highest
 from mlu_lightning.table import OptimizerFamily, Ratios, Role, Variant, scale
@@ -15,14 +16,6 @@ def table_says(role: Role, variant: Variant | None, ratios: Ratios, kind: Kind) 
     if kind is Kind.START:
         return entry.multiplier * entry.std * math.sqrt(ratios.inputs)
     return entry.multiplier * entry.lr * ratios.inputs
-
-
-ROWS = [
-    *((role, None) for role in Role),
-    (Role.BRANCH_OUT, Variant.BEFORE_NORM),
-    (Role.STREAM_NORM, Variant.POST_NORM),
-    (Role.STREAM_MATRIX, Variant.IN_HEAD),
-]
 
 
 @pytest.mark.parametrize(("role", "variant"), ROWS)
