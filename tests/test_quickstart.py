@@ -19,16 +19,7 @@ from rich.console import Console
 
 from mlu_lightning.quickstart import study as quickstart
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
-from mlu_lightning.quickstart.study import (
-    SHAPES,
-    Run,
-    Study,
-    TransformerShape,
-    best_exponent,
-    load_text,
-    run_study,
-    save_runs,
-)
+from mlu_lightning.quickstart.study import SHAPES, Run, Study, TransformerShape, best_exponent, load_text, run_study
 
 EXPONENTS = (-8, -7, -6, -5, -4)
 
@@ -97,7 +88,7 @@ def test_verdicts_say_when_they_know_little(runs: list[Run]) -> None:
 
 def test_runs_are_saved_as_json_that_any_reader_takes(runs: list[Run], tmp_path: Path) -> None:
     runs[-1] = replace(runs[-1], loss=math.nan)
-    save_runs(STUDY, runs, tmp_path / "runs.json")
+    quickstart.save_runs(STUDY, runs, tmp_path / "runs.json")
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is not JSON")

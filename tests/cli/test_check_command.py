@@ -10,20 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.check_command import (
-    BASE,
-    KEYS,
-    LARGE,
-    QUICK,
-    RESNET,
-    SHORTEST,
-    Pairs,
-    Twice,
-    command,
-    content,
-    plugin,
-    write,
-)
+from helpers.check_command import BASE, KEYS, LARGE, QUICK, RESNET, SHORTEST, Pairs, command, content, plugin, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlu_lightning import Shape
@@ -69,7 +56,7 @@ def test_base_is_that_of_the_callback_and_all_of_an_axis_grow_alike(tmp_path: Pa
 def test_what_of_the_trainer_takes_part(tmp_path: Path) -> None:
     callbacks = [
         PLUGIN,
-        {"class_path": f"{Twice.__module__}.Twice"},
+        {"class_path": "helpers.check_command.Twice"},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "no")}},
         {"class_path": "mlu_lightning.FeatureUpdate"},
     ]
