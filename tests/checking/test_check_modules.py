@@ -1,8 +1,7 @@
 """Checks of modules as people write them: numbered layers, parameters of their own, hooks that build, data of any kind."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from mlu_lightning import CheckReport, MLUCallback, Plan, Role, Shape
 from mlu_lightning.checking.measurement import measure
 from mlu_lightning.checking.verdicts import Point, fit_row
-from recipes.check.plan_faults import Factor, Fault, FaultyCallback
+from recipes.check.plan_faults import Fault, FaultyCallback
 
 FEATURES = 6
 PLAIN = Shape(depth=2, hidden=16, embedding=8)
@@ -30,23 +29,19 @@ def points(count: int = 12, samples: int = 16) -> list[tuple[Tensor, Tensor]]:
     return [(x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()) for x in inputs]
 
 
+def samples() -> TensorDataset:
+    return TensorDataset(*map(torch.cat, zip(*points(), strict=True)))
+
+
 class Layers(LightningModule):
     """A perceptron whose blocks are ``nn.Sequential``, so that all of its matrices have numbers for names."""
 
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         super().__init__()
-        self.first = nn.Linear(FEATURES, embedding, bias=False)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(embedding, bias=False),
-                nn.Linear(embedding, hidden, bias=False),
-                nn.GELU(),
-                nn.Linear(hidden, embedding, bias=False),
-            )
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(embedding, bias=False)
-        self.last = nn.Linear(embedding, 4, bias=False)
+        linear, norm = partial(nn.Linear, bias=False), partial(nn.LayerNorm, embedding, bias=False)
+        self.first, self.norm, self.last = linear(FEATURES, embedding), norm(), linear(embedding, 4)
+        blocks = ((norm(), linear(embedding, hidden), nn.GELU(), linear(hidden, embedding)) for _ in range(depth))
+        self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         stream = self.first(batch[0])
@@ -62,24 +57,19 @@ def layers(build: Callable[..., LightningModule] = Layers, **settings: Any) -> C
     return few(**{"build": build, "base": PLAIN, "data": points(), "axes": ["depth"], "seeds": 2} | settings)
 
 
-@pytest.mark.parametrize(
-    ("role", "factor", "axes"),
-    [
-        (Role.BRANCH_NORM, "lr", ["embedding"]),
-        (Role.BRANCH_IN, "weight_decay", ["embedding"]),
-        (Role.BRANCH_OUT, "multiplier", ["depth"]),
-    ],
-)
-def test_layers_with_numbers_for_names_are_told_apart(role: Role, factor: Factor, axes: list[str]) -> None:
-    report = layers(axes=axes, seeds=3, callbacks=lambda base: [FaultyCallback(Fault(role, factor), base)])
-    assert (report.verdict, report.causes[0].role) == ("fail", role.value), report
+FAULTS = {"embedding": [Fault(Role.BRANCH_NORM, "lr"), Fault(Role.BRANCH_IN, "weight_decay")]}
+FAULTS["depth"] = [Fault(Role.BRANCH_OUT, "multiplier")]
+
+
+@pytest.mark.parametrize(("axis", "fault"), [(axis, fault) for axis, faults in FAULTS.items() for fault in faults])
+def test_layers_with_numbers_for_names_are_told_apart(axis: str, fault: Fault) -> None:
+    report = layers(axes=[axis], seeds=3, callbacks=lambda base: [FaultyCallback(fault, base)])
+    assert (report.verdict, report.causes[0].role) == ("fail", fault.role.value), report
     rows = {(row.quantity.name, row.quantity.role) for row in report.rows if row.quantity.kind == "update"}
     assert {role for name, role in rows if name == "blocks.*.*.weight"} == {"branch_norm", "branch_in", "branch_out"}
 
 
-class Flat(nn.Module):
-    """Everything in one ``nn.Sequential``, in which the depth moves what comes after the blocks."""
-
+class Flat(nn.Module):  # everything in one ``nn.Sequential``, in which the depth moves what comes after the blocks
     class Block(nn.Sequential):
         def forward(self, stream: Tensor) -> Tensor:
             return stream + super().forward(stream)
@@ -87,9 +77,8 @@ class Flat(nn.Module):
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         super().__init__()
         blocks = [Flat.Block(*block) for block in cast("Any", Layers(depth, hidden, embedding).blocks)]
-        self.layers = nn.Sequential(
-            nn.Linear(FEATURES, embedding), *blocks, nn.LayerNorm(embedding), nn.Linear(embedding, 4)
-        )
+        ends = nn.LayerNorm(embedding), nn.Linear(embedding, 4)
+        self.layers = nn.Sequential(nn.Linear(FEATURES, embedding), *blocks, *ends)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return cast("Tensor", self.layers(inputs))
@@ -101,12 +90,10 @@ def test_roles_are_those_of_a_large_module_whatever_the_numbers() -> None:
     wide = Plan.from_model(Flat(2, 32, 16), (inputs,), base=small)
     deep = Plan.from_model(Flat(4, 16, 8), (inputs,), base=small)
     named = {name.removeprefix("layers."): role.value for name, role in deep.roles.items()}
-    assert wide.roles == small.roles
-    assert named["0.weight"] == "embedding"
-    assert [named[f"{block}.{place}.weight"] for block in (1, 4) for place in (0, 1, 3)] == [
-        *("branch_norm", "branch_in", "branch_out"),
-        *("branch_norm", "branch_in", "branch_out"),
-    ]
+    assert wide.roles == small.roles and named["0.weight"] == "embedding"
+    for block in (1, 4):
+        roles = [named[f"{block}.{place}.weight"] for place in (0, 1, 3)]
+        assert roles == ["branch_norm", "branch_in", "branch_out"]
     assert (named["5.weight"], named["6.weight"], named["6.bias"]) == ("stream_norm", "readout", "readout_bias")
 
 
@@ -136,22 +123,17 @@ def test_positions_and_a_norm_under_a_multiplier_are_read_as_they_are() -> None:
     model, base = Positions(2, 4, 32), Positions(2, 4, 16)
     plan = Plan.from_model(model, tokens()[0], base=base)
     assert [multiplier.site and multiplier.site.module for multiplier in plan.multipliers][-1] == "norm"
-    callback = MLUCallback(base)
-    batch = tokens()[0]
-    found = measure(model, plan, [callback, Initial()], [batch], batch, 1, {})
+    initial, batch = Initial(), tokens()[0]
+    found = measure(model, plan, [MLUCallback(base), initial], [batch], batch, 1, {})
     start = {one.quantity.name: one.values for one in found if one.quantity.kind == "start"}
-    assert start["positions"] == (pytest.approx(Initial.positions.square().mean().sqrt().item(), rel=1e-6),)
+    assert start["positions"] == (pytest.approx(initial.positions.square().mean().sqrt().item(), rel=1e-6),)
     # outputs of a norm with gains of one, before the readout's multiplier of 1/2
     assert start["norm.weight"] == (pytest.approx(1.0, abs=1e-3),)
 
 
-class Initial(Callback):
-    """Keeps the positions as they are when the training starts."""
-
-    positions: Tensor
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        Initial.positions = cast("Tensor", pl_module.positions).detach().clone()
+class Initial(Callback):  # keeps the positions as they are when the training starts
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.positions: Tensor = pl_module.positions.detach().clone()
 
 
 def test_positions_of_the_module_itself_pass_along_the_embedding() -> None:
@@ -159,37 +141,27 @@ def test_positions_of_the_module_itself_pass_along_the_embedding() -> None:
     assert report.verdict == "pass", report
 
 
-class OwnData(Layers):
-    """Gets its data in ``setup``."""
-
+class OwnData(Layers):  # gets its data in ``setup``
     def setup(self, stage: str) -> None:
-        x, y = (torch.cat(parts) for parts in zip(*points(), strict=True))
-        self.samples = TensorDataset(x, y)
+        self.samples = samples()
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.samples, batch_size=16)
 
 
-class BuiltLate(Layers):
-    """Builds its layers in ``configure_model``."""
-
+class BuiltLate(Layers):  # builds its layers in ``configure_model``
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         LightningModule.__init__(self)
-        self.shape = depth, hidden, embedding
-        self.late: Layers | None = None
+        self.shape, self.late = (depth, hidden, embedding), cast("Any", None)
 
     def configure_model(self) -> None:
-        if self.late is None:
-            self.late = Layers(*self.shape)
+        self.late = self.late or Layers(*self.shape)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        assert self.late is not None
-        return self.late.training_step(batch, batch_idx)
+        return cast("Tensor", self.late.training_step(batch, batch_idx))
 
 
-class Talkative(Layers):
-    """Asks its Trainer for everything that it has in a training."""
-
+class Talkative(Layers):  # asks its Trainer for everything that it has in a training
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("next", self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
@@ -201,9 +173,7 @@ class Talkative(Layers):
         return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)]
 
 
-class Changing(Layers):
-    """Changes a parameter itself, as a step does in which a teacher follows."""
-
+class Changing(Layers):  # changes a parameter itself, as a step does in which a teacher follows
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         if not self.training:
@@ -222,13 +192,10 @@ def test_data_of_the_modules_own_setup() -> None:
     assert _values(layers(OwnData, data=None)).keys() == _values(layers()).keys()
 
 
-class World(LightningDataModule):
-    """Asks its Trainer how many processes there are, and has two loaders."""
-
+class World(LightningDataModule):  # asks its Trainer how many processes there are, and has two loaders
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
-        x, y = (torch.cat(parts) for parts in zip(*points(), strict=True))
-        return [DataLoader(TensorDataset(x, y), batch_size=16 // self.trainer.world_size) for _ in range(2)]
+        return [DataLoader(samples(), batch_size=16 // self.trainer.world_size) for _ in range(2)]
 
 
 class OfTwo(Layers):
@@ -247,8 +214,7 @@ def test_callbacks_that_log_and_save_and_print_do_no_harm(tmp_path: Any, monkeyp
         watching = LearningRateMonitor(), ModelCheckpoint(every_n_train_steps=1), TQDMProgressBar(), RichModelSummary()
         return [MLUCallback(base), *watching]
 
-    assert _values(layers(callbacks=callbacks)) == _values(layers())
-    assert list(tmp_path.iterdir()) == []
+    assert _values(layers(callbacks=callbacks)) == _values(layers()) and list(tmp_path.iterdir()) == []
 
 
 def _values(report: CheckReport) -> dict[str, float]:
@@ -261,17 +227,15 @@ def _values(report: CheckReport) -> dict[str, float]:
     [("depth", 2, "streams have 2 additions"), ("hidden", 16, "branches have 16"), ("embedding", 8, "streams have 8")],
 )
 def test_what_does_not_grow_is_refused(axis: str, size: int, says: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"not grow with its {axis}: its {says}.*as they had at half of it.*leave it out"
-    ):
+    refusal = rf"not grow with its {axis}: its {says}.*as they had at half of it.*leave it out"
+    with pytest.raises(ValueError, match=refusal):
         layers(lambda **shape: Layers(**shape | {axis: size}), axes=[axis], callbacks=lambda _: [])
 
 
 def test_of_what_grows_together_one_is_enough() -> None:
     assert layers(lambda depth, hidden, embedding: Layers(2, hidden, 8), axes=["together"], factors=(1, 2, 4)).rows
-    with pytest.raises(
-        ValueError, match=r"grows neither with its depth nor .*Let the module_factory use depth=\.\.\., "
-    ):
+    refusal = r"grows neither with its depth nor .*Let the module_factory use depth=\.\.\., "
+    with pytest.raises(ValueError, match=refusal):
         layers(lambda depth, hidden, embedding: Layers(2, 16, 8), axes=["together"])
 
 
@@ -295,17 +259,12 @@ def test_runs_that_stop_early_are_refused(settings: Any) -> None:
 
 def test_a_module_without_an_optimizer_does_not_pass() -> None:
     report = layers(WithoutOptimizer)
-    assert report.verdict == "undecided"
-    assert report.summary.splitlines()[1:] == [
-        "features of blocks.* (mlp): it does not move",
-        "stream of s=1: it does not move",
-        "output of output: it does not move",
-    ]
+    names = "features of blocks.* (mlp)", "stream of s=1", "output of output"
+    still = [f"{name}: it does not move" for name in names]
+    assert (report.verdict, report.summary.splitlines()[1:]) == ("undecided", still)
 
 
-class FromData(Layers):
-    """A stream that begins with the data."""
-
+class FromData(Layers):  # a stream that begins with the data
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         super().__init__(depth, hidden, FEATURES)
         self.first = nn.Identity()
@@ -314,8 +273,8 @@ class FromData(Layers):
 def test_streams_that_begin_with_the_data_pass() -> None:
     report = layers(FromData, seeds=4)
     assert report.verdict == "pass", report
-    row = next(row for row in report.rows if str(row.quantity) == "stream of s=0")
-    assert (row.verdict, row.reason) == ("pass", "it does not move at any size")
+    rows = {str(row.quantity): row for row in report.rows}
+    begins = rows["stream of s=0"]
+    assert (begins.verdict, begins.reason) == ("pass", "it does not move at any size")
     still = [Point(factor, seed, 0.0, 0.0, 0.0) for factor in (1, 2, 4) for seed in (0, 1)]
-    end = next(row for row in report.rows if str(row.quantity) == "stream of s=1").quantity
-    assert fit_row(end, "depth", still).verdict == "undecided"
+    assert fit_row(rows["stream of s=1"].quantity, "depth", still).verdict == "undecided"

@@ -1,7 +1,5 @@
 """What parameters do where they act, against the same by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -13,19 +11,25 @@ from mlu_lightning.checking.local_effects import Reader, find_readers, local_eff
 from mlu_lightning.models import ResNet
 
 
+def at_its_base(name: str) -> tuple[nn.Module, Plan]:
+    architecture = ARCHITECTURES[name]
+    module, base = (architecture.build(1, 2, 16) for _ in range(2))
+    return module, Plan.from_model(module, architecture.example, base=base)
+
+
+def rms(values: Tensor) -> float:
+    return values.square().mean().sqrt().item()
+
+
 def test_local_effect_of_a_matrix_is_what_it_makes_of_its_input() -> None:
     torch.manual_seed(0)
     model = ResNet(depth=2, hidden=24, embedding=8, inputs=3, outputs=2)
     x = torch.randn(5, 3)
     plan = Plan.from_model(model, (x, torch.zeros(5, 2)), base=model)
-    readers = find_readers(plan)
     others = {name: torch.randn_like(value) for name, value in model.named_parameters()}
     with torch.no_grad():
-        found = local_effects(model, readers, others, lambda: model(x))
+        found = local_effects(model, find_readers(plan), others, lambda: model(x))
         stream, block = x @ model.embed.weight.T, model.blocks[0]
-
-    def rms(values: Tensor) -> float:
-        return values.square().mean().sqrt().item()
 
     units = torch.tanh(stream @ block.read.weight.T)
     moved = units @ (block.write.weight - others["blocks.0.write.weight"]).T
@@ -37,9 +41,7 @@ def test_local_effect_of_a_matrix_is_what_it_makes_of_its_input() -> None:
 
 def test_what_has_other_matrices_after_it_is_told_from_its_values() -> None:
     torch.manual_seed(0)
-    architecture = ARCHITECTURES["pre-norm encoder"]
-    module = architecture.build(1, 2, 16)
-    plan = Plan.from_model(module, architecture.example, base=architecture.build(1, 2, 16))
+    module, plan = at_its_base("pre-norm encoder")
     names = {name for name in plan.parameters if "in_proj" in name}
     # positions are a parameter of the module itself, in which all others come after them
     assert names | {"positions"} == set(plan.parameters) - {reader.parameter for reader in find_readers(plan)}
@@ -51,7 +53,7 @@ def test_what_has_other_matrices_after_it_is_told_from_its_values() -> None:
     spectral = float(np.linalg.norm(difference.double().numpy(), 2))
     inputs, outputs = plan.parameters[weight].fans
     assert aligned[weight] == pytest.approx(spectral * (inputs / outputs) ** 0.5, rel=1e-6)
-    assert random_[weight] == pytest.approx(difference.double().square().mean().sqrt().item() * inputs**0.5, rel=1e-6)
+    assert random_[weight] == pytest.approx(rms(difference.double()) * inputs**0.5, rel=1e-6)
 
 
 def test_what_rounding_loses_is_no_effect() -> None:
@@ -68,11 +70,8 @@ def test_what_rounding_loses_is_no_effect() -> None:
 
 
 def test_reader_of_what_writes_has_the_multiplier_of_its_branch() -> None:
-    architecture = ARCHITECTURES["gpt2"]
-    plan = Plan.from_model(architecture.build(1, 2, 16), architecture.example, base=architecture.build(1, 2, 16))
+    _, plan = at_its_base("gpt2")
     readers = {reader.parameter: reader for reader in find_readers(plan)}
-    writes = readers["transformer.h.0.mlp.c_proj.weight"]
-    assert writes.multiplied
-    assert readers["transformer.h.0.mlp.c_fc.weight"] == Reader(
-        "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_fc", Role.BRANCH_IN
-    )
+    assert readers["transformer.h.0.mlp.c_proj.weight"].multiplied
+    reads = "transformer.h.0.mlp.c_fc"
+    assert readers[f"{reads}.weight"] == Reader(f"{reads}.weight", reads, reads, Role.BRANCH_IN)

@@ -1,7 +1,5 @@
 """Reports of checks: as tables, as JSON and back, as files, as a figure, and where runs are shown."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator
@@ -34,8 +32,7 @@ def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
     report.save(tmp_path / "folder")
     text = (tmp_path / "folder" / "check.json").read_text()
     again = CheckReport.from_json(text)
-    assert str(again) == str(report)
-    assert again.to_json() == text
+    assert str(again) == str(report) and again.to_json() == text
     content = json.loads(text)
     assert content["verdict"] == "fail"
     assert set(content["rows"][0]["points"][0]) == {"factor", "seed", "value", "lowest", "highest"}
@@ -60,18 +57,15 @@ def test_report_says_what_fails(report: CheckReport) -> None:
     text = str(report)
     assert "FAIL: 7 pass, 5 fail, 0 undecided" in text
     assert "branch_in: look at its lr or eps; update of blocks.*.read.weight (branch_in) grows as hidden^1.0" in text
-    assert "Failing too, which may follow from that: blocks.* (mlp)" in text
-    assert "Warning: post-norm." in text
+    assert "Failing too, which may follow from that: blocks.* (mlp)" in text and "Warning: post-norm." in text
     assert max(map(len, text.splitlines())) <= 125
 
 
 def test_figure_names_what_fails(report: CheckReport) -> None:
     figure = report.draw()
-    panels = {(axes.get_title(loc="left"), axes.get_ylabel()): axes for axes in figure.axes}
-    assert {title for title, _ in panels} >= set(AXES)
+    assert {axes.get_title(loc="left") for axes in figure.axes} >= set(AXES)
     named = {text.get_text() for axes in figure.axes for text in axes.texts}
-    assert named == {"branch_in"}
-    assert figure.get_suptitle().startswith("FAIL")
+    assert named == {"branch_in"} and figure.get_suptitle().startswith("FAIL")
 
 
 def test_wandb_has_figure_verdict_and_rows(tmp_path: Path) -> None:
@@ -87,11 +81,9 @@ def test_wandb_has_figure_verdict_and_rows(tmp_path: Path) -> None:
     (table,) = (media / "table" / "mlu" / "check").glob("rows_*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"][:4] == ["kind", "name", "role", "axis"]
-    assert [row[:4] for row in content["data"]] == [
-        ["update", "blocks.*.read.weight", "branch_in", axis] for axis in ("depth", "hidden")
-    ]
-    assert all(row[6] == "fail" for row in content["data"])
-    assert not Path(other.log_dir).exists()
+    wanted = [["update", "blocks.*.read.weight", "branch_in", axis] for axis in ("depth", "hidden")]
+    assert [row[:4] for row in content["data"]] == wanted
+    assert all(row[6] == "fail" for row in content["data"]) and not Path(other.log_dir).exists()
 
 
 def test_tensorboard_has_figure_and_report(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The shapes along each axis of a check."""
 
-from __future__ import annotations
-
 import pytest
 
 from mlu_lightning import Shape

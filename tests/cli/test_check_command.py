@@ -1,30 +1,16 @@
 """``mlu-lightning check``: from the configuration of a LightningCLI to a verdict, an exit code and files."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers.check_command import (
-    BASE,
-    KEYS,
-    LARGE,
-    QUICK,
-    RESNET,
-    SHORTEST,
-    Pairs,
-    Twice,
-    command,
-    content,
-    plugin,
-    write,
-)
+from helpers.check_command import BASE, KEYS, LARGE, QUICK, RESNET, SHORTEST, Pairs, command, content, plugin, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mlu_lightning import Shape
@@ -34,50 +20,43 @@ PLUGIN = plugin(**BASE)
 
 
 def test_configuration_without_the_plugin_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = {"class_path": RESNET, "init_args": BASE}
-    path = write(tmp_path, trainer={"max_steps": 9}, model=model)
+    path = write(tmp_path, trainer={"max_steps": 9}, model={"class_path": RESNET, "init_args": BASE})
     assert command("check", path, "--out", str(tmp_path / "out"), *QUICK) == 3
     printed = capsys.readouterr().out
     assert "The configuration has no MLUCallback: this is the module without it." in printed
     assert "branch_out: look at its multiplier or std" in printed
     written = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert written["verdict"] == "fail"
-    assert written["base"] == {"depth": 2, "hidden": 1, "embedding": 1}
+    assert (written["verdict"], written["base"]) == ("fail", {"depth": 2, "hidden": 1, "embedding": 1})
     assert {row["axis"] for row in written["rows"]} == {"depth"}
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["check.json", "check.png", "check.txt"]
 
 
-def test_exit_code_of_what_is_undecided(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "code", "verdict"), [(SHORTEST, 4, "UNDECIDED: "), ([*QUICK, "--seeds", "8"], 0, "PASS: ")]
+)
+def test_exit_code(options: list[str], code: int, verdict: str, tmp_path: Path, capsys: Any) -> None:
     path = write(tmp_path, trainer={"max_steps": 9, "callbacks": [PLUGIN]})
-    assert command("check", path, "--out", str(tmp_path / "out"), *SHORTEST) == 4
-
-
-def test_exit_code_of_what_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, trainer={"max_steps": 9, "callbacks": [PLUGIN]})
-    assert command("check", path, "--out", str(tmp_path / "out"), *QUICK, "--seeds", "8") == 0
-    assert "PASS: " in capsys.readouterr().out
+    assert command("check", path, "--out", str(tmp_path / "out"), *options) == code
+    assert verdict in capsys.readouterr().out
 
 
 def test_base_is_that_of_the_callback_and_all_of_an_axis_grow_alike(tmp_path: Path) -> None:
     transformer = {"vocabulary": 9, "context": 8, "depth": 1, "embedding": 16, "heads": 2, "mlp_hidden": 24}
-    callback = plugin("mlu_lightning.models.CausalTransformer", **transformer)
     large = transformer | {"depth": 12, "embedding": 128, "heads": 16, "mlp_hidden": 512}
-    model = {"class_path": "mlu_lightning.models.CausalTransformer", "init_args": large}
-    path = write(tmp_path, model=model, trainer={"callbacks": [callback]})
-    keys = {"depth": ["depth"], "hidden": ["heads", "mlp_hidden"], "embedding": ["embedding"]}
-    configured = read_config(path, keys)
+    name = "mlu_lightning.models.CausalTransformer"
+    trainer = {"callbacks": [plugin(name, **transformer)]}
+    path = write(tmp_path, model={"class_path": name, "init_args": large}, trainer=trainer)
+    configured = read_config(path, KEYS | {"hidden": ["heads", "mlp_hidden"]})
     assert configured.base == Shape(1, 2, 16)
     module: Any = configured.build(depth=3, hidden=8, embedding=16)
-    assert len(module.branches) == 6
-    assert module.branches[0].heads == 8
-    assert module.branches[1].read.weight.shape == (96, 16)
-    assert configured.has_plugin
+    assert len(module.branches) == 6 and module.branches[0].heads == 8
+    assert module.branches[1].read.weight.shape == (96, 16) and configured.has_plugin
 
 
 def test_what_of_the_trainer_takes_part(tmp_path: Path) -> None:
     callbacks = [
         PLUGIN,
-        {"class_path": f"{Twice.__module__}.Twice"},
+        {"class_path": "helpers.check_command.Twice"},
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "no")}},
         {"class_path": "mlu_lightning.FeatureUpdate"},
     ]
@@ -89,12 +68,13 @@ def test_what_of_the_trainer_takes_part(tmp_path: Path) -> None:
     assert type(configured.data()).__name__ == "Pairs"
 
 
+def logger(name: str, folder: Path) -> dict[str, Any]:
+    return {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": str(folder)}}
+
+
 def test_loggers_get_the_figure_and_the_verdict(tmp_path: Path) -> None:
-    logger = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": str(tmp_path / "tb")},
-    }
-    configured = read_config(write(tmp_path, trainer={"logger": [logger], "callbacks": [PLUGIN]}), KEYS)
+    trainer = {"logger": [logger("TensorBoardLogger", tmp_path / "tb")], "callbacks": [PLUGIN]}
+    configured = read_config(write(tmp_path, trainer=trainer), KEYS)
     assert [type(one).__name__ for one in configured.loggers()] == ["TensorBoardLogger"]
     for given in (True, False, None):
         assert read_config(write(tmp_path, trainer={"logger": given}), KEYS).loggers() == []
@@ -104,17 +84,12 @@ def test_loggers_get_the_figure_and_the_verdict(tmp_path: Path) -> None:
 def test_command_logs_to_the_loggers_of_the_configuration(tmp_path: Path) -> None:
     """The installed command in a process of its own, with real files of TensorBoard and of W&B without a network."""
     folders = {"TensorBoardLogger": tmp_path / "tensorboard", "WandbLogger": tmp_path / "wandb"}
-    loggers = [
-        {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": str(folder)}}
-        for name, folder in folders.items()
-    ]
-    path = write(tmp_path, trainer={"logger": loggers, "callbacks": [PLUGIN]})
+    path = write(tmp_path, trainer={"logger": [*starmap(logger, folders.items())], "callbacks": [PLUGIN]})
     folders["WandbLogger"].mkdir()
-    program = str(Path(sys.executable).with_name("mlu-lightning"))
+    program = [str(Path(sys.executable).with_name("mlu-lightning")), "check", path, *QUICK, "--out", "out"]
     packages = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": packages, "WANDB_MODE": "offline"}
-    arguments = ["check", path, *QUICK, "--out", "out", "--log", "true"]
-    done = subprocess.run([program, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*program, "--log", "true"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode in (0, 4), done.stderr
     verdict = {0: "pass", 4: "undecided"}[done.returncode]
     assert json.loads((tmp_path / "out" / "check.json").read_text())["verdict"] == verdict
@@ -131,23 +106,19 @@ def test_configuration_of_a_command_and_of_one_class(tmp_path: Path) -> None:
     """What ``LightningCLI(ResNet, Pairs)`` saves does not name its classes."""
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"fit": {"model": LARGE, "data": {}, "trainer": {"callbacks": [PLUGIN]}}}))
-    with pytest.raises(
-        ValueError, match=r"does not say which class its model is of.* Give it: --model my_package.MyModule"
-    ):
+    refusal = r"does not say which class its model is of.* Give it: --model my_package.MyModule"
+    with pytest.raises(ValueError, match=refusal):
         read_config(path, KEYS)
-    configured = read_config(path, KEYS, RESNET, f"{Pairs.__module__}.Pairs")
-    assert configured.base == Shape(2, 32, 8)
-    module: Any = configured.build(4, 32, 8)
-    assert len(module.blocks) == 4
-    assert type(configured.data()).__name__ == "Pairs"
+    configured: Any = read_config(path, KEYS, RESNET, f"{Pairs.__module__}.Pairs")
+    assert (configured.base, type(configured.data()).__name__) == (Shape(2, 32, 8), "Pairs")
+    assert len(configured.build(4, 32, 8).blocks) == 4
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: [", "cannot be read as a configuration"),
-        ("[1, 2]", "is not the configuration of a LightningCLI: it has no model"),
-        ("name: value", "is not the configuration of a LightningCLI: it has no model"),
+        *((text, "is not the configuration of a LightningCLI: it has no model") for text in ("[1, 2]", "name: value")),
         (yaml.safe_dump(content(data={"batch": 3})), "does not say which class its data are of"),
     ],
 )
