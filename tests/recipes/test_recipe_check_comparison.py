@@ -1,19 +1,18 @@
 """The recipe that puts the check beside mup's: the same faults in both, how curves are read, and what each finds."""
 
-from __future__ import annotations
-
 import json
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.recipe_modules import load
-from lightning.pytorch import Trainer
+from helpers.recipe_results import cells
+from helpers.trainers import quiet
 from torch import Tensor, nn
 
 from mlu_lightning import Plan
@@ -57,19 +56,18 @@ def test_mup_has_the_numbers_of_the_plan_with_the_same_fault(fault: Any) -> None
     right = plan()
     wrong = right if fault is None else faults.faulty(right, fault)
     module = wide(fault)
-    names = {parameter: name for name, parameter in module.named_parameters()}
-    numbers = {names[one]: group for group in module.configure_optimizers().param_groups for one in group["params"]}
+    groups = {one: group for group in module.configure_optimizers().param_groups for one in group["params"]}
     stds = planned_stds(wrong)
     for name, scale in wrong.scales("adamw").items():
-        assert numbers[name]["lr"] == pytest.approx(0.1 * scale.lr)
-        assert numbers[name]["weight_decay"] == pytest.approx(0.1 * scale.weight_decay)
-        assert numbers[name]["eps"] == 1e-8, "for which mup has no rule"
+        group = groups[module.get_parameter(name)]
+        assert (group["lr"], group["weight_decay"]) == pytest.approx((0.1 * scale.lr, 0.1 * scale.weight_decay))
+        assert group["eps"] == 1e-8, "for which mup has no rule"
         # drawn at another width than the base's, of which the plan has the sample's
         assert module.get_parameter(name).square().mean().sqrt().item() == pytest.approx(stds[name], rel=0.04)
     (readout,) = (one for one in wrong.multipliers if one.kind == "readout")
     given = torch.randn(3, 32 * WIDE)
-    by_hand = given @ module.readout.weight.T * wrong.forward_multiplier(readout)
-    torch.testing.assert_close(module.readout(given), by_hand)
+    expected = given @ module.readout.weight.T * wrong.forward_multiplier(readout)
+    torch.testing.assert_close(module.readout(given), expected)
 
 
 @pytest.mark.parametrize("fault", [None, READ_STD, READOUT_MULTIPLIER], ids=str)
@@ -79,8 +77,7 @@ def test_networks_of_both_checks_are_the_same(fault: Any) -> None:
     torch.manual_seed(3)
     ours = recipe._transformer(case, 2)
     callback = faults.FaultyCallback(fault, recipe._transformer(case, 1))
-    trainer = Trainer(accelerator="cpu", max_steps=2, barebones=True, callbacks=[callback])
-    trainer.fit(ours, Batches([batch, batch]))
+    quiet(callback, max_steps=2).fit(ours, Batches([batch, batch]))
     torch.manual_seed(3)
     mups = recipe._network(case, 2)
     optimizer = recipe._optimizer(mups)
@@ -92,26 +89,21 @@ def test_networks_of_both_checks_are_the_same(fault: Any) -> None:
         torch.testing.assert_close(mups.get_parameter(name), parameter, msg=name)
 
 
-class Growing(nn.Module):
-    """Modules whose outputs are powers of the width."""
+def constant(value: float) -> nn.Linear:
+    """A module whose output is as large as said, for an input of ones."""
+    layer = nn.Linear(1, 5, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return layer
 
+
+class Growing(nn.Module):  # modules whose outputs are powers of the width
     def __init__(self, factor: int) -> None:
         super().__init__()
-        self.flat, self.root, self.readout = Power(1), Power(factor**0.5), Power(factor**-0.5)
-        self.weight = nn.Parameter(torch.ones(()))
+        self.flat, self.root, self.readout = constant(1), constant(factor**0.5), constant(factor**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        ones = self.weight * torch.ones(*tokens.shape, 5)
-        return sum(part(ones) for part in (self.flat, self.root, self.readout))
-
-
-class Power(nn.Module):
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value = value
-
-    def forward(self, given: Tensor) -> Tensor:
-        return self.value * given
+        ones = torch.ones(*tokens.shape, 1)
+        return self.flat(ones) + self.root(ones) + self.readout(ones)
 
 
 def test_curves_have_the_slopes_that_were_built() -> None:
@@ -135,25 +127,16 @@ def test_curves_have_the_slopes_that_were_built() -> None:
     assert [coordinates.is_off(curve, "readout") for curve in curves] == 2 * [False, True, False]
 
 
-@pytest.mark.parametrize(
-    ("module", "t", "slope", "error", "off"),
-    [
-        ("read", 1, 0.24, 0.0, False),
-        ("read", 1, 0.35, 0.01, True),
-        ("read", 2, 0.45, 0.1, True),
-        ("read", 2, -0.45, 0.1, True),
-        ("read", 2, -0.45, 0.3, False),
-        ("read", 2, math.nan, math.nan, True),
-        ("readout", 1, -0.5, 0.05, False),
-        ("readout", 1, 0.0, 0.05, True),
-        ("readout", 1, -1.0, 0.05, True),
-        ("readout", 2, 0.0, 0.05, False),
-        ("readout", 2, -0.5, 0.05, False),
-        ("readout", 2, 0.5, 0.05, True),
-    ],
-)
-def test_what_is_off(module: str, t: int, slope: float, error: float, off: bool) -> None:
-    assert coordinates.is_off(coordinates.Curve(module, t, slope, error), "readout") is off
+NAN = math.nan
+OFF = [("read", 1, 0.35, 0.01), ("read", 2, 0.45, 0.1), ("read", 2, -0.45, 0.1), ("read", 2, NAN, NAN)]
+OFF += [("readout", 1, 0.0, 0.05), ("readout", 1, -1.0, 0.05), ("readout", 2, 0.5, 0.05)]
+RIGHT = [("read", 1, 0.24, 0.0), ("read", 2, -0.45, 0.3)]
+RIGHT += [("readout", 1, -0.5, 0.05), ("readout", 2, 0.0, 0.05), ("readout", 2, -0.5, 0.05)]
+
+
+@pytest.mark.parametrize(("curve", "off"), [*product(OFF, [True]), *product(RIGHT, [False])])
+def test_what_is_off(curve: tuple[str, int, float, float], off: bool) -> None:
+    assert coordinates.is_off(coordinates.Curve(*curve), "readout") is off
 
 
 @pytest.fixture
@@ -171,23 +154,18 @@ def test_how_far_the_output_may_fall() -> None:
     assert found == [0.5, 0.0, 0.25, 0.5, 0.75, 0.5, 0.0, 0.0, 0.0, 0.25]
 
 
-def test_what_both_find(small: None) -> None:
-    """A learning rate that does not fall with the width: in mup's own networks, by both checks."""
-    case = recipe.Case("mup", faults.Fault(Role.BRANCH_IN, "lr"), False, 0, 2, (1, 2, 4, 8))
-    outcome = recipe.measure(case)
+@pytest.mark.parametrize(
+    ("subject", "factor", "verdict", "says"),
+    [
+        ("mup", "lr", "fail", ""),
+        ("plan", "weight_decay", "pass", "largest "),  # which takes away a part in a thousand in a few steps
+    ],
+)
+def test_what_both_find(small: None, subject: str, factor: str, verdict: str, says: str) -> None:
+    case = recipe.Case(subject, faults.Fault(Role.BRANCH_IN, factor), False, 0, 2, (1, 2, 4, 8))
+    outcome, right = recipe.measure(case), recipe.measure(replace(case, fault=None))
     assert (outcome.ours.verdict, outcome.ours.says, outcome.ours.named) == ("fail", "branch_in", True)
-    assert outcome.mups.verdict == "fail"
-    right = recipe.measure(replace(case, fault=None))
-    assert (right.ours.verdict, right.mups.verdict) == ("pass", "pass")
-
-
-def test_what_activations_do_not_show(small: None) -> None:
-    """Decay that is wrong by a power of the width takes away a part in a thousand of a weight in a few steps."""
-    case = recipe.Case("plan", faults.Fault(Role.BRANCH_IN, "weight_decay"), False, 0, 2, (1, 2, 4, 8))
-    outcome = recipe.measure(case)
-    assert (outcome.ours.verdict, outcome.ours.says, outcome.ours.named) == ("fail", "branch_in", True)
-    assert (outcome.mups.verdict, outcome.mups.says[:8]) == ("pass", "largest ")
-    right = recipe.measure(replace(case, fault=None))
+    assert outcome.mups.verdict == verdict and outcome.mups.says.startswith(says)
     assert (right.ours.verdict, right.mups.verdict) == ("pass", "pass")
 
 
@@ -206,21 +184,15 @@ def test_without_mup(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         recipe.main([f"--output={tmp_path}"])
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training without new processes, each of which imports everything again."""
-    monkeypatch.setattr(load("recipes.common.studies"), "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
-
-
 @pytest.mark.slow
 def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(["--quick", "--seeds=2", "--right=1", f"--output={tmp_path}"])
     printed = capsys.readouterr().out
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
     assert len(outcomes) == 3 + 1 + 1 + 2 + 1 + 1
-    lines = {tuple(part.strip() for part in line.split("│")[1:3]): line for line in printed.splitlines()}
+    lines = {tuple(cells(line)[:2]): line for line in printed.splitlines()}
     assert "found, named" in lines["plan", "weight decay of branch_in"]
-    ours, _, _, theirs, first = [part.strip() for part in lines["mup", "lr of branch_in"].split("│")[3:8]]
+    ours, _, _, theirs, first = cells(lines["mup", "lr of branch_in"])[2:7]
     assert (ours, theirs.split(",")[0]) == ("found, named", "found")  # of two networks curves do not name it
     assert "branches." in first
 

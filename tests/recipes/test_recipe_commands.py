@@ -22,9 +22,7 @@ from recipes.paper_linear.run import main
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of a study, and one of its results."""
-
+class Settings:  # settings of a study, and one of its results
     seeds: int = 2
     name: str = "a"
 
@@ -34,10 +32,9 @@ def result_file(path: Path, settings: Settings) -> Any:
 
 
 def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="--seeds is 0, and at least one is needed"):
-        main(["--seeds=0", f"--output={tmp_path}"])
-    with pytest.raises(SystemExit, match="--workers is -1, and at least one is needed"):
-        main(["--workers=-1", f"--output={tmp_path}"])
+    for name, value in {"seeds": 0, "workers": -1}.items():
+        with pytest.raises(SystemExit, match=f"--{name} is {value}, and at least one is needed"):
+            main([f"--{name}={value}", f"--output={tmp_path}"])
     with pytest.raises(SystemExit):
         main(["--quick=maybe"])
     monkeypatch.setattr(studies, "find_spec", lambda name: None)
@@ -48,7 +45,7 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_file_of_results(tmp_path: Path) -> None:
     file = result_file(tmp_path / "new" / "results.jsonl", Settings())
-    assert file.read() == [] and file.read() == []
+    assert file.read() == file.read() == []
     for seeds in (3, 4, 5):
         file.append(Settings(seeds))
     assert [result.seeds for result in file.read()] == [3, 4, 5]
@@ -69,7 +66,7 @@ def test_results_are_in_order_and_an_error_ends_the_others(in_this_process: None
 
     def double(case: int) -> int:
         started.append(case)
-        time.sleep(0.1 * (case < 0))
+        time.sleep(0.1)
         return 2 * case if case >= 0 else case // 0
 
     assert studies.in_processes(double, [1, 2, 3], 2, "cases", studies.console()) == [2, 4, 6]
@@ -80,9 +77,8 @@ def test_results_are_in_order_and_an_error_ends_the_others(in_this_process: None
 
 
 def test_slope_of_a_power_law() -> None:
-    three = fit_slope([2, 8, 32], [5 * x**-0.75 for x in (2, 8, 32)])
+    two, three = (fit_slope(x, [5 * value**-0.75 for value in x]) for x in ([2, 8], [2, 8, 32]))
     assert (three.value, three.factor, str(three)) == (pytest.approx(-0.75), pytest.approx(5), "-0.75 ± 0.00")
-    two = fit_slope([2, 8], [5 * 2**-0.75, 5 * 8**-0.75])
     assert two.value == pytest.approx(-0.75) and math.isnan(two.error), "two points say nothing about the error"
     assert math.isnan(fit_slope([2, 8], [5, math.nan]).value)
 
@@ -97,12 +93,12 @@ def test_slope_and_its_error_are_those_of_numpy() -> None:
 
 
 def test_data_depend_on_their_own_seed_only() -> None:
-    torch.manual_seed(1)
-    batches = torch.stack(list(Text(context=8, batches=5, batch_size=3).train_dataloader()))
-    torch.manual_seed(2)
-    assert torch.equal(batches, torch.stack(list(Text(8, 5, 3).train_dataloader())))
-    assert not torch.equal(batches, torch.stack(list(Text(8, 5, 3, seed=1).train_dataloader())))
-    assert batches.shape == (5, 3, 9)
+    def batches(of_torch: int, **seed: int) -> torch.Tensor:
+        torch.manual_seed(of_torch)
+        return torch.stack(list(Text(context=8, batches=5, batch_size=3, **seed).train_dataloader()))
+
+    first = batches(1)
+    assert first.shape == (5, 3, 9) and torch.equal(first, batches(2)) and not torch.equal(first, batches(2, seed=1))
 
 
 def test_samples_are_parts_of_the_text() -> None:
@@ -117,18 +113,16 @@ def test_samples_are_parts_of_the_text() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "said", "figure"),
+    ("recipe", "arguments", "said"),
     [
-        (["lr_transfer.run", "study", "--quick", "--preset=cpu"], "largest drift", "lr_transfer"),
-        (["lr_transfer.run", "study", "--quick", "--preset=accelerator"], "largest drift", "lr_transfer"),
-        (["paper_linear.run", "--quick", "--seeds=1"], "stream, all of it", "paper_linear"),
-        (["phase_diagram.run", "--quick", "--seeds=1"], "Slope of the local feature update", "phase_diagram"),
-        (["reference_run.run", "study", "--quick"], "small runs: 8 of 8 to be trained", "reference_run"),
+        ("lr_transfer", "study --quick --preset=cpu", "largest drift"),
+        ("lr_transfer", "study --quick --preset=accelerator", "largest drift"),
+        ("paper_linear", "--quick --seeds=1", "stream, all of it"),
+        ("phase_diagram", "--quick --seeds=1", "Slope of the local feature update"),
+        ("reference_run", "study --quick", "small runs: 8 of 8 to be trained"),
     ],
-    ids=lambda value: value[0] + value[-1] if isinstance(value, list) else "",
 )
-def test_quick_run_as_a_command(arguments: list[str], said: str, figure: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", f"recipes.{arguments[0]}", *arguments[1:], f"--output={tmp_path}"]
+def test_quick_run_as_a_command(recipe: str, arguments: str, said: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"recipes.{recipe}.run", *arguments.split(), f"--output={tmp_path}"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RECIPES.parent).stdout
-    assert said in printed
-    assert (tmp_path / f"{figure}.png").stat().st_size > 20_000
+    assert said in printed and (tmp_path / f"{recipe}.png").stat().st_size > 20_000

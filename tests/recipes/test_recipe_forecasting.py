@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.recipe_results import rows
@@ -31,45 +32,41 @@ def build(shape: str = "base") -> LightningModule:
 def test_at_the_base_shape_the_training_is_that_of_gluonts_bit_for_bit() -> None:
     plain, with_callback = trained("base", []), trained("base", [recipe.mlu()])
     expected, found = plain.trained_net.state_dict(), with_callback.trained_net.state_dict()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert not torch.equal(expected["model.flatten.weight"], build().state_dict()["model.flatten.weight"])
     assert with_callback.trainer.callback_metrics == plain.trainer.callback_metrics
 
 
-@pytest.mark.parametrize(
-    ("shape", "depth", "units", "width"),
-    [("8 × depth", 8, 1, 1), ("8 × MLP width", 1, 8, 1), ("8 × embedding", 1, 1, 8)],
-)
-def test_the_plan_is_the_table(shape: str, depth: float, units: float, width: float) -> None:
+RATIOS = {"8 × depth": (8, 1, 1), "8 × MLP width": (1, 8, 1), "8 × embedding": (1, 1, 8)}
+
+
+@pytest.mark.parametrize("shape", RATIOS)
+def test_the_plan_is_the_table(shape: str) -> None:
     """theory.md, section 3, by hand, for Adam; heads grow as the embedding does."""
+    depth, units, width = RATIOS[shape]
     plan = Plan.from_model(build(shape), recipe.first_batch(), base=build(), overrides=recipe.POSITIONS)
     scales, heads, layer = plan.scales("adam"), width, "model.encoder.layers.1"
+    vectors = "model.patch_proj.weight", "model.positional_encoding.weight", f"{layer}.norm1.weight"
+    sums = f"{layer}.self_attn.in_proj_weight", f"{layer}.linear1.weight", "model.flatten.weight"
     factors = {  # of lr, and of std where one is planned
-        "model.patch_proj.weight": (1.0, 1.0),
-        "model.positional_encoding.weight": (1.0, 1.0),
-        f"{layer}.self_attn.in_proj_weight": (1 / width, width**-0.5),
+        **dict.fromkeys(vectors, (1.0, 1.0)),
+        **dict.fromkeys(sums, (1 / width, width**-0.5)),
         f"{layer}.self_attn.out_proj.weight": (1 / heads, width**0.5 / heads),
-        f"{layer}.linear1.weight": (1 / width, width**-0.5),
         f"{layer}.linear2.weight": (1 / units, width**0.5 / units),
-        f"{layer}.norm1.weight": (1.0, 1.0),
-        "model.flatten.weight": (1 / width, width**-0.5),
         "model.args_proj.proj.0.weight": (1.0, None),
     }
     for name, (lr, std) in factors.items():
         assert scales[name].lr == pytest.approx(lr) and (std is None or scales[name].std == pytest.approx(std)), name
-    branches = 2 * recipe.SHAPES[shape].depth
-    assert [multiplier.value for multiplier in plan.multipliers] == pytest.approx(
-        [1 / depth] * branches + [1 / width] * 3
-    )
+    multipliers = [1 / depth] * 2 * recipe.SHAPES[shape].depth + [1 / width] * 3
+    assert [multiplier.value for multiplier in plan.multipliers] == pytest.approx(multipliers)
 
 
 def saved_and_loaded_agree(trained: Any, folder: Path) -> bool:
     trained.predictor.serialize(folder)
-    loaded, data = Predictor.deserialize(folder), recipe.series()[0]
-    pairs = list(zip(trained.predictor.predict(data), loaded.predict(data), strict=True))
-    assert len(pairs) == 200
-    return all(bool((one.mean == other.mean).all()) for one, other in pairs)
+    predictors = trained.predictor, Predictor.deserialize(folder)
+    means = [[one.mean for one in predictor.predict(recipe.series()[0])] for predictor in predictors]
+    assert [*map(len, means)] == [200, 200]
+    return np.array_equal(*means)
 
 
 def test_a_saved_predictor_has_its_multipliers(tmp_path: Path) -> None:
@@ -79,9 +76,8 @@ def test_a_saved_predictor_has_its_multipliers(tmp_path: Path) -> None:
 def test_what_the_callback_is_told_is_needed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.positional_encoding\.weight .* took no part in the forward pass"):
         trained("8 × depth", [MLUCallback(build())])
-    callback = MLUCallback(build(), overrides=recipe.POSITIONS)
     with pytest.warns(UserWarning, match="IterableSlice gave other data"):
-        found = trained("8 × depth", [callback])
+        found = trained("8 × depth", [MLUCallback(build(), overrides=recipe.POSITIONS)])
     assert not saved_and_loaded_agree(found, tmp_path)
 
 
@@ -100,12 +96,8 @@ def test_the_loss_of_a_training_that_broke_off_is_not_a_number(monkeypatch: pyte
 
 
 def test_means_over_seeds() -> None:
-    found = [
-        recipe.Training(shape, False, -7, seed, 1, loss)
-        for shape, losses in (("base", (1.0, 2.0)), ("8 × depth", (3.0, math.nan)))
-        for seed, loss in enumerate(losses)
-    ]
-    first, second = recipe._means(found, 2)
+    losses = [("base", 0, 1.0), ("base", 1, 2.0), ("8 × depth", 0, 3.0), ("8 × depth", 1, math.nan)]
+    first, second = recipe._means([recipe.Training(shape, False, -7, seed, 1, loss) for shape, seed, loss in losses], 2)
     assert (first.shape, first.mlu, first.exponent, first.loss) == ("base", False, -7, 1.5)
     assert second.shape == "8 × depth" and math.isnan(second.loss)
 
@@ -113,8 +105,7 @@ def test_means_over_seeds() -> None:
 def test_quick_study(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
     trainings = rows(tmp_path / "trainings.csv")
-    assert len(trainings) == 7
-    assert {row["shape"] for row in trainings} == set(recipe.SHAPES)
+    assert len(trainings) == 7 and {row["shape"] for row in trainings} == set(recipe.SHAPES)
     assert all(math.isfinite(float(row["loss"])) for row in trainings)
     # the same weights and windows in both, other losses because of the callback
     losses = {(row["shape"], row["mlu"]): row["loss"] for row in trainings}

@@ -37,20 +37,14 @@ def study() -> Study:
 @pytest.fixture
 def shared(study: Study) -> dict[Any, str]:
     """At the base, runs of both parameterizations are the same."""
-    return {
-        (shape, parameterization): "mlu" if shape == study.base else parameterization
-        for shape in study.shapes("depth").values()
-        for parameterization in study.parameterizations
-    }
+    pairs = itertools.product(study.shapes("depth").values(), study.parameterizations)
+    return {(shape, name): "mlu" if shape == study.base else name for shape, name in pairs}
 
 
 def valley(shape: dict[str, int], parameterization: str, exponent: float, seed: int) -> float:
-    """Least at 2^-6.1 for the base; with SP 0.7 octaves lower each time that depth doubles.
-
-    Seeds are 0.1 octaves apart at the base, and by 0.2 more each time.
-    """
+    """Least at 2^-6.1, with SP by 0.7 octaves less for each doubling; seeds are 0.1 octaves apart, and 0.2 more for each."""
     doublings = math.log2(shape["depth"] / 2)
-    bottom = -6.1 - (0.7 * doublings if parameterization == "sp" else 0) + (0.1 + 0.2 * doublings) * (seed - 1)
+    bottom = -6.1 - 0.7 * doublings * (parameterization == "sp") + (0.1 + 0.2 * doublings) * (seed - 1)
     return 2 - 0.1 * doublings + 0.05 * (exponent - bottom) ** 2 + 0.01 * seed
 
 
@@ -62,8 +56,7 @@ def test_best_learning_rate_is_the_vertex_that_numpy_finds() -> None:
     curvature, slope, constant = np.polyfit(exponents[1:], losses[1:].mean(1), 2)
     vertex = -slope / (2 * curvature)
     each = [np.polyfit(exponents[1:], losses[1:, seed], 2) for seed in range(3)]
-    assert (found.tried, found.bound) == (-6.0, "")
-    assert found.exponent == pytest.approx(vertex)
+    assert (found.tried, found.bound) == (-6.0, "") and found.exponent == pytest.approx(vertex)
     assert found.seeds == pytest.approx([-b / (2 * a) for a, b, _ in each])
     assert found.losses == pytest.approx([np.polyval(parabola, vertex) for parabola in each])
     assert np.mean(found.losses) == pytest.approx(constant - slope**2 / (4 * curvature))
@@ -93,20 +86,19 @@ def test_search_and_its_result(study: Study, shared: dict[Any, str]) -> None:
     tried: dict[tuple[int, str], set[float]] = {}
     for run in runs:
         tried.setdefault((dict(run.shape)["depth"], run.parameterization), set()).add(run.exponent)
-    assert tried == {
+    expected = {
         (2, "mlu"): {-7.0, -6.5, -6.0, -5.5, -5.0},
         (4, "mlu"): {-7.0, -6.0, -5.0},
         (8, "mlu"): {-7.0, -6.0, -5.0},
-        (4, "sp"): {-8.0, -7.0, -6.0, -5.0},
-        (8, "sp"): {-9.0, -8.0, -7.0, -6.0, -5.0},
     }
-    assert len(runs) == len(set(runs)) == 3 * 20
+    expected |= {(4, "sp"): {-8.0, -7.0, -6.0, -5.0}, (8, "sp"): {-9.0, -8.0, -7.0, -6.0, -5.0}}
+    assert tried == expected and len(runs) == len(set(runs)) == 3 * 20
 
     found = {(one.factor, one.parameterization): one for one in search.transfers(study, shared, runs)}
     assert found.keys() == set(itertools.product((1, 2, 4), ("mlu", "sp")))
     for (factor, parameterization), one in found.items():
         doublings = math.log2(factor)
-        lower = 0.7 * doublings if parameterization == "sp" else 0
+        lower = 0.7 * doublings * (parameterization == "sp")
         assert one.exponent == pytest.approx(-6.1 - lower)
         assert one.drift.value == pytest.approx(-lower * math.log10(2), abs=1e-9)
         # each seed is compared with itself, so that what they are apart at the base is not in the error
@@ -121,9 +113,8 @@ def test_search_ends_where_losses_fall_for_ever(study: Study, shared: dict[Any, 
         return valley(shape, parameterization, exponent, seed) if shape["depth"] == 2 else 2 + 0.1 * exponent
 
     found = search.transfers(study, shared, made_up(study, shared, loss))
-    grown = [one for one in found if one.factor > 1]
-    assert {(one.exponent, one.bound) for one in grown} == {(-7.0 - search.LIMIT, "≤")}
-    assert all(one.drift.value < -1.9 for one in grown)
+    grown = {(one.exponent, one.bound, one.drift.value < -1.9) for one in found if one.factor > 1}
+    assert grown == {(-7.0 - search.LIMIT, "≤", True)}
 
 
 def test_best_learning_rates_of_all_horizons_are_searched(study: Study, shared: dict[Any, str]) -> None:
@@ -157,21 +148,17 @@ def test_summary_is_of_the_largest_size_and_marks_the_least(study: Study, shared
     assert partial[1][2:3] + partial[1][5:] == ["2 of 3", "-", "-"] and partial[0][6] == "[bold]1.810 ± 0.000*[/bold]"
 
 
-def test_figure_shows_what_was_measured(
-    study: Study, shared: dict[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figure_shows_what_was_measured(study: Study, shared: dict[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure))
     runs = made_up(study, shared, valley)
-    figures.save_figure(study, search.transfers(study, shared, runs), tmp_path / "a.png")
+    figures.save_figure(study, search.transfers(study, shared, runs), Path("a.png"))
     drift, regret, loss = drawn[0].axes
-    octave = math.log10(2)
-    assert [bars[0].get_ydata().tolist() for bars in drift.containers] == [
-        pytest.approx([0, 0, 0], abs=1e-9),
-        pytest.approx([0, -0.7 * octave, -1.4 * octave], abs=1e-9),
-    ]
+    wanted = [[0, 0, 0], [0, -0.7 * math.log10(2), -1.4 * math.log10(2)]]
+    drawn_drifts = [bars[0].get_ydata().tolist() for bars in drift.containers]
+    np.testing.assert_allclose(drawn_drifts, wanted, rtol=0, atol=1e-9)
     assert regret.containers[1][0].get_ydata() == pytest.approx([0.0005, 0.032, 0.1125])
     assert loss.containers[0][0].get_xdata().tolist() == [1, 2, 4]
-    figures.save_curves(study, shared, runs, tmp_path / "b.png")
+    figures.save_curves(study, shared, runs, Path("b.png"))
     dots = [line.get_xdata()[0] for line in drawn[1].axes[1].lines if line.get_marker() == "o"]
     assert dots == pytest.approx([2**-6.1, 2**-6.8, 2**-7.5])

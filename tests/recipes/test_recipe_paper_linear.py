@@ -81,13 +81,9 @@ def test_parts_of_the_error() -> None:
 
 
 def test_slope_of_a_sweep() -> None:
-    values = [0.0] * 5
-    points = [
-        report.Point("M", 9, hidden, 7, seed, 3 * hidden**-0.5 * (1 + seed), *values)
-        for seed in (0, 1)
-        for hidden in (16, 4, 8)
-    ]
-    points.append(report.Point("L", 9, 4, 7, 0, 100.0, *values))
+    runs = [(hidden, seed, 3 * hidden**-0.5 * (1 + seed)) for seed in (0, 1) for hidden in (16, 4, 8)]
+    points = [report.Point("M", 9, hidden, 7, seed, stream, *[0.0] * 5) for hidden, seed, stream in runs]
+    points.append(report.Point("L", 9, 4, 7, 0, 100.0, *[0.0] * 5))
     assert list(report.sweep(points, "M", "stream")) == [4, 8, 16]
     fitted = report.slope(points, "M", "stream")
     assert str(fitted) == "-0.50 ± 0.00" and fitted.factor == pytest.approx(3 * math.sqrt((1 + 4) / 2))

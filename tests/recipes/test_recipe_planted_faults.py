@@ -1,6 +1,8 @@
 """Faults that are planted in plans, the model with every role, and the study of what the check says of them."""
 
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +28,8 @@ def test_every_role_of_the_table_has_its_faults() -> None:
     rows = {(one.role, one.variant) for norms in NORMS for one in plan_of(norms).parameters.values()}
     # the model's matrices on the stream are in its head, where one of them is a stream_bounded_matrix
     plain = {role for role in Role if role not in (Role.STREAM_MATRIX, Role.STREAM_BOUNDED_MATRIX)}
-    assert rows == {(role, None) for role in plain} | {
-        (Role.BRANCH_OUT, Variant.BEFORE_NORM),
-        (Role.STREAM_NORM, Variant.POST_NORM),
-        (Role.STREAM_MATRIX, Variant.IN_HEAD),
-    }
+    variants = {(Role.BRANCH_OUT, Variant.BEFORE_NORM), (Role.STREAM_NORM, Variant.POST_NORM)}
+    assert rows == {(role, None) for role in plain} | variants | {(Role.STREAM_MATRIX, Variant.IN_HEAD)}
     assert {row for model in planted_faults.MODELS.values() for row in model.rows} == rows
 
 
@@ -43,21 +42,17 @@ def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: Optimiz
     for norms in NORMS:
         plan = plan_of(norms)
         rows = dict.fromkeys((one.role, one.variant) for one in plan.parameters.values())
-        for fault in (Fault(role, factor, variant) for role, variant in rows for factor in FACTORS):
-            if not fault.is_possible(family):
-                continue
+        faults = (Fault(role, factor, variant) for role, variant in rows for factor in FACTORS)
+        for fault in (fault for fault in faults if fault.is_possible(family)):
             wrong = faulty(plan, fault)
             before, after = plan.scales(family), wrong.scales(family)
             changed = {
                 (plan.parameters[name].row, factor)
-                for name in before
-                for factor in set(FACTORS) - {"multiplier"}
+                for name, factor in product(before, set(FACTORS) - {"multiplier"})
                 if getattr(before[name], factor) != getattr(after[name], factor)
             }
-            pairs = [
-                (one.kind, plan.forward_multiplier(one), wrong.forward_multiplier(one)) for one in plan.multipliers
-            ]
-            multiplied = {kind for kind, right, value in pairs if right != value}
+            values = {one: (plan.forward_multiplier(one), wrong.forward_multiplier(one)) for one in plan.multipliers}
+            multiplied = {one.kind for one, (right, value) in values.items() if right != value}
             if fault.factor == "multiplier":
                 assert (changed, multiplied) == (set(), {"readout" if fault.role is Role.READOUT else "branch"})
             elif fault.role is not Role.STREAM_MATRIX or family is OptimizerFamily.ADAMW:
@@ -67,19 +62,21 @@ def test_a_fault_changes_one_factor_of_one_role_and_nothing_else(family: Optimiz
 
 def test_forgotten_is_one_and_foreign_is_a_power_of_the_embedding() -> None:
     plan = plan_of("before")
-    forgotten = faulty(plan, Fault(Role.BRANCH_IN, "lr")).scales("adamw")["blocks.0.branches.0.query.weight"]
+
+    def scale(role: Role, factor: Any, name: str) -> Any:
+        return faulty(plan, Fault(role, factor)).scales("adamw")[f"{name}.weight"]
+
+    forgotten = scale(Role.BRANCH_IN, "lr", "blocks.0.branches.0.query")
     assert (forgotten.lr, forgotten.weight_decay) == (1.0, 2.0)
-    foreign = faulty(plan, Fault(Role.EMBEDDING, "std")).scales("adamw")["tokens.weight"]
-    assert foreign.std == pytest.approx(2**-0.5)
-    assert faulty(plan, Fault(Role.EMBEDDING, "lr")).scales("adamw")["tokens.weight"].lr == 0.5
+    assert scale(Role.EMBEDDING, "std", "tokens").std == pytest.approx(2**-0.5)
+    assert scale(Role.EMBEDDING, "lr", "tokens").lr == 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", planted_faults._cases(seeds=3, repeats=1, right=0, quick=False), ids=_title)
 def test_every_fault_is_found_and_named(case: planted_faults.Case) -> None:
     outcome = planted_faults.measure(case)
-    assert outcome.verdict == "fail" and case.fault is not None
-    assert case.fault.row in outcome.named
+    assert outcome.verdict == "fail" and case.fault is not None and case.fault.row in outcome.named
 
 
 @pytest.mark.slow
@@ -92,8 +89,7 @@ def test_plans_without_a_fault_pass(case: planted_faults.Case) -> None:
 @pytest.mark.slow
 def test_quick_study(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planted_faults.main(["--quick", "--seeds=1", f"--output={tmp_path}"])
-    assert "branch_in" in capsys.readouterr().out
-    assert (tmp_path / "outcomes.json").exists()
+    assert "branch_in" in capsys.readouterr().out and (tmp_path / "outcomes.json").exists()
 
 
 def test_tables_count_what_is_found_and_named() -> None:
@@ -109,5 +105,4 @@ def test_tables_count_what_is_found_and_named() -> None:
     console.print(planted_faults._faults_table(outcomes))
     console.print(planted_faults._right_table(outcomes))
     text = console.export_text()
-    assert "2, 1 / 3" in text
-    assert cells(text.splitlines()[-2]) == ["Transformer", "adamw", "2", "1", "1", "0", "10"]
+    assert "2, 1 / 3" in text and cells(text.splitlines()[-2]) == ["Transformer", "adamw", "2", "1", "1", "0", "10"]
