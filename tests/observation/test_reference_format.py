@@ -1,6 +1,5 @@
 """Reference files that are damaged, or forged with hashes that are right, and what a header refuses."""
 
-import json
 import math
 import pickle
 import struct
@@ -128,8 +127,8 @@ def put(*way: Any) -> Change:
 header, probe, losses = partial(put, "header"), partial(put, "probe"), partial(put, "losses")
 located, recorded = partial(put, "header", "locations"), partial(put, "recordings", "steps")
 dtype, shape = partial(put, "probe", "tensors", 0, 0), partial(put, "probe", "tensors", 0, 1)
-deep_batch = json.loads('{"list": [' * 450 + '{"value": 1}' + "]}" * 450)
-deep_list = json.loads("[" * 950 + "]" * 950)
+deep_batch: Any = reduce(lambda inner, _: {"list": [inner]}, range(450), {"value": 1})
+deep_list: Any = reduce(lambda inner, _: [inner], range(949), [])
 
 
 FORGERIES: dict[str, list[Change]] = {
