@@ -4,15 +4,13 @@ import csv
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import wandb
-from helpers.logged_runs import BASE, NAMES, SMALL, data, finish, fit, mlu, record, records, rows, wandb_offline
+from helpers.logged_runs import BASE, NAMES, SMALL, data, finish, fit, mlu, records, rows
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
@@ -35,21 +33,7 @@ Values = dict[str, dict[int, float]]
 """Logged values by name and step."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with wandb_offline(tmp_path_factory.mktemp("wandb")):
-        yield
-
-
-@pytest.fixture
-def logger(tmp_path: Path) -> Iterator[WandbLogger]:
-    yield WandbLogger(offline=True, save_dir=tmp_path)
-    wandb.finish()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return record(tmp_path_factory.mktemp("reference"))
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 class Seen(Callback):

@@ -1,6 +1,5 @@
 """References as W&B artifacts: logged, downloaded, and refused."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from shutil import copyfile
 from types import SimpleNamespace
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from helpers.logged_runs import NAMES, SMALL, fit, mlu, record, wandb_offline
+from helpers.logged_runs import NAMES, SMALL, fit, mlu
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -17,22 +16,7 @@ from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
 from mlu_lightning.callbacks.loggers import fetch_reference, log_reference
 from mlu_lightning.models import ResNet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with wandb_offline(tmp_path_factory.mktemp("wandb")):
-        yield
-
-
-@pytest.fixture
-def logger(tmp_path: Path) -> Iterator[WandbLogger]:
-    yield WandbLogger(offline=True, save_dir=tmp_path)
-    wandb.finish()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return record(tmp_path_factory.mktemp("reference"))
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_disabled_wandb_is_silent(reference: Path, tmp_path: Path) -> None:
