@@ -18,13 +18,14 @@ __all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_mo
 
 @dataclass(frozen=True)
 class BaseParameter:
-    """One parameter of the base; ``std`` is its root mean square at initialization, ``active`` experts averaged over."""
+    """One parameter of the base; ``std`` is its root mean square at initialization."""
 
     role: Role
     shape: tuple[int, ...]
     fans: tuple[int, int]
     std: float | None
     active: int
+    uses: int
     variant: Variant | None
 
     @property
@@ -75,6 +76,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 fans=(facts.fan_in, facts.fan_out),
                 std=values[name].detach().double().square().mean().sqrt().item(),
                 active=facts.active,
+                uses=facts.uses,
                 variant=facts.variant,
             )
             for name, facts in structure.parameters.items()

@@ -37,7 +37,7 @@ def plan_parameters(
         assert facts.role is not None
         if found is None:
             fans = _units(facts, structure)
-            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, facts.variant)
+            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant)
         else:
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
         planned[name] = ParameterPlan(
@@ -51,6 +51,8 @@ def plan_parameters(
             base_depth=streams[facts.stream].base_depth,
             active=facts.active,
             base_active=of_base.active,
+            uses=facts.uses,
+            base_uses=of_base.uses,
             variant=facts.variant,
             branch=facts.branch,
             transposed=facts.transposed,
