@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, Unplaced, place_in_stem, place_on_trunk
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
-from mlu_lightning.discovery.traversal import Ancestry, in_order
+from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
 from mlu_lightning.table import Role, Variant
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
@@ -28,6 +29,7 @@ class Region:
     stream: int
     branch: BranchRoles | None = None  # the branch that it is, None outside of branches
     number: int | None = None  # of the branch
+    position: int | None = None  # along the stream, None before and after its additions
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     streams = {old: kept.index(new) for old, new in merged.items()}
 
     regions = [
-        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number)
+        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number, branch.region.position)
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
@@ -68,13 +70,14 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
         post_norm = norms > 0 and 2 * norms >= stream.depth - 1
         maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
-        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced]]] = [
-            (stream.stem, partial(place_in_stem, maps_before=maps)),
-            *((segment, partial(place_on_trunk, post_norm=post_norm)) for segment in (*stream.trunk, stream.link)),
-            (stream.shortcuts, partial(place_on_trunk, post_norm=False)),
-            (stream.head, HeadRoles(graph, head, post_norm).place),
+        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
+            (stream.stem, partial(place_in_stem, maps_before=maps), None),
+            *((ops, partial(place_on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
+            (stream.link, partial(place_on_trunk, post_norm=post_norm), None),
+            (stream.shortcuts, partial(place_on_trunk, post_norm=False), None),
+            (stream.head, HeadRoles(graph, head, post_norm).place, None),
         ]
-        regions += [Region(ops, place, streams[number]) for ops, place in parts if ops]
+        regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
 
 
@@ -121,8 +124,29 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         head_dim=head_dim,
         tied=tied,
         active=active,
+        uses=_places_along_depth(uses),
         variant=placed.found.variant,
     )
+
+
+def _places_along_depth(uses: list[PlacedUse]) -> int:
+    """Number of places along a stream at which a parameter acts: other streams and forward passes add none."""
+    regions: dict[Op, dict[tuple[int, int | None], Region]] = defaultdict(dict)
+    for placed in uses:
+        regions[placed.use.op].setdefault((placed.region.stream, placed.region.position), placed.region)
+    acts = [[*at][: None if _is_read_again(op, [*at.values()]) else 1] for op, at in regions.items()]
+    return max(Counter(stream for stream, _ in set(chain.from_iterable(acts))).values(), default=1)
+
+
+def _is_read_again(op: Op, regions: list[Region]) -> bool:
+    """Whether several regions read the same of what an operation makes, and not parts of their own."""
+    if len(regions) == 1:
+        return False
+    common = set(regions[0].ops).intersection(*(region.ops for region in regions[1:]))
+    made = descendants((o for o in regions[0].ops if o in common), [op])
+    own = [[o for o in region.ops if o not in common] for region in regions]
+    read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
+    return len(set().union(*read)) < sum(map(len, read))
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

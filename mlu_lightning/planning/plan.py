@@ -153,7 +153,9 @@ class Plan:
             return None
         return Base(
             parameters={
-                name: BaseParameter(p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.variant)
+                name: BaseParameter(
+                    p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.base_uses, p.variant
+                )
                 for name, p in self.parameters.items()
             },
             streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
