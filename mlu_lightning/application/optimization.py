@@ -22,7 +22,8 @@ from mlu_lightning.application.optimizer_rules import Factor, Family, Group, mul
 from mlu_lightning.application.shadow_groups import Shadow, Split
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
-from mlu_lightning.utilities.names import planned_name
+from mlu_lightning.utilities.lightning_private import stepping_optimizer
+from mlu_lightning.utilities.names import original_module, planned_name
 
 __all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
 
@@ -64,7 +65,7 @@ def scale_optimizer(
     (0.125, 0.5)
     >>> handle.remove()
     """
-    optimizer = _unwrapped(optimizer)
+    optimizer, module = _unwrapped(optimizer), original_module(module)
     update_rules(optimizer, family)  # refuses what has none
     if not isinstance(vars(optimizer).get("param_groups"), list):
         raise ValueError(
@@ -256,8 +257,8 @@ def _planned(name: str, module: nn.Module, plan: Plan) -> str:
 
 def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     """Find the optimizer that does the update inside a wrapper of it."""
-    if isinstance(optimizer, LightningOptimizer):
-        return optimizer.optimizer
+    optimizer = stepping_optimizer(optimizer)
+    assert isinstance(optimizer, Optimizer)
     sharding = sys.modules.get("torch.distributed.optim")  # not imported here: it is slow, and whoever uses it has
     if sharding is not None and isinstance(optimizer, sharding.ZeroRedundancyOptimizer):
         inner = getattr(optimizer, "optim", None)
