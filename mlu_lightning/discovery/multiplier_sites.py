@@ -186,9 +186,11 @@ class MultiplierSites:
 
     @cached_property
     def _calls(self) -> dict[str, list[ModuleCall]]:
+        """Calls that have a part in what the forward pass returned, unlike those for a metric or without gradients."""
         calls: dict[str, list[ModuleCall]] = defaultdict(list)
         for call in self.trace.calls:
-            calls[call.module].append(call)
+            if any(self.graph.values(call.outputs)):
+                calls[call.module].append(call)
         return calls
 
     @cached_property

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
+from mlu_lightning.discovery.decisions import run_most
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
@@ -85,17 +86,33 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
             "other module), or set example_input_array on the LightningModule."
         )
     with isolate_rng():
-        try:
-            return _run(module, example, step, FakeTensorMode(allow_non_fake_inputs=True))
-        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
-            # for another reason fails with real values below too, and that error is the user's
-            if any(parameter.is_meta for parameter in module.parameters()):
-                raise RuntimeError(
-                    f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
-                    "are on the meta device, where they have none. Build the module on a real device to plan it."
-                ) from error
-        return _run(module, example, step, None)
+        return run_most(lambda: _run_as_possible(module, example, step), _size)
+
+
+def _run_as_possible(module: nn.Module, example: Any, step: bool) -> Trace:
+    """Run a copy without values, or else with them."""
+    try:
+        return _run(module, example, step, FakeTensorMode(allow_non_fake_inputs=True))
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
+        # for another reason fails with real values below too, and that error is the user's
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise RuntimeError(
+                f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
+                "are on the meta device, where they have none. Build the module on a real device to plan it."
+            ) from error
+    return _run(module, example, step, None)
+
+
+def _size(trace: Trace) -> tuple[int, int]:
+    """How many parameters took part in a forward pass, and how many operations."""
+    seen, stack = set(trace.roots), list(trace.roots)
+    while stack:
+        new = {child for child, _ in stack.pop().next_functions if child is not None} - seen
+        seen |= new
+        stack += new
+    leaves = (getattr(node, "variable", None) for node in seen if not node.next_functions)
+    return sum(id(leaf) in trace.parameters for leaf in leaves), len(seen)
 
 
 def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
