@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_map
 
+from mlu_lightning.utilities.custom_functions import seen_through
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
@@ -120,6 +121,7 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
             stack.enter_context(fake)
+        stack.enter_context(seen_through())
         example = tree_map(lambda leaf: _as_data(leaf, fake, dtype), example)
         stack.enter_context(watched(twin, partial(_note, functions)))
         losses.extend(tensors_in(_train(twin, example, losses) if step else _call(twin, example)))
