@@ -185,9 +185,11 @@ class MultiplierSites:
 
     @cached_property
     def _calls(self) -> dict[str, list[ModuleCall]]:
+        """Calls by module, without those that no loss depends on, as of a forward pass for a metric."""
         calls: dict[str, list[ModuleCall]] = defaultdict(list)
         for call in self.trace.calls:
-            calls[call.module].append(call)
+            if any(self.graph.values(call.outputs)):
+                calls[call.module].append(call)
         return calls
 
     @cached_property

@@ -9,7 +9,6 @@ from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, logits_scales
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
-from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams"]
 
@@ -124,7 +123,7 @@ def plan_multipliers(
 
 
 def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
-    return None if base is None else base.branches.get((name_pattern(branch.name), branch.kind))
+    return None if base is None else base.branch(branch.name, branch.kind)
 
 
 def _changed_heads(structure: Structure, base: Base | None) -> list[tuple[Branch, BaseBranch]]:
