@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
@@ -63,8 +63,10 @@ def seen_through() -> Iterator[None]:
 
 
 def _composed(*args: Any) -> Any:
-    """FlexAttention of plain operations, which a mode that watches functions does not see: kernels do not call them."""
-    with _pop_mode_temporarily() if torch._C._len_torch_function_stack() else nullcontext():
+    """FlexAttention of plain operations, which modes that watch functions do not see: kernels do not call them."""
+    with ExitStack() as stack:
+        while torch._C._len_torch_function_stack():
+            stack.enter_context(_pop_mode_temporarily())
         return math_attention(*args)
 
 
