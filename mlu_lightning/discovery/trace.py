@@ -22,6 +22,7 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from mlu_lightning.utilities.custom_functions import seen_through
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
@@ -131,6 +132,7 @@ def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: F
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
             stack.enter_context(fake)
+        stack.enter_context(seen_through())
         example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
         if step:
             _mute_all(twin, losses)
