@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
@@ -48,11 +47,11 @@ Uses = dict[str, list[PlacedUse]]
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
     """Regions in the order in which they are looked at, and the depth of every stream.
 
-    Calls of a branch, also in several forward passes, are one branch, and the streams of these passes one stream.
+    Calls of a branch, which write with one matrix, are one branch, also in several forward passes, whose streams are one.
     """
     branches = [BranchRoles(graph, region) for region in partition.branches]
-    groups: dict[tuple[str, ...], int] = {}
-    numbers = [groups.setdefault(branch.matrix_names, len(groups)) for branch in branches]
+    number_of: dict[str, int] = {}
+    numbers = [_number(branch.writer_names or branch.matrix_names, number_of) for branch in branches]
     stream_of_group: dict[int, int] = {}
     merged: dict[int, int] = {}
     for number, branch in zip(numbers, partition.branches, strict=True):
@@ -79,6 +78,14 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         ]
         regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
+
+
+def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:
+    """Number of the branch that writes with matrices of these names, which may be a new one."""
+    number = min((number_of[name] for name in writers if name in number_of), default=len({*number_of.values()}))
+    for name in writers:
+        number_of.setdefault(name, number)
+    return number
 
 
 def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
@@ -131,11 +138,15 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
 
 def _places_along_depth(uses: list[PlacedUse]) -> int:
     """Number of places along a stream at which a parameter acts: other streams and forward passes add none."""
-    regions: dict[Op, dict[tuple[int, int | None], Region]] = defaultdict(dict)
+    regions: dict[tuple[Op, object], dict[tuple[int, int | None], Region]] = defaultdict(dict)
     for placed in uses:
-        regions[placed.use.op].setdefault((placed.region.stream, placed.region.position), placed.region)
-    acts = [[*at][: None if _is_read_again(op, [*at.values()]) else 1] for op, at in regions.items()]
-    return max(Counter(stream for stream, _ in set(chain.from_iterable(acts))).values(), default=1)
+        at = placed.region.stream, placed.region.position
+        regions[placed.use.op, placed.use.part].setdefault(at, placed.region)
+    acts: set[tuple[object, int, int | None]] = set()
+    for (op, part), places in regions.items():
+        again = _is_read_again(op, [*places.values()])
+        acts.update((part, *place) for place in ([*places] if again else [*places][:1]))
+    return max(Counter((part, stream) for part, stream, _ in acts).values(), default=1)
 
 
 def _is_read_again(op: Op, regions: list[Region]) -> bool:

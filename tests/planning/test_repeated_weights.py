@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, Shape, check, discover, initialize, scale_optimizer
-from mlu_lightning.application import attach_multipliers
+from mlu_lightning.application import attach_multipliers, fold
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, scale
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -64,6 +65,25 @@ class Modulated(nn.Module):
         return self.readout(stream)
 
 
+class Steps(nn.Module):
+    """Two matrices applied again and again, with what each time has of its own, and the input given to it each time."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed, self.join, self.readout = nn.Linear(3, 4), nn.Linear(8, 4), nn.Linear(4, 2)
+        self.read, self.write = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.times, self.rows = nn.Embedding(depth, 4), nn.Parameter(torch.randn(depth, 4))
+        self.own = nn.ModuleList(nn.Linear(4, 4) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = self.embed(x)
+        stream = torch.zeros_like(given)
+        for step, own in enumerate(self.own):
+            stream = self.join(torch.cat((stream + self.times(torch.tensor([step])), given), -1))
+            stream = stream + self.write(torch.tanh(self.read(stream) + own(stream + self.rows[step]).repeat(1, 2)))
+        return self.readout(stream)
+
+
 class Twice(nn.Module):
     """Two forward passes of a network."""
 
@@ -92,6 +112,27 @@ def test_places_at_which_a_parameter_acts(module: nn.Module, name: str, uses: in
     structure = discover(module, X)
     assert structure.parameters[name].uses == uses
     assert not any("share" in warning for warning in structure.warnings)
+
+
+def test_what_each_loop_has_of_its_own_acts_once() -> None:
+    parameters = Plan.from_model(Steps(6), X, base=Steps(2)).parameters
+    again = {"join", "read", "write"}
+    ratios = {name: parameter.uses / parameter.base_uses for name, parameter in parameters.items()}
+    assert ratios == {name: 3 if name.split(".")[0] in again else 1 for name in ratios}
+    assert {parameters[name].role for name in ("times.weight", "embed.weight")} == {Role.EMBEDDING}
+
+
+def test_branches_that_write_with_one_matrix_are_multiplied_as_one() -> None:
+    torch.manual_seed(0)
+    module, plain = Steps(6), Steps(6)
+    plain.load_state_dict(module.state_dict())
+    plan = Plan.from_model(module, X, base=Steps(2))
+    (branch,) = plan.branches
+    assert (branch.name, set(plan.multipliers[0].folds)) == ("", {"write.weight", "write.bias"})
+    plain.write.register_forward_hook(lambda module, args, output: output / 3)
+    torch.testing.assert_close(fold(copy.deepcopy(module), plan)(X), plain(X))
+    attach_multipliers(module, plan)
+    torch.testing.assert_close(module(X), plain(X))
 
 
 def test_tables_of_positions_of_t5() -> None:
