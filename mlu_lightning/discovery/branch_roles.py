@@ -75,6 +75,11 @@ class BranchRoles:
         """Names of the parameters that are matrices, in order of use."""
         return tuple(use.parameter for op in self.matrices for use in self.graph.matrices(op))
 
+    @property
+    def writer_names(self) -> tuple[str, ...]:
+        """Names of the parameters that write to the addition."""
+        return tuple(use.parameter for op in self.writers for use in self.graph.matrices(op))
+
     @cached_property
     def writers(self) -> tuple[Op, ...]:
         """Matrices that write to the addition: nothing but linear operations and norms lies between."""

@@ -121,8 +121,7 @@ def _branch(
 ) -> Branch:
     calls = _calls(regions)
     first, attention = calls[0], calls[0].attention
-    writers = [use.parameter for op in first.writers for use in first.graph.matrices(op)]
-    owner = writers[-1].rpartition(".")[0] if writers else name
+    owner = first.writer_names[-1].rpartition(".")[0] if first.writers else name
     ends = [call.region.end for call in calls]
     folds = sites.folds(ends)
     branch = Branch(

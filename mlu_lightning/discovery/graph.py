@@ -7,8 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
 from mlu_lightning.discovery.trace import Trace, TracedTensor
@@ -123,6 +126,10 @@ _KINDS: dict[str, UseKind] = {
 }
 
 
+_TAKEN = ("dim", "index", "start", "end")
+"""What autograd keeps of an operation that takes a part of a tensor."""
+
+
 @dataclass(frozen=True)
 class Use:
     """One use of a parameter by an operation on data."""
@@ -146,6 +153,20 @@ class Use:
         """Shape of what one use selects of the parameter, before it is arranged to meet data."""
         picked = any(step.name in SELECTIONS | {"Select", "Unbind"} for step in self.path)
         return self.shape if picked else self.stored
+
+    @property
+    def part(self) -> tuple[object, ...]:
+        """Which entries of the parameter it takes, as far as is known: the same for uses of the same entries."""
+        taken: list[object] = []
+        for step, user in pairwise((*self.path, self.op)):
+            if step.name in PARTS:
+                output = next(number for op, number in filter(None, user.operands) if op is step)
+                taken += [step.name, output, *(getattr(step.node, f"_saved_{name}", None) for name in _TAKEN)]
+        indices = getattr(self.op.node, "_saved_indices", None) if self.kind == "lookup" else None
+        if isinstance(indices, Tensor) and indices.numel() == 1:
+            known = indices.constant if isinstance(indices, FakeTensor) else indices
+            taken.append(None if known is None else known.item())
+        return tuple(taken)
 
     @property
     def is_vector(self) -> bool:

@@ -71,12 +71,11 @@ class MultiplierSites:
             return ()
         if any(user not in path for op, path in inner for user in users[op]):
             return ()  # something else reads what lies between the parameters and the end of the branch
-        names = {tuple(dict.fromkeys(use.parameter for use in uses)) for uses, _ in found}
         # what is read twice, as by a rotation of positions, is used once
         together = [use for uses, _ in found for use in dict.fromkeys(uses)]
         counts, total = Counter(use.parameter for use in together), self.graph.uses_of
         alone = all(len(total[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
-        return names.pop() if alone and len(names) == 1 else ()
+        return tuple(counts) if alone else ()
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
         """Whether multiplying the output of one operation multiplies that of another."""
@@ -186,9 +185,11 @@ class MultiplierSites:
 
     @cached_property
     def _calls(self) -> dict[str, list[ModuleCall]]:
+        """Calls by module, without those that no loss depends on, as of a forward pass for a metric."""
         calls: dict[str, list[ModuleCall]] = defaultdict(list)
         for call in self.trace.calls:
-            calls[call.module].append(call)
+            if any(self.graph.values(call.outputs)):
+                calls[call.module].append(call)
         return calls
 
     @cached_property

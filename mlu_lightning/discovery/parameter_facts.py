@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, Unplaced, place_in_stem, place_on_trunk
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
-from mlu_lightning.discovery.traversal import Ancestry, in_order
+from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
 from mlu_lightning.table import Role, Variant
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
@@ -28,6 +28,7 @@ class Region:
     stream: int
     branch: BranchRoles | None = None  # the branch that it is, None outside of branches
     number: int | None = None  # of the branch
+    position: int | None = None  # along the stream, None before and after its additions
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ Uses = dict[str, list[PlacedUse]]
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
     """Regions in the order in which they are looked at, and the depth of every stream.
 
-    Calls of a branch, also in several forward passes, are one branch, and the streams of these passes one stream.
+    Calls of a branch, which write with one matrix, are one branch, also in several forward passes, whose streams are one.
     """
     branches = [BranchRoles(graph, region) for region in partition.branches]
-    groups: dict[tuple[str, ...], int] = {}
-    numbers = [groups.setdefault(branch.matrix_names, len(groups)) for branch in branches]
+    number_of: dict[str, int] = {}
+    numbers = [_number(branch.writer_names or branch.matrix_names, number_of) for branch in branches]
     stream_of_group: dict[int, int] = {}
     merged: dict[int, int] = {}
     for number, branch in zip(numbers, partition.branches, strict=True):
@@ -59,7 +60,7 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     streams = {old: kept.index(new) for old, new in merged.items()}
 
     regions = [
-        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number)
+        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number, branch.region.position)
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
@@ -68,14 +69,23 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
         post_norm = norms > 0 and 2 * norms >= stream.depth - 1
         maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
-        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced]]] = [
-            (stream.stem, partial(place_in_stem, maps_before=maps)),
-            *((segment, partial(place_on_trunk, post_norm=post_norm)) for segment in (*stream.trunk, stream.link)),
-            (stream.shortcuts, partial(place_on_trunk, post_norm=False)),
-            (stream.head, HeadRoles(graph, head, post_norm).place),
+        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
+            (stream.stem, partial(place_in_stem, maps_before=maps), None),
+            *((ops, partial(place_on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
+            (stream.link, partial(place_on_trunk, post_norm=post_norm), None),
+            (stream.shortcuts, partial(place_on_trunk, post_norm=False), None),
+            (stream.head, HeadRoles(graph, head, post_norm).place, None),
         ]
-        regions += [Region(ops, place, streams[number]) for ops, place in parts if ops]
+        regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
+
+
+def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:
+    """Number of the branch that writes with matrices of these names, which may be a new one."""
+    number = min((number_of[name] for name in writers if name in number_of), default=len({*number_of.values()}))
+    for name in writers:
+        number_of.setdefault(name, number)
+    return number
 
 
 def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
@@ -121,8 +131,33 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         head_dim=head_dim,
         tied=tied,
         active=active,
+        uses=_places_along_depth(uses),
         variant=placed.found.variant,
     )
+
+
+def _places_along_depth(uses: list[PlacedUse]) -> int:
+    """Number of places along a stream at which a parameter acts: other streams and forward passes add none."""
+    regions: dict[tuple[Op, object], dict[tuple[int, int | None], Region]] = defaultdict(dict)
+    for placed in uses:
+        at = placed.region.stream, placed.region.position
+        regions[placed.use.op, placed.use.part].setdefault(at, placed.region)
+    acts: set[tuple[object, int, int | None]] = set()
+    for (op, part), places in regions.items():
+        again = _is_read_again(op, [*places.values()])
+        acts.update((part, *place) for place in ([*places] if again else [*places][:1]))
+    return max(Counter((part, stream) for part, stream, _ in acts).values(), default=1)
+
+
+def _is_read_again(op: Op, regions: list[Region]) -> bool:
+    """Whether several regions read the same of what an operation makes, and not parts of their own."""
+    if len(regions) == 1:
+        return False
+    common = set(regions[0].ops).intersection(*(region.ops for region in regions[1:]))
+    made = descendants((o for o in regions[0].ops if o in common), [op])
+    own = [[o for o in region.ops if o not in common] for region in regions]
+    read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
+    return len(set().union(*read)) < sum(map(len, read))
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

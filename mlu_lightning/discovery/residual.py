@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op
-from mlu_lightning.discovery.traversal import Ancestry, between, descendants
+from mlu_lightning.discovery.traversal import Ancestry, between, descendants, in_order
 
 __all__ = ["BranchRegion", "Partition", "StreamRegions", "partition"]
 
@@ -92,10 +92,11 @@ def partition(graph: Graph) -> Partition:
         streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
     for root, (ops, hits) in behind.items():
         stream = streams[stream_of[root]]
+        on_stream = descendants(ops, hits)
         if hits:
-            stream.trunk += (ops,)
-        else:
-            stream.stem += ops
+            stream.trunk += (tuple(op for op in ops if op in on_stream),)
+        # what data are made into that join the stream later, as they do where every block is given its input again
+        stream.stem = in_order({*stream.stem, *ops} - on_stream)
     assigned = stops.union(head, *(branch.ops for branch in branches))
     assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
     aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)

@@ -56,6 +56,7 @@ class ParameterFacts:
     head_dim: int = 1  # size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1
     tied: bool = False  # whether it is also the readout
     active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
+    uses: int = 1  # places along its stream at which it acts
     variant: Variant | None = None  # what about its place changes the row of its role
 
     @property

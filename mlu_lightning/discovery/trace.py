@@ -19,12 +19,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
-from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
-from mlu_lightning.utilities.module_copies import copied_module, fake_tensor
+from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
+from mlu_lightning.utilities.module_copies import copied_batch, copied_module, fake_tensor
 from mlu_lightning.utilities.names import planned_modules, planned_parameters
 
 __all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
@@ -86,19 +87,29 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
         )
     with isolate_rng():
         try:
-            return _run(module, example, step, FakeTensorMode(allow_non_fake_inputs=True))
-        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
-            # for another reason fails with real values below too, and that error is the user's
-            if any(parameter.is_meta for parameter in module.parameters()):
-                raise RuntimeError(
-                    f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
-                    "are on the meta device, where they have none. Build the module on a real device to plan it."
-                ) from error
-        return _run(module, example, step, None)
+            return _run_with_or_without_values(module, example, step)
+        except AttributeError:
+            if not step:
+                raise
+            # hooks that Lightning calls before the first step may make what is missing
+            return _run_with_or_without_values(module, example, step, start_hooks=True)
 
 
-def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
+def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, start_hooks: bool = False) -> Trace:
+    try:
+        return _run(module, example, step, start_hooks, FakeTensorMode(allow_non_fake_inputs=True))
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
+        # for another reason fails with real values below too, and that error is the user's
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise RuntimeError(
+                f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
+                "are on the meta device, where they have none. Build the module on a real device to plan it."
+            ) from error
+    return _run(module, example, step, start_hooks, None)
+
+
+def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: FakeTensorMode | None) -> Trace:
     twin = copied_module(module, fake)
     calls: list[ModuleCall] = []
     functions: list[FunctionCall] = []
@@ -120,14 +131,19 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
             stack.enter_context(fake)
-        example = tree_map(lambda leaf: _as_data(leaf, fake, dtype), example)
+        example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
+        if step:
+            _mute_all(twin, losses)
+        if start_hooks:
+            run_start_hooks(twin, example)
         stack.enter_context(watched(twin, partial(_note, functions)))
-        losses.extend(tensors_in(_train(twin, example, losses) if step else _call(twin, example)))
+        stack.enter_context(_InnerGradients(losses))
+        losses.extend(tensors_in(_train(twin, example) if step else _call(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
         raise RuntimeError(
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
-            "graph to look at. Give an example for which it returns a loss or an output."
+            "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
     return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars)
 
@@ -138,21 +154,39 @@ def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], 
     return tuple((copied, b.item()) for copied, b in scalars if not (b.is_meta or isinstance(b, FakeTensor)))
 
 
-def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
+def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:
     """Stand-in of an example's tensor; floating ones require a gradient, so that the graph shows where data enters."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    tensor = leaf.detach() if fake is None else fake_tensor(leaf, fake)
-    return tensor.to(dtype).requires_grad_().clone() if tensor.is_floating_point() else tensor
+    stand_in = tensor.detach() if fake is None else fake_tensor(tensor, fake)
+    return stand_in.to(dtype).requires_grad_().clone() if stand_in.is_floating_point() else stand_in
 
 
-def _train(module: Any, example: Any, losses: list[Tensor]) -> Any:
-    """Loss of ``training_step``; those of manual optimization go to ``losses``."""
-    for submodule in module.modules():
-        if is_lightning_module(submodule):
-            _mute(submodule, losses)
-    output = call_step(module, "training_step", example)
-    return output.get("loss") if isinstance(output, Mapping) else output
+class _InnerGradients(TorchFunctionMode):
+    """Shows gradients that a step takes, as of its inputs, as data, and what they are of as losses.
+
+    Otherwise operations of the backward pass, which use every weight a second time, would be in the graph of the loss.
+    """
+
+    def __init__(self, losses: list[Tensor]) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
+            # torch allows it on the batch, and not on its stand-in, which requires a gradient already
+            return args[0].retain_grad()
+        if func not in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            return func(*args, **given)
+        self.losses += tensors_in(args[0] if args else next(iter(given.values())))
+        differentiable = given.pop("create_graph", False)
+        gradients = func(*args, **{**given, "retain_graph": True})
+        return tree_map(_as_new_data, gradients) if differentiable else gradients
+
+
+def _as_new_data(gradient: Any) -> Any:
+    return gradient if gradient is None else gradient.detach().requires_grad_().clone()
 
 
 def _call(module: nn.Module, example: Any) -> Any:
@@ -195,6 +229,19 @@ def _note(
         functions.append(FunctionCall(place, inputs, _traced(enumerate(tensors_in(output))), sequence))
 
     return returned
+
+
+def _mute_all(twin: nn.Module, losses: list[Tensor]) -> None:
+    """Mute copied LightningModules, whose optimizers are their own, made anew; losses of manual optimization are kept."""
+    for submodule in twin.modules():
+        if is_lightning_module(submodule):
+            _mute(submodule, losses)
+
+
+def _train(module: Any, example: Any) -> Any:
+    """Loss of ``training_step``."""
+    output = call_step(module, "training_step", example)
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from itertools import permutations
 
 from torch import nn
 
 from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Op
-from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses
+from mlu_lightning.discovery.parameter_facts import Region, Uses
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.traversal import Ancestry, descendants
 from mlu_lightning.table import Variant
@@ -66,12 +65,6 @@ def warnings_about(
             "the stream is normalized after its additions (post-norm), which the theory does not cover: the learning "
             "rates of these norms are divided by the depth ratio, because their effects compound"
         )
-    shared = [name for name, placed in uses.items() if _is_shared(placed)]
-    if shared:
-        yield (
-            "weights shared across depth are not covered by the theory, they are planned as if each use were its own: "
-            + ", ".join(shared)
-        )
     branches = (region.branch for region in regions if region.branch is not None)
     unread = [common_module(b.matrix_names) for b in branches if b.experts is not None and b.experts.active is None]
     if unread:
@@ -84,26 +77,6 @@ def warnings_about(
         yield f"experts that no token of the example was sent to are planned as the experts beside them: {names}"
     if partition.nested:
         yield f"{partition.nested} residual additions inside other residual branches are taken for parts of these"
-
-
-def _is_shared(uses: list[PlacedUse]) -> bool:
-    """Whether a matrix or a table acts at several positions along the depth."""
-    regions: dict[Op, dict[int, Region]] = defaultdict(dict)
-    for placed in uses:
-        if placed.use.kind in ("matrix", "lookup") and placed.region.branch is not None:
-            regions[placed.use.op].setdefault(placed.region.branch.region.position, placed.region)
-    if len({position for at in regions.values() for position in at}) < 2:
-        return False
-    return len(regions) > 1 or any(_is_read_again(op, list(at.values())) for op, at in regions.items())
-
-
-def _is_read_again(op: Op, regions: list[Region]) -> bool:
-    """Whether several branches read the same of what an operation makes, and not parts of their own."""
-    common = set(regions[0].ops).intersection(*(region.ops for region in regions[1:]))
-    made = descendants((o for o in regions[0].ops if o in common), [op])
-    own = [[o for o in region.ops if o not in common] for region in regions]
-    read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
-    return len(set().union(*read)) < sum(map(len, read))
 
 
 def _recurrence(graph: Graph, ops: tuple[Op, ...]) -> str | None:

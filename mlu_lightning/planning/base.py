@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,20 +11,21 @@ from torch import nn
 
 from mlu_lightning.discovery.structure import BranchKind, Structure
 from mlu_lightning.table import Role, Variant, row_name
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
+from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
 __all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "logits_scales"]
 
 
 @dataclass(frozen=True)
 class BaseParameter:
-    """One parameter of the base; ``std`` is its root mean square at initialization, ``active`` experts averaged over."""
+    """One parameter of the base; ``std`` is its root mean square at initialization."""
 
     role: Role
     shape: tuple[int, ...]
     fans: tuple[int, int]
     std: float | None
     active: int
+    uses: int
     variant: Variant | None
 
     @property
@@ -48,6 +51,13 @@ class Base:
     streams: tuple[tuple[int, int], ...]
     branches: dict[tuple[str, BranchKind], BaseBranch]
 
+    def branch(self, name: str, kind: BranchKind) -> BaseBranch | None:
+        """Branches of a name's pattern, or else the nearest one of the same name but for numbers inside of its parts."""
+        pattern = name_pattern(name)
+        alike = [key for key in self.branches if key[1] == kind and _differ_in_numbers(key[0], pattern)]
+        nearest = min(alike, key=lambda key: _distance(pattern, key[0]), default=(pattern, kind))
+        return self.branches.get((pattern, kind), self.branches.get(nearest))
+
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:
     """Describe a freshly initialized module, all of whose parameters have a role, as the base."""
@@ -66,6 +76,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 fans=(facts.fan_in, facts.fan_out),
                 std=values[name].detach().double().square().mean().sqrt().item(),
                 active=facts.active,
+                uses=facts.uses,
                 variant=facts.variant,
             )
             for name, facts in structure.parameters.items()
@@ -90,14 +101,19 @@ def logits_scales(structure: Structure) -> dict[str, float | None]:
 
 
 def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
-    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth."""
-    by_pattern: dict[str, list[str]] = {}
+    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth.
+
+    Places are numbers between dots; for names that the base does not have otherwise, also numbers inside of a part.
+    """
+    by_pattern: defaultdict[str, list[str]] = defaultdict(list)
     for name in base.parameters:
-        by_pattern.setdefault(name_pattern(name), []).append(name)
+        for pattern in {name_pattern(name), name_pattern_of_parts(name)}:
+            by_pattern[pattern].append(name)
     found: dict[str, BaseParameter] = {}
     differences: list[str] = []
     for name, facts in structure.parameters.items():
-        alike = {other: base.parameters[other] for other in by_pattern.get(name_pattern(name), ())}
+        names = by_pattern.get(name_pattern(name)) or by_pattern.get(name_pattern_of_parts(name), [])
+        alike = {other: base.parameters[other] for other in names}
         row, dims = facts.row, len(facts.shape)
         candidates = [other for other, entry in alike.items() if entry.row == row and len(entry.shape) == dims]
         if candidates:
@@ -107,8 +123,8 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
             differences.append(f"{name} is {row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}")
         else:
             differences.append(f"{name} has no counterpart in the base")
-    patterns = {name_pattern(name) for name in structure.parameters}
-    missing = [names[0] for pattern, names in by_pattern.items() if pattern not in patterns]
+    patterns = {name_pattern_of_parts(name) for name in structure.parameters}
+    missing = [names[0] for pattern, names in by_pattern.items() if name_pattern_of_parts(pattern) not in patterns]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
@@ -130,7 +146,11 @@ def advice_on_names(names: Iterable[str]) -> str:
     )
 
 
+def _differ_in_numbers(name: str, other: str) -> bool:
+    return name_pattern_of_parts(name) == name_pattern_of_parts(other)
+
+
 def _distance(name: str, other: str) -> list[int]:
     """How far two names of one pattern are apart along the depth."""
-    positions = [[int(part) for part in each.split(".") if part.isdigit()] for each in (name, other)]
+    positions = [[int(number) for number in re.findall(r"\d+", each)] for each in (name, other)]
     return [abs(a - b) for a, b in zip(*positions, strict=True)]

@@ -9,7 +9,6 @@ from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, logits_scales
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
-from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams"]
 
@@ -38,7 +37,7 @@ def plan_parameters(
         assert facts.role is not None
         if found is None:
             fans = _units(facts, structure)
-            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, facts.variant)
+            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant)
         else:
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
         planned[name] = ParameterPlan(
@@ -52,6 +51,8 @@ def plan_parameters(
             base_depth=streams[facts.stream].base_depth,
             active=facts.active,
             base_active=of_base.active,
+            uses=facts.uses,
+            base_uses=of_base.uses,
             variant=facts.variant,
             branch=facts.branch,
             transposed=facts.transposed,
@@ -122,7 +123,7 @@ def plan_multipliers(
 
 
 def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
-    return None if base is None else base.branches.get((name_pattern(branch.name), branch.kind))
+    return None if base is None else base.branch(branch.name, branch.kind)
 
 
 def _changed_heads(structure: Structure, base: Base | None) -> list[tuple[Branch, BaseBranch]]:

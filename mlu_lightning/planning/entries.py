@@ -23,12 +23,13 @@ class ParameterPlan:
         base_std: root mean square at the base's initialization; None leaves the parameter as it was built.
         depth: residual additions along its stream, L.
         active: number of experts over whose outputs a mixture of experts averages; 1 outside of experts.
+        uses: places along its stream at which it acts, as weights of a block do that is applied again and again.
         variant: what about its place changes the row of its role.
         branch: index into ``Plan.branches``, None outside branches.
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
 
     >>> ParameterPlan(Role.BRANCH_IN, (64, 8), fans=(8, 64), base_fans=(8, 16), depth=4, base_depth=2).ratios
-    Ratios(depth=2.0, inputs=1.0, outputs=4.0, active=1.0)
+    Ratios(depth=2.0, inputs=1.0, outputs=4.0, active=1.0, uses=1.0)
     """
 
     role: Role
@@ -41,6 +42,8 @@ class ParameterPlan:
     base_depth: int = 1
     active: int = 1
     base_active: int = 1
+    uses: int = 1
+    base_uses: int = 1
     variant: Variant | None = None
     branch: int | None = None
     transposed: bool = False
@@ -58,6 +61,7 @@ class ParameterPlan:
             inputs=self.fans[0] / self.base_fans[0],
             outputs=self.fans[1] / self.base_fans[1],
             active=self.active / self.base_active,
+            uses=self.uses / self.base_uses,
         )
         powers = TABLES[Parameterization.MLU].row(self.role, self.variant, ratios).powers
         # data, targets and bounded sizes do not count

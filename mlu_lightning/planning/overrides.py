@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 
 from mlu_lightning.discovery.structure import Structure
 from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
+from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["override_roles", "require_roles"]
 
+_Value = TypeVar("_Value")
 
-def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) -> Structure:
-    """Replace roles by those that the user gives, by glob pattern of parameter names; later patterns win."""
+
+def override_roles(
+    structure: Structure, overrides: Mapping[str, Role | str], elsewhere: Iterable[str] = ()
+) -> Structure:
+    """Replace roles by those that the user gives, by glob pattern of parameter names; later patterns win.
+
+    A pattern may match names ``elsewhere`` instead: a base has no counterpart of the last blocks of a deeper module.
+    """
     parameters = dict(structure.parameters)
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
-        if not matches:
+        if not matches and not fnmatch.filter(elsewhere, pattern):
             raise ValueError(
                 f"The override {pattern!r}: {str(role)!r} matches no parameter, so it would do nothing. Names are those of "
                 f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
@@ -44,13 +53,24 @@ def require_roles(structure: Structure, module: nn.Module) -> None:
     if not structure.unassigned:
         return
     shapes = {name: structure.parameters[name].shape for name in structure.unassigned}
-    found = "; ".join(f"{name} {list(shapes[name])}: {why}" for name, why in structure.unassigned.items())
+    reasons = {name: f"{list(shapes[name])}: {why}" for name, why in structure.unassigned.items()}
+    found = "; ".join(f"{pattern} {reason}" for pattern, reason in _along_depth(reasons, structure).items())
     likely = {name: Role.STREAM_MATRIX if _is_matrix(shape) else Role.STREAM_NORM for name, shape in shapes.items()}
-    lines = ", ".join(f'"{name}": "{role}"' for name, role in likely.items())
+    lines = ", ".join(f'"{pattern}": "{role}"' for pattern, role in _along_depth(likely, structure).items())
     raise ValueError(
         f"{len(shapes)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what they are for, "
         f"for example overrides={{{lines}}}; roles are: {', '.join(_ROWS)}."
     )
+
+
+def _along_depth(values: dict[str, _Value], structure: Structure) -> dict[str, _Value]:
+    """Write names as globs over blocks, where those match nothing that has another value."""
+    patterns = {}
+    for name, value in values.items():
+        pattern = name_pattern(name)
+        alike = {values.get(other) for other in fnmatch.filter(structure.parameters, pattern)}
+        patterns[pattern if alike == {value} else name] = value
+    return patterns
 
 
 def _check_readout(structure: Structure, name: str, role: Role, pattern: str) -> None:

@@ -122,7 +122,7 @@ class Plan:
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
-            base_structure = override_roles(discover(base, base_example), overrides)
+            base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
             require_roles(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
@@ -153,7 +153,9 @@ class Plan:
             return None
         return Base(
             parameters={
-                name: BaseParameter(p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.variant)
+                name: BaseParameter(
+                    p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.base_uses, p.variant
+                )
                 for name, p in self.parameters.items()
             },
             streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),

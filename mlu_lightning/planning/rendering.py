@@ -68,7 +68,9 @@ def draw_plan(
 
 
 def _roles(parameters: Mapping[str, ParameterPlan], scales: Mapping[str, Scale]) -> Table:
-    table = Table("role", "tensors", "entries", "depth", "inputs", "outputs", "multiplier", "std", "lr", "eps", "decay")
+    repeated = any(parameter.ratios.uses != 1 for parameter in parameters.values())
+    of_shape = ("depth", *["uses"] * repeated, "inputs", "outputs")
+    table = Table("role", "tensors", "entries", *of_shape, "multiplier", "std", "lr", "eps", "decay")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
@@ -78,7 +80,7 @@ def _roles(parameters: Mapping[str, ParameterPlan], scales: Mapping[str, Scale])
         sizes.setdefault(row, []).append(math.prod(parameter.shape))
     order = list(Role)
     for (role, variant, ratios, factors), entries in sorted(sizes.items(), key=lambda item: order.index(item[0][0])):
-        shape = (f"{ratio:.5g}" for ratio in (ratios.depth, ratios.inputs, ratios.outputs))
+        shape = (f"{getattr(ratios, key):.5g}" for key in of_shape)
         numbers = (f"{number:.3g}" for number in astuple(factors))
         table.add_row(row_name(role, variant), str(len(entries)), _short(sum(entries)), *shape, *numbers)
     return table

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -67,7 +67,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
     elif is_dataclass(value):
-        yield from tensors_in(vars(value))
+        for field in fields(value):  # with slots there is no __dict__
+            yield from tensors_in(getattr(value, field.name, None))
 
 
 class _Calls:

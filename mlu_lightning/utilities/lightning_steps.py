@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
 
-__all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted"]
+from mlu_lightning.utilities.lightning_private import train_dataloaders
+
+__all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted", "run_start_hooks"]
 
 StepName = Literal["training_step", "validation_step"]
 
@@ -24,12 +26,21 @@ def is_lightning_module(module: nn.Module) -> bool:
 def call_step(module: Any, name: StepName, batch: Any) -> Any:
     """Call a step of a LightningModule with as many arguments as it takes; batch and loader have the index 0."""
     step = getattr(module, name)
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        return step(iter([(batch, 0, 0)]))
     args = [batch]
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):
         args.append(0)
     if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
         args.append(0)
     return step(*args)
+
+
+def run_start_hooks(module: Any, batch: Any) -> None:
+    """Call the hooks of a LightningModule that Lightning calls before the first ``training_step``."""
+    for name in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
+        getattr(module, name)()
+    module.on_train_batch_start(batch, 0)
 
 
 def mute(
@@ -109,6 +120,10 @@ class _TrainerView:
     @property
     def optimizers(self) -> list[Any]:
         return list(self._optimizers())
+
+    @property
+    def train_dataloader(self) -> Any:
+        return self._original.train_dataloader or train_dataloaders(self._original)
 
     @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:

@@ -1,15 +1,20 @@
-"""Copies of modules that run beside the original: their parameters have shapes but no memory, or share the original's."""
+"""Copies of modules and batches that run beside the originals, whose tensors have shapes but no memory, or share theirs."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
-__all__ = ["copied_module", "fake_tensor"]
+__all__ = ["copied_batch", "copied_module", "fake_tensor"]
 
 
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -29,6 +34,8 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             "stays as it is. Plan it before it holds open files, locks or results of a forward pass, or keep these "
             "outside of the module."
         ) from error
+    for copied in twin.modules():
+        _rebind(vars(copied), memo)
     for original, copied in zip(module.modules(), twin.modules(), strict=True):
         # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
         trainer = vars(original).get("_trainer")
@@ -43,8 +50,78 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     return twin
 
 
+def copied_batch(batch: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
+    """Copy a batch with a stand-in for every tensor, whatever object holds it; what cannot be copied is shared."""
+
+    def copied(leaf: Any) -> Any:
+        try:
+            return copy.deepcopy(leaf)
+        except (TypeError, copy.Error):
+            return leaf  # such as a generator
+
+    with _StandIns(stand_in):
+        return tree_map(copied, batch)
+
+
 def fake_tensor(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
     """Make a tensor of the same shape without memory."""
     with fake:
         device = "cpu" if tensor.is_meta else tensor.device
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+class _StandIns(TorchFunctionMode):
+    """Has tensors copied as their stand-ins, one for each."""
+
+    def __init__(self, stand_in: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stand_in = stand_in
+        self.made: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not Tensor.__deepcopy__:
+            return func(*args, **kwargs or {})
+        if id(args[0]) not in self.made:
+            self.made[id(args[0])] = self.stand_in(args[0])
+        return self.made[id(args[0])]
+
+
+def _rebind(values: dict[Any, Any] | list[Any], copies: dict[int, Any]) -> None:
+    """Give copied containers functions that mean the copies too, because functions themselves are shared by copies."""
+    for key, value in list(values.items() if isinstance(values, dict) else enumerate(values)):
+        if isinstance(value, (dict, list)):
+            _rebind(value, copies)
+        elif isinstance(value, (FunctionType, partial)):
+            values[key] = _rebound(value, copies)
+
+
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """What a copied function has in place of something that the original closes over."""
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, MethodType) or (isinstance(value, (list, tuple, dict)) and _holds_modules(value)):
+        return copy.deepcopy(value, copies)
+    if isinstance(value, partial):
+        return partial(_rebound(value.func, copies), *value.args, **value.keywords)
+    if not isinstance(value, FunctionType) or not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
+        return value
+    cells = tuple(CellType() for _ in value.__closure__ or ())
+    function = FunctionType(value.__code__, value.__globals__, value.__name__, closure=cells)
+    copies[id(value)] = function  # before what it closes over, which may be itself
+    function.__dict__.update(value.__dict__)
+    for cell, original in zip(cells, value.__closure__ or (), strict=True):
+        try:
+            cell.cell_contents = _rebound(original.cell_contents, copies)
+        except ValueError:
+            continue  # a variable that has no value yet
+    function.__defaults__ = value.__defaults__ and tuple(_rebound(default, copies) for default in value.__defaults__)
+    defaults = value.__kwdefaults__
+    function.__kwdefaults__ = defaults and {name: _rebound(default, copies) for name, default in defaults.items()}
+    return function
+
+
+def _holds_modules(values: list[Any] | tuple[Any, ...] | dict[Any, Any]) -> bool:
+    items = values.values() if isinstance(values, dict) else values
+    return any(isinstance(item, (nn.Module, Tensor)) for item in items)

@@ -11,6 +11,7 @@ from torch import nn
 __all__ = [
     "common_module",
     "name_pattern",
+    "name_pattern_of_parts",
     "planned_modules",
     "planned_name",
     "planned_parameters",
@@ -29,6 +30,15 @@ def name_pattern(name: str) -> str:
     'blocks.*.mlp.out1.weight'
     """
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def name_pattern_of_parts(name: str) -> str:
+    """Return a name without any of its numbers: blocks may carry theirs inside of a part, as other parts do.
+
+    >>> name_pattern_of_parts("encoder_layer_0.fc1.weight")
+    'encoder_layer_*.fc*.weight'
+    """
+    return re.sub(r"\d+", "*", name)
 
 
 def planned_name(name: str) -> str:

@@ -75,7 +75,7 @@ def _like_llama(model: type, config: type, tied: bool = False, **numbers: Any) -
 
 def _t5_architecture(tied: bool) -> Architecture:
     readout = "shared.weight" if tied else "lm_head.weight"
-    architecture = Architecture(_t5(tied), LANGUAGE, readout, tied=tied, warns="shared across depth").reads("""
+    architecture = Architecture(_t5(tied), LANGUAGE, readout, tied=tied).reads("""
         embedding: shared.weight
         branch_in_bias: *.relative_attention_bias.weight
         branch_in: *Attention.[qkv].weight *.DenseReluDense.wi*.weight
