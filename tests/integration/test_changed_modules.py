@@ -109,7 +109,8 @@ def test_an_exchanged_optimizer_is_scaled() -> None:
     """By its user, or by the callback: the runs are the same."""
     ends: list[Storable] = []
     for by_user in (True, False):
-        mlu, handles = with_multipliers("hook"), []
+        handles: list[Any] = []
+        mlu = with_multipliers("hook")
 
         def exchange(
             run: Trainer, module: Storable, mlu: Any = mlu, by_user: bool = by_user, handles: Any = handles

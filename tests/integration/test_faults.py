@@ -102,7 +102,7 @@ METHODS = ("training_step", "forward", "lr_scheduler_step", "optimizer_step")
 STARTS = ("setup", "on_fit_start", "on_train_start")
 HOOKS = """on_train_batch_start on_before_backward on_after_backward on_before_optimizer_step on_before_zero_grad
 on_train_batch_end on_train_epoch_end on_train_end teardown""".split()
-REPLACED = r"has none of the module's parameters, as a copy of an optimizer.*put in the place of another since"
+REPLACED = r"has none of the module's parameters, as a copy of an optimizer has not.*put in the place of another since"
 FOREIGN = r"in group 1 of the optimizer is not a parameter of the module that the plan was made for"
 CASES: dict[str, Case] = {
     **{name: Case(before_step_4(lambda module, name=name: vars(module).update({name: fail}))) for name in METHODS},
