@@ -22,6 +22,8 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from mlu_lightning.discovery.decisions import run_most
+from mlu_lightning.utilities.custom_functions import seen_through
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
@@ -87,12 +89,23 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
         )
     with isolate_rng():
         try:
-            return _run_with_or_without_values(module, example, step)
+            return run_most(lambda: _run_with_or_without_values(module, example, step), _size)
         except AttributeError:
             if not step:
                 raise
             # hooks that Lightning calls before the first step may make what is missing
-            return _run_with_or_without_values(module, example, step, start_hooks=True)
+            return run_most(lambda: _run_with_or_without_values(module, example, step, start_hooks=True), _size)
+
+
+def _size(trace: Trace) -> tuple[int, int]:
+    """How many parameters took part in a forward pass, and how many operations."""
+    seen, stack = set(trace.roots), list(trace.roots)
+    while stack:
+        new = {child for child, _ in stack.pop().next_functions if child is not None} - seen
+        seen |= new
+        stack += new
+    leaves = (getattr(node, "variable", None) for node in seen if not node.next_functions)
+    return sum(id(leaf) in trace.parameters for leaf in leaves), len(seen)
 
 
 def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, start_hooks: bool = False) -> Trace:
@@ -131,6 +144,7 @@ def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: F
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
             stack.enter_context(fake)
+        stack.enter_context(seen_through())
         example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
         if step:
             _mute_all(twin, losses)

@@ -113,7 +113,7 @@ class _Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in ("", "__get__", "__set__"):  # attributes of tensors
+        if name in ("", "__get__", "__set__", "flex_attention"):  # attributes of tensors; an operator that is compiled
             return func(*args, **given)
         with _Attentions(self.calls) if "softmax" in name or "attention" in name else nullcontext():
             return self.calls.call(name, args, given, lambda: func(*args, **given))
