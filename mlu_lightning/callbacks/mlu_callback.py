@@ -196,7 +196,7 @@ class MLUCallback(Callback):
         if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
             raise ValueError(
                 f"The {type(optimizer).__name__} that is about to make a step has none of the module's parameters, as a "
-                "copy of an optimizer has not: it was put in the place of another since, and the module would stay as it is. "
+                "copy of an optimizer has not: it was put in the place of another since, and the module would stay. "
                 "Make it from module.parameters(), or change the groups of the optimizer that is there, whose factors stay."
             )
 
