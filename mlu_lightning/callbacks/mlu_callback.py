@@ -19,6 +19,8 @@ from mlu_lightning.application import InitMode, attach_multipliers, fold, initia
 from mlu_lightning.application.applied import mark_initialized, residual_state
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
 from mlu_lightning.application.multipliers import check_attached
+from mlu_lightning.application.optimization import Scaled
+from mlu_lightning.application.own_optimizers import scale_at_step
 from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
@@ -29,7 +31,6 @@ from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
-from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
@@ -123,7 +124,7 @@ class MLUCallback(EitherCallback):
         self._plan: Plan | None = None
         self._planned: Plan | None = None
         self._initialized = False
-        self._families: dict[str, OptimizerFamily] = {}
+        self._scaled: list[Scaled] = []  # optimizers of the fit that goes on
         self._cleanup = ExitStack()
 
     @property
@@ -179,7 +180,8 @@ class MLUCallback(EitherCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan, where a logger has a place for it."""
         if self._plan is not None:
-            log_plan(trainer.loggers, self._plan, self._residual, self._families)
+            families = {name: family for each in self._scaled for name, family in each.families.items()}
+            log_plan(trainer.loggers, self._plan, self._residual, families)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan."""
@@ -188,13 +190,12 @@ class MLUCallback(EitherCallback):
         self._keep(pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Refuse an update at other numbers than the plan's."""
+        """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
         if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
             raise ValueError(
-                f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
-                "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
-                "Scale it before it is used, with scale_optimizer(optimizer, module, callback.plan), or change the groups "
-                "of the optimizer that is there, whose factors stay."
+                f"The {type(optimizer).__name__} that is about to make a step has none of the module's parameters, as a "
+                "copy of an optimizer has not: it was put in the place of another since, and the module would stay. "
+                "Make it from module.parameters(), or change the groups of the optimizer that is there, whose factors stay."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -228,14 +229,13 @@ class MLUCallback(EitherCallback):
                 # a sharded strategy has given the parameters their values now, and restores checkpoints later
                 self._apply(module, plan)
             configured = method()
-            self._families = {}
-            for optimizer in [] if configured is None else configured_optimizers(configured)[0]:
-                scaled = scale_optimizer(optimizer, module, plan, self._family)
-                self._cleanup.callback(scaled.remove)
-                self._families.update(scaled.families)
+            optimizers = [] if configured is None else configured_optimizers(configured)[0]
+            self._scaled += [scale_optimizer(each, module, plan, self._family) for each in optimizers]
             return configured
 
+        self._cleanup.callback(self._make_plain)
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
+        self._cleanup.callback(scale_at_step(module, plan, self._family, self._scaled))
         self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
         if self._residual == "fold":
             warn_of_hooks(plan)
@@ -288,6 +288,11 @@ class MLUCallback(EitherCallback):
                 "MLUCallback, or leave both to MLUCallback."
             )
         wrap_saving(module)
+
+    def _make_plain(self) -> None:
+        """Make the optimizers plain again."""
+        while self._scaled:
+            self._scaled.pop().remove()
 
     def _keep(self, module: LightningModule) -> None:
         """Take the plan that is in effect on a module, if there is one, and let its checkpoints have it."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
+from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer, _configure_optimizers, _MockOptimizer
+from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -25,7 +25,6 @@ __all__ = [
     "resamples_parameters",
     "set_up_by_fabric",
     "starts_processes",
-    "stepping_optimizer",
     "train_dataloaders",
     "val_dataloaders",
 ]
@@ -80,9 +79,3 @@ def resamples_parameters(pruning: Any) -> bool:
 def set_up_by_fabric(module: nn.Module) -> nn.Module | None:
     """Return the module that Fabric has set up and wrapped, None if it is no such wrapper."""
     return module.module if isinstance(module, of_both(_FabricModule)) else None
-
-
-def stepping_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer that does the update inside of the Trainer's wrapper of it, or of Fabric's."""
-    wrappers: tuple[Any, ...] = (*of_both(LightningOptimizer), *of_both(_FabricOptimizer))
-    return optimizer.optimizer if isinstance(optimizer, wrappers) else optimizer
