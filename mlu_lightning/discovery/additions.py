@@ -94,6 +94,9 @@ class _Search:
         root = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
         if root is None or not self.ancestry.feeds_matrix_before(root, branch):
             return None
+        other = found.get(branch.source)
+        if other is not None and other.root is not root and not self.ancestry.precedes(root, other.root):
+            return None  # two streams that meet
         if any(self.graph.is_matrix(o) for o in chain[: chain.index(root)]):
             # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
             return root if op in self.read and self._is_nonlinear(branch, root) else None
@@ -166,19 +169,22 @@ class _Search:
         kept: list[Addition] = []
         nested = 0
         around: list[Addition] = []  # of those, which begin before
+        continued: dict[Op, int] = {}  # where the streams from each of their roots are added to for the last time
         for addition in reversed(found):
             around = [outer for outer in around if outer.root.index < addition.op.index]
             outer = next((outer for outer in around if self._is_within(addition, outer)), None)
-            if outer is None:
+            if outer is None or continued.get(addition.op, 0) > outer.op.index:
                 kept.append(addition)
                 around.append(addition)
-            elif outer.root is addition.root or self.ancestry.precedes(outer.root, addition.root):
+                continued.setdefault(addition.root, addition.op.index)
+            else:
                 nested += 1
         return kept[::-1], nested
 
     def _is_within(self, addition: Addition, outer: Addition) -> bool:
+        """Whether an addition lies in another one's branch, and its stream begins there, too."""
         ends = addition.op is outer.branch or self.ancestry.precedes(addition.op, outer.branch)
-        return ends and self.ancestry.precedes(outer.root, addition.op)
+        return ends and (outer.root is addition.root or self.ancestry.precedes(outer.root, addition.root))
 
     def with_mixing(self, found: list[Addition]) -> list[Addition]:
         """Additions, and those on the same streams whose branches mix what they read without a matrix."""

@@ -14,6 +14,7 @@ from mlu_lightning.discovery.graph import (
     LOOKUPS,
     NORMS,
     PARTS,
+    PRODUCTS,
     RESHAPES,
     SELECTIONS,
     USE_KINDS,
@@ -162,7 +163,7 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
                 continue  # a penalty
             made = list(_made_of(operand[0]))
             inner = {other.name for other in made}
-            is_query = op.name in ("Bmm", "Baddbmm") and "Bmm" not in inner
+            is_query = op.name in PRODUCTS and "Bmm" not in inner
             if (not weights or is_query) and inner & _MAPS:
                 found.update(_inputs(operand[0]))
             elif op.name in ("Add", "Cat") and len(inner - RESHAPES - PARTS) == 1 and len(op.shape) > 1:

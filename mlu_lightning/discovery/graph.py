@@ -52,6 +52,7 @@ SELECTIONS = frozenset({"Index", "IndexSelect"})
 LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
 ATTENTION = "ScaledDotProduct"
 """How the names of fused attentions begin."""
+PRODUCTS = frozenset({"Bmm", "Baddbmm"})
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
 WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
     **{name: {0: False, 1: True} for name in ("Mm", "Bmm")},

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from mlu_lightning.discovery.additions import Addition, adds_two, residual_additions
-from mlu_lightning.discovery.graph import Graph, Op
+from mlu_lightning.discovery.graph import ATTENTION, PRODUCTS, Graph, Op
 from mlu_lightning.discovery.traversal import between, descendants, in_order
 
 __all__ = ["BranchRegion", "Partition", "StreamRegions", "partition"]
@@ -107,16 +107,26 @@ def _branch_ops(
     graph: Graph, end: Op, stops: Callable[[Op], bool], reads_root: set[Op]
 ) -> tuple[tuple[Op, ...], list[Op]]:
     """Operations of a branch, and the data from elsewhere that a matrix of it reads, as cross-attention does an encoder."""
-    outside: list[Op] = []
 
-    def operands(op: Op) -> Iterable[Op]:
-        if graph.is_matrix(op) and not any(operand in reads_root or stops(operand) for operand in op.data):
-            outside.extend(op.data)
-            return ()
-        return op.data
+    def reads(op: Op) -> bool:
+        return op in reads_root or stops(op)
 
-    ops, _ = between([end], stops, operands)
-    return ops, outside
+    def further(op: Op) -> Iterable[Op]:
+        return op.data if not graph.is_matrix(op) or any(map(reads, op.data)) else ()
+
+    def joins(op: Op) -> bool:
+        return graph.is_matrix(op) or op.name.startswith(ATTENTION) or (op.name in PRODUCTS and len(op.data) > 1)
+
+    ops, _ = between([end], stops, further)
+    # what is joined with the stream before matrices of the branch read both, such as tokens that a class token attends to,
+    # has been made elsewhere
+    read = (operand for op in ops if graph.is_matrix(op) and any(map(reads, op.data)) for operand in op.data)
+    joined = (op for op in between(read, lambda op: joins(op) or stops(op))[0] if op.name == "Cat")
+    others = [operand for op in joined if any(map(reads, op.data)) for operand in op.data if not reads(operand)]
+    elsewhere = between(others, lambda op: graph.is_matrix(op) or reads(op))[1] - reads_root
+    ops, _ = between([end], lambda op: op in elsewhere or stops(op), further)
+    foreign = (op for op in ops if graph.is_matrix(op) and not any(map(reads, op.data)))
+    return ops, [*elsewhere, *(operand for op in foreign for operand in op.data)]
 
 
 def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:
