@@ -27,7 +27,7 @@ class _Output:
     device: torch.device
 
 
-class RememberingFakeMode(FakeTensorMode):
+class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Mode of fake tensors, with results by operation, numbers, and layouts of tensors, a few times faster than torch's own.
 
     Torch's own keys hold whatever could matter in another pass, and take most of the time of a pass without values. What is
@@ -44,7 +44,9 @@ class RememberingFakeMode(FakeTensorMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if func is _DEVICE:  # half of all calls: autograd asks for it with every operation
+        if (
+            func is _DEVICE and not self.in_kernel_invocation
+        ):  # half of all calls: autograd asks for it with every operation
             return args[0].fake_device
         key = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         if not (_add_layouts(key, args) and _add_layouts(key, [*given, *given.values()])):
@@ -73,7 +75,7 @@ def _add_layouts(key: list[Any], values: Iterable[Any]) -> bool:
     """Add to a key what arguments are, with the layouts of tensors; false if a result could depend on more."""
     for value in values:
         if isinstance(value, Tensor):
-            if not _is_plain(value):
+            if not isinstance(value, FakeTensor) or not _is_plain(value):
                 return False
             key += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
         elif isinstance(value, (list, tuple)):
@@ -87,10 +89,11 @@ def _add_layouts(key: list[Any], values: Iterable[Any]) -> bool:
     return True
 
 
-def _is_plain(tensor: Any) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a fake one with a layout and nothing else."""
-    strided = type(tensor) is FakeTensor and tensor.constant is None and tensor.layout is torch.strided
-    return strided and not (tensor.is_conj() or tensor.is_neg())
+    if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_conj() or tensor.is_neg())
 
 
 def _remembered(
@@ -116,4 +119,5 @@ def _remembered(
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
