@@ -91,13 +91,16 @@ class _Search:
             before = found[last].root
             return before if self.ancestry.feeds_matrix_before(before, branch) else None
         chain = self.chains[stream]
-        root = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
-        if root is None or not self.ancestry.feeds_matrix_before(root, branch):
+        parting = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
+        if parting is None:
+            return None
+        root = parting.source  # before what only arranges it, or multiplies it with constants
+        if not self.ancestry.feeds_matrix_before(root, branch):
             return None
         other = found.get(branch.source)
         if other is not None and other.root is not root and not self.ancestry.precedes(root, other.root):
             return None  # two streams that meet
-        if any(self.graph.is_matrix(o) for o in chain[: chain.index(root)]):
+        if any(self.graph.is_matrix(o) for o in chain[: chain.index(parting)]):
             # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
             return root if op in self.read and self._is_nonlinear(branch, root) else None
         return root
@@ -126,12 +129,12 @@ class _Search:
         ]
 
     def without_long_skips(self, found: list[Addition]) -> list[Addition]:
-        """Additions but those around others that their own stream goes through, unless such follow one another."""
+        """Additions but those around others on their own stream, before a linear map at most, unless such follow one another."""
         of = {addition.op: addition for addition in found}
         long: dict[Op, Addition] = {}
         for addition in found:
             source = addition.branch
-            while source not in of and len(source.data) == 1:
+            while source not in of and len(source.data) == 1 and source.name not in NONLINEAR:
                 source = source.data[0]
             inner = of.get(source)
             if (
@@ -224,6 +227,7 @@ class _Search:
             chain = self.chains[stream]
             arranged = all(o.name in RESHAPES for o in chain[: chain.index(root)])
             ops, _ = between([branch], lambda o, root=root: o.index <= root.index)  # type: ignore[misc]
-            if arranged and any(o.name not in _ELEMENTWISE and not o.is_normalizer for o in ops):
+            mixes = any(o.name not in _ELEMENTWISE for o in ops) and not any(map(self.graph.is_matrix, ops))
+            if arranged and mixes:
                 return Addition(op, root, branch, stream)
         return None

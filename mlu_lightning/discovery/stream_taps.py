@@ -165,9 +165,7 @@ class StreamTaps:
         """First calls of submodules by every value that they are given or return."""
         counts = Counter(call.module for call in self.trace.calls)
         candidates: dict[Value, list[_Candidate]] = defaultdict(list)
-        # calls for a metric, or without gradients, do the same as the first one that has a part in the loss
-        seen = (call for call in reversed(self.trace.calls) if any(self.graph.values(call.outputs)))
-        for call in {call.module: call for call in seen}.values():
+        for call in {call.module: call for call in reversed(self.trace.calls)}.values():
             for index, value in self.graph.values(call.inputs):
                 candidate = _Candidate(call.module, "input", index, counts[call.module], call.begin)
                 candidates[self._canonical(value)].append(candidate)
