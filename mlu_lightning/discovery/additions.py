@@ -129,7 +129,7 @@ class _Search:
         ]
 
     def without_long_skips(self, found: list[Addition]) -> list[Addition]:
-        """Additions but those around others on their own stream, before a linear map at most, unless such follow one another."""
+        """Additions but those around others on their own stream and a linear map at most, unless such follow one another."""
         of = {addition.op: addition for addition in found}
         long: dict[Op, Addition] = {}
         for addition in found:
