@@ -15,7 +15,10 @@ def fingerprint(plan: Plan) -> str:
     """Hash the numbers of a plan that a run depends on after its initialization: equal runs have equal fingerprints."""
     content = {
         "parameters": {
-            name: [parameter.row, list(parameter.shape), *map(float, astuple(parameter.ratios))]
+            name: [
+                *(parameter.row, list(parameter.shape), *map(float, astuple(parameter.ratios))),
+                parameter.constant_ratio,
+            ]
             for name, parameter in plan.parameters.items()
         },
         "multipliers": [
