@@ -164,15 +164,21 @@ def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> 
 def _changed_logits(
     structure: Structure, base: Base | None, scales: Mapping[str, float | None]
 ) -> list[tuple[Branch, BaseBranch]]:
-    """Attention branches whose head_dim, or factor on logits, is not that of the base's branch, which comes second."""
-    pairs = [(branch, _base_branch(branch, base)) for branch in structure.branches if branch.head_dim is not None]
-    return [
-        (branch, of_base)
-        for branch, of_base in pairs
-        if of_base is not None
-        and of_base.head_dim is not None
-        and (branch.head_dim != of_base.head_dim or constant_ratio(scales[branch.name], of_base.logits_scale) != 1)
-    ]
+    """Attention branches whose head_dim, or factor on logits, is not that of the base's branch, which comes second.
+
+    A factor that differs where neither heads nor streams do is a hyperparameter as others are, and not of the shape.
+    """
+    grown = base is not None and base.streams != tuple((stream.depth, stream.embedding) for stream in structure.streams)
+    found = []
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base)
+        if branch.head_dim is None or of_base is None or of_base.head_dim is None:
+            continue
+        of_shape = grown or branch.hidden != of_base.hidden
+        own_differs = of_shape and constant_ratio(scales[branch.name], of_base.logits_scale) != 1
+        if branch.head_dim != of_base.head_dim or own_differs:
+            found.append((branch, of_base))
+    return found
 
 
 def _logits(branch: Branch, of_base: BaseBranch, scale: float | None) -> Multiplier:

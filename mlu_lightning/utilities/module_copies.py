@@ -14,7 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["copied_batch", "copied_module", "fake_tensor", "is_constant"]
+__all__ = ["OwnHook", "copied_batch", "copied_module", "fake_tensor", "is_constant"]
+
+
+class OwnHook:
+    """A hook that this package has put into a module, and that a copy of it does not have."""
 
 
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
@@ -41,6 +45,9 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             "outside of the module."
         ) from error
     for copied in twin.modules():
+        for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
+            for number in [number for number, hook in hooks.items() if isinstance(hook, OwnHook)]:
+                del hooks[number]
         _rebind(vars(copied), memo)
     for original, copied in zip(module.modules(), twin.modules(), strict=True):
         # the Trainer is shared, not copied: it holds the data, the loggers and the module itself

@@ -18,8 +18,12 @@ X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 class Block(nn.Module):
     def __init__(self, c: Constants, width: int, hidden: int) -> None:
         super().__init__()
-        self.norm, self.read, self.write = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.after = nn.LayerNorm(width) if c.place == "on the stream" else nn.Identity()
+        self.norm, self.read, self.write = (
+            nn.LayerNorm(width, eps=0),
+            nn.Linear(width, hidden),
+            nn.Linear(hidden, width),
+        )
+        self.after = nn.LayerNorm(width, eps=0) if c.place == "on the stream" else nn.Identity()
         self.c = c
 
     def forward(self, stream: Tensor) -> Tensor:
