@@ -36,11 +36,16 @@ def comparisons(graph: Graph, ops: Sequence[Op], weights: frozenset[Op] = frozen
     alike: dict[tuple[object, ...], list[Comparison]] = defaultdict(list)  # a loop over tokens has many of one form
     for op in ops:
         for axes in _summed(graph, op) if weights.isdisjoint(op.data) else ():
-            alike[op.name, op.shape, tuple(o.shapes[i] for o, i in op.values)].append(Comparison(op, axes))
+            alike[_form(op)].append(Comparison(op, axes))
     of_units = (
         found for found in alike.values() if any(reached_from(graph, ops, [axis]).rows for axis in found[0].axes)
     )
     return [comparison for found in of_units for comparison in found]
+
+
+def _form(op: Op, steps: int = 4) -> tuple[object, ...]:
+    """What an operation is, and what it is made of, some steps back."""
+    return op.name, op.shapes, *(_form(operand, steps - 1) for operand in op.data if steps)
 
 
 def _summed(graph: Graph, op: Op) -> Iterator[tuple[Axis, Axis]]:

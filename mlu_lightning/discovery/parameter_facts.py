@@ -119,7 +119,11 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(branch, role, fan_in, fan_out)
-        rows = branch.units.rows(use.op) if branch.is_recurrent and role in _OF_UNITS else 0
+        rows = (
+            branch.units.rows(use.op)
+            if branch.is_recurrent and not use.op.is_recurrent_layer and role in _OF_UNITS
+            else 0
+        )
         mixed = use.kind in ("matrix", "bias") and 0 < rows < fan_out
         fan_out = rows if mixed else fan_out
         if branch.attention is not None:

@@ -74,6 +74,8 @@ class Units:
 
     def _own_sizes(self) -> Iterator[int]:
         for op, spans in self._reached.rows.items():
+            if op.name in ("Bmm", "Baddbmm"):
+                continue  # a matrix for each head, whose rows are of one head
             yield from (stop - start for start, stop in spans if (start, stop) not in self._compared.rows.get(op, ()))
         for op in self.ops:
             uses = (use for use in self.graph.uses.get(op, ()) if use.kind in ("add", "mul", "norm", "other"))

@@ -56,6 +56,7 @@ def plan_parameters(
             variant=facts.variant,
             branch=facts.branch,
             transposed=facts.transposed,
+            mixed=facts.mixed,
         )
     return planned
 
