@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -27,15 +29,16 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     Buffers and frozen parameters of one entry are constants: fake ones keep their value.
     """
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        stand_in = parameter.detach() if fake is None else fake_tensor(parameter, fake)
-        learned = parameter.is_floating_point() and not is_constant(parameter)
-        memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=learned)
-        _set_constant(memo[id(parameter)], parameter)
-    if fake is not None:
-        for buffer in module.buffers():
-            memo[id(buffer)] = fake_tensor(buffer, fake)
-            _set_constant(memo[id(buffer)], buffer)
+    with nullcontext() if fake is None else fake:
+        for parameter in module.parameters():
+            stand_in = parameter.detach() if fake is None else fake_tensor(parameter, fake)
+            learned = parameter.is_floating_point() and not is_constant(parameter)
+            memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=learned)
+        if fake is not None:
+            for buffer in module.buffers():
+                memo[id(buffer)] = fake_tensor(buffer, fake)
+    for tensor in chain(module.parameters(), module.buffers()):
+        _set_constant(memo.get(id(tensor)), tensor)
     try:
         twin = copy.deepcopy(module, memo).train()
     except (TypeError, RuntimeError) as error:
@@ -68,7 +71,7 @@ def is_constant(tensor: Tensor) -> bool:
     return tensor.numel() == 1 and not tensor.requires_grad and tensor.is_floating_point()
 
 
-def _set_constant(stand_in: Tensor, tensor: Tensor) -> None:
+def _set_constant(stand_in: Tensor | None, tensor: Tensor) -> None:
     if (
         isinstance(stand_in, FakeTensor)
         and is_constant(tensor)
