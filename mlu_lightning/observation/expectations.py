@@ -44,10 +44,14 @@ class Expectations:
             known, matrices = [name for name in known if name not in matrices], []
         return next(iter(matrices if how == "matrix" and matrices else known), None)
 
+    def std(self, name: str) -> float:
+        """Factor of the standard deviation, without multipliers."""
+        entry = self.plan.parameters[name]
+        return self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+
     def weight(self, name: str, how: How) -> float:
         """Factor of std · sqrt(n)."""
-        entry = self.plan.parameters[name]
-        std = self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+        entry, std = self.plan.parameters[name], self.std(name)
         if how != "matrix" or not entry.role.is_matrix:
             return std
         inputs = entry.ratios.inputs / entry.ratios.active  # each expert by itself

@@ -38,9 +38,10 @@ def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
     parameters = planned_parameters(module)
     dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
+    device = next(iter(parameters.values())).device
 
     def converted(leaf: Tensor) -> Tensor:
-        return leaf.to(dtype) if dtype is not None and leaf.is_floating_point() else leaf
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
     def is_(name: str, *wanted: Role) -> bool:
         return roles.get(name_pattern_of_parts(name)) in wanted
@@ -50,7 +51,7 @@ def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
     flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch)
     try:
         # steps may ask for gradients themselves, as of inputs
-        with undisturbed(module), torch.enable_grad():
+        with undisturbed(module, restore_parameters=True), torch.enable_grad():
             with flow:
                 result = pass_batch(module, batch, "training_step")
             flow.finish(result)

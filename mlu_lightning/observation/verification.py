@@ -19,10 +19,12 @@ from mlu_lightning.observation.passes import Followed, UseKey, follow
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import name_pattern_of_parts
 
-__all__ = ["Deviation", "deviations", "verify"]
+__all__ = ["Deviation", "deviations", "refuse", "verify"]
 
 EXACT = 2**0.25
 """Halfway to the smallest fault, a missing power of 1/2 at a ratio of 2: weights have their size exactly, up to rounding."""
+
+_ROUNDING = 2**-6
 
 CHANCE = 5.0
 """Standard errors that a root mean square may be off: of n numbers drawn at random it is known up to 1/sqrt(2n)."""
@@ -72,21 +74,25 @@ def verify(module: nn.Module, base: nn.Module, plan: Plan, example: Any = None) 
     >>> try:
     ...     verify(deeper, base, plan, batch)  # without multipliers
     ... except ValueError as error:
-    ...     print(str(error)[:97])
-    ResNet does not compute what its plan says: blocks.0.write.weight and 7 more (branch_out) should
+    ...     print(str(error)[:89])
+    ResNet does not compute what its plan says: blocks.0.write.weight and 7 more (branch_out)
     """
-    found = deviations(module, base, plan, example)
+    refuse(deviations(module, base, plan, example), module, warnings.warn)
+
+
+def refuse(found: Sequence[Deviation], module: nn.Module, warn: Callable[[str], object]) -> None:
+    """Raise an error for deviations that are certain, or else warn of those that there are."""
     certain = [deviation for deviation in found if deviation.is_certain]
-    listed = "; ".join(map(str, (certain or found)[:5]))
     text = (
-        f"{type(module).__name__} does not compute what its plan says: {listed}. Look for constants of the model's own that "
-        "depend on its shape, for weights that enter through functions or were drawn anew, and for branches that the plan "
-        "does not know, or multiplies elsewhere."
+        f"{type(module).__name__} does not compute what its plan says: {'; '.join(map(str, (certain or found)[:5]))}. Look "
+        "for constants of the model's own that depend on its shape, for weights that enter through functions or were drawn "
+        "anew, and for branches that the plan does not know, or that are multiplied twice or not at all. verify=False of "
+        "MLUCallback trains it as it is."
     )
     if certain:
         raise ValueError(text)
     if found:
-        warnings.warn(text, stacklevel=2)
+        warn(text)
 
 
 def deviations(module: nn.Module, base: nn.Module, plan: Plan, example: Any = None) -> tuple[Deviation, ...]:
@@ -155,7 +161,12 @@ def _of_group(
     )
     entry = expectations.plan.parameters[name]
     limit = EXACT * expectations.heads(name)
-    if how != "vector" or not plain:  # which may have been drawn anew
+    sizes = [use.size for _, ours, _ in members for use in ours]
+    rescaled = plain and any(
+        _off(_rms(sizes), _rms([*filter(None, stds.values())]) * expectations.std(name) * factor) < 1 + _ROUNDING
+        for factor in (1.0, expectations.plan.folded_factors.get(name, 1.0))
+    )
+    if not rescaled:  # but drawn anew, or a function of parameters
         counts = [sum(uses[0].count for uses in each) for each in zip(*(member[1:] for member in members), strict=True)]
         limit *= math.exp(CHANCE * math.sqrt(sum(1 / (2 * count) for count in counts[: 1 if plain else 2])))
     if offs[at] > limit:
