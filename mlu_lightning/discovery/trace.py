@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from mlu_lightning.discovery.decisions import run_most
 from mlu_lightning.utilities.custom_functions import seen_through
+from mlu_lightning.utilities.fake_mode import RememberingFakeMode
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
@@ -110,7 +111,7 @@ def _size(trace: Trace) -> tuple[int, int]:
 
 def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, start_hooks: bool = False) -> Trace:
     try:
-        return _run(module, example, step, start_hooks, FakeTensorMode(allow_non_fake_inputs=True))
+        return _run(module, example, step, start_hooks, RememberingFakeMode())
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
         # for another reason fails with real values below too, and that error is the user's
@@ -228,8 +229,14 @@ def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], cloc
 
 
 def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
-    tensors = ((index, part) for index, part in parts if isinstance(part, Tensor))
-    return tuple(TracedTensor(i, part.grad_fn, part.output_nr) for i, part in tensors if part.grad_fn is not None)
+    tensors = [(index, part) for index, part in parts if isinstance(part, Tensor)]
+    with torch._C.DisableTorchFunction():  # or every attribute goes through all modes that watch functions
+        nodes = [part.grad_fn for _, part in tensors]
+        return tuple(
+            TracedTensor(index, node, part.output_nr)
+            for (index, part), node in zip(tensors, nodes, strict=True)
+            if node is not None
+        )
 
 
 def _note(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -20,12 +21,13 @@ __all__ = ["copied_batch", "copied_module", "fake_tensor"]
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """Copy a module with parameters that are fake, or share memory with the originals, and all require a gradient."""
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        stand_in = parameter.detach() if fake is None else fake_tensor(parameter, fake)
-        memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.is_floating_point())
-    if fake is not None:
-        for buffer in module.buffers():
-            memo[id(buffer)] = fake_tensor(buffer, fake)
+    with nullcontext() if fake is None else fake:
+        for parameter in module.parameters():
+            stand_in = parameter.detach() if fake is None else fake_tensor(parameter, fake)
+            memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.is_floating_point())
+        if fake is not None:
+            for buffer in module.buffers():
+                memo[id(buffer)] = fake_tensor(buffer, fake)
     try:
         twin = copy.deepcopy(module, memo).train()
     except (TypeError, RuntimeError) as error:
