@@ -7,8 +7,8 @@ operations in whatever way a module writes them, hooks and functions of weights 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,13 +21,22 @@ from mlu_lightning.observation.operations import (
     CREATED,
     MATRIX_OPERANDS,
     NORMALIZING,
-    NORMS,
     OVERWRITING,
     SELECTING,
     VIEWS,
     contraction,
     end_name,
     operation,
+)
+from mlu_lightning.observation.value_graph import (
+    MOST_ORIGINS,
+    Node,
+    branch_of,
+    depends,
+    joins,
+    names_in,
+    operands,
+    write_through,
 )
 
 __all__ = ["ADDED", "Addition", "Dataflow", "How", "Use"]
@@ -65,32 +74,6 @@ class Addition:
 
 
 @dataclass(eq=False)
-class _Node:
-    """A tensor of the pass, without its values."""
-
-    index: int
-    op: str
-    data: bool = False  # whether it depends on data
-    weights: frozenset[str] = frozenset()  # parameters of which it is a function, and of no other data
-    plain: bool = False  # whether it is a part of one parameter
-    parents: tuple[_Node, ...] = ()  # those of its operands that depend on data
-    origins: tuple[tuple[_Node, float], ...] = ()  # nodes of which it is a multiple, and by what
-    multiple: bool = False  # whether it is one of its parent
-    viewed: _Node | None = None  # whose memory it may share
-    used: tuple[str, ...] = ()  # parameters that are used to compute it from data
-    residual: tuple[_Node, _Node] | None = None  # stream and branch of a residual addition
-    ends: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def root(self) -> _Node:
-        """What it is a multiple of, up to a bias."""
-        node = self
-        while node.multiple:
-            (node,) = node.parents
-        return node
-
-
-@dataclass(eq=False)
 class _Use:
     names: tuple[str, ...]
     how: How
@@ -99,7 +82,7 @@ class _Use:
     inputs: int
     plain: bool
     begin: float
-    source: _Node
+    source: Node
 
 
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -116,7 +99,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._nodes: Any = WeakTensorKeyDictionary()
         self._count = 0
         self._uses: list[_Use] = []
-        self._additions: list[tuple[_Node, Tensor, Tensor]] = []
+        self._additions: list[tuple[Node, Tensor, Tensor]] = []
         for leaf in tree_leaves(data):
             if isinstance(leaf, Tensor):
                 self._nodes[leaf] = self._source("data", ())
@@ -139,7 +122,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 if leaf in self._nodes and func._schema.is_mutable:
-                    _write(self._nodes[leaf], node)
+                    write_through(self._nodes[leaf], node)
                 self._nodes[leaf] = node
         return result
 
@@ -171,25 +154,25 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
         ``in_branch`` tells parameters of residual branches that are known, and with them which additions are on a stream.
         """
-        found = [(node, stream, branch) for node, stream, branch in self._additions if not _joins(node)]
-        names = {node: frozenset(_names(node)) for node, _, _ in found}
-        on_stream: set[_Node] = set()
+        found = [(node, stream, branch) for node, stream, branch in self._additions if not joins(node)]
+        names = {node: frozenset(names_in(node)) for node, _, _ in found}
+        on_stream: set[Node] = set()
         for node, of_branch in names.items():
             if node not in on_stream and any(map(in_branch, of_branch)):
-                on_stream.update(_stream_before(node))
+                on_stream.update(stream_before(node))
         return tuple(
             Addition(
                 names[node],
                 stream.item(),
                 branch.item(),
-                _mean_size([factor for _, factor in _operands(node)[1].origins]),
-                any(each.op in NORMALIZING for each in _branch(node)),
+                _mean_size([factor for _, factor in operands(node)[1].origins]),
+                any(each.op in NORMALIZING for each in branch_of(node)),
                 node in on_stream,
             )
             for node, stream, branch in found
         )
 
-    def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Node:
+    def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """Make the node of an operation's result."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         nodes = [self._node(tensor) for tensor in tensors]
@@ -214,25 +197,25 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     # nodes
 
-    def _node(self, tensor: Tensor) -> _Node:
-        found: _Node | None = self._nodes.get(tensor)
+    def _node(self, tensor: Tensor) -> Node:
+        found: Node | None = self._nodes.get(tensor)
         if found is None:
             found = self._nodes[tensor] = self._new("constant")
         return found
 
-    def _new(self, op: str, **fields: Any) -> _Node:
+    def _new(self, op: str, **fields: Any) -> Node:
         self._count += 1
-        return _Node(self._count, op, **fields)
+        return Node(self._count, op, **fields)
 
-    def _source(self, op: str, parents: Iterable[_Node], used: Iterable[str] = ()) -> _Node:
+    def _source(self, op: str, parents: Iterable[Node], used: Iterable[str] = ()) -> Node:
         node = self._new(op, data=True, parents=tuple(parents), used=tuple(used))
         node.origins = ((node, 1.0),)
         return node
 
-    def _multiple(self, op: str, parents: Sequence[_Node], factor: float = 1.0, viewed: _Node | None = None) -> _Node:
+    def _multiple(self, op: str, parents: Sequence[Node], factor: float = 1.0, viewed: Node | None = None) -> Node:
         """A multiple of one value, or parts of several."""
         origins = dict.fromkeys((source, by * factor) for parent in parents for source, by in parent.origins)
-        if len(origins) > _MOST_ORIGINS:
+        if len(origins) > MOST_ORIGINS:
             for parent in parents:
                 self._end(parent, end_name(op))
             return self._source(op, parents)
@@ -240,19 +223,17 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         node.origins = tuple(origins)
         return node
 
-    def _use(
-        self, weights: _Node, how: How, values: Tensor, source: _Node, inputs: int = 1, begin: float = 1.0
-    ) -> None:
+    def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
         names = tuple(sorted(weights.weights))
         self._uses.append(_Use(names, how, _rms(values), values.numel(), inputs, weights.plain, begin, source))
 
-    def _end(self, node: _Node, name: str) -> None:
+    def _end(self, node: Node, name: str) -> None:
         for source, factor in node.origins:
             source.ends.setdefault(name, []).append(factor)
 
     # operations
 
-    def _function(self, name: str, nodes: Sequence[_Node]) -> _Node:
+    def _function(self, name: str, nodes: Sequence[Node]) -> Node:
         """A function of weights and constants."""
         weights = frozenset[str]().union(*(node.weights for node in nodes))
         data = [node for node in nodes if node.data]
@@ -268,7 +249,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         node.weights, node.plain, node.viewed = weights, view and nodes[0].plain, nodes[0] if view else None
         return node
 
-    def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Node | None:
+    def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
         """A product of data and weights, with a bias."""
         first, second, third = MATRIX_OPERANDS[name]
         operands = [args[first], args[second]]
@@ -297,7 +278,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 node.used += tuple(of_added.weights)
         return node
 
-    def _sum(self, pairs: list[tuple[Tensor, _Node]], alpha: float) -> _Node:
+    def _sum(self, pairs: list[tuple[Tensor, Node]], alpha: float) -> Node:
         data = [(tensor, node) for tensor, node in pairs if node.data]
         if len(data) == 1:
             node = self._multiple("add", [data[0][1]])
@@ -310,7 +291,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             return node
         older, newer = sorted(data, key=lambda pair: pair[1].root.index)
         parents = [node for _, node in data]
-        if older[0].numel() == newer[0].numel() and _depends(newer[1], older[1].root):
+        if older[0].numel() == newer[0].numel() and depends(newer[1], older[1].root):
             for parent in parents:
                 self._end(parent, "addition")
             node = self._source("addition", parents)
@@ -321,7 +302,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             self._end(parent, "sum")
         return self._multiple("sum", parents)
 
-    def _product(self, name: str, args: tuple[Any, ...], pairs: list[tuple[Tensor, _Node]]) -> _Node | None:
+    def _product(self, name: str, args: tuple[Any, ...], pairs: list[tuple[Tensor, Node]]) -> Node | None:
         """A multiple of data, by a number, a constant or weights; None of anything else."""
         data = [node for _, node in pairs if node.data]
         if len(data) != 1 or (name == "div" and self._node_of(args[0]) is not data[0]):
@@ -335,13 +316,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             return self._multiple(name, data, factor)
         node = self._source(name, data, weights.weights)
         self._use(weights, "vector", other, node)
-        node.origins += tuple((source, by * factor) for source, by in data[0].origins)[: _MOST_ORIGINS - 1]
+        node.origins += tuple((source, by * factor) for source, by in data[0].origins)[: MOST_ORIGINS - 1]
         return node
 
-    def _node_of(self, operand: Any) -> _Node | None:
+    def _node_of(self, operand: Any) -> Node | None:
         return self._node(operand) if isinstance(operand, Tensor) else None
 
-    def _other(self, name: str, pairs: list[tuple[Tensor, _Node]]) -> _Node:
+    def _other(self, name: str, pairs: list[tuple[Tensor, Node]]) -> Node:
         """Any other operation with data."""
         data = [node for _, node in pairs if node.data]
         for parent in data:
@@ -352,9 +333,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 self._use(weights, "vector", values, node)
                 node.used += tuple(weights.weights)
         return node
-
-
-_MOST_ORIGINS = 32
 
 
 def _rms(values: Tensor) -> Tensor:
@@ -373,70 +351,3 @@ def _factor(operand: Any, name: str) -> float:
         return _rms(operand if name == "mul" else 1 / operand).item()
     value = abs(operand)
     return float(value if name == "mul" else 1 / value if value else math.inf)
-
-
-def _write(before: _Node, node: _Node) -> None:
-    """Let what a part of was written to depend on what was written."""
-    whole = before.viewed
-    while whole is not None:
-        whole.data, whole.multiple = whole.data or node.data, False
-        whole.parents += node.parents
-        whole.origins = tuple(dict.fromkeys(whole.origins + node.origins))[:_MOST_ORIGINS]
-        whole = whole.viewed
-
-
-def _before(node: _Node, first: int) -> Iterator[_Node]:
-    """A node and those before it, up to a number of the first."""
-    seen, stack = {node}, [node]
-    while stack:
-        found = stack.pop()
-        yield found
-        for parent in found.parents:
-            if parent.index >= first and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-
-
-def _depends(node: _Node, other: _Node) -> bool:
-    return node.root is not other and any(found is other for found in _before(node, other.index))
-
-
-def _operands(addition: _Node) -> tuple[_Node, _Node]:
-    """Stream and branch of a residual addition."""
-    assert addition.residual is not None
-    return addition.residual
-
-
-def _branch(addition: _Node) -> Iterator[_Node]:
-    """What leads from what is added to, to what is added."""
-    stream, branch = _operands(addition)
-    return _before(branch, stream.root.index + 1)
-
-
-def _names(addition: _Node) -> Iterator[str]:
-    for node in _branch(addition):
-        yield from node.used
-
-
-def _last_addition(node: _Node) -> _Node | None:
-    """The residual addition that a value is the sum of, up to norms."""
-    node = node.root
-    while node.op in NORMS and node.parents:
-        node = node.parents[0].root
-    return node if node.residual is not None else None
-
-
-def _joins(addition: _Node) -> bool:
-    """Whether both operands are streams, one of which goes on from the other."""
-    stream, branch = _operands(addition)
-    last = _last_addition(branch)
-    return last is not None and last.index > stream.root.index
-
-
-def _stream_before(addition: _Node) -> Iterator[_Node]:
-    """An addition and those before it along its stream."""
-    node: _Node | None = addition
-    while node is not None:
-        yield node
-        stream, branch = _operands(node)
-        node = _last_addition(branch if _joins(node) else stream)
