@@ -36,6 +36,7 @@ from mlu_lightning.observation.value_graph import (
     joins,
     names_in,
     operands,
+    stream_before,
     write_through,
 )
 
