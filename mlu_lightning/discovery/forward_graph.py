@@ -137,6 +137,8 @@ def _uses(op: Op) -> Iterator[Use]:
         leaves = list(_leaves(operand[0], ()))
         shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
         kind = kinds.get(slot, USE_KINDS.get(op.name, "other"))
+        if op.is_recurrent_layer:
+            kind = "matrix" if len(shape) > 1 else "bias"
         for leaf, path in leaves:
             if kind == "add" and math.prod(shape) == 1 < math.prod(leaf.shape):
                 kind = "penalty"  # all of a parameter in one number

@@ -46,6 +46,8 @@ NORMS = frozenset(
     "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
     "BatchNorm NativeBatchNormLegit".split()
 )
+CHANNEL_NORMS = NORMS - {"NativeLayerNorm", "FusedRmsNorm", "RmsNorm"}
+"""Those of which a parameter is for channels, the second axis."""
 SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clamp Pow".split())
 """Last operations of the size of data, by which a norm that is written by hand divides."""
 SELECTIONS = frozenset({"Index", "IndexSelect"})
@@ -92,6 +94,11 @@ class Op:
         while op.is_transparent:
             op = op.data[0]
         return op
+
+    @cached_property
+    def is_recurrent_layer(self) -> bool:
+        """Whether it is a whole recurrent layer, whose matrices are those of the input and of the state in turn."""
+        return any(part in self.name for part in ("Rnn", "Lstm", "Gru"))
 
     @property
     def is_transparent(self) -> bool:
@@ -173,12 +180,6 @@ class Use:
     def is_vector(self) -> bool:
         """Whether the operand has several entries along one axis at most."""
         return math.prod(self.shape) == max(self.shape, default=1)
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether it is a kernel for each channel, whose outputs sum over no others."""
-        groups: int = getattr(self.op.node, "_saved_groups", 1) if self.op.name in CONVOLUTIONS else 1
-        return self.kind == "matrix" and groups > 1 and self.fans[0] == 1
 
     @property
     def is_section(self) -> bool:
