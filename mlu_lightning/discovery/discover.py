@@ -31,6 +31,7 @@ from mlu_lightning.discovery.uncovered import (
     warnings_about,
 )
 from mlu_lightning.table import Role, row_name
+from mlu_lightning.utilities.garbage import collected_later
 from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
 
 __all__ = ["discover"]
@@ -67,7 +68,11 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     >>> structure.roles["branch.0.weight"].value, structure.roles["readout.bias"].value
     ('branch_in', 'readout_bias')
     """
-    module = original_module(module)
+    with collected_later():
+        return _structure(original_module(module), example)
+
+
+def _structure(module: nn.Module, example: Any) -> Structure:
     trace = trace_module(module, example)
     graph = build_graph(trace)
     require_no_reentrance(module, graph)
