@@ -8,10 +8,10 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from mlu_lightning.application.applied import Applied, Mode, residual_state, uncompiled
+from mlu_lightning.application.applied import Applied, Mode, residual_state
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
 from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import original_module, planned_parameters
 
 __all__ = ["STATE_KEY", "WHERE", "apply_saved", "load_plan", "warn_of_hooks", "write_plan"]
 
@@ -126,7 +126,7 @@ def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
 
 def _check_untied(module: nn.Module, plan: Plan) -> None:
     """Refuse a module that ties a readout that has a weight of its own in the checkpoint, where bake untied it."""
-    parameters = planned_parameters(uncompiled(module), remove_duplicate=False)
+    parameters = planned_parameters(original_module(module), remove_duplicate=False)
     for multiplier in Applied(plan, "fold").acting:
         tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
         if multiplier.kind == "readout" and len(tied) > 1:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import folded_parameters, residual_state, uncompiled
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.optimization import plan_names
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.names import original_module
 
 __all__ = ["unfolded_gradients"]
 
@@ -44,7 +45,7 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     >>> norm.item(), module.weight.grad.item()
     (1.0, 4.0)
     """
-    module = uncompiled(module)
+    module = original_module(module)
     applied = residual_state(module)
     fits = applied.is_of(plan) if applied is not None else not plan.forward_factors
     if not fits:

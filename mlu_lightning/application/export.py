@@ -11,12 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import uncompiled
 from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
 from mlu_lightning.application.multipliers import fold, mark_baked, state_with
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.utilities.names import planned_part
+from mlu_lightning.utilities.names import original_module, planned_part
 
 __all__ = ["bake", "restore_multipliers"]
 
@@ -54,7 +53,7 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     >>> torch.equal(plain(x), outputs)
     True
     """
-    plain = uncompiled(module)
+    plain = original_module(module)
     applied = state_with(plain, plan)
     if applied.mode == "baked":
         return module

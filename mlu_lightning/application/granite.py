@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import uncompiled
 from mlu_lightning.application.multipliers import state_with
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.names import original_module
 from mlu_lightning.utilities.state import preserve_state
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
         raise ImportError(
             "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
         ) from error
-    plain = uncompiled(module)
+    plain = original_module(module)
     acting = state_with(plain, plan).acting
     plan.check(plain)
     models = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))

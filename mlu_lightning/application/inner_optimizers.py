@@ -10,6 +10,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mlu_lightning.utilities.lightning_namespaces import of_both
+
 __all__ = ["parameters_of", "updating"]
 
 
@@ -34,7 +36,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _updating(optimizer: Any, around: frozenset[int]) -> list[Optimizer]:
-    if isinstance(optimizer, LightningOptimizer):
+    if isinstance(optimizer, of_both(LightningOptimizer)):
         return _updating(optimizer.optimizer, around)
     sharding = sys.modules.get("torch.distributed.optim")  # not imported here: it is slow, and whoever uses it has
     if sharding is not None and isinstance(optimizer, sharding.ZeroRedundancyOptimizer):

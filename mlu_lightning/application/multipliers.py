@@ -11,10 +11,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import Applied, residual_state, set_applied, uncompiled
+from mlu_lightning.application.applied import Applied, residual_state, set_applied
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
 from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import original_module, planned_parameters
 
 __all__ = [
     "MultiplierHandle",
@@ -68,7 +68,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     >>> module["mlp"](torch.ones(2))
     tensor([1., 1.])
     """
-    module = uncompiled(module)
+    module = original_module(module)
     _check_fresh(module, plan)
     for multiplier in plan.forward_factors:
         _check_place(multiplier)
@@ -107,7 +107,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     >>> torch.equal(fold(module, plan).weight, before * 0.5)
     True
     """
-    plain = uncompiled(module)
+    plain = original_module(module)
     attached = None if multiplied else residual_state(plain)
     if attached is not None and attached.mode == "hook" and attached.is_of(plan):
         plan.check(plain)
@@ -130,7 +130,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
 
 def check_attached(module: nn.Module) -> None:
     """Refuse a module of which parts with multipliers were exchanged for others, which have none."""
-    module = uncompiled(module)
+    module = original_module(module)
     applied = residual_state(module)
     if applied is None:
         return
@@ -172,7 +172,7 @@ def state_with(module: nn.Module, plan: Plan) -> Applied:
 
 def mark_baked(module: nn.Module, plan: Plan) -> None:
     """Note that weights hold all multipliers, and remove the hooks that folding left; without these, it stays folded."""
-    module = uncompiled(module)
+    module = original_module(module)
     applied = residual_state(module)
     if applied is not None:
         if not applied.hooks:

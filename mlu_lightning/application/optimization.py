@@ -26,7 +26,7 @@ from mlu_lightning.application.optimizer_rules import Factor, Family, Group, mul
 from mlu_lightning.application.shadow_groups import Shadow, Split
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
-from mlu_lightning.utilities.names import planned_name
+from mlu_lightning.utilities.names import original_module, planned_name
 
 __all__ = ["Scaled", "ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer", "scaled_by"]
 
@@ -69,6 +69,7 @@ def scale_optimizer(
     (0.125, 0.5)
     >>> handle.remove()
     """
+    module = original_module(module)
     optimizers = updating(optimizer)
     for each in optimizers:
         _check_optimizer(each, family)

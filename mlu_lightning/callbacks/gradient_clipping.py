@@ -7,18 +7,18 @@ from contextlib import ExitStack
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mlu_lightning.application import unfolded_gradients
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 
 __all__ = ["wrap_clipping"]
 
 
 def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Callable[[], None]:
     """Let a module clip its gradients as those of weights without multipliers, whoever asks; return what undoes this."""
-    own, clipping = is_overridden("configure_gradient_clipping", module), False
+    own, clipping = is_hook_overridden("configure_gradient_clipping", module), False
 
     def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal clipping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
@@ -10,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
@@ -21,6 +21,7 @@ from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, wa
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimization import Scaled
 from mlu_lightning.application.own_optimizers import scale_at_step
+from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
@@ -30,7 +31,9 @@ from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["MLUCallback"]
 
@@ -38,7 +41,7 @@ Residual = Literal["hook", "fold"]
 FamilyName = Literal["sgd", "adam", "adamw", "muon"]
 
 
-class MLUCallback(Callback):
+class MLUCallback(EitherCallback):
     """Train a LightningModule in the MLU parameterization, with the hyperparameters of a base shape.
 
     Add one to a Trainer, and ``fit`` plans the module (theory.md, section 3), sets the scale of its initial weights,
@@ -141,11 +144,6 @@ class MLUCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan and initialize the module, now or when it will have been built."""
-        if not isinstance(trainer, Trainer):
-            raise TypeError(
-                f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
-                f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
-            )
         callbacks: list[Callback] = vars(trainer)["callbacks"]
         if sum(isinstance(callback, MLUCallback) for callback in callbacks) > 1:
             raise ValueError(
@@ -162,7 +160,7 @@ class MLUCallback(Callback):
                 "The Trainer trains in processes started from this one, and only weights come back, without multipliers or "
                 'a mark that they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
             )
-        builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
+        builders = [name for name in ("setup", "configure_model") if is_hook_overridden(name, pl_module)]
         if not builders:
             self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
             return
@@ -257,7 +255,7 @@ class MLUCallback(Callback):
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
             )
         example = find_example(trainer, module) if self._example is None else self._example
-        with _built(self._arguments.base, trainer, self._seed) as base:
+        with _built(self._arguments.base, module, trainer, self._seed) as base:
             return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
@@ -305,18 +303,24 @@ class MLUCallback(Callback):
 
 
 @contextmanager
-def _built(base: Any, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
+def _built(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
+    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make."""
     # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
     with isolate_rng():
         torch.manual_seed(seed)
         built = base if base is None or isinstance(base, (nn.Module, str)) else base()
-    if not isinstance(built, LightningModule):
+    if not isinstance(built, of_both(LightningModule)):
         yield built
         return
+    hooks = any(is_hook_overridden(name, built) for name in ("setup", "configure_model"))
+    incomplete = hooks and {*map(name_pattern, planned_parameters(module))} > {
+        *map(name_pattern, planned_parameters(built))
+    }
+    if incomplete and built is base:
+        built = copy.deepcopy(built)
     built.trainer = trainer
     try:
-        if next(built.parameters(), None) is None:
+        if incomplete:
             with isolate_rng():
                 torch.manual_seed(seed)
                 built.setup("fit")

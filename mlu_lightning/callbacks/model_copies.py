@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
+from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.lightning_private import resamples_parameters
 
 __all__ = ["check_copies", "copy_again"]
@@ -14,7 +15,9 @@ __all__ = ["check_copies", "copy_again"]
 
 def check_copies(others: Iterable[Callback]) -> None:
     """Refuse callbacks that give a module other initial weights than those of its plan."""
-    if any(isinstance(callback, callbacks.ModelPruning) and resamples_parameters(callback) for callback in others):
+    if any(
+        isinstance(callback, of_both(callbacks.ModelPruning)) and resamples_parameters(callback) for callback in others
+    ):
         raise ValueError(
             "ModelPruning(resample_parameters=True) draws weights again as modules draw them when they are built, "
             "without the scale that MLUCallback has given them. Leave resample_parameters at False: weights go "
@@ -25,7 +28,7 @@ def check_copies(others: Iterable[Callback]) -> None:
 def copy_again(others: Iterable[Callback], trainer: Trainer, module: LightningModule) -> None:
     """Let weight averaging and pruning, which go back to a copy of the module, copy it once more, now initialized."""
     for callback in others:
-        if isinstance(callback, _COPYING):
+        if isinstance(callback, tuple(cls for copying in _COPYING for cls in of_both(copying))):
             callback.setup(trainer, module, TrainerFn.FITTING)
 
 

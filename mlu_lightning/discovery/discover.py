@@ -23,7 +23,7 @@ from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import require_no_reentrance, require_residual_branches, warnings_about
 from mlu_lightning.table import Role, row_name
-from mlu_lightning.utilities.names import common_module, planned_parameters
+from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
 
 __all__ = ["discover"]
 
@@ -58,6 +58,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     >>> structure.roles["branch.0.weight"].value, structure.roles["readout.bias"].value
     ('branch_in', 'readout_bias')
     """
+    module = original_module(module)
     trace = trace_module(module, example)
     graph = build_graph(trace)
     require_no_reentrance(module, graph)

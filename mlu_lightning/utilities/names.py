@@ -7,11 +7,15 @@ import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlu_lightning.utilities.lightning_private import set_up_by_fabric
 
 __all__ = [
     "common_module",
     "name_pattern",
     "name_pattern_of_parts",
+    "original_module",
     "planned_modules",
     "planned_name",
     "planned_parameters",
@@ -41,6 +45,14 @@ def name_pattern_of_parts(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def original_module(module: nn.Module) -> nn.Module:
+    """Return the module inside of what ``torch.compile``, Fabric and DDP put around a whole one."""
+    inner = getattr(module, "_orig_mod", None) or set_up_by_fabric(module)
+    if inner is None and isinstance(module, DistributedDataParallel):
+        inner = module.module
+    return original_module(inner) if isinstance(inner, nn.Module) else module
+
+
 def planned_name(name: str) -> str:
     """Return the name that a parameter or submodule has in plans, from that in ``named_parameters()`` or the like.
 
@@ -52,13 +64,13 @@ def planned_name(name: str) -> str:
 
 def planned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters of a module by their names in plans; shared ones have their first name only, or all of them."""
-    named = module.named_parameters(remove_duplicate=remove_duplicate)
+    named = original_module(module).named_parameters(remove_duplicate=remove_duplicate)
     return {planned_name(name): parameter for name, parameter in named}
 
 
 def planned_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over a module and its submodules, without wrappers, with their names in plans."""
-    for name, part in module.named_modules():
+    for name, part in original_module(module).named_modules():
         if unwrapped(part) is part:
             yield planned_name(name), part
 

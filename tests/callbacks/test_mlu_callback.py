@@ -209,10 +209,3 @@ def test_plan_of_another_module_is_refused(plan: Plan) -> None:
     with pytest.raises(ValueError, match="The plan was not made for this Net"):
         fit(module, MLUCallback(plan=plan))
     assert identical(module, Net())
-
-
-def test_trainer_of_the_other_package_is_refused() -> None:
-    other = pytest.importorskip("pytorch_lightning")
-    run = other.Trainer(accelerator="cpu", barebones=True, callbacks=[MLUCallback(Net())])
-    with pytest.raises(TypeError, match=r"given to a pytorch_lightning.*Import Trainer .* from lightning\.pytorch"):
-        run.callbacks[0].setup(run, Net(), "fit")
