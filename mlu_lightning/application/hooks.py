@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
@@ -16,7 +16,7 @@ from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.names import planned_part
 
-__all__ = ["attach_hooks", "detach_hooks"]
+__all__ = ["attach_hooks", "detach_hooks", "hooks_in", "sites_seen"]
 
 
 def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
@@ -46,8 +46,7 @@ def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple
         if where == "output":
             hooks.append(target.register_forward_hook(_OutputMultiplier(factor, site), prepend=True))
         elif where == "weight":
-            assert site.part is not None
-            hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
+            hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site)))
             hooks.append(target.register_forward_hook(_restore_rows, always_call=True))
         else:
             hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, site), with_kwargs=True))
@@ -64,6 +63,18 @@ def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
         hook.remove()
     for part in module.modules():
         _set_back(part)
+
+
+def sites_seen(handles: Iterable[RemovableHandle]) -> dict[Site, int]:
+    """How often the hook at each site has multiplied in passes with gradients; in compiled code, while it was compiled."""
+    hooks = ((handle.hooks_dict_ref() or {}).get(handle.id) for handle in handles)
+    return {hook.site: hook.seen.count for hook in hooks if isinstance(hook, _MULTIPLIERS)}
+
+
+def hooks_in(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Hooks that multiply in a module, whoever attached them, by the ``id`` of their dict and their key in it."""
+    dicts = (hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))
+    return ((id(hooks), key) for hooks in dicts for key, hook in hooks.items() if isinstance(hook, _MULTIPLIERS))
 
 
 _BEFORE = "_mlu_forward"  # where a part with hooks, and its copies, have the forward that somebody had put into it
@@ -92,14 +103,30 @@ def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return vars(module)[_BEFORE](*args, **kwargs)
 
 
+class _Seen:
+    """Counts passes with gradients."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def note(self) -> None:
+        if torch.is_grad_enabled():
+            self.count += 1
+
+    # what torch.compiler.assume_constant_result sets, whose import is slow: compiled code calls it as it is compiled only
+    note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class _OutputMultiplier:
     """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     factor: float
     site: Site
+    seen: _Seen = field(default_factory=_Seen, compare=False)
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.seen.note()
         index = self.site.index
         if index is None:
             return self._multiplied(output)
@@ -138,8 +165,10 @@ class _InputMultiplier:
 
     factor: float
     site: Site
+    seen: _Seen = field(default_factory=_Seen, compare=False)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.seen.note()
         for position, value in enumerate(args):
             if isinstance(value, Tensor) and value.is_floating_point():
                 return (*args[:position], value * self.factor, *args[position + 1 :]), kwargs
@@ -157,10 +186,13 @@ class _RowsMultiplier:
     """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied."""
 
     factor: float
-    part: tuple[int, int]
+    site: Site
+    seen: _Seen = field(default_factory=_Seen, compare=False)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        start, stop = self.part
+        self.seen.note()
+        assert self.site.part is not None
+        start, stop = self.site.part
         for name, parameter in module.named_parameters(recurse=False):
             rows = torch.cat((parameter[:start], parameter[start:stop] * self.factor, parameter[stop:]))
             module.__dict__[name] = rows
@@ -170,3 +202,6 @@ def _restore_rows(module: nn.Module, args: Any, output: Any) -> None:
     """Take the products of :class:`_RowsMultiplier` away again, also after an error, in a forward hook."""
     for name, _ in module.named_parameters(recurse=False):
         module.__dict__.pop(name, None)
+
+
+_MULTIPLIERS = (_OutputMultiplier, _InputMultiplier, _RowsMultiplier)
