@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -65,16 +65,19 @@ def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
         _set_back(part)
 
 
-def sites_seen(handles: Iterable[RemovableHandle]) -> dict[Site, int]:
-    """How often the hook at each site has multiplied in passes with gradients; in compiled code, while it was compiled."""
-    hooks = ((handle.hooks_dict_ref() or {}).get(handle.id) for handle in handles)
-    return {hook.site: hook.seen.count for hook in hooks if isinstance(hook, _MULTIPLIERS)}
+def sites_seen(handles: Iterable[RemovableHandle]) -> set[Site]:
+    """Sites whose hooks have multiplied in passes with gradients."""
+    found = ((handle.hooks_dict_ref() or {}).get(handle.id) for handle in handles)
+    hooks = [hook for hook in found if isinstance(hook, _Multiplier)]
+    # modules of one class share compiled code, which has the hook of the first one
+    compiled = {hook.kind for hook in hooks if hook.seen.compiled}
+    return {hook.site for hook in hooks if hook.seen.called or hook.kind in compiled}
 
 
 def hooks_in(module: nn.Module) -> Iterator[tuple[int, int]]:
     """Hooks that multiply in a module, whoever attached them, by the ``id`` of their dict and their key in it."""
     dicts = (hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))
-    return ((id(hooks), key) for hooks in dicts for key, hook in hooks.items() if isinstance(hook, _MULTIPLIERS))
+    return ((id(hooks), key) for hooks in dicts for key, hook in hooks.items() if isinstance(hook, _Multiplier))
 
 
 _BEFORE = "_mlu_forward"  # where a part with hooks, and its copies, have the forward that somebody had put into it
@@ -104,26 +107,41 @@ def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Seen:
-    """Counts passes with gradients."""
+    """Whether a hook was called in a pass with gradients, or when code with it was compiled for one."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.called = self.compiled = False
 
     def note(self) -> None:
-        if torch.is_grad_enabled():
-            self.count += 1
+        if torch.compiler.is_compiling():
+            self._note_compiled()
+        elif not self.called:
+            self.called = torch.is_grad_enabled()
 
-    # what torch.compiler.assume_constant_result sets, whose import is slow: compiled code calls it as it is compiled only
-    note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def _note_compiled(self) -> None:
+        self.compiled |= torch.is_grad_enabled()
+
+    # what torch.compiler.assume_constant_result sets, whose import is slow: it is called as code is compiled, and not later
+    _note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class _OutputMultiplier:
-    """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
+class _Multiplier:
+    """A hook that multiplies."""
 
     factor: float
     site: Site
     seen: _Seen = field(default_factory=_Seen, compare=False)
+
+    @property
+    def kind(self) -> tuple[float, Site]:
+        """What hooks in the same compiled code have in common."""
+        return self.factor, replace(self.site, module="")
+
+
+@dataclass(frozen=True)
+class _OutputMultiplier(_Multiplier):
+    """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.seen.note()
@@ -160,12 +178,8 @@ class _OutputMultiplier:
 
 
 @dataclass(frozen=True)
-class _InputMultiplier:
+class _InputMultiplier(_Multiplier):
     """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
-
-    factor: float
-    site: Site
-    seen: _Seen = field(default_factory=_Seen, compare=False)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.seen.note()
@@ -182,12 +196,8 @@ class _InputMultiplier:
 
 
 @dataclass(frozen=True)
-class _RowsMultiplier:
+class _RowsMultiplier(_Multiplier):
     """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied."""
-
-    factor: float
-    site: Site
-    seen: _Seen = field(default_factory=_Seen, compare=False)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         self.seen.note()
@@ -202,6 +212,3 @@ def _restore_rows(module: nn.Module, args: Any, output: Any) -> None:
     """Take the products of :class:`_RowsMultiplier` away again, also after an error, in a forward hook."""
     for name, _ in module.named_parameters(recurse=False):
         module.__dict__.pop(name, None)
-
-
-_MULTIPLIERS = (_OutputMultiplier, _InputMultiplier, _RowsMultiplier)

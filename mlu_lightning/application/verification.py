@@ -5,7 +5,7 @@ It looks at what is, not at what was asked for: whether weights have changed, in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -77,13 +77,15 @@ class FirstSteps:
 
     def before_update(self, scaled: ScaledOptimizer) -> bool:
         """Note what is about to be updated, and refuse gradients that have not gone through their multiplier."""
-        if not self._have_stepped:
-            self._looks = 0
+        first = not self._have_stepped
+        self._looks = 0 if first else self._looks
         self._have_stepped[scaled] = None
         if self._looks >= _DENSE:
             return False
         own = self._own(scaled)
         self._before = checksums(own)
+        if first and not self._manual:
+            _refuse_changed_in_step([name for name in own if not self._before[name].is_of(self._start[name])])
         if self._unseen:
             self._require_multipliers(own)
         return not is_known(scaled.optimizer)
@@ -137,7 +139,7 @@ class FirstSteps:
     def _require_multipliers(self, own: Mapping[str, Tensor]) -> None:
         applied = residual_state(self._module)
         assert applied is not None
-        seen = {site for site, count in sites_seen(applied.hooks).items() if count}
+        seen = sites_seen(applied.hooks)
         self._unseen = {m: names for m, names in self._unseen.items() if m.site not in seen}
         for multiplier, names in self._unseen.items():
             reached = [n for n in names if (p := own.get(n)) is not None and p.grad is not None and bool(p.grad.any())]
@@ -176,10 +178,20 @@ def _guarded(module: nn.Module, plan: Plan) -> dict[Multiplier, tuple[str, ...]]
     return {m: m.folds or tuple(of_branch.get(m.name, ()) if m.kind == "branch" else ()) for m in acting}
 
 
+def _refuse_changed_in_step(changed: Sequence[str]) -> None:
+    if changed:
+        raise ValueError(
+            f"Weights have changed in the first step before an optimizer's update: {listed(changed)}. What does it may be "
+            "training_step or a forward pass (weights that are drawn when they are first used, max_norm of an embedding) "
+            "or code after backward (a decay of its own), and the plan knows nothing of that. Draw weights before the fit, "
+            "leave decay to the optimizer, or, if it is as it should be, give MLUCallback verify=False."
+        )
+
+
 def _refuse_strays(strays: set[str]) -> None:
     if strays:
         raise ValueError(
-            f"Weights have moved in the first steps, but in no update of an optimizer that is scaled: {listed(strays)}. So "
+            f"Weights have moved in the first steps, but in no update of an optimizer that is scaled: {listed(sorted(strays))}. So "
             "their learning rates are not those of the plan. Update them with an optimizer of torch.optim, or with another "
             "torch.optim.Optimizer and its family=... for MLUCallback or scale_optimizer; or multiply your numbers by those "
             "of plan.scales(family), and give MLUCallback verify=False."
@@ -190,7 +202,7 @@ def _refuse_unread(unread: Mapping[str, str]) -> None:
     if unread:
         keys = " and ".join(sorted({*unread.values()}))
         raise ValueError(
-            f"An optimizer has updated {listed(unread)} without reading {keys} in its parameter groups, where the plan "
+            f"An optimizer has updated {listed(sorted(unread))} without reading {keys} in its parameter groups, where the plan "
             "multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; and "
             "leave out of its groups what it has no use for."
         )

@@ -42,13 +42,15 @@ class Verification:
 
         def begin(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             restore()
+            skip = method(*args, **kwargs)
             self._refuse(trainer, "in on_train_start, on_train_epoch_start or on_train_batch_start")
             self._weights = None
             manual = not self._module.automatic_optimization
             self._steps = FirstSteps(self._module, self._plan, self._optimizers, manual)
-            return method(*args, **kwargs)
+            return skip
 
-        restore = wrap_method(self._module, "training_step", begin)
+        # the last hook before the first step
+        restore = wrap_method(self._module, "on_train_batch_start", begin)
         return restore
 
     def batch_end(self) -> None:

@@ -68,7 +68,8 @@ def _exact(values: Tensor) -> Tensor:
 
 def _weights(part: Tensor) -> Tensor:
     """Integers that look random, so that no simple exchange or change of signs leaves a sum as it is."""
-    return torch.arange(1, len(part) + 1, device=part.device) * 2654435761 % 2147483647
+    places = torch.arange(1, len(part) + 1, device=part.device)
+    return places * places * 2654435761 % 2147483647
 
 
 def _rough(values: Tensor) -> Tensor:
