@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
+from mlu_lightning.utilities.module_copies import OwnHook
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["attach_hooks", "detach_hooks", "hooks_in", "sites_seen"]
@@ -126,7 +127,7 @@ class _Seen:
 
 
 @dataclass(frozen=True)
-class _Multiplier:
+class _Multiplier(OwnHook):
     """A hook that multiplies."""
 
     factor: float

@@ -191,10 +191,10 @@ def _refuse_changed_in_step(changed: Sequence[str]) -> None:
 def _refuse_strays(strays: set[str]) -> None:
     if strays:
         raise ValueError(
-            f"Weights have moved in the first steps, but in no update of an optimizer that is scaled: {listed(sorted(strays))}. So "
-            "their learning rates are not those of the plan. Update them with an optimizer of torch.optim, or with another "
-            "torch.optim.Optimizer and its family=... for MLUCallback or scale_optimizer; or multiply your numbers by those "
-            "of plan.scales(family), and give MLUCallback verify=False."
+            "Weights have moved in the first steps, but in no update of an optimizer that is scaled: "
+            f"{listed(sorted(strays))}. So their learning rates are not those of the plan. Update them with an optimizer of "
+            "torch.optim, or with another torch.optim.Optimizer and its family=... for MLUCallback or scale_optimizer; or "
+            "multiply your numbers by those of plan.scales(family), and give MLUCallback verify=False."
         )
 
 
@@ -202,9 +202,9 @@ def _refuse_unread(unread: Mapping[str, str]) -> None:
     if unread:
         keys = " and ".join(sorted({*unread.values()}))
         raise ValueError(
-            f"An optimizer has updated {listed(sorted(unread))} without reading {keys} in its parameter groups, where the plan "
-            "multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; and "
-            "leave out of its groups what it has no use for."
+            f"An optimizer has updated {listed(sorted(unread))} without reading {keys} in its parameter groups, where the "
+            "plan multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; "
+            "and leave out of its groups what it has no use for."
         )
 
 

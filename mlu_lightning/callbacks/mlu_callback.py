@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,6 +18,7 @@ from mlu_lightning.application.applied import mark_initialized, residual_state
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
@@ -28,12 +27,12 @@ from mlu_lightning.callbacks.model_copies import check_copies, copy_again
 from mlu_lightning.callbacks.saved_plans import wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verification import Verification
+from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
-from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["MLUCallback"]
 
@@ -124,10 +123,11 @@ class MLUCallback(EitherCallback):
         self._example = example
         self._seed = seed
         self._family = family
+        self.verify = verify
+        self._seen: Any = None  # the example that was planned with, until the training starts
         self._plan: Plan | None = None
         self._planned: Plan | None = None
         self._initialized = False
-        self._verify = verify
         self._optimizers: Optimizers | None = None  # of the fit that goes on
         self._verification: Verification | None = None
         self._cleanup = ExitStack()
@@ -158,6 +158,7 @@ class MLUCallback(EitherCallback):
             self._keep(pl_module)
             return
         self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
+        self._seen = None
         check_copies(callbacks)
         check_strategy(trainer.strategy)
         if starts_processes(trainer.strategy):
@@ -190,6 +191,15 @@ class MLUCallback(EitherCallback):
             families = {name: family for part in parts for name, family in part.families.items()}
             log_plan(trainer.loggers, self._plan, self._residual, families)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse weights that are not the plan's, and compare what the module computes, unless it was trained before."""
+        if self._verification is not None:
+            self._cleanup.callback(self._verification.start(trainer))
+        example, self._seen = self._seen, None
+        if self.verify and self._initialized and example is not None:
+            assert self._plan is not None
+            verify_function(trainer, pl_module, self._plan, self._arguments.base, example, self._seed)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan."""
         if load_plan(pl_module, checkpoint) is not None:
@@ -197,11 +207,7 @@ class MLUCallback(EitherCallback):
         self._keep(pl_module)
         if self._verification is not None:
             self._verification.loaded()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse initial weights that are no longer those of the plan."""
-        if self._verification is not None:
-            self._cleanup.callback(self._verification.start(trainer))
+        self._seen = None  # the weights are others now
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -278,8 +284,8 @@ class MLUCallback(EitherCallback):
                 "module. Plan it before, as it is without configure_model's sharding: "
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
             )
-        example = find_example(trainer, module) if self._example is None else self._example
-        with _built(self._arguments.base, module, trainer, self._seed) as base:
+        self._seen = example = find_example(trainer, module) if self._example is None else self._example
+        with built_base(self._arguments.base, module, trainer, self._seed) as base:
             return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
     def _apply(self, module: LightningModule, plan: Plan, optimizers: Optimizers) -> None:
@@ -312,7 +318,7 @@ class MLUCallback(EitherCallback):
                 "attach_multipliers or fold and give init=None to MLUCallback, or give it a module that was built anew."
             )
         wrap_saving(module)
-        self._verification = Verification(module, plan, optimizers, self._initialized) if self._verify else None
+        self._verification = Verification(module, plan, optimizers, self._initialized) if self.verify else None
 
     def _look(self, who: str) -> None:
         """Look at the initial weights, which somebody may have changed since the last time."""
@@ -325,31 +331,3 @@ class MLUCallback(EitherCallback):
         if applied is not None:
             self._plan = applied.plan
             wrap_saving(module)
-
-
-@contextmanager
-def _built(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make."""
-    # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
-    with isolate_rng():
-        torch.manual_seed(seed)
-        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
-    if not isinstance(built, of_both(LightningModule)):
-        yield built
-        return
-    hooks = any(is_hook_overridden(name, built) for name in ("setup", "configure_model"))
-    incomplete = hooks and {*map(name_pattern, planned_parameters(module))} > {
-        *map(name_pattern, planned_parameters(built))
-    }
-    if incomplete and built is base:
-        built = copy.deepcopy(built)
-    built.trainer = trainer
-    try:
-        if incomplete:
-            with isolate_rng():
-                torch.manual_seed(seed)
-                built.setup("fit")
-                built.configure_model()
-        yield built
-    finally:
-        built.trainer = None

@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import product
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ def run_most(run: Callable[[], RunT], size: Callable[[RunT], tuple[int, ...]]) -
 @contextmanager
 def _drawing(draws: _Draws) -> Iterator[None]:
     torch.manual_seed(0)
-    python = (3, (*_state(draws.large["python"]), 0), None)
+    python = 3, (*_state(draws.large["python"]), 0), None
     random.setstate(python)
     keys = np.array(_state(draws.large["numpy"]), dtype=np.uint32)
     np.random.set_state(("MT19937", keys, 0, 0, 0.0))
@@ -102,11 +103,12 @@ class _TorchDraws(TorchFunctionMode):
         return drawn.fill_(value) if known else drawn.new_tensor(value).reshape(drawn.shape)
 
 
-def _state(large: bool) -> list[int]:
+@cache
+def _state(large: bool) -> tuple[int, ...]:
     """State of a Mersenne Twister whose next words are all in the highest, or the lowest, part in a thousand."""
     generator = random.Random(0)
     high = (2**10 - 1) << 22 if large else 0
-    return [_untempered(high + generator.getrandbits(22)) for _ in range(_WORDS)]
+    return tuple(_untempered(high + generator.getrandbits(22)) for _ in range(_WORDS))
 
 
 def _untempered(word: int) -> int:

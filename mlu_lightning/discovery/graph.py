@@ -46,6 +46,8 @@ NORMS = frozenset(
     "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
     "BatchNorm NativeBatchNormLegit".split()
 )
+CHANNEL_NORMS = NORMS - {"NativeLayerNorm", "FusedRmsNorm", "RmsNorm"}
+"""Those of which a parameter is for channels, the second axis."""
 SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clamp Pow".split())
 """Last operations of the size of data, by which a norm that is written by hand divides."""
 SELECTIONS = frozenset({"Index", "IndexSelect"})
@@ -91,6 +93,11 @@ class Op:
         while op.is_transparent:
             op = op.data[0]
         return op
+
+    @cached_property
+    def is_recurrent_layer(self) -> bool:
+        """Whether it is a whole recurrent layer, whose matrices are those of the input and of the state in turn."""
+        return any(part in self.name for part in ("Rnn", "Lstm", "Gru"))
 
     @property
     def is_transparent(self) -> bool:
@@ -321,6 +328,8 @@ def _uses(op: Op) -> Iterator[Use]:
         leaves = list(_leaves(operand[0], ()))
         shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
         kind = kinds.get(slot, _KINDS.get(op.name, "other"))
+        if op.is_recurrent_layer:
+            kind = "matrix" if len(shape) > 1 else "bias"
         for leaf, path in leaves:
             inputs_first = weights.get(slot, False)
             yield Use(leaf.parameter or "", op, kind, path, shape, leaf.shape, inputs_first, shared=len(leaves) > 1)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mlu_lightning.discovery.decisions import run_most
 from mlu_lightning.utilities.custom_functions import seen_through
+from mlu_lightning.utilities.fake_mode import RememberingFakeMode
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
@@ -73,7 +74,6 @@ class Trace:
     calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
-    scalars: tuple[tuple[Tensor, float], ...]  # floating-point buffers of one entry with their values, if they have any
 
 
 def trace_module(module: nn.Module, example: Any) -> Trace:
@@ -110,7 +110,7 @@ def _size(trace: Trace) -> tuple[int, int]:
 
 def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, start_hooks: bool = False) -> Trace:
     try:
-        return _run(module, example, step, start_hooks, FakeTensorMode(allow_non_fake_inputs=True))
+        return _run(module, example, step, start_hooks, RememberingFakeMode())
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
         # for another reason fails with real values below too, and that error is the user's
@@ -128,7 +128,6 @@ def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: F
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in planned_parameters(twin).items()}
-    scalars = _scalars(module, twin)
     dtypes = {parameter.dtype for parameter in twin.parameters() if parameter.is_floating_point()}
     # a module that was built in the precision of the Trainer and its base, built before, share an example
     dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -159,13 +158,7 @@ def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: F
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
-    return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars)
-
-
-def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
-    buffers = zip(twin.buffers(), module.buffers(), strict=True)
-    scalars = ((copied, b) for copied, b in buffers if b.numel() == 1 and b.is_floating_point())
-    return tuple((copied, b.item()) for copied, b in scalars if not (b.is_meta or isinstance(b, FakeTensor)))
+    return Trace(roots, names, tuple(calls), tuple(functions), twin)
 
 
 def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:
@@ -228,8 +221,14 @@ def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], cloc
 
 
 def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
-    tensors = ((index, part) for index, part in parts if isinstance(part, Tensor))
-    return tuple(TracedTensor(i, part.grad_fn, part.output_nr) for i, part in tensors if part.grad_fn is not None)
+    tensors = [(index, part) for index, part in parts if isinstance(part, Tensor)]
+    with torch._C.DisableTorchFunction():  # or every attribute goes through all modes that watch functions
+        nodes = [part.grad_fn for _, part in tensors]
+        return tuple(
+            TracedTensor(index, node, part.output_nr)
+            for (index, part), node in zip(tensors, nodes, strict=True)
+            if node is not None
+        )
 
 
 def _note(
