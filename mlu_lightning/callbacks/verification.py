@@ -22,17 +22,19 @@ class Verification:
     def __init__(self, module: LightningModule, plan: Plan, optimizers: Optimizers, initialized: bool) -> None:
         self._module, self._plan, self._optimizers = module, plan, optimizers
         self._weights = InitialWeights(module, plan) if initialized else None
+        self._loaded = False
         self._steps: FirstSteps | None = None
 
     def look(self, who: str) -> None:
         """Look at the weights, which somebody may have changed since the last time."""
-        if self._weights is not None:
+        if self._weights is not None and self._loaded:
+            self._weights, self._loaded = InitialWeights(self._module, self._plan), False
+        elif self._weights is not None:
             self._weights.look(who)
 
     def loaded(self) -> None:
-        """Take the weights as they are now, because they are those of a checkpoint."""
-        if self._weights is not None:
-            self._weights = InitialWeights(self._module, self._plan)
+        """Take the weights as they will be the next time, because callbacks are loading those of a checkpoint."""
+        self._loaded = True
 
     def start(self, trainer: Trainer) -> Callable[[], None]:
         """Refuse weights that have changed, now and before the first step; return what undoes this."""
