@@ -9,7 +9,8 @@ from mlu_lightning.table import Role, Variant, row_name
 
 __all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
 
-BranchKind = Literal["attention", "convolution", "mlp", "recurrence"]
+BranchKind = Literal["attention", "convolution", "mlp", "recurrence", "mixing"]
+"""What a branch does; ``"mixing"`` has no matrix, as pooling or a Fourier transform over tokens."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Branch:
 
     name: str  # longest module name that its parameters share
     kind: BranchKind
-    hidden: int  # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to
+    # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to; D if there is none
+    hidden: int
     stream: int  # index into ``Structure.streams``
     position: int  # along the stream, from 0; parallel branches of one addition share it
     parameters: tuple[str, ...]

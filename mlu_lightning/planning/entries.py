@@ -117,7 +117,7 @@ class BranchPlan:
 
     Args:
         name: name of its module.
-        kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
+        kind: ``"attention"``, ``"convolution"``, ``"mlp"``, or ``"mixing"`` without a matrix.
         hidden: hidden width M: heads, channels or units.
         stream: index into ``Plan.streams``.
         position: place along the stream.
