@@ -26,8 +26,8 @@ from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.model_copies import check_copies, copy_again
 from mlu_lightning.callbacks.saved_plans import wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
-from mlu_lightning.callbacks.verification import Verification
 from mlu_lightning.callbacks.verified_function import verify_function
+from mlu_lightning.callbacks.verified_steps import Verification
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments

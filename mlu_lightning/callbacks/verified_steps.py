@@ -8,8 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from mlu_lightning.application.applied import mark_initialized
+from mlu_lightning.application.first_steps import FirstSteps, InitialWeights, refuse_changed
 from mlu_lightning.application.own_optimizers import Optimizers
-from mlu_lightning.application.verification import FirstSteps, InitialWeights, refuse_changed
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 
