@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from helpers.faults import FAULTS, is_right, outcome, right
+from helpers.faults import FAULTS
+from helpers.planted_runs import is_right, outcome, right
 
 
 @pytest.mark.parametrize("name", FAULTS)
