@@ -39,6 +39,7 @@ from mlu_lightning.observation.value_graph import (
     stream_before,
     write_through,
 )
+from mlu_lightning.utilities.names import name_pattern_of_parts
 
 __all__ = ["ADDED", "Addition", "Dataflow", "How", "Use"]
 
@@ -72,6 +73,11 @@ class Addition:
     constant: float  # by which it is multiplied, since another operation
     normalized: bool  # whether what is added does not depend on the size of what it is added to
     on_stream: bool  # whether it is on the way to an addition of a residual branch that the plan knows
+
+    @property
+    def patterns(self) -> frozenset[str]:
+        """Names without the numbers in them, the same all along the depth."""
+        return frozenset(map(name_pattern_of_parts, self.names))
 
 
 @dataclass(eq=False)

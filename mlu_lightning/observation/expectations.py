@@ -55,9 +55,13 @@ class Expectations:
         if how != "matrix" or not entry.role.is_matrix:
             return std
         inputs = entry.ratios.inputs / entry.ratios.active  # each expert by itself
-        if entry.role is Role.EMBEDDING and name in self._readouts:
+        if self.is_tied_readout(name):
             inputs = entry.fans[1] / entry.base_fans[1]
         return std * math.sqrt(inputs)
+
+    def is_tied_readout(self, name: str) -> bool:
+        """Whether a parameter is an embedding, and where it is used as a matrix the readout."""
+        return self.plan.parameters[name].role is Role.EMBEDDING and name in self._readouts
 
     def factors(self, name: str, how: How, ends: set[str]) -> tuple[float, ...]:
         """Factors of c · std · sqrt(n), with the constants c until a chain of multiplications ends; one of them is right."""

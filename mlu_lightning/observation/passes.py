@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,12 @@ class Followed:
     additions: tuple[Addition, ...]
 
 
-def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
+def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Followed:
     """Pass an example through a module in evaluation mode, and follow it; the module stays as it is.
 
-    ``roles`` are those of parameters by ``name_pattern_of_parts`` of their names, so that they can be another shape's.
+    ``roles`` of parameters may be those at another depth: names without their numbers count.
     """
+    of_patterns = {name_pattern_of_parts(name): role for name, role in roles.items()}
     parameters = planned_parameters(module)
     dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -44,7 +46,7 @@ def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
         return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
     def is_(name: str, *wanted: Role) -> bool:
-        return roles.get(name_pattern_of_parts(name)) in wanted
+        return of_patterns.get(name_pattern_of_parts(name)) in wanted
 
     batch = tree_map_only(Tensor, converted, clone_batch(example))
     gradients = {parameter: parameter.grad for parameter in parameters.values()}

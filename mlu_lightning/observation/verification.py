@@ -99,8 +99,7 @@ def deviations(module: nn.Module, base: nn.Module, plan: Plan, example: Any = No
     """Find all that :func:`verify` refuses or warns of, the worst first."""
     if example is None:
         example = getattr(module, "example_input_array", None)
-    roles = {name_pattern_of_parts(name): role for name, role in plan.roles.items()}
-    both = follow(module, example, roles), follow(base, example, roles)
+    both = follow(module, example, plan.roles), follow(base, example, plan.roles)
     expectations = Expectations(plan)
     found = [*_of_uses(expectations, *both), *_of_additions(expectations, *both)]
     return tuple(sorted(found, key=lambda deviation: -deviation.factor))
@@ -253,7 +252,7 @@ def _by_branch(additions: Iterable[Addition]) -> Mapping[frozenset[str], list[Ad
     found: defaultdict[frozenset[str], list[Addition]] = defaultdict(list)
     for addition in additions:
         if addition.on_stream:
-            found[frozenset(map(name_pattern_of_parts, addition.names))].append(addition)
+            found[addition.patterns].append(addition)
     return found
 
 
