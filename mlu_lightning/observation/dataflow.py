@@ -122,7 +122,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if torch._C._current_autograd_node() is not None:  # gradients that a step asks for
+        changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+        updates = changed is not None and self._node(changed).op == "parameter"  # as of a teacher, after its use
+        if updates or torch._C._current_autograd_node() is not None:  # or gradients that a step asks for
             return func(*args, **given)
         node = self._result(operation(func._schema.name), args, given)  # before operands are changed in place
         result = func(*args, **given)
