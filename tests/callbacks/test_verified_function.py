@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_runs import BATCH, WIDE, Net, fit, loader
+from helpers.callback_runs import BATCH, OUTPUTS, WIDE, Net, fit, loader
 from torch import Tensor, nn
 
 from mlu_lightning import MLUCallback, Plan
 
 
 class Scaled(Net):
-    """Multiplies its outputs by a power of its own width."""
+    """Multiplies its outputs by numbers that depend on its own width."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) * self.shape[2] ** -0.5
+        return super().forward(inputs) * torch.full((OUTPUTS,), self.shape[2] ** -0.5)
 
 
 class DrawnLate(Net):

@@ -82,6 +82,8 @@ class Language(nn.Module):
         if self.fault == "tied, D^-1/2 before the readout":
             h = h * embedding**-0.5
         logits = self.head(h)
+        if self.fault == "a buffer on logits":
+            logits = logits * self.scale.mean() ** -torch.ones(11)
         return logits * embedding**-0.5 if self.fault == "D^-1/2 on logits" else logits
 
 
