@@ -94,7 +94,8 @@ class _Watch(Callback):
     def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._rows = {name: parameter.row for name, parameter in plan.parameters.items()}
+        learned = (item for item in plan.parameters.items() if item[1].role is not Role.FROZEN)
+        self._rows = {name: parameter.row for name, parameter in learned}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -156,7 +157,7 @@ class _Watch(Callback):
     def _observe_without(self, row: str, module: LightningModule) -> Observation:
         """Observe the module with the parameters of one row of the table as they were at the start."""
         parameters = planned_parameters(module)
-        of_row = {name: parameter for name, parameter in parameters.items() if self._rows[name] == row}
+        of_row = {name: parameter for name, parameter in parameters.items() if self._rows.get(name) == row}
         with restored(of_row):
             with torch.no_grad():
                 for name, parameter in of_row.items():
@@ -193,15 +194,17 @@ class _Watch(Callback):
         readers = tuple(self._readers.values())
         effects = local_effects(module, readers, self._start, lambda: self._observe(module, locations=()))
         # experts without tokens are not read, as others beside them are
-        read = {(name_pattern(name), self._rows[name]) for name in effects}
+        read = {(name_pattern(name), self._rows[name]) for name in effects if name in self._rows}
         parameters = planned_parameters(module)
-        unread = [name for name in parameters if (name_pattern(name), self._rows[name]) not in read]
+        unread = [name for name in self._rows if (name_pattern(name), self._rows[name]) not in read]
         effects |= value_effects(self._plan, unread, parameters, self._start)
         for name, effect in effects.items():
             self._add(Kind.UPDATE, name, effect, name in self._readers and self._readers[name].multiplied)
 
     def _add(self, kind: Kind, name: str, value: float, multiplied: bool = False) -> None:
         parameter = self._plan.parameters[name]
+        if parameter.role is Role.FROZEN:
+            return
         expected = expected_size(kind, parameter.role, parameter.variant, parameter.ratios, multiplied)
         self._found[Quantity(kind, name_pattern(name), parameter.row)].append(value / expected)
 

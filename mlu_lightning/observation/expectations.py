@@ -38,7 +38,7 @@ class Expectations:
     def parameter(self, names: Sequence[str], how: How) -> str | None:
         """The parameter whose entry tells what to expect of a use of several, None if none is used as it is planned."""
         entries = self.plan.parameters
-        known = [name for name in names if name in entries]
+        known = [name for name in names if name in entries and entries[name].role is not Role.FROZEN]
         matrices = [name for name in known if entries[name].role.is_matrix and len(entries[name].shape) > 1]
         if how == "vector":  # matrices are used as such elsewhere, and here by a penalty
             known, matrices = [name for name in known if name not in matrices], []
