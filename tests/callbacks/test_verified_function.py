@@ -55,10 +55,10 @@ def test_other_functions_than_the_plans_are_refused(make: type[Net], name: str, 
     fit(make(), MLUCallback(make(), residual=residual))  # at the base shape, whatever it computes
 
 
-def test_what_was_trained_or_is_somebodys_own_is_not_compared(tmp_path: Any) -> None:
-    module = Hooked(**WIDE)
-    fit(module, MLUCallback(Net(), init=None))
-    fit(module, MLUCallback(Net(), init=None))
+def test_what_was_trained_or_is_somebodys_own_is_not_compared() -> None:
+    module, callback = Hooked(**WIDE), MLUCallback(Net(), init=None)
+    fit(module, callback)
+    fit(module, callback)
 
 
 @pytest.mark.parametrize("base", [None, "saved"])
