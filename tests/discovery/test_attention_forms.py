@@ -121,7 +121,7 @@ FORMS: dict[str, tuple[Callable[..., Any], dict[str, list[Any]], dict[str, str]]
     "distances": (lambda net, x, q, k, v, _: (-torch.cdist(q, k)).softmax(-1) @ v, {}, {}),
     "sums of products": (lambda net, x, q, k, v, _: (q[..., None, :] * k[:, :, None]).sum(-1).softmax(-1) @ v, {}, {}),
 }
-READ = {"weights mixed and normalized", "logits handed on", "biases of places", "no softmax"}
+READ = {"weights mixed and normalized", "logits handed on", "memory", "biases of places", "no softmax"}
 """Forms with a factor on logits that can be read, and queries that can be multiplied."""
 
 
