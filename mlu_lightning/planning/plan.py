@@ -129,12 +129,12 @@ class Plan:
         if isinstance(base, nn.Module):
             elsewhere = [*planned_parameters(base)]
         structure = override_roles(discover(module, example), overrides, elsewhere)
-        require_roles(structure, module)
+        require_roles(structure, module, overrides)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
-            require_roles(base_structure, base)
+            require_roles(base_structure, base, overrides)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
         parameters = plan_parameters(structure, reference, streams)
