@@ -161,8 +161,8 @@ def _trained(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Parameters of a plan that are trained: others, such as those of a teacher, are somebody's own business."""
     names = plan_names(module, plan)
     named = ((names[id(parameter)], parameter) for parameter in module.parameters())
-    learned = {name for name, role in plan.roles.items() if role is not Role.FROZEN}
-    return {name: p for name, p in named if p.requires_grad and name in learned}
+    roles = plan.roles
+    return {name: p for name, p in named if p.requires_grad and roles.get(name, Role.FROZEN) is not Role.FROZEN}
 
 
 def _names(names: Mapping[int, str], optimizers: Iterable[ScaledOptimizer]) -> set[str]:
