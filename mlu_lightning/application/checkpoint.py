@@ -10,6 +10,7 @@ from torch import nn
 
 from mlu_lightning.application.applied import Applied, Mode, residual_state
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
+from mlu_lightning.application.state_mark import add_mark
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
@@ -23,12 +24,13 @@ def write_plan(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Write into a checkpoint, among the states of callbacks, which plan's multipliers its module has, if any, and where."""
     applied = residual_state(module)
     if applied is not None:
+        add_mark(module, checkpoint.get("state_dict", {}))
         checkpoint.setdefault("callbacks", {})[STATE_KEY] = {"plan": applied.plan.to_yaml(), "mode": applied.mode}
 
 
 def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
-    """Check that a module has the multipliers of the weights it was just given, or put them in; their plan, if any."""
-    saved = checkpoint["callbacks"].get(STATE_KEY)
+    """Check that a module has the multipliers of a checkpoint's weights, or put them in; their plan, if any."""
+    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
     present = residual_state(module)
     if saved is None:
         if present is not None and present.mode != "baked":
@@ -81,8 +83,8 @@ def warn_of_hooks(plan: Plan) -> None:
     if left:
         rank_zero_warn(
             f"Folding leaves {_listed(left)} in hooks, because no weight multiplies there and nowhere else, so a plain "
-            "model that loads a checkpoint of this run is another function. Afterwards, bake(module, callback.plan) makes a "
-            "plain module of the same function."
+            "model refuses to load checkpoints of this run, as it would be another function. Load them with MLUCallback or "
+            "restore_multipliers(module, path); bake(module, callback.plan) makes a plain module of the same function."
         )
 
 

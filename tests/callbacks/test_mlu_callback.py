@@ -124,7 +124,7 @@ def test_weights_that_are_folded_already_take_the_numbers_of_fold(plan: Plan) ->
 @pytest.mark.parametrize("init", [{}, {"init": None}], ids=["rescale", "none"])
 def test_init_none_leaves_the_weights(init: dict[str, Any]) -> None:
     module = Net(**WIDE, optimizers=lambda module: None)
-    fit(module, MLUCallback(Net(), **init))
+    fit(module, MLUCallback(Net(), residual="hook", **init))
     assert identical(module, Net(**WIDE)) == ("init" in init)
 
 
