@@ -51,7 +51,11 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     """
     branches = [BranchRoles(graph, region) for region in partition.branches]
     number_of: dict[str, int] = {}
-    numbers = [_number(branch.writer_names or branch.matrix_names, number_of) for branch in branches]
+    keys = [branch.writer_names or branch.names for branch in branches]
+    # without any parameter, as the one before the next branch that has some
+    beside = [next(filter(None, (*keys[i:], *keys[:i][::-1])), ()) if not key else () for i, key in enumerate(keys)]
+    keys = [key or tuple(f"before {name}" for name in after) for key, after in zip(keys, beside, strict=True)]
+    numbers = [_number(key, number_of) for key in keys]
     stream_of_group: dict[int, int] = {}
     merged: dict[int, int] = {}
     for number, branch in zip(numbers, partition.branches, strict=True):
@@ -64,17 +68,19 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
+    dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
         # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
         norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
         post_norm = norms > 0 and 2 * norms >= stream.depth - 1
         maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
+        on_trunk = partial(place_on_trunk, embeddings=dimensions)
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
             (stream.stem, partial(place_in_stem, maps_before=maps), None),
-            *((ops, partial(place_on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
-            (stream.link, partial(place_on_trunk, post_norm=post_norm), None),
-            (stream.shortcuts, partial(place_on_trunk, post_norm=False), None),
-            (stream.head, HeadRoles(graph, head, post_norm).place, None),
+            *((ops, partial(on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
+            (stream.link, partial(on_trunk, post_norm=post_norm), None),
+            (stream.shortcuts, partial(on_trunk, post_norm=False), None),
+            (stream.head, HeadRoles(graph, head, post_norm, dimensions).place, None),
         ]
         regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
@@ -93,6 +99,8 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
     regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
     for region, use in regional:
+        if use.kind == "penalty":
+            continue
         found = region.place(use)
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
@@ -101,23 +109,35 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
 
 
 def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) -> ParameterFacts:
-    """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
+    """Say where a parameter sits, from all its uses, of which there are none if no loss reaches it."""
+    uses = _agreeing(uses)
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
     if (len(roles) != 1 and not tied) or len(norms) > 1:
-        return ParameterFacts(name, None, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
+        role = None if uses else Role.FROZEN
+        return ParameterFacts(name, role, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
     head_dim = active = 1
-    if branch is not None:
+    mixed = False
+    if isinstance(placed.found, Placed) and placed.found.outputs is not None:
+        fan_out = placed.found.outputs
+    elif branch is not None:
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
             fan_out = use.selected[-1] if branch.is_expert(use.op) else math.prod(use.selected)
         if branch.is_expert(use.op):
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(branch, role, fan_in, fan_out)
+        rows = (
+            branch.units.rows(use.op)
+            if branch.is_recurrent and not use.op.is_recurrent_layer and role in _OF_UNITS
+            else 0
+        )
+        mixed = use.kind in ("matrix", "bias") and 0 < rows < fan_out
+        fan_out = rows if mixed else fan_out
         if branch.attention is not None:
             if role is Role.BRANCH_OUT:
                 head_dim = branch.attention.value_dim
@@ -130,10 +150,25 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
         head_dim=head_dim,
         tied=tied,
+        mixed=mixed,
         active=active,
         uses=_places_along_depth(uses),
         variant=placed.found.variant,
     )
+
+
+def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
+    """Uses without those whose role has the same numbers as another one, or counts for less."""
+    roles = {placed.found.role for placed in uses}
+    if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
+        return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]
+    if roles == {Role.EMBEDDING, Role.BRANCH_NORM}:  # a table that is read before the first block, and again in each
+        return [placed for placed in uses if placed.found.role is Role.EMBEDDING]
+    # what is done to data is undone on outputs, as by a reversible norm: vectors over channels
+    on_data = {placed.found.role for placed in uses if isinstance(placed.found, Placed) and placed.found.on_data}
+    if roles - on_data == {Role.READOUT_BIAS}:
+        return [placed for placed in uses if placed.found.role is Role.READOUT_BIAS]
+    return uses
 
 
 def _places_along_depth(uses: list[PlacedUse]) -> int:
@@ -158,6 +193,9 @@ def _is_read_again(op: Op, regions: list[Region]) -> bool:
     own = [[o for o in region.ops if o not in common] for region in regions]
     read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
     return len(set().union(*read)) < sum(map(len, read))
+
+
+_OF_UNITS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_IN_BIAS)
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:
