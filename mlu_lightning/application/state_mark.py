@@ -58,9 +58,9 @@ def is_marked(state: dict[str, Any]) -> bool:
     return any(map(_is_mark, state))
 
 
-def add_mark(module: nn.Module, state: dict[str, Any]) -> None:
-    """Mark a state dict whose mark was lost, because a module chooses or renames what it saves."""
-    if MARK in vars(module) and state and not is_marked(state):
+def add_mark(state: dict[str, Any]) -> None:
+    """Mark a state dict, also where its mark was lost because a module chooses or renames what it saves."""
+    if not is_marked(state):
         state[MARK] = _value("cpu")
 
 

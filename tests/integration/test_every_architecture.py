@@ -56,7 +56,7 @@ def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytes
         folds = residual == "fold"
         verify = architecture not in [ARCHITECTURES[name] for name in OWN_CONSTANTS]
         by_base = MLUCallback(base, residual="fold", alpha=1.5, verify=verify)
-        callback = by_base if folds else MLUCallback(plan=run("fold").plan)
+        callback = by_base if folds else MLUCallback(plan=run("fold").plan, residual="hook")
         trainer = fit(module, batches, callback, Seeded(), folder=folder)
         assert callback.plan is not None
         return Run(module, trainer, callback.plan, folder)
@@ -97,7 +97,7 @@ def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Arc
         assert identical(module, plain)
         assert listed(trainer.optimizers[0].state_dict()) == listed(expected.optimizers[0].state_dict())
 
-    hook = MLUCallback(built(architecture, SMALL, seed=1))
+    hook = MLUCallback(built(architecture, SMALL, seed=1), residual="hook")
     is_the_same_with(hook)
     is_the_same_with(MLUCallback(plan=hook.plan, residual="fold"))
     assert len(set(plain.losses)) == BATCHES * EPOCHS

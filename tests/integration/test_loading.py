@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,36 @@ def test_a_module_that_chooses_what_it_saves(tmp_path: Path) -> None:
     restore_multipliers(restored := Renames(), path)
     trainer(callback).fit(resumed := Renames(), data(), ckpt_path=path)
     for each in (loaded, restored, resumed):
+        assert torch.equal(outputs(each), outputs(module))
+
+
+class Tuned(Lit):
+    """Saves what it trains alone; the rest is known from elsewhere."""
+
+    def __init__(self, depth: int = 6, width: int = 12, tied: bool = False) -> None:
+        super().__init__(depth, width, tied)
+        self.strict_loading = False
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("write" not in name)
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "write" not in name}
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_frozen_weights_that_are_not_saved_get_their_multipliers(residual: Any, tmp_path: Path) -> None:
+    callback = partial(MLUCallback, Tuned(depth=2, width=4), residual=residual, init=None)
+    run = trainer(callback())
+    run.fit(module := Tuned(), data())
+    run.save_checkpoint(path := tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=f"Found keys that are not in the model .*{MARK}"):
+        loaded = Tuned.load_from_checkpoint(path)
+    assert not torch.equal(outputs(loaded), outputs(module))
+    restore_multipliers(loaded, path)
+    trainer(MLUCallback()).validate(validated := Tuned(), data(), ckpt_path=path, verbose=False)
+    trainer(callback()).fit(resumed := Tuned(), data(), ckpt_path=path)
+    for each in (loaded, validated, resumed):
         assert torch.equal(outputs(each), outputs(module))
 
 
