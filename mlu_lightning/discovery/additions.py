@@ -48,6 +48,10 @@ def residual_additions(graph: Graph) -> tuple[list[Addition], int]:
     return search.with_mixing(kept), nested
 
 
+def _is_linear(op: Op) -> bool:
+    return op.name == "Cat" or (len(op.data) == 1 and op.name not in NONLINEAR)
+
+
 def _chain(op: Op) -> list[Op]:
     """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
     chain = [op]
@@ -97,13 +101,21 @@ class _Search:
         root = parting.source  # before what only arranges it, or multiplies it with constants
         if not self.ancestry.feeds_matrix_before(root, branch):
             return None
-        other = found.get(branch.source)
-        if other is not None and other.root is not root and not self.ancestry.precedes(root, other.root):
-            return None  # two streams that meet
+        if self._is_other_stream(branch, root, found):
+            return None
         if any(self.graph.is_matrix(o) for o in chain[: chain.index(parting)]):
             # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
             return root if op in self.read and self._is_nonlinear(branch, root) else None
         return root
+
+    def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
+        """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
+        while branch.is_transparent or branch.name in NORMS:
+            branch = branch.data[0]
+        if branch not in found:
+            return False
+        begin = min(self._line(branch, found), key=lambda op: op.index)
+        return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
 
     def _is_nonlinear(self, branch: Op, root: Op) -> bool:
         ops, _ = between([branch], lambda op: op.index <= root.index)
@@ -161,7 +173,7 @@ class _Search:
             line.add(op)
             if op in of:
                 stack.append(of[op].root)
-            elif op.name == "Add" or (len(op.data) == 1 and not self.graph.is_matrix(op)):
+            elif op.name in ("Add", "Cat") or (len(op.data) == 1 and not self.graph.is_matrix(op)):
                 stack.extend(op.data)
             elif op.is_normalizer:
                 stack.append(max(op.data, key=lambda o: math.prod(o.shape)))
@@ -170,24 +182,27 @@ class _Search:
     def without_nested(self, found: list[Addition]) -> tuple[list[Addition], int]:
         """Additions that lie in no other one's branch, and how many do whose stream begins there, too."""
         kept: list[Addition] = []
-        nested = 0
+        nested, of = 0, {addition.op for addition in found}
         around: list[Addition] = []  # of those, which begin before
         continued: dict[Op, int] = {}  # where the streams from each of their roots are added to for the last time
         for addition in reversed(found):
             around = [outer for outer in around if outer.root.index < addition.op.index]
-            outer = next((outer for outer in around if self._is_within(addition, outer)), None)
+            outer = next((outer for outer in around if self._is_within(addition, outer, of)), None)
             if outer is None or continued.get(addition.op, 0) > outer.op.index:
                 kept.append(addition)
                 around.append(addition)
                 continued.setdefault(addition.root, addition.op.index)
-            else:
+            elif addition.root is outer.root or self.ancestry.precedes(outer.root, addition.root):
                 nested += 1
         return kept[::-1], nested
 
-    def _is_within(self, addition: Addition, outer: Addition) -> bool:
-        """Whether an addition lies in another one's branch, and its stream begins there, too."""
+    def _is_within(self, addition: Addition, outer: Addition, of: set[Op]) -> bool:
+        """Whether an addition lies in another one's branch, and is not on a stream that was there before."""
         ends = addition.op is outer.branch or self.ancestry.precedes(addition.op, outer.branch)
-        return ends and (outer.root is addition.root or self.ancestry.precedes(outer.root, addition.root))
+        if not ends or not self.ancestry.precedes(outer.root, addition.op):
+            return False
+        root = addition.root
+        return root not in of or root.index >= outer.root.index or self.ancestry.precedes(outer.root, root)
 
     def with_mixing(self, found: list[Addition]) -> list[Addition]:
         """Additions, and those on the same streams whose branches mix what they read without a matrix."""

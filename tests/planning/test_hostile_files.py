@@ -348,7 +348,7 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
         (
             "variant: null",
             "variant: big",
-            "there is no variant 'big'. Variants are: before_norm, post_norm, every_block, in_head",
+            "no variant 'big'. Variants are: before_norm, post_norm, every_block, in_head",
         ),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
     ],
