@@ -13,6 +13,7 @@ from torch import nn
 from mlu_lightning.discovery.attention import own_scale
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.constants import Constants
+from mlu_lightning.discovery.copies import find_copies
 from mlu_lightning.discovery.feature_taps import FeatureTaps
 from mlu_lightning.discovery.forward_graph import build_graph
 from mlu_lightning.discovery.graph import UseKind
@@ -30,6 +31,7 @@ from mlu_lightning.discovery.uncovered import (
     warnings_about,
 )
 from mlu_lightning.table import Role, row_name
+from mlu_lightning.utilities.garbage import collected_later
 from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
 
 __all__ = ["discover"]
@@ -66,7 +68,11 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     >>> structure.roles["branch.0.weight"].value, structure.roles["readout.bias"].value
     ('branch_in', 'readout_bias')
     """
-    module = original_module(module)
+    with collected_later():
+        return _structure(original_module(module), example)
+
+
+def _structure(module: nn.Module, example: Any) -> Structure:
     trace = trace_module(module, example)
     graph = build_graph(trace)
     require_no_reentrance(module, graph)
@@ -108,6 +114,7 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
+        copies=find_copies(module, {name for name, facts in parameters.items() if facts.role is Role.FROZEN}),
         warnings=tuple(warnings_about(parts, regions, constants, {f.variant for f in parameters.values()}, [*idle])),
     )
 
@@ -204,8 +211,6 @@ def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Read
 
 def _why_unassigned(uses: list[PlacedUse]) -> str:
     """What was found around a parameter that could not be placed."""
-    if not uses:
-        return "it took no part in the forward pass of the example"
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
     rows = (row_name(u.found.role, u.found.variant) for u in uses if u.found.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))

@@ -231,7 +231,11 @@ class Graph:
 
     def is_matrix(self, op: Op) -> bool:
         """Whether an operation multiplies data with a parameter matrix."""
-        return "matrix" in self.kinds(op)
+        return op in self._with_matrix
+
+    @cached_property
+    def _with_matrix(self) -> frozenset[Op]:
+        return frozenset(op for op in self.uses if "matrix" in self.kinds(op))
 
     def values(self, tensors: Iterable[TracedTensor]) -> Iterator[tuple[int | None, Value]]:
         """Indices of the tensors that have a part in what the forward pass returned, and the values that they hold."""

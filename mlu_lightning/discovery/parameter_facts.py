@@ -113,13 +113,14 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
 
 
 def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) -> ParameterFacts:
-    """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
+    """Say where a parameter sits, from all its uses, of which there are none if no loss reaches it."""
     uses = _agreeing(uses)
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant in COMPOUNDING for placed in uses}
     if (len(roles) != 1 and not tied) or len(norms) > 1:
-        return ParameterFacts(name, None, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
+        role = None if uses else Role.FROZEN
+        return ParameterFacts(name, role, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans

@@ -168,6 +168,7 @@ class Structure:
     features: tuple[Tap, ...] = ()  # of pre-activations and logits of branches, where a submodule has them
     unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
+    copies: dict[str, str] = field(default_factory=dict)  # submodules that are copies of others, which come second
 
     @property
     def roles(self) -> dict[str, Role]:
