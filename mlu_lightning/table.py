@@ -91,7 +91,7 @@ class Variant(_Name):
     BEFORE_NORM = "before_norm"
     """``branch_out`` before a norm that comes between it and the addition, and undoes the scale of what it writes."""
     POST_NORM = "post_norm"
-    """``stream_norm`` between residual additions: such norms compound, all along the depth."""
+    """``stream_norm`` between residual additions: such norms compound."""
     EVERY_BLOCK = "every_block"
     """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
     IN_HEAD = "in_head"
@@ -326,8 +326,7 @@ _MLU = Table(
     },
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
-        (Role.STREAM_NORM, Variant.POST_NORM): Row(g=_PER_OUTPUT, lr=_PER_DEPTH),  # L of them compound
-        (Role.STREAM_NORM, Variant.EVERY_BLOCK): Row(g=_PER_OUTPUT, lr=_PER_DEPTH),
+        **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
