@@ -125,11 +125,8 @@ class _Search:
         """Whether a softmax reads a sum."""
         users = list(self.graph.users[op])
         for user in users:  # which grows
-            if user.name in _SOFTMAXES:
-                return True
-            if user.is_transparent or user.name in ("MaskedFill", "Where"):
-                users += self.graph.users[user]
-        return False
+            users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()
+        return any(user.name in _SOFTMAXES for user in users)
 
     def without_outermost(self, found: list[Addition]) -> list[Addition]:
         """Additions but those of the data itself and a network with residual additions: skips around all of it."""
@@ -152,16 +149,12 @@ class _Search:
             if (
                 inner is not None
                 and inner.root.index >= addition.root.index
-                and self._continues(inner.root, addition, of)
+                and addition.root in self._line(inner.root, of, addition.root.index)
             ):
                 long[addition.op] = addition
         chained = {outer for addition in long.values() for outer in self._line(addition.root, of) if outer in long}
         chained |= {op for op, addition in long.items() if not chained.isdisjoint(self._line(addition.root, of))}
         return [addition for addition in found if addition.op not in long or addition.op in chained]
-
-    def _continues(self, op: Op, addition: Addition, of: dict[Op, Addition]) -> bool:
-        """Whether a stream goes from the root of an addition through an operation."""
-        return addition.root in self._line(op, of, addition.root.index)
 
     def _line(self, op: Op, of: dict[Op, Addition], until: int = 0) -> set[Op]:
         """What a stream has come through on its way to an operation, with all that was added to it outside of branches."""
