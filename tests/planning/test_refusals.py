@@ -49,7 +49,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
     "complex": (
         waves,
         ValueError,
-        r"^Parameters of Net are complex: blocks\.0\.modes, .*overrides=.*blocks\.\*\.modes.*frozen",
+        r"^Parameters of Net are complex: blocks\.0\.modes, .*blocks\.\*\.modes.*frozen",
     ),
     "key": (
         failing(KeyError("y")),
