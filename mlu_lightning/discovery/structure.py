@@ -62,6 +62,7 @@ class ParameterFacts:
     # what the module itself multiplies by what it makes, but for what a branch or readout has; None if that cannot be told
     constant: float | None = None
     variant: Variant | None = None  # what about its place changes the row of its role
+    repeats: int | None = None  # norms, or gains and matrices beside branches, that the stream goes through
 
     @property
     def row(self) -> str | None:
