@@ -114,7 +114,7 @@ def _std(name: str, parameter: nn.Parameter, role: Role, module: nn.Module) -> f
     """Root mean square at initialization; None of one without entries, and of frozen ones, which are left as they are."""
     if parameter.numel() == 0 or role is Role.FROZEN:
         return None
-    std: float = parameter.detach().double().square().mean().sqrt().item()
+    std: float = parameter.detach().abs().double().square().mean().sqrt().item()
     if not math.isfinite(std):
         raise ValueError(
             f"{name} of the base {type(module).__name__} has values that are not finite, and all weights would be drawn by "
