@@ -21,6 +21,7 @@ from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import trace_module
+from mlu_lightning.discovery.weight_functions import has_functions, with_functions
 from mlu_lightning.discovery.uncovered import require_no_reentrance, require_residual_branches, warnings_about
 from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
@@ -61,6 +62,9 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     module = original_module(module)
     trace = trace_module(module, example)
     graph = build_graph(trace)
+    if has_functions(graph):
+        trace = trace_module(module, example, programs=True)
+        graph = with_functions(build_graph(trace), trace)
     require_no_reentrance(module, graph)
     parts = partition(graph)
     require_residual_branches(module, graph, parts)
@@ -147,8 +151,10 @@ def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
         reads = _used_as(placed, Role.READOUT, "matrix")
         if reads:
             site = sites.readout([u.use.op for u in reads])
-            alone = len(reads) == len(placed) and all(u.use.homogeneous for u in reads)
-            yield Readout(name, reads[0].region.stream, site, (name,) if alone else (), reads[0].use.fans[0])
+            function = reads[0].use.function
+            carrier = name if function is None or function.gain is None else function.gain
+            alone = len(reads) == len(uses[carrier]) and all(u.use.homogeneous for u in uses[carrier])
+            yield Readout(name, reads[0].region.stream, site, (carrier,) if alone else (), reads[0].use.fans[0])
 
 
 def _used_as(uses: list[PlacedUse], role: Role, kind: UseKind) -> list[PlacedUse]:

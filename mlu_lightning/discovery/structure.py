@@ -7,7 +7,7 @@ from typing import Literal
 
 from mlu_lightning.table import Role, Variant, row_name
 
-__all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
+__all__ = ["Along", "Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap", "WeightFunction"]
 
 BranchKind = Literal["attention", "convolution", "mlp"]
 
@@ -40,6 +40,36 @@ class Site:
         return f"{self.module or '(module itself)'} {self.where}{index}{part}"
 
 
+Along = Literal["outputs", "inputs", "bounded"]
+
+
+@dataclass(frozen=True)
+class WeightFunction:
+    """What a module makes of parameters before it meets data, such as weight norm.
+
+    Args:
+        name: what it is called, for messages.
+        entries: the parameter whose entries make those of the weight; None if there is none.
+        degree: 1 if the weight is proportional to that, 0 if it does not depend on its size, None for anything else.
+        gain: another parameter, which multiplies it.
+        along: what each entry of the gain multiplies.
+        sizes: root mean square of the weight, by an empty name, and of the parameters, as built.
+        problem: why it cannot be planned, None if it can be.
+    """
+
+    name: str
+    entries: str | None = None
+    degree: int | None = None
+    gain: str | None = None
+    along: Along = "outputs"
+    sizes: tuple[tuple[str, float], ...] = ()
+    problem: str | None = None
+
+    def size(self, name: str = "") -> float:
+        """Root mean square of the weight, or of a parameter."""
+        return dict(self.sizes)[name]
+
+
 @dataclass(frozen=True)
 class ParameterFacts:
     """Where one parameter sits."""
@@ -58,6 +88,7 @@ class ParameterFacts:
     active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
     uses: int = 1  # places along its stream at which it acts
     variant: Variant | None = None  # what about its place changes the row of its role
+    function: WeightFunction | None = None  # that it goes through before it meets data
 
     @property
     def row(self) -> str | None:
