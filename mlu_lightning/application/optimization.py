@@ -262,6 +262,8 @@ class ScaledOptimizer:
             name = names.get(id(parameter))
             if name not in scales:
                 raise ValueError(_foreign(index, parameter, name))
+            if self._plan.parameters[name].differs_by_row and _looks_at_gradients(family, group):
+                raise ValueError(_two_rates(name, family))
             scale = scales[name].folded(family) if name in folded else scales[name]
             factors = rule.factors(group, name, self._plan, scale)
             members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
@@ -278,6 +280,20 @@ class ScaledOptimizer:
             own = split.own() if split.is_of(user) else []
             if any(own):
                 group[_OWN] = own
+
+
+def _looks_at_gradients(family: OptimizerFamily, group: Group) -> bool:
+    """Whether updates, or the decay in the gradient, depend on the size of a gradient."""
+    return family is OptimizerFamily.SGD or (family.has_l2_decay and bool(group.get("weight_decay")))
+
+
+def _two_rates(name: str, family: OptimizerFamily) -> str:
+    rate = "learning rates" if family is OptimizerFamily.SGD else "weight decays"
+    return (
+        f"Some rows of {name} make hidden units and others what all units share, and with this optimizer ({family}) these "
+        f"have different {rate}, of which a parameter has one. Use AdamW, whose numbers are the same for all rows, or keep "
+        "the number of heads or channels at the base's, or let two projections make them."
+    )
 
 
 def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:

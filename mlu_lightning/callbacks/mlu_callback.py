@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
@@ -21,6 +19,7 @@ from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, wa
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimization import Scaled
 from mlu_lightning.application.own_optimizers import scale_at_step
+from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
@@ -28,12 +27,12 @@ from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.model_copies import check_copies, copy_again
 from mlu_lightning.callbacks.saved_plans import wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
+from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
-from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["MLUCallback"]
 
@@ -73,6 +72,7 @@ class MLUCallback(EitherCallback):
         parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
         batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
         token_ratio: tokens seen in all of the training over those that the base saw.
+        verify: compare weights, function and first step with the plan; False turns it off.
 
     Raises:
         ValueError: if arguments contradict each other.
@@ -102,6 +102,7 @@ class MLUCallback(EitherCallback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         if init not in (*get_args(InitMode), None):
@@ -121,6 +122,8 @@ class MLUCallback(EitherCallback):
         self._example = example
         self._seed = seed
         self._family = family
+        self.verify = verify
+        self._seen: Any = None  # the example that was planned with, until the training starts
         self._plan: Plan | None = None
         self._planned: Plan | None = None
         self._initialized = False
@@ -153,6 +156,7 @@ class MLUCallback(EitherCallback):
             self._keep(pl_module)
             return
         self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
+        self._seen = None
         check_copies(callbacks)
         check_strategy(trainer.strategy)
         if starts_processes(trainer.strategy):
@@ -183,11 +187,19 @@ class MLUCallback(EitherCallback):
             families = {name: family for each in self._scaled for name, family in each.families.items()}
             log_plan(trainer.loggers, self._plan, self._residual, families)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare what the module computes with its plan, unless it was trained before."""
+        example, self._seen = self._seen, None
+        if self.verify and self._initialized and example is not None:
+            assert self._plan is not None
+            verify_function(trainer, pl_module, self._plan, self._arguments.base, example, self._seed)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan."""
         if load_plan(pl_module, checkpoint) is not None:
             mark_initialized(pl_module)
         self._keep(pl_module)
+        self._seen = None  # the weights are others now
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
@@ -254,8 +266,8 @@ class MLUCallback(EitherCallback):
                 "module. Plan it before, as it is without configure_model's sharding: "
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
             )
-        example = find_example(trainer, module) if self._example is None else self._example
-        with _built(self._arguments.base, module, trainer, self._seed) as base:
+        self._seen = example = find_example(trainer, module) if self._example is None else self._example
+        with built_base(self._arguments.base, module, trainer, self._seed) as base:
             return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
     def _apply(self, module: LightningModule, plan: Plan) -> None:
@@ -300,31 +312,3 @@ class MLUCallback(EitherCallback):
         if applied is not None:
             self._plan = applied.plan
             wrap_saving(module)
-
-
-@contextmanager
-def _built(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make."""
-    # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
-    with isolate_rng():
-        torch.manual_seed(seed)
-        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
-    if not isinstance(built, of_both(LightningModule)):
-        yield built
-        return
-    hooks = any(is_hook_overridden(name, built) for name in ("setup", "configure_model"))
-    incomplete = hooks and {*map(name_pattern, planned_parameters(module))} > {
-        *map(name_pattern, planned_parameters(built))
-    }
-    if incomplete and built is base:
-        built = copy.deepcopy(built)
-    built.trainer = trainer
-    try:
-        if incomplete:
-            with isolate_rng():
-                torch.manual_seed(seed)
-                built.setup("fit")
-                built.configure_model()
-        yield built
-    finally:
-        built.trainer = None

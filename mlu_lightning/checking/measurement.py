@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
 from mlu_lightning.checking.preparation import Batches, make_trainer
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_size
@@ -61,6 +62,9 @@ def measure(
 
     Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; the plan's factors are not used.
     """
+    for callback in callbacks:
+        if isinstance(callback, MLUCallback):
+            callback.verify = False  # what is wrong is to be measured
     watch = _Watch(plan, probe, steps)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
     if datamodule is None:

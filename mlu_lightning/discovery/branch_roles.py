@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlu_lightning.discovery.attention import Attention, find_attention
+from mlu_lightning.discovery.axes import is_depthwise
 from mlu_lightning.discovery.experts import Experts, find_experts
 from mlu_lightning.discovery.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import BIAS_ROLES, Placed, Unplaced
+from mlu_lightning.discovery.recurrence import feeds_back, is_recurrent
 from mlu_lightning.discovery.residual import BranchRegion
 from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.discovery.traversal import Ancestry, between
+from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
 __all__ = ["BranchRoles"]
@@ -29,13 +32,16 @@ class BranchRoles:
         """Role of a parameter at one use."""
         op = use.op
         if use.kind == "matrix":
-            role = self._matrix_role(op)
+            role = self._matrix_role(op, use)
             before_norm = role is Role.BRANCH_OUT and any(o.is_normalizer for o in self._writing_path)
             return Placed(role, Variant.BEFORE_NORM if before_norm else None)
         if use.kind == "bias":
-            return Placed(BIAS_ROLES[self._matrix_role(op)])
+            role = self._matrix_role(op, use)
+            return Placed(BIAS_ROLES.get(role, role))  # that of a depthwise kernel is a vector's, too
         if use.kind == "lookup":
             return self._place_table(use)
+        if self.is_recurrent:
+            return self._place_in_recurrence(use)
         size, attention = math.prod(use.selected), self.attention
         if use.kind == "add" and op in self._biased:
             return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
@@ -86,21 +92,47 @@ class BranchRoles:
         return tuple(op for op in self.matrices if op in self._writing_path)
 
     @cached_property
+    def is_recurrent(self) -> bool:
+        """Whether the branch computes a state from token to token."""
+        return is_recurrent(self.graph, self.region.ops)
+
+    @cached_property
+    def units(self) -> Units:
+        """The hidden units of the branch."""
+        return Units(self.graph, self.region.ops, self.writers, self._weights_of_experts)
+
+    @cached_property
     def attention(self) -> Attention | None:
-        """The attention in the branch, if there is any."""
-        return find_attention(self.region.ops, self.graph)
+        """The attention in the branch, if there is any and it has no state that goes from token to token."""
+        if self.is_recurrent:
+            return None
+        found = find_attention(self.region.ops, self.graph, self._weights_of_experts)
+        if found is None or found.path or not self.writers:
+            return found
+        return replace(found, value_dim=self.units.entries // self.units.number)
+
+    @property
+    def head_dim(self) -> int | None:
+        """Size of an attention head, or entries of a recurrent unit's state."""
+        if self.is_recurrent:
+            return self.units.entries // self.units.number * self.units.compared
+        return None if self.attention is None else self.attention.key_dim
 
     @cached_property
     def kind(self) -> BranchKind:
         """What kind of block the branch is."""
         if self.attention is not None:
             return "attention"
+        if self.is_recurrent:
+            return "recurrence"
         kernels = (self.graph.matrices(op)[0].shape[2:] for op in self.matrices if op.name in CONVOLUTIONS)
         return "convolution" if any(math.prod(kernel) > 1 for kernel in kernels) else "mlp"
 
     @cached_property
     def hidden(self) -> int:
-        """Hidden width M: inputs of the matrix that writes, in heads for attention."""
+        """Hidden width M: inputs of the matrix that writes, in heads for attention and recurrences."""
+        if self.is_recurrent:
+            return self.units.number
         last = (self.writers or self.matrices)[-1]
         inputs = self.graph.matrices(last)[0].fans[0] * (self.active if self.is_expert(last) else 1)
         return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
@@ -119,16 +151,58 @@ class BranchRoles:
         """Whether an operation is a matrix of an expert, or looks up its bias."""
         return self.experts is not None and not self.experts.ops.isdisjoint((op, self._biased.get(op)))
 
-    def _matrix_role(self, op: Op) -> Role:
+    @property
+    def _weights_of_experts(self) -> frozenset[Op]:
+        return frozenset() if self.experts is None else frozenset(self.experts.weights)
+
+    def _matrix_role(self, op: Op, use: Use | None = None) -> Role:
         router = None if self.experts is None else self.experts.router
         if op is router:
             return Role.BRANCH_BOUNDED_MATRIX
         if op in self.writers:
             return Role.BRANCH_OUT
+        if self.is_recurrent:
+            return self._role_in_recurrence(op, self.graph.uses[op][0] if use is None else use)
         if self._matrices_before.of(op) - {router}:
             return Role.BRANCH_HIDDEN
         feeds = any(self._matrices_before.precedes(op, other) for other in self.matrices)
         return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
+
+    def _role_in_recurrence(self, op: Op, use: Use) -> Role:
+        """Role of a matrix where a state goes from token to token, which shared keys and the like are written to (B, C)."""
+        if is_depthwise(self.graph, op):
+            return Role.BRANCH_IN_BIAS if self._matrices_before.of(op) else Role.BRANCH_NORM
+        if self._feeds_back(use):
+            return Role.BRANCH_HIDDEN
+        if self.units.are_compared(op) and not self.units.rows(op):
+            return Role.BRANCH_BOUNDED_MATRIX
+        return Role.BRANCH_HIDDEN if self._mixing_before(op) else Role.BRANCH_IN
+
+    def _feeds_back(self, use: Use) -> bool:
+        """Whether a matrix, or the bias of one, is applied to the state of a recurrent layer or cell."""
+        weights = self.graph.matrices(use.op)
+        if use.op.is_recurrent_layer:  # of the input and of the state in turn
+            return use in weights[1::2]
+        return any(weight.parameter in self._feeding_back for weight in weights)
+
+    def _place_in_recurrence(self, use: Use) -> Placed | Unplaced:
+        """Role of a vector, or a table of numbers for each unit, where a state goes from token to token."""
+        source = use.op.data[0].source if use.op.data else use.op
+        if use.op in self._writing_path:
+            return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
+        if not self._matrices_before.of(use.op):
+            return Placed(Role.BRANCH_NORM)
+        if use.kind == "add" and self.graph.is_matrix(source):
+            return Placed(BIAS_ROLES[self._matrix_role(source)])
+        return Placed(Role.BRANCH_IN_BIAS if self.units.own(use) else Role.BRANCH_BOUNDED)
+
+    def _mixing_before(self, op: Op) -> bool:
+        """Whether a matrix, which is no kernel of each channel by itself, comes before another one."""
+        return any(not is_depthwise(self.graph, other) for other in self._matrices_before.of(op))
+
+    @cached_property
+    def _feeding_back(self) -> frozenset[str]:
+        return feeds_back(self.graph, self.region.ops)
 
     def _place_table(self, use: Use) -> Placed | Unplaced:
         """Role of a table that is looked up."""
@@ -187,5 +261,8 @@ class BranchRoles:
                 return ()
             return op.full_factors if op.name == "Mul" else op.data
 
-        ops, _ = between([self.region.end], lambda op: op not in members or op.name in NONLINEAR, operands)
+        def stops(op: Op) -> bool:
+            return op not in members or op.name in NONLINEAR or op.is_recurrent_layer
+
+        ops, _ = between([self.region.end], stops, operands)
         return frozenset(ops)

@@ -21,8 +21,13 @@ from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import trace_module
+from mlu_lightning.discovery.uncovered import (
+    require_no_reentrance,
+    require_recurrence_in_branches,
+    require_residual_branches,
+    warnings_about,
+)
 from mlu_lightning.discovery.weight_functions import has_functions, with_functions
-from mlu_lightning.discovery.uncovered import require_no_reentrance, require_residual_branches, warnings_about
 from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
 
@@ -42,7 +47,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
             arguments of any other module's ``forward``: a tensor, a tuple, or a mapping of keyword arguments.
 
     Raises:
-        ValueError: no example, no residual branches, recurrent ones, parts that autograd does not show or cannot be copied.
+        ValueError: no example, no residual branches, recurrent layers outside of them, parts that autograd does not show or
+            that cannot be copied.
 
     >>> class Residual(nn.Module):
     ...     def __init__(self):
@@ -67,7 +73,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         graph = with_functions(build_graph(trace), trace)
     require_no_reentrance(module, graph)
     parts = partition(graph)
-    require_residual_branches(module, graph, parts)
+    require_residual_branches(module, parts)
+    require_recurrence_in_branches(module, graph, parts)
     regions, depths = find_regions(graph, parts)
     uses = place_uses(graph, regions)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
@@ -140,7 +147,7 @@ def _branch(
         folds=folds + tuple(name for name, sibling in idle.items() if sibling in folds),
     )
     if attention is None:
-        return branch
+        return replace(branch, head_dim=first.head_dim)
     scale = own_scale(attention, first.region.ops, sites.graph, sites.trace.scalars)
     return replace(branch, head_dim=attention.key_dim, logits=sites.logits(attention, len(ends)), logits_scale=scale)
 

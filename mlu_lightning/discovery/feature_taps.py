@@ -42,7 +42,7 @@ class FeatureTaps:
         """Where a call of a branch can be read, None if no function is given or returns its features."""
         position = branch.region.position
         if branch.attention is not None:
-            attention = self._attention(branch.attention.path[0])
+            attention = self._attention(branch.attention.path[0]) if branch.attention.path else None
             if attention is None:
                 return None
             module, function, before = attention.place

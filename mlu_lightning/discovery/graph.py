@@ -47,6 +47,8 @@ NORMS = frozenset(
     "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
     "BatchNorm NativeBatchNormLegit".split()
 )
+CHANNEL_NORMS = NORMS - {"NativeLayerNorm", "FusedRmsNorm", "RmsNorm"}
+"""Those of which a parameter is for channels, the second axis."""
 SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clamp Pow".split())
 """Last operations of the size of data, by which a norm that is written by hand divides."""
 SELECTIONS = frozenset({"Index", "IndexSelect"})
@@ -92,6 +94,11 @@ class Op:
         while op.is_transparent:
             op = op.data[0]
         return op
+
+    @cached_property
+    def is_recurrent_layer(self) -> bool:
+        """Whether it is a whole recurrent layer, whose matrices are those of the input and of the state in turn."""
+        return any(part in self.name for part in ("Rnn", "Lstm", "Gru"))
 
     @property
     def is_transparent(self) -> bool:
@@ -287,6 +294,7 @@ class Graph:
 def build_graph(trace: Trace) -> Graph:
     """Turn autograd's nodes into operations."""
     by_node: dict[Node, Op] = {}
+    weights = _weights(trace)
     for node in _topological(trace.roots):
         operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
         values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
@@ -300,13 +308,30 @@ def build_graph(trace: Trace) -> Graph:
             operands=operands,
             values=values,
             data=tuple(op for op, _ in values),
-            from_data=_takes_data(name, operands, values) if operands else parameter is None,
+            from_data=node not in weights and _takes_data(name, operands, values) if operands else parameter is None,
             parameter=parameter,
             node=node,
         )
     ops = tuple(by_node.values())
     uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
     return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
+
+
+def _weights(trace: Trace) -> set[Node]:
+    """What is computed from parameters and constants before it is the matrix of data, as in spectral norm."""
+    found: set[Node] = set()
+    for node in _topological(trace.roots) if trace.programs else ():
+        slots = WEIGHT_SLOTS.get(_plain_name(node), {})
+        operands = [node.next_functions[slot] for slot in slots if slot < len(node.next_functions)]
+        computed = [operand for operand in operands if operand in trace.programs]
+        if (node, 0) not in trace.programs and len(computed) < max(2, len(operands)):
+            stack = [operand for operand, _ in computed if operand is not None]
+            while stack:
+                step = stack.pop()
+                if step not in found and step.next_functions:
+                    found.add(step)
+                    stack += [child for child, _ in step.next_functions if child is not None]
+    return found
 
 
 def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
@@ -356,6 +381,8 @@ def _uses(op: Op) -> Iterator[Use]:
         leaves = list(_leaves(operand[0], ()))
         shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
         kind = kinds.get(slot, _KINDS.get(op.name, "other"))
+        if op.is_recurrent_layer:
+            kind = "matrix" if len(shape) > 1 else "bias"
         for leaf, path in leaves:
             inputs_first = weights.get(slot, False)
             yield Use(leaf.parameter or "", op, kind, path, shape, leaf.shape, inputs_first, shared=len(leaves) > 1)

@@ -122,7 +122,7 @@ class MultiplierSites:
         """Uses of parameters that an output is proportional to, taken together, and the operations from them to it."""
         uses, operands = list(self.graph.uses.get(op, ())), op.data
         if self.graph.is_matrix(op) or op.name in NORMS:
-            return (uses, {op}) if uses else None
+            return (uses, {op}) if uses and not op.is_recurrent_layer else None
         if op.is_normalizer:
             return None
         if op.name in ("Mul", "Div"):

@@ -116,6 +116,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
     head_dim = active = 1
+    mixed = False
     if branch is not None:
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
             fan_out = use.selected[-1] if branch.is_expert(use.op) else math.prod(use.selected)
@@ -123,6 +124,13 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(branch, role, fan_in, fan_out)
+        rows = (
+            branch.units.rows(use.op)
+            if branch.is_recurrent and not use.op.is_recurrent_layer and role in _OF_UNITS
+            else 0
+        )
+        mixed = use.kind in ("matrix", "bias") and 0 < rows < fan_out
+        fan_out = rows if mixed else fan_out
         if branch.attention is not None:
             if role is Role.BRANCH_OUT:
                 head_dim = branch.attention.value_dim
@@ -135,6 +143,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
         head_dim=head_dim,
         tied=tied,
+        mixed=mixed,
         active=active,
         uses=_places_along_depth(uses),
         variant=placed.found.variant,
@@ -164,6 +173,9 @@ def _is_read_again(op: Op, regions: list[Region]) -> bool:
     own = [[o for o in region.ops if o not in common] for region in regions]
     read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
     return len(set().union(*read)) < sum(map(len, read))
+
+
+_OF_UNITS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_IN_BIAS)
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

@@ -9,7 +9,7 @@ from mlu_lightning.table import Role, Variant, row_name
 
 __all__ = ["Along", "Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap", "WeightFunction"]
 
-BranchKind = Literal["attention", "convolution", "mlp"]
+BranchKind = Literal["attention", "convolution", "mlp", "recurrence"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class ParameterFacts:
     transposed: bool = False  # whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it
     head_dim: int = 1  # size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1
     tied: bool = False  # whether it is also the readout
+    mixed: bool = False  # whether some of its rows make what units share, which ``fan_out`` does not count
     active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
     uses: int = 1  # places along its stream at which it acts
     variant: Variant | None = None  # what about its place changes the row of its role
@@ -108,7 +109,7 @@ class Branch:
     parameters: tuple[str, ...]
     site: Site | None = None  # where a hook can multiply the branch, None if no module's output is the branch
     folds: tuple[str, ...] = ()  # parameters whose multiplication multiplies the branch, empty if there are none
-    head_dim: int | None = None  # size of an attention head, None for other kinds
+    head_dim: int | None = None  # size of an attention head, entries of a recurrent unit's state; None for other kinds
     logits: Logits | None = None  # where attention logits can be multiplied, None for other kinds
     logits_scale: float | None = None  # the module's own, such as 1/sqrt(head_dim); None if it cannot be read
 

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import permutations
 
 from torch import nn
 
-from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.graph import Graph
 from mlu_lightning.discovery.parameter_facts import Region, Uses
+from mlu_lightning.discovery.recurrence import feeds_back
 from mlu_lightning.discovery.residual import Partition
-from mlu_lightning.discovery.traversal import Ancestry, descendants
 from mlu_lightning.table import Variant
 from mlu_lightning.utilities.names import common_module
 
-__all__ = ["require_no_reentrance", "require_residual_branches", "warnings_about"]
-
-_FUSED = ("Rnn", "Lstm", "Gru", "Scan")
-_ELEMENTWISE = frozenset("Sub Add Mul Neg MaskedFill Where ConstantPadNd Tril Triu".split())
-_STEPS = 3
-"""Steps that tell a recurrence from a sum of products."""
+__all__ = ["require_no_reentrance", "require_recurrence_in_branches", "require_residual_branches", "warnings_about"]
 
 
 def require_no_reentrance(module: nn.Module, graph: Graph) -> None:
@@ -33,26 +27,27 @@ def require_no_reentrance(module: nn.Module, graph: Graph) -> None:
         )
 
 
-def require_residual_branches(module: nn.Module, graph: Graph, partition: Partition) -> None:
-    """Refuse a module without residual branches, or with recurrent ones."""
+def require_residual_branches(module: nn.Module, partition: Partition) -> None:
+    """Refuse a module without residual branches."""
     if not partition.branches:
         raise ValueError(
             f"{type(module).__name__} has no residual branches: no tensor is added to another one that it was computed "
             "from through a weight matrix. The MLU parameterization is one of residual networks; if the module is one, "
             "check that the example runs its residual blocks."
         )
-    recurrent = ((branch, how) for branch in partition.branches if (how := _recurrence(graph, branch.ops)) is not None)
-    found: dict[str, str] = {}
-    for branch, how in recurrent:
-        found.setdefault(common_module(use.parameter for op in branch.ops for use in graph.matrices(op)), how)
+
+
+def require_recurrence_in_branches(module: nn.Module, graph: Graph, partition: Partition) -> None:
+    """Refuse a recurrent layer outside of every residual branch."""
+    parts = ((*p.trunk, p.stem, p.shortcuts, p.link, p.head) for p in partition.streams)
+    found = sorted({name for regions in parts for ops in regions for name in feeds_back(graph, ops)})
     if found:
-        (first, how), *others = found.items()
-        more = f" and {len(others)} more" if others else ""
+        owner = common_module(found) or "the module itself"
         raise ValueError(
-            f"{type(module).__name__} has recurrent or state-space branches, which the theory does not cover: "
-            f"{first or 'the module itself'}{more} ({how}). There are no numbers to plan it by: the MLU "
-            "parameterization is one of residual branches whose units do not feed back into themselves from token to "
-            "token, such as perceptrons, attention and convolutions."
+            f"{type(module).__name__} has a recurrent layer outside of every residual branch: {owner} ({found[0]} is "
+            "applied to its own output). A state that a sequence runs through adds nothing to a residual stream, so there "
+            "are no numbers to plan it by, and no role to give in overrides. Put it into a residual branch, as in "
+            "x + out(rnn(norm(x))), or plan the residual part of the module alone."
         )
 
 
@@ -77,44 +72,3 @@ def warnings_about(
         yield f"experts that no token of the example was sent to are planned as the experts beside them: {names}"
     if partition.nested:
         yield f"{partition.nested} residual additions inside other residual branches are taken for parts of these"
-
-
-def _recurrence(graph: Graph, ops: tuple[Op, ...]) -> str | None:
-    """Say in what way a branch is recurrent, None if it is not."""
-    fused = next((op.name for op in ops if any(part in op.name for part in _FUSED)), None)
-    if fused is not None:
-        return f"it calls {fused}"
-    matrices = Ancestry(graph, ops)
-    for op in filter(graph.is_matrix, ops):  # as in a recurrent cell that is called for every token
-        before = {use.parameter for matrix in matrices.of(op) for use in graph.matrices(matrix)}
-        again = before & {use.parameter for use in graph.matrices(op)}
-        if again:
-            return f"{min(again)} is applied to its own output"
-    if _is_scan(ops, matrices):
-        return "a state is multiplied and added to step by step"
-    if _is_cumulative_decay(ops):
-        return "a state decays by the exponential of a cumulative sum"
-    return None
-
-
-def _is_scan(ops: tuple[Op, ...], matrices: Ancestry) -> bool:
-    """Whether sums are multiplied and added to again and again: s ← a s + b, with another a but no further matrix."""
-    multipliers: dict[Op, frozenset[Op]] = {}
-    for op in ops:
-        if op.name != "Add":
-            continue
-        steps = [frozenset[Op]()]
-        for product in (operand.source for operand in op.data if operand.source.name == "Mul"):
-            for state, multiplier in permutations((factor.source for factor in product.data), 2):
-                if state in multipliers and state.shape == op.shape and matrices.of(state) == matrices.of(op):
-                    steps.append(multipliers[state] | {multiplier})
-        multipliers[op] = max(steps, key=len)
-    return max(map(len, multipliers.values()), default=0) >= _STEPS
-
-
-def _is_cumulative_decay(ops: tuple[Op, ...]) -> bool:
-    """Whether data is summed up along an axis and exponentiated, or multiplied up, as in a scan over chunks."""
-    elementwise = (op for op in ops if op.name in RESHAPES | PARTS | _ELEMENTWISE)
-    summed = descendants(elementwise, [op for op in ops if op.name == "Cumsum"])
-    exponents = (operand for op in ops if op.name == "Exp" for operand in op.data)
-    return any(op.name in ("Cumprod", "Logcumsumexp") for op in ops) or not summed.isdisjoint(exponents)

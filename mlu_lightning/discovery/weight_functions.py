@@ -23,6 +23,8 @@ from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["has_functions", "with_functions"]
 
+_PRODUCTS = frozenset({"Mv", "Mm", "Bmm"})
+"""Products that may be with constants, as with the vectors that spectral norm keeps."""
 _TOLERANCE = 0.05
 """Part of a weight that may be there for other reasons, such as the eps of a norm."""
 _OPERATIONS = 6
@@ -30,8 +32,10 @@ _OPERATIONS = 6
 
 
 def has_functions(graph: Graph) -> bool:
-    """Whether matrices are functions of parameters, and not parameters that are only arranged."""
-    return any(use.is_computed for uses in graph.uses.values() for use in uses)
+    """Whether matrices may be functions of parameters, and not parameters that are only arranged."""
+    return any(use.is_computed for uses in graph.uses.values() for use in uses) or any(
+        op.name in _PRODUCTS and not op.data for op in graph.uses
+    )
 
 
 def with_functions(graph: Graph, trace: Trace) -> Graph:

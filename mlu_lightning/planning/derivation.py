@@ -56,6 +56,7 @@ def plan_parameters(
             variant=facts.variant,
             branch=facts.branch,
             transposed=facts.transposed,
+            mixed=facts.mixed,
         )
     return planned
 
@@ -135,6 +136,12 @@ def _changed_heads(structure: Structure, base: Base | None) -> list[tuple[Branch
 
 
 def _logits(branch: Branch, of_base: BaseBranch, scale: float | None) -> Multiplier:
+    if branch.kind == "recurrence":
+        raise ValueError(
+            f"The state of a unit of {branch.name or 'the module itself'} has {branch.head_dim} entries (coordinates of "
+            f"keys times those of values), and the base's has {of_base.head_dim}. The theory holds for states of bounded "
+            "size: keep head_dim and the size of the state at the base's values, and change the number of heads or channels."
+        )
     assert branch.head_dim is not None and of_base.head_dim is not None and branch.logits is not None
     name = branch.name or "the module itself"
     reason = f"head_dim of {name} is {branch.head_dim} and the base's is {of_base.head_dim}, so its logits have to be "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -27,6 +28,7 @@ class ParameterPlan:
         variant: what about its place changes the row of its role.
         branch: index into ``Plan.branches``, None outside branches.
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
+        mixed: whether some of its rows make what hidden units share, which fans do not count (theory.md, section 3).
 
     >>> ParameterPlan(Role.BRANCH_IN, (64, 8), fans=(8, 64), base_fans=(8, 16), depth=4, base_depth=2).ratios
     Ratios(depth=2.0, inputs=1.0, outputs=4.0, active=1.0, uses=1.0)
@@ -47,11 +49,20 @@ class ParameterPlan:
     variant: Variant | None = None
     branch: int | None = None
     transposed: bool = False
+    mixed: bool = False
 
     @property
     def row(self) -> str:
         """Name of its row of the table."""
         return row_name(self.role, self.variant)
+
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether its rows are of two roles whose gradients are of different size."""
+        if self.base_shape is None:
+            return self.mixed
+        entries = math.prod(self.shape) / math.prod(self.base_shape)
+        return self.mixed and not math.isclose(entries, math.prod(self.fans) / math.prod(self.base_fans))
 
     @cached_property
     def ratios(self) -> Ratios:

@@ -1,0 +1,109 @@
+"""What a plan asks of uses of parameters and of residual additions, as factors next to the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mlu_lightning.observation.dataflow import ADDED, How
+from mlu_lightning.planning import Multiplier, ParameterPlan, Plan
+from mlu_lightning.table import TABLES, Role, Variant
+
+__all__ = ["Expectations", "Interval"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Least and largest of what may be found."""
+
+    low: float
+    high: float
+
+    def nearest(self, value: float) -> float:
+        """The value of the interval that is nearest to one found."""
+        return min(max(value, self.low), self.high)
+
+
+class Expectations:
+    """Factors next to the base that a plan asks for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._table = TABLES[plan.parameterization]
+        of_branches = [multiplier for multiplier in plan.multipliers if multiplier.kind == "branch"]
+        self._branches = dict(zip(range(len(plan.branches)), of_branches, strict=False))
+        self._readouts = {found.name: found for found in plan.multipliers if found.kind == "readout"}
+
+    def parameter(self, names: Sequence[str], how: How) -> str | None:
+        """The parameter whose entry tells what to expect of a use of several, None if none is used as it is planned."""
+        entries = self.plan.parameters
+        known = [name for name in names if name in entries]
+        matrices = [name for name in known if entries[name].role.is_matrix and len(entries[name].shape) > 1]
+        if how == "vector":  # matrices are used as such elsewhere, and here by a penalty
+            known, matrices = [name for name in known if name not in matrices], []
+        return next(iter(matrices if how == "matrix" and matrices else known), None)
+
+    def std(self, name: str) -> float:
+        """Factor of the standard deviation, without multipliers."""
+        entry = self.plan.parameters[name]
+        return self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+
+    def weight(self, name: str, how: How) -> float:
+        """Factor of std · sqrt(n)."""
+        entry, std = self.plan.parameters[name], self.std(name)
+        if how != "matrix" or not entry.role.is_matrix:
+            return std
+        inputs = entry.ratios.inputs / entry.ratios.active  # each expert by itself
+        if entry.role is Role.EMBEDDING and name in self._readouts:
+            inputs = entry.fans[1] / entry.base_fans[1]
+        return std * math.sqrt(inputs)
+
+    def factors(self, name: str, how: How, ends: set[str]) -> tuple[float, ...]:
+        """Factors of c · std · sqrt(n), with the constants c until a chain of multiplications ends; one of them is right."""
+        weight = self.weight(name, how)
+        if how == "matrix" and name in self._readouts:
+            return (weight * self.plan.forward_multiplier(self._readouts[name]),)
+        entry = self.plan.parameters[name]
+        multiplier = self._multiplier(entry)
+        if multiplier is None:
+            return (weight,)
+        multiplied = weight * self.plan.forward_multiplier(multiplier)
+        if self.is_last(name, ends):
+            return (multiplied,)
+        # it may be in the weights, or come after something else
+        may_be = name in multiplier.folds or bool(ends & {*ADDED}) or entry.role is Role.BRANCH_OUT
+        return (weight, multiplied) if may_be else (weight,)
+
+    def is_last(self, name: str, ends: set[str]) -> bool:
+        """Whether what a parameter makes is added to the stream, so that its branch's multiplier is on it."""
+        entry = self.plan.parameters[name]
+        multiplier = self._multiplier(entry)
+        if multiplier is None or not ends & {*ADDED}:
+            return False
+        writes = entry.role in (Role.BRANCH_OUT, Role.BRANCH_OUT_BIAS)
+        return writes or name in multiplier.folds or (entry.role is Role.BRANCH_NORM and not multiplier.folds)
+
+    def heads(self, name: str) -> float:
+        """Ratio of head_dim to the base's, or of the base's to it: logits may be multiplied at queries or at keys."""
+        entry = self.plan.parameters[name]
+        branch = self.plan.branches[entry.branch] if entry.branch is not None and self.plan.branches else None
+        if branch is None or not branch.head_dim or not branch.base_head_dim:
+            return 1.0
+        ratio = branch.head_dim / branch.base_head_dim
+        return max(ratio, 1 / ratio)
+
+    def added(self, names: Iterable[str]) -> Interval | None:
+        """What a residual branch adds: 1/l times what its last matrix makes of random inputs, or of biases and norms."""
+        found = []
+        for name in names:
+            entry = self.plan.parameters.get(name)
+            multiplier = None if entry is None else self._multiplier(entry)
+            if entry is None or multiplier is None or entry.role is not Role.BRANCH_OUT:
+                continue
+            weight = 1.0 if entry.variant is Variant.BEFORE_NORM else self.weight(name, "matrix")
+            found += [self.plan.forward_multiplier(multiplier) * factor for factor in (1.0, weight)]
+        return Interval(min(found), max(found)) if found else None
+
+    def _multiplier(self, entry: ParameterPlan) -> Multiplier | None:
+        return None if entry.branch is None else self._branches.get(entry.branch)

@@ -1,0 +1,65 @@
+"""One pass of a module with all that is followed in it, put together by parameter."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from mlu_lightning.observation.batches import clone_batch
+from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use
+from mlu_lightning.observation.probe import pass_batch, undisturbed
+from mlu_lightning.table import Role
+from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
+
+__all__ = ["Followed", "UseKey", "follow"]
+
+UseKey = tuple[tuple[str, ...], How]
+"""Parameters that are used together, and how."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a pass did with parameters."""
+
+    uses: dict[UseKey, tuple[Use, ...]]
+    additions: tuple[Addition, ...]
+
+
+def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
+    """Pass an example through a module in evaluation mode, and follow it; the module stays as it is.
+
+    ``roles`` are those of parameters by ``name_pattern_of_parts`` of their names, so that they can be another shape's.
+    """
+    parameters = planned_parameters(module)
+    dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    device = next(iter(parameters.values())).device
+
+    def converted(leaf: Tensor) -> Tensor:
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+    def is_(name: str, *wanted: Role) -> bool:
+        return roles.get(name_pattern_of_parts(name)) in wanted
+
+    batch = tree_map_only(Tensor, converted, clone_batch(example))
+    gradients = {parameter: parameter.grad for parameter in parameters.values()}
+    flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch)
+    try:
+        # steps may ask for gradients themselves, as of inputs
+        with undisturbed(module, restore_parameters=True), torch.enable_grad():
+            with flow:
+                result = pass_batch(module, batch, "training_step")
+            flow.finish(result)
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+    uses: defaultdict[UseKey, list[Use]] = defaultdict(list)
+    for use in flow.uses:
+        uses[use.names, use.how].append(use)
+    additions = flow.additions(lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN))
+    return Followed({key: tuple(found) for key, found in uses.items()}, additions)
