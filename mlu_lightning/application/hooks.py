@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
+from mlu_lightning.utilities.module_copies import OwnHook
 from mlu_lightning.utilities.names import planned_part
 
 __all__ = ["attach_hooks", "detach_hooks"]
@@ -93,7 +94,7 @@ def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _OutputMultiplier:
+class _OutputMultiplier(OwnHook):
     """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     factor: float
@@ -133,7 +134,7 @@ class _OutputMultiplier:
 
 
 @dataclass(frozen=True)
-class _InputMultiplier:
+class _InputMultiplier(OwnHook):
     """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
 
     factor: float
@@ -153,7 +154,7 @@ class _InputMultiplier:
 
 
 @dataclass(frozen=True)
-class _RowsMultiplier:
+class _RowsMultiplier(OwnHook):
     """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied."""
 
     factor: float

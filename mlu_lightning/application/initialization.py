@@ -54,7 +54,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     _check_values(module, parameters)
     changes: list[Callable[[], object]] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
-    at_base = all(p.ratios.is_identity and p.shape == p.base_shape for p in plan.parameters.values())
+    at_base = all(p.is_at_base for p in plan.parameters.values())
     for names, target in _groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names}
@@ -111,7 +111,7 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     # over all of them, so that the sampling noise of single tensors averages out
     groups: dict[object, dict[str, float | None]] = {}
     for name, planned in plan.parameters.items():
-        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios
+        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios, planned.constant_ratio
         groups.setdefault((name_pattern(name), row, planned.base_std is None), {})[name] = planned.base_std
     scales = plan.scales(OptimizerFamily.ADAMW)  # their std is the same for all families
     found: list[tuple[list[str], float | None]] = []

@@ -13,11 +13,11 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 
 from mlu_lightning.discovery.axes import reached_from
 from mlu_lightning.discovery.comparisons import comparisons, is_product
+from mlu_lightning.discovery.constants import number
 from mlu_lightning.discovery.graph import ATTENTION, JOINS, NONLINEAR, NORMS, PARTS, RESHAPES, Graph, Op
 
 __all__ = ["Attention", "find_attention", "own_scale"]
@@ -25,8 +25,6 @@ __all__ = ["Attention", "find_attention", "own_scale"]
 _SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {"Sum"}
 _POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
 _SOFTMAXES = ("Softmax", "SafeSoftmax")
-Scalars = Sequence[tuple[Tensor, float]]
-"""Tensors of one entry with their values."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ def _with_weights(op: Op, weights: Op, path: tuple[Op, ...], ops: Sequence[Op], 
     return Attention(queries, keys, values, path, dim, op.shape[axis], over_tokens)
 
 
-def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Scalars) -> float | None:
+def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph) -> float | None:
     """Read c for projections and norms that make coordinates of order one; None if something on the way hides it.
 
     Parameters on the way, such as the gain of a query-key norm, count as 1: they are at the base what they are here.
@@ -102,14 +100,14 @@ def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Sc
     product = path[0]
     sizes: dict[Op, float | None] = {}
     for op in (op for op in ops if op.index < product.index):
-        sizes[op] = _size(op, sizes, graph, scalars)
+        sizes[op] = _size(op, sizes, graph)
     factors = [sizes.get(attention.queries, 1.0), sizes.get(attention.keys, 1.0)]
     if product.name.startswith(ATTENTION):
         scale = getattr(product.node, "_saved_scale", None)
         factors.append(attention.key_dim**-0.5 if scale is None else float(scale))
     else:
         factors.append(float(getattr(product.node, "_saved_alpha", 1.0)))
-    factors += [_slope(op, before, scalars) for before, op in pairwise(path)]
+    factors += [_slope(op, before) for before, op in pairwise(path)]
     known = [factor for factor in factors if factor is not None]
     return math.prod(known) if len(known) == len(factors) else None
 
@@ -144,12 +142,12 @@ def _path(start: Op, members: frozenset[Op], products: frozenset[Op]) -> tuple[O
     return path
 
 
-def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scalars) -> float | None:
+def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph) -> float | None:
     """Size of an operation's entries if those of the stream and of projections are 1."""
     if graph.is_matrix(op) or op.name in NORMS or not op.data:
         return 1.0
     if op.name in ("Mul", "Div"):
-        return _product(op, sizes, scalars)
+        return _product(op, sizes)
     if op.name == "CopySlices" and op.operands[1:] in ((), (None,)):
         return None  # a part of it was changed in place by a number, not filled with other data
     operands = [sizes.get(operand, 1.0) for operand in op.data]
@@ -169,18 +167,18 @@ def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scala
     return None
 
 
-def _slope(op: Op, before: Op, scalars: Scalars) -> float | None:
+def _slope(op: Op, before: Op) -> float | None:
     """Factor of an operation on logits; c · tanh(logits/c), which caps them, keeps them where they are small."""
     if op.name in ("Mul", "Div") and op.data == (before,):
-        return _product(op, {before: 1.0}, scalars)
+        return _product(op, {before: 1.0})
     return 1.0 if op.name in _SAME_SIZE | {"Tanh"} else None
 
 
-def _product(op: Op, sizes: Mapping[Op, float | None], scalars: Scalars) -> float | None:
+def _product(op: Op, sizes: Mapping[Op, float | None]) -> float | None:
     """Size of a product or a quotient."""
     operands = (*op.operands, None)[:2]  # a product with a number may have one operand
     first, second = (
-        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute), scalars)
+        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute))
         for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True)
     )
     if first is None or not second:
@@ -188,13 +186,8 @@ def _product(op: Op, sizes: Mapping[Op, float | None], scalars: Scalars) -> floa
     return first * second if op.name == "Mul" else first / second
 
 
-def _constant(value: object, scalars: Scalars) -> float | None:
+def _constant(value: object) -> float | None:
     """A number; 1 for what differs between coordinates or keys, as the rotations of positions and masks do."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if not isinstance(value, Tensor):
-        return None
-    if value.numel() != 1:
+    if isinstance(value, Tensor) and value.numel() != 1:
         return 1.0 if value.shape[-1] > 1 else None
-    known = value.constant if isinstance(value, FakeTensor) else value
-    return next((number for buffer, number in scalars if buffer is value), None if known is None else known.item())
+    return number(value)

@@ -12,6 +12,7 @@ from torch import nn
 
 from mlu_lightning.discovery.attention import own_scale
 from mlu_lightning.discovery.branch_roles import BranchRoles
+from mlu_lightning.discovery.constants import Constants
 from mlu_lightning.discovery.feature_taps import FeatureTaps
 from mlu_lightning.discovery.graph import UseKind, build_graph
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
@@ -19,7 +20,7 @@ from mlu_lightning.discovery.outer_roles import Unplaced
 from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
-from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure, Tap
+from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
@@ -80,15 +81,18 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
-    parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
+    constants = Constants(graph, parts.branches)
+    parameters = {name: _facts(name, shape, uses[name], constants) for name, shape in shapes.items()}
     sites = MultiplierSites(trace, graph)
     named = _named_branches(regions, uses)
     members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():
         for number in {u.region.number for u in placed}:
             members[number].append(name)
-    branches = tuple(_branch(name, calls, members[calls[0].number], sites, idle) for name, calls in named.items())
-    readouts = tuple(_readouts(uses, sites))
+    branches = tuple(
+        _branch(name, calls, members[calls[0].number], sites, constants, idle) for name, calls in named.items()
+    )
+    readouts = tuple(_readouts(uses, sites, constants))
     sums = {branch.addition: branch.before for branch in parts.branches}
     multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
     multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
@@ -102,8 +106,20 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
-        warnings=tuple(warnings_about(parts, regions, uses, {f.variant for f in parameters.values()}, [*idle])),
+        warnings=tuple(warnings_about(parts, regions, constants, {f.variant for f in parameters.values()}, [*idle])),
     )
+
+
+def _facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse], constants: Constants) -> ParameterFacts:
+    """What is found about a parameter; a readout's constants are its multiplier's."""
+    facts = parameter_facts(name, shape, uses)
+    function, constant = facts.function, 1.0
+    if facts.role is not Role.READOUT and (function is None or facts.role is not Role.READOUT_BIAS):
+        own = (u.use for u in uses if not facts.tied or u.found.role is facts.role)
+        constant = constants.of_parameter(own)
+    if function is not None and function.problem is None:
+        constant = (constant or 1.0) * function.size() / function.size(name)
+    return replace(facts, constant=constant)
 
 
 def _calls(regions: Iterable[Region]) -> list[BranchRoles]:
@@ -129,7 +145,12 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
 
 
 def _branch(
-    name: str, regions: list[Region], parameters: list[str], sites: MultiplierSites, idle: dict[str, str]
+    name: str,
+    regions: list[Region],
+    parameters: list[str],
+    sites: MultiplierSites,
+    constants: Constants,
+    idle: dict[str, str],
 ) -> Branch:
     calls = _calls(regions)
     first, attention = calls[0], calls[0].attention
@@ -145,14 +166,15 @@ def _branch(
         parameters=tuple(parameters),
         site=sites.branch(ends, name, owner),
         folds=folds + tuple(name for name, sibling in idle.items() if sibling in folds),
+        constant=constants.of_branch(ends),
     )
     if attention is None:
         return replace(branch, head_dim=first.head_dim)
-    scale = own_scale(attention, first.region.ops, sites.graph, sites.trace.scalars)
+    scale = own_scale(attention, first.region.ops, sites.graph)
     return replace(branch, head_dim=attention.key_dim, logits=sites.logits(attention, len(ends)), logits_scale=scale)
 
 
-def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
+def _readouts(uses: Uses, sites: MultiplierSites, constants: Constants) -> Iterator[Readout]:
     """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
         reads = _used_as(placed, Role.READOUT, "matrix")
@@ -161,7 +183,9 @@ def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
             function = reads[0].use.function
             carrier = name if function is None or function.gain is None else function.gain
             alone = len(reads) == len(uses[carrier]) and all(u.use.homogeneous for u in uses[carrier])
-            yield Readout(name, reads[0].region.stream, site, (carrier,) if alone else (), reads[0].use.fans[0])
+            folds = (carrier,) if alone else ()
+            constant = constants.of_parameter(u.use for u in reads)
+            yield Readout(name, reads[0].region.stream, site, folds, reads[0].use.fans[0], constant)
 
 
 def _used_as(uses: list[PlacedUse], role: Role, kind: UseKind) -> list[PlacedUse]:

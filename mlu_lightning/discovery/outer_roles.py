@@ -30,7 +30,6 @@ _INPUT_ROLES = {
     Role.BRANCH_OUT: Role.BRANCH_IN_BIAS,
     Role.BRANCH_BOUNDED_MATRIX: Role.BRANCH_NORM,
     Role.STREAM_MATRIX: Role.STREAM_NORM,
-    Role.READOUT: Role.STREAM_NORM,
 }
 """Role of a gain on what a matrix reads."""
 

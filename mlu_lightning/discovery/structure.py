@@ -88,6 +88,8 @@ class ParameterFacts:
     mixed: bool = False  # whether some of its rows make what units share, which ``fan_out`` does not count
     active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
     uses: int = 1  # places along its stream at which it acts
+    # what the module itself multiplies by what it makes, but for what a branch or readout has; None if that cannot be told
+    constant: float | None = None
     variant: Variant | None = None  # what about its place changes the row of its role
     function: WeightFunction | None = None  # that it goes through before it meets data
 
@@ -109,6 +111,7 @@ class Branch:
     parameters: tuple[str, ...]
     site: Site | None = None  # where a hook can multiply the branch, None if no module's output is the branch
     folds: tuple[str, ...] = ()  # parameters whose multiplication multiplies the branch, empty if there are none
+    constant: float | None = None  # what the module itself multiplies it by, next to its stream; None if calls differ
     head_dim: int | None = None  # size of an attention head, entries of a recurrent unit's state; None for other kinds
     logits: Logits | None = None  # where attention logits can be multiplied, None for other kinds
     logits_scale: float | None = None  # the module's own, such as 1/sqrt(head_dim); None if it cannot be read
@@ -139,6 +142,7 @@ class Readout:
     site: Site | None  # where a hook can multiply it without its bias, None if there is no such place
     folds: tuple[str, ...]  # its matrix, empty if that is tied to an embedding
     fan_in: int  # inputs of the map, D
+    constant: float | None = None  # what the module itself multiplies its inputs and outputs by; None if uses differ
 
 
 @dataclass(frozen=True)

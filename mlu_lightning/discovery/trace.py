@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
@@ -75,7 +75,6 @@ class Trace:
     calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
-    scalars: tuple[tuple[Tensor, float], ...]  # floating-point buffers of one entry with their values, if they have any
     programs: dict[tuple[Node, int], Program]  # of weights, by node and number of its output, if they were asked for
 
 
@@ -139,7 +138,6 @@ def _run(
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in planned_parameters(twin).items()}
-    scalars = _scalars(module, twin)
     dtypes = {parameter.dtype for parameter in twin.parameters() if parameter.is_floating_point()}
     # a module that was built in the precision of the Trainer and its base, built before, share an example
     dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -173,13 +171,7 @@ def _run(
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
-    return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars, recorder.programs if recorder else {})
-
-
-def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
-    buffers = zip(twin.buffers(), module.buffers(), strict=True)
-    scalars = ((copied, b) for copied, b in buffers if b.numel() == 1 and b.is_floating_point())
-    return tuple((copied, b.item()) for copied, b in scalars if not (b.is_meta or isinstance(b, FakeTensor)))
+    return Trace(roots, names, tuple(calls), tuple(functions), twin, recorder.programs if recorder else {})
 
 
 def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from mlu_lightning.discovery.constants import Constants
 from mlu_lightning.discovery.graph import Graph
-from mlu_lightning.discovery.parameter_facts import Region, Uses
+from mlu_lightning.discovery.parameter_facts import Region
 from mlu_lightning.discovery.recurrence import feeds_back
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.table import Variant
@@ -52,13 +53,18 @@ def require_recurrence_in_branches(module: nn.Module, graph: Graph, partition: P
 
 
 def warnings_about(
-    partition: Partition, regions: list[Region], uses: Uses, variants: set[Variant | None], idle: list[str]
+    partition: Partition, regions: list[Region], constants: Constants, variants: set[Variant | None], idle: list[str]
 ) -> Iterator[str]:
-    """Say what the theory does not cover; ``uses`` and ``variants`` are of all parameters, ``idle`` those without tokens."""
+    """Say what the theory does not cover; ``variants`` are of all parameters, ``idle`` those without tokens."""
     if Variant.POST_NORM in variants:
         yield (
             "the stream is normalized after its additions (post-norm), which the theory does not cover: the learning "
             "rates of these norms are divided by the depth ratio, because their effects compound"
+        )
+    if constants.of_streams != 1:
+        yield (
+            f"the stream is multiplied by {constants.of_streams:.4g} from each addition to the next, without a norm on it, "
+            "so that what blocks add fades or grows with every further block: the theory covers sums along the depth"
         )
     branches = (region.branch for region in regions if region.branch is not None)
     unread = [common_module(b.matrix_names) for b in branches if b.experts is not None and b.experts.active is None]

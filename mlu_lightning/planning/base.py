@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from mlu_lightning.discovery.structure import BranchKind, Structure
 from mlu_lightning.table import Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
-__all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "logits_scales"]
+__all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "own_factors"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class BaseParameter:
     active: int
     uses: int
     variant: Variant | None
+    constant: float | None
 
     @property
     def row(self) -> str:
@@ -36,20 +38,23 @@ class BaseParameter:
 
 @dataclass(frozen=True)
 class BaseBranch:
-    """The branches of one name pattern and kind, with what the base itself multiplies their logits by."""
+    """The branches of one name pattern and kind, with what the base itself multiplies their logits and them by."""
 
     hidden: int
     head_dim: int | None
     logits_scale: float | None
+    constant: float | None
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base shape: parameters by name, (depth, embedding) of streams, and branches by name pattern and kind."""
+    """The base shape: parameters by name, (depth, embedding) of streams, branches by name pattern and kind, and what the
+    base itself multiplies readouts by, by the name of their matrix."""
 
     parameters: dict[str, BaseParameter]
     streams: tuple[tuple[int, int], ...]
     branches: dict[tuple[str, BranchKind], BaseBranch]
+    readouts: dict[str, float | None]
 
     def branch(self, name: str, kind: BranchKind) -> BaseBranch | None:
         """Branches of a name's pattern, or else the nearest one of the same name but for numbers inside of its parts."""
@@ -67,7 +72,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             f"The base {type(module).__name__} is on the meta device, so its initial standard deviations, which the plan "
             "needs, do not exist. Build the base on a real device; it is the small model."
         )
-    scales = logits_scales(structure)
+    scales, constants = own_factors(structure, "logits_scale"), own_factors(structure, "constant")
     return Base(
         parameters={
             name: BaseParameter(
@@ -78,24 +83,28 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 active=facts.active,
                 uses=facts.uses,
                 variant=facts.variant,
+                constant=facts.constant,
             )
             for name, facts in structure.parameters.items()
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
-            (name_pattern(branch.name), branch.kind): BaseBranch(branch.hidden, branch.head_dim, scales[branch.name])
+            (name_pattern(branch.name), branch.kind): BaseBranch(
+                branch.hidden, branch.head_dim, scales[branch.name], constants[branch.name]
+            )
             for branch in reversed(structure.branches)
         },
+        readouts={readout.parameter: readout.constant for readout in structure.readouts},
     )
 
 
-def logits_scales(structure: Structure) -> dict[str, float | None]:
-    """What each attention branch itself multiplies its logits by; None where that is unknown or differs along the depth."""
+def own_factors(structure: Structure, key: Literal["logits_scale", "constant"]) -> dict[str, float | None]:
+    """What the module itself multiplies logits or branches by; None where that is unknown or differs along the depth."""
     of_kind: dict[tuple[str, str], set[float | None]] = {}
     for branch in structure.branches:
-        of_kind.setdefault((name_pattern(branch.name), branch.kind), set()).add(branch.logits_scale)
+        of_kind.setdefault((name_pattern(branch.name), branch.kind), set()).add(getattr(branch, key))
     return {
-        branch.name: branch.logits_scale if len(of_kind[name_pattern(branch.name), branch.kind]) == 1 else None
+        branch.name: getattr(branch, key) if len(of_kind[name_pattern(branch.name), branch.kind]) == 1 else None
         for branch in structure.branches
     }
 

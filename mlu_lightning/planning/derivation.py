@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
-from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, logits_scales
-from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
-from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
+from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, own_factors
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
+from mlu_lightning.table import TABLES, Parameterization, Ratios, Role, Table
+from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams"]
 
@@ -37,7 +39,7 @@ def plan_parameters(
         assert facts.role is not None
         if found is None:
             fans = _units(facts, structure)
-            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant)
+            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant, 1.0)
         else:
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
         planned[name] = ParameterPlan(
@@ -53,6 +55,8 @@ def plan_parameters(
             base_active=of_base.active,
             uses=facts.uses,
             base_uses=of_base.uses,
+            constant=facts.constant,
+            base_constant=of_base.constant,
             variant=facts.variant,
             branch=facts.branch,
             transposed=facts.transposed,
@@ -65,7 +69,7 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
     """Put every branch next to the base's, or next to 1 in the absolute form."""
     planned = []
     for branch in structure.branches:
-        of_base = _base_branch(branch, base) or BaseBranch(1, None, None)
+        of_base = _base_branch(branch, base) or BaseBranch(1, None, None, 1.0)
         planned.append(
             BranchPlan(
                 name=branch.name,
@@ -97,22 +101,30 @@ def plan_multipliers(
     that a logit becomes c times a sum of d_k products of one sign; with query-key norm c · d_k bounds it.
     """
     table = TABLES[parameterization]
+    constants = own_factors(structure, "constant")
     found: list[Multiplier] = []
     for branch in structure.branches:
         stream = streams[branch.stream]
         value = table.rows[Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
-        found.append(Multiplier(branch.name, "branch", value, branch.site, branch.folds))
+        of_base = _base_branch(branch, base)
+        own = constants[branch.name], (1.0 if base is None else of_base.constant if of_base else None)
+        found.append(_relative(Multiplier(branch.name, "branch", value, branch.site, branch.folds, *own), table))
     for readout in structure.readouts:
         matrix = parameters[readout.parameter]
         # a tied table has the fans of an embedding, whose outputs are the readout's inputs
         axis = 1 if structure.parameters[readout.parameter].tied else 0
         value = table.rows[Role.READOUT].multiplier(Ratios(inputs=matrix.fans[axis] / matrix.base_fans[axis]))
-        found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
-    changed = _changed_heads(structure, base) if table.scales_logits else []
-    if not changed:
-        return tuple(found), ()
-    scales = logits_scales(structure)
+        own = readout.constant, (1.0 if base is None else base.readouts.get(readout.parameter))
+        multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own)
+        # the numbers of a tied table are those of the embedding, whose constant they are relative to
+        found.append(_relative(multiplier, table, matrix.constant_ratio))
+    scales = own_factors(structure, "logits_scale")
+    changed = _changed_logits(structure, base, scales) if table.scales_logits else []
     found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)
+    warnings = tuple(_warnings_about_branches(structure, base, streams, constants))
+    changed = [(branch, of_base) for branch, of_base in changed if branch.head_dim != of_base.head_dim]
+    if not changed:
+        return tuple(found), warnings
     branch, of_base = changed[0]
     warning = (
         f"head_dim is {branch.head_dim} and the base's is {of_base.head_dim}. The theory holds for a bounded key-query "
@@ -120,19 +132,54 @@ def plan_multipliers(
         "base (whatever factor modules have themselves), and the fan-in ratio of the output matrix as the ratio of "
         "hidden widths. Keep head_dim and change the number of heads to stay within the theory"
     )
-    return tuple(found), (warning,)
+    return tuple(found), (*warnings, warning)
+
+
+def _warnings_about_branches(
+    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...], constants: Mapping[str, float | None]
+) -> Iterator[str]:
+    """Say which branches have constants that cannot be put next to the base's."""
+    found: dict[str, None] = {}
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base)
+        unknown = constants[branch.name] is None or (of_base is not None and of_base.constant is None)
+        if unknown and streams[branch.stream].depth != streams[branch.stream].base_depth:
+            found[name_pattern(branch.name) or "of the module itself"] = None
+    if found:
+        yield (
+            f"the branches {', '.join(found)} are multiplied by numbers of the module's own that differ along the depth, "
+            "so that they cannot be put next to the base's: they stay as they are, and the table's 1/l comes on top"
+        )
 
 
 def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
     return None if base is None else base.branch(branch.name, branch.kind)
 
 
-def _changed_heads(structure: Structure, base: Base | None) -> list[tuple[Branch, BaseBranch]]:
-    """Attention branches whose head_dim is not that of the base's branch, which comes second."""
-    pairs = [(branch, _base_branch(branch, base)) for branch in structure.branches if branch.head_dim is not None]
-    return [
-        (branch, of_base) for branch, of_base in pairs if of_base and of_base.head_dim not in (None, branch.head_dim)
-    ]
+def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> Multiplier:
+    """Make a factor relative to the constants of module and base, so that the product is that of the table."""
+    ratio = multiplier.constant_ratio / of_numbers if table.scales_optimizer else 1.0
+    return replace(multiplier, value=multiplier.value / ratio)
+
+
+def _changed_logits(
+    structure: Structure, base: Base | None, scales: Mapping[str, float | None]
+) -> list[tuple[Branch, BaseBranch]]:
+    """Attention branches whose head_dim, or factor on logits, is not that of the base's branch, which comes second.
+
+    A factor that differs where neither heads nor streams do is a hyperparameter as others are, and not of the shape.
+    """
+    grown = base is not None and base.streams != tuple((stream.depth, stream.embedding) for stream in structure.streams)
+    found = []
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base)
+        if branch.head_dim is None or of_base is None or of_base.head_dim is None:
+            continue
+        of_shape = grown or branch.hidden != of_base.hidden
+        own_differs = of_shape and constant_ratio(scales[branch.name], of_base.logits_scale) != 1
+        if branch.head_dim != of_base.head_dim or own_differs:
+            found.append((branch, of_base))
+    return found
 
 
 def _logits(branch: Branch, of_base: BaseBranch, scale: float | None) -> Multiplier:
@@ -144,7 +191,10 @@ def _logits(branch: Branch, of_base: BaseBranch, scale: float | None) -> Multipl
         )
     assert branch.head_dim is not None and of_base.head_dim is not None and branch.logits is not None
     name = branch.name or "the module itself"
-    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {of_base.head_dim}, so its logits have to be "
+    what, own, of_its_base = "head_dim", float(branch.head_dim), float(of_base.head_dim)
+    if branch.head_dim == of_base.head_dim and scale and of_base.logits_scale:
+        what, own, of_its_base = "the factor on logits", scale, of_base.logits_scale
+    reason = f"{what} of {name} is {own:.4g} and the base's is {of_its_base:.4g}, so its logits have to be "
     if not scale or not of_base.logits_scale:
         whose = "the module" if not scale else "the base"
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Literal
 from mlu_lightning.discovery.structure import BranchKind, Site
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role, Variant, row_name
 
-__all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "StreamPlan"]
+__all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "StreamPlan", "constant_ratio"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class ParameterPlan:
         depth: residual additions along its stream, L.
         active: number of experts over whose outputs a mixture of experts averages; 1 outside of experts.
         uses: places along its stream at which it acts, as weights of a block do that is applied again and again.
+        constant: what the module itself multiplies by what the parameter makes, besides branches and readouts; None where
+            it cannot be told, as for an attention's queries and keys.
         variant: what about its place changes the row of its role.
         branch: index into ``Plan.branches``, None outside branches.
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
@@ -46,6 +48,8 @@ class ParameterPlan:
     base_active: int = 1
     uses: int = 1
     base_uses: int = 1
+    constant: float | None = None
+    base_constant: float | None = None
     variant: Variant | None = None
     branch: int | None = None
     transposed: bool = False
@@ -65,6 +69,16 @@ class ParameterPlan:
         return self.mixed and not math.isclose(entries, math.prod(self.fans) / math.prod(self.base_fans))
 
     @cached_property
+    def constant_ratio(self) -> float:
+        """Ratio of the module's own constant to the base's."""
+        return constant_ratio(self.constant, self.base_constant)
+
+    @property
+    def is_at_base(self) -> bool:
+        """Whether nothing about it differs from the base."""
+        return self.shape == self.base_shape and self.ratios.is_identity and self.constant_ratio == 1
+
+    @cached_property
     def ratios(self) -> Ratios:
         """Those ratios to the base that the row of its role in the MLU table uses; the others are 1."""
         ratios = Ratios(
@@ -78,6 +92,13 @@ class ParameterPlan:
         # data, targets and bounded sizes do not count
         unused = [key for key in ("depth", "inputs", "outputs") if not any(getattr(power, key) for power in powers)]
         return replace(ratios, **dict.fromkeys(unused, 1.0))
+
+
+def constant_ratio(constant: float | None, base_constant: float | None) -> float:
+    """Ratio of a module's constant to the base's; exactly 1 where they differ by rounding, or one is not known."""
+    if not constant or not base_constant or math.isclose(constant, base_constant, rel_tol=1e-6):
+        return 1.0
+    return constant / base_constant
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,8 @@ class Multiplier:
         value: the factor relative to base, before the richness alpha.
         site: where a hook attaches it; None if there is no such place.
         folds: parameters into which it can be folded; empty if there are none.
+        constant: what the module itself multiplies the branch or the readout by, which ``value`` is relative to: the product
+            of both, next to the base's constant, is the table's factor. None where it cannot be told.
     """
 
     name: str
@@ -133,6 +156,13 @@ class Multiplier:
     value: float
     site: Site | None
     folds: tuple[str, ...]
+    constant: float | None = None
+    base_constant: float | None = None
+
+    @property
+    def constant_ratio(self) -> float:
+        """Ratio of the module's own constant to the base's."""
+        return constant_ratio(self.constant, self.base_constant)
 
     @property
     def role(self) -> Role | None:

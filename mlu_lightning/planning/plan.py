@@ -17,12 +17,12 @@ from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module
 from mlu_lightning.planning.derivation import plan_branches, plan_multipliers, plan_parameters, plan_streams
-from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
-from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 
@@ -151,18 +151,29 @@ class Plan:
         """The base shape that the plan is relative to; None in the paper's absolute form."""
         if self._absolute:
             return None
+        own = {(multiplier.kind, multiplier.name): multiplier.base_constant for multiplier in self.multipliers}
         return Base(
             parameters={
                 name: BaseParameter(
-                    p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.base_uses, p.variant
+                    p.role,
+                    p.base_shape or (),
+                    p.base_fans,
+                    p.base_std,
+                    p.base_active,
+                    p.base_uses,
+                    p.variant,
+                    p.base_constant,
                 )
                 for name, p in self.parameters.items()
             },
             streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
             branches={
-                (name_pattern(b.name), b.kind): BaseBranch(b.base_hidden, b.base_head_dim, b.base_logits_scale)
+                (name_pattern(b.name), b.kind): BaseBranch(
+                    b.base_hidden, b.base_head_dim, b.base_logits_scale, own.get(("branch", b.name))
+                )
                 for b in reversed(self.branches)
             },
+            readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
         )
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:
@@ -171,6 +182,25 @@ class Plan:
         if multiplier.role is None or self.alpha == 1.0:
             return value.multiplier
         return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
+
+    @property
+    def own_constants(self) -> dict[str, tuple[float, float]]:
+        """What the module multiplies branches, readouts and what parameters make by, where it is not what its base does.
+
+        Numbers are relative to these constants, of which the second is the base's.
+        """
+        if not TABLES[self.parameterization].scales_optimizer:
+            return {}
+        of_parameters = [(name, p.constant, p.base_constant) for name, p in self.parameters.items()]
+        found = [(f"{m.kind} {m.name}", m.constant, m.base_constant) for m in self.multipliers] + of_parameters
+        return {name: (own, base) for name, own, base in found if own and base and constant_ratio(own, base) != 1}
+
+    @property
+    def relative_parameters(self) -> frozenset[str]:
+        """Names of the parameters whose numbers are relative to the module's own constants, or that write what has such."""
+        relative = [multiplier for multiplier in self.multipliers if multiplier.constant_ratio != 1]
+        written = {name for multiplier in relative for name in multiplier.folds or (multiplier.name,)}
+        return frozenset(written.union(n for n, parameter in self.parameters.items() if parameter.constant_ratio != 1))
 
     @cached_property
     def forward_factors(self) -> dict[Multiplier, float]:
@@ -206,6 +236,8 @@ class Plan:
             entry = scale(
                 parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
             )
+            if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
+                entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
             entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))
             found[name] = self.horizon.scaled(entry, family)
         return found
@@ -271,6 +303,7 @@ class Plan:
             self.scales(family),
             self.branches,
             {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers},
+            self.own_constants,
             self.warnings,
         )
 

@@ -48,6 +48,7 @@ def draw_plan(
     scales: Mapping[str, Scale],
     branches: tuple[BranchPlan, ...],
     multipliers: Mapping[Multiplier, float],
+    constants: Mapping[str, tuple[float, float]],
     warnings: Iterable[str],
 ) -> str:
     """Draw shapes, roles with their factors, branches with their multipliers, and warnings."""
@@ -62,6 +63,9 @@ def draw_plan(
         )
     console.print(_roles(parameters, scales))
     console.print(_branches(branches, multipliers))
+    if constants:
+        own = {f"{name_pattern(name)} {value:.4g} (base {base:.4g})": None for name, (value, base) in constants.items()}
+        console.print(f"Numbers are relative to what the module itself multiplies by: {', '.join(own)}.")
     for warning in warnings:
         console.print(f"Warning: {warning}.")
     return text.getvalue().rstrip("\n")

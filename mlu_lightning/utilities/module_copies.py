@@ -6,25 +6,34 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["copied_batch", "copied_module", "fake_tensor"]
+__all__ = ["OwnHook", "copied_batch", "copied_module", "fake_tensor", "is_constant"]
+
+
+class OwnHook:
+    """A hook that this package has put into a module, and that a copy of it does not have."""
 
 
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
-    """Copy a module with parameters that are fake, or share memory with the originals, and all require a gradient."""
+    """Copy a module with parameters that are fake, or share memory with the originals, and require a gradient.
+
+    Buffers and frozen parameters of one entry are constants: fake ones keep their value.
+    """
     memo: dict[int, Any] = {}
     with nullcontext() if fake is None else fake:
         for parameter in module.parameters():
             stand_in = parameter.detach() if fake is None else fake_tensor(parameter, fake)
-            memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=parameter.is_floating_point())
+            learned = parameter.is_floating_point() and not is_constant(parameter)
+            memo[id(parameter)] = nn.Parameter(stand_in, requires_grad=learned)
         if fake is not None:
             for buffer in module.buffers():
                 memo[id(buffer)] = fake_tensor(buffer, fake)
@@ -33,6 +42,8 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             for value in vars(submodule).values():
                 if isinstance(value, Tensor) and not value.is_leaf:
                     memo[id(value)] = value.detach() if fake is None else fake_tensor(value, fake)
+    for tensor in chain(module.parameters(), module.buffers()):
+        _set_constant(memo.get(id(tensor)), tensor)
     try:
         twin = copy.deepcopy(module, memo).train()
     except (TypeError, RuntimeError) as error:
@@ -42,6 +53,9 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             "outside of the module."
         ) from error
     for copied in twin.modules():
+        for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
+            for number in [number for number, hook in hooks.items() if isinstance(hook, OwnHook)]:
+                del hooks[number]
         _rebind(vars(copied), memo)
     for original, copied in zip(module.modules(), twin.modules(), strict=True):
         # the Trainer is shared, not copied: it holds the data, the loggers and the module itself
@@ -55,6 +69,20 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         for name in compiled:
             vars(copied).pop(name, None)
     return twin
+
+
+def is_constant(tensor: Tensor) -> bool:
+    """Whether a tensor holds one number that no loss changes."""
+    return tensor.numel() == 1 and not tensor.requires_grad and tensor.is_floating_point()
+
+
+def _set_constant(stand_in: Tensor | None, tensor: Tensor) -> None:
+    if (
+        isinstance(stand_in, FakeTensor)
+        and is_constant(tensor)
+        and not (tensor.is_meta or isinstance(tensor, FakeTensor))
+    ):
+        stand_in.constant = tensor.detach().cpu().clone()
 
 
 def copied_batch(batch: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
