@@ -20,7 +20,7 @@ from mlu_lightning.discovery.outer_roles import Unplaced
 from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
-from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap
+from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap, WeightFunction
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
@@ -113,7 +113,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
 def _facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse], constants: Constants) -> ParameterFacts:
     """What is found about a parameter; a readout's constants are its multiplier's."""
     facts = parameter_facts(name, shape, uses)
-    function, constant = facts.function, 1.0
+    function: WeightFunction | None = facts.function
+    constant: float | None = 1.0
     if facts.role is not Role.READOUT and (function is None or facts.role is not Role.READOUT_BIAS):
         own = (u.use for u in uses if not facts.tied or u.found.role is facts.role)
         constant = constants.of_parameter(own)

@@ -58,7 +58,11 @@ def place_gain(matrix: Placed | Unplaced, along: Along) -> Placed | Unplaced:
     role = {"outputs": BIAS_ROLES, "inputs": _INPUT_ROLES}.get(along, {}).get(matrix.role)
     if along == "bounded" and matrix.role.in_branch:
         role = Role.BRANCH_BOUNDED
-    return Unplaced(f"it multiplies parts of a {matrix.role} that are not its outputs") if role is None else Placed(role)
+    return (
+        Unplaced(f"it multiplies parts of {matrix.role} weights other than their outputs")
+        if role is None
+        else Placed(role)
+    )
 
 
 def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:

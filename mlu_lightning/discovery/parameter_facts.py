@@ -109,6 +109,9 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
     function = next((placed.use.function for placed in uses if placed.use.function is not None), None)
+    if function is not None and None in roles:
+        why = next(placed.found.reason for placed in uses if isinstance(placed.found, Unplaced))
+        function = replace(function, problem=function.problem or why)
     if (len(roles) != 1 and not tied) or len(norms) > 1:
         fans = (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
         return ParameterFacts(name, None, shape, *fans, function=function)

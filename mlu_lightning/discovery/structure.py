@@ -7,7 +7,19 @@ from typing import Literal
 
 from mlu_lightning.table import Role, Variant, row_name
 
-__all__ = ["Along", "Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap", "WeightFunction"]
+__all__ = [
+    "Along",
+    "Branch",
+    "BranchKind",
+    "Logits",
+    "ParameterFacts",
+    "Readout",
+    "Site",
+    "Stream",
+    "Structure",
+    "Tap",
+    "WeightFunction",
+]
 
 BranchKind = Literal["attention", "convolution", "mlp", "recurrence"]
 

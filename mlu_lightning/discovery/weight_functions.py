@@ -58,8 +58,10 @@ def _read(use: Use, beside: tuple[Use, ...], trace: Trace, known: dict[object, W
     key = operand, number
     if key not in known:
         called = _called(use.parameter, trace.copy, program)
-        known[key] = WeightFunction(called, problem="it cannot be followed") if program is None else _function(
-            called, program, use, known
+        known[key] = (
+            WeightFunction(called, problem="it cannot be followed")
+            if program is None
+            else _function(called, program, use, known)
         )
     function = known[key]
     if use.parameter == function.gain:
@@ -85,14 +87,12 @@ def _function(called: str, program: Program, use: Use, known: dict[object, Weigh
     return replace(kind, entries=here(kind.entries), gain=here(kind.gain), sizes=sizes)
 
 
-def _kind(
-    called: str, program: Program, values: Mapping[str, Tensor], weight: Tensor, use: Use
-) -> WeightFunction:
+def _kind(called: str, program: Program, values: Mapping[str, Tensor], weight: Tensor, use: Use) -> WeightFunction:
     degrees = {name: _degree(program, values, weight, name) for name in values}
     entries = [name for name in values if _is_entrywise(program, values, weight, name)]
     others = [name for name in values if name not in entries]
     if len(entries) != 1 or len(others) > 1 or any(degrees[name] != 1 for name in others):
-        return WeightFunction(called, problem="its entries are not those of one parameter, or of one times a gain")
+        return WeightFunction(called, problem="its entries mix those of parameters, as a product of matrices does")
     found = WeightFunction(called, entries[0], degrees[entries[0]])
     gain = next(iter(others), None)
     return found if gain is None else replace(found, gain=gain, along=_along(program, values, weight, gain, use))
@@ -107,18 +107,16 @@ def _degree(program: Program, values: Mapping[str, Tensor], weight: Tensor, name
 
 def _is_entrywise(program: Program, values: Mapping[str, Tensor], weight: Tensor, name: str) -> bool:
     """Whether one entry of the weight takes most of a change of one entry of a parameter."""
-    value, shares = values[name], list[float]()
-    for place in _places(value.numel()):
-        change = _changed(program, values, weight, name, place, 3 * _rms(value)).square()
-        if change.sum() > 0:
-            shares.append(float(change.max() / change.sum()))
-    return value.numel() > 1 and sorted(shares)[len(shares) // 2] > 0.5 if shares else False
+    if values[name].numel() < weight.numel():
+        return False
+    changes = [_changed(program, values, weight, name, place).square() for place in _places(values[name].numel())]
+    return sum(float(change.max()) for change in changes) > 0.5 * sum(float(change.sum()) for change in changes)
 
 
 def _along(program: Program, values: Mapping[str, Tensor], weight: Tensor, name: str, use: Use) -> Along:
     """What an entry of a gain multiplies: all of an output, all that reads an input, or something else."""
     entries = values[name].numel()
-    change = _changed(program, values, weight, name, entries // 2, _rms(values[name])).abs()
+    change = _changed(program, values, weight, name, entries // 2).abs()
     changed = change > 1e-3 * change.max()
     for along, axis in zip(("outputs", "inputs"), use.axes, strict=True):
         reached = int(changed.movedim(axis, 0).flatten(1).any(1).sum()) if changed.ndim > 1 else int(changed.sum())
@@ -127,13 +125,11 @@ def _along(program: Program, values: Mapping[str, Tensor], weight: Tensor, name:
     return "bounded"
 
 
-def _changed(
-    program: Program, values: Mapping[str, Tensor], weight: Tensor, name: str, place: int, by: float
-) -> Tensor:
-    """Change of the weight with that of one entry of a parameter."""
+def _changed(program: Program, values: Mapping[str, Tensor], weight: Tensor, name: str, place: int) -> Tensor:
+    """Change of the weight with that of one entry of a parameter, to the other side of zero, where signs change."""
     value = values[name].clone()
     entry = value.view(-1)[place]
-    entry -= torch.where(entry < 0, -by, by)  # past zero, where signs change
+    entry.copy_(torch.where(entry < 0, 0.1, -0.1) * _rms(value))
     return program.run({**values, name: value}) - weight
 
 
@@ -166,5 +162,3 @@ def _called(parameter: str, module: nn.Module, program: Program | None) -> str:
     more = ", …" if len(operations) > _OPERATIONS else ""
     listed = f" ({', '.join(operations[:_OPERATIONS])}{more})" if operations else ""
     return " and ".join(words) + listed
-
-

@@ -122,12 +122,11 @@ class ProgramRecorder(TorchDispatchMode):
         self.programs: dict[tuple[Node, int], Program] = {}
         self._known: Any = WeakTensorKeyDictionary()  # None for data
         self._steps = 0
-        for (name, stand_in), parameter in zip(
-            planned_parameters(twin).items(), planned_parameters(module).values(), strict=True
-        ):
-            self._known[stand_in] = _Leaf(parameter.detach(), name)
-        for stand_in, buffer in zip(twin.buffers(), module.buffers(), strict=True):
-            self._known[stand_in] = _Leaf(buffer)
+        copies = planned_parameters(twin)
+        for name, parameter in planned_parameters(module).items():
+            self._known[copies[name]] = _Leaf(parameter.detach(), name)
+        for copied, buffer in zip(twin.buffers(), module.buffers(), strict=True):
+            self._known[copied] = _Leaf(buffer)
 
     def add_data(self, data: Any) -> None:
         """Take tensors for data."""
@@ -151,7 +150,7 @@ class ProgramRecorder(TorchDispatchMode):
         if None not in parts:
             known = tree_map(lambda x: self._part(x) if isinstance(x, Tensor) else x, (args, given))
             self._steps += 1
-            step = _Step(self._steps, func, *known, parameters=frozenset().union(*map(_parameters, parts)))
+            step = _Step(self._steps, func, known[0], known[1], frozenset[str]().union(*map(_parameters, parts)))
         result = func(*args, **given)
         for output, leaf in enumerate(tree_leaves(result)):
             if isinstance(leaf, Tensor):
