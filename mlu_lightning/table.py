@@ -70,6 +70,8 @@ class Role(_Name):
     """Stream to targets."""
     READOUT_BIAS = "readout_bias"
     """Vector over targets."""
+    FROZEN = "frozen"
+    """What is left alone: neither initialized nor scaled, as parts that no loss reaches (metrics, teachers)."""
 
     @property
     def in_branch(self) -> bool:
@@ -313,6 +315,7 @@ _MLU = Table(
         Role.STREAM_NORM: Row(g=_PER_OUTPUT),
         Role.READOUT: Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1)),
         Role.READOUT_BIAS: Row(g=_PER_USE),
+        Role.FROZEN: Row(),
     },
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,

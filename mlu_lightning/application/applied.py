@@ -74,8 +74,8 @@ def set_applied(module: nn.Module, applied: Applied | None) -> None:
         vars(module)[_NAME] = applied
 
 
-def mark_initialized(module: nn.Module) -> None:
-    """Note on a module with multipliers that ``MLUCallback`` answers for its initial weights."""
+def mark_initialized(module: nn.Module, initialized: bool = True) -> None:
+    """Note on a module with multipliers whether ``MLUCallback`` answers for its initial weights."""
     applied = residual_state(module)
     assert applied is not None
-    set_applied(original_module(module), replace(applied, initialized=True))
+    set_applied(original_module(module), replace(applied, initialized=initialized))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mlu_lightning.application.applied import Applied, residual_state, set_applied
-from mlu_lightning.application.hooks import attach_hooks, detach_hooks
+from mlu_lightning.application.hooks import attach_hooks, detach_hooks, hooks_in
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
@@ -144,6 +144,12 @@ def check_attached(module: nn.Module) -> None:
                 "removed, so the module is no longer the plan's. Exchange parts before the module is given to "
                 "MLUCallback or attach_multipliers, or load new weights into the part that is there."
             )
+    applied_to = filter(None, map(residual_state, parts))  # a part may be a module with a plan of its own
+    if {*hooks_in(module)} - {(id(hook.hooks_dict_ref()), hook.id) for each in applied_to for hook in each.hooks}:
+        raise ValueError(
+            "There are multipliers in the module that are not its plan's: attach_multipliers was interrupted, or a part was "
+            "copied from another module. Start from a module that was built anew."
+        )
 
 
 def attach_again(module: nn.Module, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.names import original_module, planned_name
 
-__all__ = ["Scaled", "ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer", "scaled_by"]
+__all__ = ["Scaled", "ScaledOptimizer", "Watch", "is_scaled", "plan_names", "scale_optimizer", "scaled_by"]
 
 
 def scale_optimizer(
@@ -111,6 +111,16 @@ class Scaled:
             part.remove()
 
 
+class Watch(Protocol):
+    """What looks at updates."""
+
+    def before_update(self, scaled: ScaledOptimizer) -> bool:
+        """Look at what is about to be updated, and tell whether the groups should note what is read of them."""
+
+    def after_update(self, scaled: ScaledOptimizer) -> None:
+        """Look at what was updated."""
+
+
 class ScaledOptimizer:
     """One optimizer that sees its shadow groups while it updates parameters."""
 
@@ -123,6 +133,7 @@ class ScaledOptimizer:
         self._family = _for_all(family)
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
+        self.watch: Watch | None = None
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks = (
             optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()),
@@ -135,6 +146,11 @@ class ScaledOptimizer:
         self._hooked = getattr(step, "hooked", False) and _same_function(optimizer.step, step)
         self._step = self._wrapped_step()
         vars(optimizer)["step"] = self._step
+
+    @property
+    def shadows(self) -> list[Shadow]:
+        """Shadows of all groups."""
+        return [shadow for split in self._splits for shadow in split.shadows]
 
     @property
     def swapped(self) -> bool:
@@ -223,7 +239,8 @@ class ScaledOptimizer:
             split if split is not None and split.is_of(group) else self._split(index)
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
-        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
+        watched = self.watch is not None and self.watch.before_update(self)
+        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer, watched)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -233,6 +250,8 @@ class ScaledOptimizer:
             return
         self.optimizer.param_groups[:] = self._users
         self._users = None
+        if self.watch is not None:
+            self.watch.after_update(self)
         for split in self._splits:
             split.give_back()
 

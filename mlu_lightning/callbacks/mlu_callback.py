@@ -13,12 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled, scale_optimizer
+from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled
 from mlu_lightning.application.applied import mark_initialized, residual_state
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
 from mlu_lightning.application.multipliers import check_attached
-from mlu_lightning.application.optimization import Scaled
-from mlu_lightning.application.own_optimizers import scale_at_step
+from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
@@ -28,6 +27,7 @@ from mlu_lightning.callbacks.model_copies import check_copies, copy_again
 from mlu_lightning.callbacks.saved_plans import wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verified_function import verify_function
+from mlu_lightning.callbacks.verified_steps import Verification
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
@@ -72,7 +72,8 @@ class MLUCallback(EitherCallback):
         parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
         batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
         token_ratio: tokens seen in all of the training over those that the base saw.
-        verify: compare weights, function and first step with the plan; False turns it off.
+        verify: compare weights, function and first step with the plan, and stop a run that is not the plan's; False turns
+            it off.
 
     Raises:
         ValueError: if arguments contradict each other.
@@ -127,7 +128,8 @@ class MLUCallback(EitherCallback):
         self._plan: Plan | None = None
         self._planned: Plan | None = None
         self._initialized = False
-        self._scaled: list[Scaled] = []  # optimizers of the fit that goes on
+        self._optimizers: Optimizers | None = None  # of the fit that goes on
+        self._verification: Verification | None = None
         self._cleanup = ExitStack()
 
     @property
@@ -183,12 +185,16 @@ class MLUCallback(EitherCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan, where a logger has a place for it."""
+        self._look("in on_fit_start of a callback that comes before MLUCallback")
         if self._plan is not None:
-            families = {name: family for each in self._scaled for name, family in each.families.items()}
+            parts = [] if self._optimizers is None else self._optimizers.parts
+            families = {name: family for part in parts for name, family in part.families.items()}
             log_plan(trainer.loggers, self._plan, self._residual, families)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare what the module computes with its plan, unless it was trained before."""
+        """Refuse weights that are not the plan's, and compare what the module computes, unless it was trained before."""
+        if self._verification is not None:
+            self._cleanup.callback(self._verification.start(trainer))
         example, self._seen = self._seen, None
         if self.verify and self._initialized and example is not None:
             assert self._plan is not None
@@ -199,7 +205,16 @@ class MLUCallback(EitherCallback):
         if load_plan(pl_module, checkpoint) is not None:
             mark_initialized(pl_module)
         self._keep(pl_module)
+        if self._verification is not None:
+            self._verification.loaded()
         self._seen = None  # the weights are others now
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse updates at other numbers than the plan's."""
+        if self._verification is not None:
+            self._verification.batch_end()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
@@ -231,23 +246,26 @@ class MLUCallback(EitherCallback):
         self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
         for warning in plan.warnings:
             rank_zero_warn(warning)
+        self._optimizers = optimizers = Optimizers(module, plan, self._family)
         deferred = any(parameter.is_meta for parameter in module.parameters())
         if not deferred:
-            self._apply(module, plan)
+            self._apply(module, plan, optimizers)
             copy_again(earlier, trainer, module)
 
         def configure(method: Callable[..., Any]) -> Any:
             if deferred:
                 # a sharded strategy has given the parameters their values now, and restores checkpoints later
-                self._apply(module, plan)
+                self._apply(module, plan, optimizers)
+            self._look("in setup of a callback that comes after MLUCallback")
             configured = method()
-            optimizers = [] if configured is None else configured_optimizers(configured)[0]
-            self._scaled += [scale_optimizer(each, module, plan, self._family) for each in optimizers]
+            self._look("in configure_optimizers")
+            for optimizer in [] if configured is None else configured_optimizers(configured)[0]:
+                optimizers.add(optimizer)
             return configured
 
-        self._cleanup.callback(self._make_plain)
+        self._cleanup.callback(optimizers.remove)
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
-        self._cleanup.callback(scale_at_step(module, plan, self._family, self._scaled))
+        self._cleanup.callback(optimizers.add_at_step())
         self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
         if self._residual == "fold":
             warn_of_hooks(plan)
@@ -270,7 +288,7 @@ class MLUCallback(EitherCallback):
         with built_base(self._arguments.base, module, trainer, self._seed) as base:
             return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
-    def _apply(self, module: LightningModule, plan: Plan) -> None:
+    def _apply(self, module: LightningModule, plan: Plan, optimizers: Optimizers) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
         applied = residual_state(module)
         self._initialized = applied is None and self._init is not None
@@ -295,16 +313,17 @@ class MLUCallback(EitherCallback):
             )
         elif self._init is not None and not applied.initialized:
             raise ValueError(
-                "The module has its multipliers already, and not from an MLUCallback, so it is not known whether it was "
-                "initialized. Call initialize(module, plan) before attach_multipliers or fold and give init=None to "
-                "MLUCallback, or leave both to MLUCallback."
+                "The module has its multipliers already, and it is not known whether it was initialized: they are not from "
+                "an MLUCallback, or weights were changed before a fit began. Call initialize(module, plan) before "
+                "attach_multipliers or fold and give init=None to MLUCallback, or give it a module that was built anew."
             )
         wrap_saving(module)
+        self._verification = Verification(module, plan, optimizers, self._initialized) if self.verify else None
 
-    def _make_plain(self) -> None:
-        """Make the optimizers plain again."""
-        while self._scaled:
-            self._scaled.pop().remove()
+    def _look(self, who: str) -> None:
+        """Look at the initial weights, which somebody may have changed since the last time."""
+        if self._verification is not None:
+            self._verification.look(who)
 
     def _keep(self, module: LightningModule) -> None:
         """Take the plan that is in effect on a module, if there is one, and let its checkpoints have it."""

@@ -89,7 +89,8 @@ class _Watch(Callback):
     def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._rows = {name: parameter.row for name, parameter in plan.parameters.items()}
+        learned = (item for item in plan.parameters.items() if item[1].role is not Role.FROZEN)
+        self._rows = {name: parameter.row for name, parameter in learned}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -152,7 +153,7 @@ class _Watch(Callback):
     def _observe_without(self, row: str, module: LightningModule) -> Observation:
         """Observe the module with the parameters of one row of the table as they were at the start."""
         parameters = planned_parameters(module)
-        of_row = {name: parameter for name, parameter in parameters.items() if self._rows[name] == row}
+        of_row = {name: parameter for name, parameter in parameters.items() if self._rows.get(name) == row}
         with restored(of_row):
             with torch.no_grad():
                 for name, parameter in of_row.items():
@@ -164,9 +165,9 @@ class _Watch(Callback):
         readers = tuple(self._readers.values())
         effects = local_effects(module, readers, replacements, lambda: self._observe(module, locations=()))
         # experts without tokens are not read, as others beside them are
-        read = {(name_pattern(name), self._rows[name]) for name in effects}
+        read = {(name_pattern(name), self._rows[name]) for name in effects if name in self._rows}
         parameters = planned_parameters(module)
-        unread = [name for name in parameters if (name_pattern(name), self._rows[name]) not in read]
+        unread = [name for name in self._rows if (name_pattern(name), self._rows[name]) not in read]
         effects |= value_effects(self._plan, unread, parameters, replacements, aligned=kind is Kind.UPDATE)
         for name, effect in effects.items():
             multiplied = name in self._readers and self._readers[name].multiplied
@@ -188,6 +189,8 @@ class _Watch(Callback):
         multiplied: bool = False,
     ) -> None:
         parameter = self._plan.parameters[name]
+        if parameter.role is Role.FROZEN:
+            return
         role, variant = row or (parameter.role, parameter.variant)
         expected = expected_size(kind, role, variant, parameter.ratios, multiplied)
         self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)

@@ -33,8 +33,8 @@ class BranchRoles:
         op = use.op
         if use.kind == "matrix":
             role = self._matrix_role(op, use)
-            before_norm = role is Role.BRANCH_OUT and any(o.is_normalizer for o in self._writing_path)
-            return Placed(role, Variant.BEFORE_NORM if before_norm else None)
+            undone = role is Role.BRANCH_OUT and any(o.is_normalizer or o.name in NONLINEAR for o in self._writing_path)
+            return Placed(role, Variant.BEFORE_NORM if undone else None)
         if use.kind == "bias":
             role = self._matrix_role(op, use)
             return Placed(BIAS_ROLES.get(role, role))  # that of a depthwise kernel is a vector's, too
@@ -45,11 +45,12 @@ class BranchRoles:
         size, attention = math.prod(use.selected), self.attention
         if use.kind == "add" and op in self._biased:
             return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
+        if size > 1 == math.prod(use.shape):
+            return Placed(Role.BRANCH_BOUNDED)  # a number that is made of it
         if size != max(use.selected, default=1) and not self._is_per_head(use):
-            return Unplaced(f"it enters {op.name} with shape {list(use.shape)}")
+            return self._place_several_axes(use)
         # at D = 1, where the matrix that writes has one output, the gain of a norm has one entry, too
-        embedding = self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
-        if size == 1 and not (use.shape and embedding == 1 and not self._matrices_before.of(op)):
+        if size == 1 and not (use.shape and self.embedding == 1 and not self._matrices_before.of(op)):
             return Placed(Role.BRANCH_BOUNDED)
         if op in self._writing_path:
             return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
@@ -71,10 +72,30 @@ class BranchRoles:
             f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
         )
 
+    def _place_several_axes(self, use: Use) -> Placed | Unplaced:
+        """Role of a vector for each of several time steps, channels or parts."""
+        sizes = {size for op in self.matrices for matrix in self.graph.matrices(op) for size in matrix.fans}
+        of_units = [size for size in use.shape[::-1] if size > 1 and (size in sizes or not sizes)]
+        if not of_units:
+            return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
+        outer = not self._matrices_before.of(use.op) or use.op in self._writing_path or of_units[0] == self.embedding
+        return Placed(Role.BRANCH_NORM if outer else Role.BRANCH_IN_BIAS, outputs=of_units[0])
+
+    @cached_property
+    def embedding(self) -> int | None:
+        """Outputs of the matrix that writes, None if there is none."""
+        return self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
+
     @cached_property
     def matrices(self) -> tuple[Op, ...]:
         """Operations with a parameter matrix, in order."""
         return tuple(op for op in self.region.ops if self.graph.is_matrix(op))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its matrices, or of all its parameters if there are none, in order of use."""
+        uses = (use.parameter for op in self.region.ops for use in self.graph.uses.get(op, ()) if use.kind != "penalty")
+        return self.matrix_names or tuple(uses)
 
     @property
     def matrix_names(self) -> tuple[str, ...]:
@@ -88,8 +109,11 @@ class BranchRoles:
 
     @cached_property
     def writers(self) -> tuple[Op, ...]:
-        """Matrices that write to the addition: nothing but linear operations and norms lies between."""
-        return tuple(op for op in self.matrices if op in self._writing_path)
+        """Matrices that write to the addition: nothing but linear operations, norms and depthwise kernels lies between.
+
+        If there are none, those before a nonlinearity that ends the branch.
+        """
+        return tuple(op for op in self.matrices if op in self._writing_path and not is_depthwise(self.graph, op))
 
     @cached_property
     def is_recurrent(self) -> bool:
@@ -123,6 +147,8 @@ class BranchRoles:
         """What kind of block the branch is."""
         if self.attention is not None:
             return "attention"
+        if not self.matrices:
+            return "mixing"
         if self.is_recurrent:
             return "recurrence"
         kernels = (self.graph.matrices(op)[0].shape[2:] for op in self.matrices if op.name in CONVOLUTIONS)
@@ -131,10 +157,14 @@ class BranchRoles:
     @cached_property
     def hidden(self) -> int:
         """Hidden width M: inputs of the matrix that writes, in heads for attention and recurrences."""
+        if not self.matrices:
+            return 1
         if self.is_recurrent:
             return self.units.number
         last = (self.writers or self.matrices)[-1]
-        inputs = self.graph.matrices(last)[0].fans[0] * (self.active if self.is_expert(last) else 1)
+        inputs = self.graph.matrices(last)[0].fans[is_depthwise(self.graph, last)] * (
+            self.active if self.is_expert(last) else 1
+        )
         return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
 
     @cached_property
@@ -165,7 +195,9 @@ class BranchRoles:
             return self._role_in_recurrence(op, self.graph.uses[op][0] if use is None else use)
         if self._matrices_before.of(op) - {router}:
             return Role.BRANCH_HIDDEN
-        feeds = any(self._matrices_before.precedes(op, other) for other in self.matrices)
+        feeds = is_depthwise(self.graph, op) or any(
+            self._matrices_before.precedes(op, other) for other in self.matrices
+        )
         return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
 
     def _role_in_recurrence(self, op: Op, use: Use) -> Role:
@@ -251,18 +283,24 @@ class BranchRoles:
 
     @cached_property
     def _writing_path(self) -> frozenset[Op]:
-        """Operations from the last matrices on, those included."""
+        """Operations from the last matrices on, those included; with a nonlinearity only if the branch ends in one."""
+        linear = self._back_from_end(NONLINEAR)
+        if all(is_depthwise(self.graph, op) for op in linear if self.graph.is_matrix(op)):
+            return self._back_from_end(frozenset())
+        return linear
+
+    def _back_from_end(self, without: frozenset[str]) -> frozenset[Op]:
         members = set(self.region.ops)
 
         def operands(op: Op) -> tuple[Op, ...]:
             if op.name.startswith(ATTENTION):
                 return tuple(operand[0] for operand in op.operands[2:3] if operand is not None)
-            if self.graph.is_matrix(op):
+            if self.graph.is_matrix(op) and not is_depthwise(self.graph, op):
                 return ()
             return op.full_factors if op.name == "Mul" else op.data
 
         def stops(op: Op) -> bool:
-            return op not in members or op.name in NONLINEAR or op.is_recurrent_layer
+            return op not in members or op.name in without or op.is_recurrent_layer
 
         ops, _ = between([self.region.end], stops, operands)
         return frozenset(ops)

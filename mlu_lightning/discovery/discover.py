@@ -13,8 +13,10 @@ from torch import nn
 from mlu_lightning.discovery.attention import own_scale
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.constants import Constants
+from mlu_lightning.discovery.copies import find_copies
 from mlu_lightning.discovery.feature_taps import FeatureTaps
-from mlu_lightning.discovery.graph import UseKind, build_graph
+from mlu_lightning.discovery.forward_graph import build_graph
+from mlu_lightning.discovery.graph import UseKind
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
 from mlu_lightning.discovery.outer_roles import Unplaced
 from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
@@ -30,6 +32,7 @@ from mlu_lightning.discovery.uncovered import (
 )
 from mlu_lightning.discovery.weight_functions import has_functions, with_functions
 from mlu_lightning.table import Role, row_name
+from mlu_lightning.utilities.garbage import collected_later
 from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
 
 __all__ = ["discover"]
@@ -66,7 +69,11 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     >>> structure.roles["branch.0.weight"].value, structure.roles["readout.bias"].value
     ('branch_in', 'readout_bias')
     """
-    module = original_module(module)
+    with collected_later():
+        return _structure(original_module(module), example)
+
+
+def _structure(module: nn.Module, example: Any) -> Structure:
     trace = trace_module(module, example)
     graph = build_graph(trace)
     if has_functions(graph):
@@ -98,14 +105,20 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
     taps = StreamTaps(trace, graph, sums, frozenset(filter(None, multiplied)))
     along = [[r.branch for r in regions if r.branch is not None and r.stream == i] for i in range(len(depths))]
+    streams = tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True))
+    branches = tuple(
+        replace(branch, hidden=streams[branch.stream].embedding) if branch.kind == "mixing" else branch
+        for branch in branches
+    )
     return Structure(
         parameters=parameters,
         branches=branches,
-        streams=tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True)),
+        streams=streams,
         readouts=readouts,
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
+        copies=find_copies(module, {name for name, facts in parameters.items() if facts.role is Role.FROZEN}),
         warnings=tuple(warnings_about(parts, regions, constants, {f.variant for f in parameters.values()}, [*idle])),
     )
 
@@ -135,8 +148,10 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
     called.pop(None, None)
     named: dict[str, list[Region]] = {}
     for of_branch in called.values():
-        matrices = _calls(of_branch)[0].matrix_names
-        first = of_branch[0]
+        first, matrices = of_branch[0], _calls(of_branch)[0].names
+        if not matrices:
+            named[f"mixing.{len(named)}"] = of_branch
+            continue
         roles = {name: next((u.found.role for u in uses[name] if u.region is first), None) for name in matrices}
         # if another branch has that name, gates of this one and then all but what it writes with are left out
         units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
@@ -207,8 +222,6 @@ def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Read
 
 def _why_unassigned(uses: list[PlacedUse]) -> str:
     """What was found around a parameter that could not be placed."""
-    if not uses:
-        return "it took no part in the forward pass of the example"
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
     rows = (row_name(u.found.role, u.found.variant) for u in uses if u.found.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))

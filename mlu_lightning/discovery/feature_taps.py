@@ -107,6 +107,8 @@ def _pre_activations(branch: BranchRoles) -> Value | None:
 
     Of gated perceptrons it is the half that enters the nonlinearity, the larger value if there is none.
     """
+    if not branch.matrices:
+        return None
     if branch.experts is not None:
         return None  # tokens change their places from step to step
     ends = branch.writers[-1].data if branch.writers else (branch.region.end,)

@@ -141,18 +141,27 @@ class MultiplierSites:
         return uses + [use for part, _ in parts for use in part], {op}.union(*(path for _, path in parts))
 
     def _proportional(self, end: Op) -> list[Op]:
-        """The end of a branch, and what it is proportional to, as far back as nothing else reads that."""
+        """The end of a branch, and what all of it is proportional to, as far back as nothing else reads that."""
         chain: list[Op] = []
-        op = end
-        while len(self.graph.users[op]) == 1:
-            chain.append(op)
+        inside, ways = set[Op](), {end}
+        while ways:
+            op = max(ways, key=lambda way: way.index)
+            users = self.graph.users[op]
+            if len(users) > 1 if op is end else not inside.issuperset(users):
+                break
+            if len(ways) == 1:
+                chain.append(op)
             operands = op.data
             if op.name == "Mul" and len(operands) == 2 and not op.is_normalizer:
                 # the factor that holds what is written, such as an expert's output beside its weight
                 operands = tuple(operand for operand in op.full_factors if self._factors(operand) is not None)
-            if len(operands) != 1 or op.name not in RESHAPES | JOINS | {"Mul", "Div"}:
+                operands = operands if len(operands) == 1 else ()
+            sums = op.name in ("Add", "Sub") and None not in op.operands
+            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Select"}
+            if not (sums or alone):
                 break
-            op = operands[0]
+            inside.add(op)
+            ways = (ways - {op}) | set(operands)
         return chain
 
     def _matrix_of(self, call: ModuleCall, source: dict[Op, Op]) -> Op | None:

@@ -40,6 +40,8 @@ class Placed:
 
     role: Role
     variant: Variant | None = None
+    outputs: int | None = None  # entries over units or coordinates, where there are others, such as time steps
+    on_data: bool = False  # whether it acts on data before any map
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,27 @@ def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:
         return Placed(role if use.kind == "matrix" else BIAS_ROLES[role])
     if use.kind == "other" and not use.is_vector:
         return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
-    return Placed(Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM)
+    role = Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM
+    return Placed(role, on_data=not maps_before.of(use.op))
 
 
-def place_on_trunk(use: Use, post_norm: bool) -> Placed | Unplaced:
+def place_on_trunk(use: Use, post_norm: bool, embeddings: frozenset[int] = frozenset()) -> Placed | Unplaced:
     """Role on a stream between its additions."""
     if use.kind == "matrix":
         return Placed(Role.STREAM_MATRIX)
     if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
         return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
-    if not use.is_vector:
+    coordinates = _coordinates(use, embeddings)
+    if not use.is_vector and coordinates is None:
         return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions")
-    return Placed(Role.STREAM_NORM, Variant.POST_NORM if post_norm and use.kind in ("norm", "mul") else None)
+    variant = Variant.POST_NORM if post_norm and use.kind in ("norm", "mul") else None
+    return Placed(Role.STREAM_NORM, variant, coordinates)
+
+
+def _coordinates(use: Use, embeddings: frozenset[int]) -> int | None:
+    """Entries over coordinates of a gain that has others for several time steps or positions."""
+    axes = (size for size in use.shape[::-1] if size > 1 and size in embeddings)
+    return None if use.is_vector else next(axes, None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,7 @@ class HeadRoles:
     graph: Graph
     ops: tuple[Op, ...]
     post_norm: bool  # whether the stream has a norm after every addition; the one after the last is in the head
+    embeddings: frozenset[int]  # dimensions of streams
 
     def place(self, use: Use) -> Placed | Unplaced:
         """Role of a parameter at one use."""
@@ -105,11 +117,13 @@ class HeadRoles:
             return Placed(role, Variant.IN_HEAD if role is Role.STREAM_MATRIX else None)
         if use.kind == "lookup":
             return Unplaced("it is a table that is looked up after the last addition")
-        if not use.is_vector:
+        coordinates = _coordinates(use, self.embeddings)
+        if not use.is_vector and coordinates is None:
             return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} after the last addition")
         if self._matrices_before.of(use.op) & self._readouts:
             return Placed(Role.READOUT_BIAS)
-        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.op in self._first_norms else None)
+        variant = Variant.POST_NORM if self.post_norm and use.op in self._first_norms else None
+        return Placed(Role.STREAM_NORM, variant, coordinates)
 
     @cached_property
     def _readouts(self) -> frozenset[Op]:

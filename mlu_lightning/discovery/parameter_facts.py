@@ -51,7 +51,11 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     """
     branches = [BranchRoles(graph, region) for region in partition.branches]
     number_of: dict[str, int] = {}
-    numbers = [_number(branch.writer_names or branch.matrix_names, number_of) for branch in branches]
+    keys = [branch.writer_names or branch.names for branch in branches]
+    # without any parameter, as the one before the next branch that has some
+    beside = [next(filter(None, (*keys[i:], *keys[:i][::-1])), ()) if not key else () for i, key in enumerate(keys)]
+    keys = [key or tuple(f"before {name}" for name in after) for key, after in zip(keys, beside, strict=True)]
+    numbers = [_number(key, number_of) for key in keys]
     stream_of_group: dict[int, int] = {}
     merged: dict[int, int] = {}
     for number, branch in zip(numbers, partition.branches, strict=True):
@@ -64,17 +68,19 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
+    dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
         # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
         norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
         post_norm = norms > 0 and 2 * norms >= stream.depth - 1
         maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
+        on_trunk = partial(place_on_trunk, embeddings=dimensions)
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
             (stream.stem, partial(place_in_stem, maps_before=maps), None),
-            *((ops, partial(place_on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
-            (stream.link, partial(place_on_trunk, post_norm=post_norm), None),
-            (stream.shortcuts, partial(place_on_trunk, post_norm=False), None),
-            (stream.head, HeadRoles(graph, head, post_norm).place, None),
+            *((ops, partial(on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
+            (stream.link, partial(on_trunk, post_norm=post_norm), None),
+            (stream.shortcuts, partial(on_trunk, post_norm=False), None),
+            (stream.head, HeadRoles(graph, head, post_norm, dimensions).place, None),
         ]
         regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
@@ -93,6 +99,8 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
     regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
     for region, use in regional:
+        if use.kind == "penalty":
+            continue
         if use.kind == "gain" and use.function is not None:
             found = place_gain(region.place(replace(use, kind="matrix")), use.function.along)
         else:
@@ -104,7 +112,8 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
 
 
 def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) -> ParameterFacts:
-    """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
+    """Say where a parameter sits, from all its uses, of which there are none if no loss reaches it."""
+    uses = _agreeing(uses)
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
@@ -113,14 +122,17 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         why = next(placed.found.reason for placed in uses if isinstance(placed.found, Unplaced))
         function = replace(function, problem=function.problem or why)
     if (len(roles) != 1 and not tied) or len(norms) > 1:
+        role = None if uses else Role.FROZEN
         fans = (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
-        return ParameterFacts(name, None, shape, *fans, function=function)
+        return ParameterFacts(name, role, shape, *fans, function=function)
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
     head_dim = active = 1
     mixed = False
-    if branch is not None:
+    if isinstance(placed.found, Placed) and placed.found.outputs is not None:
+        fan_out = placed.found.outputs
+    elif branch is not None:
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
             fan_out = use.selected[-1] if branch.is_expert(use.op) else math.prod(use.selected)
         if branch.is_expert(use.op):
@@ -152,6 +164,20 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         variant=placed.found.variant,
         function=function,
     )
+
+
+def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
+    """Uses without those whose role has the same numbers as another one, or counts for less."""
+    roles = {placed.found.role for placed in uses}
+    if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
+        return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]
+    if roles == {Role.EMBEDDING, Role.BRANCH_NORM}:  # a table that is read before the first block, and again in each
+        return [placed for placed in uses if placed.found.role is Role.EMBEDDING]
+    # what is done to data is undone on outputs, as by a reversible norm: vectors over channels
+    on_data = {placed.found.role for placed in uses if isinstance(placed.found, Placed) and placed.found.on_data}
+    if roles - on_data == {Role.READOUT_BIAS}:
+        return [placed for placed in uses if placed.found.role is Role.READOUT_BIAS]
+    return uses
 
 
 def _places_along_depth(uses: list[PlacedUse]) -> int:

@@ -142,6 +142,8 @@ class StreamTaps:
         if addition in self._axes:
             return self._axes[addition]
         # an operation that cannot be followed lies in between: the size of the axis gives it away
+        if not branch.matrices:
+            return None
         writer = (branch.writers or branch.matrices)[-1]
         dimension = self.graph.matrices(writer)[0].fans[1]
         return max((axis for axis, size in enumerate(addition.shape) if size == dimension), default=None)
@@ -163,9 +165,7 @@ class StreamTaps:
         """First calls of submodules by every value that they are given or return."""
         counts = Counter(call.module for call in self.trace.calls)
         candidates: dict[Value, list[_Candidate]] = defaultdict(list)
-        # calls for a metric, or without gradients, do the same as the first one that has a part in the loss
-        seen = (call for call in reversed(self.trace.calls) if any(self.graph.values(call.outputs)))
-        for call in {call.module: call for call in seen}.values():
+        for call in {call.module: call for call in reversed(self.trace.calls)}.values():
             for index, value in self.graph.values(call.inputs):
                 candidate = _Candidate(call.module, "input", index, counts[call.module], call.begin)
                 candidates[self._canonical(value)].append(candidate)

@@ -21,7 +21,8 @@ __all__ = [
     "WeightFunction",
 ]
 
-BranchKind = Literal["attention", "convolution", "mlp", "recurrence"]
+BranchKind = Literal["attention", "convolution", "mlp", "recurrence", "mixing"]
+"""What a branch does; ``"mixing"`` has no matrix, as pooling or a Fourier transform over tokens."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Branch:
 
     name: str  # longest module name that its parameters share
     kind: BranchKind
-    hidden: int  # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to
+    # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to; D if there is none
+    hidden: int
     stream: int  # index into ``Structure.streams``
     position: int  # along the stream, from 0; parallel branches of one addition share it
     parameters: tuple[str, ...]
@@ -208,6 +210,7 @@ class Structure:
     features: tuple[Tap, ...] = ()  # of pre-activations and logits of branches, where a submodule has them
     unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
+    copies: dict[str, str] = field(default_factory=dict)  # submodules that are copies of others, which come second
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -123,6 +123,8 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
     for name, facts in structure.parameters.items():
         names = by_pattern.get(name_pattern(name)) or by_pattern.get(name_pattern_of_parts(name), [])
         alike = {other: base.parameters[other] for other in names}
+        if facts.role is Role.FROZEN:
+            continue
         row, dims = facts.row, len(facts.shape)
         candidates = [other for other, entry in alike.items() if entry.row == row and len(entry.shape) == dims]
         if candidates:
@@ -133,7 +135,10 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern_of_parts(name) for name in structure.parameters}
-    missing = [names[0] for pattern, names in by_pattern.items() if name_pattern_of_parts(pattern) not in patterns]
+    learned = {
+        pattern: names for pattern, names in by_pattern.items() if base.parameters[names[0]].role is not Role.FROZEN
+    }
+    missing = [names[0] for pattern, names in learned.items() if name_pattern_of_parts(pattern) not in patterns]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""

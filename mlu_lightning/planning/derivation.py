@@ -12,7 +12,7 @@ from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role, Table
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams"]
+__all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams", "with_copies"]
 
 
 def plan_streams(structure: Structure, base: Base | None) -> tuple[StreamPlan, ...]:
@@ -37,6 +37,10 @@ def plan_parameters(
     planned: dict[str, ParameterPlan] = {}
     for name, facts in structure.parameters.items():
         assert facts.role is not None
+        if facts.role is Role.FROZEN:
+            shape, copy_of = facts.shape, original_of(name, structure.copies)
+            planned[name] = ParameterPlan(Role.FROZEN, shape, (1, 1), (1, 1), shape, copy_of=copy_of)
+            continue
         if found is None:
             fans = _units(facts, structure)
             of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant, 1.0)
@@ -155,6 +159,29 @@ def _warnings_about_branches(
 
 def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
     return None if base is None else base.branch(branch.name, branch.kind)
+
+
+def original_of(name: str, copies: Mapping[str, str]) -> str | None:
+    """Name of the parameter that another one, or a submodule, is a copy of."""
+    return next((f"{of}{name[len(copy) :]}" for copy, of in copies.items() if f"{name}.".startswith(f"{copy}.")), None)
+
+
+def with_copies(multipliers: tuple[Multiplier, ...], copies: Mapping[str, str]) -> tuple[Multiplier, ...]:
+    """Multipliers with those of submodules that are copies of others, which are to compute the same."""
+    found = (_copied(multiplier, copy, original) for copy, original in copies.items() for multiplier in multipliers)
+    return (*multipliers, *filter(None, found))
+
+
+def _copied(multiplier: Multiplier, copy: str, original: str) -> Multiplier | None:
+    """The multiplier of a submodule in a copy of it, None if it is not inside of it."""
+    site, back = multiplier.site, {original: copy}
+    where = None if site is None else original_of(site.module, back)
+    folds = tuple(filter(None, (original_of(name, back) for name in multiplier.folds)))
+    if where is None and not folds:
+        return None
+    name = original_of(multiplier.name, back) or f"{copy}.{multiplier.name}"
+    moved = None if site is None or where is None else replace(site, module=where)
+    return replace(multiplier, name=name, site=moved, folds=folds)
 
 
 def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> Multiplier:

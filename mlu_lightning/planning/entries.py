@@ -27,6 +27,7 @@ class ParameterPlan:
         uses: places along its stream at which it acts, as weights of a block do that is applied again and again.
         constant: what the module itself multiplies by what the parameter makes, besides branches and readouts; None where
             it cannot be told, as for an attention's queries and keys.
+        copy_of: parameter that it begins as a copy of, as a teacher's begin as its student's; None for others.
         variant: what about its place changes the row of its role.
         branch: index into ``Plan.branches``, None outside branches.
         transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
@@ -50,6 +51,7 @@ class ParameterPlan:
     base_uses: int = 1
     constant: float | None = None
     base_constant: float | None = None
+    copy_of: str | None = None
     variant: Variant | None = None
     branch: int | None = None
     transposed: bool = False
@@ -117,7 +119,7 @@ class BranchPlan:
 
     Args:
         name: name of its module.
-        kind: ``"attention"``, ``"convolution"`` or ``"mlp"``.
+        kind: ``"attention"``, ``"convolution"``, ``"mlp"``, or ``"mixing"`` without a matrix.
         hidden: hidden width M: heads, channels or units.
         stream: index into ``Plan.streams``.
         position: place along the stream.

@@ -18,7 +18,7 @@ from torch import nn
 
 from mlu_lightning.discovery.structure import Structure, WeightFunction
 from mlu_lightning.planning.entries import ParameterPlan
-from mlu_lightning.table import OptimizerFamily, Parameterization, scale
+from mlu_lightning.table import OptimizerFamily, Parameterization, Role, scale
 from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["plan_functions", "require_functions"]
@@ -33,8 +33,7 @@ _NEAR = 0.1
 
 def require_functions(structure: Structure, module: nn.Module) -> None:
     """Refuse weights that are functions of parameters of which it cannot be told how they follow these."""
-    facts = structure.parameters.items()
-    found = {name: f.function for name, f in facts if f.function is not None and f.function.problem is not None}
+    found = {name: function for name, function in _functions(structure).items() if function.problem is not None}
     if found:
         raise ValueError(_refusal(type(module).__name__, {name: (f, f.problem or "") for name, f in found.items()}))
 
@@ -44,7 +43,7 @@ def plan_functions(
 ) -> dict[str, ParameterPlan]:
     """Make the numbers of parameters that go through functions those of the weights that these make."""
     groups: dict[object, list[str]] = defaultdict(list)  # that differ in their place along the depth only
-    functions = {name: f.function for name, f in structure.parameters.items() if f.function is not None}
+    functions = _functions(structure)
     for name in functions:
         entry = planned[name]
         groups[name_pattern(name), entry.role, entry.shape, entry.base_shape, entry.ratios].append(name)
@@ -63,12 +62,20 @@ def plan_functions(
     return changed
 
 
+def _functions(structure: Structure) -> dict[str, WeightFunction]:
+    """Functions of parameters that are not left alone."""
+    facts = structure.parameters.items()
+    return {name: f.function for name, f in facts if f.function is not None and f.role is not Role.FROZEN}
+
+
 def _ratio(
     functions: Mapping[str, WeightFunction], planned: Mapping[str, ParameterPlan], parameterization: Parameterization
 ) -> float | str:
     """Constant next to the base's that parameters of one group have in their functions, or why there is none."""
     name, function = next(iter(functions.items()))
     matrix = planned[function.entries or name]
+    if matrix.role is Role.FROZEN:
+        return f"{function.entries} of it is left alone, so that the rest has to be, too"
     if matrix.base_shape is None:
         return "in the absolute form there is no base that tells its size"
     row = matrix.role, matrix.ratios, OptimizerFamily.ADAMW, 1.0, parameterization, matrix.variant
@@ -103,10 +110,11 @@ def _refusal(module: str, found: Mapping[str, tuple[WeightFunction, str]]) -> st
         for name, (function, why) in found.items()
     )
     listed = [*reasons][:_LISTED]
+    alone = ", ".join(f'"{pattern}": "{Role.FROZEN}"' for pattern in dict.fromkeys(map(name_pattern, found)))
     more = f"; and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
     return (
         f"{module} has weights that are functions of parameters and cannot be planned, because neither their initial size "
         f"nor their steps would be the table's: {'; '.join(listed)}{more}. Give such a weight a learned gain for each "
         "output, as torch.nn.utils.parametrizations.weight_norm has; multiply data by one factor after the other, in place "
-        "of a product of parameters; or leave the function out."
+        f"of a product of parameters; leave the function out; or leave the parameters as they are, with overrides={{{alone}}}."
     )

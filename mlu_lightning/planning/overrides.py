@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from mlu_lightning.discovery.structure import Structure
+from mlu_lightning.discovery.structure import ParameterFacts, Structure
 from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern
 
@@ -25,7 +25,7 @@ def override_roles(
 
     A pattern may match names ``elsewhere`` instead: a base has no counterpart of the last blocks of a deeper module.
     """
-    parameters = dict(structure.parameters)
+    parameters, copies = dict(structure.parameters), dict(structure.copies)
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
         if not matches and not fnmatch.filter(elsewhere, pattern):
@@ -33,10 +33,13 @@ def override_roles(
                 f"The override {pattern!r}: {str(role)!r} matches no parameter, so it would do nothing. Names are those of "
                 f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
             )
+        if str(role).startswith(_COPY):
+            copies[pattern.partition("*")[0].rstrip(".")] = str(role).removeprefix(_COPY)
+            role = Role.FROZEN
         if str(role) not in _ROWS:
             raise ValueError(
                 f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: "
-                f"{', '.join(_ROWS)}."
+                f"{', '.join(_ROWS)}; what is a copy of another submodule is '{_COPY}net'."
             )
         for name in matches:
             given, variant = _ROWS[str(role)]
@@ -45,7 +48,32 @@ def override_roles(
                 variant = variant or parameters[name].variant
             parameters[name] = replace(parameters[name], role=given, variant=variant)
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
-    return replace(structure, parameters=parameters, unassigned=unassigned)
+    left_alone = {name for name, facts in parameters.items() if facts.role is Role.FROZEN}
+    return replace(
+        structure,
+        parameters=parameters,
+        branches=tuple(replace(b, folds=() if left_alone & {*b.folds} else b.folds) for b in structure.branches),
+        readouts=tuple(readout for readout in structure.readouts if readout.parameter not in left_alone),
+        unassigned=unassigned,
+        copies=_checked(copies, parameters),
+    )
+
+
+def _checked(copies: Mapping[str, str], parameters: Mapping[str, ParameterFacts]) -> dict[str, str]:
+    """Copies that are still left alone; refuse what is no copy of the submodule that is named."""
+    found = {}
+    for copy, original in copies.items():
+        names = [name for name in parameters if name.startswith(f"{copy}.")]
+        if all(parameters[name].role is Role.FROZEN for name in names):
+            found[copy] = original
+        for name in names:
+            other = f"{original}{name[len(copy) :]}"
+            if other not in parameters or parameters[other].shape != parameters[name].shape:
+                raise ValueError(
+                    f"The overrides make {copy} a copy of {original}, but {name} {list(parameters[name].shape)} has no "
+                    f"counterpart {other} of this shape. Name the submodule whose parameters have the same names inside."
+                )
+    return found
 
 
 def require_roles(structure: Structure, module: nn.Module) -> None:
@@ -77,7 +105,8 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
     """Refuse to change which matrices are readouts: their multipliers are placed by discovery."""
     facts = structure.parameters[name]
     found = any(readout.parameter == name for readout in structure.readouts)
-    if role is not facts.role and found != (role is Role.READOUT) and (found or _is_matrix(facts.shape)):
+    changes = role not in (Role.FROZEN, facts.role)
+    if changes and found != (role is Role.READOUT) and (found or _is_matrix(facts.shape)):
         here = "was found to be a readout" if found else f"was not found to be one (its role is {facts.role})"
         raise ValueError(
             f"The override {pattern!r} makes {name} {'a' if found else 'the'} {role}, but it {here}. A readout's output is "
@@ -85,6 +114,9 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
             f"found; a matrix from the stream to an output of bounded size is a {Role.STREAM_BOUNDED_MATRIX}."
         )
 
+
+_COPY = "copy_of "
+"""How an override begins that names the submodule of which another one is a copy."""
 
 _ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
     row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants

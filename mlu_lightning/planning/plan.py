@@ -16,7 +16,13 @@ from torch import nn
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module
-from mlu_lightning.planning.derivation import plan_branches, plan_multipliers, plan_parameters, plan_streams
+from mlu_lightning.planning.derivation import (
+    plan_branches,
+    plan_multipliers,
+    plan_parameters,
+    plan_streams,
+    with_copies,
+)
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
 from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
@@ -92,7 +98,9 @@ class Plan:
             base: a freshly built module at the shape at which the hyperparameters are known to be good, a saved plan
                 whose base that is, or None for the paper's absolute form (theory.md, section 2), at which learning
                 rates are those of the infinite model.
-            overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
+            overrides: role by glob pattern of parameter names, for parameters that discovery cannot place; ``"frozen"`` for
+                those that are to be left alone, ``"copy_of net"`` for a submodule (``"teacher.*"``) that begins as a copy
+                of another one, with its multipliers.
             alpha: richness.
             parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, with a base.
             batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
@@ -118,7 +126,10 @@ class Plan:
         reference = base.base if isinstance(base, Plan) else None
         _check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
         overrides = overrides or {}
-        structure = override_roles(discover(module, example), overrides)
+        elsewhere = [] if reference is None else [*reference.parameters]
+        if isinstance(base, nn.Module):
+            elsewhere = [*planned_parameters(base)]
+        structure = override_roles(discover(module, example), overrides, elsewhere)
         require_functions(structure, module)
         require_roles(structure, module)
         if isinstance(base, nn.Module):
@@ -135,7 +146,7 @@ class Plan:
             parameters=parameters,
             branches=plan_branches(structure, reference),
             streams=streams,
-            multipliers=multipliers,
+            multipliers=with_copies(multipliers, structure.copies),
             alpha=alpha,
             warnings=structure.warnings + warnings,
             taps=structure.taps,
@@ -236,6 +247,9 @@ class Plan:
         family = OptimizerFamily(family)
         found: dict[str, Scale] = {}
         for name, parameter in self.parameters.items():
+            if parameter.role is Role.FROZEN:
+                found[name] = Scale(multiplier=self.folded_factors.get(name, 1.0))
+                continue
             entry = scale(
                 parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
             )
@@ -248,7 +262,8 @@ class Plan:
     def check(self, module: nn.Module) -> None:
         """Refuse a module that the plan was not made for, with the parameters that are missing, extra or of other shapes."""
         shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
-        found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
+        left_alone = {name for name, parameter in self.parameters.items() if parameter.role is Role.FROZEN}
+        found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes.keys() | left_alone]
         found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
         found += [
             f"{name} is {list(shapes[name])} in the module and {list(parameter.shape)} in the plan"

@@ -63,6 +63,14 @@ def draw_plan(
         )
     console.print(_roles(parameters, scales))
     console.print(_branches(branches, multipliers))
+    left_alone = [name for name, parameter in parameters.items() if parameter.role is Role.FROZEN]
+    if left_alone:
+        copies = sum(parameters[name].copy_of is not None for name in left_alone)
+        begins = f", {copies} of which begin as copies of others" if copies else ""
+        patterns = ", ".join(dict.fromkeys(map(name_pattern, left_alone)))
+        console.print(
+            f"{len(left_alone)} tensors are left as they are, because no loss reaches them{begins}: {patterns}"
+        )
     if constants:
         own = {f"{name_pattern(name)} {value:.4g} (base {base:.4g})": None for name, (value, base) in constants.items()}
         console.print(f"Numbers are relative to what the module itself multiplies by: {', '.join(own)}.")
@@ -80,6 +88,8 @@ def _roles(parameters: Mapping[str, ParameterPlan], scales: Mapping[str, Scale])
         column.justify = "right"
     sizes: dict[tuple[Role, Variant | None, Ratios, Scale], list[int]] = {}
     for name, parameter in parameters.items():
+        if parameter.role is Role.FROZEN:
+            continue
         row = parameter.role, parameter.variant, parameter.ratios, scales[name]
         sizes.setdefault(row, []).append(math.prod(parameter.shape))
     order = list(Role)

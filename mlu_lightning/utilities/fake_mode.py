@@ -49,7 +49,7 @@ class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # t
         ):  # half of all calls: autograd asks for it with every operation
             return args[0].fake_device
         key = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
-        if not (_add_layouts(key, args) and _add_layouts(key, [*given, *given.values()])):
+        if not (_add_layouts(key, args) and (not given or _add_layouts(key, [*given, *given.values()]))):
             return super().__torch_dispatch__(func, types, args, given)
         known = self._known.get(tuple(key))
         if known is None:

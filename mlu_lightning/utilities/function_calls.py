@@ -63,7 +63,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Find the tensors in tuples, lists, mappings (such as Hugging Face outputs) and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (Mapping, tuple, list)):
+    elif isinstance(value, (str, int, float, type(None))):
+        return  # soon, because most arguments are of these
+    elif isinstance(value, (tuple, list, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
     elif is_dataclass(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mlu_lightning.utilities.lightning_private import train_dataloaders
 
@@ -137,7 +139,14 @@ class _Idle:
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+        if name == "optimizer" and not hasattr(self._original, name):
+            return self  # as Lightning's own wrapper has it
+        found = getattr(self._original, name)
+        if isinstance(found, Optimizer):
+            return _Idle(found)
+        # what torch's optimizers do not have may be a part of a step, as SAM's first and second one
+        steps = isinstance(self._original, Optimizer) and inspect.ismethod(found) and not hasattr(Optimizer, name)
+        return self.step if steps else found
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         return closure() if callable(closure) else None

@@ -13,6 +13,7 @@ from mlu_lightning.utilities.lightning_private import set_up_by_fabric
 
 __all__ = [
     "common_module",
+    "listed",
     "name_pattern",
     "name_pattern_of_parts",
     "original_module",
@@ -95,3 +96,14 @@ def common_module(names: Iterable[str]) -> str:
     modules = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
     return ".".join(parts[0] for parts in shared)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Say names one after the other, but not too many of them.
+
+    >>> listed(["a", "b", "c", "d"], most=2)
+    'a, b and 2 more'
+    """
+    every = [*names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return f"{', '.join(every[:most])}{more}"

@@ -12,7 +12,7 @@ from torch import nn, optim
 
 from mlu_lightning import scale_optimizer
 from mlu_lightning.application.optimization import Scaled
-from mlu_lightning.application.own_optimizers import scale_at_step
+from mlu_lightning.application.own_optimizers import Optimizers
 
 NUMBERS = {"lr": 0.1, "eps": 0.01, "weight_decay": 0.1}
 STEPS = 3
@@ -160,11 +160,11 @@ def test_whoever_steps_is_scaled(name: str) -> None:
     ends: list[Any] = []
 
     def scale(optimizer: Any, module: Weights) -> None:
-        scaled: list[Scaled] = []
-        ends.append(scale_at_step(module, plan_of(module), None, scaled))
+        optimizers = Optimizers(module, plan_of(module))
+        ends.append(optimizers.add_at_step())
         others = nn.Linear(2, 2)  # optimizers of others are left alone
         optim.SGD(others.parameters()).step()
-        assert not scaled
+        assert not optimizers.parts
 
     try:
         assert identical(train(make, take, scale=scale), train(make, take, hand=True))

@@ -140,7 +140,8 @@ def test_an_addition_without_a_matrix_does_not_take_in_the_branch_before_it() ->
     branches = nn.ModuleList(Perceptron(16) for _ in range(3))
     structure = discover(Net(pooled, embed=nn.Linear(8, 16), out=nn.Linear(16, 5), blocks=branches), (X,))
     assert not structure.unassigned
-    assert [(b.name, b.position) for b in structure.branches] == [(f"blocks.{i}", i) for i in range(3)]
+    assert [b.name for b in structure.branches if b.kind == "mlp"] == [f"blocks.{i}" for i in range(3)]
+    assert [(b.kind, b.position) for b in structure.branches] == [*zip(["mixing", "mlp"] * 3, range(6), strict=True)]
     assert structure.roles["blocks.0.1.weight"] == "branch_in"
 
 
