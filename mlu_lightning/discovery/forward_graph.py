@@ -55,7 +55,9 @@ def _operations(
         name = _plain_name(node)
         leaf = getattr(node, "variable", None) if not operands else None
         parameter = names.get(id(leaf)) if leaf is not None else None
-        from_data = node not in weights and _takes_data(name, operands, values)
+        is_data = parameter is None or parameter in begins
+        if operands:
+            is_data = node not in weights and _takes_data(name, operands, values)
         by_node[node] = Op(
             index=len(by_node),
             name=name,
@@ -63,7 +65,7 @@ def _operations(
             operands=operands,
             values=values,
             data=tuple(op for op, _ in values),
-            from_data=from_data if operands else parameter is None or parameter in begins,
+            from_data=is_data,
             parameter=parameter,
             node=node,
         )

@@ -116,5 +116,6 @@ def _refusal(module: str, found: Mapping[str, tuple[WeightFunction, str]]) -> st
         f"{module} has weights that are functions of parameters and cannot be planned, because neither their initial size "
         f"nor their steps would be the table's: {'; '.join(listed)}{more}. Give such a weight a learned gain for each "
         "output, as torch.nn.utils.parametrizations.weight_norm has; multiply data by one factor after the other, in place "
-        f"of a product of parameters; leave the function out; or leave the parameters as they are, with overrides={{{alone}}}."
+        "of a product of parameters; leave the function out; or leave the parameters as they are, with "
+        f"overrides={{{alone}}}."
     )
