@@ -61,7 +61,8 @@ def find_attention(ops: Sequence[Op], graph: Graph, of_experts: frozenset[Op] = 
     compared = comparisons(graph, ops, of_experts)
     between_units = frozenset(comparison.op for comparison in compared)
     unmixed = members.difference(op for op in ops if graph.is_matrix(op))
-    for op in products:
+    # distances, and products that are written as a product and a sum, have factors that cannot be read
+    for op in products if between_units.issubset(products) else ():
         for weights in op.data[-2:] if op not in between_units else ():
             path = _path(weights, unmixed, between_units)
             if path:

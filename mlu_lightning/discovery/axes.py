@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from mlu_lightning.discovery.graph import CONVOLUTIONS, JOINS, PARTS, VIEWS, Graph, Op, Value
 
-__all__ = ["Axis", "Reached", "is_depthwise", "kept_axes", "reached_from", "unit_axis"]
+__all__ = ["Axis", "Reached", "is_depthwise", "kept_axes", "reached_from", "unit_axis", "varies"]
 
 Axis = tuple[Value, int]
 """An axis of an operation's output."""
@@ -30,13 +30,17 @@ class _Part(NamedTuple):
     size: int
     start: int
     stop: int
+    of: tuple[int, int]  # stride and size on the axis that the walk began with
 
 
 @dataclass(frozen=True)
 class Reached:
     """What a walk back along axes has come to."""
 
-    axes: dict[Op, set[int]] = field(default_factory=lambda: defaultdict(set))  # of the outputs of operations
+    # axes of the outputs of operations, with the strides and sizes of what they run along on the axis at the beginning
+    axes: dict[Op, dict[int, set[tuple[int, int]]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(set))
+    )
     # rows of matrices, first and last (exclusive), by operation, with strides and sizes by which the axes tell them apart
     rows: dict[Op, dict[tuple[int, int], set[tuple[int, int]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(set))
@@ -66,14 +70,14 @@ def reached_from(graph: Graph, ops: Iterable[Op], starts: Iterable[Axis]) -> Rea
     reached, members = Reached(), frozenset(ops)
     visited: set[_Part] = set()
     sizes = ((value, axis, value[0].shapes[value[1]][axis]) for value, axis in starts)
-    stack = [_Part(value, axis, 1, size, 0, size) for value, axis, size in sizes]
+    stack = [_Part(value, axis, 1, size, 0, size, (1, size)) for value, axis, size in sizes]
     while stack:
         part = stack.pop()
         op = part.value[0]
         if part in visited or op not in members:
             continue
         visited.add(part)
-        reached.axes[op].add(part.axis)
+        reached.axes[op][part.axis].add(part.of)
         is_matrix = graph.is_matrix(op)
         if is_matrix and part.axis == unit_axis(op):
             reached.rows[op][part.start, part.stop].add((part.stride, part.size))
@@ -82,9 +86,21 @@ def reached_from(graph: Graph, ops: Iterable[Op], starts: Iterable[Axis]) -> Rea
     return reached
 
 
-def _before(part: _Part) -> Iterator[_Part]:
-    """Parts of the axes of an operation's operands that a part of an axis of its output is made of."""
-    (op, output), axis, stride, size, start, stop = part
+def varies(value: Value, axis: int) -> bool:
+    """Whether parameters that a value is made of, without data, have entries of their own along one of its axes."""
+    length = value[0].shapes[value[1]][axis]
+    stack = [_Part(value, axis, 1, length, 0, length, (1, length))]
+    while stack:
+        part = stack.pop()
+        if not part.value[0].operands:
+            return part.size > 1
+        stack.extend(_before(part, data=False))
+    return False
+
+
+def _before(part: _Part, data: bool = True) -> Iterator[_Part]:
+    """Parts of the axes of operands, which data enters or not, that a part of an axis of an output is made of."""
+    (op, output), axis, stride, size, start, stop, of = part
     shape = op.shapes[output]
     shift = _entries_before(part.value, axis)
     joined = op.name == "Cat" and axis == _dimension(op, "_saved_dim", len(shape))
@@ -92,7 +108,7 @@ def _before(part: _Part) -> Iterator[_Part]:
         if operand is None:
             continue
         source = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
-        if not operand[0].from_data:
+        if operand[0].from_data is not data:
             pass
         elif op.name in _REARRANGED:
             yield from _rearranged(part, operand)
@@ -102,20 +118,20 @@ def _before(part: _Part) -> Iterator[_Part]:
                 if joined:
                     first, last = max(start, 0), min(stop, length)
                     if first < last:
-                        yield _Part(operand, other, stride, min(size, length), first, last)
+                        yield _Part(operand, other, stride, min(size, length), first, last, of)
                 elif length == shape[axis]:
-                    yield _Part(operand, other, stride, size, start, stop)
+                    yield _Part(operand, other, stride, size, start, stop, of)
                 elif op.name in (*_SPLITS, "Slice"):
-                    yield _Part(operand, other, stride, size, start + shift, stop + shift)
+                    yield _Part(operand, other, stride, size, start + shift, stop + shift, of)
                 else:
-                    yield _Part(operand, other, 1, length, 0, length)
+                    yield _Part(operand, other, 1, length, 0, length, of)
         if joined:
             start, stop = start - source[axis], stop - source[axis]
 
 
 def _rearranged(part: _Part, operand: Value) -> Iterator[_Part]:
     """Parts of the axes of a view's operand that have the entries of a part of one of its axes."""
-    (op, output), axis, stride, size, start, stop = part
+    (op, output), axis, stride, size, start, stop, of = part
     shape, source = op.shapes[output], operand[0].shapes[operand[1]]
     inner = math.prod(shape[axis + 1 :]) * stride
     for other, length in enumerate(source):
@@ -123,7 +139,8 @@ def _rearranged(part: _Part, operand: Value) -> Iterator[_Part]:
         first, last = max(inner, step), min(inner * size, step * length)
         if first < last:
             kept = (start, stop) if length == shape[axis] and step * stride == inner else (0, length)
-            yield _Part(operand, other, max(first // step, 1), max(last // first, 1), *kept)
+            within = of[0] * (first // inner), max(last // first, 1)
+            yield _Part(operand, other, max(first // step, 1), max(last // first, 1), *kept, within)
 
 
 def _along(op: Op, shape: tuple[int, ...], operand: Value, axis: int) -> Iterable[int]:

@@ -42,12 +42,14 @@ class BranchRoles:
             return self._place_table(use)
         if self.is_recurrent:
             return self._place_in_recurrence(use)
-        size, attention = math.prod(use.selected), self.attention
+        if self.attention is not None and op not in self._writing_path and self._matrices_before.of(op):
+            return self._place_in_attention(use)
+        size = math.prod(use.selected)
         if use.kind == "add" and op in self._biased:
             return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
         if size > 1 == math.prod(use.shape):
             return Placed(Role.BRANCH_BOUNDED)  # a number that is made of it
-        if size != max(use.selected, default=1) and not self._is_per_head(use):
+        if size != max(use.selected, default=1):
             return self._place_several_axes(use)
         # at D = 1, where the matrix that writes has one output, the gain of a norm has one entry, too
         if size == 1 and not (use.shape and self.embedding == 1 and not self._matrices_before.of(op)):
@@ -59,13 +61,6 @@ class BranchRoles:
         source = op.data[0].source if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return Placed(BIAS_ROLES[self._matrix_role(source)])
-        if attention is not None:
-            if size == self.hidden and use.shape[-1] == 1:
-                return Placed(Role.BRANCH_IN_BIAS)  # a number for each head
-            if size == attention.key_dim and self._is_in_heads(op):
-                return Placed(Role.BRANCH_BOUNDED)
-            if size % attention.key_dim == 0:
-                return Placed(Role.BRANCH_IN_BIAS)
         if any(size in matrix.fans for other in self.matrices for matrix in self.graph.matrices(other)):
             return Placed(Role.BRANCH_IN_BIAS)
         return Unplaced(
@@ -219,13 +214,12 @@ class BranchRoles:
 
     def _place_in_recurrence(self, use: Use) -> Placed | Unplaced:
         """Role of a vector, or a table of numbers for each unit, where a state goes from token to token."""
-        source = use.op.data[0].source if use.op.data else use.op
         if use.op in self._writing_path:
             return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
         if not self._matrices_before.of(use.op):
             return Placed(Role.BRANCH_NORM)
-        if use.kind == "add" and self.graph.is_matrix(source):
-            return Placed(BIAS_ROLES[self._matrix_role(source)])
+        if use.op.name == "Add" and self.graph.is_matrix(use.op.data[0].source):
+            return Placed(BIAS_ROLES[self._matrix_role(use.op.data[0].source)])
         return Placed(Role.BRANCH_IN_BIAS if self.units.own(use) else Role.BRANCH_BOUNDED)
 
     def _mixing_before(self, op: Op) -> bool:
@@ -238,20 +232,24 @@ class BranchRoles:
 
     def _place_table(self, use: Use) -> Placed | Unplaced:
         """Role of a table that is looked up."""
-        attention, matrix = self.attention, self._biased.get(use.op)
+        matrix = self._biased.get(use.op)
         if matrix is not None:
             return Placed(BIAS_ROLES[self._matrix_role(matrix)])
-        if attention is not None and use.shape[-1] == self.hidden:
-            return Placed(Role.BRANCH_IN_BIAS)  # one logit per head, as in relative position biases
-        if attention is not None and use.shape[-1] == attention.key_dim:
-            return Placed(Role.BRANCH_BOUNDED)
+        if self.attention is not None:
+            # one number for each head, as in relative position biases, or coordinates of keys
+            per_head = use.shape[-1] == 1 if self.hidden == 1 else self.units.own(use)
+            return Placed(Role.BRANCH_IN_BIAS if per_head else Role.BRANCH_BOUNDED)
         return Unplaced("it is a table that is looked up inside a branch")
 
-    def _is_per_head(self, use: Use) -> bool:
-        """Whether a parameter is [heads, head_dim]."""
-        dims = () if self.attention is None else (self.attention.key_dim, self.attention.value_dim)
-        entries = [size for size in use.selected if size > 1]
-        return len(entries) == 2 and entries[1] in dims
+    def _place_in_attention(self, use: Use) -> Placed | Unplaced:
+        """Role of a vector or table between the projections of an attention: for each head, or shared by all heads."""
+        op, size = use.op, math.prod(use.selected)
+        if use.kind == "add" and op in self._biased:
+            return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
+        if op.name == "Add" and self.graph.is_matrix(op.data[0].source):
+            return Placed(BIAS_ROLES[self._matrix_role(op.data[0].source)])
+        own = self.units.own(use) if self.hidden > 1 else size > 1 and not self._is_in_heads(op)
+        return Placed(Role.BRANCH_IN_BIAS if own else Role.BRANCH_BOUNDED)
 
     def _is_in_heads(self, op: Op) -> bool:
         """Whether units have been split into heads, which one head alone does not show in the size of the last axis."""

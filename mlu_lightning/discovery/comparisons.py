@@ -54,6 +54,8 @@ def _summed(graph: Graph, op: Op) -> Iterator[tuple[Axis, Axis]]:
         first, second = op.values[-2:]
         rank = len(op.shape)
         yield (first, rank - 1), (second, rank - 2)
+    elif op.name in ("Cdist", "EuclideanDist") and len(op.values) == 2:
+        yield (op.values[0], len(op.shape) - 1), (op.values[1], len(op.shape) - 1)
     elif op.name in ("Sum", "Mean") and op.data:
         summed = op.data[0].source
         # squared distances are sums of powers of differences

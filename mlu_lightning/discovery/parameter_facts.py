@@ -135,6 +135,8 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     elif branch is not None:
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
             fan_out = use.selected[-1] if branch.is_expert(use.op) else math.prod(use.selected)
+        elif use.kind == "lookup" and branch.attention is not None:
+            fan_out = branch.units.own(use) or fan_out  # heads, whichever axis they are on
         if branch.is_expert(use.op):
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand

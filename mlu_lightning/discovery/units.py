@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlu_lightning.discovery.axes import Axis, Reached, reached_from
+from mlu_lightning.discovery.axes import Axis, Reached, reached_from, varies
 from mlu_lightning.discovery.comparisons import Comparison, comparisons
 from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, Graph, Op, Use
 
@@ -64,13 +64,21 @@ class Units:
         return op in self._compared.rows
 
     def own(self, use: Use) -> int:
-        """How many entries for units a parameter has that meets them entry by entry; 0 if all heads share them."""
-        axes = sorted(self._reached.axes.get(use.op, ()))
-        shape = use.op.shape
-        first = 1 if use.op.name in CHANNEL_NORMS else len(shape) - len(use.shape)
-        covered = [use.shape[i - first] if 0 <= i - first < len(use.shape) else 1 for i in axes]
+        """How many entries for units a parameter has that meets them one by one; 0 if all heads share them."""
+        op = use.op
+        axes = self._reached.axes.get(op, {})
+        if use.kind == "lookup":
+            own = {axis: op.shape[axis] for axis in axes}
+        else:
+            first = 1 if op.name in CHANNEL_NORMS else len(op.shape) - len(use.shape)
+            own = {a: use.shape[a - first] for a in axes if a >= first and self._varies(use, a - first)}
         # heads come before the entries of a head
-        return math.prod(covered) if axes and (covered[0] > 1 or shape[axes[0]] == 1) else 0
+        of_heads = any(stride * size >= self.entries for axis in own for stride, size in axes[axis])
+        return math.prod(own.values()) if of_heads else 0
+
+    @staticmethod
+    def _varies(use: Use, axis: int) -> bool:
+        return varies((use.path[-1], 0), axis) if use.path else use.shape[axis] > 1
 
     def _own_sizes(self) -> Iterator[int]:
         for op, spans in self._reached.rows.items():

@@ -36,9 +36,11 @@ from mlu_lightning.observation.value_graph import (
     joins,
     names_in,
     operands,
+    since_fork,
     stream_before,
     write_through,
 )
+from mlu_lightning.utilities.names import name_pattern_of_parts
 
 __all__ = ["ADDED", "Addition", "Dataflow", "How", "Use"]
 
@@ -73,6 +75,11 @@ class Addition:
     normalized: bool  # whether what is added does not depend on the size of what it is added to
     on_stream: bool  # whether it is on the way to an addition of a residual branch that the plan knows
 
+    @property
+    def patterns(self) -> frozenset[str]:
+        """Names without the numbers in them, the same all along the depth."""
+        return frozenset(map(name_pattern_of_parts, self.names))
+
 
 @dataclass(eq=False)
 class _Use:
@@ -100,7 +107,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._nodes: Any = WeakTensorKeyDictionary()
         self._count = 0
         self._uses: list[_Use] = []
-        self._additions: list[tuple[Node, Tensor, Tensor]] = []
+        self._additions: list[tuple[Node, Tensor, Tensor, float]] = []
         for leaf in tree_leaves(data):
             if isinstance(leaf, Tensor):
                 self._nodes[leaf] = self._source("data", ())
@@ -116,7 +123,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if torch._C._current_autograd_node() is not None:  # gradients that a step asks for
+        changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+        updates = changed is not None and self._node(changed).op == "parameter"  # as of a teacher, after its use
+        if updates or torch._C._current_autograd_node() is not None:  # or gradients that a step asks for
             return func(*args, **given)
         node = self._result(operation(func._schema.name), args, given)  # before operands are changed in place
         result = func(*args, **given)
@@ -155,8 +164,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
         ``in_branch`` tells parameters of residual branches that are known, and with them which additions are on a stream.
         """
-        found = [(node, stream, branch) for node, stream, branch in self._additions if not joins(node)]
-        names = {node: frozenset(names_in(node)) for node, _, _ in found}
+        found = [addition for addition in self._additions if not joins(addition[0])]
+        names = {node: frozenset(names_in(node)) for node, *_ in found}
         on_stream: set[Node] = set()
         for node, of_branch in names.items():
             if node not in on_stream and any(map(in_branch, of_branch)):
@@ -166,11 +175,11 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 names[node],
                 stream.item(),
                 branch.item(),
-                _mean_size([factor for _, factor in operands(node)[1].origins]),
+                _mean_size([factor for _, factor in operands(node)[1].origins]) / along,
                 any(each.op in NORMALIZING for each in branch_of(node)),
                 node in on_stream,
             )
-            for node, stream, branch in found
+            for node, stream, branch, along in found
         )
 
     def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -228,9 +237,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         names = tuple(sorted(weights.weights))
         self._uses.append(_Use(names, how, _rms(values), values.numel(), inputs, weights.plain, begin, source))
 
-    def _end(self, node: Node, name: str) -> None:
+    def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
-            source.ends.setdefault(name, []).append(factor)
+            source.ends.setdefault(name, []).append(factor / over)
 
     # operations
 
@@ -293,11 +302,14 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         older, newer = sorted(data, key=lambda pair: pair[1].root.index)
         parents = [node for _, node in data]
         if older[0].numel() == newer[0].numel() and depends(newer[1], older[1].root):
+            along = since_fork(
+                older[1], newer[1]
+            )  # beside an addition, what branch and stream are next to each other counts
             for parent in parents:
-                self._end(parent, "addition")
+                self._end(parent, "addition", along)
             node = self._source("addition", parents)
             node.residual = older[1], newer[1]
-            self._additions.append((node, _rms(older[0]), _rms(newer[0])))
+            self._additions.append((node, _rms(older[0]) / along, _rms(newer[0]) / along, along))
             return node
         for parent in parents:
             self._end(parent, "sum")

@@ -38,7 +38,7 @@ class Expectations:
     def parameter(self, names: Sequence[str], how: How) -> str | None:
         """The parameter whose entry tells what to expect of a use of several, None if none is used as it is planned."""
         entries = self.plan.parameters
-        known = [name for name in names if name in entries]
+        known = [name for name in names if name in entries and entries[name].role is not Role.FROZEN]
         matrices = [name for name in known if entries[name].role.is_matrix and len(entries[name].shape) > 1]
         if how == "vector":  # matrices are used as such elsewhere, and here by a penalty
             known, matrices = [name for name in known if name not in matrices], []
@@ -46,29 +46,32 @@ class Expectations:
 
     def std(self, name: str) -> float:
         """Factor of the standard deviation, without multipliers."""
-        entry = self.plan.parameters[name]
-        return self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+        return self._table_std(name) / self._compensated(name)
 
     def weight(self, name: str, how: How) -> float:
-        """Factor of std · sqrt(n)."""
-        entry, std = self.plan.parameters[name], self.std(name)
+        """Factor of std · sqrt(n) and the module's own constants, which follows the table where these are compensated."""
+        entry = self.plan.parameters[name]
+        std = self._table_std(name) * entry.constant_ratio / self._compensated(name)
         if how != "matrix" or not entry.role.is_matrix:
             return std
         inputs = entry.ratios.inputs / entry.ratios.active  # each expert by itself
-        if entry.role is Role.EMBEDDING and name in self._readouts:
+        if self.is_tied_readout(name):
             inputs = entry.fans[1] / entry.base_fans[1]
         return std * math.sqrt(inputs)
 
+    def is_tied_readout(self, name: str) -> bool:
+        """Whether a parameter is an embedding, and where it is used as a matrix the readout."""
+        return self.plan.parameters[name].role is Role.EMBEDDING and name in self._readouts
+
     def factors(self, name: str, how: How, ends: set[str]) -> tuple[float, ...]:
         """Factors of c · std · sqrt(n), with the constants c until a chain of multiplications ends; one of them is right."""
-        weight = self.weight(name, how)
+        weight, entry = self.weight(name, how), self.plan.parameters[name]
         if how == "matrix" and name in self._readouts:
-            return (weight * self.plan.forward_multiplier(self._readouts[name]),)
-        entry = self.plan.parameters[name]
+            return (weight * self._factor(self._readouts[name]) / entry.constant_ratio,)
         multiplier = self._multiplier(entry)
         if multiplier is None:
             return (weight,)
-        multiplied = weight * self.plan.forward_multiplier(multiplier)
+        multiplied = weight * self._factor(multiplier)
         if self.is_last(name, ends):
             return (multiplied,)
         # it may be in the weights, or come after something else
@@ -102,8 +105,20 @@ class Expectations:
             if entry is None or multiplier is None or entry.role is not Role.BRANCH_OUT:
                 continue
             weight = 1.0 if entry.variant is Variant.BEFORE_NORM else self.weight(name, "matrix")
-            found += [self.plan.forward_multiplier(multiplier) * factor for factor in (1.0, weight)]
+            found += [self._factor(multiplier) * factor for factor in (1.0, weight)]
         return Interval(min(found), max(found)) if found else None
+
+    def _table_std(self, name: str) -> float:
+        entry = self.plan.parameters[name]
+        return self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+
+    def _compensated(self, name: str) -> float:
+        """Ratio of the module's own constant to the base's that a parameter's numbers are relative to."""
+        return self.plan.parameters[name].constant_ratio if self._table.scales_optimizer else 1.0
+
+    def _factor(self, multiplier: Multiplier) -> float:
+        """A multiplier times the constants of the module's own, next to the base's."""
+        return self.plan.forward_multiplier(multiplier) * multiplier.constant_ratio
 
     def _multiplier(self, entry: ParameterPlan) -> Multiplier | None:
         return None if entry.branch is None else self._branches.get(entry.branch)

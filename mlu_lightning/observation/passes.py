@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch.utils._pytree import tree_map_only
 from mlu_lightning.observation.batches import clone_batch
 from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use
 from mlu_lightning.observation.probe import pass_batch, undisturbed
+from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
-__all__ = ["Followed", "UseKey", "follow"]
+__all__ = ["Followed", "UseKey", "follow", "roles_of_base"]
 
 UseKey = tuple[tuple[str, ...], How]
 """Parameters that are used together, and how."""
@@ -28,13 +30,18 @@ class Followed:
 
     uses: dict[UseKey, tuple[Use, ...]]
     additions: tuple[Addition, ...]
+    shapes: dict[str, tuple[int, ...]]  # of parameters
 
 
-def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
-    """Pass an example through a module in evaluation mode, and follow it; the module stays as it is.
+def roles_of_base(plan: Plan, base: nn.Module) -> dict[str, Role]:
+    """Roles of a base's parameters, told by their names without numbers, and their shapes."""
+    planned = {(name_pattern_of_parts(name), entry.base_shape): entry.role for name, entry in plan.parameters.items()}
+    keys = {name: (name_pattern_of_parts(name), tuple(value.shape)) for name, value in planned_parameters(base).items()}
+    return {name: planned[key] for name, key in keys.items() if key in planned}
 
-    ``roles`` are those of parameters by ``name_pattern_of_parts`` of their names, so that they can be another shape's.
-    """
+
+def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Followed:
+    """Pass an example through a module in evaluation mode, and follow it; the module stays as it is."""
     parameters = planned_parameters(module)
     dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -44,7 +51,7 @@ def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
         return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
     def is_(name: str, *wanted: Role) -> bool:
-        return roles.get(name_pattern_of_parts(name)) in wanted
+        return roles.get(name) in wanted
 
     batch = tree_map_only(Tensor, converted, clone_batch(example))
     gradients = {parameter: parameter.grad for parameter in parameters.values()}
@@ -62,4 +69,5 @@ def follow(module: nn.Module, example: Any, roles: dict[str, Role]) -> Followed:
     for use in flow.uses:
         uses[use.names, use.how].append(use)
     additions = flow.additions(lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN))
-    return Followed({key: tuple(found) for key, found in uses.items()}, additions)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    return Followed({key: tuple(found) for key, found in uses.items()}, additions, shapes)

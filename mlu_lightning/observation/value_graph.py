@@ -15,6 +15,7 @@ __all__ = [
     "joins",
     "names_in",
     "operands",
+    "since_fork",
     "stream_before",
     "write_through",
 ]
@@ -74,6 +75,17 @@ def nodes_before(node: Node, first: int) -> Iterator[Node]:
 def depends(node: Node, other: Node) -> bool:
     """Whether a value was computed from another, and is no multiple of it."""
     return node.root is not other and any(found is other for found in nodes_before(node, other.index))
+
+
+def since_fork(stream: Node, branch: Node) -> float:
+    """By what a stream is multiplied after a branch has left it and before the branch is added to it."""
+    left = {*nodes_before(branch, stream.root.index)}
+    node = stream
+    while node not in left and node.multiple:
+        (node,) = node.parents
+    factors = dict(node.origins)
+    ratios = {factor / factors[source] for source, factor in stream.origins if factors.get(source)}
+    return ratios.pop() if len(ratios) == 1 else 1.0
 
 
 def operands(addition: Node) -> tuple[Node, Node]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from mlu_lightning.observation.dataflow import ADDED, Addition, How, Use
 from mlu_lightning.observation.expectations import Expectations, Interval
-from mlu_lightning.observation.passes import Followed, UseKey, follow
+from mlu_lightning.observation.passes import Followed, UseKey, follow, roles_of_base
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import name_pattern_of_parts
 
@@ -99,8 +99,7 @@ def deviations(module: nn.Module, base: nn.Module, plan: Plan, example: Any = No
     """Find all that :func:`verify` refuses or warns of, the worst first."""
     if example is None:
         example = getattr(module, "example_input_array", None)
-    roles = {name_pattern_of_parts(name): role for name, role in plan.roles.items()}
-    both = follow(module, example, roles), follow(base, example, roles)
+    both = follow(module, example, plan.roles), follow(base, example, roles_of_base(plan, base))
     expectations = Expectations(plan)
     found = [*_of_uses(expectations, *both), *_of_additions(expectations, *both)]
     return tuple(sorted(found, key=lambda deviation: -deviation.factor))
@@ -117,9 +116,13 @@ def _of_uses(expectations: Expectations, module: Followed, base: Followed) -> It
     # names that differ in their place along the depth only, of which initialize() sets the scale together
     groups: defaultdict[object, list[tuple[UseKey, UseKey]]] = defaultdict(list)
     for names, how in module.uses:
-        others = at_base.get((_patterns(names), how), [])
         name = expectations.parameter(names, how)
-        if name is not None and others:
+        if name is None:
+            continue
+        alike = at_base.get((_patterns(names), how), [])
+        shape = entries[name].base_shape
+        others = [other for other in alike if shape in [base.shapes.get(each) for each in other[0]]]
+        if others:
             counterpart = min(others, key=lambda other: _distance(names[0], other[0][0]))
             group = _patterns(names), how, entries[name].row, entries[name].ratios
             groups[group].append(((names, how), counterpart))
@@ -253,7 +256,7 @@ def _by_branch(additions: Iterable[Addition]) -> Mapping[frozenset[str], list[Ad
     found: defaultdict[frozenset[str], list[Addition]] = defaultdict(list)
     for addition in additions:
         if addition.on_stream:
-            found[frozenset(map(name_pattern_of_parts, addition.names))].append(addition)
+            found[addition.patterns].append(addition)
     return found
 
 

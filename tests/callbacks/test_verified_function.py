@@ -6,23 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.callback_runs import BATCH, WIDE, Net, fit, loader
-from torch import Tensor, nn
+from helpers.callback_runs import BATCH, OUTPUTS, WIDE, Net, fit, loader
+from torch import Tensor
 
 from mlu_lightning import MLUCallback, Plan
 
 
 class Scaled(Net):
-    """Multiplies its outputs by a power of its own width."""
+    """Multiplies its outputs by numbers that depend on its own width."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return super().forward(inputs) * self.shape[2] ** -0.5
+        return super().forward(inputs) * torch.full((OUTPUTS,), self.shape[2] ** -0.5)
 
 
-class DrawnLate(Net):
+class Hooked(Net):
+    """Multiplies its branches once more."""
+
     def on_fit_start(self) -> None:
         for block in self.blocks:
-            nn.init.xavier_normal_(block.write.weight)
+            block.register_forward_hook(lambda module, args, output: output / 4)
 
 
 class InTrainingOnly(Net):
@@ -45,7 +47,7 @@ class WithGradients(Net):
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
-@pytest.mark.parametrize(("make", "name"), [(Scaled, "readout.weight"), (DrawnLate, "blocks.0.write.weight")])
+@pytest.mark.parametrize(("make", "name"), [(Scaled, "readout.weight"), (Hooked, "blocks.0.write.weight")])
 def test_other_functions_than_the_plans_are_refused(make: type[Net], name: str, residual: Any) -> None:
     with pytest.raises(ValueError, match=rf"{make.__name__} does not compute what its plan says.*{name}"):
         fit(make(**WIDE), MLUCallback(make(), residual=residual))
@@ -53,10 +55,10 @@ def test_other_functions_than_the_plans_are_refused(make: type[Net], name: str, 
     fit(make(), MLUCallback(make(), residual=residual))  # at the base shape, whatever it computes
 
 
-def test_what_was_trained_or_is_somebodys_own_is_not_compared(tmp_path: Any) -> None:
-    module = DrawnLate(**WIDE)
-    fit(module, MLUCallback(Net(), init=None))
-    fit(module, MLUCallback(Net(), init=None))
+def test_what_was_trained_or_is_somebodys_own_is_not_compared() -> None:
+    module, callback = Hooked(**WIDE), MLUCallback(Net(), init=None)
+    fit(module, callback)
+    fit(module, callback)
 
 
 @pytest.mark.parametrize("base", [None, "saved"])

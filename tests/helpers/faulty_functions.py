@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
@@ -81,4 +82,26 @@ class Language(nn.Module):
         if self.fault == "tied, D^-1/2 before the readout":
             h = h * embedding**-0.5
         logits = self.head(h)
+        if self.fault == "a buffer on logits":
+            logits = logits * self.scale.mean() ** -torch.ones(11)
         return logits * embedding**-0.5 if self.fault == "D^-1/2 on logits" else logits
+
+
+class Trained(LightningModule):
+    """The model in training, as ``check`` builds it; late, its last matrices are drawn again when the fit has begun."""
+
+    def __init__(self, depth: int, hidden: int, embedding: int, fault: str = "") -> None:
+        super().__init__()
+        self.net, self.fault = Language((depth, embedding, hidden), fault), fault
+
+    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
+        logits = self.net(batch[0][:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), batch[0][:, 1:].flatten())
+
+    def on_fit_start(self) -> None:
+        if self.fault == "drawn late":
+            for block in self.net.blocks:
+                nn.init.normal_(block.write.weight, std=0.2)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-6, weight_decay=0.1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.architecture_runs import BATCHES, EPOCHS, SMALL, Seeded, attachable, batches_like, built, fit, in_double
-from helpers.architectures import ARCHITECTURES, OWN_CONSTANTS, Architecture
+from helpers.architectures import ARCHITECTURES, Architecture
 from helpers.runs_by_hand import listed
 from helpers.trainers import identical, loader, quiet
 from lightning.pytorch import Trainer
@@ -52,9 +52,7 @@ def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytes
     def run(residual: str) -> Run:
         module, folder = built(architecture, double=True), tmp_path_factory.mktemp(residual)
         folds = residual == "fold"
-        verify = architecture not in [ARCHITECTURES[name] for name in OWN_CONSTANTS]
-        by_base = MLUCallback(base, residual="fold", alpha=1.5, verify=verify)
-        callback = by_base if folds else MLUCallback(plan=run("fold").plan)
+        callback = MLUCallback(base, residual="fold", alpha=1.5) if folds else MLUCallback(plan=run("fold").plan)
         trainer = fit(module, batches, callback, Seeded(), folder=folder)
         assert callback.plan is not None
         return Run(module, trainer, callback.plan, folder)

@@ -5,9 +5,6 @@ from helpers.architectures.language import LANGUAGE_MODELS
 from helpers.architectures.plain import PLAIN, Encoder
 from helpers.architectures.vision import VISION_MODELS
 
-__all__ = ["ARCHITECTURES", "LANGUAGE", "OWN_CONSTANTS", "TOKENS", "VOCABULARY", "Architecture", "Encoder"]
+__all__ = ["ARCHITECTURES", "LANGUAGE", "TOKENS", "VOCABULARY", "Architecture", "Encoder"]
 
 ARCHITECTURES: dict[str, Architecture] = PLAIN | LANGUAGE_MODELS | VISION_MODELS
-
-OWN_CONSTANTS = {"gemma2": "embed_tokens", "tied t5": "shared"}
-"""Those with a constant of their own that depends on the shape, and the parameter that it multiplies."""
