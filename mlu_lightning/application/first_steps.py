@@ -17,6 +17,7 @@ from mlu_lightning.application.optimization import ScaledOptimizer, plan_names
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.planning import Multiplier, Plan
+from mlu_lightning.table import Role
 from mlu_lightning.utilities.checksums import Checksum, checksums
 from mlu_lightning.utilities.names import listed
 
@@ -160,7 +161,8 @@ def _trained(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Parameters of a plan that are trained: others, such as those of a teacher, are somebody's own business."""
     names = plan_names(module, plan)
     named = ((names[id(parameter)], parameter) for parameter in module.parameters())
-    return {name: p for name, p in named if p.requires_grad and name in plan.parameters}
+    roles = plan.roles
+    return {name: p for name, p in named if p.requires_grad and roles.get(name, Role.FROZEN) is not Role.FROZEN}
 
 
 def _names(names: Mapping[int, str], optimizers: Iterable[ScaledOptimizer]) -> set[str]:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
@@ -29,9 +30,8 @@ def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Ite
         yield built
         return
     hooks = any(is_hook_overridden(name, built) for name in ("setup", "configure_model"))
-    incomplete = hooks and {*map(name_pattern, planned_parameters(module))} > {
-        *map(name_pattern, planned_parameters(built))
-    }
+    patterns, of_base = ({*map(name_pattern, planned_parameters(each))} for each in (module, built))
+    incomplete = hooks and (patterns > of_base or any(map(is_lazy, built.parameters())))
     if incomplete and built is base:
         built = copy.deepcopy(built)
     built.trainer = trainer

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -30,7 +31,8 @@ from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watche
 from mlu_lightning.utilities.lightning_private import configured_optimizers
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
 from mlu_lightning.utilities.module_copies import copied_batch, copied_module, fake_tensor
-from mlu_lightning.utilities.names import planned_modules, planned_parameters
+from mlu_lightning.utilities.names import listed, planned_modules, planned_parameters
+from mlu_lightning.utilities.user_errors import UserErrors
 
 __all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
 
@@ -92,7 +94,10 @@ def trace_module(module: nn.Module, example: Any, programs: bool = False) -> Tra
             "example=... (a batch as training_step takes it, for a LightningModule; the arguments of forward for any "
             "other module), or set example_input_array on the LightningModule."
         )
-    with isolate_rng():
+    _refuse_lazy(module)
+    name = "training_step" if step else "forward"
+    what = f"While planning, {name} of {type(module).__name__} was run on a copy of the module"
+    with isolate_rng(), UserErrors(what, _ADVICE):
         try:
             return run_most(lambda: _run_with_or_without_values(module, example, step, programs), _size)
         except AttributeError:
@@ -100,6 +105,22 @@ def trace_module(module: nn.Module, example: Any, programs: bool = False) -> Tra
                 raise
             # hooks that Lightning calls before the first step may make what is missing
             return run_most(lambda: _run_with_or_without_values(module, example, step, programs, True), _size)
+
+
+_ADVICE = (
+    "Where it only fails there, give MLUCallback or Plan.from_model what it needs: example=..., a batch as training_step "
+    "takes it or the arguments of forward; or give MLUCallback plan=..., a plan of the module made where it works."
+)
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"Parameters of {type(module).__name__} have no shape yet: {listed(lazy)}. They are those of lazy modules, "
+            "which get one in their first forward pass. Run one in the module and in its base before they are planned, for "
+            "example with torch.no_grad() at the end of __init__ or in setup."
+        )
 
 
 def _size(trace: Trace) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from mlu_lightning.discovery.structure import BranchKind, Structure
+from mlu_lightning.discovery.structure import Branch, BranchKind, Structure
 from mlu_lightning.table import Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
@@ -38,7 +38,7 @@ class BaseParameter:
 
 @dataclass(frozen=True)
 class BaseBranch:
-    """The branches of one name pattern and kind, with what the base itself multiplies their logits and them by."""
+    """A branch of the base, with what the base itself multiplies its logits and its output by."""
 
     hidden: int
     head_dim: int | None
@@ -48,8 +48,8 @@ class BaseBranch:
 
 @dataclass(frozen=True)
 class Base:
-    """The base shape: parameters by name, (depth, embedding) of streams, branches by name pattern and kind, and what the
-    base itself multiplies readouts by, by the name of their matrix."""
+    """The base shape: parameters by name, (depth, embedding) of streams, branches by name and kind, and what the base itself
+    multiplies readouts by, by the name of their matrix."""
 
     parameters: dict[str, BaseParameter]
     streams: tuple[tuple[int, int], ...]
@@ -57,11 +57,13 @@ class Base:
     readouts: dict[str, float | None]
 
     def branch(self, name: str, kind: BranchKind) -> BaseBranch | None:
-        """Branches of a name's pattern, or else the nearest one of the same name but for numbers inside of its parts."""
-        pattern = name_pattern(name)
-        alike = [key for key in self.branches if key[1] == kind and _differ_in_numbers(key[0], pattern)]
-        nearest = min(alike, key=lambda key: _distance(pattern, key[0]), default=(pattern, kind))
-        return self.branches.get((pattern, kind), self.branches.get(nearest))
+        """The branch of that name, or else the nearest of its pattern, or of the same name but for numbers in its parts."""
+        if (name, kind) in self.branches:
+            return self.branches[name, kind]
+        of_kind, pattern = [other for other, its_kind in self.branches if its_kind == kind], name_pattern(name)
+        alike = [other for other in of_kind if name_pattern(other) == pattern]
+        alike = alike or [other for other in of_kind if _differ_in_numbers(other, name)]
+        return self.branches[min(alike, key=lambda other: _distance(name, other)), kind] if alike else None
 
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:
@@ -89,24 +91,28 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
-            (name_pattern(branch.name), branch.kind): BaseBranch(
+            (branch.name, branch.kind): BaseBranch(
                 branch.hidden, branch.head_dim, scales[branch.name], constants[branch.name]
             )
-            for branch in reversed(structure.branches)
+            for branch in structure.branches
         },
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
     )
 
 
 def own_factors(structure: Structure, key: Literal["logits_scale", "constant"]) -> dict[str, float | None]:
-    """What the module itself multiplies logits or branches by; None where that is unknown or differs along the depth."""
-    of_kind: dict[tuple[str, str], set[float | None]] = {}
+    """What the module itself multiplies logits or branches by; None where that is unknown or differs along the depth.
+
+    Stages of another head_dim have another factor on logits.
+    """
+    groups: dict[tuple[str, str, int | None], list[Branch]] = {}
     for branch in structure.branches:
-        of_kind.setdefault((name_pattern(branch.name), branch.kind), set()).add(getattr(branch, key))
-    return {
-        branch.name: getattr(branch, key) if len(of_kind[name_pattern(branch.name), branch.kind]) == 1 else None
-        for branch in structure.branches
-    }
+        groups.setdefault((name_pattern(branch.name), branch.kind, branch.head_dim), []).append(branch)
+    found: dict[str, float | None] = {}
+    for alike in groups.values():
+        factors = {getattr(branch, key) for branch in alike}
+        found |= {branch.name: factors.copy().pop() if len(factors) == 1 else None for branch in alike}
+    return found
 
 
 def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:

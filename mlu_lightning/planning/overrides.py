@@ -11,7 +11,7 @@ from torch import nn
 
 from mlu_lightning.discovery.structure import ParameterFacts, Structure
 from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
-from mlu_lightning.utilities.names import name_pattern
+from mlu_lightning.utilities.names import listed, name_pattern, planned_parameters
 
 __all__ = ["override_roles", "require_roles"]
 
@@ -76,8 +76,16 @@ def _checked(copies: Mapping[str, str], parameters: Mapping[str, ParameterFacts]
     return found
 
 
-def require_roles(structure: Structure, module: nn.Module) -> None:
+def require_roles(structure: Structure, module: nn.Module, overrides: Mapping[str, Role | str]) -> None:
     """Refuse a structure in which a parameter has no role, with the overrides that would settle it."""
+    left_alone = [pattern for pattern, role in overrides.items() if role == Role.FROZEN]
+    parameters = ((name, p) for name, p in planned_parameters(module).items() if p.is_complex() and p.requires_grad)
+    complex_ones = [name for name, _ in parameters if not any(fnmatch.fnmatch(name, each) for each in left_alone)]
+    if complex_ones:
+        raise ValueError(
+            f"Parameters of {type(module).__name__} are complex: {listed(complex_ones)}. The table is one of real weights, "
+            f'so leave them as they are with overrides={{"{complex_ones[0]}": "frozen"}}, and choose their numbers yourself.'
+        )
     if not structure.unassigned:
         return
     shapes = {name: structure.parameters[name].shape for name in structure.unassigned}

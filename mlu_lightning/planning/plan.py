@@ -30,7 +30,7 @@ from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
+from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 
 __all__ = ["Plan"]
@@ -131,13 +131,13 @@ class Plan:
             elsewhere = [*planned_parameters(base)]
         structure = override_roles(discover(module, example), overrides, elsewhere)
         require_functions(structure, module)
-        require_roles(structure, module)
+        require_roles(structure, module, overrides)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
             require_functions(base_structure, base)
-            require_roles(base_structure, base)
+            require_roles(base_structure, base, overrides)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
         parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
@@ -182,10 +182,10 @@ class Plan:
             },
             streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
             branches={
-                (name_pattern(b.name), b.kind): BaseBranch(
+                (b.name, b.kind): BaseBranch(
                     b.base_hidden, b.base_head_dim, b.base_logits_scale, own.get(("branch", b.name))
                 )
-                for b in reversed(self.branches)
+                for b in self.branches
             },
             readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
         )

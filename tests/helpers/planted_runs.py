@@ -94,7 +94,7 @@ def outcome(plant: Callable[[], Run]) -> tuple[str | None, str, Module]:
         warnings.simplefilter("always")
         try:
             fit(planted.module, *callbacks, max_epochs=1, limit_train_batches=STEPS, limit_val_batches=0)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (AttributeError, ValueError, TypeError, RuntimeError) as error:
             return reached[-1], str(error), planted.module
     said += [str(each.message) for each in caught if "Parameters of the plan" in str(each.message)]
     return None, said[-1], planted.module
