@@ -1,6 +1,7 @@
 """Faults that lose a std, a multiplier, an lr, an eps or a decay: none of them survives the first step."""
 
 import re
+from pathlib import Path
 
 import pytest
 from helpers.faults import FAULTS
@@ -18,3 +19,9 @@ def test_planted_fault(name: str) -> None:
         assert not message and is_right(module)
     if where is not None:
         assert re.search(r"Give|give|Use|Call|Let|let|Make|Start|Draw|fit|Update", message), "a remedy"
+
+
+def test_the_table_of_faults_is_complete() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in FAULTS if f"| {name} |" not in readme]
+    assert len(FAULTS) >= 40 and not missing
