@@ -305,11 +305,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             along = since_fork(
                 older[1], newer[1]
             )  # beside an addition, what branch and stream are next to each other counts
+            over = {parent: along / (alpha if parent is pairs[1][1] else 1.0) for parent in parents}
             for parent in parents:
-                self._end(parent, "addition", along)
+                self._end(parent, "addition", over[parent])
             node = self._source("addition", parents)
             node.residual = older[1], newer[1]
-            self._additions.append((node, _rms(older[0]) / along, _rms(newer[0]) / along, along))
+            stream, branch = (_rms(values) / over[parent] for values, parent in (older, newer))
+            self._additions.append((node, stream, branch, over[newer[1]]))
             return node
         for parent in parents:
             self._end(parent, "sum")

@@ -28,8 +28,10 @@ class Interval:
 class Expectations:
     """Factors next to the base that a plan asks for."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, kept: frozenset[str] = frozenset()) -> None:
+        """``kept`` are parameters that keep their values, because they require no gradient."""
         self.plan = plan
+        self._kept = kept | {name for name, role in plan.roles.items() if role is Role.FROZEN}
         self._table = TABLES[plan.parameterization]
         of_branches = [multiplier for multiplier in plan.multipliers if multiplier.kind == "branch"]
         self._branches = dict(zip(range(len(plan.branches)), of_branches, strict=False))
@@ -38,7 +40,7 @@ class Expectations:
     def parameter(self, names: Sequence[str], how: How) -> str | None:
         """The parameter whose entry tells what to expect of a use of several, None if none is used as it is planned."""
         entries = self.plan.parameters
-        known = [name for name in names if name in entries and entries[name].role is not Role.FROZEN]
+        known = [name for name in names if name in entries and name not in self._kept]
         matrices = [name for name in known if entries[name].role.is_matrix and len(entries[name].shape) > 1]
         if how == "vector":  # matrices are used as such elsewhere, and here by a penalty
             known, matrices = [name for name in known if name not in matrices], []
@@ -102,7 +104,7 @@ class Expectations:
         for name in names:
             entry = self.plan.parameters.get(name)
             multiplier = None if entry is None else self._multiplier(entry)
-            if entry is None or multiplier is None or entry.role is not Role.BRANCH_OUT:
+            if entry is None or multiplier is None or entry.role is not Role.BRANCH_OUT or name in self._kept:
                 continue
             weight = 1.0 if entry.variant is Variant.BEFORE_NORM else self.weight(name, "matrix")
             found += [self._factor(multiplier) * factor for factor in (1.0, weight)]

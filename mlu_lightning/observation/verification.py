@@ -17,7 +17,7 @@ from mlu_lightning.observation.dataflow import ADDED, Addition, How, Use
 from mlu_lightning.observation.expectations import Expectations, Interval
 from mlu_lightning.observation.passes import Followed, UseKey, follow, roles_of_base
 from mlu_lightning.planning import Plan
-from mlu_lightning.utilities.names import name_pattern_of_parts
+from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
 __all__ = ["Deviation", "deviations", "refuse", "verify"]
 
@@ -100,7 +100,8 @@ def deviations(module: nn.Module, base: nn.Module, plan: Plan, example: Any = No
     if example is None:
         example = getattr(module, "example_input_array", None)
     both = follow(module, example, plan.roles), follow(base, example, roles_of_base(plan, base))
-    expectations = Expectations(plan)
+    kept = (name for name, parameter in planned_parameters(module).items() if not parameter.requires_grad)
+    expectations = Expectations(plan, frozenset(kept))
     found = [*_of_uses(expectations, *both), *_of_additions(expectations, *both)]
     return tuple(sorted(found, key=lambda deviation: -deviation.factor))
 
@@ -153,7 +154,12 @@ def _of_group(
     if not ratios:
         return
     options = expectations.factors(name, how, ends)
-    nearest = {end: min(options, key=lambda option: _off(ratio, option)) for end, ratio in ratios.items()}
+    ratio_of_constants = expectations.plan.parameters[name].constant_ratio
+    # the module's own constants may come after a sum
+    possible = {"sum": (*options, *(option / ratio_of_constants for option in options))}
+    nearest = {
+        end: min(possible.get(end, options), key=lambda option: _off(ratio, option)) for end, ratio in ratios.items()
+    }
     offs = {end: _off(ratio, nearest[end]) for end, ratio in ratios.items()}
     added = [end for end in offs if end in ADDED]
     # a sum may be inside of a branch, before its multiplier

@@ -67,10 +67,9 @@ def draw_plan(
     if left_alone:
         copies = sum(parameters[name].copy_of is not None for name in left_alone)
         begins = f", {copies} of which begin as copies of others" if copies else ""
-        patterns = ", ".join(dict.fromkeys(map(name_pattern, left_alone)))
-        console.print(
-            f"{len(left_alone)} tensors are left as they are, because no loss reaches them{begins}: {patterns}"
-        )
+        first, *others = dict.fromkeys(map(name_pattern, left_alone))
+        more = f" and {len(others)} more" if others else ""
+        console.print(f"{len(left_alone)} tensors are left alone (frozen){begins}: {first}{more}")
     if constants:
         own = {f"{name_pattern(name)} {value:.4g} (base {base:.4g})": None for name, (value, base) in constants.items()}
         console.print(f"Numbers are relative to what the module itself multiplies by: {', '.join(own)}.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initialize
+from mlu_lightning.observation.verification import verify
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -66,7 +67,7 @@ def test_parts_that_no_loss_reaches(of_base: bool) -> None:
     initialize(module, plan)
     assert {name for name, value in module.state_dict().items() if torch.equal(value, before[name])} >= left_alone
     assert all(plan.scales("sgd")[name].lr == 1 for name in left_alone)
-    assert "6 tensors are left as they are, because no loss reaches them: metric.weight, " in str(plan)
+    assert "6 tensors are left alone (frozen): metric.weight and 5 more" in str(plan)
     assert Plan.from_model(With(*LARGE, **parts()), X, base=plan).parameters == plan.parameters
     plan.check(With(*LARGE))  # as where a metric is made by another module
 
@@ -81,6 +82,9 @@ def test_frozen_values_are_not_rescaled_unless_drawn_anew() -> None:
     initialize(module, plan)
     same = {name for name, value in module.state_dict().items() if torch.equal(value, loaded[name])}
     assert same >= {"embed.weight", "blocks.1.0.weight"} and "blocks.0.0.weight" not in same
+    handle = attach_multipliers(module, plan)
+    verify(module, base, plan, X)
+    handle.remove()
     initialize(module, plan, "normal")
     assert not torch.equal(module.embed.weight, loaded["embed.weight"])
 
@@ -100,7 +104,7 @@ def test_a_copy_begins_as_what_it_copies(said: bool, put: Any) -> None:
     module, base = teacher(separately=said), teacher(said, (2, 4, 8))
     overrides = {"teacher.*": "copy_of net"} if said else {}
     plan = Plan.from_yaml(Plan.from_model(module, X, base=base, overrides=overrides).to_yaml(), "saved")
-    assert "20 of which begin as copies of others: teacher.embed.weight, " in str(plan)
+    assert "20 of which begin as copies of others: teacher.embed.weight and " in str(plan)
     initialize(module, plan)
     put(module, plan)
     torch.testing.assert_close(module.teacher(X), module.net(X), rtol=0, atol=0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, discover, fold, initialize, scale_optimizer
+from mlu_lightning.observation.verification import verify
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
 
@@ -103,6 +104,9 @@ def test_product_of_constant_and_plan_follows_the_table(place: str) -> None:
             for value, each in ((0.125, saved), (0.5, as_base))
         ]
         torch.testing.assert_close(*outputs)
+    module = initialize(Net(place, 0.125, *shape), plan)
+    attach_multipliers(module, plan)
+    verify(module, base, plan, X)
     again = Plan.from_model(Net(place, 0.125, *shape), X, base=saved)
     assert again.multipliers == plan.multipliers and again.scales("sgd") == plan.scales("sgd")
     standard = Plan.from_model(Net(place, 0.125, *shape), X, base=base, parameterization="sp")
