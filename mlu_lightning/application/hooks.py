@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.application.state_mark import mark_states, unmark_states
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.module_copies import OwnHook
@@ -21,7 +22,7 @@ __all__ = ["attach_hooks", "detach_hooks", "hooks_in", "sites_seen"]
 
 
 def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
-    """Register a hook for each multiplier; nothing is registered unless all of them have a site of their own."""
+    """Register a hook for each multiplier, and mark state dicts; nothing is done unless all have a site of their own."""
     targets: dict[tuple[nn.Module, str, int | None], tuple[Multiplier, Site, float]] = {}
     for multiplier, factor in acting.items():
         site = multiplier.site
@@ -51,11 +52,12 @@ def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple
             hooks.append(target.register_forward_hook(_restore_rows, always_call=True))
         else:
             hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, site), with_kwargs=True))
-    for target in dict.fromkeys(target for target, _, _ in targets):
+    distinct = dict.fromkeys(target for target, _, _ in targets)
+    for target in distinct:
         _set_apart(target)
     if hooks and "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # makes room: torch keeps a limited number of versions of compiled code
-    return tuple(hooks)
+    return (*hooks, *mark_states(module, distinct))
 
 
 def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
@@ -64,6 +66,7 @@ def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
         hook.remove()
     for part in module.modules():
         _set_back(part)
+    unmark_states(module)
 
 
 def sites_seen(handles: Iterable[RemovableHandle]) -> set[Site]:

@@ -135,7 +135,16 @@ def check_attached(module: nn.Module) -> None:
     if applied is None:
         return
     parts = list(module.modules())
-    present = {id(hooks) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)}
+    present = {
+        id(hooks)
+        for part in parts
+        for hooks in (
+            part._forward_hooks,
+            part._forward_pre_hooks,
+            part._state_dict_hooks,
+            part._load_state_dict_pre_hooks,
+        )
+    }
     for hook in applied.hooks:
         hooks = hook.hooks_dict_ref()
         if hooks is None or id(hooks) not in present or hook.id not in hooks:
@@ -181,10 +190,11 @@ def mark_baked(module: nn.Module, plan: Plan) -> None:
     module = original_module(module)
     applied = residual_state(module)
     if applied is not None:
-        if not applied.hooks:
-            return
-        _remove(module, applied)
-    set_applied(module, Applied(plan, "baked"))
+        detach_hooks(module, applied.hooks)
+    if applied is not None and not applied.acting:
+        set_applied(module, replace(applied, hooks=()))
+    else:
+        set_applied(module, Applied(plan, "baked"))
 
 
 def _remove(module: nn.Module, applied: Applied) -> None:

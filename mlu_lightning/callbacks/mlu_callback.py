@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled
-from mlu_lightning.application.applied import mark_initialized, residual_state
-from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
+from mlu_lightning.application.applied import Applied, mark_initialized, residual_state
+from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.base_module import built_base
@@ -24,7 +25,7 @@ from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.model_copies import check_copies, copy_again
-from mlu_lightning.callbacks.saved_plans import wrap_saving
+from mlu_lightning.callbacks.saved_plans import wrap_loading, wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.verified_steps import Verification
@@ -48,10 +49,14 @@ class MLUCallback(EitherCallback):
     schedulers and loggers stay as they are: learning rates in them are those of the base. At the base's own shape the
     run is bit for bit the run without the callback.
 
+    Checkpoints are those of a plain module of the trained function. Where they cannot be, as the fit warns, or with
+    ``residual="hook"``, a key more in their ``state_dict`` lets a plain module refuse them; a Trainer with this callback
+    and :func:`mlu_lightning.restore_multipliers` load them.
+
     The module is planned and initialized before ``fit`` does anything else, or, if it overrides ``setup`` or
     ``configure_model``, right after the later of them, and goes on from its weights in the next ``fit``. ``validate``,
-    ``test`` and ``predict`` alone change nothing, but a checkpoint of a run with ``residual="hook"`` brings its multipliers
-    along. Callbacks of others than Lightning that copy the module in their ``setup`` should come after this one.
+    ``test`` and ``predict`` alone change nothing, but a checkpoint brings its multipliers along, whatever ``residual`` is
+    here. Callbacks of others than Lightning that copy the module in their ``setup`` should come after this one.
 
     Args:
         base: shape at which the hyperparameters are known to be good: a freshly built module of that shape, a function
@@ -60,9 +65,10 @@ class MLUCallback(EitherCallback):
         plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization and ratios.
         init: ``"rescale"`` sets the scale of the initial weights, ``"normal"`` draws matrices anew, ``"coupled"`` draws
             embeddings that are the first coordinates of a bigger model's, and None leaves a checkpoint's weights alone.
-        residual: how branches and readouts are multiplied: ``"hook"`` in the forward pass, ``"fold"`` in the weights, which
-            then are those of a plain model of the same function, unless the fit warns that hooks are left. Where weights
-            hold their multipliers already, call ``fold(module, plan, multiplied=True)`` before, and give ``init=None``.
+        residual: how branches and readouts are multiplied: ``"fold"`` in the weights, which then are those of a plain model
+            of the same function, unless the fit warns that hooks are left; ``"hook"`` in the forward pass. A resumed run
+            goes on as it began. Where weights hold their multipliers already, call ``fold(module, plan,
+            multiplied=True)`` before, and give ``init=None``.
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
         example: batch as ``training_step`` takes it, for planning; by default the first samples of the training data.
@@ -94,7 +100,7 @@ class MLUCallback(EitherCallback):
         base: str | Callable[[], nn.Module] | nn.Module | None = None,
         plan: Plan | str | None = None,
         init: InitMode | None = "rescale",
-        residual: Residual = "hook",
+        residual: Residual = "fold",
         overrides: dict[str, str] | None = None,
         alpha: float = 1.0,
         example: Any = None,
@@ -154,17 +160,18 @@ class MLUCallback(EitherCallback):
             raise ValueError(
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
+        self._cleanup.close()  # of a run after which Lightning called no hook, as after an error in another's on_exception
+        self._cleanup.callback(wrap_loading(pl_module, partial(self._keep, pl_module)))
         if stage != TrainerFn.FITTING:
             self._keep(pl_module)
             return
-        self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
         self._seen = None
         check_copies(callbacks)
         check_strategy(trainer.strategy)
         if starts_processes(trainer.strategy):
             rank_zero_warn(
-                "The Trainer trains in processes started from this one, and only weights come back, without multipliers or "
-                'a mark that they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
+                "The Trainer trains in processes started from this one, and only weights come back, without a mark that "
+                'they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
             )
         builders = [name for name in ("setup", "configure_model") if is_hook_overridden(name, pl_module)]
         if not builders:
@@ -201,13 +208,10 @@ class MLUCallback(EitherCallback):
             verify_function(trainer, pl_module, self._plan, self._arguments.base, example, self._seed)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan."""
-        if load_plan(pl_module, checkpoint) is not None:
-            mark_initialized(pl_module)
-        self._keep(pl_module)
+        """Note that the weights are others now."""
         if self._verification is not None:
             self._verification.loaded()
-        self._seen = None  # the weights are others now
+        self._seen = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -246,6 +250,12 @@ class MLUCallback(EitherCallback):
         self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
         for warning in plan.warnings:
             rank_zero_warn(warning)
+        if starts_processes(trainer.strategy) and Applied(plan, self._residual).acting:
+            raise ValueError(
+                "The Trainer trains in processes started from this one, and only weights come back, without the multipliers "
+                'that stay in hooks: the module would be another function. Use strategy="ddp", or residual="fold" where '
+                "all multipliers can be in the weights."
+            )
         self._optimizers = optimizers = Optimizers(module, plan, self._family)
         deferred = any(parameter.is_meta for parameter in module.parameters())
         if not deferred:

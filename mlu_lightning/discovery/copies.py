@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from mlu_lightning.utilities.names import planned_modules, planned_parameters
+from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["find_copies"]
 
@@ -18,30 +18,29 @@ def find_copies(module: nn.Module, unreached: Collection[str]) -> dict[str, str]
     parameters = planned_parameters(module)
     if not unreached or any(parameter.is_meta for parameter in parameters.values()):
         return {}
-    found: dict[str, str] = {}
+    inside: dict[str, dict[str, nn.Parameter]] = {}  # submodules, outer ones first, with their parameters
+    for name, parameter in parameters.items():
+        steps = name.split(".")
+        for end in range(1, len(steps)):
+            inside.setdefault(".".join(steps[:end]), {})[".".join(steps[end:])] = parameter
     alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
-    names = [name for name, _ in planned_modules(module) if name]
-    parts = {name: _inside(name, parameters) for name in names}
-    for name, inside in parts.items():
-        alike[tuple((rest, parameter.shape) for rest, parameter in inside.items())].append(name)
-    for copy in names:
-        if any(copy.startswith(f"{outer}.") for outer in found):
+    for name, own in inside.items():
+        alike[_shapes(own)].append(name)
+    found: dict[str, str] = {}
+    for copy, own in inside.items():
+        within = any(copy.startswith(f"{outer}.") for outer in found)
+        if within or any(f"{copy}.{rest}" not in unreached for rest in own):
             continue
-        inside = parts[copy]
-        if not inside or any(f"{copy}.{rest}" not in unreached for rest in inside):
-            continue
-        for original in alike[tuple((rest, parameter.shape) for rest, parameter in inside.items())]:
-            reached = any(f"{original}.{rest}" not in unreached for rest in inside)
-            if reached and _are_equal(inside, parts[original]):
+        for original in alike[_shapes(own)]:
+            reached = any(f"{original}.{rest}" not in unreached for rest in own)
+            if reached and _are_equal(own, inside[original]):
                 found[copy] = original
                 break
     return found
 
 
-def _inside(name: str, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Parameters of a submodule, by their names inside of it."""
-    start = f"{name}."
-    return {own[len(start) :]: parameter for own, parameter in parameters.items() if own.startswith(start)}
+def _shapes(own: Mapping[str, nn.Parameter]) -> tuple[object, ...]:
+    return tuple((rest, parameter.shape) for rest, parameter in own.items())
 
 
 def _are_equal(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:

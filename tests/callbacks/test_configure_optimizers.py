@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn, optim
 
-from mlu_lightning import MLUCallback, initialize
+from mlu_lightning import MLUCallback, fold, initialize
 
 
 def two(module: Any) -> list[optim.Optimizer]:
@@ -103,7 +103,7 @@ def test_learning_rate_finder_keeps_the_factors(tmp_path: Path) -> None:
         assert {name: group["lr"] for name, group in ours.items()} == {
             n: theirs[n]["lr"] * f for n, f in expected.items()
         }
-    assert identical(module, initialize(Net(**WIDE), plan))
+    assert identical(module, fold(initialize(Net(**WIDE), plan), plan))
     assert "configure_optimizers" not in vars(module)
     run.fit(module, loader())
     assert probe.numbers[-1]["embed.weight"]["lr"] == module.lr

@@ -124,7 +124,7 @@ def test_weights_that_are_folded_already_take_the_numbers_of_fold(plan: Plan) ->
 @pytest.mark.parametrize("init", [{}, {"init": None}], ids=["rescale", "none"])
 def test_init_none_leaves_the_weights(init: dict[str, Any]) -> None:
     module = Net(**WIDE, optimizers=lambda module: None)
-    fit(module, MLUCallback(Net(), **init))
+    fit(module, MLUCallback(Net(), residual="hook", **init))
     assert identical(module, Net(**WIDE)) == ("init" in init)
 
 
@@ -150,6 +150,11 @@ def test_processes_that_send_only_weights_back_are_warned_about() -> None:
     run = trainer(callback, strategy="ddp_spawn", devices=1)
     with pytest.warns(UserWarning, match=r"only weights come back.* Go on from a checkpoint"):
         callback.setup(run, module, "fit")
+    hooked = MLUCallback(Net(), example=next(iter(loader())), residual="hook")
+    with pytest.raises(
+        ValueError, match=r'without the multipliers that stay in hooks.* Use strategy="ddp", or residual="f'
+    ):
+        hooked.setup(trainer(hooked, strategy="ddp_spawn", devices=1), Net(**WIDE), "fit")
 
 
 def test_plan_from_a_file(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def outcome(plant: Callable[[], Run]) -> tuple[str | None, str, Module]:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             reached.append("first step" if batch_idx == 0 else "second step")
 
-    settings = {"plan": plan(), **planted.settings}
+    settings = {"plan": plan(), "residual": "hook", **planted.settings}
     callbacks = [Steps(), reach("on_fit_start", "start"), *planted.before, MLUCallback(**settings), *planted.after]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

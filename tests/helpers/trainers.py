@@ -28,5 +28,5 @@ def pairs(count: int = 24, seed: int = 0) -> TensorDataset:
 
 def identical(one: nn.Module, other: nn.Module) -> bool:
     """Whether parameters and buffers are equal, bit for bit."""
-    ours, theirs = one.state_dict(), other.state_dict()
+    ours, theirs = ({**dict(each.named_parameters()), **dict(each.named_buffers())} for each in (one, other))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

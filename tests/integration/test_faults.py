@@ -202,11 +202,11 @@ def test_anomalies_that_torch_finds(tmp_path: Path) -> None:
     with torch.no_grad():
         module.embed.weight[0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):  # what has no size cannot be initialized
-        fit(module, MLUCallback(Net(BASE)))
+        fit(module, MLUCallback(Net(BASE), residual="hook"))
     module = Watched()
     spoil = At("on_train_batch_start", lambda run, module: module.embed.weight.data.fill_(torch.nan))
     with pytest.raises(RuntimeError, match="nan values"):
-        fit(module, spoil, MLUCallback(Net(BASE)), detect_anomaly=True)
+        fit(module, spoil, MLUCallback(Net(BASE), residual="hook"), detect_anomaly=True)
     check_optimizer(module.made[0])
     assert "configure_optimizers" not in vars(module) and own_hooks(module) == faulty_runs.expected_hooks("hook")
 
@@ -216,7 +216,7 @@ def fit_until_terminated(folder: Path) -> None:
     kill = At("on_train_batch_start", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     recorder = ReferenceRecorder(folder / "run.safetensors", PROBE, steps=1)
     with pytest.raises(SIGTERMException):
-        fit(module, kill, MLUCallback(Net(BASE)), recorder)
+        fit(module, kill, MLUCallback(Net(BASE), residual="hook"), recorder)
     check_module(module, "hook")
     check_optimizer(module.made[0])
 
