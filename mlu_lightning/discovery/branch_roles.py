@@ -231,7 +231,9 @@ class BranchRoles:
         return feeds_back(self.graph, self.region.ops)
 
     def _place_table(self, use: Use) -> Placed | Unplaced:
-        """Role of a table that is looked up."""
+        """Role of a table that is looked up, or of one of positions that is added to what each block reads."""
+        if use.op.parameter is not None:
+            return Placed(Role.BRANCH_NORM, outputs=use.shape[-1])
         matrix = self._biased.get(use.op)
         if matrix is not None:
             return Placed(BIAS_ROLES[self._matrix_role(matrix)])

@@ -26,6 +26,7 @@ from mlu_lightning.discovery.graph import (
     Value,
 )
 from mlu_lightning.discovery.trace import Trace
+from mlu_lightning.discovery.traversal import descendants
 
 __all__ = ["build_graph"]
 
@@ -196,7 +197,7 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
     for name, uses in joined.items():
         sums = [op for op in uses if op.name == "Add" and name not in found]
         if sums and len(uses) > 1:
-            after = _after(ops, uses[0])
+            after = descendants(ops[uses[0].index :], uses[:1])
             found.update(name for op in sums if not after.isdisjoint(op.data))
     return frozenset(found)
 
@@ -219,12 +220,6 @@ def _inputs(op: Op) -> Iterator[str]:
     for operand in (op.operands[slot] for slot in slots.get(op.name, range(len(op.operands)))):
         if operand is not None:
             yield from _inputs(operand[0])
-
-
-def _after(ops: tuple[Op, ...], start: Op) -> set[Op]:
-    found = {start}
-    found.update(op for op in ops[start.index + 1 :] if any(operand in found for operand in op.data))
-    return found
 
 
 def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]:

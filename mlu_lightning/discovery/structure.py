@@ -105,6 +105,7 @@ class ParameterFacts:
     constant: float | None = None
     variant: Variant | None = None  # what about its place changes the row of its role
     function: WeightFunction | None = None  # that it goes through before it meets data
+    repeats: int | None = None  # norms, or gains and matrices beside branches, that the stream goes through
 
     @property
     def row(self) -> str | None:

@@ -29,7 +29,7 @@ from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
-from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 
@@ -177,6 +177,7 @@ class Plan:
                     p.base_uses,
                     p.variant,
                     p.base_constant,
+                    p.base_depth if p.variant in COMPOUNDING else None,
                 )
                 for name, p in self.parameters.items()
             },
