@@ -120,6 +120,14 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
         placed[use.parameter].append(PlacedUse(use, region, found))
+    covered = {op for region in regions for op in region.ops}
+    outside = Unplaced(
+        "it is used outside of all that was found to lead to the stream, along it, in branches, and after it"
+    )
+    for use in (use for op, uses in graph.uses.items() if op not in covered for use in uses if use.kind != "penalty"):
+        placed[use.parameter].append(
+            PlacedUse(use, regions[0], outside)
+        )  # a loss depends on it, so it is not left alone
     return placed
 
 

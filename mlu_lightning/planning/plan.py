@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -32,6 +31,7 @@ from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["Plan"]
 
@@ -281,13 +281,7 @@ class Plan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp")
-        try:
-            temporary.write_text(self.to_yaml(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole({Path(path): self.to_yaml().encode()})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
