@@ -88,7 +88,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 role=structure.roles[name],
                 shape=facts.shape,
                 fans=(facts.fan_in, facts.fan_out),
-                std=values[name].detach().double().square().mean().sqrt().item(),
+                std=values[name].detach().abs().double().square().mean().sqrt().item(),
                 active=facts.active,
                 uses=facts.uses,
                 variant=facts.variant,
