@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         scale_optimizer,
         to_granite,
         unfolded_gradients,
+        unfolded_weights,
     )
     from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
     from mlu_lightning.checking import CheckReport, check, log_check
@@ -69,11 +70,12 @@ __all__ = [
     "scale_optimizer",
     "to_granite",
     "unfolded_gradients",
+    "unfolded_weights",
 ]
 
 _HOMES = {
     "application": "attach_multipliers bake fold initialize restore_multipliers scale_optimizer to_granite "
-    "unfolded_gradients",
+    "unfolded_gradients unfolded_weights",
     "callbacks": "EmbeddingDistance FeatureUpdate Limit MLUCallback ReferenceRecorder",
     "checking": "CheckReport check log_check",
     "discovery": "Branch Structure discover",

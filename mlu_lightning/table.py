@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 __all__ = [
+    "COMPOUNDING",
     "TABLES",
     "OptimizerFamily",
     "Parameterization",
@@ -90,9 +91,15 @@ class Variant(_Name):
     BEFORE_NORM = "before_norm"
     """``branch_out`` before a norm that comes between it and the addition, and undoes the scale of what it writes."""
     POST_NORM = "post_norm"
-    """``stream_norm`` between residual additions: L such norms compound."""
+    """``stream_norm`` between residual additions: such norms compound."""
+    EVERY_BLOCK = "every_block"
+    """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
     IN_HEAD = "in_head"
     """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
+
+
+COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
+"""Variants whose depth is the number of those that the stream goes through."""
 
 
 def row_name(role: Role, variant: Variant | None) -> str:
@@ -319,7 +326,8 @@ _MLU = Table(
     },
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
-        (Role.STREAM_NORM, Variant.POST_NORM): Row(g=_PER_OUTPUT, lr=_PER_DEPTH),  # L of them compound
+        **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
+        (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
 _SUMMING = {role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT}

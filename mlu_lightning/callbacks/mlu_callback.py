@@ -24,7 +24,7 @@ from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
-from mlu_lightning.callbacks.model_copies import check_copies, copy_again
+from mlu_lightning.callbacks.model_copies import check_copies, copy_again, warn_of_pruning
 from mlu_lightning.callbacks.saved_plans import wrap_loading, wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verified_function import verify_function
@@ -279,6 +279,7 @@ class MLUCallback(EitherCallback):
         self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
         if self._residual == "fold":
             warn_of_hooks(plan)
+            warn_of_pruning(vars(trainer)["callbacks"])
             self._cleanup.callback(wrap_clipping(trainer, module, plan))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from mlu_lightning.callbacks.base_module import built_base
-from mlu_lightning.observation.verification import Deviation, deviations, refuse
+from mlu_lightning.observation.verification import deviations, refuse
 from mlu_lightning.planning import Plan
 
 __all__ = ["verify_function"]
@@ -25,28 +25,19 @@ def verify_function(trainer: Trainer, module: LightningModule, plan: Plan, base:
     if any(hasattr(value, "placements") or "_fsdp" in name for name, value in module.named_parameters()):
         rank_zero_info("What the module computes was not compared with its base, because its parameters are sharded.")
         return
-    with built_base(base, module, trainer, seed) as built, trainer.precision_plugin.val_step_context():
-        assert isinstance(built, nn.Module)
-        found = _found(module, built, plan, example)
-    refuse(found, module, rank_zero_warn)
-
-
-def _found(module: nn.Module, base: nn.Module, plan: Plan, example: Any) -> tuple[Deviation, ...]:
     try:
-        return deviations(module, base, plan, example)
-    # what steps raise that are not made for evaluation mode
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-        NotImplementedError,
-        AssertionError,
-    ) as error:
+        with built_base(base, module, trainer, seed) as built, trainer.precision_plugin.val_step_context():
+            assert isinstance(built, nn.Module)
+            found = deviations(module, built, plan, example)
+    except _OF_STEPS as error:
         rank_zero_warn(
             f"What {type(module).__name__} computes could not be compared with its plan: its training_step, or that of its "
             f"base, was run in evaluation mode to do so, and raised {type(error).__name__}: {str(error).rstrip('.')[:300]}. "
             "The training goes on. Give MLUCallback(verify=False) to leave the comparison out."
         )
-        return ()
+        return
+    refuse(found, module, rank_zero_warn)
+
+
+# what steps raise that are not made for evaluation mode
+_OF_STEPS = (LookupError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, AssertionError)

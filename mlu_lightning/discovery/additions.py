@@ -48,6 +48,10 @@ def residual_additions(graph: Graph) -> tuple[list[Addition], int]:
     return search.with_mixing(kept), nested
 
 
+def _is_linear(op: Op) -> bool:
+    return op.name == "Cat" or (len(op.data) == 1 and op.name not in NONLINEAR)
+
+
 def _chain(op: Op) -> list[Op]:
     """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
     chain = [op]
@@ -97,13 +101,21 @@ class _Search:
         root = parting.source  # before what only arranges it, or multiplies it with constants
         if not self.ancestry.feeds_matrix_before(root, branch):
             return None
-        other = found.get(branch.source)
-        if other is not None and other.root is not root and not self.ancestry.precedes(root, other.root):
-            return None  # two streams that meet
+        if self._is_other_stream(branch, root, found):
+            return None
         if any(self.graph.is_matrix(o) for o in chain[: chain.index(parting)]):
             # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
             return root if op in self.read and self._is_nonlinear(branch, root) else None
         return root
+
+    def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
+        """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
+        while branch.is_transparent or branch.name in NORMS:
+            branch = branch.data[0]
+        if branch not in found:
+            return False
+        begin = min(self._line(branch, found), key=lambda op: op.index)
+        return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
 
     def _is_nonlinear(self, branch: Op, root: Op) -> bool:
         ops, _ = between([branch], lambda op: op.index <= root.index)
@@ -113,11 +125,8 @@ class _Search:
         """Whether a softmax reads a sum."""
         users = list(self.graph.users[op])
         for user in users:  # which grows
-            if user.name in _SOFTMAXES:
-                return True
-            if user.is_transparent or user.name in ("MaskedFill", "Where"):
-                users += self.graph.users[user]
-        return False
+            users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()
+        return any(user.name in _SOFTMAXES for user in users)
 
     def without_outermost(self, found: list[Addition]) -> list[Addition]:
         """Additions but those of the data itself and a network with residual additions: skips around all of it."""
@@ -140,16 +149,12 @@ class _Search:
             if (
                 inner is not None
                 and inner.root.index >= addition.root.index
-                and self._continues(inner.root, addition, of)
+                and addition.root in self._line(inner.root, of, addition.root.index)
             ):
                 long[addition.op] = addition
         chained = {outer for addition in long.values() for outer in self._line(addition.root, of) if outer in long}
         chained |= {op for op, addition in long.items() if not chained.isdisjoint(self._line(addition.root, of))}
         return [addition for addition in found if addition.op not in long or addition.op in chained]
-
-    def _continues(self, op: Op, addition: Addition, of: dict[Op, Addition]) -> bool:
-        """Whether a stream goes from the root of an addition through an operation."""
-        return addition.root in self._line(op, of, addition.root.index)
 
     def _line(self, op: Op, of: dict[Op, Addition], until: int = 0) -> set[Op]:
         """What a stream has come through on its way to an operation, with all that was added to it outside of branches."""
@@ -161,7 +166,7 @@ class _Search:
             line.add(op)
             if op in of:
                 stack.append(of[op].root)
-            elif op.name == "Add" or (len(op.data) == 1 and not self.graph.is_matrix(op)):
+            elif op.name in ("Add", "Cat") or (len(op.data) == 1 and not self.graph.is_matrix(op)):
                 stack.extend(op.data)
             elif op.is_normalizer:
                 stack.append(max(op.data, key=lambda o: math.prod(o.shape)))
@@ -170,24 +175,27 @@ class _Search:
     def without_nested(self, found: list[Addition]) -> tuple[list[Addition], int]:
         """Additions that lie in no other one's branch, and how many do whose stream begins there, too."""
         kept: list[Addition] = []
-        nested = 0
+        nested, of = 0, {addition.op for addition in found}
         around: list[Addition] = []  # of those, which begin before
         continued: dict[Op, int] = {}  # where the streams from each of their roots are added to for the last time
         for addition in reversed(found):
             around = [outer for outer in around if outer.root.index < addition.op.index]
-            outer = next((outer for outer in around if self._is_within(addition, outer)), None)
+            outer = next((outer for outer in around if self._is_within(addition, outer, of)), None)
             if outer is None or continued.get(addition.op, 0) > outer.op.index:
                 kept.append(addition)
                 around.append(addition)
                 continued.setdefault(addition.root, addition.op.index)
-            else:
+            elif addition.root is outer.root or self.ancestry.precedes(outer.root, addition.root):
                 nested += 1
         return kept[::-1], nested
 
-    def _is_within(self, addition: Addition, outer: Addition) -> bool:
-        """Whether an addition lies in another one's branch, and its stream begins there, too."""
+    def _is_within(self, addition: Addition, outer: Addition, of: set[Op]) -> bool:
+        """Whether an addition lies in another one's branch, and is not on a stream that was there before."""
         ends = addition.op is outer.branch or self.ancestry.precedes(addition.op, outer.branch)
-        return ends and (outer.root is addition.root or self.ancestry.precedes(outer.root, addition.root))
+        if not ends or not self.ancestry.precedes(outer.root, addition.op):
+            return False
+        root = addition.root
+        return root not in of or root.index >= outer.root.index or self.ancestry.precedes(outer.root, root)
 
     def with_mixing(self, found: list[Addition]) -> list[Addition]:
         """Additions, and those on the same streams whose branches mix what they read without a matrix."""

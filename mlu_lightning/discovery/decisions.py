@@ -6,12 +6,11 @@ a draw is large and other code where it is small.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
 from itertools import product
 from typing import Any, TypeVar
 
@@ -38,12 +37,7 @@ class _Draws:
 
 
 def run_most(run: Callable[[], RunT], size: Callable[[RunT], tuple[int, ...]]) -> RunT:
-    """Run something with the same random numbers every time; if it draws some that may decide, so that most of it runs.
-
-    Args:
-        run: what is run; it must not depend on how often.
-        size: how much has been run.
-    """
+    """Run something with the same random numbers every time; if some may decide what runs, so that ``size`` is largest."""
     sources = ("torch", "numpy", "python")
     with _drawing(first := _Draws(dict.fromkeys(sources, True))):
         best = run()
@@ -115,10 +109,5 @@ def _untempered(word: int) -> int:
     """Invert what a Mersenne Twister does to a word of its state before it returns it."""
     word ^= word >> 18
     word ^= (word << 15) & 0xEFC60000
-    shifted = word
-    for _ in range(math.ceil(32 / 7)):
-        shifted = word ^ ((shifted << 7) & 0x9D2C5680)
-    state = shifted
-    for _ in range(math.ceil(32 / 11)):
-        state = shifted ^ (state >> 11)
-    return state
+    shifted = reduce(lambda guess, _: word ^ ((guess << 7) & 0x9D2C5680), range(5), word)
+    return reduce(lambda guess, _: shifted ^ (guess >> 11), range(3), shifted)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, Unplaced, place_in_stem, place_on_trunk
+from mlu_lightning.discovery.outer_roles import (
+    HeadRoles,
+    Placed,
+    TrunkRoles,
+    Unplaced,
+    first_norms,
+    place_gain,
+    place_in_stem,
+)
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
-from mlu_lightning.table import Role, Variant
+from mlu_lightning.table import COMPOUNDING, Role
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
 
@@ -70,17 +78,21 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     head = in_order(op for stream in partition.streams for op in stream.head)
     dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
-        # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
-        norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
-        post_norm = norms > 0 and 2 * norms >= stream.depth - 1
+        # norms between additions compound if there are several: those where stages meet come with a matrix
+        segments = [segment for segment in stream.trunk if _is_norm(graph, segment)]
+        last = first_norms(graph, stream.head) | first_norms(graph, stream.link)
+        several = len(segments) > 1 or (len(segments) == 1 and stream.depth < 4)
+        norms = frozenset(op for segment in segments for op in segment) | last if several else frozenset[Op]()
+        of_norms = norms, len(segments) + bool(last)
+        passed = [use for op in stream.shortcuts for use in graph.uses.get(op, ()) if _is_repeatable(use)]
+        repeats = len(passed) if 2 * len(passed) >= stream.depth else 0
         maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
-        on_trunk = partial(place_on_trunk, embeddings=dimensions)
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
             (stream.stem, partial(place_in_stem, maps_before=maps), None),
-            *((ops, partial(on_trunk, post_norm=post_norm), at) for at, ops in enumerate(stream.trunk)),
-            (stream.link, partial(on_trunk, post_norm=post_norm), None),
-            (stream.shortcuts, partial(on_trunk, post_norm=False), None),
-            (stream.head, HeadRoles(graph, head, post_norm, dimensions).place, None),
+            *((ops, TrunkRoles(dimensions, *of_norms).place, at) for at, ops in enumerate(stream.trunk)),
+            (stream.link, TrunkRoles(dimensions, *of_norms).place, None),
+            (stream.shortcuts, TrunkRoles(dimensions, repeats=repeats, beside=True).place, None),
+            (stream.head, HeadRoles(graph, head, dimensions, *of_norms).place, None),
         ]
         regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
@@ -101,10 +113,21 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
     for region, use in regional:
         if use.kind == "penalty":
             continue
-        found = region.place(use)
+        if use.kind == "gain" and use.function is not None:
+            found = place_gain(region.place(replace(use, kind="matrix")), use.function.along)
+        else:
+            found = region.place(use)
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
         placed[use.parameter].append(PlacedUse(use, region, found))
+    covered = {op for region in regions for op in region.ops}
+    outside = Unplaced(
+        "it is used outside of all that was found to lead to the stream, along it, in branches, and after it"
+    )
+    for use in (use for op, uses in graph.uses.items() if op not in covered for use in uses if use.kind != "penalty"):
+        placed[use.parameter].append(
+            PlacedUse(use, regions[0], outside)
+        )  # a loss depends on it, so it is not left alone
     return placed
 
 
@@ -113,10 +136,15 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     uses = _agreeing(uses)
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
-    norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
+    norms = {placed.found.variant in COMPOUNDING for placed in uses}
+    function = next((placed.use.function for placed in uses if placed.use.function is not None), None)
+    if function is not None and None in roles:
+        why = next(placed.found.reason for placed in uses if isinstance(placed.found, Unplaced))
+        function = replace(function, problem=function.problem or why)
     if (len(roles) != 1 and not tied) or len(norms) > 1:
         role = None if uses else Role.FROZEN
-        return ParameterFacts(name, role, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
+        fans = (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
+        return ParameterFacts(name, role, shape, *fans, function=function)
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
@@ -156,6 +184,8 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         active=active,
         uses=_places_along_depth(uses),
         variant=placed.found.variant,
+        function=function,
+        repeats=placed.found.repeats if isinstance(placed.found, Placed) else None,
     )
 
 
@@ -198,6 +228,11 @@ def _is_read_again(op: Op, regions: list[Region]) -> bool:
 
 
 _OF_UNITS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_IN_BIAS)
+
+
+def _is_repeatable(use: Use) -> bool:
+    """Whether a gain or a matrix beside a branch keeps the dimension, so that every block can have one."""
+    return use.kind == "mul" or (use.kind == "matrix" and use.fans[0] == use.fans[1])
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

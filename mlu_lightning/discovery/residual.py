@@ -91,7 +91,7 @@ def partition(graph: Graph) -> Partition:
         if hits:
             stream.trunk += (tuple(op for op in ops if op in on_stream),)
         # what data are made into that join the stream later, as they do where every block is given its input again
-        stream.stem = in_order({*stream.stem, *ops} - on_stream)
+        stream.stem = in_order({*stream.stem, *(op for op in ops if op not in on_stream)})
     assigned = stops.union(head, *(branch.ops for branch in branches))
     assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
     aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)

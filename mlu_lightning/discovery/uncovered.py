@@ -59,7 +59,12 @@ def warnings_about(
     if Variant.POST_NORM in variants:
         yield (
             "the stream is normalized after its additions (post-norm), which the theory does not cover: the learning "
-            "rates of these norms are divided by the depth ratio, because their effects compound"
+            "rates of these norms are divided by the ratio of their number, because their effects compound"
+        )
+    if Variant.EVERY_BLOCK in variants:
+        yield (
+            "the stream goes through a matrix or a gain of its own beside the branch of every block, which the theory does "
+            "not cover: their learning rates are divided by the ratio of their number, because their effects compound"
         )
     if constants.of_streams != 1:
         yield (

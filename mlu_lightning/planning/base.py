@@ -10,8 +10,8 @@ from typing import Literal
 
 from torch import nn
 
-from mlu_lightning.discovery.structure import Branch, BranchKind, Structure
-from mlu_lightning.table import Role, Variant, row_name
+from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Structure
+from mlu_lightning.table import COMPOUNDING, Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
 __all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "own_factors"]
@@ -29,11 +29,18 @@ class BaseParameter:
     uses: int
     variant: Variant | None
     constant: float | None
+    repeats: int | None = None
 
     @property
     def row(self) -> str:
         """Name of its row of the table."""
         return row_name(self.role, self.variant)
+
+    def is_like(self, facts: ParameterFacts) -> bool:
+        """Whether a parameter has that row, but for being one of several that compound where this one is alone."""
+        variants = {self.variant, facts.variant} - COMPOUNDING - {None}
+        both = self.variant == facts.variant or not variants
+        return self.role is facts.role and both and len(self.shape) == len(facts.shape)
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,12 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 role=structure.roles[name],
                 shape=facts.shape,
                 fans=(facts.fan_in, facts.fan_out),
-                std=values[name].detach().double().square().mean().sqrt().item(),
+                std=values[name].detach().abs().double().square().mean().sqrt().item(),
                 active=facts.active,
                 uses=facts.uses,
                 variant=facts.variant,
                 constant=facts.constant,
+                repeats=facts.repeats,
             )
             for name, facts in structure.parameters.items()
         },
@@ -131,13 +139,14 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
         alike = {other: base.parameters[other] for other in names}
         if facts.role is Role.FROZEN:
             continue
-        row, dims = facts.row, len(facts.shape)
-        candidates = [other for other, entry in alike.items() if entry.row == row and len(entry.shape) == dims]
+        candidates = [other for other, entry in alike.items() if entry.is_like(facts)]
         if candidates:
             found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
         elif alike:
             entry = next(iter(alike.values()))
-            differences.append(f"{name} is {row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}")
+            differences.append(
+                f"{name} is {facts.row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}"
+            )
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern_of_parts(name) for name in structure.parameters}

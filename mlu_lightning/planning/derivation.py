@@ -9,7 +9,7 @@ from dataclasses import replace
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, own_factors
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
-from mlu_lightning.table import TABLES, Parameterization, Ratios, Role, Table
+from mlu_lightning.table import COMPOUNDING, TABLES, Parameterization, Ratios, Role, Table
 from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams", "with_copies"]
@@ -43,9 +43,13 @@ def plan_parameters(
             continue
         if found is None:
             fans = _units(facts, structure)
-            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant, 1.0)
+            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant, 1.0, 1)
         else:
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
+        stream = streams[facts.stream]
+        depths = stream.depth, stream.base_depth
+        if COMPOUNDING & {facts.variant, of_base.variant}:
+            depths = facts.repeats or 1, of_base.repeats or 1
         planned[name] = ParameterPlan(
             role=facts.role,
             shape=facts.shape,
@@ -53,15 +57,15 @@ def plan_parameters(
             base_fans=of_base.fans,
             base_shape=None if base is None else of_base.shape,
             base_std=of_base.std,
-            depth=streams[facts.stream].depth,
-            base_depth=streams[facts.stream].base_depth,
+            depth=depths[0],
+            base_depth=depths[1],
             active=facts.active,
             base_active=of_base.active,
             uses=facts.uses,
             base_uses=of_base.uses,
             constant=facts.constant,
             base_constant=of_base.constant,
-            variant=facts.variant,
+            variant=facts.variant or of_base.variant,
             branch=facts.branch,
             transposed=facts.transposed,
             mixed=facts.mixed,
@@ -121,7 +125,8 @@ def plan_multipliers(
         own = readout.constant, (1.0 if base is None else base.readouts.get(readout.parameter))
         multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own)
         # the numbers of a tied table are those of the embedding, whose constant they are relative to
-        found.append(_relative(multiplier, table, matrix.constant_ratio))
+        of_numbers = matrix.constant_ratio if structure.parameters[readout.parameter].tied else 1.0
+        found.append(_relative(multiplier, table, of_numbers))
     scales = own_factors(structure, "logits_scale")
     changed = _changed_logits(structure, base, scales) if table.scales_logits else []
     found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)

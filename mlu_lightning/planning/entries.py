@@ -22,7 +22,7 @@ class ParameterPlan:
         shape: its shape; None at the base in the paper's absolute form.
         fans: inputs and outputs of its map, in units (1 input for vectors); (1, 1) at the base in the absolute form.
         base_std: root mean square at the base's initialization; None leaves the parameter as it was built.
-        depth: residual additions along its stream, L.
+        depth: residual additions along its stream, L; how many of its kind the stream goes through, where these compound.
         active: number of experts over whose outputs a mixture of experts averages; 1 outside of experts.
         uses: places along its stream at which it acts, as weights of a block do that is applied again and again.
         constant: what the module itself multiplies by what the parameter makes, besides branches and readouts; None where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -24,13 +23,15 @@ from mlu_lightning.planning.derivation import (
     with_copies,
 )
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
+from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
-from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["Plan"]
 
@@ -129,15 +130,17 @@ class Plan:
         if isinstance(base, nn.Module):
             elsewhere = [*planned_parameters(base)]
         structure = override_roles(discover(module, example), overrides, elsewhere)
+        require_functions(structure, module)
         require_roles(structure, module, overrides)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
+            require_functions(base_structure, base)
             require_roles(base_structure, base, overrides)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
-        parameters = plan_parameters(structure, reference, streams)
+        parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
         multipliers, warnings = plan_multipliers(structure, reference, parameters, streams, parameterization)
         return cls(
             parameters=parameters,
@@ -174,6 +177,7 @@ class Plan:
                     p.base_uses,
                     p.variant,
                     p.base_constant,
+                    p.base_depth if p.variant in COMPOUNDING else None,
                 )
                 for name, p in self.parameters.items()
             },
@@ -277,13 +281,7 @@ class Plan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp")
-        try:
-            temporary.write_text(self.to_yaml(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole({Path(path): self.to_yaml().encode()})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:

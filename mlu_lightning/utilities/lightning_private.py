@@ -22,6 +22,7 @@ __all__ = [
     "is_mock_optimizer",
     "is_sequential",
     "layer_sync",
+    "prunes_globally",
     "resamples_parameters",
     "set_up_by_fabric",
     "starts_processes",
@@ -69,6 +70,11 @@ def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
 def layer_sync(strategy: Strategy) -> Any:
     """Find what exchanges a module's norms under ``sync_batchnorm``, None without it."""
     return getattr(strategy, "_layer_sync", None)
+
+
+def prunes_globally(pruning: Any) -> bool:
+    """Tell whether pruning compares entries of different weights."""
+    return bool(pruning._use_global_unstructured)
 
 
 def resamples_parameters(pruning: Any) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.callback_runs import BATCH, OUTPUTS, WIDE, Net, fit, loader
+from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor
 
 from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.application import folded_parameters
 
 
 class Scaled(Net):
@@ -87,3 +89,24 @@ def test_nothing_is_left_of_it(make: Callable[..., Net]) -> None:
     assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
     assert all(torch.equal(value, base.state_dict()[name]) for name, value in before.items())
     assert BATCH and all(parameter.grad is None for parameter in base.parameters())
+
+
+class Penalized(Net):
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        penalty = sum(block.write.weight.square().sum() for block in self.blocks)
+        return super().training_step(batch) + 1e-3 * penalty
+
+
+@pytest.mark.parametrize("residual", ["hook", "fold"])
+def test_weights_with_a_penalty_are_not_folded_and_compared_without_it(residual: Any) -> None:
+    callback = MLUCallback(Penalized(), residual=residual, overrides={"blocks.*.write.weight": "branch_out"})
+    fit(module := Penalized(**WIDE), callback)
+    assert not any("write" in name for name in folded_parameters(module))
+
+
+@pytest.mark.parametrize(("residual", "everywhere"), [("hook", True), ("fold", True), ("fold", False)])
+def test_pruning_of_folded_weights_by_their_size_is_warned_of(residual: Any, everywhere: bool, recwarn: Any) -> None:
+    pruning = ModelPruning("l1_unstructured", None, amount=0.1, use_global_unstructured=everywhere, apply_pruning=False)
+    fit(Net(**WIDE), pruning, MLUCallback(Net(), residual=residual))
+    named = [warning for warning in recwarn if "ModelPruning compares the sizes of weights" in str(warning.message)]
+    assert bool(named) == (residual == "fold" and everywhere)

@@ -81,6 +81,16 @@ def queried(net: Net, x: Tensor) -> Any:
     return net.out(h)
 
 
+def positioned(net: Net, x: Tensor) -> Any:
+    """Learned positions of queries are added to what every block reads; the stream begins at 0."""
+    memory, positions = net.embed(x), net.latents.expand(len(x), -1, -1)
+    h = torch.zeros(len(x), 2, 8)
+    for attention, block in zip(net.mixers, net.blocks, strict=True):
+        h = attention.norm(h + attention(h + positions, memory))
+        h = h + block(h)
+    return net.out(h)
+
+
 def prompted(net: Net, x: Tensor) -> Any:
     """A class token is joined with what it reads."""
     h, token = net.embed(x), net.latents[:, :1].expand(len(x), -1, -1)
@@ -162,6 +172,12 @@ CASES: list[tuple[Callable[..., Any], str, list[int], str]] = [
     (gained, "blocks gains", [2], "blocks.1.read: branch_in, gains.0: stream_norm"),
     (reversible, "blocks more", [3], "blocks.0.read: branch_in, more.1.write: branch_out, embed: embedding"),
     (queried, "blocks mixers latents", [4], "latents: embedding, mixers.0.q: branch_in, mixers.0.norm: branch_norm"),
+    (
+        positioned,
+        "blocks mixers latents",
+        [3],
+        "latents: embedding, mixers.1.q: branch_hidden, blocks.0.read: branch_in",
+    ),
     (prompted, "mixers latents", [2], "latents: embedding, mixers.0.q: branch_in, mixers.0.o: branch_out"),
     (handed_on, "mixers", [2], "mixers.1.q: branch_in, mixers.1.v: branch_in, mixers.1.o: branch_out"),
     (two_outputs, "blocks side", [2], "out: readout, side: readout"),

@@ -36,6 +36,8 @@ readout_bias            l     1      1       | 1          1         1    1      
 frozen                  l     1      1       | 1          1         1    1      -          1        1
 branch_out:before_norm  l     m      d       | 1/l        m**-0.5   1/m  l*d/m  sqrt(d/m)  1/(l*d)  m
 stream_norm:post_norm   l     1      d       | 1          1         1/l  d/l    -          1/d      l
+stream_norm:every_block l     1      d       | 1          1         1/l  d/l    -          1/d      l
+stream_matrix:every_block l   d      d2      | 1          d**-0.5   1/(d*l) d2/(d*l) sqrt(d2/d)/l 1/d2 d*l
 stream_matrix:in_head   l     d      1       | 1          1/d       1/d  1/d    sqrt(1/d)  1        d
 """
 

@@ -345,7 +345,11 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
         ("stream: 0", "stream: 1", "contradicts itself: it has a branch 'blocks.0' in a stream 1"),
         ("name: blocks.0, kind: branch", "name: b, kind: branch", "a branch 'blocks.0' without a multiplier"),
         ("base_fans: [3, 4]", "base_fans: [3, 0]", "base_fans: '0' should be a whole number from 1 on"),
-        ("variant: null", "variant: big", "there is no variant 'big'. Variants are: before_norm, post_norm, in_head"),
+        (
+            "variant: null",
+            "variant: big",
+            "no variant 'big'. Variants are: before_norm, post_norm, every_block, in_head",
+        ),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
     ],
 )
