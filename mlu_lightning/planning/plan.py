@@ -22,6 +22,7 @@ from mlu_lightning.planning.derivation import (
     with_copies,
 )
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
+from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, range_of
@@ -131,17 +132,19 @@ class Plan:
         if isinstance(base, nn.Module):
             elsewhere = [*planned_parameters(base)]
         structure = override_roles(discover(module, example), overrides, elsewhere)
+        require_functions(structure, module)
         require_roles(structure, module, overrides)
         check_sizes(structure, module)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
+            require_functions(base_structure, base)
             require_roles(base_structure, base, overrides)
             check_sizes(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
-        parameters = plan_parameters(structure, reference, streams)
+        parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
         multipliers, warnings = plan_multipliers(structure, reference, parameters, streams, parameterization)
         return cls(
             parameters=parameters,
