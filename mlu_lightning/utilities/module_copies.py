@@ -52,6 +52,8 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             "stays as it is. Plan it before it holds open files, locks or results of a forward pass, or keep these "
             "outside of the module."
         ) from error
+    # functions that a copy makes anew, as compiled parts do, mean it already
+    memo |= {id(part): part for part in chain(twin.modules(), twin.parameters(), twin.buffers())}
     for copied in twin.modules():
         for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
             for number in [number for number, hook in hooks.items() if isinstance(hook, OwnHook)]:
