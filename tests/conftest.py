@@ -1,4 +1,4 @@
-"""One core for every test, and an environment that it does not hand on.
+"""One core and the same random numbers for every test, and an environment that it does not hand on.
 
 Sums over experts are not the same twice on several cores, and small networks are faster on one. Lightning's strategies leave
 the rank and the port of their process in the environment, and a test that starts processes would wait for others of that
@@ -17,6 +17,7 @@ import torch
 def pytest_runtest_setup() -> None:
     # before each with its fixtures, because Lightning's strategies set the number of threads, too
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

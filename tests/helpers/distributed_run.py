@@ -29,9 +29,7 @@ LIMIT = Limit(depth=6, units=32)
 SAMPLES = 8  # in a batch of all processes together
 
 
-class Sharded(ResNet):
-    """Shards its blocks and itself."""
-
+class Sharded(ResNet):  # shards its blocks and itself
     def configure_model(self) -> None:
         mesh = self.device_mesh
         assert mesh is not None
@@ -40,9 +38,7 @@ class Sharded(ResNet):
         fully_shard(self, mesh=mesh["data_parallel"])
 
 
-class Data(LightningDataModule):
-    """The same samples in every batch of all processes together, however many they are."""
-
+class Data(LightningDataModule):  # the same samples in every batch of all processes together, however many they are
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         rank, processes = self.trainer.global_rank, self.trainer.world_size
@@ -72,18 +68,15 @@ def fit(strategy: str, shape: dict[str, int], folder: Path, *callbacks: Any) -> 
 
 
 def start(strategy: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this file in a process of its own."""
     command = [sys.executable, __file__, strategy, str(folder), *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
 def distances(folder: Path) -> dict[int, dict[str, float]]:
-    """What the small model logged, by step."""
     return logged(folder / str(SMALL["embedding"]), "mlu/distance/")
 
 
 def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
-    """Logged values whose names begin so, by step."""
     with (folder / "version_0" / "metrics.csv").open() as file:
         return {
             int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith(prefix)}

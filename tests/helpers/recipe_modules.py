@@ -8,5 +8,4 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def load(name: str) -> Any:
-    """Import a module of the recipes, untyped."""
     return importlib.import_module(name)

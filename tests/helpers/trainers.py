@@ -16,17 +16,14 @@ def quiet(*callbacks: Callback, **settings: Any) -> Trainer:
 
 
 def loader(batches: list[Any]) -> DataLoader[Any]:
-    """Whole batches in their order."""
     return DataLoader(batches, batch_size=None)
 
 
 def pairs(count: int = 24, seed: int = 0) -> TensorDataset:
-    """Random inputs of three coordinates, and targets of two."""
     draws = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))
 
 
 def identical(one: nn.Module, other: nn.Module) -> bool:
-    """Whether parameters and buffers are equal, bit for bit."""
     ours, theirs = one.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -33,9 +33,7 @@ def fit(module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path
     return trainer
 
 
-class Weights(Callback):
-    """Keeps the weights after every optimizer step, and the losses."""
-
+class Weights(Callback):  # keeps the weights after every optimizer step, and the losses
     def __init__(self) -> None:
         self.at: dict[int, dict[str, Tensor]] = {}
         self.losses: list[Tensor] = []
@@ -71,9 +69,7 @@ class Busy(ResNet):
         self.average.update(nn.functional.mse_loss(self(self.norm(batch[0])), batch[1]))
 
 
-class Memory(DummyLogger):
-    """A logger that keeps what it is given."""
-
+class Memory(DummyLogger):  # a logger that keeps what it is given
     def __init__(self) -> None:
         super().__init__()
         self.logged: dict[int, dict[str, float]] = {}
