@@ -46,7 +46,7 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 
 def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> None:
-    plan = planned(architecture, 3, 8, 64, base=architecture.build(1, 4, 32))
+    plan = planned(architecture, 6, 8, 64)
     expected = by_hand(architecture, plan, depth=3, m=2, d=2)
     for name, scale in plan.scales("adamw").items():
         multiplier, *rest = expected[name]
@@ -118,8 +118,8 @@ def test_saved_edited_and_loaded(tmp_path: Path) -> None:
 
 def test_a_saved_plan_stands_for_its_base(architecture: Architecture, tmp_path: Path) -> None:
     base, saved = architecture.build(*BASE), tmp_path / "plan.yaml"
-    planned(architecture, 1, 2, 16, base=base).save(saved)
-    again, direct = (planned(architecture, 3, 6, 48, base=given) for given in (saved, base))
+    planned(architecture, 3, 2, 16, base=base).save(saved)
+    again, direct = (planned(architecture, 4, 6, 48, base=given) for given in (saved, base))
     assert again.roles == direct.roles and again.multipliers == direct.multipliers and again.streams == direct.streams
     for name, parameter in direct.parameters.items():
         assert again.parameters[name].ratios == parameter.ratios
