@@ -12,7 +12,6 @@ from mlu_lightning.models import ResNet
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with and without the plugin, after half of their epochs."""
     folder = tmp_path_factory.mktemp("checkpoints")
     found = {name: folder / f"{name}.ckpt" for name in ("plain", "hook", "fold")}
     for name, path in found.items():
@@ -52,8 +51,7 @@ def test_run_with_the_plugin_goes_on_without_it(residual: Residual, checkpoints:
         by_hand = end(ByHand(residual), ckpt_path=checkpoints[residual])
     assert by_hand == whole
     # it has to be known to the module that goes on, with hooks; folded weights are those of the same function
-    assert (plain["losses"][0] == whole["losses"][0]) is (residual == "fold")
-    assert plain["weights"] != whole["weights"]
+    assert (plain["losses"][0] == whole["losses"][0]) is (residual == "fold") and plain["weights"] != whole["weights"]
 
 
 def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -62,14 +60,12 @@ def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: di
         (tmp_path / "part.ckpt").write_bytes(whole[:size])
         with pytest.raises((RuntimeError, OSError, EOFError)):
             fit(module, MLUCallback(Net(BASE)), ckpt_path=tmp_path / "part.ckpt")
-        assert module.losses == []
-        assert "configure_optimizers" not in vars(module)
+        assert module.losses == [] and "configure_optimizers" not in vars(module)
 
 
 @pytest.mark.parametrize("version", ["1", "1.5", "next"])
 def test_plan_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    plan = Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
+    path, plan = tmp_path / "plan.yaml", Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
     path.write_text(plan.to_yaml().replace("mlu_plan: 2", f"mlu_plan: {version}"))
     message = rf"plan\.yaml has version '?{version}'? of .* reads version 2\. Update mlu-lightning, or plan"
     with pytest.raises(ValueError, match=message):

@@ -143,8 +143,7 @@ def test_a_plan_that_makes_no_sense_is_named_and_the_rest_shown(old: str, new: s
     (tmp_path / "a.yaml").write_text(plan.replace(old, new))
     (tmp_path / "b.yaml").write_text(plan)
     record = read_run(tmp_path)
-    assert f"{new} {says}" in record.problems["a.yaml"]
-    assert str(Plan.from_yaml(plan, "b.yaml")) in text_of(record)
+    assert f"{new} {says}" in record.problems["a.yaml"] and str(Plan.from_yaml(plan, "b.yaml")) in text_of(record)
 
 
 @dataclass
@@ -160,8 +159,7 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
     torch.save({"callbacks": Command(str(made))}, tmp_path / "a.ckpt")
     record = read_run(tmp_path)
     (problem,) = record.problems.items()
-    assert not made.exists() and problem[0] == "a.ckpt"
-    assert "could execute code, which is not done here" in problem[1]
+    assert not made.exists() and problem[0] == "a.ckpt" and "could execute code, which is not done here" in problem[1]
     assert "weights_only" not in problem[1], "torch's way around it"
 
 
