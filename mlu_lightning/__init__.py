@@ -7,7 +7,9 @@ base, :func:`initialize`, :func:`attach_multipliers` (or :func:`fold`) and :func
 parameterization, and :func:`bake` makes a plain module of a trained one. The mathematics is in ``theory.md``.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 if find_spec("lightning") is None:
     raise ImportError(
@@ -16,23 +18,25 @@ if find_spec("lightning") is None:
         "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
-from mlu_lightning.application import (
-    attach_multipliers,
-    bake,
-    fold,
-    initialize,
-    restore_multipliers,
-    scale_optimizer,
-    to_granite,
-    unfolded_gradients,
-)
-from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
-from mlu_lightning.checking import CheckReport, check, log_check
-from mlu_lightning.discovery.discover import discover
-from mlu_lightning.discovery.structure import Branch, Structure
-from mlu_lightning.planning.plan import Plan
-from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
-from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale
+if TYPE_CHECKING:
+    from mlu_lightning.application import (
+        attach_multipliers,
+        bake,
+        fold,
+        initialize,
+        restore_multipliers,
+        scale_optimizer,
+        to_granite,
+        unfolded_gradients,
+        unfolded_weights,
+    )
+    from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, ReferenceRecorder
+    from mlu_lightning.checking import CheckReport, check, log_check
+    from mlu_lightning.discovery.discover import discover
+    from mlu_lightning.discovery.structure import Branch, Structure
+    from mlu_lightning.planning.plan import Plan
+    from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
+    from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale
 
 __all__ = [
     "Architecture",
@@ -66,4 +70,28 @@ __all__ = [
     "scale_optimizer",
     "to_granite",
     "unfolded_gradients",
+    "unfolded_weights",
 ]
+
+_HOMES = {
+    "application": "attach_multipliers bake fold initialize restore_multipliers scale_optimizer to_granite "
+    "unfolded_gradients unfolded_weights",
+    "callbacks": "EmbeddingDistance FeatureUpdate Limit MLUCallback ReferenceRecorder",
+    "checking": "CheckReport check log_check",
+    "discovery": "Branch Structure discover",
+    "planning": "Plan",
+    "shapes": "Architecture ErrorConstants Shape error_bound fit_error_bound optimal_shape",
+    "table": "OptimizerFamily Parameterization Ratios Role Scale",
+}
+"""Where the public names are, which are imported when they are used first: all of them together take 0.2 s."""
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names.split()), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Literal, TypeVar
 
 from jsonargparse import auto_cli
@@ -16,12 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_shape
 from mlu_lightning.shapes.search import candidate_shapes
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["check", "main", "quickstart", "report", "shape"]
 
 _Value = TypeVar("_Value")
 
 _EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
+_RESULTS = 2**20  # bytes that a command writes, figures among them, at most
 _SIZES = {"transformer": {"vocabulary": 50257, "head_dim": 64, "mlp_ratio": 4}, "resnet": {"inputs": 0, "outputs": 0}}
 """What the parameter count of a model depends on besides its shape, with defaults; the vocabulary is GPT-2's."""
 
@@ -53,19 +57,20 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     from mlu_lightning.quickstart import Study, load_text, loss_table, run_study, save_figure, save_runs, verdicts
 
     content = load_text(text)
-    folder, study, console = _folder(out), Study(steps=steps, seed=seed), _console()
+    folder, study, console = _place(out), Study(steps=steps, seed=seed), _console()
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
     source = "the documentation in Python's standard library" if text is None else text
     _say(console, f"{total} runs of {steps} steps on {len(content):,} bytes of {source}")
     with _progress(console) as progress:
         task = progress.add_task("training", total=total)
         runs = run_study(study, content, lambda run: progress.advance(task))
-    save_runs(study, runs, folder / "runs.json")
-    save_figure(study, runs, folder / "quickstart.png")
     _say(console, "Validation loss (nats per byte) by learning rate; * marks the least of a row.")
     console.print(loss_table(study, runs))
     for sentence in verdicts(study, runs):
         _say(console, sentence)
+    with _writing(out):
+        save_runs(study, runs, folder / "runs.json")
+        save_figure(study, runs, folder / "quickstart.png")
     _say(console, f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", soft_wrap=True)
 
 
@@ -111,7 +116,7 @@ def check(
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
     keys = {axis: names.split(",") if names else [] for axis, names in named.items()}
     configured = read_config(path, keys, model, data)
-    folder, console = _folder(out), _console(125)
+    folder, console = _place(out), _console(125)
     for note in configured.notes:
         _say(console, note)
     with _progress(console) as progress:
@@ -132,7 +137,8 @@ def check(
     if not configured.has_plugin:
         _say(console, "The configuration has no MLUCallback: this is the module without it.")
     console.print(found.tables())
-    found.save(folder)
+    with _writing(out):
+        found.save(folder)
     if log:
         log_check(configured.loggers(), found)
     _say(console, f"Wrote check.json, check.txt and check.png into {folder}.")
@@ -154,7 +160,7 @@ def report(path: str, out: str = "report.html") -> None:
     page = run_page(record)
     target = _folder(str(Path(out).parent)) / Path(out).name
     try:
-        target.write_text(page, encoding="utf-8")
+        write_whole({target: page.encode()})
     except OSError as error:
         wrong = f"The page cannot be written to {out}: {error.strerror}"
         raise ValueError(f"{wrong}. Give --out the path of an HTML file.") from error
@@ -269,6 +275,23 @@ def _folder(path: str) -> Path:
         wrong = f"The folder {path} cannot be made: {error.strerror}"
         raise ValueError(f"{wrong}. Give --out the path of a folder that can be written to.") from error
     return folder
+
+
+def _place(path: str) -> Path:
+    """Make the folder for results, and see before anything is trained that there is room for them."""
+    folder = _folder(path)
+    with _writing(path), TemporaryFile(dir=folder) as file:
+        file.write(bytes(_RESULTS))
+    return folder
+
+
+@contextmanager
+def _writing(out: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        wrong = f"Results cannot be written into {out}, and files there are as they were: {error.strerror}"
+        raise ValueError(f"{wrong}. Give --out the path of a folder that can be written to.") from error
 
 
 if __name__ == "__main__":

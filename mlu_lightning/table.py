@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 __all__ = [
+    "COMPOUNDING",
     "TABLES",
     "OptimizerFamily",
     "Parameterization",
@@ -70,6 +71,8 @@ class Role(_Name):
     """Stream to targets."""
     READOUT_BIAS = "readout_bias"
     """Vector over targets."""
+    FROZEN = "frozen"
+    """What is left alone: neither initialized nor scaled, as parts that no loss reaches (metrics, teachers)."""
 
     @property
     def in_branch(self) -> bool:
@@ -88,9 +91,15 @@ class Variant(_Name):
     BEFORE_NORM = "before_norm"
     """``branch_out`` before a norm that comes between it and the addition, and undoes the scale of what it writes."""
     POST_NORM = "post_norm"
-    """``stream_norm`` between residual additions: L such norms compound."""
+    """``stream_norm`` between residual additions: such norms compound."""
+    EVERY_BLOCK = "every_block"
+    """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
     IN_HEAD = "in_head"
     """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
+
+
+COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
+"""Variants whose depth is the number of those that the stream goes through."""
 
 
 def row_name(role: Role, variant: Variant | None) -> str:
@@ -148,6 +157,7 @@ class Ratios:
         inputs: inputs of its map (d or m; 1 where inputs are data, or for vectors).
         outputs: outputs of its map (d or m; 1 where outputs are targets or of bounded size).
         active: experts over whose outputs a mixture of experts averages (1 elsewhere).
+        uses: places along its stream at which it acts, k (1 where it acts at one).
 
     >>> Ratios(depth=2.0).is_identity
     False
@@ -157,6 +167,7 @@ class Ratios:
     inputs: float = 1.0
     outputs: float = 1.0
     active: float = 1.0
+    uses: float = 1.0
 
     @property
     def is_identity(self) -> bool:
@@ -207,19 +218,21 @@ class Scale:
 
 @dataclass(frozen=True)
 class Powers:
-    """A monomial in the ratios of a parameter: exponents of depth, inputs, outputs, outputs/inputs and active experts."""
+    """A monomial in the ratios of a parameter: exponents of its ratios, and of outputs/inputs."""
 
     depth: float = 0
     inputs: float = 0
     outputs: float = 0
     aspect: float = 0
     active: float = 0
+    uses: float = 0
 
     def __call__(self, ratios: Ratios) -> float:
         """Return the value at the given ratios; exactly 1 at the base shape."""
         aspect = ratios.outputs / ratios.inputs  # exactly 1 where both grow alike
         widths = ratios.inputs**self.inputs * ratios.outputs**self.outputs * aspect**self.aspect
-        return float(ratios.depth**self.depth * widths * ratios.active**self.active)
+        along_depth = ratios.depth**self.depth * ratios.uses**self.uses
+        return float(along_depth * widths * ratios.active**self.active)
 
 
 @dataclass(frozen=True)
@@ -228,7 +241,7 @@ class Row:
 
     Args:
         n: inputs that each output sums over.
-        g: size of the gradient at one output.
+        g: size of the gradient at one output, summed over uses along the depth, which are coherent.
         multiplier: forward multiplier.
         std: standard deviation at initialization.
         lr: further factor of the learning rate of every family.
@@ -274,14 +287,18 @@ class Table:
 
 _SUM = Powers(inputs=1)  # n: every output sums over all inputs
 _KEEP = Powers(inputs=-0.5)  # std: outputs keep the size that inputs have
-_PER_OUTPUT = Powers(outputs=-1)  # g: 1/d at stream coordinates
-_PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1)  # g: 1/(l·m) at hidden units, 1/(l·d) at coordinates
-_PER_BRANCH = Powers(depth=-1)  # g: outputs of bounded size, and what the 1/l of all branches divides
+_PER_USE = Powers(uses=1)  # g: k at outputs that do not grow, such as targets
+_PER_OUTPUT = Powers(outputs=-1, uses=1)  # g: k/d at stream coordinates
+_PER_BRANCH_OUTPUT = Powers(
+    depth=-1, outputs=-1, active=-1, uses=1
+)  # g: k/(l·m) at hidden units, k/(l·d) at coordinates
+_PER_BRANCH_BOUNDED = Powers(depth=-1, uses=1)  # g: k/l at outputs of bounded size
+_PER_DEPTH = Powers(depth=-1)  # multiplier of branches, and lr of norms that compound
 
 _BRANCH_OUT = Row(
     n=_SUM,
     g=_PER_BRANCH_OUTPUT,
-    multiplier=_PER_BRANCH,
+    multiplier=_PER_DEPTH,
     std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
     spectral=True,
 )
@@ -295,19 +312,22 @@ _MLU = Table(
         Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
         Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
         Role.BRANCH_OUT: _BRANCH_OUT,
-        Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_BRANCH),
+        Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_DEPTH),
         Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
-        Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH),
-        Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH, std=_KEEP, spectral=True),
+        Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH_BOUNDED),
+        Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH_BOUNDED, std=_KEEP, spectral=True),
         Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
-        Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, std=Powers(inputs=-1), spectral=True),  # a readout whose 1/d is folded
+        # a readout whose 1/d is folded
+        Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_USE, std=Powers(inputs=-1), spectral=True),
         Role.STREAM_NORM: Row(g=_PER_OUTPUT),
-        Role.READOUT: Row(g=Powers(inputs=-1), multiplier=Powers(inputs=-1)),
-        Role.READOUT_BIAS: Row(),
+        Role.READOUT: Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1)),
+        Role.READOUT_BIAS: Row(g=_PER_USE),
+        Role.FROZEN: Row(),
     },
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
-        (Role.STREAM_NORM, Variant.POST_NORM): Row(g=_PER_OUTPUT, lr=_PER_BRANCH),  # L of them compound
+        **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
+        (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
 _SUMMING = {role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT}
@@ -316,7 +336,7 @@ _COMPLETEP = replace(_MLU, rows={**_MLU.rows, Role.BRANCH_OUT: _BRANCH_OUT_BEFOR
 
 
 def _without_depth(row: Row) -> Row:
-    n, g, multiplier, std, lr = (replace(power, depth=0) for power in row.powers)
+    n, g, multiplier, std, lr = (replace(power, depth=0, uses=0) for power in row.powers)
     return Row(n, g, multiplier, std, lr, row.spectral)
 
 

@@ -24,6 +24,7 @@ def test_clean(arguments: tuple[str, ...]) -> None:
 def test_public_names_are_there_and_documented() -> None:
     for name in mlu_lightning.__all__:
         assert getattr(mlu_lightning, name).__doc__, name
+    assert set(mlu_lightning.__all__) < set(dir(mlu_lightning)) and not hasattr(mlu_lightning, "Nothing")
 
 
 def test_pytorch_lightning_alone_is_refused_with_a_sentence() -> None:
@@ -33,9 +34,11 @@ def test_pytorch_lightning_alone_is_refused_with_a_sentence() -> None:
 
 
 def test_importing_changes_nothing() -> None:
+    """And imports no part of the package before it is used, nor packages that not every use needs."""
     code = (
         "import sys, torch, lightning.pytorch; state, modules = torch.get_rng_state(), set(sys.modules);"
-        "import mlu_lightning;"
+        "import mlu_lightning; assert not [name for name in sys.modules if name.startswith('mlu_lightning.')];"
+        "exec('from mlu_lightning import *');"
         "assert torch.equal(state, torch.get_rng_state());"
         "print({'transformers', 'wandb', 'matplotlib.pyplot', 'torch._dynamo'} & (set(sys.modules) - modules))"
     )

@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.utilities.names import original_module
 
-__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied", "uncompiled"]
+__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied"]
 
 Mode = Literal["hook", "fold", "baked"]  # in hooks, in weights as far as they fold, or in weights altogether
 
@@ -55,7 +56,7 @@ def residual_state(module: nn.Module) -> Applied | None:
     >>> residual_state(nn.Linear(2, 2)) is None
     True
     """
-    found = vars(uncompiled(module)).get(_NAME)
+    found = vars(original_module(module)).get(_NAME)
     return found if isinstance(found, Applied) else None
 
 
@@ -73,14 +74,8 @@ def set_applied(module: nn.Module, applied: Applied | None) -> None:
         vars(module)[_NAME] = applied
 
 
-def mark_initialized(module: nn.Module) -> None:
-    """Note on a module with multipliers that ``MLUCallback`` answers for its initial weights."""
+def mark_initialized(module: nn.Module, initialized: bool = True) -> None:
+    """Note on a module with multipliers whether ``MLUCallback`` answers for its initial weights."""
     applied = residual_state(module)
     assert applied is not None
-    set_applied(uncompiled(module), replace(applied, initialized=True))
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module inside a ``torch.compile`` wrapper, which has the names that plans use."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, nn.Module) else module
+    set_applied(original_module(module), replace(applied, initialized=initialized))

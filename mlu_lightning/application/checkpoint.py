@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
-from mlu_lightning.application.applied import Applied, Mode, residual_state, uncompiled
+from mlu_lightning.application.applied import Applied, Mode, residual_state
 from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
+from mlu_lightning.application.state_mark import add_mark
 from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import original_module, planned_parameters
 
 __all__ = ["STATE_KEY", "WHERE", "apply_saved", "load_plan", "warn_of_hooks", "write_plan"]
 
@@ -22,13 +24,19 @@ WHERE: dict[Mode, str] = {"hook": "in hooks", "fold": "in its weights", "baked":
 def write_plan(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     """Write into a checkpoint, among the states of callbacks, which plan's multipliers its module has, if any, and where."""
     applied = residual_state(module)
-    if applied is not None:
-        checkpoint.setdefault("callbacks", {})[STATE_KEY] = {"plan": applied.plan.to_yaml(), "mode": applied.mode}
+    if applied is None:
+        return
+    state = checkpoint.get("state_dict") or {}  # of sharded weights, one process has all
+    left_out = _left_out(module, applied, state) if state else []
+    if state and (applied.acting or left_out):
+        add_mark(state)
+    saved: dict[str, Any] = {"plan": applied.plan.to_yaml(), "mode": applied.mode}
+    checkpoint.setdefault("callbacks", {})[STATE_KEY] = saved | ({"left_out": left_out} if left_out else {})
 
 
 def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
-    """Check that a module has the multipliers of the weights it was just given, or put them in; their plan, if any."""
-    saved = checkpoint["callbacks"].get(STATE_KEY)
+    """Check that a module has the multipliers of a checkpoint's weights, or put them in; their plan, if any."""
+    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
     present = residual_state(module)
     if saved is None:
         if present is not None and present.mode != "baked":
@@ -63,6 +71,10 @@ def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
         attach_multipliers(module, plan)
     elif mode == "fold":
         fold(module, plan, multiplied=True)
+        parameters = planned_parameters(module, remove_duplicate=False)
+        with torch.no_grad():
+            for name in plan.folded_factors.keys() & saved.get("left_out", ()):
+                parameters[name].mul_(plan.folded_factors[name])
     else:
         present = residual_state(module)
         if present is not None:
@@ -81,9 +93,20 @@ def warn_of_hooks(plan: Plan) -> None:
     if left:
         rank_zero_warn(
             f"Folding leaves {_listed(left)} in hooks, because no weight multiplies there and nowhere else, so a plain "
-            "model that loads a checkpoint of this run is another function. Afterwards, bake(module, callback.plan) makes a "
-            "plain module of the same function."
+            "model refuses to load checkpoints of this run, as it would be another function. Load them with MLUCallback or "
+            "restore_multipliers(module, path); bake(module, callback.plan) makes a plain module of the same function."
         )
+
+
+def _left_out(module: nn.Module, applied: Applied, state: Mapping[str, Any]) -> list[str]:
+    """Parameters that hold multipliers and are not in a state dict, as frozen ones may not be, under whatever name."""
+    parameters = planned_parameters(module, remove_duplicate=False)
+    missing = [name for name in sorted(applied.folded) if name not in state]
+    missing = [name for name in missing if not any(key.endswith(f".{name}") for key in state)]
+    places = (
+        {value.data_ptr() for value in state.values() if type(value) in (Tensor, nn.Parameter)} if missing else set()
+    )
+    return [name for name in missing if parameters[name].data_ptr() not in places]
 
 
 def _read(saved: Mapping[str, Any]) -> tuple[Plan, Mode]:
@@ -126,7 +149,7 @@ def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
 
 def _check_untied(module: nn.Module, plan: Plan) -> None:
     """Refuse a module that ties a readout that has a weight of its own in the checkpoint, where bake untied it."""
-    parameters = planned_parameters(uncompiled(module), remove_duplicate=False)
+    parameters = planned_parameters(original_module(module), remove_duplicate=False)
     for multiplier in Applied(plan, "fold").acting:
         tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
         if multiplier.kind == "readout" and len(tied) > 1:

@@ -1,4 +1,4 @@
-"""Clip the gradients of folded weights as those of a module whose multipliers are attached."""
+"""Gradients and weights of a folded module as those of one whose multipliers are attached, for what clips or reads them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import folded_parameters, residual_state, uncompiled
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.optimization import plan_names
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.names import original_module
 
-__all__ = ["unfolded_gradients"]
+__all__ = ["unfolded_gradients", "unfolded_weights"]
 
 
 @contextmanager
@@ -44,17 +45,7 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     >>> norm.item(), module.weight.grad.item()
     (1.0, 4.0)
     """
-    module = uncompiled(module)
-    applied = residual_state(module)
-    fits = applied.is_of(plan) if applied is not None else not plan.forward_factors
-    if not fits:
-        raise ValueError(
-            f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_gradients. Give it "
-            "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
-            "DistributedDataParallel, what is inside."
-        )
-    folded, names = folded_parameters(module), plan_names(module, plan)
-    factors = {p: plan.folded_factors[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}
+    factors = _factors(module, plan, "unfolded_gradients")
     before = {parameter: parameter.grad for parameter in factors}
     with torch.no_grad():
         for parameter, factor in factors.items():
@@ -71,3 +62,60 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
                     parameter.grad.div_(factor)
                 else:  # may be kept by whoever put it there
                     parameter.grad = parameter.grad / factor
+
+
+@contextmanager
+def unfolded_weights(module: nn.Module, plan: Plan) -> Iterator[None]:
+    """Let weights be those without the multipliers that are folded into them, inside of the context.
+
+    What reads or limits weights does the same then after :func:`mlu_lightning.fold` as after
+    :func:`mlu_lightning.attach_multipliers`: adaptive gradient clipping (in :func:`unfolded_gradients` too), max-norm
+    constraints, pruning by size, histograms. At the end weights hold their multipliers again: what was not changed is what
+    it was, bit for bit, and what was is multiplied. Inside, the module is another function, and no loss may be made.
+
+    Args:
+        module: module that has the plan's multipliers, or torch.compile's wrapper of it.
+        plan: its plan.
+
+    Raises:
+        ValueError: if the plan's multipliers are not in the module, as they are not in a wrapper of it.
+
+    >>> from mlu_lightning import Role, fold
+    >>> from mlu_lightning.planning import Multiplier, ParameterPlan
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), fans=(1, 1), base_fans=(1, 1), depth=4)
+    >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.25, None, ("weight",)),))
+    >>> module = fold(module, plan)
+    >>> with unfolded_weights(module, plan), torch.no_grad():
+    ...     limited = module.weight.fill_(8.0).clamp_(max=2.0)
+    >>> module.weight.item()
+    0.5
+    """
+    factors = _factors(module, plan, "unfolded_weights")
+    with torch.no_grad():
+        stored = {parameter: parameter.clone() for parameter in factors}
+        for parameter, factor in factors.items():
+            parameter.div_(factor)
+        unfolded = {parameter: parameter.clone() for parameter in factors}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, factor in factors.items():
+                same = parameter == unfolded[parameter]
+                parameter.copy_(torch.where(same, stored[parameter], parameter * factor))
+
+
+def _factors(module: nn.Module, plan: Plan, context: str) -> dict[nn.Parameter, float]:
+    """What is folded into each parameter of a module that has a plan's multipliers."""
+    module = original_module(module)
+    applied = residual_state(module)
+    fits = applied.is_of(plan) if applied is not None else not plan.forward_factors
+    if not fits:
+        raise ValueError(
+            f"The plan's multipliers are not in the {type(module).__name__} that was given to {context}. Give it "
+            "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
+            "DistributedDataParallel, what is inside."
+        )
+    folded, names = folded_parameters(module), plan_names(module, plan)
+    return {p: plan.folded_factors[names[id(p)]] for p in module.parameters() if names[id(p)] in folded}

@@ -6,17 +6,21 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import uncompiled
 from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
 from mlu_lightning.application.multipliers import fold, mark_baked, state_with
+from mlu_lightning.application.state_mark import adapt_mark
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.utilities.names import planned_part
+from mlu_lightning.utilities.checkpoint_files import read_checkpoint
+from mlu_lightning.utilities.lightning_namespaces import of_both
+from mlu_lightning.utilities.names import original_module, planned_part
 
 __all__ = ["bake", "restore_multipliers"]
 
@@ -54,7 +58,7 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     >>> torch.equal(plain(x), outputs)
     True
     """
-    plain = uncompiled(module)
+    plain = original_module(module)
     applied = state_with(plain, plan)
     if applied.mode == "baked":
         return module
@@ -69,15 +73,19 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     return module
 
 
-def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan:
-    """Put multipliers into a module with the weights of a checkpoint, as they were in its run, and return the run's plan.
+def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str | Path) -> Plan:
+    """Load a checkpoint's weights into a module, with the multipliers of its run where they were, and return the run's plan.
 
-    Checkpoints of a module that was trained with ``MLUCallback`` have its plan, with ``save_weights_only`` too; the weights
-    alone, which ``load_from_checkpoint`` gives, are those of another function.
+    A checkpoint whose weights hold all multipliers, as ``MLUCallback`` makes them where it can, needs this only to be
+    trained on or baked. Where some are outside of the weights, its ``state_dict`` has a key more, which a plain module
+    refuses, as it would be another function; here, and in a ``Trainer`` with ``MLUCallback``, it is taken out. Checkpoints
+    of other modules and damaged ones raise what ``load_state_dict`` raises.
 
     Args:
-        module: LightningModule with the checkpoint's weights, such as ``load_from_checkpoint`` returns.
-        checkpoint: checkpoint of a Trainer, as ``torch.load(path, weights_only=True)`` reads it.
+        module: LightningModule to be loaded into, built anew, or by ``load_from_checkpoint(path, strict=False)``, which
+            finds its hyperparameters and warns about the key.
+        checkpoint: path of a Trainer's checkpoint, also with ``save_weights_only``, or what is in it. Of a path nothing is
+            executed, and objects among the hyperparameters are no hindrance.
 
     Raises:
         ValueError: if the checkpoint is of a run without ``MLUCallback`` or of another module, or this one has multipliers.
@@ -89,19 +97,26 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any]) -> Pla
     >>> model = fold(model, Plan.from_model(model, (torch.ones(4, 3), torch.ones(4, 2)), base=base))
     >>> checkpoint = {"state_dict": model.state_dict()}
     >>> write_plan(model, checkpoint)
-    >>> matched = loaded.load_state_dict(checkpoint["state_dict"])
     >>> plan = restore_multipliers(loaded, checkpoint)
     >>> torch.equal(bake(loaded, plan)(torch.ones(1, 3)), model(torch.ones(1, 3)))
     True
     """
-    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
+    content = dict(read_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint)
+    saved = content.get("callbacks", {}).get(STATE_KEY)
     if saved is None:
         raise ValueError(
             "The checkpoint has no plan, because no Trainer wrote it of a module with multipliers of MLUCallback. Load a "
             "saved plan, with Plan.load(path), and put its multipliers in with attach_multipliers(module, plan), or with "
             "fold(module, plan, multiplied=True) if the weights hold them."
         )
-    return apply_saved(module, saved)
+    plan, plain = apply_saved(module, saved), original_module(module)
+    if "state_dict" in content:
+        content["state_dict"] = dict(content["state_dict"])
+        if isinstance(plain, of_both(LightningModule)):
+            plain.on_load_checkpoint(content)  # which may change it, as when Lightning loads
+        adapt_mark(plain, content["state_dict"])
+        plain.load_state_dict(content["state_dict"], strict=getattr(plain, "strict_loading", True))
+    return plan
 
 
 _LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by

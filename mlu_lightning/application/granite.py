@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import uncompiled
 from mlu_lightning.application.multipliers import state_with
+from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.names import original_module
 from mlu_lightning.utilities.state import preserve_state
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
         raise ImportError(
             "to_granite needs Hugging Face transformers: pip install 'mlu-lightning[hf]', or pip install transformers."
         ) from error
-    plain = uncompiled(module)
+    plain = original_module(module)
     acting = state_with(plain, plan).acting
     plan.check(plain)
     models = ((name, part) for name, part in plain.named_modules() if isinstance(part, PreTrainedModel))
@@ -85,7 +86,7 @@ def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     )
     _check_weights(model, config)
     _check_window(model)
-    copies = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    copies = {name: value.detach().clone() for name, value in without_mark(model.state_dict()).items()}
     exported: GraniteForCausalLM = GraniteForCausalLM.from_pretrained(
         None, config=config, state_dict=copies, attn_implementation=model.config._attn_implementation
     )
@@ -136,7 +137,7 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
 
     with torch.device("meta"):
         wanted = {name: [*value.shape] for name, value in GraniteForCausalLM(config).state_dict().items()}
-    given = {name: [*value.shape] for name, value in model.state_dict().items()}
+    given = {name: [*value.shape] for name, value in without_mark(model.state_dict()).items()}
     found = [f"{name} {given[name]} is not in Granite" for name in given if name not in wanted]
     found += [f"Granite has {name} {wanted[name]}" for name in wanted if name not in given]
     both = [name for name in given if name in wanted and wanted[name] != given[name]]

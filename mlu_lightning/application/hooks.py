@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mlu_lightning.application.state_mark import mark_states, unmark_states
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
+from mlu_lightning.utilities.module_copies import OwnHook
 from mlu_lightning.utilities.names import planned_part
 
-__all__ = ["attach_hooks", "detach_hooks"]
+__all__ = ["attach_hooks", "detach_hooks", "hooks_in", "sites_seen"]
 
 
 def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
-    """Register a hook for each multiplier; nothing is registered unless all of them have a site of their own."""
+    """Register a hook for each multiplier, and mark state dicts; nothing is done unless all have a site of their own."""
     targets: dict[tuple[nn.Module, str, int | None], tuple[Multiplier, Site, float]] = {}
     for multiplier, factor in acting.items():
         site = multiplier.site
@@ -46,16 +48,16 @@ def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple
         if where == "output":
             hooks.append(target.register_forward_hook(_OutputMultiplier(factor, site), prepend=True))
         elif where == "weight":
-            assert site.part is not None
-            hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site.part)))
+            hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site)))
             hooks.append(target.register_forward_hook(_restore_rows, always_call=True))
         else:
             hooks.append(target.register_forward_pre_hook(_InputMultiplier(factor, site), with_kwargs=True))
-    for target in dict.fromkeys(target for target, _, _ in targets):
+    distinct = dict.fromkeys(target for target, _, _ in targets)
+    for target in distinct:
         _set_apart(target)
     if hooks and "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # makes room: torch keeps a limited number of versions of compiled code
-    return tuple(hooks)
+    return (*hooks, *mark_states(module, distinct))
 
 
 def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
@@ -64,6 +66,22 @@ def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
         hook.remove()
     for part in module.modules():
         _set_back(part)
+    unmark_states(module)
+
+
+def sites_seen(handles: Iterable[RemovableHandle]) -> set[Site]:
+    """Sites whose hooks have multiplied in passes with gradients."""
+    found = ((handle.hooks_dict_ref() or {}).get(handle.id) for handle in handles)
+    hooks = [hook for hook in found if isinstance(hook, _Multiplier)]
+    # modules of one class share compiled code, which has the hook of the first one
+    compiled = {hook.kind for hook in hooks if hook.seen.compiled}
+    return {hook.site for hook in hooks if hook.seen.called or hook.kind in compiled}
+
+
+def hooks_in(module: nn.Module) -> Iterator[tuple[int, int]]:
+    """Hooks that multiply in a module, whoever attached them, by the ``id`` of their dict and their key in it."""
+    dicts = (hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))
+    return ((id(hooks), key) for hooks in dicts for key, hook in hooks.items() if isinstance(hook, _Multiplier))
 
 
 _BEFORE = "_mlu_forward"  # where a part with hooks, and its copies, have the forward that somebody had put into it
@@ -92,14 +110,45 @@ def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return vars(module)[_BEFORE](*args, **kwargs)
 
 
+class _Seen:
+    """Whether a hook was called in a pass with gradients, or when code with it was compiled for one."""
+
+    def __init__(self) -> None:
+        self.called = self.compiled = False
+
+    def note(self) -> None:
+        if torch.compiler.is_compiling():
+            self._note_compiled()
+        elif not self.called:
+            self.called = torch.is_grad_enabled()
+
+    def _note_compiled(self) -> None:
+        self.compiled |= torch.is_grad_enabled()
+
+    # what torch.compiler.assume_constant_result sets, whose import is slow: it is called as code is compiled, and not later
+    _note_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
-class _OutputMultiplier:
-    """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
+class _Multiplier(OwnHook):
+    """A hook that multiplies."""
 
     factor: float
     site: Site
+    seen: _Seen = field(default_factory=_Seen, compare=False)
+
+    @property
+    def kind(self) -> tuple[float, Site]:
+        """What hooks in the same compiled code have in common."""
+        return self.factor, replace(self.site, module="")
+
+
+@dataclass(frozen=True)
+class _OutputMultiplier(_Multiplier):
+    """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.seen.note()
         index = self.site.index
         if index is None:
             return self._multiplied(output)
@@ -133,13 +182,11 @@ class _OutputMultiplier:
 
 
 @dataclass(frozen=True)
-class _InputMultiplier:
+class _InputMultiplier(_Multiplier):
     """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
 
-    factor: float
-    site: Site
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.seen.note()
         for position, value in enumerate(args):
             if isinstance(value, Tensor) and value.is_floating_point():
                 return (*args[:position], value * self.factor, *args[position + 1 :]), kwargs
@@ -153,14 +200,13 @@ class _InputMultiplier:
 
 
 @dataclass(frozen=True)
-class _RowsMultiplier:
+class _RowsMultiplier(_Multiplier):
     """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied."""
 
-    factor: float
-    part: tuple[int, int]
-
     def __call__(self, module: nn.Module, args: Any) -> None:
-        start, stop = self.part
+        self.seen.note()
+        assert self.site.part is not None
+        start, stop = self.site.part
         for name, parameter in module.named_parameters(recurse=False):
             rows = torch.cat((parameter[:start], parameter[start:stop] * self.factor, parameter[stop:]))
             module.__dict__[name] = rows

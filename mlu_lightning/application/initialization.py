@@ -27,13 +27,14 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     """Set the scale of a freshly built module's parameters: the base's initial std times the table's factor.
 
     ``branch_in`` d^(-1/2), ``branch_out`` d^(1/2)/m, and so on (theory.md, section 3). Weights that are zero stay zero,
-    buffers are left alone, frozen parameters are initialized like others, and one without ``base_std`` stays as built.
+    buffers are left alone, and a parameter without ``base_std``, or in what is left alone (``frozen``), stays as built.
 
     Args:
         module: module with its initial weights, before multipliers are folded into them; changed in place and returned.
         plan: its plan.
         mode: ``"rescale"`` multiplies every parameter by one number, so that the form of its distribution stays
-            (uniform, orthogonal, ...), and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
+            (uniform, orthogonal, ...), leaves those that require no gradient, which may hold constants or loaded weights,
+            and leaves a module of the base's shape alone, bit for bit. ``"normal"`` draws
             every matrix anew from a normal distribution. ``"coupled"`` so draws embeddings and readouts, one stream
             coordinate after the other: those of dimension D are the first D of a bigger model's (theory.md, section 4).
         seed: seed of the draws, which depend on the parameter's name too and are the same on every device.
@@ -54,21 +55,26 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     _check_values(module, parameters)
     changes: list[Callable[[], object]] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
-    at_base = all(p.ratios.is_identity and p.shape == p.base_shape for p in plan.parameters.values())
+    at_base = all(p.is_at_base for p in plan.parameters.values())
     for names, target in _groups(plan):
         planned = plan.parameters[names[0]]
-        group = {name: parameters[name] for name in names}
+        group = {name: parameters[name] for name in names if name in parameters}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
             changes += _coupled(group, planned, target, seed)
         elif target is not None and mode == "normal" and planned.role.is_matrix:
             changes += _draws(group, target, seed, axis=None)
         elif target is not None and not at_base:
+            group = {name: parameter for name, parameter in group.items() if parameter.requires_grad}
             built = _rms(group)
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
                 changes += [partial(parameter.mul_, target / built) for parameter in group.values()]
+    copies = {name: planned.copy_of for name, planned in plan.parameters.items() if planned.copy_of is not None}
     with torch.no_grad():
         for change in changes:
             change()
+        for name, original in copies.items():
+            if name in parameters:
+                parameters[name].copy_(parameters[original])
     return module
 
 
@@ -111,7 +117,7 @@ def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     # over all of them, so that the sampling noise of single tensors averages out
     groups: dict[object, dict[str, float | None]] = {}
     for name, planned in plan.parameters.items():
-        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios
+        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios, planned.constant_ratio
         groups.setdefault((name_pattern(name), row, planned.base_std is None), {})[name] = planned.base_std
     scales = plan.scales(OptimizerFamily.ADAMW)  # their std is the same for all families
     found: list[tuple[list[str], float | None]] = []
@@ -169,7 +175,7 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
                 "the scale; memory from to_empty() is not an initialization."
             )
         squares += norm**2 / max(1, parameter.numel())
-    return math.sqrt(squares / len(group))
+    return math.sqrt(squares / max(1, len(group)))
 
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -11,10 +11,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from mlu_lightning.application.applied import Applied, residual_state, set_applied, uncompiled
-from mlu_lightning.application.hooks import attach_hooks, detach_hooks
+from mlu_lightning.application.applied import Applied, residual_state, set_applied
+from mlu_lightning.application.hooks import attach_hooks, detach_hooks, hooks_in
 from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import original_module, planned_parameters
 
 __all__ = [
     "MultiplierHandle",
@@ -68,7 +68,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     >>> module["mlp"](torch.ones(2))
     tensor([1., 1.])
     """
-    module = uncompiled(module)
+    module = original_module(module)
     _check_fresh(module, plan)
     for multiplier in plan.forward_factors:
         _check_place(multiplier)
@@ -107,7 +107,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     >>> torch.equal(fold(module, plan).weight, before * 0.5)
     True
     """
-    plain = uncompiled(module)
+    plain = original_module(module)
     attached = None if multiplied else residual_state(plain)
     if attached is not None and attached.mode == "hook" and attached.is_of(plan):
         plan.check(plain)
@@ -130,12 +130,21 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
 
 def check_attached(module: nn.Module) -> None:
     """Refuse a module of which parts with multipliers were exchanged for others, which have none."""
-    module = uncompiled(module)
+    module = original_module(module)
     applied = residual_state(module)
     if applied is None:
         return
     parts = list(module.modules())
-    present = {id(hooks) for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)}
+    present = {
+        id(hooks)
+        for part in parts
+        for hooks in (
+            part._forward_hooks,
+            part._forward_pre_hooks,
+            part._state_dict_hooks,
+            part._load_state_dict_pre_hooks,
+        )
+    }
     for hook in applied.hooks:
         hooks = hook.hooks_dict_ref()
         if hooks is None or id(hooks) not in present or hook.id not in hooks:
@@ -144,6 +153,12 @@ def check_attached(module: nn.Module) -> None:
                 "removed, so the module is no longer the plan's. Exchange parts before the module is given to "
                 "MLUCallback or attach_multipliers, or load new weights into the part that is there."
             )
+    applied_to = filter(None, map(residual_state, parts))  # a part may be a module with a plan of its own
+    if {*hooks_in(module)} - {(id(hook.hooks_dict_ref()), hook.id) for each in applied_to for hook in each.hooks}:
+        raise ValueError(
+            "There are multipliers in the module that are not its plan's: attach_multipliers was interrupted, or a part was "
+            "copied from another module. Start from a module that was built anew."
+        )
 
 
 def attach_again(module: nn.Module, plan: Plan) -> None:
@@ -172,13 +187,14 @@ def state_with(module: nn.Module, plan: Plan) -> Applied:
 
 def mark_baked(module: nn.Module, plan: Plan) -> None:
     """Note that weights hold all multipliers, and remove the hooks that folding left; without these, it stays folded."""
-    module = uncompiled(module)
+    module = original_module(module)
     applied = residual_state(module)
     if applied is not None:
-        if not applied.hooks:
-            return
-        _remove(module, applied)
-    set_applied(module, Applied(plan, "baked"))
+        detach_hooks(module, applied.hooks)
+    if applied is not None and not applied.acting:
+        set_applied(module, replace(applied, hooks=()))
+    else:
+        set_applied(module, Applied(plan, "baked"))
 
 
 def _remove(module: nn.Module, applied: Applied) -> None:

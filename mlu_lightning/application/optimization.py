@@ -7,39 +7,44 @@ groups* take their place, one for each distinct set of factors (theory.md, secti
 from __future__ import annotations
 
 import functools
-import sys
+import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.application.applied import folded_parameters, residual_state
+from mlu_lightning.application.inner_optimizers import updating
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, multiplied, update_rules
 from mlu_lightning.application.shadow_groups import Shadow, Split
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
-from mlu_lightning.utilities.names import planned_name
+from mlu_lightning.utilities.names import original_module, planned_name
 
-__all__ = ["ScaledOptimizer", "is_scaled", "plan_names", "scale_optimizer"]
+__all__ = ["Scaled", "ScaledOptimizer", "Watch", "is_scaled", "plan_names", "scale_optimizer", "scaled_by"]
 
 
 def scale_optimizer(
     optimizer: Optimizer | LightningOptimizer, module: nn.Module, plan: Plan, family: Family | None = None
-) -> ScaledOptimizer:
+) -> Scaled:
     """Let an optimizer update each parameter with its own multiple of learning rate, eps and weight decay.
 
     The factors are those of theory.md, section 3, for the stored weights: where a multiplier a was folded into a
     weight, the Adam lr is multiplied by a, eps divided by a, and so on (:meth:`mlu_lightning.Scale.folded`). Parameters
-    whose factors are all 1 are updated exactly as without a plan. Step hooks see other groups; groups may be added later;
-    ``state_dict`` goes from and to plain optimizers. A deep copy or an unpickled optimizer is plain: scale it again.
+    whose factors are all 1 are updated exactly as without a plan. Hooks after a step see other groups; groups may be added
+    later; ``state_dict`` goes from and to plain optimizers. A deep copy or an unpickled optimizer is plain: scale it again.
 
     Args:
-        optimizer: optimizer of ``torch.optim`` but LBFGS, Lightning's wrapper of one, or ``ZeroRedundancyOptimizer``.
-            Adafactor's weights are taken to keep the size that the plan's initialization gives them.
+        optimizer: optimizer of ``torch.optim`` but LBFGS, or a wrapper that leaves the update to optimizers that it holds
+            (Lightning's and Fabric's, SAM, Lookahead, ``ZeroRedundancyOptimizer``), which are scaled then. Adafactor's
+            weights are taken to keep the size that the plan's initialization gives them.
         module: module with the optimizer's parameters, and with the plan's multipliers.
         plan: its plan.
         family: column of the table (``"sgd"``, ``"adam"``, ``"adamw"`` or ``"muon"``) for an optimizer that
@@ -64,47 +69,93 @@ def scale_optimizer(
     (0.125, 0.5)
     >>> handle.remove()
     """
-    optimizer = _unwrapped(optimizer)
-    update_rules(optimizer, family)  # refuses what has none
-    if not isinstance(vars(optimizer).get("param_groups"), list):
-        raise ValueError(
-            f"The param_groups of {type(optimizer).__name__} are not a list of its own, so its update cannot be given "
-            "other groups. If there are optimizers inside it, scale each of these with scale_optimizer instead."
-        )
-    if is_scaled(optimizer):
-        raise ValueError(
-            "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
-            "handle that scale_optimizer returned first."
-        )
+    module = original_module(module)
+    optimizers = updating(optimizer)
+    for each in optimizers:
+        _check_optimizer(each, family)
     _check_module(module, plan)
-    return ScaledOptimizer(optimizer, module, plan, family)
+    with ExitStack() as stack:
+        parts = []
+        for each in optimizers:
+            parts.append(ScaledOptimizer(each, module, plan, family))
+            stack.callback(parts[-1].remove)
+        stack.pop_all()
+    return Scaled(tuple(parts))
 
 
 def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
-    """Tell whether an optimizer, or the one inside a wrapper, updates parameters with the numbers of a plan."""
-    scaled = getattr(_unwrapped(optimizer).step, _MARK, None)
-    return isinstance(scaled, ScaledOptimizer) and scaled.active
+    """Tell whether an optimizer, or those that a wrapper holds, update parameters with the numbers of a plan."""
+    return all(scaled_by(each) is not None for each in updating(optimizer))
+
+
+def scaled_by(optimizer: Optimizer) -> ScaledOptimizer | None:
+    """Handle of an optimizer that is scaled itself."""
+    scaled = getattr(optimizer.step, _MARK, None)
+    return scaled if isinstance(scaled, ScaledOptimizer) and scaled.active else None
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Handle of an optimizer that :func:`scale_optimizer` has scaled, or of those in it."""
+
+    parts: tuple[ScaledOptimizer, ...]
+
+    @property
+    def families(self) -> dict[str, OptimizerFamily]:
+        """Column of the table that is used for every parameter of the optimizer, by name."""
+        return {name: family for part in self.parts for name, family in part.families.items()}
+
+    def remove(self) -> None:
+        """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
+        for part in self.parts:
+            part.remove()
+
+
+class Watch(Protocol):
+    """What looks at updates."""
+
+    def before_update(self, scaled: ScaledOptimizer) -> bool:
+        """Look at what is about to be updated, and tell whether the groups should note what is read of them."""
+
+    def after_update(self, scaled: ScaledOptimizer) -> None:
+        """Look at what was updated."""
 
 
 class ScaledOptimizer:
-    """Handle of an optimizer that :func:`scale_optimizer` has scaled."""
+    """One optimizer that sees its shadow groups while it updates parameters."""
 
     def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
         self.optimizer = optimizer
         self.active = True
+        self.updates = False  # whether a step of it goes on
         self._module = module
         self._plan = plan
         self._family = _for_all(family)
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
+        self.watch: Watch | None = None
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks = (
             optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()),
             optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)),
         )
         self._step_before = vars(optimizer).get("step")
+        self._entry: RemovableHandle | None = None  # the last of the hooks before the update that goes on
+        # unless somebody has put another step in its place
+        step = type(optimizer).step
+        self._hooked = getattr(step, "hooked", False) and _same_function(optimizer.step, step)
         self._step = self._wrapped_step()
         vars(optimizer)["step"] = self._step
+
+    @property
+    def shadows(self) -> list[Shadow]:
+        """Shadows of all groups."""
+        return [shadow for split in self._splits for shadow in split.shadows]
+
+    @property
+    def swapped(self) -> bool:
+        """Whether its shadow groups are in the place of the user's."""
+        return self._users is not None
 
     @property
     def families(self) -> dict[str, OptimizerFamily]:
@@ -136,20 +187,35 @@ class ScaledOptimizer:
         def update(_: Optimizer, *args: Any, **kwargs: Any) -> Any:
             if not self.active:
                 return step(*args, **kwargs)
-            closure = kwargs.get("closure", args[0] if args else None)
             try:
-                if closure is None:
-                    self._swap_in()
-                elif "closure" in kwargs:
-                    kwargs["closure"] = self._outside(closure)
-                else:
-                    args = (self._outside(closure), *args[1:])
+                args, kwargs = self.begin(args, kwargs)
                 return step(*args, **kwargs)
             finally:
-                self._swap_out()
+                self.end()
 
         vars(update)[_MARK] = self
         return MethodType(update, self.optimizer)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Prepare a step with these arguments: its update is scaled, its closure and the hooks before it are not."""
+        self.updates = True
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": self._outside(kwargs["closure"])}
+        if args and args[0] is not None:
+            return (self._outside(args[0]), *args[1:]), kwargs
+        if self._hooked:
+            self._entry = self.optimizer.register_step_pre_hook(lambda *_: self._swap_in())
+        else:
+            self._swap_in()
+        return args, kwargs
+
+    def end(self) -> None:
+        """Let the optimizer have the user's groups again."""
+        self.updates = False
+        if self._entry is not None:
+            self._entry.remove()
+            self._entry = None
+        self._swap_out()
 
     def _outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let a closure see the user's groups: Lightning runs forward, backward, clipping and callbacks in it."""
@@ -164,6 +230,8 @@ class ScaledOptimizer:
 
     def _swap_in(self) -> None:
         """Put the shadow groups, with the numbers of this step, into the optimizer's list of groups."""
+        if self._users is not None:
+            return  # a step that calls that of its parent class
         groups = self.optimizer.param_groups
         current = [*self._splits, *[None] * len(groups)]
         # groups are added, and load_state_dict replaces them
@@ -171,7 +239,8 @@ class ScaledOptimizer:
             split if split is not None and split.is_of(group) else self._split(index)
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
-        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
+        watched = self.watch is not None and self.watch.before_update(self)
+        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer, watched)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -181,6 +250,8 @@ class ScaledOptimizer:
             return
         self.optimizer.param_groups[:] = self._users
         self._users = None
+        if self.watch is not None:
+            self.watch.after_update(self)
         for split in self._splits:
             split.give_back()
 
@@ -210,6 +281,8 @@ class ScaledOptimizer:
             name = names.get(id(parameter))
             if name not in scales:
                 raise ValueError(_foreign(index, parameter, name))
+            if self._plan.parameters[name].differs_by_row and _looks_at_gradients(family, group):
+                raise ValueError(_two_rates(name, family))
             scale = scales[name].folded(family) if name in folded else scales[name]
             factors = rule.factors(group, name, self._plan, scale)
             members.setdefault(tuple(sorted(factors.items())), []).append(parameter)
@@ -226,6 +299,20 @@ class ScaledOptimizer:
             own = split.own() if split.is_of(user) else []
             if any(own):
                 group[_OWN] = own
+
+
+def _looks_at_gradients(family: OptimizerFamily, group: Group) -> bool:
+    """Whether updates, or the decay in the gradient, depend on the size of a gradient."""
+    return family is OptimizerFamily.SGD or (family.has_l2_decay and bool(group.get("weight_decay")))
+
+
+def _two_rates(name: str, family: OptimizerFamily) -> str:
+    rate = "learning rates" if family is OptimizerFamily.SGD else "weight decays"
+    return (
+        f"Some rows of {name} make hidden units and others what all units share, and with this optimizer ({family}) these "
+        f"have different {rate}, of which a parameter has one. Use AdamW, whose numbers are the same for all rows, or keep "
+        "the number of heads or channels at the base's, or let two projections make them."
+    )
 
 
 def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
@@ -254,20 +341,30 @@ def _planned(name: str, module: nn.Module, plan: Plan) -> str:
     return planned.removesuffix("_orig") if f"{own.removesuffix('_orig')}_mask" in buffers else planned
 
 
-def _unwrapped(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
-    """Find the optimizer that does the update inside a wrapper of it."""
-    if isinstance(optimizer, LightningOptimizer):
-        return optimizer.optimizer
-    sharding = sys.modules.get("torch.distributed.optim")  # not imported here: it is slow, and whoever uses it has
-    if sharding is not None and isinstance(optimizer, sharding.ZeroRedundancyOptimizer):
-        inner = getattr(optimizer, "optim", None)
-        if not isinstance(inner, Optimizer):
-            raise ValueError(
-                "A ZeroRedundancyOptimizer with overlap_with_ddp=True makes its optimizer during the first "
-                "iterations, so it cannot be scaled. Leave overlap_with_ddp at False."
-            )
-        return inner
-    return optimizer
+def _same_function(method: Any, function: Any) -> bool:
+    """Whether a bound method is that of a class, also where schedulers have wrapped it."""
+    return inspect.unwrap(getattr(method, "__func__", method)) is inspect.unwrap(function)
+
+
+def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:
+    """Refuse an optimizer whose update cannot be given other groups."""
+    if "_optimizer_step_pre_hooks" not in vars(optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} has not called Optimizer.__init__, so it has neither hooks nor a step that can be "
+            "scaled. Call super().__init__(params, defaults) in its __init__, and keep lr, eps and weight_decay in its "
+            "param_groups, where its step reads them."
+        )
+    update_rules(optimizer, family)  # refuses what has none
+    if not isinstance(vars(optimizer).get("param_groups"), list):
+        raise ValueError(
+            f"The param_groups of {type(optimizer).__name__} are not a list of its own, so its update cannot be given "
+            "other groups. If there are optimizers inside it, scale each of these with scale_optimizer instead."
+        )
+    if scaled_by(optimizer) is not None:
+        raise ValueError(
+            "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
+            "handle that scale_optimizer returned first."
+        )
 
 
 def _check_module(module: nn.Module, plan: Plan) -> None:

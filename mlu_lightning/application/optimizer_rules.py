@@ -20,7 +20,7 @@ from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.planning.horizon import Forgetting, Horizon
 from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Scale
 
-__all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "multiplied", "update_rules"]
+__all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "is_known", "multiplied", "update_rules"]
 
 Group = dict[str, Any]
 Factor = float | tuple[float, ...] | Forgetting  # of a number in a group, of the numbers in a tuple, or of betas
@@ -68,6 +68,14 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
     groups = len(optimizer.param_groups)
     if name in _RULES:
         return [_RULES[name]] * groups
+    if any(
+        "d" in group and group.keys() & {"d0", "growth_rate", "numerator_weighted"} for group in optimizer.param_groups
+    ):
+        raise TypeError(
+            f"{type(optimizer).__name__} estimates one learning rate for all of its parameters together, as Prodigy and "
+            "D-Adaptation do, so none has one of its own. Use another optimizer, for example AdamW at the learning rate "
+            "that this one finds at the base."
+        )
     if family is None:
         raise TypeError(
             f"How {type(optimizer).__name__} uses its learning rate, eps and weight decay is not known: it is not an "
@@ -86,6 +94,11 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
         )
     columns = [OptimizerFamily(each) for each in families]
     return [UpdateRule(column, _declared_muon if column is OptimizerFamily.MUON else _declared) for column in columns]
+
+
+def is_known(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step is one of torch's, which is known to take its numbers from its groups."""
+    return _torch_class(optimizer) in _RULES
 
 
 def multiplied(value: Any, factor: Factor) -> Any:

@@ -6,6 +6,7 @@ in the group; what the optimizer changes goes to the group, while the shadow goe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,12 @@ class Shadow:
     factors: dict[str, Factor]
     seen: Group = field(default_factory=dict)  # the user's other values when they were last taken over
     given: Group = field(default_factory=dict)  # the group's values at the beginning of the update
+
+    @property
+    def unread(self) -> set[str]:
+        """Numbers that a watched step should have seen multiplied, and has not read."""
+        read = self.group.read if isinstance(self.group, _ReadGroup) else self.factors.keys()
+        return {key for key in self.factors.keys() - read if self.given[key] not in (0, None)}
 
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
@@ -50,8 +57,11 @@ class Split:
         """Whether this is the split of the group, with the parameters that it has now."""
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
 
-    def groups_of_step(self, optimizer: Optimizer) -> list[Group]:
-        """Groups that take the user's place in the step that begins; where all factors are 1, it serves itself."""
+    def groups_of_step(self, optimizer: Optimizer, watched: bool = False) -> list[Group]:
+        """Groups that take the user's place in the step that begins; where all factors are 1, it serves itself.
+
+        Those of a watched step note which of their numbers are read in it.
+        """
         if not any(shadow.factors for shadow in self.shadows):
             return [self.user]
         for shadow in self.shadows:
@@ -61,6 +71,7 @@ class Split:
                 step = 1 + next((int(state["step"]) for state in states if "step" in state), 0)
                 self.rule.at_step(self.user, shadow.group, shadow.factors, step)
             shadow.given = {**shadow.group}
+            shadow.group = _ReadGroup(shadow.group) if watched else {**shadow.group}
         return [shadow.group for shadow in self.shadows]
 
     def own(self) -> list[dict[str, tuple[Any, Any]]]:
@@ -97,6 +108,37 @@ class Split:
         self.user.update(changed)
         for shadow in self.shadows:
             shadow.seen.update(changed)  # each goes on with its own value until the user changes it
+
+
+class _ReadGroup(Group):
+    """A group that knows what was read of it."""
+
+    def __init__(self, values: Group) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __iter__(self) -> Iterator[str]:  # also lets {**group} and dict(group) ask for each
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.read.update(self)
+        return super().items()
+
+    def values(self) -> Any:
+        self.read.update(self)
+        return super().values()
+
+    def copy(self) -> Group:
+        self.read.update(self)
+        return super().copy()
 
 
 _MEMBERS = ("params", "param_names")

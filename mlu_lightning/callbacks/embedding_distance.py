@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
+from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.infinite_limit import Limit, LimitRun
 from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
 from mlu_lightning.callbacks.probe_batches import Layout, Probe
@@ -22,7 +23,7 @@ from mlu_lightning.observation.reference_format import listed
 __all__ = ["EmbeddingDistance"]
 
 
-class EmbeddingDistance(Callback):
+class EmbeddingDistance(EitherCallback):
     """Log the distance of a run, in embedding space, from runs that :class:`ReferenceRecorder` recorded.
 
     At the steps of the reference, its probe is passed through the module in evaluation mode, and the residual stream and

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.lightning_private import (
     before_batch_transfer,
     is_sequential,
@@ -69,14 +69,14 @@ class _NoBatchError(Exception):
 
 def _validation_loader(trainer: Trainer, module: LightningModule) -> Any:
     """Find the first of the loaders that validation goes through, None if there is no validation."""
-    loaders = val_dataloaders(trainer) if is_overridden("validation_step", module) else None
-    if isinstance(loaders, CombinedLoader) and not is_sequential(loaders):
+    loaders = val_dataloaders(trainer) if is_hook_overridden("validation_step", module) else None
+    if isinstance(loaders, of_both(CombinedLoader)) and not is_sequential(loaders):
         return loaders.iterables  # a batch has a part of each
     return next(iter(tree_leaves(_iterables(loaders))), None)
 
 
 def _iterables(loaders: Any) -> Any:
-    return loaders.iterables if isinstance(loaders, CombinedLoader) else loaders
+    return loaders.iterables if isinstance(loaders, of_both(CombinedLoader)) else loaders
 
 
 def _first_batch(loader: Any) -> Any:

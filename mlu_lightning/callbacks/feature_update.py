@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.loggers import log_values, show_values
 from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, feature_updates, locate_features
@@ -20,7 +21,7 @@ from mlu_lightning.utilities.lightning_steps import StepName
 __all__ = ["FeatureUpdate"]
 
 
-class FeatureUpdate(Callback):
+class FeatureUpdate(EitherCallback):
     """Log how far pre-activations of every branch, the residual stream and the outputs have moved since the first step.
 
     At chosen steps a probe batch is passed through the module in evaluation mode. Logged are root mean squares of the

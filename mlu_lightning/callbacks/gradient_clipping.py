@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from mlu_lightning.application import unfolded_gradients
+from mlu_lightning.application import unfolded_gradients, unfolded_weights
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 
 __all__ = ["wrap_clipping"]
 
 
 def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Callable[[], None]:
     """Let a module clip its gradients as those of weights without multipliers, whoever asks; return what undoes this."""
-    own, clipping = is_overridden("configure_gradient_clipping", module), False
+    own, clipping = is_hook_overridden("configure_gradient_clipping", module), False
 
     def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         nonlocal clipping
@@ -28,7 +28,8 @@ def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Call
             return method(*args, **kwargs)
         clipping = True
         try:
-            with unfolded_gradients(module, plan):
+            # what is the module's own may clip by the size of weights
+            with unfolded_weights(module, plan) if own else nullcontext(), unfolded_gradients(module, plan):
                 return method(*args, **kwargs)
         finally:
             clipping = False

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from mlu_lightning.observation import Reference
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
@@ -53,10 +54,10 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
     relative to the base, for weights into which no multiplier is folded; ``residual`` is how multipliers are applied.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, of_both(WandbLogger)):
             logger.experiment.config.update({"mlu": _summary(plan, residual, families)}, allow_val_change=True)
             logger.log_table("mlu/plan", columns=[*_COLUMNS], data=_rows(plan, families))
-        elif isinstance(logger, TensorBoardLogger):
+        elif isinstance(logger, of_both(TensorBoardLogger)):
             tables = [plan.table(family) for family in _distinct(families.values())] or [str(plan)]
             logger.experiment.add_text("mlu/plan", "\n\n".join(f"```\n{table}\n```" for table in tables))
 
@@ -65,7 +66,7 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
 def log_reference(loggers: Sequence[Logger], path: Path) -> None:
     """Make a reference file an artifact of type ``reference`` in W&B; an offline run keeps a copy to be synced."""
     for logger in loggers:
-        if not isinstance(logger, WandbLogger):
+        if not isinstance(logger, of_both(WandbLogger)):
             continue
         import wandb
 
@@ -199,7 +200,7 @@ def _find(trainer: Trainer, source: str) -> Path:
         )
     run = None
     if trainer.is_global_zero:
-        run = next((logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+        run = next((logger.experiment for logger in trainer.loggers if isinstance(logger, of_both(WandbLogger))), None)
     offline = os.environ.get("WANDB_MODE") in _NOT_ONLINE if run is None else run.offline or run.disabled
     installed = find_spec("wandb")
     if offline or installed is None or installed.origin is None:  # without origin it is a folder of runs named wandb

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled, scale_optimizer
-from mlu_lightning.application.applied import mark_initialized, residual_state
-from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, load_plan, warn_of_hooks, write_plan
+from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled
+from mlu_lightning.application.applied import Applied, mark_initialized, residual_state
+from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
 from mlu_lightning.application.multipliers import check_attached
+from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.callbacks.base_module import built_base
+from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
-from mlu_lightning.callbacks.model_copies import check_copies, copy_again
-from mlu_lightning.callbacks.saved_plans import wrap_saving
+from mlu_lightning.callbacks.model_copies import check_copies, copy_again, warn_of_pruning
+from mlu_lightning.callbacks.saved_plans import wrap_loading, wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
+from mlu_lightning.callbacks.verified_function import verify_function
+from mlu_lightning.callbacks.verified_steps import Verification
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
-from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
 
 __all__ = ["MLUCallback"]
@@ -37,7 +41,7 @@ Residual = Literal["hook", "fold"]
 FamilyName = Literal["sgd", "adam", "adamw", "muon"]
 
 
-class MLUCallback(Callback):
+class MLUCallback(EitherCallback):
     """Train a LightningModule in the MLU parameterization, with the hyperparameters of a base shape.
 
     Add one to a Trainer, and ``fit`` plans the module (theory.md, section 3), sets the scale of its initial weights,
@@ -45,10 +49,14 @@ class MLUCallback(Callback):
     schedulers and loggers stay as they are: learning rates in them are those of the base. At the base's own shape the
     run is bit for bit the run without the callback.
 
+    Checkpoints are those of a plain module of the trained function. Where they cannot be, as the fit warns, or with
+    ``residual="hook"``, a key more in their ``state_dict`` lets a plain module refuse them; a Trainer with this callback
+    and :func:`mlu_lightning.restore_multipliers` load them.
+
     The module is planned and initialized before ``fit`` does anything else, or, if it overrides ``setup`` or
     ``configure_model``, right after the later of them, and goes on from its weights in the next ``fit``. ``validate``,
-    ``test`` and ``predict`` alone change nothing, but a checkpoint of a run with ``residual="hook"`` brings its multipliers
-    along. Callbacks of others than Lightning that copy the module in their ``setup`` should come after this one.
+    ``test`` and ``predict`` alone change nothing, but a checkpoint brings its multipliers along, whatever ``residual`` is
+    here. Callbacks of others than Lightning that copy the module in their ``setup`` should come after this one.
 
     Args:
         base: shape at which the hyperparameters are known to be good: a freshly built module of that shape, a function
@@ -57,9 +65,10 @@ class MLUCallback(Callback):
         plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization and ratios.
         init: ``"rescale"`` sets the scale of the initial weights, ``"normal"`` draws matrices anew, ``"coupled"`` draws
             embeddings that are the first coordinates of a bigger model's, and None leaves a checkpoint's weights alone.
-        residual: how branches and readouts are multiplied: ``"hook"`` in the forward pass, ``"fold"`` in the weights, which
-            then are those of a plain model of the same function, unless the fit warns that hooks are left. Where weights
-            hold their multipliers already, call ``fold(module, plan, multiplied=True)`` before, and give ``init=None``.
+        residual: how branches and readouts are multiplied: ``"fold"`` in the weights, which then are those of a plain model
+            of the same function, unless the fit warns that hooks are left; ``"hook"`` in the forward pass. A resumed run
+            goes on as it began. Where weights hold their multipliers already, call ``fold(module, plan,
+            multiplied=True)`` before, and give ``init=None``.
         overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
         alpha: richness of the branches: 1 for MLU, large values tend to a linearized model.
         example: batch as ``training_step`` takes it, for planning; by default the first samples of the training data.
@@ -69,6 +78,8 @@ class MLUCallback(Callback):
         parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
         batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
         token_ratio: tokens seen in all of the training over those that the base saw.
+        verify: compare weights, function and first step with the plan, and stop a run that is not the plan's; False turns
+            it off.
 
     Raises:
         ValueError: if arguments contradict each other.
@@ -89,7 +100,7 @@ class MLUCallback(Callback):
         base: str | Callable[[], nn.Module] | nn.Module | None = None,
         plan: Plan | str | None = None,
         init: InitMode | None = "rescale",
-        residual: Residual = "hook",
+        residual: Residual = "fold",
         overrides: dict[str, str] | None = None,
         alpha: float = 1.0,
         example: Any = None,
@@ -98,6 +109,7 @@ class MLUCallback(Callback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
+        verify: bool = True,
     ) -> None:
         super().__init__()
         if init not in (*get_args(InitMode), None):
@@ -117,10 +129,13 @@ class MLUCallback(Callback):
         self._example = example
         self._seed = seed
         self._family = family
+        self.verify = verify
+        self._seen: Any = None  # the example that was planned with, until the training starts
         self._plan: Plan | None = None
         self._planned: Plan | None = None
         self._initialized = False
-        self._families: dict[str, OptimizerFamily] = {}
+        self._optimizers: Optimizers | None = None  # of the fit that goes on
+        self._verification: Verification | None = None
         self._cleanup = ExitStack()
 
     @property
@@ -140,28 +155,25 @@ class MLUCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Plan and initialize the module, now or when it will have been built."""
-        if not isinstance(trainer, Trainer):
-            raise TypeError(
-                f"MLUCallback is for the Trainer of lightning.pytorch, but was given to a {type(trainer).__module__}."
-                f"{type(trainer).__name__}. Import Trainer and LightningModule from lightning.pytorch."
-            )
         callbacks: list[Callback] = vars(trainer)["callbacks"]
         if sum(isinstance(callback, MLUCallback) for callback in callbacks) > 1:
             raise ValueError(
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
+        self._cleanup.close()  # of a run after which Lightning called no hook, as after an error in another's on_exception
+        self._cleanup.callback(wrap_loading(pl_module, partial(self._keep, pl_module)))
         if stage != TrainerFn.FITTING:
             self._keep(pl_module)
             return
-        self._cleanup.close()  # of a fit after which Lightning called no hook, as after an error in another's on_exception
+        self._seen = None
         check_copies(callbacks)
         check_strategy(trainer.strategy)
         if starts_processes(trainer.strategy):
             rank_zero_warn(
-                "The Trainer trains in processes started from this one, and only weights come back, without multipliers or "
-                'a mark that they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
+                "The Trainer trains in processes started from this one, and only weights come back, without a mark that "
+                'they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
             )
-        builders = [name for name in ("setup", "configure_model") if is_overridden(name, pl_module)]
+        builders = [name for name in ("setup", "configure_model") if is_hook_overridden(name, pl_module)]
         if not builders:
             self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
             return
@@ -180,23 +192,41 @@ class MLUCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan, where a logger has a place for it."""
+        self._look("in on_fit_start of a callback that comes before MLUCallback")
         if self._plan is not None:
-            log_plan(trainer.loggers, self._plan, self._residual, self._families)
+            parts = [] if self._optimizers is None else self._optimizers.parts
+            families = {name: family for part in parts for name, family in part.families.items()}
+            log_plan(trainer.loggers, self._plan, self._residual, families)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse weights that are not the plan's, and compare what the module computes, unless it was trained before."""
+        if self._verification is not None:
+            self._cleanup.callback(self._verification.start(trainer))
+        example, self._seen = self._seen, None
+        if self.verify and self._initialized and example is not None:
+            assert self._plan is not None
+            verify_function(trainer, pl_module, self._plan, self._arguments.base, example, self._seed)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint's weights are those of the plan; outside of ``fit``, take its plan."""
-        if load_plan(pl_module, checkpoint) is not None:
-            mark_initialized(pl_module)
-        self._keep(pl_module)
+        """Note that the weights are others now."""
+        if self._verification is not None:
+            self._verification.loaded()
+        self._seen = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse updates at other numbers than the plan's."""
+        if self._verification is not None:
+            self._verification.batch_end()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Refuse an update at other numbers than the plan's."""
+        """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
         if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
             raise ValueError(
-                f"The {type(optimizer).__name__} that is about to make a step is not one that configure_optimizers "
-                "returned: it was put in the place of another since, and its learning rates are not those of the plan. "
-                "Scale it before it is used, with scale_optimizer(optimizer, module, callback.plan), or change the groups "
-                "of the optimizer that is there, whose factors stay."
+                f"The {type(optimizer).__name__} that is about to make a step has none of the module's parameters, as a "
+                "copy of an optimizer has not: it was put in the place of another since, and the module would stay. "
+                "Make it from module.parameters(), or change the groups of the optimizer that is there, whose factors stay."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -220,27 +250,36 @@ class MLUCallback(Callback):
         self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
         for warning in plan.warnings:
             rank_zero_warn(warning)
+        if starts_processes(trainer.strategy) and Applied(plan, self._residual).acting:
+            raise ValueError(
+                "The Trainer trains in processes started from this one, and only weights come back, without the multipliers "
+                'that stay in hooks: the module would be another function. Use strategy="ddp", or residual="fold" where '
+                "all multipliers can be in the weights."
+            )
+        self._optimizers = optimizers = Optimizers(module, plan, self._family)
         deferred = any(parameter.is_meta for parameter in module.parameters())
         if not deferred:
-            self._apply(module, plan)
+            self._apply(module, plan, optimizers)
             copy_again(earlier, trainer, module)
 
         def configure(method: Callable[..., Any]) -> Any:
             if deferred:
                 # a sharded strategy has given the parameters their values now, and restores checkpoints later
-                self._apply(module, plan)
+                self._apply(module, plan, optimizers)
+            self._look("in setup of a callback that comes after MLUCallback")
             configured = method()
-            self._families = {}
+            self._look("in configure_optimizers")
             for optimizer in [] if configured is None else configured_optimizers(configured)[0]:
-                scaled = scale_optimizer(optimizer, module, plan, self._family)
-                self._cleanup.callback(scaled.remove)
-                self._families.update(scaled.families)
+                optimizers.add(optimizer)
             return configured
 
+        self._cleanup.callback(optimizers.remove)
         self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
+        self._cleanup.callback(optimizers.add_at_step())
         self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
         if self._residual == "fold":
             warn_of_hooks(plan)
+            warn_of_pruning(vars(trainer)["callbacks"])
             self._cleanup.callback(wrap_clipping(trainer, module, plan))
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
@@ -256,11 +295,11 @@ class MLUCallback(Callback):
                 "module. Plan it before, as it is without configure_model's sharding: "
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
             )
-        example = find_example(trainer, module) if self._example is None else self._example
-        with _built(self._arguments.base, trainer, self._seed) as base:
+        self._seen = example = find_example(trainer, module) if self._example is None else self._example
+        with built_base(self._arguments.base, module, trainer, self._seed) as base:
             return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
-    def _apply(self, module: LightningModule, plan: Plan) -> None:
+    def _apply(self, module: LightningModule, plan: Plan, optimizers: Optimizers) -> None:
         """Initialize the module and put the multipliers in, unless an earlier fit did."""
         applied = residual_state(module)
         self._initialized = applied is None and self._init is not None
@@ -285,11 +324,17 @@ class MLUCallback(Callback):
             )
         elif self._init is not None and not applied.initialized:
             raise ValueError(
-                "The module has its multipliers already, and not from an MLUCallback, so it is not known whether it was "
-                "initialized. Call initialize(module, plan) before attach_multipliers or fold and give init=None to "
-                "MLUCallback, or leave both to MLUCallback."
+                "The module has its multipliers already, and it is not known whether it was initialized: they are not from "
+                "an MLUCallback, or weights were changed before a fit began. Call initialize(module, plan) before "
+                "attach_multipliers or fold and give init=None to MLUCallback, or give it a module that was built anew."
             )
         wrap_saving(module)
+        self._verification = Verification(module, plan, optimizers, self._initialized) if self.verify else None
+
+    def _look(self, who: str) -> None:
+        """Look at the initial weights, which somebody may have changed since the last time."""
+        if self._verification is not None:
+            self._verification.look(who)
 
     def _keep(self, module: LightningModule) -> None:
         """Take the plan that is in effect on a module, if there is one, and let its checkpoints have it."""
@@ -297,25 +342,3 @@ class MLUCallback(Callback):
         if applied is not None:
             self._plan = applied.plan
             wrap_saving(module)
-
-
-@contextmanager
-def _built(base: Any, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with parameters, which hooks may have to make."""
-    # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
-    with isolate_rng():
-        torch.manual_seed(seed)
-        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
-    if not isinstance(built, LightningModule):
-        yield built
-        return
-    built.trainer = trainer
-    try:
-        if next(built.parameters(), None) is None:
-            with isolate_rng():
-                torch.manual_seed(seed)
-                built.setup("fit")
-                built.configure_model()
-        yield built
-    finally:
-        built.trainer = None

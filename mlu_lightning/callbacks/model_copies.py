@@ -1,4 +1,4 @@
-"""Copies of the module that other callbacks make when they are set up, and that should be of the initialized module."""
+"""Callbacks of Lightning that copy or prune a module: copies should be of the initialized module, and so should sizes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Iterable
 
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
-from mlu_lightning.utilities.lightning_private import resamples_parameters
+from mlu_lightning.utilities.lightning_namespaces import of_both
+from mlu_lightning.utilities.lightning_private import prunes_globally, resamples_parameters
 
-__all__ = ["check_copies", "copy_again"]
+__all__ = ["check_copies", "copy_again", "warn_of_pruning"]
 
 
 def check_copies(others: Iterable[Callback]) -> None:
     """Refuse callbacks that give a module other initial weights than those of its plan."""
-    if any(isinstance(callback, callbacks.ModelPruning) and resamples_parameters(callback) for callback in others):
+    if any(
+        isinstance(callback, of_both(callbacks.ModelPruning)) and resamples_parameters(callback) for callback in others
+    ):
         raise ValueError(
             "ModelPruning(resample_parameters=True) draws weights again as modules draw them when they are built, "
             "without the scale that MLUCallback has given them. Leave resample_parameters at False: weights go "
@@ -22,10 +26,20 @@ def check_copies(others: Iterable[Callback]) -> None:
         )
 
 
+def warn_of_pruning(others: Iterable[Callback]) -> None:
+    """Say that pruning compares weights that hold their multipliers with others."""
+    if any(isinstance(callback, of_both(callbacks.ModelPruning)) and prunes_globally(callback) for callback in others):
+        rank_zero_warn(
+            "ModelPruning compares the sizes of weights of different layers (use_global_unstructured=True), and "
+            'residual="fold" puts multipliers into some, so that it prunes others than the same run with residual="hook". '
+            "Use that, or prune by yourself in unfolded_weights(module, plan)."
+        )
+
+
 def copy_again(others: Iterable[Callback], trainer: Trainer, module: LightningModule) -> None:
     """Let weight averaging and pruning, which go back to a copy of the module, copy it once more, now initialized."""
     for callback in others:
-        if isinstance(callback, _COPYING):
+        if isinstance(callback, tuple(cls for copying in _COPYING for cls in of_both(copying))):
             callback.setup(trainer, module, TrainerFn.FITTING)
 
 

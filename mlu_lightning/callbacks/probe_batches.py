@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.example import find_example, find_probe
@@ -23,6 +22,7 @@ from mlu_lightning.observation.batches import clone_batch, decode_batch, encode_
 from mlu_lightning.observation.probe import observe_counted
 from mlu_lightning.planning import BranchPlan, Plan
 from mlu_lightning.table import Role
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import before_batch_transfer
 from mlu_lightning.utilities.lightning_steps import StepName
 
@@ -129,7 +129,7 @@ def check_arguments(depths: Sequence[float], positions: int, fewest: int = 0) ->
 
 def given_probe(trainer: Trainer, module: LightningModule, given: Any, samples: int) -> tuple[Any, StepName]:
     """Take the batch that a user has given, or a few samples of the data, as it will be read from a file, and its step."""
-    step: StepName = "validation_step" if is_overridden("validation_step", module) else "training_step"
+    step: StepName = "validation_step" if is_hook_overridden("validation_step", module) else "training_step"
     if given is None:
         batch, step = find_probe(trainer, module)
     elif isinstance(given, (str, Path)):

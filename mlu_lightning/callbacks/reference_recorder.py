@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.loggers import log_reference
 from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, Reference
@@ -25,7 +26,7 @@ from mlu_lightning.utilities.lightning_steps import StepName
 __all__ = ["ReferenceRecorder"]
 
 
-class ReferenceRecorder(Callback):
+class ReferenceRecorder(EitherCallback):
     """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.
 
     At chosen steps the probe is passed through the module in evaluation mode, and the stream at relative depths and the

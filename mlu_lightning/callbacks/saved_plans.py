@@ -1,4 +1,4 @@
-"""The plan in every checkpoint of a module, also those about which Lightning asks no callback, only the module."""
+"""The plan in every checkpoint of a module, and from it, also where Lightning asks no callback, only the module."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from mlu_lightning.application.checkpoint import write_plan
+from mlu_lightning.application.applied import mark_initialized
+from mlu_lightning.application.checkpoint import load_plan, write_plan
+from mlu_lightning.application.state_mark import adapt_mark, is_marked
+from mlu_lightning.callbacks.wrapped_methods import wrap_method
 
-__all__ = ["wrap_saving"]
+__all__ = ["wrap_loading", "wrap_saving"]
+
+
+def wrap_loading(module: LightningModule, loaded: Callable[[], None]) -> Callable[[], None]:
+    """Give a module the multipliers of each checkpoint before its weights are loaded; return what undoes this."""
+
+    def load(method: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        method(checkpoint)
+        plan, state = load_plan(module, checkpoint), checkpoint.get("state_dict")
+        if plan is not None:
+            mark_initialized(module)
+        # sharded strategies have loaded it already; and a mark that no plan explains has to be refused
+        if state and (plan is not None or not is_marked(state)):
+            adapt_mark(module, state)
+        loaded()
+
+    return wrap_method(module, "on_load_checkpoint", load)
 
 
 def wrap_saving(module: LightningModule) -> None:

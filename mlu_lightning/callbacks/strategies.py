@@ -11,6 +11,7 @@ from mlu_lightning.application import residual_state
 from mlu_lightning.application.multipliers import attach_again
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.lightning_private import layer_sync
 
 __all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]
@@ -18,9 +19,9 @@ __all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]
 
 def check_strategy(strategy: Strategy) -> None:
     """Refuse strategies whose optimizers are given other parameters than the module's own."""
-    if isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, of_both(DeepSpeedStrategy)):
         what = "DeepSpeed joins parameters of different roles into one tensor before its optimizer sees them"
-    elif isinstance(strategy, FSDPStrategy) and not strategy.kwargs["use_orig_params"]:
+    elif isinstance(strategy, of_both(FSDPStrategy)) and not strategy.kwargs["use_orig_params"]:
         what = "FSDPStrategy(use_orig_params=False) joins parameters of different roles into one tensor"
     else:
         return
@@ -32,7 +33,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 def check_whole(strategy: Strategy, module: nn.Module) -> None:
     """Refuse a module for FSDP1 that is not there as a whole, with its values: later it has shards of other shapes."""
-    if not isinstance(strategy, FSDPStrategy):
+    if not isinstance(strategy, of_both(FSDPStrategy)):
         return
     parameters = dict(module.named_parameters())
     if any("_fsdp_wrapped_module" in name for name in parameters):

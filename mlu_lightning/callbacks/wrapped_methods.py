@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -32,6 +33,7 @@ def wrap_method(module: nn.Module, name: str, around: Callable[..., Any]) -> Cal
             return around(method, *args, **kwargs)
         return bound(this)(*args, **kwargs)
 
+    vars(wrapper)["__wrapped__"] = inspect.unwrap(method)  # Lightning reads its arguments, also where it is compiled
     # as a method, which a deep copy binds to the copy, and a pickle looks up by its name
     wrapped = MethodType(wrapper, module)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from itertools import chain
 from statistics import geometric_mean
@@ -23,6 +23,7 @@ from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes,
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
 from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
+from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["check"]
 
@@ -111,7 +112,10 @@ def check(
             training = make_callbacks(at_base), batches[run_seed][:count], probe, steps, settings, datamodule
             measured[shape, run_seed] = measure(module, plan, *training)
             progress(len(measured), len(runs))
-    rows, warnings = tuple(_rows(grid, measured)), tuple(dict.fromkeys(largest.warnings))
+    # where they act, in a submodule, the module's own constants may be in what is measured or not
+    relative = {name_pattern(name) for shape, _ in runs for name in plan_of(shape).relative_parameters}
+    rows = tuple(row for row in _rows(grid, measured) if not _is_local(row.quantity, relative))
+    warnings = tuple(dict.fromkeys(largest.warnings))
     return CheckReport(base, tuple(factors), seeds, steps, rows, warnings)
 
 
@@ -131,6 +135,11 @@ def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Me
     for quantity, axis in sorted(points, key=lambda key: (kinds.index(key[0].kind), AXES.index(key[1]))):
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
         yield fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still)
+
+
+def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:
+    """Whether it is measured where a parameter with one of these patterns of names acts."""
+    return quantity.kind in (Kind.START, Kind.UPDATE) and quantity.name.partition(" ")[0] in patterns
 
 
 def _at(depths: Sequence[float], measurement: Measurement) -> Sequence[float]:

@@ -90,12 +90,12 @@ def local_effects(
 
 
 def value_effects(
-    plan: Plan, names: Iterable[str], values: Mapping[str, Tensor], replacements: Mapping[str, Tensor], aligned: bool
+    plan: Plan, names: Iterable[str], values: Mapping[str, Tensor], replacements: Mapping[str, Tensor]
 ) -> dict[str, float]:
     """Say from values alone how far the outputs of parameters would move, if each had its replacement as a value.
 
-    Inputs have a root mean square of one, and are random, as to a matrix that was drawn, or ``aligned``: what the difference
-    responds to most, as those are that it was learned from, so that the spectral norm tells.
+    Inputs have a root mean square of one, and are what the difference responds to most, as those are that it was learned
+    from, so that the spectral norm tells.
     """
     found = {}
     for name in names:
@@ -103,12 +103,10 @@ def value_effects(
         inputs, outputs = parameter.fans
         if not parameter.role.is_matrix or difference.ndim < 2 or parameter.role is Role.EMBEDDING:
             found[name] = rms(difference)
-        elif aligned:
+        else:
             maps = difference if difference.ndim == 3 else difference.flatten(1)
             norms = torch.linalg.matrix_norm(maps, ord=2)
             found[name] = rms(norms) * math.sqrt(inputs / outputs)
-        else:
-            found[name] = rms(difference) * math.sqrt(inputs)
     return found
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-from mlu_lightning.checking.local_effects import find_readers, local_effects, rms, value_effects
+from mlu_lightning.application import folded_parameters
+from mlu_lightning.callbacks.mlu_callback import MLUCallback
+from mlu_lightning.checking.local_effects import find_readers, local_effects, value_effects
 from mlu_lightning.checking.preparation import Batches, make_trainer
 from mlu_lightning.checking.quantities import Kind, Quantity, expected_size
 from mlu_lightning.checking.shrinkage import restored, shrinkage
@@ -27,8 +30,11 @@ from mlu_lightning.observation import (
     observe,
     rms_change,
 )
+from mlu_lightning.observation.dataflow import ADDED
+from mlu_lightning.observation.expectations import Expectations
+from mlu_lightning.observation.passes import follow
 from mlu_lightning.planning import Plan
-from mlu_lightning.table import Role, Variant, row_name
+from mlu_lightning.table import Ratios, Role, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
 __all__ = ["Measurement", "measure"]
@@ -61,6 +67,9 @@ def measure(
 
     Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; the plan's factors are not used.
     """
+    for callback in callbacks:
+        if isinstance(callback, MLUCallback):
+            callback.verify = False  # what is wrong is to be measured
     watch = _Watch(plan, probe, steps)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
     if datamodule is None:
@@ -85,7 +94,8 @@ class _Watch(Callback):
     def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
         super().__init__()
         self._plan = plan
-        self._rows = {name: parameter.row for name, parameter in plan.parameters.items()}
+        learned = (item for item in plan.parameters.items() if item[1].role is not Role.FROZEN)
+        self._rows = {name: parameter.row for name, parameter in learned}
         self._probe = probe
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
@@ -104,8 +114,7 @@ class _Watch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = {name: parameter.detach().clone() for name, parameter in planned_parameters(pl_module).items()}
         self._before = self._observe(pl_module)
-        zeros = {name: torch.zeros_like(value) for name, value in self._start.items()}
-        self._add_local(Kind.START, pl_module, zeros)
+        self._add_start(pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._decayed or trainer.global_step < self._steps - 1:
@@ -117,7 +126,7 @@ class _Watch(Callback):
             self._add(Kind.DECAY, name, part)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._add_local(Kind.UPDATE, pl_module, self._start)
+        self._add_updates(pl_module)
         after = self._observe(pl_module)
         for name, values in after.items():
             quantity = _quantity_at(name)
@@ -148,45 +157,56 @@ class _Watch(Callback):
     def _observe_without(self, row: str, module: LightningModule) -> Observation:
         """Observe the module with the parameters of one row of the table as they were at the start."""
         parameters = planned_parameters(module)
-        of_row = {name: parameter for name, parameter in parameters.items() if self._rows[name] == row}
+        of_row = {name: parameter for name, parameter in parameters.items() if self._rows.get(name) == row}
         with restored(of_row):
             with torch.no_grad():
                 for name, parameter in of_row.items():
                     parameter.copy_(self._start[name])
             return self._observe(module)
 
-    def _add_local(self, kind: Kind, module: LightningModule, replacements: Mapping[str, Tensor]) -> None:
-        """Add what every parameter does where it acts."""
-        readers = tuple(self._readers.values())
-        effects = local_effects(module, readers, replacements, lambda: self._observe(module, locations=()))
-        # experts without tokens are not read, as others beside them are
-        read = {(name_pattern(name), self._rows[name]) for name in effects}
-        parameters = planned_parameters(module)
-        unread = [name for name in parameters if (name_pattern(name), self._rows[name]) not in read]
-        effects |= value_effects(self._plan, unread, parameters, replacements, aligned=kind is Kind.UPDATE)
-        for name, effect in effects.items():
-            multiplied = name in self._readers and self._readers[name].multiplied
-            if kind is Kind.START and multiplied and self._plan.roles[name] is Role.BRANCH_NORM and effect > 0:
-                # it is the multiplier of what comes before the norm, and the norm's values are something else
-                size, before_norm = rms(parameters[name]), (Role.BRANCH_OUT, Variant.BEFORE_NORM)
-                self._add(kind, name, size)
-                self._add(kind, name, effect / size, before_norm, " (multiplier)", multiplied)
-            elif effect > 0 or kind is Kind.UPDATE:  # what is zero at the start has no size to scale
-                self._add(kind, name, effect, multiplied=multiplied)
+    def _add_start(self, module: LightningModule) -> None:
+        """Add what every use of a parameter maps or adds, constants on its way included, and branches without a plan."""
+        expectations, folded = Expectations(self._plan), folded_parameters(module)
+        found = follow(module, self._probe, self._plan.roles)
+        for (names, how), uses in found.uses.items():
+            name, ends = expectations.parameter(names, how), {end for use in uses for end in use.constants}
+            if name is None:
+                continue
+            entry, last = self._plan.parameters[name], expectations.is_last(name, ends)
+            row, ratios = (entry.role, entry.variant), entry.ratios
+            if how == "matrix" and expectations.is_tied_readout(name):
+                row, ratios = (Role.READOUT, None), Ratios(inputs=entry.fans[1] / entry.base_fans[1])
+            each = math.sqrt(ratios.active) if how == "matrix" else 1.0  # of the experts that make a sum
+            for use in uses:
+                for end, constant in use.constants.items():
+                    size = use.size * math.sqrt(use.inputs) * constant * each
+                    if 0 < size < math.inf and (not last or end in ADDED):  # what is zero has no size to scale
+                        expected = expected_size(Kind.START, *row, ratios, last or name in folded)
+                        self._found[Quantity(Kind.START, name_pattern(name), row_name(*row))].append(size / expected)
+        missed = [added for added in found.additions if added.on_stream and expectations.added(added.names) is None]
+        number = Counter(added.patterns for added in missed)
+        for added in missed:
+            quantity = Quantity(Kind.START, f"a branch of {', '.join(sorted(added.patterns)[:2]) or 'no parameters'}")
+            self._found[quantity].append(added.constant * number[added.patterns])
 
-    def _add(
-        self,
-        kind: Kind,
-        name: str,
-        value: float,
-        row: tuple[Role, Variant | None] | None = None,
-        what: str = "",
-        multiplied: bool = False,
-    ) -> None:
+    def _add_updates(self, module: LightningModule) -> None:
+        """Add what every parameter does where it acts because it was updated."""
+        readers = tuple(self._readers.values())
+        effects = local_effects(module, readers, self._start, lambda: self._observe(module, locations=()))
+        # experts without tokens are not read, as others beside them are
+        read = {(name_pattern(name), self._rows[name]) for name in effects if name in self._rows}
+        parameters = planned_parameters(module)
+        unread = [name for name in self._rows if (name_pattern(name), self._rows[name]) not in read]
+        effects |= value_effects(self._plan, unread, parameters, self._start)
+        for name, effect in effects.items():
+            self._add(Kind.UPDATE, name, effect, name in self._readers and self._readers[name].multiplied)
+
+    def _add(self, kind: Kind, name: str, value: float, multiplied: bool = False) -> None:
         parameter = self._plan.parameters[name]
-        role, variant = row or (parameter.role, parameter.variant)
-        expected = expected_size(kind, role, variant, parameter.ratios, multiplied)
-        self._found[Quantity(kind, f"{name_pattern(name)}{what}", row_name(role, variant))].append(value / expected)
+        if parameter.role is Role.FROZEN:
+            return
+        expected = expected_size(kind, parameter.role, parameter.variant, parameter.ratios, multiplied)
+        self._found[Quantity(kind, name_pattern(name), parameter.row)].append(value / expected)
 
 
 def _quantity_at(name: LocationName) -> Quantity:

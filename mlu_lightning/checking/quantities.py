@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from mlu_lightning.table import TABLES, Parameterization, Powers, Ratios, Role, Variant
+from mlu_lightning.table import COMPOUNDING, TABLES, Parameterization, Powers, Ratios, Role, Variant
 
 __all__ = ["ALONE", "CONFIDENCE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_size", "lowest_and_highest"]
 
@@ -77,8 +77,8 @@ def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratio
     row = _TABLE.row(role, variant, ratios)
     powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
     is_part = kind in (Kind.START, Kind.UPDATE) and multiplied
-    # norms on the way from one addition to the next all act on one stream
-    if is_part or (kind is Kind.UPDATE and variant is Variant.POST_NORM):
+    # norms on the way from one addition to the next, and matrices beside branches, all act on one stream
+    if is_part or (kind is Kind.UPDATE and variant in COMPOUNDING):
         powers = replace(powers, depth=-1)
     return powers(ratios)
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
@@ -20,6 +20,7 @@ from mlu_lightning.checking.quantities import CONFIDENCE, Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Cause, Point, Reason, Row, Verdict, axes_of, find_causes, overall_verdict
 from mlu_lightning.shapes import Shape
+from mlu_lightning.utilities.whole_files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,12 +113,15 @@ class CheckReport:
         return draw_check(self.rows, self.base)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder, which is made."""
-        path = Path(folder)
+        """Write ``check.json``, which has everything, ``check.txt`` and ``check.png`` into a folder, which is made.
+
+        After an error, what an earlier check has written there is as it was.
+        """
+        path, figure = Path(folder), BytesIO()
+        self.draw().savefig(figure, dpi=110)
+        texts = {path / "check.json": self.to_json(), path / "check.txt": f"{self}\n"}
         path.mkdir(parents=True, exist_ok=True)
-        (path / "check.json").write_text(self.to_json(), encoding="utf-8")
-        (path / "check.txt").write_text(f"{self}\n", encoding="utf-8")
-        self.draw().savefig(path / "check.png", dpi=110)
+        write_whole({file: text.encode() for file, text in texts.items()} | {path / "check.png": figure.getvalue()})
 
     def to_json(self) -> str:
         """The report as JSON; a number that is not finite is null."""

@@ -10,19 +10,21 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import BackwardCFunction
 
-from mlu_lightning.discovery.graph import ATTENTION, JOINS, NORMS, PARTS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.axes import reached_from
+from mlu_lightning.discovery.comparisons import comparisons, is_product
+from mlu_lightning.discovery.constants import number
+from mlu_lightning.discovery.graph import ATTENTION, JOINS, NONLINEAR, NORMS, PARTS, RESHAPES, Graph, Op
 
 __all__ = ["Attention", "find_attention", "own_scale"]
 
 _SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {"Sum"}
 _POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
 _SOFTMAXES = ("Softmax", "SafeSoftmax")
-Scalars = Sequence[tuple[Tensor, float]]
-"""Tensors of one entry with their values."""
 
 
 @dataclass(frozen=True)
@@ -32,67 +34,121 @@ class Attention:
     queries: Op
     keys: Op
     values: Op  # what the attention weights multiply
-    path: tuple[Op, ...]  # from the softmax's input back to the product of queries and keys, or a fused attention
-    key_dim: int  # of queries and keys per head, d_k
+    # from the logits, which a softmax takes, back to the product of queries and keys, or a fused attention; else empty
+    path: tuple[Op, ...]
+    key_dim: int  # of queries and keys per head, d_k; where channels are compared with each other, those of a head
     value_dim: int  # of values per head, d_v
+    over_tokens: bool = False  # whether logits are sums over tokens, one for each pair of channels
 
 
-def find_attention(ops: Iterable[Op], graph: Graph) -> Attention | None:
-    """Find the first attention among operations: one that is fused, or a product, a softmax and another product."""
+def find_attention(ops: Sequence[Op], graph: Graph, of_experts: frozenset[Op] = frozenset()) -> Attention | None:
+    """Find the first attention among operations: what compares queries with keys, and weighs values by the result.
+
+    It is a fused one, or a product over units, mostly a softmax, and another product; or a product over units alone.
+    Weights of experts, ``of_experts``, are multiplied with what these make, and compare nothing.
+    """
+    members, products = frozenset(ops), [op for op in ops if is_product(op, graph)]
     for op in ops:
-        if op.name.startswith(ATTENTION):
-            queries, keys, values = (operand[0] for operand in op.operands[:3] if operand is not None)
-            return Attention(queries, keys, values, (op,), queries.shape[-1], op.shape[-1])
-        if op.name == "Bmm" and len(op.data) == 2 and not graph.is_matrix(op):
-            path = _path_to_product(op.data[0])
-            if path is not None:
-                queries, keys = path[-1].data[-2:]
-                return Attention(queries, keys, op.data[1], path, queries.shape[-1], op.shape[-1])
-    return None
+        if op.name.startswith(ATTENTION) or _is_hidden_attention(op):
+            queries, keys, values = op.data[:3]
+            fused = (op,) if op.name.startswith(ATTENTION) else ()
+            return Attention(queries, keys, values, fused, queries.shape[-1], op.shape[-1])
+        for weights in op.data[-2:] if op in products else ():
+            softmax = _softmax_behind(weights, members)
+            path = () if softmax is None else _path(softmax.data[0], members, frozenset(products))
+            if path:
+                return _with_weights(op, weights, path, ops, graph)
+    compared = comparisons(graph, ops, of_experts)
+    between_units = frozenset(comparison.op for comparison in compared)
+    unmixed = members.difference(op for op in ops if graph.is_matrix(op))
+    # distances, and products that are written as a product and a sum, have factors that cannot be read
+    for op in products if between_units.issubset(products) else ():
+        for weights in op.data[-2:] if op not in between_units else ():
+            path = _path(weights, unmixed, between_units)
+            if path:
+                last = next((i for i, step in enumerate(path) if step.name in NONLINEAR), -1)
+                return _with_weights(op, weights, path[last + 1 :] or path[-1:], ops, graph)
+    if not compared:
+        return None
+    (queries, _), (keys, _) = (value for value, _ in compared[0].axes)
+    return Attention(queries, keys, compared[0].op, (), compared[0].size, compared[0].op.shape[-1])
 
 
-def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph, scalars: Scalars) -> float | None:
+def _with_weights(op: Op, weights: Op, path: tuple[Op, ...], ops: Sequence[Op], graph: Graph) -> Attention:
+    """The attention whose weights and values a product multiplies."""
+    product = path[-1]
+    queries, keys = product.data[-2:]
+    first = weights is op.data[-2]
+    values = op.data[-1] if first else op.data[-2]
+    rank = len(product.shape)
+    operands = product.values[-2:]
+    summed = reached_from(graph, ops, ((operands[0], rank - 1), (operands[1], rank - 2))).rows
+    over_tokens = not summed and bool(reached_from(graph, ops, [((product, 0), rank - 1)]).rows)
+    # channels of what is made: those of the values, or of queries where these are channels
+    axis = -1 if first != over_tokens else -2
+    dim = product.shape[-1] if over_tokens else queries.shape[-1]
+    return Attention(queries, keys, values, path, dim, op.shape[axis], over_tokens)
+
+
+def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph) -> float | None:
     """Read c for projections and norms that make coordinates of order one; None if something on the way hides it.
 
     Parameters on the way, such as the gain of a query-key norm, count as 1: they are at the base what they are here.
     """
+    if not attention.path or attention.over_tokens:
+        return None
     path = attention.path[::-1]
     product = path[0]
     sizes: dict[Op, float | None] = {}
     for op in (op for op in ops if op.index < product.index):
-        sizes[op] = _size(op, sizes, graph, scalars)
+        sizes[op] = _size(op, sizes, graph)
     factors = [sizes.get(attention.queries, 1.0), sizes.get(attention.keys, 1.0)]
     if product.name.startswith(ATTENTION):
         scale = getattr(product.node, "_saved_scale", None)
         factors.append(attention.key_dim**-0.5 if scale is None else float(scale))
     else:
         factors.append(float(getattr(product.node, "_saved_alpha", 1.0)))
-    factors += [_slope(op, before, scalars) for before, op in pairwise(path)]
+    factors += [_slope(op, before) for before, op in pairwise(path)]
     known = [factor for factor in factors if factor is not None]
     return math.prod(known) if len(known) == len(factors) else None
 
 
-def _path_to_product(weights: Op) -> tuple[Op, ...] | None:
-    """From the input of the softmax that makes attention weights back to a product of queries and keys."""
+def _is_hidden_attention(op: Op) -> bool:
+    """Whether it is a function that autograd does not see into, of what has the shapes of queries, keys and values."""
+    node: Any = op.node
+    if not (isinstance(node, BackwardCFunction) or op.name == "Generated") or len(op.values) < 3:
+        return False
+    queries, keys, values = (operand.shapes[output] for operand, output in op.values[:3])
+    same = len(queries) == len(keys) == len(values) > 2 and queries[-1:] == keys[-1:]
+    return same and (*queries[:-1], values[-1]) == op.shape
+
+
+def _softmax_behind(weights: Op, members: frozenset[Op]) -> Op | None:
+    """The softmax that makes weights, which may be dropped out, cut (a sink has one more) or mixed between heads."""
     while weights.name not in _SOFTMAXES:
-        # arranged, dropped out, or without the weight of a sink, which is another logit of the softmax
-        if weights.name not in RESHAPES | {"Mul", "Div", "Slice"} or len(weights.data) != 1:
+        if len(weights.data) != 1 or weights not in members:
             return None
         weights = weights.data[0]
-    visited, path = set[Op](), weights.data[:1]
-    while path and not (path[-1].name in ("Bmm", "Baddbmm") and len(path[-1].data) > 1):
+    return weights
+
+
+def _path(start: Op, members: frozenset[Op], products: frozenset[Op]) -> tuple[Op, ...]:
+    """A way back from an operation to the first of some products that is found; empty if there is none."""
+    visited = set[Op]()
+    path: tuple[Op, ...] = (start,)
+    while path and path[-1] not in products:
         visited.add(path[-1])
-        further = [operand for operand in path[-1].data if operand not in visited]
+        further = [operand for operand in path[-1].data if operand in members and operand not in visited]
         path = (*path, further[0]) if further else path[:-1]
-    return path or None
+    return path
 
 
-def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scalars) -> float | None:
+def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph) -> float | None:
     """Size of an operation's entries if those of the stream and of projections are 1."""
     if graph.is_matrix(op) or op.name in NORMS or not op.data:
         return 1.0
     if op.name in ("Mul", "Div"):
-        return _product(op, sizes, scalars)
+        return _product(op, sizes)
     if op.name == "CopySlices" and op.operands[1:] in ((), (None,)):
         return None  # a part of it was changed in place by a number, not filled with other data
     operands = [sizes.get(operand, 1.0) for operand in op.data]
@@ -112,18 +168,18 @@ def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph, scalars: Scala
     return None
 
 
-def _slope(op: Op, before: Op, scalars: Scalars) -> float | None:
+def _slope(op: Op, before: Op) -> float | None:
     """Factor of an operation on logits; c · tanh(logits/c), which caps them, keeps them where they are small."""
     if op.name in ("Mul", "Div") and op.data == (before,):
-        return _product(op, {before: 1.0}, scalars)
+        return _product(op, {before: 1.0})
     return 1.0 if op.name in _SAME_SIZE | {"Tanh"} else None
 
 
-def _product(op: Op, sizes: Mapping[Op, float | None], scalars: Scalars) -> float | None:
+def _product(op: Op, sizes: Mapping[Op, float | None]) -> float | None:
     """Size of a product or a quotient."""
     operands = (*op.operands, None)[:2]  # a product with a number may have one operand
     first, second = (
-        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute), scalars)
+        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute))
         for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True)
     )
     if first is None or not second:
@@ -131,13 +187,8 @@ def _product(op: Op, sizes: Mapping[Op, float | None], scalars: Scalars) -> floa
     return first * second if op.name == "Mul" else first / second
 
 
-def _constant(value: object, scalars: Scalars) -> float | None:
+def _constant(value: object) -> float | None:
     """A number; 1 for what differs between coordinates or keys, as the rotations of positions and masks do."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if not isinstance(value, Tensor):
-        return None
-    if value.numel() != 1:
+    if isinstance(value, Tensor) and value.numel() != 1:
         return 1.0 if value.shape[-1] > 1 else None
-    known = value.constant if isinstance(value, FakeTensor) else value
-    return next((number for buffer, number in scalars if buffer is value), None if known is None else known.item())
+    return number(value)

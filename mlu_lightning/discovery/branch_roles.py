@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlu_lightning.discovery.attention import Attention, find_attention
+from mlu_lightning.discovery.axes import is_depthwise
 from mlu_lightning.discovery.experts import Experts, find_experts
 from mlu_lightning.discovery.graph import ATTENTION, CONVOLUTIONS, NONLINEAR, Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import BIAS_ROLES, Placed, Unplaced
+from mlu_lightning.discovery.recurrence import feeds_back, is_recurrent
 from mlu_lightning.discovery.residual import BranchRegion
 from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.discovery.traversal import Ancestry, between
+from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
 __all__ = ["BranchRoles"]
@@ -29,21 +32,27 @@ class BranchRoles:
         """Role of a parameter at one use."""
         op = use.op
         if use.kind == "matrix":
-            role = self._matrix_role(op)
-            before_norm = role is Role.BRANCH_OUT and any(o.is_normalizer for o in self._writing_path)
-            return Placed(role, Variant.BEFORE_NORM if before_norm else None)
+            role = self._matrix_role(op, use)
+            undone = role is Role.BRANCH_OUT and any(o.is_normalizer or o.name in NONLINEAR for o in self._writing_path)
+            return Placed(role, Variant.BEFORE_NORM if undone else None)
         if use.kind == "bias":
-            return Placed(BIAS_ROLES[self._matrix_role(op)])
+            role = self._matrix_role(op, use)
+            return Placed(BIAS_ROLES.get(role, role))  # that of a depthwise kernel is a vector's, too
         if use.kind == "lookup":
             return self._place_table(use)
-        size, attention = math.prod(use.selected), self.attention
+        if self.is_recurrent:
+            return self._place_in_recurrence(use)
+        if self.attention is not None and op not in self._writing_path and self._matrices_before.of(op):
+            return self._place_in_attention(use)
+        size = math.prod(use.selected)
         if use.kind == "add" and op in self._biased:
             return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
-        if size != max(use.selected, default=1) and not self._is_per_head(use):
-            return Unplaced(f"it enters {op.name} with shape {list(use.shape)}")
+        if size > 1 == math.prod(use.shape):
+            return Placed(Role.BRANCH_BOUNDED)  # a number that is made of it
+        if size != max(use.selected, default=1):
+            return self._place_several_axes(use)
         # at D = 1, where the matrix that writes has one output, the gain of a norm has one entry, too
-        embedding = self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
-        if size == 1 and not (use.shape and embedding == 1 and not self._matrices_before.of(op)):
+        if size == 1 and not (use.shape and self.embedding == 1 and not self._matrices_before.of(op)):
             return Placed(Role.BRANCH_BOUNDED)
         if op in self._writing_path:
             return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
@@ -52,18 +61,25 @@ class BranchRoles:
         source = op.data[0].source if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return Placed(BIAS_ROLES[self._matrix_role(source)])
-        if attention is not None:
-            if size == self.hidden and use.shape[-1] == 1:
-                return Placed(Role.BRANCH_IN_BIAS)  # a number for each head
-            if size == attention.key_dim and self._is_in_heads(op):
-                return Placed(Role.BRANCH_BOUNDED)
-            if size % attention.key_dim == 0:
-                return Placed(Role.BRANCH_IN_BIAS)
         if any(size in matrix.fans for other in self.matrices for matrix in self.graph.matrices(other)):
             return Placed(Role.BRANCH_IN_BIAS)
         return Unplaced(
             f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
         )
+
+    def _place_several_axes(self, use: Use) -> Placed | Unplaced:
+        """Role of a vector for each of several time steps, channels or parts."""
+        sizes = {size for op in self.matrices for matrix in self.graph.matrices(op) for size in matrix.fans}
+        of_units = [size for size in use.shape[::-1] if size > 1 and (size in sizes or not sizes)]
+        if not of_units:
+            return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
+        outer = not self._matrices_before.of(use.op) or use.op in self._writing_path or of_units[0] == self.embedding
+        return Placed(Role.BRANCH_NORM if outer else Role.BRANCH_IN_BIAS, outputs=of_units[0])
+
+    @cached_property
+    def embedding(self) -> int | None:
+        """Outputs of the matrix that writes, None if there is none."""
+        return self.graph.matrices(self.writers[-1])[0].fans[1] if self.writers else None
 
     @cached_property
     def matrices(self) -> tuple[Op, ...]:
@@ -71,33 +87,79 @@ class BranchRoles:
         return tuple(op for op in self.region.ops if self.graph.is_matrix(op))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its matrices, or of all its parameters if there are none, in order of use."""
+        uses = (use.parameter for op in self.region.ops for use in self.graph.uses.get(op, ()) if use.kind != "penalty")
+        return self.matrix_names or tuple(uses)
+
+    @property
     def matrix_names(self) -> tuple[str, ...]:
         """Names of the parameters that are matrices, in order of use."""
         return tuple(use.parameter for op in self.matrices for use in self.graph.matrices(op))
 
+    @property
+    def writer_names(self) -> tuple[str, ...]:
+        """Names of the parameters that write to the addition."""
+        return tuple(use.parameter for op in self.writers for use in self.graph.matrices(op))
+
     @cached_property
     def writers(self) -> tuple[Op, ...]:
-        """Matrices that write to the addition: nothing but linear operations and norms lies between."""
-        return tuple(op for op in self.matrices if op in self._writing_path)
+        """Matrices that write to the addition: nothing but linear operations, norms and depthwise kernels lies between.
+
+        If there are none, those before a nonlinearity that ends the branch.
+        """
+        return tuple(op for op in self.matrices if op in self._writing_path and not is_depthwise(self.graph, op))
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """Whether the branch computes a state from token to token."""
+        return is_recurrent(self.graph, self.region.ops)
+
+    @cached_property
+    def units(self) -> Units:
+        """The hidden units of the branch."""
+        return Units(self.graph, self.region.ops, self.writers, self._weights_of_experts)
 
     @cached_property
     def attention(self) -> Attention | None:
-        """The attention in the branch, if there is any."""
-        return find_attention(self.region.ops, self.graph)
+        """The attention in the branch, if there is any and it has no state that goes from token to token."""
+        if self.is_recurrent:
+            return None
+        found = find_attention(self.region.ops, self.graph, self._weights_of_experts)
+        if found is None or found.path or not self.writers:
+            return found
+        return replace(found, value_dim=self.units.entries // self.units.number)
+
+    @property
+    def head_dim(self) -> int | None:
+        """Size of an attention head, or entries of a recurrent unit's state."""
+        if self.is_recurrent:
+            return self.units.entries // self.units.number * self.units.compared
+        return None if self.attention is None else self.attention.key_dim
 
     @cached_property
     def kind(self) -> BranchKind:
         """What kind of block the branch is."""
         if self.attention is not None:
             return "attention"
+        if not self.matrices:
+            return "mixing"
+        if self.is_recurrent:
+            return "recurrence"
         kernels = (self.graph.matrices(op)[0].shape[2:] for op in self.matrices if op.name in CONVOLUTIONS)
         return "convolution" if any(math.prod(kernel) > 1 for kernel in kernels) else "mlp"
 
     @cached_property
     def hidden(self) -> int:
-        """Hidden width M: inputs of the matrix that writes, in heads for attention."""
+        """Hidden width M: inputs of the matrix that writes, in heads for attention and recurrences."""
+        if not self.matrices:
+            return 1
+        if self.is_recurrent:
+            return self.units.number
         last = (self.writers or self.matrices)[-1]
-        inputs = self.graph.matrices(last)[0].fans[0] * (self.active if self.is_expert(last) else 1)
+        inputs = self.graph.matrices(last)[0].fans[is_depthwise(self.graph, last)] * (
+            self.active if self.is_expert(last) else 1
+        )
         return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
 
     @cached_property
@@ -114,33 +176,82 @@ class BranchRoles:
         """Whether an operation is a matrix of an expert, or looks up its bias."""
         return self.experts is not None and not self.experts.ops.isdisjoint((op, self._biased.get(op)))
 
-    def _matrix_role(self, op: Op) -> Role:
+    @property
+    def _weights_of_experts(self) -> frozenset[Op]:
+        return frozenset() if self.experts is None else frozenset(self.experts.weights)
+
+    def _matrix_role(self, op: Op, use: Use | None = None) -> Role:
         router = None if self.experts is None else self.experts.router
         if op is router:
             return Role.BRANCH_BOUNDED_MATRIX
         if op in self.writers:
             return Role.BRANCH_OUT
+        if self.is_recurrent:
+            return self._role_in_recurrence(op, self.graph.uses[op][0] if use is None else use)
         if self._matrices_before.of(op) - {router}:
             return Role.BRANCH_HIDDEN
-        feeds = any(self._matrices_before.precedes(op, other) for other in self.matrices)
+        feeds = is_depthwise(self.graph, op) or any(
+            self._matrices_before.precedes(op, other) for other in self.matrices
+        )
         return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
 
+    def _role_in_recurrence(self, op: Op, use: Use) -> Role:
+        """Role of a matrix where a state goes from token to token, which shared keys and the like are written to (B, C)."""
+        if is_depthwise(self.graph, op):
+            return Role.BRANCH_IN_BIAS if self._matrices_before.of(op) else Role.BRANCH_NORM
+        if self._feeds_back(use):
+            return Role.BRANCH_HIDDEN
+        if self.units.are_compared(op) and not self.units.rows(op):
+            return Role.BRANCH_BOUNDED_MATRIX
+        return Role.BRANCH_HIDDEN if self._mixing_before(op) else Role.BRANCH_IN
+
+    def _feeds_back(self, use: Use) -> bool:
+        """Whether a matrix, or the bias of one, is applied to the state of a recurrent layer or cell."""
+        weights = self.graph.matrices(use.op)
+        if use.op.is_recurrent_layer:  # of the input and of the state in turn
+            return use in weights[1::2]
+        return any(weight.parameter in self._feeding_back for weight in weights)
+
+    def _place_in_recurrence(self, use: Use) -> Placed | Unplaced:
+        """Role of a vector, or a table of numbers for each unit, where a state goes from token to token."""
+        if use.op in self._writing_path:
+            return Placed(Role.BRANCH_OUT_BIAS if use.kind == "add" else Role.BRANCH_NORM)
+        if not self._matrices_before.of(use.op):
+            return Placed(Role.BRANCH_NORM)
+        if use.op.name == "Add" and self.graph.is_matrix(use.op.data[0].source):
+            return Placed(BIAS_ROLES[self._matrix_role(use.op.data[0].source)])
+        return Placed(Role.BRANCH_IN_BIAS if self.units.own(use) else Role.BRANCH_BOUNDED)
+
+    def _mixing_before(self, op: Op) -> bool:
+        """Whether a matrix, which is no kernel of each channel by itself, comes before another one."""
+        return any(not is_depthwise(self.graph, other) for other in self._matrices_before.of(op))
+
+    @cached_property
+    def _feeding_back(self) -> frozenset[str]:
+        return feeds_back(self.graph, self.region.ops)
+
     def _place_table(self, use: Use) -> Placed | Unplaced:
-        """Role of a table that is looked up."""
-        attention, matrix = self.attention, self._biased.get(use.op)
+        """Role of a table that is looked up, or of one of positions that is added to what each block reads."""
+        if use.op.parameter is not None:
+            return Placed(Role.BRANCH_NORM, outputs=use.shape[-1])
+        matrix = self._biased.get(use.op)
         if matrix is not None:
             return Placed(BIAS_ROLES[self._matrix_role(matrix)])
-        if attention is not None and use.shape[-1] == self.hidden:
-            return Placed(Role.BRANCH_IN_BIAS)  # one logit per head, as in relative position biases
-        if attention is not None and use.shape[-1] == attention.key_dim:
-            return Placed(Role.BRANCH_BOUNDED)
+        if self.attention is not None:
+            # one number for each head, as in relative position biases, or coordinates of keys
+            per_head = use.shape[-1] == 1 if self.hidden == 1 else self.units.own(use)
+            return Placed(Role.BRANCH_IN_BIAS if per_head else Role.BRANCH_BOUNDED)
         return Unplaced("it is a table that is looked up inside a branch")
 
-    def _is_per_head(self, use: Use) -> bool:
-        """Whether a parameter is [heads, head_dim]."""
-        dims = () if self.attention is None else (self.attention.key_dim, self.attention.value_dim)
-        entries = [size for size in use.selected if size > 1]
-        return len(entries) == 2 and entries[1] in dims
+    def _place_in_attention(self, use: Use) -> Placed | Unplaced:
+        """Role of a vector or table between the projections of an attention: for each head, or shared by all heads."""
+        op, size = use.op, math.prod(use.selected)
+        if use.kind == "add" and op in self._biased:
+            return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
+        if op.name == "Add" and self.graph.is_matrix(op.data[0].source):
+            return Placed(BIAS_ROLES[self._matrix_role(op.data[0].source)])
+        own = self.units.own(use) if self.hidden > 1 else size > 1 and not self._is_in_heads(op)
+        return Placed(Role.BRANCH_IN_BIAS if own else Role.BRANCH_BOUNDED)
 
     def _is_in_heads(self, op: Op) -> bool:
         """Whether units have been split into heads, which one head alone does not show in the size of the last axis."""
@@ -172,15 +283,24 @@ class BranchRoles:
 
     @cached_property
     def _writing_path(self) -> frozenset[Op]:
-        """Operations from the last matrices on, those included."""
+        """Operations from the last matrices on, those included; with a nonlinearity only if the branch ends in one."""
+        linear = self._back_from_end(NONLINEAR)
+        if all(is_depthwise(self.graph, op) for op in linear if self.graph.is_matrix(op)):
+            return self._back_from_end(frozenset())
+        return linear
+
+    def _back_from_end(self, without: frozenset[str]) -> frozenset[Op]:
         members = set(self.region.ops)
 
         def operands(op: Op) -> tuple[Op, ...]:
             if op.name.startswith(ATTENTION):
                 return tuple(operand[0] for operand in op.operands[2:3] if operand is not None)
-            if self.graph.is_matrix(op):
+            if self.graph.is_matrix(op) and not is_depthwise(self.graph, op):
                 return ()
             return op.full_factors if op.name == "Mul" else op.data
 
-        ops, _ = between([self.region.end], lambda op: op not in members or op.name in NONLINEAR, operands)
+        def stops(op: Op) -> bool:
+            return op not in members or op.name in without or op.is_recurrent_layer
+
+        ops, _ = between([self.region.end], stops, operands)
         return frozenset(ops)

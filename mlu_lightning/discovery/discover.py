@@ -12,18 +12,27 @@ from torch import nn
 
 from mlu_lightning.discovery.attention import own_scale
 from mlu_lightning.discovery.branch_roles import BranchRoles
+from mlu_lightning.discovery.constants import Constants
+from mlu_lightning.discovery.copies import find_copies
 from mlu_lightning.discovery.feature_taps import FeatureTaps
-from mlu_lightning.discovery.graph import UseKind, build_graph
+from mlu_lightning.discovery.forward_graph import build_graph
+from mlu_lightning.discovery.graph import UseKind
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
 from mlu_lightning.discovery.outer_roles import Unplaced
 from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
-from mlu_lightning.discovery.structure import Branch, Readout, Stream, Structure, Tap
+from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap
 from mlu_lightning.discovery.trace import trace_module
-from mlu_lightning.discovery.uncovered import require_no_reentrance, require_residual_branches, warnings_about
+from mlu_lightning.discovery.uncovered import (
+    require_no_reentrance,
+    require_recurrence_in_branches,
+    require_residual_branches,
+    warnings_about,
+)
 from mlu_lightning.table import Role, row_name
-from mlu_lightning.utilities.names import common_module, planned_parameters
+from mlu_lightning.utilities.garbage import collected_later
+from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
 
 __all__ = ["discover"]
 
@@ -41,7 +50,8 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
             arguments of any other module's ``forward``: a tensor, a tuple, or a mapping of keyword arguments.
 
     Raises:
-        ValueError: no example, no residual branches, recurrent ones, parts that autograd does not show or cannot be copied.
+        ValueError: no example, no residual branches, recurrent layers outside of them, parts that autograd does not show or
+            that cannot be copied.
 
     >>> class Residual(nn.Module):
     ...     def __init__(self):
@@ -58,40 +68,64 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
     >>> structure.roles["branch.0.weight"].value, structure.roles["readout.bias"].value
     ('branch_in', 'readout_bias')
     """
+    with collected_later():
+        return _structure(original_module(module), example)
+
+
+def _structure(module: nn.Module, example: Any) -> Structure:
     trace = trace_module(module, example)
     graph = build_graph(trace)
     require_no_reentrance(module, graph)
     parts = partition(graph)
-    require_residual_branches(module, graph, parts)
+    require_residual_branches(module, parts)
+    require_recurrence_in_branches(module, graph, parts)
     regions, depths = find_regions(graph, parts)
     uses = place_uses(graph, regions)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
-    parameters = {name: parameter_facts(name, shape, uses[name]) for name, shape in shapes.items()}
+    constants = Constants(graph, parts.branches)
+    parameters = {name: _facts(name, shape, uses[name], constants) for name, shape in shapes.items()}
     sites = MultiplierSites(trace, graph)
     named = _named_branches(regions, uses)
     members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():
         for number in {u.region.number for u in placed}:
             members[number].append(name)
-    branches = tuple(_branch(name, calls, members[calls[0].number], sites, idle) for name, calls in named.items())
-    readouts = tuple(_readouts(uses, sites))
+    branches = tuple(
+        _branch(name, calls, members[calls[0].number], sites, constants, idle) for name, calls in named.items()
+    )
+    readouts = tuple(_readouts(uses, sites, constants))
     sums = {branch.addition: branch.before for branch in parts.branches}
     multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
     multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
     taps = StreamTaps(trace, graph, sums, frozenset(filter(None, multiplied)))
     along = [[r.branch for r in regions if r.branch is not None and r.stream == i] for i in range(len(depths))]
+    streams = tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True))
+    branches = tuple(
+        replace(branch, hidden=streams[branch.stream].embedding) if branch.kind == "mixing" else branch
+        for branch in branches
+    )
     return Structure(
         parameters=parameters,
         branches=branches,
-        streams=tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True)),
+        streams=streams,
         readouts=readouts,
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
-        warnings=tuple(warnings_about(parts, regions, uses, {f.variant for f in parameters.values()}, [*idle])),
+        copies=find_copies(module, {name for name, facts in parameters.items() if facts.role is Role.FROZEN}),
+        warnings=tuple(warnings_about(parts, regions, constants, {f.variant for f in parameters.values()}, [*idle])),
     )
+
+
+def _facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse], constants: Constants) -> ParameterFacts:
+    """What is found about a parameter; a readout's constants are its multiplier's."""
+    facts = parameter_facts(name, shape, uses)
+    if facts.role is Role.READOUT:
+        return replace(facts, constant=1.0)
+    own = (u.use for u in uses if not facts.tied or u.found.role is facts.role)
+    return replace(facts, constant=constants.of_parameter(own))
 
 
 def _calls(regions: Iterable[Region]) -> list[BranchRoles]:
@@ -106,8 +140,10 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
     called.pop(None, None)
     named: dict[str, list[Region]] = {}
     for of_branch in called.values():
-        matrices = _calls(of_branch)[0].matrix_names
-        first = of_branch[0]
+        first, matrices = of_branch[0], _calls(of_branch)[0].names
+        if not matrices:
+            named[f"mixing.{len(named)}"] = of_branch
+            continue
         roles = {name: next((u.found.role for u in uses[name] if u.region is first), None) for name in matrices}
         # if another branch has that name, gates of this one and then all but what it writes with are left out
         units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
@@ -117,12 +153,16 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
 
 
 def _branch(
-    name: str, regions: list[Region], parameters: list[str], sites: MultiplierSites, idle: dict[str, str]
+    name: str,
+    regions: list[Region],
+    parameters: list[str],
+    sites: MultiplierSites,
+    constants: Constants,
+    idle: dict[str, str],
 ) -> Branch:
     calls = _calls(regions)
     first, attention = calls[0], calls[0].attention
-    writers = [use.parameter for op in first.writers for use in first.graph.matrices(op)]
-    owner = writers[-1].rpartition(".")[0] if writers else name
+    owner = first.writer_names[-1].rpartition(".")[0] if first.writers else name
     ends = [call.region.end for call in calls]
     folds = sites.folds(ends)
     branch = Branch(
@@ -134,21 +174,23 @@ def _branch(
         parameters=tuple(parameters),
         site=sites.branch(ends, name, owner),
         folds=folds + tuple(name for name, sibling in idle.items() if sibling in folds),
+        constant=constants.of_branch(ends),
     )
     if attention is None:
-        return branch
-    scale = own_scale(attention, first.region.ops, sites.graph, sites.trace.scalars)
+        return replace(branch, head_dim=first.head_dim)
+    scale = own_scale(attention, first.region.ops, sites.graph)
     return replace(branch, head_dim=attention.key_dim, logits=sites.logits(attention, len(ends)), logits_scale=scale)
 
 
-def _readouts(uses: Uses, sites: MultiplierSites) -> Iterator[Readout]:
+def _readouts(uses: Uses, sites: MultiplierSites, constants: Constants) -> Iterator[Readout]:
     """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
         reads = _used_as(placed, Role.READOUT, "matrix")
         if reads:
             site = sites.readout([u.use.op for u in reads])
             alone = len(reads) == len(placed) and all(u.use.homogeneous for u in reads)
-            yield Readout(name, reads[0].region.stream, site, (name,) if alone else (), reads[0].use.fans[0])
+            constant = constants.of_parameter(u.use for u in reads)
+            yield Readout(name, reads[0].region.stream, site, (name,) if alone else (), reads[0].use.fans[0], constant)
 
 
 def _used_as(uses: list[PlacedUse], role: Role, kind: UseKind) -> list[PlacedUse]:
@@ -169,8 +211,6 @@ def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Read
 
 def _why_unassigned(uses: list[PlacedUse]) -> str:
     """What was found around a parameter that could not be placed."""
-    if not uses:
-        return "it took no part in the forward pass of the example"
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
     rows = (row_name(u.found.role, u.found.variant) for u in uses if u.found.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))

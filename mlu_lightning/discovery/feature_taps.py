@@ -42,7 +42,7 @@ class FeatureTaps:
         """Where a call of a branch can be read, None if no function is given or returns its features."""
         position = branch.region.position
         if branch.attention is not None:
-            attention = self._attention(branch.attention.path[0])
+            attention = self._attention(branch.attention.path[0]) if branch.attention.path else None
             if attention is None:
                 return None
             module, function, before = attention.place
@@ -107,6 +107,8 @@ def _pre_activations(branch: BranchRoles) -> Value | None:
 
     Of gated perceptrons it is the half that enters the nonlinearity, the larger value if there is none.
     """
+    if not branch.matrices:
+        return None
     if branch.experts is not None:
         return None  # tokens change their places from step to step
     ends = branch.writers[-1].data if branch.writers else (branch.region.end,)

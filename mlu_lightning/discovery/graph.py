@@ -7,13 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Literal
 
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
-from mlu_lightning.discovery.trace import Trace, TracedTensor
+from mlu_lightning.discovery.trace import TracedTensor
 
-__all__ = ["Graph", "Op", "Use", "UseKind", "Value", "build_graph"]
+__all__ = ["Graph", "Op", "Use", "UseKind", "Value"]
 
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
@@ -27,7 +30,7 @@ PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
 JOINS = frozenset(
     "Cat Stack Sum Mean IndexAdd ScatterAdd Scatter IndexPut IndexCopy Copy CopySlices Where MaskedFill Index "
     "IndexSelect Gather ConstantPadND AvgPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D UpsampleNearest2D "
-    "UpsampleBilinear2D Roll Flip Neg".split()
+    "UpsampleBilinear2D Roll Flip Neg AvgPool3D FftR2C FftC2C FftC2R".split()
 )
 """Further linear operations, which arrange, sum or mask."""
 ARITHMETIC = frozenset("Add Sub Rsub Mul Div".split())
@@ -43,12 +46,15 @@ NORMS = frozenset(
     "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
     "BatchNorm NativeBatchNormLegit".split()
 )
+CHANNEL_NORMS = NORMS - {"NativeLayerNorm", "FusedRmsNorm", "RmsNorm"}
+"""Those of which a parameter is for channels, the second axis."""
 SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clamp Pow".split())
 """Last operations of the size of data, by which a norm that is written by hand divides."""
 SELECTIONS = frozenset({"Index", "IndexSelect"})
 LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
 ATTENTION = "ScaledDotProduct"
 """How the names of fused attentions begin."""
+PRODUCTS = frozenset({"Bmm", "Baddbmm"})
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
 WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
     **{name: {0: False, 1: True} for name in ("Mm", "Bmm")},
@@ -89,6 +95,11 @@ class Op:
             op = op.data[0]
         return op
 
+    @cached_property
+    def is_recurrent_layer(self) -> bool:
+        """Whether it is a whole recurrent layer, whose matrices are those of the input and of the state in turn."""
+        return any(part in self.name for part in ("Rnn", "Lstm", "Gru"))
+
     @property
     def is_transparent(self) -> bool:
         """Whether it only arranges data, or computes them with constants."""
@@ -113,14 +124,18 @@ class Op:
 
 Value = tuple[Op, int]
 """An operation and the number of its output."""
-UseKind = Literal["matrix", "bias", "lookup", "norm", "add", "mul", "other"]
-"""What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation."""
-_KINDS: dict[str, UseKind] = {
+UseKind = Literal["matrix", "bias", "lookup", "norm", "add", "mul", "penalty", "other"]
+"""What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation, ``"penalty"`` a term of the loss."""
+USE_KINDS: dict[str, UseKind] = {
     **dict.fromkeys(("Add", "Sub", "Rsub", "Cat", "Where"), "add"),
     **dict.fromkeys(("Mul", "Div", "Prelu"), "mul"),
     **dict.fromkeys(NORMS, "norm"),
     **dict.fromkeys(LOOKUPS, "lookup"),
 }
+
+
+_TAKEN = ("dim", "index", "start", "end")
+"""What autograd keeps of an operation that takes a part of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,20 @@ class Use:
         """Shape of what one use selects of the parameter, before it is arranged to meet data."""
         picked = any(step.name in SELECTIONS | {"Select", "Unbind"} for step in self.path)
         return self.shape if picked else self.stored
+
+    @property
+    def part(self) -> tuple[object, ...]:
+        """Which entries of the parameter it takes, as far as is known: the same for uses of the same entries."""
+        taken: list[object] = []
+        for step, user in pairwise((*self.path, self.op)):
+            if step.name in PARTS:
+                output = next(number for op, number in filter(None, user.operands) if op is step)
+                taken += [step.name, output, *(getattr(step.node, f"_saved_{name}", None) for name in _TAKEN)]
+        indices = getattr(self.op.node, "_saved_indices", None) if self.kind == "lookup" else None
+        if isinstance(indices, Tensor) and indices.numel() == 1:
+            known = indices.constant if isinstance(indices, FakeTensor) else indices
+            taken.append(None if known is None else known.item())
+        return tuple(taken)
 
     @property
     def is_vector(self) -> bool:
@@ -188,7 +217,7 @@ class Graph:
     """All operations of a forward pass."""
 
     ops: tuple[Op, ...]  # in topological order, operands first
-    uses: dict[Op, tuple[Use, ...]]  # by the operation on data
+    uses: dict[Op, tuple[Use, ...]]  # by the operation on data; a stream that begins as a parameter is one itself
     by_node: dict[Node, Op]
     roots: tuple[Op, ...]  # what the forward pass returned
 
@@ -202,7 +231,11 @@ class Graph:
 
     def is_matrix(self, op: Op) -> bool:
         """Whether an operation multiplies data with a parameter matrix."""
-        return "matrix" in self.kinds(op)
+        return op in self._with_matrix
+
+    @cached_property
+    def _with_matrix(self) -> frozenset[Op]:
+        return frozenset(op for op in self.uses if "matrix" in self.kinds(op))
 
     def values(self, tensors: Iterable[TracedTensor]) -> Iterator[tuple[int | None, Value]]:
         """Indices of the tensors that have a part in what the forward pass returned, and the values that they hold."""
@@ -226,89 +259,3 @@ class Graph:
             for use in uses:
                 found[use.parameter].append(use)
         return found
-
-
-def build_graph(trace: Trace) -> Graph:
-    """Turn autograd's nodes into operations."""
-    by_node: dict[Node, Op] = {}
-    for node in _topological(trace.roots):
-        operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
-        values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
-        name = _plain_name(node)
-        leaf = getattr(node, "variable", None) if not operands else None
-        parameter = trace.parameters.get(id(leaf)) if leaf is not None else None
-        by_node[node] = Op(
-            index=len(by_node),
-            name=name,
-            shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
-            operands=operands,
-            values=values,
-            data=tuple(op for op, _ in values),
-            from_data=_takes_data(name, operands, values) if operands else parameter is None,
-            parameter=parameter,
-            node=node,
-        )
-    ops = tuple(by_node.values())
-    uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
-    return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
-
-
-def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
-    """Nodes below the roots, operands before the operations that use them."""
-    done: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
-    while stack:
-        node, expanded = stack.pop()
-        if node in done:
-            continue
-        if expanded:
-            done.add(node)
-            yield node
-        else:
-            stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in done)
-
-
-def _plain_name(node: Node) -> str:
-    name = node.name().rsplit("::", 1)[-1]
-    return name.partition("Backward")[0] or name
-
-
-def _takes_data(name: str, operands: tuple[Value | None, ...], values: tuple[Value, ...]) -> bool:
-    stack = operands[0]
-    # matrices may be taken from a parameter that holds one for each expert
-    selects = name in SELECTIONS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
-    if name in LOOKUPS and not selects:
-        return True  # indices are data that need no gradient
-    if values:
-        return True
-    factors = _FACTORS.get(name, (0,) if name in WEIGHT_SLOTS else ())
-    return any(operands[slot] is None for slot in factors if slot < len(operands))  # a parameter multiplies a constant
-
-
-_FACTORS = dict.fromkeys(("Mm", "Bmm", "Mv"), (0, 1)) | dict.fromkeys(("Addmm", "Baddbmm"), (1, 2))
-"""Operands between which a matrix operation takes its product, if that is not the first one and a weight."""
-
-
-def _uses(op: Op) -> Iterator[Use]:
-    """Uses of parameters by an operation on data, through operations on parameters alone."""
-    weights = WEIGHT_SLOTS.get(op.name, {})
-    kinds: dict[int | None, UseKind] = {BIAS_SLOTS.get(op.name): "bias", **dict.fromkeys(weights, "matrix")}
-    for slot, operand in enumerate(op.operands):
-        if operand is None or operand[0].from_data:
-            continue
-        leaves = list(_leaves(operand[0], ()))
-        shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
-        kind = kinds.get(slot, _KINDS.get(op.name, "other"))
-        for leaf, path in leaves:
-            inputs_first = weights.get(slot, False)
-            yield Use(leaf.parameter or "", op, kind, path, shape, leaf.shape, inputs_first, shared=len(leaves) > 1)
-
-
-def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]:
-    """Parameters that an operation is made of, and the operations from each of them on."""
-    if op.parameter is not None:
-        yield op, path
-    for operand in op.operands:
-        if operand is not None:
-            yield from _leaves(operand[0], (op, *path))

@@ -71,12 +71,11 @@ class MultiplierSites:
             return ()
         if any(user not in path for op, path in inner for user in users[op]):
             return ()  # something else reads what lies between the parameters and the end of the branch
-        names = {tuple(dict.fromkeys(use.parameter for use in uses)) for uses, _ in found}
         # what is read twice, as by a rotation of positions, is used once
         together = [use for uses, _ in found for use in dict.fromkeys(uses)]
         counts, total = Counter(use.parameter for use in together), self.graph.uses_of
         alone = all(len(total[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
-        return names.pop() if alone and len(names) == 1 else ()
+        return tuple(counts) if alone else ()
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
         """Whether multiplying the output of one operation multiplies that of another."""
@@ -123,7 +122,7 @@ class MultiplierSites:
         """Uses of parameters that an output is proportional to, taken together, and the operations from them to it."""
         uses, operands = list(self.graph.uses.get(op, ())), op.data
         if self.graph.is_matrix(op) or op.name in NORMS:
-            return (uses, {op}) if uses else None
+            return (uses, {op}) if uses and not op.is_recurrent_layer else None
         if op.is_normalizer:
             return None
         if op.name in ("Mul", "Div"):
@@ -142,18 +141,27 @@ class MultiplierSites:
         return uses + [use for part, _ in parts for use in part], {op}.union(*(path for _, path in parts))
 
     def _proportional(self, end: Op) -> list[Op]:
-        """The end of a branch, and what it is proportional to, as far back as nothing else reads that."""
+        """The end of a branch, and what all of it is proportional to, as far back as nothing else reads that."""
         chain: list[Op] = []
-        op = end
-        while len(self.graph.users[op]) == 1:
-            chain.append(op)
+        inside, ways = set[Op](), {end}
+        while ways:
+            op = max(ways, key=lambda way: way.index)
+            users = self.graph.users[op]
+            if len(users) > 1 if op is end else not inside.issuperset(users):
+                break
+            if len(ways) == 1:
+                chain.append(op)
             operands = op.data
             if op.name == "Mul" and len(operands) == 2 and not op.is_normalizer:
                 # the factor that holds what is written, such as an expert's output beside its weight
                 operands = tuple(operand for operand in op.full_factors if self._factors(operand) is not None)
-            if len(operands) != 1 or op.name not in RESHAPES | JOINS | {"Mul", "Div"}:
+                operands = operands if len(operands) == 1 else ()
+            sums = op.name in ("Add", "Sub") and None not in op.operands
+            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Select"}
+            if not (sums or alone):
                 break
-            op = operands[0]
+            inside.add(op)
+            ways = (ways - {op}) | set(operands)
         return chain
 
     def _matrix_of(self, call: ModuleCall, source: dict[Op, Op]) -> Op | None:
@@ -186,9 +194,11 @@ class MultiplierSites:
 
     @cached_property
     def _calls(self) -> dict[str, list[ModuleCall]]:
+        """Calls by module, without those that no loss depends on, as of a forward pass for a metric."""
         calls: dict[str, list[ModuleCall]] = defaultdict(list)
         for call in self.trace.calls:
-            calls[call.module].append(call)
+            if any(self.graph.values(call.outputs)):
+                calls[call.module].append(call)
         return calls
 
     @cached_property

@@ -9,7 +9,7 @@ from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.table import Role, Variant
 
-__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "Unplaced", "place_in_stem", "place_on_trunk"]
+__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "TrunkRoles", "Unplaced", "first_norms", "place_in_stem"]
 
 BIAS_ROLES = {
     Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
@@ -29,6 +29,9 @@ class Placed:
 
     role: Role
     variant: Variant | None = None
+    outputs: int | None = None  # entries over units or coordinates, where there are others, such as time steps
+    on_data: bool = False  # whether it acts on data before any map
+    repeats: int | None = None  # how many of its kind a stream goes through
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,56 @@ def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:
         return Placed(role if use.kind == "matrix" else BIAS_ROLES[role])
     if use.kind == "other" and not use.is_vector:
         return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
-    return Placed(Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM)
+    role = Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM
+    return Placed(role, on_data=not maps_before.of(use.op))
 
 
-def place_on_trunk(use: Use, post_norm: bool) -> Placed | Unplaced:
-    """Role on a stream between its additions."""
-    if use.kind == "matrix":
-        return Placed(Role.STREAM_MATRIX)
-    if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
-        return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
-    if not use.is_vector:
-        return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions")
-    return Placed(Role.STREAM_NORM, Variant.POST_NORM if post_norm and use.kind in ("norm", "mul") else None)
+@dataclass(frozen=True)
+class TrunkRoles:
+    """Roles on a stream between its additions, beside branches, or on the way to another stream."""
+
+    embeddings: frozenset[int]  # dimensions of streams
+    norms: frozenset[Op] = frozenset()  # operations of norms that compound, as those after every addition do
+    repeats: int = 0  # how many norms, or gains and matrices beside branches, the stream goes through
+    beside: bool = False  # whether it is beside branches, in every block
+
+    def place(self, use: Use) -> Placed | Unplaced:
+        """Role of a parameter at one use."""
+        every = Variant.EVERY_BLOCK if self.beside and self.repeats else None
+        if use.kind == "matrix":
+            inputs, outputs = use.fans
+            every = every if inputs == outputs else None
+            return Placed(Role.STREAM_MATRIX, every, repeats=self.repeats if every else None)
+        if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
+            return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
+        coordinates = _coordinates(use, self.embeddings)
+        if not use.is_vector and coordinates is None:
+            return Unplaced(
+                f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
+            )
+        return _compounding(use, coordinates, self.norms, self.repeats, every)
+
+
+def _compounding(
+    use: Use, coordinates: int | None, norms: frozenset[Op], repeats: int, other: Variant | None = None
+) -> Placed:
+    """Place a gain or bias on a stream, which may be one of several that compound."""
+    variant = Variant.POST_NORM if use.op in norms else other
+    variant = variant if use.kind in ("norm", "mul") else None
+    return Placed(Role.STREAM_NORM, variant, coordinates, repeats=repeats)
+
+
+def first_norms(graph: Graph, ops: tuple[Op, ...]) -> frozenset[Op]:
+    """Norms that no other one of these operations comes before: one for each forward pass."""
+    norms = [op for op in ops if graph.kinds(op) & {"norm", "mul"}]
+    before = Ancestry(graph, ops, norms)
+    return frozenset(op for op in norms if not before.of(op))
+
+
+def _coordinates(use: Use, embeddings: frozenset[int]) -> int | None:
+    """Entries over coordinates of a gain that has others for several time steps or positions."""
+    axes = (size for size in use.shape[::-1] if size > 1 and size in embeddings)
+    return None if use.is_vector else next(axes, None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +110,9 @@ class HeadRoles:
 
     graph: Graph
     ops: tuple[Op, ...]
-    post_norm: bool  # whether the stream has a norm after every addition; the one after the last is in the head
+    embeddings: frozenset[int]  # dimensions of streams
+    norms: frozenset[Op] = frozenset()  # norms after the last addition, if those on the stream compound
+    repeats: int = 0  # how many norms the stream goes through
 
     def place(self, use: Use) -> Placed | Unplaced:
         """Role of a parameter at one use."""
@@ -80,11 +123,12 @@ class HeadRoles:
             return Placed(role, Variant.IN_HEAD if role is Role.STREAM_MATRIX else None)
         if use.kind == "lookup":
             return Unplaced("it is a table that is looked up after the last addition")
-        if not use.is_vector:
+        coordinates = _coordinates(use, self.embeddings)
+        if not use.is_vector and coordinates is None:
             return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)} after the last addition")
         if self._matrices_before.of(use.op) & self._readouts:
             return Placed(Role.READOUT_BIAS)
-        return Placed(Role.STREAM_NORM, Variant.POST_NORM if self.post_norm and use.op in self._first_norms else None)
+        return _compounding(use, coordinates, self.norms, self.repeats)
 
     @cached_property
     def _readouts(self) -> frozenset[Op]:
@@ -102,10 +146,3 @@ class HeadRoles:
     @cached_property
     def _matrices_before(self) -> Ancestry:
         return Ancestry(self.graph, self.ops)
-
-    @cached_property
-    def _first_norms(self) -> frozenset[Op]:
-        """Norms that no other norm of the head comes before: one for each forward pass."""
-        norms = [op for op in self.ops if self.graph.kinds(op) & {"norm", "mul"}]
-        before = Ancestry(self.graph, self.ops, norms)
-        return frozenset(op for op in norms if not before.of(op))

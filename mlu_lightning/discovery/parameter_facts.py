@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, Unplaced, place_in_stem, place_on_trunk
+from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, TrunkRoles, Unplaced, first_norms, place_in_stem
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
-from mlu_lightning.discovery.traversal import Ancestry, in_order
-from mlu_lightning.table import Role, Variant
+from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
+from mlu_lightning.table import COMPOUNDING, Role
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
 
@@ -28,6 +28,7 @@ class Region:
     stream: int
     branch: BranchRoles | None = None  # the branch that it is, None outside of branches
     number: int | None = None  # of the branch
+    position: int | None = None  # along the stream, None before and after its additions
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,15 @@ Uses = dict[str, list[PlacedUse]]
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
     """Regions in the order in which they are looked at, and the depth of every stream.
 
-    Calls of a branch, also in several forward passes, are one branch, and the streams of these passes one stream.
+    Calls of a branch, which write with one matrix, are one branch, also in several forward passes, whose streams are one.
     """
     branches = [BranchRoles(graph, region) for region in partition.branches]
-    groups: dict[tuple[str, ...], int] = {}
-    numbers = [groups.setdefault(branch.matrix_names, len(groups)) for branch in branches]
+    number_of: dict[str, int] = {}
+    keys = [branch.writer_names or branch.names for branch in branches]
+    # without any parameter, as the one before the next branch that has some
+    beside = [next(filter(None, (*keys[i:], *keys[:i][::-1])), ()) if not key else () for i, key in enumerate(keys)]
+    keys = [key or tuple(f"before {name}" for name in after) for key, after in zip(keys, beside, strict=True)]
+    numbers = [_number(key, number_of) for key in keys]
     stream_of_group: dict[int, int] = {}
     merged: dict[int, int] = {}
     for number, branch in zip(numbers, partition.branches, strict=True):
@@ -59,23 +64,38 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     streams = {old: kept.index(new) for old, new in merged.items()}
 
     regions = [
-        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number)
+        Region(branch.region.ops, branch.place, streams[branch.region.stream], branch, number, branch.region.position)
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
+    dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
-        # post-norm streams have a norm after every addition; a few, where stages meet, do not compound
-        norms = sum(_is_norm(graph, segment) for segment in stream.trunk)
-        post_norm = norms > 0 and 2 * norms >= stream.depth - 1
+        # norms between additions compound if there are several: those where stages meet come with a matrix
+        segments = [segment for segment in stream.trunk if _is_norm(graph, segment)]
+        last = first_norms(graph, stream.head) | first_norms(graph, stream.link)
+        several = len(segments) > 1 or (len(segments) == 1 and stream.depth < 4)
+        norms = frozenset(op for segment in segments for op in segment) | last if several else frozenset[Op]()
+        of_norms = norms, len(segments) + bool(last)
+        passed = [use for op in stream.shortcuts for use in graph.uses.get(op, ()) if _is_repeatable(use)]
+        repeats = len(passed) if 2 * len(passed) >= stream.depth else 0
         maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
-        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced]]] = [
-            (stream.stem, partial(place_in_stem, maps_before=maps)),
-            *((segment, partial(place_on_trunk, post_norm=post_norm)) for segment in (*stream.trunk, stream.link)),
-            (stream.shortcuts, partial(place_on_trunk, post_norm=False)),
-            (stream.head, HeadRoles(graph, head, post_norm).place),
+        parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
+            (stream.stem, partial(place_in_stem, maps_before=maps), None),
+            *((ops, TrunkRoles(dimensions, *of_norms).place, at) for at, ops in enumerate(stream.trunk)),
+            (stream.link, TrunkRoles(dimensions, *of_norms).place, None),
+            (stream.shortcuts, TrunkRoles(dimensions, repeats=repeats, beside=True).place, None),
+            (stream.head, HeadRoles(graph, head, dimensions, *of_norms).place, None),
         ]
-        regions += [Region(ops, place, streams[number]) for ops, place in parts if ops]
+        regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
+
+
+def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:
+    """Number of the branch that writes with matrices of these names, which may be a new one."""
+    number = min((number_of[name] for name in writers if name in number_of), default=len({*number_of.values()}))
+    for name in writers:
+        number_of.setdefault(name, number)
+    return number
 
 
 def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
@@ -83,31 +103,55 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
     regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
     for region, use in regional:
+        if use.kind == "penalty":
+            continue
         found = region.place(use)
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
         placed[use.parameter].append(PlacedUse(use, region, found))
+    covered = {op for region in regions for op in region.ops}
+    outside = Unplaced(
+        "it is used outside of all that was found to lead to the stream, along it, in branches, and after it"
+    )
+    for use in (use for op, uses in graph.uses.items() if op not in covered for use in uses if use.kind != "penalty"):
+        placed[use.parameter].append(
+            PlacedUse(use, regions[0], outside)
+        )  # a loss depends on it, so it is not left alone
     return placed
 
 
 def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) -> ParameterFacts:
-    """Say where a parameter sits, from all its uses, of which there are none if it took no part."""
+    """Say where a parameter sits, from all its uses, of which there are none if no loss reaches it."""
+    uses = _agreeing(uses)
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
-    norms = {placed.found.variant is Variant.POST_NORM for placed in uses}
+    norms = {placed.found.variant in COMPOUNDING for placed in uses}
     if (len(roles) != 1 and not tied) or len(norms) > 1:
-        return ParameterFacts(name, None, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
+        role = None if uses else Role.FROZEN
+        return ParameterFacts(name, role, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
     head_dim = active = 1
-    if branch is not None:
+    mixed = False
+    if isinstance(placed.found, Placed) and placed.found.outputs is not None:
+        fan_out = placed.found.outputs
+    elif branch is not None:
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
             fan_out = use.selected[-1] if branch.is_expert(use.op) else math.prod(use.selected)
+        elif use.kind == "lookup" and branch.attention is not None:
+            fan_out = branch.units.own(use) or fan_out  # heads, whichever axis they are on
         if branch.is_expert(use.op):
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(branch, role, fan_in, fan_out)
+        rows = (
+            branch.units.rows(use.op)
+            if branch.is_recurrent and not use.op.is_recurrent_layer and role in _OF_UNITS
+            else 0
+        )
+        mixed = use.kind in ("matrix", "bias") and 0 < rows < fan_out
+        fan_out = rows if mixed else fan_out
         if branch.attention is not None:
             if role is Role.BRANCH_OUT:
                 head_dim = branch.attention.value_dim
@@ -120,9 +164,58 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
         head_dim=head_dim,
         tied=tied,
+        mixed=mixed,
         active=active,
+        uses=_places_along_depth(uses),
         variant=placed.found.variant,
+        repeats=placed.found.repeats if isinstance(placed.found, Placed) else None,
     )
+
+
+def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
+    """Uses without those whose role has the same numbers as another one, or counts for less."""
+    roles = {placed.found.role for placed in uses}
+    if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
+        return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]
+    if roles == {Role.EMBEDDING, Role.BRANCH_NORM}:  # a table that is read before the first block, and again in each
+        return [placed for placed in uses if placed.found.role is Role.EMBEDDING]
+    # what is done to data is undone on outputs, as by a reversible norm: vectors over channels
+    on_data = {placed.found.role for placed in uses if isinstance(placed.found, Placed) and placed.found.on_data}
+    if roles - on_data == {Role.READOUT_BIAS}:
+        return [placed for placed in uses if placed.found.role is Role.READOUT_BIAS]
+    return uses
+
+
+def _places_along_depth(uses: list[PlacedUse]) -> int:
+    """Number of places along a stream at which a parameter acts: other streams and forward passes add none."""
+    regions: dict[tuple[Op, object], dict[tuple[int, int | None], Region]] = defaultdict(dict)
+    for placed in uses:
+        at = placed.region.stream, placed.region.position
+        regions[placed.use.op, placed.use.part].setdefault(at, placed.region)
+    acts: set[tuple[object, int, int | None]] = set()
+    for (op, part), places in regions.items():
+        again = _is_read_again(op, [*places.values()])
+        acts.update((part, *place) for place in ([*places] if again else [*places][:1]))
+    return max(Counter((part, stream) for part, stream, _ in acts).values(), default=1)
+
+
+def _is_read_again(op: Op, regions: list[Region]) -> bool:
+    """Whether several regions read the same of what an operation makes, and not parts of their own."""
+    if len(regions) == 1:
+        return False
+    common = set(regions[0].ops).intersection(*(region.ops for region in regions[1:]))
+    made = descendants((o for o in regions[0].ops if o in common), [op])
+    own = [[o for o in region.ops if o not in common] for region in regions]
+    read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
+    return len(set().union(*read)) < sum(map(len, read))
+
+
+_OF_UNITS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_IN_BIAS)
+
+
+def _is_repeatable(use: Use) -> bool:
+    """Whether a gain or a matrix beside a branch keeps the dimension, so that every block can have one."""
+    return use.kind == "mul" or (use.kind == "matrix" and use.fans[0] == use.fans[1])
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

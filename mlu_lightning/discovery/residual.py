@@ -1,16 +1,13 @@
-"""Streams and branches in an autograd graph: which additions are residual, and which operations lie between them.
-
-A residual addition adds two tensors of one shape, one of which (the stream) goes into the other (the branch) through a
-parameter matrix. Where a stage changes the shape, both are made from the stream, its shortcut without a nonlinearity.
-"""
+"""Streams and branches in an autograd graph: which operations lie between residual additions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mlu_lightning.discovery.graph import NONLINEAR, Graph, Op
-from mlu_lightning.discovery.traversal import Ancestry, between, descendants
+from mlu_lightning.discovery.additions import Addition, adds_two, residual_additions
+from mlu_lightning.discovery.graph import ATTENTION, PRODUCTS, Graph, Op
+from mlu_lightning.discovery.traversal import between, descendants, in_order
 
 __all__ = ["BranchRegion", "Partition", "StreamRegions", "partition"]
 
@@ -49,22 +46,9 @@ class Partition:
     nested: int  # residual additions inside branches, which belong to them
 
 
-@dataclass(frozen=True)
-class _Addition:
-    """A residual addition, where its stream was read, the branch, and the operand that is the stream or its shortcut."""
-
-    op: Op
-    root: Op
-    branch: Op
-    stream: Op
-
-
 def partition(graph: Graph) -> Partition:
     """Divide a graph into streams, branches, stem and head."""
-    found = _residual_additions(graph)
-    ancestry = Ancestry(graph, graph.ops, {op for addition in found for op in (addition.op, addition.root)})
-    inner = _without_outermost(graph, found, ancestry)
-    additions = _without_nested(inner, ancestry)
+    additions, nested = residual_additions(graph)
     stops = {op for addition in additions for op in (addition.op, addition.root)}
     head, head_stops = between(graph.roots, stops.__contains__)
 
@@ -78,10 +62,21 @@ def partition(graph: Graph) -> Partition:
 
     branches: list[BranchRegion] = []
     context: list[Op] = []
+    reads = {a: descendants(graph.ops[a.root.index + 1 : a.op.index], [a.root]) for a in additions}
+    owner: dict[Op, Op] = {}  # the first root that the inside of a branch reads
     for addition in additions:
-        reads_root = descendants(graph.ops[addition.root.index + 1 : addition.op.index], [addition.root])
-        for end in _parallel_ends(graph, addition.branch, stops, reads_root):
-            ops, outside = _branch_ops(graph, end, stops, reads_root)
+        within = reads[addition] - stops
+        inside, _ = between([addition.branch], lambda op, within=within: op not in within)  # type: ignore[misc]
+        owner |= {op: addition.root for op in inside if op not in owner}
+    for addition in additions:
+        reads_root = reads[addition]
+
+        def stops_at(op: Op, root: Op = addition.root, reads_root: set[Op] = reads_root) -> bool:
+            # what another branch has made of its own stream alone is handed on, as logits are from block to block
+            return op in stops or (op not in reads_root and owner.get(op, root) is not root)
+
+        for end in _parallel_ends(graph, addition.branch, stops_at, reads_root):
+            ops, outside = _branch_ops(graph, end, stops_at, reads_root)
             context.extend(outside)
             number = stream_of[addition.op]
             at = number, along[number][addition.root]
@@ -92,10 +87,11 @@ def partition(graph: Graph) -> Partition:
         streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
     for root, (ops, hits) in behind.items():
         stream = streams[stream_of[root]]
+        on_stream = descendants(ops, hits)
         if hits:
-            stream.trunk += (ops,)
-        else:
-            stream.stem += ops
+            stream.trunk += (tuple(op for op in ops if op in on_stream),)
+        # what data are made into that join the stream later, as they do where every block is given its input again
+        stream.stem = in_order({*stream.stem, *(op for op in ops if op not in on_stream)})
     assigned = stops.union(head, *(branch.ops for branch in branches))
     assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
     aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)
@@ -104,87 +100,33 @@ def partition(graph: Graph) -> Partition:
         stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
     if streams:
         streams[-1].stem += aside.get(None, ()) + heads.get(None, ())
-    return Partition(tuple(branches), tuple(streams), nested=len(inner) - len(additions))
+    return Partition(tuple(branches), tuple(streams), nested)
 
 
-def _residual_additions(graph: Graph) -> list[_Addition]:
-    """Additions of a stream and a branch, in order."""
-    candidates = [op for op in graph.ops if _adds_two(op)]
-    chains = {operand: _linear_chain(operand) for op in candidates for operand in op.data}
-    ancestry = Ancestry(graph, graph.ops, {op for chain in chains.values() for op in chain})
-    found: dict[Op, _Addition] = {}
-    for op in candidates:
-        first, second = op.data
-        for stream, branch in ((first, second), (second, first)):
-            root = stream.source
-            if root in found and not ancestry.precedes(root, branch):
-                # (x + attention(x)) + mlp(x): the second branch reads the root of the first
-                root = found[root].root
-            if ancestry.feeds_matrix_before(root, branch):
-                found[op] = _Addition(op, root, branch, stream)
-                break
-        else:
-            for stream, branch in ((first, second), (second, first)):
-                # where the two paths part; x + x³ inside a GELU part where no matrix follows
-                root = next((o for o in chains[stream] if ancestry.precedes(o, branch)), stream)
-                if ancestry.feeds_matrix_before(root, branch) and _is_nonlinear(branch, root):
-                    found[op] = _Addition(op, root, branch, stream)
-                    break
-    return list(found.values())
-
-
-def _linear_chain(op: Op) -> list[Op]:
-    """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
-    chain = [op]
-    while len(op.data) == 1 and op.name not in NONLINEAR:
-        op = op.data[0]
-        chain.append(op)
-    return chain
-
-
-def _is_nonlinear(branch: Op, root: Op) -> bool:
-    """Whether a nonlinearity lies between a root and the end of a branch."""
-    ops, _ = between([branch], lambda op: op is root)
-    return any(op.name in NONLINEAR and op.index > root.index for op in ops)
-
-
-def _adds_two(op: Op) -> bool:
-    return op.name in ("Add", "Sub") and op.shape != () and [o.shape for o in op.data] == [op.shape] * 2
-
-
-def _without_outermost(graph: Graph, found: list[_Addition], ancestry: Ancestry) -> list[_Addition]:
-    """Additions but those of the data itself and a network with residual additions: losses, skips around all of it."""
-    made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
-    return [
-        addition
-        for addition in found
-        if addition.root in made
-        or not any(inner.root in made and ancestry.precedes(inner.op, addition.branch) for inner in found)
-    ]
-
-
-def _without_nested(found: list[_Addition], ancestry: Ancestry) -> list[_Addition]:
-    """Additions that lie in no other one's branch, on the way from the root it reads to its end."""
-    kept: list[_Addition] = []
-    for addition in reversed(found):
-        behind = (outer for outer in kept if ancestry.precedes(outer.root, addition.op))
-        if not any(ancestry.precedes(addition.op, o.branch) or o.branch is addition.op for o in behind):
-            kept.append(addition)
-    return kept[::-1]
-
-
-def _branch_ops(graph: Graph, end: Op, stops: set[Op], reads_root: set[Op]) -> tuple[tuple[Op, ...], list[Op]]:
+def _branch_ops(
+    graph: Graph, end: Op, stops: Callable[[Op], bool], reads_root: set[Op]
+) -> tuple[tuple[Op, ...], list[Op]]:
     """Operations of a branch, and the data from elsewhere that a matrix of it reads, as cross-attention does an encoder."""
-    outside: list[Op] = []
 
-    def operands(op: Op) -> Iterable[Op]:
-        if graph.is_matrix(op) and not any(operand in reads_root or operand in stops for operand in op.data):
-            outside.extend(op.data)
-            return ()
-        return op.data
+    def reads(op: Op) -> bool:
+        return op in reads_root or stops(op)
 
-    ops, _ = between([end], stops.__contains__, operands)
-    return ops, outside
+    def further(op: Op) -> Iterable[Op]:
+        return op.data if not graph.is_matrix(op) or any(map(reads, op.data)) else ()
+
+    def joins(op: Op) -> bool:
+        return graph.is_matrix(op) or op.name.startswith(ATTENTION) or (op.name in PRODUCTS and len(op.data) > 1)
+
+    ops, _ = between([end], stops, further)
+    # what is joined with the stream before matrices of the branch read both, such as tokens that a class token attends to,
+    # has been made elsewhere
+    read = (operand for op in ops if graph.is_matrix(op) and any(map(reads, op.data)) for operand in op.data)
+    joined = (op for op in between(read, lambda op: joins(op) or stops(op))[0] if op.name == "Cat")
+    others = [operand for op in joined if any(map(reads, op.data)) for operand in op.data if not reads(operand)]
+    elsewhere = between(others, lambda op: graph.is_matrix(op) or reads(op))[1] - reads_root
+    ops, _ = between([end], lambda op: op in elsewhere or stops(op), further)
+    foreign = (op for op in ops if graph.is_matrix(op) and not any(map(reads, op.data)))
+    return ops, [*elsewhere, *(operand for op in foreign for operand in op.data)]
 
 
 def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:
@@ -198,10 +140,10 @@ def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None
     return parts
 
 
-def _parallel_ends(graph: Graph, branch: Op, stops: set[Op], reads_root: set[Op]) -> list[Op]:
+def _parallel_ends(graph: Graph, branch: Op, stops: Callable[[Op], bool], reads_root: set[Op]) -> list[Op]:
     """Ends of the branches that one operand of an addition sums: attention + mlp, unless they share matrices."""
     total = branch.source
-    if not _adds_two(total):
+    if not adds_two(total):
         return [branch]
     parts = [_branch_ops(graph, operand, stops, reads_root)[0] for operand in total.data]
     matrices = [{op for op in part if graph.is_matrix(op)} for part in parts]
@@ -210,7 +152,7 @@ def _parallel_ends(graph: Graph, branch: Op, stops: set[Op], reads_root: set[Op]
     return [end for operand in total.data for end in _parallel_ends(graph, operand, stops, reads_root)]
 
 
-def _streams(additions: list[_Addition], behind: dict[Op, set[Op]], head_stops: set[Op]) -> dict[Op, int]:
+def _streams(additions: list[Addition], behind: dict[Op, set[Op]], head_stops: set[Op]) -> dict[Op, int]:
     """Number the streams: additions that lie behind one another are on one; that of the head comes first."""
     parent: dict[Op, Op] = {}
 

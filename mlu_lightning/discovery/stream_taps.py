@@ -142,6 +142,8 @@ class StreamTaps:
         if addition in self._axes:
             return self._axes[addition]
         # an operation that cannot be followed lies in between: the size of the axis gives it away
+        if not branch.matrices:
+            return None
         writer = (branch.writers or branch.matrices)[-1]
         dimension = self.graph.matrices(writer)[0].fans[1]
         return max((axis for axis, size in enumerate(addition.shape) if size == dimension), default=None)

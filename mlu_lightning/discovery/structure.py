@@ -9,7 +9,8 @@ from mlu_lightning.table import Role, Variant, row_name
 
 __all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
 
-BranchKind = Literal["attention", "convolution", "mlp"]
+BranchKind = Literal["attention", "convolution", "mlp", "recurrence", "mixing"]
+"""What a branch does; ``"mixing"`` has no matrix, as pooling or a Fourier transform over tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,13 @@ class ParameterFacts:
     transposed: bool = False  # whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it
     head_dim: int = 1  # size of an attention head where inputs (W_O) or outputs (W_Q, W_K, W_V) are heads, else 1
     tied: bool = False  # whether it is also the readout
+    mixed: bool = False  # whether some of its rows make what units share, which ``fan_out`` does not count
     active: int = 1  # experts over whose outputs a mixture averages, for parameters of experts; else 1
+    uses: int = 1  # places along its stream at which it acts
+    # what the module itself multiplies by what it makes, but for what a branch or readout has; None if that cannot be told
+    constant: float | None = None
     variant: Variant | None = None  # what about its place changes the row of its role
+    repeats: int | None = None  # norms, or gains and matrices beside branches, that the stream goes through
 
     @property
     def row(self) -> str | None:
@@ -70,13 +76,15 @@ class Branch:
 
     name: str  # longest module name that its parameters share
     kind: BranchKind
-    hidden: int  # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to
+    # M: heads of attention, or inputs of the last matrix, in all experts that a token is sent to; D if there is none
+    hidden: int
     stream: int  # index into ``Structure.streams``
     position: int  # along the stream, from 0; parallel branches of one addition share it
     parameters: tuple[str, ...]
     site: Site | None = None  # where a hook can multiply the branch, None if no module's output is the branch
     folds: tuple[str, ...] = ()  # parameters whose multiplication multiplies the branch, empty if there are none
-    head_dim: int | None = None  # size of an attention head, None for other kinds
+    constant: float | None = None  # what the module itself multiplies it by, next to its stream; None if calls differ
+    head_dim: int | None = None  # size of an attention head, entries of a recurrent unit's state; None for other kinds
     logits: Logits | None = None  # where attention logits can be multiplied, None for other kinds
     logits_scale: float | None = None  # the module's own, such as 1/sqrt(head_dim); None if it cannot be read
 
@@ -106,6 +114,7 @@ class Readout:
     site: Site | None  # where a hook can multiply it without its bias, None if there is no such place
     folds: tuple[str, ...]  # its matrix, empty if that is tied to an embedding
     fan_in: int  # inputs of the map, D
+    constant: float | None = None  # what the module itself multiplies its inputs and outputs by; None if uses differ
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,7 @@ class Structure:
     features: tuple[Tap, ...] = ()  # of pre-activations and logits of branches, where a submodule has them
     unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
+    copies: dict[str, str] = field(default_factory=dict)  # submodules that are copies of others, which come second
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -17,15 +17,21 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from mlu_lightning.discovery.decisions import run_most
+from mlu_lightning.utilities.custom_functions import seen_through
+from mlu_lightning.utilities.fake_mode import RememberingFakeMode
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
-from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute
-from mlu_lightning.utilities.module_copies import copied_module, fake_tensor
-from mlu_lightning.utilities.names import planned_modules, planned_parameters
+from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
+from mlu_lightning.utilities.module_copies import copied_batch, copied_module, fake_tensor
+from mlu_lightning.utilities.names import listed, planned_modules, planned_parameters
+from mlu_lightning.utilities.user_errors import UserErrors
 
 __all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
 
@@ -70,7 +76,6 @@ class Trace:
     calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
-    scalars: tuple[tuple[Tensor, float], ...]  # floating-point buffers of one entry with their values, if they have any
 
 
 def trace_module(module: nn.Module, example: Any) -> Trace:
@@ -84,27 +89,66 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
             "example=... (a batch as training_step takes it, for a LightningModule; the arguments of forward for any "
             "other module), or set example_input_array on the LightningModule."
         )
-    with isolate_rng():
+    _refuse_lazy(module)
+    name = "training_step" if step else "forward"
+    what = f"While planning, {name} of {type(module).__name__} was run on a copy of the module"
+    with isolate_rng(), UserErrors(what, _ADVICE):
         try:
-            return _run(module, example, step, FakeTensorMode(allow_non_fake_inputs=True))
-        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
-            # for another reason fails with real values below too, and that error is the user's
-            if any(parameter.is_meta for parameter in module.parameters()):
-                raise RuntimeError(
-                    f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
-                    "are on the meta device, where they have none. Build the module on a real device to plan it."
-                ) from error
-        return _run(module, example, step, None)
+            return run_most(lambda: _run_with_or_without_values(module, example, step), _size)
+        except AttributeError:
+            if not step:
+                raise
+            # hooks that Lightning calls before the first step may make what is missing
+            return run_most(lambda: _run_with_or_without_values(module, example, step, start_hooks=True), _size)
 
 
-def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | None) -> Trace:
+_ADVICE = (
+    "Where it only fails there, give MLUCallback or Plan.from_model what it needs: example=..., a batch as training_step "
+    "takes it or the arguments of forward; or give MLUCallback plan=..., a plan of the module made where it works."
+)
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"Parameters of {type(module).__name__} have no shape yet: {listed(lazy)}. They are those of lazy modules, "
+            "which get one in their first forward pass. Run one in the module and in its base before they are planned, for "
+            "example with torch.no_grad() at the end of __init__ or in setup."
+        )
+
+
+def _size(trace: Trace) -> tuple[int, int]:
+    """How many parameters took part in a forward pass, and how many operations."""
+    seen, stack = set(trace.roots), list(trace.roots)
+    while stack:
+        new = {child for child, _ in stack.pop().next_functions if child is not None} - seen
+        seen |= new
+        stack += new
+    leaves = (getattr(node, "variable", None) for node in seen if not node.next_functions)
+    return sum(id(leaf) in trace.parameters for leaf in leaves), len(seen)
+
+
+def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, start_hooks: bool = False) -> Trace:
+    try:
+        return _run(module, example, step, start_hooks, RememberingFakeMode())
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
+        # for another reason fails with real values below too, and that error is the user's
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise RuntimeError(
+                f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
+                "are on the meta device, where they have none. Build the module on a real device to plan it."
+            ) from error
+    return _run(module, example, step, start_hooks, None)
+
+
+def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: FakeTensorMode | None) -> Trace:
     twin = copied_module(module, fake)
     calls: list[ModuleCall] = []
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
     names = {id(parameter): name for name, parameter in planned_parameters(twin).items()}
-    scalars = _scalars(module, twin)
     dtypes = {parameter.dtype for parameter in twin.parameters() if parameter.is_floating_point()}
     # a module that was built in the precision of the Trainer and its base, built before, share an example
     dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -120,39 +164,57 @@ def _run(module: nn.Module, example: Any, step: bool, fake: FakeTensorMode | Non
             stack.callback(setattr, logger, "disabled", logger.disabled)
             logger.disabled = True
             stack.enter_context(fake)
-        example = tree_map(lambda leaf: _as_data(leaf, fake, dtype), example)
+        stack.enter_context(seen_through())
+        example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
+        if step:
+            _mute_all(twin, losses)
+        if start_hooks:
+            run_start_hooks(twin, example)
         stack.enter_context(watched(twin, partial(_note, functions)))
-        losses.extend(tensors_in(_train(twin, example, losses) if step else _call(twin, example)))
+        stack.enter_context(_InnerGradients(losses))
+        losses.extend(tensors_in(_train(twin, example) if step else _call(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
         raise RuntimeError(
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
-            "graph to look at. Give an example for which it returns a loss or an output."
+            "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
-    return Trace(roots, names, tuple(calls), tuple(functions), twin, scalars)
+    return Trace(roots, names, tuple(calls), tuple(functions), twin)
 
 
-def _scalars(module: nn.Module, twin: nn.Module) -> tuple[tuple[Tensor, float], ...]:
-    buffers = zip(twin.buffers(), module.buffers(), strict=True)
-    scalars = ((copied, b) for copied, b in buffers if b.numel() == 1 and b.is_floating_point())
-    return tuple((copied, b.item()) for copied, b in scalars if not (b.is_meta or isinstance(b, FakeTensor)))
-
-
-def _as_data(leaf: Any, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Any:
+def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:
     """Stand-in of an example's tensor; floating ones require a gradient, so that the graph shows where data enters."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    tensor = leaf.detach() if fake is None else fake_tensor(leaf, fake)
-    return tensor.to(dtype).requires_grad_().clone() if tensor.is_floating_point() else tensor
+    stand_in = tensor.detach() if fake is None else fake_tensor(tensor, fake)
+    return stand_in.to(dtype).requires_grad_().clone() if stand_in.is_floating_point() else stand_in
 
 
-def _train(module: Any, example: Any, losses: list[Tensor]) -> Any:
-    """Loss of ``training_step``; those of manual optimization go to ``losses``."""
-    for submodule in module.modules():
-        if is_lightning_module(submodule):
-            _mute(submodule, losses)
-    output = call_step(module, "training_step", example)
-    return output.get("loss") if isinstance(output, Mapping) else output
+class _InnerGradients(TorchFunctionMode):
+    """Shows gradients that a step takes, as of its inputs, as data, and what they are of as losses.
+
+    Otherwise operations of the backward pass, which use every weight a second time, would be in the graph of the loss.
+    """
+
+    def __init__(self, losses: list[Tensor]) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
+            # torch allows it on the batch, and not on its stand-in, which requires a gradient already
+            return args[0].retain_grad()
+        if func not in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
+            return func(*args, **given)
+        self.losses += tensors_in(args[0] if args else next(iter(given.values())))
+        differentiable = given.pop("create_graph", False)
+        gradients = func(*args, **{**given, "retain_graph": True})
+        return tree_map(_as_new_data, gradients) if differentiable else gradients
+
+
+def _as_new_data(gradient: Any) -> Any:
+    return gradient if gradient is None else gradient.detach().requires_grad_().clone()
 
 
 def _call(module: nn.Module, example: Any) -> Any:
@@ -180,8 +242,14 @@ def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], cloc
 
 
 def _traced(parts: Iterable[tuple[int | None, Any]]) -> tuple[TracedTensor, ...]:
-    tensors = ((index, part) for index, part in parts if isinstance(part, Tensor))
-    return tuple(TracedTensor(i, part.grad_fn, part.output_nr) for i, part in tensors if part.grad_fn is not None)
+    tensors = [(index, part) for index, part in parts if isinstance(part, Tensor)]
+    with torch._C.DisableTorchFunction():  # or every attribute goes through all modes that watch functions
+        nodes = [part.grad_fn for _, part in tensors]
+        return tuple(
+            TracedTensor(index, node, part.output_nr)
+            for (index, part), node in zip(tensors, nodes, strict=True)
+            if node is not None
+        )
 
 
 def _note(
@@ -195,6 +263,19 @@ def _note(
         functions.append(FunctionCall(place, inputs, _traced(enumerate(tensors_in(output))), sequence))
 
     return returned
+
+
+def _mute_all(twin: nn.Module, losses: list[Tensor]) -> None:
+    """Mute copied LightningModules, whose optimizers are their own, made anew; losses of manual optimization are kept."""
+    for submodule in twin.modules():
+        if is_lightning_module(submodule):
+            _mute(submodule, losses)
+
+
+def _train(module: Any, example: Any) -> Any:
+    """Loss of ``training_step``."""
+    output = call_step(module, "training_step", example)
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 A plan or structure says where streams and outputs can be read; :func:`locate` chooses among these, :func:`observe` returns
 their values on a probe batch, an :data:`Observation`, and :func:`compare` and :func:`feature_updates` measure how far two
-are apart, by ``distances.py``; a :class:`Reference` reads those of a recorded run. Begin in ``locations.py``.
+are apart, by ``distances.py``; a :class:`Reference` reads those of a recorded run. Begin in ``locations.py``. :func:`verify`
+follows a whole pass (``dataflow.py``) and compares what parameters do in it with a plan.
 """
 
 from mlu_lightning.observation.comparison import (
@@ -23,6 +24,7 @@ from mlu_lightning.observation.locations import (
 )
 from mlu_lightning.observation.probe import Observation, observe
 from mlu_lightning.observation.reference import Reference, load_probe
+from mlu_lightning.observation.verification import verify
 
 __all__ = [
     "FeatureName",
@@ -41,4 +43,5 @@ __all__ = [
     "locate_features",
     "observe",
     "rms_change",
+    "verify",
 ]

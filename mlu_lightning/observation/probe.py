@@ -6,8 +6,8 @@ read streams and outputs (theory.md, section 4), and modes of torch what enters 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import reduce
 from operator import add
 from typing import Any
@@ -23,7 +23,7 @@ from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, is_lightning_module, muted
 from mlu_lightning.utilities.state import preserve_state
 
-__all__ = ["Observation", "observe", "observe_counted"]
+__all__ = ["Observation", "observe", "observe_counted", "pass_batch", "undisturbed"]
 
 Observation = dict[LocationName, Tensor]
 """Values of streams, outputs and features by the name of their location: float32, on the CPU, [positions, dimension]."""
@@ -92,28 +92,13 @@ def observe_counted(
 
     taps = dict.fromkeys(tap for location in locations for tap in location.taps)
     inside = [tap for tap in taps if tap.function is not None]
-    eager = torch.compiler.set_stance("force_eager")
-    with preserve_state(module, restore_parameters), torch.no_grad(), eager, ExitStack() as stack:
-        # the fused code of nn.TransformerEncoder for evaluation calls no submodules and drops padding
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
+    with undisturbed(module, restore_parameters), torch.no_grad(), ExitStack() as stack:
         for tap in taps:
             if tap.function is None:
                 stack.callback(_attach(module.get_submodule(tap.module), tap, read, keep).remove)
         if inside:
             stack.enter_context(watched(module, watch_features(inside, keep)))
-        module.eval()
-        # torch.manual_seed takes a stack trace for each kind of device that is not there
-        (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(0)
-        if is_lightning_module(module):
-            for submodule in module.modules():
-                if is_lightning_module(submodule):
-                    stack.enter_context(muted(submodule))
-            call_step(module, step, clone_batch(batch))
-        elif isinstance(batch, Mapping):
-            module(**clone_batch(batch))
-        else:
-            module(*clone_batch(batch if isinstance(batch, (tuple, list)) else [batch]))
+        pass_batch(module, clone_batch(batch), step)
     for location in locations:
         missing = [tap for tap in location.taps if tap not in read and tap.reads in ("stream", "branch")]
         if missing:
@@ -130,6 +115,32 @@ def observe_counted(
         if all(tap in read for tap in location.taps)
     }
     return observation, max(counts)
+
+
+@contextmanager
+def undisturbed(module: nn.Module, restore_parameters: bool = False) -> Iterator[None]:
+    """Let a module be passed through in evaluation mode, by code that Python runs, and leave no trace."""
+    eager = torch.compiler.set_stance("force_eager")
+    with preserve_state(module, restore_parameters), eager, ExitStack() as stack:
+        # the fused code of nn.TransformerEncoder for evaluation calls no submodules and drops padding
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        module.eval()
+        # torch.manual_seed takes a stack trace for each kind of device that is not there
+        (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(0)
+        for submodule in module.modules():
+            if is_lightning_module(submodule):
+                stack.enter_context(muted(submodule))
+        yield
+
+
+def pass_batch(module: nn.Module, batch: Any, step: StepName) -> Any:
+    """Pass a batch through the step of a LightningModule, or through any other module."""
+    if is_lightning_module(module):
+        return call_step(module, step, batch)
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*(batch if isinstance(batch, (tuple, list)) else [batch]))
 
 
 def _attach(module: nn.Module, tap: Tap, read: Mapping[Tap, Tensor], keep: Callable[[Tap, Tensor], None]) -> Any:

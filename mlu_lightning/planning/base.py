@@ -2,51 +2,75 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
-from mlu_lightning.discovery.structure import BranchKind, Structure
-from mlu_lightning.table import Role, Variant, row_name
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
+from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Structure
+from mlu_lightning.table import COMPOUNDING, Role, Variant, row_name
+from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
-__all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "logits_scales"]
+__all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "own_factors"]
 
 
 @dataclass(frozen=True)
 class BaseParameter:
-    """One parameter of the base; ``std`` is its root mean square at initialization, ``active`` experts averaged over."""
+    """One parameter of the base; ``std`` is its root mean square at initialization."""
 
     role: Role
     shape: tuple[int, ...]
     fans: tuple[int, int]
     std: float | None
     active: int
+    uses: int
     variant: Variant | None
+    constant: float | None
+    repeats: int | None = None
 
     @property
     def row(self) -> str:
         """Name of its row of the table."""
         return row_name(self.role, self.variant)
 
+    def is_like(self, facts: ParameterFacts) -> bool:
+        """Whether a parameter has that row, but for being one of several that compound where this one is alone."""
+        variants = {self.variant, facts.variant} - COMPOUNDING - {None}
+        both = self.variant == facts.variant or not variants
+        return self.role is facts.role and both and len(self.shape) == len(facts.shape)
+
 
 @dataclass(frozen=True)
 class BaseBranch:
-    """The branches of one name pattern and kind, with what the base itself multiplies their logits by."""
+    """A branch of the base, with what the base itself multiplies its logits and its output by."""
 
     hidden: int
     head_dim: int | None
     logits_scale: float | None
+    constant: float | None
 
 
 @dataclass(frozen=True)
 class Base:
-    """The base shape: parameters by name, (depth, embedding) of streams, and branches by name pattern and kind."""
+    """The base shape: parameters by name, (depth, embedding) of streams, branches by name and kind, and what the base itself
+    multiplies readouts by, by the name of their matrix."""
 
     parameters: dict[str, BaseParameter]
     streams: tuple[tuple[int, int], ...]
     branches: dict[tuple[str, BranchKind], BaseBranch]
+    readouts: dict[str, float | None]
+
+    def branch(self, name: str, kind: BranchKind) -> BaseBranch | None:
+        """The branch of that name, or else the nearest of its pattern, or of the same name but for numbers in its parts."""
+        if (name, kind) in self.branches:
+            return self.branches[name, kind]
+        of_kind, pattern = [other for other, its_kind in self.branches if its_kind == kind], name_pattern(name)
+        alike = [other for other in of_kind if name_pattern(other) == pattern]
+        alike = alike or [other for other in of_kind if _differ_in_numbers(other, name)]
+        return self.branches[min(alike, key=lambda other: _distance(name, other)), kind] if alike else None
 
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:
@@ -57,7 +81,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             f"The base {type(module).__name__} is on the meta device, so its initial standard deviations, which the plan "
             "needs, do not exist. Build the base on a real device; it is the small model."
         )
-    scales = logits_scales(structure)
+    scales, constants = own_factors(structure, "logits_scale"), own_factors(structure, "constant")
     return Base(
         parameters={
             name: BaseParameter(
@@ -66,49 +90,70 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 fans=(facts.fan_in, facts.fan_out),
                 std=values[name].detach().double().square().mean().sqrt().item(),
                 active=facts.active,
+                uses=facts.uses,
                 variant=facts.variant,
+                constant=facts.constant,
+                repeats=facts.repeats,
             )
             for name, facts in structure.parameters.items()
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
-            (name_pattern(branch.name), branch.kind): BaseBranch(branch.hidden, branch.head_dim, scales[branch.name])
-            for branch in reversed(structure.branches)
+            (branch.name, branch.kind): BaseBranch(
+                branch.hidden, branch.head_dim, scales[branch.name], constants[branch.name]
+            )
+            for branch in structure.branches
         },
+        readouts={readout.parameter: readout.constant for readout in structure.readouts},
     )
 
 
-def logits_scales(structure: Structure) -> dict[str, float | None]:
-    """What each attention branch itself multiplies its logits by; None where that is unknown or differs along the depth."""
-    of_kind: dict[tuple[str, str], set[float | None]] = {}
+def own_factors(structure: Structure, key: Literal["logits_scale", "constant"]) -> dict[str, float | None]:
+    """What the module itself multiplies logits or branches by; None where that is unknown or differs along the depth.
+
+    Stages of another head_dim have another factor on logits.
+    """
+    groups: dict[tuple[str, str, int | None], list[Branch]] = {}
     for branch in structure.branches:
-        of_kind.setdefault((name_pattern(branch.name), branch.kind), set()).add(branch.logits_scale)
-    return {
-        branch.name: branch.logits_scale if len(of_kind[name_pattern(branch.name), branch.kind]) == 1 else None
-        for branch in structure.branches
-    }
+        groups.setdefault((name_pattern(branch.name), branch.kind, branch.head_dim), []).append(branch)
+    found: dict[str, float | None] = {}
+    for alike in groups.values():
+        factors = {getattr(branch, key) for branch in alike}
+        found |= {branch.name: factors.copy().pop() if len(factors) == 1 else None for branch in alike}
+    return found
 
 
 def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
-    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth."""
-    by_pattern: dict[str, list[str]] = {}
+    """Find the base's counterpart of every parameter: of the same name, or else at the nearest place along the depth.
+
+    Places are numbers between dots; for names that the base does not have otherwise, also numbers inside of a part.
+    """
+    by_pattern: defaultdict[str, list[str]] = defaultdict(list)
     for name in base.parameters:
-        by_pattern.setdefault(name_pattern(name), []).append(name)
+        for pattern in {name_pattern(name), name_pattern_of_parts(name)}:
+            by_pattern[pattern].append(name)
     found: dict[str, BaseParameter] = {}
     differences: list[str] = []
     for name, facts in structure.parameters.items():
-        alike = {other: base.parameters[other] for other in by_pattern.get(name_pattern(name), ())}
-        row, dims = facts.row, len(facts.shape)
-        candidates = [other for other, entry in alike.items() if entry.row == row and len(entry.shape) == dims]
+        names = by_pattern.get(name_pattern(name)) or by_pattern.get(name_pattern_of_parts(name), [])
+        alike = {other: base.parameters[other] for other in names}
+        if facts.role is Role.FROZEN:
+            continue
+        candidates = [other for other, entry in alike.items() if entry.is_like(facts)]
         if candidates:
             found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
         elif alike:
             entry = next(iter(alike.values()))
-            differences.append(f"{name} is {row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}")
+            differences.append(
+                f"{name} is {facts.row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}"
+            )
         else:
             differences.append(f"{name} has no counterpart in the base")
-    patterns = {name_pattern(name) for name in structure.parameters}
-    missing = [names[0] for pattern, names in by_pattern.items() if pattern not in patterns]
+    patterns = {name_pattern_of_parts(name) for name in structure.parameters}
+    learned = {
+        pattern: names for pattern, names in by_pattern.items() if base.parameters[names[0]].role is not Role.FROZEN
+    }
+    missing = [names[0] for pattern, names in learned.items() if name_pattern_of_parts(pattern) not in patterns]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
@@ -130,7 +175,11 @@ def advice_on_names(names: Iterable[str]) -> str:
     )
 
 
+def _differ_in_numbers(name: str, other: str) -> bool:
+    return name_pattern_of_parts(name) == name_pattern_of_parts(other)
+
+
 def _distance(name: str, other: str) -> list[int]:
     """How far two names of one pattern are apart along the depth."""
-    positions = [[int(part) for part in each.split(".") if part.isdigit()] for each in (name, other)]
+    positions = [[int(number) for number in re.findall(r"\d+", each)] for each in (name, other)]
     return [abs(a - b) for a, b in zip(*positions, strict=True)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
-from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, logits_scales
-from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
-from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
+from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, own_factors
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
+from mlu_lightning.table import COMPOUNDING, TABLES, Parameterization, Ratios, Role, Table
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams"]
+__all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams", "with_copies"]
 
 
 def plan_streams(structure: Structure, base: Base | None) -> tuple[StreamPlan, ...]:
@@ -36,11 +37,19 @@ def plan_parameters(
     planned: dict[str, ParameterPlan] = {}
     for name, facts in structure.parameters.items():
         assert facts.role is not None
+        if facts.role is Role.FROZEN:
+            shape, copy_of = facts.shape, original_of(name, structure.copies)
+            planned[name] = ParameterPlan(Role.FROZEN, shape, (1, 1), (1, 1), shape, copy_of=copy_of)
+            continue
         if found is None:
             fans = _units(facts, structure)
-            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, facts.variant)
+            of_base = BaseParameter(facts.role, (), (1, 1), _absolute_std(facts), 1, 1, facts.variant, 1.0, 1)
         else:
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
+        stream = streams[facts.stream]
+        depths = stream.depth, stream.base_depth
+        if COMPOUNDING & {facts.variant, of_base.variant}:
+            depths = facts.repeats or 1, of_base.repeats or 1
         planned[name] = ParameterPlan(
             role=facts.role,
             shape=facts.shape,
@@ -48,13 +57,18 @@ def plan_parameters(
             base_fans=of_base.fans,
             base_shape=None if base is None else of_base.shape,
             base_std=of_base.std,
-            depth=streams[facts.stream].depth,
-            base_depth=streams[facts.stream].base_depth,
+            depth=depths[0],
+            base_depth=depths[1],
             active=facts.active,
             base_active=of_base.active,
-            variant=facts.variant,
+            uses=facts.uses,
+            base_uses=of_base.uses,
+            constant=facts.constant,
+            base_constant=of_base.constant,
+            variant=facts.variant or of_base.variant,
             branch=facts.branch,
             transposed=facts.transposed,
+            mixed=facts.mixed,
         )
     return planned
 
@@ -63,7 +77,7 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
     """Put every branch next to the base's, or next to 1 in the absolute form."""
     planned = []
     for branch in structure.branches:
-        of_base = _base_branch(branch, base) or BaseBranch(1, None, None)
+        of_base = _base_branch(branch, base) or BaseBranch(1, None, None, 1.0)
         planned.append(
             BranchPlan(
                 name=branch.name,
@@ -95,22 +109,30 @@ def plan_multipliers(
     that a logit becomes c times a sum of d_k products of one sign; with query-key norm c · d_k bounds it.
     """
     table = TABLES[parameterization]
+    constants = own_factors(structure, "constant")
     found: list[Multiplier] = []
     for branch in structure.branches:
         stream = streams[branch.stream]
         value = table.rows[Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
-        found.append(Multiplier(branch.name, "branch", value, branch.site, branch.folds))
+        of_base = _base_branch(branch, base)
+        own = constants[branch.name], (1.0 if base is None else of_base.constant if of_base else None)
+        found.append(_relative(Multiplier(branch.name, "branch", value, branch.site, branch.folds, *own), table))
     for readout in structure.readouts:
         matrix = parameters[readout.parameter]
         # a tied table has the fans of an embedding, whose outputs are the readout's inputs
         axis = 1 if structure.parameters[readout.parameter].tied else 0
         value = table.rows[Role.READOUT].multiplier(Ratios(inputs=matrix.fans[axis] / matrix.base_fans[axis]))
-        found.append(Multiplier(readout.parameter, "readout", value, readout.site, readout.folds))
-    changed = _changed_heads(structure, base) if table.scales_logits else []
-    if not changed:
-        return tuple(found), ()
-    scales = logits_scales(structure)
+        own = readout.constant, (1.0 if base is None else base.readouts.get(readout.parameter))
+        multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own)
+        # the numbers of a tied table are those of the embedding, whose constant they are relative to
+        found.append(_relative(multiplier, table, matrix.constant_ratio))
+    scales = own_factors(structure, "logits_scale")
+    changed = _changed_logits(structure, base, scales) if table.scales_logits else []
     found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)
+    warnings = tuple(_warnings_about_branches(structure, base, streams, constants))
+    changed = [(branch, of_base) for branch, of_base in changed if branch.head_dim != of_base.head_dim]
+    if not changed:
+        return tuple(found), warnings
     branch, of_base = changed[0]
     warning = (
         f"head_dim is {branch.head_dim} and the base's is {of_base.head_dim}. The theory holds for a bounded key-query "
@@ -118,25 +140,92 @@ def plan_multipliers(
         "base (whatever factor modules have themselves), and the fan-in ratio of the output matrix as the ratio of "
         "hidden widths. Keep head_dim and change the number of heads to stay within the theory"
     )
-    return tuple(found), (warning,)
+    return tuple(found), (*warnings, warning)
+
+
+def _warnings_about_branches(
+    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...], constants: Mapping[str, float | None]
+) -> Iterator[str]:
+    """Say which branches have constants that cannot be put next to the base's."""
+    found: dict[str, None] = {}
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base)
+        unknown = constants[branch.name] is None or (of_base is not None and of_base.constant is None)
+        if unknown and streams[branch.stream].depth != streams[branch.stream].base_depth:
+            found[name_pattern(branch.name) or "of the module itself"] = None
+    if found:
+        yield (
+            f"the branches {', '.join(found)} are multiplied by numbers of the module's own that differ along the depth, "
+            "so that they cannot be put next to the base's: they stay as they are, and the table's 1/l comes on top"
+        )
 
 
 def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
-    return None if base is None else base.branches.get((name_pattern(branch.name), branch.kind))
+    return None if base is None else base.branch(branch.name, branch.kind)
 
 
-def _changed_heads(structure: Structure, base: Base | None) -> list[tuple[Branch, BaseBranch]]:
-    """Attention branches whose head_dim is not that of the base's branch, which comes second."""
-    pairs = [(branch, _base_branch(branch, base)) for branch in structure.branches if branch.head_dim is not None]
-    return [
-        (branch, of_base) for branch, of_base in pairs if of_base and of_base.head_dim not in (None, branch.head_dim)
-    ]
+def original_of(name: str, copies: Mapping[str, str]) -> str | None:
+    """Name of the parameter that another one, or a submodule, is a copy of."""
+    return next((f"{of}{name[len(copy) :]}" for copy, of in copies.items() if f"{name}.".startswith(f"{copy}.")), None)
+
+
+def with_copies(multipliers: tuple[Multiplier, ...], copies: Mapping[str, str]) -> tuple[Multiplier, ...]:
+    """Multipliers with those of submodules that are copies of others, which are to compute the same."""
+    found = (_copied(multiplier, copy, original) for copy, original in copies.items() for multiplier in multipliers)
+    return (*multipliers, *filter(None, found))
+
+
+def _copied(multiplier: Multiplier, copy: str, original: str) -> Multiplier | None:
+    """The multiplier of a submodule in a copy of it, None if it is not inside of it."""
+    site, back = multiplier.site, {original: copy}
+    where = None if site is None else original_of(site.module, back)
+    folds = tuple(filter(None, (original_of(name, back) for name in multiplier.folds)))
+    if where is None and not folds:
+        return None
+    name = original_of(multiplier.name, back) or f"{copy}.{multiplier.name}"
+    moved = None if site is None or where is None else replace(site, module=where)
+    return replace(multiplier, name=name, site=moved, folds=folds)
+
+
+def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> Multiplier:
+    """Make a factor relative to the constants of module and base, so that the product is that of the table."""
+    ratio = multiplier.constant_ratio / of_numbers if table.scales_optimizer else 1.0
+    return replace(multiplier, value=multiplier.value / ratio)
+
+
+def _changed_logits(
+    structure: Structure, base: Base | None, scales: Mapping[str, float | None]
+) -> list[tuple[Branch, BaseBranch]]:
+    """Attention branches whose head_dim, or factor on logits, is not that of the base's branch, which comes second.
+
+    A factor that differs where neither heads nor streams do is a hyperparameter as others are, and not of the shape.
+    """
+    grown = base is not None and base.streams != tuple((stream.depth, stream.embedding) for stream in structure.streams)
+    found = []
+    for branch in structure.branches:
+        of_base = _base_branch(branch, base)
+        if branch.head_dim is None or of_base is None or of_base.head_dim is None:
+            continue
+        of_shape = grown or branch.hidden != of_base.hidden
+        own_differs = of_shape and constant_ratio(scales[branch.name], of_base.logits_scale) != 1
+        if branch.head_dim != of_base.head_dim or own_differs:
+            found.append((branch, of_base))
+    return found
 
 
 def _logits(branch: Branch, of_base: BaseBranch, scale: float | None) -> Multiplier:
+    if branch.kind == "recurrence":
+        raise ValueError(
+            f"The state of a unit of {branch.name or 'the module itself'} has {branch.head_dim} entries (coordinates of "
+            f"keys times those of values), and the base's has {of_base.head_dim}. The theory holds for states of bounded "
+            "size: keep head_dim and the size of the state at the base's values, and change the number of heads or channels."
+        )
     assert branch.head_dim is not None and of_base.head_dim is not None and branch.logits is not None
     name = branch.name or "the module itself"
-    reason = f"head_dim of {name} is {branch.head_dim} and the base's is {of_base.head_dim}, so its logits have to be "
+    what, own, of_its_base = "head_dim", float(branch.head_dim), float(of_base.head_dim)
+    if branch.head_dim == of_base.head_dim and scale and of_base.logits_scale:
+        what, own, of_its_base = "the factor on logits", scale, of_base.logits_scale
+    reason = f"{what} of {name} is {own:.4g} and the base's is {of_its_base:.4g}, so its logits have to be "
     if not scale or not of_base.logits_scale:
         whose = "the module" if not scale else "the base"
         raise ValueError(

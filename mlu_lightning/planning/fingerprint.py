@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import astuple
 
+from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.planning.plan import Plan
 
 __all__ = ["fingerprint"]
@@ -15,7 +16,7 @@ def fingerprint(plan: Plan) -> str:
     """Hash the numbers of a plan that a run depends on after its initialization: equal runs have equal fingerprints."""
     content = {
         "parameters": {
-            name: [parameter.row, list(parameter.shape), *map(float, astuple(parameter.ratios))]
+            name: [parameter.row, list(parameter.shape), *_ratios(parameter)]
             for name, parameter in plan.parameters.items()
         },
         "multipliers": [
@@ -27,3 +28,10 @@ def fingerprint(plan: Plan) -> str:
         "horizon": [*map(float, astuple(plan.horizon))],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _ratios(parameter: ParameterPlan) -> list[float]:
+    """Ratios to the base; those that most parameters do not have are left out where they are 1."""
+    *ratios, uses = map(float, astuple(parameter.ratios))
+    rare = uses, parameter.constant_ratio
+    return [*ratios, *(rare if rare != (1, 1) else ())]

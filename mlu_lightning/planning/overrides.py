@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import nn
 
-from mlu_lightning.discovery.structure import Structure
+from mlu_lightning.discovery.structure import ParameterFacts, Structure
 from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
+from mlu_lightning.utilities.names import listed, name_pattern, planned_parameters
 
 __all__ = ["override_roles", "require_roles"]
 
+_Value = TypeVar("_Value")
 
-def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) -> Structure:
-    """Replace roles by those that the user gives, by glob pattern of parameter names; later patterns win."""
-    parameters = dict(structure.parameters)
+
+def override_roles(
+    structure: Structure, overrides: Mapping[str, Role | str], elsewhere: Iterable[str] = ()
+) -> Structure:
+    """Replace roles by those that the user gives, by glob pattern of parameter names; later patterns win.
+
+    A pattern may match names ``elsewhere`` instead: a base has no counterpart of the last blocks of a deeper module.
+    """
+    parameters, copies = dict(structure.parameters), dict(structure.copies)
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
-        if not matches:
+        if not matches and not fnmatch.filter(elsewhere, pattern):
             raise ValueError(
                 f"The override {pattern!r}: {str(role)!r} matches no parameter, so it would do nothing. Names are those of "
                 f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
             )
+        if str(role).startswith(_COPY):
+            copies[pattern.partition("*")[0].rstrip(".")] = str(role).removeprefix(_COPY)
+            role = Role.FROZEN
         if str(role) not in _ROWS:
             raise ValueError(
                 f"The override {pattern!r} names the role {str(role)!r}, which does not exist. Roles are: "
-                f"{', '.join(_ROWS)}."
+                f"{', '.join(_ROWS)}; what is a copy of another submodule is '{_COPY}net'."
             )
         for name in matches:
             given, variant = _ROWS[str(role)]
@@ -36,28 +48,73 @@ def override_roles(structure: Structure, overrides: Mapping[str, Role | str]) ->
                 variant = variant or parameters[name].variant
             parameters[name] = replace(parameters[name], role=given, variant=variant)
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
-    return replace(structure, parameters=parameters, unassigned=unassigned)
+    left_alone = {name for name, facts in parameters.items() if facts.role is Role.FROZEN}
+    return replace(
+        structure,
+        parameters=parameters,
+        branches=tuple(replace(b, folds=() if left_alone & {*b.folds} else b.folds) for b in structure.branches),
+        readouts=tuple(readout for readout in structure.readouts if readout.parameter not in left_alone),
+        unassigned=unassigned,
+        copies=_checked(copies, parameters),
+    )
 
 
-def require_roles(structure: Structure, module: nn.Module) -> None:
+def _checked(copies: Mapping[str, str], parameters: Mapping[str, ParameterFacts]) -> dict[str, str]:
+    """Copies that are still left alone; refuse what is no copy of the submodule that is named."""
+    found = {}
+    for copy, original in copies.items():
+        names = [name for name in parameters if name.startswith(f"{copy}.")]
+        if all(parameters[name].role is Role.FROZEN for name in names):
+            found[copy] = original
+        for name in names:
+            other = f"{original}{name[len(copy) :]}"
+            if other not in parameters or parameters[other].shape != parameters[name].shape:
+                raise ValueError(
+                    f"The overrides make {copy} a copy of {original}, but {name} {list(parameters[name].shape)} has no "
+                    f"counterpart {other} of this shape. Name the submodule whose parameters have the same names inside."
+                )
+    return found
+
+
+def require_roles(structure: Structure, module: nn.Module, overrides: Mapping[str, Role | str]) -> None:
     """Refuse a structure in which a parameter has no role, with the overrides that would settle it."""
+    left_alone = [pattern for pattern, role in overrides.items() if role == Role.FROZEN]
+    parameters = ((name, p) for name, p in planned_parameters(module).items() if p.is_complex() and p.requires_grad)
+    complex_ones = [name for name, _ in parameters if not any(fnmatch.fnmatch(name, each) for each in left_alone)]
+    if complex_ones:
+        raise ValueError(
+            f"Parameters of {type(module).__name__} are complex: {listed(complex_ones)}. The table is one of real weights, "
+            f'so leave them as they are with overrides={{"{complex_ones[0]}": "frozen"}}, and choose their numbers yourself.'
+        )
     if not structure.unassigned:
         return
     shapes = {name: structure.parameters[name].shape for name in structure.unassigned}
-    found = "; ".join(f"{name} {list(shapes[name])}: {why}" for name, why in structure.unassigned.items())
+    reasons = {name: f"{list(shapes[name])}: {why}" for name, why in structure.unassigned.items()}
+    found = "; ".join(f"{pattern} {reason}" for pattern, reason in _along_depth(reasons, structure).items())
     likely = {name: Role.STREAM_MATRIX if _is_matrix(shape) else Role.STREAM_NORM for name, shape in shapes.items()}
-    lines = ", ".join(f'"{name}": "{role}"' for name, role in likely.items())
+    lines = ", ".join(f'"{pattern}": "{role}"' for pattern, role in _along_depth(likely, structure).items())
     raise ValueError(
         f"{len(shapes)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what they are for, "
         f"for example overrides={{{lines}}}; roles are: {', '.join(_ROWS)}."
     )
 
 
+def _along_depth(values: dict[str, _Value], structure: Structure) -> dict[str, _Value]:
+    """Write names as globs over blocks, where those match nothing that has another value."""
+    patterns = {}
+    for name, value in values.items():
+        pattern = name_pattern(name)
+        alike = {values.get(other) for other in fnmatch.filter(structure.parameters, pattern)}
+        patterns[pattern if alike == {value} else name] = value
+    return patterns
+
+
 def _check_readout(structure: Structure, name: str, role: Role, pattern: str) -> None:
     """Refuse to change which matrices are readouts: their multipliers are placed by discovery."""
     facts = structure.parameters[name]
     found = any(readout.parameter == name for readout in structure.readouts)
-    if role is not facts.role and found != (role is Role.READOUT) and (found or _is_matrix(facts.shape)):
+    changes = role not in (Role.FROZEN, facts.role)
+    if changes and found != (role is Role.READOUT) and (found or _is_matrix(facts.shape)):
         here = "was found to be a readout" if found else f"was not found to be one (its role is {facts.role})"
         raise ValueError(
             f"The override {pattern!r} makes {name} {'a' if found else 'the'} {role}, but it {here}. A readout's output is "
@@ -65,6 +122,9 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
             f"found; a matrix from the stream to an output of bounded size is a {Role.STREAM_BOUNDED_MATRIX}."
         )
 
+
+_COPY = "copy_of "
+"""How an override begins that names the submodule of which another one is a copy."""
 
 _ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
     row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -16,15 +15,22 @@ from torch import nn
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module
-from mlu_lightning.planning.derivation import plan_branches, plan_multipliers, plan_parameters, plan_streams
-from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
+from mlu_lightning.planning.derivation import (
+    plan_branches,
+    plan_multipliers,
+    plan_parameters,
+    plan_streams,
+    with_copies,
+)
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
-from mlu_lightning.table import OptimizerFamily, Parameterization, Role, Scale, scale
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
+from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["Plan"]
 
@@ -91,7 +97,9 @@ class Plan:
             base: a freshly built module at the shape at which the hyperparameters are known to be good, a saved plan
                 whose base that is, or None for the paper's absolute form (theory.md, section 2), at which learning
                 rates are those of the infinite model.
-            overrides: role by glob pattern of parameter names, for parameters that discovery cannot place.
+            overrides: role by glob pattern of parameter names, for parameters that discovery cannot place; ``"frozen"`` for
+                those that are to be left alone, ``"copy_of net"`` for a submodule (``"teacher.*"``) that begins as a copy
+                of another one, with its multipliers.
             alpha: richness.
             parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, with a base.
             batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
@@ -117,13 +125,16 @@ class Plan:
         reference = base.base if isinstance(base, Plan) else None
         _check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
         overrides = overrides or {}
-        structure = override_roles(discover(module, example), overrides)
-        require_roles(structure, module)
+        elsewhere = [] if reference is None else [*reference.parameters]
+        if isinstance(base, nn.Module):
+            elsewhere = [*planned_parameters(base)]
+        structure = override_roles(discover(module, example), overrides, elsewhere)
+        require_roles(structure, module, overrides)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
-            base_structure = override_roles(discover(base, base_example), overrides)
-            require_roles(base_structure, base)
+            base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
+            require_roles(base_structure, base, overrides)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
         parameters = plan_parameters(structure, reference, streams)
@@ -132,7 +143,7 @@ class Plan:
             parameters=parameters,
             branches=plan_branches(structure, reference),
             streams=streams,
-            multipliers=multipliers,
+            multipliers=with_copies(multipliers, structure.copies),
             alpha=alpha,
             warnings=structure.warnings + warnings,
             taps=structure.taps,
@@ -151,16 +162,30 @@ class Plan:
         """The base shape that the plan is relative to; None in the paper's absolute form."""
         if self._absolute:
             return None
+        own = {(multiplier.kind, multiplier.name): multiplier.base_constant for multiplier in self.multipliers}
         return Base(
             parameters={
-                name: BaseParameter(p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.variant)
+                name: BaseParameter(
+                    p.role,
+                    p.base_shape or (),
+                    p.base_fans,
+                    p.base_std,
+                    p.base_active,
+                    p.base_uses,
+                    p.variant,
+                    p.base_constant,
+                    p.base_depth if p.variant in COMPOUNDING else None,
+                )
                 for name, p in self.parameters.items()
             },
             streams=tuple((stream.base_depth, stream.base_embedding) for stream in self.streams),
             branches={
-                (name_pattern(b.name), b.kind): BaseBranch(b.base_hidden, b.base_head_dim, b.base_logits_scale)
-                for b in reversed(self.branches)
+                (b.name, b.kind): BaseBranch(
+                    b.base_hidden, b.base_head_dim, b.base_logits_scale, own.get(("branch", b.name))
+                )
+                for b in self.branches
             },
+            readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
         )
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:
@@ -169,6 +194,25 @@ class Plan:
         if multiplier.role is None or self.alpha == 1.0:
             return value.multiplier
         return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
+
+    @property
+    def own_constants(self) -> dict[str, tuple[float, float]]:
+        """What the module multiplies branches, readouts and what parameters make by, where it is not what its base does.
+
+        Numbers are relative to these constants, of which the second is the base's.
+        """
+        if not TABLES[self.parameterization].scales_optimizer:
+            return {}
+        of_parameters = [(name, p.constant, p.base_constant) for name, p in self.parameters.items()]
+        found = [(f"{m.kind} {m.name}", m.constant, m.base_constant) for m in self.multipliers] + of_parameters
+        return {name: (own, base) for name, own, base in found if own and base and constant_ratio(own, base) != 1}
+
+    @property
+    def relative_parameters(self) -> frozenset[str]:
+        """Names of the parameters whose numbers are relative to the module's own constants, or that write what has such."""
+        relative = [multiplier for multiplier in self.multipliers if multiplier.constant_ratio != 1]
+        written = {name for multiplier in relative for name in multiplier.folds or (multiplier.name,)}
+        return frozenset(written.union(n for n, parameter in self.parameters.items() if parameter.constant_ratio != 1))
 
     @cached_property
     def forward_factors(self) -> dict[Multiplier, float]:
@@ -201,9 +245,14 @@ class Plan:
         family = OptimizerFamily(family)
         found: dict[str, Scale] = {}
         for name, parameter in self.parameters.items():
+            if parameter.role is Role.FROZEN:
+                found[name] = Scale(multiplier=self.folded_factors.get(name, 1.0))
+                continue
             entry = scale(
                 parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
             )
+            if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
+                entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
             entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))
             found[name] = self.horizon.scaled(entry, family)
         return found
@@ -211,7 +260,8 @@ class Plan:
     def check(self, module: nn.Module) -> None:
         """Refuse a module that the plan was not made for, with the parameters that are missing, extra or of other shapes."""
         shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
-        found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes]
+        left_alone = {name for name, parameter in self.parameters.items() if parameter.role is Role.FROZEN}
+        found = [f"{name} is in the plan only" for name in self.parameters if name not in shapes.keys() | left_alone]
         found += [f"{name} is in the module only" for name in shapes if name not in self.parameters]
         found += [
             f"{name} is {list(shapes[name])} in the module and {list(parameter.shape)} in the plan"
@@ -228,13 +278,7 @@ class Plan:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp")
-        try:
-            temporary.write_text(self.to_yaml(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole({Path(path): self.to_yaml().encode()})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -269,6 +313,7 @@ class Plan:
             self.scales(family),
             self.branches,
             {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers},
+            self.own_constants,
             self.warnings,
         )
 

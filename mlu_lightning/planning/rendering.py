@@ -48,6 +48,7 @@ def draw_plan(
     scales: Mapping[str, Scale],
     branches: tuple[BranchPlan, ...],
     multipliers: Mapping[Multiplier, float],
+    constants: Mapping[str, tuple[float, float]],
     warnings: Iterable[str],
 ) -> str:
     """Draw shapes, roles with their factors, branches with their multipliers, and warnings."""
@@ -62,23 +63,37 @@ def draw_plan(
         )
     console.print(_roles(parameters, scales))
     console.print(_branches(branches, multipliers))
+    left_alone = [name for name, parameter in parameters.items() if parameter.role is Role.FROZEN]
+    if left_alone:
+        copies = sum(parameters[name].copy_of is not None for name in left_alone)
+        begins = f", {copies} of which begin as copies of others" if copies else ""
+        first, *others = dict.fromkeys(map(name_pattern, left_alone))
+        more = f" and {len(others)} more" if others else ""
+        console.print(f"{len(left_alone)} tensors are left alone (frozen){begins}: {first}{more}")
+    if constants:
+        own = {f"{name_pattern(name)} {value:.4g} (base {base:.4g})": None for name, (value, base) in constants.items()}
+        console.print(f"Numbers are relative to what the module itself multiplies by: {', '.join(own)}.")
     for warning in warnings:
         console.print(f"Warning: {warning}.")
     return text.getvalue().rstrip("\n")
 
 
 def _roles(parameters: Mapping[str, ParameterPlan], scales: Mapping[str, Scale]) -> Table:
-    table = Table("role", "tensors", "entries", "depth", "inputs", "outputs", "multiplier", "std", "lr", "eps", "decay")
+    repeated = any(parameter.ratios.uses != 1 for parameter in parameters.values())
+    of_shape = ("depth", *["uses"] * repeated, "inputs", "outputs")
+    table = Table("role", "tensors", "entries", *of_shape, "multiplier", "std", "lr", "eps", "decay")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     sizes: dict[tuple[Role, Variant | None, Ratios, Scale], list[int]] = {}
     for name, parameter in parameters.items():
+        if parameter.role is Role.FROZEN:
+            continue
         row = parameter.role, parameter.variant, parameter.ratios, scales[name]
         sizes.setdefault(row, []).append(math.prod(parameter.shape))
     order = list(Role)
     for (role, variant, ratios, factors), entries in sorted(sizes.items(), key=lambda item: order.index(item[0][0])):
-        shape = (f"{ratio:.5g}" for ratio in (ratios.depth, ratios.inputs, ratios.outputs))
+        shape = (f"{getattr(ratios, key):.5g}" for key in of_shape)
         numbers = (f"{number:.3g}" for number in astuple(factors))
         table.add_row(row_name(role, variant), str(len(entries)), _short(sum(entries)), *shape, *numbers)
     return table

@@ -89,7 +89,7 @@ _PARTS: dict[str, Any] = {
     "features": tuple[Tap, ...],
     "parameters": dict[str, ParameterPlan],
 }
-_COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active")
+_COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active", "uses")
 _FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "period"})
 """Whole numbers that count something; others are from 0 on, but for the axis of a tap."""
 _LARGEST = 1e20

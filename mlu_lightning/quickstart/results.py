@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from mlu_lightning.quickstart.study import BASE, Run, Study, best_exponent, curve_of
 from mlu_lightning.utilities.plotting import spread
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["loss_table", "save_figure", "verdicts"]
 
@@ -63,7 +65,9 @@ def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validat
     for axes, mlu in ((left, True), (right, False)):
         _draw(axes, study, runs, mlu)
     left.set_ylabel(label)
-    figure.savefig(path, dpi=160)
+    content = BytesIO()
+    figure.savefig(content, dpi=160)
+    write_whole({path: content.getvalue()})
 
 
 def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:

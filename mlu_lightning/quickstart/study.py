@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.models import CausalTransformer
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = [
     "BASE",
@@ -164,7 +165,7 @@ def save_runs(study: Study, runs: list[Run], path: Path) -> None:
     """Write a study and its runs as JSON, in which the loss of a run that diverged is null."""
     rows = [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in runs]
     content = {"study": asdict(study), "runs": rows}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    write_whole({path: json.dumps(content, indent=1, allow_nan=False).encode()})
 
 
 def _runs(study: Study) -> Iterator[Run]:

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from io import BytesIO
+from itertools import islice
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 
 from mlu_lightning.reporting.run_folder import Curve
 
-__all__ = ["as_data_uri", "curves_figure", "not_drawn", "panels_of"]
+__all__ = ["as_data_uri", "curves_figure", "first_panels", "not_drawn", "panels_of"]
 
 
 def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, Curve]]:
@@ -42,6 +43,14 @@ def curves_figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) 
     return figure
 
 
+def first_panels(panels: Mapping[str, Mapping[str, Curve]]) -> tuple[dict[str, dict[str, Curve]], int]:
+    """As many panels and curves as anybody looks at, and the number of the other curves."""
+    first = {
+        title: dict(islice(curves.items(), _MOST_CURVES)) for title, curves in islice(panels.items(), _MOST_PANELS)
+    }
+    return first, sum(map(len, panels.values())) - sum(map(len, first.values()))
+
+
 def not_drawn(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> int:
     """Count the values that a figure cannot show: those not finite, or, on a logarithmic axis, not above zero."""
     curves = [curve for panel in panels.values() for curve in panel.values()]
@@ -60,6 +69,8 @@ def as_data_uri(figure: Figure) -> str:
 
 _Color = tuple[float, float, float, float]
 _COLORS = mpl.colormaps["viridis"]
+_MOST_PANELS = 24
+_MOST_CURVES = 100
 _MOST_NAMED = 8
 _LONGEST_NAME = 40
 _LARGEST = 1e100

@@ -13,9 +13,10 @@ from mlu_lightning.checking.report import CheckReport, by_quantity
 from mlu_lightning.checking.verdicts import Row, axes_of
 from mlu_lightning.observation import Reference
 from mlu_lightning.planning import Plan
-from mlu_lightning.reporting.curves import as_data_uri, curves_figure, not_drawn, panels_of
+from mlu_lightning.reporting.curves import as_data_uri, curves_figure, first_panels, not_drawn, panels_of
 from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, reason
 from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.utilities.plain_text import printable
 
 __all__ = ["run_page"]
 
@@ -61,7 +62,7 @@ def _visible(value: object) -> object:
     """Text in which characters that cannot be seen, or encoded, stand by their numbers."""
     if isinstance(value, Markup):
         return value  # of the template, in which everything was made visible
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(value))
+    return printable(str(value))
 
 
 def _shown(items: Mapping[str, _Item], view: Callable[[_Item], _View]) -> list[_View]:
@@ -115,9 +116,11 @@ def _curves(values: Mapping[str, Curve], prefix: str) -> list[_View]:
 
 
 def _figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> _View:
+    panels, more = first_panels(panels)
     return {
         "image": as_data_uri(curves_figure(panels, logarithmic)),
         "left_out": not_drawn(panels, logarithmic),
+        "more": more,
         "limits": ", or not above 0, as a logarithmic axis has them" if logarithmic else "",
     }
 

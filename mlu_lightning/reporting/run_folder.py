@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import math
-import pickle
-import struct
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
 
-import torch
-
-from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.observation import Reference
 from mlu_lightning.observation.reference_format import FORMAT
 from mlu_lightning.planning import Plan
+from mlu_lightning.reporting.file_readers import READABLE, is_log_or_checkpoint
+from mlu_lightning.reporting.reading_process import contents
+from mlu_lightning.utilities.plain_text import printable
 
 __all__ = ["UNREADABLE", "Curve", "RunRecord", "read_run", "reason"]
 
@@ -60,17 +56,30 @@ def read_run(folder: Path) -> RunRecord:
         raise ValueError(f"There is no folder {folder}. Give that of a run, such as lightning_logs/version_0.")
     record = RunRecord(folder)
     logs: dict[str, _Values] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = _encodable(str(path.relative_to(folder)))
+    names = _names(folder, record.problems)
+    for path, name in names.items():
         read = _reader(path)
-        if read is None:
-            continue
-        # a resumed run goes on in another file of TensorBoard's, and may repeat steps
-        log = str(Path(name).parent) if read is _read_events else name
         try:
-            read(path, name, record, logs.setdefault(log, defaultdict(dict)))
+            if read is not None:
+                read(path, name, record)
         except UNREADABLE as error:
             record.problems[name] = reason(error)
+    for path, content in contents([path for path in names if is_log_or_checkpoint(path)]):
+        name = names[path]
+        if "problem" in content:
+            record.problems[name] = _shown(content["problem"])
+        # a resumed run goes on in another file of TensorBoard's, and may repeat steps
+        log = name if path.suffix == ".csv" else str(Path(name).parent)
+        for metric, curve in content.get("values", {}).items():
+            logs.setdefault(log, defaultdict(dict))[metric].update(curve)
+        for text in content.get("plans", ()):
+            try:
+                plan = Plan.from_yaml(text, name)
+            except UNREADABLE as error:
+                record.problems[name] = reason(error)
+                continue
+            if plan not in record.plans.values():
+                record.plans[name] = plan
     merged = _merged(logs, record.problems)
     record.values.update({name: tuple(sorted(curve.items())) for name, curve in sorted(merged.items())})
     if record == RunRecord(folder):
@@ -81,24 +90,37 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-_BUILT_IN = (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError, EOFError, RuntimeError)
-UNREADABLE = (*_BUILT_IN, ImportError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile, csv.Error)
+UNREADABLE = (*READABLE, MemoryError)
 """What is raised by reading damaged files, and by showing what was read."""
+
+_LARGEST_TEXT = 16 * 2**20
 
 
 def reason(error: Exception) -> str:
     """Say what an error says, in one line of bounded length."""
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return shorten(_encodable(f"{kind}{error}"), 400, placeholder=" ...")
+    return _shown(f"{kind}{error}")
 
 
 _Values = dict[str, dict[int, float]]
-_Read = Callable[[Path, str, RunRecord, _Values], None]
+_Read = Callable[[Path, str, RunRecord], None]
 
 
-def _encodable(text: str) -> str:
-    """Names of files may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode()
+def _shown(text: str) -> str:
+    """One line of bounded length."""
+    return shorten(printable(text), 400, placeholder=" ...")
+
+
+def _names(folder: Path, problems: dict[str, str]) -> dict[Path, str]:
+    """Names of all files in the folder; links out of it are not followed."""
+    names, root = {}, folder.resolve()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = printable(str(path.relative_to(folder)))
+        if path.resolve().is_relative_to(root):
+            names[path] = name
+        elif _reader(path) is not None or is_log_or_checkpoint(path):
+            problems[name] = "It is a link out of the folder, and is not followed"
+    return names
 
 
 def _merged(logs: Mapping[str, _Values], problems: dict[str, str]) -> _Values:
@@ -126,86 +148,27 @@ def _agree(first: Mapping[int, float], second: Mapping[int, float]) -> bool:
 
 
 def _reader(path: Path) -> _Read | None:
-    if path.name.startswith("events.out.tfevents"):
-        return _read_events
-    by_name: dict[str, _Read] = {"metrics.csv": _read_csv, "check.json": _read_check}
-    by_suffix: dict[str, _Read] = {".ckpt": _read_checkpoint, ".yaml": _read_plan, ".safetensors": _read_reference}
-    return by_name.get(path.name, by_suffix.get(path.suffix))
+    by_suffix: dict[str, _Read] = {".yaml": _read_plan, ".safetensors": _read_reference}
+    return _read_check if path.name == "check.json" else by_suffix.get(path.suffix)
 
 
-def _read_csv(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    wrong, step = [], None
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = int(row["step"])
-            if abs(step) >= 2**63:
-                raise ValueError(f"There is no step {row['step']}")
-            for metric, text in row.items():
-                if metric in (None, "step") or not text:
-                    continue
-                try:
-                    values[metric][step] = float(text)
-                except ValueError:
-                    wrong.append(f"{metric} at step {step} is {text!r}")
-    if wrong:
-        raise ValueError(f"Not all of it are numbers: {', '.join(wrong)}")
-    if step is None:
-        raise ValueError(_EMPTY)
+def _read_check(path: Path, name: str, record: RunRecord) -> None:
+    record.checks[name] = CheckReport.from_json(_text(path))
 
 
-def _read_events(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    except ImportError as error:
-        raise ImportError("TensorBoard's events are read with its package: pip install tensorboard") from error
-    if not path.stat().st_size:
-        raise ValueError(_EMPTY)
-    events = EventAccumulator(str(path), {SCALARS: 0}).Reload()
-    for metric in events.Tags()["scalars"]:
-        for event in events.Scalars(metric):
-            values[metric][event.step] = event.value
-    # damage ends its reading without a word; every event has 16 bytes of length and checksums
-    read, size = sum(len(event) + 16 for event in RawEventFileLoader(str(path)).Load()), path.stat().st_size
-    if read < size:
-        raise ValueError(
-            f"Only {read:,} of its {size:,} bytes can be read: it is damaged, or its run was killed or goes on"
-        )
-
-
-_EMPTY = "Nothing is logged in it: its run was killed before that, or goes on"
-
-
-def _read_check(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    record.checks[name] = CheckReport.from_json(path.read_text(encoding="utf-8"))
-
-
-def _read_checkpoint(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        # what torch says is how to read it nevertheless
-        raise ValueError(
-            "It is no checkpoint, is damaged, or holds objects, such as hyperparameters, whose reading could execute code, "
-            "which is not done here. A plan that Plan.save writes beside it is read"
-        ) from error
-    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
-    if not isinstance(callbacks, dict):
-        raise ValueError("It is not a checkpoint of a Trainer: it has no callbacks")
-    for key, state in callbacks.items():
-        if str(key).startswith(MLUCallback.__name__) and isinstance(state, dict) and "plan" in state:
-            plan = Plan.from_yaml(str(state["plan"]), name)
-            if plan not in record.plans.values():
-                record.plans[name] = plan
-
-
-def _read_plan(path: Path, name: str, record: RunRecord, values: _Values) -> None:
-    text = path.read_text(encoding="utf-8")
+def _read_plan(path: Path, name: str, record: RunRecord) -> None:
+    text = _text(path)
     if any(line.startswith("mlu_plan:") for line in text.splitlines()):  # others are hyperparameters and the like
         record.plans[name] = Plan.from_yaml(text, name)
 
 
-def _read_reference(path: Path, name: str, record: RunRecord, values: _Values) -> None:
+def _text(path: Path) -> str:
+    if path.stat().st_size > _LARGEST_TEXT:
+        raise ValueError(f"It has more than {_LARGEST_TEXT >> 20} MiB, which no plan or check has")
+    return path.read_text(encoding="utf-8")
+
+
+def _read_reference(path: Path, name: str, record: RunRecord) -> None:
     with path.open("rb") as file:
         length = file.read(8)
         if len(length) < 8:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -63,11 +63,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     """Find the tensors in tuples, lists, mappings (such as Hugging Face outputs) and dataclasses, in order."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (Mapping, tuple, list)):
+    elif isinstance(value, (str, int, float, type(None))):
+        return  # soon, because most arguments are of these
+    elif isinstance(value, (tuple, list, Mapping)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
     elif is_dataclass(value):
-        yield from tensors_in(vars(value))
+        for field in fields(value):  # with slots there is no __dict__
+            yield from tensors_in(getattr(value, field.name, None))
 
 
 class _Calls:
@@ -112,7 +115,7 @@ class _Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in ("", "__get__", "__set__"):  # attributes of tensors
+        if name in ("", "__get__", "__set__", "flex_attention"):  # attributes of tensors; an operator that is compiled
             return func(*args, **given)
         with _Attentions(self.calls) if "softmax" in name or "attention" in name else nullcontext():
             return self.calls.call(name, args, given, lambda: func(*args, **given))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.wrappers import _FabricModule
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import _configure_optimizers, _MockOptimizer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
 from torch.optim import Optimizer
+
+from mlu_lightning.utilities.lightning_namespaces import of_both
 
 __all__ = [
     "before_batch_transfer",
@@ -18,7 +22,9 @@ __all__ = [
     "is_mock_optimizer",
     "is_sequential",
     "layer_sync",
+    "prunes_globally",
     "resamples_parameters",
+    "set_up_by_fabric",
     "starts_processes",
     "train_dataloaders",
     "val_dataloaders",
@@ -32,12 +38,12 @@ def configured_optimizers(configured: Any) -> tuple[list[Optimizer], list[LRSche
 
 def is_mock_optimizer(optimizer: Optimizer) -> bool:
     """Tell whether an optimizer is what Lightning has where ``configure_optimizers`` returned None."""
-    return isinstance(optimizer, _MockOptimizer)
+    return isinstance(optimizer, of_both(_MockOptimizer))
 
 
 def starts_processes(strategy: Strategy) -> bool:
     """Tell whether a strategy trains in processes started from this one, which send only weights back."""
-    return isinstance(strategy.launcher, _MultiProcessingLauncher)
+    return isinstance(strategy.launcher, of_both(_MultiProcessingLauncher))
 
 
 def train_dataloaders(trainer: Any) -> Any:
@@ -66,6 +72,16 @@ def layer_sync(strategy: Strategy) -> Any:
     return getattr(strategy, "_layer_sync", None)
 
 
+def prunes_globally(pruning: Any) -> bool:
+    """Tell whether pruning compares entries of different weights."""
+    return bool(pruning._use_global_unstructured)
+
+
 def resamples_parameters(pruning: Any) -> bool:
     """Tell whether pruning by the lottery ticket hypothesis draws weights anew instead of going back to the first."""
     return bool(pruning._use_lottery_ticket_hypothesis and pruning._resample_parameters)
+
+
+def set_up_by_fabric(module: nn.Module) -> nn.Module | None:
+    """Return the module that Fabric has set up and wrapped, None if it is no such wrapper."""
+    return module.module if isinstance(module, of_both(_FabricModule)) else None

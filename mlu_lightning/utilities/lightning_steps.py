@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -10,8 +11,11 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-__all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted"]
+from mlu_lightning.utilities.lightning_private import train_dataloaders
+
+__all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted", "run_start_hooks"]
 
 StepName = Literal["training_step", "validation_step"]
 
@@ -24,12 +28,21 @@ def is_lightning_module(module: nn.Module) -> bool:
 def call_step(module: Any, name: StepName, batch: Any) -> Any:
     """Call a step of a LightningModule with as many arguments as it takes; batch and loader have the index 0."""
     step = getattr(module, name)
+    if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        return step(iter([(batch, 0, 0)]))
     args = [batch]
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):
         args.append(0)
     if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
         args.append(0)
     return step(*args)
+
+
+def run_start_hooks(module: Any, batch: Any) -> None:
+    """Call the hooks of a LightningModule that Lightning calls before the first ``training_step``."""
+    for name in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
+        getattr(module, name)()
+    module.on_train_batch_start(batch, 0)
 
 
 def mute(
@@ -111,6 +124,10 @@ class _TrainerView:
         return list(self._optimizers())
 
     @property
+    def train_dataloader(self) -> Any:
+        return self._original.train_dataloader or train_dataloaders(self._original)
+
+    @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
         return [LRSchedulerConfig(scheduler) for scheduler in self._schedulers()]
 
@@ -122,7 +139,14 @@ class _Idle:
         self._original = original
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
+        if name == "optimizer" and not hasattr(self._original, name):
+            return self  # as Lightning's own wrapper has it
+        found = getattr(self._original, name)
+        if isinstance(found, Optimizer):
+            return _Idle(found)
+        # what torch's optimizers do not have may be a part of a step, as SAM's first and second one
+        steps = isinstance(self._original, Optimizer) and inspect.ismethod(found) and not hasattr(Optimizer, name)
+        return self.step if steps else found
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         return closure() if callable(closure) else None

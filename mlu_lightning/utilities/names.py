@@ -7,10 +7,16 @@ import re
 from collections.abc import Iterable, Iterator
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mlu_lightning.utilities.lightning_private import set_up_by_fabric
 
 __all__ = [
     "common_module",
+    "listed",
     "name_pattern",
+    "name_pattern_of_parts",
+    "original_module",
     "planned_modules",
     "planned_name",
     "planned_parameters",
@@ -31,6 +37,23 @@ def name_pattern(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
+def name_pattern_of_parts(name: str) -> str:
+    """Return a name without any of its numbers: blocks may carry theirs inside of a part, as other parts do.
+
+    >>> name_pattern_of_parts("encoder_layer_0.fc1.weight")
+    'encoder_layer_*.fc*.weight'
+    """
+    return re.sub(r"\d+", "*", name)
+
+
+def original_module(module: nn.Module) -> nn.Module:
+    """Return the module inside of what ``torch.compile``, Fabric and DDP put around a whole one."""
+    inner = getattr(module, "_orig_mod", None) or set_up_by_fabric(module)
+    if inner is None and isinstance(module, DistributedDataParallel):
+        inner = module.module
+    return original_module(inner) if isinstance(inner, nn.Module) else module
+
+
 def planned_name(name: str) -> str:
     """Return the name that a parameter or submodule has in plans, from that in ``named_parameters()`` or the like.
 
@@ -42,13 +65,13 @@ def planned_name(name: str) -> str:
 
 def planned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters of a module by their names in plans; shared ones have their first name only, or all of them."""
-    named = module.named_parameters(remove_duplicate=remove_duplicate)
+    named = original_module(module).named_parameters(remove_duplicate=remove_duplicate)
     return {planned_name(name): parameter for name, parameter in named}
 
 
 def planned_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over a module and its submodules, without wrappers, with their names in plans."""
-    for name, part in module.named_modules():
+    for name, part in original_module(module).named_modules():
         if unwrapped(part) is part:
             yield planned_name(name), part
 
@@ -73,3 +96,14 @@ def common_module(names: Iterable[str]) -> str:
     modules = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
     return ".".join(parts[0] for parts in shared)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Say names one after the other, but not too many of them.
+
+    >>> listed(["a", "b", "c", "d"], most=2)
+    'a, b and 2 more'
+    """
+    every = [*names]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return f"{', '.join(every[:most])}{more}"

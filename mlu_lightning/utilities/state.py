@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from mlu_lightning.utilities.checksums import checksums
+
 __all__ = ["ParametersChangedError", "preserve_state"]
 
 
@@ -31,7 +33,7 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
     """
     parameters = {} if restore_parameters else {name: value.data for name, value in module.named_parameters()}
     seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
-    before = _checksums(parameters)
+    before = checksums(parameters)
     with isolate_rng():
         restorers = [_remember_module(submodule, seen) for submodule in module.modules()]
         try:
@@ -40,8 +42,8 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
             with torch.no_grad():
                 for restore in restorers:
                     restore()
-    after = _checksums(parameters)
-    if changed := [name for name in before if not torch.equal(before[name], after[name])]:
+    after = checksums(parameters)
+    if changed := [name for name in before if not before[name].is_of(after[name])]:
         raise ParametersChangedError(
             f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass, so looking at it would "
             "change its training. Change them in a hook, such as on_train_batch_end, or leave them alone in "
@@ -50,24 +52,6 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _checksums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum the bits and the values of each tensor, or of this process's part of it, which needs no copy.
-
-    Unlike versions, sums see changes through ``.data``. Bits miss an even number of signs, and values what rounding hides.
-    """
-    found = {}
-    for name, values in tensors.items():
-        values = values.to_local() if hasattr(values, "to_local") else values
-        if type(values) is Tensor and not values.is_meta:
-            values = torch.view_as_real(values) if values.is_complex() else values
-            integer = _INTEGERS[values.element_size()]
-            found[name] = values.view(integer).sum(dtype=integer)[None]  # another type would need a copy in it
-            if values.is_floating_point() and values.element_size() > 1:
-                found[name] = torch.cat((found[name], values.sum()[None].view(integer)))
-    return found
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["DTYPES", "parse_json", "read_tensor_file", "tensors_hash", "write_tensors"]
 
@@ -71,15 +72,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     if header > _LONGEST_HEADER:
         raise OSError(f"{path} would have a header of {header} bytes, and at most {_LONGEST_HEADER} are read")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # always the same name, so that what a killed process left behind is overwritten by the next
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        # no fsync: what a killed process has written is not lost, the system has it. Only a power failure may lose or
-        # garble the last file, which readers find out.
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole({path: content})
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:

@@ -105,12 +105,11 @@ def training(shape: TransformerShape, lr: float, batches: int, callbacks: Sequen
 def mlu() -> MLUCallback:
     """Make the callback, with the base at which the learning rate is known to be good.
 
-    Weights are folded because a predictor is saved as its weights, and loaded into a network that has no multipliers. The
-    example is given because training data are a stream that goes on where it was left: without it there is a warning, and
-    the training begins a few batches later.
+    The example is given because training data are a stream that goes on where it was left: without it there is a warning,
+    and the training begins a few batches later. A predictor is saved as its weights, which hold their multipliers.
     """
     base = estimator(SHAPES[BASE], lr=0.0, batches=1).create_lightning_module()
-    return MLUCallback(base, residual="fold", overrides=POSITIONS, example=first_batch())
+    return MLUCallback(base, overrides=POSITIONS, example=first_batch())
 
 
 def first_batch() -> dict[str, Tensor]:

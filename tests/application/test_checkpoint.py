@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, attach_multipliers, bake, restore_multipliers, to_granite
+from mlu_lightning.application.state_mark import without_mark
 
 
 @pytest.mark.parametrize("mode", ["hook", "fold"])
@@ -22,7 +23,8 @@ def test_from_a_checkpoint(tmp_path: Path, mode: Mode) -> None:
     module, plan, trainer = trained(architecture, mode, TWICE)
     expected = logits(module, architecture)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    again = Lit.load_from_checkpoint(tmp_path / "last.ckpt", model=architecture.build(*TWICE))
+    again = lit(architecture, TWICE)
+    again.load_state_dict(without_mark(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]))
     assert not torch.allclose(logits(again, architecture), expected, rtol=0.1)
     with pytest.raises(ValueError, match=r"does not have the plan's multipliers, .*restore_multipliers\(module, check"):
         bake(again, plan)
@@ -68,7 +70,10 @@ SAID = "the multiplier of the readout 'model.model.embed_tokens.weight'"
 
 def test_hooks_that_folding_leaves_are_warned_about() -> None:
     tied, untied = ARCHITECTURES["tied llama"], ARCHITECTURES["llama"]
-    with pytest.warns(UserWarning, match=rf"Folding leaves {SAID} in hooks.* another function.*bake\(module, callback"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"Folding leaves {SAID} in hooks.* refuses to load .*bake\(module, callback",
+    ):
         trained(tied, "fold", TWICE)
     several = "Folding leaves the multipliers of the branch .*, the branch .* and 2 more in"
     with pytest.warns(UserWarning, match=several):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mlu_lightning import Plan, attach_multipliers, fold
 from mlu_lightning.application import residual_state
+from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning.entries import Multiplier
 from mlu_lightning.planning.fingerprint import fingerprint
@@ -29,7 +30,7 @@ def test_function_is_the_one_written_by_hand(name: str, mode: str) -> None:
     assert not torch.allclose(module(tokens), expected, rtol=1e-3)  # the factors matter
     MODES[mode](module, plan)
     torch.testing.assert_close(module(tokens), expected, **EXACT)
-    assert list(module.state_dict()) == list(plain.state_dict())
+    assert list(without_mark(module.state_dict())) == list(plain.state_dict())
     state, folded = residual_state(module), CASES[name].folded if mode == "fold" else frozenset()
     assert state is not None
     assert (state.mode, state.fingerprint, state.folded) == (mode, fingerprint(plan), folded)
@@ -40,7 +41,7 @@ def test_hooks_leave_the_weights_and_come_off(name: str) -> None:
     module, plan, tokens = made(name)
     before, output = snapshot(module), module(tokens)
     handle = attach_multipliers(module, plan)
-    assert all(torch.equal(value, before[0][key]) for key, value in module.state_dict().items())
+    assert all(torch.equal(value, before[0][key]) for key, value in without_mark(module.state_dict()).items())
     handle.remove()
     networks.assert_unchanged(module, before)
     assert torch.equal(module(tokens), output)
@@ -91,7 +92,7 @@ def test_a_folded_checkpoint_continues_without_being_multiplied_again(name: str,
     with torch.device(device):
         fresh = CASES[name].build().double()
     if device == "cpu":
-        fresh.load_state_dict(module.state_dict())
+        fresh.load_state_dict(without_mark(module.state_dict()))
     assert fold(fresh, plan, multiplied=True) is fresh
     if device == "meta":
         fresh.load_state_dict(module.state_dict(), assign=True)

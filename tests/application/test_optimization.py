@@ -186,7 +186,7 @@ def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
     ours, theirs = Weights(), Weights()
     try:
         zero = ZeroRedundancyOptimizer(ours.parameters(), optim.AdamW, lr=0.1, eps=0.01)
-        assert scale_optimizer(zero, ours, plan_of(ours)).optimizer is zero.optim
+        assert scale_optimizer(zero, ours, plan_of(ours)).parts[0].optimizer is zero.optim
         zero.param_groups[0]["lr"] = 0.2
         train([0], (ours, zero))
     finally:

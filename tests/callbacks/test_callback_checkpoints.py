@@ -47,7 +47,7 @@ def planned(module: Net) -> Plan:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    trained = {"hook": [MLUCallback(Net())], "fold": [MLUCallback(Net(), residual="fold")], "plain": []}
+    trained: dict[str, Any] = {name: [MLUCallback(Net(), residual=name)] for name in ("hook", "fold")} | {"plain": []}
     for name, callbacks in trained.items():
         module = Net(**WIDE)
         fit(module, *callbacks).save_checkpoint(folder / f"{name}.ckpt")
@@ -68,15 +68,24 @@ def test_evaluation_of_a_checkpoint_has_its_multipliers(residual: Any, checkpoin
 
 def test_fit_after_evaluation_goes_on_from_the_checkpoint(checkpoints: dict[str, Path]) -> None:
     module = Net(**WIDE, optimizers=lambda module: None)
-    run = trainer(MLUCallback(Net()))
+    run = trainer(MLUCallback(Net(), residual="hook"))
     run.validate(module, loader(False), ckpt_path=checkpoints["hook"], verbose=False)
     before = module(ONE)
     run.fit(module, loader())
     assert torch.equal(module(ONE), before)
 
 
-def test_plain_checkpoint_is_warned_about_in_an_evaluation_too(checkpoints: dict[str, Path]) -> None:
-    attach_multipliers(module := Net(**WIDE), planned(module))
+def test_folded_checkpoint_is_a_plain_module(checkpoints: dict[str, Path]) -> None:
+    module = Net(**WIDE)
+    module.load_state_dict(torch.load(checkpoints["fold"], weights_only=True)["state_dict"])
+    torch.testing.assert_close(module(ONE), torch.load(checkpoints["fold"].with_suffix(".pt")))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_plain_checkpoint_is_warned_about(stage: str, checkpoints: dict[str, Path]) -> None:
+    module, run = Net(**WIDE), trainer(MLUCallback(Net(), residual="hook"), epochs=3)
+    if stage == "validate":
+        attach_multipliers(module, planned(module))
     with pytest.warns(UserWarning, match="checkpoint is of a run without MLUCallback. Its weights were trained as"):
         trainer(MLUCallback(Net())).validate(module, loader(), ckpt_path=checkpoints["plain"])
 
@@ -90,7 +99,7 @@ def test_plain_checkpoint_is_warned_about_in_an_evaluation_too(checkpoints: dict
 )
 def test_checkpoint_of_another_run_is_refused(run: str, base: Any, message: str, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(Net(**WIDE), MLUCallback(Net(**base)), ckpt_path=checkpoints[run])
+        fit(Net(**WIDE), MLUCallback(Net(**base), residual="hook"), ckpt_path=checkpoints[run])
 
 
 @pytest.mark.filterwarnings("error:.*MLUCallback.*")
@@ -160,7 +169,7 @@ def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residu
 
 
 def test_second_fit_after_hooks_moved_into_the_weights_does_not_initialize_them() -> None:
-    module, first, second = Net(**WIDE), MLUCallback(Net()), MLUCallback(Net(), residual="fold")
+    module, first, second = Net(**WIDE), MLUCallback(Net(), residual="hook"), MLUCallback(Net())
     fit(module, first)
     fit(fold(module, first.plan), second)
     assert (first.initialized, second.initialized) == (True, False)
@@ -174,7 +183,7 @@ def test_second_fit_after_hooks_moved_into_the_weights_does_not_initialize_them(
     ],
 )
 def test_second_fit_with_another_plan_or_residual_is_refused(base: Any, residual: Any, message: str) -> None:
-    fit(module := Net(**WIDE), MLUCallback(Net()))
+    fit(module := Net(**WIDE), MLUCallback(Net(), residual="hook"))
     with pytest.raises(ValueError, match=message):
         fit(module, MLUCallback(Net(**base), residual=residual))
 
@@ -184,8 +193,8 @@ def test_multipliers_of_somebody_else_leave_the_initialization_open() -> None:
     plan = planned(module)
     attach_multipliers(initialize(module, plan), plan)
     with pytest.raises(ValueError, match=r"not from an MLUCallback.* give init=None"):
-        fit(module, MLUCallback(Net()))
-    fit(module, MLUCallback(Net(), init=None))
+        fit(module, MLUCallback(Net(), residual="hook"))
+    fit(module, MLUCallback(Net(), init=None, residual="hook"))
     theirs = Net(**WIDE)
-    fit(theirs, MLUCallback(Net()))
+    fit(theirs, MLUCallback(Net(), residual="hook"))
     assert identical(module, theirs)

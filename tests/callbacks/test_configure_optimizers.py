@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn, optim
 
-from mlu_lightning import MLUCallback, initialize
+from mlu_lightning import MLUCallback, fold, initialize
 
 
 def two(module: Any) -> list[optim.Optimizer]:
@@ -87,8 +87,11 @@ def test_learning_rate_finder_keeps_the_factors(tmp_path: Path) -> None:
     expected = factors(plan, "adamw")
     assert len(scaled) == 8
     for ours, theirs in zip(scaled, plain, strict=True):
-        assert rates(ours) == {name: theirs[name]["lr"] * factor for name, factor in expected.items()}
-    assert identical(module, initialize(Net(**WIDE), plan)) and "configure_optimizers" not in vars(module)
+        assert {name: group["lr"] for name, group in ours.items()} == {
+            n: theirs[n]["lr"] * f for n, f in expected.items()
+        }
+    assert identical(module, fold(initialize(Net(**WIDE), plan), plan))
+    assert "configure_optimizers" not in vars(module)
     run.fit(module, loader())
     assert probe.numbers[-1]["embed.weight"]["lr"] == module.lr
 

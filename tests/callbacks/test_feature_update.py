@@ -60,7 +60,7 @@ def features(weights: dict[str, Tensor]) -> list[Tensor]:
 
 def test_logged_are_root_mean_squares_of_what_a_resnet_computes() -> None:
     weights = Weights()
-    logged = fit(seeded(), MLUCallback(seeded(depth=1)), FeatureUpdate(steps=1), weights)
+    logged = fit(seeded(), MLUCallback(seeded(depth=1), residual="hook"), FeatureUpdate(steps=1), weights)
     assert list(logged) == [1, 2, 3, 4, 5, 6]
     names = ["stream/s=0", *(f"mlp/blocks.{block}" for block in range(3)), "stream/s=1", "output"]
     for step, values in logged.items():

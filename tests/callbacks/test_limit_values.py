@@ -98,7 +98,7 @@ SGD: dict[str, dict[str, Any]] = {
 )
 def test_logged_values_are_those_of_limits_trained_by_hand(sgd: str, schedule: Any, accumulated: int) -> None:
     """The probe is of three validation samples; there are six batches in an epoch."""
-    weights, batches, mlu = Weights(), Batches(), MLUCallback()
+    weights, batches, mlu = Weights(), Batches(), MLUCallback(residual="hook")
 
     def configure(parameters: Any) -> Any:
         optimizer = torch.optim.SGD(parameters, 0.3, **SGD[sgd])
@@ -142,7 +142,7 @@ def test_logged_values_are_those_of_limits_trained_by_hand(sgd: str, schedule: A
 
 
 def test_transformer_beside_its_limit() -> None:
-    batches, weights, mlu = Batches(), Weights(), MLUCallback()
+    batches, weights, mlu = Batches(), Weights(), MLUCallback(residual="hook")
     module = transformer(momentum=0.5, schedule_steps=20)
     logged = measure(
         Limit(depth=6, units=32, heads=8, seeds=1), mlu, weights, batches, module=module, data=tokens(), steps=6

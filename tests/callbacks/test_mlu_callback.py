@@ -91,7 +91,7 @@ def test_weights_that_are_folded_already_take_the_numbers_of_fold(plan: Plan) ->
 @pytest.mark.parametrize("init", [{}, {"init": None}], ids=["rescale", "none"])
 def test_init_none_leaves_the_weights(init: dict[str, Any]) -> None:
     module = Net(**WIDE, optimizers=lambda module: None)
-    fit(module, MLUCallback(Net(), **init))
+    fit(module, MLUCallback(Net(), residual="hook", **init))
     assert identical(module, Net(**WIDE)) == ("init" in init)
 
 
@@ -102,7 +102,7 @@ def test_frozen_parameters_are_planned_and_left_alone() -> None:
     fit(module, callback)
     assert callback.plan is not None and callback.plan.roles["embed.weight"] == "embedding"
     start = initialize(Net(**WIDE), callback.plan)
-    assert torch.equal(module.embed.weight, start.embed.weight)
+    assert torch.equal(module.embed.weight, Net(**WIDE).embed.weight)  # as built
     assert not torch.equal(module.readout.weight, start.readout.weight)
 
 
@@ -116,6 +116,11 @@ def test_processes_that_send_only_weights_back_are_warned_about() -> None:
     run = trainer(callback, strategy="ddp_spawn", devices=1)
     with pytest.warns(UserWarning, match=r"only weights come back.* Go on from a checkpoint"):
         callback.setup(run, module, "fit")
+    hooked = MLUCallback(Net(), example=next(iter(loader())), residual="hook")
+    with pytest.raises(
+        ValueError, match=r'without the multipliers that stay in hooks.* Use strategy="ddp", or residual="f'
+    ):
+        hooked.setup(trainer(hooked, strategy="ddp_spawn", devices=1), Net(**WIDE), "fit")
 
 
 def test_plan_from_a_file(tmp_path: Path) -> None:
@@ -171,10 +176,3 @@ def test_refused_modules_are_left_as_they_were(shape: dict[str, int], others: An
     with pytest.raises(ValueError, match=message):
         fit(module, MLUCallback(plan=plan), *others)
     assert identical(module, Net(**shape))
-
-
-def test_trainer_of_the_other_package_is_refused() -> None:
-    other = pytest.importorskip("pytorch_lightning")
-    run = other.Trainer(accelerator="cpu", barebones=True, callbacks=[MLUCallback(Net())])
-    with pytest.raises(TypeError, match=r"given to a pytorch_lightning.*Import Trainer .* from lightning\.pytorch"):
-        run.callbacks[0].setup(run, Net(), "fit")

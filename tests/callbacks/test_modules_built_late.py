@@ -68,4 +68,23 @@ def test_base_that_is_built_late(make: type[Net], function: bool) -> None:
     base = make()
     fit(ours, MLUCallback((lambda: base) if function else base))
     fit(theirs, MLUCallback(Net()))
-    assert identical(ours, theirs) and base._trainer is None
+    assert identical(ours, theirs)
+    assert base._trainer is None
+
+
+class HeadInSetup(Net):
+    def build(self) -> None:
+        super().build()
+        del self.readout
+
+    def setup(self, stage: str) -> None:
+        self.readout = Net(*self.shape).readout
+
+
+@pytest.mark.parametrize("function", [False, True], ids=["module", "function"])
+def test_base_of_which_a_part_is_built_late(function: bool) -> None:
+    ours, theirs, base = HeadInSetup(**WIDE), Net(**WIDE), HeadInSetup()
+    fit(ours, MLUCallback(HeadInSetup if function else base))
+    fit(theirs, MLUCallback(Net()))
+    assert identical(ours, theirs)
+    assert not hasattr(base, "readout") and base._trainer is None

@@ -15,6 +15,7 @@ from lightning.pytorch import callbacks as others
 from lightning.pytorch.loggers import CSVLogger
 
 from mlu_lightning import MLUCallback
+from mlu_lightning.application.state_mark import without_mark
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,17 @@ class Case:
 
 
 def average(callback: Any) -> dict[str, Any]:
-    return callback._average_model.state_dict()
+    return without_mark(callback._average_model.state_dict())
 
 
 def checkpoints(callback: others.ModelCheckpoint) -> dict[str, Any]:
     paths = sorted(Path(str(callback.dirpath)).glob("*.ckpt"))
     loaded = {path.name: torch.load(path, weights_only=True) for path in paths}
     best = Path(callback.best_model_path).name
-    return {"best": best, **{name: (saved["state_dict"], saved["optimizer_states"]) for name, saved in loaded.items()}}
+    return {
+        "best": best,
+        **{name: (without_mark(saved["state_dict"]), saved["optimizer_states"]) for name, saved in loaded.items()},
+    }
 
 
 pruning = partial(others.ModelPruning, "l1_unstructured", amount=0.1)
@@ -79,7 +83,7 @@ def outcome(module: Net, trainer: Trainer, callback: Callback, case: Case) -> di
     return {
         "losses": module.losses,
         "validated": module.validated,
-        "weights": listed(module.state_dict()),
+        "weights": listed(without_mark(module.state_dict())),
         "groups": listed(groups),
         "state": listed(optimizer.state_dict()["state"]),
         "else": listed(case.found(callback)),

@@ -63,7 +63,7 @@ def test_one_branch_without_its_multiplier_is_found() -> None:
     data = [(x, torch.stack((x[:, 0] * x[:, 1], x[:, 2].abs()), 1)) for x in inputs]
     settings: dict[str, Any] = {"base": Shape(2, 32, 16), "data": data, "axes": ["depth"], "factors": (1, 2, 4, 8)}
     build = partial(ResNet, inputs=3, outputs=2)
-    report = few(**settings, build=build, seeds=4, callbacks=lambda base: [OneForgotten(base)])
+    report = few(**settings, build=build, seeds=4, callbacks=lambda base: [OneForgotten(base, residual="hook")])
     starts = [row for row in report.rows if row.quantity.kind == "start" and row.quantity.role == "branch_out"]
     assert [row.verdict for row in starts] == ["fail"] and starts[0].reason == "at the place where it is largest"
     assert report.causes[0].role == "branch_out"

@@ -97,7 +97,6 @@ def test_run_with_wrappers_is_the_run_without(parts: Any, residual: Any, tmp_pat
     saved = torch.load(tmp_path / "plain.ckpt", weights_only=True)["state_dict"]
     torch.testing.assert_close(checkpoint["state_dict"], saved, rtol=0, atol=0)
     loaded = Net(**LARGE)
-    loaded.load_state_dict(checkpoint["state_dict"])
     restore_multipliers(loaded, checkpoint)
     assert all(torch.equal(each(BATCHES[0]), plain(BATCHES[0])) for each in (loaded, module))
 

@@ -36,10 +36,9 @@ def write(i: int) -> set[str]:
     return {f"blocks.{i}.write.weight", f"blocks.{i}.write.bias"}
 
 
-def test_weights_shared_across_depth_are_planned_with_a_warning() -> None:
+def test_weights_shared_across_depth_are_one_branch() -> None:
     structure = discover(Net(blocks=nn.ModuleList([Block()] * 3)), X)
     assert structure.depth == 3 and structure.roles["blocks.0.write.weight"] == "branch_out"
-    assert any("shared across depth" in warning for warning in structure.warnings)
     (branch,) = structure.branches
     assert str(branch.site) == "blocks.0 output" and set(branch.folds) == write(0)
 

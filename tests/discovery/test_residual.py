@@ -121,7 +121,8 @@ def test_an_addition_without_a_matrix_does_not_take_in_the_branch_before_it() ->
     module = stepwise(pooled, embed=nn.Linear(8, 16), out=nn.Linear(16, 5), blocks=branches)
     structure = discover(module, (X,))
     assert not structure.unassigned
-    assert [(b.name, b.position) for b in structure.branches] == [(f"blocks.{i}", i) for i in range(3)]
+    assert [b.name for b in structure.branches if b.kind == "mlp"] == [f"blocks.{i}" for i in range(3)]
+    assert [(b.kind, b.position) for b in structure.branches] == [*zip(["mixing", "mlp"] * 3, range(6), strict=True)]
     assert structure.roles["blocks.0.1.weight"] == "branch_in"
 
 
@@ -186,3 +187,27 @@ def test_a_stream_that_is_flattened_on_the_way_can_be_read() -> None:
     taps = [(tap.reads, tap.position, tap.module, tap.axis) for tap in discover(module, (X,)).taps]
     modules = "0", *(f"1.branches.{i}" for i in (1, 2, 3)), "1"
     assert taps[:-1] == [("stream", position, name, -1) for position, name in enumerate(modules)]
+
+
+def test_early_states_that_are_joined_late() -> None:
+    class Level(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.read, self.write, self.skip = nn.Linear(width, 16), nn.Linear(16, 8), nn.Linear(width, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.skip(x) + self.write(torch.tanh(self.read(x)))
+
+    class Hourglass(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.down, self.up, self.out = nn.Linear(3, 8), Level(8), Level(16), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.embed(x)
+            return self.out(self.up(torch.cat([self.down(first), first], -1)))
+
+    structure = discover(Hourglass(), torch.ones(2, 3))
+    assert structure.depth == 2 and not structure.unassigned
+    assert {str(structure.roles[name]) for name in ("embed.weight", "embed.bias")} == {"embedding"}
+    assert str(structure.roles["up.skip.weight"]) == "stream_matrix"

@@ -127,7 +127,7 @@ class WatchedOptimizers:
         return configured
 
 
-def factors(plan: Plan, family: str, folded: bool = False) -> dict[str, float]:
+def factors(plan: Plan, family: str, folded: bool = True) -> dict[str, float]:
     scales = plan.scales(family)
     folds = {name: scale.folded(family) if folded else scale for name, scale in scales.items()}
     return {name: scale.lr for name, scale in folds.items()}

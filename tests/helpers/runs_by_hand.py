@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from helpers.parameter_groups import ADAM_LR, EPS, MULTIPLIERS, D, L, M
 from helpers.trainers import pairs, quiet
+from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.models import ResidualBlock
 
 Residual = Literal["hook", "fold"]
@@ -112,7 +113,7 @@ def data(seed: int, batch_size: int) -> DataLoader[Any]:
 
 class Start(Callback):  # keeps the weights that training starts from
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.weights = {name: value.clone() for name, value in without_mark(pl_module.state_dict()).items()}
 
 
 def fit(module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:

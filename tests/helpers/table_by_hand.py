@@ -15,6 +15,7 @@ SGD, ADAM, ADAMW, MUON = OptimizerFamily
 # - stream_bounded_matrix: n = d and g = 1, and the std of a readout's weight with the 1/d of its output;
 # - branch_out before a norm: that of branch_out, with the std of a sum, for the norm after it undoes any other;
 # - stream_norm post-norm: "divide the lr of those norms by l", and decay by what lr is multiplied with;
+# - frozen is left alone;
 # - stream_matrix in a head: the row of a bounded matrix, where outputs do not grow.
 _TABLE = """
 row                     depth inputs outputs | multiplier std       adam sgd    muon       eps      decay
@@ -32,8 +33,11 @@ branch_bounded_matrix   l     d      1       | 1          d**-0.5   1/d  l/d    
 stream_norm             l     1      d       | 1          1         1    d      -          1/d      1
 readout                 l     d      1       | 1/d        1         1    d      -          1/d      1
 readout_bias            l     1      1       | 1          1         1    1      -          1        1
+frozen                  l     1      1       | 1          1         1    1      -          1        1
 branch_out:before_norm  l     m      d       | 1/l        m**-0.5   1/m  l*d/m  sqrt(d/m)  1/(l*d)  m
 stream_norm:post_norm   l     1      d       | 1          1         1/l  d/l    -          1/d      l
+stream_norm:every_block l     1      d       | 1          1         1/l  d/l    -          1/d      l
+stream_matrix:every_block l   d      d2      | 1          d**-0.5   1/(d*l) d2/(d*l) sqrt(d2/d)/l 1/d2 d*l
 stream_matrix:in_head   l     d      1       | 1          1/d       1/d  1/d    sqrt(1/d)  1        d
 """
 

@@ -25,5 +25,6 @@ def pairs(count: int = 24, seed: int = 0) -> TensorDataset:
 
 
 def identical(one: nn.Module, other: nn.Module) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
+    """Whether parameters and buffers are equal, bit for bit."""
+    ours, theirs = ({**dict(each.named_parameters()), **dict(each.named_buffers())} for each in (one, other))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -15,6 +15,7 @@ from helpers.trainers import SILENT as SILENT
 from helpers.trainers import pairs as samples
 from helpers.trainers import quiet
 from mlu_lightning import MLUCallback
+from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
 from mlu_lightning.models import ResidualBlock, ResNet
 
@@ -68,7 +69,9 @@ class Weights(Callback):  # keeps the weights after every optimizer step, and th
         self.losses: list[Tensor] = []
 
     def keep(self, trainer: Trainer, module: LightningModule) -> None:
-        self.at[trainer.global_step] = {name: value.clone() for name, value in module.state_dict().items()}
+        self.at[trainer.global_step] = {
+            name: value.clone() for name, value in without_mark(module.state_dict()).items()
+        }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.keep(trainer, pl_module)

@@ -8,11 +8,13 @@ import pytest
 import torch
 from helpers.faulty_runs import DECAY, LR, STEPS, At, Storable, check_module, check_optimizer, fit
 from helpers.runs_by_hand import BASE, SHAPE, Net
+from helpers.trainers import identical
 from lightning.pytorch import Callback, Trainer
 from torch import nn, optim
 
 from mlu_lightning import MLUCallback, attach_multipliers, scale_optimizer
 from mlu_lightning.application.multipliers import residual_state
+from mlu_lightning.application.state_mark import without_mark
 
 COPIES: dict[str, Any] = {"copied": copy.deepcopy, "pickled": lambda module: pickle.loads(pickle.dumps(module))}
 both = pytest.mark.parametrize("residual", ["hook", "fold"])
@@ -86,7 +88,7 @@ def test_a_part_that_is_frozen_during_the_run(residual: Any) -> None:
     def freeze() -> Callback:
         return At("on_train_batch_start", lambda run, module: module.blocks[1].requires_grad_(False))
 
-    keep = At("on_train_start", lambda run, module: start.update(copy.deepcopy(module.state_dict())), 0)
+    keep = At("on_train_start", lambda run, module: start.update(copy.deepcopy(without_mark(module.state_dict()))), 0)
     fit(ours, mlu, freeze(), keep)
     theirs.load_state_dict(start)
     state = residual_state(ours)
@@ -104,15 +106,23 @@ def test_a_part_that_is_frozen_during_the_run(residual: Any) -> None:
         torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-5, atol=1e-7)
 
 
-def test_an_exchanged_optimizer_that_is_scaled_goes_on() -> None:
-    mlu = with_multipliers("hook")
+def test_an_exchanged_optimizer_is_scaled() -> None:
+    """By its user, or by the callback: the runs are the same."""
+    ends: list[Storable] = []
+    for by_user in (True, False):
+        handles: list[Any] = []
+        mlu = with_multipliers("hook")
 
-    def exchange(run: Trainer, module: Storable) -> None:
-        run.optimizers = [optim.Adam(module.parameters(), lr=LR)]
-        handles.append(scale_optimizer(run.optimizers[0], module, mlu.plan))
+        def exchange(
+            run: Trainer, module: Storable, mlu: Any = mlu, by_user: bool = by_user, handles: Any = handles
+        ) -> None:
+            run.optimizers = [optim.Adam(module.parameters(), lr=LR)]
+            if by_user:
+                handles.append(scale_optimizer(run.optimizers[0], module, mlu.plan))
 
-    handles: list[Any] = []
-    assert fit(Storable(), mlu, At("on_train_batch_start", exchange)).global_step == STEPS
+        ends.append(Storable())
+        assert fit(ends[-1], mlu, At("on_train_batch_start", exchange)).global_step == STEPS
+    assert identical(*ends)
 
 
 def test_a_readout_that_is_exchanged_between_fits() -> None:

@@ -183,19 +183,19 @@ def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() ->
     """Where the factor is exactly 1 there is no hook."""
     plain, module, base = Towers(8, 2), Towers(8, 2), Towers(2, 2)
     batches = [EXAMPLE[0].float()] * architecture_runs.BATCHES
-    callback = MLUCallback(copy.deepcopy(base))
+    callback = MLUCallback(copy.deepcopy(base), residual="hook")
     fit(plain, batches, callback)
     assert {callback.plan.forward_multiplier(multiplier) for multiplier in callback.plan.multipliers} == {1 / 4, 1}
     for block in (*module.blocks, *module.others):
         block.compile(backend="eager")
-    fit(module, batches, MLUCallback(base))
+    fit(module, batches, MLUCallback(base, residual="hook"))
     assert module.losses == plain.losses
 
 
 def test_module_is_validated_as_it_was_after_a_plain_one_of_its_class() -> None:
     module, plain = Trained(resnet().float()), Trained(resnet(seed=1).float())
     data = [tuple(part.float() for part in EXAMPLE)] * architecture_runs.BATCHES
-    trainer = fit(wrapper(module, "eager"), data, MLUCallback(Trained(resnet(2).float())))
+    trainer = fit(wrapper(module, "eager"), data, MLUCallback(Trained(resnet(2).float()), residual="hook"))
     for each in (plain, module):
         trainer.validate(torch.compile(each, backend="eager"), loader(data), verbose=False)
     assert module.validated == [loss_of(module.module, data[0])] * architecture_runs.BATCHES

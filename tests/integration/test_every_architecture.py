@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lightning.pytorch import Trainer
 
 from mlu_lightning import Plan, Role, attach_multipliers, fold, initialize
 from mlu_lightning.application.multipliers import residual_state
+from mlu_lightning.application.state_mark import MARK, without_mark
 from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.planning.plan import Multiplier
 
@@ -50,7 +52,8 @@ def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytes
     def run(residual: str) -> Run:
         module, folder = built(architecture, double=True), tmp_path_factory.mktemp(residual)
         folds = residual == "fold"
-        callback = MLUCallback(base, residual="fold", alpha=1.5) if folds else MLUCallback(plan=run("fold").plan)
+        by_base = MLUCallback(base, residual="fold", alpha=1.5)
+        callback = by_base if folds else MLUCallback(plan=run("fold").plan, residual="hook")
         trainer = fit(module, batches, callback, Seeded(), folder=folder)
         return Run(module, trainer, callback.plan, folder)
 
@@ -88,7 +91,7 @@ def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Arc
         assert identical(module, plain)
         assert listed(trainer.optimizers[0].state_dict()) == listed(expected.optimizers[0].state_dict())
 
-    hook = MLUCallback(built(architecture, SMALL, seed=1))
+    hook = MLUCallback(built(architecture, SMALL, seed=1), residual="hook")
     is_the_same_with(hook)
     is_the_same_with(MLUCallback(plan=hook.plan, residual="fold"))
     assert len(set(plain.losses)) == BATCHES * EPOCHS and not identical(plain, built(architecture, SMALL))
@@ -127,13 +130,18 @@ def test_resumed_run_is_the_whole_run(run: Run, architecture: Architecture, batc
 
 
 def test_checkpoint_in_a_plain_module(run: Run, architecture: Architecture, batches: list[Any], residual: str) -> None:
-    """It has the same weights; the same outputs too, if all multipliers are in them, or as soon as they are put in."""
+    """It has the same weights; the same outputs too, if all multipliers are in them, or as soon as they are put in.
+
+    Until then it refuses them, unless the one thing that says so is taken out by hand.
+    """
     checkpoint = torch.load(run.folder / "epoch=1.ckpt", weights_only=True)
     plain = built(architecture, seed=5, double=True)
-    plain.load_state_dict(checkpoint["state_dict"])
+    complete = residual == "fold" and all(multiplier.folds for multiplier in run.plan.multipliers)
+    with nullcontext() if complete else pytest.raises(RuntimeError, match=MARK):
+        plain.load_state_dict(checkpoint["state_dict"])
+    plain.load_state_dict(without_mark(checkpoint["state_dict"]))
     assert identical(plain, run.module)
     expected, found = evaluated(run.module, batches), evaluated(plain, batches)
-    complete = residual == "fold" and all(multiplier.folds for multiplier in run.plan.multipliers)
     assert (found == expected) is complete
     if complete:
         return

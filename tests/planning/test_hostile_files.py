@@ -341,7 +341,11 @@ PARAMETERIZATIONS = "Parameterizations are: mlu, completep, mup, sp"
         ("stream: 0", "stream: 1", "contradicts itself: it has a branch 'blocks.0' in a stream 1"),
         ("name: blocks.0, kind: branch", "name: b, kind: branch", "a branch 'blocks.0' without a multiplier"),
         ("base_fans: [3, 4]", "base_fans: [3, 0]", "base_fans: '0' should be a whole number from 1 on"),
-        ("variant: null", "variant: big", "there is no variant 'big'. Variants are: before_norm, post_norm, in_head"),
+        (
+            "variant: null",
+            "variant: big",
+            "no variant 'big'. Variants are: before_norm, post_norm, every_block, in_head",
+        ),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
         ("role: readout", "role: output", r"readout\.weight: there is no role 'output'"),
         ("base_depth", "depth0", "streams: .*should be a mapping with the keys depth, base_depth"),

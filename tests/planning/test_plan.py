@@ -32,7 +32,13 @@ def by_hand(architecture: Architecture, plan: Plan, depth: float, m: float, d: f
         width = 1 if any(fnmatch(name, pattern) for pattern in architecture.tokens) else d
         # outputs of transforms in heads grow here, so that they are as any other matrix on the stream
         variant = None if parameter.variant is Variant.IN_HEAD else parameter.variant
-        found[name] = astuple(wanted(parameter.role, ADAMW, Shape(depth, m, m, width, width), variant))
+        multiplier, std, lr, eps, decay = astuple(
+            wanted(parameter.role, ADAMW, Shape(depth, m, m, width, width), variant)
+        )
+        eps *= depth if fnmatch(name, architecture.again) else 1
+        # what the model itself multiplies embeddings by is divided out
+        own = d ** architecture.powers[0] if parameter.role is Role.EMBEDDING else 1
+        found[name] = multiplier, std / own, lr / own, eps * own, decay * own
     return found
 
 
@@ -56,7 +62,8 @@ def test_numbers_of_a_deeper_and_wider_module(architecture: Architecture) -> Non
             multiplier = 1 / 3 if any(fnmatch(name, pattern) for pattern in architecture.ends) else 1
         assert astuple(scale) == pytest.approx((multiplier, *rest)), name
     values = {multiplier.name: multiplier.value for multiplier in plan.multipliers}
-    assert values.pop(architecture.readout) == pytest.approx(1 / 2)
+    embeddings, logits = (2.0**power for power in architecture.powers)
+    assert values.pop(architecture.readout) == pytest.approx(embeddings / 2 / logits)
     assert len(values) == len(plan.branches) and all(value == pytest.approx(1 / 3) for value in values.values())
 
 

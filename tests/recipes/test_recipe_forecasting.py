@@ -74,8 +74,6 @@ def test_a_saved_predictor_has_its_multipliers(tmp_path: Path) -> None:
 
 
 def test_what_the_callback_is_told_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.positional_encoding\.weight .* took no part in the forward pass"):
-        trained("8 × depth", [MLUCallback(build())])
     with pytest.warns(UserWarning, match="IterableSlice gave other data"):
         found = trained("8 × depth", [MLUCallback(build(), overrides=recipe.POSITIONS)])
     assert not saved_and_loaded_agree(found, tmp_path)

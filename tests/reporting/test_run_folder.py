@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +158,16 @@ def test_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
     torch.save({"callbacks": Command(str(made))}, tmp_path / "a.ckpt")
     record = read_run(tmp_path)
     (problem,) = record.problems.items()
-    assert not made.exists() and problem[0] == "a.ckpt" and "could execute code, which is not done here" in problem[1]
-    assert "weights_only" not in problem[1], "torch's way around it"
+    assert not made.exists() and problem == ("a.ckpt", "It is not a checkpoint of a Trainer: it has no callbacks")
+
+
+def test_a_checkpoint_with_objects_beside_the_plan_is_read(tmp_path: Path) -> None:
+    made, plan = tmp_path / "made", plan_yaml()
+    torch.save(
+        {"hyper_parameters": Command(str(made)), "callbacks": {"MLUCallback": {"plan": plan}}}, tmp_path / "a.ckpt"
+    )
+    record = read_run(tmp_path)
+    assert record.plans == {"a.ckpt": Plan.from_yaml(plan, "a.ckpt")} and not record.problems and not made.exists()
 
 
 @pytest.mark.parametrize("content", [[1], {"weight": torch.ones(1)}, {"callbacks": 1}])
@@ -177,6 +184,7 @@ def test_checkpoints_in_the_old_format_and_without_the_callback_are_read(tmp_pat
 
 
 def test_without_tensorboard_it_is_said_how_to_read_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_events(tmp_path, {0: 1.0})
-    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
-    assert "pip install tensorboard" in read_run(tmp_path).problems[path.name]
+    path = write_events(tmp_path / "run", {0: 1.0})
+    (tmp_path / "tensorboard.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "pip install tensorboard" in read_run(tmp_path / "run").problems[path.name]

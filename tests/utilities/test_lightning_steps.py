@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from mlu_lightning.models import ResNet
 from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, muted
@@ -36,3 +36,20 @@ def test_a_muted_module_logs_nothing_and_updates_nothing() -> None:
     assert model.optimizers().param_groups[0]["lr"] == 0.1
     assert model.lr_schedulers() is None
     assert model.embed.weight.equal(before)
+
+
+def test_parts_of_a_step_are_idle_too() -> None:
+    """Such as SAM's, of an optimizer, of one inside of it, and through what Lightning's wrapper calls it."""
+    model = ResNet(depth=1, hidden=4, embedding=2, inputs=1, outputs=1)
+    optimizer = model.configure_optimizers()
+
+    class InTwo(optim.SGD):
+        def first_step(self, zero_grad: Any) -> None:
+            raise AssertionError
+
+    optimizer.__class__, optimizer.inner = InTwo, optim.SGD(model.parameters())
+    mute(model, [], lambda: [optimizer], lambda: [])
+    idle = model.optimizers()
+    assert idle.first_step(True) is idle.optimizer.first_step(zero_grad=True) is idle.inner.step() is None
+    assert idle.first_step(lambda: 3.0) == 3.0
+    assert [*idle.state_dict()] == ["state", "param_groups"]

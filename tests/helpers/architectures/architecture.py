@@ -30,6 +30,8 @@ class Architecture:  # one architecture at any shape; parameters are named by pa
     parallel: bool = False  # whether the branches of a block share an addition
     tied: bool = False  # whether the readout is the embedding
     unfoldable: bool = False  # whether branches end in something that no parameter multiplies
+    again: str = ""  # pattern of what all blocks read
+    powers: tuple[float, float] = (0.0, 0.0)  # of D, by which the model itself multiplies embeddings and logits
     warns: str = ""  # part of the warning if it is outside of the theory
 
     def reads(self, text: str) -> "Architecture":

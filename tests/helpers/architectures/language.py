@@ -68,7 +68,9 @@ def _like_llama(model: type, config: type, tied: bool = False, **numbers: Any) -
 
 def _t5_architecture(tied: bool) -> Architecture:
     readout = "shared.weight" if tied else "lm_head.weight"
-    architecture = Architecture(_t5(tied), LANGUAGE, readout, tied=tied, warns="shared across depth").reads("""
+    powers = (0.0, -0.5 if tied else 0.0)
+    again = "*.relative_attention_bias.weight"
+    architecture = Architecture(_t5(tied), LANGUAGE, readout, tied=tied, again=again, powers=powers).reads("""
         embedding: shared.weight
         branch_in_bias: *.relative_attention_bias.weight
         branch_in: *Attention.[qkv].weight *.DenseReluDense.wi*.weight
@@ -102,7 +104,9 @@ LANGUAGE_MODELS: dict[str, Architecture] = {
     "llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig),
     "tied llama": _like_llama(hf.LlamaForCausalLM, hf.LlamaConfig, tied=True, tie_word_embeddings=True),
     # every branch ends in a norm
-    "gemma2": replace(_like_llama(hf.Gemma2ForCausalLM, hf.Gemma2Config, tied=True), unfoldable=True).reads("""
+    "gemma2": replace(
+        _like_llama(hf.Gemma2ForCausalLM, hf.Gemma2Config, tied=True), unfoldable=True, powers=(0.5, 0.0)
+    ).reads("""
         branch_out (before_norm): model.layers.*.self_attn.o_proj.weight model.layers.*.mlp.down_proj.weight
     """),
     "gpt-neox": Architecture(_NEOX, LANGUAGE, "lm_head.weight", parallel=True).reads("""

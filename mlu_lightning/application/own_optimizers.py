@@ -1,0 +1,103 @@
+"""All optimizers of a module: those that are given, and others, found and scaled as they make their first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from mlu_lightning.application.inner_optimizers import parameters_of, updating
+from mlu_lightning.application.optimization import Scaled, ScaledOptimizer, Watch, scale_optimizer, scaled_by
+from mlu_lightning.application.optimizer_rules import Family
+from mlu_lightning.planning import Plan
+
+__all__ = ["Optimizers"]
+
+
+class Optimizers:
+    """Optimizers of a module's parameters that are scaled by one plan, and what watches their updates."""
+
+    def __init__(self, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
+        self._module, self._plan, self._family = module, plan, family
+        self._scaled: list[Scaled] = []
+        self._watch: Watch | None = None
+
+    @property
+    def parts(self) -> list[ScaledOptimizer]:
+        """Handles of all that are scaled themselves."""
+        return [part for scaled in self._scaled for part in scaled.parts]
+
+    def add(self, optimizer: Optimizer | LightningOptimizer) -> Scaled:
+        """Scale one more."""
+        self._scaled.append(scale_optimizer(optimizer, self._module, self._plan, self._family))
+        self.let_watch(self._watch)
+        return self._scaled[-1]
+
+    def let_watch(self, watch: Watch | None) -> None:
+        """Let updates be watched, also those of optimizers to come."""
+        self._watch = watch
+        for part in self.parts:
+            part.watch = watch
+
+    def remove(self) -> None:
+        """Make all of them plain again."""
+        while self._scaled:
+            self._scaled.pop().remove()
+
+    def add_at_step(self) -> Callable[[], None]:
+        """Scale every optimizer of the module's parameters that makes a step and is not scaled; return what ends this.
+
+        Whoever made it, and wherever its step is called: in ``training_step``, in backward, in another optimizer. Steps that
+        go around a scaled one, as a method that was kept before, are scaled, too.
+
+        Raises:
+            TypeError: in the step, if its optimizer cannot be scaled or is not known.
+            ValueError: in the step, if it has parameters that the plan does not know.
+        """
+        depths: dict[ScaledOptimizer, int] = {}
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            part = self._part(optimizer)
+            if part is None and not self._is_inside(optimizer) and updating(optimizer) == [optimizer]:
+                known = {id(parameter) for parameter in self._module.parameters()}
+                if any(id(parameter) in known for parameter in parameters_of(optimizer)):
+                    (part,) = self.add(optimizer).parts
+            if part is None or (part.updates and part not in depths):
+                return None
+            depths[part] = depths.get(part, 0) + 1
+            if depths[part] > 1:
+                return None
+            rest, kwargs = part.begin(args[1:], kwargs)
+            return (args[0], *rest), kwargs
+
+        def after(optimizer: Optimizer, *_: Any) -> None:
+            part = self._part(optimizer)
+            if part is not None and part in depths:
+                depths[part] -= 1
+                if depths[part] == 0:
+                    del depths[part]
+                    part.end()
+
+        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+
+        def end() -> None:
+            for hook in hooks:
+                hook.remove()
+            for part in depths:
+                part.end()  # of a step that has failed
+
+        return end
+
+    def _part(self, optimizer: Optimizer) -> ScaledOptimizer | None:
+        """Handle of an optimizer, or of one that it shares its list of groups with."""
+        shared = (part for part in self.parts if part.active and part.optimizer.param_groups is optimizer.param_groups)
+        return scaled_by(optimizer) or next(shared, None)
+
+    def _is_inside(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer makes a part of another's update, which has given it numbers of its shadow groups."""
+        updated = {id(p) for part in self.parts if part.swapped for p in parameters_of(part.optimizer)}
+        return any(id(parameter) in updated for parameter in parameters_of(optimizer))

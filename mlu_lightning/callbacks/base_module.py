@@ -1,0 +1,46 @@
+"""The module at the base shape, built and with a Trainer, so that it can be passed through."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
+from mlu_lightning.utilities.names import name_pattern, planned_parameters
+
+__all__ = ["built_base"]
+
+
+@contextmanager
+def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
+    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make."""
+    # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
+    with isolate_rng():
+        torch.manual_seed(seed)
+        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
+    if not isinstance(built, of_both(LightningModule)):
+        yield built
+        return
+    hooks = any(is_hook_overridden(name, built) for name in ("setup", "configure_model"))
+    patterns, of_base = ({*map(name_pattern, planned_parameters(each))} for each in (module, built))
+    incomplete = hooks and (patterns > of_base or any(map(is_lazy, built.parameters())))
+    if incomplete and built is base:
+        built = copy.deepcopy(built)
+    built.trainer = trainer
+    try:
+        if incomplete:
+            with isolate_rng():
+                torch.manual_seed(seed)
+                built.setup("fit")
+                built.configure_model()
+        yield built
+    finally:
+        built.trainer = None

@@ -1,0 +1,70 @@
+"""Verification of a fit: that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from mlu_lightning.application.applied import mark_initialized
+from mlu_lightning.application.first_steps import FirstSteps, InitialWeights, refuse_changed
+from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.planning import Plan
+
+__all__ = ["Verification"]
+
+
+class Verification:
+    """What looks at a module from when it has its weights until it was trained for a few steps."""
+
+    def __init__(self, module: LightningModule, plan: Plan, optimizers: Optimizers, initialized: bool) -> None:
+        self._module, self._plan, self._optimizers = module, plan, optimizers
+        self._weights = InitialWeights(module, plan) if initialized else None
+        self._loaded = False
+        self._steps: FirstSteps | None = None
+
+    def look(self, who: str) -> None:
+        """Look at the weights, which somebody may have changed since the last time."""
+        if self._weights is not None and self._loaded:
+            self._weights, self._loaded = InitialWeights(self._module, self._plan), False
+        elif self._weights is not None:
+            self._weights.look(who)
+
+    def loaded(self) -> None:
+        """Take the weights as they will be the next time, because callbacks are loading those of a checkpoint."""
+        self._loaded = True
+
+    def start(self, trainer: Trainer) -> Callable[[], None]:
+        """Refuse weights that have changed, now and before the first step; return what undoes this."""
+        self._refuse(
+            trainer, "in on_fit_start, or in on_train_start or the sanity check, of the module or another callback"
+        )
+
+        def begin(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            restore()
+            skip = method(*args, **kwargs)
+            self._refuse(trainer, "in on_train_start, on_train_epoch_start or on_train_batch_start")
+            self._weights = None
+            manual = not self._module.automatic_optimization
+            self._steps = FirstSteps(self._module, self._plan, self._optimizers, manual)
+            return skip
+
+        # the last hook before the first step
+        restore = wrap_method(self._module, "on_train_batch_start", begin)
+        return restore
+
+    def batch_end(self) -> None:
+        """Look at what has moved."""
+        if self._steps is not None:
+            self._steps.look()
+
+    def _refuse(self, trainer: Trainer, who: str) -> None:
+        self.look(who)
+        if self._weights is not None:
+            # those of the first process: DDP gives them to the others, which had weights of their own before
+            changed = trainer.strategy.broadcast(self._weights.changed)
+            if changed:
+                mark_initialized(self._module, False)  # so that the next fit does not take them for initialized
+            refuse_changed(changed)

@@ -1,0 +1,241 @@
+"""Which additions of a forward pass are residual: sums of a stream and what a branch has made of it.
+
+Walking back from one operand, the stream, over operations with a single operand, one comes to where the other one, the
+branch, parts from it. In between, a branch has a parameter matrix, or mixes what it reads without parameters (pooling,
+Fourier transforms, shifts); x + x³ inside of a GELU does neither. A matrix on the way of the stream is its shortcut.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.traversal import Ancestry, between, descendants
+
+__all__ = ["Addition", "adds_two", "residual_additions"]
+
+_SOFTMAXES = frozenset({"Softmax", "SafeSoftmax", "LogSoftmax"})
+_ELEMENTWISE = (RESHAPES | PARTS | ARITHMETIC | NONLINEAR | {"Neg", "Where", "MaskedFill"}) - _SOFTMAXES
+"""Operations that do not mix tokens or coordinates."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual addition, where its stream was read, the branch, and the operand that is the stream or its shortcut."""
+
+    op: Op
+    root: Op
+    branch: Op
+    stream: Op
+
+
+def adds_two(op: Op) -> bool:
+    """Whether an operation adds two tensors, of which one may stand for several entries of the other."""
+    return op.name in ("Add", "Sub") and op.shape != () and len(op.data) == 2
+
+
+def residual_additions(graph: Graph) -> tuple[list[Addition], int]:
+    """Residual additions in order, and how many others lie inside of branches and belong to them."""
+    candidates = [op for op in graph.ops if adds_two(op)]
+    chains = {operand: _chain(operand) for op in candidates for operand in op.data}
+    marked = {op for chain in chains.values() for op in chain} | set(candidates)
+    search = _Search(graph, chains, Ancestry(graph, graph.ops, marked))
+    found = search.additions(candidates)
+    whole = search.without_outermost(found)
+    parted = search.without_long_skips(whole)
+    kept, nested = search.without_nested(parted)
+    return search.with_mixing(kept), nested
+
+
+def _is_linear(op: Op) -> bool:
+    return op.name == "Cat" or (len(op.data) == 1 and op.name not in NONLINEAR)
+
+
+def _chain(op: Op) -> list[Op]:
+    """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
+    chain = [op]
+    while len(op.data) == 1 and op.name not in NONLINEAR:
+        op = op.data[0]
+        chain.append(op)
+    return chain
+
+
+class _Search:
+    """Finds additions among candidates."""
+
+    def __init__(self, graph: Graph, chains: dict[Op, list[Op]], ancestry: Ancestry) -> None:
+        self.graph, self.chains, self.ancestry = graph, chains, ancestry
+        self.made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
+        self.read = set[Op]()  # what goes into a parameter matrix
+        for op in reversed(graph.ops):
+            if op in self.read or graph.is_matrix(op):
+                self.read.update(op.data)
+
+    def additions(self, candidates: list[Op]) -> list[Addition]:
+        """All of them that have a matrix in their branch."""
+        found: dict[Op, Addition] = {}
+        for op in candidates:
+            first, second = op.data
+            # differences that no matrix reads are errors and losses
+            if (op.name == "Sub" and op not in self.read) or self._is_logits(op):
+                continue
+            for stream, branch in ((first, second), (second, first)):
+                root = self._root(op, stream, branch, found)
+                if root is not None and (op in self.read or root in self.made):
+                    found[op] = Addition(op, root, branch, stream)
+                    break
+        return list(found.values())
+
+    def _root(self, op: Op, stream: Op, branch: Op, found: dict[Op, Addition]) -> Op | None:
+        """Where a branch with a matrix parts from its stream, None if that is none."""
+        last = stream.source
+        if last in found and not self.ancestry.precedes(last, branch):
+            # (x + attention(x)) + mlp(x): the second branch reads the root of the first
+            before = found[last].root
+            return before if self.ancestry.feeds_matrix_before(before, branch) else None
+        chain = self.chains[stream]
+        parting = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
+        if parting is None:
+            return None
+        root = parting.source  # before what only arranges it, or multiplies it with constants
+        if not self.ancestry.feeds_matrix_before(root, branch):
+            return None
+        if self._is_other_stream(branch, root, found):
+            return None
+        if any(self.graph.is_matrix(o) for o in chain[: chain.index(parting)]):
+            # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
+            return root if op in self.read and self._is_nonlinear(branch, root) else None
+        return root
+
+    def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
+        """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
+        while branch.is_transparent or branch.name in NORMS:
+            branch = branch.data[0]
+        if branch not in found:
+            return False
+        begin = min(self._line(branch, found), key=lambda op: op.index)
+        return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
+
+    def _is_nonlinear(self, branch: Op, root: Op) -> bool:
+        ops, _ = between([branch], lambda op: op.index <= root.index)
+        return any(op.name in NONLINEAR or op.name.startswith(ATTENTION) for op in ops)
+
+    def _is_logits(self, op: Op) -> bool:
+        """Whether a softmax reads a sum."""
+        users = list(self.graph.users[op])
+        for user in users:  # which grows
+            users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()
+        return any(user.name in _SOFTMAXES for user in users)
+
+    def without_outermost(self, found: list[Addition]) -> list[Addition]:
+        """Additions but those of the data itself and a network with residual additions: skips around all of it."""
+        return [
+            addition
+            for addition in found
+            if addition.root in self.made
+            or not any(inner.root in self.made and self.ancestry.precedes(inner.op, addition.branch) for inner in found)
+        ]
+
+    def without_long_skips(self, found: list[Addition]) -> list[Addition]:
+        """Additions but those around others on their own stream and a linear map at most, unless such follow one another."""
+        of = {addition.op: addition for addition in found}
+        long: dict[Op, Addition] = {}
+        for addition in found:
+            source = addition.branch
+            while source not in of and len(source.data) == 1 and source.name not in NONLINEAR:
+                source = source.data[0]
+            inner = of.get(source)
+            if (
+                inner is not None
+                and inner.root.index >= addition.root.index
+                and addition.root in self._line(inner.root, of, addition.root.index)
+            ):
+                long[addition.op] = addition
+        chained = {outer for addition in long.values() for outer in self._line(addition.root, of) if outer in long}
+        chained |= {op for op, addition in long.items() if not chained.isdisjoint(self._line(addition.root, of))}
+        return [addition for addition in found if addition.op not in long or addition.op in chained]
+
+    def _line(self, op: Op, of: dict[Op, Addition], until: int = 0) -> set[Op]:
+        """What a stream has come through on its way to an operation, with all that was added to it outside of branches."""
+        line, stack = set[Op](), [op]
+        while stack:
+            op = stack.pop()
+            if op in line or op.index < until:
+                continue
+            line.add(op)
+            if op in of:
+                stack.append(of[op].root)
+            elif op.name in ("Add", "Cat") or (len(op.data) == 1 and not self.graph.is_matrix(op)):
+                stack.extend(op.data)
+            elif op.is_normalizer:
+                stack.append(max(op.data, key=lambda o: math.prod(o.shape)))
+        return line
+
+    def without_nested(self, found: list[Addition]) -> tuple[list[Addition], int]:
+        """Additions that lie in no other one's branch, and how many do whose stream begins there, too."""
+        kept: list[Addition] = []
+        nested, of = 0, {addition.op for addition in found}
+        around: list[Addition] = []  # of those, which begin before
+        continued: dict[Op, int] = {}  # where the streams from each of their roots are added to for the last time
+        for addition in reversed(found):
+            around = [outer for outer in around if outer.root.index < addition.op.index]
+            outer = next((outer for outer in around if self._is_within(addition, outer, of)), None)
+            if outer is None or continued.get(addition.op, 0) > outer.op.index:
+                kept.append(addition)
+                around.append(addition)
+                continued.setdefault(addition.root, addition.op.index)
+            elif addition.root is outer.root or self.ancestry.precedes(outer.root, addition.root):
+                nested += 1
+        return kept[::-1], nested
+
+    def _is_within(self, addition: Addition, outer: Addition, of: set[Op]) -> bool:
+        """Whether an addition lies in another one's branch, and is not on a stream that was there before."""
+        ends = addition.op is outer.branch or self.ancestry.precedes(addition.op, outer.branch)
+        if not ends or not self.ancestry.precedes(outer.root, addition.op):
+            return False
+        root = addition.root
+        return root not in of or root.index >= outer.root.index or self.ancestry.precedes(outer.root, root)
+
+    def with_mixing(self, found: list[Addition]) -> list[Addition]:
+        """Additions, and those on the same streams whose branches mix what they read without a matrix."""
+        of = {addition.op: addition for addition in found}
+        continued = set[Op]()
+        for addition in found:
+            op = addition.root
+            while op not in of:
+                mixing = self._mixing(op)
+                if mixing is not None:
+                    of[op] = mixing
+                    op = mixing.root
+                elif len(op.data) == 1 and not self.graph.is_matrix(op):
+                    op = op.data[0]
+                else:
+                    break
+            continued.add(op)
+        last = [addition.op for addition in found if addition.op not in continued]
+        for op in last:  # which grows by what follows
+            for user in self.graph.users[op]:
+                mixing = None if user in of else self._mixing(user)
+                if mixing is not None:
+                    of[user] = mixing
+                if mixing is not None or user.name in NORMS:
+                    last.append(user)
+        return sorted(of.values(), key=lambda addition: addition.op.index)
+
+    def _mixing(self, op: Op) -> Addition | None:
+        """The residual addition without a matrix that an operation on a stream is, if it is one."""
+        if op.name != "Add" or not adds_two(op):
+            return None
+        first, second = op.data
+        for stream, branch in ((first, second), (second, first)):
+            root = next((o for o in self.chains[stream] if self.ancestry.precedes(o, branch)), None)
+            if root is None or root not in self.made:
+                continue
+            chain = self.chains[stream]
+            arranged = all(o.name in RESHAPES for o in chain[: chain.index(root)])
+            ops, _ = between([branch], lambda o, root=root: o.index <= root.index)  # type: ignore[misc]
+            mixes = any(o.name not in _ELEMENTWISE for o in ops) and not any(map(self.graph.is_matrix, ops))
+            if arranged and mixes:
+                return Addition(op, root, branch, stream)
+        return None

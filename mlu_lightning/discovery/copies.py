@@ -1,0 +1,51 @@
+"""Copies of a part of a module inside of it, as a teacher is one of its student: the same weights under other names."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+from mlu_lightning.utilities.names import planned_parameters
+
+__all__ = ["find_copies"]
+
+
+def find_copies(module: nn.Module, unreached: Collection[str]) -> dict[str, str]:
+    """Find submodules of which no loss reaches a parameter, and that hold the values of another one, which comes second."""
+    parameters = planned_parameters(module)
+    if not unreached or any(parameter.is_meta for parameter in parameters.values()):
+        return {}
+    inside: dict[str, dict[str, nn.Parameter]] = {}  # submodules, outer ones first, with their parameters
+    for name, parameter in parameters.items():
+        steps = name.split(".")
+        for end in range(1, len(steps)):
+            inside.setdefault(".".join(steps[:end]), {})[".".join(steps[end:])] = parameter
+    alike: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name, own in inside.items():
+        alike[_shapes(own)].append(name)
+    found: dict[str, str] = {}
+    for copy, own in inside.items():
+        within = any(copy.startswith(f"{outer}.") for outer in found)
+        if within or any(f"{copy}.{rest}" not in unreached for rest in own):
+            continue
+        for original in alike[_shapes(own)]:
+            reached = any(f"{original}.{rest}" not in unreached for rest in own)
+            if reached and _are_equal(own, inside[original]):
+                found[copy] = original
+                break
+    return found
+
+
+def _shapes(own: Mapping[str, nn.Parameter]) -> tuple[object, ...]:
+    return tuple((rest, parameter.shape) for rest, parameter in own.items())
+
+
+def _are_equal(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:
+    """Whether two submodules hold the same values, not all of which are numbers that any module begins with."""
+    drawn = any(
+        parameter.numel() > 1 and bool((parameter != parameter.flatten()[0]).any()) for parameter in one.values()
+    )
+    return drawn and all(torch.equal(parameter, other[rest]) for rest, parameter in one.items())

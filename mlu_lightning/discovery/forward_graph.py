@@ -1,0 +1,208 @@
+"""Build the graph of a traced module: operations from autograd's nodes, and what parameters are to them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch.autograd.graph import Node
+
+from mlu_lightning.discovery.graph import (
+    BIAS_SLOTS,
+    LOOKUPS,
+    NORMS,
+    PARTS,
+    PRODUCTS,
+    RESHAPES,
+    SELECTIONS,
+    USE_KINDS,
+    WEIGHT_SLOTS,
+    Graph,
+    Op,
+    Use,
+    UseKind,
+    Value,
+)
+from mlu_lightning.discovery.trace import Trace
+from mlu_lightning.discovery.traversal import descendants
+
+__all__ = ["build_graph"]
+
+
+def build_graph(trace: Trace) -> Graph:
+    """Turn autograd's nodes into operations."""
+    nodes = tuple(_topological(trace.roots))
+    by_node = _operations(nodes, trace.parameters, frozenset())
+    begins = stream_parameters(tuple(by_node.values()))
+    if begins:
+        by_node = _operations(nodes, trace.parameters, begins)
+    ops = tuple(by_node.values())
+    uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
+    uses |= {op: tuple(replace(use, kind="penalty") for use in uses[op]) for op in _penalties(ops) if op in uses}
+    return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
+
+
+def _operations(nodes: tuple[Node, ...], names: dict[int, str], begins: frozenset[str]) -> dict[Node, Op]:
+    """Operations by node; parameters in ``begins`` are data."""
+    by_node: dict[Node, Op] = {}
+    for node in nodes:
+        operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
+        values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
+        name = _plain_name(node)
+        leaf = getattr(node, "variable", None) if not operands else None
+        parameter = names.get(id(leaf)) if leaf is not None else None
+        by_node[node] = Op(
+            index=len(by_node),
+            name=name,
+            shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
+            operands=operands,
+            values=values,
+            data=tuple(op for op, _ in values),
+            from_data=_takes_data(name, operands, values) if operands else parameter is None or parameter in begins,
+            parameter=parameter,
+            node=node,
+        )
+    return by_node
+
+
+def _penalties(ops: tuple[Op, ...]) -> list[Op]:
+    """Operations on parameters and constants in terms of a loss of which others depend on data."""
+    if not ops:
+        return []
+    depends: set[Op] = set()
+    for op in ops:
+        is_data = not op.operands and op.from_data
+        if is_data or op.name in LOOKUPS or any(operand in depends for operand in op.data):
+            depends.add(op)
+    counted: set[Op] = set()
+    users = {operand for op in ops for operand in op.data}
+    stack = [op for op in ops if op not in users]
+    while stack:
+        op = stack.pop()
+        if op not in counted:
+            counted.add(op)
+            is_loss = op.name in ("Add", "Sub") and op.shape == ()
+            terms = [operand for operand in op.data if operand in depends] if is_loss else []
+            stack.extend(terms or op.data)
+    return [op for op in ops if op not in counted]
+
+
+def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
+    """Nodes below the roots, operands before the operations that use them."""
+    done: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
+    while stack:
+        node, expanded = stack.pop()
+        if node in done:
+            continue
+        if expanded:
+            done.add(node)
+            yield node
+        else:
+            stack.append((node, True))
+            stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in done)
+
+
+def _plain_name(node: Node) -> str:
+    name = node.name().rsplit("::", 1)[-1]
+    return name.partition("Backward")[0] or name
+
+
+def _takes_data(name: str, operands: tuple[Value | None, ...], values: tuple[Value, ...]) -> bool:
+    stack = operands[0]
+    # matrices may be taken from a parameter that holds one for each expert
+    selects = name in SELECTIONS and stack is not None and not stack[0].from_data and len(stack[0].shape) > 2
+    if name in LOOKUPS and not selects:
+        return True  # indices are data that need no gradient
+    if values:
+        return True
+    factors = _FACTORS.get(name, (0,) if name in WEIGHT_SLOTS else ())
+    return any(operands[slot] is None for slot in factors if slot < len(operands))  # a parameter multiplies a constant
+
+
+_FACTORS = dict.fromkeys(("Mm", "Bmm", "Mv"), (0, 1)) | dict.fromkeys(("Addmm", "Baddbmm"), (1, 2))
+"""Operands between which a matrix operation takes its product, if that is not the first one and a weight."""
+
+
+def _uses(op: Op) -> Iterator[Use]:
+    """Uses of parameters by an operation on data, through operations on parameters alone."""
+    weights = WEIGHT_SLOTS.get(op.name, {})
+    kinds: dict[int | None, UseKind] = {BIAS_SLOTS.get(op.name): "bias", **dict.fromkeys(weights, "matrix")}
+    if op.parameter is not None:
+        yield Use(op.parameter, op, "lookup", (), op.shape, op.shape)  # as of one-hot data
+    for slot, operand in enumerate(op.operands):
+        if operand is None or operand[0].from_data:
+            continue
+        leaves = list(_leaves(operand[0], ()))
+        shape = operand[0].shapes[operand[1]] if operand[1] < len(operand[0].shapes) else operand[0].shape
+        kind = kinds.get(slot, USE_KINDS.get(op.name, "other"))
+        if op.is_recurrent_layer:
+            kind = "matrix" if len(shape) > 1 else "bias"
+        for leaf, path in leaves:
+            if kind == "add" and math.prod(shape) == 1 < math.prod(leaf.shape):
+                kind = "penalty"  # all of a parameter in one number
+            inputs_first = weights.get(slot, False)
+            yield Use(leaf.parameter or "", op, kind, path, shape, leaf.shape, inputs_first, shared=len(leaves) > 1)
+
+
+def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
+    """Parameters that are data: a class token, latents, learned queries or prompts.
+
+    They go through a norm or a matrix of other parameters before they meet data, and not to be a matrix or a bias there; or
+    what they were joined with data to be is added to them.
+    """
+    found: set[str] = set()
+    joined: dict[str, list[Op]] = defaultdict(list)
+    for op in ops:
+        if not op.from_data:
+            continue
+        for slot, operand in enumerate(op.operands):
+            if operand is None or operand[0].from_data:
+                continue
+            weights = slot in WEIGHT_SLOTS.get(op.name, ()) or slot == BIAS_SLOTS.get(op.name)
+            if math.prod(operand[0].shape) == 1:
+                continue  # a penalty
+            made = list(_made_of(operand[0]))
+            inner = {other.name for other in made}
+            is_query = op.name in PRODUCTS and "Bmm" not in inner
+            if (not weights or is_query) and inner & _MAPS:
+                found.update(_inputs(operand[0]))
+            elif op.name in ("Add", "Cat") and len(inner - RESHAPES - PARTS) == 1 and len(op.shape) > 1:
+                joined[next(other.parameter or "" for other in made if not other.operands)].append(op)
+    for name, uses in joined.items():
+        sums = [op for op in uses if op.name == "Add" and name not in found]
+        if sums and len(uses) > 1:
+            after = descendants(ops[uses[0].index :], uses[:1])
+            found.update(name for op in sums if not after.isdisjoint(op.data))
+    return frozenset(found)
+
+
+_MAPS = NORMS | (WEIGHT_SLOTS.keys() - {"GroupedMm"})
+
+
+def _made_of(op: Op) -> Iterator[Op]:
+    yield op
+    for operand in op.operands:
+        if operand is not None:
+            yield from _made_of(operand[0])
+
+
+def _inputs(op: Op) -> Iterator[str]:
+    """Parameters that go into matrices and norms of other parameters."""
+    if op.parameter is not None:
+        yield op.parameter
+    slots = {"Addmm": (1,), "Baddbmm": (1,)} | dict.fromkeys(_MAPS - {"Addmm", "Baddbmm"}, (0,))
+    for operand in (op.operands[slot] for slot in slots.get(op.name, range(len(op.operands)))):
+        if operand is not None:
+            yield from _inputs(operand[0])
+
+
+def _leaves(op: Op, path: tuple[Op, ...]) -> Iterator[tuple[Op, tuple[Op, ...]]]:
+    """Parameters that an operation is made of, and the operations from each of them on."""
+    if op.parameter is not None:
+        yield op, path
+    for operand in op.operands:
+        if operand is not None:
+            yield from _leaves(operand[0], (op, *path))

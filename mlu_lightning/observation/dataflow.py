@@ -1,0 +1,368 @@
+"""Follow one forward pass: what every use of a parameter maps or adds, and by which constants it is multiplied.
+
+Operations are seen where torch dispatches them, so that products, constants and residual additions are the same few
+operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mlu_lightning.observation.operations import (
+    CREATED,
+    MATRIX_OPERANDS,
+    NORMALIZING,
+    OVERWRITING,
+    SELECTING,
+    VIEWS,
+    contraction,
+    end_name,
+    operation,
+)
+from mlu_lightning.observation.value_graph import (
+    MOST_ORIGINS,
+    Node,
+    branch_of,
+    depends,
+    joins,
+    names_in,
+    operands,
+    since_fork,
+    stream_before,
+    write_through,
+)
+from mlu_lightning.utilities.names import name_pattern_of_parts
+
+__all__ = ["ADDED", "Addition", "Dataflow", "How", "Use"]
+
+ADDED = ("addition", "sum")
+"""Where multiplications end at a residual addition, and at a sum of two other values."""
+
+How = Literal["matrix", "vector", "table"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter, or of a function of parameters, on data."""
+
+    names: tuple[str, ...]
+    how: How
+    size: float  # root mean square of what is used
+    count: int  # entries of what is used
+    inputs: int  # products that each output sums over, 1 of what is no matrix
+    plain: bool  # whether a parameter itself is used, and not a function of it
+    # what input and result are multiplied by, since and until another operation, by the name of the latter
+    constants: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A residual addition: to a value, of something that was computed from it."""
+
+    names: frozenset[str]  # parameters of what is added
+    stream: float  # root mean square of what is added to
+    branch: float  # root mean square of what is added
+    constant: float  # by which it is multiplied, since another operation
+    normalized: bool  # whether what is added does not depend on the size of what it is added to
+    on_stream: bool  # whether it is on the way to an addition of a residual branch that the plan knows
+
+    @property
+    def patterns(self) -> frozenset[str]:
+        """Names without the numbers in them, the same all along the depth."""
+        return frozenset(map(name_pattern_of_parts, self.names))
+
+
+@dataclass(eq=False)
+class _Use:
+    names: tuple[str, ...]
+    how: How
+    size: Tensor
+    count: int
+    inputs: int
+    plain: bool
+    begin: float
+    source: Node
+
+
+class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Sees all operations of a pass that is made inside of it.
+
+    Args:
+        parameters: parameters by name.
+        tables: names of those that are data themselves where they are selected or added, as embeddings are.
+        data: what the pass is given.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], tables: Iterable[str], data: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self._nodes: Any = WeakTensorKeyDictionary()
+        self._count = 0
+        self._uses: list[_Use] = []
+        self._additions: list[tuple[Node, Tensor, Tensor, float]] = []
+        for leaf in tree_leaves(data):
+            if isinstance(leaf, Tensor):
+                self._nodes[leaf] = self._source("data", ())
+        of_tables = frozenset(tables)
+        for name, parameter in parameters.items():
+            node = self._new("parameter", weights=frozenset({name}), plain=True)
+            if name in of_tables:
+                node.data, node.origins = True, ((node, 1.0),)
+                self._use(node, "table", parameter, node)
+            self._nodes[parameter] = node
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+        updates = changed is not None and self._node(changed).op == "parameter"  # as of a teacher, after its use
+        if updates or torch._C._current_autograd_node() is not None:  # or gradients that a step asks for
+            return func(*args, **given)
+        node = self._result(operation(func._schema.name), args, given)  # before operands are changed in place
+        result = func(*args, **given)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                if leaf in self._nodes and func._schema.is_mutable:
+                    write_through(self._nodes[leaf], node)
+                self._nodes[leaf] = node
+        return result
+
+    def finish(self, result: Any) -> None:
+        """Note what the pass returned."""
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf in self._nodes:
+                self._end(self._nodes[leaf], "returned")
+
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """Uses of parameters whose results were used, in order."""
+        return tuple(
+            Use(
+                use.names,
+                use.how,
+                use.size.item(),
+                use.count,
+                use.inputs,
+                use.plain,
+                {name: use.begin * _mean_size(factors) for name, factors in use.source.ends.items()},
+            )
+            for use in self._uses
+            if use.source.ends
+        )
+
+    def additions(self, in_branch: Callable[[str], bool]) -> tuple[Addition, ...]:
+        """Residual additions, in order, but for those of a stream to where it began.
+
+        ``in_branch`` tells parameters of residual branches that are known, and with them which additions are on a stream.
+        """
+        found = [addition for addition in self._additions if not joins(addition[0])]
+        names = {node: frozenset(names_in(node)) for node, *_ in found}
+        on_stream: set[Node] = set()
+        for node, of_branch in names.items():
+            if node not in on_stream and any(map(in_branch, of_branch)):
+                on_stream.update(stream_before(node))
+        return tuple(
+            Addition(
+                names[node],
+                stream.item(),
+                branch.item(),
+                _mean_size([factor for _, factor in operands(node)[1].origins]) / along,
+                any(each.op in NORMALIZING for each in branch_of(node)),
+                node in on_stream,
+            )
+            for node, stream, branch, along in found
+        )
+
+    def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        """Make the node of an operation's result."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        nodes = [self._node(tensor) for tensor in tensors]
+        if name in CREATED or not nodes:
+            return self._new(name)
+        if name in OVERWRITING:
+            return nodes[1] if len(nodes) > 1 else self._new(name)
+        if name in SELECTING and nodes[0].data:
+            return self._multiple(name, nodes[:1], viewed=None)
+        if name in MATRIX_OPERANDS and (found := self._matrix(name, args, kwargs)) is not None:
+            return found
+        if name in SELECTING or not any(node.data and not node.weights for node in nodes):
+            return self._function(name, nodes[:1] if name in SELECTING else nodes)
+        pairs = list(zip(tensors, nodes, strict=True))
+        if name in VIEWS:
+            return self._multiple(name, [node for node in nodes if node.data], viewed=nodes[0])
+        if name in ("add", "sub", "rsub") and isinstance(args[0], Tensor):
+            return self._sum(pairs, abs(kwargs.get("alpha", 1)))
+        if name in ("mul", "div") and (found := self._product(name, args, pairs)) is not None:
+            return found
+        return self._other(name, pairs)
+
+    # nodes
+
+    def _node(self, tensor: Tensor) -> Node:
+        found: Node | None = self._nodes.get(tensor)
+        if found is None:
+            found = self._nodes[tensor] = self._new("constant")
+        return found
+
+    def _new(self, op: str, **fields: Any) -> Node:
+        self._count += 1
+        return Node(self._count, op, **fields)
+
+    def _source(self, op: str, parents: Iterable[Node], used: Iterable[str] = ()) -> Node:
+        node = self._new(op, data=True, parents=tuple(parents), used=tuple(used))
+        node.origins = ((node, 1.0),)
+        return node
+
+    def _multiple(self, op: str, parents: Sequence[Node], factor: float = 1.0, viewed: Node | None = None) -> Node:
+        """A multiple of one value, or parts of several."""
+        origins = dict.fromkeys((source, by * factor) for parent in parents for source, by in parent.origins)
+        if len(origins) > MOST_ORIGINS:
+            for parent in parents:
+                self._end(parent, end_name(op))
+            return self._source(op, parents)
+        node = self._new(op, data=True, parents=tuple(parents), multiple=len(parents) == 1, viewed=viewed)
+        node.origins = tuple(origins)
+        return node
+
+    def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
+        names = tuple(sorted(weights.weights))
+        self._uses.append(_Use(names, how, _rms(values), values.numel(), inputs, weights.plain, begin, source))
+
+    def _end(self, node: Node, name: str, over: float = 1.0) -> None:
+        for source, factor in node.origins:
+            source.ends.setdefault(name, []).append(factor / over)
+
+    # operations
+
+    def _function(self, name: str, nodes: Sequence[Node]) -> Node:
+        """A function of weights and constants."""
+        weights = frozenset[str]().union(*(node.weights for node in nodes))
+        data = [node for node in nodes if node.data]
+        view = name in VIEWS and len(nodes) == 1
+        if data and view:
+            node = self._multiple(name, data)
+        elif data:
+            for parent in data:
+                self._end(parent, end_name(name))
+            node = self._source(name, data)
+        else:
+            node = self._new(name)
+        node.weights, node.plain, node.viewed = weights, view and nodes[0].plain, nodes[0] if view else None
+        return node
+
+    def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
+        """A product of data and weights, with a bias."""
+        first, second, third = MATRIX_OPERANDS[name]
+        operands = [args[first], args[second]]
+        nodes = [self._node(operand) for operand in operands]
+        weight = next((i for i in (1, 0) if nodes[i].weights and not nodes[i].data and nodes[1 - i].data), None)
+        if weight is None:  # a table that is a matrix
+            weight = next((i for i in (1, 0) if nodes[i].weights and nodes[i].data and not nodes[1 - i].weights), None)
+        if weight is None:
+            return None
+        data, weights = nodes[1 - weight], nodes[weight]
+        factors = {factor for _, factor in data.origins}
+        begin = factors.pop() if len(factors) == 1 else 1.0
+        for source, _ in data.origins:  # the constants in between count here, and not twice
+            source.ends.setdefault("matrix", []).append(1.0)
+        node = self._source(name, [data] if data.data else [], weights.weights)
+        inputs = contraction(name, args, operands[0], operands[weight])
+        self._use(weights, "matrix", operands[weight], node, inputs, begin * abs(kwargs.get("alpha", 1)))
+        added = args[third] if third is not None and third < len(args) else None
+        if isinstance(added, Tensor):
+            of_added = self._node(added)
+            if of_added.data:
+                self._end(of_added, "sum")
+                node.parents += (of_added,)
+            elif of_added.weights:
+                self._use(of_added, "vector", added, node)
+                node.used += tuple(of_added.weights)
+        return node
+
+    def _sum(self, pairs: list[tuple[Tensor, Node]], alpha: float) -> Node:
+        data = [(tensor, node) for tensor, node in pairs if node.data]
+        if len(data) == 1:
+            node = self._multiple("add", [data[0][1]])
+            for values, weights in pairs:
+                if weights.weights and not weights.data:
+                    source = self._source("add", ())
+                    self._use(weights, "vector", values, source)
+                    node.origins += ((source, alpha if values is pairs[1][0] else 1.0),)
+                    node.used += tuple(weights.weights)
+            return node
+        older, newer = sorted(data, key=lambda pair: pair[1].root.index)
+        parents = [node for _, node in data]
+        if older[0].numel() == newer[0].numel() and depends(newer[1], older[1].root):
+            along = since_fork(
+                older[1], newer[1]
+            )  # beside an addition, what branch and stream are next to each other counts
+            over = {parent: along / (alpha if parent is pairs[1][1] else 1.0) for parent in parents}
+            for parent in parents:
+                self._end(parent, "addition", over[parent])
+            node = self._source("addition", parents)
+            node.residual = older[1], newer[1]
+            stream, branch = (_rms(values) / over[parent] for values, parent in (older, newer))
+            self._additions.append((node, stream, branch, over[newer[1]]))
+            return node
+        for parent in parents:
+            self._end(parent, "sum")
+        return self._multiple("sum", parents)
+
+    def _product(self, name: str, args: tuple[Any, ...], pairs: list[tuple[Tensor, Node]]) -> Node | None:
+        """A multiple of data, by a number, a constant or weights; None of anything else."""
+        data = [node for _, node in pairs if node.data]
+        if len(data) != 1 or (name == "div" and self._node_of(args[0]) is not data[0]):
+            return None
+        (other,) = [arg for arg in args[:2] if self._node_of(arg) is not data[0]]
+        factor = _factor(other, name)
+        if not 0 < factor < math.inf:
+            return None
+        weights = self._node_of(other)
+        if weights is None or not weights.weights:
+            return self._multiple(name, data, factor)
+        node = self._source(name, data, weights.weights)
+        self._use(weights, "vector", other, node)
+        node.origins += tuple((source, by * factor) for source, by in data[0].origins)[: MOST_ORIGINS - 1]
+        return node
+
+    def _node_of(self, operand: Any) -> Node | None:
+        return self._node(operand) if isinstance(operand, Tensor) else None
+
+    def _other(self, name: str, pairs: list[tuple[Tensor, Node]]) -> Node:
+        """Any other operation with data."""
+        data = [node for _, node in pairs if node.data]
+        for parent in data:
+            self._end(parent, end_name(name))
+        node = self._source(name, data)
+        for values, weights in pairs:
+            if weights.weights and not weights.data:
+                self._use(weights, "vector", values, node)
+                node.used += tuple(weights.weights)
+        return node
+
+
+def _rms(values: Tensor) -> Tensor:
+    values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
+    size: Tensor = torch.linalg.vector_norm(values) / math.sqrt(max(1, values.numel()))
+    return size
+
+
+def _mean_size(factors: Sequence[float]) -> float:
+    return math.sqrt(sum(factor**2 for factor in factors) / len(factors))
+
+
+def _factor(operand: Any, name: str) -> float:
+    """By what an operand multiplies or divides."""
+    if isinstance(operand, Tensor):
+        return _rms(operand if name == "mul" else 1 / operand).item()
+    value = abs(operand)
+    return float(value if name == "mul" else 1 / value if value else math.inf)

@@ -1,0 +1,293 @@
+"""Compare what a module computes with its plan: one pass of the module next to one of its base."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from mlu_lightning.observation.dataflow import ADDED, Addition, How, Use
+from mlu_lightning.observation.expectations import Expectations, Interval
+from mlu_lightning.observation.passes import Followed, UseKey, follow, roles_of_base
+from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
+
+__all__ = ["Deviation", "deviations", "refuse", "verify"]
+
+EXACT = 2**0.25
+"""Halfway to the smallest fault, a missing power of 1/2 at a ratio of 2: weights have their size exactly, up to rounding."""
+
+_ROUNDING = 2**-6
+
+CHANCE = 5.0
+"""Standard errors that a root mean square may be off: of n numbers drawn at random it is known up to 1/sqrt(2n)."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Something that a module computes otherwise than its plan says; ``expected`` and ``found`` are next to the base."""
+
+    what: str
+    expected: float
+    found: float
+    is_certain: bool  # whether chance does not explain it
+
+    @property
+    def factor(self) -> float:
+        """How far it is off."""
+        return _off(self.found, self.expected)
+
+    def __str__(self) -> str:
+        return f"{self.what} should be {self.expected:.3g} times the base's and is {self.found:.3g} times"
+
+
+def verify(module: nn.Module, base: nn.Module, plan: Plan, example: Any = None) -> None:
+    """Refuse a freshly initialized module that does not compute what its plan says.
+
+    The module and its base are passed through once each, in evaluation mode. Every use of a parameter is followed until
+    another operation than a multiplication, and its size c · std · sqrt(n), with the constants c of model and plan on the
+    way and n numbers that each output sums over, has to have the table's factor next to the base (theory.md, section 3).
+    So constants of the model's own, functions of weights, and multipliers that are missing or there twice are found. What
+    residual branches add, also those that the plan does not know, and the stream along the depth are compared as well.
+
+    Args:
+        module: module with the plan's initial weights and multipliers, not trained yet.
+        base: module at the base shape, as built.
+        plan: plan of the module relative to that base.
+        example: batch of ``training_step``, or arguments of ``forward``; by default ``example_input_array``.
+
+    Raises:
+        ValueError: if anything is off by a factor that chance does not explain. What chance might explain is warned of.
+
+    >>> import torch
+    >>> from mlu_lightning.models import ResNet
+    >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 8))
+    >>> batch = torch.randn(4, 3), torch.randn(4, 2)
+    >>> plan = Plan.from_model(deeper, batch, base=base)
+    >>> try:
+    ...     verify(deeper, base, plan, batch)  # without multipliers
+    ... except ValueError as error:
+    ...     print(str(error)[:89])
+    ResNet does not compute what its plan says: blocks.0.write.weight and 7 more (branch_out)
+    """
+    refuse(deviations(module, base, plan, example), module, warnings.warn)
+
+
+def refuse(found: Sequence[Deviation], module: nn.Module, warn: Callable[[str], object]) -> None:
+    """Raise an error for deviations that are certain, or else warn of those that there are."""
+    certain = [deviation for deviation in found if deviation.is_certain]
+    text = (
+        f"{type(module).__name__} does not compute what its plan says: {'; '.join(map(str, (certain or found)[:5]))}. Look "
+        "for constants of the model's own that depend on its shape, for weights that enter through functions or were drawn "
+        "anew, and for branches that the plan does not know, or that are multiplied twice or not at all. verify=False of "
+        "MLUCallback trains it as it is."
+    )
+    if certain:
+        raise ValueError(text)
+    if found:
+        warn(text)
+
+
+def deviations(module: nn.Module, base: nn.Module, plan: Plan, example: Any = None) -> tuple[Deviation, ...]:
+    """Find all that :func:`verify` refuses or warns of, the worst first."""
+    if example is None:
+        example = getattr(module, "example_input_array", None)
+    both = follow(module, example, plan.roles), follow(base, example, roles_of_base(plan, base))
+    kept = (name for name, parameter in planned_parameters(module).items() if not parameter.requires_grad)
+    expectations = Expectations(plan, frozenset(kept))
+    found = [*_of_uses(expectations, *both), *_of_additions(expectations, *both)]
+    return tuple(sorted(found, key=lambda deviation: -deviation.factor))
+
+
+# uses of parameters
+
+
+def _of_uses(expectations: Expectations, module: Followed, base: Followed) -> Iterator[Deviation]:
+    entries = expectations.plan.parameters
+    at_base: defaultdict[object, list[UseKey]] = defaultdict(list)
+    for names, how in base.uses:
+        at_base[_patterns(names), how].append((names, how))
+    # names that differ in their place along the depth only, of which initialize() sets the scale together
+    groups: defaultdict[object, list[tuple[UseKey, UseKey]]] = defaultdict(list)
+    for names, how in module.uses:
+        name = expectations.parameter(names, how)
+        if name is None:
+            continue
+        alike = at_base.get((_patterns(names), how), [])
+        shape = entries[name].base_shape
+        others = [other for other in alike if shape in [base.shapes.get(each) for each in other[0]]]
+        if others:
+            counterpart = min(others, key=lambda other: _distance(names[0], other[0][0]))
+            group = _patterns(names), how, entries[name].row, entries[name].ratios
+            groups[group].append(((names, how), counterpart))
+    for pairs in groups.values():
+        yield from _of_group(expectations, [(key, module.uses[key], base.uses[other]) for key, other in pairs])
+
+
+def _of_group(
+    expectations: Expectations, members: Sequence[tuple[UseKey, Sequence[Use], Sequence[Use]]]
+) -> Iterator[Deviation]:
+    (names, how), *_ = members[0]
+    name = expectations.parameter(names, how)
+    assert name is not None
+    plain = all(use.plain for _, ours, theirs in members for use in (*ours, *theirs))
+    stds = {key: expectations.plan.parameters[key[0][0]].base_std if plain else None for key, *_ in members}
+    if plain and None in stds.values():
+        return  # left as built
+    ends = {end for _, ours, _ in members for use in ours for end in use.constants}
+    ratios: dict[str, float] = {}
+    constants: dict[str, dict[str, float]] = {}
+    for end in sorted(ends):
+        both = [member for member in members if all(_sizes(uses, end) for uses in member[1:])]
+        found = [value for _, ours, _ in both for value in _sizes(ours, end)]
+        wanted = [value for key, _, theirs in both for value in _sizes(theirs, end, stds[key])]
+        if 0 < _rms(wanted) < math.inf:
+            ratios[end] = _rms(found) / _rms(wanted)
+            constants[end] = {_label([key]): _constant(ours, theirs, end) for key, ours, theirs in both}
+    if not ratios:
+        return
+    options = expectations.factors(name, how, ends)
+    ratio_of_constants = expectations.plan.parameters[name].constant_ratio
+    # the module's own constants may come after a sum
+    possible = {"sum": (*options, *(option / ratio_of_constants for option in options))}
+    nearest = {
+        end: min(possible.get(end, options), key=lambda option: _off(ratio, option)) for end, ratio in ratios.items()
+    }
+    offs = {end: _off(ratio, nearest[end]) for end, ratio in ratios.items()}
+    added = [end for end in offs if end in ADDED]
+    # a sum may be inside of a branch, before its multiplier
+    at = (
+        min(added, key=offs.__getitem__)
+        if expectations.is_last(name, ends) and added
+        else max(offs, key=offs.__getitem__)
+    )
+    entry = expectations.plan.parameters[name]
+    limit = EXACT * expectations.heads(name)
+    sizes = [use.size for _, ours, _ in members for use in ours]
+    rescaled = plain and any(
+        _off(_rms(sizes), _rms([*filter(None, stds.values())]) * expectations.std(name) * factor) < 1 + _ROUNDING
+        for factor in (1.0, expectations.plan.folded_factors.get(name, 1.0))
+    )
+    if not rescaled:  # but drawn anew, or a function of parameters
+        counts = [sum(uses[0].count for uses in each) for each in zip(*(member[1:] for member in members), strict=True)]
+        limit *= math.exp(CHANCE * math.sqrt(sum(1 / (2 * count) for count in counts[: 1 if plain else 2])))
+    if offs[at] > limit:
+        yield Deviation(f"{_label([key for key, *_ in members])} ({entry.row})", nearest[at], ratios[at], True)
+        return
+    middle = median(constants[at].values())
+    for label, constant in constants[at].items() if plain and middle > 0 else ():
+        if _off(constant, middle) > EXACT:
+            yield Deviation(f"{label} ({entry.row})", nearest[at], ratios[at] * constant / middle, True)
+
+
+def _sizes(uses: Iterable[Use], end: str, std: float | None = None) -> list[float]:
+    return [
+        (use.size if std is None else std) * math.sqrt(use.inputs) * use.constants[end]
+        for use in uses
+        if end in use.constants
+    ]
+
+
+def _constant(ours: Iterable[Use], theirs: Iterable[Use], end: str) -> float:
+    """What a use is multiplied by, next to the base."""
+    constants = [_rms([use.constants[end] for use in uses if end in use.constants]) for uses in (ours, theirs)]
+    return constants[0] / constants[1] if constants[1] else 0.0
+
+
+# residual additions
+
+
+def _of_additions(expectations: Expectations, module: Followed, base: Followed) -> Iterator[Deviation]:
+    streams = expectations.plan.streams
+    # what random weights make of one sample is n random numbers; there are two such matrices, in model and base
+    width, base_width = (
+        min(widths) for widths in zip(*((s.embedding, s.base_embedding) for s in streams), strict=True)
+    )
+    chance = math.exp(CHANCE * math.sqrt(1 / width + 1 / base_width))
+    at_base = _by_branch(base.additions)
+    for patterns, ours in _by_branch(module.additions).items():
+        theirs = at_base.get(patterns)
+        if not theirs:
+            continue
+        depth = len(ours) / len(theirs)
+        known = expectations.added({name for addition in ours for name in addition.names})
+        added = known or Interval(1 / depth, 1 / depth)
+        label = ", ".join(sorted(patterns)[:2]) or "something without parameters"
+        what, adds = f"what the residual branch of {label} adds", _ratio(ours, theirs, _added)
+        if known:
+            yield from _off_chance(what, added, adds, chance)
+        elif all(
+            _off(ratio, 1 / depth) > limit
+            for ratio, limit in ((_ratio(ours, theirs, _constant_of), EXACT**2), (adds, EXACT))
+        ):
+            yield Deviation(what, 1 / depth, adds, True)
+        # what is added along the depth adds up at random at least, and all of it at most
+        least, most = added.low * depth, added.high * depth
+        along = Interval(min(1, least, least / math.sqrt(depth)), max(1, most, most / math.sqrt(depth)))
+        for place, interval in ((0, Interval(1, 1)), (-1, along)):
+            ratio = _ratio([ours[place]], [theirs[place]], lambda addition: addition.stream)
+            yield from _off_chance(
+                f"the stream before {label} ({'last' if place else 'first'})", interval, ratio, chance
+            )
+
+
+def _off_chance(what: str, interval: Interval, ratio: float, chance: float) -> Iterator[Deviation]:
+    """A deviation of what is random: certain if it is twice as large as chance might make it."""
+    if 0 < ratio < math.inf:
+        deviation = Deviation(what, interval.nearest(ratio), ratio, _off(ratio, interval.nearest(ratio)) > 2 * chance)
+        if deviation.factor > max(2, chance):
+            yield deviation
+
+
+def _constant_of(addition: Addition) -> float:
+    return addition.constant
+
+
+def _added(addition: Addition) -> float:
+    return addition.branch if addition.normalized or not addition.stream else addition.branch / addition.stream
+
+
+def _ratio(ours: Sequence[Addition], theirs: Sequence[Addition], size: Callable[[Addition], float]) -> float:
+    return _rms([size(addition) for addition in ours]) / (_rms([size(addition) for addition in theirs]) or math.inf)
+
+
+def _by_branch(additions: Iterable[Addition]) -> Mapping[frozenset[str], list[Addition]]:
+    found: defaultdict[frozenset[str], list[Addition]] = defaultdict(list)
+    for addition in additions:
+        if addition.on_stream:
+            found[addition.patterns].append(addition)
+    return found
+
+
+# names and numbers
+
+
+def _patterns(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(map(name_pattern_of_parts, names))))
+
+
+def _distance(name: str, other: str) -> tuple[bool, list[int]]:
+    """How far two names of one pattern are apart along the depth."""
+    ours, theirs = ([int(number) for number in re.findall(r"\d+", each)] for each in (name, other))
+    return name != other, [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def _label(keys: Sequence[tuple[tuple[str, ...], How]]) -> str:
+    first = " with ".join(keys[0][0])
+    return first if len(keys) == 1 else f"{first} and {len(keys) - 1} more"
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value**2 for value in values) / len(values)) if values else 0.0
+
+
+def _off(found: float, expected: float) -> float:
+    """Factor between two numbers."""
+    return max(found / expected, expected / found) if 0 < found < math.inf else math.inf

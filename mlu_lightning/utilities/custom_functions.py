@@ -1,0 +1,99 @@
+"""Let autograd see into functions that bring a backward pass of their own, such as attentions with recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+import torch.nn.attention.flex_attention as flex
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import math_attention
+from torch.autograd.function import Function, _SingleLevelFunction
+from torch.autograd.graph import Node
+from torch.overrides import _pop_mode_temporarily
+
+__all__ = ["seen_through"]
+
+
+class _Notes(SimpleNamespace):
+    """What ``forward`` of a custom function is given to keep things for its backward pass, which is not run."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    save_for_forward = save_for_backward
+
+    def mark_non_differentiable(self, *tensors: Any) -> None: ...
+
+    mark_dirty = mark_shared_storage = mark_non_differentiable
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+@contextmanager
+def seen_through() -> Iterator[None]:
+    """Run custom functions as the operations that their ``forward`` calls, where every input with a gradient goes on.
+
+    Others stay one node of the graph. FlexAttention is its formula, also on CPUs, where it has no backward pass.
+
+    >>> class Double(Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         return x * 2
+    >>> with seen_through():
+    ...     Double.apply(torch.ones(1, requires_grad=True).exp()).grad_fn.name()
+    'MulBackward0'
+    """
+
+    def apply(cls: Any, *args: Any) -> Any:
+        opened = None if cls.__module__.startswith("torch.") else _opened(cls, args)
+        return cast(Any, super(_SingleLevelFunction, cls)).apply(*args) if opened is None else opened
+
+    with (
+        mock.patch.object(flex, "_validate_device", lambda *_: None),
+        mock.patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),  # calls what follows as it is
+        mock.patch.object(flex, "flex_attention_hop", _composed),
+        mock.patch.object(_SingleLevelFunction, "apply", classmethod(apply), create=True),
+    ):
+        yield
+
+
+def _composed(*args: Any) -> Any:
+    """FlexAttention of plain operations, which modes that watch functions do not see: kernels do not call them."""
+    with ExitStack() as stack:
+        while torch._C._len_torch_function_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        return math_attention(*args)
+
+
+def _opened(cls: Any, args: tuple[Any, ...]) -> Any:
+    """What a custom function makes, with the graph of its forward pass; None if that does not show all it is made of."""
+    inputs = {x.grad_fn for x in args if isinstance(x, Tensor) and x.grad_fn is not None}
+    if not inputs or not torch.is_grad_enabled():
+        return None
+    separate = cls.setup_context is not Function.setup_context
+    notes = (
+        () if separate else (_Notes(needs_input_grad=tuple(isinstance(x, Tensor) and x.requires_grad for x in args)),)
+    )
+    try:
+        made = cls.forward(*notes, *args)
+    except (RuntimeError, AttributeError, TypeError, NotImplementedError):
+        return None  # kernels, and what may change tensors only where no gradient is kept
+    tensors = [x for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor)]
+    return made if inputs <= _nodes_behind([x.grad_fn for x in tensors if x.grad_fn is not None], inputs) else None
+
+
+def _nodes_behind(starts: list[Node], stops: set[Node]) -> set[Node]:
+    """Nodes of the graph behind some, these included, up to those that stop the walk."""
+    found, stack = set(starts), [node for node in starts if node not in stops]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in found:
+                found.add(node)
+                if node not in stops:
+                    stack.append(node)
+    return found

@@ -1,0 +1,123 @@
+"""Fake tensors for many operations of few kinds, as those of repeated blocks: what an operation returned is remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+__all__ = ["RememberingFakeMode"]
+
+_DEVICE = torch.ops.prim.device.default
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a fake tensor is made of, and which argument it is a view of, if of any."""
+
+    viewed: int | None
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch has no types for it
+    """Mode of fake tensors, with results by operation, numbers, and layouts of tensors, a few times faster than torch's own.
+
+    Torch's own keys hold whatever could matter in another pass, and take most of the time of a pass without values. What is
+    not plainly a function of layouts is left to torch: values that are known, changes in place, other kinds of tensors.
+    """
+
+    _known: ClassVar[dict[tuple[Any, ...], tuple[type | None, list[_Output]]]] = {}  # of all modes, as torch's own
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.cache_enabled = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if (
+            func is _DEVICE and not self.in_kernel_invocation
+        ):  # half of all calls: autograd asks for it with every operation
+            return args[0].fake_device
+        key = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        if not (_add_layouts(key, args) and (not given or _add_layouts(key, [*given, *given.values()]))):
+            return super().__torch_dispatch__(func, types, args, given)
+        known = self._known.get(tuple(key))
+        if known is None:
+            result = super().__torch_dispatch__(func, types, args, given)
+            known = _remembered(func, args, given, result)
+            if known is not None:
+                self._known[tuple(key)] = known
+            return result
+        sequence, outputs = known
+        made = (self._made(output, args) for output in outputs)
+        return next(made) if sequence is None else sequence(made)
+
+    def _made(self, output: _Output, args: Sequence[Any]) -> FakeTensor:
+        if output.viewed is None:
+            memory = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
+        else:
+            memory = torch.empty(0, dtype=output.dtype, device="meta")
+            memory.set_(args[output.viewed].untyped_storage(), output.offset, output.shape, output.stride)
+        return FakeTensor(self, memory, output.device)
+
+
+def _add_layouts(key: list[Any], values: Iterable[Any]) -> bool:
+    """Add to a key what arguments are, with the layouts of tensors; false if a result could depend on more."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not isinstance(value, FakeTensor) or not _is_plain(value):
+                return False
+            key += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.fake_device)
+        elif isinstance(value, (list, tuple)):
+            key.append(len(value))
+            if not _add_layouts(key, value):
+                return False
+        elif type(value).__hash__ is None:
+            return False
+        else:
+            key += (type(value), value)  # 1 and 1.0 are equal, and make tensors of different types
+    return True
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a fake one with a layout and nothing else."""
+    if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_conj() or tensor.is_neg())
+
+
+def _remembered(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> tuple[type | None, list[_Output]] | None:
+    """How a result is made again: new tensors, or views of arguments; None if there is more to it."""
+    results = result if isinstance(result, (tuple, list)) else [result]
+    if func._schema.is_mutable or not all(isinstance(each, Tensor) and _is_plain(each) for each in results):
+        return None
+    viewed = {_memory(arg): number for number, arg in enumerate(args) if isinstance(arg, Tensor)}
+    others = (value for value in (*args, *kwargs.values()) if isinstance(value, (tuple, list)))
+    inner = {_memory(item) for value in others for item in value if isinstance(item, Tensor)}
+    outputs = [
+        _Output(viewed.get(_memory(r)), r.shape, r.stride(), r.storage_offset(), r.dtype, r.fake_device)
+        for r in results
+    ]
+    new = [_memory(r) for r, output in zip(results, outputs, strict=True) if output.viewed is None]
+    given = any(r is arg for r in results for arg in args)
+    if given or inner & {*new} or len({*new}) < len(new) or any(o.offset for o in outputs if o.viewed is None):
+        return None
+    # named tuples are tuples for those who dispatch
+    return (None if results is not result else list if isinstance(result, list) else tuple), outputs
+
+
+def _memory(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -1,0 +1,32 @@
+"""Errors of the user's own code that the package runs: they say so."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+__all__ = ["UserErrors"]
+
+
+class UserErrors(AbstractContextManager[None]):
+    """Names what was run, and what to do, in errors that do not come from this package itself.
+
+    >>> with UserErrors("While planning, forward was run", "Give example=..."):
+    ...     {}["labels"]
+    Traceback (most recent call last):
+    RuntimeError: While planning, forward was run and raised KeyError: 'labels'. Give example=...
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        self._what, self._advice = what, advice
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Mark an error, unless it was raised in a file of this package."""
+        while traceback is not None and traceback.tb_next is not None:
+            traceback = traceback.tb_next
+        if traceback is None or not isinstance(error, Exception):
+            return
+        if not str(traceback.tb_frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}."):
+            raise RuntimeError(f"{self._what} and raised {type(error).__name__}: {error}. {self._advice}") from error

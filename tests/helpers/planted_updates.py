@@ -1,0 +1,287 @@
+"""Faults that lose an lr, an eps or a decay: who updates weights, how, and with what."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+from torch.optim.sgd import sgd
+
+from helpers.faulty_runs import At
+from helpers.planted_runs import NUMBERS, Fault, Module, Run, run
+
+
+def adamw(module: Module) -> optim.AdamW:
+    return optim.AdamW(module.parameters(), **NUMBERS)
+
+
+def own(
+    make: Callable[[Module], Any], take: Callable[[Any], Any] = lambda optimizer: optimizer.step()
+) -> Callable[[Module, Tensor], None]:
+    """A step with an optimizer that the module makes itself."""
+
+    def step(module: Module, loss: Tensor) -> None:
+        if "own" not in vars(module):
+            vars(module)["own"] = make(module)
+        module.manual_backward(loss)
+        take(vars(module)["own"])
+
+    return step
+
+
+class ByHand(optim.Optimizer):
+    """AdamW in one line for each number, which come from where they should, or from elsewhere."""
+
+    def __init__(self, parameters: Any, elsewhere: str = "", **numbers: float) -> None:
+        super().__init__(parameters, numbers)
+        self.kept = {key: value for key, value in numbers.items() if key == elsewhere}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            lr, eps, decay = (self.kept[key] if key in self.kept else group[key] for key in NUMBERS)
+            for p in group["params"]:
+                state = self.state[p]
+                count = state["count"] = state.get("count", 0) + 1
+                one = state["one"] = state.get("one", 0) * 0.9 + 0.1 * p.grad
+                two = state["two"] = state.get("two", 0) * 0.999 + 0.001 * p.grad**2
+                p.mul_(1 - lr * decay)
+                p.sub_(lr * (one / (1 - 0.9**count)) / ((two / (1 - 0.999**count)).sqrt() + eps))
+        return loss
+
+
+class NoOptimizer:
+    """The same, and no ``torch.optim.Optimizer``."""
+
+    def __init__(self, module: Module) -> None:
+        self.inner = ByHand([nn.Parameter(torch.zeros(()))], **NUMBERS)
+        self.inner.param_groups[0]["params"] = [*module.parameters()]
+
+    def step(self) -> None:
+        type(self.inner).step.__wrapped__(self.inner)
+
+
+class Sam(optim.Optimizer):
+    """Climbs nowhere, so that the run is AdamW's; leaves the update to an inner optimizer, or makes it itself."""
+
+    def __init__(self, parameters: Any, inner: Any = optim.AdamW, hidden: bool = False) -> None:
+        super().__init__(parameters, dict(NUMBERS))
+        made = inner([{"params": group["params"]} for group in self.param_groups], **NUMBERS) if inner else None
+        self.update = lambda: made.step() if made else self.descend()
+        if not hidden:
+            self.inner = made
+
+    def first_step(self) -> None: ...
+
+    def second_step(self) -> None:
+        self.update()
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure and closure()
+        self.first_step()
+        self.second_step()
+        return loss
+
+    def descend(self) -> None:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= self.param_groups[0]["lr"] * parameter.grad
+
+
+def phases(optimizer: Any) -> None:
+    optimizer.first_step()
+    optimizer.second_step()
+
+
+def descend(module: nn.Module, loss: Tensor) -> None:
+    loss.backward()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter -= 0.01 * parameter.grad
+
+
+def descend_in_foreach(module: Module, loss: Tensor) -> None:
+    loss.backward()
+    parameters = [*module.parameters()]
+    torch._foreach_add_([p.data for p in parameters], [p.grad for p in parameters], alpha=-0.01)
+
+
+def functional(module: Module, loss: Tensor) -> None:
+    """torch's own update, without an optimizer."""
+    loss.backward()
+    parameters = [*module.parameters()]
+    numbers = {"weight_decay": 0.1, "momentum": 0, "lr": 0.01, "dampening": 0, "nesterov": False, "maximize": False}
+    sgd([p.data for p in parameters], [p.grad for p in parameters], [None] * len(parameters), **numbers)
+
+
+def in_backward(make: Callable[[list[nn.Parameter]], Any]) -> Run:
+    planted = run(lambda module, loss: module.manual_backward(loss), None)
+
+    def register(module: Module) -> None:
+        for parameter in module.parameters():
+            optimizer = make([parameter])
+            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+
+    planted.after.append(At("on_fit_start", lambda trainer, module: register(module), 0))
+    return planted
+
+
+def by_hand_in_backward() -> Run:
+    planted = run(lambda module, loss: module.manual_backward(loss), None)
+
+    def descend_one(parameter: Tensor) -> None:
+        parameter.data.add_(parameter.grad, alpha=-0.01)
+
+    def register(module: Module) -> None:
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(descend_one)
+
+    planted.after.append(At("on_fit_start", lambda trainer, module: register(module), 0))
+    return planted
+
+
+def exchanged(how: Callable[[Any, Module], Any]) -> Run:
+    planted = run()
+
+    def exchange(trainer: Any, module: Module) -> None:
+        trainer.strategy.optimizers = [how(trainer.optimizers[0], module)]
+
+    planted.after.append(At("on_train_start", exchange, 0))
+    return planted
+
+
+def partly(rest: Callable[[Module], Any] | None) -> Run:
+    """An optimizer of all but the readout, which moves otherwise, or stays."""
+    planted = run(
+        optimizer=lambda module: optim.AdamW(
+            [p for n, p in module.named_parameters() if n != "readout.weight"], **NUMBERS
+        )
+    )
+    if rest is not None:
+        planted.after.append(At("on_after_backward", lambda trainer, module: rest(module), 0))
+    return planted
+
+
+def move_readout(module: Module) -> None:
+    module.readout.weight.data.sub_(0.01 * module.readout.weight.grad)
+
+
+def decay_by_hand() -> Run:
+    planted = run(optimizer=lambda module: optim.AdamW(module.parameters(), **{**NUMBERS, "weight_decay": 0.0}))
+
+    def decay(trainer: Any, module: Module) -> None:
+        for parameter in module.parameters():
+            parameter.data.mul_(1 - 0.002)
+
+    planted.after.append(At("on_after_backward", decay, 0))
+    return planted
+
+
+class Bare(optim.Optimizer):
+    """Has not called ``Optimizer.__init__``."""
+
+    def __init__(self, module: Module) -> None:
+        self.param_groups, self.state, self.defaults = [{"params": [*module.parameters()], "lr": 0.02}], {}, {}
+
+    def step(self, closure: Any = None) -> Any:
+        return closure and closure()
+
+
+class OneRate(ByHand):
+    """Estimates one learning rate for all of its groups, as Prodigy and D-Adaptation do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, **NUMBERS, d=1e-6, growth_rate=float("inf"), k=0)
+
+
+def kept_step(module: Module) -> Any:
+    made = adamw(module)
+    vars(module)["kept"] = made.step
+    return made
+
+
+def scheduled(module: Module) -> Any:
+    """A hook sets the learning rate of every step."""
+    made = optim.AdamW(module.parameters(), **{**NUMBERS, "lr": 1.0})
+
+    def schedule(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+
+    made.register_step_pre_hook(schedule)
+    return made
+
+
+def take_returned(module: Module, loss: Tensor) -> None:
+    module.manual_backward(loss)
+    module.optimizers(use_pl_optimizer=False).step()
+
+
+def take_kept(module: Module, loss: Tensor) -> None:
+    module.manual_backward(loss)
+    vars(module)["kept"]()
+
+
+def declared(elsewhere: str) -> Callable[[], Run]:
+    make = lambda module: ByHand(module.parameters(), elsewhere, **NUMBERS)  # noqa: E731
+    return lambda: run(optimizer=make, family="adamw")
+
+
+ALL = "lr, eps, decay"
+MOVED = "Weights have moved in the first steps, but in no update of an optimizer that is scaled: "
+CHANGED_IN = "Weights have changed in the first step"
+UNREAD = "An optimizer has updated"
+UNKNOWN = "How "
+UPDATES: dict[str, Fault] = {
+    "own AdamW in training_step": Fault(ALL, lambda: run(own(adamw), None), None),
+    "own AdamW, with a closure": Fault(ALL, lambda: run(own(adamw, lambda o: o.step(lambda: None)), None), None),
+    "AdamW for each parameter, in backward": Fault(ALL, lambda: in_backward(lambda p: optim.AdamW(p, **NUMBERS)), None),
+    "own SAM in two steps": Fault(ALL, lambda: run(own(lambda m: Sam(m.parameters()), phases), None), None),
+    "SAM, returned": Fault(ALL, lambda: run(optimizer=lambda m: Sam(m.parameters())), None),
+    "SAM whose inner optimizer is hidden, in two steps": Fault(
+        ALL, lambda: run(own(lambda m: Sam(m.parameters(), hidden=True), phases), None), None
+    ),
+    "SAM whose inner optimizer is hidden, with a family": Fault(
+        ALL, lambda: run(optimizer=lambda m: Sam(m.parameters(), hidden=True), family="adamw"), "first step", UNREAD
+    ),
+    "SAM that descends itself, in two steps": Fault(
+        ALL, lambda: run(own(lambda m: Sam(m.parameters(), None), phases), None, family="sgd"), "first step", MOVED
+    ),
+    "SAM that descends itself, returned": Fault(
+        ALL, lambda: run(optimizer=lambda m: Sam(m.parameters(), None)), "planning", UNKNOWN
+    ),
+    "AdamW put in the place of another": Fault(ALL, lambda: exchanged(lambda _, module: adamw(module)), None),
+    "copied AdamW put in the place of another": Fault(
+        ALL, lambda: exchanged(lambda optimizer, _: copy.deepcopy(optimizer)), "first step", "The AdamW that is about to"
+    ),
+    "step that was kept before": Fault(ALL, lambda: run(take_kept, kept_step), None),
+    "lr that a hook before the step sets": Fault("lr", lambda: run(take_returned, scheduled), None),
+    "descent written in training_step": Fault(ALL, lambda: run(descend, None), "first step", MOVED),
+    "descent written with foreach": Fault(ALL, lambda: run(descend_in_foreach, None), "first step", MOVED),
+    "torch's functional SGD": Fault(ALL, lambda: run(functional, None), "first step", MOVED),
+    "descent written in a hook of backward": Fault(ALL, by_hand_in_backward, "first step", MOVED),
+    "an optimizer that is none of torch's": Fault(ALL, lambda: run(own(NoOptimizer), None), "first step", MOVED),
+    "an optimizer of an unknown class": Fault(
+        ALL, lambda: run(optimizer=lambda m: ByHand(m.parameters(), **NUMBERS)), "planning", UNKNOWN
+    ),
+    "an own one of an unknown class": Fault(
+        ALL, lambda: run(own(lambda m: ByHand(m.parameters(), **NUMBERS)), None), "first step", UNKNOWN
+    ),
+    "the same with its family": Fault(
+        ALL, lambda: run(own(lambda m: ByHand(m.parameters(), **NUMBERS)), None, family="adamw"), None
+    ),
+    "lr from an attribute": Fault("lr", declared("lr"), "first step", UNREAD),
+    "eps from an attribute": Fault("eps", declared("eps"), "first step", UNREAD),
+    "decay from an attribute": Fault("decay", declared("weight_decay"), "first step", UNREAD),
+    "numbers from the groups": Fault(ALL, declared(""), None),
+    "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
+    "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
+    "readout in no optimizer": Fault(ALL, lambda: partly(None), None, "Parameters of the plan belong to no optimizer"),
+    "LBFGS": Fault("lr", lambda: run(optimizer=lambda m: optim.LBFGS(m.parameters())), "planning", "LBFGS cannot"),
+    "one rate for all groups": Fault(
+        "lr", lambda: run(optimizer=lambda m: OneRate(m.parameters()), family="adamw"), "planning", "OneRate estimates"
+    ),
+    "without Optimizer.__init__": Fault(ALL, lambda: run(optimizer=Bare, family="sgd"), "planning", "Bare has not called"),
+}  # fmt: skip

@@ -1,0 +1,69 @@
+"""Roles that errors suggest: taken over as they stand, they settle what they are about."""
+
+import ast
+import re
+from typing import Any
+
+import pytest
+import torch
+from helpers.residual_networks import X
+from torch import Tensor, nn
+
+from mlu_lightning import Plan
+
+
+class Block(nn.Module):
+    def __init__(self, **spare: int) -> None:
+        super().__init__()
+        self.read, self.write = nn.Linear(8, 16), nn.Linear(16, 8)
+        for name, size in spare.items():
+            setattr(self, name, nn.Parameter(torch.zeros(size)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.write(torch.tanh(self.read(x)))
+
+
+def network(depth: int, odd_block: int | None = None, **spare: int) -> nn.Module:
+    blocks = (Block(**(spare if odd_block in (None, number) else {})) for number in range(depth))
+    return nn.Sequential(nn.Linear(3, 8), *blocks, nn.Linear(8, 2))
+
+
+def suggested(message: str) -> dict[str, str]:
+    line: dict[str, str] = ast.literal_eval(re.findall(r"overrides=(\{.*?\})", message)[0])
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        ({"spare": 4}, ["*.spare"]),
+        ({"spare": 4, "other": 8}, ["*.spare", "*.other"]),
+        ({"spare": 4, "odd_block": 1}, ["*.spare"]),
+    ],
+    ids=str,
+)
+def test_suggestion_for_a_model_deeper_than_its_base(arguments: dict[str, Any], patterns: list[str]) -> None:
+    model, base = network(40, **arguments), network(2, **arguments)
+    with pytest.raises(ValueError, match="could not be placed") as error:
+        Plan.from_model(model, X, base=base)
+    line = suggested(str(error.value))
+    assert [*line] == patterns and len(str(error.value)) < 900
+    assert Plan.from_model(model, X, base=base, overrides=line).roles.keys() == dict(model.named_parameters()).keys()
+
+
+def test_pattern_of_a_block_that_the_base_has_not() -> None:
+    model, base = network(4), network(2)
+    assert Plan.from_model(model, X, base=base, overrides={"4.read.weight": "branch_in"}).streams[0].base_depth == 2
+    with pytest.raises(ValueError, match=r"override '5\.read\.weight'.*matches no parameter"):
+        Plan.from_model(base, X, base=model, overrides={"5.read.weight": "branch_in"})
+
+
+def test_names_are_written_out_where_a_glob_would_match_others() -> None:
+    class Mixed(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.spare
+
+    model = nn.Sequential(nn.Linear(3, 8), Block(spare=8), Mixed(spare=8), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="could not be placed") as error:
+        Plan.from_model(model, X)
+    assert [*suggested(str(error.value))] == ["1.spare"]
