@@ -87,7 +87,7 @@ def test_plain_checkpoint_is_warned_about(stage: str, checkpoints: dict[str, Pat
     if stage == "validate":
         attach_multipliers(module, planned(module))
     with pytest.warns(UserWarning, match="checkpoint is of a run without MLUCallback. Its weights were trained as"):
-        trainer(MLUCallback(Net())).validate(module, loader(), ckpt_path=checkpoints["plain"])
+        getattr(run, stage)(module, loader(), ckpt_path=checkpoints["plain"])
 
 
 @pytest.mark.parametrize(
