@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -54,6 +55,19 @@ def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
     message = r"short.txt has 18 bytes, and there is nothing to learn from less than 10 000"
     with pytest.raises(ValueError, match=message):
         load_text(str(tmp_path / "short.txt"))
+
+    for content in (b"x" * 10_000, b"the same line\n" * 9_000):
+        (tmp_path / "same.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"same.txt says the same again and again: .* bytes of it can be"):
+            load_text(str(tmp_path / "same.txt"))
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
+        with pytest.raises(ValueError, match=f"The text {path} is no file, but"):
+            load_text(path)
+    with pytest.raises(ValueError, match=r"no runs of 0 steps.*--steps 1 or more"):
+        Study(steps=0)
+    with pytest.raises(ValueError, match=r"seed -1 is none"):
+        Study(seed=-1)
 
 
 def test_best_learning_rate_is_the_vertex_of_a_parabola(runs: list[Run]) -> None:

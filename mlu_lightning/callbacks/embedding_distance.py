@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from mlu_lightning.callbacks.either_callback import EitherCallback
@@ -32,8 +33,9 @@ class EmbeddingDistance(EitherCallback):
 
     Values are logged under ``mlu/distance/<metric>/s=<depth>``, and ``mlu/distance/output``, at the number of optimizer
     steps made, to all loggers whatever ``log_every_n_steps`` is, and other callbacks can monitor them; NaN where the run is
-    not finite. References in a list or dict add their name, ``mlu/distance/gram/s=1/seed1``, and their mean distance from
-    each other is ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer.
+    not finite. A reference that can no longer be read costs its distances, with a warning. References in a list or dict add
+    their name, ``mlu/distance/gram/s=1/seed1``, and their mean distance from each other is
+    ``mlu/distance/gram/s=1/floor``: no run can be expected to be nearer.
 
     With ``reference="limit"`` the run is compared with what it tends to as L, M and D grow: the infinite model, which is
     trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). This needs no other run and no
@@ -97,6 +99,7 @@ class EmbeddingDistance(EitherCallback):
         self._suffixes = {name: f"/{name}" if named else "" for name in self._sources}
         self._metrics = validated_metrics(metrics)
         self._references: dict[str, Reference] = {}
+        self._lost: set[str] = set()  # references that could not be read after the start
         self._probe: Probe | None = None
         self._limit_run: LimitRun | None = None
         self._limit_state: dict[str, Any] | None = None
@@ -138,6 +141,7 @@ class EmbeddingDistance(EitherCallback):
         self._references = {
             name: Reference.load(fetch_reference(trainer, source)) for name, source in self._sources.items()
         }
+        self._lost = set()
         references = list(self._references.values())
         self._due = frozenset(number for reference in references for number in reference.steps)
         _check_one_probe(references)
@@ -220,11 +224,21 @@ class EmbeddingDistance(EitherCallback):
     def _compare(self, trainer: Trainer, observation: Observation) -> None:
         """Log the distance of an observation at the present step from every reference that has it."""
         step = trainer.global_step
-        references = self._references.items()
-        recorded = {name: reference.read(step) for name, reference in references if step in reference.steps}
+        recorded: dict[str, Observation] = {}
+        for name, reference in self._references.items():
+            try:
+                if step in reference.steps:
+                    recorded[name] = reference.read(step)
+            except (OSError, ValueError) as error:
+                if name not in self._lost:
+                    rank_zero_warn(
+                        f"The reference {name} cannot be read at step {step}, so that there is no distance from it: {error} "
+                        "The training goes on, and the file is looked for again at its next steps."
+                    )
+                self._lost.add(name)
         values: dict[str, float] = {}
-        for name, reference in recorded.items():
-            found = compare(observation, reference, self._metrics)
+        for name, theirs in recorded.items():
+            found = compare(observation, theirs, self._metrics)
             values.update({f"{key}{self._suffixes[name]}": value for key, value in found.items()})
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)

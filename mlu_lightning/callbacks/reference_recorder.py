@@ -82,6 +82,7 @@ class ReferenceRecorder(EitherCallback):
         self._probe: Probe | None = None
         self._writer: ReferenceWriter | None = None
         self._losses = _Losses(torch.empty(0))
+        self._carried = torch.empty(0)  # losses in the checkpoint that the run goes on from
         self._last = -1
         self._failed = False
 
@@ -89,6 +90,14 @@ class ReferenceRecorder(EitherCallback):
     def state_key(self) -> str:
         """One recorder for each file can be in a Trainer."""
         return self._generate_state_key(path=str(self.path))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the losses into the checkpoint, also those since the last recording; every process has to come here."""
+        checkpoint["callbacks"][self.state_key] = {"losses": self._losses.all(trainer)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the losses of the run that is resumed."""
+        self._carried = state_dict["losses"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the probe once, open the file, and record the step if it is due."""
@@ -117,7 +126,8 @@ class ReferenceRecorder(EitherCallback):
             return (self._writer.steps or (-1,))[-1], self._writer.losses
 
         self._last, losses = on_rank_zero(trainer, open_file)
-        self._losses = _Losses(losses, step, pl_module.device)
+        self._losses = _Losses(_either(losses, self._carried, step), step, pl_module.device)
+        self._carried = torch.empty(0)
         self._failed = False
         if step > self._last and self._schedule.is_due(step):
             self._record(trainer, step, observation)
@@ -137,6 +147,7 @@ class ReferenceRecorder(EitherCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step, and log the file as an artifact where there is a place for it."""
+        self._losses.all(trainer)
         if self._schedule.ends_with_last:
             self._look(trainer, pl_module)
         if trainer.is_global_zero and self.path.exists():
@@ -204,8 +215,7 @@ class _Losses:
     """
 
     def __init__(self, known: Tensor, step: int = 0, device: torch.device | None = None) -> None:
-        known = known[:step]
-        self._known = F.pad(known, (0, step - len(known)), value=math.nan)
+        self._known = known
         self._steps = step
         # float32 whatever the precision of the run: the mean of many batches, and a NaN for none, among them
         self._pending = torch.empty(_MOST_PENDING + 1, dtype=torch.float32, device=device)
@@ -236,6 +246,12 @@ class _Losses:
             self._pending[0] = self._pending[count]
             self._repeats = []
         return self._known
+
+
+def _either(one: Tensor, other: Tensor, steps: int) -> Tensor:
+    """Losses of so many steps: those of one where they are known, or else of the other."""
+    one, other = (F.pad(known[:steps], (0, steps - len(known[:steps])), value=math.nan) for known in (one, other))
+    return torch.where(one.isnan(), other, one)
 
 
 _MOST_PENDING = 1000  # losses that wait on the device, so that the host need not wait for each

@@ -190,10 +190,10 @@ class BranchRoles:
             return self._role_in_recurrence(op, self.graph.uses[op][0] if use is None else use)
         if self._matrices_before.of(op) - {router}:
             return Role.BRANCH_HIDDEN
-        feeds = is_depthwise(self.graph, op) or any(
-            self._matrices_before.precedes(op, other) for other in self.matrices
-        )
-        return Role.BRANCH_IN if feeds else Role.BRANCH_BOUNDED_MATRIX
+        feeds = any(self._matrices_before.precedes(op, other) for other in self.matrices)
+        # gates of what is written have as many outputs, one for each coordinate
+        wide = self.graph.matrices(op)[0].fans[1] == self.embedding != 1
+        return Role.BRANCH_IN if feeds or wide or is_depthwise(self.graph, op) else Role.BRANCH_BOUNDED_MATRIX
 
     def _role_in_recurrence(self, op: Op, use: Use) -> Role:
         """Role of a matrix where a state goes from token to token, which shared keys and the like are written to (B, C)."""

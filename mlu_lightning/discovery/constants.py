@@ -74,8 +74,9 @@ class Constants:
         found, leads_to = self._onward[op]
         if leads_to == _HIDDEN:
             return None
-        made = math.prod(map(self._factor, use.path))
-        if use.kind == "matrix":
+        # what a function of weights makes of them is measured
+        made = 1.0 if use.function is not None else math.prod(map(self._factor, use.path))
+        if use.kind in ("matrix", "gain"):
             constants, source = self._behind(op.data[0]) if op.data else ((), op)
             if not self._is_made_by_a_map(source):  # what lies between two maps is counted for the first one
                 made *= math.prod(self._factor(one) for one in constants if one not in self._counted)

@@ -22,7 +22,7 @@ from mlu_lightning.discovery.outer_roles import Unplaced
 from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
-from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap
+from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap, WeightFunction
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
@@ -30,6 +30,7 @@ from mlu_lightning.discovery.uncovered import (
     require_residual_branches,
     warnings_about,
 )
+from mlu_lightning.discovery.weight_functions import has_functions, with_functions
 from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.garbage import collected_later
 from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
@@ -75,6 +76,9 @@ def discover(module: nn.Module, example: Any = None) -> Structure:
 def _structure(module: nn.Module, example: Any) -> Structure:
     trace = trace_module(module, example)
     graph = build_graph(trace)
+    if has_functions(graph):
+        trace = trace_module(module, example, programs=True)
+        graph = with_functions(build_graph(trace), trace)
     require_no_reentrance(module, graph)
     parts = partition(graph)
     require_residual_branches(module, parts)
@@ -122,10 +126,14 @@ def _structure(module: nn.Module, example: Any) -> Structure:
 def _facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse], constants: Constants) -> ParameterFacts:
     """What is found about a parameter; a readout's constants are its multiplier's."""
     facts = parameter_facts(name, shape, uses)
-    if facts.role is Role.READOUT:
-        return replace(facts, constant=1.0)
-    own = (u.use for u in uses if not facts.tied or u.found.role is facts.role)
-    return replace(facts, constant=constants.of_parameter(own))
+    function: WeightFunction | None = facts.function
+    constant: float | None = 1.0
+    if facts.role is not Role.READOUT and (function is None or facts.role is not Role.READOUT_BIAS):
+        own = (u.use for u in uses if not facts.tied or u.found.role is facts.role)
+        constant = constants.of_parameter(own)
+    if function is not None and function.problem is None:
+        constant = (constant or 1.0) * function.size() / function.size(name)
+    return replace(facts, constant=constant)
 
 
 def _calls(regions: Iterable[Region]) -> list[BranchRoles]:
@@ -188,9 +196,12 @@ def _readouts(uses: Uses, sites: MultiplierSites, constants: Constants) -> Itera
         reads = _used_as(placed, Role.READOUT, "matrix")
         if reads:
             site = sites.readout([u.use.op for u in reads])
-            alone = len(reads) == len(placed) and all(u.use.homogeneous for u in reads)
+            function = reads[0].use.function
+            carrier = name if function is None or function.gain is None else function.gain
+            alone = len(reads) == len(uses[carrier]) and all(u.use.homogeneous for u in uses[carrier])
+            folds = (carrier,) if alone else ()
             constant = constants.of_parameter(u.use for u in reads)
-            yield Readout(name, reads[0].region.stream, site, (name,) if alone else (), reads[0].use.fans[0], constant)
+            yield Readout(name, reads[0].region.stream, site, folds, reads[0].use.fans[0], constant)
 
 
 def _used_as(uses: list[PlacedUse], role: Role, kind: UseKind) -> list[PlacedUse]:

@@ -34,18 +34,21 @@ __all__ = ["build_graph"]
 def build_graph(trace: Trace) -> Graph:
     """Turn autograd's nodes into operations."""
     nodes = tuple(_topological(trace.roots))
-    by_node = _operations(nodes, trace.parameters, frozenset())
+    weights = _weights(nodes, trace)
+    by_node = _operations(nodes, trace.parameters, frozenset(), weights)
     begins = stream_parameters(tuple(by_node.values()))
     if begins:
-        by_node = _operations(nodes, trace.parameters, begins)
+        by_node = _operations(nodes, trace.parameters, begins, weights)
     ops = tuple(by_node.values())
     uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
     uses |= {op: tuple(replace(use, kind="penalty") for use in uses[op]) for op in _penalties(ops) if op in uses}
     return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
 
 
-def _operations(nodes: tuple[Node, ...], names: dict[int, str], begins: frozenset[str]) -> dict[Node, Op]:
-    """Operations by node; parameters in ``begins`` are data."""
+def _operations(
+    nodes: tuple[Node, ...], names: dict[int, str], begins: frozenset[str], weights: set[Node]
+) -> dict[Node, Op]:
+    """Operations by node; parameters in ``begins`` are data, and ``weights`` are not."""
     by_node: dict[Node, Op] = {}
     for node in nodes:
         operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
@@ -53,6 +56,9 @@ def _operations(nodes: tuple[Node, ...], names: dict[int, str], begins: frozense
         name = _plain_name(node)
         leaf = getattr(node, "variable", None) if not operands else None
         parameter = names.get(id(leaf)) if leaf is not None else None
+        is_data = parameter is None or parameter in begins
+        if operands:
+            is_data = node not in weights and _takes_data(name, operands, values)
         by_node[node] = Op(
             index=len(by_node),
             name=name,
@@ -60,11 +66,28 @@ def _operations(nodes: tuple[Node, ...], names: dict[int, str], begins: frozense
             operands=operands,
             values=values,
             data=tuple(op for op, _ in values),
-            from_data=_takes_data(name, operands, values) if operands else parameter is None or parameter in begins,
+            from_data=is_data,
             parameter=parameter,
             node=node,
         )
     return by_node
+
+
+def _weights(nodes: tuple[Node, ...], trace: Trace) -> set[Node]:
+    """What is computed from parameters and constants before it is the matrix of data, as in spectral norm."""
+    found: set[Node] = set()
+    for node in nodes if trace.programs else ():
+        slots = WEIGHT_SLOTS.get(_plain_name(node), {})
+        operands = [node.next_functions[slot] for slot in slots if slot < len(node.next_functions)]
+        computed = [operand for operand in operands if operand in trace.programs]
+        if (node, 0) not in trace.programs and len(computed) < max(2, len(operands)):
+            stack = [operand for operand, _ in computed if operand is not None]
+            while stack:
+                step = stack.pop()
+                if step not in found and step.next_functions:
+                    found.add(step)
+                    stack += [child for child, _ in step.next_functions if child is not None]
+    return found
 
 
 def _penalties(ops: tuple[Op, ...]) -> list[Op]:

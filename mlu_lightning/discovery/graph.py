@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import Node
 
+from mlu_lightning.discovery.structure import WeightFunction
 from mlu_lightning.discovery.trace import TracedTensor
 
 __all__ = ["Graph", "Op", "Use", "UseKind", "Value"]
@@ -124,8 +125,9 @@ class Op:
 
 Value = tuple[Op, int]
 """An operation and the number of its output."""
-UseKind = Literal["matrix", "bias", "lookup", "norm", "add", "mul", "penalty", "other"]
-"""What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation, ``"penalty"`` a term of the loss."""
+UseKind = Literal["matrix", "bias", "gain", "lookup", "norm", "add", "mul", "penalty", "other"]
+"""What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation, ``"gain"`` multiplies a matrix, and
+``"penalty"`` is a term of the loss."""
 USE_KINDS: dict[str, UseKind] = {
     **dict.fromkeys(("Add", "Sub", "Rsub", "Cat", "Where"), "add"),
     **dict.fromkeys(("Mul", "Div", "Prelu"), "mul"),
@@ -136,6 +138,20 @@ USE_KINDS: dict[str, UseKind] = {
 
 _TAKEN = ("dim", "index", "start", "end")
 """What autograd keeps of an operation that takes a part of a tensor."""
+
+
+_JOINED = frozenset({"Cat", "Stack"})
+"""Operations whose result holds what several parameters are."""
+
+
+def _keeps_entries(op: Op) -> bool:
+    """Whether an operation only arranges or selects entries, or multiplies them by a number."""
+    if op.name in RESHAPES | PARTS | SELECTIONS | {"Neg"}:
+        return True
+    if op.name not in ("Mul", "Div") or sum(operand is not None for operand in op.operands) != 1:
+        return False
+    others = (getattr(op.node, name, None) for name in ("_saved_self", "_saved_other"))
+    return all(other.numel() == 1 for other in others if isinstance(other, Tensor))
 
 
 @dataclass(frozen=True)
@@ -150,10 +166,23 @@ class Use:
     stored: tuple[int, ...]  # shape of the parameter itself
     inputs_first: bool = False  # whether the operand, a matrix, is [inputs, outputs]
     shared: bool = False  # whether other parameters make up the operand too
+    function: WeightFunction | None = None  # that a matrix is of parameters
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is a matrix that is computed from parameters, not only arranged or multiplied by a number."""
+        return self.kind == "matrix" and not all(step.name in _JOINED or _keeps_entries(step) for step in self.path)
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether a gain is what multiplies the operand."""
+        return self.kind == "matrix" and self.function is not None and self.function.gain is not None
 
     @property
     def homogeneous(self) -> bool:
         """Whether multiplying the parameter multiplies the operand."""
+        if self.function is not None:
+            return self.kind == "gain" or (self.function.degree == 1 and not self.is_carried)
         return not self.shared and all(step.name in RESHAPES | PARTS | SELECTIONS | {"Neg"} for step in self.path)
 
     @property
@@ -192,6 +221,13 @@ class Use:
         """Whether the parameter itself is stored [inputs, outputs]."""
         turns = sum(step.name in PERMUTATIONS for step in self.path)
         return self.inputs_first == (turns % 2 == 0)
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Axes of outputs and inputs of a matrix."""
+        if self.op.name in CONVOLUTIONS:
+            return (1, 0) if getattr(self.op.node, "_saved_transposed", False) else (0, 1)
+        return (-1, -2) if self.inputs_first else (-2, -1)
 
     @property
     def fans(self) -> tuple[int, int]:

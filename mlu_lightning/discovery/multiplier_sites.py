@@ -72,7 +72,7 @@ class MultiplierSites:
         if any(user not in path for op, path in inner for user in users[op]):
             return ()  # something else reads what lies between the parameters and the end of the branch
         # what is read twice, as by a rotation of positions, is used once
-        together = [use for uses, _ in found for use in dict.fromkeys(uses)]
+        together = [use for uses, _ in found for use in dict.fromkeys(uses) if not use.is_carried]
         counts, total = Counter(use.parameter for use in together), self.graph.uses_of
         alone = all(len(total[use.parameter]) == counts[use.parameter] and use.homogeneous for use in together)
         return tuple(counts) if alone else ()

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Use
+from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.table import Role, Variant
 
-__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "TrunkRoles", "Unplaced", "first_norms", "place_in_stem"]
+__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "TrunkRoles", "Unplaced", "first_norms", "place_gain", "place_in_stem"]
 
 BIAS_ROLES = {
     Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
@@ -21,6 +22,16 @@ BIAS_ROLES = {
     Role.READOUT: Role.READOUT_BIAS,
 }
 """Role of the bias that belongs to a matrix."""
+
+
+_INPUT_ROLES = {
+    Role.BRANCH_IN: Role.BRANCH_NORM,
+    Role.BRANCH_HIDDEN: Role.BRANCH_IN_BIAS,
+    Role.BRANCH_OUT: Role.BRANCH_IN_BIAS,
+    Role.BRANCH_BOUNDED_MATRIX: Role.BRANCH_NORM,
+    Role.STREAM_MATRIX: Role.STREAM_NORM,
+}
+"""Role of a gain on what a matrix reads."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,20 @@ class Unplaced:
     reason: str
     role: None = None
     variant: None = None
+
+
+def place_gain(matrix: Placed | Unplaced, along: Along) -> Placed | Unplaced:
+    """Role of a gain on outputs, inputs or other parts of a matrix."""
+    if matrix.role is None:
+        return matrix
+    role = {"outputs": BIAS_ROLES, "inputs": _INPUT_ROLES}.get(along, {}).get(matrix.role)
+    if along == "bounded" and matrix.role.in_branch:
+        role = Role.BRANCH_BOUNDED
+    return (
+        Unplaced(f"it multiplies parts of {matrix.role} weights other than their outputs")
+        if role is None
+        else Placed(role)
+    )
 
 
 def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
-from mlu_lightning.discovery.outer_roles import HeadRoles, Placed, TrunkRoles, Unplaced, first_norms, place_in_stem
+from mlu_lightning.discovery.outer_roles import (
+    HeadRoles,
+    Placed,
+    TrunkRoles,
+    Unplaced,
+    first_norms,
+    place_gain,
+    place_in_stem,
+)
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
@@ -105,7 +113,10 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
     for region, use in regional:
         if use.kind == "penalty":
             continue
-        found = region.place(use)
+        if use.kind == "gain" and use.function is not None:
+            found = place_gain(region.place(replace(use, kind="matrix")), use.function.along)
+        else:
+            found = region.place(use)
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
         placed[use.parameter].append(PlacedUse(use, region, found))
@@ -126,9 +137,14 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
     norms = {placed.found.variant in COMPOUNDING for placed in uses}
+    function = next((placed.use.function for placed in uses if placed.use.function is not None), None)
+    if function is not None and None in roles:
+        why = next(placed.found.reason for placed in uses if isinstance(placed.found, Unplaced))
+        function = replace(function, problem=function.problem or why)
     if (len(roles) != 1 and not tied) or len(norms) > 1:
         role = None if uses else Role.FROZEN
-        return ParameterFacts(name, role, shape, *((shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))))
+        fans = (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
+        return ParameterFacts(name, role, shape, *fans, function=function)
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
@@ -168,6 +184,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         active=active,
         uses=_places_along_depth(uses),
         variant=placed.found.variant,
+        function=function,
         repeats=placed.found.repeats if isinstance(placed.found, Placed) else None,
     )
 

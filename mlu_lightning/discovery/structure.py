@@ -7,7 +7,19 @@ from typing import Literal
 
 from mlu_lightning.table import Role, Variant, row_name
 
-__all__ = ["Branch", "BranchKind", "Logits", "ParameterFacts", "Readout", "Site", "Stream", "Structure", "Tap"]
+__all__ = [
+    "Along",
+    "Branch",
+    "BranchKind",
+    "Logits",
+    "ParameterFacts",
+    "Readout",
+    "Site",
+    "Stream",
+    "Structure",
+    "Tap",
+    "WeightFunction",
+]
 
 BranchKind = Literal["attention", "convolution", "mlp", "recurrence", "mixing"]
 """What a branch does; ``"mixing"`` has no matrix, as pooling or a Fourier transform over tokens."""
@@ -41,6 +53,36 @@ class Site:
         return f"{self.module or '(module itself)'} {self.where}{index}{part}"
 
 
+Along = Literal["outputs", "inputs", "bounded"]
+
+
+@dataclass(frozen=True)
+class WeightFunction:
+    """What a module makes of parameters before it meets data, such as weight norm.
+
+    Args:
+        name: what it is called, for messages.
+        entries: the parameter whose entries make those of the weight; None if there is none.
+        degree: 1 if the weight is proportional to that, 0 if it does not depend on its size, None for anything else.
+        gain: another parameter, which multiplies it.
+        along: what each entry of the gain multiplies.
+        sizes: root mean square of the weight, by an empty name, and of the parameters, as built.
+        problem: why it cannot be planned, None if it can be.
+    """
+
+    name: str
+    entries: str | None = None
+    degree: int | None = None
+    gain: str | None = None
+    along: Along = "outputs"
+    sizes: tuple[tuple[str, float], ...] = ()
+    problem: str | None = None
+
+    def size(self, name: str = "") -> float:
+        """Root mean square of the weight, or of a parameter."""
+        return dict(self.sizes)[name]
+
+
 @dataclass(frozen=True)
 class ParameterFacts:
     """Where one parameter sits."""
@@ -62,6 +104,7 @@ class ParameterFacts:
     # what the module itself multiplies by what it makes, but for what a branch or readout has; None if that cannot be told
     constant: float | None = None
     variant: Variant | None = None  # what about its place changes the row of its role
+    function: WeightFunction | None = None  # that it goes through before it meets data
     repeats: int | None = None  # norms, or gains and matrices beside branches, that the stream goes through
 
     @property

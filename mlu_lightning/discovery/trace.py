@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from mlu_lightning.discovery.decisions import run_most
+from mlu_lightning.discovery.weight_programs import Program, ProgramRecorder
 from mlu_lightning.utilities.custom_functions import seen_through
 from mlu_lightning.utilities.fake_mode import RememberingFakeMode
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
@@ -76,10 +77,14 @@ class Trace:
     calls: tuple[ModuleCall, ...]  # in order of completion
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
+    programs: dict[tuple[Node, int], Program]  # of weights, by node and number of its output, if they were asked for
 
 
-def trace_module(module: nn.Module, example: Any) -> Trace:
-    """Run a copy of a module once, in training mode, and keep its autograd graph; the module itself stays as it is."""
+def trace_module(module: nn.Module, example: Any, programs: bool = False) -> Trace:
+    """Run a copy of a module once, in training mode, and keep its autograd graph; the module itself stays as it is.
+
+    With ``programs``, it keeps those of weights, too.
+    """
     step = is_lightning_module(module) and example is not None
     if example is None:
         example = getattr(module, "example_input_array", None)
@@ -94,12 +99,12 @@ def trace_module(module: nn.Module, example: Any) -> Trace:
     what = f"While planning, {name} of {type(module).__name__} was run on a copy of the module"
     with isolate_rng(), UserErrors(what, _ADVICE):
         try:
-            return run_most(lambda: _run_with_or_without_values(module, example, step), _size)
+            return run_most(lambda: _run_with_or_without_values(module, example, step, programs), _size)
         except AttributeError:
             if not step:
                 raise
             # hooks that Lightning calls before the first step may make what is missing
-            return run_most(lambda: _run_with_or_without_values(module, example, step, start_hooks=True), _size)
+            return run_most(lambda: _run_with_or_without_values(module, example, step, programs, True), _size)
 
 
 _ADVICE = (
@@ -129,9 +134,11 @@ def _size(trace: Trace) -> tuple[int, int]:
     return sum(id(leaf) in trace.parameters for leaf in leaves), len(seen)
 
 
-def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, start_hooks: bool = False) -> Trace:
+def _run_with_or_without_values(
+    module: nn.Module, example: Any, step: bool, programs: bool, start_hooks: bool = False
+) -> Trace:
     try:
-        return _run(module, example, step, start_hooks, RememberingFakeMode())
+        return _run(module, example, step, programs, start_hooks, RememberingFakeMode())
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         # a pass that depends on values, which fake tensors do not have, fails in any of these ways; what is wrong
         # for another reason fails with real values below too, and that error is the user's
@@ -140,11 +147,14 @@ def _run_with_or_without_values(module: nn.Module, example: Any, step: bool, sta
                 f"A forward pass of {type(module).__name__} without values failed ({error}), and its parameters "
                 "are on the meta device, where they have none. Build the module on a real device to plan it."
             ) from error
-    return _run(module, example, step, start_hooks, None)
+    return _run(module, example, step, programs, start_hooks, None)
 
 
-def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: FakeTensorMode | None) -> Trace:
+def _run(
+    module: nn.Module, example: Any, step: bool, programs: bool, start_hooks: bool, fake: FakeTensorMode | None
+) -> Trace:
     twin = copied_module(module, fake)
+    recorder = ProgramRecorder(twin, module) if programs else None
     calls: list[ModuleCall] = []
     functions: list[FunctionCall] = []
     losses: list[Tensor] = []
@@ -170,6 +180,9 @@ def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: F
             _mute_all(twin, losses)
         if start_hooks:
             run_start_hooks(twin, example)
+        if recorder is not None:
+            recorder.add_data(example)
+            stack.enter_context(recorder)
         stack.enter_context(watched(twin, partial(_note, functions)))
         stack.enter_context(_InnerGradients(losses))
         losses.extend(tensors_in(_train(twin, example) if step else _call(twin, example)))
@@ -179,7 +192,7 @@ def _run(module: nn.Module, example: Any, step: bool, start_hooks: bool, fake: F
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
-    return Trace(roots, names, tuple(calls), tuple(functions), twin)
+    return Trace(roots, names, tuple(calls), tuple(functions), twin, recorder.programs if recorder else {})
 
 
 def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:

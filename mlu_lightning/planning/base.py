@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -81,6 +82,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             f"The base {type(module).__name__} is on the meta device, so its initial standard deviations, which the plan "
             "needs, do not exist. Build the base on a real device; it is the small model."
         )
+    stds = {name: _std(name, value, structure.roles[name], module) for name, value in values.items()}
     scales, constants = own_factors(structure, "logits_scale"), own_factors(structure, "constant")
     return Base(
         parameters={
@@ -88,7 +90,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
                 role=structure.roles[name],
                 shape=facts.shape,
                 fans=(facts.fan_in, facts.fan_out),
-                std=values[name].detach().double().square().mean().sqrt().item(),
+                std=stds[name],
                 active=facts.active,
                 uses=facts.uses,
                 variant=facts.variant,
@@ -106,6 +108,19 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         },
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
     )
+
+
+def _std(name: str, parameter: nn.Parameter, role: Role, module: nn.Module) -> float | None:
+    """Root mean square at initialization; None of one without entries, and of frozen ones, which are left as they are."""
+    if parameter.numel() == 0 or role is Role.FROZEN:
+        return None
+    std: float = parameter.detach().abs().double().square().mean().sqrt().item()
+    if not math.isfinite(std):
+        raise ValueError(
+            f"{name} of the base {type(module).__name__} has values that are not finite, and all weights would be drawn by "
+            "their root mean square. Build the base anew, and look at what initializes it."
+        )
+    return std
 
 
 def own_factors(structure: Structure, key: Literal["logits_scale", "constant"]) -> dict[str, float | None]:

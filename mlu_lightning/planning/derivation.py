@@ -125,7 +125,8 @@ def plan_multipliers(
         own = readout.constant, (1.0 if base is None else base.readouts.get(readout.parameter))
         multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own)
         # the numbers of a tied table are those of the embedding, whose constant they are relative to
-        found.append(_relative(multiplier, table, matrix.constant_ratio))
+        of_numbers = matrix.constant_ratio if structure.parameters[readout.parameter].tied else 1.0
+        found.append(_relative(multiplier, table, of_numbers))
     scales = own_factors(structure, "logits_scale")
     changed = _changed_logits(structure, base, scales) if table.scales_logits else []
     found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)

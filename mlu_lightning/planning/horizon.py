@@ -64,9 +64,10 @@ class Horizon:
         """Check the ratios."""
         for name in ("batch_ratio", "token_ratio"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if not 1e-20 <= value <= 1e20:  # as of all numbers in the file of a plan
                 raise ValueError(
-                    f"{name} is {value!r}, and it has to be a positive number: what the run has over what the base has."
+                    f"{name} is {value!r}, and it has to be a positive number, from 1e-20 to 1e+20: "
+                    "what the run has over what the base has."
                 )
 
     @property

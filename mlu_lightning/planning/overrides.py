@@ -84,7 +84,8 @@ def require_roles(structure: Structure, module: nn.Module, overrides: Mapping[st
     if complex_ones:
         raise ValueError(
             f"Parameters of {type(module).__name__} are complex: {listed(complex_ones)}. The table is one of real weights, "
-            f'so leave them as they are with overrides={{"{complex_ones[0]}": "frozen"}}, and choose their numbers yourself.'
+            f'so leave them as they are with overrides={{"{name_pattern(complex_ones[0])}": "frozen"}}, and choose their '
+            "numbers yourself."
         )
     if not structure.unassigned:
         return

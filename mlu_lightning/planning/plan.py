@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -23,8 +22,10 @@ from mlu_lightning.planning.derivation import (
     with_copies,
 )
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
+from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
+from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, range_of
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
@@ -52,7 +53,8 @@ class Plan:
         horizon: batch size and duration next to the base's.
 
     Raises:
-        ValueError: if alpha is not a positive number, or another parameterization than MLU has no base or a richness.
+        ValueError: if a number is out of range, a multiplier is there twice, or
+            another parameterization than MLU has no base or a richness.
     """
 
     parameters: dict[str, ParameterPlan]
@@ -67,12 +69,13 @@ class Plan:
     horizon: Horizon = field(default_factory=Horizon)
 
     def __post_init__(self) -> None:
-        """Check the richness, and that the parameterization has what it needs."""
-        if not 0 < self.alpha < math.inf:
+        """Check numbers and names, and that the parameterization has what it needs."""
+        if not in_range("alpha", self.alpha):
             raise ValueError(
-                f"alpha is {self.alpha!r}, and it has to be a positive number: 1 for MLU, more for a run that is closer to "
-                "that of a linearized model."
+                f"alpha is {self.alpha!r}, and it has to be {range_of('alpha')}: 1 for MLU, more for a run that is closer "
+                "to that of a linearized model."
             )
+        check_parts(self.parameters, self.branches, self.streams, self.multipliers)
         _check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
 
     @classmethod
@@ -119,7 +122,7 @@ class Plan:
         >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
-        parameterization, horizon = Parameterization(parameterization), Horizon(batch_ratio, token_ratio)
+        parameterization, horizon = Parameterization(parameterization), Horizon(float(batch_ratio), float(token_ratio))
         if base is not None and not isinstance(base, nn.Module):
             base = base if isinstance(base, Plan) else cls.load(base)
         reference = base.base if isinstance(base, Plan) else None
@@ -129,22 +132,26 @@ class Plan:
         if isinstance(base, nn.Module):
             elsewhere = [*planned_parameters(base)]
         structure = override_roles(discover(module, example), overrides, elsewhere)
+        require_functions(structure, module)
         require_roles(structure, module, overrides)
+        check_sizes(structure, module)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
+            require_functions(base_structure, base)
             require_roles(base_structure, base, overrides)
+            check_sizes(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
-        parameters = plan_parameters(structure, reference, streams)
+        parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
         multipliers, warnings = plan_multipliers(structure, reference, parameters, streams, parameterization)
         return cls(
             parameters=parameters,
             branches=plan_branches(structure, reference),
             streams=streams,
             multipliers=with_copies(multipliers, structure.copies),
-            alpha=alpha,
+            alpha=float(alpha),
             warnings=structure.warnings + warnings,
             taps=structure.taps,
             features=structure.features,

@@ -20,6 +20,7 @@ import yaml
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.planning.ranges import in_range, range_of, smallest_integer
 from mlu_lightning.table import Parameterization, Role
 from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
 
@@ -43,7 +44,7 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
         block = isinstance(value, (tuple, dict)) and len(value) > 0
         lines.append(f"{key}:" if block else f"{key}: {_flow(value)}")
         if isinstance(value, dict):
-            lines.extend(f"  {_flow(name)}: {_flow(entry)}" for name, entry in value.items())
+            lines.extend(f"  {_key(name)}: {_flow(entry)}" for name, entry in value.items())
         elif block:
             lines.extend(f"  - {_flow(entry)}" for entry in value)
     text = "\n".join(lines) + "\n"
@@ -89,11 +90,6 @@ _PARTS: dict[str, Any] = {
     "features": tuple[Tap, ...],
     "parameters": dict[str, ParameterPlan],
 }
-_COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active", "uses")
-_FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "period"})
-"""Whole numbers that count something; others are from 0 on, but for the axis of a tap."""
-_LARGEST = 1e20
-"""Of ratios and factors, so that no product of them overflows."""
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NULLS = ("null", "Null", "NULL", "~", "")
@@ -151,7 +147,7 @@ def _read_enum(cls: type[Enum], value: Any, where: str, key: str) -> Enum:
 
 
 def _read_integer(text: str, where: str, key: str) -> int:
-    smallest = -1 if key == "axis" else int(key in _FROM_ONE)
+    smallest = smallest_integer(key)
     right = _INTEGER.fullmatch(text) is not None and int(text) >= smallest
     _require(right, where, key, text, f"a whole number from {smallest} on")
     return int(text)
@@ -159,11 +155,7 @@ def _read_integer(text: str, where: str, key: str) -> int:
 
 def _read_number(text: str, where: str, key: str) -> float:
     number = float(text) if _NUMBER.fullmatch(text) else math.nan
-    if key == "base_std":  # of weights that are zero, too
-        _require(0 <= number < math.inf, where, key, text, "a number from 0 on")
-    else:
-        smallest = 1 / _LARGEST
-        _require(smallest <= number <= _LARGEST, where, key, text, f"a number from {smallest:g} to {_LARGEST:g}")
+    _require(in_range(key, number), where, key, text, range_of(key))
     return number
 
 
@@ -189,6 +181,11 @@ def _check_references(parts: Mapping[str, Any], source: str) -> None:
     wrong += [f"tap of a branch {tap.number}" for tap in parts["features"] if tap.number >= branches]
     if wrong:
         raise ValueError(f"{source} contradicts itself: it has a {wrong[0]}.")
+
+
+def _key(name: str) -> str:
+    written = _flow(name)
+    return written if len(written) < 1000 else f"? {written}\n  "  # YAML looks no further for a colon in a line
 
 
 def _flow(value: Any) -> str:

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +45,7 @@ __all__ = [
 
 BASE = "base"
 """Name of the shape at which the hyperparameters are tuned."""
+_LOOKED_AT = 2**24  # bytes of a text, to see whether there is something to learn; prose has a third of them compressed
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ class Study:
     samples: int = 16  # in a batch
     context: int = 32  # bytes in a sample
     seed: int = 0  # of initial weights and batches
+
+    def __post_init__(self) -> None:
+        """Check what the command line gives."""
+        if self.steps < 1:
+            raise ValueError(f"There are no runs of {self.steps} steps. Give --steps 1 or more; 220 is the default.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"The seed {self.seed} is none. Give --seed a number from 0 to {2**32 - 1}.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,10 @@ def load_text(path: str | None = None) -> bytes:
     """Read the text to train on: a file, or the documentation in Python's standard library (``pydoc_data.topics``)."""
     if path is None:
         return "\n".join(topics[name] for name in sorted(topics)).encode()
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(
+            f"The text {path} is no file, but a folder, a device or a pipe. Give --text the path of a file."
+        )
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -114,6 +127,10 @@ def load_text(path: str | None = None) -> bytes:
     if len(text) < 10_000:
         wrong = f"The text {path} has {len(text)} bytes, and there is nothing to learn from less than 10 000"
         raise ValueError(f"{wrong}. Give --text a longer file.")
+    start = text[:_LOOKED_AT]
+    if (size := len(zlib.compress(start))) < max(500, len(start) // 100):
+        wrong = f"The text {path} says the same again and again: {len(start):,} bytes of it can be written in {size:,}"
+        raise ValueError(f"{wrong}. Give --text a file in which something can be learned.")
     return text
 
 

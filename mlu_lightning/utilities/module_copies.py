@@ -37,6 +37,11 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
         if fake is not None:
             for buffer in module.buffers():
                 memo[id(buffer)] = fake_tensor(buffer, fake)
+        for submodule in module.modules():
+            # such as a weight that a hook has computed, and will compute anew
+            for value in vars(submodule).values():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach() if fake is None else fake_tensor(value, fake)
     for tensor in chain(module.parameters(), module.buffers()):
         _set_constant(memo.get(id(tensor)), tensor)
     try:

@@ -9,8 +9,20 @@ import numpy as np
 import pytest
 import torch
 from helpers import watched_runs
-from helpers.watched_runs import SHAPE, Memory, Weights, coupled, fit, loader, measure, record, samples, stream_of
-from lightning.pytorch import seed_everything
+from helpers.watched_runs import (
+    LARGE,
+    SHAPE,
+    Memory,
+    Weights,
+    coupled,
+    fit,
+    loader,
+    measure,
+    record,
+    samples,
+    stream_of,
+)
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -105,6 +117,28 @@ def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled
     fit(ResNet(**SHAPE), coupled(), saving[1], enable_checkpointing=True)
     with pytest.raises(ValueError, match=r"seen at step 0, but this run goes on from step 6.*Leave \"rms\" out"):
         measured(path, coupled(), steps=12, ckpt_path=plain / "step=6.ckpt")
+
+
+@pytest.mark.parametrize("how", ["moved", "damaged", "replaced"])
+def test_reference_that_is_lost_costs_its_distances(how: str, tmp_path: Path) -> None:
+    lost, kept, other = (tmp_path / f"{name}.safetensors" for name in ("lost", "kept", "other"))
+    for path in (lost, kept, other):
+        fit(ResNet(**LARGE), ReferenceRecorder(path, steps=1), steps=4)
+
+    class Lose(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 2 and how == "damaged":
+                lost.write_bytes(lost.read_bytes()[:-1])
+            elif trainer.global_step == 2:
+                other.replace(lost) if how == "replaced" else lost.unlink()
+
+    with pytest.warns(
+        UserWarning, match=r"The reference lost cannot be read at step 3.*The training goes on"
+    ) as caught:
+        found = measured([lost, kept], Lose(), steps=4, metrics=["gram"])
+    assert sum("cannot be read" in str(warning.message) for warning in caught) == 1
+    names = {step: {name.split("/")[-1] for name in values} for step, values in found.items()}
+    assert names == {step: {"kept"} if step > 2 else {"kept", "lost", "floor"} for step in range(5)}
 
 
 def test_several_references_and_their_floor(tmp_path: Path) -> None:

@@ -150,6 +150,21 @@ def test_resumed_run_writes_the_file_of_the_uninterrupted_run(tmp_path: Path) ->
         fit(ResNet(**SHAPE), other_probe, steps=12, data=data, ckpt_path=ckpt)
 
 
+def test_losses_since_the_last_recording_are_in_the_checkpoint(tmp_path: Path) -> None:
+    found, data, steps = [], loader(shuffle=False), [0, 2, 12]
+    for name, stop in (("whole", 12), ("resumed", 8)):
+        path, ckpt = tmp_path / f"{name}.safetensors", tmp_path / name / "step=6.ckpt"
+        seed_everything(0, verbose=False)
+        saving = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=6, save_top_k=-1)
+        recorder = ReferenceRecorder(path, steps=steps)
+        fit(ResNet(**SHAPE), recorder, saving, steps=stop, data=data, enable_checkpointing=True)
+        if stop < 12:
+            fit(ResNet(**SHAPE), ReferenceRecorder(path, steps=steps), steps=12, data=data, ckpt_path=ckpt)
+        found.append(Reference.load(path).losses)
+    assert len(found[0]) == 12
+    assert found[0].equal(found[1])
+
+
 def test_run_whose_base_is_drawn_anew_goes_on_in_its_file(path: Path) -> None:
     """What only initialization uses of a plan makes no other run, and in the file is that of the base it began with."""
 

@@ -24,7 +24,7 @@ from mlu_lightning import MLUCallback, Plan, attach_multipliers, bake, fold, res
 from mlu_lightning.application.state_mark import MARK
 
 SAID = f'Unexpected key\\(s\\) in state_dict: "(net\\.|lit\\.)?{MARK}"'
-RUNS = {"hook": (False, "hook"), "fold": (False, "fold"), "tied": (True, "fold"), "tied hook": (True, "hook")}
+RUNS = {"hook": (False, "hook"), "fold": (False, "fold"), "tied": (True, "fold")}
 
 
 def fitted(name: str, **settings: Any) -> tuple[Lit, Any, MLUCallback]:

@@ -12,6 +12,7 @@ from helpers.recipe_results import rows
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from mlu_lightning import MLUCallback, Plan
+from mlu_lightning.application.state_mark import MARK
 
 pytest.importorskip("gluonts.torch", reason="The recipe is of GluonTS: pip install 'gluonts[torch]'.")
 
@@ -73,10 +74,18 @@ def test_a_saved_predictor_has_its_multipliers(tmp_path: Path) -> None:
     assert saved_and_loaded_agree(trained("8 × depth", [recipe.mlu()]), tmp_path)
 
 
-def test_what_the_callback_is_told_is_needed(tmp_path: Path) -> None:
+def test_what_the_callback_is_told_is_needed() -> None:
     with pytest.warns(UserWarning, match="IterableSlice gave other data"):
-        found = trained("8 × depth", [MLUCallback(build(), overrides=recipe.POSITIONS)])
-    assert not saved_and_loaded_agree(found, tmp_path)
+        trained("8 × depth", [MLUCallback(build(), overrides=recipe.POSITIONS, verify=False)])
+
+
+def test_hooks_are_refused_where_weights_are_loaded_again(tmp_path: Path) -> None:
+    callback = MLUCallback(
+        build(), residual="hook", overrides=recipe.POSITIONS, example=recipe.first_batch(), verify=False
+    )
+    found = trained("8 × depth", [callback])
+    with pytest.raises(RuntimeError, match=MARK):
+        saved_and_loaded_agree(found, tmp_path)
 
 
 class Breaks(Callback):

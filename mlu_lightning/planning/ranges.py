@@ -1,0 +1,85 @@
+"""Which numbers and names a plan can have: the same where it is made, edited and read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from mlu_lightning.discovery.structure import Structure
+from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
+
+__all__ = ["LARGEST", "check_parts", "check_sizes", "in_range", "range_of", "smallest_integer"]
+
+LARGEST = 1e20
+"""Of ratios and factors, so that no product of them overflows."""
+_COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active", "uses")
+_FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "period"})
+"""Whole numbers that count something; others are from 0 on, but for the axis of a tap."""
+
+
+def smallest_integer(key: str) -> int:
+    """The smallest whole number that a field can have."""
+    return -1 if key == "axis" else int(key in _FROM_ONE)
+
+
+def in_range(key: str, number: float) -> bool:
+    """Whether a field can have a number that is not whole."""
+    return 0 <= number < math.inf if key == "base_std" else 1 / LARGEST <= number <= LARGEST
+
+
+def range_of(key: str) -> str:
+    """Say what such a field can have."""
+    return "a number from 0 on" if key == "base_std" else f"a number from {1 / LARGEST:g} to {LARGEST:g}"
+
+
+def check_sizes(structure: Structure, module: object) -> None:
+    """Refuse a module of which something has no units."""
+    sizes = {f"stream {number}": stream.embedding for number, stream in enumerate(structure.streams)}
+    sizes |= {branch.name: branch.hidden for branch in structure.branches}
+    sizes |= {name: min(facts.fan_in, facts.fan_out) for name, facts in structure.parameters.items()}
+    if empty := [name for name, size in sizes.items() if size < 1]:
+        raise ValueError(
+            f"{', '.join(empty[:8])} of {type(module).__name__} {'has' if len(empty) == 1 else 'have'} no units, and a "
+            "width has to be 1 or more. Build the module and its base with other sizes."
+        )
+
+
+def check_parts(
+    parameters: Mapping[str, ParameterPlan],
+    branches: Iterable[BranchPlan],
+    streams: Iterable[StreamPlan],
+    multipliers: Iterable[Multiplier],
+) -> None:
+    """Refuse numbers and names that could not be read from a file, and multipliers that would act twice."""
+    named = [*parameters.items(), *((branch.name, branch) for branch in branches)]
+    for name, _ in named:
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError(
+                f"The name {name[:80]!r} has half of a character in it, so that no file can hold it. Rename it."
+            )
+    named += [(f"multiplier of {multiplier.name}", multiplier) for multiplier in multipliers]
+    named += [(f"stream {number}", stream) for number, stream in enumerate(streams)]
+    for name, entry in named:
+        for key, number in _numbers(entry):
+            whole = isinstance(number, int)
+            if not (number >= smallest_integer(key) if whole else in_range(key, number)):
+                what = f"a whole number from {smallest_integer(key)} on" if whole else range_of(key)
+                raise ValueError(f"{name[:80]} has {key} = {number}, and it should be {what}.")
+    for (name, kind, _, folds), count in Counter((m.name, m.kind, m.site, m.folds) for m in multipliers).items():
+        if count > 1:
+            raise ValueError(f"The multiplier of the {kind} {name[:80]!r} is there twice. Leave one out.")
+        if len({*folds}) < len(folds):
+            raise ValueError(
+                f"The multiplier of the {kind} {name[:80]!r} folds twice into one parameter. Name it once."
+            )
+
+
+def _numbers(entry: object) -> Iterator[tuple[str, Any]]:
+    for field in fields(entry):  # type: ignore[arg-type]
+        value = getattr(entry, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                yield field.name, number
