@@ -108,6 +108,36 @@ def test_functions_of_weights_are_measured_as_they_are_used() -> None:
     assert (worst.expected, worst.found) == (pytest.approx(1 / 4), pytest.approx(1))
 
 
+def drawn(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+def frozen(module: nn.Module) -> None:
+    for parameter in [*module.parameters()][::3]:
+        parameter.requires_grad = False
+
+
+def emptied(module: nn.Module) -> None:
+    for parameter in [*module.parameters()][1::3]:
+        nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize("name", ["mixer", "tied llama"])
+@pytest.mark.parametrize("of_base, of_module", [(drawn, None), (None, frozen), (None, emptied)])
+def test_what_is_left_as_it_was_built_is_no_fault(name: str, of_base: Any, of_module: Any) -> None:
+    """Zeros next to what is drawn at the base, what requires no gradient, and gains of norms that are not 1."""
+    architecture = ARCHITECTURES[name]
+    base, module = built(architecture, (1, 2, 16), seed=1), built(architecture, (3, 4, 32))
+    if of_base is not None:
+        of_base(base)
+    plan = Plan.from_model(built(architecture, (3, 4, 32)), architecture.example, base=base)
+    if of_module is not None:
+        of_module(module)
+    fold(initialize(module, plan), plan)
+    assert not [str(each) for each in deviations(module, base, plan, architecture.example) if each.is_certain]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "post-norm decoder", "basic resnet"])
 def test_no_false_alarm(name: str) -> None:
     _assert_no_alarm(name, (3, 4, 32), seeds=1)
