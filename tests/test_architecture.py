@@ -43,9 +43,6 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-# Who imports whom
-
-
 def test_contracts_of_import_linter() -> None:
     """Layers, and no circle between two files of a folder: ``[tool.importlinter]`` in pyproject.toml."""
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
@@ -89,9 +86,6 @@ def split(names: set[str]) -> set[str]:
     return {part for name in names for part in name.split(".")}
 
 
-# Where files are, and what they say
-
-
 def test_top_level_has_what_it_should_and_nothing_else() -> None:
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -122,9 +116,6 @@ def test_every_folder_of_the_package_says_what_it_exports() -> None:
     folders = {path for path in python_files(PACKAGE) if path.stem == "__init__"}
     folders.remove(PACKAGE / "utilities" / "__init__.py")
     assert not [relative(path) for path in sorted(folders) if "\n__all__ = [" not in path.read_text(encoding="utf-8")]
-
-
-# Sizes
 
 
 @pytest.mark.parametrize("folder", MOST_LINES, ids=relative)

@@ -47,10 +47,7 @@ def text_of(inline: Token) -> str:
 
 def anchors(path: Path) -> set[str]:
     """Of all headings, by GitHub's rule; the second of one text gets ``-1``, and so on."""
-    slugs = [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for _, text in headings(path)]
-    seen: Counter[str] = Counter()
-    for slug in slugs:
-        seen[slug] += 1
+    seen = Counter(re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for _, text in headings(path))
     return {slug if not n else f"{slug}-{n}" for slug, count in seen.items() for n in range(count)}
 
 
@@ -114,20 +111,15 @@ def test_cited_sections_of_the_theory_exist() -> None:
     assert numbers and not missing
 
 
-# What is installed
-
-
 def test_theory_and_types_are_where_the_package_is() -> None:
     files = importlib.resources.files("mlu_lightning")
-    assert (files / "py.typed").is_file()
-    assert (files / "theory.md").read_text(encoding="utf-8").startswith("# ")
+    assert (files / "py.typed").is_file() and (files / "theory.md").read_text(encoding="utf-8").startswith("# ")
 
 
 def test_every_file_of_the_package_is_package_data() -> None:
     tomllib = pytest.importorskip("tomllib")
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "mlu_lightning"
-    ]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    patterns = tools["setuptools"]["package-data"]["mlu_lightning"]
     found = [path.relative_to(THEORY.parent) for path in THEORY.parent.rglob("*") if path.is_file()]
     data = [path.as_posix() for path in found if path.suffix not in (".py", ".pyc")]
     assert not [name for name in data if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +20,7 @@ from rich.console import Console
 from mlu_lightning.cli import main
 from mlu_lightning.quickstart import study as quickstart
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
-from mlu_lightning.quickstart.study import (
-    SHAPES,
-    Run,
-    Study,
-    TransformerShape,
-    best_exponent,
-    load_text,
-    run_study,
-    save_runs,
-)
+from mlu_lightning.quickstart.study import SHAPES, Run, Study, TransformerShape, best_exponent, load_text, run_study
 
 EXPONENTS = (-8, -7, -6, -5, -4)
 
@@ -53,8 +45,7 @@ def runs() -> list[Run]:
 
 def test_default_text_is_that_of_the_standard_library() -> None:
     text = load_text()
-    assert len(text) > 400_000
-    assert b"The standard type hierarchy" in text
+    assert len(text) > 400_000 and b"The standard type hierarchy" in text
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
@@ -116,23 +107,17 @@ def test_verdicts_say_when_they_know_little(study: Study, runs: list[Run]) -> No
 
 def test_runs_are_saved_as_json_that_any_reader_takes(study: Study, runs: list[Run], tmp_path: Path) -> None:
     runs[-1] = replace(runs[-1], loss=math.nan)
-    save_runs(study, runs, tmp_path / "runs.json")
-
-    def refuse(constant: str) -> None:
-        pytest.fail(f"{constant} is not JSON")
-
-    content = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    quickstart.save_runs(study, runs, tmp_path / "runs.json")
+    content = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert content["study"]["exponents"] == list(EXPONENTS)
     assert content["runs"][0] == {"shape": "base", "mlu": False, "exponent": -8, "loss": runs[0].loss}
     assert content["runs"][-1]["loss"] is None
 
 
-def test_figure_marks_the_best_learning_rates_and_names_the_curves(
-    study: Study, runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figure_marks_the_best_and_names_the_curves(study: Study, runs: list[Run], monkeypatch: Any) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    save_figure(study, runs, tmp_path / "figure.png")
+    save_figure(study, runs, Path("figure.png"))
     for axes, exponents in zip(figures[0].axes, [(-6, -6, -6, -6), (-6, -7, -5.5, -8)], strict=True):
         large = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
         assert large == pytest.approx([2.0**exponent for exponent in exponents])
@@ -157,8 +142,7 @@ def test_a_small_study_trains_and_is_the_same_again() -> None:
     assert [((run.shape, run.mlu), run.exponent) for run in runs] == [*itertools.product(kinds, (-7, -5))]
     assert sorted(map(str, reported)) == sorted(map(str, runs))
     assert all(1.5 < run.loss < math.log(256) for run in runs), "better than guessing among 256 bytes"
-    assert len({run.loss for run in runs}) == len(runs)
-    assert run_study(study, load_text()) == runs
+    assert len({run.loss for run in runs}) == len(runs) and run_study(study, load_text()) == runs
 
 
 def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

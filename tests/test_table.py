@@ -54,8 +54,7 @@ def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
 @pytest.mark.parametrize(("width", "depth"), [(8.0, 1.0), (1.0, 32.0), (4.0, 16.0), (0.5, 0.25)])
 def test_completep_where_hidden_width_is_proportional_to_embedding(width: float, depth: float) -> None:
     """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
-    shape = Shape(depth, width, width, width, width)
-    in_blocks = 1 / (width * depth)
+    shape, in_blocks = Shape(depth, width, width, width, width), 1 / (width * depth)
     hidden = Scale(1, width**-0.5, 1 / width, in_blocks, width)
     vectors = dict.fromkeys((Role.BRANCH_IN_BIAS, Role.BRANCH_NORM), Scale(1, 1, 1, in_blocks, 1))
     completep = vectors | {
@@ -108,9 +107,7 @@ families = st.sampled_from(list(OptimizerFamily))
 
 
 @given(roles, families, ratios, ratios)
-def test_factors_from_base_to_target_multiply_along_the_way(
-    role: Role, family: OptimizerFamily, first: Ratios, second: Ratios
-) -> None:
+def test_factors_multiply_along_the_way(role: Role, family: OptimizerFamily, first: Ratios, second: Ratios) -> None:
     through = Ratios(*(a * b for a, b in zip(astuple(first), astuple(second), strict=True)))
     one, other, whole = (astuple(scale(role, at, family)) for at in (first, second, through))
     assert whole == pytest.approx([a * b for a, b in zip(one, other, strict=True)], rel=1e-10)
@@ -120,11 +117,9 @@ def test_factors_from_base_to_target_multiply_along_the_way(
 def test_one_rule(role: Role, at: Ratios) -> None:
     """Adam family: lr 1/n, eps g, decoupled decay n; SGD: lr 1/(n·g); decay in the gradient (any): n·g."""
     sgd, adam, adamw = (scale(role, at, family) for family in (SGD, ADAM, ADAMW))
-    assert adam.lr == adamw.lr
-    assert adamw.lr * adamw.weight_decay == pytest.approx(1.0, **CLOSE)
+    assert adam.lr == adamw.lr and adamw.lr * adamw.weight_decay == pytest.approx(1.0, **CLOSE)
     assert sgd.lr * adam.eps == pytest.approx(adam.lr, **CLOSE)
-    assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE)
-    assert adam.weight_decay == sgd.weight_decay
+    assert sgd.lr * sgd.weight_decay == pytest.approx(1.0, **CLOSE) and adam.weight_decay == sgd.weight_decay
     muon = scale(role, at, MUON)
     assert (sgd.std, sgd.multiplier) == (adam.std, adam.multiplier) == (muon.std, muon.multiplier)
 
@@ -216,6 +211,5 @@ def test_a_family_can_be_named(family: OptimizerFamily) -> None:
 @pytest.mark.parametrize("role", Role)
 def test_where_roles_are(role: Role) -> None:
     matrices = "embedding branch_in branch_hidden branch_out branch_bounded_matrix stream_matrix stream_bounded_matrix"
-    assert str(role) == role.value
-    assert role.in_branch == (role in BRANCH_ROLES)
+    assert str(role) == role.value and role.in_branch == (role in BRANCH_ROLES)
     assert role.is_matrix == (role.value in (*matrices.split(), "readout"))

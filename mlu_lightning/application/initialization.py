@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mlu_lightning.application.applied import folded_parameters
-from mlu_lightning.planning import ParameterPlan, Plan
-from mlu_lightning.table import OptimizerFamily, Role
-from mlu_lightning.utilities.names import name_pattern, planned_parameters
+from mlu_lightning.planning import ParameterPlan, Plan, std_groups
+from mlu_lightning.table import Role
+from mlu_lightning.utilities.names import planned_parameters
 
 __all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
 
@@ -56,7 +56,7 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     changes: list[Callable[[], object]] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
     at_base = all(p.is_at_base for p in plan.parameters.values())
-    for names, target in _groups(plan):
+    for names, target in std_groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names if name in parameters}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
@@ -85,7 +85,7 @@ def planned_stds(plan: Plan) -> dict[str, float | None]:
     >>> planned_stds(Plan({"weight": weight}, (), (), ()))  # 0.1 * 4^(-1/2)
     {'weight': 0.05}
     """
-    return {name: target for names, target in _groups(plan) for name in names}
+    return {name: target for names, target in std_groups(plan) for name in names}
 
 
 def stream_axis(name: str, planned: ParameterPlan) -> int:
@@ -110,22 +110,6 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
             'as init="coupled" and the infinite model need. Use "rescale", "normal", or an nn.Linear or nn.Embedding there.'
         )
     return axes[0]
-
-
-def _groups(plan: Plan) -> list[tuple[list[str], float | None]]:
-    """Parameters that differ in their place along the depth only, and the root mean square that they should have."""
-    # over all of them, so that the sampling noise of single tensors averages out
-    groups: dict[object, dict[str, float | None]] = {}
-    for name, planned in plan.parameters.items():
-        row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios, planned.constant_ratio
-        groups.setdefault((name_pattern(name), row, planned.base_std is None), {})[name] = planned.base_std
-    scales = plan.scales(OptimizerFamily.ADAMW)  # their std is the same for all families
-    found: list[tuple[list[str], float | None]] = []
-    for group in groups.values():
-        names, squares = [*group], [std**2 for std in group.values() if std is not None]
-        target = math.sqrt(sum(squares) / len(squares)) * scales[names[0]].std if squares else None
-        found.append((names, target))
-    return found
 
 
 def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> list[Callable[[], object]]:

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.function_calls import tensors_in
-from mlu_lightning.utilities.names import common_module
+from mlu_lightning.utilities.names import common_module, owner_of
 
 __all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
 
@@ -46,18 +46,21 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
     multipliers = [multiplier for multiplier in plan.multipliers if multiplier.kind in ("branch", "readout")]
     attached = [(multiplier, multiplier.site) for multiplier in multipliers if multiplier.site is not None]
     of_parameter = {name: (multiplier, site) for multiplier, site in attached for name in multiplier.folds}
+    of_owner = {owner_of(name): found for name, found in of_parameter.items()}
     at_site = {(site.module, site.where): multiplier for multiplier, site in attached}
     entries = plan.parameters
     matrices = [name for name, entry in entries.items() if entry.role.is_matrix and entry.role is not Role.EMBEDDING]
     readers = []
     for name, entry in entries.items():
-        owner = name.rpartition(".")[0]
-        multiplier, site = of_parameter.get(name, (None, None))
+        owner = owner_of(name)
+        # a weight may have a gain that its multiplier folds into
+        of_gain = of_owner.get(owner, (None, None)) if entry.role is Role.BRANCH_OUT else (None, None)
+        multiplier, site = of_parameter.get(name, of_gain)
         module = owner if site is None else common_module([name, f"{site.module}.{site.where}"])
         others = [other for other in matrices if other != name and (not module or other.startswith(f"{module}."))]
         if multiplier is not None or entry.role in _LAST:  # all others in its branch come before it
             others = [other for other in others if entries[other].branch != entry.branch]
-        is_vector_of_matrix = not entry.role.is_matrix and [other.rpartition(".")[0] for other in others] == [owner]
+        is_vector_of_matrix = not entry.role.is_matrix and [owner_of(other) for other in others] == [owner]
         if not others or is_vector_of_matrix:
             multiplied = multiplier is not None and multiplier.kind == "branch"
             before_hooks = at_site.get((module, "output"), multiplier) != multiplier

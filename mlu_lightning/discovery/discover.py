@@ -33,7 +33,7 @@ from mlu_lightning.discovery.uncovered import (
 from mlu_lightning.discovery.weight_functions import has_functions, with_functions
 from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.garbage import collected_later
-from mlu_lightning.utilities.names import common_module, original_module, planned_parameters
+from mlu_lightning.utilities.names import common_module, original_module, owner_of, planned_parameters
 
 __all__ = ["discover"]
 
@@ -155,7 +155,7 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
         roles = {name: next((u.found.role for u in uses[name] if u.region is first), None) for name in matrices}
         # if another branch has that name, gates of this one and then all but what it writes with are left out
         units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
-        names = [common_module(matrices), common_module(units), matrices[-1].rpartition(".")[0]]
+        names = [common_module(matrices), common_module(units), owner_of(matrices[-1])]
         named[next((name for name in names if name not in named), names[-1])] = of_branch
     return named
 
@@ -170,7 +170,7 @@ def _branch(
 ) -> Branch:
     calls = _calls(regions)
     first, attention = calls[0], calls[0].attention
-    owner = first.writer_names[-1].rpartition(".")[0] if first.writers else name
+    owner = owner_of(first.writer_names[-1]) if first.writers else name
     ends = [call.region.end for call in calls]
     folds = sites.folds(ends)
     branch = Branch(

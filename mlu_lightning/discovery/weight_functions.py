@@ -126,10 +126,9 @@ def _along(program: Program, values: Mapping[str, Tensor], weight: Tensor, name:
 
 
 def _changed(program: Program, values: Mapping[str, Tensor], weight: Tensor, name: str, place: int) -> Tensor:
-    """Change of the weight with that of one entry of a parameter, to the other side of zero, where signs change."""
+    """Change of the weight with the sign of one entry of a parameter, which leaves all sizes as they are."""
     value = values[name].clone()
-    entry = value.view(-1)[place]
-    entry.copy_(torch.where(entry < 0, 0.1, -0.1) * _rms(value))
+    value.view(-1)[place].neg_()
     return program.run({**values, name: value}) - weight
 
 

@@ -32,6 +32,7 @@ from mlu_lightning.observation.value_graph import (
     MOST_ORIGINS,
     Node,
     branch_of,
+    common_factor,
     depends,
     joins,
     names_in,
@@ -42,7 +43,7 @@ from mlu_lightning.observation.value_graph import (
 )
 from mlu_lightning.utilities.names import name_pattern_of_parts
 
-__all__ = ["ADDED", "Addition", "Dataflow", "How", "Use"]
+__all__ = ["ADDED", "Addition", "Dataflow", "How", "Use", "root_mean_square"]
 
 ADDED = ("addition", "sum")
 """Where multiplications end at a residual addition, and at a sum of two other values."""
@@ -235,7 +236,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
         names = tuple(sorted(weights.weights))
-        self._uses.append(_Use(names, how, _rms(values), values.numel(), inputs, weights.plain, begin, source))
+        self._uses.append(
+            _Use(names, how, root_mean_square(values), values.numel(), inputs, weights.plain, begin, source)
+        )
 
     def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
@@ -270,8 +273,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         if weight is None:
             return None
         data, weights = nodes[1 - weight], nodes[weight]
-        factors = {factor for _, factor in data.origins}
-        begin = factors.pop() if len(factors) == 1 else 1.0
+        begin = common_factor(data)
         for source, _ in data.origins:  # the constants in between count here, and not twice
             source.ends.setdefault("matrix", []).append(1.0)
         node = self._source(name, [data] if data.data else [], weights.weights)
@@ -310,7 +312,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 self._end(parent, "addition", over[parent])
             node = self._source("addition", parents)
             node.residual = older[1], newer[1]
-            stream, branch = (_rms(values) / over[parent] for values, parent in (older, newer))
+            stream, branch = (root_mean_square(values) / over[parent] for values, parent in (older, newer))
             self._additions.append((node, stream, branch, over[newer[1]]))
             return node
         for parent in parents:
@@ -350,7 +352,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return node
 
 
-def _rms(values: Tensor) -> Tensor:
+def root_mean_square(values: Tensor) -> Tensor:
+    """Root mean square of a tensor's entries, in float32 at least."""
     values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     size: Tensor = torch.linalg.vector_norm(values) / math.sqrt(max(1, values.numel()))
     return size
@@ -363,6 +366,6 @@ def _mean_size(factors: Sequence[float]) -> float:
 def _factor(operand: Any, name: str) -> float:
     """By what an operand multiplies or divides."""
     if isinstance(operand, Tensor):
-        return _rms(operand if name == "mul" else 1 / operand).item()
+        return root_mean_square(operand if name == "mul" else 1 / operand).item()
     value = abs(operand)
     return float(value if name == "mul" else 1 / value if value else math.inf)

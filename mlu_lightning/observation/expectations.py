@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlu_lightning.observation.dataflow import ADDED, How
-from mlu_lightning.planning import Multiplier, ParameterPlan, Plan
+from mlu_lightning.planning import Multiplier, ParameterPlan, Plan, std_groups
 from mlu_lightning.table import TABLES, Role, Variant
 
-__all__ = ["Expectations", "Interval"]
+__all__ = ["FEW", "Expectations", "Interval"]
+
+FEW = 64
+"""Entries, of fewer of which that were not set to it the size tells nothing."""
+
+_ROUNDING = 2**-6
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,15 @@ class Expectations:
         """``kept`` are parameters that keep their values, because they require no gradient."""
         self.plan = plan
         self._kept = kept | {name for name, role in plan.roles.items() if role is Role.FROZEN}
+        self._groups = {name: (names, target) for names, target in std_groups(plan) for name in names}
         self._table = TABLES[plan.parameterization]
         of_branches = [multiplier for multiplier in plan.multipliers if multiplier.kind == "branch"]
         self._branches = dict(zip(range(len(plan.branches)), of_branches, strict=False))
         self._readouts = {found.name: found for found in plan.multipliers if found.kind == "readout"}
+
+    def keeps(self, name: str) -> bool:
+        """Whether a parameter's values are not the plan's."""
+        return name in self._kept
 
     def parameter(self, names: Sequence[str], how: How) -> str | None:
         """The parameter whose entry tells what to expect of a use of several, None if none is used as it is planned."""
@@ -49,6 +59,24 @@ class Expectations:
     def std(self, name: str) -> float:
         """Factor of the standard deviation, without multipliers."""
         return self._table_std(name) / self._compensated(name)
+
+    def scale(self, name: str, sizes: Mapping[str, float]) -> tuple[float, bool] | None:
+        """How large a parameter is next to what initialize() makes it, and whether initialize() did; None if it may not.
+
+        It sets the root mean square of a group, but for what is zero or keeps its values, and multipliers may be folded in.
+        """
+        names, target = self._groups[name]
+        group = [each for each in names if each in sizes and each not in self._kept]
+        entries = sum(math.prod(self.plan.parameters[each].shape) for each in group)
+        if not target or self.plan.parameters[name].copy_of is not None or not any(sizes[each] for each in group):
+            return None  # as built
+        folded = self.plan.folded_factors
+        for of_set in ({}, folded):
+            unfolded = math.hypot(*(sizes[each] / of_set.get(each, 1.0) for each in group)) / math.sqrt(len(group))
+            if abs(unfolded / target - 1) < _ROUNDING:
+                return of_set.get(name, 1.0), True
+        found = math.hypot(*(sizes[each] for each in group)) / math.sqrt(len(group))
+        return (found / target, False) if entries >= FEW else None
 
     def weight(self, name: str, how: How) -> float:
         """Factor of std · sqrt(n) and the module's own constants, which follows the table where these are compensated."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mlu_lightning.observation.batches import clone_batch
-from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use
+from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use, root_mean_square
 from mlu_lightning.observation.probe import pass_batch, undisturbed
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
@@ -31,6 +31,7 @@ class Followed:
     uses: dict[UseKey, tuple[Use, ...]]
     additions: tuple[Addition, ...]
     shapes: dict[str, tuple[int, ...]]  # of parameters
+    sizes: dict[str, float]  # root mean squares of parameters
 
 
 def roles_of_base(plan: Plan, base: nn.Module) -> dict[str, Role]:
@@ -72,4 +73,5 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Follow
             uses[use.names, use.how].append(use)
     additions = flow.additions(lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN))
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return Followed({key: tuple(found) for key, found in uses.items()}, additions, shapes)
+    sizes = {name: root_mean_square(parameter).item() for name, parameter in parameters.items()}
+    return Followed({key: tuple(found) for key, found in uses.items()}, additions, shapes, sizes)

@@ -11,6 +11,7 @@ __all__ = [
     "MOST_ORIGINS",
     "Node",
     "branch_of",
+    "common_factor",
     "depends",
     "joins",
     "names_in",
@@ -86,6 +87,15 @@ def since_fork(stream: Node, branch: Node) -> float:
     factors = dict(node.origins)
     ratios = {factor / factors[source] for source, factor in stream.origins if factors.get(source)}
     return ratios.pop() if len(ratios) == 1 else 1.0
+
+
+def common_factor(node: Node) -> float:
+    """By what a value is a multiple of those it comes from, 1 if these differ in it."""
+    gains = (source for source, _ in node.origins if source.op in ("mul", "div"))
+    # what a gain multiplies is behind it, and the gain's size no constant
+    behind = {source for gain in gains for parent in gain.parents for source, _ in parent.origins}
+    factors = {factor for source, factor in node.origins if source not in behind}
+    return factors.pop() if len(factors) == 1 else 1.0
 
 
 def operands(addition: Node) -> tuple[Node, Node]:

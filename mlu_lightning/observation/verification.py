@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from mlu_lightning.observation.dataflow import ADDED, Addition, How, Use
-from mlu_lightning.observation.expectations import Expectations, Interval
+from mlu_lightning.observation.expectations import FEW, Expectations, Interval
 from mlu_lightning.observation.passes import Followed, UseKey, follow, roles_of_base
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
@@ -23,8 +23,6 @@ __all__ = ["Deviation", "deviations", "refuse", "verify"]
 
 EXACT = 2**0.25
 """Halfway to the smallest fault, a missing power of 1/2 at a ratio of 2: weights have their size exactly, up to rounding."""
-
-_ROUNDING = 2**-6
 
 CHANCE = 5.0
 """Standard errors that a root mean square may be off: of n numbers drawn at random it is known up to 1/sqrt(2n)."""
@@ -128,35 +126,48 @@ def _of_uses(expectations: Expectations, module: Followed, base: Followed) -> It
             group = _patterns(names), how, entries[name].row, entries[name].ratios
             groups[group].append(((names, how), counterpart))
     for pairs in groups.values():
-        yield from _of_group(expectations, [(key, module.uses[key], base.uses[other]) for key, other in pairs])
+        members = [(key, module.uses[key], base.uses[other]) for key, other in pairs]
+        yield from _of_group(expectations, members, module.sizes)
 
 
 def _of_group(
-    expectations: Expectations, members: Sequence[tuple[UseKey, Sequence[Use], Sequence[Use]]]
+    expectations: Expectations,
+    members: Sequence[tuple[UseKey, Sequence[Use], Sequence[Use]]],
+    sizes: Mapping[str, float],
 ) -> Iterator[Deviation]:
     (names, how), *_ = members[0]
     name = expectations.parameter(names, how)
     assert name is not None
     plain = all(use.plain for _, ours, theirs in members for use in (*ours, *theirs))
-    stds = {key: expectations.plan.parameters[key[0][0]].base_std if plain else None for key, *_ in members}
-    if plain and None in stds.values():
-        return  # left as built
-    ends = {end for _, ours, _ in members for use in ours for end in use.constants}
+    scales = {key: expectations.scale(key[0][0], sizes) for key, *_ in members} if plain else {}
+    if plain:
+        members = [member for member in members if scales[member[0]] is not None]
+    # numbers that are set exactly are known, and others up to chance: those drawn anew, and functions of parameters
+    known = [scale for scale in scales.values() if scale is not None]
+    chance = 0.0
+    if not plain or not all(is_set for _, is_set in known):
+        counts = [sum(ours[0].count for _, ours, _ in members)]
+        if not plain:
+            counts.append(sum(theirs[0].count for _, _, theirs in members))
+        if min(counts) < FEW:
+            return
+        chance = CHANCE * math.sqrt(sum(1 / (2 * count) for count in counts))
+    weight = expectations.std(name) * _rms([found for found, _ in known]) if plain else 1.0
     ratios: dict[str, float] = {}
     constants: dict[str, dict[str, float]] = {}
-    for end in sorted(ends):
-        both = [member for member in members if all(_sizes(uses, end) for uses in member[1:])]
-        found = [value for _, ours, _ in both for value in _sizes(ours, end)]
-        wanted = [value for key, _, theirs in both for value in _sizes(theirs, end, stds[key])]
-        if 0 < _rms(wanted) < math.inf:
-            ratios[end] = _rms(found) / _rms(wanted)
+    for end in sorted({end for _, ours, _ in members for use in ours for end in use.constants}):
+        both = [member for member in members if all(any(end in use.constants for use in uses) for uses in member[1:])]
+        found = _rms([value for _, ours, _ in both for value in _sizes(ours, end, plain)])
+        wanted = _rms([value for _, _, theirs in both for value in _sizes(theirs, end, plain)])
+        if 0 < wanted < math.inf and found > 0:
+            ratios[end] = found / wanted * weight
             constants[end] = {_label([key]): _constant(ours, theirs, end) for key, ours, theirs in both}
     if not ratios:
         return
-    options = expectations.factors(name, how, ends)
-    ratio_of_constants = expectations.plan.parameters[name].constant_ratio
+    options = expectations.factors(name, how, {end for _, ours, _ in members for use in ours for end in use.constants})
+    entry = expectations.plan.parameters[name]
     # the module's own constants may come after a sum
-    possible = {"sum": (*options, *(option / ratio_of_constants for option in options))}
+    possible = {"sum": (*options, *(option / entry.constant_ratio for option in options))}
     nearest = {
         end: min(possible.get(end, options), key=lambda option: _off(ratio, option)) for end, ratio in ratios.items()
     }
@@ -165,21 +176,13 @@ def _of_group(
     # a sum may be inside of a branch, before its multiplier
     at = (
         min(added, key=offs.__getitem__)
-        if expectations.is_last(name, ends) and added
+        if added and expectations.is_last(name, {*ratios})
         else max(offs, key=offs.__getitem__)
     )
-    entry = expectations.plan.parameters[name]
-    limit = EXACT * expectations.heads(name)
-    sizes = [use.size for _, ours, _ in members for use in ours]
-    rescaled = plain and any(
-        _off(_rms(sizes), _rms([*filter(None, stds.values())]) * expectations.std(name) * factor) < 1 + _ROUNDING
-        for factor in (1.0, expectations.plan.folded_factors.get(name, 1.0))
-    )
-    if not rescaled:  # but drawn anew, or a function of parameters
-        counts = [sum(uses[0].count for uses in each) for each in zip(*(member[1:] for member in members), strict=True)]
-        limit *= math.exp(CHANCE * math.sqrt(sum(1 / (2 * count) for count in counts[: 1 if plain else 2])))
-    if offs[at] > limit:
-        yield Deviation(f"{_label([key for key, *_ in members])} ({entry.row})", nearest[at], ratios[at], True)
+    if offs[at] > EXACT * expectations.heads(name) * math.exp(chance):
+        # what functions make of numbers of another form is not known
+        certain = plain or how == "matrix"
+        yield Deviation(f"{_label([key for key, *_ in members])} ({entry.row})", nearest[at], ratios[at], certain)
         return
     middle = median(constants[at].values())
     for label, constant in constants[at].items() if plain and middle > 0 else ():
@@ -187,9 +190,10 @@ def _of_group(
             yield Deviation(f"{label} ({entry.row})", nearest[at], ratios[at] * constant / middle, True)
 
 
-def _sizes(uses: Iterable[Use], end: str, std: float | None = None) -> list[float]:
+def _sizes(uses: Iterable[Use], end: str, plain: bool) -> list[float]:
+    """Constants times sqrt(n), and of functions of parameters the size as well."""
     return [
-        (use.size if std is None else std) * math.sqrt(use.inputs) * use.constants[end]
+        (1.0 if plain else use.size) * math.sqrt(use.inputs) * use.constants[end]
         for use in uses
         if end in use.constants
     ]
@@ -214,7 +218,7 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
     at_base = _by_branch(base.additions)
     for patterns, ours in _by_branch(module.additions).items():
         theirs = at_base.get(patterns)
-        if not theirs:
+        if not theirs or any(expectations.keeps(name) for addition in ours for name in addition.names):
             continue
         depth = len(ours) / len(theirs)
         known = expectations.added({name for addition in ours for name in addition.names})
@@ -228,9 +232,11 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
             for ratio, limit in ((_ratio(ours, theirs, _constant_of), EXACT**2), (adds, EXACT))
         ):
             yield Deviation(what, 1 / depth, adds, True)
-        # what is added along the depth adds up at random at least, and all of it at most
+        # what is added along the depth adds up at random at least, and all of it at most, but for the last
         least, most = added.low * depth, added.high * depth
-        along = Interval(min(1, least, least / math.sqrt(depth)), max(1, most, most / math.sqrt(depth)))
+        before = (len(ours) - 1) / len(ours), (len(theirs) - 1) / len(theirs)
+        high = max(1, most, most / math.sqrt(depth)) * (before[0] / before[1] if before[1] else math.inf)
+        along = Interval(min(1, least, least / math.sqrt(depth)), high)
         for place, interval in ((0, Interval(1, 1)), (-1, along)):
             ratio = _ratio([ours[place]], [theirs[place]], lambda addition: addition.stream)
             yield from _off_chance(
@@ -239,9 +245,9 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
 
 
 def _off_chance(what: str, interval: Interval, ratio: float, chance: float) -> Iterator[Deviation]:
-    """A deviation of what is random: certain if it is twice as large as chance might make it."""
+    """A deviation of what is random, and so never certain."""
     if 0 < ratio < math.inf:
-        deviation = Deviation(what, interval.nearest(ratio), ratio, _off(ratio, interval.nearest(ratio)) > 2 * chance)
+        deviation = Deviation(what, interval.nearest(ratio), ratio, False)
         if deviation.factor > max(2, chance):
             yield deviation
 

@@ -7,6 +7,7 @@ In come the :class:`~mlu_lightning.Structure` of a module and its base (a module
 
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
+from mlu_lightning.planning.initial_stds import std_groups
 from mlu_lightning.planning.plan import Plan
 
-__all__ = ["BranchPlan", "Horizon", "Multiplier", "ParameterPlan", "Plan", "StreamPlan"]
+__all__ = ["BranchPlan", "Horizon", "Multiplier", "ParameterPlan", "Plan", "StreamPlan", "std_groups"]

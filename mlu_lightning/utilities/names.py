@@ -17,6 +17,7 @@ __all__ = [
     "name_pattern",
     "name_pattern_of_parts",
     "original_module",
+    "owner_of",
     "planned_modules",
     "planned_name",
     "planned_parameters",
@@ -87,13 +88,23 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module if inner is None else unwrapped(inner)
 
 
+def owner_of(name: str) -> str:
+    """Return the name of the submodule that uses a parameter, which torch.nn.utils.parametrize may hold for it.
+
+    >>> owner_of("blocks.0.up.bias"), owner_of("blocks.0.up.parametrizations.weight.original0")
+    ('blocks.0.up', 'blocks.0.up')
+    """
+    before, held, _ = f".{name}".partition(".parametrizations.")
+    return before[1:] if held else name.rpartition(".")[0]
+
+
 def common_module(names: Iterable[str]) -> str:
     """Return the longest name of a module that parameters share.
 
     >>> common_module(["blocks.0.mlp.read.weight", "blocks.0.mlp.write.weight"])
     'blocks.0.mlp'
     """
-    modules = [name.split(".")[:-1] for name in names]
+    modules = [owner_of(name).split(".") for name in names]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
     return ".".join(parts[0] for parts in shared)
 

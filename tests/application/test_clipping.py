@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +20,7 @@ BASE = {"depth": 1, "hidden": 8, "embedding": 4}
 WIDE = {"depth": 3, "hidden": 24, "embedding": 12}  # factors that are not exact
 
 
-class Net(ResNet):
-    """In double precision, with its losses."""
-
+class Net(ResNet):  # in double precision, with its losses
     def __init__(self, **shape: int) -> None:
         super().__init__(**shape, inputs=3, outputs=2)
         torch.manual_seed(0)
@@ -40,16 +38,7 @@ class Net(ResNet):
         return optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-class ClipsItself(Net):
-    """Does not call Lightning's clipping."""
-
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        nn.utils.clip_grad_norm_(self.parameters(), NORM)
-
-
-class PutsOthers(Net):
-    """Puts other gradients in the place of those that there were, and keeps them: as torch clips."""
-
+class PutsOthers(Net):  # puts other gradients in the place of those that there were, and keeps them: as torch clips
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         parameters = dict(self.named_parameters())
         norm = nn.utils.get_total_norm(parameter.grad for parameter in parameters.values())
@@ -62,16 +51,18 @@ class PutsOthers(Net):
         torch.testing.assert_close(*self.kept, rtol=0, atol=0)
 
 
-class CallsClipping(Net):
-    """As Lightning's documentation suggests."""
+def clipping(clip: Callable[[Any, Any], object]) -> type[Net]:
+    def configure(self: Net, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        clip(self, optimizer)
 
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        self.clip_gradients(optimizer, gradient_clip_val=NORM, gradient_clip_algorithm="norm")
+    return type("Clipping", (Net,), {"configure_gradient_clipping": configure})
 
 
-class Manual(Net):
-    """Under manual optimization."""
+ByItself = clipping(lambda module, optimizer: nn.utils.clip_grad_norm_(module.parameters(), NORM))
+AsDocumented = clipping(lambda module, optimizer: module.clip_gradients(optimizer, NORM, "norm"))
 
+
+class Manual(Net):  # under manual optimization
     def __init__(self, **shape: int) -> None:
         super().__init__(**shape)
         self.automatic_optimization = False
@@ -97,7 +88,6 @@ def plan(alpha: float = 1.0) -> Plan:
 
 
 def made(put: Callable[[nn.Module, Plan], object]) -> tuple[Net, optim.Optimizer]:
-    """A module with multipliers and a scaled optimizer."""
     module = Net(**WIDE)
     put(module, plan())
     optimizer = module.configure_optimizers()
@@ -105,11 +95,7 @@ def made(put: Callable[[nn.Module, Plan], object]) -> tuple[Net, optim.Optimizer
     return module, optimizer
 
 
-def in_a_loop(
-    put: Callable[[nn.Module, Plan], object],
-    around: Callable[[nn.Module, Plan], AbstractContextManager[None]] = unfolded_gradients,
-    most: float = NORM,
-) -> list[Tensor]:
+def in_a_loop(put: Any, around: Callable[..., Any] = unfolded_gradients, most: float = NORM) -> list[Tensor]:
     """Losses of a loop of one's own, which clips gradients inside of a context."""
     module, optimizer = made(put)
     for batch in batches():
@@ -121,29 +107,23 @@ def in_a_loop(
     return module.losses
 
 
-def nothing(*_: object) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 @pytest.fixture(scope="module")
 def expected() -> list[Tensor]:
     """With attached multipliers, where clipping is torch's and nothing else."""
-    return in_a_loop(attach_multipliers, nothing)
+    return in_a_loop(attach_multipliers, lambda *_: nullcontext())
 
 
 def test_loop_with_folded_weights(expected: list[Tensor]) -> None:
-    def compiled(module: nn.Module, plan: Plan) -> AbstractContextManager[None]:
-        return unfolded_gradients(cast("nn.Module", torch.compile(module, backend="eager")), plan)
-
     folded = in_a_loop(fold)
-    assert in_a_loop(attach_multipliers) == expected and in_a_loop(fold, compiled) == folded
+    compiled = in_a_loop(fold, lambda net, plan: unfolded_gradients(torch.compile(net, backend="eager"), plan))
+    assert in_a_loop(attach_multipliers) == expected and compiled == folded
     torch.testing.assert_close(folded, expected, rtol=1e-12, atol=0)  # rounding of factors
-    for without in (in_a_loop(fold, nothing), in_a_loop(fold, most=math.inf)):
-        assert not torch.allclose(torch.stack(without), torch.stack(expected), rtol=0.01)
+    for losses in (in_a_loop(fold, lambda *_: nullcontext()), in_a_loop(fold, most=math.inf)):
+        assert not torch.allclose(torch.stack(losses), torch.stack(expected), rtol=0.01)
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
-@pytest.mark.parametrize("make", [Net, ClipsItself, PutsOthers, CallsClipping, Manual])
+@pytest.mark.parametrize("make", [Net, ByItself, PutsOthers, AsDocumented, Manual])
 def test_whoever_clips(make: type[Net], residual: Any, expected: list[Tensor]) -> None:
     module = make(**WIDE)
     settings = {"gradient_clip_val": NORM} if make is Net else {}
@@ -183,7 +163,6 @@ def test_gradients_that_are_taken_away_or_new(change: str) -> None:
 
 
 def test_a_module_without_the_multipliers_is_refused() -> None:
-    """A wrapper has other names, and would be left as it is."""
     module = fold(Net(**WIDE), plan())
     for given, numbers in ((nn.Sequential(module), plan()), (Net(**WIDE), plan()), (module, plan(alpha=2.0))):
         what = rf"not in the {type(given).__name__} that was given to unfolded_gradients. .* of a wrapper, .* what is inside"
@@ -191,9 +170,7 @@ def test_a_module_without_the_multipliers_is_refused() -> None:
             pass
 
 
-class Overflows(Net):
-    """Fails while it clips, as clip_grad_norm_ does with error_if_nonfinite."""
-
+class Overflows(Net):  # fails while it clips, as clip_grad_norm_ does with error_if_nonfinite
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         raise OverflowError("not finite")
 

@@ -14,9 +14,9 @@ import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
 from helpers.leaving import BASE, THRICE, TWICE, assert_refused, hooks, logits, multiplied, tied_llama, trained
+from helpers.residual_networks import Block, Net, stream
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mlu_lightning import bake, scale_optimizer, to_granite
@@ -54,7 +54,6 @@ def leave(folder: Path, model: Any, architecture: Architecture, expected: Tensor
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that was trained, left and loaded again."""
     root = tmp_path_factory.mktemp("left")
     for name, architecture in HUGGING_FACE.items():
         for run, (mode, shape) in RUNS.items():
@@ -85,22 +84,17 @@ def test_loaded_without_the_package(folders: Path, name: str, form: str, run: st
     torch.testing.assert_close(loaded, left, **LOADED)
 
 
-def test_a_baked_module_is_not_initialized_again() -> None:
-    architecture = ARCHITECTURES["llama"]
+@pytest.mark.parametrize(("name", "where"), [("llama", "in"), ("gemma2", "baked into")])
+def test_a_baked_module_is_not_initialized_or_scaled_again(name: str, where: str) -> None:
+    architecture = ARCHITECTURES[name]
     module, plan, trainer = trained(architecture, "hook", TWICE)
     state = copy.deepcopy(bake(module, plan).state_dict())
-    with pytest.raises(ValueError, match="has its multipliers in its weights already"):
+    with pytest.raises(ValueError, match=f"has its multipliers {where} its weights already"):
         trainer.fit(module, DataLoader([architecture.example], batch_size=None))
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-
-
-def test_a_baked_module_has_no_learning_rates() -> None:
-    architecture = ARCHITECTURES["gemma2"]
-    module, plan, _ = trained(architecture, "hook", TWICE)
-    bake(module, plan)
-    optimizer = torch.optim.AdamW(module.parameters())
-    with pytest.raises(ValueError, match=r"was baked.* Go on with a checkpoint that was saved before bake"):
-        scale_optimizer(optimizer, module, plan)
+    if name == "gemma2":
+        with pytest.raises(ValueError, match=r"was baked.* Go on with a checkpoint that was saved before bake"):
+            scale_optimizer(torch.optim.AdamW(module.parameters()), module, plan)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -131,7 +125,6 @@ def test_untied_readouts_are_written_by_hand() -> None:
 
 
 def tied_encoder(*shape: int) -> nn.Module:
-    """A readout that is tied by the module itself."""
     encoder = Encoder(*shape, norm_first=True)
     encoder.readout.weight = encoder.tokens.weight
     return encoder
@@ -177,29 +170,21 @@ class PowerNorm(nn.Module):
         self.gain = nn.Parameter(torch.zeros(size))
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.layer_norm(h, h.shape[-1:]) * torch.exp2(self.gain)
+        return nn.functional.layer_norm(h, h.shape[-1:]) * torch.exp2(self.gain)
 
 
-class Normed(nn.Module):
-    """Branches that end in a norm."""
-
-    def __init__(self, depth: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.embed = nn.Linear(3, 8)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(depth))
-        self.norms = nn.ModuleList(norm(8) for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.embed(x)
-        for block, norm in zip(self.blocks, self.norms, strict=True):
-            h = h + norm(block(h))
-        return h
+def normed(depth: int, norm: Callable[[int], nn.Module]) -> Net:
+    blocks = nn.ModuleList(Block() for _ in range(depth))
+    for block in blocks:
+        block.norm = norm(8)  # at the end of the branch
+    parts = {"blocks": blocks, "out": nn.Identity()}
+    return Net(lambda net, x: stream(net, x, lambda net, h, block: h + block.norm(block(h))), **parts)
 
 
 @pytest.mark.parametrize("norm", [lambda size: nn.LayerNorm(size, elementwise_affine=False), PowerNorm])
 def test_a_branch_that_no_weight_multiplies(norm: Callable[[int], nn.Module]) -> None:
-    module, plan = multiplied(Normed, (torch.ones(2, 3),), (1, norm), (2, norm), double=False)
-    message = r"branch '.*', at norms\.0 output, cannot be put into weights.*multiply there by 0\.75"
+    module, plan = multiplied(normed, (torch.ones(2, 3),), (1, norm), (2, norm), double=False)
+    message = r"branch '.*', at blocks\.0\.norm output, cannot be put into weights.*multiply there by 0\.75"
     assert_refused(bake, module, plan, message)
 
 

@@ -36,12 +36,8 @@ def test_granite_keeps_weights_and_has_multipliers(name: str, tmp_path: Path) ->
     tied = name == "tied llama"
     assert (exported.lm_head.weight is exported.model.embed_tokens.weight) == tied
     config = saved_config(exported, tmp_path)
-    numbers = {
-        "residual_multiplier": 0.25,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 2.0,
-        "tie_word_embeddings": tied,
-    }
+    numbers = {"residual_multiplier": 0.25, "embedding_multiplier": 1.0, "logits_scaling": 2.0}
+    numbers["tie_word_embeddings"] = tied
     assert {key: config[key] for key in numbers} == numbers
     assert config["attention_multiplier"] == pytest.approx(8**-0.5, rel=1e-15)
     # what a run with folded weights leaves to multiply is a tied readout only
@@ -75,25 +71,18 @@ def test_granite_of_granite_and_of_mistral() -> None:
     numbers |= {"bos_token_id": None, "eos_token_id": None, "num_key_value_heads": 2, "intermediate_size": 64}
     own = {"residual_multiplier": 0.3, "embedding_multiplier": 7.0, "attention_multiplier": 0.2, "logits_scaling": 5.0}
 
-    def granite(depth: int, embedding: int) -> nn.Module:
-        sizes = {"num_hidden_layers": depth, "hidden_size": embedding}
-        return transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes, **numbers, **own))
+    def build(name: str, **more: Any) -> Callable[[int, int], nn.Module]:
+        config, kind = (getattr(transformers, f"{name}{end}") for end in ("Config", "ForCausalLM"))
+        return lambda depth, width: kind(config(num_hidden_layers=depth, hidden_size=width, **numbers, **more))
 
-    def mistral(depth: int, embedding: int) -> nn.Module:
-        sizes = {"num_hidden_layers": depth, "hidden_size": embedding, "sliding_window": None}
-        return transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, **numbers))
-
-    for build, residual, scaling in ((granite, 0.3, 5.0), (mistral, 1.0, 1.0)):
-        module, plan = multiplied(build, {"input_ids": TOKENS, "labels": TOKENS}, (1, 16), (3, 48), double=False)
+    mistral, granite = build("Mistral", sliding_window=None), build("Granite", **own)
+    for each, residual, scaling, embedding in ((granite, 0.3, 5.0, 7.0), (mistral, 1.0, 1.0, 1.0)):
+        module, plan = multiplied(each, {"input_ids": TOKENS, "labels": TOKENS}, (1, 16), (3, 48), double=False)
         exported = to_granite(module, plan)
         assert exported.config.residual_multiplier == pytest.approx(residual * 0.5, rel=1e-15)
         assert exported.config.logits_scaling == pytest.approx(scaling * 3, rel=1e-15)
-        assert exported.config.embedding_multiplier == (7.0 if build is granite else 1.0)
+        assert exported.config.embedding_multiplier == embedding
         torch.testing.assert_close(exported(TOKENS).logits, module(TOKENS).logits, rtol=0, atol=1e-6)
-
-
-def _with_window(module: Any) -> None:
-    module.config.sliding_window = 4
 
 
 def _with_softcap(module: Any) -> None:
@@ -105,7 +94,11 @@ def _with_softcap(module: Any) -> None:
     [
         ("gpt2", lambda module: None, r"other weights: transformer\.wte\.weight \[50, 32\] is not in Granite; .* and "),
         ("gemma2", lambda module: None, r"other weights: .*pre_feedforward_layernorm\.weight \[32\] is not in Granite"),
-        ("tied llama", _with_window, r"the last 4 tokens of up to 2048, .*config\.sliding_window to None"),
+        (
+            "tied llama",
+            lambda llama: setattr(llama.config, "sliding_window", 4),
+            r"the last 4 tokens of up to 2048, .*config\.sliding_window to None",
+        ),
         ("tied llama", _with_softcap, r"computes something else .* differ by \d.* of the largest.*bake\(module, plan"),
         ("causal transformer", lambda module: None, r"no Hugging Face model in this CausalTransformer.*bake"),
     ],

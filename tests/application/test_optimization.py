@@ -18,12 +18,8 @@ from mlu_lightning import Plan, Ratios, attach_multipliers, fold, scale_optimize
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
 
-# Multipliers: numbers for the stored weights
 
-
-class Forward(nn.Module):
-    """A module for hooks: two branches' worth of places."""
-
+class Forward(nn.Module):  # a module for hooks: two branches' worth of places
     def __init__(self) -> None:
         super().__init__()
         self.weights = Weights()
@@ -100,11 +96,12 @@ def test_groups_added_later_are_scaled() -> None:
     assert not torch.equal(ours.branch_out, Weights().branch_out)
 
 
-def test_parameters_changed_in_a_group_are_found() -> None:
+def test_parameters_changed_in_a_group_are_found_and_names_are_kept() -> None:
     module = Weights()
-    optimizer = scale(optim.SGD([module.embedding], lr=0.1), module)
+    optimizer = scale(optim.SGD([("embedding", module.embedding)], lr=0.1), module)
     optimizer.param_groups[0]["params"][0] = module.branch_in
     assert update(module, optimizer) == {"branch_in": 0.1 * SGD_LR["branch_in"]}
+    assert optimizer.state_dict()["param_groups"][0]["param_names"] == ["embedding"]
 
 
 def test_numbers_changed_in_the_groups_are_taken_over() -> None:
@@ -114,13 +111,6 @@ def test_numbers_changed_in_the_groups_are_taken_over() -> None:
     assert update(module, optimizer) == {name: 0.3 * factor for name, factor in ADAM_LR.items()}
     assert update(module, optimizer, "weight_decay") == {name: 0.7 / by for name, by in ADAM_LR.items()}
     assert {(group["betas"], group["maximize"], group["note"]) for group in seen[-1]} == {((0.5, 0.6), True, "new")}
-
-
-def test_named_parameters_keep_their_names() -> None:
-    module = Weights()
-    optimizer = scale(optim.SGD(module.named_parameters(), lr=0.1), module)
-    train([0], (module, optimizer))
-    assert optimizer.state_dict()["param_groups"][0]["param_names"] == list(SHAPES)
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -140,9 +130,7 @@ def test_closure_sees_the_users_groups(by_name: bool) -> None:
     assert optimizer.param_groups is groups and [group["lr"] for group in groups] == [0.2]
 
 
-class Lookahead(optim.SGD):
-    """Calls its closure twice, and updates after each."""
-
+class Lookahead(optim.SGD):  # calls its closure twice, and updates after each
     def step(self, closure: Any = None) -> Any:
         super().step(closure)
         return super().step(closure)
@@ -178,7 +166,6 @@ def test_error_leaves_the_users_groups(where: str, error: type[Exception]) -> No
 
 
 def test_gradient_scaler_finds_what_it_looks_for() -> None:
-    """torch.amp reads the signature of step, also through the wrapper."""
     module, optimizer, _ = scaled(optim.AdamW, fused=True)
     reference, plain, _ = scaled(optim.AdamW, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -190,12 +177,6 @@ def test_gradient_scaler_finds_what_it_looks_for() -> None:
     scaler.update()
     train([0], (reference, plain))
     assert table.identical(module, reference)
-
-
-def test_lightning_wrapper_stands_for_its_optimizer() -> None:
-    module = Weights()
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
-    assert scale_optimizer(LightningOptimizer(optimizer), module, plan_of(module)).parts[0].optimizer is optimizer
 
 
 def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
@@ -219,20 +200,16 @@ def test_zero_redundancy_optimizer_is_scaled_inside(tmp_path: Any) -> None:
     assert table.identical(ours, theirs)
 
 
-def test_parameter_of_another_module_is_refused() -> None:
-    module = Weights()
+def test_parameters_of_another_module_are_refused() -> None:
+    module, flat = Weights(), nn.Module()
     optimizer = optim.SGD([*module.parameters(), nn.Parameter(torch.ones(3, 4))], lr=0.1)
     message = r"shape \[3, 4\] in group 0 .* not a parameter of the module.*use_orig_params=True.*DeepSpeed ZeRO"
     refused(message, optimizer, module)
     assert "step" not in vars(optimizer)
-
-
-def test_flattened_parameter_is_refused() -> None:
-    module = nn.Module()
-    module._fsdp_wrapped_module = nn.Module()
-    module._fsdp_wrapped_module._flat_param = nn.Parameter(torch.ones(300))
-    optimizer = optim.SGD(module.parameters(), lr=0.1)
-    refused(r"The parameter _flat_param in group 0 .*use_orig_params=True", optimizer, module, plan_of(Weights()))
+    flat._fsdp_wrapped_module = nn.Module()
+    flat._fsdp_wrapped_module._flat_param = nn.Parameter(torch.ones(300))
+    message = "The parameter _flat_param in group 0 .*use_orig_params=True"
+    refused(message, optim.SGD(flat.parameters(), lr=0.1), flat, plan_of(module))
 
 
 def test_names_inside_fsdp_are_those_of_the_plan() -> None:
@@ -244,7 +221,6 @@ def test_names_inside_fsdp_are_those_of_the_plan() -> None:
 
 @pytest.mark.parametrize("names", ["before", "after"])
 def test_names_of_pruned_parameters_are_those_of_the_plan(names: str) -> None:
-    """Of the module before it was pruned, or after."""
     module, renamed = Weights(), names == "after"
     entries = {f"{name}_orig" if renamed else name: value for name, value in plan_of(module).parameters.items()}
     plan, optimizer = Plan(entries, (), (), ()), optim.SGD([module.norm], lr=0.1)  # which pruning renames
@@ -270,15 +246,15 @@ def test_parameters_that_others_rename_are_refused() -> None:
         optimizer.step()
 
 
-def test_second_scaling_is_refused() -> None:
-    module, optimizer, _ = scaled()
+def test_second_scaling_is_refused_also_under_lightnings_wrapper() -> None:
+    module = Weights()
+    optimizer = optim.SGD(module.parameters(), lr=0.1)
+    assert scale_optimizer(LightningOptimizer(optimizer), module, plan_of(module)).optimizer is optimizer
     lr_scheduler.StepLR(optimizer, 5)
     refused(r"scaled already; .* \.remove\(\)", optimizer, module)
 
 
-class ReadOnly(optim.SGD):
-    """Makes its groups when they are read."""
-
+class ReadOnly(optim.SGD):  # makes its groups when they are read
     param_groups: Any = property(lambda self: [{**group} for group in self.groups], lambda self, value: None)
 
 

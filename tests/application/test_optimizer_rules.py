@@ -15,11 +15,10 @@ from torch import nn, optim
 
 from mlu_lightning import OptimizerFamily, Plan, Ratios, Role, scale_optimizer
 
-IN_SCOPE = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
-
 
 def test_every_class_of_torch_optim_is_tried() -> None:
-    assert {case.make.__name__ for case in CASES.values() if isinstance(case.make, type)} == IN_SCOPE
+    classes = {name for name in optim.__all__ if isinstance(getattr(optim, name), type)} - {"Optimizer", "LBFGS"}
+    assert {case.make.__name__ for case in CASES.values() if isinstance(case.make, type)} == classes
 
 
 def run_by_hand(case: Case, module: Weights, steps: int) -> None:
@@ -224,8 +223,9 @@ def test_other_rules_and_numbers_are_refused(make: Any, family: str | None, erro
 @pytest.mark.parametrize("name", ["embedding", "readout"])
 def test_muon_is_refused_for_what_is_not_between_layers(name: str) -> None:
     module = Weights((name,))
-    message = f"Muon was given {name}, whose role is {name}.*an AdamW next to Muon"
-    refused(message, optim.Muon(module.parameters()), module)
+    refused(
+        f"Muon was given {name}, whose role is {name}.*an AdamW next to Muon", optim.Muon(module.parameters()), module
+    )
 
 
 def test_adagrad_accumulator_is_refused() -> None:

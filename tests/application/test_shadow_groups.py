@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.killed_run import SCHEDULES
 from helpers.optimizers_by_hand import Averaging
 from helpers.parameter_groups import SGD_LR, SHAPES, Weights, groups_in_update, identical, plan_of, scaled
 from helpers.updates import groups_of, train
@@ -87,24 +88,11 @@ def test_what_an_optimizer_keeps_in_its_groups_where_it_is_scaled_again(between:
     assert identical(ours, whole if between == "nothing" else forgotten)
 
 
-def warm_then_cosine(optimizer: optim.Optimizer) -> lr_scheduler.LRScheduler:
-    warm = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=3)
-    cosine = lr_scheduler.CosineAnnealingLR(optimizer, 5, eta_min=0.01)
-    return lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[3])
-
-
-SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {
-    "one-cycle": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.2, total_steps=12),
-    "cosine": lambda opt: lr_scheduler.CosineAnnealingLR(opt, 8, eta_min=0.03),
-    "warm-restarts": lambda opt: lr_scheduler.CosineAnnealingWarmRestarts(opt, 4, eta_min=0.03),
-    "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
-    "lambda-list": lambda opt: lr_scheduler.LambdaLR(opt, [lambda step: 1 / (1 + step), lambda step: 0.9**step]),
-    "plateau": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5, min_lr=0.02),
+SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = SCHEDULES | {
     "plateau-list": lambda opt: lr_scheduler.ReduceLROnPlateau(opt, patience=0, factor=0.5, min_lr=[0.02, 0.03]),
     "cyclic": lambda opt: lr_scheduler.CyclicLR(opt, 0.01, 0.2, step_size_up=3),
-    "sequential": warm_then_cosine,
-    "linear": lambda opt: lr_scheduler.LinearLR(opt, 0.1, total_iters=5),
 }
+del SCHEDULERS["none"]
 
 
 @pytest.mark.parametrize("attach", ["before", "after"])
@@ -156,7 +144,6 @@ def test_schedulers_still_see_that_the_optimizer_steps(attach: str) -> None:
 
 
 def test_state_goes_to_and_from_plain_runs() -> None:
-    """A checkpoint of either run loads into the other, and resuming is the uninterrupted run."""
     module, ours, _ = scaled(optim.AdamW)
     plain = Weights()
     theirs = optim.AdamW(plain.parameters(), lr=0.1)
@@ -183,7 +170,6 @@ def test_state_goes_to_and_from_plain_runs() -> None:
 @pytest.mark.parametrize("make", [optim.SGD, Averaging])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_state_dict_in_the_update_holds_the_users_groups(when: str, make: Callable[..., optim.Optimizer]) -> None:
-    """And the update is the same as without it."""
     ours, theirs = Weights(), Weights()
     states: list[Any] = []
 

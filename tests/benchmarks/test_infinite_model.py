@@ -1,8 +1,4 @@
-"""What gradient descent and its limit cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k infinite``.
-
-One gradient step of the paper's network beside a plain NumPy one, taking turns; and the infinite model beside the finite
-network that published experiments used in its place, with the error that is left in each.
-"""
+"""What gradient descent and its limit cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k infinite``."""
 
 import time
 from collections.abc import Callable
@@ -25,7 +21,6 @@ UNITS = 250, 2000  # of infinite models, whose error is how far two with differe
 
 
 def torch_step(dtype: torch.dtype, residual: str, arrays: dict[str, Array]) -> tuple[ResNet, Callable[[], None]]:
-    """The same step of the same network by the package."""
     module = ResNet(DEPTH, WIDTH, WIDTH, DATA, DATA, train_embedding=False).to(dtype)
     plan = Plan.from_model(module)
     load(module, *(arrays[name] for name in ("u", "v", "w_e", "w_u")))
@@ -121,19 +116,16 @@ def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: py
 
     seconds, errors = benchmark.pedantic(measure, rounds=1)
     with capsys.disabled():
-        error = _shown(errors["finite"])
+        error = "{:.4f} and {:.4f}".format(*errors["finite"])
         print(f"\nD = M = 2000: {seconds['finite']:.1f} s, error of the stream and the output {error}")
         for name in list(seconds)[1:]:
             ratio = seconds["finite"] / seconds[name]
             benchmark.extra_info[name] = {"ratio": ratio, "errors": errors[name]}
-            print(f"infinite model of {name}: {ratio:.0f} times faster, error {_shown(errors[name])}")
+            print(
+                f"infinite model of {name}: {ratio:.0f} times faster, error {errors[name][0]:.4f} and {errors[name][1]:.4f}"
+            )
             assert all(own < other for own, other in zip(errors[name], errors["finite"], strict=True))
 
 
 def distances(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Of streams and of outputs."""
     return float(rms_distance(found[0], expected[0])), float(output_distance(found[1], expected[1]))
-
-
-def _shown(errors: tuple[float, float]) -> str:
-    return " and ".join(f"{error:.4f}" for error in errors)

@@ -1,9 +1,7 @@
 """What recording, distances and features cost. Run with ``pytest tests/benchmarks --benchmark-enable -m slow -k 2000``.
 
-Trainings of the quickstart's smallest Transformer, whose steps are shortest, take turns of one step in threads. A callback
-costs the processor time in its hooks, as a share of a plain training, and what it makes the rest of the steps slower: the
-median ratio of steps without hooks to those of plain trainings. That differs between trainings of one kind, by where in
-memory tensors happen to lie; the standard error is that of these differences.
+Trainings of the quickstart's smallest Transformer take turns of one step in threads. A callback costs the processor time in
+its hooks, and what it makes the rest of the steps slower; trainings of one kind differ by where tensors lie in memory.
 """
 
 import time

@@ -1,7 +1,6 @@
 """What training costs next to plain: with hooks, folded, with microsoft/mup and with unit-scaling.
 
-Run with ``pytest tests/benchmarks/test_step_cost.py --benchmark-enable -m slow``. ``mup`` and ``unit-scaling`` are left out
-where they are not installed. Times are processor time: not that of other processes. The largest size takes 11 GB.
+Run with ``pytest tests/benchmarks/test_step_cost.py --benchmark-enable -m slow``. The largest size takes 11 GB.
 """
 
 import gc
@@ -75,13 +74,11 @@ def starts_table(show: Show) -> Show:
 
 
 def spread(values: np.ndarray, digits: int = 3) -> str:
-    """Median and quartiles."""
     low, middle, high = np.quantile(values, (0.25, 0.5, 0.75))
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
 
 def measure(size: str, kind: str) -> np.ndarray:
-    """Seconds of steps of all variants that are present, [variant, step]."""
     runs, steps = RUNS[size]
     times = []
     for _ in range(runs):

@@ -42,9 +42,7 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name of the class, and arguments."""
 
 
-class Transformer(CausalTransformer):
-    """The plain one, with any of the optimizers."""
-
+class Transformer(CausalTransformer):  # the plain one, with any of the optimizers
     def __init__(self, size: Size, kind: str) -> None:
         super().__init__(VOCABULARY, CONTEXT, size.depth, size.embedding, size.embedding // 16)
         self.kind = kind
@@ -54,7 +52,6 @@ class Transformer(CausalTransformer):
         return getattr(self.optimizers_of(), name)(self.parameters(), lr=1e-4, **arguments)
 
     def optimizers_of(self) -> Any:
-        """Where the optimizers come from."""
         return torch.optim
 
 
@@ -136,9 +133,7 @@ def base() -> Transformer:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A parameterization of the Transformer, by callbacks or by modules of its own."""
-
+class Variant:  # a parameterization of the Transformer, by callbacks or by modules of its own
     build: Callable[[Size, str], Transformer] = Transformer
     callbacks: Callable[[], list[Callback]] = field(default=list)
     package: str = "mlu_lightning"
@@ -155,16 +150,13 @@ VARIANTS = {
 
 
 def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) -> None:
-    """Train for some steps, watched by a callback."""
     module = variant.build(size, kind)
     draws = torch.Generator().manual_seed(0)
     tokens: Any = torch.randint(VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=draws)
     quiet(*variant.callbacks(), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
 
 
-class _Start(Callback):
-    """Notes the processor time at which the first step begins."""
-
+class _Start(Callback):  # notes the processor time at which the first step begins
     def on_train_batch_start(self, *args: Any) -> None:
         if args[-1] == 0:  # index of the batch
             self.seconds = time.process_time()

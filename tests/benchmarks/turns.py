@@ -51,9 +51,7 @@ class Turns:
         return self._round[0]
 
 
-class Runner(Callback):
-    """One of those that take turns."""
-
+class Runner(Callback):  # one of those that take turns
     def __init__(self, turns: Turns, number: int) -> None:
         self._turns = turns
         self._number = number

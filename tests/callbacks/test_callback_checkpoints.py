@@ -16,8 +16,6 @@ from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initializ
 from mlu_lightning.application import residual_state
 from mlu_lightning.callbacks.saved_plans import wrap_saving
 
-# Checkpoints
-
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("make", MODULES)
@@ -36,8 +34,7 @@ def test_resumed_run_is_the_uninterrupted_run(make: Any, residual: Any, tmp_path
     _, half = run(2)
     half.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = run(4, tmp_path / "half.ckpt")
-    assert identical(resumed, whole)
-    assert resumed.losses == whole.losses[8:]
+    assert identical(resumed, whole) and resumed.losses == whole.losses[8:]
 
 
 ONE = torch.ones(1, INPUTS)
@@ -49,7 +46,6 @@ def planned(module: Net) -> Plan:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Trained modules: by MLUCallback in both ways, and without it."""
     folder = tmp_path_factory.mktemp("checkpoints")
     trained: dict[str, Any] = {name: [MLUCallback(Net(), residual=name)] for name in ("hook", "fold")} | {"plain": []}
     for name, callbacks in trained.items():
@@ -64,8 +60,7 @@ def test_evaluation_of_a_checkpoint_has_its_multipliers(residual: Any, checkpoin
     module, run = Net(**WIDE), trainer(MLUCallback(Net(), residual=residual))
     for _ in range(2):
         outputs = run.predict(module, loader(False), ckpt_path=checkpoints[residual], weights_only=True)
-    assert torch.equal(module(ONE), torch.load(checkpoints[residual].with_suffix(".pt")))
-    assert outputs is not None
+    assert torch.equal(module(ONE), torch.load(checkpoints[residual].with_suffix(".pt"))) and outputs is not None
     expected = run.validate(module, loader(False), verbose=False)[0]["val_loss"]
     targets = loader(False).dataset.tensors[1]
     assert expected == pytest.approx(float(nn.functional.mse_loss(torch.cat(outputs), targets)), rel=1e-5)
@@ -113,8 +108,7 @@ def test_evaluation_alone_does_nothing(stage: str, checkpoints: dict[str, Path])
     module, plain = Net(**WIDE), Net(**WIDE)
     getattr(trainer(), stage)(plain, loader(False))
     getattr(trainer(MLUCallback(Net())), stage)(module, loader(False))
-    assert identical(module, plain)
-    assert vars(module).keys() == vars(plain).keys()
+    assert identical(module, plain) and vars(module).keys() == vars(plain).keys()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     getattr(trainer(MLUCallback(Net())), stage)(module, loader(False), ckpt_path=checkpoints["plain"])
     assert residual_state(module) is None
@@ -157,8 +151,7 @@ def test_an_unpickled_module_saves_its_plan_when_it_is_fitted_again() -> None:
 @pytest.mark.parametrize("same", [True, False], ids=["same-callback", "new-callback"])
 @pytest.mark.parametrize("make", MODULES)
 def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residual: Any) -> None:
-    module = make(**WIDE)
-    callback = MLUCallback(Net(), residual=residual)
+    module, callback = make(**WIDE), MLUCallback(Net(), residual=residual)
     fit(module, callback)
     output, weights = module(ONE), {n: p.detach().clone() for n, p in module.named_parameters()}
 
@@ -178,7 +171,6 @@ def test_second_fit_goes_on_from_the_weights(make: type[Net], same: bool, residu
 def test_second_fit_after_hooks_moved_into_the_weights_does_not_initialize_them() -> None:
     module, first, second = Net(**WIDE), MLUCallback(Net(), residual="hook"), MLUCallback(Net())
     fit(module, first)
-    assert first.plan is not None
     fit(fold(module, first.plan), second)
     assert (first.initialized, second.initialized) == (True, False)
 

@@ -36,7 +36,6 @@ def run(tmp_path: Path, callback: dict[str, Any] | None, **config: Any) -> Light
 
 
 def by_hand(model: ResNet, callback: MLUCallback, adam: bool) -> ResNet:
-    """The same run without the command line."""
     if adam:
         vars(model)["configure_optimizers"] = lambda: torch.optim.Adam(model.parameters(), lr=0.02, weight_decay=0.1)
     Trainer(accelerator="cpu", max_epochs=2, barebones=True, callbacks=[callback]).fit(model, datamodule=Data())
@@ -66,7 +65,6 @@ def test_base_by_class_path(tmp_path: Path) -> None:
     overrides = {"embed.*": "embedding"}
     cli = run(tmp_path, {"base": base, "overrides": overrides, "alpha": 2.0, "seed": 3}, optimizer=OPTIMIZER)
     callback = next(callback for callback in cli.trainer.callbacks if isinstance(callback, MLUCallback))
-    assert callback.plan is not None
     assert (callback.plan.alpha, callback.plan.streams[0].depth, callback.plan.streams[0].base_depth) == (2.0, 4, 2)
     assert isinstance(cli.model, LightningModule)
     # what LightningCLI made of --optimizer is there again, and makes a plain optimizer
@@ -76,13 +74,11 @@ def test_base_by_class_path(tmp_path: Path) -> None:
 
 
 def test_base_by_class_path_draws_no_random_numbers(tmp_path: Path) -> None:
-    """It is built when it is needed, not among the other objects of the configuration."""
     base = {"class_path": "mlu_lightning.models.ResNet", "init_args": BASE}
     (plain, state), (ours, other) = (
         (run(tmp_path, callback, model=BASE).model, torch.get_rng_state()) for callback in (None, {"base": base})
     )
-    assert identical(plain, ours) and torch.equal(state, other)
-    assert residual_state(ours) is not None
+    assert identical(plain, ours) and torch.equal(state, other) and residual_state(ours) is not None
 
 
 def test_callback_from_the_command_line(plan: Plan, tmp_path: Path) -> None:

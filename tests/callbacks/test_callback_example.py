@@ -23,9 +23,7 @@ def drawn() -> tuple[float, float, float]:
     return torch.rand(()).item(), np.random.rand(), random.random()
 
 
-class Numbers(Dataset[Any]):
-    """Sample i is (i, a random number); not to be read in a worker."""
-
+class Numbers(Dataset[Any]):  # sample i is (i, a random number); not to be read in a worker
     def __len__(self) -> int:
         return 10
 
@@ -42,9 +40,7 @@ class Once(IterableDataset[Any]):
         raise AssertionError("must not be read")
 
 
-class Batches:
-    """A loader that is none of torch's."""
-
+class Batches:  # a loader that is none of torch's
     def __iter__(self) -> Iterator[Any]:
         return iter([{"x": torch.ones(2), "text": ["one", "two"]}, {}])
 
@@ -52,9 +48,7 @@ class Batches:
         return 2
 
 
-class Slice(IterableDataset[Any]):
-    """The first items of what is behind it, which may go on where it was left."""
-
+class Slice(IterableDataset[Any]):  # the first items of what is behind it, which may go on where it was left
     def __init__(self, behind: Iterable[Any], length: int = 4) -> None:
         self.behind, self.length = behind, length
 
@@ -67,13 +61,10 @@ def draws(draw: Callable[[], Any]) -> Iterator[Any]:
         yield draw()
 
 
-class Finds(LightningModule):
-    """Looks for an example in setup, and keeps the batch that training_step is given."""
-
+class Finds(LightningModule):  # looks for an example in setup, and keeps the batch that training_step is given
     def __init__(self, example_input_array: Any = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(1))
-        self.example_input_array = example_input_array
+        self.weight, self.example_input_array = nn.Parameter(torch.ones(1)), example_input_array
 
     def setup(self, stage: str) -> None:
         self.found = find_example(self.trainer, self)
@@ -122,9 +113,7 @@ def test_example_is_what_training_step_is_given(loaders: Callable[[], Any]) -> N
         assert not isinstance(one, Tensor) or (one.shape == other.shape and one.dtype == other.dtype)
 
 
-class Hooked(Finds):
-    """Changes its batches on the way."""
-
+class Hooked(Finds):  # changes its batches on the way
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return {"images": batch}
 
@@ -139,9 +128,7 @@ def test_hooks_of_the_module_change_the_example() -> None:
     assert torch.equal(module.found["labels"], torch.tensor([0.0, 2.0]))
 
 
-class Data(LightningDataModule):
-    """Builds its data in setup, and changes its batches."""
-
+class Data(LightningDataModule):  # builds its data in setup, and changes its batches
     def setup(self, stage: str) -> None:
         self.dataset = Numbers()
 
@@ -152,9 +139,7 @@ class Data(LightningDataModule):
         return [-batch[0]]
 
 
-class Loads(Finds):
-    """Has its data itself."""
-
+class Loads(Finds):  # has its data itself
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(Numbers(), batch_size=2)
 
@@ -211,7 +196,6 @@ def test_without_a_batch_the_example_input_array_serves(loaders: Callable[[], An
 
 
 def find(loaders: Any) -> tuple[Any, list[str]]:
-    """The example, and what was warned of."""
     module = Finds()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,6 +1,5 @@
 """Optimizers in the Trainer, on a Transformer: MLUCallback's run is that of a module and parameter groups by hand."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,12 +10,11 @@ from helpers import optimizers_by_hand as optimizers
 from helpers.architecture_runs import fit, identical
 from helpers.optimizers_by_hand import Row
 from helpers.parameter_groups import MULTIPLIERS, D, L, M, Numbers
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers.runs_by_hand import Start
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from mlu_lightning import MLUCallback
-from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.models import CausalTransformer
 
 # The shape is L, D and M times the base's in depth, embedding and hidden width
@@ -64,9 +62,7 @@ def role_of(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Case:
-    """An optimizer of some of the parameters, the numbers of the base, and those of a row of the table."""
-
+class Case:  # an optimizer of some of the parameters, the numbers of the base, and those of a row of the table
     make: Callable[..., optim.Optimizer]
     numbers: Numbers
     by_hand: optimizers.ByHand
@@ -145,13 +141,6 @@ class ByHand(Language):
         return {"params": [parameter], **case.by_hand(case.numbers, row, 0)}
 
 
-class Start(Callback):
-    """Keeps the weights that training starts from."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.weights = copy.deepcopy(without_mark(pl_module.state_dict()))
-
-
 def batches() -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
     return [torch.randint(50, (4, 9), generator=generator) for _ in range(3)]
@@ -171,10 +160,3 @@ def test_run_is_that_of_numbers_by_hand(cases: tuple[Case, ...], residual: Resid
     assert len(ours.losses) == 6
     assert identical(ours, theirs)
     assert not any(torch.equal(value, start.weights[name]) for name, value in ours.named_parameters())
-
-
-def test_optimizer_that_torch_does_not_define_needs_a_family() -> None:
-    module = Language(RUNS["lion"], **SHAPE)
-    with pytest.raises(TypeError, match=r"How Lion uses .* is not known: .* with family=\.\.\. of MLUCallback"):
-        fit(module, batches(), MLUCallback(Language(RUNS["lion"], **BASE)))
-    assert module.losses == []

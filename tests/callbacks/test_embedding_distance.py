@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import watched_runs
 from helpers.watched_runs import (
     LARGE,
     SHAPE,
-    Busy,
     Memory,
     Weights,
     coupled,
@@ -81,16 +81,14 @@ def test_only_chosen_metrics_are_logged_and_can_be_monitored(metrics: Any, tmp_p
 
 def test_training_is_bit_for_bit_that_without_the_callback(tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
-    path = record(tmp_path / "large.safetensors", Busy(), steps=1)
-    runs = []
+    path, runs = record(tmp_path / "large.safetensors", watched_runs.Busy(), steps=1), []
     for callbacks in ([], [EmbeddingDistance(path, ["gram", "output"])]):
         seed_everything(3, verbose=False)
-        module = Busy()
+        module = watched_runs.Busy()
         fit(module, *callbacks)
         runs.append((module.state_dict(), module.seen, torch.rand(1)))
     plain, watched = runs
-    assert all(value.equal(watched[0][name]) for name, value in plain[0].items())
-    assert plain[1:] == watched[1:]
+    assert all(value.equal(watched[0][name]) for name, value in plain[0].items()) and plain[1:] == watched[1:]
 
 
 def test_run_at_the_same_shape_and_seed_is_at_distance_zero(tmp_path: Path) -> None:
@@ -112,7 +110,7 @@ def test_base_that_each_run_builds_couples_exactly(tmp_path: Path) -> None:
 
 def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled(tmp_path: Path) -> None:
     path, plain = tmp_path / "large.safetensors", tmp_path / "plain"
-    fit(ResNet(**LARGE), coupled(), ReferenceRecorder(path, steps=3), steps=12)
+    fit(ResNet(**watched_runs.LARGE), coupled(), ReferenceRecorder(path, steps=3), steps=12)
     saving = [ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1) for folder in (tmp_path, plain)]
     assert list(measured(path, coupled(), saving[0], enable_checkpointing=True)) == [0, 3, 6]
     assert list(measured(path, coupled(), steps=12, ckpt_path=tmp_path / "step=6.ckpt")) == [9, 12]
@@ -207,9 +205,7 @@ def test_two_callbacks_with_their_own_references(tmp_path: Path) -> None:
     assert {name for name in memory.distances()[1] if "/s=1/" in name} == names
 
 
-class Calls(Memory):
-    """A logger that also keeps the steps of all calls that had distances."""
-
+class Calls(Memory):  # a logger that also keeps the steps of all calls that had distances
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
@@ -221,8 +217,7 @@ class Calls(Memory):
 
 
 def test_each_logger_gets_each_step_once_though_it_takes_several_batches(tmp_path: Path) -> None:
-    path = record(tmp_path / "large.safetensors")
-    loggers = [Calls(), Calls()]
+    path, loggers = record(tmp_path / "large.safetensors"), [Calls(), Calls()]
     fit(ResNet(**SHAPE), EmbeddingDistance(path, ["gram"]), logger=loggers, accumulate_grad_batches=2)
     assert [logger.calls for logger in loggers] == [[0, 1, 2, 4, 6]] * 2
 
@@ -270,7 +265,6 @@ def test_run_that_was_at_a_step_of_the_reference_goes_on_past_all_of_them(tmp_pa
     measured(path, checkpoint, metrics=["gram"], steps=3, enable_checkpointing=True)
     assert measured(path, metrics=["gram"], ckpt_path=tmp_path / "step=3.ckpt") == {}
     assert list(measured(path, metrics=["gram"])) == [0, 2]
-
     distance = EmbeddingDistance(path, ["gram"])
     trainer = fit(ResNet(**SHAPE), distance, steps=3)
     trainer.fit_loop.epoch_loop.max_steps = 6
@@ -278,7 +272,6 @@ def test_run_that_was_at_a_step_of_the_reference_goes_on_past_all_of_them(tmp_pa
     trainer.fit(module, loader())
     assert trainer.global_step == 6
     assert "mlu/distance/gram/s=1" in trainer.callback_metrics, "the second fit goes on, too"
-
     # the same callback in another run, whose checkpoint says nothing of it
     plain = ModelCheckpoint(tmp_path / "plain", "{step}", every_n_train_steps=3)
     fit(ResNet(**SHAPE), plain, steps=3, enable_checkpointing=True)

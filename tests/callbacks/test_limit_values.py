@@ -11,13 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.limit_runs import SMALL, decayed, measure, resnet, tokens, transformer, with_optimizer
-from helpers.watched_runs import (
-    SHAPE,
-    Weights,
-    loader,
-    samples,
-    stream_of,
-)
+from helpers.watched_runs import SHAPE, Weights, loader, samples, stream_of
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,9 +23,7 @@ from mlu_lightning.limit.infinite_model import InfiniteModel, infinite_model
 DEPTHS = ("0", "0.25", "0.5", "0.75", "1")
 
 
-class Batches(Callback):
-    """Keeps what training_step is given."""
-
+class Batches(Callback):  # keeps what training_step is given
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
@@ -40,7 +32,6 @@ class Batches(Callback):
 
 
 def cycled(optimizer: Optimizer) -> Any:
-    """Changes the learning rate and the momentum at every step."""
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=8, base_momentum=0.5)
 
 
@@ -73,8 +64,7 @@ def expected_distances(limits: list[InfiniteModel], start: Any, now: Any, x: Ten
         return float(1 - np.linalg.norm(a.T @ b) ** 2 / (np.linalg.norm(a.T @ a) * np.linalg.norm(b.T @ b)))
 
     def compare(name: str, key: str, one: Any, other: Any, coordinates: Any) -> None:
-        rows = len(one)
-        grams = one @ one.T / one.shape[1] - other @ other.T / other.shape[1]
+        rows, grams = len(one), one @ one.T / one.shape[1] - other @ other.T / other.shape[1]
         nuclear = np.linalg.svd(one.T @ other / math.sqrt(one.shape[1] * other.shape[1]), compute_uv=False).sum()
         square = (one**2).sum() / one.shape[1] + (other**2).sum() / other.shape[1] - 2 * nuclear
         expected[f"rms/{key}{name}"] = float(np.sqrt(np.mean((one - coordinates) ** 2)))
@@ -120,11 +110,8 @@ def test_logged_values_are_those_of_limits_trained_by_hand(sgd: str, schedule: A
     settings = {"validation": loader(seed=1), "steps": 7, "accumulate_grad_batches": accumulated}
     logged = measure(replace(SMALL, positions=3), mlu, weights, batches, module=module, **settings)
     assert list(logged) == [0, 1, 2, 4, 7]
-
-    start = weights.at[0]
-    initial = resnet()
+    start, initial = weights.at[0], resnet()
     initial.load_state_dict(start)
-    assert mlu.plan is not None
     limits = [infinite_model(initial, mlu.plan, 6, 16, seed=seed) for seed in (0, 1)]
     optimizers = [limit.optimizer(0.3) for limit in limits]
     schedules = []
@@ -163,7 +150,6 @@ def test_transformer_beside_its_limit() -> None:
     assert list(logged) == [0, 1, 2, 4, 6]
     initial = transformer()
     initial.load_state_dict(weights.at[0])
-    assert mlu.plan is not None
     limit = infinite_model(initial, mlu.plan, 6, 32, 8)
     optimizer = limit.optimizer(0.3, 0.5)
     w = torch.cat((weights.at[0]["tokens.weight"].T, weights.at[0]["readout.weight"].T), 1)
@@ -205,7 +191,6 @@ def test_other_precisions_measure_nearly_the_same() -> None:
     # rounding of values of size 1 over a few steps: 2^-24 in float32, and 2^-9 in bfloat16
     for precision, tolerance in (("64-true", 1e-5), ("bf16-true", 0.02), ("bf16-mixed", 0.02)):
         found = measure(SMALL, data=loader(shuffle=False), precision=precision)
-        assert list(found) == [0, 1, 2, 4, 6]
-        assert found[4] != expected[4]
+        assert list(found) == [0, 1, 2, 4, 6] and found[4] != expected[4]
         for step, values in found.items():
             assert values == pytest.approx(expected[step], abs=tolerance, rel=0), (precision, step)

@@ -17,9 +17,7 @@ from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, ReferenceR
 EPOCHS = 10  # of 6 steps; what watches them logs at 0, 1, 2, 4, 8, 16, 32 and 60
 
 
-class Seen(Callback):
-    """Keeps what there is to be monitored at the end of each epoch, and the learning rate."""
-
+class Seen(Callback):  # keeps what there is to be monitored at the end of each epoch, and the learning rate
     def __init__(self) -> None:
         self.seen: list[tuple[int, dict[str, float], float]] = []
 
@@ -28,9 +26,7 @@ class Seen(Callback):
         self.seen.append((trainer.global_step, values, trainer.optimizers[0].param_groups[0]["lr"]))
 
 
-class Plateaus(Net):
-    """With a learning rate that depends on what is logged."""
-
+class Plateaus(Net):  # with a learning rate that depends on what is logged
     monitor = ""
 
     def configure_optimizers(self) -> Any:
@@ -47,11 +43,17 @@ WATCHERS: dict[str, tuple[str, Callable[[Path], Callback]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("reference") / "reference.safetensors"
+    fit(Net((4, 8, 32)), MLUCallback(Net(BASE)), ReferenceRecorder(path), max_epochs=EPOCHS)
+    return path
+
+
 @pytest.mark.parametrize("epoch", [2, 5])
 @pytest.mark.parametrize("watcher", WATCHERS)
-def test_resumed_run_is_monitored_as_the_uninterrupted_one(watcher: str, epoch: int, tmp_path: Path) -> None:
-    reference, (monitor, watch) = tmp_path / "reference.safetensors", WATCHERS[watcher]
-    fit(Net((4, 8, 32)), MLUCallback(Net(BASE)), ReferenceRecorder(reference), max_epochs=EPOCHS)
+def test_resumed_run_is_monitored_as_the_whole(watcher: str, epoch: int, reference: Path, tmp_path: Path) -> None:
+    monitor, watch = WATCHERS[watcher]
 
     def run(ckpt_path: Path | None = None) -> tuple[Any, ...]:
         module, seen, stopping = Plateaus(), Seen(), EarlyStopping(monitor, patience=6)
@@ -69,7 +71,5 @@ def test_resumed_run_is_monitored_as_the_uninterrupted_one(watcher: str, epoch: 
     again, seen_again, *resumed = run(tmp_path / "every" / f"epoch={epoch}.ckpt")
     assert seen_again == seen[epoch + 1 :] != []
     assert seen[epoch + 1][1] == seen[epoch][1], "nothing is logged in the first epoch after the checkpoint"
-    assert again == losses[6 * (epoch + 1) :]
-    assert len({rate for _, _, rate in seen}) > 1
-    assert resumed == whole
+    assert again == losses[6 * (epoch + 1) :] and len({rate for _, _, rate in seen}) > 1 and resumed == whole
     assert 0 < resumed[-1][0] < EPOCHS - 1, "it is stopped early"

@@ -78,7 +78,6 @@ CASES = {
 
 
 def outcome(module: Net, trainer: Trainer, callback: Callback, case: Case) -> dict[str, Any]:
-    """Everything that the run and the user can see of it."""
     (optimizer,) = trainer.optimizers
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {
@@ -91,9 +90,7 @@ def outcome(module: Net, trainer: Trainer, callback: Callback, case: Case) -> di
     }
 
 
-def compare_with_numbers_by_hand(
-    case: Case, first: bool, residual: Residual, folder: Path, make: type[Net] = Net
-) -> dict[str, Any]:
+def compare_with_numbers_by_hand(case: Case, first: bool, residual: Residual, folder: Path, make: Any = Net) -> Any:
     """Bit for bit, because ratios are powers of two; what was compared."""
     outcomes = []
     ours, start = MLUCallback(Net(BASE), residual=residual), Start()
@@ -110,9 +107,14 @@ def compare_with_numbers_by_hand(
     scaled, by_hand = outcomes
     for what, values in by_hand.items():
         assert scaled[what] == values, what
-    assert len(by_hand["losses"]) > 8
-    assert by_hand["validated"]
+    assert len(by_hand["losses"]) > 8 and by_hand["validated"]
     return by_hand
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finder of batch sizes collects garbage between its trials, which takes seconds in a process with much in it."""
+    monkeypatch.setattr("lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda", lambda: None)
 
 
 ORDERS = [
@@ -129,9 +131,7 @@ def test_run_is_that_of_numbers_by_hand(case: Case, first: bool, residual: Resid
     compare_with_numbers_by_hand(case, first, residual, tmp_path)
 
 
-class WithSetup(Net):
-    """Is prepared when its setup is done, after callbacks have copied it."""
-
+class WithSetup(Net):  # is prepared when its setup is done, after callbacks have copied it
     def setup(self, stage: str) -> None: ...
 
 
@@ -153,8 +153,7 @@ def test_copies_are_of_the_initialized_module(name: str, make: type[Net], first:
 
 def test_learning_rates_that_are_logged_are_the_users(tmp_path: Path) -> None:
     rates, decay = compare_with_numbers_by_hand(CASES["lr-monitor"], False, "hook", tmp_path)["else"]
-    assert rates == [0.02 * 0.5**epoch for epoch in range(4) for _ in range(6)]
-    assert decay == 0.1
+    assert rates == [0.02 * 0.5**epoch for epoch in range(4) for _ in range(6)] and decay == 0.1
 
 
 @pytest.mark.parametrize(("first", "residual"), ORDERS)
@@ -178,8 +177,7 @@ def test_resumed_run_is_that_of_numbers_by_hand(name: str, first: bool, residual
             trainer = fit(module, *callbacks, saving, ckpt_path=ckpt_path, **settings)
             outcomes.append(outcome(module, trainer, callback, case))
     whole, resumed, _, by_hand = outcomes
-    assert resumed == by_hand
-    assert resumed["losses"][0] == whole["losses"][12]
+    assert resumed == by_hand and resumed["losses"][0] == whole["losses"][12]
     if name != "finetuning":
         assert resumed == whole | {what: whole[what][-len(resumed[what]) :] for what in ("losses", "validated")}
 
@@ -198,7 +196,6 @@ class Fails(Callback):
 @pytest.mark.parametrize("when", ["after the fit", "on an exception"])
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 def test_what_an_optimizer_keeps_is_saved_when_the_fit_is_over(when: str, first: bool, tmp_path: Path) -> None:
-    """The resumed run is the whole run."""
     whole, part, resumed = Averaged(), Averaged(), Averaged()
     fit(whole, MLUCallback(Averaged(BASE), family="sgd"), num_sanity_val_steps=0)
     mlu = MLUCallback(Averaged(BASE), family="sgd")
@@ -214,8 +211,7 @@ def test_what_an_optimizer_keeps_is_saved_when_the_fit_is_over(when: str, first:
         (path,) = tmp_path.glob("*.ckpt")
     mlu = MLUCallback(Averaged(BASE), family="sgd")
     fit(resumed, mlu, ckpt_path=path, num_sanity_val_steps=0)
-    assert len(part.losses) == 12
-    assert part.losses + resumed.losses == whole.losses
+    assert len(part.losses) == 12 and part.losses + resumed.losses == whole.losses
 
 
 def test_weights_drawn_anew_are_refused() -> None:

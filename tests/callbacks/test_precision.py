@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.callback_runs import InConfigureModel, Net, fit, loader
-from lightning.pytorch import Callback, LightningModule, Trainer
+from helpers.watched_runs import Weights
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn, optim
 
@@ -48,9 +48,7 @@ class ByHand(Net):
             yield {"params": [parameter], "lr": LR * lr * a, "eps": EPS * eps / a, "weight_decay": DECAY / (lr * a)}
 
 
-class Master(optim.Optimizer):
-    """AdamW on float32 copies of its parameters, which it keeps in its state."""
-
+class Master(optim.Optimizer):  # AdamW on float32 copies of its parameters, which it keeps in its state
     def __init__(self, parameters: Any, lr: float = LR, eps: float = EPS, weight_decay: float = DECAY) -> None:
         super().__init__(parameters, {"lr": lr, "eps": eps, "weight_decay": weight_decay})
 
@@ -71,9 +69,7 @@ class Master(optim.Optimizer):
         return loss
 
 
-class CopiesInGroups(optim.AdamW):
-    """The other way to keep float32 copies."""
-
+class CopiesInGroups(optim.AdamW):  # the other way to keep float32 copies
     def __init__(self, parameters: Any) -> None:
         super().__init__([nn.Parameter(parameter.float()) for parameter in parameters])
 
@@ -87,13 +83,7 @@ def scaled_gradients() -> dict[str, Any]:
     return {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**22))]}
 
 
-class AtStart(Callback):
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.weights = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
-
-
 def base_of(std: float) -> Net:
-    """Every parameter has the same std."""
     base = Net(**BASE).double()
     for parameter in base.parameters():
         parameter.data.mul_(std / parameter.data.square().mean().sqrt())
@@ -101,7 +91,6 @@ def base_of(std: float) -> Net:
 
 
 def rms(weights: dict[str, Tensor], ends: str) -> float:
-    """Root mean square over all layers."""
     entries = torch.cat([weight.flatten().double() for name, weight in weights.items() if name.endswith(ends)])
     return float(entries.square().mean().sqrt())
 
@@ -118,28 +107,25 @@ CASES = [
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize(("make", "precision", "optimizer"), CASES)
-def test_std_and_run_are_those_of_numbers_by_hand(
-    make: type[Net], precision: str, optimizer: Callable[[Any], optim.Optimizer], residual: Any
-) -> None:
+def test_std_and_run_are_those_of_numbers_by_hand(make: Any, precision: str, optimizer: Any, residual: Any) -> None:
     def settings() -> dict[str, Any]:
         return scaled_gradients() if precision == "16-mixed" else {"precision": precision}
 
-    start, base = AtStart(), base_of(0.25)
+    start, base = Weights(), base_of(0.25)
     ours = make(**WIDE, optimizers=lambda module: optimizer(module.parameters()))
     family = "adamw" if optimizer is Master else None
     run = fit(ours, MLUCallback(base, residual=residual, family=family), start, **settings())
     dtypes = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
     dtype = dtypes.get(precision, torch.float32)
     assert {parameter.dtype for parameter in ours.parameters()} == {dtype}
-
     # a mean over rounded numbers; Net is multiplied in float32 and converted then, also to float64
     rounding = torch.finfo(dtype if make is InConfigureModel or dtype.itemsize == 2 else torch.float32).eps
     for name, (multiplier, std, *_) in ROWS.items():
         expected = 0.25 * std * (multiplier if residual == "fold" else 1)
-        assert rms(start.weights, name) == pytest.approx(expected, rel=rounding), name
+        assert rms(start.at[0], name) == pytest.approx(expected, rel=rounding), name
     theirs = ByHand(**WIDE, optimizers=lambda module: optimizer(module.groups())).to(dtype)
     theirs.folded = residual == "fold"
-    theirs.load_state_dict(start.weights)
+    theirs.load_state_dict(start.at[0])
     fit(theirs, **settings())
     # 1/3 of a number and a third of it
     tolerance = {"rtol": 1e-12, "atol": 1e-14} if precision == "64-true" else {"rtol": 0.0, "atol": 0.0}
@@ -160,7 +146,6 @@ def test_copies_in_float32_have_to_be_in_the_state_of_an_optimizer() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_plan_does_not_depend_on_precision(dtype: torch.dtype) -> None:
-    """Of the module, of its base, or of the example."""
     example, base = next(iter(loader())), base_of(0.25)
     plan = Plan.from_model(Net(**WIDE), example, base=base)
     assert Plan.from_model(Net(**WIDE).to(dtype), example, base=base) == plan

@@ -28,9 +28,7 @@ def test_disabled_wandb_is_silent(reference: Path, tmp_path: Path) -> None:
     wandb.finish()
 
 
-def test_artifact_that_cannot_be_staged_is_warned_of(
-    reference: Path, logger: WandbLogger, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_artifact_that_cannot_be_staged_is_warned_of(reference: Path, logger: Any, monkeypatch: Any) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -39,9 +37,7 @@ def test_artifact_that_cannot_be_staged_is_warned_of(
         log_reference([logger], reference)
 
 
-class Logged(wandb.Artifact):
-    """An artifact that need not be uploaded to be downloaded."""
-
+class Logged(wandb.Artifact):  # an artifact that need not be uploaded to be downloaded
     def download(self, root: Any = None, path_prefix: Any = None, **kwargs: Any) -> Any:
         for name, entry in self.manifest.entries.items():
             if name.startswith(path_prefix) and entry.local_path is not None:
@@ -51,9 +47,7 @@ class Logged(wandb.Artifact):
         return root
 
 
-class Online:
-    """The side of a run, and of the API, that needs the network."""
-
+class Online:  # the side of a run, and of the API, that needs the network
     offline = disabled = False
 
     def __init__(self, stored: dict[str, wandb.Artifact]) -> None:
@@ -100,13 +94,11 @@ def test_artifact_is_downloaded(through: str, reference: Path, tmp_path: Path, m
         logger: Logger | bool = False
     else:
         logger = WandbLogger(experiment=online)  # type: ignore[arg-type]
-    trainer = trainer_of(logger, tmp_path)
-    folder = tmp_path / "mlu_references"
+    trainer, folder = trainer_of(logger, tmp_path), tmp_path / "mlu_references"
     for source, place in {"team/project/large:v0": "team/project/large-v0", "large:best": "large-best"}.items():
         for _ in range(2):
             path = fetch_reference(trainer, source)
-            assert path == folder / place / "large.safetensors"
-            assert path.read_bytes() == reference.read_bytes()
+            assert path == folder / place / "large.safetensors" and path.read_bytes() == reference.read_bytes()
             assert list(path.parent.iterdir()) == [path]
     assert online.used == ["team/project/large:v0"] * 2 + ["large:best"] * 2
 

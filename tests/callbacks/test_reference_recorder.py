@@ -3,7 +3,6 @@
 import resource
 import signal
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,7 @@ def test_stream_is_read_before_the_readout_is_multiplied_and_the_output_after(
         torch.testing.assert_close(reference.read(step)["s=1"], h[-1])
         output = readout * h[-1] @ weights.at[step]["readout.weight"].T
         torch.testing.assert_close(reference.read(step)["output"], output)
-    assert reference.header.plan is not None
-    assert Plan.from_yaml(reference.header.plan, "the reference") == mlu.plan
+    assert reference.header.plan is not None and Plan.from_yaml(reference.header.plan, "the reference") == mlu.plan
 
 
 @pytest.mark.parametrize("validation", [None, loader(8, seed=1)])
@@ -65,8 +63,7 @@ def test_training_is_bit_for_bit_that_without_the_recorder(validation: Any, path
         trainer = fit(module, *callbacks, validation=validation, num_sanity_val_steps=0)
         runs.append((module.state_dict(), module.seen, trainer.callback_metrics, torch.rand(1)))
     plain, recorded = runs
-    assert all(value.equal(recorded[0][name]) for name, value in plain[0].items())
-    assert plain[1:] == recorded[1:]
+    assert all(value.equal(recorded[0][name]) for name, value in plain[0].items()) and plain[1:] == recorded[1:]
 
 
 @pytest.mark.parametrize(
@@ -86,9 +83,7 @@ def test_losses_are_means_over_accumulated_batches(path: Path) -> None:
     torch.testing.assert_close(reference.losses, torch.stack(weights.losses).reshape(3, 3).sum(1))
 
 
-class Two(ResNet):
-    """Manual optimization with two optimizers, which both count."""
-
+class Two(ResNet):  # manual optimization with two optimizers, which both count
     def __init__(self) -> None:
         super().__init__(**SHAPE)
         self.automatic_optimization = False
@@ -110,8 +105,7 @@ def test_manual_optimization_counts_as_the_trainer_does(path: Path) -> None:
     for module, callbacks in ((plain, []), (recorded, [ReferenceRecorder(path)])):
         fit(module, *callbacks, steps=8, data=loader(shuffle=False))
     reference = Reference.load(path)
-    assert reference.steps == (0, 2, 4, 8)
-    assert reference.losses.shape == (8,) and reference.losses.isnan().all()
+    assert reference.steps == (0, 2, 4, 8) and reference.losses.shape == (8,) and reference.losses.isnan().all()
     assert all(value.equal(recorded.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
@@ -122,8 +116,8 @@ class TwoWithLoss(Two):
 
 
 @pytest.mark.parametrize(("model", "batches", "repeats"), [(lambda: ResNet(**SHAPE), 2, 1), (TwoWithLoss, 1, 2)])
-def test_no_loss_is_lost_when_more_wait_than_there_is_place_for(
-    model: Callable[[], ResNet], batches: int, repeats: int, path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_loss_is_lost_when_more_wait_than_have_a_place(
+    model: Any, batches: int, repeats: int, path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr("mlu_lightning.callbacks.reference_recorder._MOST_PENDING", 3)
     weights, recorder = Weights(), ReferenceRecorder(path, steps=[0, 8])
@@ -144,16 +138,13 @@ def test_resumed_run_writes_the_file_of_the_uninterrupted_run(tmp_path: Path) ->
     seed_everything(1, verbose=False)
     fit(ResNet(**SHAPE), ReferenceRecorder(half, steps=chosen), steps=12, data=data, ckpt_path=ckpt)
     one, other = Reference.load(plain), Reference.load(half)
-    assert one.steps == other.steps == tuple(chosen)
-    assert one.losses.equal(other.losses)
+    assert one.steps == other.steps == tuple(chosen) and one.losses.equal(other.losses)
     assert all(one.read(step)[name].equal(other.read(step)[name]) for step in one.steps for name in one.read(step))
-
     half.unlink()
     with pytest.warns(UserWarning, match=r"goes on from step 6, and there is no .*half.safetensors"):
         fit(ResNet(**SHAPE), ReferenceRecorder(half), steps=7, data=data, ckpt_path=ckpt)
     again = Reference.load(half)
     assert (again.steps, again.losses.isnan().tolist()) == ((7,), [True] * 6 + [False])
-
     other_probe = ReferenceRecorder(plain, probe=(torch.ones(4, 3), torch.ones(4, 2)))
     with pytest.raises(ValueError, match="probe"):
         fit(ResNet(**SHAPE), other_probe, steps=12, data=data, ckpt_path=ckpt)
@@ -181,7 +172,6 @@ def test_run_whose_base_is_drawn_anew_goes_on_in_its_file(path: Path) -> None:
         mlu = MLUCallback(ResNet(**SHAPE | {"depth": 2, "hidden": 8}))
         settings |= {"data": loader(shuffle=False), "enable_checkpointing": True}
         fit(ResNet(**SHAPE), mlu, ReferenceRecorder(path, steps=3), *callbacks, **settings)
-        assert mlu.plan is not None
         return mlu.plan
 
     first = run(ModelCheckpoint(path.parent, "{step}", every_n_train_steps=3), steps=3)
@@ -231,8 +221,7 @@ def test_full_disk_is_one_warning_and_the_training_goes_on(path: Path) -> None:
     assert trainer.global_step == 7
     (message,) = (str(warning.message) for warning in caught if "could not be written" in str(warning.message))
     assert "at step 2" in message and "The training goes on" in message
-    assert (kept[4], kept[7]) == ((0, 1), tuple(range(8)))
-    assert [*path.parent.iterdir()] == [path]
+    assert (kept[4], kept[7]) == ((0, 1), tuple(range(8))) and [*path.parent.iterdir()] == [path]
 
 
 def test_run_that_diverges_is_recorded(path: Path) -> None:
@@ -277,9 +266,7 @@ def test_places_that_cannot_be_written_are_refused_at_the_start(tmp_path: Path) 
     assert recorder.path.exists()
 
 
-class Unlogged(ResNet):
-    """``self.log`` cannot be compiled."""
-
+class Unlogged(ResNet):  # ``self.log`` cannot be compiled
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.mse_loss(self(batch[0]), batch[1])
 

@@ -30,8 +30,7 @@ MATRICES = ("branch_in", "branch_out")
 def _moved(family: str, role: str, shape: str | None, scaled: bool) -> float:
     """Root mean square by which the logits change in five steps of the parameters of one role alone."""
     numbers = BASE if shape is None else SHAPES[shape]
-    tokens = torch.randint(32, (8, 17), generator=torch.Generator().manual_seed(1))
-    changes = []
+    tokens, changes = torch.randint(32, (8, 17), generator=torch.Generator().manual_seed(1)), []
     for seed in (0, 1):
         torch.manual_seed(seed)
         base = CausalTransformer(32, 16, head_dim=8, **BASE)

@@ -52,9 +52,7 @@ def test_faults_are_found_and_named(fault: Fault, says: str, settings: dict[str,
     assert (report.verdict, cause.role, cause.factor) == ("fail", fault.role.value, says), report
 
 
-class OneForgotten(MLUCallback):
-    """Does not multiply one branch, as a hand-written block that was left out would not be."""
-
+class OneForgotten(MLUCallback):  # does not multiply one branch, as a hand-written block that was left out would not be
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         block = pl_module.blocks[len(pl_module.blocks) // 2]
         block._forward_hooks.clear()
@@ -63,7 +61,6 @@ class OneForgotten(MLUCallback):
 def test_one_branch_without_its_multiplier_is_found() -> None:
     inputs = torch.randn(8, 16, 3, generator=torch.Generator().manual_seed(0))
     data = [(x, torch.stack((x[:, 0] * x[:, 1], x[:, 2].abs()), 1)) for x in inputs]
-
     settings: dict[str, Any] = {"base": Shape(2, 32, 16), "data": data, "axes": ["depth"], "factors": (1, 2, 4, 8)}
     build = partial(ResNet, inputs=3, outputs=2)
     report = few(**settings, build=build, seeds=4, callbacks=lambda base: [OneForgotten(base, residual="hook")])

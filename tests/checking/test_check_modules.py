@@ -1,7 +1,7 @@
 """Checks of modules as people write them: numbered layers, parameters of their own, hooks that build, data of any kind."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import pytest
@@ -55,6 +55,11 @@ class Layers(LightningModule):
 
 def layers(build: Callable[..., LightningModule] = Layers, **settings: Any) -> CheckReport:
     return few(**{"build": build, "base": PLAIN, "data": points(), "axes": ["depth"], "seeds": 2} | settings)
+
+
+@cache
+def plain(**settings: Any) -> dict[str, float]:
+    return _values(layers(**settings))
 
 
 FAULTS = {"embedding": [Fault(Role.BRANCH_NORM, "lr"), Fault(Role.BRANCH_IN, "weight_decay")]}
@@ -184,12 +189,12 @@ class Changing(Layers):  # changes a parameter itself, as a step does in which a
 
 @pytest.mark.parametrize("build", [BuiltLate, Talkative, Changing])
 def test_modules_that_are_built_by_hooks_or_ask_their_trainer_or_change_are_as_others(build: Any) -> None:
-    report, plain = layers(build, factors=(1, 2), steps=2), layers(factors=(1, 2), steps=2)
-    assert _values(report) == pytest.approx(_values(plain))
+    quick: Any = {"factors": (1, 2), "steps": 2}
+    assert _values(layers(build, **quick)) == pytest.approx(plain(**quick))
 
 
 def test_data_of_the_modules_own_setup() -> None:
-    assert _values(layers(OwnData, data=None)).keys() == _values(layers()).keys()
+    assert _values(layers(OwnData, data=None)).keys() == plain().keys()
 
 
 class World(LightningDataModule):  # asks its Trainer how many processes there are, and has two loaders
@@ -204,7 +209,7 @@ class OfTwo(Layers):
 
 
 def test_lists_of_loaders_and_a_datamodule_that_asks_its_trainer() -> None:
-    assert _values(layers(OfTwo, data=World())).keys() == _values(layers()).keys()
+    assert _values(layers(OfTwo, data=World())).keys() == plain().keys()
 
 
 def test_callbacks_that_log_and_save_and_print_do_no_harm(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +219,7 @@ def test_callbacks_that_log_and_save_and_print_do_no_harm(tmp_path: Any, monkeyp
         watching = LearningRateMonitor(), ModelCheckpoint(every_n_train_steps=1), TQDMProgressBar(), RichModelSummary()
         return [MLUCallback(base), *watching]
 
-    assert _values(layers(callbacks=callbacks)) == _values(layers()) and list(tmp_path.iterdir()) == []
+    assert _values(layers(callbacks=callbacks)) == plain() and list(tmp_path.iterdir()) == []
 
 
 def _values(report: CheckReport) -> dict[str, float]:

@@ -23,14 +23,12 @@ def rms(values: Tensor) -> float:
 
 def test_local_effect_of_a_matrix_is_what_it_makes_of_its_input() -> None:
     torch.manual_seed(0)
-    model = ResNet(depth=2, hidden=24, embedding=8, inputs=3, outputs=2)
-    x = torch.randn(5, 3)
+    model, x = ResNet(depth=2, hidden=24, embedding=8, inputs=3, outputs=2), torch.randn(5, 3)
     plan = Plan.from_model(model, (x, torch.zeros(5, 2)), base=model)
     others = {name: torch.randn_like(value) for name, value in model.named_parameters()}
     with torch.no_grad():
         found = local_effects(model, find_readers(plan), others, lambda: model(x))
         stream, block = x @ model.embed.weight.T, model.blocks[0]
-
     units = torch.tanh(stream @ block.read.weight.T)
     moved = units @ (block.write.weight - others["blocks.0.write.weight"]).T
     assert found["blocks.0.write.weight"] == pytest.approx(rms(moved) / rms(units), rel=1e-5)

@@ -33,8 +33,8 @@ def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
     text = (tmp_path / "folder" / "check.json").read_text()
     again = CheckReport.from_json(text)
     assert str(again) == str(report) and again.to_json() == text
-    content = json.loads(text)
-    assert content["verdict"] == "fail"
+    check, content = failing_report(), json.loads(text)
+    assert CheckReport.from_json(check.to_json()) == check and content["verdict"] == "fail"
     assert set(content["rows"][0]["points"][0]) == {"factor", "seed", "value", "lowest", "highest"}
     assert content["rows"][1]["points"][0]["value"] is None, "JSON has no NaN"
     assert (tmp_path / "folder" / "check.txt").read_text() == f"{report}\n"
@@ -44,21 +44,13 @@ def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
             CheckReport.from_json(wrong)
 
 
-def test_a_check_is_what_it_was() -> None:
-    check = failing_report()
-    assert CheckReport.from_json(check.to_json()) == check
-
-
-def test_printed_tables_have_warnings_as_they_are() -> None:
-    assert "Warning: [/red] :smile:." in str(failing_report(("[/red] :smile:",)))
-
-
 def test_report_says_what_fails(report: CheckReport) -> None:
     text = str(report)
     assert "FAIL: 7 pass, 5 fail, 0 undecided" in text
     assert "branch_in: look at its lr or eps; update of blocks.*.read.weight (branch_in) grows as hidden^1.0" in text
     assert "Failing too, which may follow from that: blocks.* (mlp)" in text and "Warning: post-norm." in text
     assert max(map(len, text.splitlines())) <= 125
+    assert "Warning: [/red] :smile:." in str(failing_report(("[/red] :smile:",))), "as they are"
 
 
 def test_figure_names_what_fails(report: CheckReport) -> None:

@@ -67,7 +67,6 @@ def test_a_run_in_which_nothing_moves_is_no_success(kind: Kind) -> None:
 
 
 def measured_along(depth: int, value: Callable[[float], float], shift: float = 0.0) -> tuple[Measurement, ...]:
-    """What moves as a function of the relative depth."""
     along = tuple((i + shift) / depth for i in range(depth))
     return (Measurement(Quantity(Kind.FEATURES, "blocks.* (mlp)"), tuple(map(value, along)), along),)
 
@@ -119,8 +118,7 @@ def test_cause_is_the_earliest_kind_that_fails() -> None:
 
     assert causes(start, right, update, decay, stream) == [("branch_out", "multiplier or std")]
     assert causes(right, update, decay, stream) == [("branch_in", "lr")]
-    assert causes(update) == [("branch_in", "lr or eps")]
-    assert causes(decay) == [("branch_in", "weight decay")]
+    assert causes(update) == [("branch_in", "lr or eps")] and causes(decay) == [("branch_in", "weight decay")]
     assert causes(stream) == [("s=1", "numbers")] and causes(right) == []
 
 

@@ -1,7 +1,5 @@
 """Attention whose heads or dimensions differ from the base's, how far its logits move, and roles of what heads have."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any
@@ -36,7 +34,6 @@ def _deepseek(heads: int, query_dim: int, value_dim: int) -> nn.Module:
 )
 def test_values_of_another_dimension_than_keys(heads: int, query_dim: int, value_dim: int, m: float) -> None:
     """The hidden width is that of what the output matrix reads, heads times value_dim; logits follow query_dim."""
-    torch.manual_seed(0)
     base, module = _deepseek(4, 12, 6), _deepseek(heads, query_dim, value_dim)
     plan = Plan.from_model(module, LANGUAGE, base=base)
     assert (plan.branches[0].hidden, plan.branches[0].head_dim) == (heads, query_dim)
@@ -69,6 +66,9 @@ def test_ratios_of_grouped_queries(heads: int, key_heads: int) -> None:
     assert logits_of(plan) == []
 
 
+PARTS = "query", "key", "value"
+
+
 class TwoBlocks(nn.Module):
     """Two residual attentions on tokens, with or without a norm of queries and keys, that keep their logits."""
 
@@ -81,18 +81,17 @@ class TwoBlocks(nn.Module):
     @staticmethod
     def _block(head_dim: int, norm: bool) -> nn.ModuleDict:
         parts: dict[str, nn.Module] = {"norm": nn.RMSNorm(64)}
-        parts |= {part: nn.Linear(64, 4 * head_dim, bias=False) for part in ("query", "key", "value")}
-        parts |= {f"{part}_norm": nn.RMSNorm(head_dim) if norm else nn.Identity() for part in ("query", "key")}
-        return nn.ModuleDict(parts | {"out": nn.Linear(4 * head_dim, 64, bias=False)})
+        parts |= {part: nn.Linear(64, 4 * head_dim, bias=False) for part in PARTS}
+        parts["out"] = nn.Linear(4 * head_dim, 64, bias=False)
+        norms = {f"{part}_norm": nn.RMSNorm(head_dim) if norm else nn.Identity() for part in PARTS[:2]}
+        return nn.ModuleDict(parts | norms)
 
     def forward(self, tokens: Tensor) -> Any:
         h = self.embed(tokens)
         self.logits.clear()
         for block in self.blocks:
             x = block["norm"](h)
-            query, key, value = (
-                block[part](x).unflatten(-1, (4, -1)).transpose(1, 2) for part in ("query", "key", "value")
-            )
+            query, key, value = (block[part](x).unflatten(-1, (4, -1)).transpose(1, 2) for part in PARTS)
             logits = block["query_norm"](query) @ block["key_norm"](key).mT * query.shape[-1] ** -0.5
             self.logits.append(logits)
             h = h + block["out"]((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
@@ -133,9 +132,7 @@ def test_logits_move_as_far_at_every_head_dim(norm: bool) -> None:
     assert _moved(64, norm, multiplied=False) / at_base > 1.4
 
 
-class NormedAttention(nn.Module):
-    """Attention with norms of queries and keys, a temperature and a sink for every head."""
-
+class NormedAttention(nn.Module):  # attention with norms of queries and keys, a temperature and a sink for every head
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
@@ -175,21 +172,16 @@ def test_gains_of_heads(heads: int, head_dim: int) -> None:
     assert structure.parameters["temperature"].fan_out == structure.parameters["sink"].fan_out == heads
 
 
-def flat_norm(heads: int) -> Net:
-    """A norm of all queries, of all heads together."""
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_norm_before_units_are_split_into_heads(heads: int) -> None:
+    """It has the same role at one head, as a base may have, as at many."""
 
     def forward(net: Net, x: Tensor) -> Any:
         h = net.embed(x)
         queries, keys, values = net.blocks(h).chunk(3, -1)
-        parts = (net.norm(queries), net.norm(keys), values)
-        made = F.scaled_dot_product_attention(*(part.unflatten(-1, (heads, 8)).transpose(1, 2) for part in parts))
-        return net.out(h + net.write(made.transpose(1, 2).flatten(2)))
+        parts = (part.unflatten(-1, (heads, 8)).transpose(1, 2) for part in (net.norm(queries), net.norm(keys), values))
+        return net.out(h + net.write(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)))
 
     parts = {"embed": nn.Linear(5, D), "out": nn.Linear(D, 3), "blocks": nn.Linear(D, 24 * heads)}
-    return Net(forward, write=nn.Linear(8 * heads, D), norm=nn.RMSNorm(8 * heads), **parts)
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_a_norm_before_units_are_split_into_heads(heads: int) -> None:
-    """It has the same role at one head, as a base may have, as at many."""
-    assert discover(flat_norm(heads), (FEATURES,)).roles["norm.weight"] == "branch_in_bias"
+    module = Net(forward, write=nn.Linear(8 * heads, D), norm=nn.RMSNorm(8 * heads), **parts)
+    assert discover(module, (FEATURES,)).roles["norm.weight"] == "branch_in_bias"

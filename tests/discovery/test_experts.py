@@ -1,7 +1,5 @@
 """Mixtures of experts: how many a token is sent to, and whether their outputs are averaged or summed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +10,6 @@ from helpers.architectures import LANGUAGE, VOCABULARY
 from helpers.architectures.language import mixtral
 from helpers.residual_networks import Net
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlu_lightning import Plan, discover, fold
 
@@ -22,18 +19,17 @@ X = torch.linspace(-1, 1, 80).reshape(16, 5)
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 def test_however_experts_are_computed(implementation: str) -> None:
-    expected = discover(mixtral("batched_mm")(2, 4, EMBEDDING), LANGUAGE)
-    structure = discover(mixtral(implementation)(2, 4, EMBEDDING), LANGUAGE)
-    assert (structure.parameters, structure.branches) == (expected.parameters, expected.branches)
+    expected, found = (discover(mixtral(each)(2, 4, EMBEDDING), LANGUAGE) for each in ("batched_mm", implementation))
+    assert (found.parameters, found.branches) == (expected.parameters, expected.branches)
 
 
 def _hugging_face(name: str, **numbers: Any) -> nn.Module:
     special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": CHOSEN}
-    kinds = getattr(transformers, f"{name}Config"), getattr(transformers, f"{name}ForCausalLM")
-    config = kinds[0](vocab_size=VOCABULARY, hidden_size=EMBEDDING, **special, **sizes, **numbers)
-    module: nn.Module = kinds[1](config)
-    return module
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY, hidden_size=EMBEDDING, **special, **sizes, **numbers
+    )
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 _FEW = {"num_local_experts": EXPERTS, "intermediate_size": UNITS}
@@ -86,10 +82,9 @@ def test_experts_that_are_always_on_are_a_branch_beside_the_others() -> None:
 
 def test_biases_of_experts() -> None:
     structure = discover(_hugging_face("GptOss", **_FEW, head_dim=8), LANGUAGE)
-    read = structure.parameters["model.layers.0.mlp.experts.gate_up_proj_bias"]
-    write = structure.parameters["model.layers.0.mlp.experts.down_proj_bias"]
-    assert (read.role, read.fan_in, read.fan_out, read.active) == ("branch_in_bias", 1, 2 * UNITS, CHOSEN)
-    assert (write.role, write.fan_in, write.fan_out, write.active) == ("branch_out_bias", 1, EMBEDDING, CHOSEN)
+    experts = (structure.parameters[f"model.layers.0.mlp.experts.{part}_proj_bias"] for part in ("gate_up", "down"))
+    found = [(facts.role, facts.fan_in, facts.fan_out, facts.active) for facts in experts]
+    assert found == [("branch_in_bias", 1, 2 * UNITS, CHOSEN), ("branch_out_bias", 1, EMBEDDING, CHOSEN)]
     assert structure.roles["model.layers.0.mlp.router.bias"] == "branch_bounded"
 
 
@@ -130,7 +125,6 @@ def loop(net: Mixture, h: Tensor) -> Tensor:
 
 
 def averaged(net: Mixture, h: Tensor) -> Tensor:
-    """All experts, averaged by a softmax."""
     return net.weighted(net.router(h).softmax(-1), h)
 
 
@@ -142,21 +136,18 @@ def masked(net: Mixture, h: Tensor) -> Tensor:
 
 
 def best(net: Mixture, h: Tensor) -> Tensor:
-    """The best expert, weighted with its probability."""
     weight, chosen = net.router(h).softmax(-1).max(-1, keepdim=True)
     return torch.stack([weight * (chosen == i) * net.expert(i, h) for i in range(EXPERTS)]).sum(0)
 
 
-class Product(nn.Module):
-    """Experts in one parameter, with biases, and weights in one product."""
-
+class Product(nn.Module):  # experts in one parameter, with biases, and weights in one product
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.out = nn.Linear(5, EMBEDDING), nn.Linear(EMBEDDING, 3)
         self.router = nn.Linear(EMBEDDING, EXPERTS, bias=False)
-        self.read = nn.Parameter(torch.randn(EXPERTS, EMBEDDING, UNITS))
-        self.bias = nn.Parameter(torch.zeros(EXPERTS, UNITS))
-        self.write = nn.Parameter(torch.randn(EXPERTS, UNITS, EMBEDDING))
+        self.read, self.bias, self.write = (
+            nn.Parameter(torch.randn(EXPERTS, *shape)) for shape in ((EMBEDDING, UNITS), (UNITS,), (UNITS, EMBEDDING))
+        )
 
     def weights(self, h: Tensor, squash: Callable[[Tensor], Tensor]) -> Tensor:
         best, chosen = self.router(h).topk(CHOSEN, -1)
@@ -164,18 +155,16 @@ class Product(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
-        units = F.gelu(torch.einsum("nd,edm->enm", h, self.read) + self.bias[:, None])
+        units = nn.functional.gelu(torch.einsum("nd,edm->enm", h, self.read) + self.bias[:, None])
         made = torch.einsum("enm,emd->end", units, self.write)
         return self.out(h + torch.einsum("ne,end->nd", self.weights(h, lambda best: best.softmax(-1)), made))
 
 
-class Weighted(Product):
-    """What experts are given is weighted, and not what they make."""
-
+class Weighted(Product):  # what experts are given is weighted, and not what they make
     def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
         given = self.weights(h, torch.sigmoid).T[..., None] * h
-        units = F.gelu(torch.einsum("end,edm->enm", given, self.read) + self.bias[:, None])
+        units = nn.functional.gelu(torch.einsum("end,edm->enm", given, self.read) + self.bias[:, None])
         return self.out(h + torch.einsum("enm,emd->end", units, self.write).sum(0))
 
 
@@ -183,8 +172,12 @@ def test_experts_whose_inputs_are_weighted() -> None:
     structure = discover(Weighted(), X)
     assert not structure.unassigned
     assert [branch.hidden for branch in structure.branches] == [CHOSEN * UNITS]
-    roles = {"router.weight": "branch_bounded_matrix", "read": "branch_in", "bias": "branch_in_bias"}
-    roles["write"] = "branch_out"
+    roles = {
+        "router.weight": "branch_bounded_matrix",
+        "read": "branch_in",
+        "bias": "branch_in_bias",
+        "write": "branch_out",
+    }
     assert {name: structure.roles[name] for name in roles} == roles
     assert {facts.active for facts in structure.parameters.values()} == {1}
 
@@ -206,7 +199,6 @@ def test_plain_experts(mix: Callable[[Any, Tensor], Tensor] | None, active: int,
 
 
 def test_experts_without_tokens_are_planned_and_folded_as_those_beside_them() -> None:
-    torch.manual_seed(0)
     module, base = Mixture(loop), Mixture(loop)
     structure = discover(module, X)
     (warning,) = structure.warnings
@@ -224,28 +216,28 @@ def test_experts_without_tokens_are_planned_and_folded_as_those_beside_them() ->
         torch.testing.assert_close(folded.get_parameter(f"write.{i}.weight"), before[i] * 0.5, rtol=1e-6, atol=0)
 
 
-def two(net: Net, x: Tensor) -> Any:
-    """Two blocks of experts, of which the last and the one before it never get a token; names end in numbers."""
-    h = net.embed(x)
-    for idle, block in zip((3, 2), net.blocks, strict=True):
-        weights = block["router"](h).softmax(-1)
-        busy = [i for i in range(EXPERTS) if i != idle]
-        h = h + torch.stack([block[f"expert_{i}"](h) * weights[:, i : i + 1] for i in busy]).sum(0)
-    return net.out(h)
-
-
-def block_of_experts() -> nn.ModuleDict:
-    experts = (nn.Sequential(nn.Linear(8, UNITS), nn.Tanh(), nn.Linear(UNITS, 8)) for _ in range(EXPERTS))
-    return nn.ModuleDict({"router": nn.Linear(8, EXPERTS)} | {f"expert_{i}": part for i, part in enumerate(experts)})
-
-
 def test_experts_without_tokens_belong_to_their_own_block() -> None:
-    structure = discover(Net(two, blocks=nn.ModuleList(block_of_experts() for _ in range(2))), X[:, :3])
+    """Of two blocks of experts, whose names end in numbers, the last and the one before it never get a token."""
+
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        for idle, block in zip((3, 2), net.blocks, strict=True):
+            weights = block["router"](h).softmax(-1)
+            busy = [i for i in range(EXPERTS) if i != idle]
+            h = h + torch.stack([block[f"expert_{i}"](h) * weights[:, i : i + 1] for i in busy]).sum(0)
+        return net.out(h)
+
+    def block() -> nn.ModuleDict:
+        experts = (nn.Sequential(nn.Linear(8, UNITS), nn.Tanh(), nn.Linear(UNITS, 8)) for _ in range(EXPERTS))
+        named = {f"expert_{i}": expert for i, expert in enumerate(experts)}
+        return nn.ModuleDict({"router": nn.Linear(8, EXPERTS)} | named)
+
+    structure = discover(Net(forward, blocks=nn.ModuleList((block(), block()))), X[:, :3])
     assert not structure.unassigned
-    for block in (0, 1):
-        facts = structure.parameters[f"blocks.{block}.expert_{3 - block}.2.weight"]
-        assert (facts.role, facts.branch) == ("branch_out", block)
-        assert facts.name in structure.branches[block].folds and facts.name in structure.branches[block].parameters
+    for number, branch in enumerate(structure.branches):
+        facts = structure.parameters[f"blocks.{number}.expert_{3 - number}.2.weight"]
+        assert (facts.role, facts.branch) == ("branch_out", number)
+        assert facts.name in branch.folds and facts.name in branch.parameters
 
 
 def test_a_number_of_experts_that_cannot_be_read_is_said() -> None:

@@ -1,7 +1,5 @@
 """Pre-activations of branches: where they are found in all architectures, and that what is read is what enters."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -10,6 +8,8 @@ import torch
 from helpers.architectures import ARCHITECTURES, TOKENS
 from helpers.attentions import causal_logits
 from helpers.feature_models import ATTENTIONS, INPUTS, LENGTH, UNITS, AttentionNet, UnitsNet
+from helpers.leaving import hooks
+from helpers.residual_networks import Net
 from torch import Tensor, nn
 
 from mlu_lightning import Plan, discover
@@ -18,8 +18,7 @@ from mlu_lightning.observation import locate_features, observe, rms_change
 from mlu_lightning.observation.features import spread
 
 DEPTH, HEADS, EMBEDDING = 2, 2, 16
-OF_EXPERTS = ("average of experts", "sum of experts", "mixtral")
-"""Architectures whose perceptrons cannot be read."""
+OF_EXPERTS = ("average of experts", "sum of experts", "mixtral")  # whose perceptrons cannot be read
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # single precision
 
 
@@ -33,7 +32,6 @@ def read(module: nn.Module, example: Any) -> dict[str, Tensor]:
 
 
 def seen_by_hooks(module: nn.Module, name: str, run: Any) -> Tensor:
-    """What a submodule returns in evaluation mode."""
     found: list[Tensor] = []
     handle = module.get_submodule(name).register_forward_hook(lambda *args: found.append(args[-1]))
     with torch.no_grad():
@@ -46,7 +44,6 @@ def seen_by_hooks(module: nn.Module, name: str, run: Any) -> Tensor:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_branch_but_mixtures_of_experts_can_be_read(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    torch.manual_seed(0)
     module = architecture.build(DEPTH, HEADS, EMBEDDING)
     branches = discover(module, architecture.example).branches
     expected = {f"{b.kind}/{b.name}" for b in branches if b.kind == "attention" or name not in OF_EXPERTS}
@@ -54,7 +51,6 @@ def test_every_branch_but_mixtures_of_experts_can_be_read(name: str) -> None:
 
 
 def test_units_of_a_resnet_are_what_its_first_matrix_makes() -> None:
-    torch.manual_seed(0)
     model = ResNet(depth=2, hidden=24, embedding=8, inputs=3, outputs=2)
     x = torch.randn(5, 3)
     stream = x @ model.embed.weight.T
@@ -76,7 +72,6 @@ def test_units_of_a_resnet_are_what_its_first_matrix_makes() -> None:
     ],
 )
 def test_units_are_what_enters_the_nonlinearity(architecture: str, branch: str, enters: str) -> None:
-    torch.manual_seed(0)
     module = ARCHITECTURES[architecture].build(DEPTH, HEADS, EMBEDDING)
     example = ARCHITECTURES[architecture].example
     run = (lambda: module(**example)) if isinstance(example, dict) else (lambda: module(*example))
@@ -102,7 +97,6 @@ def test_logits_of_fused_attention_are_those_of_its_queries_and_keys() -> None:
 
 @pytest.mark.parametrize("form", UNITS)
 def test_units_of_every_form(form: str) -> None:
-    torch.manual_seed(0)
     module, x = UnitsNet(UNITS[form]), torch.randn(4, INPUTS)
     found = read(module, x)
     stream = module.embed(x)
@@ -114,7 +108,6 @@ def test_units_of_every_form(form: str) -> None:
 
 @pytest.mark.parametrize("form", ATTENTIONS)
 def test_logits_of_every_form(form: str) -> None:
-    torch.manual_seed(0)
     module, x = AttentionNet(ATTENTIONS[form]), torch.randn(2, LENGTH, INPUTS)
     query, key, _ = module.parts(module.embed(x))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
@@ -122,12 +115,12 @@ def test_logits_of_every_form(form: str) -> None:
     torch.testing.assert_close(read(module, x)["attention/self"], logits[spread(len(logits), 32)], **CLOSE)
 
 
-def test_logits_of_multihead_attention_that_returns_its_weights() -> None:
-    class WithWeights(nn.MultiheadAttention):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs | {"need_weights": True})
+class WithWeights(nn.MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs | {"need_weights": True})
 
-    torch.manual_seed(0)
+
+def test_logits_of_multihead_attention_that_returns_its_weights() -> None:
     module = ARCHITECTURES["pre-norm encoder"].build(1, HEADS, EMBEDDING)
     layer: Any = module.get_submodule("encoder.layers.0")
     fused = read(module, (TOKENS,))
@@ -137,24 +130,16 @@ def test_logits_of_multihead_attention_that_returns_its_weights() -> None:
 
 @pytest.mark.parametrize("how", [lambda a, b: a + b, lambda a, b: torch.cat((a, b))])
 def test_of_two_passes_through_a_network_the_first_one_is_read(how: Any) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = UnitsNet(UNITS["glu"])
-
-        def forward(self, x: Tensor) -> Tensor:
-            return how(self.net(x), self.net(2 * x))  # type: ignore[no-any-return]  # how is any function
-
-    torch.manual_seed(0)
-    module, x = Twice(), torch.randn(4, INPUTS)
-    once = {name.replace("/", "/net."): values for name, values in read(module.net, x).items()}
+    module, x = UnitsNet(UNITS["glu"]), torch.randn(4, INPUTS)
+    twice = Net(lambda net, x: how(net.net(x), net.net(2 * x)), net=module, embed=nn.Identity(), out=nn.Identity())
+    twice.blocks = nn.Identity()
+    once = {name.replace("/", "/net."): values for name, values in read(module, x).items()}
     assert len(once) == 2
-    torch.testing.assert_close(read(module, x), once, rtol=0, atol=0)
+    torch.testing.assert_close(read(twice, x), once, rtol=0, atol=0)
 
 
 def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
     """A weight that underflows is not one of a key that cannot be seen."""
-    torch.manual_seed(0)
     module, x = AttentionNet(ATTENTIONS["eager, -inf"]), torch.randn(2, LENGTH, INPUTS)
     locations = located(module, x)
     before = observe(module, x, locations)["attention/self"]
@@ -170,7 +155,6 @@ def test_logits_that_grow_large_are_not_taken_for_masked() -> None:
 
 
 def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
-    torch.manual_seed(0)
     module, x = AttentionNet(ATTENTIONS["causal"]), torch.randn(2, LENGTH, INPUTS)
     locations = located(module, x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -182,7 +166,6 @@ def test_logits_of_mixed_precision_are_not_rounded_once_more() -> None:
 
 
 def test_grouped_keys_are_read_for_every_head() -> None:
-    torch.manual_seed(0)
     module = ARCHITECTURES["mistral"].build(DEPTH, 4, 32)
     found = read(module, ARCHITECTURES["mistral"].example)["attention/model.layers.0.self_attn"]
     samples, length = TOKENS.shape
@@ -197,11 +180,11 @@ def test_features_are_in_the_plan_and_nothing_is_left_in_the_module() -> None:
     plan = Plan.from_model(model, tokens, base=model)
     assert plan.features == discover(model, tokens).features
     assert Plan.from_yaml(plan.to_yaml(), "itself").features == plan.features
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    before = hooks(model)
     locations = locate_features(plan.features, plan.branches)
     first, again = (observe(model, tokens, locations) for _ in range(2))
     torch.testing.assert_close(first, again, rtol=0, atol=0, equal_nan=True)
-    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert hooks(model) == before
 
 
 def test_watching_ends_when_the_forward_pass_fails() -> None:

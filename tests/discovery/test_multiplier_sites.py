@@ -1,7 +1,5 @@
 """Where branches of small networks can be multiplied, and which additions are branches at all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +7,9 @@ import pytest
 import torch
 from helpers.architectures import TOKENS
 from helpers.residual_networks import Block, Net, X
+from helpers.taps import listed
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from mlu_lightning import discover
@@ -45,9 +43,7 @@ def test_weights_shared_across_depth_are_one_branch() -> None:
     assert str(branch.site) == "blocks.0 output" and set(branch.folds) == write(0)
 
 
-class Twice(LightningModule):
-    """Two forward passes in one step, and a look at the trainer."""
-
+class Twice(LightningModule):  # two forward passes in one step, and a look at the trainer
     def __init__(self) -> None:
         super().__init__()
         self.net = ResNet(2, 8, 4, inputs=3, outputs=2)
@@ -68,6 +64,10 @@ def test_two_forward_passes_are_one_network() -> None:
     (readout,) = structure.readouts
     assert (str(readout.site), readout.folds) == ("net.readout input", ("net.readout.weight",))
     assert module.trainer is not None
+    places = [
+        f"stream {i}: net.{place}" for i, place in enumerate(("embed output", "blocks.1 input[0]", "readout input[0]"))
+    ]
+    assert listed(module, X) == ", ".join([*places, "readout 0: net.readout output"])
 
 
 def test_parallel_branches_that_are_added_in_turn_count_once() -> None:
@@ -82,31 +82,33 @@ def test_parallel_branches_that_are_added_in_turn_count_once() -> None:
     assert [branch.position for branch in structure.branches] == [0, 0, 1, 1]
 
 
-def test_a_module_that_other_branches_call_too_is_no_site_of_a_multiplier() -> None:
-    def through_dropout(net: Net, h: Tensor, i: int) -> Any:
-        units, last = torch.tanh(net.blocks[i].read(h)), net.blocks[i].write
-        return net.drop(F.linear(units, last.weight, last.bias))
-
-    branches = blocks(through_dropout, drop=nn.Dropout(0.0)).branches
-    assert [(branch.site, set(branch.folds)) for branch in branches] == [(None, write(0)), (None, write(1))]
+def through_dropout(net: Net, h: Tensor, i: int) -> Any:
+    units, last = torch.tanh(net.blocks[i].read(h)), net.blocks[i].write
+    return net.drop(nn.functional.linear(units, last.weight, last.bias))
 
 
-def test_a_module_that_is_called_twice_in_one_branch_is_multiplied_in_both() -> None:
-    structure = blocks(lambda net, h, i: net.blocks[i](h) + net.blocks[i](-h))
-    found = [(str(branch.site), set(branch.folds)) for branch in structure.branches]
-    assert (structure.depth, found) == (2, [(f"blocks.{i} output", write(i)) for i in (0, 1)])
+NORMS = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+nn.init.normal_(NORMS[1].bias)
+NORMED = {"norm.1.weight", "norm.1.bias"}
+SITES: dict[str, tuple[Change, dict[str, Any], str, set[str]]] = {
+    "other branches call the module too": (through_dropout, {"drop": nn.Dropout(0.0)}, "None", write(1)),
+    "called twice in a branch": (
+        lambda net, h, i: net.blocks[i](h) + net.blocks[i](-h),
+        {},
+        "blocks.1 output",
+        write(1),
+    ),
+    "a norm at the end": (lambda net, h, i: net.norm[i](net.blocks[i](h)), {"norm": NORMS}, "norm.1 output", NORMED),
+    "with a constant": (lambda net, h, i: net.blocks[i](h) + 1.0, {}, "None", set()),
+}
 
 
-def test_a_branch_with_a_constant_cannot_be_folded() -> None:
-    structure = blocks(lambda net, h, i: net.blocks[i](h) + 1.0)
-    assert [(branch.site, branch.folds) for branch in structure.branches] == [(None, ()), (None, ())]
-
-
-def test_a_norm_that_ends_a_branch_is_what_is_folded() -> None:
-    norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
-    torch.nn.init.normal_(norms[1].bias)
-    (_, branch) = blocks(lambda net, h, i: net.norm[i](net.blocks[i](h)), norm=norms).branches
-    assert (str(branch.site), set(branch.folds)) == ("norm.1 output", {"norm.1.weight", "norm.1.bias"})
+@pytest.mark.parametrize(("branch", "parts", "site", "folds"), SITES.values(), ids=SITES)
+def test_where_branches_are_multiplied(branch: Change, parts: dict[str, Any], site: str, folds: set[str]) -> None:
+    structure = blocks(branch, **parts)
+    first, second = ((str(branch.site), set(branch.folds)) for branch in structure.branches)
+    assert structure.depth == 2 and second == (site, folds)
+    assert first == (site.replace("1", "0"), {name.replace("1", "0") for name in folds})
 
 
 def test_a_branch_that_something_else_reads_cannot_be_folded() -> None:
@@ -119,7 +121,6 @@ def test_a_branch_that_something_else_reads_cannot_be_folded() -> None:
 
 
 def test_a_number_for_each_branch_is_of_bounded_size() -> None:
-    """All of them are in one parameter (ReZero)."""
     structure = blocks(lambda net, h, i: net.scales[i] * net.blocks[i](h), scales=nn.Parameter(torch.ones(2)))
     facts = structure.parameters["scales"]
     assert (facts.role, facts.fan_in, facts.fan_out) == ("branch_bounded", 1, 1)
@@ -131,7 +132,7 @@ def test_a_branch_is_folded_into_what_writes_it_and_not_into_its_gate(modulated:
 
     def forward(net: Net, x: Tensor, condition: Tensor) -> Any:
         h = net.embed(x)
-        parts = net.modulation(F.silu(net.condition(condition)))[:, None].chunk(6, -1)
+        parts = net.modulation(nn.functional.silu(net.condition(condition)))[:, None].chunk(6, -1)
         for i, block in enumerate(net.blocks):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
             h = h + gate * block(h * (1 + scale) + shift if modulated else h)

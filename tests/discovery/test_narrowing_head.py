@@ -1,16 +1,14 @@
 """A head that narrows the stream to a bounded size ends it as a readout does; what a role alone cannot say is refused."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from helpers.architectures import ARCHITECTURES
 from helpers.one_part_alone import INPUTS, distance_moved
-from torch import Tensor, nn, optim
+from helpers.residual_networks import Net, stream
+from torch import nn, optim
 
 from mlu_lightning import Plan
 from mlu_lightning.models import ResidualBlock
@@ -19,21 +17,11 @@ from mlu_lightning.table import Ratios, Role, Scale
 BASE = 32
 
 
-class Narrowing(nn.Module):
+def narrowing(embedding: int) -> Net:
     """Residual blocks with two hidden units for a coordinate, and a head of 16 features."""
-
-    def __init__(self, embedding: int) -> None:
-        super().__init__()
-        self.embed = nn.Linear(5, embedding)
-        self.blocks = nn.ModuleList(ResidualBlock(2 * embedding, embedding) for _ in range(3))
-        self.narrow = nn.Linear(embedding, 16)
-        self.out = nn.Linear(16, 1)
-
-    def forward(self, x: Tensor) -> Any:
-        stream = self.embed(x)
-        for block in self.blocks:
-            stream = stream + block(stream)
-        return self.out(torch.relu(self.narrow(stream)))
+    blocks = nn.ModuleList(ResidualBlock(2 * embedding, embedding) for _ in range(3))
+    parts = {"embed": nn.Linear(5, embedding), "narrow": nn.Linear(embedding, 16), "out": nn.Linear(16, 1)}
+    return Net(lambda net, x: net.out(torch.relu(net.narrow(stream(net, x)))), blocks=blocks, **parts)
 
 
 def _plan(module: nn.Module, base: nn.Module) -> Plan:
@@ -42,7 +30,7 @@ def _plan(module: nn.Module, base: nn.Module) -> Plan:
 
 def test_numbers_of_a_head_that_narrows() -> None:
     """Sums over D, and gradients do not depend on it: a readout with its 1/d folded into the weight."""
-    plan = _plan(Narrowing(4 * BASE), Narrowing(BASE))
+    plan = _plan(narrowing(4 * BASE), narrowing(BASE))
     assert {name: one.row for name, one in plan.parameters.items() if "blocks" not in name} == {
         "embed.weight": "embedding",
         "embed.bias": "embedding",
@@ -59,16 +47,12 @@ def test_numbers_of_a_head_that_narrows() -> None:
     assert [m.value for m in plan.multipliers if m.kind == "readout"] == [1.0]
 
 
-def test_heads_that_grow_with_the_stream_stay_what_they_were() -> None:
-    same = _plan(Narrowing(BASE), Narrowing(BASE))
+def test_a_saved_plan_is_a_base_whether_its_own_head_narrowed_or_not() -> None:
+    grown, base = narrowing(4 * BASE), narrowing(BASE)
+    same = _plan(base, base)
     assert same.roles["narrow.weight"] is Role.STREAM_MATRIX
     assert all(scale == Scale() for scale in same.scales("adamw").values())
-
-
-def test_a_saved_plan_is_a_base() -> None:
-    """Whether its own head narrowed or not."""
-    grown, base = Narrowing(4 * BASE), Narrowing(BASE)
-    for plan in (_plan(grown, base), _plan(base, base)):
+    for plan in (_plan(grown, base), same):
         assert Plan.from_model(grown, (INPUTS,), base=plan).scales("adamw") == _plan(grown, base).scales("adamw")
 
 
@@ -89,7 +73,7 @@ def test_every_part_moves_the_output_equally_far(part: str, family: type[optim.O
 
 def _moved(width: int, variant: bool, part: str, family: type[optim.Optimizer], lr: float, seed: int) -> float:
     torch.manual_seed(seed)
-    base, module = Narrowing(BASE), Narrowing(width)
+    base, module = narrowing(BASE), narrowing(width)
     plan = _plan(module, base)
     if not variant:
         head = replace(plan.parameters["narrow.weight"], variant=None)
@@ -113,9 +97,8 @@ def test_a_role_that_was_found_may_be_said_also_of_a_tied_readout() -> None:
     ],
 )
 def test_readouts_cannot_be_made_by_a_role(name: str, role: str, message: str) -> None:
-    """Their multiplier would be missing, or left."""
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + message):
-        Plan.from_model(Narrowing(BASE), (INPUTS,), base=Narrowing(BASE), overrides={name: role})
+        Plan.from_model(narrowing(BASE), (INPUTS,), base=narrowing(BASE), overrides={name: role})
     said = {"out.weight": "readout", "narrow.weight": "stream_bounded_matrix"}
-    plan = Plan.from_model(Narrowing(2 * BASE), (INPUTS,), base=Narrowing(BASE), overrides=said)
-    assert plan == Plan.from_model(Narrowing(2 * BASE), (INPUTS,), base=plan, overrides=said)
+    plan = Plan.from_model(narrowing(2 * BASE), (INPUTS,), base=narrowing(BASE), overrides=said)
+    assert plan == Plan.from_model(narrowing(2 * BASE), (INPUTS,), base=plan, overrides=said)

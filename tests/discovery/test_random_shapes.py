@@ -1,7 +1,5 @@
 """Plans at random shapes, down to a single block, unit or coordinate: the table, the identity, and hook against fold."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Callable
@@ -13,25 +11,16 @@ import torch
 from helpers import perceptrons
 from helpers.residual_networks import Block, Net
 from helpers.table_by_hand import Shape, wanted
+from helpers.trainers import identical
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlu_lightning import (
-    OptimizerFamily,
-    Plan,
-    Role,
-    Scale,
-    attach_multipliers,
-    bake,
-    fold,
-    initialize,
-    scale_optimizer,
-)
+from mlu_lightning import Plan, Role, Scale, attach_multipliers, bake, fold, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer, ResNet
+from mlu_lightning.table import OptimizerFamily
 
-Dimensions = tuple[int, int, int]
-"""Depth, hidden width and embedding dimension."""
+Dimensions = tuple[int, int, int]  # depth, hidden width and embedding dimension
 
 VOCABULARY, HEAD_DIM = 5, 2
 PERCEPTRON = {"embed": Role.EMBEDDING, "read": Role.BRANCH_IN, "write": Role.BRANCH_OUT, "readout": Role.READOUT}
@@ -46,16 +35,10 @@ TRANSFORMER = {
 
 
 @dataclass(frozen=True)
-class Model:
-    """A kind of module, at any shape."""
-
+class Model:  # a kind of module, at any shape
     build: Callable[[Dimensions], nn.Module]
     example: Callable[[int], Any]  # with a number of samples
     role: Callable[[str], Role]  # of a parameter by its name, read off the source
-
-
-def resnet(dimensions: Dimensions) -> nn.Module:
-    return ResNet(*dimensions, inputs=3, outputs=2)
 
 
 def transformer(gains: bool, mlp: bool) -> Callable[[Dimensions], nn.Module]:
@@ -76,13 +59,12 @@ def ids(samples: int) -> Tensor:
 
 
 def layer_of(name: str, roles: dict[str, Role]) -> Role:
-    """By the name of the layer, or the end of its path without places."""
     path = re.sub(r"\.\d+\.", ".", name).removesuffix(".weight")
     return roles.get(path) or roles[path.split(".")[-1]]
 
 
 MODELS = {
-    "resnet": Model(resnet, numbers, lambda name: layer_of(name, PERCEPTRON)),
+    "resnet": Model(lambda size: ResNet(*size, 3, 2), numbers, lambda name: layer_of(name, PERCEPTRON)),
     "with norms and biases": Model(lambda size: perceptrons.Perceptron(*size), numbers, perceptrons.role_of),
     "transformer": Model(transformer(gains=True, mlp=True), ids, lambda name: layer_of(name, TRANSFORMER)),
     "attention alone": Model(transformer(gains=False, mlp=False), ids, lambda name: layer_of(name, TRANSFORMER)),
@@ -127,10 +109,8 @@ def test_absolute_form_has_numbers_at_every_shape(name: str, shape: Dimensions) 
     depth, heads, embedding = shape
     for parameter, found in plan.scales("adamw").items():
         hidden = 4 * heads * HEAD_DIM if ".read." in parameter or ".write." in parameter else heads
-        if name != "transformer":
-            at = Shape(depth, heads, heads, embedding, embedding)
-        else:
-            at = Shape(2 * depth, hidden, hidden, embedding, embedding)
+        whole = name == "transformer"
+        at = Shape(2 * depth, hidden, hidden, embedding, embedding) if whole else ratios(shape, (1, 1, 1))
         expected = wanted(MODELS[name].role(parameter), OptimizerFamily.ADAMW, at)
         assert astuple(found) == pytest.approx(astuple(expected), rel=1e-12), parameter
 
@@ -140,11 +120,11 @@ def test_absolute_form_has_numbers_at_every_shape(name: str, shape: Dimensions) 
 def test_at_the_bases_shape_nothing_changes(name: str, shape: Dimensions) -> None:
     module, plan = planned(name, shape, shape)
     assert {scale for family in OptimizerFamily for scale in plan.scales(family).values()} == {Scale()}
-    before = copy.deepcopy(module.state_dict())
+    before = copy.deepcopy(module)
     initialize(module, plan)
     attach_multipliers(module, plan).remove()
     fold(module, plan)
-    assert identical(module.state_dict(), before)
+    assert identical(module, before)
     optimizer = torch.optim.AdamW(module.parameters(), eps=0.1)
     seen: list[bool] = []
     optimizer.register_step_post_hook(lambda opt, *_: seen.append(opt.param_groups == [group]))
@@ -152,10 +132,6 @@ def test_at_the_bases_shape_nothing_changes(name: str, shape: Dimensions) -> Non
     scale_optimizer(optimizer, module, plan)
     optimizer.step()
     assert seen == [True]
-
-
-def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def output(module: nn.Module, name: str) -> Any:
@@ -168,17 +144,19 @@ def output(module: nn.Module, name: str) -> Any:
 def test_hook_and_fold_are_exact_at_powers_of_two(name: str, shape: Dimensions, base: Dimensions) -> None:
     """Outputs, and what is left after the hooks were removed, moved into the weights, or baked."""
     module, plan = planned(name, shape, base)
-    folded, plain, before = copy.deepcopy(module), output(module, name), copy.deepcopy(module.state_dict())
+    folded, plain, before = copy.deepcopy(module), output(module, name), copy.deepcopy(module)
     handle = attach_multipliers(module, plan)
     hooked = output(module, name)
     assert torch.equal(output(fold(folded, plan), name), hooked)
     assert torch.equal(output(bake(copy.deepcopy(module), plan), name), hooked)
     assert torch.equal(output(fold(copy.deepcopy(module), plan), name), hooked)
     multipliers = plan.scales("adamw")
-    assert all(torch.equal(p, before[key] * multipliers[key].multiplier) for key, p in folded.named_parameters())
+    assert all(
+        torch.equal(p, before.get_parameter(key) * multipliers[key].multiplier) for key, p in folded.named_parameters()
+    )
     handle.remove()
     assert torch.equal(output(module, name), plain)
-    assert identical(module.state_dict(), before)
+    assert identical(module, before)
 
 
 @SOME

@@ -1,7 +1,5 @@
 """Recurrence in time inside of branches: rows, fans, units and states by hand, from the theory and the models' source."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -206,22 +204,23 @@ def test_recurrent_layers_outside_of_branches_are_refused(kind: str, overrides: 
     assert "overrides={" not in str(error.value)
 
 
-def gated(net: Net, tokens: Tensor) -> Any:
-    """Highway gates, a polynomial of units and a sum over tokens: products and sums in turn, but no recurrence."""
-    h = net.embed(tokens)
-    x = net.blocks(h)
-    for gate, layer in zip(net.gates, net.layers, strict=True):
-        weight = torch.sigmoid(gate(x))
-        x = weight * torch.tanh(layer(x)) + (1 - weight) * x
-    value = net.coefficients[0] * x
-    for coefficient in net.coefficients[1:]:
-        value = (value + coefficient) * x
-    return net.out(h + net.write(value.cumsum(1)))
-
-
 def test_gates_and_polynomials_are_no_recurrence() -> None:
-    parts: dict[str, Any] = {"blocks": nn.Linear(8, 12), "embed": nn.Embedding(VOCABULARY, 8)}
-    parts["write"] = nn.Linear(12, 8)
+    def gated(net: Net, tokens: Tensor) -> Any:
+        h = net.embed(tokens)
+        x = net.blocks(h)
+        for gate, layer in zip(net.gates, net.layers, strict=True):
+            weight = torch.sigmoid(gate(x))
+            x = weight * torch.tanh(layer(x)) + (1 - weight) * x
+        value = net.coefficients[0] * x
+        for coefficient in net.coefficients[1:]:
+            value = (value + coefficient) * x
+        return net.out(h + net.write(value.cumsum(1)))
+
+    parts: dict[str, Any] = {
+        "blocks": nn.Linear(8, 12),
+        "embed": nn.Embedding(VOCABULARY, 8),
+        "write": nn.Linear(12, 8),
+    }
     parts |= {name: nn.ModuleList(nn.Linear(12, 12) for _ in range(4)) for name in ("gates", "layers")}
     structure = discover(Net(gated, coefficients=nn.Parameter(torch.ones(5)), **parts), TOKENS)
     assert not structure.unassigned and structure.branches[0].kind == "mlp"

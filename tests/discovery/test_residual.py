@@ -1,17 +1,14 @@
 """Which operations belong to which stream, branch or readout where a network is not one row of blocks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from helpers.architectures import LANGUAGE, VOCABULARY
-from helpers.residual_networks import Net
+from helpers.residual_networks import Net, stepwise
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlu_lightning import discover
 
@@ -19,16 +16,12 @@ X = torch.linspace(-1, 1, 48).reshape(2, 3, 8)
 IMAGES = torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)
 
 
-class Perceptron(nn.Sequential):
-    """A branch: a norm, and two matrices around an activation."""
-
+class Perceptron(nn.Sequential):  # a branch: a norm, and two matrices around an activation
     def __init__(self, embedding: int, hidden: int = 12) -> None:
         super().__init__(nn.LayerNorm(embedding), nn.Linear(embedding, hidden), nn.Tanh(), nn.Linear(hidden, embedding))
 
 
-class Blocks(nn.Module):
-    """Residual perceptrons."""
-
+class Blocks(nn.Module):  # residual perceptrons
     def __init__(self, embedding: int, depth: int = 2) -> None:
         super().__init__()
         self.branches = nn.ModuleList(Perceptron(embedding) for _ in range(depth))
@@ -39,14 +32,11 @@ class Blocks(nn.Module):
         return h
 
 
-def reader(net: Net, x: Tensor) -> Any:
-    """A decoder that reads an encoder of another dimension through a norm and a projection."""
-    memory = net.project(net.norm(net.blocks(net.embed(x))))
-    h = net.decoder(net.target(x))
-    return net.out(h + net.attention(h, memory, memory)[0])
-
-
 def test_what_a_decoder_reads_an_encoder_through() -> None:
+    def reader(net: Net, x: Tensor) -> Any:
+        memory, h = net.project(net.norm(net.blocks(net.embed(x)))), net.decoder(net.target(x))
+        return net.out(h + net.attention(h, memory, memory)[0])
+
     parts = {"embed": nn.Linear(8, 24), "blocks": Blocks(24, 3), "norm": nn.LayerNorm(24), "project": nn.Linear(24, 16)}
     parts |= {"target": nn.Linear(8, 16), "decoder": Blocks(16), "out": nn.Linear(16, 5)}
     module = Net(reader, attention=nn.MultiheadAttention(16, 2, batch_first=True), **parts)
@@ -76,21 +66,16 @@ def test_the_last_norm_of_a_post_norm_encoder_is_one_of_them() -> None:
     assert structure.parameters["model.encoder.layers.1.final_layer_norm.weight"].stream == 1
 
 
-def towers(net: Net, x: Tensor) -> Any:
-    """Two networks whose outputs meet in a loss."""
-    parts = zip(net.embed, net.blocks, net.out, strict=True)
-    first, second = (out(blocks(embed(x))).mean(1) for embed, blocks, out in parts)
-    return F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T * net.temperature.exp()
-
-
-_ENDS = (("embed", (8, 16), (8, 24)), ("out", (16, 4), (24, 4)))
-
-
 def test_each_readout_is_of_the_stream_that_it_reads() -> None:
-    parts: dict[str, Any] = {"temperature": nn.Parameter(torch.zeros(()))}
-    parts |= {"blocks": nn.ModuleList((Blocks(16, 2), Blocks(24, 3)))}
-    parts |= {name: nn.ModuleList((nn.Linear(*a), nn.Linear(*b))) for name, a, b in _ENDS}
-    structure = discover(Net(towers, **parts), (X,))
+    def meeting(net: Net, x: Tensor) -> Any:
+        parts = zip(net.embed, net.blocks, net.out, strict=True)
+        first, second = (nn.functional.normalize(out(blocks(embed(x))).mean(1), dim=-1) for embed, blocks, out in parts)
+        return first @ second.T * net.temperature.exp()
+
+    towers = [(nn.Linear(8, size), Blocks(size, depth), nn.Linear(size, 4)) for size, depth in ((16, 2), (24, 3))]
+    embed, blocks, out = map(nn.ModuleList, zip(*towers, strict=True))
+    module = Net(meeting, embed=embed, blocks=blocks, out=out, temperature=nn.Parameter(torch.zeros(())))
+    structure = discover(module, (X,))
     assert not structure.unassigned
     depths = [stream.depth for stream in structure.streams]
     assert sorted(depths) == [2, 3]
@@ -110,7 +95,7 @@ class Denoiser(LightningModule):
     def training_step(self, batch: Tensor) -> Tensor:
         output = self.out(self.blocks(self.embed(0.7 * batch)))
         if self.skip:
-            return F.mse_loss(0.5 * batch + 0.3 * output, torch.zeros_like(batch))
+            return nn.functional.mse_loss(0.5 * batch + 0.3 * output, torch.zeros_like(batch))
         return (output - batch).square().mean()
 
 
@@ -127,27 +112,21 @@ def test_data_can_be_the_stream_itself() -> None:
     assert [(stream.depth, stream.embedding) for stream in structure.streams] == [(3, 8)]
 
 
-def pooled(net: Net, x: Tensor) -> Any:
-    """Tokens are mixed by pooling, without a matrix, before each perceptron."""
-    h = net.embed(x)
-    for branch in net.blocks:
-        h = h + (F.avg_pool1d(h.mT, 3, 1, 1).mT - h)
-        h = h + branch(h)
-    return net.out(h)
-
-
 def test_an_addition_without_a_matrix_does_not_take_in_the_branch_before_it() -> None:
+    def pooled(net: Net, h: Tensor, branch: Perceptron) -> Any:
+        h = h + (nn.functional.avg_pool1d(h.mT, 3, 1, 1).mT - h)
+        return h + branch(h)
+
     branches = nn.ModuleList(Perceptron(16) for _ in range(3))
-    structure = discover(Net(pooled, embed=nn.Linear(8, 16), out=nn.Linear(16, 5), blocks=branches), (X,))
+    module = stepwise(pooled, embed=nn.Linear(8, 16), out=nn.Linear(16, 5), blocks=branches)
+    structure = discover(module, (X,))
     assert not structure.unassigned
     assert [b.name for b in structure.branches if b.kind == "mlp"] == [f"blocks.{i}" for i in range(3)]
     assert [(b.kind, b.position) for b in structure.branches] == [*zip(["mixing", "mlp"] * 3, range(6), strict=True)]
     assert structure.roles["blocks.0.1.weight"] == "branch_in"
 
 
-class Inverted(nn.Module):
-    """Inverted bottlenecks (MobileNet V2), of which those that change the shape have no shortcut."""
-
+class Inverted(nn.Module):  # inverted bottlenecks (MobileNet V2), of which those that change the shape have no shortcut
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 5)
@@ -180,13 +159,11 @@ def test_norms_of_blocks_without_a_shortcut_do_not_make_a_stream_post_norm() -> 
     assert (depthwise.role, depthwise.fan_in, depthwise.fan_out) == ("branch_hidden", 1, 64)
 
 
-def staged(net: Net, x: Tensor) -> Any:
-    """Positions are added a second time, halfway."""
-    first, second = net.blocks
-    return net.out(second(first(net.embed(x)) + net.positions + net.table(torch.arange(3))))
-
-
 def test_tables_that_are_added_on_the_way_are_embeddings() -> None:
+    def staged(net: Net, x: Tensor) -> Any:
+        first, second = net.blocks
+        return net.out(second(first(net.embed(x)) + net.positions + net.table(torch.arange(3))))
+
     parts = {"embed": nn.Linear(8, 16), "out": nn.Linear(16, 5), "blocks": nn.ModuleList((Blocks(16), Blocks(16)))}
     parts |= {"positions": nn.Parameter(torch.randn(1, 3, 16)), "table": nn.Embedding(3, 16)}
     structure = discover(Net(staged, **parts), (X,))

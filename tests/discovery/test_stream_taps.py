@@ -1,7 +1,5 @@
 """Taps of streams in all architectures: what is read is what a person reads off the source."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +62,6 @@ END: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_streams_and_outputs_are_those_read_off_the_source(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    torch.manual_seed(0)
     module = architecture.build(DEPTH, HEADS, EMBEDDING)
     structure = discover(module, architecture.example)
     module = module.double().eval()
@@ -103,7 +100,6 @@ def test_streams_and_outputs_are_those_read_off_the_source(name: str) -> None:
 
 
 def after(name: str, module: Any, position: int, before: Tensor, change: Tensor) -> Tensor:
-    """What a person reads off the source: the stream after an addition, as the next branch reads it."""
     if name in ("basic resnet", "bottleneck resnet"):
         return F.relu(module.stages[position // DEPTH][position % DEPTH].shortcut(before) + change)
     if name == "hugging face resnet":
@@ -116,26 +112,19 @@ def after(name: str, module: Any, position: int, before: Tensor, change: Tensor)
     return before + change
 
 
-def post_norm(module: Any, position: int) -> nn.Module:
-    """The norm after an addition."""
-    if hasattr(module, "decoder"):
-        block, part = divmod(position - 1, 3)
-        layer = module.decoder.layers[block]
-        norm: nn.Module = (layer.norm1, layer.norm2, layer.norm3)[part]
-        return norm
-    block, half = divmod(position - 1, 2)
+def post_norm(module: Any, position: int) -> Any:
+    parts = 3 if hasattr(module, "decoder") else 2
+    block, part = divmod(position - 1, parts)
     if hasattr(module, "bert"):
         layer = module.bert.encoder.layer[block]
-        norm = layer.output.LayerNorm if half else layer.attention.output.LayerNorm
-    else:
-        norm = module.encoder.layers[block].norm2 if half else module.encoder.layers[block].norm1
-    return norm
+        return layer.output.LayerNorm if part else layer.attention.output.LayerNorm
+    layer = (module.decoder if parts == 3 else module.encoder).layers[block]
+    return getattr(layer, f"norm{part + 1}")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_attached_multipliers_do_not_change_what_is_read(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    torch.manual_seed(0)
     module = architecture.build(DEPTH, HEADS, EMBEDDING)
     plan = Plan.from_model(module, architecture.example, base=architecture.build(1, 2, 16), alpha=1.5)
     initialize(module, plan)

@@ -1,7 +1,5 @@
 """Taps of streams where coordinates are not in the last axis, or where there are two streams."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -10,7 +8,6 @@ from helpers.architectures import TOKENS
 from helpers.residual_networks import Net
 from helpers.taps import modules, read, streams
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlu_lightning import discover
 
@@ -33,9 +30,7 @@ class BasicBlock(nn.Module):
         return self.relu(out)
 
 
-class Images(nn.Module):
-    """Two stages of two blocks; the second begins with a strided shortcut."""
-
+class Images(nn.Module):  # two stages of two blocks; the second begins with a strided shortcut
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2)
@@ -44,13 +39,12 @@ class Images(nn.Module):
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Any:
-        h = self.pool(F.relu(self.bn(self.conv(x))))
-        h = self.layer2(F.avg_pool2d(self.layer1(h), 2))
+        h = self.pool(nn.functional.relu(self.bn(self.conv(x))))
+        h = self.layer2(nn.functional.avg_pool2d(self.layer1(h), 2))
         return self.fc(h.mean((2, 3)))
 
 
 def test_activations_stand_for_sums_that_no_module_is_given_first() -> None:
-    torch.manual_seed(0)
     module, x = Images().eval(), torch.randn(8, 3, 16, 16)  # so that channels are as many as samples and pixels
     structure = discover(module, x)
     blocks = ["layer1.0 output", "layer1 output", "layer2.0 output", "layer2 output"]
@@ -58,23 +52,20 @@ def test_activations_stand_for_sums_that_no_module_is_given_first() -> None:
     assert [tap.axis for tap in structure.taps] == [1, 1, 1, 1, 1, -1]
     h = streams(read(module, structure.taps, lambda: module(x)))
     assert [value.shape[1] for value in h] == [8, 8, 8, 16, 16]
-    with torch.no_grad():
-        torch.testing.assert_close(h[1], module.layer1[0](h[0]))
-        torch.testing.assert_close(h[2], module.layer1[1](h[1]))
-        torch.testing.assert_close(h[3], module.layer2[0](F.avg_pool2d(h[2], 2)))
-        torch.testing.assert_close(h[4], module.layer2[1](h[3]))
-
-
-def turned(net: Net, x: Tensor) -> Any:
-    """Convolutions whose branches write with a matrix, which makes channels the last axis, and turn it back."""
-    h = net.embed(x)
-    for i, block in enumerate(net.blocks):
-        made = block(h.permute(0, 2, 3, 1))
-        h = (made.permute(0, -1, 1, 2) if i else made.transpose(-1, 1).transpose(2, 3)) + h
-    return net.out(net.pool(h))
+    torch.testing.assert_close(h[1], module.layer1[0](h[0]))
+    torch.testing.assert_close(h[2], module.layer1[1](h[1]))
+    torch.testing.assert_close(h[3], module.layer2[0](nn.functional.avg_pool2d(h[2], 2)))
+    torch.testing.assert_close(h[4], module.layer2[1](h[3]))
 
 
 def test_axis_of_the_coordinates_is_followed_through_permutations() -> None:
+    def turned(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        for i, block in enumerate(net.blocks):
+            made = block(h.permute(0, 2, 3, 1))
+            h = (made.permute(0, -1, 1, 2) if i else made.transpose(-1, 1).transpose(2, 3)) + h
+        return net.out(net.pool(h))
+
     parts = {"embed": nn.Conv2d(3, 8, 1), "out": nn.Conv2d(8, 5, 1), "pool": nn.AdaptiveAvgPool2d(1)}
     taps = discover(Net(turned, **parts), torch.randn(8, 3, 8, 8)).taps  # every axis of the stream has 8 entries
     assert {tap.axis for tap in taps} == {1}
@@ -83,7 +74,6 @@ def test_axis_of_the_coordinates_is_followed_through_permutations() -> None:
 
 
 def test_axis_where_time_comes_first() -> None:
-    """Of as many steps as there are samples and coordinates."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, norm_first=True)
     encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
     parts = {"embed": nn.Linear(3, 16), "out": nn.Linear(16, 2), "blocks": encoder}
@@ -93,14 +83,11 @@ def test_axis_where_time_comes_first() -> None:
     assert modules(taps) == ["embed output", "blocks.layers.0.norm2 input[0]", "blocks output", "out output"]
 
 
-def translator(net: Net, source: Tensor, target: Tensor) -> Any:
-    """An encoder stream and a decoder stream that reads it."""
-    memory = net.encoder(net.embed(source))
-    return net.out(net.decoder(tgt=net.embed(target), memory=memory))
-
-
 def test_encoder_and_decoder() -> None:
-    torch.manual_seed(0)
+    def translator(net: Net, source: Tensor, target: Tensor) -> Any:
+        memory = net.encoder(net.embed(source))
+        return net.out(net.decoder(tgt=net.embed(target), memory=memory))
+
     encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
     decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
     parts = {"embed": nn.Embedding(50, 16), "out": nn.Linear(16, 9), "blocks": nn.Identity()}
@@ -118,15 +105,13 @@ def test_encoder_and_decoder() -> None:
     ]
     found = read(module, structure.taps, lambda: module(source, target))
     decoder, encoder = streams(found), streams(found, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder[0], module.embed(source))
-        torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
-        torch.testing.assert_close(decoder[0], module.embed(target))
-        torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))
+    torch.testing.assert_close(encoder[0], module.embed(source))
+    torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
+    torch.testing.assert_close(decoder[0], module.embed(target))
+    torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))
 
 
 def test_encoder_and_decoder_of_hugging_face() -> None:
-    torch.manual_seed(0)
     numbers = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.1}
     module = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **numbers)).eval()
     batch = {"input_ids": TOKENS, "labels": TOKENS, "decoder_input_ids": TOKENS.flip(1)}
@@ -138,10 +123,9 @@ def test_encoder_and_decoder_of_hugging_face() -> None:
     outputs: list[Any] = []
     found = read(module, structure.taps, lambda: outputs.append(module(**batch)))
     decoder, encoder = streams(found), streams(found, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(encoder[0], module.shared(TOKENS))
-        torch.testing.assert_close(module.encoder.final_layer_norm(encoder[4]), outputs[0].encoder_last_hidden_state)
-        torch.testing.assert_close(found["readout", 0, 0], outputs[0].logits)
-        # a tied readout of T5 is divided by the square root of the dimension
-        end = module.lm_head(module.decoder.final_layer_norm(decoder[6]) / 32**0.5)
-        torch.testing.assert_close(found["readout", 0, 0], end)
+    torch.testing.assert_close(encoder[0], module.shared(TOKENS))
+    torch.testing.assert_close(module.encoder.final_layer_norm(encoder[4]), outputs[0].encoder_last_hidden_state)
+    torch.testing.assert_close(found["readout", 0, 0], outputs[0].logits)
+    # a tied readout of T5 is divided by the square root of the dimension
+    end = module.lm_head(module.decoder.final_layer_norm(decoder[6]) / 32**0.5)
+    torch.testing.assert_close(found["readout", 0, 0], end)

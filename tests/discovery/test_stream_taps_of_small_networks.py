@@ -1,7 +1,5 @@
 """Taps of streams in small networks: what may stand for a sum, what may not, and what is read of several passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,52 +7,77 @@ from typing import Any
 import pytest
 import torch
 from helpers.architectures import TOKENS
-from helpers.residual_networks import Block, Net, X, in_a_row, stepwise, stream
+from helpers.residual_networks import Block, Net, X, in_a_row, stepwise
 from helpers.taps import listed, modules, read, streams
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, discover
-from mlu_lightning.models import ResNet
 from mlu_lightning.observation import locate, observe
 
 
-class Masked(Block):
-    """It is given a mask without a gradient first, and the stream by keyword."""
-
+class Masked(Block):  # it is given a mask without a gradient first, and the stream by keyword
     def forward(self, *, mask: Tensor, stream: Tensor) -> Tensor:
         return super().forward(stream) * mask
 
 
-def test_tensors_without_gradient_count_among_inputs() -> None:
-    blocks = nn.ModuleList([Masked(), Masked()])
-    module = stepwise(lambda net, h, block: h + block(mask=torch.ones(4, 1), stream=h), blocks=blocks)
-    expected = "stream 0: embed output, stream 1: blocks.1 input[1], stream 2: out input[0], readout 0: out output"
-    assert listed(module, X) == expected
+def through_factors(net: Net, x: Tensor) -> Any:
+    h, mask = net.embed(x) * 3, torch.ones(4, 1).expand(4, 8)
+    for block in net.blocks:
+        h = (h + block(h)) * mask
+    return net.out(2 * h)
 
 
-class Adding(Block):
-    """The sum is made in place, which changes what the block was given while it runs."""
+def in_turn(net: Net, x: Tensor) -> Any:
+    h, (first, second) = net.embed(x), net.blocks
+    return net.out(net.drop(h + first(h)) + second(h))
 
+
+def reversible(net: Net, x: Tensor) -> Any:
+    """Half of the coordinates are the stream of the other half's branch, which the block is given before it."""
+    first, second = net.embed(x).chunk(2, -1)
+    return net.out(first + net.blocks(second))
+
+
+THROUGH_A_MATRIX = stepwise(lambda net, h, block: F.linear(h + block(h), block.read.weight[:8]))
+MASKED = nn.ModuleList([Masked(), Masked()])
+WITH_A_MASK = stepwise(lambda net, h, block: h + block(mask=torch.ones(4, 1), stream=h), blocks=MASKED)
+LISTED = {
+    "tensors without gradient count": (
+        WITH_A_MASK,
+        "stream 0: embed output, stream 1: blocks.1 input[1], stream 2: out input[0]",
+    ),
+    "factors": (Net(through_factors), "stream 0: blocks.0 input[0], branch 0: blocks.0 output"),
+    "a matrix of no module": (THROUGH_A_MATRIX, "stream 0: embed output, branch 0: blocks.0 output"),
+    "one position": (Net(in_turn, drop=nn.Dropout(0.5)), "stream 0: embed output, stream 1: out input[0]"),
+    "first calls": (
+        Net(blocks=nn.ModuleList([Block()] * 3)),
+        "stream 0: embed output, branch 0: blocks.0 output, stream 3: out input[0]",
+    ),
+    "outputs of one operation": (Net(reversible, embed=nn.Linear(3, 16), blocks=Block()), "stream 1: out input[0]"),
+}
+
+
+@pytest.mark.parametrize(("module", "expected"), LISTED.values(), ids=LISTED)
+def test_what_stands_for_a_sum_and_what_does_not(module: Net, expected: str) -> None:
+    assert listed(module, X) == f"{expected}, readout 0: out output"
+
+
+class Adding(Block):  # the sum is made in place, which changes what the block was given while it runs
     def forward(self, stream: Tensor) -> Tensor:
         stream += super().forward(stream)
         return stream
 
 
 def test_sums_in_place() -> None:
-    torch.manual_seed(0)
     module = Net(adds=True, blocks=nn.ModuleList([Adding(), Adding()]))
     structure = discover(module, X)
     assert modules(structure.taps) == ["embed output", "blocks.0 output", "blocks.1 output", "out output"]
     h = streams(read(module, structure.taps, lambda: module(X)))
-    with torch.no_grad():
-        torch.testing.assert_close(h[1], h[0] + Block.forward(module.blocks[0], h[0]))
+    torch.testing.assert_close(h[1], h[0] + Block.forward(module.blocks[0], h[0]))
 
 
 def test_dropout_is_nothing_when_the_stream_is_read() -> None:
-    """Dropout before, between and after the sums; only functions are between the last of them and the readout."""
-
     def forward(net: Net, x: Tensor) -> Any:
         h = F.dropout(net.embed(x), 0.5, net.training)
         for block in net.blocks:
@@ -72,28 +95,7 @@ def test_dropout_is_nothing_when_the_stream_is_read() -> None:
         "readout 0: (module itself) output",
     ]
     h = streams(read(module, structure.taps, lambda: module(X)))
-    with torch.no_grad():
-        torch.testing.assert_close(h[1], h[0] + module.blocks[0](h[0]))
-
-
-def scaled(net: Net, x: Tensor) -> Any:
-    """The embedding is multiplied before it is the stream, and so are sums before they are given to anything."""
-    h, mask = net.embed(x) * 3, torch.ones(4, 1).expand(4, 8)
-    for block in net.blocks:
-        h = (h + block(h)) * mask
-    return net.out(2 * h)
-
-
-def through_a_matrix(net: Net, x: Tensor) -> Any:
-    """A matrix without a module is between the sums: what the next block is given is not what was summed."""
-    return net.out(stream(net, x, lambda net, h, block: F.linear(h + block(h), block.read.weight[:8])))
-
-
-@pytest.mark.parametrize(("forward", "begin"), [(scaled, "blocks.0 input[0]"), (through_a_matrix, "embed output")])
-def test_what_is_made_of_a_sum_by_factors_or_a_matrix_does_not_stand_for_it(
-    forward: Callable[..., Any], begin: str
-) -> None:
-    assert listed(Net(forward), X) == f"stream 0: {begin}, branch 0: blocks.0 output, readout 0: out output"
+    torch.testing.assert_close(h[1], h[0] + module.blocks[0](h[0]))
 
 
 def bare(change: Callable[[Any, Tensor, Tensor], Tensor]) -> Net:
@@ -120,7 +122,6 @@ BARE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("form", ["one", "parallel", "in turn"])
 def test_a_sum_that_is_given_to_nothing_is_read_as_its_summands(form: str, hooked: bool) -> None:
-    torch.manual_seed(0)
     module = bare(BARE[form])
     plan = Plan.from_model(module, X)
     if hooked:
@@ -138,9 +139,8 @@ def test_a_sum_that_is_given_to_nothing_is_read_as_its_summands(form: str, hooke
     found = observe(module, X, locate(plan.taps, [depth], [0, 1]))
     factor = 1 / depth if hooked else 1.0
     first, second = (lambda h, block=block: factor * Block.forward(block, h) for block in module.blocks)
-    with torch.no_grad():
-        h = module.embed(X)
-        after = h + first(h) + (second(h + first(h)) if form == "one" else second(h))
+    h = module.embed(X)
+    after = h + first(h) + (second(h + first(h)) if form == "one" else second(h))
     torch.testing.assert_close(found["s=1"], after)
 
 
@@ -150,67 +150,22 @@ def test_a_sum_of_anything_else_is_not_read(form: str) -> None:
     assert [tap.reads for tap in structure.taps if tap.position == 0] == ["stream", "readout"][: len(structure.taps)]
 
 
-def test_branches_that_are_added_in_turn_make_one_position() -> None:
-    def forward(net: Net, x: Tensor) -> Any:
-        h, (first, second) = net.embed(x), net.blocks
-        return net.out(net.drop(h + first(h)) + second(h))
-
-    expected = "stream 0: embed output, stream 1: out input[0], readout 0: out output"
-    assert listed(Net(forward, drop=nn.Dropout(0.5)), X) == expected
-
-
-def test_only_first_calls_are_read() -> None:
-    expected = "stream 0: embed output, branch 0: blocks.0 output, stream 3: out input[0], readout 0: out output"
-    assert listed(Net(blocks=nn.ModuleList([Block()] * 3)), X) == expected
-
-
 def test_the_first_of_two_passes_is_read() -> None:
     module = Net(lambda net, x: in_a_row(net, 2 * x) - in_a_row(net, x), adds=True)
     structure = discover(module, X)
     assert [tap.position for tap in structure.taps] == [0, 1, 2, 0]
     found = read(module, structure.taps, lambda: module(X))
-    with torch.no_grad():
-        torch.testing.assert_close(found["stream", 0, 2], nn.Sequential(module.embed, *module.blocks)(2 * X))
-        torch.testing.assert_close(found["readout", 0, 0], in_a_row(module, 2 * X))
+    torch.testing.assert_close(found["stream", 0, 2], nn.Sequential(module.embed, *module.blocks)(2 * X))
+    torch.testing.assert_close(found["readout", 0, 0], in_a_row(module, 2 * X))
 
 
 def test_a_pass_after_one_without_gradients_cannot_be_read() -> None:
-    """What is read later is the first call, which is not the one that is trained."""
-
     def forward(net: Net, x: Tensor) -> Any:
         with torch.no_grad():
             in_a_row(net, -x)
         return in_a_row(net, 2 * x) - in_a_row(net, x)
 
     assert discover(Net(forward, adds=True), X).taps == ()
-
-
-class StepTwice(LightningModule):
-    """Two passes of a network in a training step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = ResNet(2, 8, 4, inputs=3, outputs=2)
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        return (self.net(batch) - self.net(batch.flip(0))).square().mean()
-
-
-def test_passes_of_a_training_step() -> None:
-    expected = "stream 0: net.embed output, stream 1: net.blocks.1 input[0], stream 2: net.readout input[0]"
-    assert listed(StepTwice(), X) == f"{expected}, readout 0: net.readout output"
-
-
-def test_outputs_of_one_operation_are_told_apart() -> None:
-    """Half of the coordinates are the stream of the other half's branch, as in reversible networks."""
-
-    def forward(net: Net, x: Tensor) -> Any:
-        first, second = net.embed(x).chunk(2, -1)
-        return net.out(first + net.block(second))
-
-    # before it, the block is given the other half
-    expected = "stream 1: out input[0], readout 0: out output"
-    assert listed(Net(forward, embed=nn.Linear(3, 16), block=Block()), X) == expected
 
 
 @pytest.mark.parametrize(
@@ -233,7 +188,6 @@ def test_what_a_multiplier_changes_is_not_read(adds: bool, site: str, expected: 
 
 
 def test_an_output_is_read_with_its_bias() -> None:
-    """The readout's bias is added on its own."""
     bias = nn.Parameter(torch.randn(2))
     parts = {"out": nn.Linear(8, 2, bias=False), "bias": bias, "flat": nn.Flatten(0)}
     module = Net(lambda net, x: net.flat(in_a_row(net, x) + net.bias), adds=True, **parts)
@@ -254,20 +208,16 @@ def by_hand(net: Any, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("norm", [whole, by_hand])
 def test_norms_stand_for_sums_that_no_module_is_given(norm: Callable[[Any, Tensor], Tensor]) -> None:
-    torch.manual_seed(0)
     module = stepwise(lambda net, h, block: norm(net, h + block(h)), sizes=nn.Identity())
     structure = discover(module, X)
     # what follows the last sum has many parts if it is written by hand, and is not known to be a norm
     last = "out input[0]" if norm is whole else "blocks.1 output"
     assert modules(structure.taps) == ["embed output", "blocks.1 input[0]", last, "out output"]
     h = streams(read(module, structure.taps, lambda: module(X)))
-    with torch.no_grad():
-        torch.testing.assert_close(h[1], norm(module, h[0] + module.blocks[0](h[0])))
+    torch.testing.assert_close(h[1], norm(module, h[0] + module.blocks[0](h[0])))
 
 
 def test_parts_of_a_norm_do_not_stand_for_sums() -> None:
-    """Only the squares are given to a module."""
-
     def step(net: Net, h: Tensor, block: Block) -> Tensor:
         return by_hand(net, h + F.linear(torch.tanh(F.linear(h, block.read.weight)), block.write.weight))
 
@@ -276,8 +226,6 @@ def test_parts_of_a_norm_do_not_stand_for_sums() -> None:
 
 
 def test_the_head_does_not_stand_for_the_last_sum() -> None:
-    """What follows the last sum is not what follows the others."""
-
     def forward(net: Net, x: Tensor) -> Any:
         h, (first, second) = net.embed(x), net.blocks
         h = torch.relu(h + first(h))

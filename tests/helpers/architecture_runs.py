@@ -36,7 +36,6 @@ def loss_of(module: nn.Module, batch: Any) -> Tensor:
 
 
 def in_double(batch: Any) -> Any:
-    """A batch with its floating-point tensors in double precision."""
     return tree_map_only(Tensor, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, batch)
 
 
@@ -62,9 +61,7 @@ def batches_like(example: Any, count: int = BATCHES) -> list[Any]:
     return [tree_map_only(Tensor, drawn, example) for _ in range(count)]
 
 
-class Trained(LightningModule):
-    """Any module with its loss and a schedule whose every step differs; keeps what it lost."""
-
+class Trained(LightningModule):  # any module with its loss and a schedule whose every step differs; keeps what it lost
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -99,12 +96,7 @@ def built(architecture: Architecture, shape: Any = LARGE, seed: int = 0, double:
 
 
 def fit(
-    module: LightningModule,
-    batches: list[Any],
-    *callbacks: Callback,
-    epochs: int = EPOCHS,
-    folder: Any = None,
-    **more: Any,
+    module: Any, batches: Any, *callbacks: Callback, epochs: int = EPOCHS, folder: Any = None, **more: Any
 ) -> Trainer:
     """Train, from the same random state every time; a checkpoint of every epoch goes to ``folder``."""
     saving = [] if folder is None else [ModelCheckpoint(folder, "{epoch}", save_top_k=-1)]

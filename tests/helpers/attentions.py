@@ -24,58 +24,33 @@ IMAGES = {"pixel_values": torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8), "label
 
 
 @dataclass(frozen=True)
-class Case:
-    """An attention at any head_dim, and the factor that its logits need where that is twice the base's."""
-
+class Case:  # an attention at any head_dim, and the factor that its logits need where that is twice the base's
     build: Callable[[int], nn.Module]
     example: Any
     factor: float
 
 
-def hugging_face(name: str, head_dim_is_free: bool = True, **numbers: Any) -> Callable[[int], nn.Module]:
-    """A causal language model with 4 heads; where head_dim is not free, the embedding grows with it.
-
-    Numbers that depend on head_dim are given as functions of it.
-    """
+def built(name: str, head: str, **numbers: Any) -> Callable[[int], nn.Module]:
+    """A model of transformers; numbers that depend on head_dim are given as functions of it."""
 
     def build(head_dim: int) -> nn.Module:
         given = {key: value(head_dim) if callable(value) else value for key, value in numbers.items()}
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-        sizes |= {"hidden_size": 32, "head_dim": head_dim} if head_dim_is_free else {"hidden_size": 4 * head_dim}
-        special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **special, **(sizes | given))
-        return transformers.AutoModelForCausalLM.from_config(config)
+        config = getattr(transformers, f"{name}Config")(**given)
+        return getattr(transformers, f"AutoModelFor{head}").from_config(config)
 
     return build
 
 
+def hugging_face(name: str, head_dim_is_free: bool = True, **numbers: Any) -> Callable[[int], nn.Module]:
+    """A causal language model with 4 heads; where head_dim is not free, the embedding grows with it."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sizes |= {"hidden_size": 32, "head_dim": int} if head_dim_is_free else {"hidden_size": lambda dim: 4 * dim}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return built(name, "CausalLM", vocab_size=VOCABULARY, **special, **(sizes | numbers))
+
+
 GROUPED = {"num_key_value_heads": 2}
-
-
-def _t5(head_dim: int) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(d_kv=head_dim, decoder_start_token_id=0, **sizes)
-    return transformers.T5ForConditionalGeneration(config)
-
-
-def _bart(head_dim: int) -> nn.Module:
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in _BART.items()}
-    config = transformers.BartConfig(vocab_size=VOCABULARY, d_model=4 * head_dim, max_position_embeddings=16, **sizes)
-    return transformers.BartForConditionalGeneration(config)
-
-
 _BART = {"layers": 1, "attention_heads": 4, "ffn_dim": 64}
-_ENCODER = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-
-
-def _bert(head_dim: int) -> nn.Module:
-    sizes = _ENCODER | {"hidden_size": 4 * head_dim, "max_position_embeddings": 8}
-    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=VOCABULARY, **sizes))
-
-
-def _vit(head_dim: int) -> nn.Module:
-    sizes = _ENCODER | {"hidden_size": 4 * head_dim, "image_size": 8, "patch_size": 4}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=3, **sizes))
 
 
 fused = F.scaled_dot_product_attention
@@ -146,9 +121,7 @@ for form in (added_to_biases, cosine_by_hand, in_place, masked_and_capped, norma
     FORMS[form.__name__] = form
 
 
-class Plain(nn.Module):
-    """One residual attention with 2 heads, of one of the forms."""
-
+class Plain(nn.Module):  # one residual attention with 2 heads, of one of the forms
     def __init__(self, how: str, head_dim: int) -> None:
         super().__init__()
         self.how, self.head_dim = how, head_dim
@@ -168,24 +141,38 @@ class Plain(nn.Module):
         return self.readout(h + self.out(FORMS[self.how](self, *parts).transpose(1, 2).flatten(2)))
 
 
-class Slices(nn.Module):
-    """Residual attention whose queries are the last third of what its projection returns."""
+class Packed(nn.Module):
+    """Residual attention whose queries, keys and values, [..., heads, head_dim], are split from what one layer makes."""
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, units: int, layer: nn.Module, split: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
         self.embed, self.readout = nn.Linear(3, 16), nn.Linear(16, 2)
-        self.packed, self.out = nn.Linear(16, 6 * head_dim), nn.Linear(2 * head_dim, 16)
-        self.size = 2 * head_dim
+        self.packed, self.out, self.split = layer, nn.Linear(units, 16), split
 
     def forward(self, x: Tensor) -> Any:
         h = self.embed(x)
-        packed = self.packed(h)
-        value, key, query = packed[..., : self.size], packed[..., self.size : -self.size], packed[..., -self.size :]
-        parts = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in (query, key, value))
+        parts = (part.transpose(1, 2) for part in self.split(self.packed, h))
         return self.readout(h + self.out(fused(*parts).transpose(1, 2).flatten(2)))
 
 
+def slices(head_dim: int) -> Packed:
+    """Queries are the last third."""
+    size = 2 * head_dim
+
+    def split(layer: nn.Module, h: Tensor) -> Any:
+        made = layer(h)
+        thirds = made[..., -size:], made[..., size:-size], made[..., :size]
+        return (third.unflatten(-1, (2, -1)) for third in thirds)
+
+    return Packed(size, nn.Linear(16, 3 * size), split)
+
+
 EXAMPLE = (torch.linspace(-1, 1, 24).reshape(2, 4, 3),)
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+BART: dict[str, Any] = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in _BART.items()}
+BART |= {"vocab_size": VOCABULARY, "max_position_embeddings": 16}
+ENCODER: dict[str, Any] = {"hidden_size": lambda dim: 4 * dim, "num_hidden_layers": 2, "num_attention_heads": 4}
+ENCODER |= {"intermediate_size": 64}
 GPT_NEO = {"attention_types": [[["global"], 2]], "max_position_embeddings": 8}
 OPT = {"ffn_dim": 64, "max_position_embeddings": 16, "word_embed_proj_dim": lambda head_dim: 4 * head_dim}
 CASES: dict[str, Case] = {
@@ -208,11 +195,13 @@ CASES: dict[str, Case] = {
     "qwen3": Case(hugging_face("Qwen3", **GROUPED), UNTURNED, ROOT),
     "olmo2": Case(hugging_face("Olmo2", False, **GROUPED), UNTURNED, ROOT),
     "opt": Case(hugging_face("OPT", False, **OPT), LANGUAGE, ROOT),
-    "bart": Case(_bart, LANGUAGE, ROOT),
-    "t5": Case(_t5, LANGUAGE, HALF),
-    "bert": Case(_bert, LANGUAGE, ROOT),
-    "vit": Case(_vit, IMAGES, ROOT),
-    "slices": Case(Slices, EXAMPLE, ROOT),
+    "bart": Case(built("Bart", "Seq2SeqLM", d_model=lambda dim: 4 * dim, **BART), LANGUAGE, ROOT),
+    "t5": Case(built("T5", "Seq2SeqLM", d_kv=int, **T5), LANGUAGE, HALF),
+    "bert": Case(
+        built("Bert", "MaskedLM", vocab_size=VOCABULARY, max_position_embeddings=8, **ENCODER), LANGUAGE, ROOT
+    ),
+    "vit": Case(built("ViT", "ImageClassification", image_size=8, patch_size=4, num_labels=3, **ENCODER), IMAGES, ROOT),
+    "slices": Case(slices, EXAMPLE, ROOT),
 } | {
     f"plain, {how}": Case(lambda dim, how=how: Plain(how, dim), EXAMPLE, factor)  # type: ignore[misc]
     for factor, names in {
@@ -226,7 +215,6 @@ CASES: dict[str, Case] = {
 
 
 def loss_of(module: nn.Module, example: Any) -> Any:
-    """Loss of a module in double precision."""
     with torch.no_grad():
         if isinstance(example, dict):
             given = {k: v.double() if v.is_floating_point() else v for k, v in example.items()}

@@ -29,9 +29,7 @@ def adamw(module: nn.Module) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Net(LightningModule):
-    """A residual network whose training draws from torch, NumPy and Python."""
-
+class Net(LightningModule):  # a residual network whose training draws from torch, NumPy and Python
     def __init__(self, depth: int = 2, hidden: int = 8, embedding: int = 4, optimizers: Optimizers = adamw) -> None:
         super().__init__()
         self.shape = (depth, hidden, embedding)

@@ -20,17 +20,13 @@ QUICK = ["--factors", "[1,2,4]", "--seeds", "2", "--steps", "2", *ALONG_DEPTH]
 SHORTEST = ["--factors", "[1,2]", "--seeds", "1", "--steps", "1", *ALONG_DEPTH]
 
 
-class Pairs(LightningDataModule):
-    """Products and sizes to be learned."""
-
+class Pairs(LightningDataModule):  # products and sizes to be learned
     def train_dataloader(self) -> DataLoader[Any]:
         x = torch.randn(128, 3, generator=torch.Generator().manual_seed(0))
         return DataLoader(TensorDataset(x, torch.stack((x[:, 0] * x[:, 1], x[:, 2].abs()), 1)), batch_size=16)
 
 
-class Twice(Callback):
-    """A user's callback that changes the training: it makes the gradients twice as large."""
-
+class Twice(Callback):  # a user's callback that changes the training: it makes the gradients twice as large
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         for parameter in pl_module.parameters():
             if parameter.grad is not None:
@@ -38,7 +34,6 @@ class Twice(Callback):
 
 
 def plugin(base_class: str = RESNET, **base: Any) -> dict[str, Any]:
-    """The section of an MLUCallback."""
     section = {"class_path": base_class, "init_args": base}
     return {"class_path": "mlu_lightning.MLUCallback", "init_args": {"base": section}}
 
@@ -58,7 +53,6 @@ def write(folder: Path, **changes: Any) -> str:
 
 
 def command(*args: str) -> int:
-    """The exit code of a command line."""
     with pytest.raises(SystemExit) as end:
         main([*args])
     return int(end.value.code or 0)

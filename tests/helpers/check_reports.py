@@ -18,12 +18,10 @@ def points(law: Callable[[int, int], float], seeds: int = 3, factors: tuple[int,
 
 
 def noisy(power: float, noise: float) -> Callable[[int, int], float]:
-    """A power of the size, with noise."""
     draws = np.random.default_rng(0).normal(size=(9, 9)) * noise
     return lambda factor, seed: float((1 + seed) * factor**power * math.exp(draws[factor.bit_length(), seed]))
 
 
 def failing_report(warnings: tuple[str, ...] = ()) -> CheckReport:
-    """A report that fails along depth and hidden width."""
     rows = tuple(fit_row(READ, axis, points(noisy(1.0, 0.01))) for axis in ("depth", "hidden"))
     return CheckReport(Shape(2, 3, 4), FACTORS, 3, 5, rows, warnings)

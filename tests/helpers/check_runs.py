@@ -25,7 +25,6 @@ def transformer(depth: int, hidden: int, embedding: int, **settings: Any) -> Cau
 
 
 def few(**settings: Any) -> CheckReport:
-    """A check of few sizes."""
     arguments: dict[str, Any] = {"factors": (1, 2, 4), "seeds": 3, "steps": 3} | settings
     build = arguments.pop("build", transformer)
     return check(build, arguments.pop("base", BASE), arguments.pop("data", tokens()), **arguments)

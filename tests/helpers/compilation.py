@@ -10,9 +10,7 @@ from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 
-class Counting:
-    """Counts the graphs that it is given, next to torch's own count of breaks."""
-
+class Counting:  # counts the graphs that it is given, next to torch's own count of breaks
     def __init__(self, backend: str) -> None:
         self._compile = lookup_backend(backend)
         self._graphs = 0
@@ -23,7 +21,6 @@ class Counting:
         return self._compile(graph, inputs)
 
     def counts(self) -> tuple[int, Counter[str]]:
-        """Graphs and breaks, by reason, since the last time."""
         found = self._graphs, Counter(counters["graph_break"])
         self._graphs = 0
         counters.clear()

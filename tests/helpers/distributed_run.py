@@ -1,7 +1,6 @@
-"""A run in one or two processes: ``distributed_run.py STRATEGY FOLDER``.
+"""Runs in one or two processes: ``distributed_run.py FOLDER STRATEGY...``.
 
-It records a large model, whose features it watches, and measures a small one against the recording; or, with a third
-argument, ``limit``, measures the small one against the infinite model.
+Each records a large model, whose features it watches, and measures a small one against it and the infinite model.
 """
 
 import csv
@@ -29,9 +28,7 @@ LIMIT = Limit(depth=6, units=32)
 SAMPLES = 8  # in a batch of all processes together
 
 
-class Sharded(ResNet):
-    """Shards its blocks and itself."""
-
+class Sharded(ResNet):  # shards its blocks and itself
     def configure_model(self) -> None:
         mesh = self.device_mesh
         assert mesh is not None
@@ -40,9 +37,7 @@ class Sharded(ResNet):
         fully_shard(self, mesh=mesh["data_parallel"])
 
 
-class Data(LightningDataModule):
-    """The same samples in every batch of all processes together, however many they are."""
-
+class Data(LightningDataModule):  # the same samples in every batch of all processes together, however many they are
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         rank, processes = self.trainer.global_rank, self.trainer.world_size
@@ -71,19 +66,19 @@ def fit(strategy: str, shape: dict[str, int], folder: Path, *callbacks: Any) -> 
     trainer.fit(model, datamodule=Data())
 
 
-def start(strategy: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this file in a process of its own."""
-    command = [sys.executable, __file__, strategy, str(folder), *arguments]
+def run(strategy: str, folder: Path) -> None:
+    fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"), FeatureUpdate())
+    fit(strategy, SMALL, folder, EmbeddingDistance(folder / "large.safetensors"))
+    if strategy != "fsdp2":  # infinite models are not sharded
+        fit(strategy, SMALL, folder / "limit", EmbeddingDistance(LIMIT))
+
+
+def start(folder: Path, *strategies: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, __file__, str(folder), *strategies]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def distances(folder: Path) -> dict[int, dict[str, float]]:
-    """What the small model logged, by step."""
-    return logged(folder / str(SMALL["embedding"]), "mlu/distance/")
-
-
 def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
-    """Logged values whose names begin so, by step."""
     with (folder / "version_0" / "metrics.csv").open() as file:
         return {
             int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith(prefix)}
@@ -93,10 +88,6 @@ def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    strategy, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    if sys.argv[3:] == ["limit"]:
-        fit(strategy, SMALL, folder, EmbeddingDistance(LIMIT))
-    else:
-        fit(strategy, LARGE, folder, ReferenceRecorder(folder / "large.safetensors"), FeatureUpdate())
-        fit(strategy, SMALL, folder, EmbeddingDistance(folder / "large.safetensors"))
+    for name in sys.argv[2:]:
+        run(name, Path(sys.argv[1]) / name)

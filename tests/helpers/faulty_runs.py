@@ -15,13 +15,10 @@ from mlu_lightning.application.multipliers import residual_state
 
 LR, DECAY = 0.02, 0.1
 PROBE = next(iter(runs_by_hand.data(0, 6)))
-STEPS = 8
-"""Of a fit, in two epochs."""
+STEPS = 8  # of a fit, in two epochs
 
 
-class Storable(Net):
-    """Trains with SGD; nothing in it is bound to another object than itself, so that it can be pickled."""
-
+class Storable(Net):  # trains with SGD; nothing in it is bound to another object than itself, so that it can be pickled
     def __init__(self) -> None:
         super().__init__()
         self.batch_size = 6
@@ -30,9 +27,7 @@ class Storable(Net):
         return optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=DECAY)
 
 
-class Watched(Storable):
-    """Keeps its optimizers, so that they can be looked at afterwards."""
-
+class Watched(Storable):  # keeps its optimizers, so that they can be looked at afterwards
     def __init__(self) -> None:
         super().__init__()
         self.made: list[optim.Optimizer] = []
@@ -42,9 +37,7 @@ class Watched(Storable):
         return self.made[-1]
 
 
-class At(Callback):
-    """Does something in a hook, once, when so many steps were made."""
-
+class At(Callback):  # does something in a hook, once, when so many steps were made
     def __init__(self, hook: str, do: Callable[[Trainer, Any], Any], step: int = 3) -> None:
         def act(run: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> None:
             if run.global_step >= step and not self.done:
@@ -60,7 +53,6 @@ def fit(module: LightningModule, *callbacks: Callback, **settings: Any) -> Train
 
 
 def own_hooks(module: nn.Module) -> int:
-    """Number of hooks of the package on the parts of a module."""
     hooks = [h for part in module.modules() for h in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
     return sum(type(hook).__module__.startswith("mlu_lightning") for hook in hooks)
 

@@ -16,9 +16,7 @@ HEADS, LENGTH, HEAD_DIM = 4, 7, 4
 
 
 @dataclass(frozen=True)
-class Units:
-    """A perceptron's hidden units, from its block and the output of the first matrix."""
-
+class Units:  # a perceptron's hidden units, from its block and the output of the first matrix
     form: Callable[[Any, Tensor], Tensor]
     entering: Callable[[Any, Tensor], Tensor] = lambda block, made: made  # the nonlinearity
     made: int = HIDDEN  # outputs of the first matrix
@@ -58,9 +56,7 @@ UNITS = {
 }
 
 
-class UnitsNet(nn.Module):
-    """Two residual perceptrons with units of one form."""
-
+class UnitsNet(nn.Module):  # two residual perceptrons with units of one form
     def __init__(self, units: Units) -> None:
         super().__init__()
         self.embed, self.readout = nn.Linear(INPUTS, EMBEDDING), nn.Linear(EMBEDDING, 2)
@@ -90,10 +86,6 @@ def eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return (query @ key.mT / math.sqrt(HEAD_DIM) + mask).softmax(-1) @ value
 
 
-def other_axis(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return (key @ query.mT / math.sqrt(HEAD_DIM)).softmax(-2).mT @ value
-
-
 def routed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Another softmax comes before that of the attention."""
     return eager(query, key, value * value.softmax(-1), torch.zeros(()))
@@ -104,9 +96,7 @@ def hide(logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class AttentionForm:
-    """Attention as a function of queries, keys and values."""
-
+class AttentionForm:  # attention as a function of queries, keys and values
     form: Callable[[Tensor, Tensor, Tensor], Tensor]
     logits: Callable[[Tensor], Tensor] = lambda logits: logits  # from products of queries and keys divided by sqrt(d_k)
     groups: int = HEADS  # heads of keys and values
@@ -122,14 +112,12 @@ ATTENTIONS = {
     "eager, -inf": AttentionForm(lambda q, k, v: eager(q, k, v, hide(torch.zeros(LENGTH, LENGTH))), hide),
     "eager, min": AttentionForm(lambda q, k, v: eager(q, k, v, torch.finfo(q.dtype).min * ~CAUSAL), hide),
     "eager, -1e4": AttentionForm(lambda q, k, v: eager(q, k, v, -1e4 * ~CAUSAL), hide),
-    "softmax along another axis": AttentionForm(other_axis),
+    "softmax along another axis": AttentionForm(lambda q, k, v: (k @ q.mT / HEAD_DIM**0.5).softmax(-2).mT @ v),
     "another softmax before": AttentionForm(routed),
 }
 
 
-class AttentionNet(nn.Module):
-    """One residual attention, in the module itself."""
-
+class AttentionNet(nn.Module):  # one residual attention, in the module itself
     def __init__(self, form: AttentionForm) -> None:
         super().__init__()
         self.embed, self.readout = nn.Linear(INPUTS, EMBEDDING), nn.Linear(EMBEDDING, 2)

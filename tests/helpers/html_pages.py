@@ -4,9 +4,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 
-class Page(HTMLParser):
-    """Text, images and tags of a page; refuses what does not close."""
-
+class Page(HTMLParser):  # text, images and tags of a page; refuses what does not close
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []

@@ -22,9 +22,7 @@ FLOAT32 = 1e-6  # one rounding of every entry
 SAMPLED = 0.025  # the root mean square of 2e4 normal numbers has a standard error of 1/sqrt(4e4): five of those
 
 
-class Bag(nn.Module):
-    """Parameters under the names that a test gives them."""
-
+class Bag(nn.Module):  # parameters under the names that a test gives them
     def __init__(self, **values: Tensor) -> None:
         super().__init__()
         for name, value in values.items():

@@ -1,7 +1,7 @@
-"""Runs that can be killed, for test_killed_runs.py: ``python -m helpers.killed_run`` reads one run per line of its input.
+"""Runs that can be killed: ``python -m helpers.killed_run`` reads one per line, and prints the exit code of each.
 
-A line is JSON: folder, optimizer, schedule, residual, and ``kill``, the steps and the seconds until then, or null. Each run
-is a process, forked when everything is imported, that goes on from the last checkpoint in its folder; codes are printed.
+A line is JSON: folder, optimizer, schedule, residual, and ``kill``, the steps and seconds until then, or null; a run goes on
+from the last checkpoint in its folder, in a process that is forked when everything is imported.
 """
 
 import json
@@ -87,9 +87,7 @@ class Noisy(ResNet):
         return {"optimizer": made, "lr_scheduler": config}
 
 
-class Killed(Callback):
-    """Lets another process kill this one, some seconds after some steps."""
-
+class Killed(Callback):  # lets another process kill this one, some seconds after some steps
     def __init__(self, steps: int, seconds: float) -> None:
         self.steps, self.seconds = steps, seconds
 

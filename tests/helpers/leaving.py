@@ -19,9 +19,7 @@ Shape = tuple[int, int, int]
 BASE, TWICE, THRICE = (1, 2, 16), (2, 4, 32), (3, 6, 48)
 
 
-class Lit(LightningModule):
-    """A Hugging Face model as an attribute, as most people have it."""
-
+class Lit(LightningModule):  # a Hugging Face model as an attribute, as most people have it
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -59,9 +57,7 @@ def hooks(module: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
-def multiplied(
-    build: Any, example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5
-) -> tuple[nn.Module, Plan]:
+def multiplied(build: Any, example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5) -> tuple[Any, Plan]:
     torch.manual_seed(0)
     base, module = (build(*shape) for shape in shapes)
     module = module.double() if double else module

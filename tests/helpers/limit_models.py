@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -16,8 +15,7 @@ Array = NDArray[np.float64]
 
 INPUTS, OUTPUTS, SAMPLES = 3, 2, 4
 VOCABULARY, CONTEXT = 5, 4
-STDS = {"embed.weight": 0.7, "readout.weight": 1.9}
-"""Far from each other, so that S is far from a multiple of the identity."""
+STDS = {"embed.weight": 0.7, "readout.weight": 1.9}  # S is far from a multiple of the identity
 S = np.repeat(np.square([*STDS.values()]), [INPUTS, OUTPUTS])
 
 
@@ -46,9 +44,8 @@ def planned(activation: str = "tanh", trained: bool = True, alpha: float = 1.0, 
 def descend(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     x, y = tensors()
     for _ in range(steps):
-        loss = F.mse_loss(module(x), y)
         optimizer.zero_grad()
-        loss.backward()
+        nn.functional.mse_loss(module(x), y).backward()
         optimizer.step()
 
 

@@ -17,9 +17,7 @@ from mlu_lightning.models import CausalTransformer, ResNet
 SMALL = Limit(depth=6, units=16)
 
 
-class Pairs(LightningDataModule):
-    """The data of small runs, for LightningCLI."""
-
+class Pairs(LightningDataModule):  # the data of small runs, for LightningCLI
     def train_dataloader(self) -> DataLoader[Any]:
         return loader()
 
@@ -30,7 +28,6 @@ def resnet(**changes: Any) -> ResNet:
 
 
 def measure(limit: Any, *callbacks: Callback, module: Any = None, metrics: Any = None, **more: Any) -> dict[int, Any]:
-    """Distances from the limit by step, without the beginning of their names."""
     if not any(isinstance(callback, MLUCallback) for callback in callbacks):
         callbacks = (MLUCallback(), *callbacks)
     memory = Memory()

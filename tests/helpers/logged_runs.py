@@ -71,7 +71,6 @@ def rows(found: list[Any]) -> list[dict[str, Any]]:
 
 
 def record(folder: Path) -> Path:
-    """The reference of a wider run."""
     fit(folder, ResNet(**LARGE), mlu(), ReferenceRecorder(folder / "large.safetensors", depths=[0, 0.5, 1]))
     return folder / "large.safetensors"
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -87,24 +86,20 @@ def by_hand(network: Network, tokens: Tensor) -> Tensor:
     for branch, factor in zip(network.branches, FACTORS, strict=True):
         value = mlp_by_hand(branch, h)
         if branch.norm is not None:
-            value = F.layer_norm(value, (D,)) * branch.norm.weight + branch.norm.bias
+            value = nn.functional.layer_norm(value, (D,)) * branch.norm.weight + branch.norm.bias
         h = h + ALPHA * factor * value
     return READOUT * (h @ network.head.weight.T) + network.head.bias
 
 
 @dataclass(frozen=True)
-class Case:
-    """A module with its multipliers, and its function by hand."""
-
+class Case:  # a module with its multipliers, and its function by hand
     build: Callable[[], nn.Module]
     multipliers: tuple[Multiplier, ...]
     by_hand: Callable[[Any, Tensor], Tensor]
-    folded: frozenset[str]
 
-    def module(self) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return self.build().double()
+    @property
+    def folded(self) -> frozenset[str]:
+        return frozenset(name for multiplier in self.multipliers for name in multiplier.folds)
 
 
 def network_case(index: int | None = None, tied: bool = False, alias: bool = False, **branch: Any) -> Case:
@@ -118,20 +113,17 @@ def network_case(index: int | None = None, tied: bool = False, alias: bool = Fal
     ]
     head = () if tied else ("head.weight",)
     multipliers.append(Multiplier("head.weight", "readout", READOUT, Site("head", "input"), head))
-    folded = frozenset(name for multiplier in multipliers for name in multiplier.folds)
-    return Case(lambda: Network(index, tied, **branch), tuple(multipliers), by_hand, folded)
+    return Case(lambda: Network(index, tied, **branch), tuple(multipliers), by_hand)
 
 
-class Attention(nn.Module):
-    """One head, with a multiplier on its logits besides the branch's."""
-
+class Attention(nn.Module):  # one head, with a multiplier on its logits besides the branch's
     def __init__(self) -> None:
         super().__init__()
         self.query, self.key, self.value = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
         self.out = nn.Linear(D, D)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        h = F.one_hot(tokens, D).double()
+        h = nn.functional.one_hot(tokens, D).double()
         return h + self.out(torch.softmax(self.query(h) @ self.key(h).mT, -1) @ self.value(h))
 
 
@@ -142,6 +134,10 @@ def attention_by_hand(module: Attention, tokens: Tensor) -> Tensor:
     return h + ALPHA * 0.5 * (mixed @ module.out.weight.T + module.out.bias)
 
 
+_ATTENTION = (
+    Multiplier("attention", "branch", 0.5, Site("out"), ("out.weight", "out.bias")),
+    Multiplier("attention", "logits", 0.2, Site("query"), ("query.weight", "query.bias")),
+)
 CASES = {
     "tensor": network_case(),
     "tuple": network_case(0, returned=as_tuple),
@@ -151,15 +147,7 @@ CASES = {
     "ends in a norm": network_case(norm=True),
     "tied readout": network_case(tied=True),
     "second name": network_case(alias=True),
-    "logits": Case(
-        Attention,
-        (
-            Multiplier("attention", "branch", 0.5, Site("out"), ("out.weight", "out.bias")),
-            Multiplier("attention", "logits", 0.2, Site("query"), ("query.weight", "query.bias")),
-        ),
-        attention_by_hand,
-        frozenset({"out.weight", "out.bias", "query.weight", "query.bias"}),
-    ),
+    "logits": Case(Attention, _ATTENTION, attention_by_hand),
 }
 MODES: dict[str, Callable[[nn.Module, Plan], Any]] = {"hook": attach_multipliers, "fold": fold}
 
@@ -173,15 +161,12 @@ def plan_of(module: nn.Module, multipliers: tuple[Multiplier, ...], alpha: float
 
 
 def made(name: str) -> tuple[nn.Module, Plan, Tensor]:
-    """Module, plan and input of a case."""
-    case = CASES[name]
-    module = case.module()
-    tokens = torch.arange(12).reshape(3, 4) % D
-    return module, plan_of(module, case.multipliers), tokens
+    torch.manual_seed(0)
+    module = CASES[name].build().double()
+    return module, plan_of(module, CASES[name].multipliers), torch.arange(12).reshape(3, 4) % D
 
 
 def snapshot(module: nn.Module) -> tuple[dict[str, Tensor], list[int]]:
-    """All that applying multipliers may change."""
     state = {name: value.clone() for name, value in module.state_dict().items()}
     return state, [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()]
 

@@ -1,9 +1,8 @@
 """How far training one part of a module alone moves what the module makes."""
 
-from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
 
@@ -11,14 +10,7 @@ INPUTS = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
 TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
 
 
-def distance_moved(
-    module: nn.Module,
-    plan: Plan,
-    trained: Iterable[nn.Parameter],
-    optimizer: Callable[..., optim.Optimizer],
-    read: Callable[[Tensor], Tensor],
-    samples: int = 64,
-) -> float:
+def distance_moved(module: Any, plan: Plan, trained: Any, optimizer: Any, read: Any, samples: int = 64) -> float:
     """Root mean square by which five steps change what ``read`` makes of the inputs."""
     initialize(module, plan)
     attach_multipliers(module, plan)

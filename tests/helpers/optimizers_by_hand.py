@@ -14,9 +14,7 @@ from helpers.parameter_groups import ADAM_LR, EPS, MATRICES, MUON_EPS, MUON_LR, 
 
 
 @dataclass(frozen=True)
-class Row:
-    """Factors of one parameter: a line of theory.md, section 3, at some ratios."""
-
+class Row:  # factors of one parameter: a line of theory.md, section 3, at some ratios
     adam: float  # of the learning rate, as are sgd and muon
     sgd: float
     eps: float  # of Adam
@@ -44,8 +42,6 @@ ByHand = Callable[[Numbers, Row, int], Numbers]
 
 
 def _times(factors: Callable[[Row, int], dict[str, float]]) -> ByHand:
-    """The user's numbers times factors of the row at a step."""
-
     def by_hand(numbers: Numbers, row: Row, step: int) -> Numbers:
         return {**numbers, **{name: numbers[name] * factor for name, factor in factors(row, step).items()}}
 
@@ -92,9 +88,7 @@ def muon(numbers: Numbers, row: Row, step: int) -> Numbers:
     return {**numbers, **scaled, "weight_decay": numbers["weight_decay"] * (own / row.muon)}
 
 
-class Averaging(optim.SGD):
-    """Keeps numbers in its groups, as schedule-free optimizers do."""
-
+class Averaging(optim.SGD):  # keeps numbers in its groups, as schedule-free optimizers do
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, lr=lr)
         for group in self.param_groups:
@@ -117,16 +111,12 @@ class RenamedAdamW(optim.AdamW):
     """Inherits the step."""
 
 
-class OwnAdam(optim.Adam):
-    """Has a step of its own."""
-
+class OwnAdam(optim.Adam):  # has a step of its own
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         return super().step(closure)
 
 
-class OwnMuon(optim.Muon):
-    """Has a step of its own, without a factor of the shape."""
-
+class OwnMuon(optim.Muon):  # has a step of its own, without a factor of the shape
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         return None
 

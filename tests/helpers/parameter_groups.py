@@ -6,6 +6,7 @@ import torch
 from torch import nn, optim
 
 from helpers.plans import entry
+from helpers.trainers import identical as identical
 from mlu_lightning import Plan, scale_optimizer
 from mlu_lightning.table import Ratios, Role
 
@@ -34,9 +35,7 @@ MUON_EPS = {name: EPS[name] * (M * D) ** 0.5 for name in MATRICES}
 MULTIPLIERS = {"branch_out": 1 / L, "readout": 1 / D}
 
 
-class Weights(nn.Module):
-    """Parameters alone: gradients are written into them."""
-
+class Weights(nn.Module):  # parameters alone: gradients are written into them
     def __init__(self, names: tuple[str, ...] = tuple(SHAPES), dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -62,11 +61,6 @@ def plan_of(module: nn.Module, identity: bool = False) -> Plan:
             base = (2, 2)
         parameters[name] = entry(role, tuple(value.shape), ratios, base_shape=base)
     return Plan(parameters, (), (), ())
-
-
-def identical(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return all(torch.equal(left, right) for left, right in pairs)
 
 
 def groups_in_update(optimizer: optim.Optimizer) -> list[list[Numbers]]:

@@ -24,9 +24,7 @@ def role_of(name: str) -> Role:
     return _LAYERS[layer][part == "bias"]
 
 
-class Branch(nn.Module):
-    """Norm and perceptron."""
-
+class Branch(nn.Module):  # norm and perceptron
     def __init__(self, hidden: int, embedding: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embedding)
@@ -36,9 +34,7 @@ class Branch(nn.Module):
         return self.write(torch.tanh(self.read(self.norm(stream))))
 
 
-class Perceptron(LightningModule):
-    """The same weights at every call, with norms and biases."""
-
+class Perceptron(LightningModule):  # the same weights at every call, with norms and biases
     def __init__(self, depth: int, hidden: int, embedding: int) -> None:
         super().__init__()
         torch.manual_seed(0)

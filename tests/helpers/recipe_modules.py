@@ -1,12 +1,8 @@
 """Modules of recipes."""
 
 import importlib
-from pathlib import Path
 from typing import Any
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def load(name: str) -> Any:
-    """Import a module of the recipes, untyped."""
     return importlib.import_module(name)

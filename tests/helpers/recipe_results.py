@@ -13,5 +13,4 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def cells(line: str) -> list[str]:
-    """Texts between the lines of a printed table."""
     return [cell.strip() for cell in line.split("│")[1:-1]]

@@ -59,7 +59,6 @@ def check(path: Path, steps: list[int], dtype: torch.dtype = torch.float32) -> R
 
 
 def everything(path: Path) -> Any:
-    """All that a file says, in a form that can be compared."""
     reference = Reference.load(path)
     read = {step: {name: value.tolist() for name, value in reference.read(step).items()} for step in reference.steps}
     return reference.header, reference.steps, reference.losses.tolist(), batch_hash(reference.probe), read
@@ -91,9 +90,7 @@ def forge(content: bytes, change: Callable[[dict[str, Any], dict[str, Any]], Non
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
-class Harmful:
-    """Makes a file when it is unpickled."""
-
+class Harmful:  # makes a file when it is unpickled
     def __init__(self, path: Path) -> None:
         self.path = path
 

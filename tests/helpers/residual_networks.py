@@ -9,9 +9,7 @@ from torch import Tensor, nn
 X = torch.ones(4, 3)
 
 
-class Block(nn.Module):
-    """A residual block, with or without the sum in it."""
-
+class Block(nn.Module):  # a residual block, with or without the sum in it
     def __init__(self, width: int = 8, adds: bool = False, hidden: int = 16) -> None:
         super().__init__()
         self.adds = adds
@@ -28,8 +26,9 @@ class Net(nn.Module):
     def __init__(self, forward: Callable[..., Any] | None = None, adds: bool = False, **parts: Any) -> None:
         super().__init__()
         self.run, self.adds = forward or in_a_row, adds
-        self.embed, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
-        self.blocks = nn.ModuleList(Block(adds=adds) for _ in range(2))
+        self.embed = parts.pop("embed", None) or nn.Linear(3, 8)
+        self.blocks = parts.pop("blocks", None) or nn.ModuleList(Block(adds=adds) for _ in range(2))
+        self.out = parts.pop("out", None) or nn.Linear(8, 2)
         for name, part in parts.items():
             setattr(self, name, part)
 
@@ -37,12 +36,16 @@ class Net(nn.Module):
         return self.run(self, *args)
 
 
+def added(net: Any, h: Tensor, block: Any) -> Any:
+    """A block's output added to what it reads, by itself or here."""
+    return block(h) if net.adds else h + block(h)
+
+
 def in_a_row(net: Net, x: Tensor) -> Any:
-    """Blocks one after the other, each added to what it reads."""
-    return net.out(stream(net, x, lambda net, h, block: block(h) if net.adds else h + block(h)))
+    return net.out(stream(net, x, added))
 
 
-def stream(net: Net, x: Tensor, step: Callable[[Any, Tensor, Any], Tensor]) -> Any:
+def stream(net: Net, x: Tensor, step: Callable[[Any, Tensor, Any], Tensor] = added) -> Any:
     """The stream after ``step``, of the network, the stream and a block, has been made with every block."""
     h = net.embed(x)
     for block in net.blocks:
@@ -51,5 +54,4 @@ def stream(net: Net, x: Tensor, step: Callable[[Any, Tensor, Any], Tensor]) -> A
 
 
 def stepwise(step: Callable[[Any, Tensor, Any], Tensor], **parts: Any) -> Net:
-    """A network whose stream goes through ``step`` with every block."""
     return Net(lambda net, x: net.out(stream(net, x, step)), **parts)

@@ -22,9 +22,7 @@ SHAPE = (round(2 * L), round(4 * M), round(4 * D))
 ROLES = {"embed": "embedding", "read": "branch_in", "write": "branch_out", "readout": "readout"}
 
 
-class Net(LightningModule):
-    """Trains with AdamW, and keeps what it lost and what it was validated with."""
-
+class Net(LightningModule):  # trains with AdamW, and keeps what it lost and what it was validated with
     def __init__(self, shape: tuple[int, int, int] = SHAPE) -> None:
         super().__init__()
         self.lr, self.batch_size, self.branch, self.head = 0.02, 4, 1.0, 1.0
@@ -76,9 +74,7 @@ class Net(LightningModule):
         return optim.AdamW(parameters, lr=self.lr, eps=1e-3, weight_decay=0.1)
 
 
-class ByHand(Net):
-    """With multipliers in its forward pass, or in its weights, and the numbers for them in its optimizer."""
-
+class ByHand(Net):  # with multipliers in its forward pass, or in its weights, and the numbers for them in its optimizer
     def __init__(self, residual: Residual) -> None:
         super().__init__()
         self.residual = residual
@@ -94,9 +90,7 @@ class ByHand(Net):
         return AdamWByHand(factors, parameters, lr=self.lr, eps=1e-3, weight_decay=0.1)
 
 
-class AdamWByHand(optim.AdamW):
-    """Updates each parameter alone, with its own factors of the lr and eps in its group."""
-
+class AdamWByHand(optim.AdamW):  # updates each parameter alone, with its own factors of the lr and eps in its group
     def __init__(self, factors: dict[nn.Parameter, tuple[float, float]], parameters: Any, **numbers: float) -> None:
         super().__init__(parameters, **numbers)
         self.factors = factors
@@ -117,15 +111,12 @@ def data(seed: int, batch_size: int) -> DataLoader[Any]:
     return DataLoader(pairs(24, seed), batch_size)
 
 
-class Start(Callback):
-    """Keeps the weights that training starts from."""
-
+class Start(Callback):  # keeps the weights that training starts from
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.weights = {name: value.clone() for name, value in without_mark(pl_module.state_dict()).items()}
 
 
 def fit(module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:
-    """Train for some epochs, from the same random state every time."""
     torch.manual_seed(3)
     ckpt_path = settings.pop("ckpt_path", None)
     trainer = quiet(*callbacks, **{"max_epochs": 4, **settings})

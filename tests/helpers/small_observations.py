@@ -1,7 +1,5 @@
 """A small residual network, a batch of its own, and what a probe can read of modules."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -18,6 +16,5 @@ def pairs() -> tuple[Tensor, Tensor]:
 
 
 def locations_in(module: nn.Module, batch: Any, depths: Any = (0, 1)) -> Any:
-    """Locations at relative depths of all streams."""
     structure = discover(module, batch)
     return locate(structure.taps, [stream.depth for stream in structure.streams], depths)

@@ -1,7 +1,4 @@
-"""Runs under Lightning's strategies in two processes, for test_strategies.py: ``strategies_run.py FOLDER RUNS STRATEGY...``.
-
-Every process writes a file for each strategy, with what its runs were: the plan, the initial weights, the losses.
-"""
+"""Runs under Lightning's strategies in two processes: ``strategies_run.py FOLDER RUNS STRATEGY...``."""
 
 import os
 import re
@@ -77,9 +74,7 @@ class Net(LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)]
 
 
-class Late(Net):
-    """Built in configure_model, and divided there, as subclasses do it."""
-
+class Late(Net):  # built in configure_model, and divided there, as subclasses do it
     divide: Callable[[Any], None]
 
     def build(self) -> None: ...
@@ -111,9 +106,7 @@ class ShardedOnMeta(Sharded):
             super().configure_model()
 
 
-class Parallel(Late):
-    """Hidden units of every branch are divided among the processes, each of which has the whole batch."""
-
+class Parallel(Late):  # hidden units of every branch are divided among the processes, each of which has the whole batch
     def divide(self, mesh: Any) -> None:
         for block in self.blocks:
             parallelize_module(block, mesh["tensor_parallel"], {"read": ColwiseParallel(), "write": RowwiseParallel()})
@@ -132,9 +125,7 @@ class FullySharded(FSDPStrategy):
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a run is divided among processes."""
-
+class Way:  # how a run is divided among processes
     module: type[Net]
     strategy: Callable[[], Strategy | str]
     processes: int = 2
@@ -160,7 +151,6 @@ WAYS = {
 
 
 def loader(parts: int = 1, part: int = 0) -> DataLoader[Any]:
-    """Batches of the same samples, or parts of them."""
     data = pairs(SAMPLES)
     sampler: DistributedSampler[Any] = DistributedSampler(data, parts, part, shuffle=False)
     return DataLoader(data, BATCH // parts, sampler=sampler)
@@ -172,7 +162,6 @@ def rank() -> int:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """All of every parameter, on every process."""
     found = {}
     wrapped = isinstance(module, FullyShardedDataParallel)
     with FullyShardedDataParallel.summon_full_params(module, writeback=False) if wrapped else nullcontext():
@@ -188,7 +177,6 @@ class AtStart(Callback):
 
 
 def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
-    """Train, and tell what happened in this process."""
     with isolate_rng():
         # every process draws a base of its own, whose sampled std differs from those of others
         torch.manual_seed(rank())

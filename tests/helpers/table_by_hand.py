@@ -53,9 +53,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Expected:
-    """One line of the table at a shape."""
-
+class Expected:  # one line of the table at a shape
     ratios: Ratios
     multiplier: float
     std: float

@@ -56,12 +56,10 @@ def logits(module: nn.Module, example: Any) -> Any:
 
 
 def streams(found: Found, number: int = 0) -> list[Tensor]:
-    """What was read of a stream, by position."""
     return [value for (reads, n, _), value in sorted(found.items()) if (reads, n) == ("stream", number)]
 
 
 def modules(taps: tuple[Tap, ...]) -> list[str]:
-    """Modules that taps read, and what of them."""
     return [str(tap).partition(": ")[2] for tap in taps]
 
 

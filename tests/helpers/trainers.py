@@ -16,12 +16,10 @@ def quiet(*callbacks: Callback, **settings: Any) -> Trainer:
 
 
 def loader(batches: list[Any]) -> DataLoader[Any]:
-    """Whole batches in their order."""
     return DataLoader(batches, batch_size=None)
 
 
 def pairs(count: int = 24, seed: int = 0) -> TensorDataset:
-    """Random inputs of three coordinates, and targets of two."""
     draws = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(count, 3, generator=draws), torch.randn(count, 2, generator=draws))
 

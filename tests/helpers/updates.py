@@ -11,7 +11,6 @@ from mlu_lightning import scale_optimizer
 
 
 def train(steps: Iterable[int], *pairs: tuple[Weights, optim.Optimizer], sparse: bool = False) -> None:
-    """Let optimizers update their weights, in turn."""
     for step in steps:
         for module, optimizer in pairs:
             module.load_gradients(step, sparse)
@@ -19,27 +18,23 @@ def train(steps: Iterable[int], *pairs: tuple[Weights, optim.Optimizer], sparse:
 
 
 def scale(optimizer: optim.Optimizer, module: nn.Module, plan: Any = None, family: Any = None) -> optim.Optimizer:
-    """Scale an optimizer, by the plan for bare weights unless another is given, and return it."""
     scale_optimizer(optimizer, module, plan_of(module) if plan is None else plan, family)
     return optimizer
 
 
 def refused(
-    message: str, optimizer: Any, module: nn.Module, plan: Any = None, family: Any = None, error: Any = ValueError
+    message: str, optimizer: Any, module: Any, plan: Any = None, family: Any = None, error: Any = ValueError
 ) -> None:
-    """Assert that an optimizer is not scaled."""
     with pytest.raises(error, match=message):
         scale(optimizer, module, plan, family)
 
 
 def update(module: Weights, optimizer: optim.Optimizer, key: str = "lr") -> Numbers:
-    """Take one step, and tell what its update had under a key, by parameter."""
     seen = groups_in_update(optimizer)
     train([0], (module, optimizer))
     return numbers_in_update(module, seen[-1], key)
 
 
 def groups_of(module: nn.Module, numbers: Callable[[str], Numbers], *names: str) -> list[dict[str, Any]]:
-    """A group for every parameter, or for those that are named, with numbers by hand."""
     parameters = dict(module.named_parameters())
     return [{"params": [parameters[name]], **numbers(name)} for name in names or parameters]

@@ -17,7 +17,7 @@ from helpers.trainers import quiet
 from mlu_lightning import MLUCallback
 from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.callbacks import EmbeddingDistance, ReferenceRecorder
-from mlu_lightning.models import ResNet
+from mlu_lightning.models import ResidualBlock, ResNet
 
 SHAPE = {"depth": 4, "hidden": 16, "embedding": 8, "inputs": 3, "outputs": 2}
 LARGE = SHAPE | {"embedding": 32, "hidden": 64}
@@ -34,9 +34,36 @@ def fit(module: LightningModule, *callbacks: Callback, steps: int = 6, ckpt_path
     return trainer
 
 
-class Weights(Callback):
-    """Keeps the weights after every optimizer step, and the losses."""
+class Descent(LightningModule):
+    """Trains by gradient descent."""
 
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class EncoderDecoder(Descent):
+    """A decoder that attends to an encoder's stream, or to the embedded source if the encoder has no branches."""
+
+    def __init__(self, encoder: tuple[int, ...], source: int = 8, target: int = 8) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(9, source), nn.Embedding(9, target)
+        self.encoder = nn.ModuleList(ResidualBlock(hidden, source) for hidden in encoder)
+        self.context, self.cross = nn.Linear(source, target), nn.MultiheadAttention(target, 2, batch_first=True)
+        self.decoder, self.readout = ResidualBlock(7, target), nn.Linear(target, 9)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        memory = self.source(source)
+        for block in self.encoder:
+            memory = memory + block(memory)
+        context, stream = self.context(memory), self.target(target)
+        stream = stream + self.cross(stream, context, context)[0]
+        return torch.as_tensor(self.readout(stream + self.decoder(stream)))
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(self(*batch).flatten(0, 1), batch[1].flatten())
+
+
+class Weights(Callback):  # keeps the weights after every optimizer step, and the losses
     def __init__(self) -> None:
         self.at: dict[int, dict[str, Tensor]] = {}
         self.losses: list[Tensor] = []
@@ -74,9 +101,7 @@ class Busy(ResNet):
         self.average.update(nn.functional.mse_loss(self(self.norm(batch[0])), batch[1]))
 
 
-class Memory(DummyLogger):
-    """A logger that keeps what it is given."""
-
+class Memory(DummyLogger):  # a logger that keeps what it is given
     def __init__(self) -> None:
         super().__init__()
         self.logged: dict[int, dict[str, float]] = {}
@@ -103,7 +128,7 @@ def coupled(seed: int = 0) -> MLUCallback:
 
 
 def record(path: Path, module: LightningModule | None = None, *callbacks: Callback, **settings: Any) -> Path:
-    own = {key: settings.pop(key) for key in ("steps", "probe", "depths") if key in settings}
+    own = {key: settings.pop(key) for key in ("steps", "probe", "depths", "positions", "dtype") if key in settings}
     recorder = ReferenceRecorder(path, **own)
     fit(ResNet(**LARGE) if module is None else module, recorder, *callbacks, **settings)
     return path

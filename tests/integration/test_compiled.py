@@ -53,9 +53,7 @@ def inner(module: Any) -> Any:
     return module.module if isinstance(module, Trained) else module
 
 
-class Compiles(Callback):
-    """After the Trainer and MLUCallback had the module."""
-
+class Compiles(Callback):  # after the Trainer and MLUCallback had the module
     def __init__(self, compiled: Callable[[Any], Any]) -> None:
         self.compiled = compiled
 
@@ -90,8 +88,7 @@ def test_compiled_run_is_the_run(how: Any, when: str, residual: Any) -> None:
     graphs, breaks = counting.counts()
     torch.compiler.reset()
     module = trained(how, when, counting, MLUCallback(plan=plan, residual=residual))
-    assert module.losses == plain.losses
-    assert identical(module, plain)
+    assert module.losses == plain.losses and identical(module, plain)
     # torch runs the hooks of a module that is compiled by itself outside of its graph: here one graph for all of them
     assert counting.counts() == (graphs + (how is blocks and residual == "hook"), breaks)
     assert graphs > 0 and breaks == Counter()
@@ -110,8 +107,7 @@ def test_part_that_the_module_compiles_itself_is_planned_with_a_base_that_does_t
     for each in (module, base):
         each._modules["module"] = torch.compile(each.module, backend=counting)  # as its constructor might
     fit(module, BATCHES, MLUCallback(base, residual=residual))
-    assert counting.counts() == (1, Counter())
-    assert module.losses == plain.losses
+    assert counting.counts() == (1, Counter()) and module.losses == plain.losses
 
 
 EXACT = {"rtol": 1e-14, "atol": 1e-16}
@@ -162,9 +158,7 @@ def test_modules_with_and_without_multipliers_do_not_take_each_others_code(compi
         torch.testing.assert_close(calls[module](EXAMPLE[0]), by_hand(module, multiplier), **EXACT)
 
 
-class Adding(nn.Module):
-    """A block that adds its branch itself, so that the hook is inside of what is compiled."""
-
+class Adding(nn.Module):  # a block that adds its branch itself, so that the hook is inside of what is compiled
     def __init__(self) -> None:
         super().__init__()
         self.branch = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -173,9 +167,7 @@ class Adding(nn.Module):
         return stream + torch.as_tensor(self.branch(stream))
 
 
-class Towers(Trained):
-    """Two depths in one module, of the same blocks."""
-
+class Towers(Trained):  # two depths in one module, of the same blocks
     def __init__(self, depth: int, other: int) -> None:
         torch.manual_seed(depth)
         super().__init__(nn.Linear(3, 4))
@@ -193,7 +185,6 @@ def test_part_without_a_multiplier_compiled_beside_one_that_has_it_in_a_run() ->
     batches = [EXAMPLE[0].float()] * architecture_runs.BATCHES
     callback = MLUCallback(copy.deepcopy(base), residual="hook")
     fit(plain, batches, callback)
-    assert callback.plan is not None
     assert {callback.plan.forward_multiplier(multiplier) for multiplier in callback.plan.multipliers} == {1 / 4, 1}
     for block in (*module.blocks, *module.others):
         block.compile(backend="eager")

@@ -14,7 +14,6 @@ from mlu_lightning.models import ResNet
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs with and without the plugin, after half of their epochs."""
     folder = tmp_path_factory.mktemp("checkpoints")
     found = {name: folder / f"{name}.ckpt" for name in ("plain", "hook", "fold")}
     for name, path in found.items():
@@ -79,8 +78,7 @@ def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: di
 
 @pytest.mark.parametrize("version", ["1", "1.5", "next"])
 def test_plan_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    plan = Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
+    path, plan = tmp_path / "plan.yaml", Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
     path.write_text(plan.to_yaml().replace("mlu_plan: 2", f"mlu_plan: {version}"))
     message = rf"plan\.yaml has version '?{version}'? of .* reads version 2\. Update mlu-lightning, or plan"
     with pytest.raises(ValueError, match=message):

@@ -24,9 +24,7 @@ from mlu_lightning.planning.plan import Multiplier
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a training in double precision at another shape than the base's leaves behind."""
-
+class Run:  # what a training in double precision at another shape than the base's leaves behind
     module: Any
     trainer: Trainer
     plan: Plan
@@ -57,7 +55,6 @@ def runs(architecture: Architecture, batches: list[Any], tmp_path_factory: pytes
         by_base = MLUCallback(base, residual="fold", alpha=1.5)
         callback = by_base if folds else MLUCallback(plan=run("fold").plan, residual="hook")
         trainer = fit(module, batches, callback, Seeded(), folder=folder)
-        assert callback.plan is not None
         return Run(module, trainer, callback.plan, folder)
 
     return run
@@ -83,24 +80,21 @@ def residual(request: pytest.FixtureRequest) -> Any:
 
 def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Architecture) -> None:
     """Weights, buffers, losses, states of the optimizer and random numbers, in single precision, bit for bit."""
-    data = batches_like(architecture.example)
-    plain = built(architecture, SMALL)
+    data, plain = batches_like(architecture.example), built(architecture, SMALL)
     expected = fit(plain, data)
     state = torch.get_rng_state()
 
     def is_the_same_with(callback: MLUCallback) -> None:
         module = built(architecture, SMALL)
         trainer = fit(module, data, callback)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert module.losses == plain.losses
+        assert torch.equal(torch.get_rng_state(), state) and module.losses == plain.losses
         assert identical(module, plain)
         assert listed(trainer.optimizers[0].state_dict()) == listed(expected.optimizers[0].state_dict())
 
     hook = MLUCallback(built(architecture, SMALL, seed=1), residual="hook")
     is_the_same_with(hook)
     is_the_same_with(MLUCallback(plan=hook.plan, residual="fold"))
-    assert len(set(plain.losses)) == BATCHES * EPOCHS
-    assert not identical(plain, built(architecture, SMALL))
+    assert len(set(plain.losses)) == BATCHES * EPOCHS and not identical(plain, built(architecture, SMALL))
 
 
 def test_hook_and_fold_are_the_same_run(runs: Runs, architecture: Architecture, batches: list[Any]) -> None:
@@ -112,7 +106,6 @@ def test_hook_and_fold_are_the_same_run(runs: Runs, architecture: Architecture, 
         return
     hooked = runs("hook")
     state = residual_state(folded.module)
-    assert state is not None
     assert state.folded == {name for multiplier in folded.plan.multipliers for name in multiplier.folds}
     assert all(hooked.plan.forward_multiplier(multiplier) != 1 for multiplier in hooked.plan.multipliers)
     # rounding of float64, which grows from step to step
@@ -129,8 +122,7 @@ def test_hook_and_fold_are_the_same_run(runs: Runs, architecture: Architecture, 
 def test_resumed_run_is_the_whole_run(run: Run, architecture: Architecture, batches: list[Any], residual: Any) -> None:
     module, callback = built(architecture, seed=5, double=True), MLUCallback(plan=run.plan, residual=residual)
     resumed = fit(module, batches, callback, Seeded(), ckpt_path=run.folder / "epoch=0.ckpt")
-    assert module.losses == run.module.losses[BATCHES:]
-    assert len(module.losses) == BATCHES * (EPOCHS - 1)
+    assert module.losses == run.module.losses[BATCHES:] and len(module.losses) == BATCHES * (EPOCHS - 1)
     assert identical(module, run.module)
     assert listed(resumed.optimizers[0].state_dict()) == listed(run.trainer.optimizers[0].state_dict())
     schedules = [trainer.lr_scheduler_configs[0].scheduler for trainer in (resumed, run.trainer)]
@@ -165,8 +157,7 @@ def test_checkpoint_in_a_run_with_the_callback(run: Run, architecture: Architect
     """Its multipliers come along into an evaluation, whatever the callback's base."""
     module = built(architecture, seed=5, double=True)
     quiet(MLUCallback()).validate(module, loader(batches), ckpt_path=run.folder / "epoch=1.ckpt", verbose=False)
-    assert module.validated == evaluated(run.module, batches)
-    assert identical(module, run.module)
+    assert module.validated == evaluated(run.module, batches) and identical(module, run.module)
 
 
 def test_saved_plan_is_the_plan(runs: Runs, architecture: Architecture, batches: list[Any], tmp_path: Path) -> None:
@@ -177,8 +168,7 @@ def test_saved_plan_is_the_plan(runs: Runs, architecture: Architecture, batches:
     ours, theirs = built(architecture, double=True), built(architecture, double=True)
     initialize(ours, plan)
     initialize(theirs, loaded)
-    assert identical(ours, theirs)
-    assert not identical(ours, built(architecture, double=True))
+    assert identical(ours, theirs) and not identical(ours, built(architecture, double=True))
     before = evaluated(ours, batches)
     for put in [attach_multipliers, fold] if attachable(plan) else [fold]:
         one, other = copy.deepcopy(ours), copy.deepcopy(theirs)
@@ -203,8 +193,7 @@ def test_saved_plan_can_be_edited(runs: Runs) -> None:
         lines[index] = lines[index].replace(f"{start}{multiplier.value},", f"{start}0.125,")
         multipliers[place] = replace(multiplier, value=0.125)
     edited = Plan.from_yaml("\n".join(lines), "edited")
-    assert edited == replace(plan, parameters=parameters, multipliers=tuple(multipliers))
-    assert edited != plan
+    assert edited == replace(plan, parameters=parameters, multipliers=tuple(multipliers)) and edited != plan
 
 
 def _in(name: str) -> Callable[[str], str]:

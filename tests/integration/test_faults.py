@@ -39,7 +39,6 @@ def in_hook(name: str, do: Callable[[Trainer, Any], Any] = fail, step: int = 3) 
 
 
 def before_step_4(do: Callable[[Any], Any]) -> Callbacks:
-    """Something that is done to the module."""
     return in_hook("on_train_batch_start", lambda run, module: do(module))
 
 
@@ -81,17 +80,13 @@ def exchange_readout(module: Watched) -> None:
     module.made[-1].add_param_group({"params": module.readout.parameters()})
 
 
-class FailsTwice(Callback):
-    """Fails, and once more when it hears of that."""
-
+class FailsTwice(Callback):  # fails, and once more when it hears of that
     on_train_batch_end = fail
     on_exception = fail
 
 
 @dataclass(frozen=True)
-class Case:
-    """Callbacks that make a fault happen, and the error that comes out of fit."""
-
+class Case:  # callbacks that make a fault happen, and the error that comes out of fit
     callbacks: Callbacks
     error: type[BaseException] = Fault
     message: str = "on purpose"
@@ -163,8 +158,7 @@ def test_what_is_left_after_a_fault(name: str, first: bool, tmp_path: Path) -> N
         before = copy.deepcopy(module.state_dict())
         again = fit(module, MLUCallback(Net(BASE), residual=residual), max_epochs=1)  # type: ignore[arg-type]  # the same
         check_module(module, residual)
-        assert again.global_step == 4
-        assert not torch.equal(module.embed.weight, before["embed.weight"])
+        assert again.global_step == 4 and not torch.equal(module.embed.weight, before["embed.weight"])
     if len(outputs) == 2:
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
 
@@ -187,8 +181,7 @@ def test_losses_that_are_not_numbers(residual: Any, tmp_path: Path) -> None:
     run = fit(module, at, MLUCallback(Net(BASE), residual=residual), *watchers)
     assert run.global_step == faulty_runs.STEPS
     recorded = Reference.load(tmp_path / "b.safetensors")
-    assert recorded.steps == (0, 2, 4, 6, 8)
-    assert recorded.losses.isnan().tolist() == [False] * 3 + [True] * 5
+    assert recorded.steps == (0, 2, 4, 6, 8) and recorded.losses.isnan().tolist() == [False] * 3 + [True] * 5
     assert [bool(recorded.read(step)["output"].isnan().any()) for step in recorded.steps] == [False] * 2 + [True] * 3
     logged = {name: value for name, value in run.callback_metrics.items() if name.startswith("mlu/")}
     assert {name.split("/")[1] for name in logged} == {"distance", "update"}
@@ -225,14 +218,12 @@ def test_a_process_that_is_told_to_end(tmp_path: Path) -> None:
     process = multiprocessing.get_context("fork").Process(target=fit_until_terminated, args=(tmp_path,))
     process.start()
     process.join()
-    assert process.exitcode == 0
-    assert Reference.load(tmp_path / "run.safetensors").steps[:4] == (0, 1, 2, 3)
+    assert process.exitcode == 0 and Reference.load(tmp_path / "run.safetensors").steps[:4] == (0, 1, 2, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
 
 
 def test_a_plan_on_a_full_disk(tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    plan = Plan.from_model(Net(), PROBE, base=Net(BASE))
+    path, plan = tmp_path / "plan.yaml", Plan.from_model(Net(), PROBE, base=Net(BASE))
     plan.save(path)
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -242,5 +233,4 @@ def test_a_plan_on_a_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    assert Plan.load(path) == plan
-    assert os.listdir(tmp_path) == ["plan.yaml"]
+    assert Plan.load(path) == plan and os.listdir(tmp_path) == ["plan.yaml"]

@@ -37,7 +37,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 
 def losses(folder: Path) -> list[tuple[int, str]]:
-    """Step and loss of every step that was made, some of them more than once."""
     path = folder / "losses"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [(int(step), loss) for step, _, loss in (line.partition(" ") for line in lines)]
@@ -52,7 +51,6 @@ def life(runs: Runs, folder: Path, names: dict[str, str], kill: tuple[int, float
 
 
 def outcome(folder: Path) -> Any:
-    """Weights and states at the end, and all of the recording."""
     recording = Reference.load(folder / "run.safetensors")
     assert recording.steps == (*range(STEPS + 1),)
     read = [listed(recording.read(step)) for step in recording.steps]
@@ -60,19 +58,16 @@ def outcome(folder: Path) -> Any:
 
 
 def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: int, seed: int) -> None:
-    """Compare a run that is killed so many times with the one that is not."""
     moments = random.Random(seed)
     assert life(runs, folder / "whole", names) == 0
     kill = [(moments.randint(1, STEPS // 3), moments.uniform(0, 0.02)) for _ in range(kills)]
     codes = [life(runs, folder / "killed", names, moment) for moment in kill]
-    assert codes == [KILLED] * kills
-    assert not (folder / "killed" / "end.pt").exists()
+    assert codes == [KILLED] * kills and not (folder / "killed" / "end.pt").exists()
     # what is there when a run is killed is whole
     for path in (folder / "killed").glob("*.ckpt"):
         assert torch.load(path, weights_only=True)["global_step"] == int(path.stem)
     recorded = Reference.load(folder / "killed" / "run.safetensors")
-    assert life(runs, folder / "killed", names) == 0
-    assert outcome(folder / "killed") == outcome(folder / "whole")
+    assert life(runs, folder / "killed", names) == 0 and outcome(folder / "killed") == outcome(folder / "whole")
     whole, killed = losses(folder / "whole"), losses(folder / "killed")
     assert [step for step, _ in whole] == [*range(1, STEPS + 1)]
     assert set(killed) == set(whole)  # a step that was made again had the same loss

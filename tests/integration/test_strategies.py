@@ -47,8 +47,7 @@ def test_run_of_two_processes_is_that_of_one(name: str, single: Runs, divided: d
         expected, both = single[run], [of_process[run] for of_process in divided[name]]
         for found in both:
             # also in the second process, which has drawn another base by itself
-            assert found["plan"] == expected["plan"]
-            assert found["start"].keys() == expected["start"].keys()
+            assert found["plan"] == expected["plan"] and found["start"].keys() == expected["start"].keys()
             for parameter, value in expected["start"].items():
                 assert torch.equal(found["start"][parameter], value), parameter
             for parameter, value in expected["end"].items():
@@ -115,9 +114,7 @@ class Synced(nn.BatchNorm1d):
     """In the place of torch's SyncBatchNorm, which runs on GPUs only."""
 
 
-class Exchanges(LayerSync):
-    """As torch and Lightning do it: every norm becomes a new one, of the same weights."""
-
+class Exchanges(LayerSync):  # as torch and Lightning do it: every norm becomes a new one, of the same weights
     def __init__(self) -> None:
         self.exchanged: list[str] = []
 
@@ -138,9 +135,7 @@ class Exchanges(LayerSync):
         return model
 
 
-class Normed(Net):
-    """Its branches end in norms."""
-
+class Normed(Net):  # its branches end in norms
     def build(self) -> None:
         super().build()
         depth, _, embedding = self.shape
@@ -155,7 +150,6 @@ class Normed(Net):
 
 @pytest.fixture
 def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Trainer]]:
-    """A Trainer whose strategy exchanges norms."""
     # both want a GPU, where the sync of one process changes nothing
     monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.BatchNorm1d.forward)
     monkeypatch.setattr(DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None)
@@ -171,17 +165,14 @@ def exchanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Traine
 @pytest.mark.parametrize("sync", [Exchanges, TorchSyncBatchNorm])
 def test_norms_that_the_strategy_exchanges_keep_their_multipliers(sync: Any, residual: Any, exchanging: Any) -> None:
     plain, module = (Normed(**WIDE) for _ in range(2))
-    x = torch.ones(2, INPUTS)
-    callback = MLUCallback(Normed(**BASE), residual=residual)
+    x, callback = torch.ones(2, INPUTS), MLUCallback(Normed(**BASE), residual=residual)
     quiet(callback, max_epochs=2).fit(plain, loader())
-    assert callback.plan is not None
     assert "norms.0 output" in {str(multiplier.site) for multiplier in callback.plan.multipliers}
     again = MLUCallback(Normed(**BASE), residual=residual)
     run = exchanging(sync(), again)
     for _ in range(2):
         run.fit(module, loader())
-        assert module.losses == plain.losses
-        assert torch.equal(module.eval()(x), plain.eval()(x))
+        assert module.losses == plain.losses and torch.equal(module.eval()(x), plain.eval()(x))
         assert not any(isinstance(part, (Synced, nn.SyncBatchNorm)) for part in module.modules())
     bake(module, callback.plan)
     torch.testing.assert_close(module(x), plain(x))

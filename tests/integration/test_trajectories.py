@@ -32,9 +32,7 @@ EPOCHS, BATCHES = 2, 4
 CLIP = {"norm": 0.3, "value": 0.02}
 
 
-class Sizes(NamedTuple):
-    """Depth, hidden width and embedding dimension of the base and of the module."""
-
+class Sizes(NamedTuple):  # depth, hidden width and embedding dimension of the base and of the module
     base: tuple[int, int, int]
     shape: tuple[int, int, int]
 
@@ -48,9 +46,7 @@ class Sizes(NamedTuple):
 EXACT = Sizes((1, 2, 2), (2, 32, 8))
 
 
-class Net(Perceptron):
-    """Trains with any optimizer and any scheduler, and keeps its losses and learning rates."""
-
+class Net(Perceptron):  # trains with any optimizer and any scheduler, and keeps its losses and learning rates
     def __init__(self, depth: int, hidden: int, embedding: int, cell: Cell | None = None) -> None:
         super().__init__(depth, hidden, embedding)
         self.cell = cell
@@ -73,9 +69,7 @@ class Net(Perceptron):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
-class Cell(NamedTuple):
-    """One run of the matrix; the names of an optimizer and a scheduler."""
-
+class Cell(NamedTuple):  # one run of the matrix; the names of an optimizer and a scheduler
     optimizer: str
     scheduler: str
     accumulate: int
@@ -128,7 +122,6 @@ def trained(module: Net, cell: Cell) -> dict[str, nn.Parameter]:
 
 
 def row_of(name: str, sizes: Sizes) -> Row:
-    """Theory.md's numbers for a parameter."""
     role, at = role_of(name), sizes.ratios
     line, muon = EXPECTED[role](at), wanted(role, MUON, at)
     shape, base = sizes.shape[1:], sizes.base[1:]
@@ -173,8 +166,7 @@ def by_hand(cell: Cell, residual: Residual, sizes: Sizes, dtype: torch.dtype) ->
     rows = [row_of(name, sizes).folded(held[name]) for name in parameters]
     optimizer = optimizer_of(case, [{"params": [parameter]} for parameter in parameters.values()])
     users = optimizer_of(case, [nn.Parameter(torch.zeros(2, 2))])
-    scheduler = SCHEDULERS[cell.scheduler](users)
-    steps = 0
+    scheduler, steps = SCHEDULERS[cell.scheduler](users), 0
     for index, (x, y) in enumerate(batches(dtype) * EPOCHS):
         module.rates.append(float(users.param_groups[0]["lr"]))
         stream = module.embed(x)

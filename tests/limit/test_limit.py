@@ -16,7 +16,6 @@ from mlu_lightning.models import ResNet
 
 @pytest.mark.parametrize("shapes", [[(2, 8, 5), (2, 64, 32)], [(2, 8, 5), (6, 16, 12)]])
 def test_infinite_model_is_that_of_the_base_not_of_the_shape(shapes: list[tuple[int, int, int]]) -> None:
-    torch.manual_seed(0)
     base = ResNet(1, 8, 5, INPUTS, OUTPUTS)
     modules = [ResNet(*shape, INPUTS, OUTPUTS) for shape in shapes]
     limits = [infinite_model(module, Plan.from_model(module, base=base), depth=3, units=16) for module in modules]
@@ -83,7 +82,6 @@ def test_units_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("base", [False, True])
 def test_weights_of_embedding_and_readout_without_multipliers(base: bool) -> None:
-    torch.manual_seed(0)
     module = ResNet(4, 8, 6, INPUTS, OUTPUTS)
     plan = Plan.from_model(module, base=ResNet(2, 8, 3, INPUTS, OUTPUTS) if base else None)
     initialize(module, plan)

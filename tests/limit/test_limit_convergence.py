@@ -24,9 +24,7 @@ def with_exact_covariance(weights: Tensor, spread: Tensor) -> Tensor:
     return q * triangle.diagonal().sign() * math.sqrt(len(weights)) * spread
 
 
-class Experiment:
-    """The paper's (theory.md, section 6): tanh, five inputs and outputs, ten samples, η = 1."""
-
+class Experiment:  # the paper's (theory.md, section 6): tanh, five inputs and outputs, ten samples, η = 1
     def __init__(self, steps: int) -> None:
         draws = torch.Generator().manual_seed(0)
         inputs, targets = torch.randn(10, 5, generator=draws), torch.randn(10, 5, generator=draws)
@@ -149,7 +147,6 @@ def lifted(limit: InfiniteModel, dimension: int, seed: int = 0) -> tuple[Any, Pl
 
 
 def assert_the_same(limit: InfiniteModel, batch: tuple[Tensor, Tensor], embed: str, lr: float) -> None:
-    """Train the infinite model and a network that is its equal, and compare."""
     module, plan = lifted(limit, 3 * limit.module.hparams["embedding"])
     weights = embedding_weights(module, plan)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -189,7 +186,6 @@ def test_transformer_without_fluctuations_is_the_infinite_model(mlp_hidden: int)
 
 @torch.no_grad()
 def stream_of(module: nn.Module, embed: str, inputs: Tensor) -> Tensor:
-    """The last one."""
     stream: Tensor = module.get_submodule(embed)(inputs)
     for block in module.get_submodule("blocks" if embed == "embed" else "branches").children():
         stream = stream + block(stream)
@@ -198,9 +194,8 @@ def stream_of(module: nn.Module, embed: str, inputs: Tensor) -> Tensor:
 
 def train_transformer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for _ in range(6):
-        loss = F.cross_entropy(module(tokens()[:, :-1]).mT, tokens()[:, 1:])
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(module(tokens()[:, :-1]).mT, tokens()[:, 1:]).backward()
         optimizer.step()
 
 

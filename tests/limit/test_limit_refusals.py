@@ -16,8 +16,8 @@ from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import Parameterization
 
 
-class Other(ResNet):
-    """Might do anything."""
+class Other(ResNet):  # might do anything
+    pass
 
 
 def test_unknown_classes_are_refused() -> None:
@@ -51,9 +51,7 @@ def test_limit_of_other_rules_is_refused(changes: dict[str, Any], message: str) 
 def test_gains_of_norms_are_refused_unless_they_stay_one() -> None:
     module = transformer(norm_gains=True)
     plan = Plan.from_model(module)
-    message = (
-        r"branches.0.norm.weight is a branch_norm, and .*gains of their own.*CausalTransformer\(norm_gains=False\)"
-    )
+    message = "branches.0.norm.weight is a branch_norm, and .*gains of their own.*CausalTransformer.norm_gains=False"
     with pytest.raises(ValueError, match=message):
         infinite_model(module, plan)
     for name, parameter in module.named_parameters():
@@ -117,6 +115,8 @@ def test_other_optimizers_are_refused() -> None:
         with pytest.raises(ValueError, match=rf"this run has {names}: .*Train with SGD, or compare with a large run"):
             check_gradient_descent(optimizers)
     check_gradient_descent([sgd])
+    with pytest.raises(ValueError, match=r"has 1 groups with different ones, or maximizes"):
+        check_gradient_descent([torch.optim.SGD(weights_of(1), 0.1, maximize=True)])
 
 
 @pytest.mark.parametrize(
@@ -132,15 +132,10 @@ def test_groups_with_other_hyperparameters_are_refused(other: dict[str, Any]) ->
     check_gradient_descent([torch.optim.SGD([{"params": [one], **other}, {"params": [two], **other}], lr=0.1)])
 
 
-def test_maximization_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"has 1 groups with different ones, or maximizes"):
-        check_gradient_descent([torch.optim.SGD(weights_of(1), 0.1, maximize=True)])
-
-
 @pytest.mark.parametrize("mode", ["rescale", "normal", "coupled"])
 @pytest.mark.parametrize("folded", [False, True])
 def test_weights_that_were_just_initialized_are_accepted(mode: Any, folded: bool) -> None:
-    for seed in range(30):
+    for seed in range(12):
         torch.manual_seed(seed)
         module = ResNet(2, 4, 3, INPUTS, OUTPUTS)
         plan = Plan.from_model(module, base=ResNet(1, 2, 2, INPUTS, OUTPUTS))
@@ -151,7 +146,6 @@ def test_weights_that_were_just_initialized_are_accepted(mode: Any, folded: bool
 
 
 def test_other_weights_are_refused() -> None:
-    torch.manual_seed(0)
     module = ResNet(2, 64, 32, INPUTS, OUTPUTS)
     plan = Plan.from_model(module)
     built = module.readout.weight.square().mean().sqrt().item()

@@ -62,7 +62,6 @@ class Theory:
         return a, self.base[2] * self.a_u.T @ (self.s[:, None] * a[-1])
 
     def step(self, x: Array, y: Array) -> None:
-        """One step on the mean squared error."""
         depth, units = len(self.u), self.u.shape[2]
         l0, m0, d0 = self.base
         sigma, slope = SIGMA[self.activation]
@@ -103,7 +102,6 @@ def streams_of(module: Any, x: Tensor) -> list[Tensor]:
 
 
 def assert_follows(limit: InfiniteModel, theory: Theory, steps: int = 6) -> None:
-    """Train both, and compare streams at all depths and outputs."""
     (x, y), (inputs, _) = data(), tensors()
     optimizer = limit.optimizer(theory.lr, theory.momentum, theory.decay)
     before, scale = theory.forward(x)[1], math.sqrt(len(theory.s)) * np.sqrt(theory.s)
@@ -127,9 +125,7 @@ SETTINGS += [("tanh", alpha, 0.5, 0.1) for alpha in (0.5, 3.0)]
 
 @pytest.mark.parametrize(("activation", "alpha", "momentum", "decay"), SETTINGS)
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_infinite_model_is_that_of_theory(
-    activation: str, alpha: float, trained: bool, momentum: float, decay: float
-) -> None:
+def test_it_is_that_of_theory(activation: str, alpha: float, trained: bool, momentum: float, decay: float) -> None:
     limit = infinite_model(*planned(activation, trained, alpha), depth=3, units=16, seed=1)
     np.testing.assert_allclose(limit.spread.numpy() ** 2, S, rtol=1e-14)
     assert_follows(limit, Theory(S, *coordinates(limit, S), activation, 0.2, momentum, decay, trained, alpha))

@@ -26,7 +26,6 @@ def generator(seed: int) -> torch.Generator:
 
 @cache
 def many(units: int, reads: int, writes: int, sampling: Sampling) -> Tensor:
-    """Draws with 2000 seeds."""
     return torch.stack([draw_units(units, reads, writes, sampling, generator(seed)) for seed in range(2000)])
 
 
@@ -104,13 +103,6 @@ def test_draws_depend_on_the_generator_alone(sampling: Sampling) -> None:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(other, one), "float32 whatever the default is"
     assert not torch.equal(draw_units(26, 3, 3, sampling, generator(6)), one)
-
-
-def test_odd_orthogonal_units_are_refused_and_independent_ones_are_not() -> None:
-    message = r'7 hidden units or heads cannot be "orthogonal".*even number, or sampling="indepen'
-    with pytest.raises(ValueError, match=message):
-        draw_units(7, 2, 2, "orthogonal", generator(0))
-    assert draw_units(7, 2, 2, "independent", generator(0)).shape == (7, 4)
 
 
 def test_unknown_sampling_is_refused() -> None:

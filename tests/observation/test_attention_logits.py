@@ -63,9 +63,7 @@ def test_of_many_logits_only_the_chosen_ones_are_computed(shapes: dict[str, Any]
 @given(st.integers(1, 10**6), st.integers(1, 300))
 def test_spread_takes_one_of_each_part(size: int, count: int) -> None:
     chosen = spread(size, count)
-    assert len(chosen) == min(size, count)
-    assert chosen.equal(chosen.unique())
-    assert 0 <= chosen[0] <= size // count
+    assert len(chosen) == min(size, count) and chosen.equal(chosen.unique()) and 0 <= chosen[0] <= size // count
     assert size - 1 - size // count - 1 <= chosen[-1] < size
 
 

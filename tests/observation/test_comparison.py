@@ -65,37 +65,38 @@ def test_recorded_runs_without_a_common_step_are_refused(tmp_path: Path) -> None
         compare_references(one, other)
 
 
+def refused(message: str, run: Observation, reference: Observation) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_coupled(run, reference)
+
+
 def test_embeddings_that_are_near_the_references_first_coordinates_count_as_coupled() -> None:
     large = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
-    check_coupled({StreamName(0): large[:, :8] + 0.1 * noise}, {StreamName(0): large, StreamName(1): -large})
-    with pytest.raises(ValueError, match=r"not coupled: .* at s=0 differs .* by 0.5\d? of its size"):
-        check_coupled({StreamName(0): large[:, :8] + 0.5 * noise}, {StreamName(0): large})
+    near, far = ({StreamName(0): large[:, :8] + size * noise} for size in (0.1, 0.5))
+    check_coupled(near, {StreamName(0): large, StreamName(1): -large})
+    refused(r"not coupled: .* at s=0 differs .* by 0.5\d? of its size", far, {StreamName(0): large})
 
 
 @pytest.mark.parametrize("size", [math.nan, 0.0])
 def test_embeddings_of_which_nothing_can_be_told_are_not_coupled(size: float) -> None:
-    embedding = torch.full((5, 4), size)
-    with pytest.raises(ValueError, match=r"not coupled: .* by nan of its size.*MLUCallback\(init=\"coupled\"\)"):
-        check_coupled({StreamName(0): embedding}, {StreamName(0): embedding})
-    with pytest.raises(ValueError, match="not coupled"):
-        check_coupled({StreamName(0): torch.ones(5, 4)}, {StreamName(0): embedding})
+    embedding = {StreamName(0): torch.full((5, 4), size)}
+    refused(r"not coupled: .* by nan of its size.*MLUCallback\(init=\"coupled\"\)", embedding, embedding)
+    refused("not coupled", {StreamName(0): torch.ones(5, 4)}, embedding)
 
 
 def test_every_stream_has_to_be_coupled() -> None:
     one, other = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0))
-    reference = {StreamName(0): one, StreamName(0, 1): other}
-    check_coupled({StreamName(0): one[:, :8], StreamName(0, 1): other[:, :8]}, reference)
-    with pytest.raises(ValueError, match=r"not coupled: the run's stream at stream1/s=0 differs"):
-        check_coupled({StreamName(0): one[:, :8], StreamName(0, 1): other[:, 8:]}, reference)
-    with pytest.raises(ValueError, match=r"not coupled: the run's stream at s=0 differs"):
-        check_coupled({StreamName(0): one[:, 8:], StreamName(0, 1): other[:, :8]}, reference)
+
+    def streams(one: Tensor, other: Tensor) -> Observation:
+        return {StreamName(0): one, StreamName(0, 1): other}
+
+    reference = streams(one, other)
+    check_coupled(streams(one[:, :8], other[:, :8]), reference)
+    refused("not coupled: the run's stream at stream1/s=0 differs", streams(one[:, :8], other[:, 8:]), reference)
+    refused("not coupled: the run's stream at s=0 differs", streams(one[:, 8:], other[:, :8]), reference)
 
 
 def test_reference_without_depth_zero_cannot_be_checked() -> None:
-    stream = torch.ones(5, 4)
-    remedy = (
-        r"not recorded at depth 0, so \"rms\" cannot be measured.*0 among depths, or choose other metrics \(\"gram\""
-    )
-    with pytest.raises(ValueError, match=remedy):
-        check_coupled({StreamName(0): stream, StreamName(1): stream}, {StreamName(0.5): stream, StreamName(1): stream})
+    run, reference = ({StreamName(s): torch.ones(5, 4), StreamName(1): torch.ones(5, 4)} for s in (0, 0.5))
+    refused(r"not recorded at depth 0, so \"rms\" cannot be .*0 among depths, or .* metrics \(\"gram\"", run, reference)

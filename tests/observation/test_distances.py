@@ -11,20 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mlu_lightning.observation.distances import (
-    cka_distance,
-    gram_distance,
-    output_distance,
-    procrustes_distance,
-    rms_distance,
-)
+from mlu_lightning.observation import distances
+from mlu_lightning.observation.distances import cka_distance, gram_distance, procrustes_distance, rms_distance
 
 Array = NDArray[np.float64]
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 UNCOUPLED: list[Distance] = [gram_distance, cka_distance, procrustes_distance]
 STREAMS: list[Distance] = [rms_distance, *UNCOUPLED]
-ALL: list[Distance] = [*STREAMS, output_distance]
+ALL: list[Distance] = [*STREAMS, distances.output_distance]
 
 # (samples, D, D_ref): few and many samples, either model the larger, thin decompositions of rows and of columns
 DIGITS = "735 753 644 469 496 559 123 311".split()
@@ -102,7 +97,7 @@ def rotation(dimension: int, seed: int) -> Array:
 
 VALUES = [
     *((rms_distance, rms_by_hand, shape, {"rtol": 1e-14}) for shape in ((7, 3, 5), (6, 4, 4), (1, 2, 3))),
-    (output_distance, rms_by_hand, (7, 3, 3), {"rtol": 1e-14}),
+    (distances.output_distance, rms_by_hand, (7, 3, 3), {"rtol": 1e-14}),
     *((gram_distance, gram_by_hand, shape, ROUNDING) for shape in SHAPES),
     *((cka_distance, cka_by_hand, shape, ROUNDING) for shape in SHAPES if shape[0] > 1),
     (cka_distance, cka_by_sklearn, (30, 4, 9), ROUNDING),
@@ -129,8 +124,7 @@ def test_rotations_and_the_order_of_models_and_samples_change_nothing(
     distance: Distance, samples: int, dimension: int, reference_dimension: int, seed: int
 ) -> None:
     h, reference = draw(samples, dimension, seed), draw(samples, reference_dimension, seed + 1)
-    value = measure(distance, h, reference)
-    order = np.random.default_rng(seed).permutation(samples)
+    value, order = measure(distance, h, reference), np.random.default_rng(seed).permutation(samples)
     # Procrustes: a residual near zero has the rounding of its terms, which are of size one
     close = {"rel": 1e-9, "abs": 1e-13}
     rotated = measure(distance, h @ rotation(dimension, seed), reference @ rotation(reference_dimension, seed))
@@ -185,8 +179,7 @@ def test_small_differences_are_seen_without_cancellation() -> None:
 def test_cka_ignores_shifts_and_scales_of_either() -> None:
     h, reference = draw(20, 4), draw(20, 6, 1)
     value = measure(cka_distance, h, reference)
-    assert 0 < value < 1
-    assert measure(cka_distance, 1e-5 * h, 1e8 * reference) == pytest.approx(value, rel=1e-12)
+    assert 0 < value < 1 and measure(cka_distance, 1e-5 * h, 1e8 * reference) == pytest.approx(value, rel=1e-12)
     # adding 1e6 rounds to 1e-10
     assert measure(cka_distance, h + 1e6, reference - np.arange(6)) == pytest.approx(value, rel=1e-8)
 
@@ -261,8 +254,7 @@ def test_no_exception_at_the_ends_of_float64(distance: Distance) -> None:
 def test_all_float_types_are_computed_in_float64(distance: Distance, dtype: str) -> None:
     h, reference = torch.from_numpy(draw(9, 4)).to(getattr(torch, dtype)), torch.from_numpy(draw(9, 4, 1))
     value = distance(h, reference)
-    assert value.dtype == torch.float64
-    assert value == distance(h.double(), reference)
+    assert value.dtype == torch.float64 and value == distance(h.double(), reference)
 
 
 def test_columns_and_slices_of_other_tensors() -> None:
@@ -291,7 +283,7 @@ TARGETS = r"have 5 entries and the reference has 7.*same targets"
     [
         *((distance, *refused) for distance in ALL for refused in REFUSED),
         (rms_distance, ones(2, 5), ones(2, 4), LARGER),
-        (output_distance, ones(2, 5), ones(2, 7), TARGETS),
+        (distances.output_distance, ones(2, 5), ones(2, 7), TARGETS),
     ],
 )
 def test_what_cannot_be_compared_is_refused(distance: Distance, h: Tensor, reference: Tensor, message: str) -> None:

@@ -1,9 +1,12 @@
 """Recordings and distances of two processes (DDP and FSDP2, gloo) are those of one."""
 
+import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from helpers import distributed_run
 from helpers.distributed_run import logged, start
 
 from mlu_lightning.observation.reference import Reference
@@ -12,16 +15,22 @@ from mlu_lightning.observation.reference import Reference
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
-    result = start("single", folder)
+    with mock.patch.dict(os.environ):
+        distributed_run.run("single", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("divided")
+    result = start(folder, "ddp", "fsdp2")
     assert result.returncode == 0, result.stderr
     return folder
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_record_and_measure_what_one_does(strategy: str, single: Path, tmp_path: Path) -> None:
-    result = start(strategy, tmp_path)
-    assert result.returncode == 0, result.stderr
-    one, two = (Reference.load(folder / "large.safetensors") for folder in (single, tmp_path))
+def test_two_processes_record_and_measure_what_one_does(strategy: str, single: Path, divided: Path) -> None:
+    one, two = (Reference.load(folder / "large.safetensors") for folder in (single, divided / strategy))
     assert one.steps == two.steps == (0, 1, 2, 4, 8, 12)
     assert (one.header, one.probe_hash) == (two.header, two.probe_hash)
     # a mean of gradients over two halves of a batch, and over the batch, in float32, for 12 steps
@@ -31,16 +40,27 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
         torch.testing.assert_close(one.read(step), two.read(step), **tolerance)
     # and the losses are means over both processes: those of a half differ by far more
     assert one.losses.std() > 0.01
-    for folder, prefix, steps in (("32", "mlu/update/", one.steps[1:]), ("8", "mlu/distance/", one.steps)):
-        expected, found = (logged(of / folder, prefix) for of in (single, tmp_path))
-        assert tuple(found) == tuple(expected) == steps
-        for step in steps:
-            assert found[step] == pytest.approx(expected[step], rel=1e-3, abs=1e-5)
+    for run, prefix, steps in (("32", "mlu/update/", one.steps[1:]), ("8", "mlu/distance/", one.steps)):
+        compare(single / run, divided / strategy / run, prefix, steps)
+
+
+def compare(single: Path, divided: Path, prefix: str, steps: tuple[int, ...]) -> None:
+    expected, found = (logged(folder, prefix) for folder in (single, divided))
+    assert tuple(found) == tuple(expected) == steps
+    for step in steps:
+        assert found[step] == pytest.approx(expected[step], rel=1e-3, abs=1e-5)
+
+
+def test_two_processes_measure_the_distance_from_the_infinite_model_that_one_does(single: Path, divided: Path) -> None:
+    """Gradients of the limits are means over the processes, whose batches are halves of one."""
+    compare(single / "limit" / "8", divided / "ddp" / "limit" / "8", "mlu/distance/", (0, 1, 2, 4, 8, 12))
+    # of 4 metrics at 5 depths, and of the output, with their floors
+    assert {len(values) for values in logged(divided / "ddp" / "limit" / "8", "mlu/distance/").values()} == {42}
 
 
 def test_error_of_the_first_process_ends_all_of_them(single: Path, tmp_path: Path) -> None:
-    (tmp_path / "large.safetensors").write_bytes((single / "large.safetensors").read_bytes())
-    result = start("ddp", tmp_path)
-    assert result.returncode != 0
-    assert result.stderr.count("FileExistsError: ") == 2
+    (tmp_path / "ddp").mkdir()
+    (tmp_path / "ddp" / "large.safetensors").write_bytes((single / "large.safetensors").read_bytes())
+    result = start(tmp_path, "ddp")
+    assert result.returncode != 0 and result.stderr.count("FileExistsError: ") == 2
     assert "would overwrite it" in result.stderr

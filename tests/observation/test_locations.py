@@ -16,6 +16,7 @@ def stream_taps(depth: int, number: int = 0) -> list[Tap]:
 
 BETWEEN = [(4, 0.0, {0: 1.0}), (4, 0.25, {1: 1.0}), (4, 1.0, {4: 1.0})]
 BETWEEN += [(2, 0.25, {0: 0.5, 1: 0.5}), (3, 0.25, {0: 0.25, 1: 0.75}), (1, 0.75, {0: 0.25, 1: 0.75})]
+BETWEEN += [(10, 0.7, {7: 1.0}), (10, 0.3, {3: 1.0}), (7, 1 / 7, {1: 1.0})]  # but for rounding, whole positions
 
 
 @pytest.mark.parametrize(("depth", "s", "expected"), BETWEEN)
@@ -32,22 +33,18 @@ def test_streams_and_readouts_have_names() -> None:
     assert names == ["s=0", "s=1", "stream1/s=0", "stream1/s=1", "output", "output1"]
 
 
-def test_position_that_cannot_be_read_is_refused_with_a_remedy() -> None:
-    taps = [tap for tap in stream_taps(4) if tap.position != 2]
+WITHOUT_MIDDLE = [tap for tap in stream_taps(4) if tap.position != 2]
+REMEDY = r"after 2 of its 4 additions cannot be read.*nn.Identity.*other than 0.5"
+
+
+@pytest.mark.parametrize(
+    ("taps", "s", "message"),
+    [(WITHOUT_MIDDLE, 0.5, REMEDY), (stream_taps(4), 1.5, r"between 0 \(the embedding\) and 1 .* 1.5 does not")],
+)
+def test_position_that_cannot_be_read_is_refused_with_a_remedy(taps: list[Tap], s: float, message: str) -> None:
     assert len(locate(taps, [4], [0, 0.25, 1])) == 3
-    with pytest.raises(ValueError, match=r"after 2 of its 4 additions cannot be read.*nn.Identity.*other than 0.5"):
-        locate(taps, [4], [0, 0.5])
-
-
-def test_depth_outside_of_the_stream_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"between 0 \(the embedding\) and 1 .* 1.5 does not"):
-        locate(stream_taps(2), [2], [1.5])
-
-
-@pytest.mark.parametrize(("depth", "s", "position"), [(10, 0.7, 7), (10, 0.3, 3), (7, 1 / 7, 1)])
-def test_relative_depth_of_a_whole_position_is_that_position(depth: int, s: float, position: int) -> None:
-    (location,) = locate(stream_taps(depth), [depth], [s])
-    assert [taps[0].position for _, taps in location.parts] == [position]
+    with pytest.raises(ValueError, match=message):
+        locate(taps, [4], [0, s])
 
 
 @pytest.mark.parametrize(

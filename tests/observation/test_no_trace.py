@@ -20,20 +20,15 @@ from mlu_lightning.observation import observe
 from mlu_lightning.utilities.state import ParametersChangedError, preserve_state
 
 
-class Untidy(LightningModule):
-    """Changes whatever a forward pass can change, and logs."""
-
+class Untidy(LightningModule):  # changes whatever a forward pass can change, and logs
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Linear(3, 8)
-        self.drop = nn.Dropout(0.5)
-        self.norm = nn.BatchNorm1d(8)
+        self.embed, self.drop, self.norm = nn.Linear(3, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)
         self.branch = nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 8))
         self.readout = nn.Linear(8, 2)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("seen", torch.zeros(8))
-        self.average = MeanMetric()
-        self.total = torch.zeros(())
+        self.average, self.total = MeanMetric(), torch.zeros(())
         self.losses: list[Tensor] = []
         self.by_name: dict[str, float] = {}
         self.count = 0
@@ -93,8 +88,7 @@ def test_nothing_is_disturbed() -> None:
 
     before = everything()
     observe(module, batch, locations)
-    assert same(before, everything())
-    assert all(parameter.grad is None for parameter in module.parameters())
+    assert same(before, everything()) and all(parameter.grad is None for parameter in module.parameters())
     # and the comparison would have seen it
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     module._trainer = None
@@ -156,18 +150,13 @@ def test_manual_optimization_makes_no_step() -> None:
     assert same(before, [(parameter, parameter.grad) for parameter in model.parameters()])
 
 
-class Careless(ResNet):
-    """Changes statistics, the batch itself, and weights, if it may, where nobody counts it."""
-
+class Careless(ResNet):  # changes statistics, the batch itself, and weights, if it may, where nobody counts it
     def __init__(self, changes_weights: bool) -> None:
         super().__init__(**SHAPE)
-        self.changes_weights = changes_weights
-        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+        self.changes_weights, self.teacher = changes_weights, nn.Linear(4, 4).requires_grad_(False)
         self.norm = nn.BatchNorm1d(4)
         self.register_buffer("seen", torch.zeros(4))
-        self.generator = torch.Generator()
-        self.dice = random.Random(0)
-        self.numbers = np.random.default_rng(0)
+        self.generator, self.dice, self.numbers = torch.Generator(), random.Random(0), np.random.default_rng(0)
         self.outputs: dict[str, list[Any]] = {"training": [[torch.zeros(2)]]}
 
     def training_step(self, batch: dict[str, Tensor]) -> Tensor:
@@ -192,27 +181,19 @@ class Frozen(dict[str, Any]):
 
 @pytest.mark.parametrize("changes_weights", [False, True])
 def test_what_nobody_counts_is_not_disturbed_either(changes_weights: bool) -> None:
-    module = Careless(changes_weights)
-    batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
+    module, batch = Careless(changes_weights), {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
     given = {name: value.clone() for name, value in batch.items()}
     locations = locations_in(module, batch)
     module.frozen = Frozen(a=1)
 
     def state() -> Any:
-        return [
-            {name: value.clone() for name, value in module.state_dict().items()},
-            module.generator.get_state(),
-            module.dice.getstate(),
-            str(module.numbers.bit_generator.state),
-            copy.deepcopy(module.outputs),
-            module.norm.training,
-        ]
+        values = {name: value.clone() for name, value in module.state_dict().items()}
+        drawn = module.generator.get_state(), module.dice.getstate(), str(module.numbers.bit_generator.state)
+        return [values, *drawn, copy.deepcopy(module.outputs), module.norm.training]
 
     before = state()
     passes = [observe(module, batch, locations, restore_parameters=changes_weights) for _ in range(2)]
-    assert same(before, state())
-    assert same(given, batch)
-    assert same(*passes)
+    assert same(before, state()) and same(given, batch) and same(*passes)
     module.training_step(batch)
     assert not any(same(one, other) for one, other in zip(before[:5], state()[:5], strict=True))
 
@@ -220,7 +201,7 @@ def test_what_nobody_counts_is_not_disturbed_either(changes_weights: bool) -> No
 def test_step_that_changes_parameters_is_an_error() -> None:
     batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 2)}
     message = (
-        r"Careless changes its parameters readout.weight, teacher.weight in a forward .*in a hook, .*validation_step"
+        r"Careless changes its parameters readout.weight, teacher.weight in a forward .*in a hook, .*validation_st"
     )
     with pytest.raises(ParametersChangedError, match=message):
         observe(Careless(changes_weights=True), batch, ())

@@ -23,12 +23,10 @@ from mlu_lightning.observation.reference_writer import ReferenceWriter
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "some" / "folder" / "reference.safetensors"
     writer = write(path, [0, 3, 10])
-    assert writer.steps == (0, 3, 10)
-    assert torch.equal(writer.losses, losses(10))
+    assert writer.steps == (0, 3, 10) and torch.equal(writer.losses, losses(10))
     reference = check(path, [0, 3, 10])
     assert (reference.header, reference.path, type(reference.header.depths[0])) == (HEADER, path, float)
-    assert set(reference.probe) == {"x", "meta", "mask"}
-    assert torch.equal(reference.probe["x"], PROBE["x"])
+    assert set(reference.probe) == {"x", "meta", "mask"} and torch.equal(reference.probe["x"], PROBE["x"])
     assert os.listdir(path.parent) == [path.name]
     probe, step = load_probe(path)
     assert (batch_hash(probe), step) == (batch_hash(PROBE), reference.header.runs)
@@ -95,13 +93,17 @@ def test_recordings_stay_in_the_file(path: Path) -> None:
     assert reference.read(3)["s=0"].shape == (1000, 100)
 
 
+def refused(message: str, reference: Reference, step: int) -> None:
+    with pytest.raises(ValueError, match=message):
+        reference.read(step)
+
+
 def test_read_from_a_file_that_grew(path: Path) -> None:
     writer = write(path, [0, 3])
     reference = Reference.load(path)
     writer.write(5, observation(5), losses(5))
     assert torch.equal(reference.read(3)["output"], observation(3)["output"])
-    with pytest.raises(ValueError, match=r"has no recording at step 5. It has some at 0, 3\."):
-        reference.read(5)
+    refused(r"has no recording at step 5. It has some at 0, 3\.", reference, 5)
 
 
 def test_read_from_a_file_of_another_run(path: Path) -> None:
@@ -109,14 +111,11 @@ def test_read_from_a_file_of_another_run(path: Path) -> None:
     reference = Reference.load(path)
     ReferenceWriter.resume(path, HEADER, PROBE, 2).write(3, observation(4), losses(3))
     assert torch.equal(reference.read(0)["output"], observation(0)["output"])
-    with pytest.raises(ValueError, match=r"was replaced after it was loaded.*step 3.*Load it again"):
-        reference.read(3)
+    refused(r"was replaced after it was loaded.*step 3.*Load it again", reference, 3)
     write(path, [0], replace(HEADER, locations={"s=0": (9, 9)}))
-    with pytest.raises(ValueError, match="was replaced after it was loaded"):
-        reference.read(0)
+    refused("was replaced after it was loaded", reference, 0)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"is not a readable reference.*copy it again"):
-        reference.read(0)
+    refused(r"is not a readable reference.*copy it again", reference, 0)
     path.unlink()
     with pytest.raises(FileNotFoundError):
         reference.read(0)
@@ -128,5 +127,4 @@ def test_read_finds_damage_since_it_was_loaded(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[content.index(observation(0)["s=0"].numpy().tobytes())] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="recording of step 0 does not have the hash"):
-        reference.read(0)
+    refused("recording of step 0 does not have the hash", reference, 0)

@@ -74,7 +74,7 @@ def test_every_flipped_byte(path: Path, content: bytes, mask: int) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_damage(path: Path, content: bytes, data: st.DataObject) -> None:
     path.write_bytes(content)
     expected = everything(path)
@@ -210,7 +210,7 @@ any_json = st.recursive(
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_forgery(path: Path, content: bytes, data: st.DataObject) -> None:
     def change(entries: dict[str, Any], parsed: dict[str, Any]) -> None:
         place: Any = data.draw(st.sampled_from([entries, parsed]))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation import Reference
+from mlu_lightning.observation.reference_format import ReferenceHeader
 from mlu_lightning.observation.reference_writer import ReferenceWriter
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import Role
@@ -70,8 +71,7 @@ def test_resume_drops_what_came_after(path: Path) -> None:
     write(path, [0, 3, 10])
     before = path.read_bytes()
     writer = ReferenceWriter.resume(path, HEADER, PROBE, 5)
-    assert (path.read_bytes(), writer.steps) == (before, (0, 3))
-    assert torch.equal(writer.losses, losses(5))
+    assert (path.read_bytes(), writer.steps) == (before, (0, 3)) and torch.equal(writer.losses, losses(5))
     writer.write(6, observation(6), losses(6))
     check(path, [0, 3, 6])
     assert ReferenceWriter.resume(path, HEADER, PROBE, 6).steps == (0, 3, 6)
@@ -87,49 +87,42 @@ def test_a_resumed_file_is_that_of_one_run(tmp_path: Path) -> None:
     for step in (6, 9):
         writer.write(step, observation(step), losses(step))
     whole, parts = check(tmp_path / "whole", [0, 3, 6, 9]), Reference.load(tmp_path / "parts")
-    assert (parts.digests, parts.header) == (whole.digests, HEADER)
-    assert torch.equal(parts.losses, losses(9))
+    assert (parts.digests, parts.header) == (whole.digests, HEADER) and torch.equal(parts.losses, losses(9))
+
+
+def refused(message: str, path: Path, header: ReferenceHeader = HEADER, probe: Any = PROBE) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReferenceWriter.resume(path, header, probe, 0)
 
 
 def test_resume_refuses_another_run(path: Path) -> None:
     write(path, [0])
     message = r"its depth is \(4,\) instead of \(8,\); it has a plan and this run has none\. Give"
-    with pytest.raises(ValueError, match=message):
-        ReferenceWriter.resume(path, replace(HEADER, depth=(8,), plan=None), PROBE, 0)
+    refused(message, path, replace(HEADER, depth=(8,), plan=None))
     message = r"its probe has other values. Give the recorder another path, or delete the file"
-    with pytest.raises(ValueError, match=message):
-        ReferenceWriter.resume(path, HEADER, PROBE | {"x": PROBE["x"] + 1}, 0)
+    refused(message, path, probe=PROBE | {"x": PROBE["x"] + 1})
     with pytest.raises(FileNotFoundError):
         ReferenceWriter.resume(path.with_name("none"), HEADER, PROBE, 0)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is not a readable reference"):
-        ReferenceWriter.resume(path, HEADER, PROBE, 0)
+    refused("is not a readable reference", path)
 
 
 def edited(plan: Plan, **changes: Any) -> Plan:
-    """With another readout."""
     name = "readout.weight"
     return replace(plan, parameters=plan.parameters | {name: replace(plan.parameters[name], **changes)})
 
 
-def halved(plan: Plan) -> Plan:
-    first, *rest = plan.multipliers
-    return replace(plan, multipliers=(replace(first, value=0.125), *rest))
-
-
-def without_embedding(plan: Plan) -> Plan:
-    return replace(plan, parameters=dict([*plan.parameters.items()][1:]))
-
-
 PLANS: dict[str, Callable[[Plan], Plan | None]] = {
-    "it has a plan and this run has none": lambda plan: None,
-    "its plan has '1.0' instead of '2.0' at alpha": lambda plan: replace(plan, alpha=2.0),
+    "it has a plan and this run has none": lambda p: None,
+    "its plan has '1.0' instead of '2.0' at alpha": lambda p: replace(p, alpha=2.0),
     "'readout' instead of 'embedding' at parameters: readout.weight: role": lambda p: edited(p, role=Role.EMBEDDING),
-    "its plan has '2' instead of '3' at parameters: readout.weight: base_fans: 0": lambda plan: edited(
-        plan, base_std=9.0, base_fans=(3, 2)
+    "'2' instead of '3' at .*: readout.weight: base_fans: 0": lambda p: edited(p, base_std=9.0, base_fans=(3, 2)),
+    "its plan has '0.5' instead of '0.125' at multipliers: blocks.0: value": lambda p: replace(
+        p, multipliers=(replace(p.multipliers[0], value=0.125), *p.multipliers[1:])
     ),
-    "its plan has '0.5' instead of '0.125' at multipliers: blocks.0: value": halved,
-    r"its plan has \['embed.weight'\] instead of \[\] at parameters": without_embedding,
+    r"its plan has \['embed.weight'\] instead of \[\] at parameters": lambda p: replace(
+        p, parameters=dict([*p.parameters.items()][1:])
+    ),
 }
 
 
@@ -144,12 +137,11 @@ def test_resume_says_where_plans_differ(difference: str, path: Path) -> None:
     ReferenceWriter.resume(path, replace(HEADER, plan=redrawn.to_yaml()), PROBE, 3).write(4, observation(4), losses(4))
     assert Reference.load(path).header == header
     other = PLANS[difference](redrawn)
-    with pytest.raises(ValueError, match=rf"the reference of another run: .*{difference}\. Give the recorder another"):
-        ReferenceWriter.resume(path, replace(HEADER, plan=other and other.to_yaml()), PROBE, 0)
+    message = rf"the reference of another run: .*{difference}\. Give the recorder another"
+    refused(message, path, replace(HEADER, plan=other and other.to_yaml()))
     plain = path.with_name("plain")
     write(plain, [0], replace(HEADER, plan=None))
-    with pytest.raises(ValueError, match=r"it has no plan and this run has one\. Give the recorder another"):
-        ReferenceWriter.resume(plain, header, PROBE, 0)
+    refused(r"it has no plan and this run has one\. Give the recorder another", plain, header)
 
 
 fork = multiprocessing.get_context("fork")
@@ -199,8 +191,7 @@ def test_read_while_it_is_written(path: Path) -> None:
             assert reference.steps == tuple(range(len(reference.steps)))
             for read, step in ((reference, reference.steps[-1]), (first, 0)):
                 assert torch.equal(read.read(step)["output"], observation(step)["output"])
-        assert process.is_alive()
-        assert counts == sorted(counts) and counts[-1] > counts[0]
+        assert process.is_alive() and counts == sorted(counts) and counts[-1] > counts[0]
     finally:
         process.kill()
         process.join()

@@ -10,8 +10,9 @@ import pytest
 import torch
 from helpers.architecture_runs import built
 from helpers.architectures import ARCHITECTURES
-from helpers.faulty_functions import BASE, GROWN, TOKENS, Language
+from helpers.faulty_functions import BASE, GROWN, TOKENS, Language, Signs
 from torch import nn
+from torch.nn import functional
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize
 from mlu_lightning.observation.verification import deviations, verify
@@ -103,9 +104,41 @@ def test_faults_are_named_with_what_was_expected_and_found(
 
 def test_functions_of_weights_are_measured_as_they_are_used() -> None:
     """Signs do not have the sqrt(d)/m of branch_out where the hidden width alone grows by 16."""
-    module, base, plan, example = planned("signs", shape=(2, 16, 512))
+    module, base, plan, example = planned(shape=(2, 16, 512))
+    for block in (*module.blocks, *base.blocks):
+        block.write.forward = lambda x, write=block.write: functional.linear(x, Signs()(write.weight), write.bias)
     worst = deviations(module, base, plan, example)[0]
     assert (worst.expected, worst.found) == (pytest.approx(1 / 4), pytest.approx(1))
+
+
+def drawn(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+def frozen(module: nn.Module) -> None:
+    for parameter in [*module.parameters()][::3]:
+        parameter.requires_grad = False
+
+
+def emptied(module: nn.Module) -> None:
+    for parameter in [*module.parameters()][1::3]:
+        nn.init.zeros_(parameter)
+
+
+@pytest.mark.parametrize("name", ["mixer", "tied llama"])
+@pytest.mark.parametrize("of_base, of_module", [(drawn, None), (None, frozen), (None, emptied)])
+def test_what_is_left_as_it_was_built_is_no_fault(name: str, of_base: Any, of_module: Any) -> None:
+    """Zeros next to what is drawn at the base, what requires no gradient, and gains of norms that are not 1."""
+    architecture = ARCHITECTURES[name]
+    base, module = built(architecture, (1, 2, 16), seed=1), built(architecture, (3, 4, 32))
+    if of_base is not None:
+        of_base(base)
+    plan = Plan.from_model(built(architecture, (3, 4, 32)), architecture.example, base=base)
+    if of_module is not None:
+        of_module(module)
+    fold(initialize(module, plan), plan)
+    assert not [str(each) for each in deviations(module, base, plan, architecture.example) if each.is_certain]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "post-norm decoder", "basic resnet"])

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from mlu_lightning import Plan, attach_multipliers, fold, initialize, scale_optimizer
+from mlu_lightning import Plan, Shape, attach_multipliers, check, fold, initialize, scale_optimizer
 
 X, Y = torch.randn(2, 16, 5, generator=torch.Generator().manual_seed(0)).unbind()
 BASE = {"depth": 2, "d": 16, "m": 64}
@@ -249,3 +250,22 @@ def test_at_the_base_nothing_changes_and_a_saved_plan_is_a_base() -> None:
     again = Plan.from_model(wide, X, base=Plan.from_yaml(plan.to_yaml(), "text")).scales("adam")
     found = Plan.from_model(wide, X, base=base).scales("adam")
     assert {n: vars(s) for n, s in again.items()} == {n: pytest.approx(vars(s), rel=1e-5) for n, s in found.items()}
+
+
+class Trained(LightningModule):
+    def __init__(self, depth: int, hidden: int, embedding: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = Network(depth, embedding, hidden, PLANNED["weight norm"])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (self.network(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> optim.Optimizer:
+        return optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.slow
+def test_weight_norm_passes_the_check() -> None:
+    report = check(Trained, Shape(2, 32, 16), [(X, Y)] * 4, axes=["depth", "hidden", "embedding"], factors=[1, 2, 4])
+    assert report.verdict == "pass"

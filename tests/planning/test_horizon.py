@@ -21,7 +21,6 @@ RATIOS = [(4.0, 1.0, 2.0), (1.0, 16.0, 0.25), (2.0, 8.0, 0.5), (3.0, 3.0, 1.0)]
 
 
 def _scaled(optimizer: Any, module: Weights, *ratios: float, identity: bool = False, family: Any = None) -> list[Any]:
-    """The groups of updates that follow."""
     seen = groups_in_update(optimizer)
     scale_optimizer(optimizer, module, replace(plan_of(module, identity), horizon=Horizon(*ratios)), family)
     return seen
@@ -50,7 +49,6 @@ def test_numbers_of_adamw(batch: float, tokens: float, s: float, identity: bool)
 
 @pytest.mark.parametrize("build", [optim.AdamW, optim.Adam, optim.Adamax])
 def test_run_is_that_of_the_numbers_by_hand(build: Callable[..., optim.Optimizer]) -> None:
-    """At the base's shape, exactly."""
     ours, plain = Weights(), Weights()
     optimizer = build(ours.parameters(), lr=0.01, betas=(0.875, 0.96875), eps=1e-2)
     _scaled(optimizer, ours, 4.0, 1.0, identity=True)
@@ -99,9 +97,7 @@ def test_gathered_noise_stays_the_base_s() -> None:
     assert {ratios: end / first for ratios, end in ends.items()} == pytest.approx(dict.fromkeys(ends, 1.0), rel=0.06)
 
 
-class Momentum(optim.Optimizer):
-    """An optimizer of somebody else's, with betas."""
-
+class Momentum(optim.Optimizer):  # an optimizer of somebody else's, with betas
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 0.1, "betas": (0.9, 0.9)})
 
@@ -146,9 +142,7 @@ def test_ratios_that_are_none(ratio: float) -> None:
         Horizon(1.0, ratio)
 
 
-class Regression(ResNet):
-    """A small network trained by AdamW."""
-
+class Regression(ResNet):  # a small network trained by AdamW
     def configure_optimizers(self) -> optim.Optimizer:
         return optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.0, eps=1e-30, betas=self.betas)
 

@@ -1,7 +1,4 @@
-"""Files that somebody has damaged or forged: a plan or reference is read as what it says, or refused with its name.
-
-Mutated inputs are read in a process that may take little more memory than it has, and little time for each of them.
-"""
+"""Files that somebody has damaged or forged: a plan or reference is read as what it says, or refused with its name."""
 
 import json
 import multiprocessing
@@ -50,7 +47,6 @@ VALUES: list[Any] = [*NUMBERS, True, None, "", "1", "F32", "é", [], {}, [[]], [
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    """The content with a few of its bytes changed, cut, repeated, or put elsewhere."""
     mutated = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
         start = draw.randrange(len(mutated) + 1)
@@ -73,7 +69,6 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 
 
 def edited(text: str, draw: random.Random) -> str:
-    """A plan with words or lines of it changed: most of its syntax stays right."""
     lines = text.splitlines()
     for _ in range(draw.choice((1, 1, 2))):
         at = draw.randrange(len(lines))
@@ -114,7 +109,6 @@ def forged(content: bytes, draw: random.Random) -> bytes:
 
 
 def check_value(value: Any, node: Any) -> None:
-    """A part of a plan is what YAML has for it, as texts."""
     if is_dataclass(value):
         assert node.keys() <= {field.name for field in fields(value)}
         for field in fields(value):
@@ -187,7 +181,6 @@ def read_reference(path: Path, content: bytes) -> bool:
 
 @contextmanager
 def limits(memory: int) -> Iterator[None]:
-    """Little more memory than there is, and an alarm when something takes long."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, most))
@@ -226,7 +219,6 @@ def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) ->
 
 
 def run_to_end(target: Callable[..., None], *args: Any, said: Any = None) -> None:
-    """In a process of its own."""
     process = fork.Process(target=target, args=args)
     process.start()
     process.join()
@@ -327,6 +319,10 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
         plan.to_yaml()
 
 
+LINES = "branches features horizon multipliers parameterization parameters streams".split()
+PARAMETERIZATIONS = "Parameterizations are: mlu, completep, mup, sp"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -351,12 +347,18 @@ def test_longer_plans_are_not_written(plans: list[str], monkeypatch: pytest.Monk
             "no variant 'big'. Variants are: before_norm, post_norm, every_block, in_head",
         ),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
+        ("role: readout", "role: output", r"readout\.weight: there is no role 'output'"),
+        ("base_depth", "depth0", "streams: .*should be a mapping with the keys depth, base_depth"),
+        ("parameterization: mlu", "parameterization: ntk", f"no parameterization 'ntk'. {PARAMETERIZATIONS}"),
+        ("", "a: [", "is not YAML"),
+        ("", "lr: 1.0", "is not a plan: it has no line 'mlu_plan: 2'"),
+        ("", "mlu_plan: 2\nalpha: 1.0", f"is not a complete plan: {', '.join(LINES)}"),
     ],
 )
 def test_what_is_wrong_in_a_plan_is_said(old: str, new: str, message: str, plans: list[str]) -> None:
     assert old in plans[0]
     with pytest.raises(ValueError, match=f"^a.yaml.*({message})"):
-        Plan.from_yaml(plans[0].replace(old, new, 1), "a.yaml")
+        Plan.from_yaml(plans[0].replace(old, new, 1) if old else new, "a.yaml")
 
 
 @pytest.mark.parametrize("name", ["on", "1.5", "null", "a: b", "[x]", "#", "'", "é\n\u2028", "x" * 900])

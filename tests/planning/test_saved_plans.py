@@ -29,14 +29,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def by_hand(path: Path, residual: Residual) -> Tensor:
-    """Outputs of a module without the package that has the checkpoint's weights."""
     module = ByHand(residual)
     module.load_state_dict(without_mark(read(path)["state_dict"]))
     return module(INPUTS)
 
 
 def evaluated(path: Path, callback: MLUCallback | None = None) -> tuple[Net, Trainer]:
-    """A new module that a new Trainer has validated."""
     module, trainer = Net(), quiet(callback or MLUCallback())
     trainer.validate(module, ckpt_path=path, verbose=False)
     return module, trainer
@@ -120,11 +118,10 @@ def test_module_of_another_run_in_the_same_trainer(weights_only: bool, tmp_path:
         trainer.fit(theirs)
 
 
-@pytest.mark.parametrize(
-    "twin", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("how", ["copy", "pickle"])
 @weights_alone
-def test_copies(twin: Callable[[Net], Net], weights_only: bool, tmp_path: Path) -> None:
+def test_copies(how: str, weights_only: bool, tmp_path: Path) -> None:
+    twin: Any = copy.deepcopy if how == "copy" else lambda module: pickle.loads(pickle.dumps(module))
     module = Net()
     fit(module, MLUCallback(Net(BASE)), max_epochs=1)
     module.trainer = None  # which cannot be pickled
@@ -139,9 +136,7 @@ def test_copies(twin: Callable[[Net], Net], weights_only: bool, tmp_path: Path) 
         assert not torch.equal(again(INPUTS), module(INPUTS))
 
 
-class Noting(Net):
-    """Saves something of its own."""
-
+class Noting(Net):  # saves something of its own
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["noted"] = [id(self)]
 

@@ -72,8 +72,7 @@ def test_mup_has_the_numbers_of_the_plan_with_the_same_fault(fault: Any) -> None
 
 @pytest.mark.parametrize("fault", [None, READ_STD, READOUT_MULTIPLIER], ids=str)
 def test_networks_of_both_checks_are_the_same(fault: Any) -> None:
-    case = recipe.Case("plan", fault, False, 0, 1, (1, 2, 4))
-    batch = recipe.text_batches()[0]
+    case, batch = recipe.Case("plan", fault, False, 0, 1, (1, 2, 4)), recipe.text_batches()[0]
     torch.manual_seed(3)
     ours = recipe._transformer(case, 2)
     callback = faults.FaultyCallback(fault, recipe._transformer(case, 1))
@@ -141,7 +140,6 @@ def test_what_is_off(curve: tuple[str, int, float, float], off: bool) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block, and batches of fewer and shorter samples."""
     batches = [batch[:8, :17] for batch in recipe.text_batches()]
     monkeypatch.setattr(recipe, "text_batches", lambda: batches)
     monkeypatch.setattr(recipe, "_DEPTH", 1)

@@ -103,8 +103,7 @@ def test_data_depend_on_their_own_seed_only() -> None:
 
 def test_samples_are_parts_of_the_text() -> None:
     text = load_text()
-    cut = len(text) * 9 // 10
-    data = Text(context=20, batches=4, batch_size=2)
+    cut, data = len(text) * 9 // 10, Text(context=20, batches=4, batch_size=2)
     assert all(bytes(sample.tolist()) in text[:cut] for batch in data.train_dataloader() for sample in batch)
     validation = [bytes(sample.tolist()) for batch in data.val_dataloader() for sample in batch]
     assert all(sample in text[cut:] for sample in validation)

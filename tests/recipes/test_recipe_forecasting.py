@@ -76,13 +76,11 @@ def test_a_saved_predictor_has_its_multipliers(tmp_path: Path) -> None:
 
 def test_what_the_callback_is_told_is_needed() -> None:
     with pytest.warns(UserWarning, match="IterableSlice gave other data"):
-        trained("8 × depth", [MLUCallback(build(), overrides=recipe.POSITIONS, verify=False)])
+        trained("8 × depth", [MLUCallback(build(), overrides=recipe.POSITIONS)])
 
 
 def test_hooks_are_refused_where_weights_are_loaded_again(tmp_path: Path) -> None:
-    callback = MLUCallback(
-        build(), residual="hook", overrides=recipe.POSITIONS, example=recipe.first_batch(), verify=False
-    )
+    callback = MLUCallback(build(), residual="hook", overrides=recipe.POSITIONS, example=recipe.first_batch())
     found = trained("8 × depth", [callback])
     with pytest.raises(RuntimeError, match=MARK):
         saved_and_loaded_agree(found, tmp_path)

@@ -49,8 +49,7 @@ def valley(shape: dict[str, int], parameterization: str, exponent: float, seed: 
 
 
 def test_best_learning_rate_is_the_vertex_that_numpy_finds() -> None:
-    draws = np.random.default_rng(0)
-    exponents = np.array([-8.0, -7.0, -6.0, -5.0])
+    draws, exponents = np.random.default_rng(0), np.array([-8.0, -7.0, -6.0, -5.0])
     losses = 2 + 0.1 * (exponents[:, None] + 6.2) ** 2 + 0.01 * draws.standard_normal((4, 3))
     found = search.best({x: tuple(values) for x, values in zip(exponents, losses, strict=True)})
     curvature, slope, constant = np.polyfit(exponents[1:], losses[1:].mean(1), 2)
@@ -93,7 +92,6 @@ def test_search_and_its_result(study: Study, shared: dict[Any, str]) -> None:
     }
     expected |= {(4, "sp"): {-8.0, -7.0, -6.0, -5.0}, (8, "sp"): {-9.0, -8.0, -7.0, -6.0, -5.0}}
     assert tried == expected and len(runs) == len(set(runs)) == 3 * 20
-
     found = {(one.factor, one.parameterization): one for one in search.transfers(study, shared, runs)}
     assert found.keys() == set(itertools.product((1, 2, 4), ("mlu", "sp")))
     for (factor, parameterization), one in found.items():
@@ -142,7 +140,6 @@ def test_summary_is_of_the_largest_size_and_marks_the_least(study: Study, shared
     assert sp[:5] == ["depth", "SP", "3 of 3", "-0.42 ± 0.00 ", "-0.70 ± 0.00"]
     assert mlu[5:] == ["[bold]0.001 ± 0.000*[/bold]", "1.810 ± 0.000 "]
     assert sp[5:] == ["0.113 ± 0.000 ", "[bold]1.310 ± 0.000*[/bold]"]
-
     # nothing is said of a largest size that there was no time for
     partial = table([one for one in found if (one.factor, one.parameterization) != (4, "sp")])
     assert partial[1][2:3] + partial[1][5:] == ["2 of 3", "-", "-"] and partial[0][6] == "[bold]1.810 ± 0.000*[/bold]"

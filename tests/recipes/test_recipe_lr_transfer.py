@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,7 +17,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from recipes.lr_transfer import run as recipe
 from recipes.lr_transfer import runs as work
-from recipes.lr_transfer import search
 from recipes.lr_transfer.runs import Run, Study
 
 CPU = Study(**recipe.STUDIES["cpu"])
@@ -124,7 +124,6 @@ def test_quick_study(begun: list[Run], tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(KeyboardInterrupt):
             recipe.main(command)
     assert len(begun) == 10, "the others were not begun"
-
     recipe.main(command)
     printed = capsys.readouterr().out
     assert len(begun) == len(set(begun)), "no run is made twice"
@@ -132,13 +131,16 @@ def test_quick_study(begun: list[Run], tmp_path: Path, monkeypatch: pytest.Monke
     assert {replace(run, losses=(), seconds=0.0) for run in runs} == set(begun)
     assert f"{len(runs)} runs, " in printed and "The time is over" not in printed
     assert min((tmp_path / f"lr_transfer{name}.png").stat().st_size for name in ("", "_curves")) > 20_000
-
     # a number of the table, from the losses of its runs
-    found = search.transfers(QUICK, work.shared_runs(work.plans_of(QUICK)), runs)
-    sp = next(one for one in found if (one.axis, one.factor, one.parameterization) == ("MLP width", 2, "sp"))
+    wide = [run for run in runs if (run.shape, run.parameterization) == (QUICK.shapes("MLP width")[2], "sp")]
+    losses = {x: [run.losses[0] for run in wide if run.exponent == x] for x in {run.exponent for run in wide}}
+    least = min(losses, key=lambda x: float(np.mean(losses[x])))
+    seeds = np.polyfit([-1, 0, 1], [losses[least + step] for step in (-1, 0, 1)], 2)  # a parabola in each column
+    curvature, slope, _ = seeds.mean(1)
+    at_vertex = [np.polyval(parabola, -slope / (2 * curvature)) for parabola in seeds.T]
+    expected = f"{np.mean(at_vertex):.3f} ± {np.std(at_vertex, ddof=1) / 2**0.5:.3f}"
     line = next(line for line in printed.splitlines() if "MLP width" in line and "│ SP " in line and "× 2" in line)
-    assert cells(line)[3::3] == [f"2^{sp.exponent:.1f}", sp.loss.text(3)]
-
+    assert cells(line)[3::3] == [f"2^{least - slope / (2 * curvature):.1f}", expected]
     # again: nothing, the same report
     before = len(begun)
     recipe.main(command)

@@ -54,7 +54,6 @@ def test_limits_are_those_of_the_recursion_of_moments() -> None:
     a, outputs = moments(problem, np.eye(6), 16)
     assert limit.outputs.numpy() == pytest.approx(outputs, abs=1e-5)
     assert limit.streams["s=1"].numpy()[0] / math.sqrt(6) == pytest.approx(a, abs=1e-5)
-
     weights = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
     stream, outputs_at = recipe.limit_at(weights, 16)
     a, outputs = moments(problem, (weights.T @ weights / 16).double().numpy(), 16)
@@ -102,7 +101,6 @@ def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.Capture
     traces = [one for one in kept if one["kept"] == "trace"]
     assert [one["shape"] for one in traces] == [[4, 16, 16], [8, 64, 64]]
     assert traces[0]["limits"] == traces[1]["limits"], "W of the smaller one is the first part of the larger one's"
-
     # a slope of the table, from the points
     sweep = [row for row in points if row["axis"] == "M"]
     x, y = (np.log([float(row[key]) for row in sweep]) for key in ("hidden", "output"))

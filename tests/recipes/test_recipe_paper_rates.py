@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -41,7 +42,7 @@ def test_loss_is_that_of_the_paper() -> None:
     assert [problem.embedding_std**2, problem.readout_std**2, problem.steps] == pytest.approx([1 / 5, 5, 15])
 
 
-def test_run_that_is_cut_off_goes_on(in_this_process: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_that_is_cut_off_goes_on(in_this_process: None, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
     recipe.main(arguments(tmp_path))
     whole = points_in(tmp_path)
     assert set(whole) == {(m, d, s) for m in (2, 5, 17) for d in (2, 5, 17) for s in (0, 1)}
@@ -59,6 +60,7 @@ def test_run_that_is_cut_off_goes_on(in_this_process: None, tmp_path: Path, caps
     path.write_text("\n".join([study, *lines, lines[-1][:-30]]), encoding="utf-8")  # as a run that is killed leaves it
     recipe.main(arguments(tmp_path, "--minutes=0"))
     assert "2 of 18 networks are left for another call" in capsys.readouterr().out
+    monkeypatch.undo()  # the last two in a process that is started for them
     recipe.main(arguments(tmp_path))
     again = points_in(tmp_path)
     for point in (*whole.values(), *again.values()):

@@ -78,7 +78,6 @@ def test_local_update_is_that_of_the_papers_equations(alpha: float) -> None:
         b = b + alpha / (depth * hidden) * u[place] @ back
     after, f = forward(new_u, new_v)
     moved = [new.T @ state / width - old.T @ state / width for new, old, state in zip(new_u, u, after, strict=False)]
-
     point = recipe.measure(recipe.Case("MLU", (depth, hidden, width), alpha, seed=5, limit=(4, 20)))
     assert point.local_first == pytest.approx(np.mean([np.sqrt(np.mean(part**2)) for part in moved]), rel=1e-4)
     assert point.loss_last < point.loss_first
@@ -93,8 +92,7 @@ def test_what_is_measured_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = recipe.paper_problem()
     module, plan, _ = descent.finite_model(problem, 4, 2000, 16, seed=0, embedding_seed=0)
     before = descent.look(module, plan, problem)
-    losses = descent.descend(module, plan, problem)
-    after = descent.look(module, plan, problem)
+    losses, after = descent.descend(module, plan, problem), descent.look(module, plan, problem)
     assert point.stream_update == pytest.approx((after["s=1"] - before["s=1"]).square().mean().sqrt().item(), rel=1e-5)
     assert point.loss_first == pytest.approx(losses[0], rel=1e-5)
     assert point.loss_last == pytest.approx((after["output"] - problem.targets).square().sum().item() / 100, rel=1e-5)
@@ -144,7 +142,6 @@ def test_quick_run(in_this_process: None, tmp_path: Path, capsys: pytest.Capture
     assert len(points) == 7 * (3 + 2 + 2) + 3, "one shape is in three sweeps"
     lines = {tuple(cells(line)[:2]): cells(line) for line in printed.splitlines()}
     assert lines["MLU", "α"][4] == "lazy" and sum(len(key) == 2 and key[1] in tuple("LMD") for key in lines) == 21
-
     # a slope of the table, from the points
     chosen = "1/√L, η/L", "32", "16"
     sweep = [row for row in points if (row["variant"], row["hidden"], row["embedding"]) == chosen]

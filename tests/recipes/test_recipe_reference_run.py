@@ -67,7 +67,6 @@ def test_quick_study(in_this_process: None, tmp_path: Path, capsys: Any, monkeyp
     logs = sorted(tmp_path.glob("*/metrics.csv"))
     assert len(logs) == 10 and (tmp_path / "reference_run.png").stat().st_size > 20_000
     assert {"L8-M4-D16-seed0", "L8-M4-D16-seed1", "L8-M1-D16-seed4"} <= {log.parent.name for log in logs}
-
     # a number of the table, from the log of its run
     cut = tmp_path / "L8-M1-D16-seed4" / "metrics.csv"
     found = rows(cut)
@@ -77,7 +76,6 @@ def test_quick_study(in_this_process: None, tmp_path: Path, capsys: Any, monkeyp
     line = next(line for line in printed.splitlines() if re.match(r"│ M +│ +8 │ +1 │", line))
     assert cells(line)[5] == f"{np.sqrt(np.mean(np.square(last))):.3g}"
     assert len(re.findall(r"│ rms  .*│ -?\d\.\d\d +│ (-?\d\.\d\d|nan) +│", printed)) == 4, "a slope for each sweep"
-
     # again: nothing but a run whose log is not whole, and a reference whose file is not
     before = {log: log.stat().st_mtime_ns for log in logs}
     recipe.main(command)

@@ -31,7 +31,6 @@ CHECK = failing_report(("a <b>warning</b>",))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of one run in two loggers, with a checkpoint, a check and a reference beside the first."""
     root = tmp_path_factory.mktemp("runs")
     run = root / "csv" / "version_0"
     recorder = ReferenceRecorder(run / "large.safetensors")
@@ -44,8 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def text(folder: Path) -> str:
+    return run_page(read_run(folder / "csv" / "version_0"))
+
+
 def logged(folder: Path) -> dict[str, dict[int, float]]:
-    """Values in the CSV file."""
     found: dict[str, dict[int, float]] = {}
     for row in rows(folder / "csv" / "version_0" / "metrics.csv"):
         for name in [name for name, value in row.items() if value and name not in ("step", "epoch")]:
@@ -66,11 +69,10 @@ def test_loggers_tell_the_same(folder: Path) -> None:
     assert {name: dict(curve) for name, curve in together.values.items() if name in values} == values
 
 
-def test_page_has_it_all_and_needs_nothing_else(folder: Path) -> None:
+def test_page_has_it_all_and_needs_nothing_else(folder: Path, text: str) -> None:
     record = read_run(folder / "csv" / "version_0")
     assert list(record.checks) == ["check.json"] and list(record.references) == ["large.safetensors"]
     assert len(record.plans) == 1 and not record.problems
-    text = run_page(record)
     page = Page(text)
     assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", text))
@@ -82,15 +84,14 @@ def test_page_has_it_all_and_needs_nothing_else(folder: Path) -> None:
     shown = "".join(page.text)
     assert str(next(iter(record.plans.values()))) in shown and "FAIL: 0 pass, 2 fail, 0 undecided" in shown
     assert "branch_in: look at its lr or eps" in shown and "a <b>warning</b>" in shown
-    assert run_page(read_run(folder / "csv" / "version_0")) == text
 
 
-def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(folder: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pages" / "run.html"
     main(["report", str(folder / "csv" / "version_0"), "--out", str(out)])
     printed = capsys.readouterr().out
     assert re.search(r"run.html: 1 plan, 1 check, \d+ logged values, 1 reference\.", printed)
-    assert out.read_text() == run_page(read_run(folder / "csv" / "version_0"))
+    assert out.read_text() == text, "the same page again"
     out.unlink()
     for wrong, message in ((tmp_path / "none", "There is no folder"), (tmp_path, "Nothing of a run was found")):
         assert command("report", str(wrong)) == 1 and message in capsys.readouterr().err

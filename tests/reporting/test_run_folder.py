@@ -142,8 +142,7 @@ def test_a_plan_that_makes_no_sense_is_named_and_the_rest_shown(old: str, new: s
     (tmp_path / "a.yaml").write_text(plan.replace(old, new))
     (tmp_path / "b.yaml").write_text(plan)
     record = read_run(tmp_path)
-    assert f"{new} {says}" in record.problems["a.yaml"]
-    assert str(Plan.from_yaml(plan, "b.yaml")) in text_of(record)
+    assert f"{new} {says}" in record.problems["a.yaml"] and str(Plan.from_yaml(plan, "b.yaml")) in text_of(record)
 
 
 @dataclass

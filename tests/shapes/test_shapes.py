@@ -21,14 +21,10 @@ from mlu_lightning.models import CausalTransformer, ResNet
 from mlu_lightning.shapes.error_bound import ATTENTION, PAPER
 from mlu_lightning.shapes.search import RESNET, Candidate, candidate_shapes
 
-DEEP = ErrorConstants(1, 0.8, 2.5)
-"""With which the best depths are large, so that it does not count that they are whole numbers."""
+DEEP = ErrorConstants(1, 0.8, 2.5)  # best depths are so large that it does not count that they are whole numbers
 ANY_SHAPE = replace(RESNET, multiples=Shape(1, 1, 1), constants=DEEP)
 NAN, INF = math.nan, math.inf
 GRID = [Shape(*sizes) for sizes in product((2, 8, 50), (16, 200), (32, 64, 512))]
-
-
-# --- what is refused
 
 
 RIGHT = [(shape, by_hand(shape, PAPER)) for shape in GRID]
@@ -57,7 +53,7 @@ REFUSED: list[tuple[Any, str]] = [
     (partial(Architecture.resnet, inputs=-3), "-3 per coordinate are none of a network.*no negative sizes"),
     *((partial(optimal_shape, budget), f"parameters={budget:g} there is no shape") for budget in (0, -1, NAN, INF)),
     *(
-        (partial(optimal_shape, 1e6, gain=g), f"gain={g} should be from 0.01 to below 0.5")
+        (partial(optimal_shape, 1e6, gain=g), f"gain={g} should be from 0.01 to below")
         for g in (0, 0.009, 0.5, -1, NAN)
     ),
 ]
@@ -67,9 +63,6 @@ REFUSED: list[tuple[Any, str]] = [
 def test_what_is_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-# --- the bound
 
 
 @pytest.mark.parametrize(("embedding", "published"), [(64, 0.315), (256, 0.176), (1024, 0.180)])
@@ -86,24 +79,22 @@ def test_bound_of_attention_is_near_what_was_measured(heads: int, measured: floa
     assert error_bound(Shape(8, heads, 256), ATTENTION) == pytest.approx(measured, rel=0.1)
 
 
-# --- fit
-
-
 def constants_of(found: ErrorConstants) -> tuple[float, float, float]:
     return found.depth, found.hidden, found.embedding
 
 
-@pytest.mark.parametrize("constants", [PAPER, ATTENTION, ErrorConstants(30, 0.01, 1e-3), ErrorConstants(0, 1, 0)])
-def test_exact_errors_give_back_their_constants(constants: ErrorConstants) -> None:
-    fit = fit_error_bound({shape: by_hand(shape, constants) for shape in GRID})
+THREE = [Shape(2, 64, 32), Shape(20, 64, 32), Shape(20, 64, 512)]  # which suffice, and say nothing of uncertainty
+APART_NOW = [*AT_ONE_DEPTH, Shape(25, 256, 64), Shape(50, 512, 64)]  # what the refusal asks for helps
+EXACT: list[tuple[ErrorConstants, list[Shape]]] = [(PAPER, THREE), (PAPER, APART_NOW), (PAPER, GRID), (ATTENTION, GRID)]
+EXACT += [(ErrorConstants(30, 0.01, 1e-3), GRID), (ErrorConstants(0, 1, 0), GRID)]
+
+
+@pytest.mark.parametrize(("constants", "shapes"), EXACT)
+def test_exact_errors_give_back_their_constants(constants: ErrorConstants, shapes: list[Shape]) -> None:
+    fit = fit_error_bound((shape, by_hand(shape, constants)) for shape in shapes)
+    assert (fit.uncertainty is None) == (shapes is THREE)
     assert constants_of(fit) == pytest.approx(constants_of(constants), rel=1e-6, abs=1e-6) and fit.scatter < 1e-9
     assert error_bound(GRID[0], fit) == pytest.approx(by_hand(GRID[0], constants), rel=1e-9)
-
-
-def test_three_points_suffice_and_say_nothing_of_uncertainty() -> None:
-    shapes = [Shape(2, 64, 32), Shape(20, 64, 32), Shape(20, 64, 512)]
-    fit = fit_error_bound((shape, by_hand(shape, PAPER)) for shape in shapes)
-    assert constants_of(fit) == pytest.approx((0.13, 0.8, 2.5), rel=1e-9) and fit.uncertainty is None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -148,12 +139,6 @@ def test_a_term_that_is_not_seen_becomes_zero_with_an_uncertainty() -> None:
     assert all(fit.uncertainty is not None and 0.01 < fit.uncertainty.depth < 0.5 for fit in zero)
 
 
-def test_what_the_refusal_asks_for_helps() -> None:
-    more = [*AT_ONE_DEPTH, Shape(25, 256, 64), Shape(50, 512, 64)]
-    fit = fit_error_bound({shape: by_hand(shape, PAPER) for shape in more})
-    assert constants_of(fit) == pytest.approx((0.13, 0.8, 2.5), rel=1e-6)
-
-
 def test_on_outputs_the_second_term_is_a_square_of_that_of_the_stream() -> None:
     """theory.md, section 2: D/(LM) instead of sqrt(D/(LM))."""
     shapes = [Shape(50, m, d) for m, d in product((4, 40, 400), (8, 64, 512))] + [Shape(5, 400, 512)]
@@ -162,9 +147,6 @@ def test_on_outputs_the_second_term_is_a_square_of_that_of_the_stream() -> None:
     fit = fit_error_bound(zip(shapes, measured, strict=True), of="output")
     assert constants_of(fit) == pytest.approx((0.1, 3, 0.5), rel=1e-6)
     assert [error_bound(s, fit, of="output") for s in shapes] == pytest.approx(measured, rel=1e-6)
-
-
-# --- parameters
 
 
 @pytest.mark.parametrize("shape", [Shape(1, 1, 1), Shape(3, 8, 4), Shape(12, 640, 128)])
@@ -185,9 +167,6 @@ def test_parameters_of_a_transformer(shape: Shape, vocabulary: int, head_dim: in
     architecture = Architecture.transformer(vocabulary, head_dim, mlp_ratio)
     assert architecture.parameters(shape) == sum(p.numel() for p in model.parameters())
     assert len(model.branches) == shape.depth
-
-
-# --- the best shape
 
 
 def test_best_shape_has_the_exponents_of_the_theory() -> None:
@@ -235,7 +214,7 @@ constants = st.builds(ErrorConstants, *[st.just(0.0) | st.floats(0.05, 20)] * 3)
 architectures = st.builds(Architecture, st.integers(1, 8), st.integers(0, 3), st.integers(0, 20), multiples, constants)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.floats(10, 4000), architectures, st.floats(0.01, 0.49))
 def test_best_shape_is_that_of_brute_force(budget: float, architecture: Architecture, gain: float) -> None:
     step = architecture.multiples

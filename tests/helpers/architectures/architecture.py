@@ -16,9 +16,7 @@ Branches = tuple[tuple[str, str, int], ...]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One architecture at any shape; parameters are named by patterns."""
-
+class Architecture:  # one architecture at any shape; parameters are named by patterns
     build: Build  # with a number of blocks, of heads of dimension 8, and of coordinates
     example: Any
     readout: str  # name of its matrix

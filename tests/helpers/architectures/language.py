@@ -36,17 +36,10 @@ def mixtral(experts: str) -> Build:
 
 def _t5(tied: bool) -> Build:
     def build(depth: int, heads: int, embedding: int) -> nn.Module:
-        config = hf.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=embedding,
-            d_kv=8,
-            d_ff=24 * heads,
-            num_layers=depth,
-            num_heads=heads,
-            feed_forward_proj="relu" if tied else "gated-gelu",
-            tie_word_embeddings=tied,  # for T5 this says only whether outputs are scaled as those of a tied table
-            decoder_start_token_id=0,
-        )
+        sizes = {"d_model": embedding, "d_kv": 8, "d_ff": 24 * heads, "num_layers": depth, "num_heads": heads}
+        kind = {"feed_forward_proj": "relu" if tied else "gated-gelu", "decoder_start_token_id": 0}
+        # tie_word_embeddings says for T5 only whether outputs are scaled as those of a tied table
+        config = hf.T5Config(vocab_size=VOCABULARY, tie_word_embeddings=tied, **sizes, **kind)
         model = hf.T5ForConditionalGeneration(config)
         if not tied:
             model.lm_head = nn.Linear(embedding, VOCABULARY, bias=False)

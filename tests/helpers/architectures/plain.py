@@ -1,5 +1,6 @@
 """Residual networks of plain code."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,7 @@ from helpers.architectures.architecture import TOKENS, VOCABULARY, Architecture
 from mlu_lightning.models import CausalTransformer, ResNet
 
 
-class Encoder(nn.Module):
-    """``nn.TransformerEncoder`` between tables and a readout."""
-
+class Encoder(nn.Module):  # ``nn.TransformerEncoder`` between tables and a readout
     def __init__(self, depth: int, heads: int, embedding: int, norm_first: bool) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, embedding)
@@ -61,9 +60,7 @@ class Functional(nn.Module):
         return self.out(torch.tanh(self.transform(self.blocks(self.stem(F.relu(self.patches(x)))))))
 
 
-class Decoder(nn.Module):
-    """``nn.TransformerDecoder`` with cross-attention to a memory that is made of data."""
-
+class Decoder(nn.Module):  # ``nn.TransformerDecoder`` with cross-attention to a memory that is made of data
     def __init__(self, depth: int, heads: int, embedding: int, norm_first: bool) -> None:
         super().__init__()
         self.tokens = nn.Embedding(VOCABULARY, embedding)
@@ -125,10 +122,9 @@ _POST_NORM = "stream_norm (post_norm): *.layers.*.norm?.*"
 
 
 def _stack(model: type[Encoder | Decoder], example: Any, attentions: tuple[str, ...], norm_first: bool) -> Architecture:
-    def build(*shape: int) -> nn.Module:
-        return model(*shape, norm_first=norm_first)
-
-    found = Architecture(build, example, "readout.weight", warns="" if norm_first else "post-norm").reads(_TORCH)
+    found = Architecture(
+        partial(model, norm_first=norm_first), example, "readout.weight", warns="" if norm_first else "post-norm"
+    ).reads(_TORCH)
     layers = f"{model.__name__.lower()}.layers.*"
     for name in attentions:
         found = found.reads(f"branches: {layers}.{name} attention 1")
@@ -140,9 +136,7 @@ _DECODER = Decoder, (TOKENS, torch.linspace(-1, 1, 60).reshape(2, 6, 5)), ("self
 
 
 def _experts(normalized: bool) -> Architecture:
-    def build(*shape: int) -> nn.Module:
-        return MixtureOfExperts(*shape, normalized=normalized)
-
+    build = partial(MixtureOfExperts, normalized=normalized)
     active = dict.fromkeys([f"experts.*.{part}.*" for part in ("gate", "up", "down")], 2) if normalized else {}
     return Architecture(build, (torch.linspace(-1, 1, 20).reshape(4, 5),), "readout.weight", active=active).reads("""
         embedding: embed.*
@@ -156,8 +150,7 @@ def _experts(normalized: bool) -> Architecture:
     """)
 
 
-def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
-    return ResNet(depth, 4 * heads, embedding, inputs=3, outputs=2)
+_EXAMPLE = torch.ones(4, 3), torch.ones(4, 2)
 
 
 def _transformer(depth: int, heads: int, embedding: int) -> nn.Module:
@@ -165,7 +158,9 @@ def _transformer(depth: int, heads: int, embedding: int) -> nn.Module:
 
 
 PLAIN: dict[str, Architecture] = {
-    "resnet": Architecture(_resnet, (torch.ones(4, 3), torch.ones(4, 2)), "readout.weight").reads("""
+    "resnet": Architecture(
+        lambda depth, heads, d: ResNet(depth, 4 * heads, d, 3, 2), _EXAMPLE, "readout.weight"
+    ).reads("""
         embedding: embed.weight
         branch_in: blocks.*.read.weight
         branch_out: blocks.*.write.weight

@@ -1,5 +1,7 @@
 """Models of images: of plain code and of Hugging Face transformers."""
 
+from functools import partial
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -10,9 +12,7 @@ from helpers.architectures.architecture import Architecture, hugging_face
 IMAGES = torch.linspace(-1, 1, 384).reshape(2, 3, 8, 8)
 
 
-class MixerBlock(nn.Module):
-    """A perceptron over the patches of every channel, and one over the channels of every patch."""
-
+class MixerBlock(nn.Module):  # a perceptron over the patches of every channel, and one over the channels of every patch
     def __init__(self, patches: int, heads: int, embedding: int) -> None:
         super().__init__()
         self.channel_norm, self.token_norm = nn.LayerNorm(embedding), nn.LayerNorm(embedding)
@@ -24,9 +24,7 @@ class MixerBlock(nn.Module):
         return h + self.channels(self.channel_norm(h))
 
 
-class Mixer(nn.Module):
-    """MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) over four patches."""
-
+class Mixer(nn.Module):  # MLP-Mixer (Tolstikhin et al., arXiv 2105.01601) over four patches
     def __init__(self, depth: int, heads: int, embedding: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, embedding, 4, 4)
@@ -49,14 +47,9 @@ class ConvolutionalBlock(nn.Module):
 
     def __init__(self, inputs: int, hidden: int, outputs: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
-        if bottleneck:
-            self.first = _normed(inputs, hidden, 1)
-            self.second = _normed(hidden, hidden, 3, stride)
-            self.last = _normed(hidden, outputs, 1)
-        else:
-            self.first = _normed(inputs, hidden, 3, stride)
-            self.second = nn.Sequential()
-            self.last = _normed(hidden, outputs, 3)
+        self.first = _normed(inputs, hidden, 1) if bottleneck else _normed(inputs, hidden, 3, stride)
+        self.second = _normed(hidden, hidden, 3, stride) if bottleneck else nn.Sequential()
+        self.last = _normed(hidden, outputs, 1 if bottleneck else 3)
         same = inputs == outputs and stride == 1
         self.shortcut = nn.Sequential() if same else _normed(inputs, outputs, 1, stride)
 
@@ -97,9 +90,7 @@ def _resnet(depth: int, heads: int, embedding: int) -> nn.Module:
 
 
 def _convolutional(bottleneck: bool) -> Architecture:
-    def build(*shape: int) -> nn.Module:
-        return ConvolutionalResNet(*shape, bottleneck=bottleneck)
-
+    build = partial(ConvolutionalResNet, bottleneck=bottleneck)
     return Architecture(build, (IMAGES,), "fc.weight", ends=("stages.*.*.last.1.*",), axis=1).reads("""
         embedding: stem.0.weight
         stream_norm: stem.1.* stages.*.*.shortcut.1.*
