@@ -1,6 +1,7 @@
 """Constants that a module itself puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
 
 They are numbers, and tensors of one entry that no loss changes: buffers, frozen parameters, what is computed from these.
+On the meta device such tensors are NaN, and what is multiplied by them is not known.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ class Constants:
         """What a stream is multiplied by from one addition to the next; 1 where it is not, or normalized there."""
         ways = (self._behind(region.before) for region in self._regions)
         found = (math.prod(map(self._factor, ops)) for ops, source in ways if source in self._additions)
-        return next((factor for factor in found if not math.isclose(factor, 1.0, rel_tol=1e-6)), 1.0)
+        known = (factor for factor in found if not math.isnan(factor))
+        return next((factor for factor in known if not math.isclose(factor, 1.0, rel_tol=1e-6)), 1.0)
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether anything is multiplied by a number that is on the meta device, without a value."""
+        return any(math.isnan(self._factor(op)) for op in self._graph.ops)
 
     def _of_branch(self, region: BranchRegion) -> float:
         forward, op = [region.end], region.end

@@ -177,7 +177,7 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
     what they were joined with data to be is added to them.
     """
     found: set[str] = set()
-    joined: dict[str, list[Op]] = defaultdict(list)
+    joined: dict[tuple[str, tuple[object, ...]], list[Op]] = defaultdict(list)  # by the entries that are used
     for op in ops:
         if not op.from_data:
             continue
@@ -193,8 +193,9 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
             if (not weights or is_query) and inner & _MAPS:
                 found.update(_inputs(operand[0]))
             elif op.name in ("Add", "Cat") and len(inner - RESHAPES - PARTS) == 1 and len(op.shape) > 1:
-                joined[next(other.parameter or "" for other in made if not other.operands)].append(op)
-    for name, uses in joined.items():
+                use = next(use for use in _uses(op) if use.parameter in {other.parameter for other in made})
+                joined[use.parameter, use.part].append(op)
+    for (name, _), uses in joined.items():
         sums = [op for op in uses if op.name == "Add" and name not in found]
         if sums and len(uses) > 1:
             after = descendants(ops[uses[0].index :], uses[:1])

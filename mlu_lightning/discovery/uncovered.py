@@ -71,6 +71,12 @@ def warnings_about(
             f"the stream is multiplied by {constants.of_streams:.4g} from each addition to the next, without a norm on it, "
             "so that what blocks add fades or grows with every further block: the theory covers sums along the depth"
         )
+    if constants.has_unknown:
+        yield (
+            "the module multiplies by buffers or frozen parameters of one entry that are on the meta device, where they "
+            "have no value: they are taken to be what the base has. If they depend on the shape, as sqrt(D) on embeddings "
+            "does, build the module and its base on a real device to plan them"
+        )
     branches = (region.branch for region in regions if region.branch is not None)
     unread = [common_module(b.matrix_names) for b in branches if b.experts is not None and b.experts.active is None]
     if unread:

@@ -71,7 +71,8 @@ class Units:
             own = {axis: op.shape[axis] for axis in axes}
         else:
             first = 1 if op.name in CHANNEL_NORMS else len(op.shape) - len(use.shape)
-            own = {a: use.shape[a - first] for a in axes if a >= first and self._varies(use, a - first)}
+            inside = range(first, first + len(use.shape))  # a norm of channels has none of the other axes
+            own = {a: use.shape[a - first] for a in axes if a in inside and self._varies(use, a - first)}
         # heads come before the entries of a head
         of_heads = any(stride * size >= self.entries for axis in own for stride, size in axes[axis])
         return math.prod(own.values()) if of_heads else 0

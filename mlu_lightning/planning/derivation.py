@@ -173,7 +173,7 @@ def original_of(name: str, copies: Mapping[str, str]) -> str | None:
 def with_copies(multipliers: tuple[Multiplier, ...], copies: Mapping[str, str]) -> tuple[Multiplier, ...]:
     """Multipliers with those of submodules that are copies of others, which are to compute the same."""
     found = (_copied(multiplier, copy, original) for copy, original in copies.items() for multiplier in multipliers)
-    return (*multipliers, *filter(None, found))
+    return tuple(dict.fromkeys((*multipliers, *filter(None, found))))
 
 
 def _copied(multiplier: Multiplier, copy: str, original: str) -> Multiplier | None:

@@ -34,7 +34,9 @@ def override_roles(
                 f"named_parameters(), such as {', '.join(list(parameters)[:3])}; patterns are globs, such as '*.bias'."
             )
         if str(role).startswith(_COPY):
-            copies[pattern.partition("*")[0].rstrip(".")] = str(role).removeprefix(_COPY)
+            copy = pattern.partition("*")[0].rstrip(".")
+            copies = {name: of for name, of in copies.items() if not name.startswith(f"{copy}.")}  # the whole says it
+            copies[copy] = str(role).removeprefix(_COPY)
             role = Role.FROZEN
         if str(role) not in _ROWS:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -26,7 +27,7 @@ class OwnHook:
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """Copy a module with parameters that are fake, or share memory with the originals, and require a gradient.
 
-    Buffers and frozen parameters of one entry are constants: fake ones keep their value.
+    Buffers and frozen parameters of one entry are constants: fake ones keep their value, which is NaN for those on meta.
     """
     memo: dict[int, Any] = {}
     with nullcontext() if fake is None else fake:
@@ -52,6 +53,8 @@ def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
             "stays as it is. Plan it before it holds open files, locks or results of a forward pass, or keep these "
             "outside of the module."
         ) from error
+    # functions that a copy makes anew, as compiled parts do, mean it already
+    memo |= {id(part): part for part in chain(twin.modules(), twin.parameters(), twin.buffers())}
     for copied in twin.modules():
         for hooks in (copied._forward_hooks, copied._forward_pre_hooks):
             for number in [number for number, hook in hooks.items() if isinstance(hook, OwnHook)]:
@@ -77,12 +80,11 @@ def is_constant(tensor: Tensor) -> bool:
 
 
 def _set_constant(stand_in: Tensor | None, tensor: Tensor) -> None:
-    if (
-        isinstance(stand_in, FakeTensor)
-        and is_constant(tensor)
-        and not (tensor.is_meta or isinstance(tensor, FakeTensor))
-    ):
-        stand_in.constant = tensor.detach().cpu().clone()
+    if isinstance(stand_in, FakeTensor) and is_constant(tensor) and not isinstance(tensor, FakeTensor):
+        known = not tensor.is_meta
+        stand_in.constant = (
+            tensor.detach().cpu().clone() if known else torch.full(tensor.shape, math.nan).to(tensor.dtype)
+        )
 
 
 def copied_batch(batch: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:

@@ -4,6 +4,7 @@ import copy
 import random
 import threading
 from collections import Counter
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -78,7 +79,13 @@ def test_structure_is_the_same_on_meta(architecture: Architecture) -> None:
     expected = discover(architecture.build(DEPTH, HEADS, EMBEDDING), architecture.example)
     with torch.device("meta"):
         module = architecture.build(DEPTH, HEADS, EMBEDDING)
-    assert discover(module, architecture.example) == expected
+    found = discover(module, architecture.example)
+    if architecture is ARCHITECTURES["gemma2"]:  # multiplies embeddings by a buffer, which has no value there
+        embedding = found.parameters.pop("model.embed_tokens.weight")
+        assert embedding == replace(expected.parameters.pop("model.embed_tokens.weight"), constant=None)
+        assert found.warnings and all("on the meta device, where they have no value" in w for w in found.warnings)
+        found = replace(found, warnings=())
+    assert found == expected
 
 
 def test_multiplying_at_every_site_is_multiplying_every_branch(architecture: Architecture) -> None:
@@ -175,9 +182,9 @@ def test_manual_optimization_and_values_in_control_flow() -> None:
 def test_parameters_that_cannot_be_placed_are_named_with_the_override_that_would_settle_it() -> None:
     def forward(net: Net, x: Tensor) -> Any:
         h = net.embed(x)
-        return net.out((h + net.blocks[0](h)) @ (net.mixing * net.mixing.softmax(-1)))
+        return net.out(((h + net.blocks[0](h)).unflatten(-1, (2, 4)) * net.mixing).flatten(-2))
 
-    mixing = nn.Parameter(torch.ones(8, 8))
+    mixing = nn.Parameter(torch.ones(2, 4))  # none of its axes is the stream's
     module = Net(forward, blocks=nn.ModuleList(Net().blocks[:1]), unused=nn.Parameter(torch.ones(5)), mixing=mixing)
     structure = discover(module, X)
     assert set(structure.unassigned) == {"mixing"} and structure.roles["unused"] == "frozen"

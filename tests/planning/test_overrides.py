@@ -13,14 +13,21 @@ from mlu_lightning import Plan
 
 
 class Block(nn.Module):
+    """Between its matrices, spare vectors multiply groups of units, so that they fit neither side of one."""
+
     def __init__(self, **spare: int) -> None:
         super().__init__()
         self.read, self.write = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.spare_names = [*spare]
         for name, size in spare.items():
-            setattr(self, name, nn.Parameter(torch.zeros(size)))
+            setattr(self, name, nn.Parameter(torch.ones(size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.write(torch.tanh(self.read(x)))
+        units = torch.tanh(self.read(x))
+        for name in self.spare_names:
+            vector = getattr(self, name)
+            units = (units.unflatten(-1, (-1, len(vector))) * vector).flatten(-2)
+        return x + self.write(units)
 
 
 def network(depth: int, odd_block: int | None = None, **spare: int) -> nn.Module:
@@ -37,7 +44,7 @@ def suggested(message: str) -> dict[str, str]:
     ("arguments", "patterns"),
     [
         ({"spare": 4}, ["*.spare"]),
-        ({"spare": 4, "other": 8}, ["*.spare", "*.other"]),
+        ({"spare": 4, "other": 2}, ["*.spare", "*.other"]),
         ({"spare": 4, "odd_block": 1}, ["*.spare"]),
     ],
     ids=str,
@@ -60,10 +67,14 @@ def test_pattern_of_a_block_that_the_base_has_not() -> None:
 
 def test_names_are_written_out_where_a_glob_would_match_others() -> None:
     class Mixed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.Parameter(torch.ones(8))
+
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.spare
 
-    model = nn.Sequential(nn.Linear(3, 8), Block(spare=8), Mixed(spare=8), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Linear(3, 8), Block(spare=4), Mixed(), nn.Linear(8, 2))
     with pytest.raises(ValueError, match="could not be placed") as error:
         Plan.from_model(model, X)
     assert [*suggested(str(error.value))] == ["1.spare"]
