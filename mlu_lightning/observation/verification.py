@@ -237,7 +237,8 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
         before = (len(ours) - 1) / len(ours), (len(theirs) - 1) / len(theirs)
         high = max(1, most, most / math.sqrt(depth)) * (before[0] / before[1] if before[1] else math.inf)
         along = Interval(min(1, least, least / math.sqrt(depth)), high)
-        for place, interval in ((0, Interval(1, 1)), (-1, along)):
+        first = Interval(min(1, added.low), max(1, added.high))  # after other branches of its block
+        for place, interval in ((0, first), (-1, along)):
             ratio = _ratio([ours[place]], [theirs[place]], lambda addition: addition.stream)
             yield from _off_chance(
                 f"the stream before {label} ({'last' if place else 'first'})", interval, ratio, chance
