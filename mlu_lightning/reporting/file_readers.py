@@ -1,7 +1,7 @@
 """What logs and checkpoints hold, read by a process of its own, which runs this file alone and may be stopped at any time.
 
 A file that was made to, or is damaged, can keep a reader busy forever, take all memory or raise anything; then it costs its
-process. That is started with this file as its script: it imports nothing of the package, to be there at once.
+process. That is started with this file as its script: it imports next to nothing of the package, to be there at once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import zipfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
+
+from mlu_lightning.utilities.stand_in import StandIn
 
 __all__ = ["READABLE", "Content", "is_log_or_checkpoint"]
 
@@ -140,25 +142,9 @@ def _old_checkpoint(file: BinaryIO) -> Any:
     return checkpoint
 
 
-class _Nothing:
-    """What stands for everything that is not a plain value."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-    def append(self, value: Any) -> None: ...
-
-    def extend(self, values: Any) -> None: ...
-
-    def add(self, value: Any) -> None: ...
-
-
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return _Nothing
+        return StandIn
 
     def persistent_load(self, pid: Any) -> Any:
         return None

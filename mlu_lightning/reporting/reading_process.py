@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,8 +42,11 @@ class _Reader:
 
     def __init__(self) -> None:
         self.errors: IO[bytes] = TemporaryFile()  # noqa: SIM115  # as long as the process
+        package = Path(file_readers.__file__).parents[2]
         self.process = subprocess.Popen(
             [sys.executable, file_readers.__file__],
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mlu_lightning.utilities.stand_in import StandIn
+
 __all__ = ["read_checkpoint"]
 
 
@@ -23,25 +25,6 @@ def read_checkpoint(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
 
 
-class _StandIn:
-    """Takes whatever the object would have been made of."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def __setitem__(self, key: Any, value: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-    def append(self, value: Any) -> None: ...
-
-    def extend(self, values: Any) -> None: ...
-
-    def add(self, value: Any) -> None: ...
-
-
 class _Unpickler(pickle.Unpickler):
     """Makes tensors and dicts of them, of what torch trusts in any file, and nothing else."""
 
@@ -50,4 +33,4 @@ class _Unpickler(pickle.Unpickler):
             return OrderedDict
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
             return getattr(torch._utils, name)
-        return (lambda *_: _StandIn) if name == "getattr" else _StandIn  # a class in a class is found by it
+        return (lambda *_: StandIn) if name == "getattr" else StandIn  # a class in a class is found by it

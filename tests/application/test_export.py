@@ -78,8 +78,8 @@ def test_loaded_without_the_package(folders: Path, name: str, form: str, run: st
     folder = folders / f"{name}, {run}, {form}"
     expected, left, loaded = (load_file(folder / file)["logits"] for file in ("expected", "left", "loaded"))
     assert expected.std() > 0.01  # and not zero everywhere
-    # one plus a gain that is stored minus one is rounded
-    exact = run != "rounded" and not HUGGING_FACE[name].unfoldable
+    # one plus a gain that is stored minus one is rounded, and so is a multiplier beside T5's own D^(-1/2): a root of two
+    exact = run != "rounded" and not HUGGING_FACE[name].unfoldable and name != "tied t5"
     torch.testing.assert_close(left, expected, **({"rtol": 0, "atol": 0} if exact else ROUNDED))
     torch.testing.assert_close(loaded, left, **LOADED)
 
