@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from mlu_lightning.callbacks.either_callback import EitherCallback
+from mlu_lightning.callbacks._either_callback import EitherCallback
 from mlu_lightning.callbacks.infinite_limit import Limit, LimitRun
 from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
 from mlu_lightning.callbacks.probe_batches import Layout, Probe

@@ -19,8 +19,8 @@ from mlu_lightning.application.applied import Applied, mark_initialized, residua
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
 from mlu_lightning.application.multipliers import check_attached
 from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.callbacks._either_callback import EitherCallback
 from mlu_lightning.callbacks.base_module import built_base
-from mlu_lightning.callbacks.either_callback import EitherCallback
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from mlu_lightning.callbacks.either_callback import EitherCallback
+from mlu_lightning.callbacks._either_callback import EitherCallback
 from mlu_lightning.callbacks.loggers import log_reference
 from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
 from mlu_lightning.observation import Observation, Reference

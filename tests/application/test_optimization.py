@@ -249,7 +249,7 @@ def test_parameters_that_others_rename_are_refused() -> None:
 def test_second_scaling_is_refused_also_under_lightnings_wrapper() -> None:
     module = Weights()
     optimizer = optim.SGD(module.parameters(), lr=0.1)
-    assert scale_optimizer(LightningOptimizer(optimizer), module, plan_of(module)).optimizer is optimizer
+    assert scale_optimizer(LightningOptimizer(optimizer), module, plan_of(module)).parts[0].optimizer is optimizer
     lr_scheduler.StepLR(optimizer, 5)
     refused(r"scaled already; .* \.remove\(\)", optimizer, module)
 

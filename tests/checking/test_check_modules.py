@@ -131,9 +131,10 @@ def test_positions_and_a_norm_under_a_multiplier_are_read_as_they_are() -> None:
     initial, batch = Initial(), tokens()[0]
     found = measure(model, plan, [MLUCallback(base), initial], [batch], batch, 1, {})
     start = {one.quantity.name: one.values for one in found if one.quantity.kind == "start"}
-    assert start["positions"] == (pytest.approx(initial.positions.square().mean().sqrt().item(), rel=1e-6),)
+    size = initial.positions.square().mean().sqrt().item()
+    assert start["positions"] == pytest.approx([size] * len(start["positions"]), rel=1e-6)
     # outputs of a norm with gains of one, before the readout's multiplier of 1/2
-    assert start["norm.weight"] == (pytest.approx(1.0, abs=1e-3),)
+    assert start["norm.weight"] == pytest.approx([1.0] * len(start["norm.weight"]), abs=1e-3)
 
 
 class Initial(Callback):  # keeps the positions as they are when the training starts

@@ -22,7 +22,8 @@ class EitherCallback(Callback):
         missing = [parent for parent in of_both(Callback) if not issubclass(cls, parent)]
         both: Any = cls
         if missing:
-            names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_written": cls}
+            # of this private module, where command lines do not look for callbacks to build
+            names = {"__module__": __name__, "__qualname__": cls.__qualname__, "_written": cls}
             both = type(cls.__name__, (cls, *missing), names)
         instance: Self = super().__new__(both)
         return instance
