@@ -12,7 +12,7 @@ class UserErrors(AbstractContextManager[None]):
     """Names what was run, and what to do, in errors that do not come from this package itself.
 
     >>> with UserErrors("While planning, forward was run", "Give example=..."):
-    ...     {}["labels"]
+    ...     exec('batch["labels"]', {"batch": {}})
     Traceback (most recent call last):
     RuntimeError: While planning, forward was run and raised KeyError: 'labels'. Give example=...
     """
