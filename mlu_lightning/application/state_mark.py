@@ -32,7 +32,7 @@ def mark_states(module: nn.Module, targets: Iterable[nn.Module]) -> list[Removab
         if part in wanted:
             steps = name.split(".") if name else []
             marked.update({named[".".join(steps[:end])]: None for end in range(len(steps) + 1)})
-    hooks = []
+    hooks = []  # torch has no types for what registers them
     for part in dict.fromkeys((module, *marked)):
         hooks.append(part.register_load_state_dict_pre_hook(_take_out))  # type: ignore[no-untyped-call]
     for part in marked:

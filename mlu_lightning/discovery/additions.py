@@ -234,6 +234,7 @@ class _Search:
                 continue
             chain = self.chains[stream]
             arranged = all(o.name in RESHAPES for o in chain[: chain.index(root)])
+            # mypy infers no type of a lambda with a default, which keeps this turn's root
             ops, _ = between([branch], lambda o, root=root: o.index <= root.index)  # type: ignore[misc]
             mixes = any(o.name not in _ELEMENTWISE for o in ops) and not any(map(self.graph.is_matrix, ops))
             if arranged and mixes:

@@ -66,6 +66,7 @@ def partition(graph: Graph) -> Partition:
     owner: dict[Op, Op] = {}  # the first root that the inside of a branch reads
     for addition in additions:
         within = reads[addition] - stops
+        # mypy infers no type of a lambda with a default, which keeps this turn's operations
         inside, _ = between([addition.branch], lambda op, within=within: op not in within)  # type: ignore[misc]
         owner |= {op: addition.root for op in inside if op not in owner}
     for addition in additions:

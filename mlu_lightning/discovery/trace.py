@@ -215,6 +215,7 @@ class _InnerGradients(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
+        # torch's types have a bool here, and it is a descriptor
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
             # torch allows it on the batch, and not on its stand-in, which requires a gradient already
             return args[0].retain_grad()
