@@ -1,4 +1,4 @@
-"""Models of other packages that nothing here was written for: roles by hand, ratios, and what is refused.
+"""Models of other packages that nothing here was written for: roles that were read through, ratios, and what is refused.
 
 They need the extra ``tests-models``, and are skipped without a package.
 """
@@ -43,7 +43,7 @@ def row_by_hand(name: str, rows: Mapping[str, str]) -> str | None:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_roles_and_streams_are_those_of_the_source(name: str) -> None:
+def test_roles_and_streams_are_those_that_were_read_through(name: str) -> None:
     streams, rows = EXPECTED[name]
     structure = discover(*built(name, 1))
     assert " ".join(f"{stream.depth}x{stream.embedding}" for stream in structure.streams) == streams

@@ -1,6 +1,7 @@
 """Models of other packages, small, at a base shape (size 1) and at twice its depth, hidden width and embedding (size 2).
 
-Each entry builds a module with the arguments of its forward pass. Roles that its source gives are in ``roles.txt``.
+Each entry builds a module with the arguments of its forward pass. ``roles.txt`` has their roles:
+printed from what was found, and read through, not written down beforehand. It holds what is right now.
 """
 
 from collections.abc import Callable
