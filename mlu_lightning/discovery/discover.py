@@ -28,6 +28,7 @@ from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
     require_recurrence_in_branches,
     require_residual_branches,
+    require_sums,
     warnings_about,
 )
 from mlu_lightning.discovery.weight_functions import has_functions, with_functions
@@ -83,6 +84,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     parts = partition(graph)
     require_residual_branches(module, parts)
     require_recurrence_in_branches(module, graph, parts)
+    require_sums(module, graph, parts)
     regions, depths = find_regions(graph, parts)
     uses = place_uses(graph, regions)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}

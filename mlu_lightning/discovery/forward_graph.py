@@ -243,8 +243,15 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
         sums = [op for op in uses if op.name == "Add" and name not in found]
         if sums and len(uses) > 1:
             after = descendants(ops[uses[0].index :], uses[:1])
-            found.update(name for op in sums if not after.isdisjoint(op.data))
+            # positions are added to sums, again in every block
+            found.update(name for op in sums if any(o in after and _sum_behind(o).name != "Add" for o in op.data))
     return frozenset(found)
+
+
+def _sum_behind(op: Op) -> Op:
+    while op.name in NORMS or op.is_transparent or op.name == "CopySlices":
+        op = op.data[0]
+    return op
 
 
 _MAPS = NORMS | (WEIGHT_SLOTS.keys() - {"GroupedMm"})
