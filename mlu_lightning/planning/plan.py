@@ -30,6 +30,7 @@ from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, ra
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.utilities.locks import WriterLock
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 from mlu_lightning.utilities.whole_files import write_whole
@@ -289,8 +290,25 @@ class Plan:
             )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete."""
-        write_whole({Path(path): self.to_yaml().encode()})
+        """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete.
+
+        Raises:
+            OSError: if it cannot be written.
+            BlockingIOError: if another process is writing another plan there at this moment.
+        """
+        path, content = Path(path), self.to_yaml().encode()
+        if path.exists() and not path.is_file():
+            write_whole({path: content})  # to a device or a pipe
+            return
+        try:
+            lock = WriterLock(path)
+        except BlockingIOError:
+            with WriterLock(path, wait=True):
+                if path.exists() and path.read_bytes() == content:
+                    return  # as where every process of a run saves its plan
+            raise
+        with lock:
+            write_whole({path: content})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
