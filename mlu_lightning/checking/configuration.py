@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
+from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.shapes.error_bound import Shape
 from mlu_lightning.utilities.config_files import load_config
 
@@ -267,7 +268,7 @@ def _base(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
             )
         if isinstance(base, dict):
             return base
-        if base is not None:
+        if base not in (None, ABSOLUTE):
             raise ValueError(
                 f"The base of the MLUCallback of {path} is a saved plan, from which a module of its shape cannot be "
                 f"built, to begin there. Give it another, {instead}"
