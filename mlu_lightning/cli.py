@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jsonargparse import auto_cli
 from rich.console import Console
@@ -19,6 +19,9 @@ from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_sh
 from mlu_lightning.shapes.search import candidate_shapes
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
 from mlu_lightning.utilities.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from mlu_lightning.quickstart.study import Run
 
 __all__ = ["check", "main", "quickstart", "report", "shape"]
 
@@ -49,27 +52,55 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
 
     Args:
         text: path of the text to train on; by default the documentation inside Python's standard library.
-        out: folder for the figure and the losses; it is made if it does not exist.
+        out: folder for the figure and the losses; it is made if it does not exist, and runs that are there are kept.
         steps: optimizer steps of each run.
         seed: seed of initial weights and batches.
     """
     _require("quickstart draws a figure, and matplotlib is", "matplotlib")
-    from mlu_lightning.quickstart import Study, load_text, loss_table, run_study, save_figure, save_runs, verdicts
+    from mlu_lightning.quickstart import (
+        Study,
+        load_text,
+        loss_table,
+        read_runs,
+        run_study,
+        save_figure,
+        save_runs,
+        verdicts,
+    )
 
     content = load_text(text)
     folder, study, console = _place(out), Study(steps=steps, seed=seed), _console()
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
     source = "the documentation in Python's standard library" if text is None else text
     _say(console, f"{total} runs of {steps} steps on {len(content):,} bytes of {source}")
-    with _progress(console) as progress:
-        task = progress.add_task("training", total=total)
-        runs = run_study(study, content, lambda run: progress.advance(task))
-    _say(console, "Validation loss (nats per byte) by learning rate; * marks the least of a row.")
+    done = read_runs(study, content, folder / "runs.json")
+    known = [*done]
+    if known:
+        _say(console, f"Going on in {folder}, which has {len(known)} of them already.", soft_wrap=True)
+
+    def keep(run: Run) -> None:
+        done.append(run)
+        with suppress(OSError):  # which is heard of at the end, when the results have been printed
+            save_runs(study, content, done, folder / "runs.json")
+        progress.advance(task)
+
+    title = "Validation loss (nats per byte) by learning rate; * marks the least of a row."
+    try:
+        with _progress(console) as progress:
+            task = progress.add_task("training", total=total, completed=len(known))
+            runs = run_study(study, content, keep, known)
+    except KeyboardInterrupt:
+        _say(console, f"Interrupted after {len(done)} of {total} runs; the same command goes on with the others.")
+        if done:
+            _say(console, title)
+            console.print(loss_table(study, done))
+        raise
+    _say(console, title)
     console.print(loss_table(study, runs))
     for sentence in verdicts(study, runs):
         _say(console, sentence)
     with _writing(out):
-        save_runs(study, runs, folder / "runs.json")
+        save_runs(study, content, runs, folder / "runs.json")
         save_figure(study, runs, folder / "quickstart.png")
     _say(console, f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", soft_wrap=True)
 

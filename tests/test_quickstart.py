@@ -20,7 +20,16 @@ from rich.console import Console
 from mlu_lightning.cli import main
 from mlu_lightning.quickstart import study as quickstart
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
-from mlu_lightning.quickstart.study import SHAPES, Run, Study, TransformerShape, best_exponent, load_text, run_study
+from mlu_lightning.quickstart.study import (
+    SHAPES,
+    Run,
+    Study,
+    TransformerShape,
+    best_exponent,
+    load_text,
+    read_runs,
+    run_study,
+)
 
 EXPONENTS = (-8, -7, -6, -5, -4)
 
@@ -107,11 +116,23 @@ def test_verdicts_say_when_they_know_little(study: Study, runs: list[Run]) -> No
 
 def test_runs_are_saved_as_json_that_any_reader_takes(study: Study, runs: list[Run], tmp_path: Path) -> None:
     runs[-1] = replace(runs[-1], loss=math.nan)
-    quickstart.save_runs(study, runs, tmp_path / "runs.json")
+    path = tmp_path / "runs.json"
+    assert read_runs(study, b"a", path) == []
+    quickstart.save_runs(study, b"a", runs, path)
     content = json.loads((tmp_path / "runs.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert content["study"]["exponents"] == list(EXPONENTS)
     assert content["runs"][0] == {"shape": "base", "mlu": False, "exponent": -8, "loss": runs[0].loss}
     assert content["runs"][-1]["loss"] is None
+    assert read_runs(study, b"a", path)[:-1] == runs[:-1] and math.isnan(read_runs(study, b"a", path)[-1].loss)
+    for other, text, what in ((study, b"b", "text"), (replace(study, steps=9), b"a", "study")):
+        with pytest.raises(ValueError, match=rf"runs.json has the runs of another {what}\. Give --out another folder"):
+            read_runs(other, text, path)
+    for wrong in ("", "[]", "{}", '{"runs": [1]}', '{"runs": [{"loss": 1}]}'):
+        path.write_text(wrong)
+        with pytest.raises(
+            ValueError, match=r"runs.json cannot be read as runs of a quickstart: .* or remove the file\."
+        ):
+            read_runs(study, b"a", path)
 
 
 def test_figure_marks_the_best_and_names_the_curves(study: Study, runs: list[Run], monkeypatch: Any) -> None:
@@ -185,6 +206,30 @@ def test_command_line_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib is not installed: pip install 'mlu-lightning[plots]'" in said_by(capsys)
+
+
+def test_interrupted_quickstart_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    trained: list[Run] = []
+
+    def train(study: Study, text: bytes, run: Run) -> Run:
+        trained.append(run)
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return replace(run, loss=2.0 + len(trained) / 1000)
+
+    monkeypatch.setattr(quickstart, "_train", train)
+    monkeypatch.setattr("mlu_lightning.utilities.workers.ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    with pytest.raises(SystemExit) as exit_:
+        main(["quickstart", "--out", str(tmp_path)])
+    said, saved = capsys.readouterr().out, json.loads((tmp_path / "runs.json").read_text())["runs"]
+    assert exit_.value.code == 130 and "Interrupted after 4 of 49 runs; the same command goes on" in said
+    assert len(saved) == 4 and "2.001*" in said and "2.004" in said and not (tmp_path / "quickstart.png").exists()
+    before = len(trained)
+    main(["quickstart", "--out", str(tmp_path)])
+    assert f"Going on in {tmp_path}, which has 4 of them already." in capsys.readouterr().out.replace("\n", "")
+    assert len(trained) == before + 45 and len({*trained}) == 49
+    main(["quickstart", "--out", str(tmp_path)])
+    assert "has 49 of them already" in capsys.readouterr().out and len(trained) == before + 45
 
 
 @pytest.mark.slow

@@ -31,10 +31,15 @@ def loss_table(study: Study, runs: list[Run]) -> Table:
         column.justify = "right"
     for mlu in (True, False):
         for shape in study.shapes:
-            losses = [loss for _, loss in curve_of(runs, shape, mlu)]
-            least = min(filter(math.isfinite, losses), default=None)
-            cells = [f"[bold]{loss:.3f}*[/bold]" if loss == least else f"{loss:.3f} " for loss in losses]
-            best = "-" if least is None else f"2^{best_exponent(runs, shape, mlu):.1f}"
+            losses = dict(curve_of(runs, shape, mlu))
+            least = min(filter(math.isfinite, losses.values()), default=None)
+            known = [losses.get(exponent) for exponent in study.exponents]  # not all, if the study was interrupted
+            cells = [
+                "" if loss is None else f"[bold]{loss:.3f}*[/bold]" if loss == least else f"{loss:.3f} "
+                for loss in known
+            ]
+            whole = least is not None and len(losses) == len(study.exponents)
+            best = f"2^{best_exponent(runs, shape, mlu):.1f}" if whole else "-"
             table.add_row(shape, "MLU" if mlu else "standard", *cells, best)
         table.add_section()
     return table

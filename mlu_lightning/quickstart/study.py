@@ -6,17 +6,19 @@ width and embedding dimension, each alone, with the base's hyperparameters and :
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -38,6 +40,7 @@ __all__ = [
     "best_exponent",
     "curve_of",
     "load_text",
+    "read_runs",
     "run_study",
     "save_runs",
 ]
@@ -133,16 +136,19 @@ def load_text(path: str | None = None) -> bytes:
     return text
 
 
-def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda run: None) -> list[Run]:
+def run_study(
+    study: Study, text: bytes, report: Callable[[Run], None] = lambda run: None, known: Sequence[Run] = ()
+) -> list[Run]:
     """Train every shape at every learning rate, two runs at a time where there are two cores.
 
-    ``report`` is called with each run when it is done. The runs are returned in the order of shapes, parameterizations and
-    learning rates; those of the base stand for both parameterizations.
+    ``report`` is called with each run when it is done; those that are ``known`` are not trained again. The runs are returned
+    in the order of shapes, parameterizations and learning rates; those of the base stand for both parameterizations.
     """
     runs = list(_runs(study))
-    longest_first = sorted(runs, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
+    done = {replace(run, loss=math.nan): run for run in known}
+    missing = [run for run in runs if run not in done]
+    longest_first = sorted(missing, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
     workers = min(2, os.cpu_count() or 1)
-    done: dict[Run, Run] = {}
     with worker_pool(workers, _start_worker) as pool:
         pending = {pool.submit(_train, study, text, run): run for run in longest_first}
         for future in as_completed(pending):
@@ -172,11 +178,32 @@ def curve_of(runs: list[Run], shape: str, mlu: bool) -> list[tuple[int, float]]:
     return [(run.exponent, run.loss) for run in runs if run.shape == shape and (run.mlu == mlu or shape == BASE)]
 
 
-def save_runs(study: Study, runs: list[Run], path: Path) -> None:
-    """Write a study and its runs as JSON, in which the loss of a run that diverged is null."""
+def save_runs(study: Study, text: bytes, runs: Sequence[Run], path: Path) -> None:
+    """Write a study of a text and its runs as JSON, in which the loss of a run that diverged is null."""
     rows = [asdict(run) | {"loss": run.loss if math.isfinite(run.loss) else None} for run in runs]
-    content = {"study": asdict(study), "runs": rows}
-    write_whole({path: json.dumps(content, indent=1, allow_nan=False).encode()})
+    write_whole({path: json.dumps(_settings(study, text) | {"runs": rows}, indent=1, allow_nan=False).encode()})
+
+
+def read_runs(study: Study, text: bytes, path: Path) -> list[Run]:
+    """Read the runs of a study of a text that :func:`save_runs` wrote, none if there is no file, or refuse others."""
+    if not path.exists():
+        return []
+    advice = "Give --out another folder, or remove the file."
+    try:
+        found = json.loads(path.read_bytes())
+        runs = [Run(**row | {"loss": math.nan if row["loss"] is None else row["loss"]}) for row in found.pop("runs")]
+        known = [replace(run, loss=math.nan) for run in runs]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as runs of a quickstart: {error!r:.200}. {advice}") from error
+    settings = json.loads(json.dumps(_settings(study, text)))
+    wrong = [name for name in settings if found.get(name) != settings[name]]
+    if wrong or not {*known} <= {*_runs(study)}:
+        raise ValueError(f"{path} has the runs of another {' and '.join(wrong) or 'study'}. {advice}")
+    return runs
+
+
+def _settings(study: Study, text: bytes) -> dict[str, Any]:
+    return {"study": asdict(study), "text": hashlib.sha256(text).hexdigest()}
 
 
 def _runs(study: Study) -> Iterator[Run]:
