@@ -154,7 +154,7 @@ def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.Monke
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(quickstart, "_train", fail)
-    monkeypatch.setattr(quickstart, "ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
+    monkeypatch.setattr("mlu_lightning.utilities.workers.ProcessPoolExecutor", lambda *args: ThreadPoolExecutor(1))
     with pytest.raises(RuntimeError, match="out of luck"):
         run_study(study, b"")
     assert len(started) < 10, "the other runs of 35 were not begun"

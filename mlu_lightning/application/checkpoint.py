@@ -15,7 +15,16 @@ from mlu_lightning.application.state_mark import add_mark
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = ["STATE_KEY", "WHERE", "apply_saved", "load_plan", "warn_of_hooks", "write_plan"]
+__all__ = [
+    "STATE_KEY",
+    "WHERE",
+    "apply_saved",
+    "load_plan",
+    "load_weights",
+    "saved_plan",
+    "warn_of_hooks",
+    "write_plan",
+]
 
 STATE_KEY = "MLUCallback"  # where checkpoints have the plan, among the states of callbacks
 WHERE: dict[Mode, str] = {"hook": "in hooks", "fold": "in its weights", "baked": "baked into its weights"}
@@ -34,9 +43,27 @@ def write_plan(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     checkpoint.setdefault("callbacks", {})[STATE_KEY] = saved | ({"left_out": left_out} if left_out else {})
 
 
+def saved_plan(checkpoint: Any) -> Mapping[str, Any] | None:
+    """What a checkpoint has of its plan; None if it has none."""
+    parts = _mapping(checkpoint)
+    callbacks = _mapping(parts.get("callbacks"))
+    _mapping(parts.get("state_dict"))
+    return _mapping(callbacks[STATE_KEY]) if STATE_KEY in callbacks else None
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load a state dict as the module wants it, or raise a ``ValueError`` if it is another's."""
+    try:
+        module.load_state_dict(state, strict=bool(getattr(module, "strict_loading", True)))
+    except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(
+            f"The weights of the checkpoint are not those of a {type(module).__name__}: {error}"
+        ) from error
+
+
 def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
     """Check that a module has the multipliers of a checkpoint's weights, or put them in; their plan, if any."""
-    saved = checkpoint.get("callbacks", {}).get(STATE_KEY)
+    saved = saved_plan(checkpoint)
     present = residual_state(module)
     if saved is None:
         if present is not None and present.mode != "baked":
@@ -109,7 +136,21 @@ def _left_out(module: nn.Module, applied: Applied, state: Mapping[str, Any]) -> 
     return [name for name in missing if parameters[name].data_ptr() not in places]
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError(
+            f"The checkpoint is not one of a Trainer: it has a {type(value).__name__} where texts should have values."
+        )
+    return value
+
+
 def _read(saved: Mapping[str, Any]) -> tuple[Plan, Mode]:
+    left_out = saved.get("left_out", [])
+    texts = [saved.get("plan"), saved.get("mode"), *(left_out if isinstance(left_out, list) else [None])]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("The checkpoint has a plan of another form than MLUCallback writes: it is damaged.")
     mode = next((mode for mode in WHERE if mode == saved["mode"]), None)
     if mode is None:
         raise ValueError(

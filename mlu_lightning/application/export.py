@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from mlu_lightning.application.checkpoint import STATE_KEY, apply_saved
+from mlu_lightning.application.checkpoint import apply_saved, load_weights, saved_plan
 from mlu_lightning.application.multipliers import fold, mark_baked, state_with
 from mlu_lightning.application.state_mark import adapt_mark
 from mlu_lightning.discovery.structure import Site
@@ -78,8 +78,7 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str |
 
     A checkpoint whose weights hold all multipliers, as ``MLUCallback`` makes them where it can, needs this only to be
     trained on or baked. Where some are outside of the weights, its ``state_dict`` has a key more, which a plain module
-    refuses, as it would be another function; here, and in a ``Trainer`` with ``MLUCallback``, it is taken out. Checkpoints
-    of other modules and damaged ones raise what ``load_state_dict`` raises.
+    refuses, as it would be another function; here, and in a ``Trainer`` with ``MLUCallback``, it is taken out.
 
     Args:
         module: LightningModule to be loaded into, built anew, or by ``load_from_checkpoint(path, strict=False)``, which
@@ -88,7 +87,9 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str |
             executed, and objects among the hyperparameters are no hindrance.
 
     Raises:
-        ValueError: if the checkpoint is of a run without ``MLUCallback`` or of another module, or this one has multipliers.
+        OSError: if there is no file at the path, or it cannot be read.
+        ValueError: if the checkpoint is damaged, or of a run without ``MLUCallback``, or of another module, or if this one
+            has multipliers.
 
     >>> from mlu_lightning import fold
     >>> from mlu_lightning.application.checkpoint import write_plan  # as the Trainer of a run with MLUCallback does
@@ -101,8 +102,8 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str |
     >>> torch.equal(bake(loaded, plan)(torch.ones(1, 3)), model(torch.ones(1, 3)))
     True
     """
-    content = dict(read_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint)
-    saved = content.get("callbacks", {}).get(STATE_KEY)
+    found = read_checkpoint(checkpoint) if isinstance(checkpoint, (str, Path)) else checkpoint
+    saved, content = saved_plan(found), dict(found or {})
     if saved is None:
         raise ValueError(
             "The checkpoint has no plan, because no Trainer wrote it of a module with multipliers of MLUCallback. Load a "
@@ -115,7 +116,7 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str |
         if isinstance(plain, of_both(LightningModule)):
             plain.on_load_checkpoint(content)  # which may change it, as when Lightning loads
         adapt_mark(plain, content["state_dict"])
-        plain.load_state_dict(content["state_dict"], strict=getattr(plain, "strict_loading", True))
+        load_weights(plain, content["state_dict"])
     return plan
 
 

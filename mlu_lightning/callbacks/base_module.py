@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from mlu_lightning.application.applied import residual_state
+from mlu_lightning.planning.base import refuse_base
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
@@ -20,12 +22,31 @@ __all__ = ["built_base"]
 
 
 @contextmanager
-def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[nn.Module | str | None]:
-    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make."""
+def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[Any]:
+    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make.
+
+    What is no module is passed on.
+
+    Raises:
+        ValueError: if the base is the module itself, or was trained already, as far as that can be known.
+    """
     # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
     with isolate_rng():
         torch.manual_seed(seed)
-        built = base if base is None or isinstance(base, (nn.Module, str)) else base()
+        built = base() if callable(base) and not isinstance(base, nn.Module) else base
+    if built is module:
+        raise ValueError(
+            "The base of MLUCallback is the module that is trained, so nothing would be scaled. Give it a module that is "
+            "built apart at the shape at which the hyperparameters are known to be good; at that shape itself no "
+            "MLUCallback is needed."
+        )
+    if isinstance(built, nn.Module):
+        if residual_state(built) is not None:
+            raise ValueError(
+                f"The base {type(built).__name__} has multipliers of a plan, as a module that was trained with an "
+                "MLUCallback has, so its weights are not those of a plain module. Build the base anew."
+            )
+        refuse_base(built, module)
     if not isinstance(built, of_both(LightningModule)):
         yield built
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,7 +32,7 @@ from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.verified_steps import Verification
 from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
-from mlu_lightning.planning.arguments import ParameterizationName, PlanArguments
+from mlu_lightning.planning.arguments import ABSOLUTE, ParameterizationName, PlanArguments
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
 
@@ -60,8 +61,9 @@ class MLUCallback(EitherCallback):
 
     Args:
         base: shape at which the hyperparameters are known to be good: a freshly built module of that shape, a function
-            that builds one (in YAML, a ``class_path`` with its ``init_args``), or the path of a saved plan whose base has
-            it. None for the paper's absolute form, whose learning rates are those of the infinite model.
+            that builds one (in YAML, a ``class_path`` with its ``init_args``), or a plan whose base has it, or its path.
+            ``"absolute"`` for the paper's absolute form, whose learning rates are those of the infinite model; None is
+            the same, with a warning.
         plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization and ratios.
         init: ``"rescale"`` sets the scale of the initial weights, ``"normal"`` draws matrices anew, ``"coupled"`` draws
             embeddings that are the first coordinates of a bigger model's, and None leaves a checkpoint's weights alone.
@@ -97,8 +99,8 @@ class MLUCallback(EitherCallback):
 
     def __init__(
         self,
-        base: str | Callable[[], nn.Module] | nn.Module | None = None,
-        plan: Plan | str | None = None,
+        base: str | Callable[[], nn.Module] | nn.Module | Path | None = None,
+        plan: Plan | str | Path | None = None,
         init: InitMode | None = "rescale",
         residual: Residual = "fold",
         overrides: dict[str, str] | None = None,
@@ -288,12 +290,19 @@ class MLUCallback(EitherCallback):
         if self._planned is not None and applied is not None and applied.is_of(self._planned):
             return self._planned
         if self._given is not None:
-            return Plan.load(self._given) if isinstance(self._given, str) else self._given
+            return self._given if isinstance(self._given, Plan) else Plan.load(self._given)
         if any(hasattr(parameter, "placements") for parameter in module.parameters()):
             raise ValueError(
                 "The module's parameters are sharded already (DTensor), and planning needs a forward pass of the whole "
                 "module. Plan it before, as it is without configure_model's sharding: "
                 "Plan.from_model(module, example, base=...).save(path), and give MLUCallback(plan=path)."
+            )
+        if self._arguments.base is None:
+            rank_zero_warn(
+                "MLUCallback was given neither base nor plan, so its factors are relative to a depth, hidden width and "
+                "embedding of 1 (the paper's absolute form), at which a learning rate that suits an ordinary model is far "
+                f'off: give it base=..., a module at the shape that the learning rate was tuned at, or base="{ABSOLUTE}" if '
+                "that is what you want."
             )
         self._seen = example = find_example(trainer, module) if self._example is None else self._example
         with built_base(self._arguments.base, module, trainer, self._seed) as base:

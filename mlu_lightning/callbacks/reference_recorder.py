@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mlu_lightning.callbacks._either_callback import EitherCallback
 from mlu_lightning.callbacks.loggers import log_reference
 from mlu_lightning.callbacks.probe_batches import Layout, Probe, check_arguments, cut_probe, given_probe, on_rank_zero
+from mlu_lightning.callbacks.run_name import is_restarted, name_run
 from mlu_lightning.observation import Observation, Reference
-from mlu_lightning.observation.reference_format import ReferenceHeader
+from mlu_lightning.observation.reference_format import ReferenceHeader, RunName, is_reference, read_reference
 from mlu_lightning.observation.reference_writer import ReferenceWriter
 from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
+from mlu_lightning.utilities.locks import WriterLock
 
 __all__ = ["ReferenceRecorder"]
 
@@ -33,17 +36,21 @@ class ReferenceRecorder(EitherCallback):
     outputs go into a file, with the training loss of every step, the plan, the shape and the probe itself (theory.md,
     section 4). The training is, bit for bit, the training without the recorder. The file is whole at every moment: a run
     that is killed leaves a reference up to its last recorded step, and one that is resumed with ``fit(ckpt_path=...)`` goes
-    on in it; its size is in :mod:`mlu_lightning.observation.reference`. A plan of :class:`MLUCallback` tells where the
-    stream is; without, it is discovered. With a ``WandbLogger`` the file becomes an artifact when training ends.
+    on in it; its size is in :mod:`mlu_lightning.observation.reference`. A run that was killed before its first checkpoint
+    and begins again is known by its settings, initial weights and seed (or the job that Slurm or torchrun restarts), and its
+    file written anew; that of another run stays. While one process writes, a lock keeps others away. A plan of
+    :class:`MLUCallback` tells where the stream is; without, it is discovered.
 
     Args:
-        path: Path of the file to be written; there must be none yet, unless the run is resumed.
+        path: Path of the file to be written; there must be none yet, unless the run is resumed or begins again.
         probe: Batch as ``validation_step``, or else ``training_step``, takes it, or the path of a safetensors file with one
             or of another reference. By default the first samples of the validation data, or else of the training data.
         steps: Optimizer steps to record after: ``"log"`` for 0, 1, 2, 4, 8, ... and the last one, n for every n, or a list.
         depths: Relative depths s of the stream: 0 is the embedding, 1 is behind the last residual addition.
         positions: Rows (samples, times tokens or pixels) to keep, evenly spaced; of the probe as many samples as have these.
         dtype: Type of values in the file, ``"float32"`` or ``"bfloat16"``.
+        overwrite: Whether a run that begins may write over any file that is there.
+        upload: Whether the file becomes an artifact of a ``WandbLogger`` when training ends.
 
     Raises:
         ValueError: If an argument is not of these.
@@ -69,6 +76,8 @@ class ReferenceRecorder(EitherCallback):
         depths: Sequence[float] = (0, 0.25, 0.5, 0.75, 1),
         positions: int = 128,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        overwrite: bool = False,
+        upload: bool = True,
     ) -> None:
         super().__init__()
         if dtype not in ("float32", "bfloat16"):
@@ -79,8 +88,12 @@ class ReferenceRecorder(EitherCallback):
         self._depths = check_arguments(depths, positions, fewest=1)
         self._positions = positions
         self._dtype = dtype
+        self._overwrite, self._upload = overwrite, upload
         self._probe: Probe | None = None
         self._writer: ReferenceWriter | None = None
+        self._lock: WriterLock | None = None
+        self._saved = False  # whether there is a checkpoint that the file does not tell of
+        self._name: RunName | None = None  # of the run in the checkpoint that it goes on from
         self._losses = _Losses(torch.empty(0))
         self._carried = torch.empty(0)  # losses in the checkpoint that the run goes on from
         self._last = -1
@@ -92,12 +105,16 @@ class ReferenceRecorder(EitherCallback):
         return self._generate_state_key(path=str(self.path))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the losses into the checkpoint, also those since the last recording; every process has to come here."""
-        checkpoint["callbacks"][self.state_key] = {"losses": self._losses.all(trainer)}
+        """Put losses into the checkpoint, also those since the last recording, and the run's name; every process has to."""
+        name = None if self._name is None else asdict(self._name)
+        checkpoint["callbacks"][self.state_key] = {"losses": self._losses.all(trainer), "run": name}
+        self._saved = trainer.global_step > 0
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the losses of the run that is resumed."""
+        """Take the losses and the name of the run that is resumed."""
         self._carried = state_dict["losses"]
+        name = state_dict.get("run")
+        self._name = None if name is None else RunName(**name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the probe once, open the file, and record the step if it is due."""
@@ -122,13 +139,16 @@ class ReferenceRecorder(EitherCallback):
         def open_file() -> tuple[int, Tensor]:
             if vars(trainer)["fast_dev_run"]:
                 return -1, torch.empty(0)  # it leaves no files
-            self._writer = self._open(header, batch, step)
+            self._lock_file()
+            if step == 0:
+                self._name = name_run(trainer, pl_module, layout.plan, header, batch)
+            self._writer = self._open(header, batch, step, self._name)
             return (self._writer.steps or (-1,))[-1], self._writer.losses
 
         self._last, losses = on_rank_zero(trainer, open_file)
         self._losses = _Losses(_either(losses, self._carried, step), step, pl_module.device)
         self._carried = torch.empty(0)
-        self._failed = False
+        self._failed = self._saved = False
         if step > self._last and self._schedule.is_due(step):
             self._record(trainer, step, observation)
 
@@ -142,20 +162,29 @@ class ReferenceRecorder(EitherCallback):
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
         self._losses.add(trainer, loss.detach(), trainer.global_step)
-        if self._schedule.is_due(trainer.global_step):
+        due = self._schedule.is_due(trainer.global_step)
+        if self._saved:
+            self._keep(trainer, due)
+        if due:
             self._look(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the last step, and log the file as an artifact where there is a place for it."""
         self._losses.all(trainer)
+        self._keep(trainer, self._schedule.ends_with_last)
         if self._schedule.ends_with_last:
             self._look(trainer, pl_module)
-        if trainer.is_global_zero and self.path.exists():
+        if self._upload and trainer.is_global_zero and self.path.exists():
             log_reference(trainer.loggers, self.path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the recordings, which are in the file."""
+        """Let go of the recordings, which are in the file, and let others write there."""
         self._probe = self._writer = None
+        self._unlock()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let others write there."""
+        self._unlock()
 
     def _find_probe(self, trainer: Trainer, module: LightningModule) -> tuple[Any, StepName]:
         """The probe, as it will be read from the file, and the step that takes it."""
@@ -164,26 +193,46 @@ class ReferenceRecorder(EitherCallback):
             return existing.probe, existing.header.runs
         return given_probe(trainer, module, self._given, self._positions)
 
-    def _open(self, header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
+    def _lock_file(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.is_dir() or not os.access(self.path.parent, os.W_OK):
             raise OSError(
                 f"{self.path} cannot be written: it is a folder, or is in one that is not writable. Give "
                 "ReferenceRecorder the path of a file."
             )
-        if not self.path.exists():
-            if step > 0:
-                rank_zero_warn(
-                    f"The run goes on from step {step}, and there is no {self.path} with what was recorded before: the "
-                    "reference begins here."
-                )
-            return ReferenceWriter(self.path, header, probe)
+        if self._lock is None:  # else of a fit whose end no callback heard of
+            self._lock = WriterLock(self.path)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _open(self, header: ReferenceHeader, probe: Any, step: int, name: RunName | None) -> ReferenceWriter:
+        if step > 0 and self.path.exists():
+            return ReferenceWriter.resume(self.path, header, probe, step, name)
         if step > 0:
-            return ReferenceWriter.resume(self.path, header, probe, step)
-        raise FileExistsError(
-            f"{self.path} exists, and a new run would overwrite it. Delete it, give ReferenceRecorder another path, or "
-            "resume its run with trainer.fit(ckpt_path=...)."
-        )
+            rank_zero_warn(
+                f"The run goes on from step {step}, and there is no {self.path} with what was recorded before: the "
+                "reference begins here."
+            )
+        elif name is not None and self.path.exists() and not self._overwrite:
+            self._check_restarted(name)
+        return ReferenceWriter(self.path, header, probe, name or RunName({}, kept=True))
+
+    def _check_restarted(self, name: RunName) -> None:
+        """Refuse to write over the file of another run, or of one that need not begin again."""
+        found = read_reference(self.path, lambda file: file.run) if is_reference(self.path) else RunName({})
+        if not is_restarted(found, name):
+            others = found.differences(name)
+            why = f": it is of another run, with other {', '.join(others)}" if found.parts and others else ""
+            raise FileExistsError(
+                f"{self.path} exists, and a new run would overwrite it{why}. Delete it, give ReferenceRecorder another "
+                "path or overwrite=True, or resume its run with trainer.fit(ckpt_path=...)."
+            )
+        rank_zero_info(f"The run of {self.path} begins again, before it had a checkpoint, so the file is written anew.")
+        if found.parts != name.parts:
+            self.path.unlink()  # what it holds is not of the weights that are there now
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
         """Record the present step, if it is not yet."""
@@ -197,8 +246,18 @@ class ReferenceRecorder(EitherCallback):
         losses = self._losses.all(trainer)
         if self._writer is None:  # in another process than the first, or with fast_dev_run
             return
+        writer = self._writer
+        self._try(lambda: writer.write(step, observation, losses), step)
+
+    def _keep(self, trainer: Trainer, due: bool) -> None:
+        """Note that there is a checkpoint, or that the run has ended, in the file at once, or in what is due."""
+        self._saved = False
+        if self._writer is not None and self._writer.keep() and not (due and trainer.global_step > self._last):
+            self._try(self._writer.rewrite, self._last)
+
+    def _try(self, write: Callable[[], None], step: int) -> None:
         try:
-            self._writer.write(step, observation, losses)
+            write()
         except OSError as error:
             if not self._failed:
                 rank_zero_warn(

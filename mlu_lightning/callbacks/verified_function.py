@@ -19,7 +19,7 @@ def verify_function(trainer: Trainer, module: LightningModule, plan: Plan, base:
     """Refuse a module whose function is not that of its plan, next to its base, which is built as for planning."""
     if all(entry.is_at_base for entry in plan.parameters.values()) and not plan.forward_factors:
         return  # the run is that without the callback, whatever it computes
-    if base is None or isinstance(base, str):
+    if not (isinstance(base, nn.Module) or callable(base)):
         rank_zero_info("What the module computes was not compared with a base, because base=... is not a module.")
         return
     if any(hasattr(value, "placements") or "_fsdp" in name for name, value in module.named_parameters()):

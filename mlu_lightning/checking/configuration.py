@@ -10,15 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
+from reprlib import repr as _shown
 from typing import Any, TypeVar
 
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
+from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.shapes.error_bound import Shape
+from mlu_lightning.utilities.config_files import load_config
 
 __all__ = ["Configured", "read_config"]
 
@@ -73,6 +75,9 @@ class Configured:
     def _parsed(self, shape: Shape, loggers: Sequence[Any] = ()) -> _Parsed:
         factors = {axis: getattr(shape, axis) // getattr(self.base, axis) for axis in self.keys}
         sizes = {name: self.options[name] * factors[axis] for axis, names in self.keys.items() for name in names}
+        for axis, names in self.keys.items():
+            for name in names:
+                _require_size(axis, sizes[name], f"A factor of {factors[axis]} makes {name}={sizes[name]}")
         return _parse(_Parsed, self.content, sizes, loggers)
 
 
@@ -107,6 +112,10 @@ def read_config(
             )
     base = _base(content, path)
     own, missing = _arguments(content["model"]), _of_base(content["model"], base)
+    given = dict(_whole_numbers(own)) | dict(_whole_numbers(_arguments(base)))
+    for axis, names in keys.items():
+        for name in given.keys() & set(names):
+            _require_size(axis, given[name], f"The model of {path} has {name}={given[name]}")
     filled = content | {"model": content["model"] | {"init_args": missing | own}}
     parsed, data_arguments = _parse(_Arguments, filled, {}).config.as_dict(), _arguments(content.get("data") or {})
     every = dict(_whole_numbers(_arguments(parsed["model"])))
@@ -139,6 +148,7 @@ _OF_A_STEP = (
 )
 _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 _OF_FIT = ("ckpt_path", "config", "weights_only")
+_LARGEST = {"depth": 10_000, "hidden": 10_000_000, "embedding": 10_000_000}
 _OTHER_VERSIONS = 4  # how many arguments the Trainer may have gained since the version of Lightning that saved a file
 
 
@@ -191,17 +201,45 @@ def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int
 
 def _content(path: Path) -> dict[str, Any]:
     """Configuration of ``fit``, whether the file is of this command or of all."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as a configuration: {error}") from error
+    content = load_config(path)
     if isinstance(content, dict) and isinstance(content.get("fit"), dict):
         content = content["fit"]
     if not isinstance(content, dict) or not ({"model", "trainer", "data"} & content.keys()):
         raise ValueError(
             f"{path} is not the configuration of a LightningCLI: it has no model. Give that of a training."
         )
-    return {name: value for name, value in content.items() if name not in _OF_FIT}
+    content = {name: value for name, value in content.items() if name not in _OF_FIT}
+    for name in ("model", "trainer", "data", "optimizer", "lr_scheduler"):
+        _require_section(content.get(name), name, path)
+    for number, callback in enumerate(_callbacks(content)):
+        if not isinstance(callback, str):
+            _require_section(callback, f"trainer.callbacks[{number}]", path)
+            base = _arguments(callback or {}).get("base")
+            _require_section(base if isinstance(base, dict) else None, "base", path)
+    return content
+
+
+def _require_size(axis: str, value: int, found: str) -> None:
+    """Refuse what would be built for hours, or not at all."""
+    if not 1 <= value <= _LARGEST[axis]:
+        raise ValueError(
+            f"{found}, and a check builds models with a {axis} from 1 to {_LARGEST[axis]:,}. Give it a small base and small "
+            "factors: it looks at what changes with the size."
+        )
+
+
+def _require_section(section: Any, name: str, path: Path) -> None:
+    """Refuse what describes no object."""
+    if section is None or (isinstance(section, str) and name in ("optimizer", "lr_scheduler")):
+        return
+    named = isinstance(section, dict) and all(isinstance(key, str) for key in section)
+    if not named or not isinstance(section.get("class_path", ""), str):
+        raise ValueError(
+            f"{path} has {_shown(section)} as its {name}, which should be a mapping, and any class_path in it a text."
+        )
+    arguments = section.get("init_args") if "class_path" in section else section
+    if arguments is not None and not (isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments)):
+        raise ValueError(f"{path} has {_shown(arguments)} as init_args of its {name}, which should be a mapping.")
 
 
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,7 +290,7 @@ def _base(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
             )
         if isinstance(base, dict):
             return base
-        if base is not None:
+        if base not in (None, ABSOLUTE):
             raise ValueError(
                 f"The base of the MLUCallback of {path} is a saved plan, from which a module of its shape cannot be "
                 f"built, to begin there. Give it another, {instead}"

@@ -8,6 +8,7 @@ Fourier transforms, shifts); x + x³ inside of a GELU does neither. A matrix on 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, RESHAPES, Graph, Op
@@ -61,6 +62,14 @@ def _chain(op: Op) -> list[Op]:
     return chain
 
 
+def _normed(op: Op) -> Iterator[Op]:
+    """An operation, and what it is a norm of."""
+    yield op
+    while op.name in NORMS or op.is_transparent:
+        op = op.data[0]
+        yield op
+
+
 class _Search:
     """Finds additions among candidates."""
 
@@ -78,7 +87,7 @@ class _Search:
         for op in candidates:
             first, second = op.data
             # differences that no matrix reads are errors and losses
-            if (op.name == "Sub" and op not in self.read) or self._is_logits(op):
+            if (op.name == "Sub" and op not in self.read) or self._is_logits(op) or self._is_gate(op):
                 continue
             for stream, branch in ((first, second), (second, first)):
                 root = self._root(op, stream, branch, found)
@@ -110,8 +119,7 @@ class _Search:
 
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
         """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
-        while branch.is_transparent or branch.name in NORMS:
-            branch = branch.data[0]
+        *_, branch = _normed(branch)
         if branch not in found:
             return False
         begin = min(self._line(branch, found), key=lambda op: op.index)
@@ -127,6 +135,10 @@ class _Search:
         for user in users:  # which grows
             users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()
         return any(user.name in _SOFTMAXES for user in users)
+
+    def _is_gate(self, op: Op) -> bool:
+        """Whether nothing but a sigmoid reads a sum, inside of a network."""
+        return op in self.read and {user.name for user in self.graph.users[op]} == {"Sigmoid"}
 
     def without_outermost(self, found: list[Addition]) -> list[Addition]:
         """Additions but those of the data itself and a network with residual additions: skips around all of it."""
@@ -177,14 +189,18 @@ class _Search:
         kept: list[Addition] = []
         nested, of = 0, {addition.op for addition in found}
         around: list[Addition] = []  # of those, which begin before
-        continued: dict[Op, int] = {}  # where the streams from each of their roots are added to for the last time
+        continued: dict[Op, Op] = {}  # where the streams from each of their roots are added to for the last time
         for addition in reversed(found):
             around = [outer for outer in around if outer.root.index < addition.op.index]
             outer = next((outer for outer in around if self._is_within(addition, outer, of)), None)
-            if outer is None or continued.get(addition.op, 0) > outer.op.index:
+            last = continued.get(addition.op)
+            if outer is None or not (
+                last is None or last is outer.branch or self.ancestry.precedes(last, outer.branch)
+            ):
                 kept.append(addition)
                 around.append(addition)
-                continued.setdefault(addition.root, addition.op.index)
+                for op in _normed(addition.root):
+                    continued.setdefault(op, addition.op)
             elif addition.root is outer.root or self.ancestry.precedes(outer.root, addition.root):
                 nested += 1
         return kept[::-1], nested

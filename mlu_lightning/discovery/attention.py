@@ -34,6 +34,7 @@ class Attention:
     queries: Op
     keys: Op
     values: Op  # what the attention weights multiply
+    output: Op
     # from the logits, which a softmax takes, back to the product of queries and keys, or a fused attention; else empty
     path: tuple[Op, ...]
     key_dim: int  # of queries and keys per head, d_k; where channels are compared with each other, those of a head
@@ -52,7 +53,7 @@ def find_attention(ops: Sequence[Op], graph: Graph, of_experts: frozenset[Op] = 
         if op.name.startswith(ATTENTION) or _is_hidden_attention(op):
             queries, keys, values = op.data[:3]
             fused = (op,) if op.name.startswith(ATTENTION) else ()
-            return Attention(queries, keys, values, fused, queries.shape[-1], op.shape[-1])
+            return Attention(queries, keys, values, op, fused, queries.shape[-1], op.shape[-1])
         for weights in op.data[-2:] if op in products else ():
             softmax = _softmax_behind(weights, members)
             path = () if softmax is None else _path(softmax.data[0], members, frozenset(products))
@@ -71,7 +72,8 @@ def find_attention(ops: Sequence[Op], graph: Graph, of_experts: frozenset[Op] = 
     if not compared:
         return None
     (queries, _), (keys, _) = (value for value, _ in compared[0].axes)
-    return Attention(queries, keys, compared[0].op, (), compared[0].size, compared[0].op.shape[-1])
+    output = compared[0].op
+    return Attention(queries, keys, output, output, (), compared[0].size, output.shape[-1])
 
 
 def _with_weights(op: Op, weights: Op, path: tuple[Op, ...], ops: Sequence[Op], graph: Graph) -> Attention:
@@ -87,7 +89,7 @@ def _with_weights(op: Op, weights: Op, path: tuple[Op, ...], ops: Sequence[Op], 
     # channels of what is made: those of the values, or of queries where these are channels
     axis = -1 if first != over_tokens else -2
     dim = product.shape[-1] if over_tokens else queries.shape[-1]
-    return Attention(queries, keys, values, path, dim, op.shape[axis], over_tokens)
+    return Attention(queries, keys, values, op, path, dim, op.shape[axis], over_tokens)
 
 
 def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph) -> float | None:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlu_lightning.discovery.graph import CONVOLUTIONS, JOINS, PARTS, VIEWS, Graph, Op, Value
+from mlu_lightning.discovery.graph import CONVOLUTIONS, JOINED, JOINS, PARTS, VIEWS, Graph, Op, Value
 
-__all__ = ["Axis", "Reached", "is_depthwise", "kept_axes", "reached_from", "unit_axis", "varies"]
+__all__ = ["Axis", "Reached", "is_depthwise", "joined_along", "kept_axes", "reached_from", "unit_axis", "varies"]
 
 Axis = tuple[Value, int]
 """An axis of an operation's output."""
@@ -96,6 +96,23 @@ def varies(value: Value, axis: int) -> bool:
             return part.size > 1
         stack.extend(_before(part, data=False))
     return False
+
+
+def joined_along(value: Value, axis: int) -> tuple[Value, ...]:
+    """Values that have been joined to be the entries of an axis, one each; none if that is not so."""
+    length = value[0].shapes[value[1]][axis]
+    part = _Part(value, axis, 1, length, 0, length, (1, length))
+    while True:
+        op, size = part.value[0], part.size
+        if op.name in JOINED and part.axis == _dimension(op, "_saved_dim", len(op.shape)):
+            stacked = op.name == "Stack"
+            of_data = all(operand is None or operand[0].from_data for operand in op.operands)
+            single = part.stride == 1 if stacked else all(o.shapes[i][part.axis] == part.stride for o, i in op.values)
+            return op.values if of_data and single and size == len(op.operands) else ()
+        before = [*_before(part)] if op.is_transparent else []
+        if len(before) != 1:
+            return ()
+        part = before[0]
 
 
 def _before(part: _Part, data: bool = True) -> Iterator[_Part]:

@@ -14,7 +14,7 @@ from mlu_lightning.discovery.outer_roles import BIAS_ROLES, Placed, Unplaced
 from mlu_lightning.discovery.recurrence import feeds_back, is_recurrent
 from mlu_lightning.discovery.residual import BranchRegion
 from mlu_lightning.discovery.structure import BranchKind
-from mlu_lightning.discovery.traversal import Ancestry, between
+from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
@@ -33,7 +33,8 @@ class BranchRoles:
         op = use.op
         if use.kind == "matrix":
             role = self._matrix_role(op, use)
-            undone = role is Role.BRANCH_OUT and any(o.is_normalizer or o.name in NONLINEAR for o in self._writing_path)
+            after = (o for o in self._writing_path if o.is_normalizer or o.name in NONLINEAR)
+            undone = role is Role.BRANCH_OUT and any(self._matrices_before.precedes(op, o) for o in after)
             return Placed(role, Variant.BEFORE_NORM if undone else None)
         if use.kind == "bias":
             role = self._matrix_role(op, use)
@@ -42,7 +43,7 @@ class BranchRoles:
             return self._place_table(use)
         if self.is_recurrent:
             return self._place_in_recurrence(use)
-        if self.attention is not None and op not in self._writing_path and self._matrices_before.of(op):
+        if op in self._around_attention and op not in self._writing_path and self._matrices_before.of(op):
             return self._place_in_attention(use)
         size = math.prod(use.selected)
         if use.kind == "add" and op in self._biased:
@@ -160,7 +161,37 @@ class BranchRoles:
         inputs = self.graph.matrices(last)[0].fans[is_depthwise(self.graph, last)] * (
             self.active if self.is_expert(last) else 1
         )
-        return inputs // self.attention.value_dim if self.attention is not None and self.writers else inputs
+        return inputs // self.attention.value_dim if self.attention is not None and self.heads_write else inputs
+
+    @cached_property
+    def heads(self) -> Units:
+        """The heads of an attention, which are the hidden units where what they make is read by the last matrices."""
+        read = tuple(op for op in self.matrices if not self._after_attention.isdisjoint(op.data))
+        return self.units if self.heads_write or not read else replace(self.units, writers=read)
+
+    @cached_property
+    def heads_write(self) -> bool:
+        """Whether what the heads of an attention make is what the last matrices read."""
+        return any(operand in self._after_attention for op in self.writers for operand in op.data)
+
+    @cached_property
+    def _after_attention(self) -> set[Op]:
+        """Operations that read what an attention makes, up to the next matrices."""
+        plain = (op for op in self.region.ops if not self.graph.is_matrix(op))
+        return set() if self.attention is None else descendants(plain, [self.attention.output])
+
+    @cached_property
+    def _around_attention(self) -> set[Op]:
+        """Operations from the projections to the matrix that reads what the heads make."""
+        found = self.attention
+        if found is None:
+            return set()
+        members = frozenset(self.region.ops)
+        before, _ = between(
+            (found.queries, found.keys, found.values, *found.path),
+            lambda op: op not in members or self.graph.is_matrix(op),
+        )
+        return self._after_attention.union(before)
 
     @cached_property
     def experts(self) -> Experts | None:
@@ -239,7 +270,7 @@ class BranchRoles:
             return Placed(BIAS_ROLES[self._matrix_role(matrix)])
         if self.attention is not None:
             # one number for each head, as in relative position biases, or coordinates of keys
-            per_head = use.shape[-1] == 1 if self.hidden == 1 else self.units.own(use)
+            per_head = use.shape[-1] == 1 if self.hidden == 1 else self.heads.own(use)
             return Placed(Role.BRANCH_IN_BIAS if per_head else Role.BRANCH_BOUNDED)
         return Unplaced("it is a table that is looked up inside a branch")
 
@@ -250,7 +281,7 @@ class BranchRoles:
             return Placed(BIAS_ROLES[self._matrix_role(self._biased[op])])
         if op.name == "Add" and self.graph.is_matrix(op.data[0].source):
             return Placed(BIAS_ROLES[self._matrix_role(op.data[0].source)])
-        own = self.units.own(use) if self.hidden > 1 else size > 1 and not self._is_in_heads(op)
+        own = self.heads.own(use) if self.hidden > 1 else size > 1 and not self._is_in_heads(op)
         return Placed(Role.BRANCH_IN_BIAS if own else Role.BRANCH_BOUNDED)
 
     def _is_in_heads(self, op: Op) -> bool:

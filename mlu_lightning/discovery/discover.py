@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
     require_recurrence_in_branches,
     require_residual_branches,
+    require_sums,
     warnings_about,
 )
 from mlu_lightning.discovery.weight_functions import has_functions, with_functions
@@ -83,6 +84,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     parts = partition(graph)
     require_residual_branches(module, parts)
     require_recurrence_in_branches(module, graph, parts)
+    require_sums(module, graph, parts)
     regions, depths = find_regions(graph, parts)
     uses = place_uses(graph, regions)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
@@ -147,6 +149,8 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
         called[region.number].append(region)
     called.pop(None, None)
     named: dict[str, list[Region]] = {}
+    last = (_calls(of_branch)[0].names[-1:] for of_branch in called.values())
+    owners = Counter(owner_of(name) for names in last for name in names)
     for of_branch in called.values():
         first, matrices = of_branch[0], _calls(of_branch)[0].names
         if not matrices:
@@ -156,6 +160,7 @@ def _named_branches(regions: list[Region], uses: Uses) -> dict[str, list[Region]
         # if another branch has that name, gates of this one and then all but what it writes with are left out
         units = [name for name in matrices if roles[name] is not Role.BRANCH_BOUNDED_MATRIX]
         names = [common_module(matrices), common_module(units), owner_of(matrices[-1])]
+        names = names if owners[names[-1]] == 1 else [matrices[-1]]  # lists of parameters have no module for each
         named[next((name for name in names if name not in named), names[-1])] = of_branch
     return named
 

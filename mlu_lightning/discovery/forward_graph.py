@@ -6,9 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 from torch.autograd.graph import Node
 
+from mlu_lightning.discovery.axes import joined_along, kept_axes
 from mlu_lightning.discovery.graph import (
     BIAS_SLOTS,
     LOOKUPS,
@@ -35,11 +38,10 @@ def build_graph(trace: Trace) -> Graph:
     """Turn autograd's nodes into operations."""
     nodes = tuple(_topological(trace.roots))
     weights = _weights(nodes, trace)
-    by_node = _operations(nodes, trace.parameters, frozenset(), weights)
-    begins = stream_parameters(tuple(by_node.values()))
+    ops, by_node = _operations(nodes, trace.parameters, frozenset(), weights)
+    begins = stream_parameters(ops)
     if begins:
-        by_node = _operations(nodes, trace.parameters, begins, weights)
-    ops = tuple(by_node.values())
+        ops, by_node = _operations(nodes, trace.parameters, begins, weights)
     uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
     uses |= {op: tuple(replace(use, kind="penalty") for use in uses[op]) for op in _penalties(ops) if op in uses}
     return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
@@ -47,20 +49,24 @@ def build_graph(trace: Trace) -> Graph:
 
 def _operations(
     nodes: tuple[Node, ...], names: dict[int, str], begins: frozenset[str], weights: set[Node]
-) -> dict[Node, Op]:
-    """Operations by node; parameters in ``begins`` are data, and ``weights`` are not."""
+) -> tuple[tuple[Op, ...], dict[Node, Op]]:
+    """Operations, and the last one of each node; parameters in ``begins`` are data, and ``weights`` are not."""
+    ops: list[Op] = []
     by_node: dict[Node, Op] = {}
     for node in nodes:
-        operands = tuple(None if child is None else (by_node[child], i) for child, i in node.next_functions)
-        values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
         name = _plain_name(node)
+        children = (
+            ((None, 0), node.next_functions[1]) if name == "Copy" else node.next_functions
+        )  # it overwrites the first
+        operands = tuple(None if child is None else (by_node[child], i) for child, i in children)
+        values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
         leaf = getattr(node, "variable", None) if not operands else None
         parameter = names.get(id(leaf)) if leaf is not None else None
         is_data = parameter is None or parameter in begins
         if operands:
             is_data = node not in weights and _takes_data(name, operands, values)
-        by_node[node] = Op(
-            index=len(by_node),
+        op = Op(
+            index=len(ops),
             name=name,
             shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
             operands=operands,
@@ -70,7 +76,45 @@ def _operations(
             parameter=parameter,
             node=node,
         )
-    return by_node
+        ops += _written_out(op)
+        by_node[node] = ops[-1]
+    return tuple(ops), by_node
+
+
+def _written_out(op: Op) -> Iterator[Op]:
+    """An operation, or the additions that it is of what was stacked before."""
+    joined = _summands(op)
+    if not joined:
+        yield op
+        return
+    node: Any = SimpleNamespace(_saved_alpha=1, _saved_other=len(joined), _sequence_nr=op.node._sequence_nr)
+    total = joined[0]
+    steps = [("Add", value) for value in joined[1:]] + ([("Div", None)] if op.name == "Mean" else [])
+    for number, (name, value) in enumerate(steps):
+        values = (total,) if value is None else (total, value)
+        data = tuple(operand for operand, _ in values)
+        last = replace(
+            op, index=op.index + number, name=name, operands=(total, value), values=values, data=data, node=node
+        )
+        yield last
+        total = last, 0
+
+
+def _summands(op: Op) -> tuple[Value, ...]:
+    """Values that an operation sums, each of which is as large as their sum; none if it does something else."""
+    if len(op.values) != 1 or None in op.values:
+        return ()
+    (value,) = op.values
+    axes = len(value[0].shapes[value[1]])
+    if op.name in ("Sum", "Mean", "Nansum"):
+        summed = [axis for axis in range(axes) if axis not in kept_axes(op, axes)]
+    elif op.name in ("Mm", "Bmm", "Mv") and None in op.operands:  # with constants
+        summed = [axes - 1 if op.operands[0] == value else axes - 2]
+    else:
+        return ()
+    joined = joined_along(value, summed[0]) if len(summed) == 1 else ()
+    size = math.prod(op.shape)
+    return joined if len(joined) > 1 and all(math.prod(o.shapes[i]) == size for o, i in joined) else ()
 
 
 def _weights(nodes: tuple[Node, ...], trace: Trace) -> set[Node]:
@@ -199,8 +243,15 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
         sums = [op for op in uses if op.name == "Add" and name not in found]
         if sums and len(uses) > 1:
             after = descendants(ops[uses[0].index :], uses[:1])
-            found.update(name for op in sums if not after.isdisjoint(op.data))
+            # positions are added to sums, again in every block
+            found.update(name for op in sums if any(o in after and _sum_behind(o).name != "Add" for o in op.data))
     return frozenset(found)
+
+
+def _sum_behind(op: Op) -> Op:
+    while op.name in NORMS or op.is_transparent or op.name == "CopySlices":
+        op = op.data[0]
+    return op
 
 
 _MAPS = NORMS | (WEIGHT_SLOTS.keys() - {"GroupedMm"})

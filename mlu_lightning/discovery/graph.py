@@ -20,7 +20,7 @@ from mlu_lightning.discovery.trace import TracedTensor
 __all__ = ["Graph", "Op", "Use", "UseKind", "Value"]
 
 RESHAPES = frozenset(
-    "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias ToCopy Squeeze Unsqueeze AsStrided "
+    "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias Copy ToCopy Squeeze Unsqueeze AsStrided "
     "ViewAsComplex ViewAsReal NativeDropout FusedDropout".split()
 )
 """Operations that keep every entry (dropout: on average) and only arrange them."""
@@ -29,7 +29,7 @@ VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias"})
 PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
 """Operations that take a part of a tensor."""
 JOINS = frozenset(
-    "Cat Stack Sum Mean IndexAdd ScatterAdd Scatter IndexPut IndexCopy Copy CopySlices Where MaskedFill Index "
+    "Cat Stack Sum Mean IndexAdd ScatterAdd Scatter IndexPut IndexCopy CopySlices Where MaskedFill Index "
     "IndexSelect Gather ConstantPadND AvgPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D UpsampleNearest2D "
     "UpsampleBilinear2D Roll Flip Neg AvgPool3D FftR2C FftC2C FftC2R".split()
 )
@@ -140,7 +140,7 @@ _TAKEN = ("dim", "index", "start", "end")
 """What autograd keeps of an operation that takes a part of a tensor."""
 
 
-_JOINED = frozenset({"Cat", "Stack"})
+JOINED = frozenset({"Cat", "Stack"})
 """Operations whose result holds what several parameters are."""
 
 
@@ -171,7 +171,7 @@ class Use:
     @property
     def is_computed(self) -> bool:
         """Whether it is a matrix that is computed from parameters, not only arranged or multiplied by a number."""
-        return self.kind == "matrix" and not all(step.name in _JOINED or _keeps_entries(step) for step in self.path)
+        return self.kind == "matrix" and not all(step.name in JOINED or _keeps_entries(step) for step in self.path)
 
     @property
     def is_carried(self) -> bool:
@@ -183,7 +183,7 @@ class Use:
         """Whether multiplying the parameter multiplies the operand."""
         if self.function is not None:
             return self.kind == "gain" or (self.function.degree == 1 and not self.is_carried)
-        return not self.shared and all(step.name in RESHAPES | PARTS | SELECTIONS | {"Neg"} for step in self.path)
+        return not self.shared and all(map(_keeps_entries, self.path))
 
     @property
     def selected(self) -> tuple[int, ...]:
@@ -282,7 +282,11 @@ class Graph:
     def users(self) -> dict[Op, list[Op]]:
         """Operations that each operation's outputs enter as data, in order."""
         users: dict[Op, list[Op]] = {op: [] for op in self.ops}
-        for op in self.ops:
+        lead_on = {*self.roots}  # not what was only there to be joined and taken apart again
+        for op in reversed(self.ops):
+            if op in lead_on:
+                lead_on.update(op.data)
+        for op in (op for op in self.ops if op in lead_on):
             for operand in dict.fromkeys(op.data):
                 users[operand].append(op)
         return users

@@ -157,7 +157,7 @@ class MultiplierSites:
                 operands = tuple(operand for operand in op.full_factors if self._factors(operand) is not None)
                 operands = operands if len(operands) == 1 else ()
             sums = op.name in ("Add", "Sub") and None not in op.operands
-            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Select"}
+            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Select", "Slice"}
             if not (sums or alone):
                 break
             inside.add(op)

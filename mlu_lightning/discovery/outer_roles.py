@@ -97,7 +97,7 @@ class TrunkRoles:
             inputs, outputs = use.fans
             every = every if inputs == outputs else None
             return Placed(Role.STREAM_MATRIX, every, repeats=self.repeats if every else None)
-        if use.kind == "lookup" or (use.kind == "add" and len(use.stored) > 1):
+        if use.kind == "lookup" or (use.kind == "add" and (len(use.stored) > 1 or not use.is_vector)):
             return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
         coordinates = _coordinates(use, self.embeddings)
         if not use.is_vector and coordinates is None:

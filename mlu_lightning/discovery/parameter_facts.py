@@ -76,6 +76,8 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
+    stems = in_order(op for stream in partition.streams for op in stream.stem)
+    maps = Ancestry(graph, stems, (op for op in stems if graph.kinds(op) & {"matrix", "lookup"}))
     dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
         # norms between additions compound if there are several: those where stages meet come with a matrix
@@ -86,7 +88,6 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         of_norms = norms, len(segments) + bool(last)
         passed = [use for op in stream.shortcuts for use in graph.uses.get(op, ()) if _is_repeatable(use)]
         repeats = len(passed) if 2 * len(passed) >= stream.depth else 0
-        maps = Ancestry(graph, stream.stem, (op for op in stream.stem if graph.kinds(op) & {"matrix", "lookup"}))
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
             (stream.stem, partial(place_in_stem, maps_before=maps), None),
             *((ops, TrunkRoles(dimensions, *of_norms).place, at) for at, ops in enumerate(stream.trunk)),
@@ -156,7 +157,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         if use.kind in ("add", "mul", "norm") or (use.kind == "bias" and use.is_section):
             fan_out = use.selected[-1] if branch.is_expert(use.op) else math.prod(use.selected)
         elif use.kind == "lookup" and branch.attention is not None:
-            fan_out = branch.units.own(use) or fan_out  # heads, whichever axis they are on
+            fan_out = branch.heads.own(use) or fan_out  # heads, whichever axis they are on
         if branch.is_expert(use.op):
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
@@ -170,7 +171,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         fan_out = rows if mixed else fan_out
         if branch.attention is not None:
             if role is Role.BRANCH_OUT:
-                head_dim = branch.attention.value_dim
+                head_dim = branch.attention.value_dim if branch.heads_write else 1
             elif role is Role.BRANCH_IN or (role is Role.BRANCH_IN_BIAS and fan_out != branch.hidden):
                 head_dim = branch.attention.key_dim
     return ParameterFacts(
@@ -191,6 +192,9 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
 
 def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
     """Uses without those whose role has the same numbers as another one, or counts for less."""
+    # a norm that a stream goes through is the stream's, also where a branch of another stream reads its output
+    norms = {u.use.op for u in uses if u.region.branch is None and u.found.role is Role.STREAM_NORM}
+    uses = [placed for placed in uses if placed.region.branch is None or placed.use.op not in norms]
     roles = {placed.found.role for placed in uses}
     if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
         return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]

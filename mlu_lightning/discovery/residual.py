@@ -56,9 +56,7 @@ def partition(graph: Graph) -> Partition:
     own = {addition.op for addition in additions}
     behind = {root: between([root], (stops - {root}).__contains__) for root in roots if root not in own}
     stream_of = _streams(additions, {root: hits for root, (_, hits) in behind.items()}, head_stops)
-    along: list[dict[Op, int]] = [{} for _ in set(stream_of.values())]  # the position at which each root is read
-    for addition in additions:
-        along[stream_of[addition.op]].setdefault(addition.root, len(along[stream_of[addition.op]]))
+    position = _positions(graph, additions, stream_of)
 
     branches: list[BranchRegion] = []
     context: list[Op] = []
@@ -80,10 +78,11 @@ def partition(graph: Graph) -> Partition:
             ops, outside = _branch_ops(graph, end, stops_at, reads_root)
             context.extend(outside)
             number = stream_of[addition.op]
-            at = number, along[number][addition.root]
+            at = number, position[addition.op]
             branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *at))
 
-    streams = [StreamRegions(len(roots)) for roots in along]
+    depths = (max(position[a.op] + 1 for a in additions if stream_of[a.op] == n) for n in set(stream_of.values()))
+    streams = [StreamRegions(depth) for depth in depths]
     for addition in additions:
         streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
     for root, (ops, hits) in behind.items():
@@ -151,6 +150,21 @@ def _parallel_ends(graph: Graph, branch: Op, stops: Callable[[Op], bool], reads_
     if not all(matrices) or matrices[0] & matrices[1]:
         return [branch]
     return [end for operand in total.data for end in _parallel_ends(graph, operand, stops, reads_root)]
+
+
+def _positions(graph: Graph, additions: list[Addition], stream_of: dict[Op, int]) -> dict[Op, int]:
+    """How many additions of its stream each one comes after; of streams that are joined, side by side, the most."""
+    position: dict[Op, int] = {}
+    for number in set(stream_of.values()):
+        own = {addition.op: addition for addition in additions if stream_of[addition.op] == number}
+        passed: dict[Op, int] = {}
+        for op in graph.ops:
+            operands = (own[op].root, own[op].branch) if op in own else op.data
+            passed[op] = max((passed[operand] for operand in operands), default=0)
+            if op in own:
+                position[op] = passed[op]
+                passed[op] += 1
+    return position
 
 
 def _streams(additions: list[Addition], behind: dict[Op, set[Op]], head_stops: set[Op]) -> dict[Op, int]:

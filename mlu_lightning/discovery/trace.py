@@ -33,6 +33,7 @@ from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_modu
 from mlu_lightning.utilities.module_copies import copied_batch, copied_module, fake_tensor
 from mlu_lightning.utilities.names import listed, planned_modules, planned_parameters
 from mlu_lightning.utilities.user_errors import UserErrors
+from mlu_lightning.utilities.written_out import WrittenOut
 
 __all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
 
@@ -183,6 +184,7 @@ def _run(
         if recorder is not None:
             recorder.add_data(example)
             stack.enter_context(recorder)
+        stack.enter_context(WrittenOut())
         stack.enter_context(watched(twin, partial(_note, functions)))
         stack.enter_context(_InnerGradients(losses))
         losses.extend(tensors_in(_train(twin, example) if step else _call(twin, example)))

@@ -7,14 +7,20 @@ from collections.abc import Iterator
 from torch import nn
 
 from mlu_lightning.discovery.constants import Constants
-from mlu_lightning.discovery.graph import Graph
+from mlu_lightning.discovery.graph import LINEAR, NORMS, Graph, Op
 from mlu_lightning.discovery.parameter_facts import Region
 from mlu_lightning.discovery.recurrence import feeds_back
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.table import Variant
-from mlu_lightning.utilities.names import common_module
+from mlu_lightning.utilities.names import common_module, owner_of
 
-__all__ = ["require_no_reentrance", "require_recurrence_in_branches", "require_residual_branches", "warnings_about"]
+__all__ = [
+    "require_no_reentrance",
+    "require_recurrence_in_branches",
+    "require_residual_branches",
+    "require_sums",
+    "warnings_about",
+]
 
 
 def require_no_reentrance(module: nn.Module, graph: Graph) -> None:
@@ -50,6 +56,39 @@ def require_recurrence_in_branches(module: nn.Module, graph: Graph, partition: P
             "are no numbers to plan it by, and no role to give in overrides. Put it into a residual branch, as in "
             "x + out(rnn(norm(x))), or plan the residual part of the module alone."
         )
+
+
+def require_sums(module: nn.Module, graph: Graph, partition: Partition) -> None:
+    """Refuse a stream that gates mix between its additions, as in a recurrent unit along the depth."""
+    for stream in partition.streams:
+        gates = [gate for ops in stream.trunk if (gate := _gate(graph, ops)) is not None]
+        if len(gates) > 1 or (gates and stream.depth < 4):
+            names = [use.parameter for use in graph.matrices(gates[0])]
+            raise ValueError(
+                f"{type(module).__name__} multiplies its stream by what {owner_of(names[0])} makes of the stream, between "
+                "additions: such gates keep a part of the stream in every block and forget another, as a recurrent unit "
+                "does in time. The MLU parameterization is one of sums along the depth, so there are no numbers to plan "
+                "gates by, and no role to give in overrides. Let blocks add what they make to the stream, without gates."
+            )
+
+
+def _gate(graph: Graph, ops: tuple[Op, ...]) -> Op | None:
+    """A matrix between two additions by whose outputs the stream itself is multiplied."""
+    inside, linear, made = set(ops), set[Op](), dict[Op, Op]()
+    for op in ops:
+        if graph.is_matrix(op):
+            made[op] = op
+            continue
+        plain = [operand for operand in op.data if operand in linear or operand not in inside]
+        matrix = next((made[operand] for operand in op.data if operand in made), None)
+        if matrix is None:
+            if op.name in LINEAR | NORMS or op.is_normalizer:
+                linear.add(op)
+        elif plain and len(op.data) == 2 and op.name in ("Mul", "Bmm"):
+            return matrix
+        else:
+            made[op] = matrix
+    return None
 
 
 def warnings_about(

@@ -20,6 +20,7 @@ __all__ = [
     "FORMAT",
     "ReferenceFile",
     "ReferenceHeader",
+    "RunName",
     "is_reference",
     "listed",
     "read_reference",
@@ -29,8 +30,9 @@ __all__ = [
 ]
 
 FORMAT = "mlu_lightning.reference"  # in the metadata
-_VERSION = "1"
-_TEXTS = {"format", "version", "header", "probe", "recordings", "losses", "digest"}
+_VERSION = "2"
+_TEXTS = {"format", "version", "run", "header", "probe", "recordings", "losses", "digest"}
+_TEXTS_OF = {"1": _TEXTS - {"run"}, _VERSION: _TEXTS}
 ReadT = TypeVar("ReadT")
 
 
@@ -84,8 +86,33 @@ class ReferenceHeader:
         return torch.float32 if self.dtype == "float32" else torch.bfloat16
 
 
+@dataclass(frozen=True)
+class RunName:
+    """By what a run is known when it is started again from its beginning."""
+
+    parts: dict[str, str]  # hashes of what decides how it goes on: settings, initial weights, seed
+    job: str = ""  # of a scheduler that starts it again by itself
+    restarts: int = 0  # of the job, before it began
+    kept: bool = False  # whether it has a checkpoint, or has ended: nobody has to begin it again
+
+    def __post_init__(self) -> None:
+        parts = _is_table(self.parts, lambda digest: isinstance(digest, str))
+        kinds = type(self.job), type(self.restarts), type(self.kept)
+        if not parts or kinds != (str, int, bool):
+            raise ValueError(f"the name of its run is {shorten(self)}")
+
+    def differences(self, other: RunName) -> list[str]:
+        """Parts in which another run differs."""
+        return [part for part in {**self.parts, **other.parts} if self.parts.get(part) != other.parts.get(part)]
+
+
 def reference_texts(
-    header: ReferenceHeader, digests: Mapping[int, str], structure: Any, probe: Mapping[str, Tensor], losses: Tensor
+    header: ReferenceHeader,
+    digests: Mapping[int, str],
+    structure: Any,
+    probe: Mapping[str, Tensor],
+    losses: Tensor,
+    run: RunName,
 ) -> dict[str, str]:
     """Write the metadata of a file: hashes of recordings by step, the structure and tensors of the probe, and losses."""
     specs = [[DTYPES[tensor.dtype], [*tensor.shape]] for tensor in probe.values()]
@@ -93,6 +120,7 @@ def reference_texts(
     texts = {
         "format": FORMAT,
         "version": _VERSION,
+        "run": json.dumps(asdict(run)),
         "header": json.dumps(asdict(header)),
         "probe": json.dumps(encoded),
         "recordings": json.dumps({"steps": list(digests), "digests": list(digests.values())}),
@@ -110,16 +138,18 @@ class ReferenceFile:
             raise _UnknownFormatError(
                 "it is a safetensors file of another kind, such as weights. Give a file that ReferenceRecorder wrote."
             )
-        if texts.get("version") != _VERSION:
+        if texts.get("version") not in _TEXTS_OF:
             raise _UnknownFormatError(
                 f"it has version {texts.get('version', '')[:20]!r} of the format, and this package reads version "
                 f"{_VERSION!r}. Install the version of mlu-lightning that wrote it, or record the run again."
             )
-        if set(texts) != _TEXTS:
-            raise ValueError(f"it does not have the metadata {', '.join(sorted(_TEXTS))}")
+        if set(texts) != (expected := _TEXTS_OF[texts["version"]]):
+            raise ValueError(f"it does not have the metadata {', '.join(sorted(expected))}")
         if texts["digest"] != _texts_hash({name: text for name, text in texts.items() if name != "digest"}):
             raise ValueError("its metadata do not have the hash that they should have")
         self.header = ReferenceHeader.from_json(texts["header"])
+        names = {field.name for field in fields(RunName)}
+        self.run = RunName(**_parse_fields(texts["run"], names)) if "run" in texts else RunName({}, kept=True)
         self.digests = _parse_digests(texts["recordings"])
         self._probe = _parse_fields(texts["probe"], {"structure", "tensors", "digest"})
         self.probe_hash: str = self._probe["digest"]

@@ -16,6 +16,7 @@ from mlu_lightning.observation.probe import Observation
 from mlu_lightning.observation.reference_format import (
     ReferenceFile,
     ReferenceHeader,
+    RunName,
     read_reference,
     recording_hash,
     reference_texts,
@@ -28,23 +29,29 @@ from mlu_lightning.utilities.tensor_files import write_tensors
 
 __all__ = ["ReferenceWriter"]
 
+_UNKNOWN = RunName({}, kept=True)
+
 
 class ReferenceWriter:
     """Writes the reference of a run with each recording; recordings are kept in memory, as they are in the file."""
 
-    def __init__(self, path: str | PathLike[str], header: ReferenceHeader, probe: Any) -> None:
+    def __init__(self, path: str | PathLike[str], header: ReferenceHeader, probe: Any, run: RunName = _UNKNOWN) -> None:
         self._path = Path(path)
         self._header = header
+        self._run = run
         self._probe_structure, self._probe = encode_batch(probe)
         self._recordings: dict[int, dict[LocationName, Tensor]] = {}
         self._digests: dict[int, str] = {}
         self._losses = torch.empty(0)
 
     @classmethod
-    def resume(cls, path: str | PathLike[str], header: ReferenceHeader, probe: Any, step: int) -> ReferenceWriter:
+    def resume(
+        cls, path: str | PathLike[str], header: ReferenceHeader, probe: Any, step: int, run: RunName | None = None
+    ) -> ReferenceWriter:
         """Go on in the file of a run that is resumed at a step: drop what was recorded later, with the next recording.
 
-        Its header and probe have to be those of the run, up to what initialization alone uses of the plan.
+        Its header and probe have to be those of the run, up to what initialization alone uses of the plan, and so has its
+        name, where both are known.
         """
         writer = cls(path, header, probe)
 
@@ -54,9 +61,13 @@ class ReferenceWriter:
             writer._losses = file.read_losses()[:step].clone()
             # it has the plan that the run was initialized with, of a base that may have been drawn anew since
             writer._header = file.header
+            writer._run = replace(file.run, kept=True)  # there is a checkpoint to go on from
             found = _header_differences(writer._header, header, f"the plan in {path}")
             same_probe = file.probe_hash == encoded_hash(writer._probe_structure, writer._probe)
-            return found if same_probe else [*found, "its probe has other values"]
+            found = found if same_probe else [*found, "its probe has other values"]
+            if not found and run is not None and file.run.parts and (others := file.run.differences(run)):
+                return [f"its run had other {', '.join(others)}"]
+            return found
 
         if differences := read_reference(writer._path, read):
             raise ValueError(
@@ -82,7 +93,19 @@ class ReferenceWriter:
         self._recordings[step] = recording
         self._digests[step] = recording_hash(recording)
         self._losses = _copy(losses, torch.float32)
-        texts = reference_texts(self._header, self._digests, self._probe_structure, self._probe, self._losses)
+        self.rewrite()
+
+    def keep(self) -> bool:
+        """Let what is written next tell that the run has a checkpoint or has ended; whether it did not, and there is any."""
+        new = not self._run.kept
+        self._run = replace(self._run, kept=True)
+        return new and bool(self._recordings)
+
+    def rewrite(self) -> None:
+        """Write all recordings again."""
+        texts = reference_texts(
+            self._header, self._digests, self._probe_structure, self._probe, self._losses, self._run
+        )
         tensors = {f"{step}/{name}": value for step, read in self._recordings.items() for name, value in read.items()}
         tensors.update({f"probe/{number}": tensor for number, tensor in self._probe.items()})
         write_tensors(self._path, {**tensors, "losses": self._losses}, texts)

@@ -17,6 +17,7 @@ from mlu_lightning.observation.dataflow import ADDED, Addition, How, Use
 from mlu_lightning.observation.expectations import FEW, Expectations, Interval
 from mlu_lightning.observation.passes import Followed, UseKey, follow, roles_of_base
 from mlu_lightning.planning import Plan
+from mlu_lightning.planning.base import refuse_base
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
 __all__ = ["Deviation", "deviations", "refuse", "verify"]
@@ -75,6 +76,12 @@ def verify(module: nn.Module, base: nn.Module, plan: Plan, example: Any = None) 
     ...     print(str(error)[:89])
     ResNet does not compute what its plan says: blocks.0.write.weight and 7 more (branch_out)
     """
+    if base is module:
+        raise ValueError(
+            "The base is the module itself, whose weights and multipliers are not the base's. Build the base apart, "
+            "at its own shape."
+        )
+    refuse_base(base, module, example)
     refuse(deviations(module, base, plan, example), module, warnings.warn)
 
 

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["ParameterizationName", "PlanArguments"]
+__all__ = ["ABSOLUTE", "ParameterizationName", "PlanArguments"]
+
+ABSOLUTE = "absolute"
+"""The base that says that none is meant; a path of that name is ``./absolute``."""
 
 ParameterizationName = Literal["mlu", "completep", "mup", "sp"]
 

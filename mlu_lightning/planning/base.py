@@ -7,15 +7,26 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Structure
 from mlu_lightning.table import COMPOUNDING, Role, Variant, row_name
+from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
-__all__ = ["Base", "BaseBranch", "BaseParameter", "advice_on_names", "base_of_module", "counterparts", "own_factors"]
+__all__ = [
+    "Base",
+    "BaseBranch",
+    "BaseParameter",
+    "advice_on_names",
+    "base_of_module",
+    "counterparts",
+    "own_factors",
+    "refuse_base",
+]
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,31 @@ class Base:
         alike = [other for other in of_kind if name_pattern(other) == pattern]
         alike = alike or [other for other in of_kind if _differ_in_numbers(other, name)]
         return self.branches[min(alike, key=lambda other: _distance(name, other)), kind] if alike else None
+
+
+def refuse_base(base: nn.Module, module: nn.Module, example: Any = None) -> None:
+    """Refuse a base that is known to be trained already, or that does not take the examples of the module.
+
+    Training leaves gradients and a Trainer; of weights that were loaded, or trained elsewhere, nothing is known, and their
+    root mean square is taken as that of the initial ones.
+    """
+    steps = [isinstance(each, of_both(LightningModule)) for each in (base, module)]
+    if example is not None and steps[0] != steps[1]:
+        whose = "module" if steps[1] else "base"
+        raise ValueError(
+            f"The base is a {type(base).__name__} and the module a {type(module).__name__}, and only the {whose} is a "
+            "LightningModule: the example of one is a batch for training_step, and that of the other arguments of forward. "
+            "Give a base of the module's class, with another shape."
+        )
+    trainer = vars(base).get("_trainer")
+    own = trainer is not None and trainer is vars(module).get("_trainer")
+    trained = not own and getattr(trainer, "global_step", 0) > 0
+    if trained or (base is not module and any(parameter.grad is not None for parameter in base.parameters())):
+        how = f"was trained for {trainer.global_step} steps" if trained and trainer else "has gradients"
+        raise ValueError(
+            f"The base {type(base).__name__} {how}, so its weights may not be its initial ones, by whose size those of the "
+            "module are set. Build the base anew; if it was not trained, zero_grad() takes the gradients away."
+        )
 
 
 def base_of_module(module: nn.Module, structure: Structure) -> Base:

@@ -13,7 +13,8 @@ from torch import nn
 
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module
+from mlu_lightning.planning.arguments import ABSOLUTE
+from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module, refuse_base
 from mlu_lightning.planning.derivation import (
     plan_branches,
     plan_multipliers,
@@ -29,6 +30,7 @@ from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, ra
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.utilities.locks import WriterLock
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 from mlu_lightning.utilities.whole_files import write_whole
@@ -98,8 +100,8 @@ class Plan:
             example: what ``training_step`` takes as its batch, for a LightningModule; the arguments of ``forward``
                 for any other module. By default ``example_input_array`` of a LightningModule.
             base: a freshly built module at the shape at which the hyperparameters are known to be good, a saved plan
-                whose base that is, or None for the paper's absolute form (theory.md, section 2), at which learning
-                rates are those of the infinite model.
+                whose base that is, or its path, or ``"absolute"``, as None is, for the paper's absolute form (theory.md,
+                section 2), at which learning rates are those of the infinite model.
             overrides: role by glob pattern of parameter names, for parameters that discovery cannot place; ``"frozen"`` for
                 those that are to be left alone, ``"copy_of net"`` for a submodule (``"teacher.*"``) that begins as a copy
                 of another one, with its multipliers.
@@ -123,7 +125,11 @@ class Plan:
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
         parameterization, horizon = Parameterization(parameterization), Horizon(float(batch_ratio), float(token_ratio))
-        if base is not None and not isinstance(base, nn.Module):
+        base = None if isinstance(base, str) and base == ABSOLUTE else base
+        if isinstance(base, nn.Module):
+            refuse_base(base, module, example)
+        elif base is not None:
+            _require_base(base)
             base = base if isinstance(base, Plan) else cls.load(base)
         reference = base.base if isinstance(base, Plan) else None
         _check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
@@ -284,8 +290,25 @@ class Plan:
             )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete."""
-        write_whole({Path(path): self.to_yaml().encode()})
+        """Write the plan as YAML that a person can read and edit; an older file stays until the new one is complete.
+
+        Raises:
+            OSError: if it cannot be written.
+            BlockingIOError: if another process is writing another plan there at this moment.
+        """
+        path, content = Path(path), self.to_yaml().encode()
+        if path.exists() and not path.is_file():
+            write_whole({path: content})  # to a device or a pipe
+            return
+        try:
+            lock = WriterLock(path)
+        except BlockingIOError:
+            with WriterLock(path, wait=True):
+                if path.exists() and path.read_bytes() == content:
+                    return  # as where every process of a run saves its plan
+            raise
+        with lock:
+            write_whole({path: content})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
@@ -331,6 +354,14 @@ class Plan:
     def _absolute(self) -> bool:
         """Whether it is relative to no base."""
         return any(parameter.base_shape is None for parameter in self.parameters.values())
+
+
+def _require_base(base: Any) -> None:
+    if not isinstance(base, (Plan, str, PathLike)):
+        raise TypeError(
+            f"base is a {type(base).__name__}. It has to be a module at the base's shape, a plan or the path of one, or "
+            f"{ABSOLUTE!r} for the paper's absolute form."
+        )
 
 
 def _check_parameterization(parameterization: Parameterization, alpha: float, absolute: bool) -> None:

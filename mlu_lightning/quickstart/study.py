@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import multiprocessing
 import os
-import signal
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.utilities.whole_files import write_whole
+from mlu_lightning.utilities.workers import worker_pool
 
 __all__ = [
     "BASE",
@@ -144,16 +143,11 @@ def run_study(study: Study, text: bytes, report: Callable[[Run], None] = lambda 
     longest_first = sorted(runs, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
     workers = min(2, os.cpu_count() or 1)
     done: dict[Run, Run] = {}
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    with worker_pool(workers, _start_worker) as pool:
         pending = {pool.submit(_train, study, text, run): run for run in longest_first}
-        try:
-            for future in as_completed(pending):
-                done[pending[future]] = future.result()
-                report(future.result())
-        except BaseException:
-            # else all other runs would be trained before anybody hears of it
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(pending):
+            done[pending[future]] = future.result()
+            report(future.result())
     return [done[run] for run in runs]
 
 
@@ -197,8 +191,7 @@ def _cost(shape: TransformerShape) -> int:
 
 
 def _start_worker() -> None:
-    """Give a run one core, hide Lightning's notes about hardware, and let Ctrl-C end it quietly."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Give a run one core, and hide Lightning's notes about hardware."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

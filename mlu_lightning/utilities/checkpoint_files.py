@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 
@@ -16,7 +18,29 @@ __all__ = ["read_checkpoint"]
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Load tensors and plain values to the CPU, and stand-ins for objects of other classes, as hyperparameters may be."""
+    """Load tensors and plain values to the CPU, and stand-ins for objects of other classes, as hyperparameters may be.
+
+    Raises:
+        OSError: If there is no such file, or it cannot be read.
+        ValueError: If it is no checkpoint, or is damaged.
+    """
+    with open(path, "rb"):
+        pass  # an error from here on is that of its content
+    try:
+        return _load(path)
+    except _OF_DAMAGE as error:
+        wrong = f"{path} is no checkpoint, or is damaged ({type(error).__name__}: {str(error)[:200]})"
+        raise ValueError(f"{wrong}. Give the path of a checkpoint that a Trainer has saved.") from error
+
+
+_OF_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError),
+    *(OSError, RuntimeError, TypeError, ValueError, pickle.PickleError, struct.error, BadZipFile),
+)
+"""What instructions of a pickle in another order raise, besides what torch itself finds out."""
+
+
+def _load(path: str | Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # which would rather read nothing

@@ -6,14 +6,12 @@ import csv
 import json
 import logging
 import math
-import multiprocessing
-import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +21,8 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
+
+from mlu_lightning.utilities.workers import worker_pool as processes
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 """Arguments of a Trainer that reports nothing."""
@@ -62,16 +62,9 @@ def deadline(minutes: float | None) -> float:
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
-@contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that have one core each, and give up what they have not begun when there is an error."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        try:
-            yield pool
-        except BaseException:
-            # else all others would be trained before anybody hears of it
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def worker_pool(workers: int) -> AbstractContextManager[ProcessPoolExecutor]:
+    """Start processes that have one core each, and end them when there is an error, or this process has ended."""
+    return processes(workers, _start_worker)
 
 
 def in_processes(
@@ -146,8 +139,7 @@ class ResultFile(Generic[ResultT]):
 
 
 def _start_worker() -> None:
-    """Leave a process one core, no notes on hardware that these runs do not need, and a quiet Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Leave a process one core, and no notes on hardware that these runs do not need."""
     torch.set_num_threads(1)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)

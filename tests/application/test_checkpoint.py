@@ -1,7 +1,9 @@
 """What checkpoints say about multipliers, and what modules take from them."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,8 +15,12 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mlu_lightning import MLUCallback, attach_multipliers, bake, restore_multipliers, to_granite
+from mlu_lightning import MLUCallback, Plan, attach_multipliers, bake, fold, restore_multipliers, to_granite
+from mlu_lightning.application.checkpoint import write_plan
 from mlu_lightning.application.state_mark import without_mark
+from mlu_lightning.models import ResNet
+
+SIZES = {"depth": 2, "hidden": 6, "embedding": 4, "inputs": 3, "outputs": 2}
 
 
 @pytest.mark.parametrize("mode", ["hook", "fold"])
@@ -105,3 +111,63 @@ def test_plain_checkpoint_in_a_run_in_which_folding_leaves_hooks(mode: Mode, tmp
 def test_a_checkpoint_without_a_plan() -> None:
     with pytest.raises(ValueError, match=r"no plan, because .* multipliers of MLUCallback.*multiplied=True"):
         restore_multipliers(nn.Linear(1, 1), {"callbacks": {"ModelCheckpoint": {}}})
+
+
+def flipped(content: bytes, random: Random) -> bytes:
+    changed = bytearray(content)
+    for place in random.sample(range(len(content)), random.choice((1, 20))):
+        changed[place] ^= 1 << random.randrange(8)
+    return bytes(changed)
+
+
+DAMAGE: list[Callable[[bytes, Random], bytes]] = [
+    flipped,
+    lambda content, random: content[: random.randrange(len(content))],
+    lambda content, random: content[(cut := random.randrange(len(content))) :] + content[:cut],
+]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("count", [15, pytest.param(350, marks=pytest.mark.slow)])
+def test_damaged_checkpoints_are_value_errors(zipped: bool, count: int, tmp_path: Path) -> None:
+    """Of 2,100 mutations, 90 in the default run, each is refused or read, as where a bit of a weight has changed."""
+    path, refused = tmp_path / "a.ckpt", 0
+    module, base = ResNet(**SIZES), ResNet(**SIZES | {"depth": 1})
+    plan = Plan.from_model(module, (torch.ones(4, 3), torch.ones(4, 2)), base=base)
+    checkpoint = {"state_dict": fold(module, plan).state_dict()}
+    write_plan(module, checkpoint)
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    for number in range(count):
+        for damage in DAMAGE:
+            path.write_bytes(damage(content, Random(number)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    restore_multipliers(ResNet(**SIZES), path)
+                except ValueError:
+                    refused += 1
+    assert refused > count
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        *(None, [], {"callbacks": 1}, {"callbacks": {"MLUCallback": "plan"}}, {"callbacks": {"MLUCallback": {}}}),
+        *({"callbacks": {}, "state_dict": 1}, {"callbacks": {1: 1}}, {"callbacks": torch.ones(2)}),
+        {"callbacks": {"MLUCallback": {"plan": "", "mode": "fold", "left_out": 1}}},
+    ],
+)
+def test_what_is_no_checkpoint_is_a_value_error(checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match=r"not one of a Trainer|no plan|of another form"):
+        restore_multipliers(nn.Linear(1, 1), checkpoint)
+
+
+def test_weights_of_another_module_are_a_value_error() -> None:
+    module = ResNet(**SIZES)
+    checkpoint: dict[str, Any] = {"state_dict": {"embed.weight": torch.ones(1)}}
+    write_plan(fold(module, Plan.from_model(module, (torch.ones(4, 3), torch.ones(4, 2)))), checkpoint)
+    with pytest.raises(
+        ValueError, match=r"The weights of the checkpoint are not those of a ResNet: (?s:.*)Missing key"
+    ):
+        restore_multipliers(ResNet(**SIZES), checkpoint)

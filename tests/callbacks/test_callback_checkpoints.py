@@ -25,9 +25,7 @@ def test_resumed_run_is_the_uninterrupted_run(make: Any, residual: Any, tmp_path
         return module, fit(module, callback, data=loader(False), epochs=epochs, ckpt_path=ckpt_path)
 
     def quiet(self: Net, batch: Any) -> Tensor:
-        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
-        self.losses.append(float(loss.detach()))
-        return loss
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
 
     monkeypatch.setattr(Net, "training_step", quiet)  # the Trainer does not restore random states
     whole, _ = run(4)

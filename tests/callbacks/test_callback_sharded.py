@@ -18,7 +18,7 @@ from mlu_lightning import MLUCallback, Plan
 pytestmark = pytest.mark.slow
 
 
-class Sharded(Net):  # shards itself in configure_model, and keeps no losses, which a module without values has not
+class Sharded(Net):  # shards itself in configure_model, and draws no random numbers
     def build(self) -> None: ...
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -54,13 +54,14 @@ class Manual(Net):  # two optimizers, one step of each per batch
         super().__init__(**shape, optimizers=optimizers)
         self.automatic_optimization = False
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         first, second = self.optimizers()
         first.zero_grad()
         second.zero_grad()
-        self.manual_backward(nn.functional.mse_loss(self(batch[0]), batch[1]))
+        self.manual_backward(loss := nn.functional.mse_loss(self(batch[0]), batch[1]))
         first.step()
         second.step()
+        return loss
 
 
 def test_two_optimizers_under_manual_optimization() -> None:

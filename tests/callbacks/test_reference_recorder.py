@@ -183,7 +183,10 @@ def test_run_whose_base_is_drawn_anew_goes_on_in_its_file(path: Path) -> None:
 def test_existing_file_is_not_overwritten_by_a_new_run(path: Path) -> None:
     fit(ResNet(**SHAPE), ReferenceRecorder(path))
     before = path.read_bytes()
-    with pytest.raises(FileExistsError, match=r"would overwrite it. Delete it, give .* another path, or resume"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"would overwrite it: it is of another run, with other initial weights. Delete it, .* or resume",
+    ):
         fit(ResNet(**SHAPE), ReferenceRecorder(path))
     assert path.read_bytes() == before
 

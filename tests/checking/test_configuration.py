@@ -1,6 +1,6 @@
 """``mlu-lightning check`` of configurations that LightningCLI has saved, of CLIs with links and arguments of their own."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -221,3 +221,36 @@ def test_a_saved_plan_is_for_one_shape(given: str, says: str, tmp_path: Path) ->
     with pytest.raises(ValueError, match=f"{says} as base: {{class_path: my_package.MyModule, init_args: ") as error:
         read_config(path, KEYS)
     assert str(error.value).endswith("in a copy of the file, and check the copy.")
+
+
+NESTED = "model: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[]", "is not the configuration of a LightningCLI: it has no model"),
+        ("model: 3", "has 3 as its model, which should be a mapping"),
+        ("model: {class_path: 1}", "as its model, which should be a mapping, and any class_path in it a text"),
+        ("model: {class_path: a.B, init_args: [1]}", r"has \[1\] as init_args of its model"),
+        ("trainer: {callbacks: [3]}", r"has 3 as its trainer.callbacks\[0\]"),
+        (NESTED, "its aliases stand for more than 100,000 values"),
+        ("model: &a [*a]", "one of its aliases stands for what it is in"),
+        ("model: " + "[" * 100_000, "it has more than 50 levels"),
+        ("model: !!timestamp x", "cannot be read as a configuration"),
+        (
+            f"model: {{class_path: {RESNET}, init_args: {{depth: 1000000000}}}}",
+            "has depth=1000000000, .* from 1 to 10,000",
+        ),
+    ],
+)
+def test_what_is_no_configuration_is_one_sentence(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/config.yaml .*{says}"):
+        read_config(tmp_path / "config.yaml", KEYS)
+
+
+def test_factors_that_nobody_can_build_are_refused(tmp_path: Path) -> None:
+    configured = read_config(write(tmp_path), KEYS)
+    with pytest.raises(ValueError, match=r"A factor of 1000000 makes depth=.*small factors"):
+        configured.build(**vars(replace(configured.base, depth=configured.base.depth * 10**6)))

@@ -19,6 +19,6 @@ def test_sizes() -> None:
     for factors in ((), (1,), (2, 4), (1, 4, 2), (1, 1)):
         with pytest.raises(ValueError, match="should be two or more that ascend from 1"):
             sizes(Shape(2, 3, 5), factors)
-    for axes in ([], ["width"]):
+    for axes in ([], ["wide"]):
         with pytest.raises(ValueError, match="should be some of: depth, hidden, embedding, width, together"):
             sizes(Shape(2, 3, 5), (1, 2, 4, 8), axes)

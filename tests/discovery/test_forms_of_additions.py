@@ -170,7 +170,7 @@ CASES: list[tuple[Callable[..., Any], str, list[int], str]] = [
     (summed, "blocks", [2], "blocks.0.write: branch_out"),
     (skipped, "blocks last", [2], "blocks.0.write: branch_out, last: stream_matrix, embed: embedding"),
     (gained, "blocks gains", [2], "blocks.1.read: branch_in, gains.0: stream_norm"),
-    (reversible, "blocks more", [3], "blocks.0.read: branch_in, more.1.write: branch_out, embed: embedding"),
+    (reversible, "blocks more", [4], "blocks.0.read: branch_in, more.1.write: branch_out, embed: embedding"),
     (queried, "blocks mixers latents", [4], "latents: embedding, mixers.0.q: branch_in, mixers.0.norm: branch_norm"),
     (
         positioned,

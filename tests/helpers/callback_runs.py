@@ -29,7 +29,7 @@ def adamw(module: nn.Module) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class Net(LightningModule):  # a residual network whose training draws from torch, NumPy and Python
+class Net(LightningModule):  # a residual network whose training draws random numbers
     def __init__(self, depth: int = 2, hidden: int = 8, embedding: int = 4, optimizers: Optimizers = adamw) -> None:
         super().__init__()
         self.shape = (depth, hidden, embedding)
@@ -49,10 +49,13 @@ class Net(LightningModule):  # a residual network whose training draws from torc
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, targets = batch
-        noise = torch.rand(()) + np.random.rand() + random.random()
-        loss = nn.functional.mse_loss(self(nn.functional.dropout(inputs, 0.2)), targets + 0.1 * noise)
-        self.losses.append(float(loss.detach()))
-        return loss
+        return nn.functional.mse_loss(self(nn.functional.dropout(inputs, 0.2)), targets + 0.1 * self.noise())
+
+    def noise(self) -> Tensor:
+        return torch.randn(())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["loss"]))
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]))

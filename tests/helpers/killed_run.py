@@ -109,8 +109,6 @@ def newest(folder: Path) -> Path | None:
 def run(folder: Path, optimizer: str, schedule: str, residual: Any, kill: tuple[int, float] | None) -> None:
     """Train to the end, and keep what came out."""
     checkpoint, recording = newest(folder), folder / "run.safetensors"
-    if checkpoint is None:
-        recording.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
     torch.manual_seed(0)
     module, base = Noisy(optimizer, schedule, str(folder / "losses")), ResNet(**BASE)
     probe = (torch.ones(4, 3), torch.ones(4, 2))

@@ -81,10 +81,13 @@ def forge(content: bytes, change: Callable[[dict[str, Any], dict[str, Any]], Non
     length = int.from_bytes(content[:8], "little")
     entries = json.loads(content[8 : 8 + length])
     texts = entries.pop("__metadata__")
-    parsed = {name: json.loads(texts[name]) for name in ("header", "probe", "recordings", "losses")}
+    parsed = {name: json.loads(texts[name]) for name in ("run", "header", "probe", "recordings", "losses")}
     change(entries, parsed)
     texts.update({name: value if isinstance(value, str) else json.dumps(value) for name, value in parsed.items()})
     del texts["digest"]
+    if "run" not in parsed:  # as version 1 had none
+        del texts["run"]
+        texts["version"] = "1"
     texts["digest"] = hashlib.sha256(json.dumps(json.dumps(texts, sort_keys=True)).encode()).hexdigest()
     header = json.dumps({"__metadata__": texts, **entries}).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + length :]

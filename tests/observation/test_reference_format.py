@@ -103,11 +103,23 @@ def test_files_that_are_something_else(path: Path, tmp_path: Path, content: byte
     save_file({"weight": torch.ones(2)}, path, {"format": "pt"})
     refused("of another kind")
     refused("of another kind", struct.pack("<Q", 22) + b'{"__metadata__": null}')
-    version = content.replace(b'"version":"1"', b'"version":"7"')
-    refused(r"has version '7'.*reads version '1'. Install the version", version)
+    version = content.replace(b'"version":"2"', b'"version":"7"')
+    refused(r"has version '7'.*reads version '2'. Install the version", version)
     refused(r"it is a folder. Give the path of the file", of=tmp_path)
     with pytest.raises(FileNotFoundError):
         Reference.load(tmp_path / "none")
+
+
+def test_files_of_version_1_are_read(path: Path, content: bytes) -> None:
+    path.write_bytes(forge(content, lambda entries, parsed: parsed.pop("run")))
+    assert Reference.load(path).steps == (0, 1)
+
+
+@pytest.mark.parametrize("run", [{}, {"parts": {"a": 1}, "job": "", "restarts": 0, "kept": True}])
+def test_names_of_runs_are_checked(run: dict[str, Any], path: Path, content: bytes) -> None:
+    path.write_bytes(forge(content, lambda entries, parsed: parsed.update(run=run)))
+    with pytest.raises(ValueError, match=r"name of its run|have the fields job, kept, parts, restarts"):
+        Reference.load(path)
 
 
 def test_forging_works(path: Path, content: bytes) -> None:

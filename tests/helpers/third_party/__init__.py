@@ -14,12 +14,8 @@ from helpers.third_party import sequences, vision
 
 Build = Callable[[int], tuple[nn.Module, Any]]
 MODELS: dict[str, Build] = vision.MODELS | sequences.MODELS
-# by hand from the source: no residual branches, or a recurrent layer outside of every branch
-RIGHTLY_REFUSED = ("timm.densenet", "rtdl.MLP", "neuralforecast.LSTM")
-# networks that the theory covers, and that are not planned yet
-WRONGLY_REFUSED = ("vit_pytorch.CrossViT", "vit_pytorch.CCT", "vit_pytorch.NesT", "x_transformers.gate_residual")
-# planned, and not yet compared with their source: blocks whose norms are modulated by a condition
-OPEN = ("diffusers.DiT", "diffusers.SD3", "diffusers.Flux")
+# by hand from the source: no residual branches, a recurrent layer outside of every branch, or gates on the stream
+RIGHTLY_REFUSED = ("timm.densenet", "rtdl.MLP", "neuralforecast.LSTM", "x_transformers.gate_residual")
 _VECTORS = {
     "branch_in": "branch_in_bias",
     "branch_hidden": "branch_in_bias",

@@ -59,6 +59,18 @@ def _cross_vit(size: int) -> tuple[nn.Module, Any]:
     return model, _images(32)
 
 
+def _max_vit(size: int) -> tuple[nn.Module, Any]:
+    shape = {"dim_conv_stem": 16 * size, "dim": 16 * size, "dim_head": 16, "depth": (1 + size, 1 + size)}
+    return import_module("vit_pytorch.max_vit").MaxViT(num_classes=10, window_size=2, **shape), _images(32)
+
+
+def _cvt(size: int) -> tuple[nn.Module, Any]:
+    stages = {1: (16, 1), 2: (32, 2), 3: (64, 2)}
+    shape = {f"s{i}_emb_dim": width * size for i, (width, _) in stages.items()}
+    shape |= {f"s{i}_heads": heads * size for i, (_, heads) in stages.items()} | {f"s{i}_depth": size for i in stages}
+    return import_module("vit_pytorch.cvt").CvT(num_classes=10, **shape), _images(64)
+
+
 def _cct(size: int) -> tuple[nn.Module, Any]:
     shape = {"embedding_dim": 32 * size, "num_layers": 2 * size, "num_heads": 2 * size, "mlp_ratio": 2}
     more = {"n_conv_layers": 1, "positional_embedding": "learnable"}
@@ -101,6 +113,18 @@ MODELS = {
         **{"window_size": 2, "depths": lambda k: (k, k)},
         **{"embed_dims": lambda k: (16 * k, 32 * k), "num_heads": lambda k: (2 * k, 4 * k)},
     ),
+    "timm.xcit": partial(
+        _timm,
+        *("xcit", "Xcit", 32),
+        **{"img_size": 32, "patch_size": 8, "eta": 1.0},
+        **{"embed_dim": lambda k: 32 * k, "depth": lambda k: 2 * k, "num_heads": lambda k: 2 * k},
+    ),
+    "timm.edgenext": partial(
+        _timm,
+        *("edgenext", "EdgeNeXt", 64),
+        **{"dims": lambda k: (16 * k, 16 * k, 32 * k, 32 * k), "depths": lambda k: (k,) * 4},
+        **{"heads": lambda k: (2 * k, 2 * k, 4 * k, 4 * k)},
+    ),
     "timm.densenet": partial(
         _timm, "densenet", "DenseNet", 32, growth_rate=lambda k: 4 * k, block_config=lambda k: (2 * k, 2 * k)
     ),
@@ -110,6 +134,8 @@ MODELS = {
     "vit_pytorch.DeepViT": partial(_vit, "deepvit", "DeepViT"),
     "vit_pytorch.parallel": partial(_vit, "parallel_vit", "ViT", num_parallel_branches=2),
     "vit_pytorch.XCiT": partial(_vit, "xcit", "XCiT", cls_depth=lambda k: k),
+    "vit_pytorch.MaxViT": _max_vit,
+    "vit_pytorch.CvT": _cvt,
     "vit_pytorch.CrossViT": _cross_vit,
     "vit_pytorch.CCT": _cct,
     "vit_pytorch.NesT": _nest,

@@ -1,0 +1,86 @@
+"""One writer at a time for a path: a lock that ends with its process, whatever ends that, and that readers need not know."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["WriterLock"]
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class WriterLock:
+    """Locks a path against other processes until it is released, or raises ``BlockingIOError`` if another has it.
+
+    The lock is that of POSIX on an empty hidden file beside the path, which goes away with it; one that a killed process
+    has left holds nobody back. Forked processes do not inherit it. Over NFS it also holds against other machines, if the
+    server has locks, and ends when the server knows that the machine of its process has gone; where a file system has no
+    locks, as Lustre may, there is a warning and no lock.
+    """
+
+    def __init__(self, path: Path, wait: bool = False) -> None:
+        name = hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest()[:8]
+        self._path = path.parent / f".{path.name[:40]}.{name}.lock"
+        self._file: IO[bytes] | None = None
+        while fcntl is not None and self._file is None:
+            self._file = self._locked(path, wait)
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._file is not None:
+            if _is_at(self._file, self._path):
+                self._path.unlink()
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> WriterLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let others write."""
+        self.release()
+
+    def _locked(self, path: Path, wait: bool) -> IO[bytes] | None:
+        """Lock the file that is there now; None if its owner has removed it meanwhile."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.fdopen(os.open(self._path, flags, 0o666), "r+b", buffering=0)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                raise BlockingIOError(
+                    f"Another process is writing {path}. Give each a path of its own, or let that one end first."
+                ) from error
+            if error.errno not in _NO_LOCKS:
+                raise
+            warnings.warn(
+                f"The file system of {path} has no locks ({error.strerror}), so nothing keeps a second process from writing "
+                "there, too. Files are whole all the same.",
+                stacklevel=2,
+            )
+            return file
+        if _is_at(file, self._path):
+            return file
+        file.close()
+        return None
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
