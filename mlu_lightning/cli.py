@@ -107,9 +107,9 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
 
 def check(
     path: str,
-    depth: str | None = "depth",
-    hidden: str | None = "hidden",
-    embedding: str | None = "embedding",
+    depth: str | None = "auto",
+    hidden: str | None = "auto",
+    embedding: str | None = "auto",
     out: str = "mlu-check",
     factors: list[int] = [1, 2, 4, 8],  # noqa: B006  # jsonargparse shows the default, and nothing changes it
     seeds: int = 4,
@@ -118,6 +118,7 @@ def check(
     model: str | None = None,
     data: str | None = None,
     log: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train what a configuration trains for a few steps at several shapes, and say whether its features move alike.
 
@@ -125,7 +126,8 @@ def check(
 
     Args:
         path: YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
-        depth: arguments of the model that make up its depth, with commas between them; null leaves it as it is.
+        depth: arguments of the model that make up its depth, with commas between them, and dots before arguments of an
+            argument, such as "config.n_layer"; null leaves it as it is. By default each is doubled, to see what grows.
         hidden: the same for the hidden width, such as "heads,mlp_hidden".
         embedding: the same for the embedding dimension.
         out: folder for check.json, check.txt and check.png; it is made if it does not exist.
@@ -136,17 +138,20 @@ def check(
         model: class of the model, for a configuration that does not name it.
         data: class of the data, for a configuration that does not name it.
         log: whether the loggers of the configuration get the figure and the verdict.
+        verbose: whether everything is listed, also what passes.
     """
     _require("check needs matplotlib and scipy, which are", "matplotlib", "scipy")
     from mlu_lightning.checking import check as run_check
     from mlu_lightning.checking import log_check
     from mlu_lightning.checking.configuration import read_config
+    from mlu_lightning.checking.options import with_found_options
     from mlu_lightning.checking.sizes import default_axes
 
     sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: names.split(",") if names else [] for axis, names in named.items()}
-    configured = read_config(path, keys, model, data)
+    keys = {axis: names.split(",") if names else [] for axis, names in named.items() if names != "auto"}
+    none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
+    configured = with_found_options(read_config(path, none | keys, model, data), keys)
     folder, console = _place(out), _console(125)
     for note in configured.notes:
         _say(console, note)
@@ -157,7 +162,7 @@ def check(
             configured.base,
             configured.data(),
             callbacks=configured.callbacks,
-            axes=default_axes(factors, [axis for axis, names in keys.items() if names]),
+            axes=default_axes(factors, [axis for axis, names in configured.keys.items() if names]),
             factors=factors,
             seeds=seeds,
             steps=steps,
@@ -165,9 +170,7 @@ def check(
             trainer=configured.trainer,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    if not configured.has_plugin:
-        _say(console, "The configuration has no MLUCallback: this is the module without it.")
-    console.print(found.tables())
+    console.print(found.tables(verbose))
     with _writing(out):
         found.save(folder)
     if log:
