@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,22 +14,24 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled
-from mlu_lightning.application.applied import Applied, mark_initialized, residual_state
+from mlu_lightning.application import InitMode, is_scaled
+from mlu_lightning.application.applied import Applied, residual_state
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
-from mlu_lightning.application.multipliers import check_attached
+from mlu_lightning.application.initialization import initial_steps
+from mlu_lightning.application.multipliers import check_attached, put_in
 from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.application.transaction import end_loading, settle
 from mlu_lightning.callbacks._either_callback import EitherCallback
 from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.model_copies import check_copies, copy_again, warn_of_pruning
+from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.callbacks.saved_plans import wrap_loading, wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.verified_steps import Verification
-from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE, ParameterizationName, PlanArguments
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
@@ -138,7 +139,7 @@ class MLUCallback(EitherCallback):
         self._initialized = False
         self._optimizers: Optimizers | None = None  # of the fit that goes on
         self._verification: Verification | None = None
-        self._cleanup = ExitStack()
+        self._changes: PassingChanges | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -162,8 +163,13 @@ class MLUCallback(EitherCallback):
             raise ValueError(
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
-        self._cleanup.close()  # of a run after which Lightning called no hook, as after an error in another's on_exception
-        self._cleanup.callback(wrap_loading(pl_module, partial(self._keep, pl_module)))
+        # of a run after which Lightning called no hook, as after an error in another's on_exception
+        self._undo_changes()
+        if stage == TrainerFn.FITTING:
+            PassingChanges.undo_all(pl_module)
+        settle(pl_module)
+        self._changes = changes = PassingChanges(pl_module)
+        wrap_loading(pl_module, partial(self._keep, pl_module), changes)
         if stage != TrainerFn.FITTING:
             self._keep(pl_module)
             return
@@ -177,7 +183,7 @@ class MLUCallback(EitherCallback):
             )
         builders = [name for name in ("setup", "configure_model") if is_hook_overridden(name, pl_module)]
         if not builders:
-            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
+            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)], changes)
             return
         prepared = False
 
@@ -187,10 +193,10 @@ class MLUCallback(EitherCallback):
             if not prepared:  # WeightAveraging calls configure_model, too
                 prepared = True
                 with torch.device("cpu"):  # instead of the device that new parameters were made on
-                    self._prepare(trainer, pl_module, callbacks)
+                    self._prepare(trainer, pl_module, callbacks, changes)
             return result
 
-        self._cleanup.callback(wrap_method(pl_module, builders[-1], build))
+        wrap_method(pl_module, builders[-1], build, changes.note)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the plan, where a logger has a place for it."""
@@ -203,7 +209,8 @@ class MLUCallback(EitherCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse weights that are not the plan's, and compare what the module computes, unless it was trained before."""
         if self._verification is not None:
-            self._cleanup.callback(self._verification.start(trainer))
+            assert self._changes is not None
+            self._verification.start(trainer, self._changes)
         example, self._seen = self._seen, None
         if self.verify and self._initialized and example is not None:
             assert self._plan is not None
@@ -211,6 +218,7 @@ class MLUCallback(EitherCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note that the weights are others now."""
+        end_loading(pl_module)
         if self._verification is not None:
             self._verification.loaded()
         self._seen = None
@@ -237,13 +245,20 @@ class MLUCallback(EitherCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its methods back, and make its optimizers plain."""
-        self._cleanup.close()
+        self._undo_changes()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its methods back, and make its optimizers plain."""
-        self._cleanup.close()
+        self._undo_changes()
 
-    def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
+    def _undo_changes(self) -> None:
+        if self._changes is not None:
+            self._changes.undo()
+            self._changes = None
+
+    def _prepare(
+        self, trainer: Trainer, module: LightningModule, earlier: list[Callback], changes: PassingChanges
+    ) -> None:
         """Apply a plan to the module, which has been built, to copies of earlier callbacks, and later to its optimizers."""
         check_attached(module)
         if residual_state(module) is None:
@@ -275,14 +290,14 @@ class MLUCallback(EitherCallback):
                 optimizers.add(optimizer)
             return configured
 
-        self._cleanup.callback(optimizers.remove)
-        self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
-        self._cleanup.callback(optimizers.add_at_step())
-        self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
+        changes.note(optimizers.remove)
+        wrap_method(module, "configure_optimizers", configure, changes.note)
+        optimizers.add_at_step()
+        wrap_layer_sync(trainer.strategy, module, plan, changes)
         if self._residual == "fold":
             warn_of_hooks(plan)
             warn_of_pruning(vars(trainer)["callbacks"])
-            self._cleanup.callback(wrap_clipping(trainer, module, plan))
+            wrap_clipping(trainer, module, plan, changes)
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
@@ -313,13 +328,8 @@ class MLUCallback(EitherCallback):
         applied = residual_state(module)
         self._initialized = applied is None and self._init is not None
         if applied is None:
-            if self._init is not None:
-                initialize(module, plan, self._init, self._seed)
-            if self._residual == "hook":
-                attach_multipliers(module, plan)
-            else:
-                fold(module, plan)
-            mark_initialized(module)
+            first = [] if self._init is None else initial_steps(module, plan, self._init, self._seed)
+            put_in(module, plan, self._residual, first, initialized=True)
         elif applied.mode != self._residual:
             advice = "" if applied.mode == "baked" else f"residual={applied.mode!r}, or "
             raise ValueError(
