@@ -64,7 +64,7 @@ def initial_steps(module: nn.Module, plan: Plan, mode: InitMode, seed: int) -> l
     _check_values(module, parameters)
     steps: list[Step] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
-    at_base = all(p.is_at_base for p in plan.parameters.values())
+    at_base = plan.is_at_base
     for names, target in std_groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names if name in parameters}
@@ -72,9 +72,10 @@ def initial_steps(module: nn.Module, plan: Plan, mode: InitMode, seed: int) -> l
             steps += _coupled(group, planned, target, seed)
         elif target is not None and mode == "normal" and planned.role.is_matrix:
             steps += _draws(group, target, seed, axis=None)
-        elif target is not None and not at_base:
+        elif target is not None and not (at_base and plan.matched.of(names[0]).std == 1):
             group = {name: parameter for name, parameter in group.items() if parameter.requires_grad}
             built = _rms(group)
+            target = built * plan.matched.of(names[0]).std if at_base else target
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
                 steps += [multiplication(parameter, target / built) for parameter in group.values()]
     copies = {name: planned.copy_of for name, planned in plan.parameters.items() if planned.copy_of is not None}

@@ -137,6 +137,7 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         "alpha": plan.alpha,
         "batch_ratio": plan.horizon.batch_ratio,
         "token_ratio": plan.horizon.token_ratio,
+        **({"tuned": plan.tuned} if plan.tuned else {}),
         "residual": residual,
         "optimizer": _short([family.value for family in _distinct(families.values())]),
         "factors": {

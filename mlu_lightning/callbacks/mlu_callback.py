@@ -34,6 +34,7 @@ from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.verified_steps import Verification
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE, ParameterizationName, PlanArguments
+from mlu_lightning.planning.tuned import read_tuned
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
 
@@ -65,7 +66,7 @@ class MLUCallback(EitherCallback):
             that builds one (in YAML, a ``class_path`` with its ``init_args``), or a plan whose base has it, or its path.
             ``"absolute"`` for the paper's absolute form, whose learning rates are those of the infinite model; None is
             the same, with a warning.
-        plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization and ratios.
+        plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization, ratios and tuned.
         init: ``"rescale"`` sets the scale of the initial weights, ``"normal"`` draws matrices anew, ``"coupled"`` draws
             embeddings that are the first coordinates of a bigger model's, and None leaves a checkpoint's weights alone.
         residual: how branches and readouts are multiplied: ``"fold"`` in the weights, which then are those of a plain model
@@ -81,11 +82,15 @@ class MLUCallback(EitherCallback):
         parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
         batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
         token_ratio: tokens seen in all of the training over those that the base saw.
+        tuned: factors that were found at the base, by role, role in one kind of branch, or pattern of parameter names, such
+            as ``{"embedding": {"lr": 1.9, "std": 2.7}, "branch_out@mlp": {"lr": 0.4}}`` (also of ``"weight_decay"``, and of
+            ``"multiplier"`` for branch_out and readout), or the path of a YAML file of them. They act at the base, too.
         verify: compare weights, function and first step with the plan, and stop a run that is not the plan's; False turns
             it off.
 
     Raises:
-        ValueError: if arguments contradict each other.
+        OSError: if there is no file of tuned factors.
+        ValueError: if arguments contradict each other, or tuned has what is no factor.
 
     Example:
         >>> import torch
@@ -112,6 +117,7 @@ class MLUCallback(EitherCallback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
+        tuned: dict[str, dict[str, float]] | str | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -119,11 +125,12 @@ class MLUCallback(EitherCallback):
             raise ValueError(f"init={init!r} is none of: {', '.join(get_args(InitMode))}, None.")
         if residual not in get_args(Residual):
             raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
-        self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio)
+        factors = None if tuned is None else read_tuned(tuned)
+        self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio, factors)
         if plan is not None and self._arguments != PlanArguments():
             *names, last = vars(self._arguments)
             raise ValueError(
-                "A plan holds its base, roles, alpha, parameterization and ratios of batch and tokens, so it cannot be "
+                "A plan holds its base, roles, alpha, parameterization, ratios and tuned factors, so it cannot be "
                 f"given together with {', '.join(names)} or {last}. Give these alone, to plan anew, or edit the plan."
             )
         self._given = plan

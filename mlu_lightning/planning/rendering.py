@@ -50,6 +50,7 @@ def draw_plan(
     multipliers: Mapping[Multiplier, float],
     constants: Mapping[str, tuple[float, float]],
     warnings: Iterable[str],
+    tuned: Mapping[str, Mapping[str, float]],
 ) -> str:
     """Draw shapes, roles with their factors, branches with their multipliers, and warnings."""
     text = StringIO()
@@ -70,6 +71,10 @@ def draw_plan(
         first, *others = dict.fromkeys(map(name_pattern, left_alone))
         more = f" and {len(others)} more" if others else ""
         console.print(f"{len(left_alone)} tensors are left alone (frozen){begins}: {first}{more}")
+    if tuned:
+        numbers = ({what: f"{factor:.3g}" for what, factor in factors.items()} for factors in tuned.values())
+        listed = (f"{key} {', '.join(map(' '.join, of.items()))}" for key, of in zip(tuned, numbers, strict=True))
+        console.print(f"Tuned at the base, and in the numbers above: {'; '.join(listed)}.")
     if constants:
         own = {f"{name_pattern(name)} {value:.4g} (base {base:.4g})": None for name, (value, base) in constants.items()}
         console.print(f"Numbers are relative to what the module itself multiplies by: {', '.join(own)}.")
