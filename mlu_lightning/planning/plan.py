@@ -53,6 +53,7 @@ class Plan:
         features: where pre-activations of branches can be read.
         parameterization: whose table the factors are looked up in.
         horizon: batch size and duration next to the base's.
+        optimizers: families of those that a fit found, whose factors the plan is printed with; by default AdamW's.
 
     Raises:
         ValueError: if a number is out of range, a multiplier is there twice, or
@@ -69,6 +70,7 @@ class Plan:
     features: tuple[Tap, ...] = ()
     parameterization: Parameterization = Parameterization.MLU
     horizon: Horizon = field(default_factory=Horizon)
+    optimizers: tuple[OptimizerFamily, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Check numbers and names, and that the parameterization has what it needs."""
@@ -348,7 +350,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        return self.table()
+        return "\n\n".join(map(self.table, self.optimizers or (OptimizerFamily.ADAMW,)))
 
     @property
     def _absolute(self) -> bool:

@@ -21,7 +21,7 @@ from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.ranges import in_range, range_of, smallest_integer
-from mlu_lightning.table import Parameterization, Role
+from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
 
 __all__ = ["parts_from_yaml", "parts_to_yaml"]
@@ -70,6 +70,7 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
             f"{source} has version {shortened(version)} of the format of plans, and this mlu-lightning reads version "
             f"{_VERSION}. Update mlu-lightning, or plan the same module and base again: Plan.from_model(...).save(path)."
         )
+    content = {"optimizers": [], **content}  # which plans of before have not
     if content.keys() != _PARTS.keys():
         wrong = ", ".join(sorted(content.keys() ^ _PARTS.keys())[:20])
         raise ValueError(f"{source} is not a complete plan: {wrong[:200]} should be there or should not be.")
@@ -82,6 +83,7 @@ _PARTS: dict[str, Any] = {
     "parameterization": Parameterization,
     "alpha": float,
     "horizon": Horizon,
+    "optimizers": tuple[OptimizerFamily, ...],
     "warnings": tuple[str, ...],
     "streams": tuple[StreamPlan, ...],
     "branches": tuple[BranchPlan, ...],
