@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,13 +16,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mlu_lightning.application import InitMode, is_scaled
-from mlu_lightning.application.applied import Applied, residual_state
+from mlu_lightning.application.applied import Applied, residual_state, set_applied
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
 from mlu_lightning.application.initialization import initial_steps
 from mlu_lightning.application.multipliers import check_attached, put_in
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.transaction import end_loading, settle
 from mlu_lightning.callbacks._either_callback import EitherCallback
+from mlu_lightning.callbacks.announcement import announce
 from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
@@ -37,6 +39,7 @@ from mlu_lightning.planning.arguments import ABSOLUTE, ParameterizationName, Pla
 from mlu_lightning.planning.tuned import read_tuned
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
+from mlu_lightning.utilities.names import original_module
 
 __all__ = ["MLUCallback"]
 
@@ -206,11 +209,16 @@ class MLUCallback(EitherCallback):
         wrap_method(pl_module, builders[-1], build, changes.note)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the plan, where a logger has a place for it."""
+        """Say what the fit does, and log the plan and save it, where a logger has a place for it."""
         self._look("in on_fit_start of a callback that comes before MLUCallback")
         if self._plan is not None:
             parts = [] if self._optimizers is None else self._optimizers.parts
             families = {name: family for part in parts for name, family in part.families.items()}
+            self._plan = replace(self._plan, optimizers=tuple(dict.fromkeys(families.values())))
+            applied = residual_state(pl_module)
+            if applied is not None:
+                set_applied(original_module(pl_module), applied := replace(applied, plan=self._plan))
+                announce(trainer, applied)
             log_plan(trainer.loggers, self._plan, self._residual, families)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -55,6 +55,7 @@ class Plan:
         parameterization: whose table the factors are looked up in.
         horizon: batch size and duration next to the base's.
         tuned: factors by key and number, as :meth:`from_model` takes them, multiplied into the table's.
+        optimizers: families of those that a fit found, whose factors the plan is printed with; by default AdamW's.
 
     Raises:
         ValueError: if a number is out of range, a multiplier is there twice, a tuned factor matches nothing, or
@@ -72,6 +73,7 @@ class Plan:
     parameterization: Parameterization = Parameterization.MLU
     horizon: Horizon = field(default_factory=Horizon)
     tuned: Tuned = field(default_factory=dict)
+    optimizers: tuple[OptimizerFamily, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Check numbers and names, and that the parameterization has what it needs."""
@@ -370,7 +372,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        return self.table()
+        return "\n\n".join(map(self.table, self.optimizers or (OptimizerFamily.ADAMW,)))
 
     @property
     def _absolute(self) -> bool:

@@ -16,9 +16,9 @@ from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["draw_plan", "headline"]
+__all__ = ["TITLES", "draw_plan", "headline"]
 
-_TITLES = {
+TITLES = {
     Parameterization.MLU: "MLU",
     Parameterization.COMPLETEP: "CompleteP",
     Parameterization.MUP: "µP",
@@ -32,7 +32,7 @@ def headline(
     """Say what the factors of a plan are relative to, and for which optimizers."""
     base = "the paper's absolute form" if absolute else "relative to the base shape"
     richness = "" if alpha == 1 else f", alpha {alpha:g}"
-    line = f"{_TITLES[parameterization]} plan, {base}{richness}: factors for {family.value}"
+    line = f"{TITLES[parameterization]} plan, {base}{richness}: factors for {family.value}"
     if horizon.is_identity:
         return line
     return (
