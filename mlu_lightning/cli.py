@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,12 +10,15 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import mlu_lightning
 from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_shape
 from mlu_lightning.shapes.search import candidate_shapes
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
@@ -28,6 +32,7 @@ __all__ = ["check", "main", "quickstart", "report", "shape"]
 _Value = TypeVar("_Value")
 
 _EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
+_INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 _RESULTS = 2**20  # bytes that a command writes, figures among them, at most
 _SIZES = {"transformer": {"vocabulary": 50257, "head_dim": 64, "mlp_ratio": 4}, "resnet": {"inputs": 0, "outputs": 0}}
 """What the parameter count of a model depends on besides its shape, with defaults; the vocabulary is GPT-2's."""
@@ -38,13 +43,19 @@ def main(args: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] in (["check"], ["report"]) and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--path")  # what a command is about needs no option
-    try:
-        auto_cli([quickstart, check, report, shape], args=given, prog="mlu-lightning", as_positional=False)
-    except ValueError as error:
-        Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as shells report a command that Ctrl-C ended
+    version = mlu_lightning.__version__
+    with _interruptible():
+        try:
+            auto_cli(
+                [quickstart, check, report, shape],
+                args=given,
+                prog="mlu-lightning",
+                as_positional=False,
+                version=version,
+            )
+        except ValueError as error:
+            Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
+            sys.exit(1)
 
 
 def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int = 220, seed: int = 0) -> None:
@@ -258,6 +269,30 @@ def shape(
     console.print(shape_table(candidate_shapes(parameters, architecture, gain), best, compared, heads))
     for sentence in assumptions(architecture.constants, gain, compared, heads):
         _say(console, sentence)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Exit with 130 after Ctrl-C, whatever became of it: a Trainer makes an exit with 1 of it, a pool a broken one."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    # ignored interrupts, as under nohup, stay ignored, and only the main thread has any
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+    if own:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException as error:
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            sys.exit(_INTERRUPTED)
+        raise
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _require(needed: str, *packages: str) -> None:

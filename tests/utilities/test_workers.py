@@ -59,7 +59,7 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
     workers = [int(path.name) for path in tmp_path.iterdir()]
     assert all(map(is_alive, workers))
     parent.send_signal(number)
-    assert parent.wait(10) != 0
+    assert parent.wait(60) != 0
     assert until(lambda: not any(map(is_alive, workers)), 5)
 
 
