@@ -38,7 +38,11 @@ def test_an_interrupt_that_became_something_else(becomes: BaseException, monkeyp
             raise becomes from None
 
     monkeypatch.setattr("mlu_lightning.quickstart.run_study", train)
-    with pytest.raises(SystemExit) as exit_:
-        main(["quickstart", "--out", str(tmp_path)])
-    assert exit_.value.code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs these tests may ignore
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main(["quickstart", "--out", str(tmp_path)])
+        assert exit_.value.code == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

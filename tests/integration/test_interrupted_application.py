@@ -76,7 +76,7 @@ class Runs:  # of one kind, and what comes after each of their steps without an 
 
     def check(self, point: tuple[Line, int], error: type[BaseException]) -> str:
         """Interrupt a fit, and let another come; whether it was that of an undisturbed module, or refused."""
-        module = Kept()
+        module, others = Kept(), dict(_global_optimizer_pre_hooks)  # those of fits of other modules, in other tests
         injection = Injection(PARTS, point, error("planted"))
         raised = injection.run(lambda: self.fit(module))
         assert injection.happened and isinstance(raised, (error, SystemExit)), raised
@@ -92,7 +92,7 @@ class Runs:  # of one kind, and what comes after each of their steps without an 
         assert {name for name in vars(module) if name.startswith("_mlu")} == {"_mlu_applied"}
         assert not {"configure_optimizers", "on_load_checkpoint", "clip_gradients"} & vars(module).keys()
         assert not {"step"} & vars(module.kept).keys() and not module.kept._optimizer_state_dict_pre_hooks
-        assert not _global_optimizer_pre_hooks
+        assert dict(_global_optimizer_pre_hooks) == others
         return "repaired"
 
 

@@ -42,9 +42,10 @@ def until(ready: object, seconds: float = 20) -> bool:
 
 
 COMMAND = """
-import sys
+import signal, sys
 from test_workers import note, start
 from mlu_lightning.utilities.workers import worker_pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs these tests may ignore
 with worker_pool(2, start) as pool:
     [future.result() for future in [pool.submit(note, sys.argv[1]) for _ in range(4)]]
 """
