@@ -19,6 +19,7 @@ if find_spec("lightning") is None:
     )
 
 if TYPE_CHECKING:
+    __version__: str
     from mlu_lightning.application import (
         attach_multipliers,
         bake,
@@ -87,10 +88,21 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     home = next((home for home, names in _HOMES.items() if name in names.split()), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{home}"), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mlu-lightning")
+    except PackageNotFoundError:  # a checkout that was not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

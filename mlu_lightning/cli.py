@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,12 +10,15 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import mlu_lightning
 from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_shape
 from mlu_lightning.shapes.search import candidate_shapes
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
@@ -28,6 +32,7 @@ __all__ = ["check", "main", "quickstart", "report", "shape"]
 _Value = TypeVar("_Value")
 
 _EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
+_INTERRUPTED = 130  # as shells report a command that Ctrl-C ended
 _RESULTS = 2**20  # bytes that a command writes, figures among them, at most
 _SIZES = {"transformer": {"vocabulary": 50257, "head_dim": 64, "mlp_ratio": 4}, "resnet": {"inputs": 0, "outputs": 0}}
 """What the parameter count of a model depends on besides its shape, with defaults; the vocabulary is GPT-2's."""
@@ -38,13 +43,19 @@ def main(args: list[str] | None = None) -> None:
     given = list(sys.argv[1:] if args is None else args)
     if given[:1] in (["check"], ["report"]) and len(given) > 1 and not given[1].startswith("-"):
         given.insert(1, "--path")  # what a command is about needs no option
-    try:
-        auto_cli([quickstart, check, report, shape], args=given, prog="mlu-lightning", as_positional=False)
-    except ValueError as error:
-        Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as shells report a command that Ctrl-C ended
+    version = mlu_lightning.__version__
+    with _interruptible():
+        try:
+            auto_cli(
+                [quickstart, check, report, shape],
+                args=given,
+                prog="mlu-lightning",
+                as_positional=False,
+                version=version,
+            )
+        except ValueError as error:
+            Console(stderr=True).print(f"mlu-lightning: {error}", highlight=False, markup=False, soft_wrap=True)
+            sys.exit(1)
 
 
 def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int = 220, seed: int = 0) -> None:
@@ -107,9 +118,9 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
 
 def check(
     path: str,
-    depth: str | None = "depth",
-    hidden: str | None = "hidden",
-    embedding: str | None = "embedding",
+    depth: str | None = "auto",
+    hidden: str | None = "auto",
+    embedding: str | None = "auto",
     out: str = "mlu-check",
     factors: list[int] = [1, 2, 4, 8],  # noqa: B006  # jsonargparse shows the default, and nothing changes it
     seeds: int = 4,
@@ -118,6 +129,7 @@ def check(
     model: str | None = None,
     data: str | None = None,
     log: bool = False,
+    verbose: bool = False,
 ) -> None:
     """Train what a configuration trains for a few steps at several shapes, and say whether its features move alike.
 
@@ -125,7 +137,8 @@ def check(
 
     Args:
         path: YAML file that LightningCLI takes, given as "mlu-lightning check config.yaml ...".
-        depth: arguments of the model that make up its depth, with commas between them; null leaves it as it is.
+        depth: arguments of the model that make up its depth, with commas between them, and dots before arguments of an
+            argument, such as "config.n_layer"; null leaves it as it is. By default each is doubled, to see what grows.
         hidden: the same for the hidden width, such as "heads,mlp_hidden".
         embedding: the same for the embedding dimension.
         out: folder for check.json, check.txt and check.png; it is made if it does not exist.
@@ -136,17 +149,20 @@ def check(
         model: class of the model, for a configuration that does not name it.
         data: class of the data, for a configuration that does not name it.
         log: whether the loggers of the configuration get the figure and the verdict.
+        verbose: whether everything is listed, also what passes.
     """
     _require("check needs matplotlib and scipy, which are", "matplotlib", "scipy")
     from mlu_lightning.checking import check as run_check
     from mlu_lightning.checking import log_check
     from mlu_lightning.checking.configuration import read_config
+    from mlu_lightning.checking.options import with_found_options
     from mlu_lightning.checking.sizes import default_axes
 
     sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: names.split(",") if names else [] for axis, names in named.items()}
-    configured = read_config(path, keys, model, data)
+    keys = {axis: names.split(",") if names else [] for axis, names in named.items() if names != "auto"}
+    none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
+    configured = with_found_options(read_config(path, none | keys, model, data), keys)
     folder, console = _place(out), _console(125)
     for note in configured.notes:
         _say(console, note)
@@ -157,7 +173,7 @@ def check(
             configured.base,
             configured.data(),
             callbacks=configured.callbacks,
-            axes=default_axes(factors, [axis for axis, names in keys.items() if names]),
+            axes=default_axes(factors, [axis for axis, names in configured.keys.items() if names]),
             factors=factors,
             seeds=seeds,
             steps=steps,
@@ -165,9 +181,7 @@ def check(
             trainer=configured.trainer,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    if not configured.has_plugin:
-        _say(console, "The configuration has no MLUCallback: this is the module without it.")
-    console.print(found.tables())
+    console.print(found.tables(verbose))
     with _writing(out):
         found.save(folder)
     if log:
@@ -255,6 +269,30 @@ def shape(
     console.print(shape_table(candidate_shapes(parameters, architecture, gain), best, compared, heads))
     for sentence in assumptions(architecture.constants, gain, compared, heads):
         _say(console, sentence)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Exit with 130 after Ctrl-C, whatever became of it: a Trainer makes an exit with 1 of it, a pool a broken one."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    # ignored interrupts, as under nohup, stay ignored, and only the main thread has any
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
+    if own:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException as error:
+        if interrupts or isinstance(error, KeyboardInterrupt):
+            sys.exit(_INTERRUPTED)
+        raise
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _require(needed: str, *packages: str) -> None:

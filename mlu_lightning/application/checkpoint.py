@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from mlu_lightning.application.applied import Applied, Mode, residual_state
-from mlu_lightning.application.multipliers import attach_multipliers, fold, mark_baked
+from mlu_lightning.application.multipliers import put_in
 from mlu_lightning.application.state_mark import add_mark
+from mlu_lightning.application.transaction import change
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
@@ -94,14 +94,8 @@ def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
 def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
     """Put multipliers into a module where a checkpoint says that its weights need them."""
     plan, mode = _read(saved)
-    if mode == "hook":
-        attach_multipliers(module, plan)
-    elif mode == "fold":
-        fold(module, plan, multiplied=True)
-        parameters = planned_parameters(module, remove_duplicate=False)
-        with torch.no_grad():
-            for name in plan.folded_factors.keys() & saved.get("left_out", ()):
-                parameters[name].mul_(plan.folded_factors[name])
+    if mode != "baked":
+        put_in(original_module(module), plan, mode, weights=saved.get("left_out", ()))
     else:
         present = residual_state(module)
         if present is not None:
@@ -110,7 +104,7 @@ def apply_saved(module: nn.Module, saved: Mapping[str, Any]) -> Plan:
                 "already. Load it into a module that was built anew."
             )
         _check_untied(module, plan)
-        mark_baked(module, plan)
+        change(original_module(module), Applied(plan, "baked"), attach=False)
     return plan
 
 

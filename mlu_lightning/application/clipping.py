@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mlu_lightning.application.applied import folded_parameters, residual_state
-from mlu_lightning.application.optimization import plan_names
+from mlu_lightning.application.plan_names import plan_names
+from mlu_lightning.application.transaction import Step, Steps, as_a_whole, multiplication, settle
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import original_module
 
@@ -45,23 +47,21 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
     >>> norm.item(), module.weight.grad.item()
     (1.0, 4.0)
     """
-    factors = _factors(module, plan, "unfolded_gradients")
+    factors = _factors(module, plan, "gradients")
     before = {parameter: parameter.grad for parameter in factors}
-    with torch.no_grad():
-        for parameter, factor in factors.items():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
-    try:
+    unfolding = [multiplication(grad, factors[p]) for p, grad in before.items() if grad is not None]
+
+    def fold_again(parameter: nn.Parameter, factor: float) -> Callable[[], object]:
+        gradient = parameter.grad
+        if gradient is None:
+            return lambda: None
+        if gradient is before[parameter]:
+            return partial(gradient.copy_, gradient / factor)
+        return partial(setattr, parameter, "grad", gradient / factor)  # theirs may be kept by whoever put it there
+
+    folding = [partial(fold_again, parameter, factor) for parameter, factor in factors.items()]
+    with _unfolded(module, "gradients", unfolding, folding):
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, factor in factors.items():
-                if parameter.grad is None:
-                    continue
-                if parameter.grad is before[parameter]:
-                    parameter.grad.div_(factor)
-                else:  # may be kept by whoever put it there
-                    parameter.grad = parameter.grad / factor
 
 
 @contextmanager
@@ -91,29 +91,41 @@ def unfolded_weights(module: nn.Module, plan: Plan) -> Iterator[None]:
     >>> module.weight.item()
     0.5
     """
-    factors = _factors(module, plan, "unfolded_weights")
-    with torch.no_grad():
-        stored = {parameter: parameter.clone() for parameter in factors}
-        for parameter, factor in factors.items():
-            parameter.div_(factor)
-        unfolded = {parameter: parameter.clone() for parameter in factors}
-    try:
+    factors = _factors(module, plan, "weights")
+    stored: dict[nn.Parameter, Tensor] = {}
+    unfolded: dict[nn.Parameter, Tensor] = {}
+
+    def unfold(parameter: nn.Parameter, factor: float) -> Callable[[], object]:
+        stored[parameter], unfolded[parameter] = parameter.clone(), parameter / factor
+        return partial(parameter.copy_, unfolded[parameter])
+
+    def fold_again(parameter: nn.Parameter, factor: float) -> Callable[[], object]:
+        same = parameter == unfolded[parameter]
+        return partial(parameter.copy_, torch.where(same, stored[parameter], parameter * factor))
+
+    unfolding, folding = ([partial(each, *item) for item in factors.items()] for each in (unfold, fold_again))
+    with _unfolded(module, "weights", unfolding, folding):
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, factor in factors.items():
-                same = parameter == unfolded[parameter]
-                parameter.copy_(torch.where(same, stored[parameter], parameter * factor))
 
 
-def _factors(module: nn.Module, plan: Plan, context: str) -> dict[nn.Parameter, float]:
+@contextmanager
+def _unfolded(module: nn.Module, what: str, unfolding: Sequence[Step], folding: Sequence[Step]) -> Iterator[None]:
+    steps = Steps([*unfolding, *folding])
+    with as_a_whole(original_module(module), what, steps.run):
+        steps.run(until=len(unfolding))
+        yield
+        steps.run()
+
+
+def _factors(module: nn.Module, plan: Plan, what: str) -> dict[nn.Parameter, float]:
     """What is folded into each parameter of a module that has a plan's multipliers."""
     module = original_module(module)
+    settle(module, what)
     applied = residual_state(module)
     fits = applied.is_of(plan) if applied is not None else not plan.forward_factors
     if not fits:
         raise ValueError(
-            f"The plan's multipliers are not in the {type(module).__name__} that was given to {context}. Give it "
+            f"The plan's multipliers are not in the {type(module).__name__} that was given to unfolded_{what}. Give it "
             "the module that was given to fold or attach_multipliers, with the same plan: of a wrapper, as of "
             "DistributedDataParallel, what is inside."
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +14,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from mlu_lightning.application.applied import Applied
 from mlu_lightning.application.checkpoint import apply_saved, load_weights, saved_plan
-from mlu_lightning.application.multipliers import fold, mark_baked, state_with
+from mlu_lightning.application.multipliers import fold_steps, state_with
 from mlu_lightning.application.state_mark import adapt_mark
+from mlu_lightning.application.transaction import Step, change, loading, multiplication, settle
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.checkpoint_files import read_checkpoint
@@ -63,13 +66,12 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     if applied.mode == "baked":
         return module
     plan.check(plain)
-    changes = [_change(plain, plan, m, factor) for m, factor in applied.acting.items() if not m.folds]
-    if applied.mode == "hook":
-        fold(plain, plan)
-    with torch.no_grad():
-        for change in changes:
-            change()
-    mark_baked(plain, plan)
+    # first what is found in weights as they are
+    own = [step for m, factor in applied.acting.items() if not m.folds for step in _steps(plain, plan, m, factor)]
+    steps = fold_steps(plain, plan) if applied.mode == "hook" else []
+    folded = replace(applied, mode="fold")
+    # a module of which nothing is left to put into weights stays a folded one
+    change(plain, Applied(plan, "baked") if folded.acting else folded, steps + own, attach=False)
     return module
 
 
@@ -110,26 +112,29 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str |
             "saved plan, with Plan.load(path), and put its multipliers in with attach_multipliers(module, plan), or with "
             "fold(module, plan, multiplied=True) if the weights hold them."
         )
-    plan, plain = apply_saved(module, saved), original_module(module)
-    if "state_dict" in content:
-        content["state_dict"] = dict(content["state_dict"])
-        if isinstance(plain, of_both(LightningModule)):
-            plain.on_load_checkpoint(content)  # which may change it, as when Lightning loads
-        adapt_mark(plain, content["state_dict"])
-        load_weights(plain, content["state_dict"])
+    plain = original_module(module)
+    settle(plain)
+    with loading(plain):
+        plan = apply_saved(plain, saved)
+        if "state_dict" in content:
+            content["state_dict"] = dict(content["state_dict"])
+            if isinstance(plain, of_both(LightningModule)):
+                plain.on_load_checkpoint(content)  # which may change it, as when Lightning loads
+            adapt_mark(plain, content["state_dict"])
+            load_weights(plain, content["state_dict"])
     return plan
 
 
 _LARGEST_ERROR = 2**-10  # a quarter of what bfloat16 rounds any weight by
 
 
-def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> Callable[[], object]:
+def _steps(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float) -> list[Step]:
     """Find what puts a multiplier into weights that fold leaves to a hook."""
     site = multiplier.site
     assert site is not None  # there is a hook
     target = planned_part(module, site.module)
     if multiplier.kind == "readout":
-        return _untied(module, multiplier, target, factor)
+        return [_untied(module, multiplier, target, factor)]
     if site.part is not None:
         return _part(target, site, plan, multiplier, factor)
     gain = _offset_gain(target) if site.where == "output" and site.index is None else None
@@ -147,10 +152,10 @@ def _change(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float
             f"which is stored minus one, and in {str(gain.dtype).removeprefix('torch.')} the result would be wrong by up "
             f"to {error:.1%}. Make the weights more precise first, with module.float()."
         )
-    return partial(gain.copy_, (wanted - 1).to(gain.dtype))
+    return [lambda: partial(gain.copy_, (wanted - 1).to(gain.dtype))]
 
 
-def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> Callable[[], object]:
+def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, factor: float) -> list[Step]:
     """Multiply those outputs of a projection that are queries."""
     assert site.part is not None
     start, stop = site.part
@@ -172,7 +177,7 @@ def _part(target: nn.Module, site: Site, plan: Plan, multiplier: Multiplier, fac
             f"{type(target).__name__} is not one projection. Keep head_dim at the base's value, or multiply the queries "
             f"by {factor:g} in the model's own code."
         )
-    return lambda: [part.mul_(factor) for part in parts]
+    return [multiplication(part, factor) for part in parts]
 
 
 def _offset_gain(module: nn.Module) -> nn.Parameter | None:
@@ -199,7 +204,7 @@ def _offset_gain(module: nn.Module) -> nn.Parameter | None:
     return gain if proportional else None
 
 
-def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Callable[[], object]:
+def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: float) -> Step:
     """Give a tied readout a weight of its own, multiplied, and let its model's config say so."""
     assert multiplier.site is not None
     shared = module.get_parameter(multiplier.name)
@@ -220,13 +225,13 @@ def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: 
             "this version of transformers ties weights that differ. Use transformers 5 or later."
         )
 
-    def untie() -> None:
-        setattr(head, own[0], nn.Parameter(shared.detach() * factor, shared.requires_grad))
+    def untie(weight: nn.Parameter) -> None:
+        setattr(head, own[0], weight)
         if lasting:
             _untie_all(model)
             model.config.tie_word_embeddings = False
 
-    return untie
+    return lambda: partial(untie, nn.Parameter(shared.detach() * factor, shared.requires_grad))
 
 
 def _tying_model(module: nn.Module, name: str) -> Any:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mlu_lightning.application.applied import residual_state
 from mlu_lightning.application.hooks import sites_seen
 from mlu_lightning.application.inner_optimizers import parameters_of
-from mlu_lightning.application.optimization import ScaledOptimizer, plan_names
+from mlu_lightning.application.optimization import ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.checksums import Checksum, checksums

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.application.state_mark import mark_states, unmark_states
+from mlu_lightning.application.applied import residual_state
+from mlu_lightning.application.state_mark import is_state_hook, mark_states, state_hooks, unmark_states
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.module_copies import OwnHook
@@ -61,10 +62,20 @@ def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple
 
 
 def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
-    """Take off what :func:`attach_hooks` did to a module, or to one that this is a copy of."""
-    for hook in hooks:
-        hook.remove()
+    """Take off what :func:`attach_hooks` did to a module, or to one that this is a copy of, also if it was interrupted."""
+    for handle in hooks:  # some may be of parts that were exchanged
+        handle.remove()
+    within = (part for part in module.modules() if part is not module)  # which may have a plan of their own
+    handles = [handle for applied in filter(None, map(residual_state, within)) for handle in applied.hooks]
+    others = {(id(handle.hooks_dict_ref()), handle.id) for handle in handles}
     for part in module.modules():
+        for found in (*_hook_dicts(part), *state_hooks(part)):
+            for key, hook in [*found.items()]:
+                own = isinstance(hook, _Multiplier) or hook is _restore_rows or is_state_hook(hook)
+                if own and (id(found), key) not in others:
+                    del found[key]
+                if isinstance(hook, _RowsMultiplier):
+                    _restore_rows(part, (), None)
         _set_back(part)
     unmark_states(module)
 
@@ -80,8 +91,12 @@ def sites_seen(handles: Iterable[RemovableHandle]) -> set[Site]:
 
 def hooks_in(module: nn.Module) -> Iterator[tuple[int, int]]:
     """Hooks that multiply in a module, whoever attached them, by the ``id`` of their dict and their key in it."""
-    dicts = (hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))
+    dicts = (hooks for part in module.modules() for hooks in _hook_dicts(part))
     return ((id(hooks), key) for hooks in dicts for key, hook in hooks.items() if isinstance(hook, _Multiplier))
+
+
+def _hook_dicts(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 _BEFORE = "_mlu_forward"  # where a part with hooks, and its copies, have the forward that somebody had put into it

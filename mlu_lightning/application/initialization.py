@@ -11,12 +11,13 @@ from typing import Literal, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import folded_parameters
+from mlu_lightning.application.applied import folded_parameters, residual_state
+from mlu_lightning.application.transaction import Step, change, multiplication, settle
 from mlu_lightning.planning import ParameterPlan, Plan, std_groups
 from mlu_lightning.table import Role
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = ["InitMode", "initialize", "planned_stds", "stream_axis"]
+__all__ = ["InitMode", "initial_steps", "initialize", "planned_stds", "stream_axis"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -48,34 +49,37 @@ def initialize(module: ModuleT, plan: Plan, mode: InitMode = "rescale", seed: in
     >>> round(module.weight.square().mean().sqrt().item(), 6)  # 0.1 * 4^(-1/2)
     0.05
     """
+    settle(module)
+    plain = original_module(module)
+    change(plain, residual_state(plain), initial_steps(plain, plan, mode, seed))
+    return module
+
+
+def initial_steps(module: nn.Module, plan: Plan, mode: InitMode, seed: int) -> list[Step]:
+    """Find what :func:`initialize` does to each parameter."""
     if mode not in get_args(InitMode):
         raise ValueError(f"Unknown initialization {mode!r}. Use one of: {', '.join(get_args(InitMode))}.")
     plan.check(module)
     parameters = planned_parameters(module)
     _check_values(module, parameters)
-    changes: list[Callable[[], object]] = []
+    steps: list[Step] = []
     # of the whole module: what a bias is built with may depend on the fan-in of the matrix beside it
-    at_base = all(p.is_at_base for p in plan.parameters.values())
+    at_base = plan.is_at_base
     for names, target in std_groups(plan):
         planned = plan.parameters[names[0]]
         group = {name: parameters[name] for name in names if name in parameters}
         if mode == "coupled" and planned.role in (Role.EMBEDDING, Role.READOUT):
-            changes += _coupled(group, planned, target, seed)
+            steps += _coupled(group, planned, target, seed)
         elif target is not None and mode == "normal" and planned.role.is_matrix:
-            changes += _draws(group, target, seed, axis=None)
-        elif target is not None and not at_base:
+            steps += _draws(group, target, seed, axis=None)
+        elif target is not None and not (at_base and plan.matched.of(names[0]).std == 1):
             group = {name: parameter for name, parameter in group.items() if parameter.requires_grad}
             built = _rms(group)
+            target = built * plan.matched.of(names[0]).std if at_base else target
             if built > 0 and not math.isclose(target, built, rel_tol=1e-12):
-                changes += [partial(parameter.mul_, target / built) for parameter in group.values()]
+                steps += [multiplication(parameter, target / built) for parameter in group.values()]
     copies = {name: planned.copy_of for name, planned in plan.parameters.items() if planned.copy_of is not None}
-    with torch.no_grad():
-        for change in changes:
-            change()
-        for name, original in copies.items():
-            if name in parameters:
-                parameters[name].copy_(parameters[original])
-    return module
+    return steps + [partial(_copy, p, parameters[copies[name]]) for name, p in parameters.items() if name in copies]
 
 
 def planned_stds(plan: Plan) -> dict[str, float | None]:
@@ -112,7 +116,7 @@ def stream_axis(name: str, planned: ParameterPlan) -> int:
     return axes[0]
 
 
-def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> list[Callable[[], object]]:
+def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: int | None) -> list[Step]:
     """Draw a group anew, except what is zero: whole parameters, or rows and columns such as that of a padding token."""
     # entries that are zero count in the root mean square, because they do at the base
     alive = {name: _alive(parameter, axis) for name, parameter in group.items() if bool(_full(parameter).any())}
@@ -121,9 +125,7 @@ def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: in
     return [partial(_draw, group[name], std, f"{seed}:{name}", axis, axes) for name, axes in alive.items()]
 
 
-def _coupled(
-    group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int
-) -> list[Callable[[], object]]:
+def _coupled(group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int) -> list[Step]:
     """Draw a group's embeddings or readouts one stream coordinate after the other."""
     if not any(bool(_full(parameter).any()) for parameter in group.values()):
         return []
@@ -183,7 +185,13 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, alive: Mapping[int, Tensor]) -> None:
+def _copy(parameter: nn.Parameter, original: nn.Parameter) -> Callable[[], object]:
+    return partial(parameter.copy_, original)
+
+
+def _draw(
+    parameter: nn.Parameter, std: float, seed: str, axis: int | None, alive: Mapping[int, Tensor]
+) -> Callable[[], object]:
     """Draw a parameter anew in float32 on the CPU, each rank its shard, coordinate by coordinate of an axis if given."""
     digest = hashlib.sha256(seed.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
@@ -203,4 +211,4 @@ def _draw(parameter: nn.Parameter, std: float, seed: str, axis: int | None, aliv
         from torch.distributed.tensor import distribute_tensor  # slow to import, and whoever shards has
 
         values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
-    parameter.copy_(values)
+    return partial(parameter.copy_, values)

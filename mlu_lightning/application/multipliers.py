@@ -5,14 +5,15 @@ Both make the same function and, with an optimizer that is scaled for it, the sa
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-import torch
 from torch import nn
 
-from mlu_lightning.application.applied import Applied, residual_state, set_applied
-from mlu_lightning.application.hooks import attach_hooks, detach_hooks, hooks_in
+from mlu_lightning.application.applied import Applied, residual_state
+from mlu_lightning.application.hooks import hooks_in
+from mlu_lightning.application.transaction import Step, change, multiplication, settle
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
@@ -21,8 +22,10 @@ __all__ = [
     "attach_again",
     "attach_multipliers",
     "check_attached",
+    "check_multiplied",
     "fold",
-    "mark_baked",
+    "fold_steps",
+    "put_in",
     "state_with",
 ]
 
@@ -38,9 +41,10 @@ class MultiplierHandle:
 
     def remove(self) -> None:
         """Remove the hooks, unless they were removed before, or the multipliers went into the weights."""
+        settle(self._module)
         applied = residual_state(self._module)
         if applied is not None and applied.mode == "hook" and applied.plan is self._plan:
-            _remove(self._module, applied)
+            change(original_module(self._module), None)
         self._plan = None
 
 
@@ -57,6 +61,7 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     Raises:
         ValueError: if the plan does not fit the module, if multipliers are already in it, or if a hook has no place.
 
+    >>> import torch
     >>> from mlu_lightning import Plan
     >>> from mlu_lightning.discovery.structure import Site
     >>> plan = Plan({}, (), (), (Multiplier("mlp", "branch", 0.5, Site("mlp"), ()),))
@@ -69,15 +74,8 @@ def attach_multipliers(module: nn.Module, plan: Plan) -> MultiplierHandle:
     tensor([1., 1.])
     """
     module = original_module(module)
-    _check_fresh(module, plan)
-    for multiplier in plan.forward_factors:
-        _check_place(multiplier)
-        if multiplier.site is None:
-            raise ValueError(
-                f"The multiplier of the {multiplier.kind} {multiplier.name!r} cannot be attached as a hook, because no "
-                'submodule has it as output or input. Put it into the weights: residual="fold", or fold(module, plan).'
-            )
-    set_applied(module, Applied(plan, "hook", attach_hooks(module, plan.forward_factors)))
+    settle(module)
+    put_in(module, plan, "hook")
     return MultiplierHandle(module, plan)
 
 
@@ -98,6 +96,7 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     Raises:
         ValueError: if the plan does not fit the module, or a multiplier is already in it or can be put nowhere.
 
+    >>> import torch
     >>> from mlu_lightning import Plan, Role
     >>> from mlu_lightning.planning import ParameterPlan
     >>> module = nn.Linear(2, 2, bias=False)
@@ -108,24 +107,45 @@ def fold(module: ModuleT, plan: Plan, multiplied: bool = False) -> ModuleT:
     True
     """
     plain = original_module(module)
+    settle(plain)
     attached = None if multiplied else residual_state(plain)
     if attached is not None and attached.mode == "hook" and attached.is_of(plan):
         plan.check(plain)
     else:
         attached = None
         _check_fresh(plain, plan)
+    steps = fold_steps(plain, plan, () if multiplied else None)
+    change(plain, Applied(plan, "fold", initialized=attached is not None and attached.initialized), steps)
+    return module
+
+
+def put_in(
+    module: nn.Module,
+    plan: Plan,
+    mode: Literal["hook", "fold"],
+    first: Iterable[Step] = (),
+    weights: Collection[str] | None = None,
+    initialized: bool = False,
+) -> None:
+    """Put multipliers into a module without any, as a whole with changes that come first.
+
+    Folding multiplies those of the weights that are named, or all.
+    """
+    _check_fresh(module, plan)
+    steps = []
+    if mode == "fold":
+        steps = fold_steps(module, plan, weights)
+    else:
+        _check_sites(plan)
+    change(module, Applied(plan, mode, initialized=initialized), [*first, *steps])
+
+
+def fold_steps(module: nn.Module, plan: Plan, weights: Collection[str] | None = None) -> list[Step]:
+    """Find what folding does to weights, all or those that are named, and refuse what can be put nowhere."""
     for multiplier in plan.forward_factors:
         _check_place(multiplier)
-    parameters = _foldable(plain, plan, multiplied)
-    if attached is not None:
-        _remove(plain, attached)
-    applied = Applied(plan, "fold", initialized=attached is not None and attached.initialized)
-    set_applied(plain, replace(applied, hooks=attach_hooks(plain, applied.acting)))
-    if not multiplied:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.mul_(plan.folded_factors[name])
-    return module
+    parameters, factors = _foldable(module, plan, check=weights is None), plan.folded_factors
+    return [multiplication(parameters[name], factors[name]) for name in factors if weights is None or name in weights]
 
 
 def check_attached(module: nn.Module) -> None:
@@ -163,13 +183,12 @@ def check_attached(module: nn.Module) -> None:
 
 def attach_again(module: nn.Module, plan: Plan) -> None:
     """Attach the hooks of a module anew, after parts were exchanged for others of the same weights."""
-    applied = state_with(module, plan)
-    detach_hooks(module, applied.hooks)
-    set_applied(module, replace(applied, hooks=attach_hooks(module, applied.acting)))
+    change(module, replace(state_with(module, plan)))
 
 
 def state_with(module: nn.Module, plan: Plan) -> Applied:
     """Tell how a plan's multipliers were put into a module, and refuse one that does not have them."""
+    settle(module)
     applied = residual_state(module)
     if applied is None:
         raise ValueError(
@@ -185,25 +204,30 @@ def state_with(module: nn.Module, plan: Plan) -> Applied:
     return applied
 
 
-def mark_baked(module: nn.Module, plan: Plan) -> None:
-    """Note that weights hold all multipliers, and remove the hooks that folding left; without these, it stays folded."""
-    module = original_module(module)
+def check_multiplied(module: nn.Module, plan: Plan) -> None:
+    """Refuse a module that the plan does not fit, or that lacks its multipliers: the factors are for the run with them."""
     applied = residual_state(module)
-    if applied is not None:
-        detach_hooks(module, applied.hooks)
-    if applied is not None and not applied.acting:
-        set_applied(module, replace(applied, hooks=()))
-    else:
-        set_applied(module, Applied(plan, "baked"))
+    if applied is not None and applied.mode == "baked":
+        raise ValueError(
+            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
+            "rates. Go on with a checkpoint that was saved before bake."
+        )
+    if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
+        plan.check(module)  # FSDP1 leaves shards, of other shapes
+    if applied is None and plan.forward_factors:
+        raise ValueError(
+            "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
+            "be wrong. Call attach_multipliers(module, plan) or fold(module, plan) before scale_optimizer."
+        )
+    if applied is not None and not applied.is_of(plan):
+        raise ValueError(
+            "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
+            "to both."
+        )
 
 
-def _remove(module: nn.Module, applied: Applied) -> None:
-    detach_hooks(module, applied.hooks)
-    set_applied(module, None)
-
-
-def _foldable(module: nn.Module, plan: Plan, multiplied: bool) -> dict[str, nn.Parameter]:
-    """Find the parameters to fold into, and refuse those that cannot be multiplied."""
+def _foldable(module: nn.Module, plan: Plan, check: bool) -> dict[str, nn.Parameter]:
+    """Find the parameters to fold into, and refuse those that cannot be multiplied, if they will be."""
     # later names of a shared parameter count too
     parameters = planned_parameters(module, remove_duplicate=False)
     missing = sorted(plan.folded_factors.keys() - parameters.keys())
@@ -214,13 +238,24 @@ def _foldable(module: nn.Module, plan: Plan, multiplied: bool) -> dict[str, nn.P
         )
     found = {name: parameters[name] for name in plan.folded_factors}
     unfit = [name for name, parameter in found.items() if parameter.is_meta or not parameter.is_floating_point()]
-    if unfit and not multiplied:
+    if unfit and check:
         raise ValueError(
             "Multipliers cannot be folded into parameters on the meta device or of an integer type: "
             f"{', '.join(sorted(unfit))}. Give them values before folding, or attach the multipliers as hooks: "
             'residual="hook", or attach_multipliers(module, plan).'
         )
     return found
+
+
+def _check_sites(plan: Plan) -> None:
+    """Refuse multipliers that cannot be hooks."""
+    for multiplier in plan.forward_factors:
+        _check_place(multiplier)
+        if multiplier.site is None:
+            raise ValueError(
+                f"The multiplier of the {multiplier.kind} {multiplier.name!r} cannot be attached as a hook, because no "
+                'submodule has it as output or input. Put it into the weights: residual="fold", or fold(module, plan).'
+            )
 
 
 def _check_place(multiplier: Multiplier) -> None:

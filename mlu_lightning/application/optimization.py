@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol
@@ -19,16 +18,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from mlu_lightning.application.applied import folded_parameters, residual_state
+from mlu_lightning.application.applied import folded_parameters
 from mlu_lightning.application.inner_optimizers import updating
-from mlu_lightning.application.multipliers import check_attached
+from mlu_lightning.application.multipliers import check_attached, check_multiplied
 from mlu_lightning.application.optimizer_rules import Factor, Family, Group, multiplied, update_rules
+from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.application.shadow_groups import Shadow, Split
+from mlu_lightning.application.transaction import settle
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
-from mlu_lightning.utilities.names import original_module, planned_name
+from mlu_lightning.utilities.names import original_module
 
-__all__ = ["Scaled", "ScaledOptimizer", "Watch", "is_scaled", "plan_names", "scale_optimizer", "scaled_by"]
+__all__ = ["Scaled", "ScaledOptimizer", "Watch", "is_scaled", "prepared", "scale_optimizer", "scaled_by"]
 
 
 def scale_optimizer(
@@ -69,18 +70,26 @@ def scale_optimizer(
     (0.125, 0.5)
     >>> handle.remove()
     """
+    scaled = prepared(optimizer, module, plan, family)
+    try:
+        scaled.start()
+        return scaled
+    except BaseException:
+        scaled.remove()
+        raise
+
+
+def prepared(
+    optimizer: Optimizer | LightningOptimizer, module: nn.Module, plan: Plan, family: Family | None = None
+) -> Scaled:
+    """Make the handle of an optimizer that is not scaled yet, nor changed."""
     module = original_module(module)
+    settle(module)
     optimizers = updating(optimizer)
     for each in optimizers:
         _check_optimizer(each, family)
-    _check_module(module, plan)
-    with ExitStack() as stack:
-        parts = []
-        for each in optimizers:
-            parts.append(ScaledOptimizer(each, module, plan, family))
-            stack.callback(parts[-1].remove)
-        stack.pop_all()
-    return Scaled(tuple(parts))
+    check_multiplied(module, plan)
+    return Scaled(tuple(ScaledOptimizer(each, module, plan, family) for each in optimizers))
 
 
 def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
@@ -105,6 +114,11 @@ class Scaled:
         """Column of the table that is used for every parameter of the optimizer, by name."""
         return {name: family for part in self.parts for name, family in part.families.items()}
 
+    def start(self) -> None:
+        """Scale what is prepared."""
+        for part in self.parts:
+            part.start()
+
     def remove(self) -> None:
         """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
         for part in self.parts:
@@ -126,7 +140,7 @@ class ScaledOptimizer:
 
     def __init__(self, optimizer: Optimizer, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
         self.optimizer = optimizer
-        self.active = True
+        self.active = False
         self.updates = False  # whether a step of it goes on
         self._module = module
         self._plan = plan
@@ -135,17 +149,21 @@ class ScaledOptimizer:
         self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
         self.watch: Watch | None = None
         self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
-        self._hooks = (
-            optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()),
-            optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)),
-        )
+        self._hooks: list[RemovableHandle] = []
         self._step_before = vars(optimizer).get("step")
         self._entry: RemovableHandle | None = None  # the last of the hooks before the update that goes on
         # unless somebody has put another step in its place
         step = type(optimizer).step
         self._hooked = getattr(step, "hooked", False) and _same_function(optimizer.step, step)
         self._step = self._wrapped_step()
-        vars(optimizer)["step"] = self._step
+
+    def start(self) -> None:
+        """Scale the updates to come, until :meth:`remove`, which also undoes a part of this."""
+        self.active = True  # before what asks for it
+        self._hooks.append(self.optimizer.register_state_dict_pre_hook(lambda _: self._before_saving()))
+        self._hooks.append(self.optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)))
+        self._take_own()
+        vars(self.optimizer)["step"] = self._step
 
     @property
     def shadows(self) -> list[Shadow]:
@@ -166,18 +184,19 @@ class ScaledOptimizer:
 
     def remove(self) -> None:
         """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
-        if not self.active:
-            return
-        self._swap_out()
-        self._save_own(self.optimizer.param_groups)
-        self.active = False
+        if self.active:
+            self.end()
+            self._save_own(self.optimizer.param_groups)
+        own = vars(self.optimizer)
+        # a scheduler may have wrapped the step since; what is left of it here only passes the call on
+        if own.get("step") is self._step:
+            if self._step_before is None:
+                del own["step"]
+            else:
+                own["step"] = self._step_before
         for hook in self._hooks:
             hook.remove()
-        if vars(self.optimizer).get("step") is not self._step:
-            return  # a scheduler has wrapped the step since; what is left of it here only passes the call on
-        del vars(self.optimizer)["step"]
-        if self._step_before is not None:
-            vars(self.optimizer)["step"] = self._step_before
+        self.active = False
 
     def _wrapped_step(self) -> MethodType:
         """Wrap the optimizer's step, as a method: schedulers wrap a method too, before or after this."""
@@ -188,10 +207,14 @@ class ScaledOptimizer:
             if not self.active:
                 return step(*args, **kwargs)
             try:
-                args, kwargs = self.begin(args, kwargs)
-                return step(*args, **kwargs)
-            finally:
-                self.end()
+                try:
+                    args, kwargs = self.begin(args, kwargs)
+                    return step(*args, **kwargs)
+                finally:
+                    self.end()
+            except BaseException:
+                self.end()  # which may be what was interrupted
+                raise
 
         vars(update)[_MARK] = self
         return MethodType(update, self.optimizer)
@@ -204,18 +227,18 @@ class ScaledOptimizer:
         if args and args[0] is not None:
             return (self._outside(args[0]), *args[1:]), kwargs
         if self._hooked:
-            self._entry = self.optimizer.register_step_pre_hook(lambda *_: self._swap_in())
+            self._entry = self.optimizer.register_step_pre_hook(lambda *_: self._swap_in() if self.updates else None)
         else:
             self._swap_in()
         return args, kwargs
 
     def end(self) -> None:
         """Let the optimizer have the user's groups again."""
-        self.updates = False
         if self._entry is not None:
             self._entry.remove()
             self._entry = None
         self._swap_out()
+        self.updates = False
 
     def _outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Let a closure see the user's groups: Lightning runs forward, backward, clipping and callbacks in it."""
@@ -239,6 +262,7 @@ class ScaledOptimizer:
             split if split is not None and split.is_of(group) else self._split(index)
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
+        self._take_own()
         watched = self.watch is not None and self.watch.before_update(self)
         shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer, watched)]
         self._users = [*groups]
@@ -249,11 +273,11 @@ class ScaledOptimizer:
         if self._users is None:
             return
         self.optimizer.param_groups[:] = self._users
-        self._users = None
         if self.watch is not None:
             self.watch.after_update(self)
         for split in self._splits:
             split.give_back()
+        self._users = None
 
     def _before_saving(self) -> None:
         """Let a state_dict have the user's groups, also in the middle of an update."""
@@ -290,8 +314,13 @@ class ScaledOptimizer:
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
         shadows.sort(key=lambda shadow: multiplied(1.0, shadow.factors.get("lr", 1.0)), reverse=True)
         split = Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
-        split.load_own(group.pop(_OWN, []))
+        split.load_own(group.get(_OWN, []))
         return split
+
+    def _take_own(self) -> None:
+        """Take from groups what their shadows have now."""
+        for split in self._splits:
+            split.user.pop(_OWN, None)
 
     def _save_own(self, groups: list[Group]) -> None:
         """Keep in groups what their shadows have of their own, so that a resumed run goes on with it."""
@@ -315,11 +344,6 @@ def _two_rates(name: str, family: OptimizerFamily) -> str:
     )
 
 
-def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
-    """Names of a module's parameters by ``id``, as its plan has them, also in wrappers and where they are pruned."""
-    return {id(parameter): _planned(name, module, plan) for name, parameter in module.named_parameters()}
-
-
 _MARK = "_mlu_scaled_by"  # where a step has its handle; schedulers that wrap the step take it along
 _OWN = "mlu_own"  # where a group has what its shadows have of their own
 
@@ -328,17 +352,6 @@ def _for_all(family: Family | None) -> Family | None:
     """Make one of a list of families that do not differ: groups that are added later have it, too."""
     several = family is not None and not isinstance(family, str)
     return family[0] if several and family and all(each == family[0] for each in family) else family
-
-
-def _planned(name: str, module: nn.Module, plan: Plan) -> str:
-    """Name that the plan has for a parameter of the module."""
-    planned = planned_name(name)
-    owner, _, own = name.rpartition(".")
-    if planned in plan.parameters or not own.endswith("_orig"):
-        return planned
-    # pruning renames it so; others, such as spectral_norm, do too, but not without another function of the module
-    buffers = dict(module.get_submodule(owner).named_buffers(recurse=False))
-    return planned.removesuffix("_orig") if f"{own.removesuffix('_orig')}_mask" in buffers else planned
 
 
 def _same_function(method: Any, function: Any) -> bool:
@@ -364,28 +377,6 @@ def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:
         raise ValueError(
             "The optimizer is scaled already; doing it again would multiply its numbers twice. Call .remove() of the "
             "handle that scale_optimizer returned first."
-        )
-
-
-def _check_module(module: nn.Module, plan: Plan) -> None:
-    """Refuse a module that the plan does not fit, or that lacks its multipliers: the factors are for the run with them."""
-    applied = residual_state(module)
-    if applied is not None and applied.mode == "baked":
-        raise ValueError(
-            "The module was baked: some of its weights are those of a plain module, for which the plan has no learning "
-            "rates. Go on with a checkpoint that was saved before bake."
-        )
-    if not any("_fsdp_wrapped_module" in name for name, _ in module.named_parameters()):
-        plan.check(module)  # FSDP1 leaves shards, of other shapes
-    if applied is None and plan.forward_factors:
-        raise ValueError(
-            "The plan has forward multipliers, and they are not in effect on the module, so its learning rates would "
-            "be wrong. Call attach_multipliers(module, plan) or fold(module, plan) before scale_optimizer."
-        )
-    if applied is not None and not applied.is_of(plan):
-        raise ValueError(
-            "The module has the multipliers of another plan than the one given to scale_optimizer. Give the same plan "
-            "to both."
         )
 
 

@@ -48,7 +48,10 @@ class UpdateRule:
         parameter = plan.parameters[name]
         if not TABLES[plan.parameterization].scales_optimizer:
             # also where it looks at shapes (Muon) or sizes (Adafactor) itself
-            parameter, scale = replace(parameter, base_shape=parameter.shape), replace(scale, std=1.0)
+            parameter, scale = (
+                replace(parameter, base_shape=parameter.shape),
+                replace(scale, std=plan.matched.of(name).std),
+            )
         numbers = dict(self.numbers(group, name, parameter, scale))
         if not plan.horizon.is_identity:
             _check_horizon(plan.horizon, group, self.family_of(group))

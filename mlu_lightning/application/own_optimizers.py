@@ -9,9 +9,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.application.inner_optimizers import parameters_of, updating
-from mlu_lightning.application.optimization import Scaled, ScaledOptimizer, Watch, scale_optimizer, scaled_by
+from mlu_lightning.application.optimization import Scaled, ScaledOptimizer, Watch, prepared, scaled_by
 from mlu_lightning.application.optimizer_rules import Family
 from mlu_lightning.planning import Plan
 
@@ -25,6 +26,7 @@ class Optimizers:
         self._module, self._plan, self._family = module, plan, family
         self._scaled: list[Scaled] = []
         self._watch: Watch | None = None
+        self._end_looking: Callable[[], None] | None = None
 
     @property
     def parts(self) -> list[ScaledOptimizer]:
@@ -33,9 +35,11 @@ class Optimizers:
 
     def add(self, optimizer: Optimizer | LightningOptimizer) -> Scaled:
         """Scale one more."""
-        self._scaled.append(scale_optimizer(optimizer, self._module, self._plan, self._family))
+        scaled = prepared(optimizer, self._module, self._plan, self._family)
+        self._scaled.append(scaled)  # before it starts, so that remove() finds it
+        scaled.start()
         self.let_watch(self._watch)
-        return self._scaled[-1]
+        return scaled
 
     def let_watch(self, watch: Watch | None) -> None:
         """Let updates be watched, also those of optimizers to come."""
@@ -44,12 +48,15 @@ class Optimizers:
             part.watch = watch
 
     def remove(self) -> None:
-        """Make all of them plain again."""
+        """Make all of them plain again, and scale no others."""
+        if self._end_looking is not None:
+            self._end_looking()
         while self._scaled:
-            self._scaled.pop().remove()
+            self._scaled[-1].remove()
+            self._scaled.pop()
 
-    def add_at_step(self) -> Callable[[], None]:
-        """Scale every optimizer of the module's parameters that makes a step and is not scaled; return what ends this.
+    def add_at_step(self) -> None:
+        """Scale every optimizer of the module's parameters that makes a step and is not scaled, until :meth:`remove`.
 
         Whoever made it, and wherever its step is called: in ``training_step``, in backward, in another optimizer. Steps that
         go around a scaled one, as a method that was kept before, are scaled, too.
@@ -82,7 +89,7 @@ class Optimizers:
                     del depths[part]
                     part.end()
 
-        hooks = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
+        hooks: list[RemovableHandle] = []
 
         def end() -> None:
             for hook in hooks:
@@ -90,7 +97,9 @@ class Optimizers:
             for part in depths:
                 part.end()  # of a step that has failed
 
-        return end
+        self._end_looking = end
+        hooks.append(register_optimizer_step_pre_hook(before))
+        hooks.append(register_optimizer_step_post_hook(after))
 
     def _part(self, optimizer: Optimizer) -> ScaledOptimizer | None:
         """Handle of an optimizer, or of one that it shares its list of groups with."""

@@ -16,7 +16,17 @@ from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.application.applied import residual_state
 
-__all__ = ["MARK", "adapt_mark", "add_mark", "is_marked", "mark_states", "unmark_states", "without_mark"]
+__all__ = [
+    "MARK",
+    "adapt_mark",
+    "add_mark",
+    "is_marked",
+    "is_state_hook",
+    "mark_states",
+    "state_hooks",
+    "unmark_states",
+    "without_mark",
+]
 
 # without dots, because torch takes what is before one for the name of a submodule
 MARK = (
@@ -46,6 +56,17 @@ def unmark_states(module: nn.Module) -> None:
     """Forget what :func:`mark_states` did, besides its hooks."""
     for part in module.modules():
         vars(part).pop(MARK, None)
+
+
+def state_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Where a module has hooks of its state dict and of loading one."""
+    return module._state_dict_hooks, module._load_state_dict_pre_hooks
+
+
+def is_state_hook(hook: Any) -> bool:
+    """Tell whether a hook is one that :func:`mark_states` has registered."""
+    function = getattr(hook, "hook", hook)  # torch wraps those before loading
+    return function is _put_in or function is _take_out
 
 
 def without_mark(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
 from mlu_lightning.application import unfolded_gradients, unfolded_weights
-from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 
 __all__ = ["wrap_clipping"]
 
 
-def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Callable[[], None]:
-    """Let a module clip its gradients as those of weights without multipliers, whoever asks; return what undoes this."""
+def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan, changes: PassingChanges) -> None:
+    """Let a module clip its gradients as those of weights without multipliers, whoever asks."""
     own, clipping = is_hook_overridden("configure_gradient_clipping", module), False
 
     def clip(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +34,5 @@ def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan) -> Call
         finally:
             clipping = False
 
-    stack = ExitStack()
     for name in ("configure_gradient_clipping", "clip_gradients"):
-        stack.callback(wrap_method(module, name, clip))
-    return stack.close
+        wrap_method(module, name, clip, changes.note)

@@ -58,8 +58,7 @@ def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Map
             logger.experiment.config.update({"mlu": _summary(plan, residual, families)}, allow_val_change=True)
             logger.log_table("mlu/plan", columns=[*_COLUMNS], data=_rows(plan, families))
         elif isinstance(logger, of_both(TensorBoardLogger)):
-            tables = [plan.table(family) for family in _distinct(families.values())] or [str(plan)]
-            logger.experiment.add_text("mlu/plan", "\n\n".join(f"```\n{table}\n```" for table in tables))
+            logger.experiment.add_text("mlu/plan", f"```\n{plan}\n```")
 
 
 @rank_zero_only
@@ -137,6 +136,7 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         "alpha": plan.alpha,
         "batch_ratio": plan.horizon.batch_ratio,
         "token_ratio": plan.horizon.token_ratio,
+        **({"tuned": plan.tuned} if plan.tuned else {}),
         "residual": residual,
         "optimizer": _short([family.value for family in _distinct(families.values())]),
         "factors": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,26 +15,31 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application import InitMode, attach_multipliers, fold, initialize, is_scaled
-from mlu_lightning.application.applied import Applied, mark_initialized, residual_state
+from mlu_lightning.application import InitMode, is_scaled
+from mlu_lightning.application.applied import Applied, residual_state, set_applied
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
-from mlu_lightning.application.multipliers import check_attached
+from mlu_lightning.application.initialization import initial_steps
+from mlu_lightning.application.multipliers import check_attached, put_in
 from mlu_lightning.application.own_optimizers import Optimizers
+from mlu_lightning.application.transaction import end_loading, settle
 from mlu_lightning.callbacks._either_callback import EitherCallback
+from mlu_lightning.callbacks.announcement import announce
 from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.callbacks.example import find_example
 from mlu_lightning.callbacks.gradient_clipping import wrap_clipping
 from mlu_lightning.callbacks.loggers import log_plan
 from mlu_lightning.callbacks.model_copies import check_copies, copy_again, warn_of_pruning
+from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.callbacks.saved_plans import wrap_loading, wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verified_function import verify_function
 from mlu_lightning.callbacks.verified_steps import Verification
-from mlu_lightning.callbacks.wrapped_methods import wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE, ParameterizationName, PlanArguments
+from mlu_lightning.planning.tuned import read_tuned
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
+from mlu_lightning.utilities.names import original_module
 
 __all__ = ["MLUCallback"]
 
@@ -64,7 +69,7 @@ class MLUCallback(EitherCallback):
             that builds one (in YAML, a ``class_path`` with its ``init_args``), or a plan whose base has it, or its path.
             ``"absolute"`` for the paper's absolute form, whose learning rates are those of the infinite model; None is
             the same, with a warning.
-        plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization and ratios.
+        plan: finished plan, or the path of one, instead of base, overrides, alpha, parameterization, ratios and tuned.
         init: ``"rescale"`` sets the scale of the initial weights, ``"normal"`` draws matrices anew, ``"coupled"`` draws
             embeddings that are the first coordinates of a bigger model's, and None leaves a checkpoint's weights alone.
         residual: how branches and readouts are multiplied: ``"fold"`` in the weights, which then are those of a plain model
@@ -80,11 +85,15 @@ class MLUCallback(EitherCallback):
         parameterization: ``"mlu"``, or, to compare with it, ``"completep"``, ``"mup"`` or ``"sp"``, which need a base.
         batch_ratio: tokens in a batch over those in one of the base's; changes AdamW's numbers, betas included.
         token_ratio: tokens seen in all of the training over those that the base saw.
+        tuned: factors that were found at the base, by role, role in one kind of branch, or pattern of parameter names, such
+            as ``{"embedding": {"lr": 1.9, "std": 2.7}, "branch_out@mlp": {"lr": 0.4}}`` (also of ``"weight_decay"``, and of
+            ``"multiplier"`` for branch_out and readout), or the path of a YAML file of them. They act at the base, too.
         verify: compare weights, function and first step with the plan, and stop a run that is not the plan's; False turns
             it off.
 
     Raises:
-        ValueError: if arguments contradict each other.
+        OSError: if there is no file of tuned factors.
+        ValueError: if arguments contradict each other, or tuned has what is no factor.
 
     Example:
         >>> import torch
@@ -111,6 +120,7 @@ class MLUCallback(EitherCallback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
+        tuned: dict[str, dict[str, float]] | str | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -118,11 +128,12 @@ class MLUCallback(EitherCallback):
             raise ValueError(f"init={init!r} is none of: {', '.join(get_args(InitMode))}, None.")
         if residual not in get_args(Residual):
             raise ValueError(f"residual={residual!r} is none of: {', '.join(get_args(Residual))}.")
-        self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio)
+        factors = None if tuned is None else read_tuned(tuned)
+        self._arguments = PlanArguments(base, overrides, alpha, parameterization, batch_ratio, token_ratio, factors)
         if plan is not None and self._arguments != PlanArguments():
             *names, last = vars(self._arguments)
             raise ValueError(
-                "A plan holds its base, roles, alpha, parameterization and ratios of batch and tokens, so it cannot be "
+                "A plan holds its base, roles, alpha, parameterization, ratios and tuned factors, so it cannot be "
                 f"given together with {', '.join(names)} or {last}. Give these alone, to plan anew, or edit the plan."
             )
         self._given = plan
@@ -138,7 +149,7 @@ class MLUCallback(EitherCallback):
         self._initialized = False
         self._optimizers: Optimizers | None = None  # of the fit that goes on
         self._verification: Verification | None = None
-        self._cleanup = ExitStack()
+        self._changes: PassingChanges | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -162,8 +173,13 @@ class MLUCallback(EitherCallback):
             raise ValueError(
                 "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
             )
-        self._cleanup.close()  # of a run after which Lightning called no hook, as after an error in another's on_exception
-        self._cleanup.callback(wrap_loading(pl_module, partial(self._keep, pl_module)))
+        # of a run after which Lightning called no hook, as after an error in another's on_exception
+        self._undo_changes()
+        if stage == TrainerFn.FITTING:
+            PassingChanges.undo_all(pl_module)
+        settle(pl_module)
+        self._changes = changes = PassingChanges(pl_module)
+        wrap_loading(pl_module, partial(self._keep, pl_module), changes)
         if stage != TrainerFn.FITTING:
             self._keep(pl_module)
             return
@@ -177,7 +193,7 @@ class MLUCallback(EitherCallback):
             )
         builders = [name for name in ("setup", "configure_model") if is_hook_overridden(name, pl_module)]
         if not builders:
-            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)])
+            self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)], changes)
             return
         prepared = False
 
@@ -187,23 +203,29 @@ class MLUCallback(EitherCallback):
             if not prepared:  # WeightAveraging calls configure_model, too
                 prepared = True
                 with torch.device("cpu"):  # instead of the device that new parameters were made on
-                    self._prepare(trainer, pl_module, callbacks)
+                    self._prepare(trainer, pl_module, callbacks, changes)
             return result
 
-        self._cleanup.callback(wrap_method(pl_module, builders[-1], build))
+        wrap_method(pl_module, builders[-1], build, changes.note)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the plan, where a logger has a place for it."""
+        """Say what the fit does, and log the plan and save it, where a logger has a place for it."""
         self._look("in on_fit_start of a callback that comes before MLUCallback")
         if self._plan is not None:
             parts = [] if self._optimizers is None else self._optimizers.parts
             families = {name: family for part in parts for name, family in part.families.items()}
+            self._plan = replace(self._plan, optimizers=tuple(dict.fromkeys(families.values())))
+            applied = residual_state(pl_module)
+            if applied is not None:
+                set_applied(original_module(pl_module), applied := replace(applied, plan=self._plan))
+                announce(trainer, applied)
             log_plan(trainer.loggers, self._plan, self._residual, families)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse weights that are not the plan's, and compare what the module computes, unless it was trained before."""
         if self._verification is not None:
-            self._cleanup.callback(self._verification.start(trainer))
+            assert self._changes is not None
+            self._verification.start(trainer, self._changes)
         example, self._seen = self._seen, None
         if self.verify and self._initialized and example is not None:
             assert self._plan is not None
@@ -211,6 +233,7 @@ class MLUCallback(EitherCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note that the weights are others now."""
+        end_loading(pl_module)
         if self._verification is not None:
             self._verification.loaded()
         self._seen = None
@@ -237,13 +260,20 @@ class MLUCallback(EitherCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its methods back, and make its optimizers plain."""
-        self._cleanup.close()
+        self._undo_changes()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its methods back, and make its optimizers plain."""
-        self._cleanup.close()
+        self._undo_changes()
 
-    def _prepare(self, trainer: Trainer, module: LightningModule, earlier: list[Callback]) -> None:
+    def _undo_changes(self) -> None:
+        if self._changes is not None:
+            self._changes.undo()
+            self._changes = None
+
+    def _prepare(
+        self, trainer: Trainer, module: LightningModule, earlier: list[Callback], changes: PassingChanges
+    ) -> None:
         """Apply a plan to the module, which has been built, to copies of earlier callbacks, and later to its optimizers."""
         check_attached(module)
         if residual_state(module) is None:
@@ -275,14 +305,14 @@ class MLUCallback(EitherCallback):
                 optimizers.add(optimizer)
             return configured
 
-        self._cleanup.callback(optimizers.remove)
-        self._cleanup.callback(wrap_method(module, "configure_optimizers", configure))
-        self._cleanup.callback(optimizers.add_at_step())
-        self._cleanup.callback(wrap_layer_sync(trainer.strategy, module, plan))
+        changes.note(optimizers.remove)
+        wrap_method(module, "configure_optimizers", configure, changes.note)
+        optimizers.add_at_step()
+        wrap_layer_sync(trainer.strategy, module, plan, changes)
         if self._residual == "fold":
             warn_of_hooks(plan)
             warn_of_pruning(vars(trainer)["callbacks"])
-            self._cleanup.callback(wrap_clipping(trainer, module, plan))
+            wrap_clipping(trainer, module, plan, changes)
 
     def _plan_of(self, trainer: Trainer, module: LightningModule) -> Plan:
         """Plan in effect on the module, the given one, or a new one."""
@@ -313,13 +343,8 @@ class MLUCallback(EitherCallback):
         applied = residual_state(module)
         self._initialized = applied is None and self._init is not None
         if applied is None:
-            if self._init is not None:
-                initialize(module, plan, self._init, self._seed)
-            if self._residual == "hook":
-                attach_multipliers(module, plan)
-            else:
-                fold(module, plan)
-            mark_initialized(module)
+            first = [] if self._init is None else initial_steps(module, plan, self._init, self._seed)
+            put_in(module, plan, self._residual, first, initialized=True)
         elif applied.mode != self._residual:
             advice = "" if applied.mode == "baked" else f"residual={applied.mode!r}, or "
             raise ValueError(

@@ -9,20 +9,26 @@ from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from mlu_lightning.application.applied import mark_initialized
+from mlu_lightning.application.applied import mark_initialized, residual_state
 from mlu_lightning.application.checkpoint import load_plan, write_plan
 from mlu_lightning.application.state_mark import adapt_mark, is_marked
-from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.application.transaction import loading
+from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 
 __all__ = ["wrap_loading", "wrap_saving"]
 
 
-def wrap_loading(module: LightningModule, loaded: Callable[[], None]) -> Callable[[], None]:
-    """Give a module the multipliers of each checkpoint before its weights are loaded; return what undoes this."""
+def wrap_loading(module: LightningModule, loaded: Callable[[], None], changes: PassingChanges) -> None:
+    """Give a module the multipliers of each checkpoint before its weights are loaded; without them it is refused."""
 
     def load(method: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         method(checkpoint)
-        plan, state = load_plan(module, checkpoint), checkpoint.get("state_dict")
+        if residual_state(module) is None:
+            with loading(module, ends=False):
+                plan = load_plan(module, checkpoint)
+        else:
+            plan = load_plan(module, checkpoint)
+        state = checkpoint.get("state_dict")
         if plan is not None:
             mark_initialized(module)
         # sharded strategies have loaded it already; and a mark that no plan explains has to be refused
@@ -30,7 +36,7 @@ def wrap_loading(module: LightningModule, loaded: Callable[[], None]) -> Callabl
             adapt_mark(module, state)
         loaded()
 
-    return wrap_method(module, "on_load_checkpoint", load)
+    wrap_method(module, "on_load_checkpoint", load, changes.note)
 
 
 def wrap_saving(module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from mlu_lightning.application import residual_state
 from mlu_lightning.application.multipliers import attach_again
-from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.lightning_private import layer_sync
@@ -48,11 +48,11 @@ def check_whole(strategy: Strategy, module: nn.Module) -> None:
     )
 
 
-def wrap_layer_sync(strategy: Strategy, module: nn.Module, plan: Plan) -> Callable[[], None]:
-    """Let a module keep its hooks where ``sync_batchnorm`` exchanges its norms; return what undoes all but their return."""
+def wrap_layer_sync(strategy: Strategy, module: nn.Module, plan: Plan, changes: PassingChanges) -> None:
+    """Let a module keep its hooks where ``sync_batchnorm`` exchanges its norms, and where it exchanges them back."""
     layers = layer_sync(strategy)
     if layers is None:
-        return lambda: None
+        return
 
     def exchange(method: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
         before = list(module.modules())
@@ -66,5 +66,5 @@ def wrap_layer_sync(strategy: Strategy, module: nn.Module, plan: Plan) -> Callab
         return exchange(method, model)
 
     # undone when it was called: after an error Lightning does so last, when callbacks are through
-    restore = wrap_method(layers, "revert", exchange_back)
-    return wrap_method(layers, "apply", exchange)
+    restore = wrap_method(layers, "revert", exchange_back, lambda undo: None)
+    wrap_method(layers, "apply", exchange, changes.note)

@@ -17,7 +17,7 @@ __all__ = ["verify_function"]
 
 def verify_function(trainer: Trainer, module: LightningModule, plan: Plan, base: Any, example: Any, seed: int) -> None:
     """Refuse a module whose function is not that of its plan, next to its base, which is built as for planning."""
-    if all(entry.is_at_base for entry in plan.parameters.values()) and not plan.forward_factors:
+    if plan.is_at_base and not plan.forward_factors and not plan.tuned:
         return  # the run is that without the callback, whatever it computes
     if not (isinstance(base, nn.Module) or callable(base)):
         rank_zero_info("What the module computes was not compared with a base, because base=... is not a module.")

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from mlu_lightning.application.applied import mark_initialized
 from mlu_lightning.application.first_steps import FirstSteps, InitialWeights, refuse_changed
 from mlu_lightning.application.own_optimizers import Optimizers
-from mlu_lightning.callbacks.wrapped_methods import wrap_method
+from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
 
 __all__ = ["Verification"]
@@ -36,8 +36,8 @@ class Verification:
         """Take the weights as they will be the next time, because callbacks are loading those of a checkpoint."""
         self._loaded = True
 
-    def start(self, trainer: Trainer) -> Callable[[], None]:
-        """Refuse weights that have changed, now and before the first step; return what undoes this."""
+    def start(self, trainer: Trainer, changes: PassingChanges) -> None:
+        """Refuse weights that have changed, now and before the first step."""
         self._refuse(
             trainer, "in on_fit_start, or in on_train_start or the sanity check, of the module or another callback"
         )
@@ -52,8 +52,7 @@ class Verification:
             return skip
 
         # the last hook before the first step
-        restore = wrap_method(self._module, "on_train_batch_start", begin)
-        return restore
+        restore = wrap_method(self._module, "on_train_batch_start", begin, changes.note)
 
     def batch_end(self) -> None:
         """Look at what has moved."""

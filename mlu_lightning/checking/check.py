@@ -15,8 +15,17 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, se
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
+from mlu_lightning.checking.growth import at_fixed_head_dim
 from mlu_lightning.checking.measurement import Measurement, measure
-from mlu_lightning.checking.preparation import build, first_batches, make_trainer, prepare, quiet, transfer
+from mlu_lightning.checking.preparation import (
+    build,
+    first_batches,
+    make_trainer,
+    prepare,
+    quiet,
+    structure_of,
+    transfer,
+)
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes, sizes
@@ -58,8 +67,10 @@ def check(
         data: DataLoader, list of batches or ``LightningDataModule``; None for the module's own ``train_dataloader``.
         callbacks: function from a module of the base shape to the callbacks of a Trainer, by default an
             :class:`MLUCallback` with that base; those that save checkpoints or print are left out.
-        axes: some of ``"depth"``, ``"hidden"``, ``"embedding"`` and ``"together"``, without those that the module cannot
-            grow alone; by default all, ``"together"`` with four factors or more, because it grows by all but the last.
+        axes: some of ``"depth"``, ``"hidden"``, ``"embedding"``, ``"width"`` (both of these by one factor) and
+            ``"together"``, without those that the module cannot grow alone; by default all but the width, ``"together"``
+            with four factors or more, because it grows by all but the last. Where hidden width or embedding alone change
+            head_dim, the width is taken in their place.
         factors: factors by which each of the three grows, ascending from 1.
         seeds: number of runs at every shape, each with other initial weights and batches.
         steps: optimizer steps of every run.
@@ -82,10 +93,8 @@ def check(
     """
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
-    grid = sizes(base, factors, default_axes(factors) if axes is None else axes)
     make_callbacks = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
     run_seeds = range(seed, seed + seeds)
-    runs = [(shape, run_seed) for shape in dict.fromkeys(size.shape for size in grid) for run_seed in run_seeds]
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
     measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
@@ -101,10 +110,19 @@ def check(
         batches = {run_seed: first_batches(data, first, count + 1, run_seed) for run_seed in run_seeds}
         probe = transfer(batches[seed][-1], datamodule or first)
         reference = Plan.from_model(first, probe, base=first)
+        structures = cache(lambda shape: structure_of(build(module_factory, shape, seed), planning, probe))
+        chosen, notes = at_fixed_head_dim(default_axes(factors) if axes is None else axes, base, structures)
+        grid = sizes(base, factors, chosen)
+        runs = [(shape, run_seed) for shape in dict.fromkeys(size.shape for size in grid) for run_seed in run_seeds]
+        if not any(isinstance(callback, MLUCallback) for callback in make_callbacks(first)):
+            notes = (_WITHOUT, *notes)
         for axis in dict.fromkeys(size.axis for size in grid):
             small, large, *_ = (size.shape for size in grid if size.axis == axis)
             check_growth(axis, factors[1], plan_of(small), plan_of(large))
-        largest = plan_of(max(runs, key=lambda run: (run[0].embedding, run[0].hidden, run[0].depth))[0])
+        last = {axis: [size for size in grid if size.axis == axis] for axis in chosen}
+        warnings = tuple(
+            dict.fromkeys(text for of_axis in last.values() for text in plan_of(of_axis[-1].shape).warnings)
+        )
         for shape, run_seed in runs:
             plan, module = plan_of(shape), build(module_factory, shape, run_seed)
             at_base = build(module_factory, base, run_seed)
@@ -114,12 +132,36 @@ def check(
             progress(len(measured), len(runs))
     # where they act, in a submodule, the module's own constants may be in what is measured or not
     relative = {name_pattern(name) for shape, _ in runs for name in plan_of(shape).relative_parameters}
-    rows = tuple(row for row in _rows(grid, measured) if not _is_local(row.quantity, relative))
-    warnings = tuple(dict.fromkeys(largest.warnings))
-    return CheckReport(base, tuple(factors), seeds, steps, rows, warnings)
+    leeway = {axis: _leeway(plan_of(of_axis[0].shape), plan_of(of_axis[-1].shape)) for axis, of_axis in last.items()}
+    rows = tuple(row for row in _rows(grid, measured, leeway) if not _is_local(row.quantity, relative))
+    return CheckReport(base, tuple(factors), seeds, steps, rows, warnings, notes)
 
 
-def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Measurement]]) -> Iterator[Row]:
+_WITHOUT = (
+    "There is no MLUCallback in this training: what is checked is the module without it, whose initial weights and "
+    "learning rates do not follow its shape."
+)
+_Leeway = Mapping[str, tuple[float, float]]
+
+
+def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
+    """Half a power of head_dim for what attention branches do, by pattern of names, where plans change it by µP's rule."""
+    before = {name_pattern(branch.name): branch.head_dim for branch in small.branches}
+    found: dict[str, tuple[float, float]] = {}
+    for number, branch in enumerate(large.branches):
+        old, new = before.get(name_pattern(branch.name)), branch.head_dim
+        if old is not None and new is not None and old != new:
+            ends = (-0.5, 0.0) if new > old else (0.0, 0.5)
+            own = [name for name, entry in large.parameters.items() if entry.branch == number]
+            found |= dict.fromkeys(map(name_pattern, (branch.name, *own)), ends)
+    return found
+
+
+def _rows(
+    grid: Sequence[Size],
+    measured: Mapping[tuple[Shape, int], Sequence[Measurement]],
+    leeway: Mapping[str, _Leeway] | None = None,
+) -> Iterator[Row]:
     """Rows of all quantities and axes, in order of kinds and axes."""
     by_depth = sorted(chain.from_iterable(measured.values()), key=lambda measurement: -len(measurement.values))
     shallowest = {measurement.quantity: measurement for measurement in by_depth}
@@ -134,7 +176,9 @@ def _rows(grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Sequence[Me
     kinds = list(Kind)
     for quantity, axis in sorted(points, key=lambda key: (kinds.index(key[0].kind), AXES.index(key[1]))):
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
-        yield fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still)
+        of_axis = (leeway or {}).get(axis, {})
+        left = of_axis.get(quantity.name.partition(" ")[0], (0.0, 0.0))
+        yield fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still, left)
 
 
 def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:

@@ -31,8 +31,7 @@ class Configured:
 
     content: Mapping[str, Any]
     keys: Mapping[str, tuple[str, ...]]  # names by axis; all of an axis grow by one factor
-    start: Mapping[str, int]  # value of each of them at the base
-    base: Shape  # from the first name of each axis
+    options: Mapping[str, int]  # whole-number arguments at the base, dotted where they are arguments of an argument
     notes: tuple[str, ...] = ()  # about what the check does not take from the configuration as it stands
 
     def build(self, depth: int, hidden: int, embedding: int) -> LightningModule:
@@ -57,19 +56,25 @@ class Configured:
         return list(self._parsed(self.base, named).loggers) if named else []
 
     @property
+    def base(self) -> Shape:
+        """The base's shape, from the first name of each axis."""
+        first = {axis: self.options[names[0]] if names else 1 for axis, names in self.keys.items()}
+        return Shape(**first)
+
+    def build_with(self, sizes: Mapping[str, int]) -> LightningModule:
+        """Build the module of the base with other values of some options."""
+        module: LightningModule = _parse(_Parsed, self.content, {**self.options, **sizes}).model
+        return module
+
+    @property
     def trainer(self) -> dict[str, Any]:
         """Arguments of the Trainer that change how a step is made."""
         given = self.content.get("trainer") or {}
         return {name: given[name] for name in _OF_A_STEP if given.get(name) is not None}
 
-    @property
-    def has_plugin(self) -> bool:
-        """Whether there is an :class:`MLUCallback`."""
-        return any(_is_plugin(callback) for callback in _callbacks(self.content))
-
     def _parsed(self, shape: Shape, loggers: Sequence[Any] = ()) -> _Parsed:
         factors = {axis: getattr(shape, axis) // getattr(self.base, axis) for axis in self.keys}
-        sizes = {name: self.start[name] * factors[axis] for axis, names in self.keys.items() for name in names}
+        sizes = {name: self.options[name] * factors[axis] for axis, names in self.keys.items() for name in names}
         for axis, names in self.keys.items():
             for name in names:
                 _require_size(axis, sizes[name], f"A factor of {factors[axis]} makes {name}={sizes[name]}")
@@ -106,23 +111,25 @@ def read_config(
                 "the copy."
             )
     base = _base(content, path)
-    arguments = _arguments(content["model"]) | _arguments(base)
-    start: dict[str, int] = {}
+    own, missing = _arguments(content["model"]), _of_base(content["model"], base)
+    given = dict(_whole_numbers(own)) | dict(_whole_numbers(_arguments(base)))
     for axis, names in keys.items():
-        for name in names:
-            value = arguments.get(name)
-            if type(value) is not int:
-                raise ValueError(
-                    f"The model of {path} has no argument {name!r} that is a whole number, to be its {axis}. Its arguments "
-                    f"are {', '.join(arguments) or 'none'}; name those that make it up, as in --{axis} "
-                    f"{','.join(list(arguments)[:2]) or 'width,heads'}, or leave the {axis} as it is with --{axis} null."
-                )
-            _require_size(axis, value, f"The model of {path} has {name}={value}")
-            start[name] = value
-    first = {axis: start[names[0]] if names else 1 for axis, names in keys.items()}
-    own, missing = _arguments(content["model"]) | start, _of_base(content["model"], base)
+        for name in given.keys() & set(names):
+            _require_size(axis, given[name], f"The model of {path} has {name}={given[name]}")
     filled = content | {"model": content["model"] | {"init_args": missing | own}}
     parsed, data_arguments = _parse(_Arguments, filled, {}).config.as_dict(), _arguments(content.get("data") or {})
+    every = dict(_whole_numbers(_arguments(parsed["model"])))
+    options = every | {name: value for name, value in _whole_numbers(_arguments(base)) if name in every}
+    start = {name: options[name] for names in keys.values() for name in names if name in options}
+    for axis, names in keys.items():
+        for name in names:
+            if name not in options:
+                raise ValueError(
+                    f"The model of {path} has no argument {name!r} that is a whole number, to be its {axis}. Its arguments "
+                    f"are {', '.join(options) or 'none'}; name those that make it up, as in --{axis} "
+                    f"{','.join(list(options)[:2]) or 'width,heads'}, or leave the {axis} as it is with --{axis} null."
+                )
+    own |= start
     if _is_saved(content):
         linked = _linked("model", parsed, own, missing) + _linked("data", parsed, data_arguments, {})
         if linked:
@@ -133,7 +140,7 @@ def read_config(
             )
     taken = [f"{name}={value}" for name, value in missing.items() if name not in start]
     axes = {axis: tuple(names) for axis, names in keys.items()}
-    return Configured(filled, axes, start, Shape(**first), tuple(_notes(left_out, taken)))
+    return Configured(filled, axes, options, tuple(_notes(left_out, taken)))
 
 
 _OF_A_STEP = (
@@ -170,7 +177,13 @@ _CLI = TypeVar("_CLI", bound=LightningCLI)
 def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int], loggers: Sequence[Any] = ()) -> _CLI:
     """Parse a configuration with other sizes in the model's arguments, and only the callbacks that take part."""
     changed: dict[str, Any] = copy.deepcopy(dict(content))
-    changed["model"].setdefault("init_args", {}).update(sizes)
+    for name, value in sizes.items():
+        *parents, last = name.split(".")
+        section = changed["model"].setdefault("init_args", {})
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            section = section.setdefault("init_args", {}) if "class_path" in section else section
+        section[last] = value
     kept = [callback for callback in _callbacks(changed) if _takes_part(callback)]
     changed["trainer"] = {"callbacks": kept, "logger": list(loggers) or False}
     changed["seed_everything"] = False
@@ -232,6 +245,15 @@ def _require_section(section: Any, name: str, path: Path) -> None:
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a class, with or without its name beside them."""
     return dict((section.get("init_args") or {}) if "class_path" in section else section)
+
+
+def _whole_numbers(arguments: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Arguments that are whole numbers, and those of arguments that have arguments."""
+    for name, value in arguments.items():
+        if type(value) is int:
+            yield f"{prefix}{name}", value
+        elif isinstance(value, dict):
+            yield from _whole_numbers(_arguments(value), f"{prefix}{name}.")
 
 
 def _callbacks(content: Mapping[str, Any]) -> list[Any]:

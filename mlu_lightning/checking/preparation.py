@@ -16,15 +16,34 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from mlu_lightning.discovery import Structure, discover
 from mlu_lightning.shapes import Shape
 
-__all__ = ["Batches", "build", "first_batches", "make_trainer", "prepare", "quiet", "transfer"]
+__all__ = [
+    "USERS_ERRORS",
+    "Batches",
+    "build",
+    "first_batches",
+    "make_trainer",
+    "prepare",
+    "quiet",
+    "structure_of",
+    "transfer",
+]
+
+
+USERS_ERRORS = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+"""What modules raise of sizes that they do not take."""
 
 
 def build(module_factory: Callable[..., LightningModule], shape: Shape, seed: int) -> LightningModule:
     """Build a module with the initial weights of a seed."""
     seed_everything(seed, verbose=False)
-    return module_factory(depth=shape.depth, hidden=shape.hidden, embedding=shape.embedding)
+    try:
+        return module_factory(depth=shape.depth, hidden=shape.hidden, embedding=shape.embedding)
+    except USERS_ERRORS as error:
+        sizes = f"depth={shape.depth}, hidden={shape.hidden}, embedding={shape.embedding}"
+        raise ValueError(f"The module cannot be built with {sizes}: {type(error).__name__}: {error}") from error
 
 
 def prepare(module: LightningModule, trainer: Trainer) -> LightningModule:
@@ -34,6 +53,14 @@ def prepare(module: LightningModule, trainer: Trainer) -> LightningModule:
         if is_overridden(name, module):
             getattr(module, name)(*arguments)
     return module
+
+
+def structure_of(module: LightningModule, trainer: Trainer, probe: Any) -> Structure:
+    """Discover a module that may not work at its sizes, which is a ValueError then."""
+    try:
+        return discover(prepare(module, trainer), probe)
+    except USERS_ERRORS as error:
+        raise ValueError(f"The module does not work at these sizes: {type(error).__name__}: {error}") from error
 
 
 def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str, Any]) -> Trainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO, StringIO
 from itertools import groupby
@@ -16,7 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mlu_lightning.checking.quantities import CONFIDENCE, Kind, Quantity
+from mlu_lightning.checking.quantities import CONFIDENCE, DRIFT, FAULT, Kind, Quantity
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Cause, Point, Reason, Row, Verdict, axes_of, find_causes, overall_verdict
 from mlu_lightning.shapes import Shape
@@ -38,7 +38,8 @@ class CheckReport:
         seeds: number of runs at every shape.
         steps: optimizer steps of every run.
         rows: slopes and verdicts of everything that was measured.
-        warnings: what the theory does not cover in the module, and what could not be measured, by default nothing.
+        warnings: what the theory does not cover in the module, by default nothing.
+        notes: what is to be known before the rest, such as axes that were taken in place of others, by default nothing.
 
     >>> row = Row(Quantity(Kind.UPDATE, "mlp.weight", "branch_in"), "depth", 1.02, 0.04, "fail")
     >>> report = CheckReport(Shape(2, 4, 8), (1, 2, 4), 2, 3, (row,))
@@ -52,6 +53,7 @@ class CheckReport:
     steps: int
     rows: tuple[Row, ...]
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
@@ -80,23 +82,37 @@ class CheckReport:
         if follow := [label for label in failing if label not in named]:
             lines.append(f"Failing too, which may follow from that: {', '.join(follow)}")
         undecided = [row for row in self.rows if row.verdict == "undecided" and not row.quantity.kind.is_effect]
-        if self.verdict != "undecided":
-            return "\n".join(lines)
-        more = "Runs differ too much to tell from one size to the next. More seeds, or more factors, would tell."
-        reasons = dict.fromkeys(f"{row.quantity}: {row.reason}" for row in undecided)
-        return "\n".join([*lines, *(reasons if all(math.isnan(row.slope) for row in undecided) else [more])])
+        if self.verdict == "undecided":
+            lines += _advice(undecided, self.seeds)
+        return "\n".join(lines)
 
-    def tables(self) -> RenderableType:
-        """The report for a terminal: a table of what should not grow, one of the effects of roles, and the verdict."""
-        effects = [row for row in self.rows if row.quantity.kind.is_effect]
-        others = [row for row in self.rows if not row.quantity.kind.is_effect]
+    def tables(self, verbose: bool = True) -> RenderableType:
+        """The report for a terminal: a table of what should not grow, one of the effects of roles, and the verdict.
+
+        Args:
+            verbose: whether quantities that pass along all axes are listed, which are counted otherwise.
+        """
+        found = by_quantity(self.rows)
+        passing = {} if verbose else {what: of for what, of in found.items() if _worst(of) == "pass"}
+        shown = [row for row in self.rows if row.quantity not in passing]
+        if not verbose:
+            shown.sort(key=lambda row: _ORDER.index(_worst(found[row.quantity])))
+        effects = [row for row in shown if row.quantity.kind.is_effect]
+        others = [row for row in shown if not row.quantity.kind.is_effect]
         heading = (
             "Slopes of log size of what moves against log size of the network, less what is expected, "
             f"with {100 * CONFIDENCE:g} % intervals ({self.setting})"
         )
-        parts: list[RenderableType] = [heading, _table(others)]
+        parts: list[RenderableType] = [*map(Text, self.notes), heading]
+        if others:
+            parts.append(_table(others))
         if effects:
             parts += ["Effect of each role's own update on streams and outputs", _table(effects)]
+        if passing:
+            number = sum(map(len, passing.values()))
+            parts.append(
+                f"{number} rows of {len(passing)} quantities pass, and are listed with --verbose true and in check.txt."
+            )
         parts += [f"Warning: {warning}." for warning in self.warnings]
         parts.append(Text(self.summary, style=_STYLES[self.verdict]))
         return Group(*parts)
@@ -133,6 +149,7 @@ class CheckReport:
             "seeds": self.seeds,
             "steps": self.steps,
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "rows": [_finite(asdict(row)) for row in self.rows],
         }
         return json.dumps(content, indent=1, allow_nan=False)
@@ -153,6 +170,7 @@ class CheckReport:
                 steps=_a(int, content["steps"]),
                 rows=tuple(map(_row, content["rows"])),
                 warnings=tuple(_a(str, warning) for warning in content["warnings"]),
+                notes=tuple(_a(str, note) for note in content.get("notes", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -169,6 +187,7 @@ def by_quantity(rows: Iterable[Row]) -> dict[Quantity, dict[str, Row]]:
 
 
 _MARKS: dict[Verdict, str] = {"pass": " ", "fail": "✗", "undecided": "?"}
+_ORDER: tuple[Verdict, ...] = ("fail", "undecided", "pass")
 _STYLES: dict[Verdict, str] = {"pass": "green", "fail": "bold red", "undecided": "yellow"}
 
 
@@ -186,10 +205,35 @@ def _table(rows: Sequence[Row]) -> Table:
         for quantity, found in quantities:
             name = "" if quantity.name == quantity.role else quantity.name
             cells = [_cell(found.get(axis)) for axis in axes]
-            worst = min((row.verdict for row in found.values()), key=("fail", "undecided", "pass").index)
+            worst = _worst(found)
             table.add_row(heading, name, quantity.role or "", *cells, Text(worst, style=_STYLES[worst]))
             heading = ""
     return table
+
+
+def _worst(found: Mapping[str, Row]) -> Verdict:
+    return min((row.verdict for row in found.values()), key=_ORDER.index)
+
+
+def _advice(undecided: Sequence[Row], seeds: int) -> list[str]:
+    """What would decide a check: more seeds, where intervals are wide, and what is the matter with the other rows."""
+    advice = list(dict.fromkeys(f"{row.quantity}: {row.reason}" for row in undecided if math.isnan(row.slope)))
+    wide = [row for row in undecided if row.is_wide]
+    between = [row for row in undecided if not (row.is_wide or math.isnan(row.slope))]
+    if wide:
+        # half of an interval falls as one over the root of the number of seeds
+        enough = math.ceil(seeds * (2 * max(row.error for row in wide) / (FAULT - DRIFT)) ** 2)
+        advice.append(
+            f"Runs differ too much to tell from one size to the next in {len(wide)} of {len(undecided)} rows. "
+            f"More seeds would tell, about {max(enough, seeds + 1)}."
+        )
+    if between:
+        advice.append(
+            f"{len(between)} of {len(undecided)} undecided rows have slopes between those of finite networks (to {DRIFT}) "
+            f"and those of faults (from {FAULT}), which more seeds would not change. Begin with a larger base, of more "
+            f"blocks or units. The steepest is {max(between, key=lambda row: abs(row.slope))}."
+        )
+    return advice
 
 
 def _cell(row: Row | None) -> Text:

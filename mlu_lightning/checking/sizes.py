@@ -13,8 +13,8 @@ from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["AXES", "Size", "check_growth", "default_axes", "sizes"]
 
-AXES = "depth", "hidden", "embedding", "together"
-"""Ways for a shape to grow."""
+AXES = "depth", "hidden", "embedding", "width", "together"
+"""Ways for a shape to grow; the width is hidden and embedding together, for modules that fix their ratio."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Size:
     shape: Shape
 
 
-def default_axes(factors: Sequence[int], axes: Sequence[str] = AXES[:-1]) -> tuple[str, ...]:
+def default_axes(factors: Sequence[int], axes: Sequence[str] = AXES[:3]) -> tuple[str, ...]:
     """Axes of a check: each on its own, and all together if that makes three sizes, the least that show a slope."""
     return (*axes, "together") if len(axes) > 1 and len(factors) > 3 else (*axes,)
 
@@ -48,18 +48,19 @@ def sizes(base: Shape, factors: Sequence[int], axes: Sequence[str] = AXES) -> tu
     found = [Size("depth", factor, grown(factor, 1, 1)) for factor in factors]
     found += [Size("hidden", factor, grown(1, factor, 1)) for factor in factors]
     found += [Size("embedding", factor, grown(1, factors[-1], factor)) for factor in factors]
+    found += [Size("width", factor, grown(1, factor, factor)) for factor in factors]
     found += [Size("together", factor, grown(factor, factor, factor)) for factor in factors[:-1]]
     return tuple(size for size in found if size.axis in axes)
 
 
 def check_growth(axis: str, factor: int, small: Plan, large: Plan) -> None:
     """Refuse modules that do not grow along an axis, because they would pass; one kind of stream or branch is enough."""
-    if any(_grows(grown, factor, small, large) for grown in (_COUNTED if axis == "together" else (axis,))):
+    if any(_grows(grown, factor, small, large) for grown in _PARTS.get(axis, (axis,))):
         return
-    if axis == "together":
+    if axis in _PARTS:
+        parts = "depth, hidden width or embedding" if axis == "together" else "hidden width or embedding"
         raise ValueError(
-            "The module grows neither with its depth nor with its hidden width or embedding. Let the module_factory use "
-            "depth=..., hidden=... and embedding=..."
+            f"The module does not grow with its {parts}. Let the module_factory use depth=..., hidden=... and embedding=..."
         )
     had = "as they had at half of it" if factor == 2 else f"as they had at 1/{factor} of it"
     whose, what = _COUNTED[axis]
@@ -76,6 +77,8 @@ _COUNTED = {
     "hidden": ("its branches", "hidden units, heads or channels"),
     "embedding": ("its streams", "dimensions"),
 }
+
+_PARTS = {"width": ("hidden", "embedding"), "together": ("depth", "hidden", "embedding")}
 
 
 def _grows(axis: str, factor: int, small: Plan, large: Plan) -> bool:

@@ -65,6 +65,11 @@ class Row:
     reason: Reason = Reason.NONE
     points: tuple[Point, ...] = ()
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it is undecided because the interval has right slopes and wrong ones in it, which seeds make narrower."""
+        return self.verdict == "undecided" and 2 * self.error >= FAULT - DRIFT
+
     def __str__(self) -> str:
         if math.isnan(self.slope):
             return f"{self.quantity}, {self.axis}: {self.reason}"
@@ -92,18 +97,22 @@ def fit_row(
     points: Sequence[Point],
     others: Sequence[Sequence[Point]] = (),
     may_be_still: bool = False,
+    leeway: tuple[float, float] = (0.0, 0.0),
 ) -> Row:
     """Fit the slope of a quantity against size, and judge it.
 
     Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. Of parameters, the
     lowest and the highest along the depth are fitted, too, where a single wrong branch is seen. ``others`` are points of
-    other axes, along which the quantity is as noisy; ``may_be_still`` says that it is right not to move.
+    other axes, along which the quantity is as noisy; ``may_be_still`` says that it is right not to move, and ``leeway`` is
+    added to the lowest and highest slopes of finite networks.
     """
     row = Row(quantity, axis, math.nan, math.nan, "undecided", points=tuple(points))
-    mean = _judged(row, others, may_be_still)
+    mean = _judged(row, others, may_be_still, leeway)
     if mean.verdict == "fail" or math.isnan(mean.slope) or not quantity.kind.is_of_parameter:
         return mean
-    extremes = [_judged(replace(row, reason=place), others) for place in (Reason.LARGEST, Reason.SMALLEST)]
+    extremes = [
+        _judged(replace(row, reason=place), others, leeway=leeway) for place in (Reason.LARGEST, Reason.SMALLEST)
+    ]
     failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
 
@@ -148,7 +157,9 @@ def _deviation(row: Row) -> float:
     return math.inf if math.isnan(row.slope) else abs(row.slope) - row.error
 
 
-def _judged(row: Row, others: Sequence[Sequence[Point]], may_be_still: bool = False) -> Row:
+def _judged(
+    row: Row, others: Sequence[Sequence[Point]], may_be_still: bool = False, leeway: tuple[float, float] = (0.0, 0.0)
+) -> Row:
     """A row with its slope, at the place that its reason says, and its verdict."""
     values = [point.at(row.reason) for point in row.points]
     if not all(math.isfinite(value) for value in values):
@@ -165,7 +176,7 @@ def _judged(row: Row, others: Sequence[Sequence[Point]], may_be_still: bool = Fa
     clean = [other for other in others if all(0 < point.at(row.reason) < math.inf for point in other)]
     other_fits = [_Fit.of(other, [point.at(row.reason) for point in other]) for other in clean]
     slope, error, beyond = fit.slope, fit.error(other_fits), FAULT - DRIFT
-    lowest, highest = lowest_and_highest(row.quantity, row.axis)
+    lowest, highest = (sum(ends) for ends in zip(lowest_and_highest(row.quantity, row.axis), leeway, strict=True))
     may_be_right = lowest <= slope + error and slope - error <= highest
     may_be_wrong = slope - error <= lowest - beyond or highest + beyond <= slope + error
     verdict: Verdict = "undecided"

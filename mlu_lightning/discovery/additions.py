@@ -155,14 +155,18 @@ class _Search:
         long: dict[Op, Addition] = {}
         for addition in found:
             source = addition.branch
-            while source not in of and len(source.data) == 1 and source.name not in NONLINEAR:
+            while source not in of and len(source.data) == 1:
+                if source.name in NONLINEAR and source.data[0].source not in of:
+                    break  # what is no activation of a stream
                 source = source.data[0]
-            inner = of.get(source)
-            if (
-                inner is not None
-                and inner.root.index >= addition.root.index
-                and addition.root in self._line(inner.root, of, addition.root.index)
-            ):
+            inner, begin = of.get(source), addition.root
+            if inner is None or inner.root.index < begin.index:
+                continue
+            line = self._line(inner.root, of, begin.index)
+            first = min(line, key=lambda op: op.index)
+            if self.graph.is_matrix(first) and len(first.data) == 1:
+                line |= self._line(first.data[0], of, begin.index)
+            if begin in line:
                 long[addition.op] = addition
         chained = {outer for addition in long.values() for outer in self._line(addition.root, of) if outer in long}
         chained |= {op for op, addition in long.items() if not chained.isdisjoint(self._line(addition.root, of))}
@@ -211,7 +215,21 @@ class _Search:
         if not ends or not self.ancestry.precedes(outer.root, addition.op):
             return False
         root = addition.root
-        return root not in of or root.index >= outer.root.index or self.ancestry.precedes(outer.root, root)
+        if root is outer.root or self.ancestry.precedes(outer.root, root):
+            return True
+        return (root not in of or root.index >= outer.root.index) and not self._escapes(addition.op, outer.op)
+
+    def _escapes(self, op: Op, outer: Op) -> bool:
+        """Whether what an operation makes is read besides another one that reads it, as two streams read each other."""
+        seen, stack = {op}, [op]
+        while stack:
+            users = self.graph.users[stack.pop()]
+            if not users or any(user.index > outer.index for user in users):
+                return True
+            new = {user for user in users if user is not outer} - seen
+            seen |= new
+            stack += new
+        return False
 
     def with_mixing(self, found: list[Addition]) -> list[Addition]:
         """Additions, and those on the same streams whose branches mix what they read without a matrix."""

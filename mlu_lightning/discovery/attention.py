@@ -7,23 +7,20 @@ attention, before the softmax, or on queries or keys; norms to length one (cosin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from mlu_lightning.discovery.axes import reached_from
 from mlu_lightning.discovery.comparisons import comparisons, is_product
-from mlu_lightning.discovery.constants import number
-from mlu_lightning.discovery.graph import ATTENTION, JOINS, NONLINEAR, NORMS, PARTS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.entry_sizes import SAME_SIZE, entry_size, product_size
+from mlu_lightning.discovery.graph import ATTENTION, NONLINEAR, Graph, Op
 
 __all__ = ["Attention", "find_attention", "own_scale"]
 
-_SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {"Sum"}
-_POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
 _SOFTMAXES = ("Softmax", "SafeSoftmax")
 
 
@@ -103,7 +100,7 @@ def own_scale(attention: Attention, ops: Iterable[Op], graph: Graph) -> float | 
     product = path[0]
     sizes: dict[Op, float | None] = {}
     for op in (op for op in ops if op.index < product.index):
-        sizes[op] = _size(op, sizes, graph)
+        sizes[op] = entry_size(op, sizes, graph)
     factors = [sizes.get(attention.queries, 1.0), sizes.get(attention.keys, 1.0)]
     if product.name.startswith(ATTENTION):
         scale = getattr(product.node, "_saved_scale", None)
@@ -145,52 +142,8 @@ def _path(start: Op, members: frozenset[Op], products: frozenset[Op]) -> tuple[O
     return path
 
 
-def _size(op: Op, sizes: Mapping[Op, float | None], graph: Graph) -> float | None:
-    """Size of an operation's entries if those of the stream and of projections are 1."""
-    if graph.is_matrix(op) or op.name in NORMS or not op.data:
-        return 1.0
-    if op.name in ("Mul", "Div"):
-        return _product(op, sizes)
-    if op.name == "CopySlices" and op.operands[1:] in ((), (None,)):
-        return None  # a part of it was changed in place by a number, not filled with other data
-    operands = [sizes.get(operand, 1.0) for operand in op.data]
-    first = operands[0]
-    if first is None or any(size is None or not math.isclose(size, first, rel_tol=1e-6) for size in operands):
-        return None
-    summed = math.prod(op.data[0].shape) / max(math.prod(op.shape), 1)
-    if op.name in _SAME_SIZE:
-        return first
-    exponent = getattr(op.node, "_saved_exponent", None) if op.name == "Pow" else _POWERS.get(op.name)
-    if isinstance(exponent, (int, float)):
-        return math.pow(first, exponent)
-    if op.name == "Sum":
-        return first * summed  # of squares, in a norm that is written by hand
-    if op.name == "LinalgVectorNorm" and getattr(op.node, "_saved_ord", None) == 2:
-        return first * math.sqrt(summed)
-    return None
-
-
 def _slope(op: Op, before: Op) -> float | None:
     """Factor of an operation on logits; c · tanh(logits/c), which caps them, keeps them where they are small."""
     if op.name in ("Mul", "Div") and op.data == (before,):
-        return _product(op, {before: 1.0})
-    return 1.0 if op.name in _SAME_SIZE | {"Tanh"} else None
-
-
-def _product(op: Op, sizes: Mapping[Op, float | None]) -> float | None:
-    """Size of a product or a quotient."""
-    operands = (*op.operands, None)[:2]  # a product with a number may have one operand
-    first, second = (
-        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute))
-        for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True)
-    )
-    if first is None or not second:
-        return None
-    return first * second if op.name == "Mul" else first / second
-
-
-def _constant(value: object) -> float | None:
-    """A number; 1 for what differs between coordinates or keys, as the rotations of positions and masks do."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        return 1.0 if value.shape[-1] > 1 else None
-    return number(value)
+        return product_size(op, {before: 1.0})
+    return 1.0 if op.name in SAME_SIZE | {"Tanh"} else None

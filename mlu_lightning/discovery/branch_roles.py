@@ -71,11 +71,16 @@ class BranchRoles:
     def _place_several_axes(self, use: Use) -> Placed | Unplaced:
         """Role of a vector for each of several time steps, channels or parts."""
         sizes = {size for op in self.matrices for matrix in self.graph.matrices(op) for size in matrix.fans}
+        before = self._matrices_before.of(use.op) and use.op not in self._writing_path
+        if before and math.prod(use.shape) in sizes:
+            return Placed(Role.BRANCH_IN_BIAS, outputs=math.prod(use.shape))  # heads times entries of a head
         of_units = [size for size in use.shape[::-1] if size > 1 and (size in sizes or not sizes)]
         if not of_units:
             return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
-        outer = not self._matrices_before.of(use.op) or use.op in self._writing_path or of_units[0] == self.embedding
-        return Placed(Role.BRANCH_NORM if outer else Role.BRANCH_IN_BIAS, outputs=of_units[0])
+        return Placed(
+            Role.BRANCH_NORM if not before or of_units[0] == self.embedding else Role.BRANCH_IN_BIAS,
+            outputs=of_units[0],
+        )
 
     @cached_property
     def embedding(self) -> int | None:

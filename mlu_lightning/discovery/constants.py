@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from mlu_lightning.discovery.entry_sizes import normed_size, number
 from mlu_lightning.discovery.graph import ATTENTION, JOINS, PARTS, RESHAPES, Graph, Op, Use
 from mlu_lightning.discovery.residual import BranchRegion
 
-__all__ = ["Constants", "number"]
+__all__ = ["Constants"]
 
 _ARRANGES = RESHAPES | PARTS
 _PASSES = _ARRANGES | JOINS | {"Add", "Sub", "Rsub", "Mul", "Div"}
@@ -63,11 +63,10 @@ class Constants:
                 break
             forward.append(op)
         behind = self._behind(region.end)[0]
-        stream = []
-        for op in self._behind(region.before)[0]:
-            if op is region.root or len(self._graph.users[op]) > 1:
-                break  # the branch reads it, too
-            stream.append(op)
+        stream, source = self._behind(region.before)
+        if not source.is_normalizer:
+            read = (op is region.root or len(self._graph.users[op]) > 1 for op in stream)
+            stream = stream[: next((number for number, too in enumerate(read) if too), None)]  # by the branch, too
         on_branch, on_stream = {*forward, *behind}, set(stream)
         found = [_alpha(region.addition, op) for op in (forward[-1], region.before)]
         found = [
@@ -133,9 +132,15 @@ class Constants:
         return found
 
     def _behind(self, op: Op) -> tuple[list[Op], Op]:
-        """Operations on the way back that only arrange or multiply by a constant, and what these are made from."""
+        """Operations on the way back that arrange, multiply by constants or gains, or norm, and what these are made from."""
         found: list[Op] = []
-        while op not in self._additions and len(op.data) == 1 and not self._graph.uses.get(op):
+        while op not in self._additions:
+            if op.is_normalizer:
+                found.append(op)
+                break
+            is_gain = op.name == "Mul" and self._graph.kinds(op) == {"mul"}
+            if len(op.data) != 1 or (self._graph.uses.get(op) and not is_gain):
+                break
             if op.name not in _ARRANGES | {"Mul", "Div"} or not self._is_proportional(op, op.data[0]):
                 break
             found.append(op)
@@ -155,7 +160,9 @@ class Constants:
         return op.name != "Div" or (numerator is not None and numerator[0] is to)
 
     def _factor(self, op: Op) -> float:
-        """Number that an operation multiplies its only operand by; 1 where there is none, and for masks."""
+        """Number that an operation multiplies its only operand by, or size of a norm; 1 if there is none, and for masks."""
+        if op.is_normalizer:
+            return normed_size(op, self._graph)
         if op.name not in ("Mul", "Div"):
             return 1.0
         operands = (*op.operands, None)[:2]
@@ -170,16 +177,6 @@ class Constants:
         return 1.0 if inverse else factor
 
 
-def number(value: object) -> float | None:
-    """A number, or the only entry of a tensor; None if there is no such thing, or it is not known."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        return None
-    known = value.constant if isinstance(value, FakeTensor) else value
-    return None if known is None else float(known)
-
-
 def _alpha(op: Op, operand: Op) -> float:
     """What ``torch.add(a, b, alpha=...)`` multiplies its second operand by."""
     second = op.operands[1] if op.name in ("Add", "Sub") and len(op.operands) > 1 else None
@@ -189,7 +186,8 @@ def _alpha(op: Op, operand: Op) -> float:
 
 def _is_mask(op: Op) -> bool:
     """Whether an operation multiplies each sample by a number that is not known."""
-    other = getattr(op.node, "_saved_other", None) if op.name == "Mul" and len(op.data) == 1 else None
+    alone = op.name == "Mul" and sum(operand is not None for operand in op.operands) == 1
+    other = getattr(op.node, "_saved_other", None) if alone else None
     per_sample = isinstance(other, Tensor) and other.ndim > 1 and math.prod(other.shape[1:]) == 1
     return per_sample and number(other) is None
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, permutations
 from typing import Literal
 
 from torch import Tensor
@@ -30,8 +30,11 @@ PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
 """Operations that take a part of a tensor."""
 JOINS = frozenset(
     "Cat Stack Sum Mean IndexAdd ScatterAdd Scatter IndexPut IndexCopy CopySlices Where MaskedFill Index "
-    "IndexSelect Gather ConstantPadND AvgPool2D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D UpsampleNearest2D "
-    "UpsampleBilinear2D Roll Flip Neg AvgPool3D FftR2C FftC2C FftC2R".split()
+    "IndexSelect Gather ConstantPadNd AvgPool2D AvgPool3D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D AdaptiveAvgPool3D "
+    "UpsampleNearest1D UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D "
+    "UpsampleNearestExact3D UpsampleLinear1D UpsampleBilinear2D UpsampleTrilinear3D UpsampleBicubic2D ReflectionPad1D "
+    "ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D PixelShuffle PixelUnshuffle "
+    "ChannelShuffle Im2Col Col2Im Unfold Repeat Roll Flip Rot90 Tril Triu Neg FftR2C FftC2C FftC2R".split()
 )
 """Further linear operations, which arrange, sum or mask."""
 ARITHMETIC = frozenset("Add Sub Rsub Mul Div".split())
@@ -40,7 +43,9 @@ LINEAR = RESHAPES | PARTS | JOINS | ARITHMETIC
 NONLINEAR = frozenset(
     "Relu Gelu Silu Tanh Sigmoid Softmax SafeSoftmax LogSoftmax Softplus Elu Celu Selu LeakyRelu Hardtanh Hardswish "
     "Hardsigmoid Mish Erf Exp Expm1 Log Log1P Pow Rsqrt Sqrt Clamp ClampMin ClampMax Abs Sin Cos Threshold Glu "
-    "LogSigmoid Maximum Minimum Max Amax Topk Sort Reciprocal Prelu Softsign Atan Sinh Cosh Square "
+    "LogSigmoid Maximum Minimum Max Amax Topk Sort Reciprocal Prelu PreluKernel RreluWithNoise Softsign Atan Sinh Cosh "
+    "Square Hardshrink Softshrink Exp2 Log2 Log10 Asinh Acosh Atanh Tan Logit Erfc Logsumexp Logaddexp Logcumsumexp Fmax "
+    "Fmin Median Prod Cummax Xlogy Sinc Atan2 Hypot "
     "NllLoss NllLossNd NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits".split()
 )
 NORMS = frozenset(
@@ -114,7 +119,18 @@ class Op:
         """Whether it divides data by a size of that data: a norm, whole or its last step written by hand."""
         if self.name not in ("Mul", "Div") or len(self.data) != 2:
             return self.name in NORMS
-        return any(op.source.name in SIZES and (1,) in (op.source.shape[-1:], op.shape[-1:]) for op in self.data)
+        return any(
+            size.source.name in SIZES
+            and ((1,) in (size.source.shape[-1:], self.shape[-1:]) or self._is_size(size.source, normed.source))
+            for size, normed in permutations(self.data)
+        )
+
+    def _is_size(self, size: Op, normed: Op) -> bool:
+        """Whether one operand is computed from the other alone, with fewer entries, as a norm over channels is."""
+        op = size
+        while op is not normed and len({*op.data}) == 1:
+            op = op.data[0]
+        return op is normed and math.prod(size.shape) < math.prod(self.shape)
 
     @property
     def full_factors(self) -> tuple[Op, ...]:
@@ -130,7 +146,7 @@ UseKind = Literal["matrix", "bias", "gain", "lookup", "norm", "add", "mul", "pen
 ``"penalty"`` is a term of the loss."""
 USE_KINDS: dict[str, UseKind] = {
     **dict.fromkeys(("Add", "Sub", "Rsub", "Cat", "Where"), "add"),
-    **dict.fromkeys(("Mul", "Div", "Prelu"), "mul"),
+    **dict.fromkeys(("Mul", "Div", "Prelu", "PreluKernel"), "mul"),
     **dict.fromkeys(NORMS, "norm"),
     **dict.fromkeys(LOOKUPS, "lookup"),
 }

@@ -131,9 +131,12 @@ class MultiplierSites:
                 return factor[0], factor[1] | {op}
             return (uses, {op}) if uses else None
         if op.name == "Bmm" or op.name.startswith(ATTENTION):
-            values = op.operands[1 if op.name == "Bmm" else 2]
-            uses, operands = [], () if values is None else (values[0],)
-        elif op.name not in LINEAR or (op.name in ("Add", "Sub") and None in op.operands):
+            # values, or what weighs them
+            read = [op.operands[slot] for slot in ((1, 0) if op.name == "Bmm" else (2,))]
+            factors = (self._factors(operand[0]) for operand in read if operand is not None)
+            product = next(filter(None, factors), None)
+            return None if product is None else (product[0], product[1] | {op})
+        if op.name not in LINEAR or (op.name in ("Add", "Sub") and None in op.operands):
             return None  # a constant is added, which no parameter multiplies
         parts = [part for part in map(self._factors, operands) if part is not None]
         if not parts or len(parts) < len(operands):
@@ -156,8 +159,10 @@ class MultiplierSites:
                 # the factor that holds what is written, such as an expert's output beside its weight
                 operands = tuple(operand for operand in op.full_factors if self._factors(operand) is not None)
                 operands = operands if len(operands) == 1 else ()
+            if op.name == "Bmm" and len(operands) == 2 and self._factors(operands[1]) is None:
+                operands = operands[:1] if self._factors(operands[0]) is not None else ()
             sums = op.name in ("Add", "Sub") and None not in op.operands
-            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Select", "Slice"}
+            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Bmm", "Select", "Slice"}
             if not (sums or alone):
                 break
             inside.add(op)

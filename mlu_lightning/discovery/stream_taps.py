@@ -46,7 +46,8 @@ class StreamTaps:
     def dimension(self, branches: list[BranchRoles]) -> int:
         """Dimension of a stream after its last branch."""
         last = branches[-1].region.addition
-        return last.shape[self._axes.get(last, -1)]
+        axis = self._axis(last, branches[-1])
+        return last.shape[-1 if axis is None else axis]
 
     @cached_property
     def _axes(self) -> dict[Op, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -49,13 +50,17 @@ def require_recurrence_in_branches(module: nn.Module, graph: Graph, partition: P
     parts = ((*p.trunk, p.stem, p.shortcuts, p.link, p.head) for p in partition.streams)
     found = sorted({name for regions in parts for ops in regions for name in feeds_back(graph, ops)})
     if found:
-        owner = common_module(found) or "the module itself"
-        raise ValueError(
-            f"{type(module).__name__} has a recurrent layer outside of every residual branch: {owner} ({found[0]} is "
-            "applied to its own output). A state that a sequence runs through adds nothing to a residual stream, so there "
-            "are no numbers to plan it by, and no role to give in overrides. Put it into a residual branch, as in "
-            "x + out(rnn(norm(x))), or plan the residual part of the module alone."
-        )
+        raise _recurrent(module, found)
+
+
+def _recurrent(module: nn.Module, names: list[str]) -> ValueError:
+    owner = common_module(names) or "the module itself"
+    return ValueError(
+        f"{type(module).__name__} has a recurrent layer outside of every residual branch: {owner} ({names[0]} is "
+        "applied to its own output). A state that a sequence runs through adds nothing to a residual stream, so there "
+        "are no numbers to plan it by, and no role to give in overrides. Put it into a residual branch, as in "
+        "x + out(rnn(norm(x))), or plan the residual part of the module alone."
+    )
 
 
 def require_sums(module: nn.Module, graph: Graph, partition: Partition) -> None:
@@ -64,6 +69,12 @@ def require_sums(module: nn.Module, graph: Graph, partition: Partition) -> None:
         gates = [gate for ops in stream.trunk if (gate := _gate(graph, ops)) is not None]
         if len(gates) > 1 or (gates and stream.depth < 4):
             names = [use.parameter for use in graph.matrices(gates[0])]
+            beside = (
+                use for op in graph.uses for use in graph.matrices(op) if owner_of(use.parameter) == owner_of(names[0])
+            )
+            again = [name for name, count in Counter(use.parameter for use in beside).items() if count > 1]
+            if again:
+                raise _recurrent(module, again)
             raise ValueError(
                 f"{type(module).__name__} multiplies its stream by what {owner_of(names[0])} makes of the stream, between "
                 "additions: such gates keep a part of the stream in every block and forget another, as a recurrent unit "

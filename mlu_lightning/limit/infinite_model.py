@@ -261,6 +261,11 @@ _BUILDERS: Mapping[type[nn.Module], Callable[..., Any]] = {ResNet: _resnet, Caus
 
 def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
     """Plan of the infinite model, with the standard deviations of the finite one's, which may have been edited."""
+    if plan.tuned:
+        raise ValueError(
+            "The plan has tuned factors, and the infinite model is that of the table's numbers: make the plan without "
+            f"tuned=..., or {_RECORD}."
+        )
     if plan.parameterization != Parameterization.MLU or not plan.horizon.is_identity:
         raise ValueError(
             f"The plan has parameterization={plan.parameterization.value!r}, batch_ratio="

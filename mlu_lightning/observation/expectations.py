@@ -126,7 +126,7 @@ class Expectations:
         ratio = branch.head_dim / branch.base_head_dim
         return max(ratio, 1 / ratio)
 
-    def added(self, names: Iterable[str]) -> Interval | None:
+    def added(self, names: frozenset[str]) -> Interval | None:
         """What a residual branch adds: 1/l times what its last matrix makes of random inputs, or of biases and norms."""
         found = []
         for name in names:
@@ -136,11 +136,24 @@ class Expectations:
                 continue
             weight = 1.0 if entry.variant is Variant.BEFORE_NORM else self.weight(name, "matrix")
             found += [self._factor(multiplier) * factor for factor in (1.0, weight)]
-        return Interval(min(found), max(found)) if found else None
+        inner = self.tuned(name for name in names if self.plan.roles.get(name) not in (None, Role.BRANCH_OUT))
+        # gates are products of two of what they multiply
+        return Interval(min(found) * inner.low**2, max(found) * inner.high**2) if found else None
+
+    def tuned(self, names: Iterable[str]) -> Interval:
+        """Least and largest of the tuned factors of parameters' std, and 1."""
+        found = [1.0, *(self.plan.matched.of(name).std for name in names)]
+        return Interval(min(found), max(found))
+
+    @property
+    def stems(self) -> Interval:
+        """Tuned factors of what a stream begins with."""
+        return self.tuned(name for name, role in self.plan.roles.items() if not role.in_branch)
 
     def _table_std(self, name: str) -> float:
         entry = self.plan.parameters[name]
-        return self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+        std = self._table.row(entry.role, entry.variant, entry.ratios).std(entry.ratios)
+        return std * self.plan.matched.of(name).std
 
     def _compensated(self, name: str) -> float:
         """Ratio of the module's own constant to the base's that a parameter's numbers are relative to."""

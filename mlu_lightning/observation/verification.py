@@ -228,7 +228,7 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
         if not theirs or any(expectations.keeps(name) for addition in ours for name in addition.names):
             continue
         depth = len(ours) / len(theirs)
-        known = expectations.added({name for addition in ours for name in addition.names})
+        known = expectations.added(frozenset(name for addition in ours for name in addition.names))
         added = known or Interval(1 / depth, 1 / depth)
         label = ", ".join(sorted(patterns)[:2]) or "something without parameters"
         what, adds = f"what the residual branch of {label} adds", _ratio(ours, theirs, _added)
@@ -243,8 +243,10 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
         least, most = added.low * depth, added.high * depth
         before = (len(ours) - 1) / len(ours), (len(theirs) - 1) / len(theirs)
         high = max(1, most, most / math.sqrt(depth)) * (before[0] / before[1] if before[1] else math.inf)
-        along = Interval(min(1, least, least / math.sqrt(depth)), high)
-        first = Interval(min(1, added.low), max(1, added.high))  # after other branches of its block
+        stem = expectations.stems
+        along = Interval(min(1, least, least / math.sqrt(depth)) * stem.low, high * stem.high)
+        # after other branches of its block
+        first = Interval(min(1, added.low) * stem.low, max(1, added.high) * stem.high)
         for place, interval in ((0, first), (-1, along)):
             ratio = _ratio([ours[place]], [theirs[place]], lambda addition: addition.stream)
             yield from _off_chance(

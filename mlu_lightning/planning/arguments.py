@@ -24,3 +24,4 @@ class PlanArguments:
     parameterization: ParameterizationName = "mlu"
     batch_ratio: float = 1.0
     token_ratio: float = 1.0
+    tuned: Mapping[str, Mapping[str, float]] | str | None = None

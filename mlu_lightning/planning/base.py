@@ -162,11 +162,11 @@ def _std(name: str, parameter: nn.Parameter, role: Role, module: nn.Module) -> f
 def own_factors(structure: Structure, key: Literal["logits_scale", "constant"]) -> dict[str, float | None]:
     """What the module itself multiplies logits or branches by; None where that is unknown or differs along the depth.
 
-    Stages of another head_dim have another factor on logits.
+    Stages of another head_dim or width may have another factor.
     """
-    groups: dict[tuple[str, str, int | None], list[Branch]] = {}
+    groups: dict[tuple[str, str, int | None, int], list[Branch]] = {}
     for branch in structure.branches:
-        groups.setdefault((name_pattern(branch.name), branch.kind, branch.head_dim), []).append(branch)
+        groups.setdefault((name_pattern(branch.name), branch.kind, branch.head_dim, branch.hidden), []).append(branch)
     found: dict[str, float | None] = {}
     for alike in groups.values():
         factors = {getattr(branch, key) for branch in alike}

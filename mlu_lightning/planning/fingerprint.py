@@ -27,6 +27,8 @@ def fingerprint(plan: Plan) -> str:
         "alpha": float(plan.alpha),
         "horizon": [*map(float, astuple(plan.horizon))],
     }
+    if plan.tuned:
+        content["tuned"] = plan.tuned
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

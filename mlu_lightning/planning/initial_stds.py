@@ -17,7 +17,8 @@ def std_groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     groups: dict[object, dict[str, float | None]] = {}
     for name, planned in plan.parameters.items():
         row = planned.role, planned.variant, planned.shape, planned.base_shape, planned.ratios, planned.constant_ratio
-        groups.setdefault((name_pattern(name), row, planned.base_std is None), {})[name] = planned.base_std
+        key = name_pattern(name), row, plan.matched.of(name).std, planned.base_std is None
+        groups.setdefault(key, {})[name] = planned.base_std
     scales = plan.scales(OptimizerFamily.ADAMW)  # their std is the same for all families
     found: list[tuple[list[str], float | None]] = []
     for group in groups.values():

@@ -29,6 +29,7 @@ from mlu_lightning.planning.overrides import override_roles, require_roles
 from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, range_of
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
+from mlu_lightning.planning.tuned import Matched, Tuned, match_tuned, read_tuned
 from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.locks import WriterLock
 from mlu_lightning.utilities.names import planned_parameters
@@ -53,9 +54,11 @@ class Plan:
         features: where pre-activations of branches can be read.
         parameterization: whose table the factors are looked up in.
         horizon: batch size and duration next to the base's.
+        tuned: factors by key and number, as :meth:`from_model` takes them, multiplied into the table's.
+        optimizers: families of those that a fit found, whose factors the plan is printed with; by default AdamW's.
 
     Raises:
-        ValueError: if a number is out of range, a multiplier is there twice, or
+        ValueError: if a number is out of range, a multiplier is there twice, a tuned factor matches nothing, or
             another parameterization than MLU has no base or a richness.
     """
 
@@ -69,6 +72,8 @@ class Plan:
     features: tuple[Tap, ...] = ()
     parameterization: Parameterization = Parameterization.MLU
     horizon: Horizon = field(default_factory=Horizon)
+    tuned: Tuned = field(default_factory=dict)
+    optimizers: tuple[OptimizerFamily, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         """Check numbers and names, and that the parameterization has what it needs."""
@@ -79,6 +84,7 @@ class Plan:
             )
         check_parts(self.parameters, self.branches, self.streams, self.multipliers)
         _check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
+        _ = self.matched  # refuses keys that match nothing
 
     @classmethod
     def from_model(
@@ -92,6 +98,7 @@ class Plan:
         parameterization: Parameterization | str = Parameterization.MLU,
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
+        tuned: Mapping[str, Mapping[str, float]] | str | PathLike[str] | None = None,
     ) -> Plan:
         """Discover a module's structure and put it next to a base.
 
@@ -110,10 +117,15 @@ class Plan:
             batch_ratio: tokens in a batch over those in one of the base's: with s = sqrt(batch_ratio/token_ratio),
                 AdamW's lr and decay are multiplied by s, eps by 1/s, and 1 - β by s² (Complete(d)P, arXiv 2512.22382).
             token_ratio: tokens seen in all of the training over those that the base saw.
+            tuned: factors that were found at the base, of ``"std"``, ``"lr"``, ``"weight_decay"`` and (branch_out and
+                readout) ``"multiplier"``: ``{"embedding": {"lr": 1.9, "std": 2.7}}``, or the path of such a YAML file. Keys
+                are roles, roles in one kind of branch (``"branch_in@attention"``) or glob patterns of parameter names;
+                those of all that match are multiplied into the table's numbers, at the base's shape, too.
 
         Raises:
-            ValueError: without residual branches or example, with a parameter that has no role, an override that matches
-                nothing, a base of another architecture, or a parameterization that needs a base or has no richness.
+            ValueError: without residual branches or example, with a parameter that has no role, an override or a factor
+                that matches nothing, a base of another architecture, or a parameterization that needs a base or has no
+                richness.
 
         >>> from mlu_lightning.models import ResNet
         >>> import torch
@@ -163,6 +175,7 @@ class Plan:
             features=structure.features,
             parameterization=parameterization,
             horizon=horizon,
+            tuned=read_tuned(tuned),
         )
 
     @property
@@ -201,9 +214,19 @@ class Plan:
             readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
         )
 
+    @cached_property
+    def matched(self) -> Matched:
+        """What the tuned factors are of."""
+        return match_tuned(self.tuned, self.parameters, self.branches, self.multipliers)
+
+    @property
+    def is_at_base(self) -> bool:
+        """Whether every parameter's numbers are those of the base, but for tuned factors."""
+        return all(parameter.is_at_base for parameter in self.parameters.values())
+
     def forward_multiplier(self, multiplier: Multiplier) -> float:
-        """Return the factor that one of ``multipliers`` puts into the forward pass, with the richness alpha on branches."""
-        value = Scale(multiplier=multiplier.value)
+        """Return the factor that one of ``multipliers`` puts into the forward pass: tuned, and with alpha on branches."""
+        value = Scale(multiplier=multiplier.value * self.matched.multipliers.get(multiplier, 1.0))
         if multiplier.role is None or self.alpha == 1.0:
             return value.multiplier
         return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
@@ -267,7 +290,7 @@ class Plan:
             if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
                 entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
             entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))
-            found[name] = self.horizon.scaled(entry, family)
+            found[name] = self.matched.into(name, self.horizon.scaled(entry, family))
         return found
 
     def check(self, module: nn.Module) -> None:
@@ -345,10 +368,11 @@ class Plan:
             {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers},
             self.own_constants,
             self.warnings,
+            self.tuned,
         )
 
     def __str__(self) -> str:
-        return self.table()
+        return "\n\n".join(map(self.table, self.optimizers or (OptimizerFamily.ADAMW,)))
 
     @property
     def _absolute(self) -> bool:

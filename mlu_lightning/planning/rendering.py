@@ -16,9 +16,9 @@ from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["draw_plan", "headline"]
+__all__ = ["TITLES", "draw_plan", "headline"]
 
-_TITLES = {
+TITLES = {
     Parameterization.MLU: "MLU",
     Parameterization.COMPLETEP: "CompleteP",
     Parameterization.MUP: "µP",
@@ -32,7 +32,7 @@ def headline(
     """Say what the factors of a plan are relative to, and for which optimizers."""
     base = "the paper's absolute form" if absolute else "relative to the base shape"
     richness = "" if alpha == 1 else f", alpha {alpha:g}"
-    line = f"{_TITLES[parameterization]} plan, {base}{richness}: factors for {family.value}"
+    line = f"{TITLES[parameterization]} plan, {base}{richness}: factors for {family.value}"
     if horizon.is_identity:
         return line
     return (
@@ -50,6 +50,7 @@ def draw_plan(
     multipliers: Mapping[Multiplier, float],
     constants: Mapping[str, tuple[float, float]],
     warnings: Iterable[str],
+    tuned: Mapping[str, Mapping[str, float]],
 ) -> str:
     """Draw shapes, roles with their factors, branches with their multipliers, and warnings."""
     text = StringIO()
@@ -70,6 +71,10 @@ def draw_plan(
         first, *others = dict.fromkeys(map(name_pattern, left_alone))
         more = f" and {len(others)} more" if others else ""
         console.print(f"{len(left_alone)} tensors are left alone (frozen){begins}: {first}{more}")
+    if tuned:
+        numbers = ({what: f"{factor:.3g}" for what, factor in factors.items()} for factors in tuned.values())
+        listed = (f"{key} {', '.join(map(' '.join, of.items()))}" for key, of in zip(tuned, numbers, strict=True))
+        console.print(f"Tuned at the base, and in the numbers above: {'; '.join(listed)}.")
     if constants:
         own = {f"{name_pattern(name)} {value:.4g} (base {base:.4g})": None for name, (value, base) in constants.items()}
         console.print(f"Numbers are relative to what the module itself multiplies by: {', '.join(own)}.")

@@ -21,7 +21,7 @@ from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.ranges import in_range, range_of, smallest_integer
-from mlu_lightning.table import Parameterization, Role
+from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
 
 __all__ = ["parts_from_yaml", "parts_to_yaml"]
@@ -41,6 +41,8 @@ def parts_to_yaml(parts: Mapping[str, Any]) -> str:
     lines = [_HEADER.format(roles=", ".join(role.value for role in Role)).rstrip(), f"mlu_plan: {_VERSION}"]
     for key in _PARTS:
         value = parts[key]
+        if key in _OPTIONAL and not value:
+            continue
         block = isinstance(value, (tuple, dict)) and len(value) > 0
         lines.append(f"{key}:" if block else f"{key}: {_flow(value)}")
         if isinstance(value, dict):
@@ -70,6 +72,7 @@ def parts_from_yaml(text: str, source: str) -> dict[str, Any]:
             f"{source} has version {shortened(version)} of the format of plans, and this mlu-lightning reads version "
             f"{_VERSION}. Update mlu-lightning, or plan the same module and base again: Plan.from_model(...).save(path)."
         )
+    content = {**_OPTIONAL, **content}
     if content.keys() != _PARTS.keys():
         wrong = ", ".join(sorted(content.keys() ^ _PARTS.keys())[:20])
         raise ValueError(f"{source} is not a complete plan: {wrong[:200]} should be there or should not be.")
@@ -82,6 +85,8 @@ _PARTS: dict[str, Any] = {
     "parameterization": Parameterization,
     "alpha": float,
     "horizon": Horizon,
+    "tuned": dict[str, dict[str, float]],
+    "optimizers": tuple[OptimizerFamily, ...],
     "warnings": tuple[str, ...],
     "streams": tuple[StreamPlan, ...],
     "branches": tuple[BranchPlan, ...],
@@ -90,6 +95,7 @@ _PARTS: dict[str, Any] = {
     "features": tuple[Tap, ...],
     "parameters": dict[str, ParameterPlan],
 }
+_OPTIONAL: dict[str, Any] = {"tuned": {}, "optimizers": []}  # where there is none, a file has no line of it
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _NULLS = ("null", "Null", "NULL", "~", "")

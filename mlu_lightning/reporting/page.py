@@ -97,8 +97,8 @@ def _slope(row: Row | None) -> tuple[str, str]:
 
 
 def _plan(plan: Plan) -> _View:
-    """The table for AdamW, and those for other optimizers, whose factors are not the same."""
-    families = sorted(OptimizerFamily, key=lambda family: family is not OptimizerFamily.ADAMW)
+    """Tables for the optimizers of its fit, or else for AdamW and for all others, whose factors are not the same."""
+    families = plan.optimizers or sorted(OptimizerFamily, key=lambda family: family is not OptimizerFamily.ADAMW)
     return {"tables": [_factors(plan, family) for family in families]}
 
 

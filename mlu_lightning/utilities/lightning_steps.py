@@ -96,13 +96,13 @@ def muted(module: Any) -> Iterator[None]:
     def trainer() -> Any:
         return cls.trainer.__get__(module)
 
-    mute(
-        module,
-        [],
-        lambda: trainer().optimizers,
-        lambda: [config.scheduler for config in trainer().lr_scheduler_configs],
-    )
     try:
+        mute(
+            module,
+            [],
+            lambda: trainer().optimizers,
+            lambda: [config.scheduler for config in trainer().lr_scheduler_configs],
+        )
         yield
     finally:
         module.__class__ = cls

@@ -1,4 +1,4 @@
-"""Write out functions that add a product, a mean or a part in one step, and changes of views in place, as plain sums.
+"""Write out functions that add a product, a mean or a part in one step as sums, and changes of views in place.
 
 Autograd keeps one node for each of these, behind which the sum cannot be seen.
 """
@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["WrittenOut"]
 
 
 class WrittenOut(TorchFunctionMode):
-    """Runs composed functions of a tensor that has a gradient as the sums that they stand for.
+    """Runs composed functions of a tensor that has a gradient as sums, and what changes views as copies of what is made.
 
     >>> with WrittenOut():
     ...     torch.addcmul(torch.ones(1, requires_grad=True) * 2, torch.ones(1), torch.ones(1)).grad_fn.name()
@@ -26,20 +27,42 @@ class WrittenOut(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given, name = kwargs or {}, getattr(func, "__name__", "")
+        given, name = dict(kwargs or {}), getattr(func, "__name__", "")
         first = args[0] if args else given.get("input")
         if not isinstance(first, Tensor) or not first.requires_grad or isinstance(first, nn.Parameter):
             return func(*args, **given)
         if name == "__setitem__" and isinstance(args[2], Tensor) and _is_that_part(args[2], first[args[1]]):
             return None  # x[i] += y has changed that part already
-        plain = name if name in _SUMS else _IN_PLACE.get(name)
-        if plain is None or (plain in _IN_ONE_NODE and (plain == name or not first._is_view())):
+        if given.get("inplace") and first._is_view():
+            return _overwritten(first, func(*args, **{**given, "inplace": False}))
+        plain = _plain_name(name)
+        is_view = first._is_view() and plain != name
+        written_out = _SUMS.get(plain) or (
+            (getattr(Tensor, plain, None) or getattr(F, plain, None)) if is_view else None
+        )
+        if written_out is None:
             return func(*args, **given)
-        out = given.pop("out", None)
-        made = _SUMS[plain](first, *(args[1:] if args else ()), **{k: v for k, v in given.items() if k != "input"})
-        if plain == name and out is None:
-            return made
-        return (first if out is None else out).copy_(made)
+        out = given.pop("out", first if plain != name else None)
+        made = written_out(first, *args[1:], **{key: value for key, value in given.items() if key != "input"})
+        return made if out is None else _overwritten(out, made)
+
+
+def _plain_name(name: str) -> str:
+    """Name of the function that makes a new tensor, of one that changes its first in place."""
+    if name in _OPERATORS:
+        return _OPERATORS[name]
+    is_in_place = name.endswith("_") and not name.startswith("_") and name not in _NOT_COMPUTED
+    return name[:-1] if is_in_place else name
+
+
+def _overwritten(out: Tensor, made: Tensor) -> Tensor:
+    """A tensor with other entries; all of a tensor that it is a view of is seen to be new."""
+    base = out._base
+    if base is not None and base.numel() == out.numel() and base.is_contiguous() and out.is_contiguous():
+        base.copy_(made.reshape(base.shape))
+    else:
+        out.copy_(made)
+    return out
 
 
 def _is_that_part(value: Tensor, part: Tensor) -> bool:
@@ -90,8 +113,12 @@ def _index_put(base: Tensor, indices: Any, values: Tensor, accumulate: bool = Fa
     return base + torch.zeros_like(base).index_put(indices, values, accumulate=True)
 
 
-_IN_ONE_NODE = frozenset({"add", "sub"})
-"""Functions that autograd shows as they are, but for those that change a view in place."""
+_OPERATORS = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
+_NOT_COMPUTED = frozenset(
+    "copy_ fill_ zero_ detach_ requires_grad_ resize_ set_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ "
+    "as_strided_ bernoulli_ normal_ uniform_".split()
+)
+"""Functions in place that compute nothing of the entries that were there."""
 _SUMS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _mm),
     "addbmm": _addbmm,
@@ -102,8 +129,4 @@ _SUMS: dict[str, Callable[..., Any]] = {
     "index_add": _index_add,
     "scatter_add": _scatter_add,
     "index_put": _index_put,
-    "add": torch.add,
-    "sub": torch.sub,
 }
-_IN_PLACE = {f"{name}_": name for name in _SUMS if name != "rsub"} | {"__iadd__": "add", "__isub__": "sub"}
-"""Functions by the names of those that change a tensor in place."""

@@ -19,7 +19,7 @@ from mlu_lightning.application import residual_state
 from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.models import CausalTransformer
 
-STEPS = 8
+STEPS = 4
 # eps is as large as gradients are, so that its factor counts; with a small one, Adam amplifies rounding errors without
 # bound where the gradient is zero but for these, as that of the bias of keys is
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -34,8 +34,9 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
     return ARCHITECTURES[request.param]
 
 
-def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
-    """A module in double precision with its plan, initialized; dropout is off, because its masks would not matter."""
+@pytest.fixture(scope="module")
+def initialized(architecture: Architecture) -> tuple[nn.Module, Plan]:
+    """A module in double precision with its plan; dropout is off, because its masks would not matter."""
     torch.manual_seed(0)
     base, module = architecture.build(*BASE), architecture.build(*TWICE)
     plan = Plan.from_model(module, architecture.example, base=base, alpha=1.5)
@@ -43,13 +44,19 @@ def _made(architecture: Architecture) -> tuple[nn.Module, Plan]:
     return doubled(module).eval(), plan
 
 
+@pytest.fixture
+def made(initialized: tuple[nn.Module, Plan]) -> tuple[nn.Module, Plan]:
+    """A module of a test's own, and the plan."""
+    return copy.deepcopy(initialized[0]), initialized[1]
+
+
 def _loss(module: nn.Module, example: Any) -> Tensor:
     return loss_of(module, in_double(example))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_same_run(architecture: Architecture, name: str) -> None:
-    hooked, plan = _made(architecture)
+def test_same_run(architecture: Architecture, made: tuple[nn.Module, Plan], name: str) -> None:
+    hooked, plan = made
     folded = copy.deepcopy(hooked)
     if not attachable(plan):
         with pytest.raises(ValueError, match="cannot be attached as a hook"):
@@ -75,9 +82,11 @@ def test_same_run(architecture: Architecture, name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10, msg=lambda text, p=parameter: f"{p}: {text}")
 
 
-def test_a_folded_module_is_a_plain_module_of_the_same_function(architecture: Architecture) -> None:
+def test_a_folded_module_is_a_plain_module_of_the_same_function(
+    architecture: Architecture, made: tuple[nn.Module, Plan]
+) -> None:
     """Also where hooks move into the weights; tied readouts and norms at the ends of branches keep hooks."""
-    module, plan = _made(architecture)
+    module, plan = made
     hooked = copy.deepcopy(module)
     fold(module, plan)
     if attachable(plan):

@@ -1,9 +1,11 @@
 """What the table is for: after a few steps every role has moved the logits equally far, at every shape."""
 
+import copy
 from functools import cache, partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mlu_lightning import Plan, attach_multipliers, initialize, scale_optimizer
@@ -27,15 +29,22 @@ MATRICES = ("branch_in", "branch_out")
 
 
 @cache
+def _built(shape: str | None, seed: int) -> tuple[CausalTransformer, Plan, Tensor]:
+    """A module of a shape, its plan, and tokens."""
+    tokens = torch.randint(32, (8, 17), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(seed)
+    base = CausalTransformer(32, 16, head_dim=8, **BASE)
+    module = CausalTransformer(32, 16, head_dim=8, **(BASE if shape is None else SHAPES[shape]))
+    return module, Plan.from_model(module, tokens, base=base), tokens
+
+
+@cache
 def _moved(family: str, role: str, shape: str | None, scaled: bool) -> float:
     """Root mean square by which the logits change in five steps of the parameters of one role alone."""
-    numbers = BASE if shape is None else SHAPES[shape]
-    tokens, changes = torch.randint(32, (8, 17), generator=torch.Generator().manual_seed(1)), []
+    changes = []
     for seed in (0, 1):
-        torch.manual_seed(seed)
-        base = CausalTransformer(32, 16, head_dim=8, **BASE)
-        module = CausalTransformer(32, 16, head_dim=8, **numbers)
-        plan = Plan.from_model(module, tokens, base=base)
+        built, plan, tokens = _built(shape, seed)
+        module = copy.deepcopy(built)
         parameters = [parameter for name, parameter in module.named_parameters() if plan.roles[name] == role]
         optimizer = OPTIMIZERS[family](parameters)
         if scaled:

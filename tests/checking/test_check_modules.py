@@ -240,7 +240,7 @@ def test_what_does_not_grow_is_refused(axis: str, size: int, says: str) -> None:
 
 def test_of_what_grows_together_one_is_enough() -> None:
     assert layers(lambda depth, hidden, embedding: Layers(2, hidden, 8), axes=["together"], factors=(1, 2, 4)).rows
-    refusal = r"grows neither with its depth nor .*Let the module_factory use depth=\.\.\., "
+    refusal = r"does not grow with its depth, hidden width or embedding\. Let the module_factory use depth=\.\.\., "
     with pytest.raises(ValueError, match=refusal):
         layers(lambda depth, hidden, embedding: Layers(2, 16, 8), axes=["together"])
 

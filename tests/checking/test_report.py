@@ -46,7 +46,7 @@ def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
 
 def test_report_says_what_fails(report: CheckReport) -> None:
     text = str(report)
-    assert "FAIL: 7 pass, 5 fail, 0 undecided" in text
+    assert "FAIL: 9 pass, 6 fail, 0 undecided" in text
     assert "branch_in: look at its lr or eps; update of blocks.*.read.weight (branch_in) grows as hidden^1.0" in text
     assert "Failing too, which may follow from that: blocks.* (mlp)" in text and "Warning: post-norm." in text
     assert max(map(len, text.splitlines())) <= 125

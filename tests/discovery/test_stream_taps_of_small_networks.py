@@ -115,7 +115,7 @@ BARE: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "scaled": lambda net, h, x: h + 0.5 * net.blocks[0](h),
     "alpha": lambda net, h, x: torch.add(h, net.blocks[0](h), alpha=2),
     "difference": lambda net, h, x: h - net.blocks[0](h),
-    "more": lambda net, h, x: h + net.blocks[0](h) + net.embed(x),
+    "more": lambda net, h, x: h + (net.blocks[0](h) + net.embed(x)),
 }
 
 

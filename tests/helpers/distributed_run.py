@@ -1,4 +1,4 @@
-"""Runs in one or two processes: ``distributed_run.py FOLDER STRATEGY...``.
+"""Runs in one or two processes: ``distributed_run.py FOLDER STRATEGY...``, each in a folder of the strategy's name.
 
 Each records a large model, whose features it watches, and measures a small one against it and the infinite model.
 """
@@ -90,4 +90,4 @@ def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[2:]:
-        run(name, Path(sys.argv[1]) / name)
+        run(name.split()[0], Path(sys.argv[1]) / name)

@@ -129,9 +129,7 @@ MULTIPLIERS = {
         "multiplier", partial(at_start, lambda m: setattr(m, "direct", True)), "first step", UNSEEN
     ),
     "part exchanged, weights kept": Fault("multiplier", partial(at_start, copy_part), "first step", UNSEEN),
-    "attached twice, after an interruption": Fault(
-        "multiplier", interrupted, "planning", "There are multipliers in the module"
-    ),
+    "attached twice, after an interruption": Fault("multiplier", interrupted, None, ""),
     "part exchanged with its weights": Fault(
         "multiplier, std",
         partial(at_start, lambda m: setattr(m, "readout", nn.Linear(16, 2, bias=False))),

@@ -19,8 +19,8 @@ SHAPE, BASE = (1, 4, 32), (2, 2, 16)
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
-ALIKE = {"tied llama", "mistral", "qwen3", "gpt-neox", "tied t5"}
-ALIKE |= {"post-norm encoder", "post-norm decoder", "sum of experts", "bottleneck resnet"}
+ALIKE = {"tied llama", "mistral", "qwen3", "gpt-neox", "t5", "tied t5", "bert", "vit", "hugging face resnet"}
+ALIKE |= {"post-norm decoder", "sum of experts", "bottleneck resnet"}
 """Close to others, which are compiled by default."""
 
 

@@ -1,6 +1,8 @@
 """Recordings and distances of two processes (DDP and FSDP2, gloo) are those of one."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -10,6 +12,8 @@ from helpers import distributed_run
 from helpers.distributed_run import logged, start
 
 from mlu_lightning.observation.reference import Reference
+
+Result = subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +25,17 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def divided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def started(single: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Runs of both strategies, and one that would overwrite a file, which ends their processes."""
     folder = tmp_path_factory.mktemp("divided")
-    result = start(folder, "ddp", "fsdp2")
-    assert result.returncode == 0, result.stderr
-    return folder
+    (folder / "ddp again").mkdir()
+    shutil.copy(single / "large.safetensors", folder / "ddp again")
+    return folder, start(folder, "ddp", "fsdp2", "ddp again")
+
+
+@pytest.fixture(scope="module")
+def divided(started: tuple[Path, Result]) -> Path:
+    return started[0]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -58,9 +68,7 @@ def test_two_processes_measure_the_distance_from_the_infinite_model_that_one_doe
     assert {len(values) for values in logged(divided / "ddp" / "limit" / "8", "mlu/distance/").values()} == {42}
 
 
-def test_error_of_the_first_process_ends_all_of_them(single: Path, tmp_path: Path) -> None:
-    (tmp_path / "ddp").mkdir()
-    (tmp_path / "ddp" / "large.safetensors").write_bytes((single / "large.safetensors").read_bytes())
-    result = start(tmp_path, "ddp")
+def test_error_of_the_first_process_ends_all_of_them(started: tuple[Path, Result]) -> None:
+    _, result = started
     assert result.returncode != 0 and result.stderr.count("FileExistsError: ") == 2
     assert "would overwrite it" in result.stderr

@@ -117,9 +117,12 @@ def check_value(value: Any, node: Any) -> None:
             else:
                 assert getattr(value, field.name) == field.default is not MISSING
     elif isinstance(value, dict):
-        assert value.keys() == node.keys()
+        assert node.keys() <= value.keys()
         for key, item in value.items():
-            check_value(item, node[key])
+            if key in node:
+                check_value(item, node[key])
+            else:
+                assert key in ("tuned", "optimizers") and not item
     elif isinstance(value, tuple):
         for item, part in zip(value, node, strict=True):
             check_value(item, part)

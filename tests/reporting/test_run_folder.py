@@ -114,7 +114,7 @@ def test_a_cell_that_is_no_number_leaves_the_others(tmp_path: Path) -> None:
     ("change", "says"),
     [
         (lambda c, row: row.update(verdict='"><script>alert(1)</script>'), "is none of pass, fail, undecided"),
-        (lambda c, row: row.update(axis="<b>"), "is none of depth, hidden, embedding, together"),
+        (lambda c, row: row.update(axis="<b>"), "is none of depth, hidden, embedding, width, together"),
         (lambda c, row: row["quantity"].update(kind=["start"]), "is none of start, update"),
         (lambda c, row: row["quantity"].update(name=1), "1 should be text"),
         (lambda c, row: row["points"][0].update(factor="<b>"), "should be a whole number"),

@@ -42,9 +42,10 @@ def until(ready: object, seconds: float = 20) -> bool:
 
 
 COMMAND = """
-import sys
+import signal, sys
 from test_workers import note, start
 from mlu_lightning.utilities.workers import worker_pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs these tests may ignore
 with worker_pool(2, start) as pool:
     [future.result() for future in [pool.submit(note, sys.argv[1]) for _ in range(4)]]
 """
@@ -59,7 +60,7 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
     workers = [int(path.name) for path in tmp_path.iterdir()]
     assert all(map(is_alive, workers))
     parent.send_signal(number)
-    assert parent.wait(10) != 0
+    assert parent.wait(60) != 0
     assert until(lambda: not any(map(is_alive, workers)), 5)
 
 

@@ -1,0 +1,99 @@
+"""What a fit says of itself when it starts: one line, and the plan in the folder of its logs."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+
+from mlu_lightning.application.applied import Applied
+from mlu_lightning.planning import Plan
+from mlu_lightning.planning.rendering import TITLES
+from mlu_lightning.table import Role
+from mlu_lightning.utilities.whole_files import write_whole
+
+__all__ = ["announce", "one_line"]
+
+PLAN_FILE = "plan.yaml"
+
+
+def announce(trainer: Trainer, applied: Applied) -> None:
+    """Say what the fit does, and save its plan beside its logs, unless it only tries whether it runs."""
+    if getattr(trainer, "fast_dev_run", False):
+        return
+    rank_zero_info(one_line(applied))
+    _save(trainer.loggers, applied.plan)
+
+
+def one_line(applied: Applied) -> str:
+    """Shape next to the base's, roles, optimizers, multipliers and warnings of what is applied to a module.
+
+    >>> from mlu_lightning.models import ResNet
+    >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
+    >>> plan = Plan.from_model(deeper, base=base)
+    >>> one_line(Applied(plan, "fold")).partition("; roles")[0]
+    'MLU: depth 4 (base 2), embedding 8, mlp 16'
+    """
+    plan = applied.plan
+    absolute = plan.base is None
+    depths = _changes(((stream.depth, stream.base_depth) for stream in plan.streams), absolute)
+    embeddings = _changes(((stream.embedding, stream.base_embedding) for stream in plan.streams), absolute)
+    kinds = dict.fromkeys(branch.kind for branch in plan.branches)
+    hidden = [
+        f"{kind} {_changes(((b.hidden, b.base_hidden) for b in plan.branches if b.kind == kind), absolute)}"
+        for kind in kinds
+    ]
+    shape = ", ".join([f"depth {depths}", f"embedding {embeddings}", *hidden])
+    counts = Counter(plan.roles.values())
+    roles = ", ".join(f"{counts[role]} {role.value}" for role in Role if counts[role])
+    optimizers = " and ".join(family.value for family in plan.optimizers) or "none yet"
+    outside = len(applied.acting)
+    held = len(plan.forward_factors) - outside
+    places = [f"{count} {where}" for count, where in ((held, "in weights"), (outside, "in hooks")) if count]
+    return "; ".join(
+        [
+            f"{TITLES[plan.parameterization]}: {shape}{', no base (absolute form)' if absolute else ''}",
+            f"roles {roles}",
+            f"optimizer {optimizers}",
+            f"multipliers {', '.join(places) or 'all 1'}",
+            f"{len(plan.warnings) or 'no'} warning{'' if len(plan.warnings) == 1 else 's'}.",
+        ]
+    )
+
+
+def _changes(sizes: Iterable[tuple[int, int]], absolute: bool) -> str:
+    """Sizes next to the base's, each pair once."""
+    pairs = dict.fromkeys(sizes)
+    return "/".join(f"{own}" if own == base or absolute else f"{own} (base {base})" for own, base in pairs)
+
+
+@rank_zero_only
+def _save(loggers: Sequence[Logger], plan: Plan) -> None:
+    """Write the plan where the first logger has its files, and checkpoints are saved; the same one is not written again."""
+    folder = _folder(loggers[0]) if loggers else None
+    if folder is None:
+        return
+    file, text = folder / PLAN_FILE, plan.to_yaml().encode()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (file.is_file() and file.read_bytes() == text):
+            write_whole({file: text})
+    except OSError as error:
+        rank_zero_warn(
+            f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
+        )
+
+
+def _folder(logger: Logger) -> Path | None:
+    """Folder of one run, or None if the logger has none on this machine."""
+    _ = getattr(logger, "experiment", None)  # which looks whether others have written there before
+    own = getattr(logger, "log_dir", None)
+    if own is None and logger.save_dir is not None:
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        own = os.path.join(logger.save_dir, str(logger.name), version)
+    return None if own is None or "://" in str(own) else Path(own)
