@@ -14,6 +14,7 @@ from enum import Enum
 
 __all__ = [
     "COMPOUNDING",
+    "COUNTED",
     "TABLES",
     "OptimizerFamily",
     "Parameterization",
@@ -94,12 +95,16 @@ class Variant(_Name):
     """``stream_norm`` between residual additions: such norms compound."""
     EVERY_BLOCK = "every_block"
     """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
+    OF_BLOCK = "of_block"
+    """``embedding``, ``stream_matrix`` and ``stream_norm`` that make something of data for one block, or a few, alone."""
     IN_HEAD = "in_head"
     """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
 
 
 COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
-"""Variants whose depth is the number of those that the stream goes through."""
+"""Variants of what the stream goes through again and again, so that effects compound."""
+COUNTED = COMPOUNDING | {Variant.OF_BLOCK}
+"""Variants whose depth is the number of those that there are along the stream."""
 
 
 def row_name(role: Role, variant: Variant | None) -> str:
@@ -305,9 +310,16 @@ _BRANCH_OUT = Row(
 # only steps relative to the weight count before a norm, and these are even where outputs keep their size
 _BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)
 
+# what is outside of branches, and maps to the stream or along it
+_OUTER = {
+    Role.EMBEDDING: Row(g=_PER_OUTPUT),
+    Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
+    Role.STREAM_NORM: Row(g=_PER_OUTPUT),
+}
+
 _MLU = Table(
     rows={
-        Role.EMBEDDING: Row(g=_PER_OUTPUT),
+        **_OUTER,
         Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
         Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
         Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
@@ -316,10 +328,8 @@ _MLU = Table(
         Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
         Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH_BOUNDED),
         Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH_BOUNDED, std=_KEEP, spectral=True),
-        Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
         # a readout whose 1/d is folded
         Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_USE, std=Powers(inputs=-1), spectral=True),
-        Role.STREAM_NORM: Row(g=_PER_OUTPUT),
         Role.READOUT: Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1)),
         Role.READOUT_BIAS: Row(g=_PER_USE),
         Role.FROZEN: Row(),
@@ -327,6 +337,7 @@ _MLU = Table(
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
         **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
+        **{(role, Variant.OF_BLOCK): replace(row, g=_PER_BRANCH_OUTPUT) for role, row in _OUTER.items()},
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from mlu_lightning.discovery.axes import Axis, Reached, reached_from, varies
 from mlu_lightning.discovery.comparisons import Comparison, comparisons
-from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, Graph, Op, Use
+from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, PRODUCTS, Graph, Op, Use
 
 __all__ = ["Units"]
 
@@ -58,6 +58,12 @@ class Units:
             total += max(stop - max(start, end), 0)
             end = max(end, stop)
         return total
+
+    def blocks(self, use: Use) -> int:
+        """How many blocks for units of their own a matrix has, as a block-diagonal one does; 1 for any other."""
+        blocks = use.shape[0] if use.op.name in PRODUCTS and len(use.shape) > 2 else 1
+        own = blocks > 1 and 0 in self._reached.axes.get(use.op, {}) and self._varies(use, 0)
+        return blocks if own else 1
 
     def are_compared(self, op: Op) -> bool:
         """Whether units are compared by what rows of a matrix make."""
