@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mlu_lightning.discovery.axes import is_depthwise
+from mlu_lightning.discovery.axes import unit_axis
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import (
@@ -168,10 +168,10 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(branch, role, fan_in, fan_out)
         elif use.kind in ("matrix", "bias") and role in _OF_UNITS and not use.op.is_recurrent_layer:
-            fan_out *= branch.units.blocks(use)
-            rows = branch.units.rows(use.op)
-            mixed = 0 < rows < fan_out and not is_depthwise(branch.graph, use.op)
-            fan_out = rows if mixed else fan_out
+            heads = branch.hidden if branch.attention is not None and branch.heads_write else 0
+            rows, blocks = branch.units.rows(use.op, heads), branch.units.blocks(use)
+            mixed = blocks == 1 and 0 < rows < use.op.shape[unit_axis(use.op)]
+            fan_out = rows if mixed else fan_out * blocks
         if branch.attention is not None:
             if role is Role.BRANCH_OUT:
                 head_dim = branch.attention.value_dim if branch.heads_write else 1

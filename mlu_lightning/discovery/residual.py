@@ -143,7 +143,7 @@ def _branch_ops(
 def _assign_own(
     ops: tuple[Op, ...], context: dict[Op, int], branches: list[BranchRegion], streams: list[StreamRegions]
 ) -> tuple[Op, ...]:
-    """Give streams what is made of data for some of their branches alone, and return the rest."""
+    """Give streams what is made of data for some of their branches, as for others beside them, and return the rest."""
     readers = dict(context)
     groups: dict[int, list[Op]] = {}
     for op in reversed(ops):
@@ -153,11 +153,11 @@ def _assign_own(
     rest: list[Op] = []
     for bits, group in groups.items():
         read_by = [branch for number, branch in enumerate(branches) if bits >> number & 1]
-        numbers, positions = {branch.stream for branch in read_by}, {branch.position for branch in read_by}
-        depth = streams[min(numbers)].depth
-        if len(numbers) == 1 and len(positions) < depth:
-            own = BlockContext(in_order(group), min(positions), depth // len(positions))
-            streams[min(numbers)].own += (own,)
+        positions = {(branch.stream, branch.position) for branch in read_by}
+        stream = streams[read_by[0].stream]
+        # of one block alone where other blocks have others; what is alone may be for all blocks
+        if len({number for number, _ in positions}) == 1 and any(not bits & others for others in groups):
+            stream.own += (BlockContext(in_order(group), min(positions)[1], stream.depth // len(positions)),)
         else:
             rest += group
     return in_order(rest)
