@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -68,13 +67,16 @@ def check_parts(
             if not (number >= smallest_integer(key) if whole else in_range(key, number)):
                 what = f"a whole number from {smallest_integer(key)} on" if whole else range_of(key)
                 raise ValueError(f"{name[:80]} has {key} = {number}, and it should be {what}.")
-    for (name, kind, _, folds), count in Counter((m.name, m.kind, m.site, m.folds) for m in multipliers).items():
-        if count > 1:
-            raise ValueError(f"The multiplier of the {kind} {name[:80]!r} is there twice. Leave one out.")
-        if len({*folds}) < len(folds):
-            raise ValueError(
-                f"The multiplier of the {kind} {name[:80]!r} folds twice into one parameter. Name it once."
-            )
+    taken: set[tuple[str, str, object]] = set()
+    for multiplier in multipliers:
+        which = f"The multiplier of the {multiplier.kind} {multiplier.name[:80]!r}"
+        if len({*multiplier.folds}) < len(multiplier.folds):
+            raise ValueError(f"{which} folds twice into one parameter. Name it once.")
+        places: list[object] = [place for place in (multiplier.site, *multiplier.folds) if place is not None]
+        own = {(multiplier.kind, multiplier.name, place) for place in places or [None]}
+        if own & taken:
+            raise ValueError(f"{which} is there twice. Leave one out.")
+        taken |= own
 
 
 def _numbers(entry: object) -> Iterator[tuple[str, Any]]:

@@ -82,8 +82,13 @@ def test_multipliers(change: dict[str, Any], message: str, plan: Plan) -> None:
 def test_a_line_that_is_there_twice(plan: Plan) -> None:
     text = plan.to_yaml()
     (line,) = (line for line in text.splitlines() if "name: blocks.0, kind: branch" in line)
-    with pytest.raises(ValueError, match=r"a.yaml: The multiplier of the branch 'blocks.0' is there twice"):
-        Plan.from_yaml(text.replace(line, f"{line}\n{line}"), "a.yaml")
+    for again in (
+        line,
+        line.replace("value: 1.0", "value: 0.5"),
+        line.replace("module: blocks.0,", "module: blocks.1,"),
+    ):
+        with pytest.raises(ValueError, match=r"a.yaml: The multiplier of the branch 'blocks.0' is there twice"):
+            Plan.from_yaml(text.replace(line, f"{line}\n{again}"), "a.yaml")
 
 
 names = st.text(st.characters(), max_size=30) | st.text("x\n\U0001f600\"'", min_size=900, max_size=1100)
