@@ -14,11 +14,12 @@ from mlu_lightning.models import ResNet
 
 BATCH = torch.ones(4, 3), torch.ones(4, 2)
 INFINITE = "blocks.1.read.weight of the base ResNet has values that are not finite"
-RATIOS, WRONG = ("batch_ratio", "token_ratio"), (1e21, 1e-21, 0, float("nan"))
+RATIOS, WRONG = ("batch_ratio", "token_ratio"), (1e21, 1e-21, 0, float("nan"), "x", None)
 
 
-def resnet(hidden: int = 16, embedding: int = 8, value: float | None = None) -> ResNet:
+def resnet(hidden: int = 16, embedding: int = 8, value: float | None = None, constant: float = 1.0) -> ResNet:
     net = ResNet(depth=2, hidden=hidden, embedding=embedding, inputs=3, outputs=2)
+    net.register_buffer("scale", torch.tensor(constant))
     if value is not None:
         with torch.no_grad():
             net.blocks[1].read.weight[3, 4] = value
@@ -57,6 +58,8 @@ def test_parameters_without_entries() -> None:
             for size in ("hidden", "embedding")
         ),
         *(({key: value}, f"{key} is .*, and it has to be a") for key in ("alpha", *RATIOS) for value in WRONG),
+        *(({own: {"constant": float("nan")}}, r"scale of ResNet is not a number") for own in ("base", "module")),
+        ({"alpha": 1e15, "tuned": {"branch_out": {"multiplier": 1e15}}}, "blocks.0 would be multiplied by 1e.30, with"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
