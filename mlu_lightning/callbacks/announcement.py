@@ -1,10 +1,10 @@
-"""What a fit says of itself when it starts: one line, and the plan in the folder of its logs."""
+"""What a fit says of itself when it starts: one line, and the plan in the folders of its logs."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -27,7 +27,7 @@ def announce(trainer: Trainer, applied: Applied) -> None:
     if getattr(trainer, "fast_dev_run", False):
         return
     rank_zero_info(one_line(applied))
-    _save(trainer.loggers, applied.plan)
+    _save(trainer, applied.plan)
 
 
 def one_line(applied: Applied) -> str:
@@ -75,27 +75,26 @@ def _changes(sizes: Iterable[tuple[int, int]], absolute: bool) -> str:
 
 
 @rank_zero_only
-def _save(loggers: Sequence[Logger], plan: Plan) -> None:
-    """Write the plan where the first logger has its files, and checkpoints are saved; the same one is not written again."""
-    folder = _folder(loggers[0]) if loggers else None
-    if folder is None:
-        return
-    file, text = folder / PLAN_FILE, plan.to_yaml().encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (file.is_file() and file.read_bytes() == text):
-            write_whole({file: text})
-    except OSError as error:
-        rank_zero_warn(
-            f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
-        )
+def _save(trainer: Trainer, plan: Plan) -> None:
+    """Write the plan where loggers have the files of the run; the same one is not written again."""
+    folders = [_folder(logger, trainer.default_root_dir) for logger in trainer.loggers]
+    text = plan.to_yaml().encode()
+    for file in dict.fromkeys(folder / PLAN_FILE for folder in folders if folder is not None):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not (file.is_file() and file.read_bytes() == text):
+                write_whole({file: text})
+        except OSError as error:
+            rank_zero_warn(
+                f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
+            )
 
 
-def _folder(logger: Logger) -> Path | None:
-    """Folder of one run, or None if the logger has none on this machine."""
+def _folder(logger: Logger, root: str) -> Path | None:
+    """Folder of one run, in which its checkpoints are, too, where the logger is the first; None if it is not known here."""
     _ = getattr(logger, "experiment", None)  # which looks whether others have written there before
     own = getattr(logger, "log_dir", None)
-    if own is None and logger.save_dir is not None:
+    if own is None and logger.name and logger.version not in (None, ""):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        own = os.path.join(logger.save_dir, str(logger.name), version)
+        own = os.path.join(logger.save_dir or root, logger.name, version)
     return None if own is None or "://" in str(own) else Path(own)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mlu_lightning.observation import Reference
@@ -34,7 +34,8 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
         return
     show_values(trainer, values)
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step)
+        for part in _as_taken(values, logger):
+            logger.log_metrics(part, step=trainer.global_step)
         logger.save()
 
 
@@ -109,6 +110,14 @@ def fetch_reference(trainer: Trainer, source: str) -> Path:
     if not everywhere:
         raise ValueError(f"{source} could not be read on another machine of this run; see the error of its processes.")
     return first
+
+
+def _as_taken(values: Mapping[str, float], logger: Logger) -> list[dict[str, float]]:
+    """Values as a logger takes them: MLflow takes 1000 at once, and no "=" in names, of each of which Lightning warns."""
+    if not isinstance(logger, of_both(MLFlowLogger)):
+        return [dict(values)]
+    named = [(name.replace("=", ""), value) for name, value in values.items()]
+    return [dict(named[start : start + 1000]) for start in range(0, len(named), 1000)]
 
 
 _COLUMNS = "parameters", "tensors", "role", "shape", "optimizer", "multiplier", "std", "lr", "eps", "weight_decay"

@@ -27,7 +27,7 @@ from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan
 from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
-from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, range_of
+from mlu_lightning.planning.ranges import as_number, check_factors, check_module, check_parts, in_range, range_of
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.planning.tuned import Matched, Tuned, match_tuned, read_tuned
@@ -85,7 +85,7 @@ class Plan:
             )
         check_parts(self.parameters, self.branches, self.streams, self.multipliers)
         check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
-        _ = self.matched  # refuses keys that match nothing
+        check_factors(self.forward_factors)  # to find them refuses tuned ones that match nothing
 
     @classmethod
     def from_model(
@@ -137,7 +137,8 @@ class Plan:
         >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
-        parameterization, horizon = Parameterization(parameterization), Horizon(float(batch_ratio), float(token_ratio))
+        parameterization, alpha = Parameterization(parameterization), as_number("alpha", alpha)
+        horizon = Horizon(as_number("batch_ratio", batch_ratio), as_number("token_ratio", token_ratio))
         base = None if isinstance(base, str) and base == ABSOLUTE else base
         if isinstance(base, nn.Module):
             refuse_base(base, module, example)
@@ -153,14 +154,14 @@ class Plan:
         structure = override_roles(discover(module, example), overrides, elsewhere)
         require_functions(structure, module)
         require_roles(structure, module, overrides)
-        check_sizes(structure, module)
+        check_module(structure, module)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
             require_functions(base_structure, base)
             require_roles(base_structure, base, overrides)
-            check_sizes(base_structure, base)
+            check_module(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
         parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
@@ -170,7 +171,7 @@ class Plan:
             branches=plan_branches(structure, reference),
             streams=streams,
             multipliers=with_copies(multipliers, structure.copies),
-            alpha=float(alpha),
+            alpha=alpha,
             warnings=structure.warnings + warnings,
             taps=structure.taps,
             features=structure.features,

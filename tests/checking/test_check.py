@@ -40,7 +40,7 @@ def test_shapes_far_from_the_limit_are_named() -> None:
     report = few(**axes, build=lambda depth, hidden, embedding: transformer(depth, 2, embedding))
     assert report.notes == (
         "Distance ratio r = √(d/(l·m)) at the largest size along each axis: embedding 2; above 1.5 (embedding) the best "
-        " learning rate may be lower than the base's.",
+        "learning rate may be lower than the base's.",
     )
     assert not report.warnings and CheckReport.from_json(report.to_json()).notes == report.notes
 
