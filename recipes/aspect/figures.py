@@ -54,7 +54,7 @@ def save_limits(found: Sequence[Distances], path: Path) -> None:
     titles = {"to_limit": "to the infinite model of MLU", "to_widest": "to a wider network of its own kind"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for name in dict.fromkeys(row.parameterization for row in found):
-            own = [row for row in found if row.parameterization == name]
+            own = [row for row in found if row.parameterization == name and getattr(row, key).value < 100]
             values = [getattr(row, key) for row in own]
             errors = [0.0 if math.isnan(value.error) else value.error for value in values]
             label = NAMES[name] + (" = µP" if name == "completep" else "")

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from mlu_lightning import Plan
+from recipes.aspect.attention import Errors
 from recipes.aspect.limit import Distances
 from recipes.common.figures import number_table
 from recipes.lr_transfer.report import NAMES
@@ -111,11 +112,23 @@ def fit_onset(sizes: np.ndarray, drifts: np.ndarray) -> tuple[float, float, floa
     return start, slope, scatter
 
 
+def attention_lines(found: Errors) -> Iterator[str]:
+    """Errors of Transformers without perceptrons, and the constants that fit them."""
+    for depth, error in found.depths.items():
+        yield f"infinite model, {depth} Euler steps: {error:.3f}"
+    for shape, estimate in found.shapes.items():
+        yield f"L = {shape.depth}, {shape.hidden} heads, D = {shape.embedding}: {estimate.text(3)}"
+    of_depth, hidden, embedding = found.constants
+    yield (
+        f"constants: depth {of_depth:.2g}, hidden {hidden:.2g}, embedding {embedding:.2g}; networks are within "
+        f"{100 * found.scatter:.0f} % of the bound"
+    )
+
+
 def limit_table(found: Sequence[Distances]) -> Table:
     """Distances from the infinite model and from the widest network, by parameterization and hidden width."""
     table = number_table("parameterization", "M", "M/D", "to the infinite model", "to the widest of its kind", words=1)
     for row in found:
-        cells = (row.to_limit.text(3), row.to_widest.text(3))
-        cells = tuple("diverged" if cell.startswith("nan") else cell for cell in cells)
+        cells = (each.text(3) if each.value < 100 else "diverged" for each in (row.to_limit, row.to_widest))
         table.add_row(NAMES[row.parameterization], str(row.hidden), f"{row.aspect:g}", *cells)
     return table

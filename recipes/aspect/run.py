@@ -12,10 +12,11 @@ from typing import Any
 
 import yaml
 
+from recipes.aspect.attention import measure_attention
 from recipes.aspect.curves import curve_runs, save_curves
 from recipes.aspect.figures import save_drifts, save_limits
 from recipes.aspect.limit import Distances, measure
-from recipes.aspect.report import Row, drift_table, limit_table, rows_of, thresholds
+from recipes.aspect.report import Row, attention_lines, drift_table, limit_table, rows_of, thresholds
 from recipes.common.studies import check_command, console, deadline, study_command
 from recipes.lr_transfer.run import make_runs, state_of
 from recipes.lr_transfer.runs import Study, shared_runs
@@ -28,9 +29,14 @@ QUICK = STUDIES.pop("quick")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``study``, ``curves`` or ``limit``."""
+    """Run ``study``, ``curves``, ``limit`` or ``attention``."""
     arguments = list(sys.argv[1:] if args is None else args)
-    functions: dict[str, Callable[..., None]] = {"study": study, "curves": curves, "limit": limit}
+    functions: dict[str, Callable[..., None]] = {
+        "study": study,
+        "curves": curves,
+        "limit": limit,
+        "attention": attention,
+    }
     if not arguments or arguments[0] not in functions:
         sys.exit(f"Give one of: {', '.join(functions)}.")
     study_command(functions[arguments[0]], f"python -m recipes.aspect.run {arguments[0]}")(arguments[1:])
@@ -84,6 +90,12 @@ def limit(output: str = "aspect", quick: bool = False) -> None:
     console().print(limit_table(found), highlight=False)
     save_limits(found, Path(output) / "aspect_limit.png")
     console().print(f"Wrote {Path(output) / 'aspect_limit.png'}.", highlight=False, soft_wrap=True)
+
+
+def attention(quick: bool = False) -> None:
+    """Measure the constants of the error bound for attention blocks, which ``mlu-lightning shape`` needs."""
+    check_command(1, 1)
+    console().print(*attention_lines(measure_attention(quick)), sep="\n", highlight=False)
 
 
 def _studies(quick: bool) -> dict[str, Study]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers.recipe_results import cells
 
-from mlu_lightning import Plan
+from mlu_lightning import Plan, Shape
 from mlu_lightning.models import ResNet
-from recipes.aspect import limit, report
+from recipes.aspect import attention, limit, report
 from recipes.aspect import run as recipe
 from recipes.common.gradient_descent import Problem
 from recipes.lr_transfer.runs import Study, capped, plans_of, shared_runs
@@ -34,7 +34,7 @@ def test_quick_study(in_this_process: None, tmp_path: Path, capsys: Any) -> None
 
 
 def test_command_that_is_none() -> None:
-    with pytest.raises(SystemExit, match="Give one of: study, curves, limit"):
+    with pytest.raises(SystemExit, match="Give one of: study, curves, limit, attention"):
         recipe.main([])
 
 
@@ -102,3 +102,11 @@ def test_onset_is_found() -> None:
         pytest.approx(0, abs=0.05),
     )
     assert report.fit_onset(sizes, np.zeros(7))[1:] == (0, 0)
+
+
+def test_constants_of_two_terms_are_found() -> None:
+    shapes = [Shape(4, 16, 8), Shape(4, 16, 64), Shape(4, 256, 64)]
+    errors = {
+        s: math.hypot(2.2 * math.sqrt(s.embedding / (s.depth * s.hidden)), 2.5 / math.sqrt(s.embedding)) for s in shapes
+    }
+    assert attention.fit_two(errors) == pytest.approx((2.2, 2.5, 0), abs=1e-6)
