@@ -163,8 +163,14 @@ class MLUCallback(EitherCallback):
 
     def with_plan(self, plan: Plan) -> MLUCallback:
         """Return a callback that does the same with a finished plan."""
-        settings = {"init": self._init, "residual": self._residual, "family": self._family, "verify": self.verify}
-        return MLUCallback(plan=plan, seed=self._seed, **settings)
+        return MLUCallback(
+            plan=plan,
+            init=self._init,
+            residual=self._residual,
+            seed=self._seed,
+            family=self._family,
+            verify=self.verify,
+        )
 
     @property
     def initialized(self) -> bool:

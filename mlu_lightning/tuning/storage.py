@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ __all__ = ["DONE", "Place", "add_again", "open_study", "quiet_optuna", "read_aga
 
 Mode = Literal["min", "max"]
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-_HEARTBEAT = {"heartbeat_interval": 15, "grace_period": 60}  # seconds, after which a killed process's trial has failed
+_HEARTBEAT, _GRACE = 15, 60  # seconds between signs of life, and without any, after which a trial has failed
 _LONGEST = 500  # characters of a reason
 
 
@@ -58,7 +57,7 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
     with quiet_optuna():
         try:
             storage = _storage(place.storage)
-            direction = "minimize" if place.mode == "min" else "maximize"
+            direction: Literal["minimize", "maximize"] = "minimize" if place.mode == "min" else "maximize"
             # a training that is halfway goes on if it is among the better half of those that were there
             study = optuna.create_study(
                 storage=storage,
@@ -71,9 +70,9 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
             again = optuna.create_study(storage=storage, study_name=f"{place.name} again", load_if_exists=True)
         except (SQLAlchemyError, OSError, ImportError, optuna.exceptions.OptunaError) as error:
             raise ValueError(
-                f"The study cannot be kept in {place.storage}: {str(error).splitlines()[0]}. Give storage (--storage) the URL "
-                "of a database, such as sqlite:///study.db or postgresql://user:password@host/name, or the path of a file "
-                "that all machines can lock, for a journal."
+                f"The study cannot be kept in {place.storage}: {str(error).splitlines()[0]}. Give storage (--storage) the "
+                "URL of a database, such as sqlite:///study.db or postgresql://user:password@host/name, or the path of a "
+                "file that all machines can lock, for a journal."
             ) from error
     _require_same(study, place, space)
     default = dict.fromkeys((dimension.name for dimension in space), 1.0)
@@ -151,7 +150,7 @@ def _storage(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(url))
     # SQLite lets one process write at a time
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return RDBStorage(url, engine_kwargs=options, **_HEARTBEAT)
+    return RDBStorage(url, engine_kwargs=options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
 
 
 def _require_same(study: optuna.Study, place: Place, space: Sequence[Dimension]) -> None:

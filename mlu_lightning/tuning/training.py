@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -44,21 +43,30 @@ class Training:
     """What is trained, with any factors and seed.
 
     Args:
-        build: function that builds the module.
+        make: function that builds the module, and the callbacks of its Trainer, an :class:`MLUCallback` among them.
         base: function that builds the module of the base.
         data: ``LightningDataModule``, DataLoader or list of batches, a pair of these for training and validation, or None
             for the module's own.
-        callbacks: function from a module of the base to the callbacks of a Trainer, an :class:`MLUCallback` among them.
         metric: name of what the module logs.
         trainer: further arguments of the Trainer.
     """
 
-    build: Callable[[], LightningModule]
+    make: Callable[[], tuple[LightningModule, Sequence[Callback]]]
     base: Callable[[], LightningModule]
     data: Any = None
-    callbacks: Callable[[LightningModule], Sequence[Callback]] | None = None
     metric: str = "val_loss"
     trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        build: Callable[[], LightningModule],
+        base: Callable[[], LightningModule],
+        callbacks: Callable[[LightningModule], Sequence[Callback]] | None = None,
+        **more: Any,
+    ) -> Training:
+        """Describe a training whose callbacks are made from a module of the base, by default an MLUCallback alone."""
+        return cls(_Parts(build, base, callbacks), base, **more)
 
     def plan(self) -> Plan:
         """Plan the module, without tuned factors.
@@ -66,7 +74,8 @@ class Training:
         Raises:
             ValueError: if its callbacks have no MLUCallback with a base, or one that was tuned already.
         """
-        plugin = next((item for item in self._callbacks() if isinstance(item, MLUCallback)), None)
+        module, callbacks = self.make()
+        plugin = next((item for item in callbacks if isinstance(item, MLUCallback)), None)
         if plugin is None:
             raise ValueError(
                 "There is no MLUCallback in this training, and tuned factors are part of its plan. Add one, with the base: "
@@ -81,9 +90,8 @@ class Training:
             raise ValueError("The MLUCallback has tuned factors already. Leave them out, to search for them anew.")
         of_a_step = {name: self.trainer[name] for name in ("accelerator",) if name in self.trainer}
         with isolate_rng(), quiet():
-            torch.manual_seed(0)
             planning, data = make_trainer([], 1, of_a_step), self.data
-            module, base = prepare(self.build(), planning), prepare(self.base(), planning)
+            module, base = prepare(module, planning), prepare(self.base(), planning)
             batches = first_batches(data[0] if isinstance(data, tuple) else data, module, 1, 0)
             example = transfer(batches[0], data if isinstance(data, LightningDataModule) else module)
             return Plan.from_model(module, example, **{**vars(plugin.arguments), "base": base})
@@ -96,14 +104,10 @@ class Training:
             KeyboardInterrupt: after Ctrl-C, of which a Trainer makes an exit.
         """
         with isolate_rng(), quiet():
-            callbacks = [
-                item.with_plan(replace(plan, tuned=tuned)) if isinstance(item, MLUCallback) else item
-                for item in self._callbacks()
-                if not isinstance(item, (Checkpoint, ProgressBar, ModelSummary))
-            ]
             seed_everything(seed, verbose=False)
-            module, watch = self.build(), _Watch(self.metric, report)
-            trainer = self._trainer([*callbacks, watch])
+            module, callbacks = self.make()
+            watch = _Watch(self.metric, report)
+            trainer = self._trainer([*_planned(callbacks, replace(plan, tuned=tuned)), watch])
             try:
                 trainer.fit(module, **self._loaders())
                 if not watch.stopped and trainer.enable_validation and watch.validated < trainer.global_step:
@@ -114,15 +118,14 @@ class Training:
                 watch.end(trainer)
             return Outcome(watch.value, watch.percent)
 
-    def _callbacks(self) -> list[Callback]:
-        base = self.base()
-        return [MLUCallback(base)] if self.callbacks is None else [*self.callbacks(base)]
-
     def _trainer(self, callbacks: list[Callback]) -> Trainer:
         settings = {"devices": 1, **self.trainer}
-        steps, every = settings.get("max_steps", -1), settings.get("val_check_interval")
-        if steps > 0 and every is None and settings.get("check_val_every_n_epoch") is None:
-            batches = steps * settings.get("accumulate_grad_batches", 1)
+        by_default = settings.get("val_check_interval") in (None, 1.0) and settings.get("check_val_every_n_epoch") in (
+            None,
+            1,
+        )
+        if by_default and settings.get("max_steps", -1) > 0:
+            batches = settings["max_steps"] * settings.get("accumulate_grad_batches", 1)
             settings |= {"val_check_interval": max(1, batches // VALIDATIONS), "check_val_every_n_epoch": None}
         return Trainer(
             **settings,
@@ -145,6 +148,25 @@ class Training:
         if names[0] != "train_dataloaders":
             return {names[1]: loaders[1]} if len(loaders) > 1 else {}
         return dict(zip(names, loaders, strict=False))
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Builds a module, and then its callbacks."""
+
+    build: Callable[[], LightningModule]
+    base: Callable[[], LightningModule]
+    callbacks: Callable[[LightningModule], Sequence[Callback]] | None
+
+    def __call__(self) -> tuple[LightningModule, Sequence[Callback]]:
+        module, base = self.build(), self.base()
+        return module, [MLUCallback(base)] if self.callbacks is None else self.callbacks(base)
+
+
+def _planned(callbacks: Sequence[Callback], plan: Plan) -> list[Callback]:
+    """Callbacks that take part in a training, whose plan is known."""
+    kept = [item for item in callbacks if not isinstance(item, (Checkpoint, ProgressBar, ModelSummary))]
+    return [item.with_plan(plan) if isinstance(item, MLUCallback) else item for item in kept]
 
 
 class _Watch(Callback):
@@ -173,8 +195,8 @@ class _Watch(Callback):
         metrics = trainer.callback_metrics
         if self._metric not in metrics:
             raise UnknownMetric(
-                f"The module logs no {self._metric!r}, which is to be tuned. It logs {', '.join(metrics) or 'nothing'}: name "
-                "one of them with metric (--metric), or log it in validation_step: self.log('val_loss', loss)."
+                f"The module logs no {self._metric!r}, which is to be tuned. It logs {', '.join(metrics) or 'nothing'}: "
+                "name one of them with metric (--metric), or log it in validation_step: self.log('val_loss', loss)."
             )
         self.value, self.percent = float(metrics[self._metric]), 100
 

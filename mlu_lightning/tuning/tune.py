@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,16 +16,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import Callback, LightningModule
 
 from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.tuning.results import Confirmed, TrialRecord, Tuning
+from mlu_lightning.tuning.found import Confirmed, TrialRecord, Tuning
 from mlu_lightning.tuning.space import DEFAULT_ROLES, factors_at, search_space
 from mlu_lightning.tuning.training import Training
 
 if TYPE_CHECKING:
     import optuna
 
-    from mlu_lightning.tuning.search import Again, Search
+    from mlu_lightning.tuning.trials import Again, Search
 
-__all__ = ["Progress", "require_optuna", "tune"]
+__all__ = ["Progress", "require_optuna", "tune", "tune_training"]
 
 CANDIDATES = 5
 """Trials that are trained again with other seeds, the best of which is chosen."""
@@ -97,32 +98,67 @@ def tune(
     >>> len(found.trials)
     2
     """
+    more = {"data": data, "metric": metric, "trainer": dict(trainer or {})}
+    return tune_training(
+        Training.of(build, build, callbacks, **more),
+        larger={name: Training.of(larger, build, callbacks, **more) for name, larger in (confirm or {}).items()},
+        mode=mode,
+        trials=trials,
+        minutes=minutes,
+        roles=roles,
+        workers=workers,
+        seeds=seeds,
+        seed=seed,
+        out=Path(out),
+        storage=storage,
+        study=study,
+        progress=progress,
+    )
+
+
+def tune_training(
+    training: Training,
+    *,
+    larger: Mapping[str, Training],
+    mode: Literal["min", "max"],
+    trials: int,
+    minutes: float | None,
+    roles: Sequence[str],
+    workers: int,
+    seeds: int,
+    seed: int,
+    out: Path,
+    storage: str | None,
+    study: str,
+    progress: Progress,
+    content: Mapping[str, Any] | None = None,
+) -> Tuning:
+    """Tune a training of the base, and confirm what is found in others; ``content`` says what else a study is of."""
     require_optuna()
     if trials < 1 or seeds < 1 or workers < 1:
         raise ValueError(f"trials={trials}, seeds={seeds} and workers={workers} should all be 1 or more.")
-    from mlu_lightning.tuning.search import Search
     from mlu_lightning.tuning.storage import Place, open_study
+    from mlu_lightning.tuning.trials import Search
 
-    training = Training(build, build, data, callbacks, metric, dict(trainer or {}))
     plan = training.plan()
     space = search_space(plan, roles)
     if storage is None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        storage = f"sqlite:///{Path(out).absolute() / 'study.db'}"
-    numbers = fingerprint(plan)
-    content = {"metric": metric, "training": {"module": numbers, "trainer": _text(training.trainer), "seed": seed}}
-    place = Place(storage, study, seed, mode, content)
+        out.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{out.absolute() / 'study.db'}"
+    trained = {"module": fingerprint(plan), "trainer": dict(sorted(training.trainer.items())), **(content or {})}
+    place = Place(storage, study, seed, mode, {"metric": training.metric, "seed": seed, "training": _digest(trained)})
     opened, again = open_study(place, space)
-    reruns = (CANDIDATES + 2) * seeds + 4 * seeds * len(confirm or {})
+    reruns = (CANDIDATES + 2 + 4 * len(larger)) * seeds
     end = math.inf if minutes is None else time.time() + 60 * minutes - _seconds(opened) * reruns / workers
     search = Search(training, plan, space, place, trials, seed, end)
     search.run(workers, lambda done, total, best: progress("trials", done, total, best))
-    records = read_trials(opened)
-    found = _choose(search, Tuning(metric, mode, space, records, {}), again, seeds, workers, progress)
+    found = _choose(
+        search, Tuning(training.metric, mode, space, read_trials(opened), {}), again, seeds, workers, progress
+    )
     found = replace(found, importance=_importance(opened))
     confirmed = [
-        _confirm(search, name, replace(training, build=larger), found, again, seeds, workers, progress)
-        for name, larger in (confirm or {}).items()
+        _confirm(replace(search, training=there, plan=there.plan()), name, found, again, seeds, workers, progress)
+        for name, there in larger.items()
     ]
     return replace(found, confirmed=tuple(confirmed))
 
@@ -150,24 +186,24 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     )
 
 
-def _choose(
-    search: Search, found: Tuning, again: optuna.Study, seeds: int, workers: int, progress: Progress
-) -> Tuning:
+def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, workers: int, progress: Progress) -> Tuning:
     """Train the best few with other seeds, choose the best mean, and measure its gain with still others."""
     few = found.best_first[:CANDIDATES]
+    if not few:
+        return found
     points = {trial.number: factors_at(found.space, trial.point) for trial in few}
     first = range(search.seed + 1, search.seed + 1 + seeds)
-    losses = _train(
-        search, {number: _cases(search, "base", tuned, first) for number, tuned in points.items()}, again, workers,
-        lambda done, total: progress("best few with other seeds", done, total, None),
-    )  # fmt: skip
+    groups = {number: _cases(search, "base", tuned, first) for number, tuned in points.items()}
+    losses = _train(groups, again, workers, lambda *counts: progress("best few with other seeds", *counts))
     sign = 1.0 if found.mode == "min" else -1.0
-    chosen = min(losses, key=lambda number: fmean(sign * v if math.isfinite(v) else math.inf for v in losses[number].values()))
+    signed = {
+        n: [sign * value if math.isfinite(value) else math.inf for value in of.values()] for n, of in losses.items()
+    }
+    means = {number: fmean(values) for number, values in signed.items()}
+    chosen = min(means, key=lambda number: means[number])
     second = range(search.seed + 1 + seeds, search.seed + 1 + 2 * seeds)
-    gains = _train(
-        search, {"default": _cases(search, "base", {}, second), "found": _cases(search, "base", points[chosen], second)},
-        again, workers, lambda done, total: progress("gain with still other seeds", done, total, None),
-    )  # fmt: skip
+    pair = {what: _cases(search, "base", tuned, second) for what, tuned in (("default", {}), ("found", points[chosen]))}
+    gains = _train(pair, again, workers, lambda *counts: progress("gain with still other seeds", *counts))
     default, best = ([gains[name][seed] for seed in second] for name in ("default", "found"))
     return replace(found, again=losses, gains=(default, best), chosen=chosen)
 
@@ -175,7 +211,6 @@ def _choose(
 def _confirm(
     search: Search,
     name: str,
-    training: Training,
     found: Tuning,
     again: optuna.Study,
     seeds: int,
@@ -183,19 +218,18 @@ def _confirm(
     progress: Progress,
 ) -> Confirmed:
     """Train another shape with the factors, without them, and at other learning rates."""
-    there = replace(search, training=training, plan=training.plan())
     lr = found.space[0]
     rates = {what: factors_at([lr], {"lr": rate}) for what, rate in (("lr / 2", 0.5), ("lr × 2", 2.0))}
     variants = {"tuned": found.tuned, "untuned": {}, **{what: times(found.tuned, rate) for what, rate in rates.items()}}
     chosen = range(search.seed + 1, search.seed + 1 + seeds)
-    losses = _train(
-        there, {what: _cases(there, name, tuned, chosen) for what, tuned in variants.items()}, again, workers,
-        lambda done, total: progress(f"runs at {name}", done, total, None),
-    )  # fmt: skip
+    groups = {what: _cases(search, name, tuned, chosen) for what, tuned in variants.items()}
+    losses = _train(groups, again, workers, lambda *counts: progress(f"runs at {name}", *counts))
     return Confirmed(name, found.mode, {what: [values[seed] for seed in chosen] for what, values in losses.items()})
 
 
-def times(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+def times(
+    one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
     """The product of two mappings of factors."""
     return {
         key: {
@@ -207,21 +241,24 @@ def times(one: Mapping[str, Mapping[str, float]], other: Mapping[str, Mapping[st
 
 
 def _cases(search: Search, shape: str, tuned: Any, seeds: Sequence[int]) -> list[Again]:
-    from mlu_lightning.tuning.search import Again
+    from mlu_lightning.tuning.trials import Again
 
     key = {"shape": shape, "module": fingerprint(search.plan), "tuned": tuned}
     return [Again(search.training, search.plan, key, tuned, seed) for seed in seeds]
 
 
 def _train(
-    search: Search, groups: Mapping[Any, Sequence[Again]], again: optuna.Study, workers: int, progress: Callable[..., None]
+    groups: Mapping[Any, Sequence[Again]],
+    again: optuna.Study,
+    workers: int,
+    progress: Callable[[int, int, float | None], None],
 ) -> dict[Any, dict[int, float]]:
     """Train what is missing of groups of trainings, and return their values by group and seed."""
-    from mlu_lightning.tuning.search import train_again
     from mlu_lightning.tuning.storage import read_again
+    from mlu_lightning.tuning.trials import train_again
 
     cases = [case for group in groups.values() for case in group]
-    train_again(again, cases, workers, lambda done, total, best: progress(done, total))
+    train_again(again, cases, workers, progress)
     known = {name: read_again(again, group[0].key) for name, group in groups.items()}
     return {name: {case.seed: known[name][case.seed] for case in group} for name, group in groups.items()}
 
@@ -245,7 +282,5 @@ def _importance(study: optuna.Study) -> dict[str, float]:
             return {}
 
 
-def _text(trainer: Mapping[str, Any]) -> str:
-    return hashlib.sha256(repr(sorted(trainer.items())).encode()).hexdigest()[:16]
-
-
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]

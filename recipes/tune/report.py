@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mlu_lightning.tuning.results import Estimate
+from mlu_lightning.tuning.found import Estimate
 from recipes.common.figures import hide_spines, new_figure, number_table
 from recipes.tune.runs import METHODS, Run, Study, curve_of
 

@@ -142,7 +142,9 @@ def _tune(study: Study, start: float, folder: Path, workers: int, left: float | 
             seeds=study.seeds,
             trainer={"accelerator": "cpu", "max_steps": study.steps},
             out=folder,
-            progress=lambda what, done, total, best: progress.update(bar, description=what, completed=done, total=total),
+            progress=lambda what, done, total, best: progress.update(
+                bar, description=what, completed=done, total=total
+            ),
         )
 
 
@@ -171,7 +173,9 @@ def _train(
         bar = progress.add_task("runs")
 
         def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-            known = {(run.shape, run.method, run.exponent, run.seed) for run in [*runs, *(one for _, one, *_ in running)]}
+            known = {
+                (run.shape, run.method, run.exponent, run.seed) for run in [*runs, *(one for _, one, *_ in running)]
+            }
             waiting = [run for run in wanted() if (run.shape, run.method, run.exponent, run.seed) not in known]
             progress.update(bar, completed=len(runs), total=len(runs) + len(waiting) + len(running))
             return case(waiting[0]) if waiting and time.monotonic() < end else None

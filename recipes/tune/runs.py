@@ -57,13 +57,15 @@ class Study:
         """Make the data, in an order of their own for each seed."""
         return Text(self.context, self.steps, self.batch_size, seed, self.validation_batches)
 
-    def training(self, shape: str, exponent: float, seed: int, parameterization: Any = "mlu", **trainer: Any) -> Training:
+    def training(
+        self, shape: str, exponent: float, seed: int, parameterization: Any = "mlu", **trainer: Any
+    ) -> Training:
         """Describe a training, which is validated four times, or as often as ``trainer`` says."""
-        return Training(
+        return Training.of(
             partial(self.model, shape, exponent),
             partial(self.model, "base", exponent),
-            self.data(seed),
             lambda base: [MLUCallback(base, parameterization=parameterization)],
+            data=self.data(seed),
             trainer={"accelerator": "cpu", "max_steps": self.steps, **trainer},
         )
 

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mlu_lightning.planning.tuned import Tuned
-from mlu_lightning.tuning.figure import draw_search
+from mlu_lightning.tuning.search_figure import draw_search
 from mlu_lightning.tuning.space import Dimension, factors_at
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["Confirmed", "Estimate", "Tuning", "TrialRecord"]
+__all__ = ["Confirmed", "Estimate", "TrialRecord", "Tuning"]
 
 CONVINCING = 2.0
 """Standard errors by which a gain has to be above zero to be one."""
@@ -85,10 +85,11 @@ class Confirmed:
     def verdict(self) -> str:
         """Say whether the optimum has held."""
         held = "neither half nor twice the learning rate is better"
-        if self.better_rates:
-            better = self.better_rates[0]
-            held = f"the optimum has moved: {better} is better by {paired(self.losses['tuned'], self.losses[better], self.mode)}"
-        return f"At {self.shape}: gain of the factors {self.gain}{'' if self.gain.is_convincing else ', which is none'}; {held}."
+        if better := self.better_rates:
+            by = paired(self.losses["tuned"], self.losses[better[0]], self.mode)
+            held = f"the optimum has moved: {better[0]} is better by {by}"
+        gain = f"gain of the factors {self.gain}{'' if self.gain.is_convincing else ', which is none'}"
+        return f"At {self.shape}: {gain}; {held}."
 
 
 @dataclass(frozen=True)

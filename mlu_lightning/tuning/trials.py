@@ -173,8 +173,8 @@ def _result(future: Any) -> Any:
         return future.result()
     except BrokenProcessPool as error:
         raise ValueError(
-            "A process that trained has ended, as where memory is short. What was tried is kept: give the same command again, "
-            "with fewer processes (--workers)."
+            "A process that trained has ended, as where memory is short. What was tried is kept: give the same command "
+            "again, with fewer processes (--workers)."
         ) from error
 
 
