@@ -86,8 +86,13 @@ def tune(
     keys = {axis: names.split(",") if names else [] for axis, names in named.items() if names != "auto"}
     none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
     configured = read_config(path, none | keys, model, data)
-    more = {"data": configured.data(), "metric": metric, "trainer": _trainer(configured, steps)}
-    training = Training(partial(configured.build_all, {}), partial(configured.build_with, {}), **more)
+    training = Training(
+        partial(configured.build_all, {}),
+        partial(configured.build_with, {}),
+        configured.data(),
+        metric,
+        _trainer(configured, steps),
+    )
     searched = roles.split(",") if roles else []
     if trial is not None:
         from mlu_lightning.tuning.wandb_study import run_point

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -173,13 +174,11 @@ class Tuning:
 
     def save(self, folder: Path) -> list[Path]:
         """Write ``tuned.yaml``, for ``MLUCallback(tuned=...)``, ``tune.txt`` and ``tune.png`` into a folder."""
-        from rich.console import Console
-
-        console = Console(width=110, record=True, quiet=True)
-        console.print(self.tables())
+        text = StringIO()
+        Console(file=text, width=110).print(self.tables())
         contents = {
             folder / "tuned.yaml": self.to_yaml().encode(),
-            folder / "tune.txt": console.export_text().encode(),
+            folder / "tune.txt": text.getvalue().encode(),
             folder / "tune.png": draw_search(self.space, [*self.curve()], self.metric, self.mode, self.best_point()),
         }
         write_whole(contents)

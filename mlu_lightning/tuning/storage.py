@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import optuna
@@ -27,6 +29,7 @@ Mode = Literal["min", "max"]
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _HEARTBEAT, _GRACE = 15, 60  # seconds between signs of life, and without any, after which a trial has failed
 _LONGEST = 500  # characters of a reason
+_PAUSE = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -54,17 +57,17 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
     Raises:
         ValueError: if the storage cannot be opened, or the study there is of something else.
     """
+    direction: Literal["minimize", "maximize"] = "minimize" if place.mode == "min" else "maximize"
     with quiet_optuna():
         try:
             storage = _storage(place.storage)
-            direction: Literal["minimize", "maximize"] = "minimize" if place.mode == "min" else "maximize"
-            # a training that is halfway goes on if it is among the better half of those that were there
             study = optuna.create_study(
                 storage=storage,
                 study_name=place.name,
                 direction=direction,
                 load_if_exists=True,
                 sampler=_ByNumber(place.seed),
+                # a training that is halfway goes on if it is among the better half of those that were there
                 pruner=SuccessiveHalvingPruner(min_resource=25, reduction_factor=2),
             )
             again = optuna.create_study(storage=storage, study_name=f"{place.name} again", load_if_exists=True)
@@ -75,9 +78,6 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
                 "file that all machines can lock, for a journal."
             ) from error
     _require_same(study, place, space)
-    default = dict.fromkeys((dimension.name for dimension in space), 1.0)
-    with quiet_optuna():
-        study.enqueue_trial(default, skip_if_exists=True)
     return study, again
 
 
@@ -115,7 +115,7 @@ def quiet_optuna() -> Iterator[None]:
 
 
 class _ByNumber(BaseSampler):
-    """Multivariate TPE whose draws depend on a trial's number and what was tried before, whoever makes it.
+    """The default, and then multivariate TPE whose draws depend on a trial's number and what was tried before.
 
     So a search that was stopped goes on as it would have, and processes that begin together do not try the same.
     """
@@ -130,7 +130,7 @@ class _ByNumber(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """What is drawn together."""
-        return self._inner.infer_relative_search_space(study, trial)
+        return {} if trial.number == 0 else self._inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -142,6 +142,8 @@ class _ByNumber(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Draw what is drawn alone."""
+        if trial.number == 0:
+            return 1.0
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
 
@@ -150,7 +152,14 @@ def _storage(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(url))
     # SQLite lets one process write at a time
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    return RDBStorage(url, engine_kwargs=options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+    make = partial(RDBStorage, url, engine_kwargs=options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+    try:
+        return make()
+    except SQLAlchemyError as error:
+        if not any(sign in str(error).lower() for sign in ("unique", "already exists")):
+            raise
+        time.sleep(_PAUSE)  # another process has just made the same tables
+        return make()
 
 
 def _require_same(study: optuna.Study, place: Place, space: Sequence[Dimension]) -> None:

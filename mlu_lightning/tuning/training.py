@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.preparation import Batches, first_batches, make_trainer, prepare, quiet, transfer
 from mlu_lightning.planning import Plan
+from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.planning.tuned import Tuned
 
 __all__ = ["Outcome", "Report", "Training", "UnknownMetric"]
@@ -81,7 +82,7 @@ class Training:
                 "There is no MLUCallback in this training, and tuned factors are part of its plan. Add one, with the base: "
                 "MLUCallback(base=...)."
             )
-        if plugin.arguments.base is None:
+        if plugin.arguments.base in (None, ABSOLUTE):
             raise ValueError(
                 "The MLUCallback has no base, at which the factors would be tuned. Give it base=..., a module of the small "
                 "shape (in YAML, a class_path with its init_args)."

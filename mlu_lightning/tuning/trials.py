@@ -6,9 +6,10 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,15 +26,34 @@ from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, qui
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
 
-__all__ = ["Again", "Search", "train_again"]
+__all__ = ["Again", "Crew", "Search", "assembled", "train_again"]
 
 HALVED = "stopped"
 """How the reason of a trial begins that did worse than others."""
 _HOPELESS = 10  # trials, all of which failed, after which no more are made
+_LONGEST = 500  # characters of a reason
 _PAUSE = 1.0  # seconds between looks at what other processes do
 
 Progress = Callable[[int, int, float | None], None]
 """Takes how many trials are done, of how many, and the best value so far."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Processes that train; without a pool it is this one."""
+
+    size: int
+    pool: ProcessPoolExecutor | None = None
+
+
+@contextmanager
+def assembled(workers: int) -> Iterator[Crew]:
+    """Start so many processes, if they are more than one."""
+    if workers == 1:
+        yield Crew(1)
+        return
+    with worker_pool(workers, partial(_start, workers)) as pool:
+        yield Crew(workers, pool)
 
 
 @dataclass(frozen=True)
@@ -48,23 +68,22 @@ class Search:
     seed: int
     end: float = math.inf  # time, in seconds of the clock, after which no trial begins
 
-    def run(self, workers: int, progress: Progress) -> None:
-        """Make trials in so many processes until the study has enough, or the time is over.
+    def run(self, crew: Crew, progress: Progress) -> None:
+        """Make trials until the study has enough, or the time is over.
 
         Raises:
             ValueError: if the default cannot be trained, or if all trials failed.
         """
         study, _ = open_study(self.place, self.space)
-        if workers == 1:
+        if crew.pool is None:
             self.work(progress)
         else:
-            with worker_pool(workers, partial(start_worker, workers)) as pool:
-                running = {pool.submit(self.work) for _ in range(workers)}
-                while running:
-                    done, running = wait(running, _PAUSE, FIRST_COMPLETED)
-                    for future in done:
-                        _result(future)
-                    progress(*self._state(study))
+            running = {crew.pool.submit(self.work) for _ in range(crew.size)}
+            while running:
+                done, running = wait(running, _PAUSE, FIRST_COMPLETED)
+                for future in done:
+                    _result(future)
+                progress(*self._state(study))
         failed = [trial for trial in study.get_trials(deepcopy=False) if trial.state in DONE]
         if failed and all(_has_failed(trial) for trial in failed):
             reason = failed[0].user_attrs.get("reason", "its process ended")
@@ -106,9 +125,11 @@ class Search:
         except UnknownMetric:
             raise
         except USERS_ERRORS as error:
+            reason = f"{type(error).__name__}: {error}"
             if not tuned:
-                raise ValueError(f"The base cannot be trained as it is: {type(error).__name__}: {error}") from error
-            return _pruned(trial, f"{type(error).__name__}: {error}")
+                trial.set_user_attr("reason", reason[:_LONGEST])
+                raise ValueError(f"The base cannot be trained as it is: {reason}") from error
+            return _pruned(trial, reason)
         if not math.isfinite(outcome.value):
             return _pruned(trial, f"{self.training.metric} is {outcome.value} after {outcome.percent} % of the steps")
         if outcome.percent < 100:
@@ -137,7 +158,7 @@ class Again:
         return (value, "") if math.isfinite(value) else (math.inf, f"{self.training.metric} is {value}")
 
 
-def train_again(again: optuna.Study, cases: Sequence[Again], workers: int, progress: Progress) -> None:
+def train_again(again: optuna.Study, cases: Sequence[Again], crew: Crew, progress: Progress) -> None:
     """Make those trainings that the study does not have yet."""
     missing = [case for case in cases if case.seed not in read_again(again, case.key)]
     progress(0, len(missing), None)
@@ -147,20 +168,16 @@ def train_again(again: optuna.Study, cases: Sequence[Again], workers: int, progr
             add_again(again, case.key, case.seed, value, reason)
         progress(number, len(missing), None)
 
-    if workers == 1 or len(missing) < 2:
+    if crew.pool is None:
         for number, case in enumerate(missing, 1):
             keep(number, case, *case.run())
         return
-    with worker_pool(workers, partial(start_worker, workers)) as pool:
-        pending = {pool.submit(case.run): case for case in missing}
-        number = 0
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                number += 1
-                keep(number, pending.pop(future), *_result(future))
+    pending = {crew.pool.submit(case.run): case for case in missing}
+    for number, future in enumerate(as_completed(pending), 1):
+        keep(number, pending[future], *_result(future))
 
 
-def start_worker(workers: int) -> None:
+def _start(workers: int) -> None:
     """Leave a process its share of the cores, and nothing to say."""
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -179,7 +196,7 @@ def _result(future: Any) -> Any:
 
 
 def _pruned(trial: optuna.Trial, reason: str) -> float:
-    trial.set_user_attr("reason", reason[:500])
+    trial.set_user_attr("reason", reason[:_LONGEST])
     raise optuna.TrialPruned(reason)
 
 

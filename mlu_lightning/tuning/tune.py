@@ -23,7 +23,7 @@ from mlu_lightning.tuning.training import Training
 if TYPE_CHECKING:
     import optuna
 
-    from mlu_lightning.tuning.trials import Again, Search
+    from mlu_lightning.tuning.trials import Again, Crew, Search
 
 __all__ = ["Progress", "require_optuna", "tune", "tune_training"]
 
@@ -138,7 +138,7 @@ def tune_training(
     if trials < 1 or seeds < 1 or workers < 1:
         raise ValueError(f"trials={trials}, seeds={seeds} and workers={workers} should all be 1 or more.")
     from mlu_lightning.tuning.storage import Place, open_study
-    from mlu_lightning.tuning.trials import Search
+    from mlu_lightning.tuning.trials import Search, assembled
 
     plan = training.plan()
     space = search_space(plan, roles)
@@ -151,16 +151,15 @@ def tune_training(
     reruns = (CANDIDATES + 2 + 4 * len(larger)) * seeds
     end = math.inf if minutes is None else time.time() + 60 * minutes - _seconds(opened) * reruns / workers
     search = Search(training, plan, space, place, trials, seed, end)
-    search.run(workers, lambda done, total, best: progress("trials", done, total, best))
-    found = _choose(
-        search, Tuning(training.metric, mode, space, read_trials(opened), {}), again, seeds, workers, progress
-    )
-    found = replace(found, importance=_importance(opened))
-    confirmed = [
-        _confirm(replace(search, training=there, plan=there.plan()), name, found, again, seeds, workers, progress)
-        for name, there in larger.items()
-    ]
-    return replace(found, confirmed=tuple(confirmed))
+    with assembled(workers) as crew:
+        search.run(crew, lambda done, total, best: progress("trials", done, total, best))
+        records = read_trials(opened)
+        found = _choose(search, Tuning(training.metric, mode, space, records, {}), again, seeds, crew, progress)
+        confirmed = [
+            _confirm(replace(search, training=there, plan=there.plan()), name, found, again, seeds, crew, progress)
+            for name, there in larger.items()
+        ]
+    return replace(found, importance=_importance(opened), confirmed=tuple(confirmed))
 
 
 def require_optuna() -> None:
@@ -186,7 +185,7 @@ def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:
     )
 
 
-def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, workers: int, progress: Progress) -> Tuning:
+def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, crew: Crew, progress: Progress) -> Tuning:
     """Train the best few with other seeds, choose the best mean, and measure its gain with still others."""
     few = found.best_first[:CANDIDATES]
     if not few:
@@ -194,7 +193,7 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, work
     points = {trial.number: factors_at(found.space, trial.point) for trial in few}
     first = range(search.seed + 1, search.seed + 1 + seeds)
     groups = {number: _cases(search, "base", tuned, first) for number, tuned in points.items()}
-    losses = _train(groups, again, workers, lambda *counts: progress("best few with other seeds", *counts))
+    losses = _train(groups, again, crew, lambda *counts: progress("best few with other seeds", *counts))
     sign = 1.0 if found.mode == "min" else -1.0
     signed = {
         n: [sign * value if math.isfinite(value) else math.inf for value in of.values()] for n, of in losses.items()
@@ -203,7 +202,7 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, work
     chosen = min(means, key=lambda number: means[number])
     second = range(search.seed + 1 + seeds, search.seed + 1 + 2 * seeds)
     pair = {what: _cases(search, "base", tuned, second) for what, tuned in (("default", {}), ("found", points[chosen]))}
-    gains = _train(pair, again, workers, lambda *counts: progress("gain with still other seeds", *counts))
+    gains = _train(pair, again, crew, lambda *counts: progress("gain with still other seeds", *counts))
     default, best = ([gains[name][seed] for seed in second] for name in ("default", "found"))
     return replace(found, again=losses, gains=(default, best), chosen=chosen)
 
@@ -214,7 +213,7 @@ def _confirm(
     found: Tuning,
     again: optuna.Study,
     seeds: int,
-    workers: int,
+    crew: Crew,
     progress: Progress,
 ) -> Confirmed:
     """Train another shape with the factors, without them, and at other learning rates."""
@@ -223,7 +222,7 @@ def _confirm(
     variants = {"tuned": found.tuned, "untuned": {}, **{what: times(found.tuned, rate) for what, rate in rates.items()}}
     chosen = range(search.seed + 1, search.seed + 1 + seeds)
     groups = {what: _cases(search, name, tuned, chosen) for what, tuned in variants.items()}
-    losses = _train(groups, again, workers, lambda *counts: progress(f"runs at {name}", *counts))
+    losses = _train(groups, again, crew, lambda *counts: progress(f"runs at {name}", *counts))
     return Confirmed(name, found.mode, {what: [values[seed] for seed in chosen] for what, values in losses.items()})
 
 
@@ -250,7 +249,7 @@ def _cases(search: Search, shape: str, tuned: Any, seeds: Sequence[int]) -> list
 def _train(
     groups: Mapping[Any, Sequence[Again]],
     again: optuna.Study,
-    workers: int,
+    crew: Crew,
     progress: Callable[[int, int, float | None], None],
 ) -> dict[Any, dict[int, float]]:
     """Train what is missing of groups of trainings, and return their values by group and seed."""
@@ -258,7 +257,7 @@ def _train(
     from mlu_lightning.tuning.trials import train_again
 
     cases = [case for group in groups.values() for case in group]
-    train_again(again, cases, workers, progress)
+    train_again(again, cases, crew, progress)
     known = {name: read_again(again, group[0].key) for name, group in groups.items()}
     return {name: {case.seed: known[name][case.seed] for case in group} for name, group in groups.items()}
 
