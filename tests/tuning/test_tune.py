@@ -39,10 +39,10 @@ def test_a_trial_is_a_fit_with_the_factors() -> None:
     training = Training.of(Small, Small, data=DATA, trainer=TRAINER)
     torch.manual_seed(5)
     module, trainer = Small(), quiet(MLUCallback(Small(), tuned=factors), max_steps=8)
-    trainer.fit(module, loader(BATCHES), loader(BATCHES))
+    trainer.fit(module, loader(BATCHES), loader(BATCHES[:2]))
     reported: dict[int, float] = {}
     outcome = training.run(training.plan(), factors, 5, lambda percent, value: bool(reported.update({percent: value})))
-    assert outcome.value == trainer.validate(module, loader(BATCHES), verbose=False)[0]["val_loss"]
+    assert outcome.value == trainer.validate(module, loader(BATCHES[:2]), verbose=False)[0]["val_loss"]
     assert [*reported] == [25, 50, 75]
     assert outcome.percent == 100
     unmonitored = Training.of(Small, Small, data=BATCHES, metric="train_loss", trainer=TRAINER)
