@@ -1,4 +1,4 @@
-"""Does a Transformer that was tuned at a small base, every role, end below others that are tuned where they are large?
+"""A base tuned at once, every role, and what becomes of the factors at larger shapes: the command of the study.
 
 ``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``python -m recipes.tune.run samplers``
 compares ways to search. README.md says what came out.
