@@ -66,13 +66,8 @@ print(json.dumps(["torch" in sys.modules, time.process_time(), min(map(len, text
 
 
 def test_positional_arguments_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    said = set()
-    for args in (
-        "1e6 --model resnet",
-        "--model resnet 1e6",
-        "--parameters 1e6 --model resnet",
-        "--parameters=1e6 --model=resnet",
-    ):
+    said, resnet = set(), "--model resnet"
+    for args in (f"1e6 {resnet}", f"{resnet} 1e6", f"--parameters 1e6 {resnet}", f"{resnet} --parameters=1e6"):
         main(["shape", *args.split()])
         said.add(capsys.readouterr().out)
     assert len(said) == 1 and "resnet with up to 1,000,000 parameters" in said.pop()

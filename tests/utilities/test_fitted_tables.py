@@ -45,18 +45,17 @@ def test_nothing_is_cut(table: Table, keys: int, width: int) -> None:
     console.print(FittedTable(table, keys))
     assert max(map(len, text.getvalue().splitlines())) <= width
     words = text.getvalue().split()
-    cells: list[Any] = [cell for column in table.columns for cell in (column.header, *column.cells)]
+    cells: list[Any] = [column.header for column in table.columns[keys:]]
+    cells += [cell for column in table.columns for cell in column.cells]
     wanted = [word for cell in cells for word in console.render_str(str(cell)).plain.split()]
     assert [word for word in wanted if word not in words] == []
 
 
-@pytest.mark.parametrize(
-    ("width", "lines", "says"), [(120, 6, "│ base "), (80, 6 + 2 + 6, "│ base "), (30, 6 + 2, "\nbase  standard\n")]
-)
-def test_as_it_is_in_parts_or_row_by_row(width: int, lines: int, says: str) -> None:
-    """Whole as rich draws it; parts begin with the shape; rows are a line of what they are of, and their numbers below."""
+@pytest.mark.parametrize(("width", "says"), [(120, "│ base "), (80, "│ base "), (30, "\nbase  standard\n")])
+def test_as_it_is_in_parts_or_row_by_row(width: int, says: str) -> None:
+    """Parts begin with the first columns; rows are a line of what they are of, and their numbers below."""
     text, plain = io.StringIO(), io.StringIO()
     Console(file=text, width=width).print(FittedTable(results(), 2))
-    assert says in text.getvalue() and len(text.getvalue().splitlines()) >= lines
+    assert text.getvalue().count(says) == (2 if width == 80 else 1)
     Console(file=plain, width=width).print(results())
     assert (text.getvalue() == plain.getvalue()) == (width == 120)
