@@ -55,7 +55,7 @@ def test_help_needs_no_torch_and_little_time() -> None:
 import contextlib, io, json, sys, time
 from mlu_lightning.cli import main
 texts = []
-for command in ([], ["quickstart"], ["check"], ["plan"], ["report"], ["shape"]):
+for command in ([], ["quickstart"], ["check"], ["tune"], ["plan"], ["report"], ["shape"]):
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         main([*command, "--help"])
     texts.append(text.getvalue())

@@ -1,4 +1,4 @@
-"""The command line: ``mlu-lightning quickstart | check | plan | report | shape``.
+"""The command line: ``mlu-lightning quickstart | check | tune | plan | report | shape``.
 
 Each command is a function of its own file, whose arguments and docstring are its options and their help; ``parser`` lists
 them. What a command works with is imported when it runs, so that help is printed at once.

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from mlu_lightning.cli.console import find_modules_here, make_console, place, require, say, show_progress, writing
+from mlu_lightning.cli.console import (
+    find_modules_here,
+    list_of,
+    make_console,
+    place,
+    require,
+    say,
+    show_progress,
+    writing,
+)
 
 __all__ = ["check_configuration"]
 
@@ -55,7 +64,7 @@ def check_configuration(
     find_modules_here()
     grown = _numbers(factors)
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: _items(names) if names else [] for axis, names in named.items() if names != "auto"}
+    keys = {axis: list_of(names) if names else [] for axis, names in named.items() if names != "auto"}
     none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
     configured, console = read_config(config, none | keys, model, data), make_console(125)
     folder = place(out)
@@ -86,13 +95,8 @@ def check_configuration(
     sys.exit(_EXIT_CODES[found.verdict])
 
 
-def _items(text: str) -> list[str]:
-    """Read a list with commas between its items, with brackets around it or without."""
-    return [item.strip() for item in text.strip("[] ").split(",")]
-
-
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(item) for item in _items(text)]
+        return [int(item) for item in list_of(text)]
     except ValueError:
         raise ValueError(f"--factors {text} should be whole numbers with commas between them: 1,2,4,8.") from None

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = [
     "find_modules_here",
+    "list_of",
     "make_console",
     "make_folder",
     "place",
@@ -39,6 +40,11 @@ def find_modules_here() -> None:
     sys.path.insert(0, str(Path.cwd()))
 
 
+def list_of(text: str) -> list[str]:
+    """Read an option's list, with commas between its items, with brackets around it or without."""
+    return [item.strip() for item in text.strip("[] ").split(",")]
+
+
 def make_console(width: int = 110) -> Console:
     """The standard output, of the terminal's width or that of ``COLUMNS``, and of another where it is neither."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else width)
@@ -55,24 +61,29 @@ def say_error(text: str) -> None:
 
 
 @contextmanager
-def show_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+def show_progress(console: Console, what: str) -> Iterator[Callable[..., None]]:
     """Show how many of all tasks are done: in a bar, or, where nobody looks at a terminal, in a line for each tenth.
 
-    Until it is told, and where it is not, the bar only shows that there is work.
+    Until it is told, and where it is not, the bar only shows that there is work. It is told the number that are done,
+    that of all, and, where it changes, what is done.
     """
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+            def move(done: int, total: int, what: str | None = None) -> None:
+                bar.update(task, description=what, completed=done, total=total)
+
+            yield move
         return
     tenth = 0
 
-    def note(done: int, total: int) -> None:
+    def note(done: int, total: int, now: str = what) -> None:
         nonlocal tenth
-        if 10 * done // total > tenth:
-            tenth = 10 * done // total
-            say(console, f"{what}: {done} of {total}")
+        before, tenth = tenth, 10 * done // max(total, 1)
+        if tenth != before:
+            say(console, f"{now}: {done} of {total}")
 
     yield note
 

@@ -15,6 +15,7 @@ from mlu_lightning.cli.plan_command import plan
 from mlu_lightning.cli.quickstart_command import quickstart
 from mlu_lightning.cli.report_command import report
 from mlu_lightning.cli.shape_command import shape
+from mlu_lightning.cli.tune_command import tune_configuration
 
 __all__ = ["run"]
 
@@ -22,6 +23,7 @@ __all__ = ["run"]
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "check": check_configuration,
+    "tune": tune_configuration,
     "plan": plan,
     "report": report,
     "shape": shape,
