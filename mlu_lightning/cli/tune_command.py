@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -20,9 +20,6 @@ from mlu_lightning.cli.console import (
     show_progress,
     writing,
 )
-
-if TYPE_CHECKING:
-    from mlu_lightning.checking.configuration import Configured
 
 __all__ = ["tune_configuration"]
 
@@ -149,7 +146,7 @@ def tune_configuration(
             log_trials(loggers, found, study)
 
 
-def _trainer(configured: Configured, steps: int | None) -> dict[str, Any]:
+def _trainer(configured: Any, steps: int | None) -> dict[str, Any]:
     """Arguments of the Trainer, which have to say how long a training is."""
     given = configured.whole_training
     if steps is not None:
@@ -162,9 +159,7 @@ def _trainer(configured: Configured, steps: int | None) -> dict[str, Any]:
     return given
 
 
-def _grown(
-    configured: Configured, keys: Mapping[str, Sequence[str]], factors: Mapping[str, int]
-) -> dict[str, dict[str, int]]:
+def _grown(configured: Any, keys: Mapping[str, Sequence[str]], factors: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Arguments of the model at another shape, by the shape's name."""
     from mlu_lightning.checking.options import with_found_options
 
