@@ -234,7 +234,7 @@ def test_interrupted_quickstart_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_quickstart_in_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlu_lightning.cli", "quickstart", "--out", str(tmp_path), "--steps", "5"]
+    command = [sys.executable, "-m", "mlu_lightning", "quickstart", "--out", str(tmp_path), "--steps", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "49 runs of 5 steps" in result.stdout and "8 × depth: the best learning rate is" in result.stdout
     assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 49

@@ -66,11 +66,22 @@ class Configured:
         module: LightningModule = _parse(_Parsed, self.content, {**self.options, **sizes}).model
         return module
 
+    def build_all(self, sizes: Mapping[str, int]) -> tuple[LightningModule, list[Callback]]:
+        """Build the module of the base with other values of some options, and the callbacks that take part."""
+        parsed = _parse(_Parsed, self.content, {**self.options, **sizes})
+        return parsed.model, list(parsed.callbacks)
+
     @property
     def trainer(self) -> dict[str, Any]:
         """Arguments of the Trainer that change how a step is made."""
         given = self.content.get("trainer") or {}
         return {name: given[name] for name in _OF_A_STEP if given.get(name) is not None}
+
+    @property
+    def whole_training(self) -> dict[str, Any]:
+        """Arguments of the Trainer that change a training: how a step is made, how many there are, and validation."""
+        given = self.content.get("trainer") or {}
+        return {name: given[name] for name in (*_OF_A_STEP, *_OF_A_TRAINING) if given.get(name) not in (None, -1)}
 
     def _parsed(self, shape: Shape, loggers: Sequence[Any] = ()) -> _Parsed:
         factors = {axis: getattr(shape, axis) // getattr(self.base, axis) for axis in self.keys}
@@ -145,6 +156,10 @@ def read_config(
 
 _OF_A_STEP = (
     "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
+)
+_OF_A_TRAINING = (
+    "check_val_every_n_epoch limit_train_batches limit_val_batches max_epochs max_steps overfit_batches "
+    "reload_dataloaders_every_n_epochs val_check_interval".split()
 )
 _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 _OF_FIT = ("ckpt_path", "config", "weights_only")
