@@ -148,7 +148,7 @@ def tune_configuration(
 
 def _trainer(configured: Any, steps: int | None) -> dict[str, Any]:
     """Arguments of the Trainer, which have to say how long a training is."""
-    given = configured.whole_training
+    given: dict[str, Any] = configured.whole_training
     if steps is not None:
         given = {name: value for name, value in given.items() if name != "max_epochs"} | {"max_steps": steps}
     if not {"max_steps", "max_epochs"} & given.keys():
