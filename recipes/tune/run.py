@@ -60,7 +60,7 @@ def study(
         return terminal.print("The time was over before the search was; another call goes on.")
     found.save(folder)
     runs = _make_runs(chosen, start, found.tuned, folder, workers, end, terminal)
-    terminal.print(loss_table(chosen, runs, start))
+    terminal.print(loss_table(chosen, runs))
     for sentence in verdicts(chosen, runs):
         terminal.print(sentence, highlight=False)
     save_figure(chosen, runs, folder / "tune_shapes.png")
