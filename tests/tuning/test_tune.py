@@ -134,6 +134,7 @@ def test_a_trial_that_fails_has_its_reason_and_the_search_goes_on(tmp_path: Path
         ({"callbacks": lambda base: [MLUCallback(plan=Plan.from_model(base, BATCHES[0]))]}, "has no base"),
         ({"callbacks": lambda base: [MLUCallback(base, tuned={"embedding": {"lr": 2}})]}, "tuned factors already"),
         ({"trials": 0}, "1 or more"),
+        ({"build": lambda: Small(), "workers": 2}, "other processes cannot be given.*top of a module"),
         ({"storage": "nonsense://nowhere"}, "cannot be kept in nonsense.*--storage"),
         ({"storage": "sqlite:////nowhere/at/all.db"}, "cannot be kept in sqlite.*unable to open"),
     ],
