@@ -37,7 +37,7 @@ def one_line(applied: Applied) -> str:
     >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
     >>> plan = Plan.from_model(deeper, base=base)
     >>> one_line(Applied(plan, "fold")).partition("; roles")[0]
-    'MLU: depth 4 (base 2), embedding 8, mlp 16'
+    'MLU: depth 4 (base 2), embedding 8, mlp 16; distance ratio mlp 0.707'
     """
     plan = applied.plan
     absolute = plan.base is None
@@ -48,6 +48,7 @@ def one_line(applied: Applied) -> str:
         f"{kind} {_changes(((b.hidden, b.base_hidden) for b in plan.branches if b.kind == kind), absolute)}"
         for kind in kinds
     ]
+    ratios = [f"{d.kind} {d.ratio:.3g}" for d in plan.distances if d.ratio is not None and not plan.is_at_base]
     shape = ", ".join([f"depth {depths}", f"embedding {embeddings}", *hidden])
     counts = Counter(plan.roles.values())
     roles = ", ".join(f"{counts[role]} {role.value}" for role in Role if counts[role])
@@ -58,10 +59,11 @@ def one_line(applied: Applied) -> str:
     return "; ".join(
         [
             f"{TITLES[plan.parameterization]}: {shape}{', no base (absolute form)' if absolute else ''}",
+            *([f"distance ratio {', '.join(ratios)}"] if ratios else []),
             f"roles {roles}",
             f"optimizer {optimizers}",
             f"multipliers {', '.join(places) or 'all 1'}",
-            f"{len(plan.warnings) or 'no'} warning{'' if len(plan.warnings) == 1 else 's'}.",
+            f"{len(plan.advice) or 'no'} warning{'' if len(plan.advice) == 1 else 's'}.",
         ]
     )
 

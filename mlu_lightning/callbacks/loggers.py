@@ -135,6 +135,11 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         [(at.base_depth, at.base_embedding) for at in streams],
         [(branch.kind, branch.base_hidden) for branch in branches],
     )
+    ratios: dict[str, float | list[float]] = {}
+    for kind in dict.fromkeys(distance.kind for distance in plan.distances):
+        of_kind = [each.ratio for each in plan.distances if each.kind == kind and each.ratio is not None]
+        if of_kind:
+            ratios[kind] = _short(of_kind)
     roles: dict[str, list[dict[str, float | None]]] = {}
     for name, factors in _factors(plan, families).items():
         roles.setdefault(plan.parameters[name].role.value, []).append(factors)
@@ -145,6 +150,7 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         "alpha": plan.alpha,
         "batch_ratio": plan.horizon.batch_ratio,
         "token_ratio": plan.horizon.token_ratio,
+        **({"distance_ratio": ratios} if ratios else {}),
         **({"tuned": plan.tuned} if plan.tuned else {}),
         "residual": residual,
         "optimizer": _short([family.value for family in _distinct(families.values())]),

@@ -280,7 +280,7 @@ class MLUCallback(EitherCallback):
             check_whole(trainer.strategy, module)
         # that of the first process for all: a base that each draws by itself has another std in each
         self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
-        for warning in plan.warnings:
+        for warning in plan.advice:
             rank_zero_warn(warning)
         if starts_processes(trainer.strategy) and Applied(plan, self._residual).acting:
             raise ValueError(

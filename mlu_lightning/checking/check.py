@@ -31,6 +31,7 @@ from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
 from mlu_lightning.planning import Plan
+from mlu_lightning.planning.distance import FAR
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
@@ -123,6 +124,7 @@ def check(
         warnings = tuple(
             dict.fromkeys(text for of_axis in last.values() for text in plan_of(of_axis[-1].shape).warnings)
         )
+        notes = (*notes, *_distance_note({axis: plan_of(of_axis[-1].shape) for axis, of_axis in last.items()}))
         for shape, run_seed in runs:
             plan, module = plan_of(shape), build(module_factory, shape, run_seed)
             at_base = build(module_factory, base, run_seed)
@@ -142,6 +144,17 @@ _WITHOUT = (
     "learning rates do not follow its shape."
 )
 _Leeway = Mapping[str, tuple[float, float]]
+
+
+def _distance_note(largest: Mapping[str, Plan]) -> tuple[str, ...]:
+    """How much farther from its limit than the base the largest shape along each axis is."""
+    ratios = {axis: max((d.ratio or 0.0 for d in plan.distances), default=0.0) for axis, plan in largest.items()}
+    if not any(ratios.values()):
+        return ()
+    listed = ", ".join(f"{axis} {ratio:.3g}" for axis, ratio in ratios.items())
+    far = [axis for axis, ratio in ratios.items() if ratio > FAR]
+    advice = f"; above {FAR:g} ({', '.join(far)}) the best learning rate may be lower than the base's" if far else ""
+    return (f"Distance ratio r = √(d/(l·m)) at the largest size along each axis: {listed}{advice}.",)
 
 
 def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.planning.arguments import ABSOLUTE
+from mlu_lightning.planning.arguments import ABSOLUTE, check_parameterization, require_base
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module, refuse_base
 from mlu_lightning.planning.derivation import (
     plan_branches,
@@ -22,6 +22,7 @@ from mlu_lightning.planning.derivation import (
     plan_streams,
     with_copies,
 )
+from mlu_lightning.planning.distance import Distance, distances, warning_of
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
 from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
@@ -83,7 +84,7 @@ class Plan:
                 "to that of a linearized model."
             )
         check_parts(self.parameters, self.branches, self.streams, self.multipliers)
-        _check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
+        check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
         check_factors(self.forward_factors)  # to find them refuses tuned ones that match nothing
 
     @classmethod
@@ -142,10 +143,10 @@ class Plan:
         if isinstance(base, nn.Module):
             refuse_base(base, module, example)
         elif base is not None:
-            _require_base(base)
+            require_base(base, Plan)
             base = base if isinstance(base, Plan) else cls.load(base)
         reference = base.base if isinstance(base, Plan) else None
-        _check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
+        check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
         overrides = overrides or {}
         elsewhere = [] if reference is None else [*reference.parameters]
         if isinstance(base, nn.Module):
@@ -224,6 +225,18 @@ class Plan:
     def is_at_base(self) -> bool:
         """Whether every parameter's numbers are those of the base, but for tuned factors."""
         return all(parameter.is_at_base for parameter in self.parameters.values())
+
+    @cached_property
+    def distances(self) -> tuple[Distance, ...]:
+        """How far each stream is from its limit by each kind of branch, for MLU (theory.md, section 3)."""
+        if self.parameterization is not Parameterization.MLU:
+            return ()
+        return distances(self.parameters, self.branches, self.streams, self._absolute)
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """Warnings, and one of a shape that is much farther from its limit than the base's."""
+        return self.warnings + warning_of(self.distances)
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:
         """Return the factor that one of ``multipliers`` puts into the forward pass: tuned, and with alpha on branches."""
@@ -363,12 +376,13 @@ class Plan:
         return draw_plan(
             headline(self.parameterization, self._absolute, self.alpha, self.horizon, family),
             self.streams,
+            self.distances,
             self.parameters,
             self.scales(family),
             self.branches,
             {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers},
             self.own_constants,
-            self.warnings,
+            self.advice,
             self.tuned,
         )
 
@@ -379,20 +393,3 @@ class Plan:
     def _absolute(self) -> bool:
         """Whether it is relative to no base."""
         return any(parameter.base_shape is None for parameter in self.parameters.values())
-
-
-def _require_base(base: Any) -> None:
-    if not isinstance(base, (Plan, str, PathLike)):
-        raise TypeError(
-            f"base is a {type(base).__name__}. It has to be a module at the base's shape, a plan or the path of one, or "
-            f"{ABSOLUTE!r} for the paper's absolute form."
-        )
-
-
-def _check_parameterization(parameterization: Parameterization, alpha: float, absolute: bool) -> None:
-    if parameterization != Parameterization.MLU and (absolute or alpha != 1.0):
-        given = "base=None, or with a plan of a module without a base" if absolute else f"alpha={alpha:g}"
-        raise ValueError(
-            f"parameterization={parameterization.value!r} was given with {given}. The absolute form and the "
-            "richness alpha are those of the MLU parameterization: give the others a base, and leave alpha at 1."
-        )

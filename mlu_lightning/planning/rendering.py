@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
 
+from mlu_lightning.planning.distance import Distance
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, row_name
@@ -44,6 +45,7 @@ def headline(
 def draw_plan(
     headline: str,
     streams: tuple[StreamPlan, ...],
+    distances: Sequence[Distance],
     parameters: Mapping[str, ParameterPlan],
     scales: Mapping[str, Scale],
     branches: tuple[BranchPlan, ...],
@@ -52,7 +54,7 @@ def draw_plan(
     warnings: Iterable[str],
     tuned: Mapping[str, Mapping[str, float]],
 ) -> str:
-    """Draw shapes, roles with their factors, branches with their multipliers, and warnings."""
+    """Draw shapes and initial random parts, roles with their factors, branches with their multipliers, and warnings."""
     text = StringIO()
     console = Console(file=text, width=125, color_system=None, markup=False, emoji=False)
     console.print(headline)
@@ -62,6 +64,8 @@ def draw_plan(
             f"{name}: depth {_change(stream.depth, stream.base_depth)}, "
             f"embedding {_change(stream.embedding, stream.base_embedding)}"
         )
+        if parts := [str(distance) for distance in distances if distance.stream == i]:
+            console.print(f"  initial random part √(D/(L·M)): {'; '.join(parts)}")
     console.print(_roles(parameters, scales))
     console.print(_branches(branches, multipliers))
     left_alone = [name for name, parameter in parameters.items() if parameter.role is Role.FROZEN]

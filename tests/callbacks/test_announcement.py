@@ -126,8 +126,9 @@ def test_one_line(residual: Any, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     fit(tmp_path, ResNet(**SMALL), mlu(residual=residual), logger=False, max_steps=1)
     (line,) = {record.getMessage() for record in caplog.records if record.getMessage().startswith("MLU")}
     assert line == (
-        "MLU: depth 4 (base 2), embedding 8 (base 4), mlp 16 (base 4); roles 1 embedding, 4 branch_in, 4 branch_out, "
-        f"1 readout; optimizer sgd; multipliers 5 in {'weights' if residual == 'fold' else 'hooks'}; no warnings."
+        "MLU: depth 4 (base 2), embedding 8 (base 4), mlp 16 (base 4); distance ratio mlp 0.5; roles 1 embedding, 4 "
+        "branch_in, 4 branch_out, 1 readout; optimizer sgd; multipliers 5 in "
+        f"{'weights' if residual == 'fold' else 'hooks'}; no warnings."
     )
 
 
