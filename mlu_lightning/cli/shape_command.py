@@ -10,6 +10,7 @@ from mlu_lightning.cli.console import make_console, say
 from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_shape
 from mlu_lightning.shapes.search import candidate_shapes
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
+from mlu_lightning.utilities.fitted_tables import FittedTable
 
 __all__ = ["shape"]
 
@@ -67,7 +68,7 @@ def shape(
     best = optimal_shape(parameters, architecture, gain)
     console, outside = make_console(), f"{architecture.per_coordinate} D are outside branches"
     say(console, f"Shapes of a {model} with up to {parameters:,.0f} parameters, of which {outside}")
-    console.print(shape_table(candidate_shapes(parameters, architecture, gain), best, compared, heads))
+    console.print(FittedTable(shape_table(candidate_shapes(parameters, architecture, gain), best, compared, heads)))
     for sentence in assumptions(architecture.constants, gain, compared, heads):
         say(console, sentence)
 

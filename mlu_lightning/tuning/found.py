@@ -17,6 +17,7 @@ from rich.text import Text
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning.search_figure import draw_search
 from mlu_lightning.tuning.space import Dimension, factors_at
+from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["Confirmed", "Estimate", "TrialRecord", "Tuning"]
@@ -174,7 +175,7 @@ class Tuning:
         notes = [self.verdict(), *(each.verdict() for each in self.confirmed)]
         if failed:
             notes.append(f"{len(failed)} of {len(self.trials)} trials failed, the first because of: {failed[0].reason}")
-        return Group(factors, few, *(Text(note) for note in notes))
+        return Group(FittedTable(factors), FittedTable(few), *(Text(note) for note in notes))
 
     def save(self, folder: Path) -> list[Path]:
         """Write ``tuned.yaml``, for ``MLUCallback(tuned=...)``, ``tune.txt`` and ``tune.png`` into a folder."""
