@@ -120,7 +120,7 @@ class MLUCallback(EitherCallback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
-        tuned: dict[str, dict[str, float]] | str | None = None,
+        tuned: dict[str, dict[str, float]] | str | Path | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -155,6 +155,22 @@ class MLUCallback(EitherCallback):
     def plan(self) -> Plan | None:
         """Plan of the module that was fitted, or evaluated with multipliers, last; None before."""
         return self._plan
+
+    @property
+    def arguments(self) -> PlanArguments:
+        """What the module is planned with, if no plan was given."""
+        return self._arguments
+
+    def with_plan(self, plan: Plan) -> MLUCallback:
+        """Return a callback that does the same with a finished plan."""
+        return MLUCallback(
+            plan=plan,
+            init=self._init,
+            residual=self._residual,
+            seed=self._seed,
+            family=self._family,
+            verify=self.verify,
+        )
 
     @property
     def initialized(self) -> bool:

@@ -1,4 +1,4 @@
-"""Is the learning rate that was tuned at a small size right at a large one? Transformers on text, along five axes.
+"""Is the learning rate that was tuned at a small size right at a large one? Transformers on text, along six axes.
 
 Where two parameterizations have the same numbers at a shape, as MLU and CompleteP have along depth, their runs are the same
 and are made once. ``search.py`` says what is searched for, and studies.yaml what is trained.
@@ -62,7 +62,8 @@ def study(
     workers = (1 if preset == "accelerator" else 2) if workers is None else workers
     check_command(workers, chosen.seeds)
     terminal, folder = console(118), Path(output)
-    shared, runs = make_runs(chosen, folder, workers, deadline(minutes), terminal)
+    plans, runs = make_runs(chosen, folder, workers, deadline(minutes), terminal)
+    shared = shared_runs(plans)
     found = transfers(chosen, shared, runs)
     terminal.print(state_of(chosen, shared, runs), highlight=False)
     if not found:
@@ -91,7 +92,8 @@ def horizon(
     found: dict[str, list[Transfer]] = {}
     for name, content in STUDIES["quick horizon" if quick else "horizon"].items():
         part = Study(**content)
-        shared, runs = make_runs(part, folder / name, workers, end, terminal)
+        plans, runs = make_runs(part, folder / name, workers, end, terminal)
+        shared = shared_runs(plans)
         terminal.print(f"{name}: {state_of(part, shared, runs)}", highlight=False)
         found.setdefault(name.split("-")[0], []).extend(transfers(part, shared, runs))
     if not any(found.values()):
@@ -112,10 +114,10 @@ def _settings(path: str) -> dict[str, Any]:
 
 def make_runs(
     study: Study, folder: Path, workers: int, end: float, terminal: Console
-) -> tuple[dict[tuple[Shape, str], str], list[Run]]:
+) -> tuple[dict[tuple[Shape, str], Plan], list[Run]]:
     """Make the runs that a study still needs, the longest first, until it is complete or the time is over.
 
-    Returns parameterizations whose runs stand for those of each shape and parameterization, and all runs that were made.
+    Returns the plans of each shape and parameterization, and all runs that were made.
     """
     file = ResultFile(folder / "runs.jsonl", study, Run.encode, Run.decode)
     runs, plans = file.read(), plans_of(study)
@@ -135,7 +137,7 @@ def make_runs(
             file.append(run)
 
         keep_busy(pool, workers, train, next_run, finish)
-    return shared, runs
+    return plans, runs
 
 
 def _cost(plan: Plan) -> int:
