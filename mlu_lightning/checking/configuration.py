@@ -172,6 +172,7 @@ _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr
 _OF_FIT = ("ckpt_path", "config", "weights_only")
 _LARGEST = {"depth": 10_000, "hidden": 10_000_000, "embedding": 10_000_000}
 _OTHER_VERSIONS = 4  # how many arguments the Trainer may have gained since the version of Lightning that saved a file
+_MOST_SAID = 2000  # characters of what LightningCLI says, which shows values of the file
 
 
 class _Arguments(LightningCLI):
@@ -214,8 +215,9 @@ def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int
         try:
             return kind(save_config_callback=None, run=False, args=changed, parser_kwargs={"exit_on_error": False})
         except ArgumentError as error:
+            wrong = str(error) if len(str(error)) <= _MOST_SAID else f"{str(error)[:_MOST_SAID]} ..."
             raise ValueError(
-                f"LightningCLI cannot read the configuration: {error}\nCorrect it in the file, or in a copy. Arguments that "
+                f"LightningCLI cannot read the configuration: {wrong}\nCorrect it in the file, or in a copy. Arguments that "
                 "a CLI of your own links to others (link_arguments) have to be in it, too, and classes have to be found "
                 "from the folder in which the command is run."
             ) from error
