@@ -120,7 +120,7 @@ class MLUCallback(EitherCallback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
-        tuned: dict[str, dict[str, float]] | str | None = None,
+        tuned: dict[str, dict[str, float]] | str | Path | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -155,6 +155,22 @@ class MLUCallback(EitherCallback):
     def plan(self) -> Plan | None:
         """Plan of the module that was fitted, or evaluated with multipliers, last; None before."""
         return self._plan
+
+    @property
+    def arguments(self) -> PlanArguments:
+        """What the module is planned with, if no plan was given."""
+        return self._arguments
+
+    def with_plan(self, plan: Plan) -> MLUCallback:
+        """Return a callback that does the same with a finished plan."""
+        return MLUCallback(
+            plan=plan,
+            init=self._init,
+            residual=self._residual,
+            seed=self._seed,
+            family=self._family,
+            verify=self.verify,
+        )
 
     @property
     def initialized(self) -> bool:
@@ -280,7 +296,7 @@ class MLUCallback(EitherCallback):
             check_whole(trainer.strategy, module)
         # that of the first process for all: a base that each draws by itself has another std in each
         self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
-        for warning in plan.warnings:
+        for warning in plan.advice:
             rank_zero_warn(warning)
         if starts_processes(trainer.strategy) and Applied(plan, self._residual).acting:
             raise ValueError(
