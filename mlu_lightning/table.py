@@ -102,9 +102,8 @@ class Variant(_Name):
 
 
 COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
-"""Variants of what the stream goes through again and again, so that effects compound."""
 COUNTED = COMPOUNDING | {Variant.OF_BLOCK}
-"""Variants whose depth is the number of those that there are along the stream."""
+"""Variants whose depth is the number of those along the stream; if it goes through them, they compound."""
 
 
 def row_name(role: Role, variant: Variant | None) -> str:
@@ -300,36 +299,27 @@ _PER_BRANCH_OUTPUT = Powers(
 _PER_BRANCH_BOUNDED = Powers(depth=-1, uses=1)  # g: k/l at outputs of bounded size
 _PER_DEPTH = Powers(depth=-1)  # multiplier of branches, and lr of norms that compound
 
-_BRANCH_OUT = Row(
-    n=_SUM,
-    g=_PER_BRANCH_OUTPUT,
-    multiplier=_PER_DEPTH,
-    std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
-    spectral=True,
-)
+_BRANCH_IN = Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True)
+_BRANCH_VECTOR = Row(g=_PER_BRANCH_OUTPUT)
+_BRANCH_OUT = replace(_BRANCH_IN, multiplier=_PER_DEPTH, std=Powers(inputs=-0.5, aspect=0.5))  # std: sqrt(d)/m
 # only steps relative to the weight count before a norm, and these are even where outputs keep their size
 _BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)
 
-# what is outside of branches, and maps to the stream or along it
-_OUTER = {
-    Role.EMBEDDING: Row(g=_PER_OUTPUT),
-    Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
-    Role.STREAM_NORM: Row(g=_PER_OUTPUT),
-}
-
 _MLU = Table(
     rows={
-        **_OUTER,
-        Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
-        Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
-        Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
+        Role.EMBEDDING: Row(g=_PER_OUTPUT),
+        Role.BRANCH_IN: _BRANCH_IN,
+        Role.BRANCH_IN_BIAS: _BRANCH_VECTOR,
+        Role.BRANCH_HIDDEN: _BRANCH_IN,
         Role.BRANCH_OUT: _BRANCH_OUT,
         Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_DEPTH),
-        Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
+        Role.BRANCH_NORM: _BRANCH_VECTOR,
         Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH_BOUNDED),
         Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH_BOUNDED, std=_KEEP, spectral=True),
+        Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
         # a readout whose 1/d is folded
         Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_USE, std=Powers(inputs=-1), spectral=True),
+        Role.STREAM_NORM: Row(g=_PER_OUTPUT),
         Role.READOUT: Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1)),
         Role.READOUT_BIAS: Row(g=_PER_USE),
         Role.FROZEN: Row(),
@@ -337,7 +327,8 @@ _MLU = Table(
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
         **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
-        **{(role, Variant.OF_BLOCK): replace(row, g=_PER_BRANCH_OUTPUT) for role, row in _OUTER.items()},
+        **{(role, Variant.OF_BLOCK): _BRANCH_VECTOR for role in (Role.EMBEDDING, Role.STREAM_NORM)},
+        (Role.STREAM_MATRIX, Variant.OF_BLOCK): _BRANCH_IN,
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
@@ -360,8 +351,8 @@ TABLES: Mapping[Parameterization, Table] = {
         variants={key: _without_depth(row) for key, row in _COMPLETEP.variants.items()},
     ),
     Parameterization.SP: Table(
-        rows={role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
-        variants={},
+        {role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+        {},
         scales_optimizer=False,
         scales_logits=False,
     ),
