@@ -44,7 +44,6 @@ class Study:
     seeds: int = 3
     exponents: tuple[float, ...] = (-7, -6.5, -6, -5.5, -5, -4.5, -4)  # of the base's learning rates
     shapes: dict[str, dict[str, int]] = field(default_factory=lambda: dict(SHAPES))
-    trials: int = 150
 
     def model(self, shape: str, exponent: float) -> ScheduledTransformer:
         """Build a model at a learning rate that is a power of two."""

@@ -134,6 +134,7 @@ def test_a_trial_that_fails_has_its_reason_and_the_search_goes_on(tmp_path: Path
         ({"callbacks": lambda base: [MLUCallback(plan=Plan.from_model(base, BATCHES[0]))]}, "has no base"),
         ({"callbacks": lambda base: [MLUCallback(base, tuned={"embedding": {"lr": 2}})]}, "tuned factors already"),
         ({"trials": 0}, "1 or more"),
+        ({"build": lambda: Small(), "workers": 2}, "other processes cannot be given.*top of a module"),
         ({"storage": "nonsense://nowhere"}, "cannot be kept in nonsense.*--storage"),
         ({"storage": "sqlite:////nowhere/at/all.db"}, "cannot be kept in sqlite.*unable to open"),
     ],
@@ -193,3 +194,5 @@ def test_gains_are_of_pairs_and_signed() -> None:
     assert "the optimum has moved: lr / 2 is better by 0.4500 ± 0.0500" in moved.verdict()
     assert not Tuning("loss", "min", (), trials, {}, ([1.0], [math.inf])).gain.is_convincing
     assert Tuning("loss", "min", (), trials, {}, ([math.inf], [1.0])).gain.is_convincing
+    alone = Tuning("loss", "min", (), trials, {}, ([3.0], [1.0]), chosen=0)
+    assert alone.tuned == {} and alone.verdict().startswith("Perhaps a gain, but one seed does not tell it from noise")
