@@ -21,7 +21,6 @@ from recipes.aspect.report import Row, attention_lines, drift_table, limit_table
 from recipes.common.studies import check_command, console, deadline, study_command
 from recipes.lr_transfer.run import make_runs, state_of
 from recipes.lr_transfer.runs import CAPPED, Study, shared_runs
-from recipes.lr_transfer.search import transfers
 
 STUDIES: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8")
@@ -55,9 +54,8 @@ def study(output: str = "aspect", workers: int = 2, minutes: float | None = None
     for name, part in _studies(quick).items():
         check_command(workers, part.seeds)
         plans, runs = make_runs(part, Path(output) / name, workers, end, terminal)
-        shared = shared_runs(plans)
-        terminal.print(f"{name}: {state_of(part, shared, runs)}", highlight=False)
-        found += rows_of(name, part, plans, transfers(part, shared, runs))
+        terminal.print(f"{name}: {state_of(part, shared_runs(plans), runs)}", highlight=False)
+        found += rows_of(name, part, plans, runs)
     if not found:
         return
     terminal.print(drift_table(found), *thresholds(found), sep="\n", highlight=False)
