@@ -293,17 +293,14 @@ _SUM = Powers(inputs=1)  # n: every output sums over all inputs
 _KEEP = Powers(inputs=-0.5)  # std: outputs keep the size that inputs have
 _PER_USE = Powers(uses=1)  # g: k at outputs that do not grow, such as targets
 _PER_OUTPUT = Powers(outputs=-1, uses=1)  # g: k/d at stream coordinates
-_PER_BRANCH_OUTPUT = Powers(
-    depth=-1, outputs=-1, active=-1, uses=1
-)  # g: k/(l·m) at hidden units, k/(l·d) at coordinates
+_PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1, uses=1)  # g: k/(l·m) at units, k/(l·d) on the stream
 _PER_BRANCH_BOUNDED = Powers(depth=-1, uses=1)  # g: k/l at outputs of bounded size
 _PER_DEPTH = Powers(depth=-1)  # multiplier of branches, and lr of norms that compound
 
 _BRANCH_IN = Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True)
 _BRANCH_VECTOR = Row(g=_PER_BRANCH_OUTPUT)
 _BRANCH_OUT = replace(_BRANCH_IN, multiplier=_PER_DEPTH, std=Powers(inputs=-0.5, aspect=0.5))  # std: sqrt(d)/m
-# only steps relative to the weight count before a norm, and these are even where outputs keep their size
-_BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)
+_BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)  # only steps relative to the weight count there
 
 _MLU = Table(
     rows={
