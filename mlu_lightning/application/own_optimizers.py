@@ -88,6 +88,8 @@ class Optimizers:
                 if depths[part] == 0:
                     del depths[part]
                     part.end()
+            elif part is None and self._watch is not None:
+                self._watch.after_wrapped_update(parameters_of(optimizer))
 
         hooks: list[RemovableHandle] = []
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from mlu_lightning.application import InitMode, is_scaled
 from mlu_lightning.application.applied import Applied, residual_state, set_applied
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
+from mlu_lightning.application.first_steps import FirstSteps
 from mlu_lightning.application.initialization import initial_steps
 from mlu_lightning.application.multipliers import check_attached, put_in
 from mlu_lightning.application.own_optimizers import Optimizers
@@ -238,6 +239,21 @@ class MLUCallback(EitherCallback):
             self._verification.loaded()
         self._seen = None
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuse what was done to weights after the first step."""
+        if (steps := self._first_steps) is not None:
+            steps.look_before_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Refuse a loss that is computed around multipliers."""
+        if (steps := self._first_steps) is not None:
+            steps.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the gradients, which others may change."""
+        if (steps := self._first_steps) is not None:
+            steps.after_backward()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -265,6 +281,10 @@ class MLUCallback(EitherCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the module its methods back, and make its optimizers plain."""
         self._undo_changes()
+
+    @property
+    def _first_steps(self) -> FirstSteps | None:
+        return None if self._verification is None else self._verification.steps
 
     def _undo_changes(self) -> None:
         if self._changes is not None:
