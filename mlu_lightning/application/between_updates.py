@@ -44,7 +44,7 @@ class BetweenUpdates:
     def after_backward(self, trained: Mapping[str, Tensor]) -> None:
         """Look at weights in the middle of a step, and note gradients."""
         folded = {name: parameter for name, parameter in trained.items() if name in self._folded}
-        moved = self._moved(checksums(folded))
+        moved = self._moved(checksums(folded, rough=True))
         if moved:
             self._say(
                 f"Weights are moved in the first step before their update: {listed(moved)}. They have multipliers in them, "
@@ -75,7 +75,7 @@ class BetweenUpdates:
 
     def before_batch(self, trained: Mapping[str, Tensor]) -> None:
         """Look whether weights were changed after their first update."""
-        now = checksums({name: parameter for name, parameter in trained.items() if name in self._updated})
+        now = checksums({name: parameter for name, parameter in trained.items() if name in self._updated}, rough=True)
         moved = self._moved(now)
         self._weights.update(now)
         if moved and self._edits == vars(self._module).get(EDITS, 0):
@@ -87,7 +87,7 @@ class BetweenUpdates:
             )
 
     def _moved(self, now: Mapping[str, Checksum]) -> list[str]:
-        return sorted(n for n, found in now.items() if n in self._weights and not self._weights[n].is_of(found))
+        return sorted(n for n, found in now.items() if n in self._weights and not self._weights[n].is_near(found))
 
     def _say(self, text: str) -> None:
         if text.partition(":")[0] not in self._said:

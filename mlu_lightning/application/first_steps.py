@@ -41,7 +41,7 @@ class FirstSteps:
 
     def __init__(self, module: nn.Module, plan: Plan, optimizers: Optimizers, manual: bool = False) -> None:
         self._module, self._plan, self._optimizers, self._manual = module, plan, optimizers, manual
-        self._start = checksums(trained_parameters(module, plan))
+        self._start = checksums(trained_parameters(module, plan), rough=True)
         self._unmoved = {*self._start}
         self._before: dict[str, Checksum] = {}
         self._moved: set[str] = set()  # in an update
@@ -78,9 +78,11 @@ class FirstSteps:
         if self._looks >= _DENSE:
             return False
         own = self._own(scaled)
-        self._before = checksums({name: parameter for name, parameter in own.items() if name in self._unmoved})
+        self._before = checksums({name: p for name, p in own.items() if name in self._unmoved}, rough=True)
         if first and not self._manual:
-            _refuse_changed_in_step([name for name, sums in self._before.items() if not sums.is_of(self._start[name])])
+            _refuse_changed_in_step(
+                [name for name, sums in self._before.items() if not sums.is_near(self._start[name])]
+            )
         if self._between is not None:
             self._between.before_update(own)
         self._multipliers.refuse_unseen({name: parameter.grad for name, parameter in own.items()})
@@ -91,24 +93,24 @@ class FirstSteps:
         if not self._before and self._between is None:
             return
         own, before, self._before = self._own(scaled), self._before, {}
-        found = checksums(own)
+        found = checksums(own, rough=True)
         moved = {name for name, sums in before.items() if name in found and not sums.is_of(found[name])}
         self._moved |= moved
         if self._between is not None:
             self._between.after_update(found)
-        if not is_known(scaled.optimizer):
-            _refuse_written(scaled)
         for shadow in scaled.shadows:
             for key in shadow.unread:
                 members = {id(parameter) for parameter in shadow.given["params"]}
                 self._unread |= {name: key for name in moved if id(own[name]) in members}
+        if not is_known(scaled.optimizer):
+            _refuse_written(scaled)  # which reads, too
 
     def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
         """Note what an optimizer has made of the updates of those in it, as Lookahead does."""
         if self._between is not None:
             members = {id(parameter) for parameter in parameters}
             trained = trained_parameters(self._module, self._plan).items()
-            self._between.after_update(checksums({name: p for name, p in trained if id(p) in members}))
+            self._between.after_update(checksums({name: p for name, p in trained if id(p) in members}, rough=True))
 
     def look_before_batch(self) -> None:
         """Look at what was done to weights after the first step."""
