@@ -8,7 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
+from mlu_lightning.application import is_scaled
 from mlu_lightning.application.applied import mark_initialized
 from mlu_lightning.application.first_steps import FirstSteps
 from mlu_lightning.application.initial_weights import (
@@ -20,9 +22,10 @@ from mlu_lightning.application.initial_weights import (
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.lightning_private import is_mock_optimizer
 from mlu_lightning.utilities.names import listed
 
-__all__ = ["Verification"]
+__all__ = ["Verification", "refuse_unscaled"]
 
 
 class Verification:
@@ -93,3 +96,13 @@ class Verification:
             if changed:
                 mark_initialized(self._module, False)  # so that the next fit does not take them for initialized
             refuse_changed(changed)
+
+
+def refuse_unscaled(optimizer: Optimizer) -> None:
+    """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
+    if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
+        raise ValueError(
+            f"The {type(optimizer).__name__} that is about to make a step has none of the module's parameters, as a "
+            "copy of an optimizer has not: it was put in the place of another since, and the module would stay. "
+            "Make it from module.parameters(), or change the groups of the optimizer that is there, whose factors stay."
+        )

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.growth import at_fixed_head_dim
-from mlu_lightning.checking.measurement import Measurement, measure
+from mlu_lightning.checking.measurement import Measured, Measurement, measure
 from mlu_lightning.checking.preparation import (
     build,
     first_batches,
@@ -31,6 +31,7 @@ from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
 from mlu_lightning.planning import Plan
+from mlu_lightning.planning.distance import FAR
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
@@ -97,7 +98,7 @@ def check(
     run_seeds = range(seed, seed + seeds)
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
-    measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
+    measured: dict[tuple[Shape, int], Measured] = {}
     datamodule = data if isinstance(data, LightningDataModule) else None
     with isolate_rng(), quiet():
         planning = make_trainer([], steps, settings)
@@ -123,6 +124,7 @@ def check(
         warnings = tuple(
             dict.fromkeys(text for of_axis in last.values() for text in plan_of(of_axis[-1].shape).warnings)
         )
+        notes = (*notes, *_distance_note({axis: plan_of(of_axis[-1].shape) for axis, of_axis in last.items()}))
         for shape, run_seed in runs:
             plan, module = plan_of(shape), build(module_factory, shape, run_seed)
             at_base = build(module_factory, base, run_seed)
@@ -144,6 +146,17 @@ _WITHOUT = (
 _Leeway = Mapping[str, tuple[float, float]]
 
 
+def _distance_note(largest: Mapping[str, Plan]) -> tuple[str, ...]:
+    """How much farther from its limit than the base the largest shape along each axis is."""
+    ratios = {axis: max((d.ratio or 0.0 for d in plan.distances), default=0.0) for axis, plan in largest.items()}
+    if not any(ratios.values()):
+        return ()
+    listed = ", ".join(f"{axis} {ratio:.3g}" for axis, ratio in ratios.items())
+    far = [axis for axis, ratio in ratios.items() if ratio > FAR]
+    advice = f"; above {FAR:g} ({', '.join(far)}) the best learning rate may be lower than the base's" if far else ""
+    return (f"Distance ratio r = √(d/(l·m)) at the largest size along each axis: {listed}{advice}.",)
+
+
 def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
     """Half a power of head_dim for what attention branches do, by pattern of names, where plans change it by µP's rule."""
     before = {name_pattern(branch.name): branch.head_dim for branch in small.branches}
@@ -159,26 +172,55 @@ def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
 
 def _rows(
     grid: Sequence[Size],
-    measured: Mapping[tuple[Shape, int], Sequence[Measurement]],
+    measured: Mapping[tuple[Shape, int], Measured],
     leeway: Mapping[str, _Leeway] | None = None,
 ) -> Iterator[Row]:
     """Rows of all quantities and axes, in order of kinds and axes."""
-    by_depth = sorted(chain.from_iterable(measured.values()), key=lambda measurement: -len(measurement.values))
+    every = chain.from_iterable(found.measurements for found in measured.values())
+    by_depth = sorted(every, key=lambda measurement: -len(measurement.values))
     shallowest = {measurement.quantity: measurement for measurement in by_depth}
     points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
     for size in grid:
         for (shape, seed), found in measured.items():
             if shape == size.shape:
-                for measurement in found:
+                for measurement in found.measurements:
                     quantity, values = measurement.quantity, measurement.values
                     mean = _geometric_mean(_at(shallowest[quantity].depths, measurement))
                     points[quantity, size.axis].append(Point(size.factor, seed, mean, min(values), max(values)))
-    kinds = list(Kind)
+    kinds, shrinks = list(Kind), {axis: _shrinks(axis, grid, measured) for axis in AXES}
+    alone: dict[Quantity, float] = defaultdict(float)  # drifts along single axes, which add up where all grow
     for quantity, axis in sorted(points, key=lambda key: (kinds.index(key[0].kind), AXES.index(key[1]))):
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
-        of_axis = (leeway or {}).get(axis, {})
-        left = of_axis.get(quantity.name.partition(" ")[0], (0.0, 0.0))
-        yield fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still, left)
+        low, high = (leeway or {}).get(axis, {}).get(quantity.name.partition(" ")[0], (0.0, 0.0))
+        if quantity.kind is Kind.UPDATE:
+            high += shrinks[axis]
+        if axis == "together":
+            low, high = low + min(alone[quantity], 0.0), high + max(alone[quantity], 0.0)
+        row = fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still, (low, high))
+        if row.verdict == "pass" and math.isfinite(row.slope):
+            alone[quantity] += row.slope
+        yield row
+
+
+def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Measured]) -> float:
+    """Power, 1/2 at most, with which streams become smaller at their ends, and gradients that come from there larger.
+
+    What branches add at random falls as l^(-1/2) next to the rest, and may be most of a stream, as where norms end branches
+    and embeddings are small. Optimizers whose eps is as large as gradients let it be seen.
+    """
+    found = [
+        (size.factor, of.stream_sizes)
+        for size in grid
+        for (shape, _), of in measured.items()
+        if (size.axis, size.shape) == (axis, shape)
+    ]
+    slopes = [0.0]
+    for name in found[0][1] if found else ():
+        points = [(factor, of[name]) for factor, of in found if 0 < of.get(name, 0.0) < math.inf]
+        if len({factor for factor, _ in points}) > 1:
+            factors, of_stream = np.log(points).T
+            slopes.append(float(np.polyfit(factors, of_stream, 1)[0]))
+    return min(0.5, -min(slopes))
 
 
 def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 import torch
@@ -99,4 +100,6 @@ def _refuse_constant(name: str) -> None:
 
 def _version(path: Path) -> tuple[int, int, int]:
     status = path.stat()
+    if not S_ISREG(status.st_mode):  # reading a pipe would wait for somebody to write to it
+        raise ValueError("it is no file, but a folder, a device or a pipe")
     return status.st_ino, status.st_mtime_ns, status.st_size
