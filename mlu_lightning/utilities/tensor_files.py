@@ -58,10 +58,10 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
                 if sum(map(len, metadata.values())) > _LONGEST_HEADER:
                     raise ValueError(f"its metadata are longer than the {_LONGEST_HEADER} bytes that are read")
                 return read(file, metadata)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, RuntimeError, ValueError) as error:  # the second is torch's, which maps the file
             if _version(path) != before:
                 continue
-            if isinstance(error, SafetensorError):
+            if not isinstance(error, ValueError):
                 raise ValueError(f"it is not a whole safetensors file ({str(error)[:200]})") from error
             raise
 
