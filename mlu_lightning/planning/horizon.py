@@ -36,8 +36,8 @@ class Forgetting:
             )
         if max(found) >= 1:
             raise ValueError(
-                f"beta {max(betas):g} would become 1, up to rounding: batch_ratio/token_ratio is {self.factor:g}, and 1 - beta "
-                "is multiplied with it. Choose ratios that are nearer to each other."
+                f"beta {max(betas):g} would become 1, up to rounding: batch_ratio/token_ratio is {self.factor:g}, and "
+                "1 - beta is multiplied with it. Choose ratios that are nearer to each other."
             )
         return found
 
