@@ -105,6 +105,8 @@ class Optimizers:
             if depths[part] == 0:
                 del depths[part]
                 part.end()
+        elif part is None and self._watch is not None:
+            self._watch.after_wrapped_update(parameters_of(optimizer))
 
     def _part(self, optimizer: Optimizer) -> ScaledOptimizer | None:
         """Handle of an optimizer, or of one that it shares its list of groups with."""
