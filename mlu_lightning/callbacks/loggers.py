@@ -30,7 +30,7 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 
     ``self.log`` would leave out what does not come at a multiple of ``log_every_n_steps``, and takes longer than measuring.
     """
-    if trainer.barebones:
+    if trainer.barebones or not values:
         return
     show_values(trainer, values)
     for logger in trainer.loggers:

@@ -1,4 +1,4 @@
-"""The command line: ``mlu-lightning quickstart | check | tune | report | shape``.
+"""The command line: ``mlu-lightning quickstart | check | tune | plan | report | shape``.
 
 Each command is a function of its own file, whose arguments and docstring are its options and their help; ``parser`` lists
 them. What a command works with is imported when it runs, so that help is printed at once.
@@ -45,6 +45,9 @@ def _interruptible() -> Iterator[None]:
         if interrupts or isinstance(error, KeyboardInterrupt):
             sys.exit(_INTERRUPTED)
         raise
+    else:
+        if interrupts:  # which a Trainer may take for the end of a training
+            sys.exit(_INTERRUPTED)
     finally:
         if own:
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from mlu_lightning.cli.console import make_console, place, require, say, show_progress, writing
-
-if TYPE_CHECKING:
-    from mlu_lightning.quickstart.study import Run
 
 __all__ = ["quickstart"]
 
@@ -33,9 +29,11 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         save_runs,
         verdicts,
     )
+    from mlu_lightning.quickstart.study import Run
+    from mlu_lightning.utilities.fitted_tables import FittedTable
 
-    content = load_text(text)
-    folder, study, console = place(out), Study(steps=steps, seed=seed), make_console()
+    study, content, console = Study(steps=steps, seed=seed), load_text(text), make_console()
+    folder = place(out)
     total = len(study.exponents) * (2 * len(study.shapes) - 1)
     source = "the documentation in Python's standard library" if text is None else text
     say(console, f"{total} runs of {steps} steps on {len(content):,} bytes of {source}")
@@ -48,21 +46,21 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         done.append(run)
         with suppress(OSError):  # which is heard of at the end, when the results have been printed
             save_runs(study, content, done, folder / "runs.json")
-        progress.advance(task)
+        progress(len(done), total)
 
     title = "Validation loss (nats per byte) by learning rate; * marks the least of a row."
     try:
-        with show_progress(console) as progress:
-            task = progress.add_task("training", total=total, completed=len(known))
+        with show_progress(console, "training") as progress:
+            progress(len(known), total)
             runs = run_study(study, content, keep, known)
     except KeyboardInterrupt:
         say(console, f"Interrupted after {len(done)} of {total} runs; the same command goes on with the others.")
         if done:
             say(console, title)
-            console.print(loss_table(study, done))
+            console.print(FittedTable(loss_table(study, done), keys=2))
         raise
     say(console, title)
-    console.print(loss_table(study, runs))
+    console.print(FittedTable(loss_table(study, runs), keys=2))
     for sentence in verdicts(study, runs):
         say(console, sentence)
     with writing(out):

@@ -8,8 +8,10 @@ from typing import Literal, TypeVar
 
 from mlu_lightning.cli.console import make_console, say
 from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, optimal_shape
-from mlu_lightning.shapes.search import candidate_shapes
+from mlu_lightning.shapes.ordinary import ordinary_shapes
+from mlu_lightning.shapes.search import Candidate, candidate_shapes, depth_exponent
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
+from mlu_lightning.utilities.fitted_tables import FittedTable
 
 __all__ = ["shape"]
 
@@ -32,7 +34,7 @@ def shape(
     constants: dict[str, float] | None = None,
     gain: float = 0.05,
 ) -> None:
-    """Print the shapes of least predicted error to the infinite model that a number of parameters allows.
+    """Print shapes that a number of parameters allows, with their predicted error to the infinite model.
 
     Args:
         parameters: most parameters that the network may have, embedding and readout included, such as 100e6.
@@ -46,7 +48,7 @@ def shape(
         outputs: dimension of a ResNet's targets, by default 0: its readout is not counted.
         multiple: number of which the embedding dimension and the units of a ResNet are multiples.
         constants: constants of the error bound, such as '{depth: 1, hidden: 0.8, embedding: 2.5}'; by default those of
-            experiments, which are named below the table.
+            experiments, which are named above the table; the best Transformer is marked only if they are given.
         gain: part by which twice the depth must lower the error to be taken, from 0.01 to below 0.5.
     """
     sizes = _sizes(model, vocabulary=vocabulary, head_dim=head_dim, mlp_ratio=mlp_ratio, inputs=inputs, outputs=outputs)
@@ -64,12 +66,20 @@ def shape(
             f"A Transformer has no depth of {compared.shape.depth}: depth counts residual additions, two for each block. "
             "Give twice the number of blocks."
         )
-    best = optimal_shape(parameters, architecture, gain)
+    exponent, marked = depth_exponent(gain), heads is None or constants is not None
+    best: Candidate | None = None
+    if heads is None:
+        best = optimal_shape(parameters, architecture, gain)
+        candidates = candidate_shapes(parameters, architecture, gain)
+    else:
+        candidates = ordinary_shapes(parameters, architecture, heads[0])
+        if marked:
+            best = min(candidates, key=lambda candidate: candidate.error * candidate.shape.depth**exponent)
     console, outside = make_console(), f"{architecture.per_coordinate} D are outside branches"
     say(console, f"Shapes of a {model} with up to {parameters:,.0f} parameters, of which {outside}")
-    console.print(shape_table(candidate_shapes(parameters, architecture, gain), best, compared, heads))
-    for sentence in assumptions(architecture.constants, gain, compared, heads):
+    for sentence in assumptions(architecture.constants, gain if marked else None, candidates, compared, heads):
         say(console, sentence)
+    console.print(FittedTable(shape_table(candidates, best, compared, heads[1] if heads else 0)))
 
 
 def _sizes(model: str, **options: int | None) -> dict[str, int]:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
-from mlu_lightning.cli.console import make_console, place, require, say, show_progress, writing
+from mlu_lightning.cli.console import (
+    find_modules_here,
+    list_of,
+    make_console,
+    place,
+    require,
+    say,
+    show_progress,
+    writing,
+)
 
-if TYPE_CHECKING:
-    from mlu_lightning.checking.configuration import Configured
-
-__all__ = ["tune"]
+__all__ = ["tune_configuration"]
 
 _OF_A_TRAINING = "model", "data", "optimizer", "lr_scheduler"
 
 
-def tune(
-    path: str,
+def tune_configuration(
+    config: str,
     metric: str = "val_loss",
     mode: Literal["min", "max"] = "min",
     trials: int = 150,
@@ -50,7 +55,7 @@ def tune(
     are given one storage.
 
     Args:
-        path: YAML file that LightningCLI takes, with an MLUCallback and its base: "mlu-lightning tune config.yaml ...".
+        config: YAML file that LightningCLI takes, with an MLUCallback and its base.
         metric: name of what the module logs.
         mode: whether it is to be least or largest.
         trials: number of trials of the study, those that are there already included.
@@ -81,11 +86,11 @@ def tune(
     from mlu_lightning.tuning.tune import require_optuna, tune_training
 
     require_optuna()
-    sys.path.insert(0, str(Path.cwd()))  # where a script with the model may be, as for the script itself
+    find_modules_here()
     named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: names.split(",") if names else [] for axis, names in named.items() if names != "auto"}
+    keys = {axis: list_of(names) if names else [] for axis, names in named.items() if names != "auto"}
     none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
-    configured = read_config(path, none | keys, model, data)
+    configured = read_config(config, none | keys, model, data)
     training = Training(
         partial(configured.build_all, {}),
         partial(configured.build_with, {}),
@@ -93,7 +98,7 @@ def tune(
         metric,
         _trainer(configured, steps),
     )
-    searched = roles.split(",") if roles else []
+    searched = list_of(roles) if roles else []
     if trial is not None:
         from mlu_lightning.tuning.wandb_study import run_point
 
@@ -105,12 +110,11 @@ def tune(
     for note in configured.notes:
         say(console, note)
     try:
-        with show_progress(console) as progress:
-            task = progress.add_task("planning", total=None)
+        with show_progress(console, "planning") as progress:
 
             def show(what: str, done: int, total: int, best: float | None) -> None:
                 found = "" if best is None else f", best {metric} {best:.4f}"
-                progress.update(task, description=f"{what}{found}", completed=done, total=total)
+                progress(done, total, f"{what}{found}")
 
             found = tune_training(
                 training,
@@ -132,7 +136,7 @@ def tune(
         say(console, "Interrupted. What was tried is kept, and the same command goes on.", soft_wrap=True)
         raise
     console.print(found.tables())
-    _save(found, folder, out, [path, model, data, steps, metric, roles, seed], console)
+    _save(found, folder, out, [config, model, data, steps, metric, roles, seed], console)
     if log:
         from mlu_lightning.tuning.wandb_study import log_study, log_trials
 
@@ -142,9 +146,9 @@ def tune(
             log_trials(loggers, found, study)
 
 
-def _trainer(configured: Configured, steps: int | None) -> dict[str, Any]:
+def _trainer(configured: Any, steps: int | None) -> dict[str, Any]:
     """Arguments of the Trainer, which have to say how long a training is."""
-    given = configured.whole_training
+    given: dict[str, Any] = configured.whole_training
     if steps is not None:
         given = {name: value for name, value in given.items() if name != "max_epochs"} | {"max_steps": steps}
     if not {"max_steps", "max_epochs"} & given.keys():
@@ -155,9 +159,7 @@ def _trainer(configured: Configured, steps: int | None) -> dict[str, Any]:
     return given
 
 
-def _grown(
-    configured: Configured, keys: Mapping[str, Sequence[str]], factors: Mapping[str, int]
-) -> dict[str, dict[str, int]]:
+def _grown(configured: Any, keys: Mapping[str, Sequence[str]], factors: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Arguments of the model at another shape, by the shape's name."""
     from mlu_lightning.checking.options import with_found_options
 

@@ -370,8 +370,8 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
-        """Draw the plan as a table for one family of optimizers."""
+    def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW, width: int = 125) -> str:
+        """Draw the plan as a table for one family of optimizers, in so many columns."""
         family = OptimizerFamily(family)
         return draw_plan(
             headline(self.parameterization, self._absolute, self.alpha, self.horizon, family),
@@ -384,6 +384,7 @@ class Plan:
             self.own_constants,
             self.advice,
             self.tuned,
+            width,
         )
 
     def __str__(self) -> str:

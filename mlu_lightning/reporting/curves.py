@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from io import BytesIO
 from itertools import islice
+from operator import itemgetter
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -82,6 +83,7 @@ _MOST_CURVES = 100
 _MOST_NAMED = 8
 _LONGEST_NAME = 40
 _MOST_MARKERS = 40
+_COLUMNS = 1000
 _LARGEST = 1e100
 """Beyond it, and below its inverse, matplotlib cannot place ticks."""
 _DECADES = 6
@@ -94,7 +96,7 @@ def _draw(axes: Axes, curves: Mapping[str, Curve], logarithmic: bool) -> None:
     every = max(1, math.ceil(len(plain) / _MOST_NAMED))
     colors = {name: _COLORS(0.7 * i / max(len(plain) - 1, 1)) for i, name in enumerate(plain)}
     colors["all"] = mpl.colors.to_rgba("black")
-    drawn = {name: points for name, curve in curves.items() if (points := _drawn(curve, logarithmic))}
+    drawn = {name: points for name, curve in curves.items() if (points := _thinned(_drawn(curve, logarithmic)))}
     first_floor = next(filter(_is_floor, drawn), None)
     for name, points in drawn.items():
         if _is_floor(name):
@@ -148,6 +150,18 @@ def _drawn(curve: Curve, logarithmic: bool) -> Curve:
     """Points that a figure can show."""
     lowest = 1 / _LARGEST if logarithmic else -_LARGEST
     return tuple((step, value) for step, value in curve if lowest < value < _LARGEST)
+
+
+def _thinned(points: Curve) -> Curve:
+    """The least and the largest value in every column of the axis, where there are more than can be told apart."""
+    if len(points) <= 2 * _COLUMNS:
+        return points
+    width = math.log1p(max(step for step, _ in points))
+    columns: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    for step, value in points:
+        columns[round(_COLUMNS * math.log1p(max(step, 0)) / width)].append((step, value))
+    kept = {extreme(column, key=itemgetter(1)) for column in columns.values() for extreme in (min, max)}
+    return tuple(sorted(kept))
 
 
 def _is_floor(name: str) -> bool:

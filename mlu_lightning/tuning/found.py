@@ -17,6 +17,7 @@ from rich.text import Text
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning.search_figure import draw_search
 from mlu_lightning.tuning.space import Dimension, factors_at
+from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.whole_files import write_whole
 
 __all__ = ["Confirmed", "Estimate", "TrialRecord", "Tuning"]
@@ -89,7 +90,8 @@ class Confirmed:
         if better := self.better_rates:
             by = paired(self.losses["tuned"], self.losses[better[0]], self.mode)
             held = f"the optimum has moved: {better[0]} is better by {by}"
-        gain = f"gain of the factors {self.gain}{'' if self.gain.is_convincing else ', which is none'}"
+        unknown = ", whose noise one seed does not tell" if math.isnan(self.gain.error) else ", which is none"
+        gain = f"gain of the factors {self.gain}{'' if self.gain.is_convincing else unknown}"
         return f"At {self.shape}: {gain}; {held}."
 
 
@@ -147,9 +149,12 @@ class Tuning:
             return f"{len(self.trials)} trials; nothing was trained again, so nothing is known of noise."
         seeds = len(self.gains[0])
         default, best = (Estimate.over(values) for values in self.gains)
-        numbers = f"{self.metric} {default} with the default, {best} with the factors found, over {seeds} other seeds"
+        of_seeds = "1 other seed" if seeds == 1 else f"{seeds} other seeds"
+        numbers = f"{self.metric} {default} with the default, {best} with the factors found, over {of_seeds}"
         if not self.gain.is_convincing:
-            return f"No gain: {numbers} (difference {self.gain}). The default is written."
+            unknown = math.isnan(self.gain.error) and not math.isinf(self.gain.value)
+            what = "Perhaps a gain, but one seed does not tell it from noise" if unknown else "No gain"
+            return f"{what}: {numbers} (difference {self.gain}). The default is written."
         return f"Gain {self.gain}: {numbers}."
 
     def tables(self) -> RenderableType:
@@ -170,7 +175,7 @@ class Tuning:
         notes = [self.verdict(), *(each.verdict() for each in self.confirmed)]
         if failed:
             notes.append(f"{len(failed)} of {len(self.trials)} trials failed, the first because of: {failed[0].reason}")
-        return Group(factors, few, *(Text(note) for note in notes))
+        return Group(FittedTable(factors), FittedTable(few), *(Text(note) for note in notes))
 
     def save(self, folder: Path) -> list[Path]:
         """Write ``tuned.yaml``, for ``MLUCallback(tuned=...)``, ``tune.txt`` and ``tune.png`` into a folder."""

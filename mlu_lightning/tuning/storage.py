@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import optuna
@@ -29,7 +29,6 @@ Mode = Literal["min", "max"]
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _HEARTBEAT, _GRACE = 15, 60  # seconds between signs of life, and without any, after which a trial has failed
 _LONGEST = 500  # characters of a reason
-_PAUSE = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,11 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
             )
             again = optuna.create_study(storage=storage, study_name=f"{place.name} again", load_if_exists=True)
         except (SQLAlchemyError, OSError, ImportError, optuna.exceptions.OptunaError) as error:
+            wrong = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
-                f"The study cannot be kept in {place.storage}: {str(error).splitlines()[0]}. Give storage (--storage) the "
-                "URL of a database, such as sqlite:///study.db or postgresql://user:password@host/name, or the path of a "
-                "file that all machines can lock, for a journal."
+                f"The study cannot be kept in {place.storage}: {wrong}. Give storage (--storage) the URL of a database, "
+                "such as sqlite:///study.db or postgresql://user:password@host/name, with its driver installed, or the path "
+                "of a file that all machines can lock, for a journal."
             ) from error
     _require_same(study, place, space)
     return study, again
@@ -152,14 +152,14 @@ def _storage(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(url))
     # SQLite lets one process write at a time
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {"pool_pre_ping": True}
-    make = partial(RDBStorage, url, engine_kwargs=options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
-    try:
-        return make()
-    except SQLAlchemyError as error:
-        if not any(sign in str(error).lower() for sign in ("unique", "already exists")):
-            raise
-        time.sleep(_PAUSE)  # another process has just made the same tables
-        return make()
+    for pause in (0.3, 1.0, 3.0, 0.0):
+        try:
+            return RDBStorage(url, engine_kwargs=options, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE)
+        except SQLAlchemyError as error:  # where another process makes the same tables now
+            if not pause or not any(sign in str(error).lower() for sign in ("unique", "already exists")):
+                raise
+            time.sleep(random.uniform(0.5, 1.5) * pause)
+    raise AssertionError("unreachable")
 
 
 def _require_same(study: optuna.Study, place: Place, space: Sequence[Dimension]) -> None:

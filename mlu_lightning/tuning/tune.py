@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -140,6 +141,8 @@ def tune_training(
     from mlu_lightning.tuning.storage import Place, open_study
     from mlu_lightning.tuning.trials import Search, assembled
 
+    if workers > 1:
+        _require_pickle(training)
     plan = training.plan()
     space = search_space(plan, roles)
     if storage is None:
@@ -166,6 +169,17 @@ def require_optuna() -> None:
     """Refuse to search without Optuna."""
     if find_spec("optuna") is None:
         raise ValueError("tune searches with Optuna, which is not installed: pip install 'mlu-lightning[tune]'.")
+
+
+def _require_pickle(training: Training) -> None:
+    """Refuse what other processes cannot be given."""
+    try:
+        pickle.dumps(training)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{error}, so that other processes cannot be given the training. Define build and callbacks as functions at the "
+            "top of a module, give data that can be pickled, or leave workers at 1."
+        ) from error
 
 
 def read_trials(study: optuna.Study) -> tuple[TrialRecord, ...]:

@@ -35,7 +35,7 @@ class Errors:
 
 def measure_attention(quick: bool = False) -> Errors:
     """Train networks of several shapes, and infinite models of several depths."""
-    depth, many, heads, seeds = (2, 4, 8, 2) if quick else (8, 48, 1024, 2)
+    depth, many, heads, seeds = (2, 4, 8, 2) if quick else (8, 24, 512, 2)
     sizes = [(16, 64), (64, 64), (64, 512), (256, 256)] if not quick else [(8, 4), (32, 4), (32, 8)]
     deep = _limit_stream(many, heads)
     depths = {few: float(rms_distance(_limit_stream(few, heads), deep)) for few in ((1, 2) if quick else (2, 4, 8))}

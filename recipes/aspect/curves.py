@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recipes.common.figures import hide_spines, new_figure, shade
+from recipes.common.figures import hide_spines, new_figure, plain_log_axis, shade
 from recipes.lr_transfer.report import NAMES
 from recipes.lr_transfer.runs import Run, Study, plans_of, shared_runs, train
 
@@ -42,10 +42,11 @@ def curve_runs(study: Study, exponent: float) -> Mapping[str, Sequence[Losses]]:
 
 def save_curves(found: Mapping[str, Sequence[Losses]], path: Path) -> None:
     """Draw all shapes of a parameterization on one panel: solid where r ≤ 1, dashed where it is larger."""
-    figure = new_figure(3.0 * len(found) + 1.6, 3.6)
+    figure = new_figure(2.7 * len(found) + 1.8, 3.6)
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     ratios = [math.log2(curve.ratio) for curves in found.values() for curve in curves]
     low, high = min(ratios), max(ratios)
+    least = min(loss for curves in found.values() for curve in curves for loss in curve.losses)
     for axes, (name, curves) in zip(panels, found.items(), strict=True):
         for curve in sorted(curves, key=lambda curve: curve.ratio):
             color = shade((math.log2(curve.ratio) - low) / (high - low or 1.0))
@@ -54,8 +55,8 @@ def save_curves(found: Mapping[str, Sequence[Losses]], path: Path) -> None:
             axes.plot(curve.steps, curve.losses, color=color, label=label, **style)
         axes.set_title(NAMES[name], loc="left", fontsize=11)
         axes.set_xlabel("steps")
-        axes.set_yscale("log")
-        axes.set_ylim(top=0.3)
+        plain_log_axis(axes)
+        axes.set_ylim(0.9 * least, 8 * least)
         hide_spines(axes)
     panels[0].set_ylabel("validation loss")
     panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

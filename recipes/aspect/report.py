@@ -14,8 +14,8 @@ from recipes.aspect.attention import Errors
 from recipes.aspect.limit import Distances
 from recipes.common.figures import number_table
 from recipes.lr_transfer.report import NAMES
-from recipes.lr_transfer.runs import Shape, Study
-from recipes.lr_transfer.search import DECADES, Estimate, Transfer
+from recipes.lr_transfer.runs import Run, Shape, Study, shared_runs
+from recipes.lr_transfer.search import DECADES, Estimate, best, curves_of, mean, transfers
 
 
 @dataclass(frozen=True)
@@ -28,55 +28,64 @@ class Row:
     ratio: float  # r = √(d/(l·m)), of that kind
     absolute: float  # √(D/(L·M)), of that kind
     parameterization: str
+    runs_of: str  # parameterization whose runs these are
     drift: Estimate  # octaves
     bound: str  # "≤" or "≥" if the best may be further
     regret: Estimate
     loss: Estimate
 
 
-def rows_of(
-    name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], found: Sequence[Transfer]
-) -> Iterator[Row]:
-    """Rows of a study, the base's first, each shape once."""
+def rows_of(name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], runs: Sequence[Run]) -> Iterator[Row]:
+    """Rows of a study, the base's first, each shape once; losses and regret are those at learning rates that were tried."""
+    shared, curves = shared_runs(plans), curves_of(study, runs)
     seen: set[tuple[Shape, str]] = set()
-    for transfer in found:
-        shape = study.shapes(transfer.axis)[transfer.factor]
-        if (shape, transfer.parameterization) in seen:
+    for transfer in transfers(study, shared, runs):
+        key = shape, parameterization = study.shapes(transfer.axis)[transfer.factor], transfer.parameterization
+        if key in seen:
             continue
-        seen.add((shape, transfer.parameterization))
-        plan = plans[shape, "mlu"]
-        far = max(plan.distances, key=lambda distance: distance.ratio or 0.0)
-        stream = plan.streams[far.stream]
-        ratio = far.ratio or math.nan
-        changes = [f"{key} {value}" for key, value in shape if (key, value) not in study.base]
-        drift = Estimate(transfer.drift.value / DECADES, transfer.drift.error / DECADES)
+        seen.add(key)
+        far = max(plans[shape, "mlu"].distances, key=lambda distance: distance.ratio or 0.0)
+        stream, ratio = plans[shape, "mlu"].streams[far.stream], far.ratio or math.nan
+        changes = [f"{argument} {value}" for argument, value in shape if (argument, value) not in study.base]
+        curve = curves[shape, shared[key], study.horizons[-1]]
+        base = curves[study.base, shared[study.base, parameterization], study.horizons[-1]]
+        own, kept = curve[best(curve).tried], curve[best(base).tried]
+        regrets = [loss - least for loss, least in zip(kept, own, strict=True)]
         yield Row(
             study=name,
             change=", ".join(changes) or "base",
             aspect=stream.base_depth / stream.depth / ratio**2,
             ratio=ratio,
             absolute=far.absolute,
-            parameterization=transfer.parameterization,
-            drift=drift,
+            parameterization=parameterization,
+            runs_of=shared[key],
+            drift=Estimate(transfer.drift.value / DECADES, transfer.drift.error / DECADES),
             bound=transfer.bound,
-            regret=transfer.regret,
-            loss=transfer.loss,
+            regret=Estimate.over(mean(regrets), regrets),
+            loss=Estimate.over(mean(own), own),
         )
 
 
 def drift_table(rows: Sequence[Row]) -> Table:
-    """Drift, regret and loss of every shape, a line for each parameterization; the same runs have the same numbers."""
-    table = number_table("study", "shape", "r", "√(D/LM)", "", "drift (octaves)", "regret", "loss", words=2)
-    table.columns[4].justify = "left"
-    last = ("", "")
-    for row in rows:
-        if row.study != last[0]:
-            table.add_section()
-        first = (row.study, row.change) != last
-        start = (row.study, row.change, f"{row.ratio:.2f}", f"{row.absolute:.2f}") if first else ("",) * 4
-        drift = f"{row.bound} {row.drift.value:+.1f} ± {row.drift.error:.1f}".lstrip()
-        table.add_row(*start, NAMES[row.parameterization], drift, row.regret.text(4), row.loss.text(4))
-        last = row.study, row.change
+    """Drift, regret and loss of every shape; parameterizations whose runs are the same have one line."""
+    table = number_table("shape", "r", "√(D/LM)", "", "drift (octaves)", "regret", "loss", words=1)
+    table.columns[3].justify = "left"
+    for study in dict.fromkeys(row.study for row in rows):
+        table.add_section()
+        table.add_row(f"[bold]{study}[/bold]")
+        of_study = [row for row in rows if row.study == study]
+        for change in dict.fromkeys(row.change for row in of_study):
+            of_shape = [row for row in of_study if row.change == change]
+            start = (change, f"{of_shape[0].ratio:.2f}", f"{of_shape[0].absolute:.2f}")
+            for row in of_shape:
+                if row.runs_of != row.parameterization:
+                    continue
+                same = [NAMES[other.parameterization] for other in of_shape if other.runs_of == row.runs_of]
+                names = "all" if len(same) == len(of_shape) else ", ".join(same)
+                drift = f"{row.bound} {row.drift.value:+.1f} ± {row.drift.error:.1f}".lstrip()
+                regret = row.regret.text(3) if math.isfinite(row.regret.value) else "diverged"
+                table.add_row(*start, names, drift, regret, row.loss.text(3))
+                start = ("",) * 3
     return table
 
 
@@ -84,7 +93,7 @@ def thresholds(rows: Sequence[Row]) -> Iterator[str]:
     """Say from which size on the best learning rate of MLU falls, and how well ratio and absolute size explain it."""
     for name in dict.fromkeys(row.study.split()[0] for row in rows):
         of_kind = [row for row in rows if row.parameterization == "mlu" and row.study.split()[0] == name]
-        if len(of_kind) < 4:
+        if len(of_kind) < 8:  # two numbers are fitted
             continue
         drifts = np.array([row.drift.value for row in of_kind])
         for label, sizes in (
@@ -96,7 +105,7 @@ def thresholds(rows: Sequence[Row]) -> Iterator[str]:
             # jackknife
             error = math.sqrt((len(left) - 1) * float(np.var(left)))
             yield (
-                f"{name}, MLU: the best lr falls as {label}^{slope:.1f} above {label} = {2**start:.2f} "
+                f"{name}, MLU: the best lr goes as {label}^{slope:.1f} above {label} = {2**start:.2f} "
                 f"(within a factor {2**error:.2f}); what is left is {scatter:.2f} octaves, {len(drifts)} shapes"
             )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,7 @@ from recipes.aspect.limit import Distances, measure
 from recipes.aspect.report import Row, attention_lines, drift_table, limit_table, rows_of, thresholds
 from recipes.common.studies import check_command, console, deadline, study_command
 from recipes.lr_transfer.run import make_runs, state_of
-from recipes.lr_transfer.runs import Study, shared_runs
-from recipes.lr_transfer.search import transfers
+from recipes.lr_transfer.runs import CAPPED, Study, shared_runs
 
 STUDIES: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8")
@@ -54,9 +54,8 @@ def study(output: str = "aspect", workers: int = 2, minutes: float | None = None
     for name, part in _studies(quick).items():
         check_command(workers, part.seeds)
         plans, runs = make_runs(part, Path(output) / name, workers, end, terminal)
-        shared = shared_runs(plans)
-        terminal.print(f"{name}: {state_of(part, shared, runs)}", highlight=False)
-        found += rows_of(name, part, plans, transfers(part, shared, runs))
+        terminal.print(f"{name}: {state_of(part, shared_runs(plans), runs)}", highlight=False)
+        found += rows_of(name, part, plans, runs)
     if not found:
         return
     terminal.print(drift_table(found), *thresholds(found), sep="\n", highlight=False)
@@ -74,7 +73,8 @@ def curves(output: str = "aspect", exponent: float = -1.0, quick: bool = False) 
     check_command(1, 1)
     part = next(iter(_studies(quick).values()))
     Path(output).mkdir(parents=True, exist_ok=True)
-    save_curves(curve_runs(part, exponent), Path(output) / "aspect_curves.png")
+    compared = [name for name in part.parameterizations if name != CAPPED]
+    save_curves(curve_runs(replace(part, parameterizations=compared), exponent), Path(output) / "aspect_curves.png")
     console().print(f"Wrote {Path(output) / 'aspect_curves.png'}.", highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Is the learning rate that was tuned at a small size right at a large one? Transformers on text, along five axes.
+"""Is the learning rate that was tuned at a small size right at a large one? Transformers on text, along six axes.
 
 Where two parameterizations have the same numbers at a shape, as MLU and CompleteP have along depth, their runs are the same
 and are made once. ``search.py`` says what is searched for, and studies.yaml what is trained.

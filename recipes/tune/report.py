@@ -34,7 +34,7 @@ def losses_of(study: Study, runs: Sequence[Run], shape: str, method: str) -> tup
     return best, [curve[best] for curve in curves]
 
 
-def loss_table(study: Study, runs: Sequence[Run], start: float) -> Table:
+def loss_table(study: Study, runs: Sequence[Run]) -> Table:
     """Validation loss by shape and method, over seeds, the least of each row marked."""
     table = number_table("shape", *METHODS, words=1, title="Validation loss (nats per byte) and learning rate")
     for shape in study.shapes:

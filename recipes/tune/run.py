@@ -25,7 +25,7 @@ from recipes.tune.report import loss_table, save_figure, verdicts
 from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
 from recipes.tune.samplers import Search, sampler_table, search
 
-QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE}, 2)
+QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -36,28 +36,31 @@ def main(args: Sequence[str] | None = None) -> None:
     study_command(functions[name], f"python -m recipes.tune.run {name}")(arguments)
 
 
-def study(output: str = "tune-study", workers: int = 2, minutes: float | None = None, quick: bool = False) -> None:
+def study(
+    output: str = "tune-study", trials: int = 150, workers: int = 2, minutes: float | None = None, quick: bool = False
+) -> None:
     """Tune the base, train all shapes, and report their losses.
 
     Args:
         output: folder of the search, the runs and the figure; what is in it is not done again.
+        trials: of the search at the base.
         workers: number of runs at a time, each on one core.
         minutes: after which no run is begun, and what there is is reported; another call goes on.
     """
-    chosen = QUICK if quick else Study()
+    chosen, trials = (QUICK, 2) if quick else (Study(), trials)
     check_command(workers, chosen.seeds)
     terminal, folder, end = console(118), Path(output), deadline(minutes)
     start = _best_exponent(chosen, folder, workers, end, terminal)
     if start is None or time.monotonic() > end:
         return terminal.print("The time was over before the base's learning rate was known; another call goes on.")
     left = None if minutes is None else max(0.0, (end - time.monotonic()) / 60)
-    found = _tune(chosen, start, folder, workers, left, terminal)
+    found = _tune(chosen, start, trials, folder, workers, left, terminal)
     terminal.print(found.tables())
-    if len(found.trials) < chosen.trials:
+    if len(found.trials) < trials:
         return terminal.print("The time was over before the search was; another call goes on.")
     found.save(folder)
     runs = _make_runs(chosen, start, found.tuned, folder, workers, end, terminal)
-    terminal.print(loss_table(chosen, runs, start))
+    terminal.print(loss_table(chosen, runs))
     for sentence in verdicts(chosen, runs):
         terminal.print(sentence, highlight=False)
     save_figure(chosen, runs, folder / "tune_shapes.png")
@@ -130,13 +133,15 @@ def _best_exponent(study: Study, folder: Path, workers: int, end: float, termina
     return min(losses, key=lambda exponent: fmean(losses[exponent]))
 
 
-def _tune(study: Study, start: float, folder: Path, workers: int, left: float | None, terminal: Console) -> Tuning:
+def _tune(
+    study: Study, start: float, trials: int, folder: Path, workers: int, left: float | None, terminal: Console
+) -> Tuning:
     with Progress(console=terminal) as progress:
         bar = progress.add_task("search at the base")
         return tune(
             partial(study.model, "base", start),
             study.data(0),
-            trials=study.trials,
+            trials=trials,
             minutes=left,
             workers=workers,
             seeds=study.seeds,

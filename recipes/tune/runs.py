@@ -17,8 +17,8 @@ from recipes.lr_transfer.runs import ScheduledTransformer
 BASE = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
 SHAPES = {
     "base": BASE,
-    "8 × heads and MLP width": BASE | {"heads": 16, "mlp_hidden": 1024},
     "8 × D": BASE | {"embedding": 256},
+    "8 × heads and MLP width": BASE | {"heads": 16, "mlp_hidden": 1024},
     "8 × depth": BASE | {"depth": 16},
     "4 × everything": {"depth": 8, "heads": 8, "mlp_hidden": 512, "embedding": 128},
     "8 × all widths": BASE | {"heads": 16, "mlp_hidden": 1024, "embedding": 256},
@@ -44,7 +44,6 @@ class Study:
     seeds: int = 3
     exponents: tuple[float, ...] = (-7, -6.5, -6, -5.5, -5, -4.5, -4)  # of the base's learning rates
     shapes: dict[str, dict[str, int]] = field(default_factory=lambda: dict(SHAPES))
-    trials: int = 150
 
     def model(self, shape: str, exponent: float) -> ScheduledTransformer:
         """Build a model at a learning rate that is a power of two."""

@@ -1,6 +1,7 @@
 """EmbeddingDistance: what it logs, and when."""
 
 import math
+import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled
     }
 
 
-@pytest.mark.parametrize("how", ["moved", "damaged", "replaced"])
+@pytest.mark.parametrize("how", ["moved", "damaged", "replaced", "a pipe"])
 def test_reference_that_is_lost_costs_its_distances(how: str, tmp_path: Path) -> None:
     lost, kept, other = (tmp_path / f"{name}.safetensors" for name in ("lost", "kept", "other"))
     for path in (lost, kept, other):
@@ -141,6 +142,8 @@ def test_reference_that_is_lost_costs_its_distances(how: str, tmp_path: Path) ->
                 lost.write_bytes(lost.read_bytes()[:-1])
             elif trainer.global_step == 2:
                 other.replace(lost) if how == "replaced" else lost.unlink()
+                if how == "a pipe":
+                    os.mkfifo(lost)
 
     with pytest.warns(
         UserWarning, match=r"The reference lost cannot be read at step 3.*The training goes on"

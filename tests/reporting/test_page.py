@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from helpers.check_command import command
 from helpers.check_reports import failing_report
@@ -194,3 +195,15 @@ def test_the_command_says_what_it_could_not_read_or_write(tmp_path: Path, capsys
     assert "\\udcff.ckpt" in (tmp_path / "page.html").read_text()
     assert command("report", str(run), "--out", str(run)) == 1
     assert f"The page cannot be written to {run}: Is a directory. Give --out" in capsys.readouterr().err
+
+
+def test_long_curves_keep_their_course() -> None:
+    values = [1 / (1 + step) for step in range(50_000)]
+    values[40_000] = 7.0
+    (axes,) = panel_figure("x", {"all": tuple(enumerate(values))}, "update", logarithmic=True).axes
+    (line,) = axes.lines
+    steps, drawn = (np.asarray(data) for data in (line.get_xdata(), line.get_ydata()))
+    assert len(steps) < 2100 and (np.diff(steps) > 0).all() and [steps[0], drawn.max()] == [0, 7.0]
+    assert np.interp([10, 1000, 30_000], steps, drawn) == pytest.approx(
+        [values[at] for at in (10, 1000, 30_000)], rel=1e-2
+    )
