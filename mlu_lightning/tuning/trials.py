@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -160,7 +161,8 @@ class Again:
 
 def train_again(again: optuna.Study, cases: Sequence[Again], crew: Crew, progress: Progress) -> None:
     """Make those trainings that the study does not have yet."""
-    missing = [case for case in cases if case.seed not in read_again(again, case.key)]
+    once = {(json.dumps(case.key, sort_keys=True), case.seed): case for case in cases}
+    missing = [case for case in once.values() if case.seed not in read_again(again, case.key)]
     progress(0, len(missing), None)
 
     def keep(number: int, case: Again, value: float, reason: str) -> None:

@@ -17,8 +17,8 @@ from recipes.lr_transfer.runs import ScheduledTransformer
 BASE = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
 SHAPES = {
     "base": BASE,
-    "8 × heads and MLP width": BASE | {"heads": 16, "mlp_hidden": 1024},
     "8 × D": BASE | {"embedding": 256},
+    "8 × heads and MLP width": BASE | {"heads": 16, "mlp_hidden": 1024},
     "8 × depth": BASE | {"depth": 16},
     "4 × everything": {"depth": 8, "heads": 8, "mlp_hidden": 512, "embedding": 128},
     "8 × all widths": BASE | {"heads": 16, "mlp_hidden": 1024, "embedding": 256},

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.check_command import BASE, LARGE, RESNET, command, plugin, write
+from helpers.check_command import BASE, RESNET, command, plugin, write
 from helpers.logged_runs import wandb_offline
 from helpers.trainers import SILENT
 from lightning.pytorch import LightningDataModule
@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from mlu_lightning.cli import main
 from mlu_lightning.planning.tuned import read_tuned
 
+ALONG_DEPTH = ["--depth=depth", "--hidden=null", "--embedding=null"]
+LARGE = BASE | {"depth": 4}
 SLOW = {"lr": 2**-7}  # a learning rate that is far too small
 SHORT = ["--trials=2", "--seeds=1", "--steps=8"]
 
 
 class Validated(LightningDataModule):  # products to be learned
     def train_dataloader(self) -> DataLoader[Any]:
-        x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
         return DataLoader(TensorDataset(x, torch.stack((x[:, 0] * x[:, 1], x[:, 2]), 1)), batch_size=8)
 
     val_dataloader = train_dataloader
@@ -77,7 +79,7 @@ def test_what_it_writes_goes_into_the_next_run_of_the_configuration(
         ({"trainer": {"max_steps": 8}}, [], "no MLUCallback in this training"),
         ({"trainer": {"max_steps": 8, "callbacks": [{"class_path": "mlu_lightning.MLUCallback"}]}}, [], "has no base"),
         ({"trainer": {"callbacks": [plugin(**BASE)]}}, [], "does not say how long.*--steps"),
-        ({}, ["--confirm", "{depth: 0}", "--hidden=null", "--embedding=null"], r"--confirm has depth: 0"),
+        ({}, ["--confirm", "{depth: 0}", *ALONG_DEPTH], r"--confirm has depth: 0"),
         (
             {},
             ["--trial", "{speed: 2}"],

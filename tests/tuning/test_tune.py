@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from helpers.trainers import loader, quiet
@@ -84,6 +85,9 @@ def test_noise_is_no_gain(tmp_path: Path) -> None:
     assert found.verdict().startswith("No gain: val_loss")
     found.save(tmp_path)
     assert (tmp_path / "tuned.yaml").read_text().endswith("{}\n")
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    again = optuna.load_study(study_name="mlu-tune again", storage=storage).trials
+    assert len({(trial.user_attrs["key"], trial.user_attrs["seed"]) for trial in again}) == len(again)  # each once
     assert read_tuned(tmp_path / "tuned.yaml") == found.tuned == {}
 
 
@@ -103,7 +107,7 @@ def test_a_search_that_was_interrupted_goes_on_as_it_would_have(
 
 
 def test_trials_that_do_worse_are_stopped(tmp_path: Path) -> None:
-    found = tuned(tmp_path, trials=8)
+    found = tuned(tmp_path, trials=6)
     stopped = [trial for trial in found.trials if trial.reason]
     reasons = {f"stopped after {percent} % of the steps, below the better half" for percent in (25, 50)}
     assert {trial.reason for trial in stopped} <= reasons
@@ -111,7 +115,7 @@ def test_trials_that_do_worse_are_stopped(tmp_path: Path) -> None:
         earlier = [other.reported[25] for other in found.trials[: trial.number]]
         assert trial.value is None
         assert trial.reported[25] > min(earlier)
-    assert 2 <= len(stopped) <= 6
+    assert 1 <= len(stopped) <= 4
 
 
 def test_a_trial_that_fails_has_its_reason_and_the_search_goes_on(tmp_path: Path) -> None:
