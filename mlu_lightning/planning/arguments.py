@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -31,11 +32,16 @@ class PlanArguments:
 
 
 def require_base(base: Any, plan: type) -> None:
-    """Refuse a base that is neither a plan nor a path."""
+    """Refuse a base that is neither a plan nor the path of a file."""
     if not isinstance(base, (plan, str, PathLike)):
         raise TypeError(
             f"base is a {type(base).__name__}. It has to be a module at the base's shape, a plan or the path of one, or "
             f"{ABSOLUTE!r} for the paper's absolute form."
+        )
+    if isinstance(base, (str, PathLike)) and not os.path.isfile(base):
+        raise FileNotFoundError(
+            f"base is {os.fspath(base)!r}, and there is no file of that name. It has to be the path of a saved plan, a "
+            f"module at the base's shape, or {ABSOLUTE!r} for the paper's absolute form."
         )
 
 
