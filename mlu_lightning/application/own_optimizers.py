@@ -23,9 +23,11 @@ __all__ = ["Optimizers"]
 class Optimizers:
     """Optimizers of a module's parameters that are scaled by one plan, and what watches their updates."""
 
-    def __init__(self, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, family: Family | None = None, given: Iterable[Scaled] = ()
+    ) -> None:
         self._module, self._plan, self._family = module, plan, family
-        self._scaled: list[Scaled] = []
+        self._scaled = [*given]
         self._watch: Watch | None = None
         self._depths: dict[ScaledOptimizer, int] = {}  # of steps that go around the scaled one
         self._hooks: list[RemovableHandle] = []  # of all optimizers there are
@@ -105,6 +107,8 @@ class Optimizers:
             if depths[part] == 0:
                 del depths[part]
                 part.end()
+        elif part is None and self._watch is not None:
+            self._watch.after_wrapped_update(parameters_of(optimizer))
 
     def _part(self, optimizer: Optimizer) -> ScaledOptimizer | None:
         """Handle of an optimizer, or of one that it shares its list of groups with."""

@@ -105,7 +105,7 @@ def thresholds(rows: Sequence[Row]) -> Iterator[str]:
             # jackknife
             error = math.sqrt((len(left) - 1) * float(np.var(left)))
             yield (
-                f"{name}, MLU: the best lr falls as {label}^{slope:.1f} above {label} = {2**start:.2f} "
+                f"{name}, MLU: the best lr goes as {label}^{slope:.1f} above {label} = {2**start:.2f} "
                 f"(within a factor {2**error:.2f}); what is left is {scatter:.2f} octaves, {len(drifts)} shapes"
             )
 

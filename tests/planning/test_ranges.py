@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlu_lightning import Plan
+from mlu_lightning import Plan, attach_multipliers, scale_optimizer
 from mlu_lightning.models import ResNet
 
 BATCH = torch.ones(4, 3), torch.ones(4, 2)
@@ -46,6 +46,9 @@ def test_parameters_without_entries() -> None:
     module, base = (Empty(depth=depth, hidden=8, embedding=4, inputs=3, outputs=2) for depth in (2, 1))
     empty = Plan.from_model(module, BATCH, base=base)
     assert Plan.from_yaml(empty.to_yaml(), "a") == empty
+    attach_multipliers(module, empty)
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        scale_optimizer(kind(module.parameters(), lr=0.1), module, empty).remove()
 
 
 @pytest.mark.parametrize(
