@@ -92,5 +92,5 @@ def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
     axes.set_xticks(range(len(shapes)), [shape.replace(" and ", " and\n") for shape in shapes])
     axes.set_ylabel("validation loss (nats per byte)")
     hide_spines(axes)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2 if len(shapes) < 4 else 3, frameon=False)
     figure.savefig(path, dpi=160)
