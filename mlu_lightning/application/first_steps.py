@@ -15,15 +15,42 @@ from mlu_lightning.application.between_updates import BetweenUpdates
 from mlu_lightning.application.initial_weights import trained_parameters
 from mlu_lightning.application.inner_optimizers import parameters_of
 from mlu_lightning.application.multiplier_routes import ActingMultipliers
-from mlu_lightning.application.optimization import ScaledOptimizer
+from mlu_lightning.application.optimization import Scaled, ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.checksums import Checksum, checksums
-from mlu_lightning.utilities.names import listed
+from mlu_lightning.utilities.names import listed, original_module
 
-__all__ = ["FirstSteps"]
+__all__ = ["FirstSteps", "verify_steps"]
+
+
+def verify_steps(module: nn.Module, plan: Plan, *scaled: Scaled) -> None:
+    """Let a loop of one's own be stopped in its first two steps where it does not train a module as its plan says.
+
+    As with :class:`~mlu_lightning.MLUCallback`: every multiplier of the forward pass has to be seen, every parameter that
+    moves has to do so in an update of these optimizers, and these have to read the numbers of their groups. What is found
+    is raised, or warned of, by ``optimizer.step()``.
+
+    Args:
+        module: module that has the plan's multipliers, before its first step.
+        plan: its plan.
+        scaled: handles of all optimizers that update the module, as :func:`scale_optimizer` returns them.
+
+    >>> import torch
+    >>> from mlu_lightning import Role, scale_optimizer
+    >>> from mlu_lightning.planning import ParameterPlan
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> entry = ParameterPlan(Role.STREAM_MATRIX, (1, 1), fans=(4, 1), base_fans=(1, 1))
+    >>> plan = Plan({"weight": entry}, (), (), ())
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    >>> verify_steps(module, plan, scale_optimizer(optimizer, module, plan))
+    >>> module(torch.ones(1)).sum().backward()
+    >>> optimizer.step()
+    """
+    optimizers = Optimizers(original_module(module), plan, given=scaled)
+    FirstSteps(original_module(module), plan, optimizers, manual=True, in_loop=True)
 
 
 class FirstSteps:
@@ -37,10 +64,14 @@ class FirstSteps:
         optimizers: all that are known to update it.
         manual: whether weights that have an optimizer should not change before it makes a step, as in manual optimization;
             otherwise gradients may be accumulated first, while forward passes change weights, as ``max_norm`` does.
+        in_loop: whether nobody says when a batch or a backward pass begins, so that one begins with each further update.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, optimizers: Optimizers, manual: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, optimizers: Optimizers, manual: bool = False, in_loop: bool = False
+    ) -> None:
         self._module, self._plan, self._optimizers, self._manual = module, plan, optimizers, manual
+        self._in_loop = in_loop
         self._start = checksums(trained_parameters(module, plan), rough=True)
         self._unmoved = {*self._start}
         self._before: dict[str, Checksum] = {}
@@ -49,7 +80,7 @@ class FirstSteps:
         self._have_stepped: dict[ScaledOptimizer, None] = {}
         self._looks = 0  # since the first update, or before it
         self._multipliers = ActingMultipliers(module, plan)
-        self._multipliers.track()
+        self._multipliers.track(not in_loop)
         self._between: BetweenUpdates | None = BetweenUpdates(module, self._start)
         optimizers.let_watch(self)
 
@@ -72,6 +103,9 @@ class FirstSteps:
 
     def before_update(self, scaled: ScaledOptimizer) -> bool:
         """Note what is about to be updated, and refuse gradients that have not gone through their multiplier."""
+        if self._in_loop and scaled in self._have_stepped:
+            self.look_before_batch()
+            self.look()
         first = not self._have_stepped
         self._looks = 0 if first else self._looks
         self._have_stepped[scaled] = None

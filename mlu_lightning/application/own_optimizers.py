@@ -23,9 +23,11 @@ __all__ = ["Optimizers"]
 class Optimizers:
     """Optimizers of a module's parameters that are scaled by one plan, and what watches their updates."""
 
-    def __init__(self, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, family: Family | None = None, given: Iterable[Scaled] = ()
+    ) -> None:
         self._module, self._plan, self._family = module, plan, family
-        self._scaled: list[Scaled] = []
+        self._scaled = [*given]
         self._watch: Watch | None = None
         self._depths: dict[ScaledOptimizer, int] = {}  # of steps that go around the scaled one
         self._hooks: list[RemovableHandle] = []  # of all optimizers there are
