@@ -78,8 +78,9 @@ def _changes(sizes: Iterable[tuple[int, int]], absolute: bool) -> str:
 def _save(trainer: Trainer, plan: Plan) -> None:
     """Write the plan where loggers have the files of the run; the same one is not written again."""
     folders = [_folder(logger, trainer.default_root_dir) for logger in trainer.loggers]
-    text = plan.to_yaml().encode()
-    for file in dict.fromkeys(folder / PLAN_FILE for folder in folders if folder is not None):
+    files = dict.fromkeys(folder / PLAN_FILE for folder in folders if folder is not None)
+    text = plan.to_yaml().encode() if files else b""
+    for file in files:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             if not (file.is_file() and file.read_bytes() == text):

@@ -11,7 +11,7 @@ from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
@@ -19,6 +19,7 @@ from mlu_lightning.checking.growth import at_fixed_head_dim
 from mlu_lightning.checking.measurement import Measured, Measurement, measure
 from mlu_lightning.checking.preparation import (
     build,
+    few_samples,
     first_batches,
     make_trainer,
     prepare,
@@ -94,7 +95,6 @@ def check(
     """
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
-    make_callbacks = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
     run_seeds = range(seed, seed + seeds)
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
@@ -105,17 +105,20 @@ def check(
 
         @cache  # for any weights: only the ratios and locations of a plan are used
         def plan_of(shape: Shape) -> Plan:
+            if shape == base:
+                return reference
             return Plan.from_model(prepare(build(module_factory, shape, seed), planning), probe, base=reference)
 
         first = prepare(build(module_factory, base, seed), planning)
         batches = {run_seed: first_batches(data, first, count + 1, run_seed) for run_seed in run_seeds}
         probe = transfer(batches[seed][-1], datamodule or first)
         reference = Plan.from_model(first, probe, base=first)
+        probe = few_samples(probe, first, reference)
         structures = cache(lambda shape: structure_of(build(module_factory, shape, seed), planning, probe))
         chosen, notes = at_fixed_head_dim(default_axes(factors) if axes is None else axes, base, structures)
         grid = sizes(base, factors, chosen)
         runs = [(shape, run_seed) for shape in dict.fromkeys(size.shape for size in grid) for run_seed in run_seeds]
-        if not any(isinstance(callback, MLUCallback) for callback in make_callbacks(first)):
+        if callbacks and not any(isinstance(callback, MLUCallback) for callback in callbacks(first)):
             notes = (_WITHOUT, *notes)
         for axis in dict.fromkeys(size.axis for size in grid):
             small, large, *_ = (size.shape for size in grid if size.axis == axis)
@@ -125,18 +128,36 @@ def check(
             dict.fromkeys(text for of_axis in last.values() for text in plan_of(of_axis[-1].shape).warnings)
         )
         notes = (*notes, *_distance_note({axis: plan_of(of_axis[-1].shape) for axis, of_axis in last.items()}))
+        planned: dict[tuple[Shape, int], Plan] = {}
+        bases = cache(lambda run_seed: build(module_factory, base, run_seed))
         for shape, run_seed in runs:
             plan, module = plan_of(shape), build(module_factory, shape, run_seed)
-            at_base = build(module_factory, base, run_seed)
+            taking_part = list(callbacks(bases(run_seed))) if callbacks else [MLUCallback(plan=plan)]
             seed_everything(run_seed, verbose=False)
-            training = make_callbacks(at_base), batches[run_seed][:count], probe, steps, settings, datamodule
-            measured[shape, run_seed] = measure(module, plan, *training)
+            for place, callback in enumerate(taking_part):
+                if isinstance(callback, MLUCallback):
+                    _plan_once(callback, planned, (shape, place))
+            before = measured[shape, seed].followed if (shape, seed) in measured else None
+            training = taking_part, batches[run_seed][:count], probe, steps, settings, datamodule
+            measured[shape, run_seed] = measure(module, plan, *training, before)
             progress(len(measured), len(runs))
     # where they act, in a submodule, the module's own constants may be in what is measured or not
     relative = {name_pattern(name) for shape, _ in runs for name in plan_of(shape).relative_parameters}
     leeway = {axis: _leeway(plan_of(of_axis[0].shape), plan_of(of_axis[-1].shape)) for axis, of_axis in last.items()}
     rows = tuple(row for row in _rows(grid, measured, leeway) if not _is_local(row.quantity, relative))
     return CheckReport(base, tuple(factors), seeds, steps, rows, warnings, notes)
+
+
+def _plan_once(callback: MLUCallback, planned: dict[tuple[Shape, int], Plan], key: tuple[Shape, int]) -> None:
+    """Let a callback take the plan that another one in its place made at its shape, with the weights of another seed."""
+    plan_of = callback._plan_of
+
+    def once(trainer: Trainer, module: LightningModule) -> Plan:
+        if key not in planned:
+            planned[key] = plan_of(trainer, module)
+        return planned[key]
+
+    vars(callback)["_plan_of"] = once
 
 
 _WITHOUT = (

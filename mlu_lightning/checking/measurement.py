@@ -33,7 +33,7 @@ from mlu_lightning.observation import (
 )
 from mlu_lightning.observation.dataflow import ADDED
 from mlu_lightning.observation.expectations import Expectations
-from mlu_lightning.observation.passes import follow
+from mlu_lightning.observation.passes import Followed, follow
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Ratios, Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
@@ -60,6 +60,7 @@ class Measured:
 
     measurements: tuple[Measurement, ...]
     stream_sizes: Mapping[str, float]  # root mean square of each stream at its end, before the first step
+    followed: Followed | None = None  # what its first pass did with parameters
 
 
 def measure(
@@ -71,15 +72,17 @@ def measure(
     steps: int,
     trainer: Mapping[str, Any],
     datamodule: LightningDataModule | None = None,
+    followed: Followed | None = None,
 ) -> Measured:
     """Train a freshly built module on batches, and measure it before the first step, before the last and after it.
 
     Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; the plan's factors are not used.
+    ``followed`` is a pass at the same shape with other weights: where it uses parameters as they are, it is not made again.
     """
     for callback in callbacks:
         if isinstance(callback, MLUCallback):
             callback.verify = False  # what is wrong is to be measured
-    watch = _Watch(plan, probe, steps)
+    watch = _Watch(plan, probe, steps, followed)
     fitting = make_trainer([*callbacks, watch], steps, trainer)
     if datamodule is None:
         fitting.fit(module, Batches(batches))
@@ -100,12 +103,13 @@ def measure(
 class _Watch(Callback):
     """Measures a module while it is trained."""
 
-    def __init__(self, plan: Plan, probe: Any, steps: int) -> None:
+    def __init__(self, plan: Plan, probe: Any, steps: int, followed: Followed | None) -> None:
         super().__init__()
         self._plan = plan
         learned = (item for item in plan.parameters.items() if item[1].role is not Role.FROZEN)
         self._rows = {name: parameter.row for name, parameter in learned}
         self._probe = probe
+        self._followed = followed if followed is not None and followed.is_plain else None
         self._steps = steps
         self._readers = {reader.parameter: reader for reader in find_readers(plan)}
         features = locate_features(plan.features, plan.branches)
@@ -151,7 +155,7 @@ class _Watch(Callback):
         ends: dict[LocationName, Kind] = {name: Kind.EFFECT_ON_OUTPUT for name in after if isinstance(name, OutputName)}
         ends |= {name: Kind.EFFECT_ON_STREAM for name in after if _is_end(name)}
         for row in dict.fromkeys(self._rows.values()):
-            without = self._observe_without(row, pl_module)
+            without = self._observe_without(row, pl_module, [place for place in self._locations if place.name in ends])
             for name, effect in ends.items():
                 moves = rms_change(without[name], after[name])
                 if moves > 0:  # what comes after a stream has no effect on it
@@ -164,14 +168,14 @@ class _Watch(Callback):
             for quantity, values in self._found.items()
         )
         ends = {str(name): rms(values) for name, values in self._before.items() if _is_end(name)}
-        return Measured(measurements, ends)
+        return Measured(measurements, ends, self._followed)
 
     def _observe(self, module: LightningModule, locations: Sequence[Location] | None = None) -> Observation:
         """Observe the module, whose step may change parameters, such as those of a teacher that follows."""
         locations = self._locations if locations is None else locations
         return observe(module, self._probe, locations, "training_step", restore_parameters=True)
 
-    def _observe_without(self, row: str, module: LightningModule) -> Observation:
+    def _observe_without(self, row: str, module: LightningModule, locations: Sequence[Location]) -> Observation:
         """Observe the module with the parameters of one row of the table as they were at the start."""
         parameters = planned_parameters(module)
         of_row = {name: parameter for name, parameter in parameters.items() if self._rows.get(name) == row}
@@ -179,24 +183,25 @@ class _Watch(Callback):
             with torch.no_grad():
                 for name, parameter in of_row.items():
                     parameter.copy_(self._start[name])
-            return self._observe(module)
+            return self._observe(module, locations)
 
     def _add_start(self, module: LightningModule) -> None:
         """Add what every use of a parameter maps or adds, constants on its way included, and branches without a plan."""
         expectations, folded = Expectations(self._plan), folded_parameters(module)
-        found = follow(module, self._probe, self._plan.roles)
+        self._followed = found = self._followed or follow(module, self._probe, self._plan.roles)
         for (names, how), uses in found.uses.items():
             name, ends = expectations.parameter(names, how), {end for use in uses for end in use.constants}
             if name is None:
                 continue
             entry, last = self._plan.parameters[name], expectations.is_last(name, ends)
             row, ratios = (entry.role, entry.variant), entry.ratios
+            grown = rms(self._start[name]) / found.sizes[name] if found.sizes[name] else 1.0
             if how == "matrix" and expectations.is_tied_readout(name):
                 row, ratios = (Role.READOUT, None), Ratios(inputs=entry.fans[1] / entry.base_fans[1])
             each = math.sqrt(ratios.active) if how == "matrix" else 1.0  # of the experts that make a sum
             for use in uses:
                 for end, constant in use.constants.items():
-                    size = use.size * math.sqrt(use.inputs) * constant * each
+                    size = use.size * grown * math.sqrt(use.inputs) * constant * each
                     if 0 < size < math.inf and (not last or end in ADDED):  # what is zero has no size to scale
                         expected = expected_size(Kind.START, *row, ratios, last or name in folded)
                         self._found[Quantity(Kind.START, name_pattern(name), row_name(*row))].append(size / expected)

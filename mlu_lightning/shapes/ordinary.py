@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 
 from mlu_lightning.shapes.error_bound import Shape
@@ -35,7 +36,11 @@ def ordinary_shapes(parameters: float, architecture: Architecture, head_dim: int
                 embedding = step * i
                 return Shape(2 * max(1, round(embedding / aspect)), width * embedding // head_dim, embedding)
 
-            most = int(parameters) // (architecture.per_coordinate * step) if parameters < math.inf else 0
+            most = (
+                min(int(parameters) // (architecture.per_coordinate * step), sys.maxsize)
+                if parameters < math.inf
+                else 0
+            )
             fitting = bisect_right(range(1, most + 1), parameters, key=lambda i: architecture.parameters(shape(i)))
             if fitting:
                 found.append(shape(fitting))

@@ -52,7 +52,7 @@ def test_command_line_prints_a_table_for_transformers(capsys: pytest.CaptureFixt
     assert [says for says in ASSUMPTIONS if says not in " ".join(text.split())] == []
 
 
-@pytest.mark.parametrize("parameters", ["2e7", "1e8", "1e9", "1e12"])
+@pytest.mark.parametrize("parameters", ["2e7", "1e9", "1e12"])
 def test_transformers_are_of_shapes_that_people_build(parameters: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The largest of each aspect: no further 64 of the embedding would fit, and of given constants the best is marked."""
     table = rows(printed(capsys, parameters, "--constants", "{depth: 1, hidden: 0.1, embedding: 1}"))[1:]
