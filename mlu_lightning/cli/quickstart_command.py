@@ -67,3 +67,4 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         save_runs(study, content, runs, folder / "runs.json")
         save_figure(study, runs, folder / "quickstart.png")
     say(console, f"Wrote {folder / 'quickstart.png'} and {folder / 'runs.json'}.", soft_wrap=True)
+    say(console, "Next, with your own model: mlu-lightning check config.yaml, and mlu-lightning tune config.yaml.")

@@ -31,7 +31,7 @@ from mlu_lightning.planning.ranges import as_number, check_factors, check_module
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.planning.tuned import Matched, Tuned, match_tuned, read_tuned
-from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.table import COUNTED, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.locks import WriterLock
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
@@ -202,7 +202,7 @@ class Plan:
                     p.base_uses,
                     p.variant,
                     p.base_constant,
-                    p.base_depth if p.variant in COMPOUNDING else None,
+                    p.base_depth if p.variant in COUNTED else None,
                 )
                 for name, p in self.parameters.items()
             },

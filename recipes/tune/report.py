@@ -75,12 +75,13 @@ def verdicts(study: Study, runs: Sequence[Run]) -> list[str]:
 
 def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
     """Draw the loss of every method at every shape, with its standard error."""
-    figure = new_figure(9.5, 4.0)
+    shapes = [shape for shape in study.shapes if losses_of(study, runs, shape, "MLU, tuned") is not None]
+    figure = new_figure(4.0 + 1.2 * len(shapes), 4.0)
     axes = figure.subplots()
     for place, method in enumerate(METHODS):
         points = [
             (at + 0.13 * (place - 2), Estimate.over(of[1]))
-            for at, shape in enumerate(study.shapes)
+            for at, shape in enumerate(shapes)
             if (of := losses_of(study, runs, shape, method)) is not None
         ]
         style = {"color": COLORS[method], "marker": "o" if method.startswith("MLU") else "s", "linestyle": "none"}
@@ -88,8 +89,8 @@ def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
         axes.errorbar(
             [x for x, _ in points], [estimate.value for _, estimate in points], errors, **style, capsize=3, label=method
         )
-    axes.set_xticks(range(len(study.shapes)), [shape.replace(" and ", " and\n") for shape in study.shapes])
+    axes.set_xticks(range(len(shapes)), [shape.replace(" and ", " and\n") for shape in shapes])
     axes.set_ylabel("validation loss (nats per byte)")
     hide_spines(axes)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2 if len(shapes) < 4 else 3, frameon=False)
     figure.savefig(path, dpi=160)

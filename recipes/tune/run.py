@@ -51,7 +51,7 @@ def study(
     check_command(workers, chosen.seeds)
     terminal, folder, end = console(118), Path(output), deadline(minutes)
     start = _best_exponent(chosen, folder, workers, end, terminal)
-    if start is None or time.monotonic() > end:
+    if start is None:
         return terminal.print("The time was over before the base's learning rate was known; another call goes on.")
     left = None if minutes is None else max(0.0, (end - time.monotonic()) / 60)
     found = _tune(chosen, start, trials, folder, workers, left, terminal)

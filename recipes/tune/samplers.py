@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -124,14 +125,14 @@ def train(exponents: Mapping[str, float], seed: int, steps: int, lr: float = 2**
         groups.append({"params": [parameter], "lr": lr * 2.0 ** exponents[f"{role}.lr"]})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 5, 1 - step / steps))
-    data = Text(16, steps, 16, seed, 16)
-    for batch in data.train_dataloader():
+    training, validation = _batches(steps, seed)
+    for batch in training:
         optimizer.zero_grad()
         _loss(model, batch).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        loss = float(np.mean([_loss(model, batch).item() for batch in data.val_dataloader()]))
+        loss = _loss(model, validation).item()
     return loss if math.isfinite(loss) else 10.0
 
 
@@ -148,6 +149,13 @@ def sampler_table(searches: Sequence[Search]) -> Table:
         ]
         table.add_row(name, str(len(own)), *map(_mean_and_error, columns))
     return table
+
+
+@cache
+def _batches(steps: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Batches for training, and one for validation."""
+    data = Text(16, steps, 16, seed, 16)
+    return [*data.train_dataloader()], torch.cat([*data.val_dataloader()])
 
 
 def _loss(model: CausalTransformer, batch: torch.Tensor) -> torch.Tensor:
