@@ -24,7 +24,7 @@ from mlu_lightning.discovery.outer_roles import (
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
-from mlu_lightning.table import COUNTED, Role
+from mlu_lightning.table import COUNTED, Role, Variant
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
 
@@ -198,6 +198,9 @@ def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
     # a norm that a stream goes through is the stream's, also where a branch of another stream reads its output
     norms = {u.use.op for u in uses if u.region.branch is None and u.found.role is Role.STREAM_NORM}
     uses = [placed for placed in uses if placed.region.branch is None or placed.use.op not in norms]
+    # what one block reads, and the head too, has the gradient of the head
+    of_all = [placed for placed in uses if placed.found.variant is not Variant.OF_BLOCK]
+    uses = of_all if {placed.found.role for placed in of_all} == {placed.found.role for placed in uses} else uses
     roles = {placed.found.role for placed in uses}
     if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
         return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]

@@ -104,8 +104,9 @@ def partition(graph: Graph) -> Partition:
         stream.stem = in_order({*stream.stem, *(op for op in ops if op not in on_stream)})
     assigned = stops.union(head, *(branch.ops for branch in branches))
     assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
-    aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)
-    aside[None] = _assign_own(aside.get(None, ()), context, branches, streams)
+    beside, _ = between(context, assigned.__contains__)
+    aside = _by_stream(beside, stream_of)
+    aside[None] = _assign_own(aside.get(None, ()), beside, context, branches, streams)
     heads = _by_stream(head, stream_of)
     for number, stream in enumerate(streams):
         stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
@@ -141,13 +142,19 @@ def _branch_ops(
 
 
 def _assign_own(
-    ops: tuple[Op, ...], context: dict[Op, int], branches: list[BranchRegion], streams: list[StreamRegions]
+    ops: tuple[Op, ...],
+    beside: tuple[Op, ...],
+    context: dict[Op, int],
+    branches: list[BranchRegion],
+    streams: list[StreamRegions],
 ) -> tuple[Op, ...]:
     """Give streams what is made of data for some of their branches, as for others beside them, and return the rest."""
     readers = dict(context)
     groups: dict[int, list[Op]] = {}
-    for op in reversed(ops):
-        groups.setdefault(readers[op], []).append(op)
+    made_of_data = set(ops)
+    for op in reversed(beside):
+        if op in made_of_data:
+            groups.setdefault(readers[op], []).append(op)
         for operand in op.data:
             readers[operand] = readers.get(operand, 0) | readers[op]
     rest: list[Op] = []
