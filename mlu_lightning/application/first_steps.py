@@ -152,6 +152,7 @@ class FirstSteps:
             trained = trained_parameters(self._module, self._plan)
             self._refuse_strays(trained)
             self._between.before_batch(trained)
+            self.end()
 
     def look(self) -> None:
         """Look at what has moved since training began, as after each batch.

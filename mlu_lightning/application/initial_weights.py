@@ -27,8 +27,15 @@ class InitialWeights:
 
     def look(self, who: str) -> None:
         """Look whether weights are what they were; if they are not, it was somebody since the last time."""
-        before, self._sums = self._sums, checksums(trained_parameters(self._module, self._plan), rough=True)
-        changed = (name for name, found in self._sums.items() if name in before and not before[name].is_of(found))
+        before, parameters = self._sums, trained_parameters(self._module, self._plan)
+        found = checksums(parameters)
+        same = {name for name in found.keys() & before.keys() if before[name].is_alike(found[name])}
+        found |= checksums({name: parameter for name, parameter in parameters.items() if name not in same}, rough=True)
+        changed = [name for name in found if name in before and not before[name].is_of(found[name])]
+        self._sums = {
+            **found,
+            **{name: before[name] for name in same.difference(changed)},
+        }  # with sums for other precisions
         self.changed = {**dict.fromkeys(changed, who), **self.changed}
 
 

@@ -32,13 +32,13 @@ class Units:
     def number(self) -> int:
         """M: of heads where something is one number for each head, or keys are compared head by head; else of entries."""
         entries = self.entries
-        own = [size for size in self._own_sizes() if entries % size == 0]
+        own = [size for size in self._own_sizes() if size and entries % size == 0]
         if own and min(own) < entries:
             return min(own)
         compared = ((op, span) for op, spans in self._compared.rows.items() for span in spans)
         reached = self._reached.rows
         heads = [self._reached.groups(op, span) for op, span in compared if op in reached and span in reached[op]]
-        return max((size for size in heads if entries % size == 0), default=entries)
+        return max((size for size in heads if size and entries % size == 0), default=entries)
 
     @cached_property
     def entries(self) -> int:

@@ -29,6 +29,10 @@ class Checksum:
             return self.exact == other.exact
         return self._differs_by_at_most(other, max(1e-4, torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps))
 
+    def is_alike(self, other: Checksum) -> bool:
+        """Whether both are of one shape and type."""
+        return (self.shape, self.dtype) == (other.shape, other.dtype)
+
     def is_near(self, other: Checksum) -> bool:
         """Whether both are of values that are equal up to rounding, as those that were moved and moved back."""
         if self.is_of(other) or self.dtype != other.dtype or not (self.rough and other.rough):

@@ -85,8 +85,9 @@ def read_plan(path: Path, content: bytes) -> bool:
     except ValueError as error:
         assert str(error).startswith(str(path)) and len(str(error)) < 2000
         return True
-    # a tab may separate, as YAML has it, and PyYAML's own scanner refuses it
-    loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if b"\t" in content else yaml.BaseLoader
+    # a tab may separate, and a question mark be in a word, as YAML has it, and PyYAML's own scanner refuses them
+    own = b"\t" in content or b"?" in content
+    loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if own else yaml.BaseLoader
     node = yaml.load(content.decode(), Loader=loader)
     assert node.pop("mlu_plan") == "2"
     check_value({field.name: getattr(plan, field.name) for field in fields(plan)}, node)
