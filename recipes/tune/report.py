@@ -76,7 +76,7 @@ def verdicts(study: Study, runs: Sequence[Run]) -> list[str]:
 def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
     """Draw the loss of every method at every shape, with its standard error."""
     shapes = [shape for shape in study.shapes if losses_of(study, runs, shape, "MLU, tuned") is not None]
-    figure = new_figure(4.0 + 1.2 * len(shapes), 4.0)
+    figure = new_figure(4.6 + 1.2 * len(shapes), 4.0)
     axes = figure.subplots()
     for place, method in enumerate(METHODS):
         points = [
@@ -92,5 +92,5 @@ def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
     axes.set_xticks(range(len(shapes)), [shape.replace(" and ", " and\n") for shape in shapes])
     axes.set_ylabel("validation loss (nats per byte)")
     hide_spines(axes)
-    figure.legend(loc="outside upper center", ncols=2 if len(shapes) < 4 else 3, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2 if len(shapes) < 5 else 3, frameon=False)
     figure.savefig(path, dpi=160)
