@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from mlu_lightning.discovery.graph import Graph, Use
+from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Use
 from mlu_lightning.discovery.structure import Along, WeightFunction
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.weight_programs import Program
@@ -44,10 +44,9 @@ def matrices_of_constants(graph: Graph) -> frozenset[Node]:
     """What matrices make of constants, as of sines and cosines of positions, where that was taken for a weight."""
     uses = (use for uses in graph.uses.values() for use in uses)
     unread = (use for use in uses if use.function is not None and use.function.problem is not None)
-    paths = (
-        dropwhile(lambda step: step.name not in ("Mm", "Bmm") or None not in step.operands, u.path) for u in unread
-    )
-    return frozenset(step.node for path in paths for step in path)
+    rests = ([*dropwhile(lambda step: step.name in RESHAPES | PARTS, use.path)] for use in unread)
+    made = (rest for rest in rests if rest and rest[0].name in ("Mm", "Bmm") and None in rest[0].operands)
+    return frozenset(step.node for rest in made for step in rest)
 
 
 def with_functions(graph: Graph, trace: Trace) -> Graph:
