@@ -16,7 +16,7 @@ if find_spec("lightning") is None:
     raise ImportError(
         "mlu_lightning needs the package 'lightning' (import lightning.pytorch), and it is not installed. The package "
         "'pytorch_lightning' alone is not enough, because its Trainer and LightningModule are different classes: "
-        "pip install 'lightning>=2.5,<3' and import Trainer and LightningModule from lightning.pytorch."
+        "pip install 'lightning>=2.6,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
 if TYPE_CHECKING:

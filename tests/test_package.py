@@ -34,7 +34,7 @@ def test_public_names_are_there_and_documented() -> None:
 def test_pytorch_lightning_alone_is_refused_with_a_sentence() -> None:
     result = _python("-c", "import sys; sys.modules['lightning'] = None; import mlu_lightning")
     assert "ImportError: mlu_lightning needs the package 'lightning'" in result.stderr
-    assert "pip install 'lightning>=2.5,<3'" in result.stderr
+    assert "pip install 'lightning>=2.6,<3'" in result.stderr
 
 
 def test_importing_changes_nothing() -> None:
