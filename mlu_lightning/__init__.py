@@ -4,7 +4,8 @@ Begin with :class:`MLUCallback`, which takes a module of the base shape and does
 also work without Lightning: :func:`discover` finds the structure of a module, :meth:`Plan.from_model` puts it next to a
 base, :func:`initialize`, :func:`attach_multipliers` (or :func:`fold`) and :func:`scale_optimizer` apply the plan.
 :class:`FeatureUpdate`, :class:`ReferenceRecorder` and :class:`EmbeddingDistance` watch a run, :func:`check` tests a
-parameterization, and :func:`bake` makes a plain module of a trained one. The mathematics is in ``theory.md``.
+parameterization, :func:`tune` finds factors per role at the base, and :func:`bake` makes a plain module of a trained one.
+The mathematics is in ``theory.md``.
 """
 
 from importlib import import_module
@@ -15,7 +16,7 @@ if find_spec("lightning") is None:
     raise ImportError(
         "mlu_lightning needs the package 'lightning' (import lightning.pytorch), and it is not installed. The package "
         "'pytorch_lightning' alone is not enough, because its Trainer and LightningModule are different classes: "
-        "pip install 'lightning>=2.4,<3' and import Trainer and LightningModule from lightning.pytorch."
+        "pip install 'lightning>=2.6,<3' and import Trainer and LightningModule from lightning.pytorch."
     )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mlu_lightning.planning.plan import Plan
     from mlu_lightning.shapes import Architecture, ErrorConstants, Shape, error_bound, fit_error_bound, optimal_shape
     from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale
+    from mlu_lightning.tuning import Tuning, tune
 
 __all__ = [
     "Architecture",
@@ -57,6 +59,7 @@ __all__ = [
     "Scale",
     "Shape",
     "Structure",
+    "Tuning",
     "attach_multipliers",
     "bake",
     "check",
@@ -70,6 +73,7 @@ __all__ = [
     "restore_multipliers",
     "scale_optimizer",
     "to_granite",
+    "tune",
     "unfolded_gradients",
     "unfolded_weights",
 ]
@@ -83,6 +87,7 @@ _HOMES = {
     "planning": "Plan",
     "shapes": "Architecture ErrorConstants Shape error_bound fit_error_bound optimal_shape",
     "table": "OptimizerFamily Parameterization Ratios Role Scale",
+    "tuning": "Tuning tune",
 }
 """Where the public names are, which are imported when they are used first: all of them together take 0.2 s."""
 

@@ -14,6 +14,7 @@ from enum import Enum
 
 __all__ = [
     "COMPOUNDING",
+    "COUNTED",
     "TABLES",
     "OptimizerFamily",
     "Parameterization",
@@ -94,12 +95,15 @@ class Variant(_Name):
     """``stream_norm`` between residual additions: such norms compound."""
     EVERY_BLOCK = "every_block"
     """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
+    OF_BLOCK = "of_block"
+    """``embedding``, ``stream_matrix`` and ``stream_norm`` that make something of data for one block, or a few, alone."""
     IN_HEAD = "in_head"
     """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
 
 
 COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
-"""Variants whose depth is the number of those that the stream goes through."""
+COUNTED = COMPOUNDING | {Variant.OF_BLOCK}
+"""Variants whose depth is the number of those along the stream; if it goes through them, they compound."""
 
 
 def row_name(role: Role, variant: Variant | None) -> str:
@@ -289,31 +293,24 @@ _SUM = Powers(inputs=1)  # n: every output sums over all inputs
 _KEEP = Powers(inputs=-0.5)  # std: outputs keep the size that inputs have
 _PER_USE = Powers(uses=1)  # g: k at outputs that do not grow, such as targets
 _PER_OUTPUT = Powers(outputs=-1, uses=1)  # g: k/d at stream coordinates
-_PER_BRANCH_OUTPUT = Powers(
-    depth=-1, outputs=-1, active=-1, uses=1
-)  # g: k/(l·m) at hidden units, k/(l·d) at coordinates
+_PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1, uses=1)  # g: k/(l·m) at units, k/(l·d) on the stream
 _PER_BRANCH_BOUNDED = Powers(depth=-1, uses=1)  # g: k/l at outputs of bounded size
 _PER_DEPTH = Powers(depth=-1)  # multiplier of branches, and lr of norms that compound
 
-_BRANCH_OUT = Row(
-    n=_SUM,
-    g=_PER_BRANCH_OUTPUT,
-    multiplier=_PER_DEPTH,
-    std=Powers(inputs=-0.5, aspect=0.5),  # sqrt(d)/m
-    spectral=True,
-)
-# only steps relative to the weight count before a norm, and these are even where outputs keep their size
-_BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)
+_BRANCH_IN = Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True)
+_BRANCH_VECTOR = Row(g=_PER_BRANCH_OUTPUT)
+_BRANCH_OUT = replace(_BRANCH_IN, multiplier=_PER_DEPTH, std=Powers(inputs=-0.5, aspect=0.5))  # std: sqrt(d)/m
+_BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)  # only steps relative to the weight count there
 
 _MLU = Table(
     rows={
         Role.EMBEDDING: Row(g=_PER_OUTPUT),
-        Role.BRANCH_IN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
-        Role.BRANCH_IN_BIAS: Row(g=_PER_BRANCH_OUTPUT),
-        Role.BRANCH_HIDDEN: Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True),
+        Role.BRANCH_IN: _BRANCH_IN,
+        Role.BRANCH_IN_BIAS: _BRANCH_VECTOR,
+        Role.BRANCH_HIDDEN: _BRANCH_IN,
         Role.BRANCH_OUT: _BRANCH_OUT,
         Role.BRANCH_OUT_BIAS: Row(g=_PER_BRANCH_OUTPUT, multiplier=_PER_DEPTH),
-        Role.BRANCH_NORM: Row(g=_PER_BRANCH_OUTPUT),
+        Role.BRANCH_NORM: _BRANCH_VECTOR,
         Role.BRANCH_BOUNDED: Row(g=_PER_BRANCH_BOUNDED),
         Role.BRANCH_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_BRANCH_BOUNDED, std=_KEEP, spectral=True),
         Role.STREAM_MATRIX: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, spectral=True),
@@ -327,6 +324,8 @@ _MLU = Table(
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
         **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
+        **{(role, Variant.OF_BLOCK): _BRANCH_VECTOR for role in (Role.EMBEDDING, Role.STREAM_NORM)},
+        (Role.STREAM_MATRIX, Variant.OF_BLOCK): _BRANCH_IN,
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
@@ -349,8 +348,8 @@ TABLES: Mapping[Parameterization, Table] = {
         variants={key: _without_depth(row) for key, row in _COMPLETEP.variants.items()},
     ),
     Parameterization.SP: Table(
-        rows={role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
-        variants={},
+        {role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+        {},
         scales_optimizer=False,
         scales_logits=False,
     ),

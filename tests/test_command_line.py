@@ -9,7 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 import pytest
-from helpers.processes import environment
+from helpers.check_command import command
+from helpers.processes import environment, run
 
 import mlu_lightning
 from mlu_lightning.cli import main
@@ -46,3 +47,55 @@ def test_an_interrupt_that_became_something_else(becomes: BaseException, monkeyp
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_help_needs_no_torch_and_little_time() -> None:
+    """The processor time of all commands together; a command itself may import what it likes."""
+    code = """
+import contextlib, io, json, sys, time
+from mlu_lightning.cli import main
+texts = []
+for command in ([], ["quickstart"], ["check"], ["tune"], ["plan"], ["report"], ["shape"]):
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    texts.append(text.getvalue())
+print(json.dumps(["torch" in sys.modules, time.process_time(), min(map(len, texts)), "Exits with 0" in texts[2]]))
+"""
+    imported, seconds, shortest, codes = run(code)
+    assert not imported and seconds < 2 and shortest > 300 and codes
+
+
+def test_positional_arguments_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    said, resnet = set(), "--model resnet"
+    for args in (f"1e6 {resnet}", f"{resnet} 1e6", f"--parameters 1e6 {resnet}", f"{resnet} --parameters=1e6"):
+        main(["shape", *args.split()])
+        said.add(capsys.readouterr().out)
+    assert len(said) == 1 and "resnet with up to 1,000,000 parameters" in said.pop()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ("", 2, 'expected "command"'),
+        ("train", 2, "invalid choice"),
+        ("shape", 2, "required"),
+        ("shape 1e8 1e9", 2, "nrecognized arguments: 1e9"),
+        ("shape many", 2, "many"),
+        ("quickstart --step 3", 2, "nrecognized arguments: --step"),
+        ("quickstart --steps 2.5", 2, "2.5"),
+        ("quickstart --steps 0 --out {}/new", 1, "There are no runs of 0 steps"),
+        ("quickstart --seed -1 --out {}/new", 1, "The seed -1 is none"),
+        ("quickstart --text {}/none --out {}/new", 1, "cannot be read"),
+        ("quickstart --out {}/file", 1, "cannot be made"),
+        ("check {}/none.yaml --out {}/new", 1, "cannot be read as a configuration"),
+        ("check {}/file --factors 1,x --out {}/new", 1, "--factors 1,x should be whole numbers with commas"),
+        ("plan {} --out {}/new/plan.yaml", 1, "cannot be read as a configuration"),
+        ("report {}/none --out {}/new.html", 1, "none"),
+    ],
+)
+def test_bad_options(args: str, code: int, message: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("nothing")
+    assert command(*args.replace("{}", str(tmp_path)).split()) == code
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,8 +1,12 @@
+import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import mlu_lightning
 
@@ -30,7 +34,7 @@ def test_public_names_are_there_and_documented() -> None:
 def test_pytorch_lightning_alone_is_refused_with_a_sentence() -> None:
     result = _python("-c", "import sys; sys.modules['lightning'] = None; import mlu_lightning")
     assert "ImportError: mlu_lightning needs the package 'lightning'" in result.stderr
-    assert "pip install 'lightning>=2.4,<3'" in result.stderr
+    assert "pip install 'lightning>=2.6,<3'" in result.stderr
 
 
 def test_importing_changes_nothing() -> None:
@@ -53,3 +57,26 @@ def test_continuous_integration_runs_the_command_of_the_readme(page: str) -> Non
     assert script[-1].startswith("python3 -m venv") and script[-1] in readme, "word for word, last"
     before = [line for line in script[:-1] if line.endswith("pip install torch==2.13.0")]
     assert before, "so that no CUDA comes in"
+
+
+def test_lowest_versions_are_those_that_are_declared() -> None:
+    """Also of the extras that users install; an upper bound is none of them."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = (project["optional-dependencies"][name] for name in ("wandb", "hf", "tune", "plots"))
+    declared = {Requirement(text) for text in chain(project["dependencies"], *extras)}
+    lowest = {
+        requirement.name.lower(): next(each.version for each in requirement.specifier if each.operator == "==")
+        for requirement in map(Requirement, (ROOT / ".ci" / "lowest").read_text().splitlines()[1:])
+    }
+    for requirement in declared:
+        (bound,) = (each.version for each in requirement.specifier if each.operator == ">=")
+        assert (
+            Version(lowest[requirement.name.lower()]).release[: len(Version(bound).release)] == Version(bound).release
+        )
+
+
+def test_description_of_the_package_has_no_links_into_the_repository() -> None:
+    """An index of packages shows it alone."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    links = re.findall(r"\]\((.*?)\)", project["readme"]["text"])
+    assert links and all(link.startswith("https://") for link in links)

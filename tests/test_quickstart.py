@@ -73,6 +73,12 @@ def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
     for path in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path)):
         with pytest.raises(ValueError, match=f"The text {path} is no file, but"):
             load_text(path)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match=r"sparse has 1,099,511,627,776 bytes, and at most 268,435,456 are read"):
+        load_text(str(tmp_path / "sparse"))
+    with pytest.raises(ValueError, match=r"cannot be read: File name too long"):
+        load_text("x" * 5000)
     with pytest.raises(ValueError, match=r"no runs of 0 steps.*--steps 1 or more"):
         Study(steps=0)
     with pytest.raises(ValueError, match=r"seed -1 is none"):
@@ -234,7 +240,7 @@ def test_interrupted_quickstart_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_quickstart_in_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mlu_lightning.cli", "quickstart", "--out", str(tmp_path), "--steps", "5"]
+    command = [sys.executable, "-m", "mlu_lightning", "quickstart", "--out", str(tmp_path), "--steps", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "49 runs of 5 steps" in result.stdout and "8 × depth: the best learning rate is" in result.stdout
     assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 49

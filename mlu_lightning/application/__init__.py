@@ -8,6 +8,7 @@ on it as one value (``applied.py``); :func:`bake` and :func:`to_granite` make it
 from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.clipping import unfolded_gradients, unfolded_weights
 from mlu_lightning.application.export import bake, restore_multipliers
+from mlu_lightning.application.first_steps import verify_steps
 from mlu_lightning.application.granite import to_granite
 from mlu_lightning.application.initialization import InitMode, initialize, planned_stds, stream_axis
 from mlu_lightning.application.multipliers import attach_multipliers, fold
@@ -29,4 +30,5 @@ __all__ = [
     "to_granite",
     "unfolded_gradients",
     "unfolded_weights",
+    "verify_steps",
 ]

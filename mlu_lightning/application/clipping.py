@@ -15,7 +15,10 @@ from mlu_lightning.application.transaction import Step, Steps, as_a_whole, multi
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import original_module
 
-__all__ = ["unfolded_gradients", "unfolded_weights"]
+__all__ = ["EDITS", "unfolded_gradients", "unfolded_weights"]
+
+EDITS = "_mlu_edits"
+"""Where a module counts how often its weights or gradients were unfolded, while somebody wants to know."""
 
 
 @contextmanager
@@ -111,6 +114,8 @@ def unfolded_weights(module: nn.Module, plan: Plan) -> Iterator[None]:
 @contextmanager
 def _unfolded(module: nn.Module, what: str, unfolding: Sequence[Step], folding: Sequence[Step]) -> Iterator[None]:
     steps = Steps([*unfolding, *folding])
+    if EDITS in vars(original_module(module)):
+        vars(original_module(module))[EDITS] += 1
     with as_a_whole(original_module(module), what, steps.run):
         steps.run(until=len(unfolding))
         yield

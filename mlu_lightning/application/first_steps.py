@@ -1,4 +1,4 @@
-"""What became of a plan that was applied: initial weights until training starts, updates and multipliers in its first steps.
+"""Updates of the first steps after a plan was applied: whose they are, at which numbers, and through which multipliers.
 
 It looks at what is, not at what was asked for: whether weights have changed, in whose update, and whether hooks were called.
 """
@@ -6,50 +6,51 @@ It looks at what is, not at what was asked for: whether weights have changed, in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import isclose
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from mlu_lightning.application.applied import residual_state
-from mlu_lightning.application.hooks import sites_seen
+from mlu_lightning.application.between_updates import BetweenUpdates
+from mlu_lightning.application.initial_weights import trained_parameters
 from mlu_lightning.application.inner_optimizers import parameters_of
-from mlu_lightning.application.optimization import ScaledOptimizer
+from mlu_lightning.application.multiplier_routes import ActingMultipliers
+from mlu_lightning.application.optimization import Scaled, ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
-from mlu_lightning.planning import Multiplier, Plan
-from mlu_lightning.table import Role
+from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.checksums import Checksum, checksums
-from mlu_lightning.utilities.names import listed
+from mlu_lightning.utilities.names import listed, original_module
 
-__all__ = ["FirstSteps", "InitialWeights", "refuse_changed"]
-
-
-class InitialWeights:
-    """Weights as ``initialize`` has set them, or a checkpoint, and which of them somebody has changed since."""
-
-    def __init__(self, module: nn.Module, plan: Plan) -> None:
-        self._module, self._plan = module, plan
-        self.changed: dict[str, str] = {}  # names, and what may have done it
-        self._sums = checksums(_trained(module, plan), rough=True)
-
-    def look(self, who: str) -> None:
-        """Look whether weights are what they were; if they are not, it was somebody since the last time."""
-        before, self._sums = self._sums, checksums(_trained(self._module, self._plan), rough=True)
-        changed = (name for name, found in self._sums.items() if name in before and not before[name].is_of(found))
-        self.changed = {**dict.fromkeys(changed, who), **self.changed}
+__all__ = ["FirstSteps", "verify_steps"]
 
 
-def refuse_changed(changed: Mapping[str, str]) -> None:
-    """Stop a run whose initial weights are not those that were set."""
-    if changed:
-        who = " or ".join(dict.fromkeys(changed.values()))
-        raise ValueError(
-            f"Initial weights that MLUCallback has set were changed before the first step: {listed(changed)}. It was done "
-            f"{who}. Draw or load weights before MLUCallback sets their scale: in __init__, setup or configure_model of the "
-            "module, or in setup of a callback that comes before it, and fit a module that was built anew; or, if these are "
-            "to be trained as they are, give MLUCallback init=None."
-        )
+def verify_steps(module: nn.Module, plan: Plan, *scaled: Scaled) -> None:
+    """Let a loop of one's own be stopped in its first two steps where it does not train a module as its plan says.
+
+    As with :class:`~mlu_lightning.MLUCallback`: every multiplier of the forward pass has to be seen, every parameter that
+    moves has to do so in an update of these optimizers, and these have to read the numbers of their groups. What is found
+    is raised, or warned of, by ``optimizer.step()``.
+
+    Args:
+        module: module that has the plan's multipliers, before its first step.
+        plan: its plan.
+        scaled: handles of all optimizers that update the module, as :func:`scale_optimizer` returns them.
+
+    >>> import torch
+    >>> from mlu_lightning import Role, scale_optimizer
+    >>> from mlu_lightning.planning import ParameterPlan
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> entry = ParameterPlan(Role.STREAM_MATRIX, (1, 1), fans=(4, 1), base_fans=(1, 1))
+    >>> plan = Plan({"weight": entry}, (), (), ())
+    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    >>> verify_steps(module, plan, scale_optimizer(optimizer, module, plan))
+    >>> module(torch.ones(1)).sum().backward()
+    >>> optimizer.step()
+    """
+    optimizers = Optimizers(original_module(module), plan, given=scaled)
+    FirstSteps(original_module(module), plan, optimizers, manual=True, in_loop=True)
 
 
 class FirstSteps:
@@ -63,46 +64,95 @@ class FirstSteps:
         optimizers: all that are known to update it.
         manual: whether weights that have an optimizer should not change before it makes a step, as in manual optimization;
             otherwise gradients may be accumulated first, while forward passes change weights, as ``max_norm`` does.
+        in_loop: whether nobody says when a batch or a backward pass begins, so that one begins with each further update.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, optimizers: Optimizers, manual: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, optimizers: Optimizers, manual: bool = False, in_loop: bool = False
+    ) -> None:
         self._module, self._plan, self._optimizers, self._manual = module, plan, optimizers, manual
-        self._start = checksums(_trained(module, plan))
+        self._in_loop = in_loop
+        self._start = checksums(trained_parameters(module, plan), rough=True)
         self._unmoved = {*self._start}
         self._before: dict[str, Checksum] = {}
         self._moved: set[str] = set()  # in an update
         self._unread: dict[str, str] = {}  # by parameter: what its update has not asked for
         self._have_stepped: dict[ScaledOptimizer, None] = {}
         self._looks = 0  # since the first update, or before it
-        self._unseen = _guarded(module, plan)
+        self._multipliers = ActingMultipliers(module, plan)
+        self._multipliers.track(not in_loop)
+        self._between: BetweenUpdates | None = BetweenUpdates(module, self._start)
         optimizers.let_watch(self)
+
+    def end(self) -> None:
+        """Look no more at what a whole pass or step does."""
+        if self._between is not None:
+            self._between.end()
+            self._between = None
+            self._multipliers.track(False)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Refuse a loss that depends on weights around their multipliers."""
+        if self._between is not None:
+            self._multipliers.refuse_detours(loss)
+
+    def after_backward(self) -> None:
+        """Look at weights in the middle of a step, and at gradients."""
+        if self._between is not None:
+            self._between.after_backward(trained_parameters(self._module, self._plan))
 
     def before_update(self, scaled: ScaledOptimizer) -> bool:
         """Note what is about to be updated, and refuse gradients that have not gone through their multiplier."""
+        if self._in_loop and scaled in self._have_stepped:
+            self.look_before_batch()
+            self.look()
         first = not self._have_stepped
         self._looks = 0 if first else self._looks
         self._have_stepped[scaled] = None
         if self._looks >= _DENSE:
             return False
         own = self._own(scaled)
-        self._before = checksums(own)
+        self._before = checksums({name: p for name, p in own.items() if name in self._unmoved}, rough=True)
         if first and not self._manual:
-            _refuse_changed_in_step([name for name in own if not self._before[name].is_of(self._start[name])])
-        if self._unseen:
-            self._require_multipliers(own)
+            _refuse_changed_in_step(
+                [name for name, sums in self._before.items() if not sums.is_near(self._start[name])]
+            )
+        if self._between is not None:
+            self._between.before_update(own)
+        self._multipliers.refuse_unseen({name: parameter.grad for name, parameter in own.items()})
         return not is_known(scaled.optimizer)
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Note what was updated."""
-        if not self._before:
+        if not self._before and self._between is None:
             return
         own, before, self._before = self._own(scaled), self._before, {}
-        moved = {name for name, found in checksums(own).items() if not before[name].is_of(found)}
+        found = checksums(own, rough=True)
+        moved = {name for name, sums in before.items() if name in found and not sums.is_of(found[name])}
         self._moved |= moved
+        if self._between is not None:
+            self._between.after_update(found)
         for shadow in scaled.shadows:
             for key in shadow.unread:
                 members = {id(parameter) for parameter in shadow.given["params"]}
                 self._unread |= {name: key for name in moved if id(own[name]) in members}
+        if not is_known(scaled.optimizer):
+            _refuse_written(scaled)  # which reads, too
+
+    def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
+        """Note what an optimizer has made of the updates of those in it, as Lookahead does."""
+        if self._between is not None:
+            members = {id(parameter) for parameter in parameters}
+            trained = trained_parameters(self._module, self._plan).items()
+            self._between.after_update(checksums({name: p for name, p in trained if id(p) in members}, rough=True))
+
+    def look_before_batch(self) -> None:
+        """Look at what was done to weights after the first step."""
+        if self._between is not None and self._have_stepped:
+            trained = trained_parameters(self._module, self._plan)
+            self._refuse_strays(trained)
+            self._between.before_batch(trained)
+            self.end()
 
     def look(self) -> None:
         """Look at what has moved since training began, as after each batch.
@@ -110,13 +160,24 @@ class FirstSteps:
         Raises:
             ValueError: if a parameter has moved, but not in an update of these, or in one that has not read its numbers.
         """
+        self._multipliers.forget()
+        if self._have_stepped and self._looks >= 1:
+            self.end()
         if not self._unmoved:
+            self._optimizers.let_watch(None if self._between is None else self)
             return
         self._looks += 1
         if self._looks > _DENSE and self._looks & (self._looks - 1):
             return
         _refuse_unread(self._unread)
-        trained = _trained(self._module, self._plan)
+        trained = trained_parameters(self._module, self._plan)
+        moved, held = self._refuse_strays(trained)
+        if self._have_stepped and self._looks == 1:
+            _warn_of_idle([name for name in trained if name in self._unmoved and name not in held])
+        self._unmoved &= trained.keys() - (moved if self._have_stepped else set())
+
+    def _refuse_strays(self, trained: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+        """Refuse parameters that have moved without an update; find those that have moved, and those of optimizers."""
         now = checksums({name: p for name, p in trained.items() if name in self._unmoved})
         moved = {name for name, found in now.items() if not self._start[name].is_of(found)}
         names = plan_names(self._module, self._plan)
@@ -127,58 +188,20 @@ class FirstSteps:
         elif not (self._have_stepped or self._manual):
             explained |= held
         _refuse_strays(moved - explained)
-        if self._have_stepped and self._looks == 1:
-            _warn_of_idle([name for name in now if name not in held])
-        self._unmoved &= trained.keys() - (moved if self._have_stepped else set())
-        if not self._unmoved:
-            self._optimizers.let_watch(None)
+        return moved, held
 
     def _own(self, scaled: ScaledOptimizer) -> dict[str, Tensor]:
         names = plan_names(self._module, self._plan)
         named = ((names.get(id(parameter)), parameter) for parameter in parameters_of(scaled.optimizer))
-        return {name: parameter for name, parameter in named if name is not None and name in self._unmoved}
-
-    def _require_multipliers(self, own: Mapping[str, Tensor]) -> None:
-        applied = residual_state(self._module)
-        assert applied is not None
-        seen = sites_seen(applied.hooks)
-        self._unseen = {m: names for m, names in self._unseen.items() if m.site not in seen}
-        for multiplier, names in self._unseen.items():
-            reached = [n for n in names if (p := own.get(n)) is not None and p.grad is not None and bool(p.grad.any())]
-            if reached:
-                raise ValueError(
-                    f"The multiplier of the {multiplier.kind} {multiplier.name!r} was not seen in the forward pass: its "
-                    f"hook on {multiplier.site} was not called, but {listed(reached)} got a gradient. Hooks run where a "
-                    "module is called, not where its forward is, or code that was traced before they were attached. "
-                    'Call the module, or put the multiplier into the weights: residual="fold", or fold(module, plan).'
-                )
+        return {name: parameter for name, parameter in named if name in self._start}
 
 
 _DENSE = 8
 """Steps that are all looked at; after these every power of two is."""
 
 
-def _trained(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Parameters of a plan that are trained: others, such as those of a teacher, are somebody's own business."""
-    names = plan_names(module, plan)
-    named = ((names[id(parameter)], parameter) for parameter in module.parameters())
-    roles = plan.roles
-    return {name: p for name, p in named if p.requires_grad and roles.get(name, Role.FROZEN) is not Role.FROZEN}
-
-
 def _names(names: Mapping[int, str], optimizers: Iterable[ScaledOptimizer]) -> set[str]:
     return {names[id(p)] for each in optimizers for p in parameters_of(each.optimizer) if id(p) in names}
-
-
-def _guarded(module: nn.Module, plan: Plan) -> dict[Multiplier, tuple[str, ...]]:
-    """Parameters that get a gradient through a multiplier's hook alone, by multiplier."""
-    applied = residual_state(module)
-    acting = {} if applied is None else applied.acting
-    of_branch: dict[str, list[str]] = {}
-    for name, parameter in plan.parameters.items():
-        if parameter.branch is not None:
-            of_branch.setdefault(plan.branches[parameter.branch].name, []).append(name)
-    return {m: m.folds or tuple(of_branch.get(m.name, ()) if m.kind == "branch" else ()) for m in acting}
 
 
 def _refuse_changed_in_step(changed: Sequence[str]) -> None:
@@ -209,6 +232,20 @@ def _refuse_unread(unread: Mapping[str, str]) -> None:
             "plan multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; "
             "and leave out of its groups what it has no use for."
         )
+
+
+def _refuse_written(scaled: ScaledOptimizer) -> None:
+    """Refuse an update that has set a number itself, the same for roles of which each has its own."""
+    for key in ("lr", "eps", "weight_decay"):
+        shadows = [shadow for shadow in scaled.shadows if shadow.given]
+        if any(key in shadow.factors for shadow in shadows):
+            ratios = [ratio for shadow in shadows if (ratio := shadow.written(key)) is not None]
+            if not all(isclose(ratio, ratios[0], rel_tol=1e-5) for ratio in ratios):
+                raise ValueError(
+                    f"{type(scaled.optimizer).__name__} sets {key} of its parameter groups in its own step, where the plan "
+                    "has multiplied it, so what the plan asks for is lost. Set it before the step, with a scheduler or in a "
+                    "hook that is registered with register_step_pre_hook; or let the step multiply what it finds."
+                )
 
 
 def _warn_of_idle(idle: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.application.applied import residual_state
@@ -19,7 +20,7 @@ from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.module_copies import OwnHook
 from mlu_lightning.utilities.names import planned_part
 
-__all__ = ["attach_hooks", "detach_hooks", "hooks_in", "sites_seen"]
+__all__ = ["attach_hooks", "detach_hooks", "hooks_in", "products", "sites_seen", "track"]
 
 
 def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
@@ -82,11 +83,27 @@ def detach_hooks(module: nn.Module, hooks: tuple[RemovableHandle, ...]) -> None:
 
 def sites_seen(handles: Iterable[RemovableHandle]) -> set[Site]:
     """Sites whose hooks have multiplied in passes with gradients."""
-    found = ((handle.hooks_dict_ref() or {}).get(handle.id) for handle in handles)
-    hooks = [hook for hook in found if isinstance(hook, _Multiplier)]
+    hooks = _multipliers(handles)
     # modules of one class share compiled code, which has the hook of the first one
     compiled = {hook.kind for hook in hooks if hook.seen.compiled}
     return {hook.site for hook in hooks if hook.seen.called or hook.kind in compiled}
+
+
+def track(handles: Iterable[RemovableHandle], on: bool = True) -> None:
+    """Let hooks note their products in the passes to come, or forget these and note no more."""
+    for hook in _multipliers(handles):
+        hook.seen.track(on)
+
+
+def products(handles: Iterable[RemovableHandle]) -> dict[Site, list[Node]]:
+    """What hooks have multiplied since they were tracked, but for those through which gradients have gone already."""
+    found = {hook.site: hook.seen for hook in _multipliers(handles)}
+    return {site: [*seen.products] for site, seen in found.items() if not seen.passed}
+
+
+def _multipliers(handles: Iterable[RemovableHandle]) -> list[_Multiplier]:
+    found = ((handle.hooks_dict_ref() or {}).get(handle.id) for handle in handles)
+    return [hook for hook in found if isinstance(hook, _Multiplier)]
 
 
 def hooks_in(module: nn.Module) -> Iterator[tuple[int, int]]:
@@ -126,16 +143,34 @@ def _forward_before(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 class _Seen:
-    """Whether a hook was called in a pass with gradients, or when code with it was compiled for one."""
+    """Whether a hook was called in a pass with gradients, or when code with it was compiled for one, and its products."""
 
     def __init__(self) -> None:
         self.called = self.compiled = False
+        self.passed = False  # whether gradients have gone through a product since it was tracked
+        self.products: dict[Node, RemovableHandle] = {}
+        self._tracks = False
 
-    def note(self) -> None:
+    def note(self, product: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             self._note_compiled()
-        elif not self.called:
-            self.called = torch.is_grad_enabled()
+        elif not self.called or self._tracks:
+            self._note(product)
+        return product
+
+    def track(self, on: bool) -> None:
+        for handle in self.products.values():
+            handle.remove()
+        self._tracks, self.passed, self.products = on, False, {}
+
+    def _note(self, product: Tensor) -> None:
+        self.called |= torch.is_grad_enabled()
+        node = product.grad_fn
+        if self._tracks and node is not None:
+            self.products[node] = node.register_prehook(self._pass)
+
+    def _pass(self, gradients: Any) -> None:
+        self.passed = True
 
     def _note_compiled(self) -> None:
         self.compiled |= torch.is_grad_enabled()
@@ -163,7 +198,6 @@ class _OutputMultiplier(_Multiplier):
     """Forward hook that multiplies a module's output, one element of it, or a part of its last dimension."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.seen.note()
         index = self.site.index
         if index is None:
             return self._multiplied(output)
@@ -182,12 +216,12 @@ class _OutputMultiplier(_Multiplier):
         if not isinstance(value, Tensor):
             raise self._error(f"a {type(value).__name__} where the plan has a tensor")
         if self.site.part is None:
-            return value * self.factor
+            return self.seen.note(value * self.factor)
         start, stop = self.site.part
         period = self.site.period
         blocks = value if period is None else value.reshape(*value.shape[:-1], -1, period)
         scaled = torch.cat((blocks[..., :start], blocks[..., start:stop] * self.factor, blocks[..., stop:]), dim=-1)
-        return scaled.reshape(value.shape)
+        return self.seen.note(scaled.reshape(value.shape))
 
     def _error(self, found: str) -> TypeError:
         return TypeError(
@@ -201,13 +235,12 @@ class _InputMultiplier(_Multiplier):
     """Forward pre-hook that multiplies the first floating-point tensor a module is called with."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.seen.note()
         for position, value in enumerate(args):
             if isinstance(value, Tensor) and value.is_floating_point():
-                return (*args[:position], value * self.factor, *args[position + 1 :]), kwargs
+                return (*args[:position], self.seen.note(value * self.factor), *args[position + 1 :]), kwargs
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point():
-                return args, {**kwargs, name: value * self.factor}
+                return args, {**kwargs, name: self.seen.note(value * self.factor)}
         raise TypeError(
             f"The multiplier {self.factor:g} on {self.site} could not be applied: the module was called without a "
             "floating-point tensor. Plan with an example that calls it as training does."
@@ -219,12 +252,11 @@ class _RowsMultiplier(_Multiplier):
     """Forward pre-hook that puts products in the place of a module's own parameters, with some rows multiplied."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.seen.note()
         assert self.site.part is not None
         start, stop = self.site.part
         for name, parameter in module.named_parameters(recurse=False):
             rows = torch.cat((parameter[:start], parameter[start:stop] * self.factor, parameter[stop:]))
-            module.__dict__[name] = rows
+            module.__dict__[name] = self.seen.note(rows)
 
 
 def _restore_rows(module: nn.Module, args: Any, output: Any) -> None:

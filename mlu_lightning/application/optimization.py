@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol
@@ -133,6 +133,9 @@ class Watch(Protocol):
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Look at what was updated."""
+
+    def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
+        """Look at what an optimizer has made of the updates of those in it."""
 
 
 class ScaledOptimizer:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -22,11 +23,14 @@ __all__ = ["Optimizers"]
 class Optimizers:
     """Optimizers of a module's parameters that are scaled by one plan, and what watches their updates."""
 
-    def __init__(self, module: nn.Module, plan: Plan, family: Family | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Plan, family: Family | None = None, given: Iterable[Scaled] = ()
+    ) -> None:
         self._module, self._plan, self._family = module, plan, family
-        self._scaled: list[Scaled] = []
+        self._scaled = [*given]
         self._watch: Watch | None = None
-        self._end_looking: Callable[[], None] | None = None
+        self._depths: dict[ScaledOptimizer, int] = {}  # of steps that go around the scaled one
+        self._hooks: list[RemovableHandle] = []  # of all optimizers there are
 
     @property
     def parts(self) -> list[ScaledOptimizer]:
@@ -49,8 +53,9 @@ class Optimizers:
 
     def remove(self) -> None:
         """Make all of them plain again, and scale no others."""
-        if self._end_looking is not None:
-            self._end_looking()
+        _remove(self._hooks)
+        for part in self._depths:
+            part.end()  # of a step that has failed
         while self._scaled:
             self._scaled[-1].remove()
             self._scaled.pop()
@@ -65,41 +70,45 @@ class Optimizers:
             TypeError: in the step, if its optimizer cannot be scaled or is not known.
             ValueError: in the step, if it has parameters that the plan does not know.
         """
-        depths: dict[ScaledOptimizer, int] = {}
+        # torch keeps them for all optimizers, and a fit whose end nobody was told should not keep its module
+        own = weakref.ref(self)
 
         def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-            part = self._part(optimizer)
-            if part is None and not self._is_inside(optimizer) and updating(optimizer) == [optimizer]:
-                known = {id(parameter) for parameter in self._module.parameters()}
-                if any(id(parameter) in known for parameter in parameters_of(optimizer)):
-                    (part,) = self.add(optimizer).parts
-            if part is None or (part.updates and part not in depths):
-                return None
-            depths[part] = depths.get(part, 0) + 1
-            if depths[part] > 1:
-                return None
-            rest, kwargs = part.begin(args[1:], kwargs)
-            return (args[0], *rest), kwargs
+            optimizers = own()
+            return None if optimizers is None else optimizers._before_step(optimizer, args, kwargs)
 
         def after(optimizer: Optimizer, *_: Any) -> None:
-            part = self._part(optimizer)
-            if part is not None and part in depths:
-                depths[part] -= 1
-                if depths[part] == 0:
-                    del depths[part]
-                    part.end()
+            optimizers = own()
+            if optimizers is not None:
+                optimizers._after_step(optimizer)
 
-        hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _remove, self._hooks)
+        self._hooks.append(register_optimizer_step_pre_hook(before))
+        self._hooks.append(register_optimizer_step_post_hook(after))
 
-        def end() -> None:
-            for hook in hooks:
-                hook.remove()
-            for part in depths:
-                part.end()  # of a step that has failed
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        part, depths = self._part(optimizer), self._depths
+        if part is None and not self._is_inside(optimizer) and updating(optimizer) == [optimizer]:
+            known = {id(parameter) for parameter in self._module.parameters()}
+            if any(id(parameter) in known for parameter in parameters_of(optimizer)):
+                (part,) = self.add(optimizer).parts
+        if part is None or (part.updates and part not in depths):
+            return None
+        depths[part] = depths.get(part, 0) + 1
+        if depths[part] > 1:
+            return None
+        rest, kwargs = part.begin(args[1:], kwargs)
+        return (args[0], *rest), kwargs
 
-        self._end_looking = end
-        hooks.append(register_optimizer_step_pre_hook(before))
-        hooks.append(register_optimizer_step_post_hook(after))
+    def _after_step(self, optimizer: Optimizer) -> None:
+        part, depths = self._part(optimizer), self._depths
+        if part is not None and part in depths:
+            depths[part] -= 1
+            if depths[part] == 0:
+                del depths[part]
+                part.end()
+        elif part is None and self._watch is not None:
+            self._watch.after_wrapped_update(parameters_of(optimizer))
 
     def _part(self, optimizer: Optimizer) -> ScaledOptimizer | None:
         """Handle of an optimizer, or of one that it shares its list of groups with."""
@@ -110,3 +119,8 @@ class Optimizers:
         """Whether an optimizer makes a part of another's update, which has given it numbers of its shadow groups."""
         updated = {id(p) for part in self.parts if part.swapped for p in parameters_of(part.optimizer)}
         return any(id(parameter) in updated for parameter in parameters_of(optimizer))
+
+
+def _remove(hooks: Iterable[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()

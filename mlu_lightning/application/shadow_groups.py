@@ -33,6 +33,13 @@ class Shadow:
         read = self.group.read if isinstance(self.group, _ReadGroup) else self.factors.keys()
         return {key for key in self.factors.keys() - read if self.given[key] not in (0, None)}
 
+    def written(self, key: str) -> float | None:
+        """By what the step that was made has multiplied a number, None if it was 0 or is no number."""
+        given, now = self.given.get(key), self.group.get(key)
+        return (
+            float(now) / float(given) if isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given else None
+        )
+
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
         for key, value in user.items():
@@ -143,6 +150,7 @@ class _ReadGroup(Group):
 
 _MEMBERS = ("params", "param_names")
 _NUMBERS = ("lr", "eps", "weight_decay")
+_NUMERIC = (int, float, torch.Tensor)
 _UNSEEN = object()
 
 

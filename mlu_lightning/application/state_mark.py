@@ -34,6 +34,19 @@ MARK = (
 )
 
 
+_PRETRAINED = "save_pretrained"  # what it writes is loaded by from_pretrained, which takes no notice of a key too much
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In the place of a part's ``save_pretrained``; a function that pickles and copies find, and not a method."""
+    raise ValueError(
+        "The model has multipliers in hooks, which are not among what save_pretrained writes, so from_pretrained would make "
+        "another function of its weights. Put them into the weights first, bake(module, plan), with callback.plan as the "
+        "plan, or into those of a copy, bake(copy.deepcopy(module), plan), and save that. Checkpoints of the Trainer need "
+        "no such thing."
+    )
+
+
 def mark_states(module: nn.Module, targets: Iterable[nn.Module]) -> list[RemovableHandle]:
     """Let state dicts of a module, and of its parts with targets inside, say that these multiply; and let it load them."""
     named, wanted = dict(module.named_modules(remove_duplicate=False)), {*targets}
@@ -49,6 +62,8 @@ def mark_states(module: nn.Module, targets: Iterable[nn.Module]) -> list[Removab
         hooks.append(part.register_state_dict_post_hook(_put_in))  # type: ignore[no-untyped-call]
         # torch.distributed.checkpoint and functional_call look for an attribute by the name of every key
         vars(part)[MARK] = _value("cpu")
+        if callable(getattr(type(part), _PRETRAINED, None)):
+            vars(part).setdefault(_PRETRAINED, _refuse_to_save)
     return hooks
 
 
@@ -56,6 +71,8 @@ def unmark_states(module: nn.Module) -> None:
     """Forget what :func:`mark_states` did, besides its hooks."""
     for part in module.modules():
         vars(part).pop(MARK, None)
+        if vars(part).get(_PRETRAINED) is _refuse_to_save:
+            del vars(part)[_PRETRAINED]
 
 
 def state_hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -1,10 +1,10 @@
-"""What a fit says of itself when it starts: one line, and the plan in the folder of its logs."""
+"""What a fit says of itself when it starts: one line, and the plan in the folders of its logs."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -27,7 +27,7 @@ def announce(trainer: Trainer, applied: Applied) -> None:
     if getattr(trainer, "fast_dev_run", False):
         return
     rank_zero_info(one_line(applied))
-    _save(trainer.loggers, applied.plan)
+    _save(trainer, applied.plan)
 
 
 def one_line(applied: Applied) -> str:
@@ -37,7 +37,7 @@ def one_line(applied: Applied) -> str:
     >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
     >>> plan = Plan.from_model(deeper, base=base)
     >>> one_line(Applied(plan, "fold")).partition("; roles")[0]
-    'MLU: depth 4 (base 2), embedding 8, mlp 16'
+    'MLU: depth 4 (base 2), embedding 8, mlp 16; distance ratio mlp 0.707'
     """
     plan = applied.plan
     absolute = plan.base is None
@@ -48,6 +48,7 @@ def one_line(applied: Applied) -> str:
         f"{kind} {_changes(((b.hidden, b.base_hidden) for b in plan.branches if b.kind == kind), absolute)}"
         for kind in kinds
     ]
+    ratios = [f"{d.kind} {d.ratio:.3g}" for d in plan.distances if d.ratio is not None and not plan.is_at_base]
     shape = ", ".join([f"depth {depths}", f"embedding {embeddings}", *hidden])
     counts = Counter(plan.roles.values())
     roles = ", ".join(f"{counts[role]} {role.value}" for role in Role if counts[role])
@@ -58,10 +59,11 @@ def one_line(applied: Applied) -> str:
     return "; ".join(
         [
             f"{TITLES[plan.parameterization]}: {shape}{', no base (absolute form)' if absolute else ''}",
+            *([f"distance ratio {', '.join(ratios)}"] if ratios else []),
             f"roles {roles}",
             f"optimizer {optimizers}",
             f"multipliers {', '.join(places) or 'all 1'}",
-            f"{len(plan.warnings) or 'no'} warning{'' if len(plan.warnings) == 1 else 's'}.",
+            f"{len(plan.advice) or 'no'} warning{'' if len(plan.advice) == 1 else 's'}.",
         ]
     )
 
@@ -73,27 +75,27 @@ def _changes(sizes: Iterable[tuple[int, int]], absolute: bool) -> str:
 
 
 @rank_zero_only
-def _save(loggers: Sequence[Logger], plan: Plan) -> None:
-    """Write the plan where the first logger has its files, and checkpoints are saved; the same one is not written again."""
-    folder = _folder(loggers[0]) if loggers else None
-    if folder is None:
-        return
-    file, text = folder / PLAN_FILE, plan.to_yaml().encode()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (file.is_file() and file.read_bytes() == text):
-            write_whole({file: text})
-    except OSError as error:
-        rank_zero_warn(
-            f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
-        )
+def _save(trainer: Trainer, plan: Plan) -> None:
+    """Write the plan where loggers have the files of the run; the same one is not written again."""
+    folders = [_folder(logger, trainer.default_root_dir) for logger in trainer.loggers]
+    files = dict.fromkeys(folder / PLAN_FILE for folder in folders if folder is not None)
+    text = plan.to_yaml().encode() if files else b""
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if not (file.is_file() and file.read_bytes() == text):
+                write_whole({file: text})
+        except OSError as error:
+            rank_zero_warn(
+                f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
+            )
 
 
-def _folder(logger: Logger) -> Path | None:
-    """Folder of one run, or None if the logger has none on this machine."""
+def _folder(logger: Logger, root: str) -> Path | None:
+    """Folder of one run, in which its checkpoints are, too, where the logger is the first; None if it is not known here."""
     _ = getattr(logger, "experiment", None)  # which looks whether others have written there before
     own = getattr(logger, "log_dir", None)
-    if own is None and logger.save_dir is not None:
+    if own is None and logger.name and logger.version not in (None, ""):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        own = os.path.join(logger.save_dir, str(logger.name), version)
+        own = os.path.join(logger.save_dir or root, logger.name, version)
     return None if own is None or "://" in str(own) else Path(own)

@@ -34,6 +34,8 @@ def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Ite
     with isolate_rng():
         torch.manual_seed(seed)
         built = base() if callable(base) and not isinstance(base, nn.Module) else base
+    if built is None and base is not None:
+        raise TypeError("The function that MLUCallback was given as its base returned None instead of a module.")
     if built is module:
         raise ValueError(
             "The base of MLUCallback is the module that is trained, so nothing would be scaled. Give it a module that is "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, permutations, product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -18,7 +18,7 @@ from mlu_lightning.callbacks.infinite_limit import Limit, LimitRun
 from mlu_lightning.callbacks.loggers import fetch_reference, log_values, show_values
 from mlu_lightning.callbacks.probe_batches import Layout, Probe
 from mlu_lightning.observation import MetricName, Observation, OutputName, Reference, StreamName, compare
-from mlu_lightning.observation.comparison import check_coupled, validated_metrics
+from mlu_lightning.observation.comparison import uncoupled, validated_metrics
 from mlu_lightning.observation.reference_format import listed
 
 __all__ = ["EmbeddingDistance"]
@@ -39,7 +39,7 @@ class EmbeddingDistance(EitherCallback):
 
     With ``reference="limit"`` the run is compared with what it tends to as L, M and D grow: the infinite model, which is
     trained beside it on the same batches (theory.md, section 5; :mod:`mlu_lightning.limit`). This needs no other run and no
-    coupling, but gradient descent and a model whose limit is known.
+    coupling, but gradient descent and a model whose limit is known. Its name is ``limit``: ``mlu/distance/gram/s=1/limit``.
 
     Args:
         reference: Path of the file of a :class:`ReferenceRecorder`, or the name ``entity/project/name:version`` of a
@@ -47,7 +47,8 @@ class EmbeddingDistance(EitherCallback):
             ``"limit"``, the infinite model, or a :class:`Limit`, which says how finely that is computed.
         metrics: Some of ``"rms"`` (of h - h_ref[:D], which needs ``MLUCallback(init="coupled")`` with one seed in both
             runs, or of h - W a for the limit), ``"gram"``, ``"cka"``, ``"procrustes"`` and ``"output"``, which need no
-            coupling; see :mod:`mlu_lightning.observation.distances`.
+            coupling; see :mod:`mlu_lightning.observation.distances`. By default all that can be measured: a warning says
+            why one cannot, where a metric that is asked for by name is refused.
 
     Raises:
         ValueError: If an argument is not of these.
@@ -73,7 +74,7 @@ class EmbeddingDistance(EitherCallback):
     def __init__(
         self,
         reference: str | Path | list[str] | dict[str, str] | Limit,
-        metrics: Sequence[MetricName] = ("rms", "gram", "cka", "procrustes", "output"),
+        metrics: Sequence[MetricName] | None = None,
     ) -> None:
         super().__init__()
         self._limit = Limit() if reference == "limit" else reference if isinstance(reference, Limit) else None
@@ -90,14 +91,17 @@ class EmbeddingDistance(EitherCallback):
                 raise ValueError(
                     f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
                 )
-        if not self._sources or "floor" in self._sources:
+        taken = [f"{name}/" for name in ("floor", *self._sources)]
+        if len(taken) == 1 or any(two.startswith(one) or two == "/" for one, two in permutations(taken, 2)):
             raise ValueError(
                 f'reference={reference!r} should be one or more references, none of them by the name "floor", which is '
-                "that of their distance from each other."
+                'that of their distance from each other, or by one that goes on from another\'s, as "a/b" does from "a".'
             )
-        named = isinstance(reference, Mapping) or len(self._sources) > 1
+        named = isinstance(reference, Mapping) or len(self._sources) > 1 or self._limit is not None
         self._suffixes = {name: f"/{name}" if named else "" for name in self._sources}
-        self._metrics = validated_metrics(metrics)
+        self._asked = metrics is not None
+        self._metrics = get_args(MetricName) if metrics is None else validated_metrics(metrics)
+        self._measured: Sequence[MetricName] = self._metrics
         self._references: dict[str, Reference] = {}
         self._lost: set[str] = set()  # references that could not be read after the start
         self._probe: Probe | None = None
@@ -159,9 +163,8 @@ class EmbeddingDistance(EitherCallback):
         for reference in references:
             _check_count(count, reference.header.count, reference)
             _check_shapes(observation, reference, self._metrics)
-            if "rms" in self._metrics and not self._coupled:
-                _check_coupled(observation, reference, step)
-        self._coupled |= "rms" in self._metrics
+        self._measured = self._measurable(observation, references, step)
+        self._coupled |= "rms" in self._measured
         if step in self._due and step > self._last:
             self._compare(trainer, observation)
 
@@ -199,21 +202,41 @@ class EmbeddingDistance(EitherCallback):
     def _check_names(self, trainer: Trainer) -> None:
         """Refuse callbacks of which one would write over what the other logs."""
 
-        def logged(callback: EmbeddingDistance) -> set[tuple[str, str]]:
-            suffixes = {*callback._suffixes.values()}
+        def logged(callback: EmbeddingDistance) -> list[str]:
+            suffixes = [*callback._suffixes.values()]
             if len(suffixes) > 1 or callback._limit is not None:
-                suffixes.add("/floor")
-            return {(metric, suffix) for metric in callback._metrics for suffix in suffixes}
+                suffixes.append("/floor")
+            return [f"{metric}{suffix}/" for metric in callback._metrics for suffix in suffixes]
 
         callbacks = [callback for callback in vars(trainer)["callbacks"] if isinstance(callback, EmbeddingDistance)]
         for first, second in combinations(callbacks, 2):
-            if logged(first) & logged(second):
+            # nor may a name be the folder of another, which a logger that keeps each value in a file could not have
+            if any(a.startswith(b) or b.startswith(a) for a, b in product(logged(first), logged(second))):
                 raise ValueError(
                     f"Two EmbeddingDistance callbacks, of {', '.join(first._sources)} and of {', '.join(second._sources)}, "
                     "would log distances under the same names. Give them different metrics, or the references as a dict by "
                     'name, such as EmbeddingDistance({"large": "large.safetensors"}), whose names become part of those of '
                     "the values."
                 )
+
+    def _measurable(
+        self, observation: Observation, references: Sequence[Reference], step: int
+    ) -> tuple[MetricName, ...]:
+        """Metrics that can be measured with every reference; what was asked for by name has to be one of them."""
+        obstacles: dict[MetricName, tuple[str, str]] = {}
+        for metric, reference in product(self._metrics, references):
+            obstacle = _obstacle(metric, observation, reference, step, self._coupled)
+            if obstacle is not None:
+                obstacles.setdefault(metric, obstacle)
+        measurable = tuple(metric for metric in self._metrics if metric not in obstacles)
+        for metric, (reason, remedy) in obstacles.items():
+            if self._asked or not measurable:
+                raise ValueError(
+                    f'"{metric}" cannot be measured: {reason}. {remedy}, or leave "{metric}" out of metrics ("gram", "cka", '
+                    '"procrustes" and "output" need no coupling and compare any dimensions).'
+                )
+            rank_zero_warn(f'"{metric}" is left out of the distances, because {reason}.')
+        return measurable
 
     def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
         """Log the distance from the limit at the present step, unless it was, if it is due."""
@@ -238,11 +261,11 @@ class EmbeddingDistance(EitherCallback):
                 self._lost.add(name)
         values: dict[str, float] = {}
         for name, theirs in recorded.items():
-            found = compare(observation, theirs, self._metrics)
+            found = compare(observation, theirs, self._measured)
             values.update({f"{key}{self._suffixes[name]}": value for key, value in found.items()})
         # the smaller one first, because "rms" is of its coordinates
         pairs = combinations(sorted(recorded.values(), key=_width), 2)
-        between = [compare(smaller, larger, self._metrics) for smaller, larger in pairs]
+        between = [compare(smaller, larger, self._measured) for smaller, larger in pairs]
         for key in dict.fromkeys(key for found in between for key in found):
             values[f"{key}/floor"] = fmean(found[key] for found in between if key in found)
         self._log(trainer, values)
@@ -314,39 +337,44 @@ def _check_count(count: int, recorded: int | None, reference: Reference) -> None
 
 
 def _check_shapes(observation: Observation, reference: Reference, metrics: Sequence[MetricName]) -> None:
-    header = reference.header
-    streams = [name for name in observation if name in header.locations and isinstance(name, StreamName)]
-    outputs = [name for name in observation if name in header.locations and isinstance(name, OutputName)]
-    for metric in metrics:
-        if not (outputs if metric == "output" else streams):
-            raise ValueError(
-                f'"{metric}" cannot be measured: {reference.path} and this module have no '
-                f"{'output' if metric == 'output' else 'depth of a stream'} in common that can be read. Leave it out of "
-                "metrics."
-            )
-    for name in (*streams, *outputs):
-        (rows, dimension), (own_rows, own) = header.locations[name], observation[name].shape
+    for name in [name for name in observation if name in reference.header.locations]:
+        (rows, dimension), (own_rows, own) = reference.header.locations[name], observation[name].shape
         _check_count(own_rows, rows, reference)
-        if name in outputs and "output" in metrics and own != dimension:
+        if isinstance(name, OutputName) and "output" in metrics and own != dimension:
             raise ValueError(
                 f"This module has {own} outputs, and that of {reference.path} {dimension}: they "
                 'are made for different data. Record a reference with this run\'s data, or leave "output" out of metrics.'
             )
-        if name in streams and "rms" in metrics and own > dimension:
-            raise ValueError(
-                f"The stream at {name} has {own} coordinates in this run and {dimension} in "
-                f'{reference.path}, and "rms" compares with the first coordinates of a larger reference. Record a reference '
-                'of at least this embedding dimension, or leave "rms" out of metrics: "gram", "cka", "procrustes" and '
-                '"output" compare any dimensions.'
+
+
+def _obstacle(
+    metric: MetricName, observation: Observation, reference: Reference, step: int, coupled: bool
+) -> tuple[str, str] | None:
+    """Why a metric cannot be measured with a reference, and what would help, if it cannot."""
+    kind = OutputName if metric == "output" else StreamName
+    names = [name for name in observation if name in reference.header.locations and isinstance(name, kind)]
+    if not names:
+        what = "output" if metric == "output" else "depth of a stream"
+        return (
+            f"{reference.path} and this module have no {what} in common that can be read",
+            "Record a reference of this architecture",
+        )
+    if metric != "rms":
+        return None
+    for name in names:
+        own, dimension = observation[name].shape[1], reference.header.locations[name][1]
+        if own > dimension:
+            return (
+                f"the stream at {name} has {own} coordinates in this run and {dimension} in {reference.path}, and it "
+                "compares with the first coordinates of a larger reference",
+                "Record a reference of at least this embedding dimension",
             )
-
-
-def _check_coupled(observation: Observation, reference: Reference, step: int) -> None:
+    if coupled:
+        return None
     if step > 0 or 0 not in reference.steps:
         at = f"{reference.path} has no recording at step 0" if step == 0 else f"this run goes on from step {step}"
-        raise ValueError(
-            f'"rms" needs coupled embeddings, and these are seen at step 0, but {at}. Leave "rms" out of metrics ("gram", '
-            '"cka", "procrustes" and "output" need no coupling), or begin both runs at step 0 with EmbeddingDistance and '
-            "ReferenceRecorder."
+        return (
+            f"it needs coupled embeddings, and these are seen at step 0, but {at}",
+            "Begin both runs at step 0 with EmbeddingDistance and ReferenceRecorder",
         )
-    check_coupled(observation, reference.read(0))
+    return uncoupled(observation, reference.read(0))

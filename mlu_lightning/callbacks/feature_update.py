@@ -26,11 +26,11 @@ class FeatureUpdate(EitherCallback):
 
     At chosen steps a probe batch is passed through the module in evaluation mode. Logged are root mean squares of the
     change, of up to 32 rows and 256 units of each branch: ``mlu/update/mlp/<branch>``, ``mlu/update/convolution/<branch>``
-    (what enters the nonlinearity) and ``mlu/update/attention/<branch>`` (logits), each kind also for all its branches,
-    ``mlu/update/mlp``; ``mlu/update/stream/s=0.5`` and ``mlu/update/output``. In the MLU parameterization they are Θ(1) at
-    every shape (theory.md, section 1): the same curves for a small and a large run. The training is, bit for bit, the
-    training without the callback; a plan of :class:`MLUCallback` tells what to read. Experts, whose tokens change places,
-    are left out. A resumed run goes on with the probe of its first step.
+    (what enters the nonlinearity) and ``mlu/update/attention/<branch>`` (logits), of all branches of a kind,
+    ``mlu/update/all/mlp``, of ``mlu/update/stream/s=0.5`` and ``mlu/update/output``. In the MLU parameterization they are
+    Θ(1) at every shape (theory.md, section 1): the same curves for a small and a large run. The training is, bit for bit,
+    the training without the callback; a plan of :class:`MLUCallback` tells what to read. Experts, whose tokens change
+    places, are left out. A resumed run goes on with the probe of its first step.
 
     Args:
         probe: Batch as ``validation_step``, or else ``training_step``, takes it, or the path of a safetensors file with one
@@ -50,8 +50,8 @@ class FeatureUpdate(EitherCallback):
         >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
         ...     enable_progress_bar=False, enable_model_summary=False, callbacks=[FeatureUpdate()])
         >>> trainer.fit(model, data)
-        >>> [name for name in trainer.logged_metrics if name.startswith("mlu/update/mlp")]
-        ['mlu/update/mlp/blocks.0', 'mlu/update/mlp/blocks.1', 'mlu/update/mlp']
+        >>> [name for name in trainer.logged_metrics if "mlp" in name]
+        ['mlu/update/mlp/blocks.0', 'mlu/update/mlp/blocks.1', 'mlu/update/all/mlp']
     """
 
     def __init__(

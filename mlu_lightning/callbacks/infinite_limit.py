@@ -126,7 +126,7 @@ class LimitRun:
             limit_optimizer.zero_grad()
 
     def distances(self, trainer: Trainer, module: LightningModule, metrics: Sequence[MetricName]) -> dict[str, float]:
-        """Distances of the run from the limit, and of limits with other units from it, by name."""
+        """Distances of the run from the limit, and of limits with other units from it, by name and which of them it is."""
         limits = [self._observe(model) for model in self._models]
         observation = self._probe.observe(trainer, module)
         others: list[MetricName] = [metric for metric in metrics if metric != "rms"]
@@ -139,9 +139,8 @@ class LimitRun:
             }
             values |= compare(observation, streams, ["rms"])
         floors = [compare(other, limits[0], metrics) for other in limits[1:]]
-        if floors:
-            values |= {f"{name}/floor": fmean(floor[name] for floor in floors) for name in values}
-        return values
+        named = {f"{name}/limit": value for name, value in values.items()}
+        return named | {f"{name}/floor": fmean(floor[name] for floor in floors) for name in values if floors}
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the limits, states of their optimizers, and the W that the run began with."""

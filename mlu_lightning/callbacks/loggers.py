@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from mlu_lightning.observation import Reference
@@ -30,11 +30,12 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 
     ``self.log`` would leave out what does not come at a multiple of ``log_every_n_steps``, and takes longer than measuring.
     """
-    if trainer.barebones:
+    if trainer.barebones or not values:
         return
     show_values(trainer, values)
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.global_step)
+        for part in _as_taken(values, logger):
+            logger.log_metrics(part, step=trainer.global_step)
         logger.save()
 
 
@@ -111,6 +112,14 @@ def fetch_reference(trainer: Trainer, source: str) -> Path:
     return first
 
 
+def _as_taken(values: Mapping[str, float], logger: Logger) -> list[dict[str, float]]:
+    """Values as a logger takes them: MLflow takes 1000 at once, and no "=" in names, of each of which Lightning warns."""
+    if not isinstance(logger, of_both(MLFlowLogger)):
+        return [dict(values)]
+    named = [(name.replace("=", ""), value) for name, value in values.items()]
+    return [dict(named[start : start + 1000]) for start in range(0, len(named), 1000)]
+
+
 _COLUMNS = "parameters", "tensors", "role", "shape", "optimizer", "multiplier", "std", "lr", "eps", "weight_decay"
 _FACTORS = _COLUMNS[-5:]
 _ARTIFACT = re.compile(r"(?P<project>(?:[^/:]+/){0,2})(?P<name>[^/:]+):(?P<alias>[^/:]+)")
@@ -126,6 +135,11 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         [(at.base_depth, at.base_embedding) for at in streams],
         [(branch.kind, branch.base_hidden) for branch in branches],
     )
+    ratios: dict[str, float | list[float]] = {}
+    for kind in dict.fromkeys(distance.kind for distance in plan.distances):
+        of_kind = [each.ratio for each in plan.distances if each.kind == kind and each.ratio is not None]
+        if of_kind:
+            ratios[kind] = _short(of_kind)
     roles: dict[str, list[dict[str, float | None]]] = {}
     for name, factors in _factors(plan, families).items():
         roles.setdefault(plan.parameters[name].role.value, []).append(factors)
@@ -136,6 +150,7 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
         "alpha": plan.alpha,
         "batch_ratio": plan.horizon.batch_ratio,
         "token_ratio": plan.horizon.token_ratio,
+        **({"distance_ratio": ratios} if ratios else {}),
         **({"tuned": plan.tuned} if plan.tuned else {}),
         "residual": residual,
         "optimizer": _short([family.value for family in _distinct(families.values())]),

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from mlu_lightning.application import InitMode, is_scaled
+from mlu_lightning.application import InitMode
 from mlu_lightning.application.applied import Applied, residual_state, set_applied
 from mlu_lightning.application.checkpoint import STATE_KEY, WHERE, warn_of_hooks, write_plan
 from mlu_lightning.application.initialization import initial_steps
@@ -33,12 +33,12 @@ from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.callbacks.saved_plans import wrap_loading, wrap_saving
 from mlu_lightning.callbacks.strategies import check_strategy, check_whole, wrap_layer_sync
 from mlu_lightning.callbacks.verified_function import verify_function
-from mlu_lightning.callbacks.verified_steps import Verification
+from mlu_lightning.callbacks.verified_steps import Verification, refuse_unscaled
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE, ParameterizationName, PlanArguments
 from mlu_lightning.planning.tuned import read_tuned
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
-from mlu_lightning.utilities.lightning_private import configured_optimizers, is_mock_optimizer, starts_processes
+from mlu_lightning.utilities.lightning_private import configured_optimizers, starts_processes
 from mlu_lightning.utilities.names import original_module
 
 __all__ = ["MLUCallback"]
@@ -120,7 +120,7 @@ class MLUCallback(EitherCallback):
         parameterization: ParameterizationName = "mlu",
         batch_ratio: float = 1.0,
         token_ratio: float = 1.0,
-        tuned: dict[str, dict[str, float]] | str | None = None,
+        tuned: dict[str, dict[str, float]] | str | Path | None = None,
         verify: bool = True,
     ) -> None:
         super().__init__()
@@ -157,6 +157,22 @@ class MLUCallback(EitherCallback):
         return self._plan
 
     @property
+    def arguments(self) -> PlanArguments:
+        """What the module is planned with, if no plan was given."""
+        return self._arguments
+
+    def with_plan(self, plan: Plan) -> MLUCallback:
+        """Return a callback that does the same with a finished plan."""
+        return MLUCallback(
+            plan=plan,
+            init=self._init,
+            residual=self._residual,
+            seed=self._seed,
+            family=self._family,
+            verify=self.verify,
+        )
+
+    @property
     def initialized(self) -> bool:
         """Whether the last fit initialized the module, which a fit of a module that was trained before does not."""
         return self._initialized
@@ -186,11 +202,6 @@ class MLUCallback(EitherCallback):
         self._seen = None
         check_copies(callbacks)
         check_strategy(trainer.strategy)
-        if starts_processes(trainer.strategy):
-            rank_zero_warn(
-                "The Trainer trains in processes started from this one, and only weights come back, without a mark that "
-                'they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
-            )
         builders = [name for name in ("setup", "configure_model") if is_hook_overridden(name, pl_module)]
         if not builders:
             self._prepare(trainer, pl_module, callbacks[: callbacks.index(self)], changes)
@@ -238,6 +249,21 @@ class MLUCallback(EitherCallback):
             self._verification.loaded()
         self._seen = None
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuse what was done to weights after the first step."""
+        if self._verification is not None and (steps := self._verification.steps) is not None:
+            steps.look_before_batch()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Refuse a loss that is computed around multipliers."""
+        if self._verification is not None and (steps := self._verification.steps) is not None:
+            steps.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the gradients, which others may change."""
+        if self._verification is not None and (steps := self._verification.steps) is not None:
+            steps.after_backward()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -247,12 +273,7 @@ class MLUCallback(EitherCallback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
-        if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
-            raise ValueError(
-                f"The {type(optimizer).__name__} that is about to make a step has none of the module's parameters, as a "
-                "copy of an optimizer has not: it was put in the place of another since, and the module would stay. "
-                "Make it from module.parameters(), or change the groups of the optimizer that is there, whose factors stay."
-            )
+        refuse_unscaled(optimizer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the plan that is in effect on the module, as YAML, and where its multipliers are."""
@@ -280,7 +301,7 @@ class MLUCallback(EitherCallback):
             check_whole(trainer.strategy, module)
         # that of the first process for all: a base that each draws by itself has another std in each
         self._plan = self._planned = plan = trainer.strategy.broadcast(self._plan_of(trainer, module))
-        for warning in plan.warnings:
+        for warning in plan.advice:
             rank_zero_warn(warning)
         if starts_processes(trainer.strategy) and Applied(plan, self._residual).acting:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from mlu_lightning.application import residual_state
@@ -12,18 +13,23 @@ from mlu_lightning.application.multipliers import attach_again
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_namespaces import of_both
-from mlu_lightning.utilities.lightning_private import layer_sync
+from mlu_lightning.utilities.lightning_private import layer_sync, starts_processes
 
 __all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies whose optimizers are given other parameters than the module's own."""
+    """Refuse strategies whose optimizers are given other parameters than the module's own; warn of lost marks."""
     if isinstance(strategy, of_both(DeepSpeedStrategy)):
         what = "DeepSpeed joins parameters of different roles into one tensor before its optimizer sees them"
     elif isinstance(strategy, of_both(FSDPStrategy)) and not strategy.kwargs["use_orig_params"]:
         what = "FSDPStrategy(use_orig_params=False) joins parameters of different roles into one tensor"
     else:
+        if starts_processes(strategy):
+            rank_zero_warn(
+                "The Trainer trains in processes started from this one, and only weights come back, without a mark that "
+                'they were initialized. Go on from a checkpoint, with ckpt_path=..., or use strategy="ddp".'
+            )
         return
     raise ValueError(
         f"{what}, so they cannot have learning rates of their own. Use ModelParallelStrategy (FSDP2), "

@@ -6,14 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
 
+from mlu_lightning.application import is_scaled
 from mlu_lightning.application.applied import mark_initialized
-from mlu_lightning.application.first_steps import FirstSteps, InitialWeights, refuse_changed
+from mlu_lightning.application.first_steps import FirstSteps
+from mlu_lightning.application.initial_weights import (
+    InitialWeights,
+    kept_as_built,
+    refuse_changed,
+    refuse_exchanged,
+)
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.lightning_private import is_mock_optimizer
+from mlu_lightning.utilities.names import listed
 
-__all__ = ["Verification"]
+__all__ = ["Verification", "refuse_unscaled"]
 
 
 class Verification:
@@ -22,8 +34,9 @@ class Verification:
     def __init__(self, module: LightningModule, plan: Plan, optimizers: Optimizers, initialized: bool) -> None:
         self._module, self._plan, self._optimizers = module, plan, optimizers
         self._weights = InitialWeights(module, plan) if initialized else None
+        self._kept: dict[str, Tensor] = kept_as_built(module, plan) if initialized else {}
         self._loaded = False
-        self._steps: FirstSteps | None = None
+        self.steps: FirstSteps | None = None
 
     def look(self, who: str) -> None:
         """Look at the weights, which somebody may have changed since the last time."""
@@ -48,7 +61,8 @@ class Verification:
             self._refuse(trainer, "in on_train_start, on_train_epoch_start or on_train_batch_start")
             self._weights = None
             manual = not self._module.automatic_optimization
-            self._steps = FirstSteps(self._module, self._plan, self._optimizers, manual)
+            self.steps = steps = FirstSteps(self._module, self._plan, self._optimizers, manual)
+            changes.note(steps.end)
             return skip
 
         # the last hook before the first step
@@ -56,10 +70,25 @@ class Verification:
 
     def batch_end(self) -> None:
         """Look at what has moved."""
-        if self._steps is not None:
-            self._steps.look()
+        if self.steps is not None:
+            self.steps.look()
+        self._warn_of_kept()
+
+    def _warn_of_kept(self) -> None:
+        """Say which weights are trained that required no gradient when the others got their scale."""
+        trained = sorted(name for name, parameter in self._kept.items() if parameter.requires_grad)
+        if trained:
+            self._kept = {name: parameter for name, parameter in self._kept.items() if name not in trained}
+            rank_zero_warn(
+                "Parameters are trained that required no gradient when MLUCallback set the scale of initial weights, so "
+                f"they have that which they were built with, and not their plan's: {listed(trained)}. This is as it should "
+                "be for weights that were trained before. If they were drawn, let them require gradients until then: freeze "
+                "them in on_fit_start, or in a callback that comes after MLUCallback."
+            )
 
     def _refuse(self, trainer: Trainer, who: str) -> None:
+        refuse_exchanged(self._module, self._plan)
+        self._warn_of_kept()
         self.look(who)
         if self._weights is not None:
             # those of the first process: DDP gives them to the others, which had weights of their own before
@@ -67,3 +96,13 @@ class Verification:
             if changed:
                 mark_initialized(self._module, False)  # so that the next fit does not take them for initialized
             refuse_changed(changed)
+
+
+def refuse_unscaled(optimizer: Optimizer) -> None:
+    """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""
+    if not is_mock_optimizer(optimizer) and not is_scaled(optimizer):
+        raise ValueError(
+            f"The {type(optimizer).__name__} that is about to make a step has none of the module's parameters, as a "
+            "copy of an optimizer has not: it was put in the place of another since, and the module would stay. "
+            "Make it from module.parameters(), or change the groups of the optimizer that is there, whose factors stay."
+        )

@@ -11,14 +11,15 @@ from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
 from mlu_lightning.checking.growth import at_fixed_head_dim
-from mlu_lightning.checking.measurement import Measurement, measure
+from mlu_lightning.checking.measurement import Measured, Measurement, measure
 from mlu_lightning.checking.preparation import (
     build,
+    few_samples,
     first_batches,
     make_trainer,
     prepare,
@@ -31,6 +32,7 @@ from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
 from mlu_lightning.planning import Plan
+from mlu_lightning.planning.distance import FAR
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
@@ -93,28 +95,30 @@ def check(
     """
     if seeds < 1 or steps < 1:
         raise ValueError(f"seeds={seeds} and steps={steps} should both be 1 or more.")
-    make_callbacks = callbacks if callbacks is not None else (lambda module: [MLUCallback(module)])
     run_seeds = range(seed, seed + seeds)
     settings = {**(trainer or {})}
     count = steps * int(settings.get("accumulate_grad_batches", 1))
-    measured: dict[tuple[Shape, int], tuple[Measurement, ...]] = {}
+    measured: dict[tuple[Shape, int], Measured] = {}
     datamodule = data if isinstance(data, LightningDataModule) else None
     with isolate_rng(), quiet():
         planning = make_trainer([], steps, settings)
 
         @cache  # for any weights: only the ratios and locations of a plan are used
         def plan_of(shape: Shape) -> Plan:
+            if shape == base:
+                return reference
             return Plan.from_model(prepare(build(module_factory, shape, seed), planning), probe, base=reference)
 
         first = prepare(build(module_factory, base, seed), planning)
         batches = {run_seed: first_batches(data, first, count + 1, run_seed) for run_seed in run_seeds}
         probe = transfer(batches[seed][-1], datamodule or first)
         reference = Plan.from_model(first, probe, base=first)
+        probe = few_samples(probe, first, reference)
         structures = cache(lambda shape: structure_of(build(module_factory, shape, seed), planning, probe))
         chosen, notes = at_fixed_head_dim(default_axes(factors) if axes is None else axes, base, structures)
         grid = sizes(base, factors, chosen)
         runs = [(shape, run_seed) for shape in dict.fromkeys(size.shape for size in grid) for run_seed in run_seeds]
-        if not any(isinstance(callback, MLUCallback) for callback in make_callbacks(first)):
+        if callbacks and not any(isinstance(callback, MLUCallback) for callback in callbacks(first)):
             notes = (_WITHOUT, *notes)
         for axis in dict.fromkeys(size.axis for size in grid):
             small, large, *_ = (size.shape for size in grid if size.axis == axis)
@@ -123,12 +127,19 @@ def check(
         warnings = tuple(
             dict.fromkeys(text for of_axis in last.values() for text in plan_of(of_axis[-1].shape).warnings)
         )
+        notes = (*notes, *_distance_note({axis: plan_of(of_axis[-1].shape) for axis, of_axis in last.items()}))
+        planned: dict[tuple[Shape, int], Plan] = {}
+        bases = cache(lambda run_seed: build(module_factory, base, run_seed))
         for shape, run_seed in runs:
             plan, module = plan_of(shape), build(module_factory, shape, run_seed)
-            at_base = build(module_factory, base, run_seed)
+            taking_part = list(callbacks(bases(run_seed))) if callbacks else [MLUCallback(plan=plan)]
             seed_everything(run_seed, verbose=False)
-            training = make_callbacks(at_base), batches[run_seed][:count], probe, steps, settings, datamodule
-            measured[shape, run_seed] = measure(module, plan, *training)
+            for place, callback in enumerate(taking_part):
+                if isinstance(callback, MLUCallback):
+                    _plan_once(callback, planned, (shape, place))
+            before = measured[shape, seed].followed if (shape, seed) in measured else None
+            training = taking_part, batches[run_seed][:count], probe, steps, settings, datamodule
+            measured[shape, run_seed] = measure(module, plan, *training, before)
             progress(len(measured), len(runs))
     # where they act, in a submodule, the module's own constants may be in what is measured or not
     relative = {name_pattern(name) for shape, _ in runs for name in plan_of(shape).relative_parameters}
@@ -137,11 +148,34 @@ def check(
     return CheckReport(base, tuple(factors), seeds, steps, rows, warnings, notes)
 
 
+def _plan_once(callback: MLUCallback, planned: dict[tuple[Shape, int], Plan], key: tuple[Shape, int]) -> None:
+    """Let a callback take the plan that another one in its place made at its shape, with the weights of another seed."""
+    plan_of = callback._plan_of
+
+    def once(trainer: Trainer, module: LightningModule) -> Plan:
+        if key not in planned:
+            planned[key] = plan_of(trainer, module)
+        return planned[key]
+
+    vars(callback)["_plan_of"] = once
+
+
 _WITHOUT = (
     "There is no MLUCallback in this training: what is checked is the module without it, whose initial weights and "
     "learning rates do not follow its shape."
 )
 _Leeway = Mapping[str, tuple[float, float]]
+
+
+def _distance_note(largest: Mapping[str, Plan]) -> tuple[str, ...]:
+    """How much farther from its limit than the base the largest shape along each axis is."""
+    ratios = {axis: max((d.ratio or 0.0 for d in plan.distances), default=0.0) for axis, plan in largest.items()}
+    if not any(ratios.values()):
+        return ()
+    listed = ", ".join(f"{axis} {ratio:.3g}" for axis, ratio in ratios.items())
+    far = [axis for axis, ratio in ratios.items() if ratio > FAR]
+    advice = f"; above {FAR:g} ({', '.join(far)}) the best learning rate may be lower than the base's" if far else ""
+    return (f"Distance ratio r = √(d/(l·m)) at the largest size along each axis: {listed}{advice}.",)
 
 
 def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
@@ -159,26 +193,55 @@ def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
 
 def _rows(
     grid: Sequence[Size],
-    measured: Mapping[tuple[Shape, int], Sequence[Measurement]],
+    measured: Mapping[tuple[Shape, int], Measured],
     leeway: Mapping[str, _Leeway] | None = None,
 ) -> Iterator[Row]:
     """Rows of all quantities and axes, in order of kinds and axes."""
-    by_depth = sorted(chain.from_iterable(measured.values()), key=lambda measurement: -len(measurement.values))
+    every = chain.from_iterable(found.measurements for found in measured.values())
+    by_depth = sorted(every, key=lambda measurement: -len(measurement.values))
     shallowest = {measurement.quantity: measurement for measurement in by_depth}
     points: dict[tuple[Quantity, str], list[Point]] = defaultdict(list)
     for size in grid:
         for (shape, seed), found in measured.items():
             if shape == size.shape:
-                for measurement in found:
+                for measurement in found.measurements:
                     quantity, values = measurement.quantity, measurement.values
                     mean = _geometric_mean(_at(shallowest[quantity].depths, measurement))
                     points[quantity, size.axis].append(Point(size.factor, seed, mean, min(values), max(values)))
-    kinds = list(Kind)
+    kinds, shrinks = list(Kind), {axis: _shrinks(axis, grid, measured) for axis in AXES}
+    alone: dict[Quantity, float] = defaultdict(float)  # drifts along single axes, which add up where all grow
     for quantity, axis in sorted(points, key=lambda key: (kinds.index(key[0].kind), AXES.index(key[1]))):
         others = [points[quantity, other] for other in AXES if other != axis and (quantity, other) in points]
-        of_axis = (leeway or {}).get(axis, {})
-        left = of_axis.get(quantity.name.partition(" ")[0], (0.0, 0.0))
-        yield fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still, left)
+        low, high = (leeway or {}).get(axis, {}).get(quantity.name.partition(" ")[0], (0.0, 0.0))
+        if quantity.kind is Kind.UPDATE:
+            high += shrinks[axis]
+        if axis == "together":
+            low, high = low + min(alone[quantity], 0.0), high + max(alone[quantity], 0.0)
+        row = fit_row(quantity, axis, points[quantity, axis], others, shallowest[quantity].may_be_still, (low, high))
+        if row.verdict == "pass" and math.isfinite(row.slope):
+            alone[quantity] += row.slope
+        yield row
+
+
+def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Measured]) -> float:
+    """Power, 1/2 at most, with which streams become smaller at their ends, and gradients that come from there larger.
+
+    What branches add at random falls as l^(-1/2) next to the rest, and may be most of a stream, as where norms end branches
+    and embeddings are small. Optimizers whose eps is as large as gradients let it be seen.
+    """
+    found = [
+        (size.factor, of.stream_sizes)
+        for size in grid
+        for (shape, _), of in measured.items()
+        if (size.axis, size.shape) == (axis, shape)
+    ]
+    slopes = [0.0]
+    for name in found[0][1] if found else ():
+        points = [(factor, of[name]) for factor, of in found if 0 < of.get(name, 0.0) < math.inf]
+        if len({factor for factor, _ in points}) > 1:
+            factors, of_stream = np.log(points).T
+            slopes.append(float(np.polyfit(factors, of_stream, 1)[0]))
+    return min(0.5, -min(slopes))
 
 
 def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:

@@ -55,6 +55,11 @@ class Configured:
         named = [section for section in sections if isinstance(section, (dict, str))]
         return list(self._parsed(self.base, named).loggers) if named else []
 
+    def parts(self) -> tuple[LightningModule, list[Callback], LightningDataModule | None]:
+        """Build the module at its own shape, the callbacks that take part in its training, and the data."""
+        parsed = _parse(_Parsed, self.content, {})
+        return parsed.model, list(parsed.callbacks), parsed.datamodule
+
     @property
     def base(self) -> Shape:
         """The base's shape, from the first name of each axis."""
@@ -66,11 +71,22 @@ class Configured:
         module: LightningModule = _parse(_Parsed, self.content, {**self.options, **sizes}).model
         return module
 
+    def build_all(self, sizes: Mapping[str, int]) -> tuple[LightningModule, list[Callback]]:
+        """Build the module of the base with other values of some options, and the callbacks that take part."""
+        parsed = _parse(_Parsed, self.content, {**self.options, **sizes})
+        return parsed.model, list(parsed.callbacks)
+
     @property
     def trainer(self) -> dict[str, Any]:
         """Arguments of the Trainer that change how a step is made."""
         given = self.content.get("trainer") or {}
         return {name: given[name] for name in _OF_A_STEP if given.get(name) is not None}
+
+    @property
+    def whole_training(self) -> dict[str, Any]:
+        """Arguments of the Trainer that change a training: how a step is made, how many there are, and validation."""
+        given = self.content.get("trainer") or {}
+        return {name: given[name] for name in (*_OF_A_STEP, *_OF_A_TRAINING) if given.get(name) not in (None, -1)}
 
     def _parsed(self, shape: Shape, loggers: Sequence[Any] = ()) -> _Parsed:
         factors = {axis: getattr(shape, axis) // getattr(self.base, axis) for axis in self.keys}
@@ -82,13 +98,14 @@ class Configured:
 
 
 def read_config(
-    path: str | Path, keys: Mapping[str, Sequence[str]], model: str | None = None, data: str | None = None
+    path: str | Path, keys: Mapping[str, Sequence[str]] | None, model: str | None = None, data: str | None = None
 ) -> Configured:
     """Read the YAML file of a LightningCLI, of one command or of all, and find the base's shape in it.
 
     The base is that of the configuration's :class:`MLUCallback`, or else what the configuration trains. Arguments that
     the model lacks are the base's, too: a CLI that links arguments does not save those that it sets. ``model`` and
-    ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``.
+    ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``. Without ``keys`` it is
+    read for its own shape alone, and a base need not be one that can be built.
     """
     content = _content(Path(path))
     left_out = [name for name in content if name not in _OF_LIGHTNING]
@@ -110,7 +127,8 @@ def read_config(
                 f"copy of the file, as class_path under {name}, with the arguments that are there as init_args, and check "
                 "the copy."
             )
-    base = _base(content, path)
+    base = _base(content, path, keys is not None)
+    keys = keys or {}
     own, missing = _arguments(content["model"]), _of_base(content["model"], base)
     given = dict(_whole_numbers(own)) | dict(_whole_numbers(_arguments(base)))
     for axis, names in keys.items():
@@ -146,10 +164,15 @@ def read_config(
 _OF_A_STEP = (
     "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
 )
+_OF_A_TRAINING = (
+    "check_val_every_n_epoch limit_train_batches limit_val_batches max_epochs max_steps overfit_batches "
+    "reload_dataloaders_every_n_epochs val_check_interval".split()
+)
 _OF_LIGHTNING = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 _OF_FIT = ("ckpt_path", "config", "weights_only")
 _LARGEST = {"depth": 10_000, "hidden": 10_000_000, "embedding": 10_000_000}
 _OTHER_VERSIONS = 4  # how many arguments the Trainer may have gained since the version of Lightning that saved a file
+_MOST_SAID = 2000  # characters of what LightningCLI says, which shows values of the file
 
 
 class _Arguments(LightningCLI):
@@ -192,8 +215,9 @@ def _parse(kind: type[_CLI], content: Mapping[str, Any], sizes: Mapping[str, int
         try:
             return kind(save_config_callback=None, run=False, args=changed, parser_kwargs={"exit_on_error": False})
         except ArgumentError as error:
+            wrong = str(error) if len(str(error)) <= _MOST_SAID else f"{str(error)[:_MOST_SAID]} ..."
             raise ValueError(
-                f"LightningCLI cannot read the configuration: {error}\nCorrect it in the file, or in a copy. Arguments that "
+                f"LightningCLI cannot read the configuration: {wrong}\nCorrect it in the file, or in a copy. Arguments that "
                 "a CLI of your own links to others (link_arguments) have to be in it, too, and classes have to be found "
                 "from the folder in which the command is run."
             ) from error
@@ -275,22 +299,22 @@ def _class_of(callback: Any) -> str:
     return str(callback.get("class_path", "") if isinstance(callback, dict) else callback)
 
 
-def _base(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """Section of the base, where the plugin is told how to build it."""
+def _base(content: Mapping[str, Any], path: str | Path, is_built: bool) -> dict[str, Any]:
+    """Section of the base, where the plugin is told how to build it, as it has to be for a base that is built."""
     instead = "as base: {class_path: my_package.MyModule, init_args: {...}} in a copy of the file, and check the copy."
     for callback in _callbacks(content):
         if not (_is_plugin(callback) and isinstance(callback, dict)):
             continue
         arguments = callback.get("init_args") or {}
         base = arguments.get("base")
-        if arguments.get("plan") is not None:
+        if is_built and arguments.get("plan") is not None:
             raise ValueError(
                 f"The MLUCallback of {path} has a finished plan, which is for one shape, and a check trains several. Give "
                 f"it a base instead, {instead}"
             )
         if isinstance(base, dict):
             return base
-        if base not in (None, ABSOLUTE):
+        if is_built and base not in (None, ABSOLUTE):
             raise ValueError(
                 f"The base of the MLUCallback of {path} is a saved plan, from which a module of its shape cannot be "
                 f"built, to begin there. Give it another, {instead}"

@@ -28,7 +28,7 @@ def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
         moves = kind in (Kind.FEATURES, Kind.STREAM, Kind.OUTPUT)
         panels["features, stream, output" if moves else str(kind)].append(row)
     axes = axes_of(rows)
-    figure = Figure(figsize=(3.1 * len(axes) + 0.6, 2.3 * len(panels) + 0.7), layout="constrained")
+    figure = Figure(figsize=(3.5 * len(axes) + 0.4, 2.2 * len(panels) + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
     for line, (group, members) in zip(grid, panels.items(), strict=True):
@@ -36,10 +36,10 @@ def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
         ends = [_draw(panel, of_axis, axis) for panel, of_axis, axis in zip(line, of_axes, axes, strict=True)]
         for panel, heights in zip(line, ends, strict=True):  # after all of a line, which share an axis
             _name(panel, heights)
-        line[0].set_ylabel(group)
+        line[0].set_ylabel(f"{group}\n/ at the smallest", fontsize=9)
     for top, bottom, axis in zip(grid[0], grid[-1], axes, strict=True):
         top.set_title(axis, loc="left", fontsize=10)
-        bottom.set_xlabel("times the base")
+        bottom.set_xlabel("size / the base's", fontsize=9)
     verdict = overall_verdict(rows)
     figure.suptitle(
         f"{verdict.upper()}   sizes over that at the smallest network, from L={base.depth}, M={base.hidden}, "
@@ -51,8 +51,8 @@ def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
     return figure
 
 
-_COLORS: dict[Verdict, str] = {"pass": "#0072B2", "fail": "#C40000", "undecided": "#E69F00"}
-"""Okabe and Ito's palette but for the red: people with any colour vision can tell them apart."""
+_COLORS: dict[Verdict, str] = {"pass": "#0072B2", "fail": "#C40000", "undecided": "#B87700"}
+"""Okabe and Ito's blue, and a red and an orange that can be seen on white: people with any colour vision tell them apart."""
 
 
 def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
@@ -72,18 +72,24 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
         curve = _curve(row, factors)
         if curve is None:
             continue
-        width, alpha = (2, 1.0) if row.verdict == "fail" else (0.9, 0.7)
+        width, alpha = {"fail": (2.0, 1.0), "undecided": (1.3, 1.0), "pass": (0.9, 0.7)}[row.verdict]
         panel.plot(factors, curve, color=_COLORS[row.verdict], linewidth=width, alpha=alpha)
         if row.verdict == "fail":
             named[row.quantity.label] = curve[-1]
     panel.plot([factors[0]] * 2, [1 / 2, 2], alpha=0)  # the least that is shown
     panel.set_xticks(factors, [f"{factor}" for factor in factors])
+    lowest, highest = np.log2(panel.get_ylim())
+    every = math.ceil((highest - lowest) / 6)
+    exponents = range(math.ceil(lowest), math.floor(highest) + 1)
+    panel.set_yticks(
+        ticks := [2.0**number for number in exponents if number % every == 0], [f"{tick:g}" for tick in ticks]
+    )
     panel.minorticks_off()
     return named
 
 
 def _name(panel: Axes, heights: dict[str, float]) -> None:
-    """Name curves at their right ends."""
+    """Name curves beside their right ends, where no other curve is."""
     at = max(panel.get_xticks())
     names = sorted(heights, key=lambda name: heights[name])
     bottom, top = np.log(panel.get_ylim())
@@ -92,10 +98,10 @@ def _name(panel: Axes, heights: dict[str, float]) -> None:
         panel.annotate(
             name,
             (at, math.exp(height)),
-            xytext=(-4, 4),
+            xytext=(5, 0),
             textcoords="offset points",
-            ha="right",
-            va="bottom",
+            ha="left",
+            va="center",
             fontsize=8,
             color=_COLORS["fail"],
             parse_math=False,  # names may come from files

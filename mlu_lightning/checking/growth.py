@@ -50,10 +50,10 @@ def at_fixed_head_dim(
 
     A single one of these axes is kept as it is, with a note, because nothing else was asked for.
     """
-    first = structure_of(base)
     changed: dict[str, str] = {}
     for axis in ("hidden", "embedding"):
         if axis in axes:
+            first = structure_of(base)
             grown = Shape(**{**vars(base), axis: 2 * getattr(base, axis)})
             try:
                 if found := growth(first, structure_of(grown)).head_dims:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,12 +18,17 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mlu_lightning.discovery import Structure, discover
+from mlu_lightning.observation import locate
+from mlu_lightning.observation.batches import first_samples, sample_count
+from mlu_lightning.observation.probe import observe_counted
+from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
 
 __all__ = [
     "USERS_ERRORS",
     "Batches",
     "build",
+    "few_samples",
     "first_batches",
     "make_trainer",
     "prepare",
@@ -103,6 +109,20 @@ def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> 
             raise ValueError("There are no batches in the data. Give check() data that has some.")
         found += epoch
     return found
+
+
+def few_samples(batch: Any, module: LightningModule, plan: Plan) -> Any:
+    """Leave of a batch the first samples that have as many positions (tokens, pixels) as are looked at of a stream."""
+    ends = locate(plan.taps, [stream.depth for stream in plan.streams], (0, 1))
+    try:
+        positions = observe_counted(module, batch, ends, "training_step", 1, restore_parameters=True)[1]
+    except USERS_ERRORS:  # of a step that needs a training, such as its optimizers
+        return batch
+    samples = sample_count(batch) or 1
+    return first_samples(batch, max(_LEAST_SAMPLES, math.ceil(_POSITIONS * samples / positions)))
+
+
+_LEAST_SAMPLES, _POSITIONS = 4, 128
 
 
 class Batches:

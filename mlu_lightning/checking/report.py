@@ -20,6 +20,7 @@ from mlu_lightning.checking.quantities import CONFIDENCE, DRIFT, FAULT, Kind, Qu
 from mlu_lightning.checking.sizes import AXES
 from mlu_lightning.checking.verdicts import Cause, Point, Reason, Row, Verdict, axes_of, find_causes, overall_verdict
 from mlu_lightning.shapes import Shape
+from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.whole_files import write_whole
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ class CheckReport:
         )
         parts: list[RenderableType] = [*map(Text, self.notes), heading]
         if others:
-            parts.append(_table(others))
+            parts.append(FittedTable(_table(others), keys=3))
         if effects:
-            parts += ["Effect of each role's own update on streams and outputs", _table(effects)]
+            parts += ["Effect of each role's own update on streams and outputs", FittedTable(_table(effects), keys=3)]
         if passing:
             number = sum(map(len, passing.values()))
             parts.append(
@@ -195,7 +196,6 @@ def _table(rows: Sequence[Row]) -> Table:
     """A line for every quantity, with a slope for each axis."""
     axes = axes_of(rows)
     table = Table("", "what", "role", *axes, "verdict")
-    table.columns[1].overflow = "fold"
     for column in table.columns[3:-1]:
         column.justify = "right"
         column.no_wrap = True

@@ -49,7 +49,7 @@ def restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
 def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Values after a step without gradients, which is taken back."""
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
-    states = [{key: copy.deepcopy(state) for key, state in optimizer.state.items()} for optimizer in optimizers]
+    states = [{key: _copied(state) for key, state in optimizer.state.items()} for optimizer in optimizers]
     settings = [[copy.deepcopy(_settings(group)) for group in optimizer.param_groups] for optimizer in optimizers]
     with restored(parameters):
         for parameter in parameters.values():
@@ -67,6 +67,13 @@ def _stepped(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parame
                 del group[key]
             group.update(before_step)  # some optimizers count their steps there
     return after
+
+
+def _copied(state: Any) -> Any:
+    """Copy the state of a parameter; of tensors, deepcopy would be several times as slow."""
+    if not isinstance(state, dict):
+        return copy.deepcopy(state)
+    return {key: value.clone() if type(value) is Tensor else copy.deepcopy(value) for key, value in state.items()}
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

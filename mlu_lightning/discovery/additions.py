@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, POOLS, RESHAPES, Graph, Op
 from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
 __all__ = ["Addition", "adds_two", "residual_additions"]
@@ -49,14 +49,10 @@ def residual_additions(graph: Graph) -> tuple[list[Addition], int]:
     return search.with_mixing(kept), nested
 
 
-def _is_linear(op: Op) -> bool:
-    return op.name == "Cat" or (len(op.data) == 1 and op.name not in NONLINEAR)
-
-
 def _chain(op: Op) -> list[Op]:
     """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
     chain = [op]
-    while len(op.data) == 1 and op.name not in NONLINEAR:
+    while len(op.data) == 1 and op.name not in NONLINEAR - POOLS:
         op = op.data[0]
         chain.append(op)
     return chain

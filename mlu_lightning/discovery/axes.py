@@ -46,11 +46,11 @@ class Reached:
         default_factory=lambda: defaultdict(lambda: defaultdict(set))
     )
 
-    def groups(self, op: Op, rows: tuple[int, int]) -> int:
-        """How many groups of some rows of a matrix the axes tell apart."""
-        number = end = 1
-        for stride, size in sorted(self.rows[op][rows]):
-            start, end = max(stride, end), max(stride * size, end)
+    def groups(self, op: Op, rows: tuple[int, int], size: int = 1) -> int:
+        """How many groups of some rows of a matrix, for so many entries each, the axes tell apart."""
+        number, end = 1, size
+        for stride, length in sorted(self.rows[op][rows]):
+            start, end = max(stride, end), max(stride * length, end)
             number *= max(end // start, 1)
         return number
 
@@ -150,12 +150,15 @@ def _rearranged(part: _Part, operand: Value) -> Iterator[_Part]:
     """Parts of the axes of a view's operand that have the entries of a part of one of its axes."""
     (op, output), axis, stride, size, start, stop, of = part
     shape, source = op.shapes[output], operand[0].shapes[operand[1]]
-    inner = math.prod(shape[axis + 1 :]) * stride
+    entries = math.prod(shape[axis + 1 :])
+    inner = entries * stride
     for other, length in enumerate(source):
         step = math.prod(source[other + 1 :])
         first, last = max(inner, step), min(inner * size, step * length)
         if first < last:
-            kept = (start, stop) if length == shape[axis] and step * stride == inner else (0, length)
+            # an axis that is the outer one of those that another one was split into keeps its place there
+            outer = entries * shape[axis] == step * length and entries >= step
+            kept = (start * entries // step, stop * entries // step) if outer else (0, length)
             within = of[0] * (first // inner), max(last // first, 1)
             yield _Part(operand, other, max(first // step, 1), max(last // first, 1), *kept, within)
 

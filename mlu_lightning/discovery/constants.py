@@ -168,7 +168,7 @@ class Constants:
         operands = (*op.operands, None)[:2]
         if sum(operand is not None for operand in operands) != 1:
             return 1.0
-        found = number(getattr(op.node, "_saved_self" if operands[0] is None else "_saved_other", None))
+        found = number(op.saved("self" if operands[0] is None else "other"))
         if not found:
             return 1.0
         factor = abs(found if op.name == "Mul" else 1 / found)
@@ -180,14 +180,14 @@ class Constants:
 def _alpha(op: Op, operand: Op) -> float:
     """What ``torch.add(a, b, alpha=...)`` multiplies its second operand by."""
     second = op.operands[1] if op.name in ("Add", "Sub") and len(op.operands) > 1 else None
-    alpha = number(getattr(op.node, "_saved_alpha", None)) if second is not None and second[0] is operand else None
+    alpha = number(op.saved("alpha")) if second is not None and second[0] is operand else None
     return abs(alpha) if alpha else 1.0
 
 
 def _is_mask(op: Op) -> bool:
     """Whether an operation multiplies each sample by a number that is not known."""
     alone = op.name == "Mul" and sum(operand is not None for operand in op.operands) == 1
-    other = getattr(op.node, "_saved_other", None) if alone else None
+    other = op.saved("other") if alone else None
     per_sample = isinstance(other, Tensor) and other.ndim > 1 and math.prod(other.shape[1:]) == 1
     return per_sample and number(other) is None
 

@@ -24,6 +24,7 @@ __all__ = ["run_most"]
 RunT = TypeVar("RunT")
 _UNIFORM = frozenset({"rand", "rand_like", "uniform_"})
 _ONE_NUMBER = frozenset({"bernoulli", "bernoulli_", "randint"})
+_DRAWN = _UNIFORM | _ONE_NUMBER
 _WORDS = 624
 """Numbers in the state of a Mersenne Twister, which are its next draws; two make a floating-point number."""
 
@@ -78,7 +79,7 @@ class _TorchDraws(TorchFunctionMode):
     ) -> Any:
         drawn = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name not in _UNIFORM | _ONE_NUMBER or not isinstance(drawn, Tensor):
+        if name not in _DRAWN or not isinstance(drawn, Tensor):
             return drawn
         if drawn.numel() != 1 and (name in _ONE_NUMBER or drawn.ndim != 1):
             return drawn

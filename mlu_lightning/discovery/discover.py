@@ -31,7 +31,7 @@ from mlu_lightning.discovery.uncovered import (
     require_sums,
     warnings_about,
 )
-from mlu_lightning.discovery.weight_functions import has_functions, with_functions
+from mlu_lightning.discovery.weight_functions import has_functions, matrices_of_constants, with_functions
 from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.garbage import collected_later
 from mlu_lightning.utilities.names import common_module, original_module, owner_of, planned_parameters
@@ -80,6 +80,8 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     if has_functions(graph):
         trace = trace_module(module, example, programs=True)
         graph = with_functions(build_graph(trace), trace)
+        constants = matrices_of_constants(graph)
+        graph = with_functions(build_graph(trace, constants), trace) if constants else graph
     require_no_reentrance(module, graph)
     parts = partition(graph)
     require_residual_branches(module, parts)
@@ -90,8 +92,8 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
-    constants = Constants(graph, parts.branches)
-    parameters = {name: _facts(name, shape, uses[name], constants) for name, shape in shapes.items()}
+    factors = Constants(graph, parts.branches)
+    parameters = {name: _facts(name, shape, uses[name], factors) for name, shape in shapes.items()}
     sites = MultiplierSites(trace, graph)
     named = _named_branches(regions, uses)
     members: dict[int | None, list[str]] = defaultdict(list)
@@ -99,9 +101,9 @@ def _structure(module: nn.Module, example: Any) -> Structure:
         for number in {u.region.number for u in placed}:
             members[number].append(name)
     branches = tuple(
-        _branch(name, calls, members[calls[0].number], sites, constants, idle) for name, calls in named.items()
+        _branch(name, calls, members[calls[0].number], sites, factors, idle) for name, calls in named.items()
     )
-    readouts = tuple(_readouts(uses, sites, constants))
+    readouts = tuple(_readouts(uses, sites, factors))
     sums = {branch.addition: branch.before for branch in parts.branches}
     multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
     multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
@@ -121,7 +123,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
         copies=find_copies(module, {name for name, facts in parameters.items() if facts.role is Role.FROZEN}),
-        warnings=tuple(warnings_about(parts, regions, constants, {f.variant for f in parameters.values()}, [*idle])),
+        warnings=tuple(warnings_about(parts, regions, factors, {f.variant for f in parameters.values()}, [*idle])),
     )
 
 

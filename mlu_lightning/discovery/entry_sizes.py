@@ -58,8 +58,8 @@ def product_size(op: Op, sizes: Mapping[Op, float | None]) -> float | None:
     """Size of a product or a quotient."""
     operands = (*op.operands, None)[:2]  # a product with a number may have one operand
     first, second = (
-        sizes.get(operand[0], 1.0) if operand is not None else _constant(getattr(op.node, attribute))
-        for attribute, operand in zip(("_saved_self", "_saved_other"), operands, strict=True)
+        sizes.get(operand[0], 1.0) if operand is not None else _constant(op.saved(name))
+        for name, operand in zip(("self", "other"), operands, strict=True)
     )
     if first is None or not second:
         return None

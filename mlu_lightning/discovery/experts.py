@@ -131,5 +131,5 @@ def _is_masked(op: Op) -> bool:
     """Whether weights are multiplied with a tensor that holds a number for each of them."""
     if op.name != "Mul" or len(op.data) != 1:
         return False
-    other = getattr(op.node, "_saved_other", None)
+    other = op.saved("other")
     return isinstance(other, Tensor) and tuple(other.shape) == op.shape and other.numel() > 1

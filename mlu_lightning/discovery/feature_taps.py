@@ -58,13 +58,16 @@ class FeatureTaps:
 
     def _attention(self, entering: Op) -> FunctionCall | None:
         """The attention that is an operation, or whose softmax takes what that makes."""
-        calls = (call for call in self.trace.functions if call.place.function == ATTENTION_CALL)
-        found = ((self._by_number.get(call.sequence), call) for call in calls)
-        return next((call for op, call in found if op is not None and (op is entering or entering in op.data)), None)
+        return self._attentions.get(entering) or next(
+            (self._attentions[user] for user in self.graph.users[entering] if user in self._attentions), None
+        )
 
     @cached_property
-    def _by_number(self) -> dict[int, Op]:
-        return {op.node._sequence_nr(): op for op in self.graph.ops}
+    def _attentions(self) -> dict[Op, FunctionCall]:
+        """Calls of attentions by their operations, of several the first."""
+        by_number = {op.node._sequence_nr(): op for op in self.graph.ops}
+        calls = [call for call in reversed(self.trace.functions) if call.place.function == ATTENTION_CALL]
+        return {by_number[call.sequence]: call for call in calls if call.sequence in by_number}
 
     @cached_property
     def _candidates(self) -> dict[Value, list[_Candidate]]:

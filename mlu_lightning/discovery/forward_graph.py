@@ -34,10 +34,10 @@ from mlu_lightning.discovery.traversal import descendants
 __all__ = ["build_graph"]
 
 
-def build_graph(trace: Trace) -> Graph:
-    """Turn autograd's nodes into operations."""
+def build_graph(trace: Trace, of_constants: frozenset[Node] = frozenset()) -> Graph:
+    """Turn autograd's nodes into operations; ``of_constants`` are products of parameters with constants, and no weights."""
     nodes = tuple(_topological(trace.roots))
-    weights = _weights(nodes, trace)
+    weights = _weights(nodes, trace) - of_constants
     ops, by_node = _operations(nodes, trace.parameters, frozenset(), weights)
     begins = stream_parameters(ops)
     if begins:

@@ -48,6 +48,8 @@ NONLINEAR = frozenset(
     "Fmin Median Prod Cummax Xlogy Sinc Atan2 Hypot "
     "NllLoss NllLossNd NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits".split()
 )
+POOLS = frozenset({"Max", "Amax"})
+"""Nonlinear operations that a shortcut may have, too, where a stage takes the largest of several tokens."""
 NORMS = frozenset(
     "NativeLayerNorm FusedRmsNorm RmsNorm NativeGroupNorm NativeBatchNorm CudnnBatchNorm MiopenBatchNorm "
     "BatchNorm NativeBatchNormLegit".split()
@@ -132,6 +134,13 @@ class Op:
             op = op.data[0]
         return op is normed and math.prod(size.shape) < math.prod(self.shape)
 
+    def saved(self, name: str) -> object:
+        """What autograd keeps of it by that name; None if it keeps nothing, or that was changed in place since."""
+        try:
+            return getattr(self.node, f"_saved_{name}", None)
+        except RuntimeError:
+            return None
+
     @property
     def full_factors(self) -> tuple[Op, ...]:
         """Data that it multiplies, without factors of which one number stands for many entries, such as weights."""
@@ -166,7 +175,7 @@ def _keeps_entries(op: Op) -> bool:
         return True
     if op.name not in ("Mul", "Div") or sum(operand is not None for operand in op.operands) != 1:
         return False
-    others = (getattr(op.node, name, None) for name in ("_saved_self", "_saved_other"))
+    others = map(op.saved, ("self", "other"))
     return all(other.numel() == 1 for other in others if isinstance(other, Tensor))
 
 
@@ -214,8 +223,8 @@ class Use:
         for step, user in pairwise((*self.path, self.op)):
             if step.name in PARTS:
                 output = next(number for op, number in filter(None, user.operands) if op is step)
-                taken += [step.name, output, *(getattr(step.node, f"_saved_{name}", None) for name in _TAKEN)]
-        indices = getattr(self.op.node, "_saved_indices", None) if self.kind == "lookup" else None
+                taken += [step.name, output, *map(step.saved, _TAKEN)]
+        indices = self.op.saved("indices") if self.kind == "lookup" else None
         if isinstance(indices, Tensor) and indices.numel() == 1:
             known = indices.constant if isinstance(indices, FakeTensor) else indices
             taken.append(None if known is None else known.item())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Use
@@ -10,7 +11,17 @@ from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.table import Role, Variant
 
-__all__ = ["BIAS_ROLES", "HeadRoles", "Placed", "TrunkRoles", "Unplaced", "first_norms", "place_gain", "place_in_stem"]
+__all__ = [
+    "BIAS_ROLES",
+    "HeadRoles",
+    "Placed",
+    "TrunkRoles",
+    "Unplaced",
+    "first_norms",
+    "place_for_blocks",
+    "place_gain",
+    "place_in_stem",
+]
 
 BIAS_ROLES = {
     Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
@@ -79,6 +90,12 @@ def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:
         return Unplaced(f"it enters {use.op.name} with shape {list(use.shape)}")
     role = Role.EMBEDDING if use.kind == "add" else Role.STREAM_NORM
     return Placed(role, on_data=not maps_before.of(use.op))
+
+
+def place_for_blocks(place: Callable[[Use], Placed | Unplaced], repeats: int, use: Use) -> Placed | Unplaced:
+    """Role in what is made of data for a few blocks alone, of which there are ``repeats`` along the stream."""
+    found = place(use)
+    return found if found.role is None else replace(found, variant=Variant.OF_BLOCK, repeats=repeats)
 
 
 @dataclass(frozen=True)

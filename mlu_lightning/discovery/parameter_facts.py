@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mlu_lightning.discovery.axes import unit_axis
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import (
@@ -16,13 +17,14 @@ from mlu_lightning.discovery.outer_roles import (
     TrunkRoles,
     Unplaced,
     first_norms,
+    place_for_blocks,
     place_gain,
     place_in_stem,
 )
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
-from mlu_lightning.table import COMPOUNDING, Role
+from mlu_lightning.table import COUNTED, Role, Variant
 
 __all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
 
@@ -76,8 +78,10 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         for number, branch in zip(numbers, branches, strict=True)
     ]
     head = in_order(op for stream in partition.streams for op in stream.head)
-    stems = in_order(op for stream in partition.streams for op in stream.stem)
+    before = ((stream.stem, *(own.ops for own in stream.own)) for stream in partition.streams)
+    stems = in_order(op for parts in before for ops in parts for op in ops)
     maps = Ancestry(graph, stems, (op for op in stems if graph.kinds(op) & {"matrix", "lookup"}))
+    place = partial(place_in_stem, maps_before=maps)
     dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
         # norms between additions compound if there are several: those where stages meet come with a matrix
@@ -89,7 +93,8 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         passed = [use for op in stream.shortcuts for use in graph.uses.get(op, ()) if _is_repeatable(use)]
         repeats = len(passed) if 2 * len(passed) >= stream.depth else 0
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
-            (stream.stem, partial(place_in_stem, maps_before=maps), None),
+            (stream.stem, place, None),
+            *((own.ops, partial(place_for_blocks, place, own.repeats), own.position) for own in stream.own),
             *((ops, TrunkRoles(dimensions, *of_norms).place, at) for at, ops in enumerate(stream.trunk)),
             (stream.link, TrunkRoles(dimensions, *of_norms).place, None),
             (stream.shortcuts, TrunkRoles(dimensions, repeats=repeats, beside=True).place, None),
@@ -137,7 +142,7 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     uses = _agreeing(uses)
     roles = {placed.found.role for placed in uses}
     tied = roles == {Role.EMBEDDING, Role.READOUT}
-    norms = {placed.found.variant in COMPOUNDING for placed in uses}
+    norms = {placed.found.variant in COUNTED for placed in uses}
     function = next((placed.use.function for placed in uses if placed.use.function is not None), None)
     if function is not None and None in roles:
         why = next(placed.found.reason for placed in uses if isinstance(placed.found, Unplaced))
@@ -162,13 +167,11 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
             if use.kind == "matrix" and branch.experts is not None and use.selected[0] == branch.experts.number:
                 fan_out = math.prod(use.selected[1:]) // fan_in  # of one expert, also where all are one operand
             fan_in, fan_out, active = _of_experts(branch, role, fan_in, fan_out)
-        rows = (
-            branch.units.rows(use.op)
-            if branch.is_recurrent and not use.op.is_recurrent_layer and role in _OF_UNITS
-            else 0
-        )
-        mixed = use.kind in ("matrix", "bias") and 0 < rows < fan_out
-        fan_out = rows if mixed else fan_out
+        elif use.kind in ("matrix", "bias") and role in _OF_UNITS and not use.op.is_recurrent_layer:
+            heads = branch.hidden if branch.attention is not None and branch.heads_write else 0
+            rows, blocks = branch.units.rows(use.op, heads), branch.units.blocks(use)
+            mixed = blocks == 1 and 0 < rows < use.op.shape[unit_axis(use.op)]
+            fan_out = rows if mixed else fan_out * blocks
         if branch.attention is not None:
             if role is Role.BRANCH_OUT:
                 head_dim = branch.attention.value_dim if branch.heads_write else 1
@@ -195,6 +198,9 @@ def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
     # a norm that a stream goes through is the stream's, also where a branch of another stream reads its output
     norms = {u.use.op for u in uses if u.region.branch is None and u.found.role is Role.STREAM_NORM}
     uses = [placed for placed in uses if placed.region.branch is None or placed.use.op not in norms]
+    # what one block reads, and the head too, has the gradient of the head
+    of_all = [placed for placed in uses if placed.found.variant is not Variant.OF_BLOCK]
+    uses = of_all if {placed.found.role for placed in of_all} == {placed.found.role for placed in uses} else uses
     roles = {placed.found.role for placed in uses}
     if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
         return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]

@@ -25,6 +25,15 @@ class BranchRegion:
     position: int  # along its stream; branches that read the same root share it
 
 
+@dataclass(frozen=True)
+class BlockContext:
+    """What is made of data for some branches of a stream, as each block's own embedding of a time step is."""
+
+    ops: tuple[Op, ...]  # in order
+    position: int  # of the first branch that reads it
+    repeats: int  # how many such blocks there are along the stream
+
+
 @dataclass
 class StreamRegions:
     """Operations of one stream outside of branches."""
@@ -34,6 +43,7 @@ class StreamRegions:
     trunk: tuple[tuple[Op, ...], ...] = ()  # between two additions, for each pair of them
     shortcuts: tuple[Op, ...] = ()  # around a branch, where a stage changes the shape
     link: tuple[Op, ...] = ()  # between the last addition and branches of another stream that read it
+    own: tuple[BlockContext, ...] = ()  # what some of its blocks alone make of data that is read besides the streams
     head: tuple[Op, ...] = ()  # between the last addition and the output; where several streams meet, of the first
 
 
@@ -59,7 +69,7 @@ def partition(graph: Graph) -> Partition:
     position = _positions(graph, additions, stream_of)
 
     branches: list[BranchRegion] = []
-    context: list[Op] = []
+    context: dict[Op, int] = {}  # what branches read besides their streams, with the numbers of these branches, as bits
     reads = {a: descendants(graph.ops[a.root.index + 1 : a.op.index], [a.root]) for a in additions}
     owner: dict[Op, Op] = {}  # the first root that the inside of a branch reads
     for addition in additions:
@@ -76,7 +86,7 @@ def partition(graph: Graph) -> Partition:
 
         for end in _parallel_ends(graph, addition.branch, stops_at, reads_root):
             ops, outside = _branch_ops(graph, end, stops_at, reads_root)
-            context.extend(outside)
+            context |= {op: context.get(op, 0) | 1 << len(branches) for op in outside}
             number = stream_of[addition.op]
             at = number, position[addition.op]
             branches.append(BranchRegion(end, addition.root, addition.op, ops, addition.stream, *at))
@@ -94,12 +104,14 @@ def partition(graph: Graph) -> Partition:
         stream.stem = in_order({*stream.stem, *(op for op in ops if op not in on_stream)})
     assigned = stops.union(head, *(branch.ops for branch in branches))
     assigned.update(*(ops for stream in streams for ops in (*stream.trunk, stream.shortcuts, stream.stem)))
-    aside = _by_stream(between(context, assigned.__contains__)[0], stream_of)
+    beside, _ = between(context, assigned.__contains__)
+    aside = _by_stream(beside, stream_of)
+    aside[None] = _assign_own(aside.get(None, ()), beside, context, branches, streams)
     heads = _by_stream(head, stream_of)
     for number, stream in enumerate(streams):
         stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
     if streams:
-        streams[-1].stem += aside.get(None, ()) + heads.get(None, ())
+        streams[-1].stem += aside[None] + heads.get(None, ())
     return Partition(tuple(branches), tuple(streams), nested)
 
 
@@ -127,6 +139,35 @@ def _branch_ops(
     ops, _ = between([end], lambda op: op in elsewhere or stops(op), further)
     foreign = (op for op in ops if graph.is_matrix(op) and not any(map(reads, op.data)))
     return ops, [*elsewhere, *(operand for op in foreign for operand in op.data)]
+
+
+def _assign_own(
+    ops: tuple[Op, ...],
+    beside: tuple[Op, ...],
+    context: dict[Op, int],
+    branches: list[BranchRegion],
+    streams: list[StreamRegions],
+) -> tuple[Op, ...]:
+    """Give streams what is made of data for some of their branches, as for others beside them, and return the rest."""
+    readers = dict(context)
+    groups: dict[int, list[Op]] = {}
+    made_of_data = set(ops)
+    for op in reversed(beside):
+        if op in made_of_data:
+            groups.setdefault(readers[op], []).append(op)
+        for operand in op.data:
+            readers[operand] = readers.get(operand, 0) | readers[op]
+    rest: list[Op] = []
+    for bits, group in groups.items():
+        read_by = [branch for number, branch in enumerate(branches) if bits >> number & 1]
+        positions = {(branch.stream, branch.position) for branch in read_by}
+        stream = streams[read_by[0].stream]
+        # of one block alone where other blocks have others; what is alone may be for all blocks
+        if len({number for number, _ in positions}) == 1 and any(not bits & others for others in groups):
+            stream.own += (BlockContext(in_order(group), min(positions)[1], stream.depth // len(positions)),)
+        else:
+            rest += group
+    return in_order(rest)
 
 
 def _by_stream(ops: tuple[Op, ...], stream_of: dict[Op, int]) -> dict[int | None, tuple[Op, ...]]:

@@ -47,7 +47,7 @@ def require_residual_branches(module: nn.Module, partition: Partition) -> None:
 
 def require_recurrence_in_branches(module: nn.Module, graph: Graph, partition: Partition) -> None:
     """Refuse a recurrent layer outside of every residual branch."""
-    parts = ((*p.trunk, p.stem, p.shortcuts, p.link, p.head) for p in partition.streams)
+    parts = ((*p.trunk, p.stem, *(o.ops for o in p.own), p.shortcuts, p.link, p.head) for p in partition.streams)
     found = sorted({name for regions in parts for ops in regions for name in feeds_back(graph, ops)})
     if found:
         raise _recurrent(module, found)

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlu_lightning.discovery.axes import Axis, Reached, reached_from, varies
+from mlu_lightning.discovery.axes import Axis, Reached, is_depthwise, reached_from, varies
 from mlu_lightning.discovery.comparisons import Comparison, comparisons
-from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, Graph, Op, Use
+from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, PRODUCTS, Graph, Op, Use
+from mlu_lightning.discovery.traversal import between
 
 __all__ = ["Units"]
 
@@ -31,13 +32,13 @@ class Units:
     def number(self) -> int:
         """M: of heads where something is one number for each head, or keys are compared head by head; else of entries."""
         entries = self.entries
-        own = [size for size in self._own_sizes() if entries % size == 0]
+        own = [size for size in self._own_sizes() if size and entries % size == 0]
         if own and min(own) < entries:
             return min(own)
         compared = ((op, span) for op, spans in self._compared.rows.items() for span in spans)
         reached = self._reached.rows
         heads = [self._reached.groups(op, span) for op, span in compared if op in reached and span in reached[op]]
-        return max((size for size in heads if entries % size == 0), default=entries)
+        return max((size for size in heads if size and entries % size == 0), default=entries)
 
     @cached_property
     def entries(self) -> int:
@@ -49,19 +50,27 @@ class Units:
         """Entries over which units are compared, as coordinates of keys or of a state; 1 if they are not."""
         return max((comparison.size for comparison in self._comparisons), default=1)
 
-    def rows(self, op: Op) -> int:
-        """How many rows of a matrix are the units' own; those for fewer groups are shared."""
-        found = self._reached.rows.get(op, {})
-        spans = sorted(span for span in found if self._reached.groups(op, span) >= self.number)
+    def rows(self, op: Op, heads: int = 0) -> int:
+        """How many rows of a matrix are the units' own, or those of ``heads``; what makes fewer groups is shared."""
+        found, number = self._reached.rows.get(op, {}), heads or self.number
+        # the entries of one head that all share are as many as those of a head of its own
+        size = self.entries // heads if heads else 1
+        spans = sorted(span for span in found if self._reached.groups(op, span, size) >= number)
         total = end = 0
         for start, stop in spans:
             total += max(stop - max(start, end), 0)
             end = max(end, stop)
         return total
 
+    def blocks(self, use: Use) -> int:
+        """How many blocks for units of their own a matrix has, as a block-diagonal one does; 1 for any other."""
+        blocks = use.shape[0] if use.op.name in PRODUCTS and len(use.shape) > 2 else 1
+        own = blocks > 1 and 0 in self._reached.axes.get(use.op, {}) and self._varies(use, 0)
+        return blocks if own else 1
+
     def are_compared(self, op: Op) -> bool:
-        """Whether units are compared by what rows of a matrix make."""
-        return op in self._compared.rows
+        """Whether units are compared by what rows of a matrix make, and not by what further matrices make of that."""
+        return op in self._compared_last.rows
 
     def own(self, use: Use) -> int:
         """How many entries for units a parameter has that meets them one by one; 0 if all heads share them."""
@@ -105,6 +114,16 @@ class Units:
     @cached_property
     def _comparisons(self) -> list[Comparison]:
         return comparisons(self.graph, self.ops, self.of_experts)
+
+    @cached_property
+    def _compared_last(self) -> Reached:
+        read = [operand for op in self.writers or self.ops[-1:] for operand in op.data]
+        inside = set(self.ops)
+        last, _ = between(
+            read, lambda o: o not in inside or (self.graph.is_matrix(o) and not is_depthwise(self.graph, o))
+        )
+        of_last = [axis for each in self._comparisons if each.op in last for axis in each.axes]
+        return reached_from(self.graph, self.ops, of_last)
 
     @cached_property
     def _compared(self) -> Reached:

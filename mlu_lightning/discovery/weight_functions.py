@@ -11,17 +11,19 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import dropwhile
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
-from mlu_lightning.discovery.graph import Graph, Use
+from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Use
 from mlu_lightning.discovery.structure import Along, WeightFunction
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.weight_programs import Program
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["has_functions", "with_functions"]
+__all__ = ["has_functions", "matrices_of_constants", "with_functions"]
 
 _PRODUCTS = frozenset({"Mv", "Mm", "Bmm"})
 """Products that may be with constants, as with the vectors that spectral norm keeps."""
@@ -36,6 +38,15 @@ def has_functions(graph: Graph) -> bool:
     return any(use.is_computed for uses in graph.uses.values() for use in uses) or any(
         op.name in _PRODUCTS and not op.data for op in graph.uses
     )
+
+
+def matrices_of_constants(graph: Graph) -> frozenset[Node]:
+    """What matrices make of constants, as of sines and cosines of positions, where that was taken for a weight."""
+    uses = (use for uses in graph.uses.values() for use in uses)
+    unread = (use for use in uses if use.function is not None and use.function.problem is not None)
+    rests = ([*dropwhile(lambda step: step.name in RESHAPES | PARTS, use.path)] for use in unread)
+    made = (rest for rest in rests if rest and rest[0].name in ("Mm", "Bmm") and None in rest[0].operands)
+    return frozenset(step.node for rest in made for step in rest)
 
 
 def with_functions(graph: Graph, trace: Trace) -> Graph:

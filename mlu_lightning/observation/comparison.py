@@ -23,11 +23,11 @@ from mlu_lightning.observation.reference import Reference
 
 __all__ = [
     "MetricName",
-    "check_coupled",
     "compare",
     "compare_references",
     "feature_updates",
     "rms_change",
+    "uncoupled",
     "validated_metrics",
 ]
 
@@ -105,13 +105,14 @@ def feature_updates(before: Observation, after: Observation) -> dict[str, float]
 
     Returns:
         Root mean squares of the differences: ``"attention/<branch>"``, ``"mlp/<branch>"`` and ``"convolution/<branch>"`` of
-        pre-activations, each also under its kind alone for all branches of it, ``"stream/s=0.5"`` and ``"output"``.
+        pre-activations, ``"all/mlp"`` of all branches of a kind, ``"stream/s=0.5"`` and ``"output"``. None of these names
+        is the folder of another, which a logger that keeps each value in a file of its name could not have.
 
     >>> import torch
     >>> before = {FeatureName("mlp", f"blocks.{i}"): torch.zeros(2, 3) for i in range(2)} | {StreamName(1): torch.zeros(1)}
     >>> after = {name: values + 1 for name, values in before.items()}
     >>> feature_updates(before, after)
-    {'mlp/blocks.0': 1.0, 'mlp/blocks.1': 1.0, 'stream/s=1': 1.0, 'mlp': 1.0}
+    {'mlp/blocks.0': 1.0, 'mlp/blocks.1': 1.0, 'stream/s=1': 1.0, 'all/mlp': 1.0}
     """
     found: dict[str, float] = {}
     kinds: dict[BranchKind, list[float]] = defaultdict(list)
@@ -123,7 +124,8 @@ def feature_updates(before: Observation, after: Observation) -> dict[str, float]
         if isinstance(name, FeatureName):
             kinds[name.kind].append(change)
     return found | {
-        kind: math.sqrt(math.fsum(value**2 for value in values) / len(values)) for kind, values in kinds.items()
+        f"all/{kind}": math.sqrt(math.fsum(value**2 for value in values) / len(values))
+        for kind, values in kinds.items()
     }
 
 
@@ -142,25 +144,24 @@ def rms_change(before: Tensor, after: Tensor) -> float:
     return (after[seen].double() - before[seen].double()).square().mean().sqrt().item()
 
 
-def check_coupled(observation: Observation, reference: Observation) -> None:
-    """Refuse embeddings at step 0 that are not the first coordinates of the reference's (theory.md, section 4)."""
+def uncoupled(observation: Observation, reference: Observation) -> tuple[str, str] | None:
+    """Why embeddings at step 0 are not the first coordinates of the reference's (theory.md, section 4), and the remedy."""
     names = [name for name in observation if isinstance(name, StreamName) and name.depth == 0 and name in reference]
     if not names:
-        raise ValueError(
-            "Whether the embeddings are coupled cannot be checked, because the reference was not recorded at depth 0, so "
-            '"rms" cannot be measured. Record it with 0 among depths, or choose other metrics ("gram", "cka", '
-            '"procrustes" and "output" need no coupling).'
+        return (
+            "whether the embeddings are coupled cannot be checked, because the reference was not recorded at depth 0",
+            "Record it with 0 among depths",
         )
     for name in names:
         size = reference[name].square().mean().sqrt()
         distance = float(rms_distance(observation[name], reference[name]) / size)
         if not distance <= _COUPLED:
-            raise ValueError(
-                f"The embeddings at step 0 are not coupled: the run's stream at {name} differs from the first coordinates "
-                f'of the reference\'s by {distance:.2g} of its size (independent embeddings by 1.4), so "rms" would '
-                'compare unrelated coordinates. Train both runs with MLUCallback(init="coupled") with the same seed and '
-                'base, or choose other metrics ("gram", "cka", "procrustes" and "output" need no coupling).'
+            return (
+                f"the embeddings at step 0 are not coupled: the run's stream at {name} differs from the first coordinates "
+                f"of the reference's by {distance:.2g} of its size (independent embeddings by 1.4)",
+                'Train both runs with MLUCallback(init="coupled") with the same seed and base',
             )
+    return None
 
 
 def validated_metrics(metrics: Sequence[str]) -> tuple[MetricName, ...]:

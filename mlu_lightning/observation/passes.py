@@ -33,6 +33,11 @@ class Followed:
     shapes: dict[str, tuple[int, ...]]  # of parameters
     sizes: dict[str, float]  # root mean squares of parameters
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether parameters are used as they are, and no function of them is."""
+        return all(use.plain for uses in self.uses.values() for use in uses)
+
 
 def roles_of_base(plan: Plan, base: nn.Module) -> dict[str, Role]:
     """Roles of a base's parameters, told by their names without numbers, and their shapes."""

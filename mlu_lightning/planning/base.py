@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Structure
-from mlu_lightning.table import COMPOUNDING, Role, Variant, row_name
+from mlu_lightning.table import COUNTED, Role, Variant, row_name
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
@@ -49,8 +49,8 @@ class BaseParameter:
         return row_name(self.role, self.variant)
 
     def is_like(self, facts: ParameterFacts) -> bool:
-        """Whether a parameter has that row, but for being one of several that compound where this one is alone."""
-        variants = {self.variant, facts.variant} - COMPOUNDING - {None}
+        """Whether a parameter has that row, but for being one of several that are counted where this one is alone."""
+        variants = {self.variant, facts.variant} - COUNTED - {None}
         both = self.variant == facts.variant or not variants
         return self.role is facts.role and both and len(self.shape) == len(facts.shape)
 
@@ -75,14 +75,22 @@ class Base:
     branches: dict[tuple[str, BranchKind], BaseBranch]
     readouts: dict[str, float | None]
 
-    def branch(self, name: str, kind: BranchKind) -> BaseBranch | None:
-        """The branch of that name, or else the nearest of its pattern, or of the same name but for numbers in its parts."""
-        if (name, kind) in self.branches:
-            return self.branches[name, kind]
-        of_kind, pattern = [other for other, its_kind in self.branches if its_kind == kind], name_pattern(name)
-        alike = [other for other in of_kind if name_pattern(other) == pattern]
-        alike = alike or [other for other in of_kind if _differ_in_numbers(other, name)]
-        return self.branches[min(alike, key=lambda other: _distance(name, other)), kind] if alike else None
+    def counterparts(self, branches: Iterable[Branch]) -> dict[str, BaseBranch | None]:
+        """The branch of the name of each branch, or else the nearest of its pattern, or of a name with other numbers."""
+        groups: defaultdict[tuple[str, BranchKind], list[Branch]] = defaultdict(list)
+        for branch in branches:
+            groups[name_pattern(branch.name), branch.kind].append(branch)
+        found: dict[str, BaseBranch | None] = {}
+        for (pattern, kind), own in groups.items():
+            of_base = {other: entry for (other, its_kind), entry in self.branches.items() if its_kind == kind}
+            alike = {o: entry for o, entry in of_base.items() if name_pattern(o) == pattern}
+            alike = alike or {o: entry for o, entry in of_base.items() if _differ_in_numbers(o, own[0].name)}
+            sizes = {b.name: (b.hidden, b.head_dim) for b in own}
+            names = of_the_same_kind(sizes, {o: (e.hidden, e.head_dim) for o, e in alike.items()})
+            for name in sizes:
+                near = min(names.get(name, alike), key=lambda other: _distance(name, other), default=None)
+                found[name] = None if near is None else alike[near]
+        return found
 
 
 def refuse_base(base: nn.Module, module: nn.Module, example: Any = None) -> None:
@@ -183,14 +191,23 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
     for name in base.parameters:
         for pattern in {name_pattern(name), name_pattern_of_parts(name)}:
             by_pattern[pattern].append(name)
+    own_names: defaultdict[str, list[str]] = defaultdict(list)
+    for name in structure.parameters:
+        own_names[name_pattern(name)].append(name)
+    of_kind: dict[str, dict[str, list[str]]] = {}
     found: dict[str, BaseParameter] = {}
     differences: list[str] = []
     for name, facts in structure.parameters.items():
-        names = by_pattern.get(name_pattern(name)) or by_pattern.get(name_pattern_of_parts(name), [])
+        pattern = name_pattern(name)
+        names = by_pattern.get(pattern) or by_pattern.get(name_pattern_of_parts(name), [])
         alike = {other: base.parameters[other] for other in names}
         if facts.role is Role.FROZEN:
             continue
-        candidates = [other for other, entry in alike.items() if entry.is_like(facts)]
+        if pattern not in of_kind:
+            own = {n: (structure.parameters[n].row, structure.parameters[n].shape) for n in own_names[pattern]}
+            of_kind[pattern] = of_the_same_kind(own, {n: (entry.row, entry.shape) for n, entry in alike.items()})
+        candidates = [other for other in of_kind[pattern].get(name, ()) if alike[other].is_like(facts)]
+        candidates = candidates or [other for other, entry in alike.items() if entry.is_like(facts)]
         if candidates:
             found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
         elif alike:
@@ -214,6 +231,21 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
             f"the module in depth, hidden width or embedding only.{advice}"
         )
     return found
+
+
+def of_the_same_kind(own: Mapping[str, object], of_base: Mapping[str, object]) -> dict[str, list[str]]:
+    """Names of the base for each name that has a kind, such as a shape: of the kind that is the first, second, … in both.
+
+    Stages of a width of their own may have blocks that are numbered throughout. Empty if there are not as many kinds.
+    """
+    by_kind: defaultdict[object, list[str]] = defaultdict(list)
+    for name, kind in of_base.items():
+        by_kind[kind].append(name)
+    kinds = dict.fromkeys(own.values())
+    if len(kinds) != len(by_kind):
+        return {}
+    names = dict(zip(kinds, by_kind.values(), strict=True))
+    return {name: names[kind] for name, kind in own.items()}
 
 
 def advice_on_names(names: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Structure
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, counterparts, own_factors
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
-from mlu_lightning.table import COMPOUNDING, TABLES, Parameterization, Ratios, Role, Table
+from mlu_lightning.table import COUNTED, TABLES, Parameterization, Ratios, Role, Table
 from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams", "with_copies"]
@@ -48,7 +48,7 @@ def plan_parameters(
             fans, of_base = (facts.fan_in, facts.fan_out), found[name]
         stream = streams[facts.stream]
         depths = stream.depth, stream.base_depth
-        if COMPOUNDING & {facts.variant, of_base.variant}:
+        if COUNTED & {facts.variant, of_base.variant}:
             depths = facts.repeats or 1, of_base.repeats or 1
         planned[name] = ParameterPlan(
             role=facts.role,
@@ -75,9 +75,9 @@ def plan_parameters(
 
 def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, ...]:
     """Put every branch next to the base's, or next to 1 in the absolute form."""
-    planned = []
+    planned, found = [], _base_branches(structure, base)
     for branch in structure.branches:
-        of_base = _base_branch(branch, base) or BaseBranch(1, None, None, 1.0)
+        of_base = found[branch.name] or BaseBranch(1, None, None, 1.0)
         planned.append(
             BranchPlan(
                 name=branch.name,
@@ -109,12 +109,12 @@ def plan_multipliers(
     that a logit becomes c times a sum of d_k products of one sign; with query-key norm c · d_k bounds it.
     """
     table = TABLES[parameterization]
-    constants = own_factors(structure, "constant")
+    constants, of_bases = own_factors(structure, "constant"), _base_branches(structure, base)
     found: list[Multiplier] = []
     for branch in structure.branches:
         stream = streams[branch.stream]
         value = table.rows[Role.BRANCH_OUT].multiplier(Ratios(depth=stream.depth / stream.base_depth))
-        of_base = _base_branch(branch, base)
+        of_base = of_bases[branch.name]
         own = constants[branch.name], (1.0 if base is None else of_base.constant if of_base else None)
         found.append(_relative(Multiplier(branch.name, "branch", value, branch.site, branch.folds, *own), table))
     for readout in structure.readouts:
@@ -128,9 +128,9 @@ def plan_multipliers(
         of_numbers = matrix.constant_ratio if structure.parameters[readout.parameter].tied else 1.0
         found.append(_relative(multiplier, table, of_numbers))
     scales = own_factors(structure, "logits_scale")
-    changed = _changed_logits(structure, base, scales) if table.scales_logits else []
+    changed = _changed_logits(structure, base, of_bases, scales) if table.scales_logits else []
     found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)
-    warnings = tuple(_warnings_about_branches(structure, base, streams, constants))
+    warnings = tuple(_warnings_about_branches(structure, of_bases, streams, constants))
     changed = [(branch, of_base) for branch, of_base in changed if branch.head_dim != of_base.head_dim]
     if not changed:
         return tuple(found), warnings
@@ -145,12 +145,15 @@ def plan_multipliers(
 
 
 def _warnings_about_branches(
-    structure: Structure, base: Base | None, streams: tuple[StreamPlan, ...], constants: Mapping[str, float | None]
+    structure: Structure,
+    of_bases: Mapping[str, BaseBranch | None],
+    streams: tuple[StreamPlan, ...],
+    constants: Mapping[str, float | None],
 ) -> Iterator[str]:
     """Say which branches have constants that cannot be put next to the base's."""
     found: dict[str, None] = {}
     for branch in structure.branches:
-        of_base = _base_branch(branch, base)
+        of_base = of_bases[branch.name]
         unknown = constants[branch.name] is None or (of_base is not None and of_base.constant is None)
         if unknown and streams[branch.stream].depth != streams[branch.stream].base_depth:
             found[name_pattern(branch.name) or "of the module itself"] = None
@@ -161,8 +164,9 @@ def _warnings_about_branches(
         )
 
 
-def _base_branch(branch: Branch, base: Base | None) -> BaseBranch | None:
-    return None if base is None else base.branch(branch.name, branch.kind)
+def _base_branches(structure: Structure, base: Base | None) -> dict[str, BaseBranch | None]:
+    names = (branch.name for branch in structure.branches)
+    return dict.fromkeys(names) if base is None else base.counterparts(structure.branches)
 
 
 def original_of(name: str, copies: Mapping[str, str]) -> str | None:
@@ -195,7 +199,10 @@ def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> 
 
 
 def _changed_logits(
-    structure: Structure, base: Base | None, scales: Mapping[str, float | None]
+    structure: Structure,
+    base: Base | None,
+    of_bases: Mapping[str, BaseBranch | None],
+    scales: Mapping[str, float | None],
 ) -> list[tuple[Branch, BaseBranch]]:
     """Attention branches whose head_dim, or factor on logits, is not that of the base's branch, which comes second.
 
@@ -204,7 +211,7 @@ def _changed_logits(
     grown = base is not None and base.streams != tuple((stream.depth, stream.embedding) for stream in structure.streams)
     found = []
     for branch in structure.branches:
-        of_base = _base_branch(branch, base)
+        of_base = of_bases[branch.name]
         if branch.head_dim is None or of_base is None or of_base.head_dim is None:
             continue
         of_shape = grown or branch.hidden != of_base.hidden

@@ -65,7 +65,7 @@ class ParameterPlan:
     @property
     def differs_by_row(self) -> bool:
         """Whether its rows are of two roles whose gradients are of different size."""
-        if self.base_shape is None:
+        if not (self.base_shape and math.prod(self.base_shape)):
             return self.mixed
         entries = math.prod(self.shape) / math.prod(self.base_shape)
         return self.mixed and not math.isclose(entries, math.prod(self.fans) / math.prod(self.base_fans))

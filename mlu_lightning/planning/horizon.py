@@ -34,6 +34,11 @@ class Forgetting:
                 "multiplied with it, because an average has to forget faster where there are fewer steps. Choose a "
                 f"batch_ratio of less than {1 / (1 - worst):g} times the token_ratio, or larger betas at the base."
             )
+        if max(found) >= 1:
+            raise ValueError(
+                f"beta {max(betas):g} would become 1, up to rounding: batch_ratio/token_ratio is {self.factor:g}, and "
+                "1 - beta is multiplied with it. Choose ratios that are nearer to each other."
+            )
         return found
 
     def undone(self, betas: tuple[float, ...]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mlu_lightning.discovery.discover import discover
 from mlu_lightning.discovery.structure import Tap
-from mlu_lightning.planning.arguments import ABSOLUTE
+from mlu_lightning.planning.arguments import ABSOLUTE, check_parameterization, require_base
 from mlu_lightning.planning.base import Base, BaseBranch, BaseParameter, advice_on_names, base_of_module, refuse_base
 from mlu_lightning.planning.derivation import (
     plan_branches,
@@ -22,15 +22,16 @@ from mlu_lightning.planning.derivation import (
     plan_streams,
     with_copies,
 )
+from mlu_lightning.planning.distance import Distance, distances, warning_of
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan, constant_ratio
 from mlu_lightning.planning.functions import plan_functions, require_functions
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.overrides import override_roles, require_roles
-from mlu_lightning.planning.ranges import check_parts, check_sizes, in_range, range_of
+from mlu_lightning.planning.ranges import as_number, check_factors, check_module, check_parts, in_range, range_of
 from mlu_lightning.planning.rendering import draw_plan, headline
 from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.planning.tuned import Matched, Tuned, match_tuned, read_tuned
-from mlu_lightning.table import COMPOUNDING, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
+from mlu_lightning.table import COUNTED, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.locks import WriterLock
 from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
@@ -83,8 +84,8 @@ class Plan:
                 "to that of a linearized model."
             )
         check_parts(self.parameters, self.branches, self.streams, self.multipliers)
-        _check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
-        _ = self.matched  # refuses keys that match nothing
+        check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
+        check_factors(self.forward_factors)  # to find them refuses tuned ones that match nothing
 
     @classmethod
     def from_model(
@@ -136,15 +137,16 @@ class Plan:
         >>> {name: factors.lr for name, factors in plan.scales("sgd").items() if "blocks.0" in name}
         {'blocks.0.read.weight': 4.0, 'blocks.0.write.weight': 0.25}
         """
-        parameterization, horizon = Parameterization(parameterization), Horizon(float(batch_ratio), float(token_ratio))
+        parameterization, alpha = Parameterization(parameterization), as_number("alpha", alpha)
+        horizon = Horizon(as_number("batch_ratio", batch_ratio), as_number("token_ratio", token_ratio))
         base = None if isinstance(base, str) and base == ABSOLUTE else base
         if isinstance(base, nn.Module):
             refuse_base(base, module, example)
         elif base is not None:
-            _require_base(base)
+            require_base(base, Plan)
             base = base if isinstance(base, Plan) else cls.load(base)
         reference = base.base if isinstance(base, Plan) else None
-        _check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
+        check_parameterization(parameterization, alpha, absolute=reference is None and not isinstance(base, nn.Module))
         overrides = overrides or {}
         elsewhere = [] if reference is None else [*reference.parameters]
         if isinstance(base, nn.Module):
@@ -152,14 +154,14 @@ class Plan:
         structure = override_roles(discover(module, example), overrides, elsewhere)
         require_functions(structure, module)
         require_roles(structure, module, overrides)
-        check_sizes(structure, module)
+        check_module(structure, module)
         if isinstance(base, nn.Module):
             of_base, of_module = (getattr(each, "example_input_array", None) for each in (base, module))
             base_example = of_module if example is None and of_base is None else example
             base_structure = override_roles(discover(base, base_example), overrides, structure.parameters)
             require_functions(base_structure, base)
             require_roles(base_structure, base, overrides)
-            check_sizes(base_structure, base)
+            check_module(base_structure, base)
             reference = base_of_module(base, base_structure)
         streams = plan_streams(structure, reference)
         parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
@@ -169,7 +171,7 @@ class Plan:
             branches=plan_branches(structure, reference),
             streams=streams,
             multipliers=with_copies(multipliers, structure.copies),
-            alpha=float(alpha),
+            alpha=alpha,
             warnings=structure.warnings + warnings,
             taps=structure.taps,
             features=structure.features,
@@ -200,7 +202,7 @@ class Plan:
                     p.base_uses,
                     p.variant,
                     p.base_constant,
-                    p.base_depth if p.variant in COMPOUNDING else None,
+                    p.base_depth if p.variant in COUNTED else None,
                 )
                 for name, p in self.parameters.items()
             },
@@ -223,6 +225,18 @@ class Plan:
     def is_at_base(self) -> bool:
         """Whether every parameter's numbers are those of the base, but for tuned factors."""
         return all(parameter.is_at_base for parameter in self.parameters.values())
+
+    @cached_property
+    def distances(self) -> tuple[Distance, ...]:
+        """How far each stream is from its limit by each kind of branch, for MLU (theory.md, section 3)."""
+        if self.parameterization is not Parameterization.MLU:
+            return ()
+        return distances(self.parameters, self.branches, self.streams, self._absolute)
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """Warnings, and one of a shape that is much farther from its limit than the base's."""
+        return self.warnings + warning_of(self.distances)
 
     def forward_multiplier(self, multiplier: Multiplier) -> float:
         """Return the factor that one of ``multipliers`` puts into the forward pass: tuned, and with alpha on branches."""
@@ -356,19 +370,21 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
 
-    def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW) -> str:
-        """Draw the plan as a table for one family of optimizers."""
+    def table(self, family: OptimizerFamily | str = OptimizerFamily.ADAMW, width: int = 125) -> str:
+        """Draw the plan as a table for one family of optimizers, in so many columns."""
         family = OptimizerFamily(family)
         return draw_plan(
             headline(self.parameterization, self._absolute, self.alpha, self.horizon, family),
             self.streams,
+            self.distances,
             self.parameters,
             self.scales(family),
             self.branches,
             {multiplier: self.forward_multiplier(multiplier) for multiplier in self.multipliers},
             self.own_constants,
-            self.warnings,
+            self.advice,
             self.tuned,
+            width,
         )
 
     def __str__(self) -> str:
@@ -378,20 +394,3 @@ class Plan:
     def _absolute(self) -> bool:
         """Whether it is relative to no base."""
         return any(parameter.base_shape is None for parameter in self.parameters.values())
-
-
-def _require_base(base: Any) -> None:
-    if not isinstance(base, (Plan, str, PathLike)):
-        raise TypeError(
-            f"base is a {type(base).__name__}. It has to be a module at the base's shape, a plan or the path of one, or "
-            f"{ABSOLUTE!r} for the paper's absolute form."
-        )
-
-
-def _check_parameterization(parameterization: Parameterization, alpha: float, absolute: bool) -> None:
-    if parameterization != Parameterization.MLU and (absolute or alpha != 1.0):
-        given = "base=None, or with a plan of a module without a base" if absolute else f"alpha={alpha:g}"
-        raise ValueError(
-            f"parameterization={parameterization.value!r} was given with {given}. The absolute form and the "
-            "richness alpha are those of the MLU parameterization: give the others a base, and leave alpha at 1."
-        )

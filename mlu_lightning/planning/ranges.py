@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from mlu_lightning.discovery.structure import Structure
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 
-__all__ = ["LARGEST", "check_parts", "check_sizes", "in_range", "range_of", "smallest_integer"]
+__all__ = [
+    "LARGEST",
+    "as_number",
+    "check_factors",
+    "check_module",
+    "check_parts",
+    "in_range",
+    "range_of",
+    "smallest_integer",
+]
 
 LARGEST = 1e20
 """Of ratios and factors, so that no product of them overflows."""
@@ -35,8 +45,16 @@ def range_of(key: str) -> str:
     return "a number from 0 on" if key == "base_std" else f"a number from {1 / LARGEST:g} to {LARGEST:g}"
 
 
-def check_sizes(structure: Structure, module: object) -> None:
-    """Refuse a module of which something has no units."""
+def as_number(key: str, given: Any) -> float:
+    """A number that was given as one, or as a text of one."""
+    try:
+        return float(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key} is {given!r:.80}, and it has to be {range_of(key)}.") from error
+
+
+def check_module(structure: Structure, module: nn.Module) -> None:
+    """Refuse a module of which something has no units, or that has a constant which is no number."""
     sizes = {f"stream {number}": stream.embedding for number, stream in enumerate(structure.streams)}
     sizes |= {branch.name: branch.hidden for branch in structure.branches}
     sizes |= {name: min(facts.fan_in, facts.fan_out) for name, facts in structure.parameters.items()}
@@ -45,6 +63,13 @@ def check_sizes(structure: Structure, module: object) -> None:
             f"{', '.join(empty[:8])} of {type(module).__name__} {'has' if len(empty) == 1 else 'have'} no units, and a "
             "width has to be 1 or more. Build the module and its base with other sizes."
         )
+    constants = (*module.named_buffers(), *((name, p) for name, p in module.named_parameters() if not p.requires_grad))
+    for name, value in constants:
+        if value.numel() == 1 and not value.is_meta and bool(value.isnan().any()):
+            raise ValueError(
+                f"{name} of {type(module).__name__} is not a number (NaN), and what it multiplies would not be one either. "
+                "Give it a value before the module is planned."
+            )
 
 
 def check_parts(
@@ -68,12 +93,25 @@ def check_parts(
             if not (number >= smallest_integer(key) if whole else in_range(key, number)):
                 what = f"a whole number from {smallest_integer(key)} on" if whole else range_of(key)
                 raise ValueError(f"{name[:80]} has {key} = {number}, and it should be {what}.")
-    for (name, kind, _, folds), count in Counter((m.name, m.kind, m.site, m.folds) for m in multipliers).items():
-        if count > 1:
-            raise ValueError(f"The multiplier of the {kind} {name[:80]!r} is there twice. Leave one out.")
-        if len({*folds}) < len(folds):
+    taken: set[tuple[str, str, object]] = set()
+    for multiplier in multipliers:
+        which = f"The multiplier of the {multiplier.kind} {multiplier.name[:80]!r}"
+        if len({*multiplier.folds}) < len(multiplier.folds):
+            raise ValueError(f"{which} folds twice into one parameter. Name it once.")
+        places: list[object] = [place for place in (multiplier.site, *multiplier.folds) if place is not None]
+        own = {(multiplier.kind, multiplier.name, place) for place in places or [None]}
+        if own & taken:
+            raise ValueError(f"{which} is there twice. Leave one out.")
+        taken |= own
+
+
+def check_factors(factors: Mapping[Multiplier, float]) -> None:
+    """Refuse factors in the forward pass that are too large, or too small, as products of others may be."""
+    for multiplier, factor in factors.items():
+        if not in_range("value", factor):
             raise ValueError(
-                f"The multiplier of the {kind} {name[:80]!r} folds twice into one parameter. Name it once."
+                f"The {multiplier.kind} {multiplier.name[:80]} would be multiplied by {factor:g}, with alpha and tuned "
+                f"factors, and that has to be {range_of('value')}."
             )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple
 from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
 
+from mlu_lightning.planning.distance import Distance
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, row_name
+from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.names import name_pattern
 
 __all__ = ["TITLES", "draw_plan", "headline"]
@@ -44,6 +46,7 @@ def headline(
 def draw_plan(
     headline: str,
     streams: tuple[StreamPlan, ...],
+    distances: Sequence[Distance],
     parameters: Mapping[str, ParameterPlan],
     scales: Mapping[str, Scale],
     branches: tuple[BranchPlan, ...],
@@ -51,10 +54,11 @@ def draw_plan(
     constants: Mapping[str, tuple[float, float]],
     warnings: Iterable[str],
     tuned: Mapping[str, Mapping[str, float]],
+    width: int,
 ) -> str:
-    """Draw shapes, roles with their factors, branches with their multipliers, and warnings."""
+    """Draw shapes and initial random parts, roles with their factors, branches with their multipliers, and warnings."""
     text = StringIO()
-    console = Console(file=text, width=125, color_system=None, markup=False, emoji=False)
+    console = Console(file=text, width=width, color_system=None, markup=False, emoji=False)
     console.print(headline)
     for i, stream in enumerate(streams):
         name = "stream" if len(streams) == 1 else f"stream {i}"
@@ -62,8 +66,10 @@ def draw_plan(
             f"{name}: depth {_change(stream.depth, stream.base_depth)}, "
             f"embedding {_change(stream.embedding, stream.base_embedding)}"
         )
-    console.print(_roles(parameters, scales))
-    console.print(_branches(branches, multipliers))
+        if parts := [str(distance) for distance in distances if distance.stream == i]:
+            console.print(f"  initial random part √(D/(L·M)): {'; '.join(parts)}")
+    console.print(FittedTable(_roles(parameters, scales)))
+    console.print(FittedTable(_branches(branches, multipliers)))
     left_alone = [name for name, parameter in parameters.items() if parameter.role is Role.FROZEN]
     if left_alone:
         copies = sum(parameters[name].copy_of is not None for name in left_alone)

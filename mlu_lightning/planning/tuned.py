@@ -81,6 +81,8 @@ def match_tuned(
     Raises:
         ValueError: if a factor has nothing that it could be of.
     """
+    if not tuned:
+        return Matched()
     kinds = [branch.kind for branch in branches]
     writers = {multiplier: [*_writers(multiplier, parameters, branches)] for multiplier in multipliers}
     of_parameters: dict[str, Scale] = {}

@@ -18,6 +18,7 @@ from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ __all__ = [
 
 BASE = "base"
 """Name of the shape at which the hyperparameters are tuned."""
+_LONGEST = 2**28  # bytes of a text, of which a process takes about twenty times the memory
 _LOOKED_AT = 2**24  # bytes of a text, to see whether there is something to learn; prose has a third of them compressed
 
 
@@ -117,11 +119,15 @@ def load_text(path: str | None = None) -> bytes:
     """Read the text to train on: a file, or the documentation in Python's standard library (``pydoc_data.topics``)."""
     if path is None:
         return "\n".join(topics[name] for name in sorted(topics)).encode()
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(
-            f"The text {path} is no file, but a folder, a device or a pipe. Give --text the path of a file."
-        )
     try:
+        status = Path(path).stat()
+        if not S_ISREG(status.st_mode):
+            raise ValueError(
+                f"The text {path} is no file, but a folder, a device or a pipe. Give --text the path of a file."
+            )
+        if status.st_size > _LONGEST:
+            wrong = f"The text {path} has {status.st_size:,} bytes, and at most {_LONGEST:,} are read"
+            raise ValueError(f"{wrong}. Give --text a part of it, as head -c makes one.")
         text = Path(path).read_bytes()
     except OSError as error:
         wrong = f"The text {path} cannot be read: {error.strerror}"

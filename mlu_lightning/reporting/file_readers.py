@@ -60,7 +60,7 @@ def _read_csv(path: Path) -> Content:
     with path.open("rb") as raw:
         raw.seek(-min(path.stat().st_size, 1), os.SEEK_END)
         cut = raw.read() != b"\n"
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file)) if path.stat().st_size < 2**28 else _too_large()
     for row in rows[:-1] if cut else rows:
         step = int(row["step"])
@@ -86,13 +86,17 @@ def _read_csv(path: Path) -> Content:
 
 def _read_events(path: Path) -> Content:
     try:
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
         from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     except ImportError as error:
         raise ValueError("TensorBoard's events are read with its package: pip install tensorboard") from error
     if not path.stat().st_size:
         return {"problem": _EMPTY}
-    events = EventAccumulator(str(path), {SCALARS: 0}).Reload()
+    try:
+        events = EventAccumulator(str(path), {SCALARS: 0}).Reload()
+    except DecodeError as error:
+        raise ValueError("Its events are damaged, or none of TensorBoard's") from error
     values: dict[str, dict[int, float]] = {}
     count = 0
     for metric in events.Tags()["scalars"]:

@@ -9,11 +9,12 @@ from typing import Any, TypeVar
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mlu_lightning.checking.figure import draw_check
 from mlu_lightning.checking.report import CheckReport, by_quantity
-from mlu_lightning.checking.verdicts import Row, axes_of
+from mlu_lightning.checking.verdicts import Row, Verdict, axes_of
 from mlu_lightning.observation import Reference
 from mlu_lightning.planning import Plan
-from mlu_lightning.reporting.curves import as_data_uri, curves_figure, first_panels, not_drawn, panels_of
+from mlu_lightning.reporting.curves import as_data_uri, first_panels, not_drawn, panel_figure, panels_of
 from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, reason
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.plain_text import printable
@@ -31,6 +32,7 @@ def run_page(record: RunRecord) -> str:
     """
     losses = {name: curve for name, curve in record.values.items() if "loss" in name.lower()}
     panels = {"Losses against step": {"losses": losses}} if losses else {}
+    checks = dict(sorted(record.checks.items(), key=lambda item: _WORST_FIRST.index(item[1].verdict)))
     environment = Environment(
         loader=PackageLoader("mlu_lightning.reporting", ""),
         autoescape=True,
@@ -40,14 +42,17 @@ def run_page(record: RunRecord) -> str:
     )
     return environment.get_template("page.html").render(
         name=record.folder if record.folder.name else record.folder.resolve(),  # "." says nothing
-        verdicts=[check.verdict for check in record.checks.values()],
-        checks=_shown(record.checks, _check),
+        verdicts=[check.verdict for check in checks.values()],
+        checks=_shown(checks, _check),
         plans=_shown(record.plans, _plan),
         watched=[
-            ("Features", "mlu/update/", "FeatureUpdate", _curves(record.values, "mlu/update/")),
-            ("Distances", "mlu/distance/", "EmbeddingDistance", _curves(record.values, "mlu/distance/")),
+            (title, prefix, callback, _curves(record.values, prefix, label))
+            for title, prefix, callback, label in (
+                ("Features", "mlu/update/", "FeatureUpdate", "RMS of the change"),
+                ("Distances", "mlu/distance/", "EmbeddingDistance", "distance"),
+            )
         ],
-        loss_figures=_shown(panels, lambda panels: _figure(panels, logarithmic=False)),
+        loss_figures=_shown(panels, lambda panels: _figures(panels, "loss", logarithmic=False)),
         losses=[[name, curve[-1][0], f"{curve[-1][1]:.6g}"] for name, curve in losses.items() if curve],
         references=[_reference(path, reference) for path, reference in record.references.items()],
         problems=record.problems,
@@ -56,6 +61,7 @@ def run_page(record: RunRecord) -> str:
 
 _Item = TypeVar("_Item")
 _View = dict[str, Any]
+_WORST_FIRST: tuple[Verdict, ...] = ("fail", "undecided", "pass")
 
 
 def _visible(value: object) -> object:
@@ -77,15 +83,24 @@ def _shown(items: Mapping[str, _Item], view: Callable[[_Item], _View]) -> list[_
 
 
 def _check(check: CheckReport) -> _View:
-    axes = axes_of(check.rows)
+    axes, images = axes_of(check.rows), []
+    for axis in axes:
+        figure = draw_check([row for row in check.rows if row.axis == axis], check.base)
+        figure.suptitle("")  # of all axes
+        images.append((f"Sizes against {axis}", as_data_uri(figure)))
+    slopes: dict[Verdict, list[Any]] = {verdict: [] for verdict in _WORST_FIRST}
+    for what, found in by_quantity(check.rows).items():
+        worst = min((row.verdict for row in found.values()), key=_WORST_FIRST.index)
+        slopes[worst].append((what, [_slope(found.get(axis)) for axis in axes]))
     return {
         "about": check.setting,
         "verdict": check.verdict,
         "summary": check.summary.splitlines(),
         "warnings": check.warnings,
-        "image": as_data_uri(check.draw()) if check.rows else None,
+        "images": images,
         "axes": axes,
-        "slopes": [(what, [_slope(row.get(axis)) for axis in axes]) for what, row in by_quantity(check.rows).items()],
+        "slopes": slopes["fail"] + slopes["undecided"],
+        "passed": slopes["pass"],
     }
 
 
@@ -109,16 +124,17 @@ def _factors(plan: Plan, family: OptimizerFamily) -> _View:
         return {"family": family, "error": error}
 
 
-def _curves(values: Mapping[str, Curve], prefix: str) -> list[_View]:
+def _curves(values: Mapping[str, Curve], prefix: str, label: str) -> list[_View]:
     panels = panels_of(values, prefix)
     figures = {f"{prefix} against step": panels} if panels else {}
-    return _shown(figures, lambda panels: _figure(panels, logarithmic=True))
+    return _shown(figures, lambda panels: _figures(panels, label, logarithmic=True))
 
 
-def _figure(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> _View:
+def _figures(panels: Mapping[str, Mapping[str, Curve]], label: str, logarithmic: bool) -> _View:
     panels, more = first_panels(panels)
+    figures = {title: panel_figure(title, curves, label, logarithmic) for title, curves in panels.items()}
     return {
-        "image": as_data_uri(curves_figure(panels, logarithmic)),
+        "images": [(f"{title} against step", as_data_uri(figure)) for title, figure in figures.items()],
         "left_out": not_drawn(panels, logarithmic),
         "more": more,
         "limits": ", or not above 0, as a logarithmic axis has them" if logarithmic else "",

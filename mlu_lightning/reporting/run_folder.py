@@ -28,7 +28,7 @@ class RunRecord:
     """What was found in the folder of a run, by the path of the file; curves by the name of what was logged."""
 
     folder: Path
-    plans: dict[str, Plan] = field(default_factory=dict)  # of checkpoints with one plan, the first is named
+    plans: dict[str, Plan] = field(default_factory=dict)  # of files with one plan, the first is named
     checks: dict[str, CheckReport] = field(default_factory=dict)
     values: dict[str, Curve] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
@@ -74,12 +74,9 @@ def read_run(folder: Path) -> RunRecord:
             logs.setdefault(log, defaultdict(dict))[metric].update(curve)
         for text in content.get("plans", ()):
             try:
-                plan = Plan.from_yaml(text, name)
+                _add_plan(text, name, record)
             except UNREADABLE as error:
                 record.problems[name] = reason(error)
-                continue
-            if plan not in record.plans.values():
-                record.plans[name] = plan
     merged = _merged(logs, record.problems)
     record.values.update({name: tuple(sorted(curve.items())) for name, curve in sorted(merged.items())})
     if record == RunRecord(folder):
@@ -159,7 +156,13 @@ def _read_check(path: Path, name: str, record: RunRecord) -> None:
 def _read_plan(path: Path, name: str, record: RunRecord) -> None:
     text = _text(path)
     if any(line.startswith("mlu_plan:") for line in text.splitlines()):  # others are hyperparameters and the like
-        record.plans[name] = Plan.from_yaml(text, name)
+        _add_plan(text, name, record)
+
+
+def _add_plan(text: str, name: str, record: RunRecord) -> None:
+    plan = Plan.from_yaml(text, name)
+    if plan not in record.plans.values():
+        record.plans[name] = plan
 
 
 def _text(path: Path) -> str:

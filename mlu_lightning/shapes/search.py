@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants, Shape, error_at, error_bound
 
-__all__ = ["RESNET", "Architecture", "Candidate", "candidate_shapes", "optimal_shape"]
+__all__ = ["RESNET", "Architecture", "Candidate", "candidate_shapes", "depth_exponent", "optimal_shape"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Architecture:
         """Describe alternating attention and MLP branches as in :class:`~mlu_lightning.models.CausalTransformer`.
 
         Hidden width M is the number of heads, of fixed dimension (theory.md, section 3). L counts both branches of a block.
+        The bound alone prefers few blocks with very many heads: of shapes that people build, see ``mlu-lightning shape``.
 
         Args:
             vocabulary: number of tokens; token table and readout, not tied, have 2 * vocabulary * D parameters.
@@ -142,6 +143,16 @@ def candidate_shapes(parameters: float, architecture: Architecture = RESNET, gai
     return sorted(found, key=lambda candidate: (candidate.shape.depth, candidate.shape.embedding))
 
 
+def depth_exponent(gain: float) -> float:
+    """Exponent e at which error * L^e is least where twice the depth would not lower the error by the gain."""
+    if not 0.01 <= gain < 0.5:
+        raise ValueError(
+            f"gain={gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the "
+            "error. With less, the bound takes depth almost without end; half of it is more than any depth gains."
+        )
+    return -math.log2(1 - gain)
+
+
 @dataclass(frozen=True)
 class _Search:
     """Shapes that a number of parameters allows, searched outwards from where a lower bound is least."""
@@ -151,11 +162,7 @@ class _Search:
     gain: float
 
     def __post_init__(self) -> None:
-        if not 0.01 <= self.gain < 0.5:
-            raise ValueError(
-                f"gain={self.gain} should be from 0.01 to below 0.5: the part by which twice the depth must lower the "
-                "error. With less, the bound takes depth almost without end; half of it is more than any depth gains."
-            )
+        depth_exponent(self.gain)
         smallest = self.architecture.multiples
         least = self.architecture.parameters(smallest)
         if not least <= self.parameters < math.inf:
@@ -166,7 +173,7 @@ class _Search:
 
     def best(self) -> Candidate:
         """Candidate of least error * L^e with e = -log2(1 - gain), over all depths."""
-        exponent = -math.log2(1 - self.gain)
+        exponent = depth_exponent(self.gain)
         step, squares, floor = self.architecture.multiples.depth, self.architecture.constants.depth**2, self._floor()
         return _least(
             lambda i: self.best_at_depth(step * i),

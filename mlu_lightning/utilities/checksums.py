@@ -27,8 +27,20 @@ class Checksum:
             return True  # as where a strategy has divided a tensor since
         if self.dtype == other.dtype or not (self.rough and other.rough):
             return self.exact == other.exact
+        return self._differs_by_at_most(other, max(1e-4, torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps))
+
+    def is_alike(self, other: Checksum) -> bool:
+        """Whether both are of one shape and type."""
+        return (self.shape, self.dtype) == (other.shape, other.dtype)
+
+    def is_near(self, other: Checksum) -> bool:
+        """Whether both are of values that are equal up to rounding, as those that were moved and moved back."""
+        if self.is_of(other) or self.dtype != other.dtype or not (self.rough and other.rough):
+            return self.is_of(other)
+        return self._differs_by_at_most(other, 8 * torch.finfo(self.dtype).eps)
+
+    def _differs_by_at_most(self, other: Checksum, eps: float) -> bool:
         # sums over random signs of rounding errors, and over equal ones, where values are equal
-        eps = max(1e-4, torch.finfo(self.dtype).eps, torch.finfo(other.dtype).eps)
         norm, rows, columns, *sums = self.rough
         return all(
             math.isclose(one, two, rel_tol=0.0, abs_tol=eps * (norm + rows + columns))

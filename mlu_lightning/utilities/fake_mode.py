@@ -40,6 +40,10 @@ class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # t
         super().__init__(allow_non_fake_inputs=True)
         self.cache_enabled = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap the method below, for twice the time, and nothing is compiled in this mode
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 import torch
@@ -57,10 +58,10 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
                 if sum(map(len, metadata.values())) > _LONGEST_HEADER:
                     raise ValueError(f"its metadata are longer than the {_LONGEST_HEADER} bytes that are read")
                 return read(file, metadata)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, RuntimeError, ValueError) as error:  # the second is torch's, which maps the file
             if _version(path) != before:
                 continue
-            if isinstance(error, SafetensorError):
+            if not isinstance(error, ValueError):
                 raise ValueError(f"it is not a whole safetensors file ({str(error)[:200]})") from error
             raise
 
@@ -99,4 +100,6 @@ def _refuse_constant(name: str) -> None:
 
 def _version(path: Path) -> tuple[int, int, int]:
     status = path.stat()
+    if not S_ISREG(status.st_mode):  # reading a pipe would wait for somebody to write to it
+        raise ValueError("it is no file, but a folder, a device or a pipe")
     return status.st_ino, status.st_mtime_ns, status.st_size

@@ -29,16 +29,20 @@ class WrittenOut(TorchFunctionMode):
     ) -> Any:
         given, name = dict(kwargs or {}), getattr(func, "__name__", "")
         first = args[0] if args else given.get("input")
-        if not isinstance(first, Tensor) or not first.requires_grad or isinstance(first, nn.Parameter):
+        if not isinstance(first, Tensor) or isinstance(first, nn.Parameter):
+            return func(*args, **given)
+        with torch._C.DisableTorchFunction():  # or every attribute goes through all modes around this one
+            has_gradient, is_view = first.requires_grad, first._is_view()
+        if not has_gradient:
             return func(*args, **given)
         if name == "__setitem__" and isinstance(args[2], Tensor) and _is_that_part(args[2], first[args[1]]):
             return None  # x[i] += y has changed that part already
-        if given.get("inplace") and first._is_view():
+        if given.get("inplace") and is_view:
             return _overwritten(first, func(*args, **{**given, "inplace": False}))
         plain = _plain_name(name)
-        is_view = first._is_view() and plain != name
+        changes_view = is_view and plain != name
         written_out = _SUMS.get(plain) or (
-            (getattr(Tensor, plain, None) or getattr(F, plain, None)) if is_view else None
+            (getattr(Tensor, plain, None) or getattr(F, plain, None)) if changes_view else None
         )
         if written_out is None:
             return func(*args, **given)

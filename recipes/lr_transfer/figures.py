@@ -12,11 +12,12 @@ from recipes.lr_transfer.report import NAMES, along
 from recipes.lr_transfer.runs import Run, Shape, Study
 from recipes.lr_transfer.search import Curve, Estimate, Transfer, best, curves_of, mean
 
-_STYLES: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "mlu": {"color": "#D55E00", "linewidth": 3.2, "marker": "o", "markersize": 6, "linestyle": "-"},
     "completep": {"color": "#0072B2", "linewidth": 2.2, "marker": "s", "markersize": 4.5, "linestyle": "-"},
     "mup": {"color": "#009E73", "linewidth": 1.4, "marker": "^", "markersize": 4, "linestyle": "-"},
     "sp": {"color": "#000000", "linewidth": 1.4, "marker": "D", "markersize": 3, "linestyle": "--"},
+    "capped": {"color": "#CC79A7", "linewidth": 1.4, "marker": "v", "markersize": 4, "linestyle": ":"},
 }
 """Colours of Okabe and Ito's palette, which people with any colour vision can tell apart; where lines are the same, the
 thinner ones leave the thicker ones below them to be seen."""
@@ -28,7 +29,7 @@ def save_figure(study: Study, found: Sequence[Transfer], path: Path) -> None:
     panels = figure.subplots(3, len(study.axes), sharey="row", sharex="col", squeeze=False)
     for column, axis in zip(panels.T, study.axes, strict=True):
         for name in study.parameterizations:
-            sweep, style = along(found, axis, name), _STYLES[name]
+            sweep, style = along(found, axis, name), STYLES[name]
             factors = [transfer.factor for transfer in sweep]
             for axes, quantity in zip(column, ("drift", "regret", "loss"), strict=True):
                 values = _with_errors([getattr(transfer, quantity) for transfer in sweep])

@@ -12,7 +12,7 @@ from recipes.common.fits import Slope, fit_slope
 from recipes.lr_transfer.runs import Shape, Study
 from recipes.lr_transfer.search import Transfer
 
-NAMES = {"mlu": "MLU", "completep": "CompleteP", "mup": "µP", "sp": "SP"}
+NAMES = {"mlu": "MLU", "completep": "CompleteP", "mup": "µP", "sp": "SP", "capped": "capped MLU"}
 _OF_LARGEST = "regret at the largest", "loss at its best lr"
 _QUANTITIES = "best lr", "drift (decades)", "regret (nats per byte)", "loss at best lr"
 

@@ -1,4 +1,4 @@
-"""Is the learning rate that was tuned at a small size right at a large one? Transformers on text, along five axes.
+"""Is the learning rate that was tuned at a small size right at a large one? Transformers on text, along six axes.
 
 Where two parameterizations have the same numbers at a shape, as MLU and CompleteP have along depth, their runs are the same
 and are made once. ``search.py`` says what is searched for, and studies.yaml what is trained.
@@ -62,9 +62,10 @@ def study(
     workers = (1 if preset == "accelerator" else 2) if workers is None else workers
     check_command(workers, chosen.seeds)
     terminal, folder = console(118), Path(output)
-    shared, runs = _make_runs(chosen, folder, workers, deadline(minutes), terminal)
+    plans, runs = make_runs(chosen, folder, workers, deadline(minutes), terminal)
+    shared = shared_runs(plans)
     found = transfers(chosen, shared, runs)
-    terminal.print(_state(chosen, shared, runs), highlight=False)
+    terminal.print(state_of(chosen, shared, runs), highlight=False)
     if not found:
         return
     terminal.print(size_table(chosen, shared, found), summary_table(chosen, found))
@@ -91,8 +92,9 @@ def horizon(
     found: dict[str, list[Transfer]] = {}
     for name, content in STUDIES["quick horizon" if quick else "horizon"].items():
         part = Study(**content)
-        shared, runs = _make_runs(part, folder / name, workers, end, terminal)
-        terminal.print(f"{name}: {_state(part, shared, runs)}", highlight=False)
+        plans, runs = make_runs(part, folder / name, workers, end, terminal)
+        shared = shared_runs(plans)
+        terminal.print(f"{name}: {state_of(part, shared, runs)}", highlight=False)
         found.setdefault(name.split("-")[0], []).extend(transfers(part, shared, runs))
     if not any(found.values()):
         return
@@ -110,12 +112,12 @@ def _settings(path: str) -> dict[str, Any]:
     return given
 
 
-def _make_runs(
+def make_runs(
     study: Study, folder: Path, workers: int, end: float, terminal: Console
-) -> tuple[dict[tuple[Shape, str], str], list[Run]]:
+) -> tuple[dict[tuple[Shape, str], Plan], list[Run]]:
     """Make the runs that a study still needs, the longest first, until it is complete or the time is over.
 
-    Returns parameterizations whose runs stand for those of each shape and parameterization, and all runs that were made.
+    Returns the plans of each shape and parameterization, and all runs that were made.
     """
     file = ResultFile(folder / "runs.jsonl", study, Run.encode, Run.decode)
     runs, plans = file.read(), plans_of(study)
@@ -135,7 +137,7 @@ def _make_runs(
             file.append(run)
 
         keep_busy(pool, workers, train, next_run, finish)
-    return shared, runs
+    return plans, runs
 
 
 def _cost(plan: Plan) -> int:
@@ -143,7 +145,7 @@ def _cost(plan: Plan) -> int:
     return sum(10_000 + math.prod(parameter.shape) for parameter in plan.parameters.values())
 
 
-def _state(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence[Run]) -> str:
+def state_of(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequence[Run]) -> str:
     """How many runs there are, and what is missing."""
     made = f"{len(runs)} runs, {math.fsum(run.seconds for run in runs) / 60:.1f} minutes of processor time."
     cases = {(run.shape, run.parameterization) for run in missing_runs(study, shared, runs)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pydoc import locate
 from typing import Any, Literal
 
@@ -16,8 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.table import OptimizerFamily, Parameterization
+from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from recipes.common.studies import QUIET
+
+CAPPED = "capped"
+"""MLU with a bounded std of ``branch_out``, which is no parameterization of the package."""
 
 Shape = tuple[tuple[str, int], ...]
 """Arguments of the model that are sizes, and their values."""
@@ -36,7 +39,7 @@ class Study:
         exponents: powers of two that the base is trained at first, ``spacing`` apart.
         spacing: of the base's learning rates in octaves, 1/2 or 1; those of all other shapes are an octave apart.
         seeds: runs of each shape at each learning rate, with weights and data of their own.
-        parameterizations: names of those that are compared.
+        parameterizations: names of those that are compared; ``"capped"`` is one of :func:`capped`.
         trainer: arguments of the Trainer.
     """
 
@@ -145,17 +148,37 @@ def plans_of(study: Study) -> dict[tuple[Shape, str], Plan]:
     example = next(iter(_data(study, 0).train_dataloader()))
     base = _model(study, study.base, 1.0)
     shapes = dict.fromkeys(shape for axis in study.axes for shape in study.shapes(axis).values())
-    return {
-        (shape, name): Plan.from_model(_model(study, shape, 1.0), example, base=base, parameterization=name)
-        for shape in shapes
-        for name in study.parameterizations
-    }
+
+    def plan(shape: Shape, name: str) -> Plan:
+        table = Parameterization.MLU if name == CAPPED else name
+        made = Plan.from_model(_model(study, shape, 1.0), example, base=base, parameterization=table)
+        return capped(made) if name == CAPPED else made
+
+    return {(shape, name): plan(shape, name) for shape in shapes for name in study.parameterizations}
+
+
+def capped(plan: Plan) -> Plan:
+    """The plan with stds of ``branch_out`` at which the initial random part √(D/(L·M)) is at most 1, or the base's."""
+    tuned: dict[str, dict[str, float]] = {}
+    for name, parameter in plan.parameters.items():
+        if parameter.role is Role.BRANCH_OUT and parameter.branch is not None:
+            branch = plan.branches[parameter.branch]
+            stream = plan.streams[branch.stream]
+            own = math.sqrt(stream.embedding / (stream.depth * branch.hidden))
+            most = max(1.0, math.sqrt(stream.base_embedding / (stream.base_depth * branch.base_hidden)))
+            if own > most:
+                tuned[name] = {"std": most / own}
+    return replace(plan, tuned=tuned)
 
 
 def numbers(plan: Plan) -> tuple[Any, ...]:
-    """All that a plan does to a run: AdamW's factors, from which those of any optimizer follow, and the forward pass's."""
-    multipliers = (plan.forward_multiplier(multiplier) for multiplier in plan.multipliers)
-    return (*plan.scales(OptimizerFamily.ADAMW).items(), *multipliers)
+    """All that a plan does to a run: AdamW's factors, from which those of any optimizer follow, and the forward pass's.
+
+    They are rounded, because a product of factors may be that of others but for its last digit.
+    """
+    factors = ((name, astuple(scale)) for name, scale in plan.scales(OptimizerFamily.ADAMW).items())
+    multipliers = (f"{plan.forward_multiplier(multiplier):.9g}" for multiplier in plan.multipliers)
+    return (*((name, *(f"{number:.9g}" for number in scale)) for name, scale in factors), *multipliers)
 
 
 def shared_runs(plans: Mapping[tuple[Shape, str], Plan]) -> dict[tuple[Shape, str], str]:

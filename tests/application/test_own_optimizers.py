@@ -1,5 +1,7 @@
 """Optimizers in others, and those that nobody gave to scale_optimizer: their updates are those of groups by hand."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ from helpers.parameter_groups import ADAM_LR, EPS, Weights, identical, plan_of
 from helpers.updates import groups_of
 from lightning.fabric import Fabric
 from torch import nn, optim
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mlu_lightning import scale_optimizer
 from mlu_lightning.application.optimization import Scaled
@@ -203,3 +206,17 @@ def test_optimizers_without_groups_of_torch_are_refused() -> None:
     module = Weights()
     with pytest.raises(TypeError, match=r"Bare has not called Optimizer.__init__.*super\(\).__init__"):
         scale_optimizer(Bare(module.parameters()), module, plan_of(module), "sgd")
+
+
+def test_a_module_that_nobody_gave_back_is_not_kept() -> None:
+    """Torch has hooks of all optimizers for good, and a fit may end without a word to its callbacks."""
+    before = dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)
+    module = Weights()
+    optimizers = Optimizers(module, plan_of(module))
+    optimizers.add_at_step()
+    optimizers.add(adamw([{"params": [*module.parameters()]}]))
+    kept = weakref.ref(module)
+    assert len(_global_optimizer_pre_hooks) == len(before[0]) + 1
+    del module, optimizers
+    gc.collect()
+    assert kept() is None and (dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)) == before

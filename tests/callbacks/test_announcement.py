@@ -14,6 +14,7 @@ import yaml
 from helpers.logged_runs import BASE, SMALL, fit
 from helpers.processes import environment
 from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import optim
@@ -43,8 +44,9 @@ def mlu(**settings: Any) -> MLUCallback:
 
 
 @pytest.mark.parametrize("kind", LOGGERS)
-def test_where_the_plan_is(kind: str, tmp_path: Path) -> None:
+def test_where_the_plan_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip({"mlflow": "mlflow"}.get(kind, "torch"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     callback, logger = mlu(), LOGGERS[kind](tmp_path)
     fit(tmp_path, ResNet(**SMALL), callback, logger=[logger], max_steps=1)
     wandb.finish()
@@ -56,6 +58,43 @@ def test_where_the_plan_is(kind: str, tmp_path: Path) -> None:
     ) or (kind == "mlflow" and str(logger.version) in str(path))
 
 
+class Elsewhere(CSVLogger):
+    """Has its files on another machine, or nobody knows where."""
+
+    log_dir: Any = None
+    save_dir: Any = None
+    experiment: Any = None
+    name: Any = "runs"
+    version: Any = "a1"
+
+    def __init__(self, folder: Any = None) -> None:
+        self.save_dir = folder
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def save(self) -> None: ...
+
+    def finalize(self, status: str) -> None: ...
+
+
+def test_several_loggers_have_it_each(tmp_path: Path) -> None:
+    """One without a folder has it where Lightning saves its checkpoints."""
+    loggers = [
+        Elsewhere(),
+        CSVLogger(tmp_path / "csv"),
+        Elsewhere("s3://bucket"),
+        TensorBoardLogger(tmp_path / "board"),
+    ]
+    fit(tmp_path, ResNet(**SMALL), callback := mlu(), ModelCheckpoint(), logger=loggers, max_steps=1)
+    folders = {"runs/a1", "csv/lightning_logs/version_0", "board/lightning_logs/version_0"}
+    assert {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("plan.yaml")} == folders
+    assert {str(Plan.load(path)) for path in tmp_path.rglob("plan.yaml")} == {str(callback.plan)}
+    assert (tmp_path / "runs" / "a1" / "checkpoints").is_dir()
+    assert len(read_run(tmp_path).plans) == 1
+
+
 def test_where_there_is_none(tmp_path: Path) -> None:
     fit(tmp_path, ResNet(**SMALL), mlu(), logger=False)
     fit(tmp_path, ResNet(**SMALL), mlu(), logger=CSVLogger(tmp_path), fast_dev_run=True, max_steps=-1)
@@ -65,20 +104,8 @@ def test_where_there_is_none(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    class Broken(CSVLogger):
-        log_dir = str(tmp_path / "file" / "run")
-        experiment: Any = None
-
-        def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-        def save(self) -> None: ...
-
-        def finalize(self, status: str) -> None: ...
-
     with pytest.warns(UserWarning, match="The plan could not be saved as .*plan.yaml"):
-        fit(tmp_path, ResNet(**SMALL), mlu(), logger=Broken(tmp_path), max_steps=1)
+        fit(tmp_path, ResNet(**SMALL), mlu(), logger=Elsewhere(tmp_path / "file" / "run"), max_steps=1)
 
 
 def test_a_resumed_run_leaves_the_plan_in_effect(tmp_path: Path) -> None:
@@ -99,8 +126,9 @@ def test_one_line(residual: Any, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     fit(tmp_path, ResNet(**SMALL), mlu(residual=residual), logger=False, max_steps=1)
     (line,) = {record.getMessage() for record in caplog.records if record.getMessage().startswith("MLU")}
     assert line == (
-        "MLU: depth 4 (base 2), embedding 8 (base 4), mlp 16 (base 4); roles 1 embedding, 4 branch_in, 4 branch_out, "
-        f"1 readout; optimizer sgd; multipliers 5 in {'weights' if residual == 'fold' else 'hooks'}; no warnings."
+        "MLU: depth 4 (base 2), embedding 8 (base 4), mlp 16 (base 4); distance ratio mlp 0.5; roles 1 embedding, 4 "
+        "branch_in, 4 branch_out, 1 readout; optimizer sgd; multipliers 5 in "
+        f"{'weights' if residual == 'fold' else 'hooks'}; no warnings."
     )
 
 

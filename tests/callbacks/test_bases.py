@@ -61,15 +61,18 @@ REFUSED: list[tuple[Any, str]] = [
     (multiplied, "base ResNet has multipliers of a plan"),
     (Plain, "base is a Plain and the module a ResNet, and only the module is a LightningModule"),
     (lambda: 5, "base is a int"),
+    (lambda: "Absolute", "base is 'Absolute', and there is no file of that name.* or 'absolute'"),
+    (lambda: Path(__file__).parent, "there is no file of that name"),
+    (lambda: lambda: None, "returned None instead of a module|base is a function"),
 ]
 
 
-@pytest.mark.parametrize(("base", "message"), REFUSED, ids=["trained", "gradients", "multiplied", "plain", "number"])
+@pytest.mark.parametrize(("base", "message"), REFUSED, ids=[str(number) for number in range(len(REFUSED))])
 def test_refused(base: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         fit(net(4), MLUCallback(base()))
     if base is not multiplied:
-        with pytest.raises((TypeError, ValueError), match=message):
+        with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
             Plan.from_model(net(4), next(iter(loader())), base=base())
 
 

@@ -41,14 +41,15 @@ def repeated(*sample: Tensor) -> DataLoader[Any]:
 def test_uncoupled_embeddings_are_refused_with_the_remedy(tmp_path: Path) -> None:
     path = record(tmp_path / "large.safetensors", None, coupled(seed=0))
     for callbacks in ([], [coupled(seed=1)], [MLUCallback(build_base)]):
-        refused(r"not coupled: .* of its size \(independent embeddings by 1.4\).*init=\"coupl", path, *callbacks)
+        message = r"not coupled: .* of its size \(independent embeddings by 1.4\).*init=\"coupl"
+        refused(message, path, *callbacks, metrics=["gram", "rms"])
     measure(path, metrics=["gram", "cka", "procrustes", "output"])
 
 
 def test_larger_embedding_than_the_references_is_refused_for_rms_only(tmp_path: Path) -> None:
     path = record(tmp_path / "small.safetensors", ResNet(**SHAPE), coupled())
     message = r"has 32 coordinates in this run and 8 in .*leave \"rms\" out of metrics"
-    refused(message, path, coupled(), module=ResNet(**LARGE))
+    refused(message, path, coupled(), module=ResNet(**LARGE), metrics=["rms"])
     measure(path, coupled(), module=ResNet(**LARGE), metrics=["gram", "cka", "procrustes", "output"])
 
 
@@ -112,6 +113,10 @@ ARGUMENTS: list[tuple[Any, str]] = [
     *(([paths], "files of the same name; give a dict") for paths in (["x/a.st", "y/a.st"], ["x/a:v0", "y/a:v0"])),
     (({},), "one or more references"),
     (({"floor": "a.safetensors"},), 'none of them by the name "floor"'),
+    *(
+        ((dict.fromkeys(names, "a.safetensors"),), "by one that goes on from another's")
+        for names in (["a", "a/b"], ["b/a", "b"], ["floor/a"], [""])
+    ),
 ]
 
 
@@ -121,10 +126,11 @@ def test_arguments_are_checked() -> None:
             EmbeddingDistance(*arguments)
 
 
-@pytest.mark.parametrize("other", ["two.safetensors", "limit"])
-def test_two_callbacks_that_log_under_the_same_names_are_refused(other: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["two.safetensors", {"two": "two.safetensors"}, "limit"])
+def test_two_callbacks_that_log_under_the_same_names_are_refused(other: Any, tmp_path: Path) -> None:
+    """Or under one that is the folder of the other's."""
     one = record(tmp_path / "one.safetensors")
-    second = EmbeddingDistance(other if other == "limit" else str(tmp_path / other), ["output", "gram"])
+    second = EmbeddingDistance(other, ["output", "gram"])
     message = r"of one and of (two|limit), would log .*different metrics, or the references as a"
     refused(message, str(one), second, metrics=["gram", "cka"], steps=2)
 

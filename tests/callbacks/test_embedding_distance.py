@@ -1,6 +1,7 @@
 """EmbeddingDistance: what it logs, and when."""
 
 import math
+import os
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -115,11 +116,21 @@ def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled
     assert list(measured(path, coupled(), saving[0], enable_checkpointing=True)) == [0, 3, 6]
     assert list(measured(path, coupled(), steps=12, ckpt_path=tmp_path / "step=6.ckpt")) == [9, 12]
     fit(ResNet(**SHAPE), coupled(), saving[1], enable_checkpointing=True)
-    with pytest.raises(ValueError, match=r"seen at step 0, but this run goes on from step 6.*Leave \"rms\" out"):
-        measured(path, coupled(), steps=12, ckpt_path=plain / "step=6.ckpt")
+    with pytest.raises(ValueError, match=r"seen at step 0, but this run goes on from step 6.*leave \"rms\" out"):
+        measured(path, coupled(), steps=12, metrics=["rms"], ckpt_path=plain / "step=6.ckpt")
+    with pytest.warns(
+        UserWarning, match=r"\"rms\" is left out of .*seen at step 0, but this run goes on from step 6\.$"
+    ):
+        logged = measured(path, coupled(), steps=12, ckpt_path=plain / "step=6.ckpt")
+    assert {name.split("/")[0] for values in logged.values() for name in values} == {
+        "gram",
+        "cka",
+        "procrustes",
+        "output",
+    }
 
 
-@pytest.mark.parametrize("how", ["moved", "damaged", "replaced"])
+@pytest.mark.parametrize("how", ["moved", "damaged", "replaced", "a pipe"])
 def test_reference_that_is_lost_costs_its_distances(how: str, tmp_path: Path) -> None:
     lost, kept, other = (tmp_path / f"{name}.safetensors" for name in ("lost", "kept", "other"))
     for path in (lost, kept, other):
@@ -131,6 +142,8 @@ def test_reference_that_is_lost_costs_its_distances(how: str, tmp_path: Path) ->
                 lost.write_bytes(lost.read_bytes()[:-1])
             elif trainer.global_step == 2:
                 other.replace(lost) if how == "replaced" else lost.unlink()
+                if how == "a pipe":
+                    os.mkfifo(lost)
 
     with pytest.warns(
         UserWarning, match=r"The reference lost cannot be read at step 3.*The training goes on"
@@ -186,8 +199,10 @@ def test_callback_can_be_used_for_one_run_after_another(tmp_path: Path) -> None:
         memory = Memory()
         fit(ResNet(**SHAPE), distance, coupled(), logger=memory)
         assert list(memory.distances()) == [0, 1, 2, 4, 6]
-    with pytest.raises(ValueError, match="not coupled"):
-        fit(ResNet(**SHAPE), distance)
+        assert "mlu/distance/rms/s=1" in memory.distances()[6]
+    with pytest.warns(UserWarning, match='"rms" is left out of the distances, because .* not coupled'):
+        fit(ResNet(**SHAPE), distance, logger=(memory := Memory()))
+    assert {name.split("/")[2] for name in memory.distances()[6]} == {"gram", "cka", "procrustes", "output"}
 
 
 def test_names_of_references_are_their_last_parts() -> None:

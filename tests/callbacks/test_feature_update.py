@@ -67,7 +67,7 @@ def test_logged_are_root_mean_squares_of_what_a_resnet_computes() -> None:
         pairs = zip(features(weights.at[step]), features(weights.at[0]), strict=True)
         moves = [(now - before).square().mean().sqrt().item() for now, before in pairs]
         assert [values[name] for name in names] == pytest.approx(moves, rel=1e-5)
-        assert values["mlp"] == pytest.approx((sum(m**2 for m in moves[1:4]) / 3) ** 0.5, rel=1e-5)
+        assert values["all/mlp"] == pytest.approx((sum(m**2 for m in moves[1:4]) / 3) ** 0.5, rel=1e-5)
 
 
 def test_default_steps_are_powers_of_two_and_the_last() -> None:
@@ -117,9 +117,9 @@ def test_resuming_without_its_state_is_warned_about(tmp_path: Path) -> None:
 
 
 def test_checkpoints_monitor_it(tmp_path: Path) -> None:
-    best: Any = ModelCheckpoint(tmp_path, monitor="mlu/update/mlp", mode="max", every_n_train_steps=1)
+    best: Any = ModelCheckpoint(tmp_path, monitor="mlu/update/all/mlp", mode="max", every_n_train_steps=1)
     logged = fit(seeded(), FeatureUpdate(steps=1), best, enable_checkpointing=True)
-    assert float(best.best_model_score) == pytest.approx(max(values["mlp"] for values in logged.values()))
+    assert float(best.best_model_score) == pytest.approx(max(values["all/mlp"] for values in logged.values()))
 
 
 def test_attention_is_logged_by_branch_and_for_all() -> None:
@@ -129,9 +129,9 @@ def test_attention_is_logged_by_branch_and_for_all() -> None:
     logged = fit(model, FeatureUpdate(), steps=4, data=DataLoader(tokens, batch_size=4))
     names = {name for values in logged.values() for name in values}
     assert {f"attention/branches.{i}" for i in (0, 2)} | {f"mlp/branches.{i}" for i in (1, 3)} < names
-    assert {"attention", "mlp", "output", "stream/s=0.25"} < names
+    assert {"all/attention", "all/mlp", "output", "stream/s=0.25"} < names
     branches = [logged[4][f"attention/branches.{i}"] for i in (0, 2)]
-    assert logged[4]["attention"] == pytest.approx((sum(value**2 for value in branches) / 2) ** 0.5)
+    assert logged[4]["all/attention"] == pytest.approx((sum(value**2 for value in branches) / 2) ** 0.5)
     assert min(branches) > 0
 
 

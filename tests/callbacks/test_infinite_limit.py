@@ -294,7 +294,7 @@ def test_command_line(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     configured = run("--config", f"{tmp_path}/config.yaml")
     assert len(limit) == len(small) == 42
-    assert set(configured) == {f"mlu/distance/rms/s={s}{end}" for s in (0, 1) for end in ("", "/floor")}
+    assert set(configured) == {f"mlu/distance/rms/s={s}/{end}" for s in (0, 1) for end in ("limit", "floor")}
     for name, value in configured.items():
         assert small[name] == value
         assert name.endswith("s=0/floor") or limit[name] != value

@@ -156,7 +156,7 @@ def test_config_has_shape_and_factors(run: Run) -> None:
         **{"depth": 4, "embedding": 8, "hidden": {"mlp": 16}},
         "base": {"depth": 2, "embedding": 4, "hidden": {"mlp": 4}},
         **{"parameterization": "mlu", "alpha": 1.0, "batch_ratio": 1.0, "token_ratio": 1.0},
-        **{"residual": "fold", "optimizer": "sgd"},
+        **{"distance_ratio": {"mlp": pytest.approx(0.5)}, "residual": "fold", "optimizer": "sgd"},
     }
     # theory.md, section 3, for SGD at l = 2, m = 4, d = 2
     keys = "multiplier", "std", "lr", "eps", "weight_decay"

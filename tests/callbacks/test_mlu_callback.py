@@ -115,6 +115,11 @@ def test_warnings_of_the_plan_are_given(plan: Plan) -> None:
         fit(Net(**WIDE), MLUCallback(plan=replace(plan, warnings=("heads have grown",))))
 
 
+def test_a_shape_far_from_its_limit_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"4 times as much to the stream .*: grow hidden width or depth along with"):
+        fit(Net(embedding=16 * Net().embed.out_features), MLUCallback(Net()))
+
+
 def test_processes_that_send_only_weights_back_are_warned_about() -> None:
     callback, module = MLUCallback(Net(), example=next(iter(loader()))), Net(**WIDE)
     run = trainer(callback, strategy="ddp_spawn", devices=1)

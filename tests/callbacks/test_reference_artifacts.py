@@ -28,6 +28,15 @@ def test_disabled_wandb_is_silent(reference: Path, tmp_path: Path) -> None:
     wandb.finish()
 
 
+@pytest.mark.parametrize("upload", [True, False])
+def test_it_is_an_artifact_if_wanted(upload: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Path] = []
+    monkeypatch.setattr("mlu_lightning.callbacks.reference_recorder.log_reference", lambda _, path: logged.append(path))
+    recorder = ReferenceRecorder(tmp_path / "run.safetensors", upload=upload)
+    fit(tmp_path, ResNet(**SMALL), recorder, logger=False, max_steps=1)
+    assert logged == [recorder.path] * upload
+
+
 def test_artifact_that_cannot_be_staged_is_warned_of(reference: Path, logger: Any, monkeypatch: Any) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

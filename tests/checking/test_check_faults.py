@@ -1,12 +1,15 @@
 """The check fails on what a module computes otherwise than its plan says, and names what is wrong."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from helpers.check_runs import few
 from helpers.faulty_functions import TOKENS, Trained
 from lightning.pytorch import Callback
 
-from mlu_lightning import Plan, Shape, attach_multipliers, check, initialize
+from mlu_lightning import MLUCallback, Plan, Shape, attach_multipliers, check, initialize
 from mlu_lightning.checking import CheckReport
 
 BATCHES = [(TOKENS[0].roll(i, 1),) for i in range(4)]
@@ -62,3 +65,60 @@ def test_optimizers_that_are_not_scaled() -> None:
     assert report.verdict == "fail"
     failing = [row.quantity for row in report.rows if row.verdict == "fail"]
     assert {quantity.role for quantity in failing if quantity.kind == "update"} == {"branch_out"}, str(report)
+
+
+def multiplied_again(module: Any) -> None:
+    for branch in module.branches:
+        branch.register_forward_hook(lambda _, args, output: output / len(module.branches))
+
+
+def every_second_forgotten(module: Any) -> None:
+    for branch in list(module.branches)[1::2]:
+        branch._forward_hooks.clear()
+
+
+def drawn_late(pattern: str) -> Callable[[Any], None]:
+    def draw(module: Any) -> None:
+        for name, parameter in module.named_parameters():
+            if pattern in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+
+    return draw
+
+
+def grown_late(pattern: str, power: float) -> Callable[[Any], None]:
+    def grow(module: Any) -> None:
+        for name, parameter in module.named_parameters():
+            if pattern in name:
+                parameter.data.mul_(parameter.shape[-1] ** power)
+
+    return grow
+
+
+class Planted(MLUCallback):
+    """Plants a fault when a training starts."""
+
+    def __init__(self, base: Any, plant: Callable[[Any], None]) -> None:
+        super().__init__(base, residual="hook")
+        self.plant = plant
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.plant(pl_module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plant", "axis", "role"),
+    [
+        (multiplied_again, "depth", "branch_out"),
+        (every_second_forgotten, "depth", "branch_out"),
+        (drawn_late("write"), "hidden", "branch_out"),
+        (drawn_late("read."), "embedding", "branch_in"),
+        (grown_late("tokens", -0.5), "embedding", "embedding"),
+        (grown_late("norm", 0.5), "embedding", "branch_norm"),
+    ],
+)
+def test_faults_that_come_after_the_plan(plant: Callable[[Any], None], axis: str, role: str) -> None:
+    report = few(axes=[axis], seeds=2, callbacks=lambda base: [Planted(base, plant)])
+    assert report.verdict == "fail"
+    assert report.causes[0].role == role, str(report)

@@ -130,7 +130,7 @@ def test_positions_and_a_norm_under_a_multiplier_are_read_as_they_are() -> None:
     assert [multiplier.site and multiplier.site.module for multiplier in plan.multipliers][-1] == "norm"
     initial, batch = Initial(), tokens()[0]
     found = measure(model, plan, [MLUCallback(base), initial], [batch], batch, 1, {})
-    start = {one.quantity.name: one.values for one in found if one.quantity.kind == "start"}
+    start = {one.quantity.name: one.values for one in found.measurements if one.quantity.kind == "start"}
     size = initial.positions.square().mean().sqrt().item()
     assert start["positions"] == pytest.approx([size] * len(start["positions"]), rel=1e-6)
     # outputs of a norm with gains of one, before the readout's multiplier of 1/2

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mlu_lightning import Shape
 from mlu_lightning.checking.check import _at, _rows
-from mlu_lightning.checking.measurement import Measurement
+from mlu_lightning.checking.measurement import Measured, Measurement
 from mlu_lightning.checking.quantities import Kind, Quantity
 from mlu_lightning.checking.sizes import Size, sizes
 from mlu_lightning.checking.verdicts import Point, Row, find_causes, fit_row, overall_verdict
@@ -79,9 +79,9 @@ def test_features_are_compared_at_the_same_relative_depths(shift: float) -> None
         return measured_along(size.factor, lambda s: (seed + 1) * math.exp(3 * s), shift)
 
     runs = {(size.shape, seed): along(size, seed) for size in grid for seed in range(3)}
-    (row,) = _rows(grid, runs)
+    (row,) = _rows(grid, {key: Measured(found, {}) for key, found in runs.items()})
     assert row.slope == pytest.approx(0, abs=1e-9)
-    plain = {key: (replace(found[0], depths=()),) for key, found in runs.items()}
+    plain = {key: Measured((replace(found[0], depths=()),), {}) for key, found in runs.items()}
     (row,) = _rows(grid, plain)  # as the mean over all places
     assert shift or row.slope > 0.5
 

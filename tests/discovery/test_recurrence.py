@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int, dict[str, str]]] = {
         {
             "linear_x.weight": "branch_in 16 16",
             "rg_lru.recurrent_param": "branch_in_bias 1 16",
-            "rg_lru.input_gate_weight": "branch_hidden 8 8",  # of each head
+            "rg_lru.input_gate_weight": "branch_hidden 8 16",  # of each head
             "linear_out.weight": "branch_out 16 16",
         },
     ),

@@ -83,7 +83,7 @@ def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
         return {
             int(row["step"]): {name: float(value) for name, value in row.items() if name.startswith(prefix)}
             for row in csv.DictReader(file)
-            if row[f"{prefix}output"]
+            if row.get(f"{prefix}output") or row.get(f"{prefix}output/limit")
         }
 
 

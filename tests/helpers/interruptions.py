@@ -1,6 +1,7 @@
 """An error at a line of the package, whichever is chosen, while something runs."""
 
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,9 @@ class Injection:
         return None
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if frame.f_code.co_filename.startswith(self._prefixes) else None
+        # errors in finalizers, which run at any time, are printed by Python and not raised
+        finalizes = frame.f_back is not None and frame.f_back.f_code.co_filename == weakref.__file__
+        return self._line if frame.f_code.co_filename.startswith(self._prefixes) and not finalizes else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":

@@ -34,7 +34,7 @@ def measure(limit: Any, *callbacks: Callback, module: Any = None, metrics: Any =
     distance = EmbeddingDistance(limit, **({} if metrics is None else {"metrics": metrics}))
     fit(resnet() if module is None else module, *callbacks, distance, logger=memory, **more)
     return {
-        step: {name.removeprefix("mlu/distance/"): value for name, value in values.items()}
+        step: {name.removeprefix("mlu/distance/").removesuffix("/limit"): value for name, value in values.items()}
         for step, values in memory.distances().items()
     }
 

@@ -32,9 +32,15 @@ def data() -> DataLoader[Any]:
 
 def fit(folder: Path, module: LightningModule, *callbacks: Callback, **settings: Any) -> Trainer:
     saving = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    defaults = {"max_steps": 10, "max_epochs": -1, "enable_checkpointing": saving, "default_root_dir": folder}
+    defaults: dict[str, Any] = {
+        "max_steps": 10,
+        "max_epochs": -1,
+        "enable_checkpointing": saving,
+        "default_root_dir": folder,
+    }
+    batches = settings.pop("data", data())
     trainer = quiet(*callbacks, **defaults | settings)
-    trainer.fit(module, data())
+    trainer.fit(module, batches)
     return trainer
 
 

@@ -17,6 +17,7 @@ from mlu_lightning import MLUCallback, Plan
 
 NUMBERS = {"lr": 0.02, "eps": 1e-3, "weight_decay": 0.1}
 STEPS = 3
+WARNINGS = ("Parameters of the plan", "Parameters are trained", "Weights ", "Gradients ")
 
 
 class Module(Net):
@@ -89,14 +90,14 @@ def outcome(plant: Callable[[], Run]) -> tuple[str | None, str, Module]:
             reached.append("first step" if batch_idx == 0 else "second step")
 
     settings = {"plan": plan(), "residual": "hook", **planted.settings}
-    callbacks = [Steps(), reach("on_fit_start", "start"), *planted.before, MLUCallback(**settings), *planted.after]
+    callbacks = [reach("on_fit_start", "start"), *planted.before, MLUCallback(**settings), *planted.after, Steps()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             fit(planted.module, *callbacks, max_epochs=1, limit_train_batches=STEPS, limit_val_batches=0)
         except (AttributeError, ValueError, TypeError, RuntimeError) as error:
             return reached[-1], str(error), planted.module
-    said += [str(each.message) for each in caught if "Parameters of the plan" in str(each.message)]
+    said += [str(each.message) for each in caught if str(each.message).startswith(WARNINGS)]
     return None, said[-1], planted.module
 
 

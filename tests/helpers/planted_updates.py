@@ -179,6 +179,65 @@ def decay_by_hand() -> Run:
     return planted
 
 
+class WarmUp(optim.AdamW):
+    """Sets its learning rate in its own step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr"] = 0.01
+        return super().step(closure)
+
+
+class Climbing(optim.Optimizer):
+    """SAM as it is, with AdamW inside."""
+
+    def __init__(self, inner: optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        self.move(0.01)
+        loss = closure()
+        self.move(-0.01)
+        self.inner.step()
+        return loss
+
+    def move(self, distance: float) -> None:
+        for parameter in self.inner.param_groups[0]["params"]:
+            parameter.data += distance
+
+
+def after_batches(do: Callable[[Module], Any], **numbers: float) -> Run:
+    """Does something after the optimizer's step, in the module's own hook."""
+    planted = run(optimizer=lambda module: optim.AdamW(module.parameters(), **{**NUMBERS, **numbers}))
+    vars(planted.module)["on_train_batch_end"] = lambda *_: do(planted.module)
+    return planted
+
+
+def readout_after_batches() -> Run:
+    planted = partly(None)
+    vars(planted.module)["on_train_batch_end"] = lambda *_: move_readout(planted.module)
+    return planted
+
+
+def decay_all(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.data.mul_(1 - 0.002)
+
+
+def clamp(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.data.clamp_(-0.05, 0.05)
+
+
+def clipped_by_hand() -> Run:
+    planted = run(residual="fold")
+    clip = lambda trainer, module: nn.utils.clip_grad_norm_(module.parameters(), 0.01)  # noqa: E731
+    planted.after.append(At("on_after_backward", clip, 0))
+    return planted
+
+
 class Bare(optim.Optimizer):
     """Has not called ``Optimizer.__init__``."""
 
@@ -279,6 +338,24 @@ UPDATES: dict[str, Fault] = {
     "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
     "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
     "readout in no optimizer": Fault(ALL, lambda: partly(None), None, "Parameters of the plan belong to no optimizer"),
+    "readout in no optimizer, moved after the batch": Fault(ALL, readout_after_batches, "first step", MOVED),
+    "lr set in the step of its class": Fault(
+        "lr",
+        lambda: run(own(lambda m: WarmUp(m.parameters(), **NUMBERS)), None, family="adamw"),
+        "first step",
+        "WarmUp sets lr",
+    ),
+    "decay written after the batch": Fault(
+        "decay", lambda: after_batches(decay_all, weight_decay=0.0), None, "Weights were changed after"
+    ),
+    "weights clamped after the batch": Fault("std", lambda: after_batches(clamp), None, "Weights were changed after"),
+    "folded gradients clipped by hand": Fault("multiplier", clipped_by_hand, None, "Gradients were changed between"),
+    "SAM that climbs, folded": Fault(
+        "multiplier",
+        lambda: run(optimizer=lambda m: Climbing(adamw(m)), residual="fold"),
+        None,
+        "Weights are moved in the first step",
+    ),
     "LBFGS": Fault("lr", lambda: run(optimizer=lambda m: optim.LBFGS(m.parameters())), "planning", "LBFGS cannot"),
     "one rate for all groups": Fault(
         "lr", lambda: run(optimizer=lambda m: OneRate(m.parameters()), family="adamw"), "planning", "OneRate estimates"

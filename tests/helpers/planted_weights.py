@@ -90,7 +90,28 @@ def faults_of_weights() -> dict[str, Fault]:
     late = Fault(
         "std", partial(drawn_in, "training_step", xavier), "first step", "Weights have changed in the first step"
     )
+    found["frozen as they are drawn, trained from the start"] = Fault(
+        "std", frozen_at_first, None, "Parameters are trained"
+    )
+    for hook, stops in (("on_fit_start", "start"), ("on_train_batch_start", "first step")):
+        for what, exchange in (("weight_norm", normed), ("weights tied", tied)):
+            planted = partial(drawn_in, hook, exchange)
+            found[f"{what} in {hook} of the module"] = Fault("std, lr", planted, stops, "Parameters were planned that")
     return {**found, "xavier in the first training_step": late}
+
+
+def normed(module: Module) -> None:
+    nn.utils.parametrizations.weight_norm(module.blocks[1].read)
+
+
+def tied(module: Module) -> None:
+    module.blocks[1].write.weight = module.blocks[0].write.weight
+
+
+def frozen_at_first() -> Run:
+    planted = drawn_in("on_fit_start", lambda module: module.blocks.requires_grad_(True))
+    planted.module.blocks.requires_grad_(False)
+    return planted
 
 
 # Ways to lose a multiplier
@@ -122,6 +143,23 @@ def interrupted() -> Run:
     return planted
 
 
+def routed(readout: Callable[[Module, Any, Any], Any]) -> Run:
+    """The readout is computed in another way when training goes on."""
+    planted = run()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        stream = planted.module.embed(x)
+        for block in planted.module.blocks:
+            stream = stream + block(stream)
+        direct = planted.module.embed(x)
+        for block in planted.module.blocks:
+            direct = direct + block.forward(direct)
+        return readout(planted.module, stream, direct)
+
+    planted.after.append(At("on_fit_start", lambda *_: vars(planted.module).__setitem__("forward", forward), 0))
+    return planted
+
+
 UNSEEN = "The multiplier of the"
 MULTIPLIERS = {
     "hooks cleared": Fault("multiplier", partial(at_start, clear_hooks), "first step", UNSEEN),
@@ -129,6 +167,18 @@ MULTIPLIERS = {
         "multiplier", partial(at_start, lambda m: setattr(m, "direct", True)), "first step", UNSEEN
     ),
     "part exchanged, weights kept": Fault("multiplier", partial(at_start, copy_part), "first step", UNSEEN),
+    "readout's weights used beside it": Fault(
+        "multiplier",
+        partial(routed, lambda m, stream, _: m.readout(stream) + nn.functional.linear(stream, m.readout.weight)),
+        "first step",
+        "The multiplier of the readout 'readout.weight' is not on all",
+    ),
+    "forward called directly in a second pass": Fault(
+        "multiplier",
+        partial(routed, lambda m, stream, direct: m.readout(stream + direct)),
+        "first step",
+        "The multiplier of the branch 'blocks.0' is not on all",
+    ),
     "attached twice, after an interruption": Fault("multiplier", interrupted, None, ""),
     "part exchanged with its weights": Fault(
         "multiplier, std",

@@ -1,9 +1,11 @@
 """Folders of runs that were never made: logs and plans as files, and the text of their page."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c
 from torch.utils.tensorboard import SummaryWriter
 
 from helpers.html_pages import Page
@@ -30,6 +32,17 @@ def write_events(folder: Path, values: dict[int, float]) -> Path:
     writer.close()
     (path,) = set(folder.glob("*")) - before
     return path
+
+
+def event(data: bytes, length: int | None = None) -> bytes:
+    """A record of TensorBoard's, with checksums that are right."""
+    head = struct.pack("<Q", len(data) if length is None else length)
+    return head + _masked(head) + data + _masked(data)
+
+
+def _masked(data: bytes) -> bytes:
+    crc = crc32c(data) & 0xFFFFFFFF
+    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def text_of(record: RunRecord) -> str:

@@ -16,6 +16,7 @@ SGD, ADAM, ADAMW, MUON = OptimizerFamily
 # - branch_out before a norm: that of branch_out, with the std of a sum, for the norm after it undoes any other;
 # - stream_norm post-norm: "divide the lr of those norms by l", and decay by what lr is multiplied with;
 # - frozen is left alone;
+# - of_block: what one block alone makes of data has gradients of 1/l next to what all of them read;
 # - stream_matrix in a head: the row of a bounded matrix, where outputs do not grow.
 _TABLE = """
 row                     depth inputs outputs | multiplier std       adam sgd    muon       eps      decay
@@ -39,6 +40,9 @@ stream_norm:post_norm   l     1      d       | 1          1         1/l  d/l    
 stream_norm:every_block l     1      d       | 1          1         1/l  d/l    -          1/d      l
 stream_matrix:every_block l   d      d2      | 1          d**-0.5   1/(d*l) d2/(d*l) sqrt(d2/d)/l 1/d2 d*l
 stream_matrix:in_head   l     d      1       | 1          1/d       1/d  1/d    sqrt(1/d)  1        d
+embedding:of_block      l     1      d       | 1          1         1    l*d    -          1/(l*d)  1
+stream_norm:of_block    l     1      d       | 1          1         1    l*d    -          1/(l*d)  1
+stream_matrix:of_block  l     d      d2      | 1          d**-0.5   1/d  l*d2/d sqrt(d2/d) 1/(l*d2) d
 """
 
 

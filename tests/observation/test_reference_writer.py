@@ -22,6 +22,7 @@ from mlu_lightning.observation.reference_format import ReferenceHeader
 from mlu_lightning.observation.reference_writer import ReferenceWriter
 from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import Role
+from mlu_lightning.utilities import tensor_files
 
 
 def test_writer_copies(path: Path) -> None:
@@ -228,3 +229,19 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="folder"):
         write(tmp_path / "folder", [0])
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_a_file_that_is_replaced_as_it_is_opened_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library takes the size of one file and maps the other."""
+    path, longer = tmp_path / "a", tmp_path / "b"
+    write(path, [0])
+    write(longer, [0, 3])
+    own = tensor_files.safe_open
+
+    def open_one(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(tensor_files, "safe_open", own)
+        longer.replace(path)
+        raise RuntimeError("file <a> size <1602> is smaller than the required mapping size <1938>")
+
+    monkeypatch.setattr(tensor_files, "safe_open", open_one)
+    check(path, [0, 3])

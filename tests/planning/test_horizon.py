@@ -128,6 +128,12 @@ def test_what_has_no_rule_is_refused(build: Callable[..., Any], family: str | No
     _scaled(optimizer, module, 8.0, 8.0, family=None if family is None else "adamw")
 
 
+def test_averages_that_would_forget_nothing_are_refused() -> None:
+    module = Weights()
+    with pytest.raises(ValueError, match=r"beta 0\.999 would become 1, up to rounding: .* is 1e-16"):
+        _scaled(optim.AdamW(module.parameters()), module, 1e-16, 1.0)
+
+
 def test_an_optimizer_of_a_named_family_with_betas() -> None:
     module = Weights()
     optimizer = Momentum(module.parameters())

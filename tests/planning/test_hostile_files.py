@@ -1,13 +1,9 @@
 """Files that somebody has damaged or forged: a plan or reference is read as what it says, or refused with its name."""
 
 import json
-import multiprocessing
-import os
 import random
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.damage import Read, damaged, edited, limits, refused_of, run_to_end
 from helpers.references import forge, write
 from safetensors.torch import load_file
 
@@ -28,61 +25,8 @@ from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities import tensor_files
 from mlu_lightning.utilities.plain_yaml import LONGEST
 
-fork = multiprocessing.get_context("fork")
-
-MEMORY = 64 * 2**20  # bytes beyond those that the process has, for files of a few thousand bytes
-SECONDS = 2.0  # for each
-Read = Callable[[Path, bytes], bool]  # reads a file with a content, checks it, and says whether it was refused
-
-
-SCALARS = """
-0 1 -1 2 1e3 1e-3 1.0e+400 -.inf .nan NaN 1_000 0x10 0b1 0o7 1:30:00 99999999999999999999 1.7976931348623157e308 5e-324
-null ~ true no on 2001-99-99 2001-01-01 = << [] {} [1] [[1,2]] {a:1} readout branch_in mlp hook 'x' "\\ud800" "\\x00"
-"\\u202e" é 𝛼 &a *a &a,[*a] !!python/object/apply:os.mkdir,[made] !!python/name:os.system !!binary,aGk= !!float,x !<a>
-!!set,{a} !t % @ ` | > ? - , : #
-""".split()
 NUMBERS = [-1, 0, 1, 2**31, 2**53, 2**62, 2**63, 2**64, 10**30, 1.5, 1e308]
-MARKS = (b"[", b"{", b"]", b"}", b'"', b"\n", b": ", b",", b"\xff")
 VALUES: list[Any] = [*NUMBERS, True, None, "", "1", "F32", "é", [], {}, [[]], [0, 0]]
-
-
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    mutated = bytearray(content)
-    for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        start = draw.randrange(len(mutated) + 1)
-        end = min(len(mutated), start + draw.choice((0, 1, 1, 4, 20, 200)))
-        kind = draw.randrange(6)
-        if kind == 0 and start < len(mutated):
-            mutated[start] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            mutated[start:end] = draw.randbytes(draw.randrange(8))
-        elif kind == 2:
-            mutated[start:end] = mutated[start:end] * draw.choice((0, 2, 50))
-        elif kind == 3:
-            mutated[start:end] = draw.choice(MARKS) * draw.choice((1, 2000))
-        elif kind == 4:
-            del mutated[start:]
-        else:
-            other = draw.randrange(len(content))
-            mutated[start:end] = content[other : other + 40]
-    return bytes(mutated)
-
-
-def edited(text: str, draw: random.Random) -> str:
-    lines = text.splitlines()
-    for _ in range(draw.choice((1, 1, 2))):
-        at = draw.randrange(len(lines))
-        kind = draw.randrange(5)
-        if kind == 0:
-            del lines[at]
-        elif kind == 1:
-            lines.insert(draw.randrange(len(lines)), lines[at])
-        else:
-            words = lines[at].split(" ")
-            word, end = draw.choice(SCALARS).replace(",", " "), draw.choice(("", ",", "}", "]", ":"))
-            words[draw.randrange(len(words))] = word + end
-            lines[at] = " ".join(words)
-    return "\n".join(lines) + "\n"
 
 
 def forged(content: bytes, draw: random.Random) -> bytes:
@@ -141,8 +85,9 @@ def read_plan(path: Path, content: bytes) -> bool:
     except ValueError as error:
         assert str(error).startswith(str(path)) and len(str(error)) < 2000
         return True
-    # a tab may separate, as YAML has it, and PyYAML's own scanner refuses it
-    loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if b"\t" in content else yaml.BaseLoader
+    # a tab may separate, and a question mark be in a word, as YAML has it, and PyYAML's own scanner refuses them
+    own = b"\t" in content or b"?" in content
+    loader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader) if own else yaml.BaseLoader
     node = yaml.load(content.decode(), Loader=loader)
     assert node.pop("mlu_plan") == "2"
     check_value({field.name: getattr(plan, field.name) for field in fields(plan)}, node)
@@ -180,52 +125,6 @@ def read_reference(path: Path, content: bytes) -> bool:
         for name, values in reference.read(step).items():
             assert torch.equal(values, tensors[f"{step}/{name}"].float())
     return False
-
-
-@contextmanager
-def limits(memory: int) -> Iterator[None]:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, most))
-
-    def late(number: int, frame: Any) -> None:
-        raise AssertionError("it takes too long")
-
-    signal.signal(signal.SIGALRM, late)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def read_all(read: Read, path: Path, inputs: Iterator[bytes], count: int, results: Any) -> None:
-    os.chdir(path.parent)
-    refused = 0
-    with limits(MEMORY):
-        for number, content in enumerate(inputs):
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            try:
-                refused += read(path, content)
-            except BaseException as error:
-                path.with_suffix(".bad").write_bytes(content)
-                results.put(f"input {number}, kept in {path.with_suffix('.bad')}: {type(error).__name__}: {error}")
-                raise
-            if number + 1 == count:
-                break
-    results.put(refused)
-
-
-def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) -> int:
-    """How many of the inputs were refused, by a process of its own; none may make something else happen."""
-    results = fork.Queue()
-    run_to_end(read_all, read, folder / "input", inputs, count, results, said=results)
-    assert not (folder / "made").exists()
-    return results.get(timeout=1)
-
-
-def run_to_end(target: Callable[..., None], *args: Any, said: Any = None) -> None:
-    process = fork.Process(target=target, args=args)
-    process.start()
-    process.join()
-    assert process.exitcode == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {process.exitcode}"
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +246,7 @@ PARAMETERIZATIONS = "Parameterizations are: mlu, completep, mup, sp"
         (
             "variant: null",
             "variant: big",
-            "no variant 'big'. Variants are: before_norm, post_norm, every_block, in_head",
+            "no variant 'big'. Variants are: before_norm, post_norm, every_block, of_block, in_head",
         ),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
         ("role: readout", "role: output", r"readout\.weight: there is no role 'output'"),

@@ -9,16 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mlu_lightning import Plan
+from mlu_lightning import Plan, attach_multipliers, scale_optimizer
 from mlu_lightning.models import ResNet
 
 BATCH = torch.ones(4, 3), torch.ones(4, 2)
 INFINITE = "blocks.1.read.weight of the base ResNet has values that are not finite"
-RATIOS, WRONG = ("batch_ratio", "token_ratio"), (1e21, 1e-21, 0, float("nan"))
+RATIOS, WRONG = ("batch_ratio", "token_ratio"), (1e21, 1e-21, 0, float("nan"), "x", None)
 
 
-def resnet(hidden: int = 16, embedding: int = 8, value: float | None = None) -> ResNet:
+def resnet(hidden: int = 16, embedding: int = 8, value: float | None = None, constant: float = 1.0) -> ResNet:
     net = ResNet(depth=2, hidden=hidden, embedding=embedding, inputs=3, outputs=2)
+    net.register_buffer("scale", torch.tensor(constant))
     if value is not None:
         with torch.no_grad():
             net.blocks[1].read.weight[3, 4] = value
@@ -45,6 +46,9 @@ def test_parameters_without_entries() -> None:
     module, base = (Empty(depth=depth, hidden=8, embedding=4, inputs=3, outputs=2) for depth in (2, 1))
     empty = Plan.from_model(module, BATCH, base=base)
     assert Plan.from_yaml(empty.to_yaml(), "a") == empty
+    attach_multipliers(module, empty)
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        scale_optimizer(kind(module.parameters(), lr=0.1), module, empty).remove()
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,8 @@ def test_parameters_without_entries() -> None:
             for size in ("hidden", "embedding")
         ),
         *(({key: value}, f"{key} is .*, and it has to be a") for key in ("alpha", *RATIOS) for value in WRONG),
+        *(({own: {"constant": float("nan")}}, r"scale of ResNet is not a number") for own in ("base", "module")),
+        ({"alpha": 1e15, "tuned": {"branch_out": {"multiplier": 1e15}}}, "blocks.0 would be multiplied by 1e.30, with"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -82,8 +88,13 @@ def test_multipliers(change: dict[str, Any], message: str, plan: Plan) -> None:
 def test_a_line_that_is_there_twice(plan: Plan) -> None:
     text = plan.to_yaml()
     (line,) = (line for line in text.splitlines() if "name: blocks.0, kind: branch" in line)
-    with pytest.raises(ValueError, match=r"a.yaml: The multiplier of the branch 'blocks.0' is there twice"):
-        Plan.from_yaml(text.replace(line, f"{line}\n{line}"), "a.yaml")
+    for again in (
+        line,
+        line.replace("value: 1.0", "value: 0.5"),
+        line.replace("module: blocks.0,", "module: blocks.1,"),
+    ):
+        with pytest.raises(ValueError, match=r"a.yaml: The multiplier of the branch 'blocks.0' is there twice"):
+            Plan.from_yaml(text.replace(line, f"{line}\n{again}"), "a.yaml")
 
 
 names = st.text(st.characters(), max_size=30) | st.text("x\n\U0001f600\"'", min_size=900, max_size=1100)

@@ -37,6 +37,7 @@ def test_runs_that_are_the_same() -> None:
     assert {axis: [shared[grown[axis], name] for name in small.parameterizations] for axis in grown} == {
         "depth": ["mlu", "mlu", "mup", "mup"],
         **{axis: ["mlu", "completep", "completep", "sp"] for axis in ("heads", "MLP width", "embedding")},
+        "D with heads and MLP width": ["mlu", "mlu", "mlu", "sp"],
         "all together": ["mlu", "mlu", "mup", "sp"],
     }
 

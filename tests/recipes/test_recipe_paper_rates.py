@@ -42,6 +42,7 @@ def test_loss_is_that_of_the_paper() -> None:
     assert [problem.embedding_std**2, problem.readout_std**2, problem.steps] == pytest.approx([1 / 5, 5, 15])
 
 
+@pytest.mark.slow
 def test_run_that_is_cut_off_goes_on(in_this_process: None, monkeypatch: Any, tmp_path: Path, capsys: Any) -> None:
     recipe.main(arguments(tmp_path))
     whole = points_in(tmp_path)

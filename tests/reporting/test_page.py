@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 from helpers.check_command import command
 from helpers.check_reports import failing_report
@@ -23,7 +24,7 @@ from mlu_lightning import EmbeddingDistance, FeatureUpdate, Plan, ReferenceRecor
 from mlu_lightning.cli import main
 from mlu_lightning.models import ResNet
 from mlu_lightning.reporting import RunRecord, read_run, run_page
-from mlu_lightning.reporting.curves import curves_figure, panels_of
+from mlu_lightning.reporting.curves import panel_figure, panels_of
 
 STEPS = 5
 CHECK = failing_report(("a <b>warning</b>",))
@@ -46,6 +47,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(folder: Path) -> str:
     return run_page(read_run(folder / "csv" / "version_0"))
+
+
+def test_failures_come_first(text: str, tmp_path: Path) -> None:
+    check = json.loads(CHECK.to_json())
+    rows = [{**row, "verdict": "pass"} for row in check["rows"]]
+    for name, content in (("a", check | {"verdict": "pass", "causes": [], "rows": rows}), ("b", check)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "check.json").write_text(json.dumps(content))
+    (tmp_path / "broken.ckpt").write_bytes(b"x")
+    shown = text_of(read_run(tmp_path))
+    order = ["FAIL", "PASS", "broken.ckpt", "b/check.json", "Slopes that fail", "a/check.json", "Slopes that pass"]
+    places = [shown.upper().index(part.upper()) for part in order]
+    assert places == sorted(places)
 
 
 def logged(folder: Path) -> dict[str, dict[int, float]]:
@@ -77,10 +91,18 @@ def test_page_has_it_all_and_needs_nothing_else(folder: Path, text: str) -> None
     assert page.tags.isdisjoint({"script", "link", "iframe", "object"})
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"base64,[^\"]*", "", text))
     assert all(source.startswith("data:image/svg+xml;base64,") for source in page.images)
-    assert len(page.images) == 4  # check, features, distances, losses
     pictures = [base64.b64decode(source.partition(",")[2]).decode() for source in page.images]
-    assert all(name in pictures[1] for name in ("blocks.0", "blocks.3", "s=0.25", "output"))
-    assert all(name in pictures[2] for name in ("gram", "cka", "procrustes", "rms"))
+    axes, features, distances = 2, ["all", "mlp", "output", "stream"], ["cka", "gram", "output", "procrustes", "rms"]
+    panels = [re.findall("<text[^>]*>([^<]*)</text>", picture) for picture in pictures]
+    assert len(pictures) == axes + len(features) + len(distances) + 1
+    for names, title, label in zip(
+        panels[axes:],
+        [*features, *distances, "losses"],
+        [*["RMS of the change"] * len(features), *["distance"] * len(distances), "loss"],
+        strict=True,
+    ):
+        assert {title, label, "optimizer step"} <= {*names}
+    assert {"blocks.0", "blocks.3"} <= {*panels[axes + 1]} and "s=0.25" in panels[axes + 3]
     shown = "".join(page.text)
     assert str(next(iter(record.plans.values()))) in shown and "FAIL: 0 pass, 2 fail, 0 undecided" in shown
     assert "branch_in: look at its lr or eps" in shown and "a <b>warning</b>" in shown
@@ -143,9 +165,9 @@ def test_numbers_of_any_size_are_drawn_or_counted(tmp_path: Path) -> None:
 
 
 def lines_of(values: dict[str, Any]) -> dict[str, Line2D]:
-    panels = panels_of(values, "mlu/distance/")
-    (axes,) = curves_figure(panels, logarithmic=True).axes
-    return dict(zip(next(iter(panels.values())), axes.get_lines(), strict=True))
+    ((title, curves),) = panels_of(values, "mlu/distance/").items()
+    (axes,) = panel_figure(title, curves, "distance", logarithmic=True).axes
+    return dict(zip(curves, axes.get_lines(), strict=True))
 
 
 def test_floors_are_dotted_in_the_color_of_their_depth() -> None:
@@ -173,3 +195,15 @@ def test_the_command_says_what_it_could_not_read_or_write(tmp_path: Path, capsys
     assert "\\udcff.ckpt" in (tmp_path / "page.html").read_text()
     assert command("report", str(run), "--out", str(run)) == 1
     assert f"The page cannot be written to {run}: Is a directory. Give --out" in capsys.readouterr().err
+
+
+def test_long_curves_keep_their_course() -> None:
+    values = [1 / (1 + step) for step in range(50_000)]
+    values[40_000] = 7.0
+    (axes,) = panel_figure("x", {"all": tuple(enumerate(values))}, "update", logarithmic=True).axes
+    (line,) = axes.lines
+    steps, drawn = (np.asarray(data) for data in (line.get_xdata(), line.get_ydata()))
+    assert len(steps) < 2100 and (np.diff(steps) > 0).all() and [steps[0], drawn.max()] == [0, 7.0]
+    assert np.interp([10, 1000, 30_000], steps, drawn) == pytest.approx(
+        [values[at] for at in (10, 1000, 30_000)], rel=1e-2
+    )

@@ -23,6 +23,7 @@ _VECTORS = {
     "branch_out (before_norm)": "branch_out_bias",
     "stream_matrix": "stream_norm",
     "stream_matrix (in_head)": "stream_norm",
+    "stream_matrix (of_block)": "stream_norm (of_block)",
     "branch_bounded_matrix": "branch_bounded",
     "readout": "readout_bias",
 }

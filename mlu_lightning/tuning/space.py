@@ -1,0 +1,142 @@
+"""What is searched: factors around 1 per role, as the table has them, each of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from mlu_lightning.planning import Plan
+from mlu_lightning.planning.tuned import FACTORS, Tuned, match_tuned
+from mlu_lightning.table import Role
+
+__all__ = ["DEFAULT_ROLES", "Dimension", "described", "factors_at", "search_space"]
+
+DEFAULT_ROLES = ("embedding", "branch_in", "branch_out", "readout")
+"""Roles whose factors matter most; a factor of all learning rates is searched beside them."""
+
+_LARGEST = {"lr": 16.0, "": 8.0}  # of a factor, whose least is one over it: the learning rate of all, and any other
+_DIGITS = 4  # of a factor
+_NORMS = (Role.BRANCH_NORM, Role.STREAM_NORM, Role.BRANCH_BOUNDED)
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One number that is searched, on a logarithmic scale.
+
+    Args:
+        name: what it is called, such as ``"embedding.std"``; ``"lr"`` is the factor of all learning rates.
+        keys: keys of tuned factors that it is multiplied into.
+        what: what it is a factor of.
+        low: least value.
+        high: largest value.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    what: str
+    low: float
+    high: float
+
+
+def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dimension, ...]:
+    """Choose what is searched: the learning rate, and factors of roles.
+
+    Two factors that are one are searched once. With Adam and its kin, and with SGD, a multiplier says what std and lr of the
+    same role say together, so a multiplier is searched where a role has neither, as the readout of a tied table. The
+    factor of all learning rates is that of ``branch_in``, of which others' are relative.
+
+    Args:
+        plan: of the base.
+        roles: keys of tuned factors (roles, ``branch_in@attention``, globs), of which std and lr are searched as far as
+            they have any, or one factor of a key, such as ``"embedding.weight_decay"``; ``"norms"`` for the learning rate of
+            all norms, ``"weight_decay"`` for that of everything.
+
+    Raises:
+        ValueError: if one of them is nothing that can be searched in this module.
+
+    >>> from mlu_lightning.models import ResNet
+    >>> base = ResNet(2, 16, 8, inputs=3, outputs=2)
+    >>> [dimension.name for dimension in search_space(Plan.from_model(base), ["branch_in", "readout"])]
+    ['lr', 'branch_in.std', 'readout.std', 'readout.lr']
+    """
+    present = tuple(dict.fromkeys(role.value for role in plan.roles.values() if role is not Role.FROZEN))
+    found = [_dimension("lr", present, "lr")]
+    for given in roles:
+        found += _of(given, plan, present)
+    names = [dimension.name for dimension in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--roles has {twice[0]} twice. Leave one of them.")
+    return tuple(found)
+
+
+def factors_at(space: Sequence[Dimension], point: Mapping[str, float]) -> Tuned:
+    """Tuned factors at a point of the space, rounded to what is written and trained.
+
+    >>> embedding = Dimension("embedding.lr", ("embedding",), "lr", 0.1, 10)
+    >>> factors_at([Dimension("lr", ("embedding", "readout"), "lr", 0.1, 10), embedding], {"lr": 0.5, "embedding.lr": 3.0})
+    {'embedding': {'lr': 1.5}, 'readout': {'lr': 0.5}}
+    """
+    found: Tuned = {}
+    for dimension in space:
+        for key in dimension.keys:
+            factors = found.setdefault(key, {})
+            factors[dimension.what] = factors.get(dimension.what, 1.0) * point.get(dimension.name, 1.0)
+    rounded = {key: {what: float(f"{f:.{_DIGITS}g}") for what, f in factors.items()} for key, factors in found.items()}
+    changed = {key: {what: f for what, f in factors.items() if f != 1.0} for key, factors in rounded.items()}
+    return {key: factors for key, factors in changed.items() if factors}
+
+
+def described(space: Sequence[Dimension]) -> list[dict[str, object]]:
+    """A space as JSON has it."""
+    return [asdict(dimension) | {"keys": list(dimension.keys)} for dimension in space]
+
+
+def _dimension(name: str, keys: Sequence[str], what: str) -> Dimension:
+    largest = _LARGEST.get(name, _LARGEST[""])
+    return Dimension(name, tuple(keys), what, 1 / largest, largest)
+
+
+def _of(given: str, plan: Plan, present: Sequence[str]) -> Iterator[Dimension]:
+    """Dimensions of one of the roles that were asked for."""
+    if given == "alpha":
+        raise ValueError(
+            "alpha is no factor of its own: it is the std of branch_out times alpha, and the lr of branch_in over it (over "
+            "its square with SGD), which are searched as branch_out and lr."
+        )
+    if given == "weight_decay":
+        yield _dimension("weight_decay", present, "weight_decay")
+        return
+    if given == "norms":
+        norms = [role.value for role in _NORMS if role.value in present]
+        if not norms:
+            raise ValueError("--roles has norms, and this module has none with parameters. Leave it out.")
+        yield _dimension("norms.lr", norms, "lr")
+        return
+    key, _, what = given.rpartition(".")
+    if key and what in FACTORS:
+        _require(plan, key, what)
+        yield _dimension(given, [key], what)
+        return
+    wanted = ["std"] if given == Role.BRANCH_IN else ["std", "lr"]
+    own = [what for what in wanted if _has(plan, given, what)]
+    if not own and _has(plan, given, "multiplier"):
+        own = ["multiplier"]
+    if not own and given in DEFAULT_ROLES:
+        return  # which not every module has
+    if not own:
+        _require(plan, given, "lr")
+    for what in own:
+        yield _dimension(f"{given}.{what}", [given], what)
+
+
+def _has(plan: Plan, key: str, what: str) -> bool:
+    try:
+        _require(plan, key, what)
+    except ValueError:
+        return False
+    return True
+
+
+def _require(plan: Plan, key: str, what: str) -> None:
+    """Refuse a factor that is of nothing."""
+    match_tuned({key: {what: 1.0}}, plan.parameters, plan.branches, plan.multipliers)

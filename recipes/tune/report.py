@@ -1,0 +1,96 @@
+"""The table, the figure and the sentences of the study of tuned factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from mlu_lightning.tuning.found import Estimate
+from recipes.common.figures import hide_spines, new_figure, number_table
+from recipes.tune.runs import METHODS, Run, Study, curve_of
+
+COLORS = {
+    "MLU, lr alone": "#E69F00",
+    "MLU, tuned": "#D55E00",
+    "CompleteP, same factors": "#0072B2",
+    "SP, lr tuned here": "#999999",
+    "SP, same factors, lr tuned here": "#000000",
+}
+"""Colours of Okabe and Ito's palette."""
+
+
+def losses_of(study: Study, runs: Sequence[Run], shape: str, method: str) -> tuple[float, list[float]] | None:
+    """Exponent of the learning rate of least mean loss and the losses of all seeds there; None before all were made."""
+    if shape == "base":
+        method = "MLU, tuned" if METHODS[method][1] else "MLU, lr alone"  # which is the same there
+    curves = [curve_of([*runs], shape, method, seed) for seed in range(study.seeds)]
+    whole = set.intersection(*(set(curve) for curve in curves))
+    if not whole:
+        return None
+    best = min(whole, key=lambda exponent: sum(curve[exponent] for curve in curves))
+    return best, [curve[best] for curve in curves]
+
+
+def loss_table(study: Study, runs: Sequence[Run]) -> Table:
+    """Validation loss by shape and method, over seeds, the least of each row marked."""
+    table = number_table("shape", *METHODS, words=1, title="Validation loss (nats per byte) and learning rate")
+    for shape in study.shapes:
+        found = {method: losses_of(study, runs, shape, method) for method in METHODS}
+        means = {method: Estimate.over(of[1]).value for method, of in found.items() if of is not None}
+        cells = []
+        for method, of in found.items():
+            if of is None:
+                cells.append("-")
+                continue
+            estimate = Estimate.over(of[1])
+            text = f"{estimate.value:.3f} ± {estimate.error:.3f}"
+            least = means[method] == min(means.values())
+            rate = f" 2^{of[0]:g}" if METHODS[method][2] else ""
+            cells.append(f"[bold]{text}*[/bold]{rate}" if least else f"{text}{rate}")
+        table.add_row(shape, *cells)
+    return table
+
+
+def verdicts(study: Study, runs: Sequence[Run]) -> list[str]:
+    """Say for each shape by how much MLU with the factors ends below the next best."""
+    sentences = []
+    for shape in study.shapes:
+        found = {method: losses_of(study, runs, shape, method) for method in METHODS}
+        if any(of is None for of in found.values()) or shape == "base":
+            continue
+        losses = {method: of[1] for method, of in found.items() if of is not None}
+        others = {method: sum(values) for method, values in losses.items() if method != "MLU, tuned"}
+        next_best = min(others, key=lambda method: others[method])
+        tuned = losses["MLU, tuned"]
+        difference = Estimate.over([other - own for other, own in zip(losses[next_best], tuned, strict=True)])
+        side = "below" if difference.value > 0 else "above"
+        sentences.append(
+            f"{shape}: MLU, tuned is {abs(difference.value):.3f} ± {difference.error:.3f} {side} {next_best}, the next best."
+        )
+    return sentences
+
+
+def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
+    """Draw the loss of every method at every shape, with its standard error."""
+    shapes = [shape for shape in study.shapes if losses_of(study, runs, shape, "MLU, tuned") is not None]
+    figure = new_figure(4.6 + 1.2 * len(shapes), 4.0)
+    axes = figure.subplots()
+    for place, method in enumerate(METHODS):
+        points = [
+            (at + 0.13 * (place - 2), Estimate.over(of[1]))
+            for at, shape in enumerate(shapes)
+            if (of := losses_of(study, runs, shape, method)) is not None
+        ]
+        style = {"color": COLORS[method], "marker": "o" if method.startswith("MLU") else "s", "linestyle": "none"}
+        errors = [0.0 if math.isnan(estimate.error) else estimate.error for _, estimate in points]
+        axes.errorbar(
+            [x for x, _ in points], [estimate.value for _, estimate in points], errors, **style, capsize=3, label=method
+        )
+    axes.set_xticks(range(len(shapes)), [shape.replace(" and ", " and\n") for shape in shapes])
+    axes.set_ylabel("validation loss (nats per byte)")
+    hide_spines(axes)
+    figure.legend(loc="outside upper center", ncols=2 if len(shapes) < 5 else 3, frameon=False)
+    figure.savefig(path, dpi=160)
