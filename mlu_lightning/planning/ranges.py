@@ -23,6 +23,8 @@ __all__ = [
     "smallest_integer",
 ]
 
+_Part = ParameterPlan | BranchPlan | StreamPlan | Multiplier
+
 LARGEST = 1e20
 """Of ratios and factors, so that no product of them overflows."""
 _COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active", "uses")
@@ -79,7 +81,7 @@ def check_parts(
     multipliers: Iterable[Multiplier],
 ) -> None:
     """Refuse numbers and names that could not be read from a file, and multipliers that would act twice."""
-    named = [*parameters.items(), *((branch.name, branch) for branch in branches)]
+    named: list[tuple[str, _Part]] = [*parameters.items(), *((branch.name, branch) for branch in branches)]
     for name, _ in named:
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise ValueError(
@@ -115,8 +117,8 @@ def check_factors(factors: Mapping[Multiplier, float]) -> None:
             )
 
 
-def _numbers(entry: object) -> Iterator[tuple[str, Any]]:
-    for field in fields(entry):  # type: ignore[arg-type]
+def _numbers(entry: _Part) -> Iterator[tuple[str, Any]]:
+    for field in fields(entry):
         value = getattr(entry, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, (int, float)):
