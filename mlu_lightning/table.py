@@ -12,23 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-__all__ = [
-    "COMPOUNDING",
-    "COUNTED",
-    "TABLES",
-    "OptimizerFamily",
-    "Parameterization",
-    "Powers",
-    "Ratios",
-    "Role",
-    "Row",
-    "Scale",
-    "Table",
-    "Variant",
-    "row_name",
-    "scale",
-]
-
 
 class _Name(str, Enum):
     """An enum whose members print as their values."""

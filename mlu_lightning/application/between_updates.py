@@ -17,8 +17,6 @@ from mlu_lightning.application.clipping import EDITS
 from mlu_lightning.utilities.checksums import Checksum, checksums
 from mlu_lightning.utilities.names import listed, original_module
 
-__all__ = ["BetweenUpdates"]
-
 
 class BetweenUpdates:
     """Looks at weights and gradients between the updates of the first steps.

@@ -23,8 +23,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.checksums import Checksum, checksums
 from mlu_lightning.utilities.names import listed, original_module
 
-__all__ = ["FirstSteps", "verify_steps"]
-
 
 def verify_steps(module: nn.Module, plan: Plan, *scaled: Scaled) -> None:
     """Let a loop of one's own be stopped in its first two steps where it does not train a module as its plan says.

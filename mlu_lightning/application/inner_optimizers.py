@@ -12,8 +12,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.utilities.lightning_namespaces import of_both
 
-__all__ = ["parameters_of", "updating"]
-
 
 def updating(optimizer: Optimizer | LightningOptimizer) -> list[Optimizer]:
     """Find the optimizers that update the parameters of one: those that it holds, if they have all of them, else itself.

@@ -17,8 +17,6 @@ from mlu_lightning.discovery.graph import LOOKUPS, WEIGHT_SLOTS
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import listed
 
-__all__ = ["ActingMultipliers", "Route", "routes"]
-
 
 class ActingMultipliers:
     """Multipliers that act in hooks, until each was seen."""

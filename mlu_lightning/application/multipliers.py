@@ -17,18 +17,6 @@ from mlu_lightning.application.transaction import Step, change, multiplication, 
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = [
-    "MultiplierHandle",
-    "attach_again",
-    "attach_multipliers",
-    "check_attached",
-    "check_multiplied",
-    "fold",
-    "fold_steps",
-    "put_in",
-    "state_with",
-]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

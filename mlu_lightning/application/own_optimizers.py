@@ -17,8 +17,6 @@ from mlu_lightning.application.optimization import Scaled, ScaledOptimizer, Watc
 from mlu_lightning.application.optimizer_rules import Family
 from mlu_lightning.planning import Plan
 
-__all__ = ["Optimizers"]
-
 
 class Optimizers:
     """Optimizers of a module's parameters that are scaled by one plan, and what watches their updates."""

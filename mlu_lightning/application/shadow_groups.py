@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.application.optimizer_rules import Factor, Group, UpdateRule, divided, multiplied
 
-__all__ = ["Shadow", "Split"]
-
 
 @dataclass
 class Shadow:

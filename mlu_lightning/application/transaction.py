@@ -20,17 +20,6 @@ from mlu_lightning.application.applied import Applied, residual_state, set_appli
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
 from mlu_lightning.utilities.names import original_module
 
-__all__ = [
-    "Step",
-    "Steps",
-    "as_a_whole",
-    "change",
-    "end_loading",
-    "loading",
-    "multiplication",
-    "settle",
-]
-
 Step = Callable[[], Callable[[], object]]  # computes something, and returns what writes it, which may be called twice
 
 

@@ -17,8 +17,6 @@ from mlu_lightning.planning.rendering import TITLES
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["announce", "one_line"]
-
 PLAN_FILE = "plan.yaml"
 
 

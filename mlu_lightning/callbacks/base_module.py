@@ -18,8 +18,6 @@ from mlu_lightning.planning.base import refuse_base
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = ["built_base"]
-
 
 @contextmanager
 def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[Any]:

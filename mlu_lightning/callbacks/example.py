@@ -25,8 +25,6 @@ from mlu_lightning.utilities.lightning_private import (
 )
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["find_example", "find_probe"]
-
 
 def find_example(trainer: Trainer, module: LightningModule) -> Any:
     """Take a batch as ``training_step`` will be given it, or None if only ``example_input_array`` can serve.

@@ -22,8 +22,6 @@ from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
-
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Log values that are measured now and then to all loggers, at the present optimizer step.

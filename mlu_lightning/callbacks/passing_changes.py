@@ -11,8 +11,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PassingChanges", "wrap_method"]
-
 Undo = Callable[[], object]
 
 

@@ -26,8 +26,6 @@ from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 from mlu_lightning.utilities.locks import WriterLock
 
-__all__ = ["ReferenceRecorder"]
-
 
 class ReferenceRecorder(EitherCallback):
     """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.

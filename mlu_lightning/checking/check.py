@@ -36,8 +36,6 @@ from mlu_lightning.planning.distance import FAR
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["check"]
-
 
 def check(
     module_factory: Callable[..., LightningModule],

@@ -22,8 +22,6 @@ from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.shapes.error_bound import Shape
 from mlu_lightning.utilities.config_files import load_config
 
-__all__ = ["Configured", "read_config"]
-
 
 @dataclass(frozen=True)
 class Configured:

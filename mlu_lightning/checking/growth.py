@@ -11,8 +11,6 @@ from mlu_lightning.shapes import Shape
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["Growth", "at_fixed_head_dim", "find_options", "growth"]
-
 Build = Callable[[Mapping[str, int]], Structure]
 
 

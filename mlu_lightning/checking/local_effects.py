@@ -22,8 +22,6 @@ from mlu_lightning.table import Role
 from mlu_lightning.utilities.function_calls import tensors_in
 from mlu_lightning.utilities.names import common_module, owner_of
 
-__all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
-
 
 @dataclass(frozen=True)
 class Reader:

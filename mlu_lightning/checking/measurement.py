@@ -38,8 +38,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import Ratios, Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = ["Measured", "Measurement", "measure"]
-
 
 @dataclass(frozen=True)
 class Measurement:

@@ -21,8 +21,6 @@ from mlu_lightning.checking.preparation import (
 )
 from mlu_lightning.discovery import Structure
 
-__all__ = ["with_found_options"]
-
 
 def with_found_options(configured: Configured, named: Mapping[str, Sequence[str]]) -> Configured:
     """Find the arguments of the axes that are not named, and say which they are.

@@ -13,8 +13,6 @@ from mlu_lightning.checking.configuration import Configured
 from mlu_lightning.checking.preparation import make_trainer, quiet
 from mlu_lightning.planning import Plan
 
-__all__ = ["plan_of_fit"]
-
 _OWN_SHAPE = (
     "There is no MLUCallback in this configuration, so the plan is relative to the module's own shape, and all factors are "
     "1. With an MLUCallback and its base they are those of the base; a larger module can have this plan as its base."

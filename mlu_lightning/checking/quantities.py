@@ -7,8 +7,6 @@ from enum import Enum
 
 from mlu_lightning.table import COMPOUNDING, TABLES, Parameterization, Powers, Ratios, Role, Variant
 
-__all__ = ["ALONE", "CONFIDENCE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_size", "lowest_and_highest"]
-
 CONFIDENCE = 0.95  # probability of the intervals of slopes
 DRIFT = 0.25  # how far slopes may be from those of the limit because networks are of finite size
 FAULT = 0.45  # how far they are, at least, if something is missing: powers are multiples of 1/2, and drift as well

@@ -13,8 +13,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.checking.local_effects import rms
 
-__all__ = ["restored", "shrinkage"]
-
 
 def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
     """Measure the part of every parameter that weight decay takes away in the next step.

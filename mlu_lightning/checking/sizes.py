@@ -11,8 +11,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["AXES", "Size", "check_growth", "default_axes", "sizes"]
-
 AXES = "depth", "hidden", "embedding", "width", "together"
 """Ways for a shape to grow; the width is hidden and embedding together, for modules that fix their ratio."""
 

@@ -13,8 +13,6 @@ import numpy as np
 from mlu_lightning.checking.quantities import ALONE, CONFIDENCE, DRIFT, FAULT, Kind, Quantity, lowest_and_highest
 from mlu_lightning.checking.sizes import AXES
 
-__all__ = ["Cause", "Point", "Reason", "Row", "Verdict", "axes_of", "find_causes", "fit_row", "overall_verdict"]
-
 Verdict = Literal["pass", "fail", "undecided"]
 
 

@@ -7,20 +7,6 @@ from typing import Literal
 
 from mlu_lightning.table import Role, Variant, row_name
 
-__all__ = [
-    "Along",
-    "Branch",
-    "BranchKind",
-    "Logits",
-    "ParameterFacts",
-    "Readout",
-    "Site",
-    "Stream",
-    "Structure",
-    "Tap",
-    "WeightFunction",
-]
-
 BranchKind = Literal["attention", "convolution", "mlp", "recurrence", "mixing"]
 """What a branch does; ``"mixing"`` has no matrix, as pooling or a Fourier transform over tokens."""
 

@@ -20,8 +20,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlu_lightning.utilities.names import planned_parameters
 
-__all__ = ["Program", "ProgramRecorder"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:

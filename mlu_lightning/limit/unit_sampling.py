@@ -13,8 +13,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Sampling", "check_sampling", "draw_units", "exact_units"]
-
 Sampling = Literal["orthogonal", "independent"]
 
 

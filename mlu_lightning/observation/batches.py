@@ -14,17 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlu_lightning.utilities.tensor_files import DTYPES, read_tensor_file, tensors_hash
 
-__all__ = [
-    "batch_hash",
-    "clone_batch",
-    "decode_batch",
-    "encode_batch",
-    "encoded_hash",
-    "first_samples",
-    "load_batch",
-    "sample_count",
-]
-
 
 def clone_batch(batch: Any) -> Any:
     """Copy the tensors and the containers of a batch, which steps may change."""

@@ -43,8 +43,6 @@ from mlu_lightning.observation.value_graph import (
 )
 from mlu_lightning.utilities.names import name_pattern_of_parts
 
-__all__ = ["ADDED", "Addition", "Dataflow", "How", "Use", "root_mean_square"]
-
 ADDED = ("addition", "sum")
 """Where multiplications end at a residual addition, and at a sum of two other values."""
 

@@ -16,8 +16,6 @@ from torch import Tensor
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.utilities.function_calls import CallPlace, Watch, tensors_in
 
-__all__ = ["chosen_logits", "rows_along", "spread", "watch_features"]
-
 
 def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> Watch:
     """Make the callable that hands over pre-activations and logits [rows, units or keys], 32 x 256 at most, to ``keep``."""

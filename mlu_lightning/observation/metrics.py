@@ -24,8 +24,6 @@ from mlu_lightning.observation.distances import (
     rms_distance,
 )
 
-__all__ = ["CKADistance", "GramDistance", "OutputDistance", "ProcrustesDistance", "RMSDistance"]
-
 
 class _Distance(Metric):
     """A metric whose states stay float64."""

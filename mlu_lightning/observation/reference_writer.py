@@ -27,8 +27,6 @@ from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.utilities.plain_yaml import parse_yaml
 from mlu_lightning.utilities.tensor_files import write_tensors
 
-__all__ = ["ReferenceWriter"]
-
 _UNKNOWN = RunName({}, kept=True)
 
 

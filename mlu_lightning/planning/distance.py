@@ -10,8 +10,6 @@ from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.planning.entries import BranchPlan, ParameterPlan, StreamPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
 
-__all__ = ["FAR", "Distance", "distances", "warning_of"]
-
 FAR = 1.5
 """Distance ratio above which a plan warns."""
 

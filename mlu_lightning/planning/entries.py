@@ -10,8 +10,6 @@ from typing import Literal
 from mlu_lightning.discovery.structure import BranchKind, Site
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role, Variant, row_name
 
-__all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "StreamPlan", "constant_ratio"]
-
 
 @dataclass(frozen=True)
 class ParameterPlan:

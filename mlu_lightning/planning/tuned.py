@@ -20,8 +20,6 @@ from mlu_lightning.planning.ranges import in_range, range_of
 from mlu_lightning.table import Role, Scale
 from mlu_lightning.utilities.plain_yaml import parse_yaml, read_text
 
-__all__ = ["FACTORS", "Matched", "Tuned", "match_tuned", "read_tuned"]
-
 Tuned = dict[str, dict[str, float]]
 
 FACTORS = ("std", "lr", "weight_decay", "multiplier")

@@ -31,21 +31,6 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.utilities.whole_files import write_whole
 from mlu_lightning.utilities.workers import worker_pool
 
-__all__ = [
-    "BASE",
-    "SHAPES",
-    "Run",
-    "Study",
-    "TransformerShape",
-    "Windows",
-    "best_exponent",
-    "curve_of",
-    "load_text",
-    "read_runs",
-    "run_study",
-    "save_runs",
-]
-
 BASE = "base"
 """Name of the shape at which the hyperparameters are tuned."""
 _LONGEST = 2**28  # bytes of a text, of which a process takes about twenty times the memory

@@ -9,8 +9,6 @@ from bisect import bisect_right
 from mlu_lightning.shapes.error_bound import Shape
 from mlu_lightning.shapes.search import Architecture, Candidate
 
-__all__ = ["ASPECTS", "WIDTHS", "ordinary_shapes"]
-
 ASPECTS = (20, 32, 64, 128)
 """Embedding dimension over blocks: SmolLM 135M has 19, GPT-2 XL 33, Llama 2 70B 102, GPT-3 128."""
 WIDTHS = (1, 2)

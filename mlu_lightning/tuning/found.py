@@ -20,8 +20,6 @@ from mlu_lightning.tuning.space import Dimension, factors_at
 from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["Confirmed", "Estimate", "TrialRecord", "Tuning"]
-
 CONVINCING = 2.0
 """Standard errors by which a gain has to be above zero to be one."""
 

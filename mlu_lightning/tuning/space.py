@@ -9,8 +9,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.tuned import FACTORS, Tuned, match_tuned
 from mlu_lightning.table import Role
 
-__all__ = ["DEFAULT_ROLES", "Dimension", "described", "factors_at", "search_space"]
-
 DEFAULT_ROLES = ("embedding", "branch_in", "branch_out", "readout")
 """Roles whose factors matter most; a factor of all learning rates is searched beside them."""
 

@@ -23,8 +23,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mlu_lightning.tuning.space import Dimension, described
 
-__all__ = ["DONE", "Place", "add_again", "open_study", "quiet_optuna", "read_again"]
-
 Mode = Literal["min", "max"]
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _HEARTBEAT, _GRACE = 15, 60  # seconds between signs of life, and without any, after which a trial has failed

@@ -18,8 +18,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.planning.tuned import Tuned
 
-__all__ = ["Outcome", "Report", "Training", "UnknownMetric"]
-
 VALIDATIONS = 4
 """Validations of a training of which only the number of steps is known."""
 

@@ -27,8 +27,6 @@ from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, qui
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
 
-__all__ = ["Again", "Crew", "Search", "assembled", "train_again"]
-
 HALVED = "stopped"
 """How the reason of a trial begins that did worse than others."""
 _HOPELESS = 10  # trials, all of which failed, after which no more are made

@@ -17,8 +17,6 @@ from mlu_lightning.tuning.space import Dimension, factors_at, search_space
 from mlu_lightning.tuning.training import Training
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["log_study", "log_trials", "run_point", "save_sweep"]
-
 
 def log_study(loggers: Sequence[Logger], found: Tuning) -> None:
     """Log a search to the W&B loggers of a run: the image ``mlu/tune``, the table ``mlu/tune/trials``, and what is gained.

@@ -14,8 +14,6 @@ import torch
 
 from mlu_lightning.utilities.stand_in import StandIn
 
-__all__ = ["read_checkpoint"]
-
 
 def read_checkpoint(path: str | Path) -> Any:
     """Load tensors and plain values to the CPU, and stand-ins for objects of other classes, as hyperparameters may be.

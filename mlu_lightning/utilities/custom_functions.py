@@ -16,8 +16,6 @@ from torch.autograd.function import Function, _SingleLevelFunction
 from torch.autograd.graph import Node
 from torch.overrides import _pop_mode_temporarily
 
-__all__ = ["seen_through"]
-
 
 class _Notes(SimpleNamespace):
     """What ``forward`` of a custom function is given to keep things for its backward pass, which is not run."""

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["RememberingFakeMode"]
-
 _DEVICE = torch.ops.prim.device.default
 
 

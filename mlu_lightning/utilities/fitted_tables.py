@@ -9,8 +9,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["FittedTable"]
-
 _BORDERS = 3  # of each column, in the default box; there is one more at the end
 _UNLIMITED = 10_000
 

@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning.utilities.names import planned_modules
 
-__all__ = ["ATTENTION_CALL", "CallPlace", "Watch", "tensors_in", "watched"]
-
 ATTENTION_CALL = "attention"
 """Name under which the softmax of an attention, or a fused attention, is seen."""
 

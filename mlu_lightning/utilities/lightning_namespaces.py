@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-__all__ = ["is_hook_overridden", "of_both"]
-
 _Class = TypeVar("_Class")
 
 

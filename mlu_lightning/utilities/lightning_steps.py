@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.utilities.lightning_private import train_dataloaders
 
-__all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted", "run_start_hooks"]
-
 StepName = Literal["training_step", "validation_step"]
 
 

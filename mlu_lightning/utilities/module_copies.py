@@ -17,8 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["OwnHook", "copied_batch", "copied_module", "fake_tensor", "is_constant"]
-
 
 class OwnHook:
     """A hook that this package has put into a module, and that a copy of it does not have."""

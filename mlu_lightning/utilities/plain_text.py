@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
-
 
 def printable(text: str) -> str:
     r"""Return text in which characters that cannot be seen, or encoded, stand by their numbers, but for line ends and tabs.

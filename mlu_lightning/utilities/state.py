@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from mlu_lightning.utilities.checksums import checksums
 
-__all__ = ["ParametersChangedError", "preserve_state"]
-
 
 class ParametersChangedError(Exception):
     """A forward pass has changed parameters, which nobody has kept."""

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["DTYPES", "parse_json", "read_tensor_file", "tensors_hash", "write_tensors"]
-
 DTYPES = {  # what a tensor can hold, with its name in the file
     torch.float64: "F64",
     torch.float32: "F32",

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-__all__ = ["UserErrors"]
-
 
 class UserErrors(AbstractContextManager[None]):
     """Names what was run, and what to do, in errors that do not come from this package itself.

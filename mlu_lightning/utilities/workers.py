@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from threading import Thread
 
-__all__ = ["worker_pool"]
-
 
 @contextmanager
 def worker_pool(workers: int, start: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:

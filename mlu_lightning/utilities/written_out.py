@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WrittenOut"]
-
 
 class WrittenOut(TorchFunctionMode):
     """Runs composed functions of a tensor that has a gradient as sums, and what changes views as copies of what is made.
