@@ -56,7 +56,8 @@ class FirstSteps:
 
     With ``manual``, weights that have an optimizer must not change before its step (otherwise gradients may accumulate
     while forward passes change weights, as ``max_norm`` does); with ``in_loop``, every further update counts as a new
-    batch."""
+    batch.
+    """
 
     def __init__(
         self, module: nn.Module, plan: Plan, optimizers: Optimizers, manual: bool = False, in_loop: bool = False

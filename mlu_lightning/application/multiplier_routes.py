@@ -111,7 +111,8 @@ def routes(loss: Tensor, places: Iterable[Iterable[Node]]) -> dict[int, Route]:
     """Find which places are on every route from a loss to a leaf, by the ``id`` of the leaf.
 
     A place is where one thing happens, however often. Compiled code, into which autograd does not see, counts as all
-    places; a reentrant checkpoint is not in the graph."""
+    places; a reentrant checkpoint is not in the graph.
+    """
     own: dict[Node, int] = {}
     for number, nodes in enumerate(places):
         for node in nodes:

@@ -61,7 +61,8 @@ class Optimizers:
     def add_at_step(self) -> None:
         """Scale every optimizer of the module's parameters, whoever made it, at its first step, until :meth:`remove`.
 
-        That includes steps that bypass the scaled one, such as a method that was kept from before."""
+        That includes steps that bypass the scaled one, such as a method that was kept from before.
+        """
         # torch keeps them for all optimizers, and a fit whose end nobody was told should not keep its module
         own = weakref.ref(self)
 

@@ -56,7 +56,8 @@ def multiplication(tensor: Tensor, factor: float) -> Step:
 def change(module: nn.Module, after: Applied | None, steps: Iterable[Step] = (), attach: bool = True) -> None:
     """Replace the multipliers of a module, and change its weights; an error in between leaves it as it was.
 
-    Once weights have changed, the change is finished and not undone, because undoing it would not be exact."""
+    Once weights have changed, the change is finished and not undone, because undoing it would not be exact.
+    """
     application = _Application(module, after, Steps(steps), attach)
     with as_a_whole(module, "plan", application.settle):
         application.begin()

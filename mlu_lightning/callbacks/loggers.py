@@ -26,7 +26,8 @@ from mlu_lightning.utilities.names import name_pattern
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Log values that are measured now and then to all loggers, at the present optimizer step.
 
-    ``self.log`` would drop what does not fall on a multiple of ``log_every_n_steps``, and takes longer than measuring."""
+    ``self.log`` would drop what does not fall on a multiple of ``log_every_n_steps``, and takes longer than measuring.
+    """
     if trainer.barebones or not values:
         return
     show_values(trainer, values)
@@ -47,7 +48,8 @@ def show_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Mapping[str, OptimizerFamily]) -> None:
     """Log a plan to W&B, as ``mlu`` in the run's config and as a table, and to TensorBoard, as text.
 
-    Numbers are factors relative to the base, for weights into which no multiplier is folded."""
+    Numbers are factors relative to the base, for weights into which no multiplier is folded.
+    """
     for logger in loggers:
         if isinstance(logger, of_both(WandbLogger)):
             logger.experiment.config.update({"mlu": _summary(plan, residual, families)}, allow_val_change=True)
@@ -87,7 +89,8 @@ def fetch_reference(trainer: Trainer, source: str) -> Path:
     """Find a reference file by its path, or download it by the name ``entity/project/name:alias`` of a W&B artifact.
 
     The artifact becomes an input of the Trainer's W&B run. One process of each machine downloads; all of them have to
-    call this."""
+    call this.
+    """
     found: Path | FileNotFoundError | ValueError = Path(source)
     if trainer.local_rank == 0:
         try:

@@ -17,7 +17,8 @@ Undo = Callable[[], object]
 class PassingChanges:
     """Changes that a callback undoes at the end of its fit, or another one before the module's next fit.
 
-    Lightning does not tell a callback that a fit is over if another one raises an error first."""
+    Lightning does not tell a callback that a fit is over if another one raises an error first.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -268,7 +268,8 @@ class ReferenceRecorder(EitherCallback):
 class _Losses:
     """Training loss of every optimizer step: the mean over its batches and over processes.
 
-    They share one buffer, because tensors that stay would keep the next steps from reusing their memory."""
+    They share one buffer, because tensors that stay would keep the next steps from reusing their memory.
+    """
 
     def __init__(self, known: Tensor, step: int = 0, device: torch.device | None = None) -> None:
         self._known = known

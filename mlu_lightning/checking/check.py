@@ -225,7 +225,8 @@ def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int
     """Power, 1/2 at most, with which the ends of streams shrink and gradients from there grow.
 
     What branches add at random falls as l^(-1/2), and may be most of a stream, as where norms end branches and
-    embeddings are small. It shows where an optimizer's eps is as large as gradients."""
+    embeddings are small. It shows where an optimizer's eps is as large as gradients.
+    """
     found = [
         (size.factor, of.stream_sizes)
         for size in grid

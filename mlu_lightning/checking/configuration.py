@@ -102,7 +102,8 @@ def read_config(
 
     The base is that of the configuration's :class:`MLUCallback`, or else what it trains; it also supplies arguments
     that the model lacks, because LightningCLI does not save linked ones. ``model`` and ``data`` are classes for files
-    that do not name them. Without ``keys``, the file is read for its own shape alone."""
+    that do not name them. Without ``keys``, the file is read for its own shape alone.
+    """
     content = _content(Path(path))
     left_out = [name for name in content if name not in _OF_LIGHTNING]
     content = {name: value for name, value in content.items() if name in _OF_LIGHTNING}

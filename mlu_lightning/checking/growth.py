@@ -85,7 +85,8 @@ def find_options(
     """Find which whole-number arguments of a model are its depth, hidden width and embedding, by what doubles with them.
 
     An argument that can only grow with another, such as heads with the embedding that they divide, is tried with each
-    of these."""
+    of these.
+    """
     found: dict[str, list[str]] = {axis: [] for axis in ("depth", "hidden", "embedding") if axis not in named}
     first = structure_of({})
     known = [name for names in named.values() for name in names]

@@ -39,7 +39,8 @@ def find_readers(plan: Plan) -> tuple[Reader, ...]:
     """Find where the effects of parameters can be read.
 
     Parameters that other matrices in their submodule follow are left out (projections in ``nn.MultiheadAttention``,
-    first matrices of stacked experts): :func:`value_effects` is for these."""
+    first matrices of stacked experts): :func:`value_effects` is for these.
+    """
     multipliers = [multiplier for multiplier in plan.multipliers if multiplier.kind in ("branch", "readout")]
     attached = [(multiplier, multiplier.site) for multiplier in multipliers if multiplier.site is not None]
     of_parameter = {name: (multiplier, site) for multiplier, site in attached for name in multiplier.folds}
@@ -71,7 +72,8 @@ def local_effects(
     """Measure how far outputs move where parameters act, if each on its own had its replacement as a value.
 
     ``run`` passes a batch through the module; the first call of each submodule counts. Effects of matrices are relative
-    to the size of their input."""
+    to the size of their input.
+    """
     of_module: dict[str, list[Reader]] = defaultdict(list)
     for reader in readers:
         of_module[reader.module].append(reader)
@@ -93,7 +95,8 @@ def value_effects(
 ) -> dict[str, float]:
     """Estimate from values alone how far outputs of parameters would move, if each had its replacement as a value.
 
-    Inputs of size one are taken to be those that the difference was learned from, so its spectral norm counts."""
+    Inputs of size one are taken to be those that the difference was learned from, so its spectral norm counts.
+    """
     found = {}
     for name in names:
         parameter, difference = plan.parameters[name], (values[name] - replacements[name]).detach().double()

@@ -72,7 +72,8 @@ def measure(
     """Train a freshly built module on batches, and measure it before the first step, before the last and after it.
 
     ``training_step`` is run in evaluation mode on ``probe``. A pass that was ``followed`` at this shape with other
-    weights is reused where parameters are used as they are."""
+    weights is reused where parameters are used as they are.
+    """
     for callback in callbacks:
         if isinstance(callback, MLUCallback):
             callback.verify = False  # what is wrong is to be measured

@@ -70,7 +70,8 @@ def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratio
 
     Everything moves by Θ(1) in every step (theory.md, section 1). At the start W_in h and W h are of order one, a
     branch adds sqrt(D/M)/L of what enters its last matrix, and outputs are 1/sqrt(D) (theory.md, section 2).
-    ``multiplied``: what is measured includes the branch's multiplier 1/L."""
+    ``multiplied``: what is measured includes the branch's multiplier 1/L.
+    """
     row = _TABLE.row(role, variant, ratios)
     powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
     is_part = kind in (Kind.START, Kind.UPDATE) and multiplied
@@ -85,7 +86,8 @@ def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
 
     The random part of a stream is sqrt(D/(L M)) of a coordinate, that of outputs 1/sqrt(D) or 1/sqrt(L M) (theory.md,
     section 2), and dominates the first steps. Gradients of gains and gates in a branch pass through untrained matrices,
-    and are of this size as well."""
+    and are of this size as well.
+    """
     low = high = 0.0
     if quantity.kind in (Kind.OUTPUT, Kind.EFFECT_ON_OUTPUT):
         low = -1.0 if axis == "together" else -0.5

@@ -18,7 +18,8 @@ def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Param
     """Measure the part of every parameter that weight decay takes away in the next step.
 
     A step without gradients is made with and without weight decay, and undone. The difference is lr · λ for decoupled
-    decay and SGD; for Adam's L2 decay it is what decay adds to the update. Parameters that do not decay are left out."""
+    decay and SGD; for Adam's L2 decay it is what decay adds to the update. Parameters that do not decay are left out.
+    """
     with_decay = _stepped(optimizers, parameters)
     with _without_decay(optimizers):
         without = _stepped(optimizers, parameters)

@@ -33,7 +33,8 @@ def sizes(base: Shape, factors: Sequence[int], axes: Sequence[str] = AXES) -> tu
     """List all sizes along each axis; a shape on several axes is listed for each.
 
     The embedding grows at the largest hidden width: the random part of the stream grows with D/(L M) (theory.md,
-    section 2), and at the base's own width it would be what is measured."""
+    section 2), and at the base's own width it would be what is measured.
+    """
     if len(factors) < 2 or factors[0] != 1 or any(one >= next_ for one, next_ in itertools.pairwise(factors)):
         raise ValueError(f"factors={list(factors)} should be two or more that ascend from 1, such as [1, 2, 4, 8].")
     if not axes or not set(axes) <= set(AXES):

@@ -52,7 +52,8 @@ class Row:
     """How a quantity grows along an axis: the slope d log quantity / d log size, less the expected one, or NaN.
 
     It passes if its confidence interval (half width ``error``) has slopes of finite networks and none of a fault, or if
-    a parameter does nothing at any size; it fails if it is the other way round."""
+    a parameter does nothing at any size; it fails if it is the other way round.
+    """
 
     quantity: Quantity
     axis: str
@@ -100,7 +101,8 @@ def fit_row(
 
     Seeds have constants of their own, because their runs have the same batches at all sizes. For parameters, the lowest
     and the highest value along the depth are fitted, too, to see a single wrong branch. ``others`` are points along
-    other axes, with the same noise; ``leeway`` widens the range of slopes of finite networks."""
+    other axes, with the same noise; ``leeway`` widens the range of slopes of finite networks.
+    """
     row = Row(quantity, axis, math.nan, math.nan, "undecided", points=tuple(points))
     mean = _judged(row, others, may_be_still, leeway)
     if mean.verdict == "fail" or math.isnan(mean.slope) or not quantity.kind.is_of_parameter:

@@ -20,7 +20,8 @@ def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generato
     """Draw what hidden units read and write [units, reads + writes], with entries N(0, 1), in float32.
 
     ``"orthogonal"`` units are pairs that read the same and write the opposite, perpendicular to the other pairs of a
-    block."""
+    block.
+    """
     check_sampling(sampling, units)
     dimensions = reads + writes
     if sampling == "independent":
@@ -53,5 +54,6 @@ def exact_units(dimension: int) -> Tensor:
     """Make the 2r units [2r, 2r], in float64, with which a linear activation has its exact expectations.
 
     Linear branches depend on the moments E[(u, v)(u, v)ᵀ] alone, and updates are linear in (u, v), so units that start
-    with the moments of the infinite population keep them (theory.md, section 5). Each reads or writes one coordinate."""
+    with the moments of the infinite population keep them (theory.md, section 5). Each reads or writes one coordinate.
+    """
     return math.sqrt(2 * dimension) * torch.eye(2 * dimension, dtype=torch.float64, device="cpu")

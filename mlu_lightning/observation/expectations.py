@@ -61,7 +61,8 @@ class Expectations:
     def scale(self, name: str, sizes: Mapping[str, float]) -> tuple[float, bool] | None:
         """Size of a parameter next to what initialize() makes it, and whether it did; None if left as built.
 
-        initialize() sets the root mean square of a group; multipliers may be folded in."""
+        initialize() sets the root mean square of a group; multipliers may be folded in.
+        """
         names, target = self._groups[name]
         group = [each for each in names if each in sizes and each not in self._kept]
         entries = sum(math.prod(self.plan.parameters[each].shape) for each in group)

@@ -45,7 +45,8 @@ def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tens
     """Choose rows of logits, evenly over samples, heads and queries, and some keys of each, in float32.
 
     Arguments are, by name, those of a softmax or of a fused attention. Logits are -inf where a key is masked or the
-    logit is below -5000, as where a mask was added."""
+    logit is below -5000, as where a mask was added.
+    """
     if "query" in arguments:
         logits = _fused_logits(arguments, rows, columns)
     else:
@@ -58,7 +59,8 @@ def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tens
 def spread(size: int, count: int) -> Tensor:
     """Choose one index in each of ``count`` equal parts, at fractional parts of multiples of the golden ratio.
 
-    At one distance they might all be of one query in every head."""
+    At one distance they might all be of one query in every head.
+    """
     if size <= count:
         return torch.arange(size, device="cpu")
     parts = torch.arange(count, device="cpu")

@@ -49,7 +49,8 @@ class ReferenceWriter:
         """Continue the file of a run that is resumed at a step; later recordings are dropped.
 
         Header, probe and, if known, name have to be those of the run, but for what only initialization uses of the
-        plan."""
+        plan.
+        """
         writer = cls(path, header, probe)
 
         def read(file: ReferenceFile) -> list[str]:

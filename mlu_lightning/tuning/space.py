@@ -33,7 +33,8 @@ def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dime
 
     A multiplier says for Adam and SGD what std and lr of its role say together, so it is searched only where a role has
     neither, as a tied readout. The factor of all learning rates is that of ``branch_in``, to which the others are
-    relative."""
+    relative.
+    """
     present = tuple(dict.fromkeys(role.value for role in plan.roles.values() if role is not Role.FROZEN))
     found = [_dimension("lr", present, "lr")]
     for given in roles:

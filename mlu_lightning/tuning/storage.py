@@ -103,7 +103,8 @@ def quiet_optuna() -> Iterator[None]:
 class _ByNumber(BaseSampler):
     """The default first, then multivariate TPE seeded by the trial's number.
 
-    So a search that was stopped goes on as it would have, and processes that start together do not try the same."""
+    So a search that was stopped goes on as it would have, and processes that start together do not try the same.
+    """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

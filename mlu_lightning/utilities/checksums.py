@@ -51,7 +51,8 @@ def checksums(tensors: Mapping[str, Tensor], rough: bool = False) -> dict[str, C
     """Sum over each tensor that has values and is of torch's own class.
 
     With ``rough``, values can also be compared after a cast to another precision. Unlike versions, sums see changes
-    through ``.data``. Rows and columns have different weights, because sums of bits alone miss an even number of signs."""
+    through ``.data``. Rows and columns have different weights, because sums of bits alone miss an even number of signs.
+    """
     kinds, found = {}, {}
     for name, tensor in tensors.items():
         values = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()

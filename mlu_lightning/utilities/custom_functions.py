@@ -36,7 +36,8 @@ class _Notes(SimpleNamespace):
 def seen_through() -> Iterator[None]:
     """Run custom functions as the operations that their ``forward`` calls, where every input with a gradient goes on.
 
-    Others stay one node of the graph. FlexAttention is its formula, also on CPUs, where it has no backward pass."""
+    Others stay one node of the graph. FlexAttention is its formula, also on CPUs, where it has no backward pass.
+    """
 
     def apply(cls: Any, *args: Any) -> Any:
         opened = None if cls.__module__.startswith("torch.") else _opened(cls, args)

@@ -29,7 +29,8 @@ class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # t
     """Fake tensors whose results are cached by operation, numbers and layouts of tensors.
 
     This is a few times faster than torch's own cache, whose keys hold whatever could matter in another pass. What is
-    not plainly a function of layouts is left to torch: known values, changes in place, other kinds of tensors."""
+    not plainly a function of layouts is left to torch: known values, changes in place, other kinds of tensors.
+    """
 
     _known: ClassVar[dict[tuple[Any, ...], tuple[type | None, list[_Output]]]] = {}  # of all modes, as torch's own
 

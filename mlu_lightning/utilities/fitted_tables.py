@@ -16,7 +16,8 @@ _UNLIMITED = 10_000
 class FittedTable:
     """A table as it is where it fits, or with words on several lines, in parts below each other, or row by row.
 
-    The first columns (``keys``), which say what a row is about, begin every part or row."""
+    The first columns (``keys``), which say what a row is about, begin every part or row.
+    """
 
     def __init__(self, table: Table, keys: int = 1) -> None:
         self._table, self._keys = table, keys

@@ -38,7 +38,8 @@ Watch = Callable[[CallPlace, tuple[Any, ...], dict[str, Any]], Callable[[Any], N
 def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
     """Call ``watch`` before every torch function in the first call of any submodule; attentions get all arguments by name.
 
-    Functions that no submodule calls are not seen."""
+    Functions that no submodule calls are not seen.
+    """
     calls = _Calls(watch)
     with ExitStack() as stack:
         for name, submodule in planned_modules(module):

@@ -52,7 +52,8 @@ def mute(
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
     Losses given to ``manual_backward`` go to ``losses``. ``optimizers()`` and ``lr_schedulers()`` return idle stand-ins
-    of the given ones, and so does the module's Trainer, if it has one."""
+    of the given ones, and so does the module's Trainer, if it has one.
+    """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None

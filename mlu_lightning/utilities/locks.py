@@ -23,7 +23,8 @@ class WriterLock:
 
     It is a POSIX lock on an empty hidden file beside the path. It dies with its process, is not inherited by forks, and
     works over NFS if the server has locks; a file system without locks (Lustre may have none) gets a warning and no
-    lock."""
+    lock.
+    """
 
     def __init__(self, path: Path, wait: bool = False) -> None:
         name = hashlib.sha256(path.name.encode(errors="surrogateescape")).hexdigest()[:8]

@@ -27,7 +27,8 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
 
     Tensors, generators, lists, dicts and sets among attributes get their content back; other objects keep their
     changes. Parameters are not copied, which would be a second model in memory: a pass that changes them is an error,
-    unless ``restore_parameters`` asks for the copy."""
+    unless ``restore_parameters`` asks for the copy.
+    """
     parameters = {} if restore_parameters else {name: value.data for name, value in module.named_parameters()}
     seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
     before = checksums(parameters)

@@ -16,7 +16,8 @@ from threading import Thread
 def worker_pool(workers: int, start: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
     """Start processes, each of which calls ``start`` first; an error in the ``with`` block ends them at once.
 
-    They watch a pipe that nobody writes to: it closes when this process ends, by whatever signal."""
+    They watch a pipe that nobody writes to: it closes when this process ends, by whatever signal.
+    """
     context = multiprocessing.get_context("spawn")
     end, lifeline = context.Pipe(duplex=False)
     with end, lifeline, ProcessPoolExecutor(workers, context, _start, (end, start)) as pool:
