@@ -10,6 +10,7 @@ from helpers.ranks import on_two_ranks
 
 from mlu_lightning.observation.reference import Reference
 
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("single")
@@ -39,8 +40,8 @@ def test_two_processes_record_and_measure_what_one_does(strategy: str, single: P
         torch.testing.assert_close(one.read(step), two.read(step), **tolerance)
     # and the losses are means over both processes: those of a half differ by far more
     assert one.losses.std() > 0.01
-    for run, prefix, steps in (("32", "mlu/update/", one.steps[1:]), ("8", "mlu/distance/", one.steps)):
-        compare(single / run, divided / strategy / run, prefix, steps)
+    for name, prefix, steps in (("32", "mlu/update/", one.steps[1:]), ("8", "mlu/distance/", one.steps)):
+        compare(single / name, divided / strategy / name, prefix, steps)
 
 
 def compare(single: Path, divided: Path, prefix: str, steps: tuple[int, ...]) -> None:
