@@ -19,7 +19,7 @@ from mlu_lightning.application import residual_state
 from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.models import CausalTransformer
 
-STEPS = 4
+STEPS = 2
 # eps is as large as gradients are, so that its factor counts; with a small one, Adam amplifies rounding errors without
 # bound where the gradient is zero but for these, as that of the bias of keys is
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -3,8 +3,6 @@
 import argparse
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import loading
+from helpers.bare import Bare
 from helpers.loading import OURS, PLAIN, Lit, Net, data, load_all, outputs, trainer
 from helpers.trainers import identical
 from safetensors.torch import load_file, save_file
@@ -48,10 +47,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, T
     return folder, found
 
 
-def test_it_is_the_trained_function_or_an_error(trained: tuple[Path, dict[str, Tensor]]) -> None:
+def test_it_is_the_trained_function_or_an_error(trained: tuple[Path, dict[str, Tensor]], bare: Bare) -> None:
     """Here, and in a process that at first cannot import the package, and then does."""
     folder, expected = trained
-    subprocess.run([sys.executable, loading.__file__, folder], check=True, capture_output=True)
+    code = "import helpers.loading, pathlib; helpers.loading.load_without_and_with_the_package(pathlib.Path(folder))"
+    bare.run(code, folder=str(folder))
     without, another = torch.load(folder / "found.pt", weights_only=True)
     here = load_all(folder, {**PLAIN, **OURS})
     assert len(without) == len(RUNS) * len(PLAIN)
