@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.tuned import FACTORS, Tuned, match_tuned
@@ -43,13 +43,14 @@ def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dime
 
     Two factors that are one are searched once. With Adam and its kin, and with SGD, a multiplier says what std and lr of the
     same role say together, so a multiplier is searched where a role has neither, as the readout of a tied table. The
-    factor of all learning rates is that of ``branch_in``, of which others' are relative.
+    factor of all learning rates is that of ``branch_in``, of which others' are relative. The richness alpha is the std of
+    ``branch_out`` times alpha, and the lr of ``branch_in`` over it (its square with SGD): it takes that std's place.
 
     Args:
         plan: of the base.
         roles: keys of tuned factors (roles, ``branch_in@attention``, globs), of which std and lr are searched as far as
             they have any, or one factor of a key, such as ``"embedding.weight_decay"``; ``"norms"`` for the learning rate of
-            all norms, ``"weight_decay"`` for that of everything.
+            all norms, ``"weight_decay"`` for that of everything, ``"alpha"`` for the richness of all branches.
 
     Raises:
         ValueError: if one of them is nothing that can be searched in this module.
@@ -62,7 +63,8 @@ def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dime
     present = tuple(dict.fromkeys(role.value for role in plan.roles.values() if role is not Role.FROZEN))
     found = [_dimension("lr", present, "lr")]
     for given in roles:
-        found += _of(given, plan, present)
+        own = [*_of(given, plan, present)]
+        found += [each for each in own if not (given == Role.BRANCH_OUT and each.what == "std" and "alpha" in roles)]
     names = [dimension.name for dimension in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--roles has {twice[0]} twice. Leave one of them.")
@@ -99,10 +101,9 @@ def _dimension(name: str, keys: Sequence[str], what: str) -> Dimension:
 def _of(given: str, plan: Plan, present: Sequence[str]) -> Iterator[Dimension]:
     """Dimensions of one of the roles that were asked for."""
     if given == "alpha":
-        raise ValueError(
-            "alpha is no factor of its own: it is the std of branch_out times alpha, and the lr of branch_in over it (over "
-            "its square with SGD), which are searched as branch_out and lr."
-        )
+        replace(plan, tuned={Role.BRANCH_OUT.value: {"alpha": 2.0}})  # which refuses what has none
+        yield _dimension("alpha", [Role.BRANCH_OUT], "alpha")
+        return
     if given == "weight_decay":
         yield _dimension("weight_decay", present, "weight_decay")
         return
