@@ -1,6 +1,5 @@
 """One study in SQLite or a journal for several processes: two at once, a killed one, and one that goes on."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,13 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import chown, which
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import optuna
 import pytest
+from helpers.processes import forked
 from helpers.tuned_trainings import Failing, Small, tuned
-
-FORK = multiprocessing.get_context("fork")  # which imports nothing anew
 
 
 class Waits(Small):  # until it is killed, or a file is there
@@ -27,12 +24,6 @@ class Waits(Small):  # until it is killed, or a file is there
         (self.place / "begun").touch()
         while not (self.place / "go").exists():
             time.sleep(0.01)
-
-
-def in_process(folder: Path, **changes: Any) -> Any:
-    process = FORK.Process(target=tuned, args=(folder,), kwargs=changes)
-    process.start()
-    return process
 
 
 @pytest.fixture
@@ -60,7 +51,7 @@ def postgresql() -> Iterator[str]:
 def test_two_processes_work_on_one_study(tmp_path: Path, storage: str, request: pytest.FixtureRequest) -> None:
     url = request.getfixturevalue(storage) if storage == "postgresql" else storage.format(tmp_path)
     shared = {"storage": url, "trials": 4}
-    others = [in_process(tmp_path, **shared) for _ in range(2)]
+    others = [forked(tuned, tmp_path, **shared) for _ in range(2)]
     for other in others:
         other.join(60)
         assert other.exitcode == 0
@@ -76,7 +67,7 @@ def test_a_killed_process_leaves_a_study_that_goes_on(tmp_path: Path, monkeypatc
     monkeypatch.setattr("mlu_lightning.tuning.storage._GRACE", 1)
     tuned(tmp_path, trials=1)
     monkeypatch.setattr(Waits, "place", tmp_path)
-    killed = in_process(tmp_path, build=Waits, trials=6)
+    killed = forked(tuned, tmp_path, build=Waits, trials=6)
     while not (tmp_path / "begun").exists():
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
