@@ -24,7 +24,6 @@ STEPS = 2
 # bound where the gradient is zero but for these, as that of the bias of keys is
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=0.1),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, eps=1e-2, weight_decay=0.1),
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-2, weight_decay=0.1),
 }
 
