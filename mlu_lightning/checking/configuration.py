@@ -66,8 +66,7 @@ class Configured:
 
     def build_with(self, sizes: Mapping[str, int]) -> LightningModule:
         """Build the module of the base with other values of some options."""
-        module: LightningModule = _parse(_Parsed, self.content, {**self.options, **sizes}).model
-        return module
+        return self.build_all(sizes)[0]
 
     def build_all(self, sizes: Mapping[str, int]) -> tuple[LightningModule, list[Callback]]:
         """Build the module of the base with other values of some options, and the callbacks that take part."""
