@@ -13,12 +13,10 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from threading import Thread
 
-import torch
-
 
 @contextmanager
-def worker_pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """Start processes that train, with so many threads each and silent; an error in the ``with`` block ends them at once.
+def worker_pool(workers: int, threads: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Start processes, silent ones with so many threads if they train; an error in the ``with`` block ends them at once.
 
     They watch a pipe that nobody writes to: it closes when this process ends, by whatever signal.
     """
@@ -33,14 +31,17 @@ def worker_pool(workers: int, threads: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _start(end: Connection, threads: int) -> None:
+def _start(end: Connection, threads: int | None) -> None:
     """Let Ctrl-C end a worker quietly, and the end of its parent at once; hide what Lightning says about devices."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Thread(target=_end_with, args=(end,), daemon=True).start()
-    torch.set_num_threads(threads)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    if threads is not None:
+        import torch  # slow
+
+        torch.set_num_threads(threads)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
 
 
 def _end_with(end: Connection) -> None:

@@ -42,7 +42,7 @@ import signal, sys
 from test_workers import note
 from mlu_lightning.utilities.workers import worker_pool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs these tests may ignore
-with worker_pool(2, threads=1) as pool:
+with worker_pool(2) as pool:
     [future.result() for future in [pool.submit(note, sys.argv[1]) for _ in range(4)]]
 """
 
@@ -62,10 +62,10 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
 
 def test_an_error_does_not_wait_for_what_runs() -> None:
     begun = time.monotonic()
-    with pytest.raises(ZeroDivisionError), worker_pool(2, threads=1) as pool:
+    with pytest.raises(ZeroDivisionError), worker_pool(2) as pool:
         future = pool.submit(work)
         pool.submit(work, 0).result()
         raise ZeroDivisionError
     assert time.monotonic() - begun < 60 and future.exception() is not None
-    with worker_pool(1, threads=1) as pool:
+    with worker_pool(1) as pool:
         assert pool.submit(work, 0).result() != os.getpid()
