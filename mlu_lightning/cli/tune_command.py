@@ -148,9 +148,7 @@ def _grown(configured: Any, keys: Mapping[str, Sequence[str]], factors: Mapping[
     from mlu_lightning.checking.options import with_found_options
 
     known = with_found_options(configured, keys)
-    if wrong := [
-        axis for axis, factor in factors.items() if axis not in known.keys or not known.keys[axis] or factor < 1
-    ]:
+    if wrong := [axis for axis, factor in factors.items() if not known.keys.get(axis) or factor < 1]:
         raise ValueError(
             f"--confirm has {wrong[0]}: {factors[wrong[0]]}, and should have factors of 1 or more for some of "
             f"{', '.join(axis for axis, names in known.keys.items() if names)}, which the model's arguments make up."

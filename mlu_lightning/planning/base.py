@@ -73,9 +73,8 @@ class Base:
         for (pattern, kind), own in groups.items():
             of_base = {other: entry for (other, its_kind), entry in self.branches.items() if its_kind == kind}
             alike = {o: entry for o, entry in of_base.items() if name_pattern(o) == pattern}
-            alike = alike or {
-                o: entry for o, entry in of_base.items() if name_pattern_of_parts(o) == name_pattern_of_parts(pattern)
-            }
+            parts = name_pattern_of_parts(pattern)
+            alike = alike or {o: entry for o, entry in of_base.items() if name_pattern_of_parts(o) == parts}
             sizes = {b.name: (b.hidden, b.head_dim) for b in own}
             names = of_the_same_kind(sizes, {o: (e.hidden, e.head_dim) for o, e in alike.items()})
             for name in sizes:
@@ -136,10 +135,8 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
-            (branch.name, branch.kind): BaseBranch(
-                branch.hidden, branch.head_dim, scales[branch.name], constants[branch.name]
-            )
-            for branch in structure.branches
+            (b.name, b.kind): BaseBranch(b.hidden, b.head_dim, scales[b.name], constants[b.name])
+            for b in structure.branches
         },
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
     )
@@ -203,16 +200,15 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
             found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
         elif alike:
             entry = next(iter(alike.values()))
-            differences.append(
-                f"{name} is {facts.row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}"
-            )
+            its = f"{entry.row} {list(entry.shape)}"
+            differences.append(f"{name} is {facts.row} {list(facts.shape)} and the base's is {its}")
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern_of_parts(name) for name in structure.parameters}
-    learned = {
-        pattern: names for pattern, names in by_pattern.items() if base.parameters[names[0]].role is not Role.FROZEN
+    others = {
+        pattern: names[0] for pattern, names in by_pattern.items() if name_pattern_of_parts(pattern) not in patterns
     }
-    missing = [names[0] for pattern, names in learned.items() if name_pattern_of_parts(pattern) not in patterns]
+    missing = [name for name in others.values() if base.parameters[name].role is not Role.FROZEN]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
         advice = advice_on_names([*structure.parameters, *base.parameters])

@@ -296,9 +296,8 @@ class Plan:
             if parameter.role is Role.FROZEN:
                 found[name] = Scale(multiplier=self.folded_factors.get(name, 1.0))
                 continue
-            entry = scale(
-                parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
-            )
+            row = parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
+            entry = scale(*row)
             if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
                 entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
             entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))

@@ -51,9 +51,8 @@ def panel_figure(title: str, curves: Mapping[str, Curve], label: str, logarithmi
 
 def first_panels(panels: Mapping[str, Mapping[str, Curve]]) -> tuple[dict[str, dict[str, Curve]], int]:
     """As many panels and curves as anybody looks at, and the number of the other curves."""
-    first = {
-        title: dict(islice(curves.items(), _MOST_CURVES)) for title, curves in islice(panels.items(), _MOST_PANELS)
-    }
+    chosen = islice(panels.items(), _MOST_PANELS)
+    first = {title: dict(islice(curves.items(), _MOST_CURVES)) for title, curves in chosen}
     return first, sum(map(len, panels.values())) - sum(map(len, first.values()))
 
 
