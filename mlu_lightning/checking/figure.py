@@ -9,6 +9,7 @@ from statistics import geometric_mean
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mlu_lightning.checking.quantities import Kind, lowest_and_highest
@@ -26,6 +27,7 @@ def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
         panels["features, stream, output" if moves else str(kind)].append(row)
     axes = axes_of(rows)
     figure = Figure(figsize=(3.5 * len(axes) + 0.4, 2.2 * len(panels) + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
     grid = figure.subplots(len(panels), len(axes), squeeze=False, sharex="col", sharey="row")
     for line, (group, members) in zip(grid, panels.items(), strict=True):
         of_axes = [[row for row in members if row.axis == axis] for axis in axes]
