@@ -9,7 +9,6 @@ from rich.table import Table
 from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants
 from mlu_lightning.shapes.ordinary import ASPECTS, WIDTHS
 from mlu_lightning.shapes.search import Candidate
-from mlu_lightning.utilities.fitted_tables import number_table
 
 _SOURCES = {
     PAPER: "c2 and c3 are the published fit to the paper's experiment (tanh perceptrons, 15 steps), "
@@ -24,7 +23,9 @@ def shape_table(
 ) -> Table:
     """Tabulate candidates, the best marked; a Transformer has so many MLP units for each head."""
     sizes = ("blocks", "M heads", "MLP units", "D") if units_per_head else ("L", "M units", "D")
-    table = number_table("", *sizes, "parameters", "error", *([] if present is None else ["error / present"]))
+    table = Table("", *sizes, "parameters", "error", *([] if present is None else ["error / present"]))
+    for column in table.columns[1:]:
+        column.justify = "right"
     for candidate in candidates:
         mark, style = ("*", "bold") if candidate == best else ("", "")
         table.add_row(mark, *_cells(candidate, present, units_per_head), style=style)
