@@ -7,7 +7,7 @@ larger, and everywhere roles have scales and decays of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -95,8 +95,4 @@ def _is_multiple(before: Checksum, now: Checksum) -> bool:
     ratio = now.rough[0] / before.rough[0]
     if not math.isfinite(ratio):
         return True
-    return math.frexp(ratio)[0] == 0.5 and all(a * ratio == b for a, b in _pairs(before.rough, now.rough))
-
-
-def _pairs(one: Iterable[float], other: Iterable[float]) -> Iterable[tuple[float, float]]:
-    return zip(one, other, strict=True)
+    return math.frexp(ratio)[0] == 0.5 and all(a * ratio == b for a, b in zip(before.rough, now.rough, strict=True))

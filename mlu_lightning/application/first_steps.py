@@ -106,9 +106,7 @@ class FirstSteps:
         own = self._own(scaled)
         self._before = checksums({name: p for name, p in own.items() if name in self._unmoved}, rough=True)
         if first and not self._manual:
-            _refuse_changed_in_step(
-                [name for name, sums in self._before.items() if not sums.is_near(self._start[name])]
-            )
+            _refuse_changed_in_step([n for n, sums in self._before.items() if not sums.is_near(self._start[n])])
         if self._between is not None:
             self._between.before_update(own)
         self._multipliers.refuse_unseen({name: parameter.grad for name, parameter in own.items()})

@@ -112,9 +112,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 self._use(node, "table", parameter, node)
             self._nodes[parameter] = node
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
         updates = changed is not None and self._node(changed).op == "parameter"  # as of a teacher, after its use
@@ -225,9 +223,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
         names = tuple(sorted(weights.weights))
-        self._uses.append(
-            _Use(names, how, root_mean_square(values), values.numel(), inputs, weights.plain, begin, source)
-        )
+        size, count = root_mean_square(values), values.numel()
+        self._uses.append(_Use(names, how, size, count, inputs, weights.plain, begin, source))
 
     def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
@@ -293,9 +290,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         older, newer = sorted(data, key=lambda pair: pair[1].root.index)
         parents = [node for _, node in data]
         if older[0].numel() == newer[0].numel() and depends(newer[1], older[1].root):
-            along = since_fork(
-                older[1], newer[1]
-            )  # beside an addition, what branch and stream are next to each other counts
+            along = since_fork(older[1], newer[1])  # at an addition, the size of the branch next to its stream counts
             over = {parent: along / (alpha if parent is pairs[1][1] else 1.0) for parent in parents}
             for parent in parents:
                 self._end(parent, "addition", over[parent])
