@@ -21,8 +21,6 @@ from mlu_lightning.cli.console import (
     writing,
 )
 
-__all__ = ["tune_configuration"]
-
 _OF_A_TRAINING = "model", "data", "optimizer", "lr_scheduler"
 
 

@@ -9,20 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CREATED",
-    "MATRIX_OPERANDS",
-    "NORMALIZING",
-    "NORMS",
-    "OVERWRITING",
-    "SELECTING",
-    "VIEWS",
-    "contraction",
-    "described",
-    "end_name",
-    "of_few_rows",
-]
-
 VIEWS = frozenset(
     "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze slice select split "
     "split_with_sizes unbind unsafe_split unsafe_split_with_sizes chunk alias detach clone contiguous _to_copy lift_fresh "

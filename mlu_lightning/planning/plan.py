@@ -37,8 +37,6 @@ from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["Plan"]
-
 
 @dataclass(frozen=True)
 class Plan:

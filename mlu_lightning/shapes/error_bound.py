@@ -11,18 +11,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "ATTENTION",
-    "PAPER",
-    "ErrorConstants",
-    "FittedConstants",
-    "Measured",
-    "Shape",
-    "error_at",
-    "error_bound",
-    "fit_error_bound",
-]
-
 Measured = Literal["stream", "output"]  # what an error is of: the residual stream, in embedding space, or the output
 
 

@@ -10,8 +10,6 @@ from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants
 from mlu_lightning.shapes.ordinary import ASPECTS, WIDTHS
 from mlu_lightning.shapes.search import Candidate
 
-__all__ = ["assumptions", "shape_table"]
-
 _SOURCES = {
     PAPER: "c2 and c3 are the published fit to the paper's experiment (tanh perceptrons, 15 steps), "
     "and c1 was measured in the same experiment.",

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Checksum", "checksums"]
-
 
 @dataclass(frozen=True)
 class Checksum:
@@ -22,10 +20,10 @@ class Checksum:
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
-    """Sum over each tensor; those without values, or of other classes than torch's own, are left out.
+    """Sum over each tensor that has values and is of torch's own class.
 
-    Unlike versions, sums see changes through ``.data``. Rows and columns have weights of their own, because sums of bits
-    alone miss an even number of signs.
+    Unlike versions, sums see changes through ``.data``. Rows and columns have different weights, because sums of bits alone
+    miss an even number of signs.
     """
     found = {}
     for name, tensor in tensors.items():

@@ -11,8 +11,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["Sample", "samples"]
-
 
 @dataclass(frozen=True, eq=False)
 class Sample:

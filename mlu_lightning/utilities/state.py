@@ -17,8 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from mlu_lightning.utilities.checksums import checksums
 
-__all__ = ["KeptValues", "ParametersChangedError", "preserve_state"]
-
 
 class ParametersChangedError(Exception):
     """A forward pass has changed parameters, which nobody has kept."""
@@ -28,11 +26,11 @@ class ParametersChangedError(Exception):
 def preserve_state(
     module: nn.Module, restore_parameters: bool = False, kept: KeptValues | None = None
 ) -> Iterator[None]:
-    """Put random state, training modes, buffers and attributes of a module and its submodules back afterwards.
+    """Restore random state, training modes, buffers and attributes of a module and its submodules afterwards.
 
-    Of attributes, tensors, random generators, lists, dicts and sets are restored with what they hold; objects of other
-    classes keep what changed in them. Parameters are not copied, which would be a second model in memory: a pass that
-    changes them is an error, unless ``restore_parameters`` asks for the copy, or ``kept`` copies those that are changed.
+    Tensors, generators, lists, dicts and sets among attributes get their content back; other objects keep their
+    changes. Parameters are not copied, which would be a second model in memory: a pass that changes them is an error,
+    unless ``restore_parameters`` asks for the copy, or ``kept`` copies those that are changed.
     """
     looked_at = not restore_parameters and kept is None
     parameters = {name: value.data for name, value in module.named_parameters()} if looked_at else {}
