@@ -100,7 +100,7 @@ def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
 @pytest.mark.parametrize("family", OptimizerFamily)
 def test_standard_parameterization_has_the_std_of_a_sum_and_nothing_else(family: OptimizerFamily) -> None:
     for role, ratios, inputs in (
-        (Role.EMBEDDING, Ratios(DEPTH, HIDDEN, EMBEDDING), 1.0),  # data do not count
+        (Role.EMBEDDING, Ratios(DEPTH, HIDDEN, EMBEDDING), HIDDEN),  # as of sinusoids, one for each coordinate
         (Role.BRANCH_IN, INTO, EMBEDDING),
         (Role.BRANCH_HIDDEN, WITHIN, HIDDEN),
         (Role.BRANCH_OUT, OUT, HIDDEN),
