@@ -124,9 +124,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 self._use(node, "table", parameter, node)
             self._nodes[parameter] = node
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, (name, is_mutable) = kwargs or {}, described(func)
         if is_mutable:
             self._kept.keep(func, args, given)
@@ -312,9 +310,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         older, newer = sorted(data, key=lambda pair: pair[1].root.index)
         parents = [node for _, node in data]
         if older[0].numel() == newer[0].numel() and depends(newer[1], older[1].root):
-            along = since_fork(
-                older[1], newer[1]
-            )  # beside an addition, what branch and stream are next to each other counts
+            along = since_fork(older[1], newer[1])  # at an addition, the size of the branch next to its stream counts
             over = {parent: along / (alpha if parent is pairs[1][1] else 1.0) for parent in parents}
             for parent in parents:
                 self._end(parent, "addition", over[parent])

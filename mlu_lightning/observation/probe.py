@@ -107,7 +107,7 @@ def observe_counted(
             )
     observation = {
         location.name: _interpolated(
-            [(weight, reduce(add, (read[tap] for tap in taps))) for weight, taps in location.parts]
+            [(weight, reduce(add, map(read.__getitem__, taps))) for weight, taps in location.parts]
         )
         for location in locations
         if all(tap in read for tap in location.taps)
