@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.bare import Bare
 
 # what is expected of these was read off the source of transformers 5, before which parts had other names and forms
 TRANSFORMERS_5 = {
@@ -50,6 +51,13 @@ def pytest_runtest_setup() -> None:
 def environment() -> Iterator[None]:
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         yield
+
+
+@pytest.fixture(scope="session")
+def bare() -> Iterator[Bare]:
+    made = Bare()
+    yield made
+    made.close()
 
 
 @pytest.fixture
