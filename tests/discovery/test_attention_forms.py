@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.residual_networks import Net
+from helpers import residual_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -165,7 +165,7 @@ def test_keys_that_lose_their_gradients_are_refused() -> None:
     """As those that are written into a cache under no_grad, which a model may have on by default."""
     parts = {name: nn.Linear(8, 8) for name in ("embed", "q", "k", "o", "out")}
 
-    def forward(net: Net, x: torch.Tensor) -> torch.Tensor:
+    def forward(net: residual_networks.Net, x: Tensor) -> Tensor:
         h = net.embed(x)
         cache = net.k(h).detach()
         return net.out(h + net.o(F.scaled_dot_product_attention(net.q(h), cache, cache)))
@@ -173,4 +173,4 @@ def test_keys_that_lose_their_gradients_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"attention do not depend .* or lose their gradients in a cache.*use_cache=False"
     ):
-        discover(Net(forward, blocks=nn.ModuleList(), **parts), torch.ones(2, 4, 8))
+        discover(residual_networks.Net(forward, blocks=nn.ModuleList(), **parts), torch.ones(2, 4, 8))
