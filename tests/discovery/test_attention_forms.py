@@ -173,4 +173,4 @@ def test_keys_that_lose_their_gradients_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"attention do not depend .* or lose their gradients in a cache.*use_cache=False"
     ):
-        discover(residual_networks.Net(forward, blocks=nn.ModuleList(), **parts), torch.ones(2, 4, 8))
+        discover(residual_networks.Net(forward, blocks=nn.ModuleList(), **parts), torch.ones(2, 1, 4, 8))
