@@ -97,12 +97,19 @@ class _Search:
         last = stream.source
         if last in found and not self.ancestry.precedes(last, branch):
             # (x + attention(x)) + mlp(x): the second branch reads the root of the first
-            before = found[last].root
+            before, other = found[last].root, found[last].branch.source
+            if other in found and self.ancestry.feeds_matrix_before(other, branch):
+                return other  # x + x0 + f(x): the stream is what the skip was added to
             return before if self.ancestry.feeds_matrix_before(before, branch) else None
         chain = self.chains[stream]
         parting = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
         if parting is None:
-            return None
+            # x + t + f(x): the stream and something else
+            parts = chain[-1].data if adds_two(chain[-1]) and len(self.graph.users[chain[-1]]) == 1 else ()
+            plain = chain[-1] not in found and not any(map(self.graph.is_matrix, chain))
+            latest_first = sorted(parts if plain else (), key=lambda o: o.index, reverse=True)
+            roots = (self._root(op, part, branch, found) for part in latest_first)
+            return next((root for root in roots if root is not None), None)
         root = parting.source  # before what only arranges it, or multiplies it with constants
         if not self.ancestry.feeds_matrix_before(root, branch):
             return None

@@ -145,7 +145,8 @@ class Multiplier:
 
     Args:
         name: of the branch, or of the readout's matrix.
-        kind: what it multiplies: a residual ``"branch"``, the ``"readout"``, or attention ``"logits"``.
+        kind: what it multiplies: a residual ``"branch"``, the ``"readout"``, attention ``"logits"``, or
+            an ``"addition"`` beside branches.
         value: the factor relative to base, before the richness alpha.
         site: where a hook attaches it; None if there is no such place.
         folds: parameters into which it can be folded; empty if there are none.
@@ -154,7 +155,7 @@ class Multiplier:
     """
 
     name: str
-    kind: Literal["branch", "readout", "logits"]
+    kind: Literal["branch", "readout", "logits", "addition"]
     value: float
     site: Site | None
     folds: tuple[str, ...]
