@@ -15,17 +15,6 @@ from mlu_lightning.application.transaction import change
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = [
-    "STATE_KEY",
-    "WHERE",
-    "apply_saved",
-    "load_plan",
-    "load_weights",
-    "saved_plan",
-    "warn_of_hooks",
-    "write_plan",
-]
-
 STATE_KEY = "MLUCallback"  # where checkpoints have the plan, among the states of callbacks
 WHERE: dict[Mode, str] = {"hook": "in hooks", "fold": "in its weights", "baked": "baked into its weights"}
 

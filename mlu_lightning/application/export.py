@@ -25,8 +25,6 @@ from mlu_lightning.utilities.checkpoint_files import read_checkpoint
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import original_module, planned_part
 
-__all__ = ["bake", "restore_multipliers"]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 

@@ -17,8 +17,6 @@ from mlu_lightning.utilities.state import preserve_state
 if TYPE_CHECKING:
     from transformers import GraniteConfig, GraniteForCausalLM
 
-__all__ = ["to_granite"]
-
 
 def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
     """Make a Hugging Face Granite model of a Llama-like one, with copies of its weights and the multipliers in its config.

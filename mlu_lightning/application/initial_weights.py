@@ -14,8 +14,6 @@ from mlu_lightning.table import Role
 from mlu_lightning.utilities.checksums import checksums
 from mlu_lightning.utilities.names import listed
 
-__all__ = ["InitialWeights", "kept_as_built", "refuse_changed", "refuse_exchanged", "trained_parameters"]
-
 
 class InitialWeights:
     """Weights as ``initialize`` has set them, or a checkpoint, and which of them somebody has changed since."""

@@ -17,8 +17,6 @@ from mlu_lightning.planning import ParameterPlan, Plan, std_groups
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = ["InitMode", "initial_steps", "initialize", "planned_stds", "stream_axis"]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 InitMode = Literal["rescale", "normal", "coupled"]

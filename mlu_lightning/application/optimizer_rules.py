@@ -20,8 +20,6 @@ from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.planning.horizon import Forgetting, Horizon
 from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Scale
 
-__all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "is_known", "multiplied", "update_rules"]
-
 Group = dict[str, Any]
 Factor = float | tuple[float, ...] | Forgetting  # of a number in a group, of the numbers in a tuple, or of betas
 Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]  # for all groups of an optimizer, or for each of them

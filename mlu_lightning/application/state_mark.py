@@ -16,18 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.application.applied import residual_state
 
-__all__ = [
-    "MARK",
-    "adapt_mark",
-    "add_mark",
-    "is_marked",
-    "is_state_hook",
-    "mark_states",
-    "state_hooks",
-    "unmark_states",
-    "without_mark",
-]
-
 # without dots, because torch takes what is before one for the name of a submodule
 MARK = (
     "multipliers_of_mlu_lightning_are_missing_here__load_with_MLUCallback_or_restore_multipliers__or_bake_before_saving"

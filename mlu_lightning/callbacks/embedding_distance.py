@@ -21,8 +21,6 @@ from mlu_lightning.observation import MetricName, Observation, OutputName, Refer
 from mlu_lightning.observation.comparison import uncoupled, validated_metrics
 from mlu_lightning.observation.reference_format import listed
 
-__all__ = ["EmbeddingDistance"]
-
 
 class EmbeddingDistance(EitherCallback):
     """Log the distance of a run, in embedding space, from runs that :class:`ReferenceRecorder` recorded.

@@ -41,8 +41,6 @@ from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, starts_processes
 from mlu_lightning.utilities.names import original_module
 
-__all__ = ["MLUCallback"]
-
 Residual = Literal["hook", "fold"]
 FamilyName = Literal["sgd", "adam", "adamw", "muon"]
 

@@ -11,8 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.lightning_private import prunes_globally, resamples_parameters
 
-__all__ = ["check_copies", "copy_again", "warn_of_pruning"]
-
 
 def check_copies(others: Iterable[Callback]) -> None:
     """Refuse callbacks that give a module other initial weights than those of its plan."""

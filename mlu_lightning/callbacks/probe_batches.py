@@ -26,8 +26,6 @@ from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import before_batch_transfer
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["Layout", "Probe", "check_arguments", "cut_probe", "given_probe", "on_rank_zero"]
-
 ResultT = TypeVar("ResultT")
 
 

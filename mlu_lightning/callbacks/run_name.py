@@ -19,8 +19,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.utilities.checksums import checksums
 
-__all__ = ["is_restarted", "name_run"]
-
 _START = {"initial weights", "seed"}
 _JOBS = (("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
 """Where schedulers that start a job again tell its number, and how often they have."""

@@ -25,8 +25,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_private import is_mock_optimizer
 from mlu_lightning.utilities.names import listed
 
-__all__ = ["Verification", "refuse_unscaled"]
-
 
 class Verification:
     """What looks at a module from when it has its weights until it was trained for a few steps."""

@@ -17,8 +17,6 @@ from mlu_lightning.checking.verdicts import Row, Verdict, axes_of, overall_verdi
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.plotting import spread
 
-__all__ = ["draw_check"]
-
 
 def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
     """Draw every quantity over its value at the smallest size, a panel for each kind and axis, over the band that passes."""

@@ -24,20 +24,6 @@ from mlu_lightning.observation.probe import observe_counted
 from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
 
-__all__ = [
-    "USERS_ERRORS",
-    "Batches",
-    "build",
-    "few_samples",
-    "first_batches",
-    "make_trainer",
-    "prepare",
-    "quiet",
-    "structure_of",
-    "transfer",
-]
-
-
 USERS_ERRORS = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 """What modules raise of sizes that they do not take."""
 

@@ -26,8 +26,6 @@ from mlu_lightning.utilities.whole_files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CheckReport", "by_quantity"]
-
 
 @dataclass(frozen=True)
 class CheckReport:

@@ -15,8 +15,6 @@ from mlu_lightning.cli.console import (
     writing,
 )
 
-__all__ = ["check_configuration"]
-
 _EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 
 

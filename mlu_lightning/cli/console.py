@@ -13,19 +13,6 @@ from tempfile import TemporaryFile
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = [
-    "find_modules_here",
-    "list_of",
-    "make_console",
-    "make_folder",
-    "place",
-    "require",
-    "say",
-    "say_error",
-    "show_progress",
-    "writing",
-]
-
 _RESULTS = 2**20  # bytes that a command writes, figures among them, at most
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from mlu_lightning.cli.console import find_modules_here, make_console, make_folder, say, show_progress
 
-__all__ = ["plan"]
-
 
 def plan(config: str, out: str = "plan.yaml", model: str | None = None, data: str | None = None) -> None:
     """Print what a fit of a configuration would plan, and save it as YAML to be read, edited and given to MLUCallback.

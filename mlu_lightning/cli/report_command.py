@@ -7,8 +7,6 @@ from pathlib import Path
 from mlu_lightning.cli.console import make_console, make_folder, require, say, show_progress
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["report"]
-
 
 def report(path: str, out: str = "report.html") -> None:
     """Collect the plan, the checks, and what was logged of a run into one HTML page.

@@ -21,8 +21,6 @@ from mlu_lightning.cli.console import (
     writing,
 )
 
-__all__ = ["tune_configuration"]
-
 _OF_A_TRAINING = "model", "data", "optimizer", "lr_scheduler"
 
 
@@ -61,8 +59,8 @@ def tune_configuration(
         trials: number of trials of the study, those that are there already included.
         minutes: after which no trial begins, less what training the best again will take.
         roles: what is searched beside the learning rate, with commas: roles, of which std and lr are searched,
-            branch_in@attention, globs of parameter names, one factor such as embedding.weight_decay, norms, weight_decay;
-            null for the learning rate alone.
+            branch_in@attention, globs of parameter names, one factor such as embedding.weight_decay, norms, weight_decay,
+            alpha; null for the learning rate alone.
         steps: optimizer steps of a training; by default those of the configuration.
         workers: number of processes.
         seeds: trainings of each of the best few with other seeds, and as many to measure the gain.
@@ -70,7 +68,8 @@ def tune_configuration(
         confirm: shape, relative to the base, at which what was found is trained, too, with and without the factors, and at
             half and twice the learning rate: '{depth: 4, hidden: 4, embedding: 4}'.
         out: folder for tuned.yaml, tune.txt, tune.png, sweep.yaml (for agents of W&B) and the study.
-        storage: URL of a database (postgresql://user:password@host/name), or path of a journal file, for many machines.
+        storage: URL of a database (postgresql+psycopg://user:password@host/name), or path of a journal file, for many
+            machines.
         study: name of the study in it.
         depth: arguments of the model that make up its depth, as for "mlu-lightning check"; found by default.
         hidden: the same for the hidden width.

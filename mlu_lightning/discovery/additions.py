@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, POOLS, RESHAPES, Graph, Op
 from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
-__all__ = ["Addition", "adds_two", "residual_additions"]
-
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax", "LogSoftmax"})
 _ELEMENTWISE = (RESHAPES | PARTS | ARITHMETIC | NONLINEAR | {"Neg", "Where", "MaskedFill"}) - _SOFTMAXES
 """Operations that do not mix tokens or coordinates."""

@@ -19,8 +19,6 @@ from mlu_lightning.discovery.comparisons import comparisons, is_product
 from mlu_lightning.discovery.entry_sizes import SAME_SIZE, entry_size, product_size
 from mlu_lightning.discovery.graph import ATTENTION, NONLINEAR, Graph, Op
 
-__all__ = ["Attention", "find_attention", "own_scale"]
-
 _SOFTMAXES = ("Softmax", "SafeSoftmax")
 
 

@@ -18,8 +18,6 @@ from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
-__all__ = ["BranchRoles"]
-
 
 @dataclass(frozen=True)
 class BranchRoles:

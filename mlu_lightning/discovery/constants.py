@@ -16,8 +16,6 @@ from mlu_lightning.discovery.entry_sizes import normed_size, number
 from mlu_lightning.discovery.graph import ATTENTION, JOINS, PARTS, RESHAPES, Graph, Op, Use
 from mlu_lightning.discovery.residual import BranchRegion
 
-__all__ = ["Constants"]
-
 _ARRANGES = RESHAPES | PARTS
 _PASSES = _ARRANGES | JOINS | {"Add", "Sub", "Rsub", "Mul", "Div"}
 _HIDDEN, _USED, _ADDED = range(3)

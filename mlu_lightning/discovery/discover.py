@@ -37,8 +37,6 @@ from mlu_lightning.table import Role, row_name
 from mlu_lightning.utilities.garbage import collected_later
 from mlu_lightning.utilities.names import common_module, original_module, owner_of, planned_parameters
 
-__all__ = ["discover"]
-
 
 def discover(module: nn.Module, example: Any = None) -> Structure:
     """Find the residual streams and branches of a module and the role of every parameter.

@@ -33,8 +33,6 @@ from mlu_lightning.discovery.graph import (
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import descendants
 
-__all__ = ["build_graph"]
-
 
 def build_graph(trace: Trace, of_constants: frozenset[Node] = frozenset()) -> Graph:
     """Turn autograd's nodes into operations; ``of_constants`` are products of parameters with constants, and no weights."""

@@ -17,8 +17,6 @@ from torch.autograd.graph import Node
 from mlu_lightning.discovery.structure import WeightFunction
 from mlu_lightning.discovery.trace import TracedTensor
 
-__all__ = ["Graph", "Op", "Use", "UseKind", "Value"]
-
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias Copy ToCopy Squeeze Unsqueeze AsStrided "
     "ViewAsComplex ViewAsReal NativeDropout FusedDropout".split()

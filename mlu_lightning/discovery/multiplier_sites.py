@@ -17,8 +17,6 @@ from mlu_lightning.discovery.trace import ModuleCall, Trace
 from mlu_lightning.discovery.traversal import in_order, walk_back
 from mlu_lightning.utilities.names import planned_part
 
-__all__ = ["MultiplierSites"]
-
 
 @dataclass(frozen=True)
 class MultiplierSites:

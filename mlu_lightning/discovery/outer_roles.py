@@ -11,19 +11,6 @@ from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.table import Role, Variant
 
-__all__ = [
-    "BIAS_ROLES",
-    "HeadRoles",
-    "Placed",
-    "TrunkRoles",
-    "Unplaced",
-    "first_norms",
-    "keeps_dimension",
-    "place_for_blocks",
-    "place_gain",
-    "place_in_stem",
-]
-
 BIAS_ROLES = {
     Role.BRANCH_IN: Role.BRANCH_IN_BIAS,
     Role.BRANCH_HIDDEN: Role.BRANCH_IN_BIAS,

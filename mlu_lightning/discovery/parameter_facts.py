@@ -28,8 +28,6 @@ from mlu_lightning.discovery.summed import Mark
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
 from mlu_lightning.table import COMPOUNDING, COUNTED, Role, Variant
 
-__all__ = ["PlacedUse", "Region", "Uses", "find_regions", "parameter_facts", "place_uses"]
-
 
 @dataclass(frozen=True, eq=False)
 class Region:

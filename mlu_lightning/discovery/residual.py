@@ -9,8 +9,6 @@ from mlu_lightning.discovery.additions import Addition, adds_two, residual_addit
 from mlu_lightning.discovery.graph import ATTENTION, PRODUCTS, Graph, Op
 from mlu_lightning.discovery.traversal import between, descendants, in_order
 
-__all__ = ["BranchRegion", "Partition", "StreamRegions", "partition"]
-
 
 @dataclass(frozen=True)
 class BranchRegion:

@@ -19,8 +19,6 @@ from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.table import Variant
 from mlu_lightning.utilities.names import name_pattern_of_parts
 
-__all__ = ["Mark", "Summed", "find_sums"]
-
 
 class Mark(NamedTuple):
     """What sums say about one use of a parameter."""

@@ -35,8 +35,6 @@ from mlu_lightning.utilities.names import listed, planned_modules, planned_param
 from mlu_lightning.utilities.user_errors import UserErrors
 from mlu_lightning.utilities.written_out import WrittenOut
 
-__all__ = ["FunctionCall", "ModuleCall", "Trace", "TracedTensor", "trace_module"]
-
 
 @dataclass(frozen=True)
 class TracedTensor:

@@ -25,15 +25,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = [
-    "HYPERPARAMETERS",
-    "InfiniteModel",
-    "check_gradient_descent",
-    "check_initialization",
-    "embedding_weights",
-    "infinite_model",
-]
-
 HYPERPARAMETERS = "lr", "momentum", "dampening", "weight_decay", "nesterov"  # of torch.optim.SGD
 _SAMPLED = 1024  # hidden units of a branch by default
 

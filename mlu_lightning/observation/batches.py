@@ -14,17 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlu_lightning.utilities.tensor_files import DTYPES, read_tensor_file, tensors_hash
 
-__all__ = [
-    "batch_hash",
-    "clone_batch",
-    "decode_batch",
-    "encode_batch",
-    "encoded_hash",
-    "first_samples",
-    "load_batch",
-    "sample_count",
-]
-
 
 def clone_batch(batch: Any) -> Any:
     """Copy the tensors and the containers of a batch, which steps may change."""
@@ -45,9 +34,9 @@ def first_samples(batch: Any, count: int) -> Any:
 
 
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
+    """Split a batch into JSON and contiguous tensors on the CPU, by the names that the JSON has.
 
-    It may have tensors, numbers, strings and None in mappings (which become dicts), lists and tuples, and nothing else.
+    It may hold tensors, numbers, strings and None in mappings (which become dicts), lists and tuples.
     """
     tensors: dict[str, Tensor] = {}
     return _encode(batch, tensors, "batch", 0), tensors

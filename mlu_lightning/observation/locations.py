@@ -10,17 +10,6 @@ from typing import Any, get_args
 from mlu_lightning.discovery.structure import Branch, BranchKind, Tap
 from mlu_lightning.planning import BranchPlan
 
-__all__ = [
-    "FeatureName",
-    "Location",
-    "LocationName",
-    "OutputName",
-    "StreamName",
-    "locate",
-    "locate_features",
-    "parse_location_name",
-]
-
 
 class LocationName(str):
     """The name of a location: the text that it is in files and logs, with what it stands for."""

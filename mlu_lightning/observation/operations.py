@@ -6,19 +6,6 @@ import math
 
 from torch import Tensor
 
-__all__ = [
-    "CREATED",
-    "MATRIX_OPERANDS",
-    "NORMALIZING",
-    "NORMS",
-    "OVERWRITING",
-    "SELECTING",
-    "VIEWS",
-    "contraction",
-    "end_name",
-    "operation",
-]
-
 VIEWS = frozenset(
     "view _unsafe_view reshape _reshape_alias t transpose permute expand squeeze unsqueeze slice select split "
     "split_with_sizes unbind unsafe_split unsafe_split_with_sizes chunk alias detach clone contiguous _to_copy lift_fresh "

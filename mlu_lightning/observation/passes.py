@@ -18,8 +18,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
-__all__ = ["Followed", "UseKey", "follow", "roles_of_base"]
-
 UseKey = tuple[tuple[str, ...], How]
 """Parameters that are used together, and how."""
 

@@ -23,8 +23,6 @@ from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_step, is_lightning_module, muted
 from mlu_lightning.utilities.state import preserve_state
 
-__all__ = ["Observation", "observe", "observe_counted", "pass_batch", "undisturbed"]
-
 Observation = dict[LocationName, Tensor]
 """Values of streams, outputs and features by the name of their location: float32, on the CPU, [positions, dimension]."""
 

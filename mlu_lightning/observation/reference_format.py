@@ -16,19 +16,6 @@ from mlu_lightning.observation.locations import LocationName, parse_location_nam
 from mlu_lightning.utilities.lightning_steps import StepName
 from mlu_lightning.utilities.tensor_files import DTYPES, parse_json, read_tensor_file, tensors_hash
 
-__all__ = [
-    "FORMAT",
-    "ReferenceFile",
-    "ReferenceHeader",
-    "RunName",
-    "is_reference",
-    "listed",
-    "read_reference",
-    "recording_hash",
-    "reference_texts",
-    "shorten",
-]
-
 FORMAT = "mlu_lightning.reference"  # in the metadata
 _VERSION = "2"
 _TEXTS = {"format", "version", "run", "header", "probe", "recordings", "losses", "digest"}

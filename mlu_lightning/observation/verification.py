@@ -20,8 +20,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.base import refuse_base
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
-__all__ = ["Deviation", "deviations", "refuse", "verify"]
-
 EXACT = 2**0.25
 """Halfway to the smallest fault, a missing power of 1/2 at a ratio of 2: weights have their size exactly, up to rounding."""
 

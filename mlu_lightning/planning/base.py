@@ -17,17 +17,6 @@ from mlu_lightning.table import COUNTED, Role, Variant, row_name
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
 
-__all__ = [
-    "Base",
-    "BaseBranch",
-    "BaseParameter",
-    "advice_on_names",
-    "base_of_module",
-    "counterparts",
-    "own_factors",
-    "refuse_base",
-]
-
 
 @dataclass(frozen=True)
 class BaseParameter:

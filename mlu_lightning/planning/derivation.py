@@ -12,8 +12,6 @@ from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan
 from mlu_lightning.table import COUNTED, TABLES, Parameterization, Ratios, Role, Table
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["plan_branches", "plan_multipliers", "plan_parameters", "plan_streams", "with_copies"]
-
 
 def plan_streams(structure: Structure, base: Base | None) -> tuple[StreamPlan, ...]:
     """Put every stream next to the base's, or next to 1 in the paper's absolute form."""

@@ -13,8 +13,6 @@ from mlu_lightning.discovery.structure import ParameterFacts, Structure
 from mlu_lightning.table import TABLES, Parameterization, Role, Variant, row_name
 from mlu_lightning.utilities.names import listed, name_pattern, planned_parameters
 
-__all__ = ["override_roles", "require_roles"]
-
 _Value = TypeVar("_Value")
 
 

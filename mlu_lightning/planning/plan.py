@@ -37,8 +37,6 @@ from mlu_lightning.utilities.names import planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["Plan"]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -84,7 +82,7 @@ class Plan:
                 "to that of a linearized model."
             )
         check_parts(self.parameters, self.branches, self.streams, self.multipliers)
-        check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
+        check_parameterization(self.parameterization, self.richness, absolute=self._absolute)
         check_factors(self.forward_factors)  # to find them refuses tuned ones that match nothing
 
     @classmethod
@@ -223,6 +221,11 @@ class Plan:
         return match_tuned(self.tuned, self.parameters, self.branches, self.multipliers)
 
     @property
+    def richness(self) -> float:
+        """Alpha, with its tuned factor."""
+        return self.alpha * self.matched.alpha
+
+    @property
     def is_at_base(self) -> bool:
         """Whether every parameter's numbers are those of the base, but for tuned factors."""
         return all(parameter.is_at_base for parameter in self.parameters.values())
@@ -242,9 +245,8 @@ class Plan:
     def forward_multiplier(self, multiplier: Multiplier) -> float:
         """Return the factor that one of ``multipliers`` puts into the forward pass: tuned, and with alpha on branches."""
         value = Scale(multiplier=multiplier.value * self.matched.multipliers.get(multiplier, 1.0))
-        if multiplier.role is None or self.alpha == 1.0:
-            return value.multiplier
-        return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
+        enriched = multiplier.role and value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.richness)
+        return (enriched or value).multiplier
 
     @property
     def own_constants(self) -> dict[str, tuple[float, float]]:
@@ -300,7 +302,7 @@ class Plan:
                 found[name] = Scale(multiplier=self.folded_factors.get(name, 1.0))
                 continue
             entry = scale(
-                parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
+                parameter.role, parameter.ratios, family, self.richness, self.parameterization, parameter.variant
             )
             if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
                 entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
@@ -375,7 +377,7 @@ class Plan:
         """Draw the plan as a table for one family of optimizers, in so many columns."""
         family = OptimizerFamily(family)
         return draw_plan(
-            headline(self.parameterization, self._absolute, self.alpha, self.horizon, family),
+            headline(self.parameterization, self._absolute, self.richness, self.horizon, family),
             self.streams,
             self.distances,
             self.parameters,

@@ -12,17 +12,6 @@ from torch import nn
 from mlu_lightning.discovery.structure import Structure
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 
-__all__ = [
-    "LARGEST",
-    "as_number",
-    "check_factors",
-    "check_module",
-    "check_parts",
-    "in_range",
-    "range_of",
-    "smallest_integer",
-]
-
 _Part = ParameterPlan | BranchPlan | StreamPlan | Multiplier
 
 LARGEST = 1e20

@@ -18,8 +18,6 @@ from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role,
 from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["TITLES", "draw_plan", "headline"]
-
 TITLES = {
     Parameterization.MLU: "MLU",
     Parameterization.COMPLETEP: "CompleteP",

@@ -24,8 +24,6 @@ from mlu_lightning.planning.ranges import in_range, range_of, smallest_integer
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
 
-__all__ = ["parts_from_yaml", "parts_to_yaml"]
-
 _HEADER = """\
 # Plan of a parameterization. Roles, and fans and depths next to the base's, decide the factors of every parameter, by
 # its table; multipliers are the numbers in their lines, whatever it is. For another parameterization make another

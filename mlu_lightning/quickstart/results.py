@@ -17,8 +17,6 @@ from mlu_lightning.quickstart.study import BASE, Run, Study, best_exponent, curv
 from mlu_lightning.utilities.plotting import spread
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["loss_table", "save_figure", "verdicts"]
-
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's palette, which people with any colour vision can tell apart."""
 _TITLES = {True: "MLU: one callback", False: "Standard: the same model, plain"}

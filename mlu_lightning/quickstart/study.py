@@ -31,21 +31,6 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.utilities.whole_files import write_whole
 from mlu_lightning.utilities.workers import worker_pool
 
-__all__ = [
-    "BASE",
-    "SHAPES",
-    "Run",
-    "Study",
-    "TransformerShape",
-    "Windows",
-    "best_exponent",
-    "curve_of",
-    "load_text",
-    "read_runs",
-    "run_study",
-    "save_runs",
-]
-
 BASE = "base"
 """Name of the shape at which the hyperparameters are tuned."""
 _LONGEST = 2**28  # bytes of a text, of which a process takes about twenty times the memory
@@ -164,10 +149,7 @@ def run_study(
 
 
 def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
-    """Exponent of the learning rate with the least validation loss, interpolated by a parabola.
-
-    At an end of the range, or next to a run that diverged, it is the best run's own exponent.
-    """
+    """Exponent of the learning rate with the least loss, by a parabola unless it is at an end or a run diverged."""
     curve = sorted(curve_of(runs, shape, mlu))
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in curve]
     best = losses.index(min(losses))

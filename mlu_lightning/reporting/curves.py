@@ -20,8 +20,6 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mlu_lightning.reporting.run_folder import Curve
 
-__all__ = ["as_data_uri", "first_panels", "not_drawn", "panel_figure", "panels_of"]
-
 
 def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, Curve]]:
     """Sort logged values whose names begin with a prefix into panels, by the next part of their names."""

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants, Shape, error_at, error_bound
 
-__all__ = ["RESNET", "Architecture", "Candidate", "candidate_shapes", "depth_exponent", "optimal_shape"]
-
 
 @dataclass(frozen=True)
 class Architecture:

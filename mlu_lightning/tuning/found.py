@@ -20,19 +20,13 @@ from mlu_lightning.tuning.space import Dimension, factors_at
 from mlu_lightning.utilities.fitted_tables import FittedTable
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["Confirmed", "Estimate", "TrialRecord", "Tuning"]
-
 CONVINCING = 2.0
 """Standard errors by which a gain has to be above zero to be one."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, and its standard error, which is NaN with one seed.
-
-    >>> print(Estimate.over([1.0, 3.0]))
-    2.0000 ± 1.0000
-    """
+    """A mean over seeds, and its standard error, which is NaN with one seed."""
 
     value: float
     error: float

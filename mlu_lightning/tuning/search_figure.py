@@ -11,8 +11,6 @@ import numpy as np
 
 from mlu_lightning.tuning.space import Dimension
 
-__all__ = ["draw_search"]
-
 _DOTS, _BEST = "#0072B2", "#D55E00"
 """Two of Okabe and Ito's colours, which people with any colour vision can tell apart."""
 _COLUMNS = 4

@@ -27,8 +27,6 @@ from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, qui
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
 
-__all__ = ["Again", "Crew", "Search", "assembled", "train_again"]
-
 HALVED = "stopped"
 """How the reason of a trial begins that did worse than others."""
 _HOPELESS = 10  # trials, all of which failed, after which no more are made
@@ -70,11 +68,7 @@ class Search:
     end: float = math.inf  # time, in seconds of the clock, after which no trial begins
 
     def run(self, crew: Crew, progress: Progress) -> None:
-        """Make trials until the study has enough, or the time is over.
-
-        Raises:
-            ValueError: if the default cannot be trained, or if all trials failed.
-        """
+        """Make trials until the study has enough or the time is over; refuse a study in which all of them failed."""
         study, _ = open_study(self.place, self.space)
         if crew.pool is None:
             self.work(progress)

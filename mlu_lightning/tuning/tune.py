@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from mlu_lightning.tuning.trials import Again, Crew, Search
 
-__all__ = ["Progress", "require_optuna", "tune", "tune_training"]
-
 CANDIDATES = 5
 """Trials that are trained again with other seeds, the best of which is chosen."""
 

@@ -11,20 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlu_lightning.utilities.lightning_private import set_up_by_fabric
 
-__all__ = [
-    "common_module",
-    "listed",
-    "name_pattern",
-    "name_pattern_of_parts",
-    "original_module",
-    "owner_of",
-    "planned_modules",
-    "planned_name",
-    "planned_parameters",
-    "planned_part",
-    "unwrapped",
-]
-
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What FSDP1 and activation checkpointing call the part that they wrap; keys of ``state_dict`` do not have it."""
 

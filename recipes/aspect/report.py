@@ -34,6 +34,11 @@ class Row:
     regret: Estimate
     loss: Estimate
 
+    @property
+    def kind(self) -> str:
+        """What is trained, and by which optimizer, whatever the base."""
+        return self.study.split(",")[0]
+
 
 def rows_of(name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], runs: Sequence[Run]) -> Iterator[Row]:
     """Rows of a study, the base's first, each shape once; losses and regret are those at learning rates that were tried."""
@@ -91,8 +96,8 @@ def drift_table(rows: Sequence[Row]) -> Table:
 
 def thresholds(rows: Sequence[Row]) -> Iterator[str]:
     """Say from which size on the best learning rate of MLU falls, and how well ratio and absolute size explain it."""
-    for name in dict.fromkeys(row.study.split()[0] for row in rows):
-        of_kind = [row for row in rows if row.parameterization == "mlu" and row.study.split()[0] == name]
+    for name in dict.fromkeys(row.kind.split()[0] for row in rows):
+        of_kind = [row for row in rows if row.parameterization == "mlu" and row.kind.split()[0] == name]
         if len(of_kind) < 8:  # two numbers are fitted
             continue
         drifts = np.array([row.drift.value for row in of_kind])
