@@ -219,18 +219,6 @@ def test_example_input_array_is_an_example() -> None:
     assert discover(ResNet(2, 8, 4, inputs=3, outputs=2)).depth == 2
 
 
-def test_encoder_and_decoder_are_two_streams() -> None:
-    tokens, parts = torch.zeros(2, 4, dtype=torch.long), {"embed": nn.Embedding(9, 16), "target": nn.Embedding(9, 16)}
-    parts |= {"blocks": nn.Transformer(16, 2, 2, 3, 32, batch_first=True, norm_first=True), "out": nn.Linear(16, 9)}
-    module = Net(lambda net, x, y: net.out(net.blocks(net.embed(x), net.target(y))), **parts)
-    structure = discover(module, (tokens, tokens))
-    assert not structure.unassigned
-    assert [stream.depth for stream in structure.streams] == [9, 4], "decoder first: it makes the output"
-    assert structure.roles["blocks.encoder.norm.weight"] == "stream_norm"
-    assert structure.roles["blocks.decoder.layers.2.multihead_attn.in_proj_weight"] == "branch_in"
-    assert structure.parameters["blocks.encoder.layers.0.linear1.weight"].stream == 1
-
-
 class Stages(nn.Module):  # two stages of residual convolutions; the second begins with a shortcut by pooling
     def __init__(self) -> None:
         super().__init__()
