@@ -102,12 +102,7 @@ class _Search:
         chain = self.chains[stream]
         parting = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
         if parting is None:
-            # x + t + f(x): the stream and something else
-            parts = chain[-1].data if adds_two(chain[-1]) and len(self.graph.users[chain[-1]]) == 1 else ()
-            plain = chain[-1] not in found and not any(map(self.graph.is_matrix, chain))
-            latest_first = sorted(parts if plain else (), key=lambda o: o.index, reverse=True)
-            roots = (self._root(op, part, branch, found) for part in latest_first)
-            return next((root for root in roots if root is not None), None)
+            return self._root_of_part(op, chain, branch, found)
         root = parting.source  # before what only arranges it, or multiplies it with constants
         if not self.ancestry.feeds_matrix_before(root, branch):
             return None
@@ -117,6 +112,16 @@ class _Search:
             # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
             return root if op in self.read and self._is_nonlinear(branch, root) else None
         return root
+
+    def _root_of_part(self, op: Op, chain: list[Op], branch: Op, found: dict[Op, Addition]) -> Op | None:
+        """The root where a stream and something else are added first, as in x + t + f(x)."""
+        *between_them, total = chain
+        partial = total.name == "Add" and total not in found and len(self.graph.users[total]) == 1
+        if not partial or self.ancestry.precedes(branch, total) or any(map(self.graph.is_matrix, between_them)):
+            return None
+        latest_first = sorted(total.data if adds_two(total) else (), key=lambda part: part.index, reverse=True)
+        roots = (self._root(op, part, branch, found) for part in latest_first)
+        return next((root for root in roots if root is not None), None)
 
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
         """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
