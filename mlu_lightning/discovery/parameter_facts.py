@@ -128,7 +128,8 @@ def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -
             found = region.place(use)
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
-        if isinstance(found, Placed) and not found.role.in_branch and use in marks:
+        compounds = found.variant in COMPOUNDING and use in marks and marks[use].variant is Variant.OF_BLOCK
+        if isinstance(found, Placed) and not found.role.in_branch and use in marks and not compounds:
             role = Role.EMBEDDING if use.kind == "add" and found.role is Role.STREAM_NORM else found.role
             found = replace(found, role=role, **marks[use]._asdict())
         placed[use.parameter].append(PlacedUse(use, region, found))

@@ -117,9 +117,9 @@ class _Sums:
             within = (
                 u in found or u in ends.get(op, ()) or (op in ends and (u in in_sum or u in begins)) for u in users
             )
-            if users and len(begins) < len(users) and all(within):
+            if op not in self.additions and users and len(begins) < len(users) and all(within):
                 found.add(op)
-        return found - self.additions
+        return found
 
     def _carrier(self, summand: _Summand) -> tuple[list[Use], bool]:
         """Uses of parameters that a summand is proportional to, together; whether weights that add up to one weigh it."""

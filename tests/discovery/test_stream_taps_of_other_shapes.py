@@ -3,11 +3,7 @@
 from typing import Any
 
 import torch
-<<<<<<< HEAD
 from helpers.architectures.vision import ConvolutionalBlock
-=======
-from helpers.architectures import TOKENS
->>>>>>> next
 from helpers.residual_networks import Net
 from helpers.taps import modules, read, streams
 from torch import Tensor, nn
@@ -66,34 +62,3 @@ def test_axis_where_time_comes_first() -> None:
     taps = discover(module, torch.randn(16, 16, 3)).taps
     assert {tap.axis for tap in taps} == {-1}
     assert modules(taps) == ["embed output", "blocks.layers.0.norm2 input[0]", "blocks output", "out output"]
-<<<<<<< HEAD
-=======
-
-
-def test_encoder_and_decoder() -> None:
-    def translator(net: Net, source: Tensor, target: Tensor) -> Any:
-        memory = net.encoder(net.embed(source))
-        return net.out(net.decoder(tgt=net.embed(target), memory=memory))
-
-    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-    decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-    parts = {"embed": nn.Embedding(50, 16), "out": nn.Linear(16, 9), "blocks": nn.Identity()}
-    module, source, target = Net(translator, encoder=encoder, decoder=decoder, **parts).eval(), TOKENS, TOKENS.flip(1)
-    structure = discover(module, (source, target))
-    assert [str(tap) for tap in structure.taps] == [
-        "stream 0 after 0 additions: decoder input[0]",
-        "stream 0 after 1 additions: decoder.norm2 input[0]",
-        "stream 0 after 2 additions: decoder.norm3 input[0]",
-        "stream 0 after 3 additions: decoder output",
-        "stream 1 after 0 additions: encoder input[0]",
-        "stream 1 after 1 additions: encoder.norm2 input[0]",
-        "stream 1 after 2 additions: encoder output",
-        "readout 0: out output",
-    ]
-    found = read(module, structure.taps, lambda: module(source, target))
-    decoder, encoder = streams(found), streams(found, 1)
-    torch.testing.assert_close(encoder[0], module.embed(source))
-    torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
-    torch.testing.assert_close(decoder[0], module.embed(target))
-    torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))
->>>>>>> next
