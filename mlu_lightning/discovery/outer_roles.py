@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -114,8 +115,10 @@ class TrunkRoles:
 
 
 def keeps_dimension(use: Use) -> bool:
-    """Whether a matrix makes a stream of what has its dimension, maybe joined with something else."""
+    """Whether a matrix makes as many tokens of a stream's dimension as it reads, maybe joined with something else."""
     (inputs, outputs), read = use.fans, use.op.data[0].source
+    if math.prod(use.op.shape) * inputs != math.prod(use.op.data[0].shape) * outputs:
+        return False
     return inputs == outputs or (read.name == "Cat" and any(outputs in operand.shape for operand in read.data))
 
 
