@@ -17,6 +17,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from mlu_lightning import Plan
 from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.tuning.training import Training
 from recipes.common.figures import number_table
@@ -74,12 +75,20 @@ class Change:
         return Training.of(make(factor * self.width), make(self.width), data=data, trainer=trainer)
 
 
+FOUND = {
+    "embedding": {"lr": 7.171, "std": 0.2912},
+    "branch_in": {"lr": 1.037, "std": 0.2976},
+    "branch_out": {"lr": 0.7542, "std": 0.6347},
+}
+"""Factors that the study found on another Transformer, of roles that a tied one has."""
+
 CHANGES = {
     "as it is": Change(),
-    "512 steps": Change(512),
+    "384 steps": Change(384),
     "std of embedding × 8": Change(tuned={"embedding": {"std": 8.0}}),
     "logits × 4": Change(tuned={"readout": {"multiplier": 4.0}}),
     "untied": Change(tied=False),
+    "factors found elsewhere": Change(tuned=FOUND),
     "base of 2 × widths": Change(width=2),
 }
 
@@ -87,12 +96,13 @@ CHANGES = {
 def make_runs(folder: Path, end: float, changes: Mapping[str, Change] = CHANGES) -> list[Run]:
     """Train what is missing, until the time is over; methods of runs are the changes."""
     file = ResultFile(folder / "small_bases.jsonl", Change(), Run.encode, Run.decode)
-    runs = file.read()
+    runs, plans = file.read(), dict[tuple[str, str], Plan]()
     while time.monotonic() < end and (run := next(missing(runs, changes), None)):
         start = time.process_time()
         change = changes[run.method]
         training = change.training(SHAPES[run.shape], run.exponent, run.seed)
-        loss = training.run(training.plan(), {key: dict(of) for key, of in change.tuned.items()}, run.seed).value
+        plan = plans.setdefault((run.method, run.shape), plans.get((run.method, run.shape)) or training.plan())
+        loss = training.run(plan, {key: dict(of) for key, of in change.tuned.items()}, run.seed).value
         runs.append(replace(run, loss=loss, seconds=round(time.process_time() - start, 2)))
         file.append(runs[-1])
     return runs
