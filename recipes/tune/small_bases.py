@@ -54,10 +54,9 @@ class TiedGPT(ScheduledTransformer):
 
 @dataclass(frozen=True)
 class Change:
-    """What is trained, and with which factors."""
+    """What is trained, from a base with D = 32, 2 heads and 128 MLP units, and with which factors."""
 
     steps: int = 128
-    width: int = 1  # of the base, next to D = 32 with 2 heads and 128 MLP units
     tied: bool = True
     std: float = 0.02
     tuned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -72,7 +71,7 @@ class Change:
 
         data = Text(CONTEXT, self.steps, 16, seed, 8)
         trainer = {"accelerator": "cpu", "max_steps": self.steps, "val_check_interval": self.steps}
-        return Training.of(make(factor * self.width), make(self.width), data=data, trainer=trainer)
+        return Training.of(make(factor), make(1), data=data, trainer=trainer)
 
 
 FOUND = {
@@ -88,8 +87,8 @@ CHANGES = {
     "std of embedding × 8": Change(tuned={"embedding": {"std": 8.0}}),
     "logits × 4": Change(tuned={"readout": {"multiplier": 4.0}}),
     "untied": Change(tied=False),
+    "all weights of std 1/√D": Change(std=32**-0.5),
     "factors found elsewhere": Change(tuned=FOUND),
-    "base of 2 × widths": Change(width=2),
 }
 
 
