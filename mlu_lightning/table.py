@@ -251,7 +251,7 @@ class Table:
 
     def row(self, role: Role, variant: Variant | None, ratios: Ratios) -> Row:
         """Return the row of a parameter."""
-        if variant is Variant.IN_HEAD and role is Role.STREAM_MATRIX and ratios.outputs == 1.0:
+        if role is Role.STREAM_MATRIX and variant in (None, Variant.IN_HEAD) and ratios.outputs == 1.0:
             role = Role.STREAM_BOUNDED_MATRIX  # with a random sum over D, gradients there would be of d^(-1/2)
         return self.rows[role] if variant is None else self.variants.get((role, variant), self.rows[role])
 
@@ -271,7 +271,8 @@ _BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)  # only steps relative
 
 _MLU = Table(
     rows={
-        Role.EMBEDDING: Row(g=_PER_OUTPUT),
+        # data as large as the base's count once, and sinusoids of D entries as a stream
+        Role.EMBEDDING: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP),
         Role.BRANCH_IN: _BRANCH_IN,
         Role.BRANCH_IN_BIAS: _BRANCH_VECTOR,
         Role.BRANCH_HIDDEN: _BRANCH_IN,
@@ -291,13 +292,13 @@ _MLU = Table(
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
         **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
-        **{(role, Variant.OF_BLOCK): _BRANCH_VECTOR for role in (Role.EMBEDDING, Role.STREAM_NORM)},
+        (Role.EMBEDDING, Variant.OF_BLOCK): replace(_BRANCH_IN, spectral=False),
+        (Role.STREAM_NORM, Variant.OF_BLOCK): _BRANCH_VECTOR,
         (Role.STREAM_MATRIX, Variant.OF_BLOCK): _BRANCH_IN,
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
-_SUMMING = {role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT}
-_MATRICES = frozenset({Role.EMBEDDING, *_SUMMING})
+_MATRICES = frozenset({role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT})
 _COMPLETEP = replace(_MLU, rows={**_MLU.rows, Role.BRANCH_OUT: _BRANCH_OUT_BEFORE_NORM})
 
 
@@ -315,7 +316,7 @@ TABLES: Mapping[Parameterization, Table] = {
         variants={key: _without_depth(row) for key, row in _COMPLETEP.variants.items()},
     ),
     Parameterization.SP: Table(
-        {role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+        {role: Row(std=_KEEP if role in _MATRICES else Powers()) for role in Role},
         {},
         scales_optimizer=False,
         scales_logits=False,

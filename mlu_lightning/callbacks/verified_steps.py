@@ -49,9 +49,8 @@ class Verification:
 
     def start(self, trainer: Trainer, changes: PassingChanges) -> None:
         """Refuse weights that have changed, now and before the first step."""
-        self._refuse(
-            trainer, "in on_fit_start, or in on_train_start or the sanity check, of the module or another callback"
-        )
+        who = "the module or another callback"
+        self._refuse(trainer, f"in on_fit_start, or in on_train_start or the sanity check, of {who}")
 
         def begin(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             restore()

@@ -10,16 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from mlu_lightning.cli.console import (
-    find_modules_here,
-    list_of,
-    make_console,
-    place,
-    require,
-    say,
-    show_progress,
-    writing,
-)
+from mlu_lightning.cli.console import list_of, make_console, place, read_axes, require, say, show_progress, writing
 
 _OF_A_TRAINING = "model", "data", "optimizer", "lr_scheduler"
 
@@ -80,16 +71,11 @@ def tune_configuration(
         trial: a point of the search that is trained alone and logged to W&B, as the agents of sweep.yaml do.
     """
     require("tune draws a figure, and matplotlib is", "matplotlib")
-    from mlu_lightning.checking.configuration import read_config
     from mlu_lightning.tuning.training import Training
     from mlu_lightning.tuning.tune import require_optuna, tune_training
 
     require_optuna()
-    find_modules_here()
-    named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: list_of(names) if names else [] for axis, names in named.items() if names != "auto"}
-    none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
-    configured = read_config(config, none | keys, model, data)
+    configured, keys = read_axes(config, {"depth": depth, "hidden": hidden, "embedding": embedding}, model, data)
     training = Training(
         partial(configured.build_all, {}),
         partial(configured.build_with, {}),
@@ -163,9 +149,7 @@ def _grown(configured: Any, keys: Mapping[str, Sequence[str]], factors: Mapping[
     from mlu_lightning.checking.options import with_found_options
 
     known = with_found_options(configured, keys)
-    if wrong := [
-        axis for axis, factor in factors.items() if axis not in known.keys or not known.keys[axis] or factor < 1
-    ]:
+    if wrong := [axis for axis, factor in factors.items() if not known.keys.get(axis) or factor < 1]:
         raise ValueError(
             f"--confirm has {wrong[0]}: {factors[wrong[0]]}, and should have factors of 1 or more for some of "
             f"{', '.join(axis for axis, names in known.keys.items() if names)}, which the model's arguments make up."

@@ -106,9 +106,11 @@ class _Search:
             return None
         if self._is_other_stream(branch, root, found):
             return None
-        if any(self.graph.is_matrix(o) for o in chain[: chain.index(parting)]):
+        shortcut = chain[: chain.index(parting)]
+        if any(map(self.graph.is_matrix, shortcut)):
             # the shortcut is the side without a nonlinearity, and what no matrix reads are outputs that are summed
-            return root if op in self.read and self._is_nonlinear(branch, root) else None
+            alone = not any(len(self.graph.users[o]) > 1 or o in self.graph.roots for o in shortcut)
+            return root if alone and op in self.read and self._is_nonlinear(branch, root) else None
         return root
 
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
@@ -120,8 +122,11 @@ class _Search:
         return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
 
     def _is_nonlinear(self, branch: Op, root: Op) -> bool:
+        """Whether a branch is a nonlinear function of a stream; of data, one of hidden units, or it embeds them, too."""
         ops, _ = between([branch], lambda op: op.index <= root.index)
-        return any(op.name in NONLINEAR or op.name.startswith(ATTENTION) for op in ops)
+        hidden = (operand in self.made for op in ops if self.graph.is_matrix(op) for operand in op.data)
+        nonlinear = any(op.name in NONLINEAR or op.name.startswith(ATTENTION) for op in ops)
+        return nonlinear and (root in self.made or any(hidden))
 
     def _is_logits(self, op: Op) -> bool:
         """Whether a softmax reads a sum."""

@@ -204,6 +204,16 @@ def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
         return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]
     if roles == {Role.EMBEDDING, Role.BRANCH_NORM}:  # a table that is read before the first block, and again in each
         return [placed for placed in uses if placed.found.role is Role.EMBEDDING]
+    # what makes outputs and another stream, as a mean of latents does, is on the way to that
+    onward = {u.use.op for u in uses if u.found.role in (Role.STREAM_MATRIX, Role.STREAM_NORM)}
+    if roles in ({Role.STREAM_MATRIX, Role.READOUT}, {Role.STREAM_NORM, Role.READOUT_BIAS}) and onward.issuperset(
+        placed.use.op for placed in uses
+    ):
+        role = Role.STREAM_MATRIX if Role.READOUT in roles else Role.STREAM_NORM
+        return [replace(uses[0], found=Placed(role, Variant.IN_HEAD if role is Role.STREAM_MATRIX else None))]
+    # data, and what another network makes in their place
+    if roles in ({Role.EMBEDDING, Role.STREAM_MATRIX}, {Role.EMBEDDING, Role.STREAM_NORM}):
+        return [placed for placed in uses if placed.found.role is Role.EMBEDDING]
     # what is done to data is undone on outputs, as by a reversible norm: vectors over channels
     on_data = {placed.found.role for placed in uses if isinstance(placed.found, Placed) and placed.found.on_data}
     if roles - on_data == {Role.READOUT_BIAS}:

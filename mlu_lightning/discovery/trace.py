@@ -223,6 +223,9 @@ class _InnerGradients(TorchFunctionMode):
             return func(*args, **given)
         self.losses += tensors_in(args[0] if args else next(iter(given.values())))
         differentiable = given.pop("create_graph", False)
+        if func is torch.autograd.grad and not given.get("allow_unused"):
+            # what first gradients, which are data here, came from is not in the graph of second ones
+            given |= {"allow_unused": True, "materialize_grads": True}
         gradients = func(*args, **{**given, "retain_graph": True})
         return tree_map(_as_new_data, gradients) if differentiable else gradients
 

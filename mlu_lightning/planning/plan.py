@@ -33,7 +33,7 @@ from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.planning.tuned import Matched, Tuned, match_tuned, read_tuned
 from mlu_lightning.table import COUNTED, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.locks import WriterLock
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import listed, planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 from mlu_lightning.utilities.whole_files import write_whole
 
@@ -300,9 +300,8 @@ class Plan:
             if parameter.role is Role.FROZEN:
                 found[name] = Scale(multiplier=self.folded_factors.get(name, 1.0))
                 continue
-            entry = scale(
-                parameter.role, parameter.ratios, family, self.richness, self.parameterization, parameter.variant
-            )
+            row = parameter.role, parameter.ratios, family, self.richness, self.parameterization, parameter.variant
+            entry = scale(*row)
             if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
                 entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
             entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))
@@ -321,9 +320,8 @@ class Plan:
             if name in shapes and shapes[name] != parameter.shape
         ]
         if found:
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise ValueError(
-                f"The plan was not made for this {type(module).__name__}: {'; '.join(found[:8])}{more}. Make a plan of "
+                f"The plan was not made for this {type(module).__name__}: {listed(found, 8, '; ')}. Make a plan of "
                 "this module with Plan.from_model(...), or use the module that the plan was made for."
                 f"{advice_on_names([*shapes, *self.parameters])}"
             )

@@ -43,9 +43,8 @@ class Matched:
         own = self.parameters.get(name)
         if own is None:
             return scale
-        return replace(
-            scale, std=scale.std * own.std, lr=scale.lr * own.lr, weight_decay=scale.weight_decay * own.weight_decay
-        )
+        decay = scale.weight_decay * own.weight_decay
+        return replace(scale, std=scale.std * own.std, lr=scale.lr * own.lr, weight_decay=decay)
 
 
 def read_tuned(given: Mapping[str, Mapping[str, float]] | str | PathLike[str] | None) -> Tuned:

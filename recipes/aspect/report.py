@@ -10,9 +10,9 @@ import numpy as np
 from rich.table import Table
 
 from mlu_lightning import Plan
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.aspect.attention import Errors
 from recipes.aspect.limit import Distances
-from recipes.common.figures import number_table
 from recipes.lr_transfer.report import NAMES
 from recipes.lr_transfer.runs import Run, Shape, Study, shared_runs
 from recipes.lr_transfer.search import DECADES, Estimate, best, curves_of, mean, transfers
@@ -73,7 +73,7 @@ def rows_of(name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], ru
 
 def drift_table(rows: Sequence[Row]) -> Table:
     """Drift, regret and loss of every shape; parameterizations whose runs are the same have one line."""
-    table = number_table("shape", "r", "√(D/LM)", "", "drift (octaves)", "regret", "loss", words=1)
+    table = number_table("shape", "r", "√(D/LM)", "", "drift (octaves)", "regret", "loss")
     table.columns[3].justify = "left"
     for study in dict.fromkeys(row.study for row in rows):
         table.add_section()
@@ -141,7 +141,7 @@ def attention_lines(found: Errors) -> Iterator[str]:
 
 def limit_table(found: Sequence[Distances]) -> Table:
     """Distances from the infinite model and from the widest network, by parameterization and hidden width."""
-    table = number_table("parameterization", "M", "M/D", "to the infinite model", "to the widest of its kind", words=1)
+    table = number_table("parameterization", "M", "M/D", "to the infinite model", "to the widest of its kind")
     for row in found:
         cells = (each.text(3) if each.value < 100 else "diverged" for each in (row.to_limit, row.to_widest))
         table.add_row(NAMES[row.parameterization], str(row.hidden), f"{row.aspect:g}", *cells)

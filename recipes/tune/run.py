@@ -20,7 +20,8 @@ from rich.progress import Progress
 
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning import Tuning, tune
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command, worker_pool
+from mlu_lightning.utilities.workers import worker_pool
+from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command
 from recipes.tune.report import loss_table, save_figure, verdicts
 from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
 from recipes.tune.samplers import Search, sampler_table, search
@@ -102,7 +103,7 @@ def samplers(
         done.append(one)
         file.append(one)
 
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, threads=1) as pool:
         keep_busy(pool, workers, search, next_search, finish)
     terminal.print(sampler_table(done))
 
@@ -186,7 +187,7 @@ def _train(
     study: Study, wanted: Any, runs: list[Run], file: Any, case: Any, workers: int, end: float, terminal: Console
 ) -> None:
     """Make those of the wanted runs that are not there yet, in order."""
-    with worker_pool(workers) as pool, Progress(console=terminal) as progress:
+    with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
         bar = progress.add_task("runs")
 
         def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:

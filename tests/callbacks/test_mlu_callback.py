@@ -175,7 +175,7 @@ class Other(MLUCallback): ...
 @pytest.mark.parametrize(
     ("shape", "others", "message"),
     [
-        (WIDE, [Other(Net())], r"more than one MLUCallback.*Leave one of them"),
+        (WIDE, [Other(Net())], r"several MLUCallbacks.*Keep one"),
         ({}, [], "The plan was not made for this Net"),
     ],
     ids=["another callback", "plan of another module"],

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import transformers
 from helpers.architectures import TOKENS
 from helpers.residual_networks import Net
 from helpers.taps import modules, read, streams
@@ -109,23 +108,3 @@ def test_encoder_and_decoder() -> None:
     torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
     torch.testing.assert_close(decoder[0], module.embed(target))
     torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))
-
-
-def test_encoder_and_decoder_of_hugging_face() -> None:
-    numbers = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.1}
-    module = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=50, **numbers)).eval()
-    batch = {"input_ids": TOKENS, "labels": TOKENS, "decoder_input_ids": TOKENS.flip(1)}
-    structure = discover(module, batch)
-    assert [(tap.number, tap.position) for tap in structure.taps if tap.reads == "stream"] == [
-        *((0, position) for position in range(7)),
-        *((1, position) for position in range(5)),
-    ]
-    outputs: list[Any] = []
-    found = read(module, structure.taps, lambda: outputs.append(module(**batch)))
-    decoder, encoder = streams(found), streams(found, 1)
-    torch.testing.assert_close(encoder[0], module.shared(TOKENS))
-    torch.testing.assert_close(module.encoder.final_layer_norm(encoder[4]), outputs[0].encoder_last_hidden_state)
-    torch.testing.assert_close(found["readout", 0, 0], outputs[0].logits)
-    # a tied readout of T5 is divided by the square root of the dimension
-    end = module.lm_head(module.decoder.final_layer_norm(decoder[6]) / 32**0.5)
-    torch.testing.assert_close(found["readout", 0, 0], end)
