@@ -137,10 +137,16 @@ def _penalties(ops: tuple[Op, ...]) -> list[Op]:
     if not ops:
         return []
     depends: set[Op] = set()
+    mapped: set[Op] = set()
     for op in ops:
         is_data = not op.operands and op.from_data
-        if is_data or op.name in LOOKUPS or any(operand in depends for operand in op.data):
+        maps = op.from_data and op.name in WEIGHT_SLOTS
+        # a matrix of what another one has made of constants is a network's, of noise or of what was detached
+        again = any(operand in mapped for operand in op.data)
+        if is_data or op.name in LOOKUPS or (maps and again) or any(operand in depends for operand in op.data):
             depends.add(op)
+        if maps or again:
+            mapped.add(op)
     counted: set[Op] = set()
     users = {operand for op in ops for operand in op.data}
     stack = [op for op in ops if op not in users]

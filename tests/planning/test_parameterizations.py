@@ -136,7 +136,6 @@ def test_outputs_averaged_over_active_experts() -> None:
 
 BASE = {"depth": 1, "heads": 2, "embedding": 16, "mlp_hidden": 24}
 PROPORTIONAL = {"depth": 3, "heads": 6, "embedding": 48, "mlp_hidden": 72}  # M ∝ D, by factors that are not exact
-ASPECTS = {"heads": {"heads": 4}, "MLP": {"mlp_hidden": 72}, "embedding": {"embedding": 48}}
 EXAMPLE = torch.zeros(2, 9, dtype=torch.long)
 
 
@@ -163,18 +162,6 @@ def test_with_m_proportional_to_d_mlu_and_completep_are_the_same_run() -> None:
     mlu = _fitted(PROPORTIONAL, "mlu")
     assert identical(mlu, _fitted(PROPORTIONAL, "completep"))
     assert not any(identical(mlu, _fitted(PROPORTIONAL, other)) for other in ("mup", "sp"))
-
-
-@pytest.mark.parametrize("axis", ASPECTS)
-def test_with_m_over_d_changed_they_differ(axis: str) -> None:
-    mlu, completep = _fitted(ASPECTS[axis], "mlu"), _fitted(ASPECTS[axis], "completep")
-    assert not identical(mlu, completep)
-    assert identical(completep, _fitted(ASPECTS[axis], "mup"))  # which differs by depth alone
-
-
-@pytest.mark.parametrize("parameterization", ["completep", "mup", "sp"])
-def test_at_the_base_they_are_the_plain_run(parameterization: str) -> None:
-    assert identical(_fitted(BASE, parameterization), _fitted(BASE, None))
 
 
 def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
