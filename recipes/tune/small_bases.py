@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mlu_lightning import Plan
 from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.tuning.training import Training
-from recipes.common.figures import number_table
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.studies import ResultFile
 from recipes.common.text import Text
 from recipes.lr_transfer.runs import ScheduledTransformer
@@ -126,7 +126,7 @@ def best_exponent(runs: Sequence[Run], name: str) -> float:
 
 def base_table(runs: Sequence[Run], changes: Mapping[str, Change] = CHANGES) -> Table:
     """Losses of the base and of the wider model, and by how much this one is lower in pairs of seeds."""
-    table = number_table("change", "lr", *SHAPES, "gain of width", words=1)
+    table = number_table("change", "lr", *SHAPES, "gain of width")
     for name in changes:
         if any(run.method == name for run in missing(runs, changes)):
             continue
