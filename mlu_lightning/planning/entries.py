@@ -120,7 +120,7 @@ class Multiplier:
     """A factor in the forward pass."""
 
     name: str  # of the branch, or of the readout's matrix
-    kind: Literal["branch", "readout", "logits"]
+    kind: Literal["branch", "readout", "logits", "addition"]  # the last is what is added beside branches
     value: float  # relative to the base, before the richness alpha
     site: Site | None  # where a hook attaches it; None if there is no such place
     folds: tuple[str, ...]  # parameters into which it can be folded
