@@ -224,23 +224,14 @@ class Powers:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table.
+    """One row of a table."""
 
-    Args:
-        n: inputs that each output sums over.
-        g: size of the gradient at one output, summed over uses along the depth, which are coherent.
-        multiplier: forward multiplier.
-        std: standard deviation at initialization.
-        lr: further factor of the learning rate of every family.
-        spectral: whether Muon's update of unit spectral norm has a rule of its own, lr sqrt(outputs/inputs).
-    """
-
-    n: Powers = Powers()
-    g: Powers = Powers()
-    multiplier: Powers = Powers()
-    std: Powers = Powers()
-    lr: Powers = Powers()
-    spectral: bool = False
+    n: Powers = Powers()  # inputs that each output sums over
+    g: Powers = Powers()  # size of the gradient at one output, summed over uses along the depth, which are coherent
+    multiplier: Powers = Powers()  # in the forward pass
+    std: Powers = Powers()  # at initialization
+    lr: Powers = Powers()  # further factor of the learning rate of every family
+    spectral: bool = False  # whether Muon's update of unit spectral norm has its own rule, lr sqrt(outputs/inputs)
 
     @property
     def powers(self) -> tuple[Powers, ...]:
@@ -250,20 +241,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one parameterization.
-
-    Args:
-        rows: by role.
-        variants: rows that take the place of those.
-        scales_optimizer: whether learning rates depend on the shape; if not, optimizers that look at shapes or sizes
-            of weights themselves (Muon, Adafactor) are left alone, too.
-        scales_logits: whether attention logits are kept proportional to 1/head_dim.
-    """
+    """The rows of one parameterization."""
 
     rows: Mapping[Role, Row]
-    variants: Mapping[tuple[Role, Variant], Row]
+    variants: Mapping[tuple[Role, Variant], Row]  # that take the place of those
+    # if not, optimizers that look at shapes or sizes of weights themselves (Muon, Adafactor) are left alone, too
     scales_optimizer: bool = True
-    scales_logits: bool = True
+    scales_logits: bool = True  # whether attention logits are kept proportional to 1/head_dim
 
     def row(self, role: Role, variant: Variant | None, ratios: Ratios) -> Row:
         """Return the row of a parameter."""

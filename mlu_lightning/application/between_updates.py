@@ -19,12 +19,7 @@ from mlu_lightning.utilities.names import listed, original_module
 
 
 class BetweenUpdates:
-    """Looks at weights and gradients between the updates of the first steps.
-
-    Args:
-        module: module that is trained; it counts meanwhile how often its weights or gradients are unfolded.
-        start: sums over its weights.
-    """
+    """Watches weights and gradients between the first updates; the module counts meanwhile how often it is unfolded."""
 
     def __init__(self, module: nn.Module, start: Mapping[str, Checksum]) -> None:
         self._module = module = original_module(module)

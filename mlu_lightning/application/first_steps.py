@@ -52,17 +52,11 @@ def verify_steps(module: nn.Module, plan: Plan, *scaled: Scaled) -> None:
 
 
 class FirstSteps:
-    """Watches updates until every parameter has moved once, in the update of a scaled optimizer.
+    """Watches updates, ever more rarely, until every parameter has moved once, in the update of a scaled optimizer.
 
-    Looked at are the first steps, and then ever fewer: what is frozen for long costs nothing.
-
-    Args:
-        module: module whose training begins.
-        plan: its plan.
-        optimizers: all that are known to update it.
-        manual: whether weights that have an optimizer should not change before it makes a step, as in manual optimization;
-            otherwise gradients may be accumulated first, while forward passes change weights, as ``max_norm`` does.
-        in_loop: whether nobody says when a batch or a backward pass begins, so that one begins with each further update.
+    With ``manual``, weights that have an optimizer must not change before its step (otherwise gradients may accumulate
+    while forward passes change weights, as ``max_norm`` does); with ``in_loop``, every further update counts as a new
+    batch.
     """
 
     def __init__(
@@ -153,11 +147,7 @@ class FirstSteps:
             self.end()
 
     def look(self) -> None:
-        """Look at what has moved since training began, as after each batch.
-
-        Raises:
-            ValueError: if a parameter has moved, but not in an update of these, or in one that has not read its numbers.
-        """
+        """Refuse parameters that moved outside of these optimizers' updates, or in one that did not read their numbers."""
         self._multipliers.forget()
         if self._have_stepped and self._looks >= 1:
             self.end()

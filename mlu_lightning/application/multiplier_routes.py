@@ -110,15 +110,8 @@ class Route:
 def routes(loss: Tensor, places: Iterable[Iterable[Node]]) -> dict[int, Route]:
     """Find which places are on every route from a loss to a leaf, by the ``id`` of the leaf.
 
-    A place is where one thing happens, however often: any of its nodes will do. What compiled code does is not seen, and
-    counts as all of them; what a reentrant checkpoint computes is no part of the graph.
-
-    >>> import torch
-    >>> one, other = (torch.ones(1, requires_grad=True) for _ in range(2))
-    >>> halved = (one + other) * 0.5
-    >>> found = routes((halved + other).sum(), [[halved.grad_fn]])
-    >>> found[id(one)].passed, found[id(other)].passed
-    (1, 0)
+    A place is where one thing happens, however often. Compiled code, into which autograd does not see, counts as all
+    places; a reentrant checkpoint is not in the graph.
     """
     own: dict[Node, int] = {}
     for number, nodes in enumerate(places):

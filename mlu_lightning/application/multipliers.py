@@ -115,10 +115,7 @@ def put_in(
     weights: Collection[str] | None = None,
     initialized: bool = False,
 ) -> None:
-    """Put multipliers into a module without any, as a whole with changes that come first.
-
-    Folding multiplies those of the weights that are named, or all.
-    """
+    """Put multipliers into a module without any, in one transaction with ``first``; fold those of some weights, or all."""
     _check_fresh(module, plan)
     steps = []
     if mode == "fold":

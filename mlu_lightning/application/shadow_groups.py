@@ -63,10 +63,7 @@ class Split:
         return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
 
     def groups_of_step(self, optimizer: Optimizer, watched: bool = False) -> list[Group]:
-        """Groups that take the user's place in the step that begins; where all factors are 1, it serves itself.
-
-        Those of a watched step note which of their numbers are read in it.
-        """
+        """Groups of the step that begins: the user's own if all factors are 1. A watched step notes what is read."""
         if not any(shadow.factors for shadow in self.shadows):
             return [self.user]
         for shadow in self.shadows:

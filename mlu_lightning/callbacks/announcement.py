@@ -29,14 +29,7 @@ def announce(trainer: Trainer, applied: Applied) -> None:
 
 
 def one_line(applied: Applied) -> str:
-    """Shape next to the base's, roles, optimizers, multipliers and warnings of what is applied to a module.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
-    >>> plan = Plan.from_model(deeper, base=base)
-    >>> one_line(Applied(plan, "fold")).partition("; roles")[0]
-    'MLU: depth 4 (base 2), embedding 8, mlp 16; distance ratio mlp 0.707'
-    """
+    """Describe what is applied to a module: shape, roles, optimizers, multipliers and the number of warnings."""
     plan = applied.plan
     absolute = plan.base is None
     depths = _changes(((stream.depth, stream.base_depth) for stream in plan.streams), absolute)

@@ -268,7 +268,7 @@ class ReferenceRecorder(EitherCallback):
 class _Losses:
     """Training loss of every optimizer step: the mean over its batches and over processes.
 
-    Losses are added up in one buffer: each by itself would keep the next steps from having the same memory again.
+    They share one buffer, because tensors that stay would keep the next steps from reusing their memory.
     """
 
     def __init__(self, known: Tensor, step: int = 0, device: torch.device | None = None) -> None:

@@ -222,10 +222,10 @@ def _rows(
 
 
 def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Measured]) -> float:
-    """Power, 1/2 at most, with which streams become smaller at their ends, and gradients that come from there larger.
+    """Power, 1/2 at most, with which the ends of streams shrink and gradients from there grow.
 
-    What branches add at random falls as l^(-1/2) next to the rest, and may be most of a stream, as where norms end branches
-    and embeddings are small. Optimizers whose eps is as large as gradients let it be seen.
+    What branches add at random falls as l^(-1/2), and may be most of a stream, as where norms end branches and
+    embeddings are small. It shows where an optimizer's eps is as large as gradients.
     """
     found = [
         (size.factor, of.stream_sizes)

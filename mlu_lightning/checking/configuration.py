@@ -98,12 +98,11 @@ class Configured:
 def read_config(
     path: str | Path, keys: Mapping[str, Sequence[str]] | None, model: str | None = None, data: str | None = None
 ) -> Configured:
-    """Read the YAML file of a LightningCLI, of one command or of all, and find the base's shape in it.
+    """Read a LightningCLI's YAML file, of one command or of all, and find the base's shape in it.
 
-    The base is that of the configuration's :class:`MLUCallback`, or else what the configuration trains. Arguments that
-    the model lacks are the base's, too: a CLI that links arguments does not save those that it sets. ``model`` and
-    ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``. Without ``keys`` it is
-    read for its own shape alone, and a base need not be one that can be built.
+    The base is that of the configuration's :class:`MLUCallback`, or else what it trains; it also supplies arguments
+    that the model lacks, because LightningCLI does not save linked ones. ``model`` and ``data`` are classes for files
+    that do not name them. Without ``keys``, the file is read for its own shape alone.
     """
     content = _content(Path(path))
     left_out = [name for name in content if name not in _OF_LIGHTNING]

@@ -44,10 +44,7 @@ def growth(before: Structure, after: Structure) -> Growth:
 def at_fixed_head_dim(
     axes: Sequence[str], base: Shape, structure_of: Callable[[Shape], Structure]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Grow hidden width and embedding together where each of them alone changes head_dim, and say so.
-
-    A single one of these axes is kept as it is, with a note, because nothing else was asked for.
-    """
+    """Grow hidden width and embedding together if either alone changes head_dim; if only one was chosen, add a note."""
     changed: dict[str, str] = {}
     for axis in ("hidden", "embedding"):
         if axis in axes:
@@ -85,10 +82,10 @@ def at_fixed_head_dim(
 def find_options(
     options: Mapping[str, int], structure_of: Build, named: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """Find which whole-number arguments of a model are depth, hidden width and embedding, by what doubles with them.
+    """Find which whole-number arguments of a model are its depth, hidden width and embedding, by what doubles with them.
 
-    ``named`` are those that are known by axis. An argument that can only grow with another, such as heads with the
-    embedding that they divide, is tried with each that grows the embedding or hidden units.
+    An argument that can only grow with another, such as heads with the embedding that they divide, is tried with each
+    of these.
     """
     found: dict[str, list[str]] = {axis: [] for axis in ("depth", "hidden", "embedding") if axis not in named}
     first = structure_of({})

@@ -22,11 +22,7 @@ _OF_DEVICES = ("accelerator", "precision")
 
 
 def plan_of_fit(configured: Configured) -> tuple[Plan, list[str]]:
-    """Begin the fit of a configuration on the CPU, and end it when it is planned; with what is to be known of the plan.
-
-    Raises:
-        ValueError: if it cannot be planned.
-    """
+    """Run the fit of a configuration on the CPU until it is planned; return the plan, with notes about it."""
     settings = {name: value for name, value in configured.trainer.items() if name not in _OF_DEVICES}
     with isolate_rng(), quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

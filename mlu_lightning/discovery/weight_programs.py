@@ -108,12 +108,7 @@ class Program:
 
 
 class ProgramRecorder(TorchDispatchMode):
-    """Notes the programs of weights in a forward pass that is made inside of it.
-
-    Args:
-        twin: the copy of a module that runs.
-        module: the module itself, which has the values.
-    """
+    """Records the programs of weights in a forward pass of a module's ``twin``, with the values of the module itself."""
 
     def __init__(self, twin: nn.Module, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -34,9 +34,9 @@ def first_samples(batch: Any, count: int) -> Any:
 
 
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
+    """Split a batch into JSON and contiguous tensors on the CPU, by the names that the JSON has.
 
-    It may have tensors, numbers, strings and None in mappings (which become dicts), lists and tuples, and nothing else.
+    It may hold tensors, numbers, strings and None in mappings (which become dicts), lists and tuples.
     """
     tensors: dict[str, Tensor] = {}
     return _encode(batch, tensors, "batch", 0), tensors

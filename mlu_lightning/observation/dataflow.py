@@ -93,13 +93,7 @@ class _Use:
 
 
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Sees all operations of a pass that is made inside of it.
-
-    Args:
-        parameters: parameters by name.
-        tables: names of those that are data themselves where they are selected or added, as embeddings are.
-        data: what the pass is given.
-    """
+    """Records the operations of a pass; ``tables`` name parameters that are data themselves, as embeddings."""
 
     def __init__(self, parameters: Mapping[str, Tensor], tables: Iterable[str], data: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
@@ -159,10 +153,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         )
 
     def additions(self, in_branch: Callable[[str], bool]) -> tuple[Addition, ...]:
-        """Residual additions, in order, but for those of a stream to where it began.
-
-        ``in_branch`` tells parameters of residual branches that are known, and with them which additions are on a stream.
-        """
+        """Residual additions in order, but for those of a stream to its own beginning."""
         found = [addition for addition in self._additions if not joins(addition[0])]
         names = {node: frozenset(names_in(node)) for node, *_ in found}
         on_stream: set[Node] = set()

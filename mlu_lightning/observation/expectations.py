@@ -59,9 +59,9 @@ class Expectations:
         return self._table_std(name) / self._compensated(name)
 
     def scale(self, name: str, sizes: Mapping[str, float]) -> tuple[float, bool] | None:
-        """How large a parameter is next to what initialize() makes it, and whether initialize() did; None if it may not.
+        """Size of a parameter next to what initialize() makes it, and whether it did; None if left as built.
 
-        It sets the root mean square of a group, but for what is zero or keeps its values, and multipliers may be folded in.
+        initialize() sets the root mean square of a group; multipliers may be folded in.
         """
         names, target = self._groups[name]
         group = [each for each in names if each in sizes and each not in self._kept]

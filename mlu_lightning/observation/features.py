@@ -42,10 +42,10 @@ def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> 
 
 
 def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tensor:
-    """Choose rows of logits, evenly over samples, heads and queries, and of each the logits of some keys, in float32.
+    """Choose rows of logits, evenly over samples, heads and queries, and some keys of each, in float32.
 
-    The arguments are, by name, those of a softmax or of a fused attention. Logits are -inf where a key cannot be seen: where
-    a mask says so, or a logit is below -5000, as those are that something large was subtracted from.
+    Arguments are, by name, those of a softmax or of a fused attention. Logits are -inf where a key is masked or the
+    logit is below -5000, as where a mask was added.
     """
     if "query" in arguments:
         logits = _fused_logits(arguments, rows, columns)
@@ -57,9 +57,9 @@ def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tens
 
 
 def spread(size: int, count: int) -> Tensor:
-    """Choose indices that lie evenly, but not at one distance, which might be that of one query in every head.
+    """Choose one index in each of ``count`` equal parts, at fractional parts of multiples of the golden ratio.
 
-    One is taken in each of ``count`` equal parts, at the fractional parts of multiples of the golden ratio.
+    At one distance they might all be of one query in every head.
     """
     if size <= count:
         return torch.arange(size, device="cpu")

@@ -46,10 +46,10 @@ class ReferenceWriter:
     def resume(
         cls, path: str | PathLike[str], header: ReferenceHeader, probe: Any, step: int, run: RunName | None = None
     ) -> ReferenceWriter:
-        """Go on in the file of a run that is resumed at a step: drop what was recorded later, with the next recording.
+        """Continue the file of a run that is resumed at a step; later recordings are dropped.
 
-        Its header and probe have to be those of the run, up to what initialization alone uses of the plan, and so has its
-        name, where both are known.
+        Header, probe and, if known, name have to be those of the run, but for what only initialization uses of the
+        plan.
         """
         writer = cls(path, header, probe)
 

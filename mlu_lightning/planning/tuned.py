@@ -48,15 +48,7 @@ class Matched:
 
 
 def read_tuned(given: Mapping[str, Mapping[str, float]] | str | PathLike[str] | None) -> Tuned:
-    """Read tuned factors from a mapping, or from the YAML file of one.
-
-    Raises:
-        OSError: if there is no such file.
-        ValueError: if something in it is no factor.
-
-    >>> read_tuned({"embedding": {"lr": 2}})
-    {'embedding': {'lr': 2.0}}
-    """
+    """Read tuned factors from a mapping or a YAML file, or refuse what is no factor."""
     where, content = "tuned", given
     if isinstance(given, (str, PathLike)):
         where = fspath(given)
@@ -74,11 +66,7 @@ def match_tuned(
     branches: Iterable[BranchPlan],
     multipliers: Iterable[Multiplier],
 ) -> Matched:
-    """Find what factors are of; those of several keys are multiplied.
-
-    Raises:
-        ValueError: if a factor has nothing that it could be of.
-    """
+    """Find what each factor applies to, and multiply those of several keys; refuse a factor that applies to nothing."""
     if not tuned:
         return Matched()
     kinds = [branch.kind for branch in branches]

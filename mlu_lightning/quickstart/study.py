@@ -149,10 +149,7 @@ def run_study(
 
 
 def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
-    """Exponent of the learning rate with the least validation loss, interpolated by a parabola.
-
-    At an end of the range, or next to a run that diverged, it is the best run's own exponent.
-    """
+    """Exponent of the learning rate with the least loss, by a parabola unless it is at an end or a run diverged."""
     curve = sorted(curve_of(runs, shape, mlu))
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in curve]
     best = losses.index(min(losses))

@@ -16,15 +16,7 @@ WIDTHS = (1, 2)
 
 
 def ordinary_shapes(parameters: float, architecture: Architecture, head_dim: int) -> list[Candidate]:
-    """List the largest Transformer of each aspect and width, from the widest to the deepest.
-
-    Raises:
-        ValueError: if the number of parameters does not suffice for any.
-
-    >>> gpt = Architecture.transformer(vocabulary=50257)
-    >>> [str(candidate.shape) for candidate in ordinary_shapes(1.6e8, gpt, head_dim=64)][2:4]
-    ['Shape(depth=18, hidden=18, embedding=576)', 'Shape(depth=22, hidden=11, embedding=704)']
-    """
+    """List the largest Transformer of each aspect and width, widest first, or refuse too few parameters."""
     step = math.lcm(architecture.multiples.embedding, head_dim)
     found = []
     for aspect in ASPECTS:

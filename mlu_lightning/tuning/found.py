@@ -26,11 +26,7 @@ CONVINCING = 2.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, and its standard error, which is NaN with one seed.
-
-    >>> print(Estimate.over([1.0, 3.0]))
-    2.0000 ± 1.0000
-    """
+    """A mean over seeds, and its standard error, which is NaN with one seed."""
 
     value: float
     error: float

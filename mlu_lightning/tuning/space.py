@@ -19,43 +19,21 @@ _NORMS = (Role.BRANCH_NORM, Role.STREAM_NORM, Role.BRANCH_BOUNDED)
 
 @dataclass(frozen=True)
 class Dimension:
-    """One number that is searched, on a logarithmic scale.
+    """One number that is searched, on a logarithmic scale."""
 
-    Args:
-        name: what it is called, such as ``"embedding.std"``; ``"lr"`` is the factor of all learning rates.
-        keys: keys of tuned factors that it is multiplied into.
-        what: what it is a factor of.
-        low: least value.
-        high: largest value.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    what: str
+    name: str  # such as ``"embedding.std"``; ``"lr"`` is the factor of all learning rates
+    keys: tuple[str, ...]  # of tuned factors that it is multiplied into
+    what: str  # it is a factor of
     low: float
     high: float
 
 
 def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dimension, ...]:
-    """Choose what is searched: the learning rate, and factors of roles.
+    """Choose what is searched: the learning rate, and factors of roles (std and lr as far as a role has them).
 
-    Two factors that are one are searched once. With Adam and its kin, and with SGD, a multiplier says what std and lr of the
-    same role say together, so a multiplier is searched where a role has neither, as the readout of a tied table. The
-    factor of all learning rates is that of ``branch_in``, of which others' are relative.
-
-    Args:
-        plan: of the base.
-        roles: keys of tuned factors (roles, ``branch_in@attention``, globs), of which std and lr are searched as far as
-            they have any, or one factor of a key, such as ``"embedding.weight_decay"``; ``"norms"`` for the learning rate of
-            all norms, ``"weight_decay"`` for that of everything.
-
-    Raises:
-        ValueError: if one of them is nothing that can be searched in this module.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> base = ResNet(2, 16, 8, inputs=3, outputs=2)
-    >>> [dimension.name for dimension in search_space(Plan.from_model(base), ["branch_in", "readout"])]
-    ['lr', 'branch_in.std', 'readout.std', 'readout.lr']
+    A multiplier says for Adam and SGD what std and lr of its role say together, so it is searched only where a role has
+    neither, as a tied readout. The factor of all learning rates is that of ``branch_in``, to which the others are
+    relative.
     """
     present = tuple(dict.fromkeys(role.value for role in plan.roles.values() if role is not Role.FROZEN))
     found = [_dimension("lr", present, "lr")]

@@ -31,29 +31,17 @@ _LONGEST = 500  # characters of a reason
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study is, and what it is of.
+    """Where a study is, and what it is of."""
 
-    Args:
-        storage: URL of a database, or the path of a journal file.
-        name: of the study.
-        seed: of what is tried.
-        mode: whether the metric is to be least or largest.
-        content: whatever else has to be the same for all who work on the study.
-    """
-
-    storage: str
+    storage: str  # URL of a database, or path of a journal file
     name: str
-    seed: int
+    seed: int  # of what is tried
     mode: Mode
-    content: Mapping[str, Any]
+    content: Mapping[str, Any]  # whatever else has to be the same for all who work on the study
 
 
 def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, optuna.Study]:
-    """Open or make a study, and that of trainings which are made again.
-
-    Raises:
-        ValueError: if the storage cannot be opened, or the study there is of something else.
-    """
+    """Open or create a study, and the one that keeps repeated trainings; refuse a study of something else."""
     direction: Literal["minimize", "maximize"] = "minimize" if place.mode == "min" else "maximize"
     with quiet_optuna():
         try:
@@ -113,9 +101,9 @@ def quiet_optuna() -> Iterator[None]:
 
 
 class _ByNumber(BaseSampler):
-    """The default, and then multivariate TPE whose draws depend on a trial's number and what was tried before.
+    """The default first, then multivariate TPE seeded by the trial's number.
 
-    So a search that was stopped goes on as it would have, and processes that begin together do not try the same.
+    So a search that was stopped goes on as it would have, and processes that start together do not try the same.
     """
 
     def __init__(self, seed: int) -> None:

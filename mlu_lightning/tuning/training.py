@@ -39,22 +39,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, with any factors and seed.
+    """What is trained, with any factors and seed."""
 
-    Args:
-        make: function that builds the module, and the callbacks of its Trainer, an :class:`MLUCallback` among them.
-        base: function that builds the module of the base.
-        data: ``LightningDataModule``, DataLoader or list of batches, a pair of these for training and validation, or None
-            for the module's own.
-        metric: name of what the module logs.
-        trainer: further arguments of the Trainer.
-    """
-
-    make: Callable[[], tuple[LightningModule, Sequence[Callback]]]
+    make: Callable[[], tuple[LightningModule, Sequence[Callback]]]  # an :class:`MLUCallback` among the callbacks
     base: Callable[[], LightningModule]
-    data: Any = None
+    data: Any = None  # as :func:`mlu_lightning.tune` takes it
     metric: str = "val_loss"
-    trainer: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the Trainer
 
     @classmethod
     def of(
@@ -68,11 +59,7 @@ class Training:
         return cls(_Parts(build, base, callbacks), base, **more)
 
     def plan(self) -> Plan:
-        """Plan the module, without tuned factors.
-
-        Raises:
-            ValueError: if its callbacks have no MLUCallback with a base, or one that was tuned already.
-        """
+        """Plan the module without tuned factors, or refuse callbacks without an untuned MLUCallback with a base."""
         module, callbacks = self.make()
         plugin = next((item for item in callbacks if isinstance(item, MLUCallback)), None)
         if plugin is None:
@@ -96,12 +83,7 @@ class Training:
             return Plan.from_model(module, example, **{**vars(plugin.arguments), "base": base})
 
     def run(self, plan: Plan, tuned: Tuned, seed: int, report: Report = lambda percent, value: False) -> Outcome:
-        """Train with factors and a seed of the weights.
-
-        Raises:
-            UnknownMetric: if the metric is not logged.
-            KeyboardInterrupt: after Ctrl-C, of which a Trainer makes an exit.
-        """
+        """Train with factors and a seed; raise ``UnknownMetric`` if there is none, ``KeyboardInterrupt`` after Ctrl-C."""
         with isolate_rng(), quiet():
             seed_everything(seed, verbose=False)
             module, callbacks = self.make()

@@ -68,11 +68,7 @@ class Search:
     end: float = math.inf  # time, in seconds of the clock, after which no trial begins
 
     def run(self, crew: Crew, progress: Progress) -> None:
-        """Make trials until the study has enough, or the time is over.
-
-        Raises:
-            ValueError: if the default cannot be trained, or if all trials failed.
-        """
+        """Make trials until the study has enough or the time is over; refuse a study in which all of them failed."""
         study, _ = open_study(self.place, self.space)
         if crew.pool is None:
             self.work(progress)

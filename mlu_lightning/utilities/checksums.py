@@ -48,11 +48,10 @@ class Checksum:
 
 @torch.no_grad()
 def checksums(tensors: Mapping[str, Tensor], rough: bool = False) -> dict[str, Checksum]:
-    """Sum over each tensor; those without values, or of other classes than torch's own, are left out.
+    """Sum over each tensor that has values and is of torch's own class.
 
-    With ``rough``, values can be compared with the same ones after a cast to another precision, otherwise only exactly.
-    Unlike versions, sums see changes through ``.data``. Rows and columns have weights of their own, because sums of bits
-    alone miss an even number of signs.
+    With ``rough``, values can also be compared after a cast to another precision. Unlike versions, sums see changes
+    through ``.data``. Rows and columns have different weights, because sums of bits alone miss an even number of signs.
     """
     kinds, found = {}, {}
     for name, tensor in tensors.items():

@@ -37,14 +37,6 @@ def seen_through() -> Iterator[None]:
     """Run custom functions as the operations that their ``forward`` calls, where every input with a gradient goes on.
 
     Others stay one node of the graph. FlexAttention is its formula, also on CPUs, where it has no backward pass.
-
-    >>> class Double(Function):
-    ...     @staticmethod
-    ...     def forward(ctx, x):
-    ...         return x * 2
-    >>> with seen_through():
-    ...     Double.apply(torch.ones(1, requires_grad=True).exp()).grad_fn.name()
-    'MulBackward0'
     """
 
     def apply(cls: Any, *args: Any) -> Any:

@@ -26,10 +26,10 @@ class _Output:
 
 
 class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Mode of fake tensors, with results by operation, numbers, and layouts of tensors, a few times faster than torch's own.
+    """Fake tensors whose results are cached by operation, numbers and layouts of tensors.
 
-    Torch's own keys hold whatever could matter in another pass, and take most of the time of a pass without values. What is
-    not plainly a function of layouts is left to torch: values that are known, changes in place, other kinds of tensors.
+    This is a few times faster than torch's own cache, whose keys hold whatever could matter in another pass. What is
+    not plainly a function of layouts is left to torch: known values, changes in place, other kinds of tensors.
     """
 
     _known: ClassVar[dict[tuple[Any, ...], tuple[type | None, list[_Output]]]] = {}  # of all modes, as torch's own

@@ -14,10 +14,9 @@ _UNLIMITED = 10_000
 
 
 class FittedTable:
-    """A table as it is where it fits, or else with words on several lines, in parts below each other, or row by row.
+    """A table as it is where it fits, or with words on several lines, in parts below each other, or row by row.
 
-    The first columns, which say what a row is of, begin every part. Where the parts would have a single other column or so,
-    each row is a line of these first cells, and below it the others, each after its column's name.
+    The first columns (``keys``), which say what a row is about, begin every part or row.
     """
 
     def __init__(self, table: Table, keys: int = 1) -> None:

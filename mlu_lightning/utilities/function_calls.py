@@ -36,16 +36,9 @@ Watch = Callable[[CallPlace, tuple[Any, ...], dict[str, Any]], Callable[[Any], N
 
 @contextmanager
 def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
-    """Call ``watch`` before every torch function in the first call of any submodule.
+    """Call ``watch`` before every torch function in the first call of any submodule; attentions get all arguments by name.
 
-    Functions that none of the submodules calls are not seen. An attention has all of its arguments by name.
-
-    >>> import torch
-    >>> places = []
-    >>> with watched(module := nn.Sequential(nn.Linear(1, 1), nn.ReLU()), lambda place, *_: places.append(place)):
-    ...     output = module(torch.ones(1, 1))
-    >>> places[1]
-    CallPlace(module='1', function='relu', number=0)
+    Functions that no submodule calls are not seen.
     """
     calls = _Calls(watch)
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ class OwnHook:
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """Copy a module with parameters that are fake, or share memory with the originals, and require a gradient.
 
-    Buffers and frozen parameters of one entry are constants: fake ones keep their value, which is NaN for those on meta.
+    Buffers and frozen parameters of one entry are constants: fake ones keep their value (NaN on meta).
     """
     memo: dict[int, Any] = {}
     with nullcontext() if fake is None else fake:

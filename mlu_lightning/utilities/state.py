@@ -23,11 +23,11 @@ class ParametersChangedError(Exception):
 
 @contextmanager
 def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Iterator[None]:
-    """Put random state, training modes, buffers and attributes of a module and its submodules back afterwards.
+    """Restore random state, training modes, buffers and attributes of a module and its submodules afterwards.
 
-    Of attributes, tensors, random generators, lists, dicts and sets are restored with what they hold; objects of other
-    classes keep what changed in them. Parameters are not copied, which would be a second model in memory: a pass that
-    changes them is an error, unless ``restore_parameters`` asks for the copy.
+    Tensors, generators, lists, dicts and sets among attributes get their content back; other objects keep their
+    changes. Parameters are not copied, which would be a second model in memory: a pass that changes them is an error,
+    unless ``restore_parameters`` asks for the copy.
     """
     parameters = {} if restore_parameters else {name: value.data for name, value in module.named_parameters()}
     seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}

@@ -7,13 +7,7 @@ from types import TracebackType
 
 
 class UserErrors(AbstractContextManager[None]):
-    """Names what was run, and what to do, in errors that do not come from this package itself.
-
-    >>> with UserErrors("While planning, forward was run", "Give example=..."):
-    ...     exec('batch["labels"]', {"batch": {}})
-    Traceback (most recent call last):
-    RuntimeError: While planning, forward was run and raised KeyError: 'labels'. Give example=...
-    """
+    """Names what was run, and what to do, in errors that do not come from this package itself."""
 
     def __init__(self, what: str, advice: str) -> None:
         self._what, self._advice = what, advice

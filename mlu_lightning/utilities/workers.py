@@ -14,9 +14,9 @@ from threading import Thread
 
 @contextmanager
 def worker_pool(workers: int, start: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
-    """Start processes, each of which calls ``start`` first; on an error in the ``with`` block they end at once.
+    """Start processes, each of which calls ``start`` first; an error in the ``with`` block ends them at once.
 
-    They watch a pipe that nobody writes to: it is closed when this process closes it, or has ended, by whatever signal.
+    They watch a pipe that nobody writes to: it closes when this process ends, by whatever signal.
     """
     context = multiprocessing.get_context("spawn")
     end, lifeline = context.Pipe(duplex=False)

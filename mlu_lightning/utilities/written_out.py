@@ -15,12 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class WrittenOut(TorchFunctionMode):
-    """Runs composed functions of a tensor that has a gradient as sums, and what changes views as copies of what is made.
-
-    >>> with WrittenOut():
-    ...     torch.addcmul(torch.ones(1, requires_grad=True) * 2, torch.ones(1), torch.ones(1)).grad_fn.name()
-    'AddBackward0'
-    """
+    """Writes out composed functions of tensors with gradients as sums, and changes of views as copies of what is made."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

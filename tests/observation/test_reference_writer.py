@@ -1,6 +1,5 @@
 """What a writer refuses, how it goes on in a file, and what is left when it is killed or the disk is full."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.processes import exit_code, forked
 from helpers.references import HEADER, LOCATIONS, PROBE, check, losses, observation, write
 from torch import Tensor
 
@@ -145,9 +145,6 @@ def test_resume_says_where_plans_differ(difference: str, path: Path) -> None:
     refused(r"it has no plan and this run has one\. Give the recorder another", plain, header)
 
 
-fork = multiprocessing.get_context("fork")
-
-
 def record_forever(path: Path, step: int) -> None:
     writer = ReferenceWriter.resume(path, HEADER, PROBE, step) if step >= 0 else ReferenceWriter(path, HEADER, PROBE)
     while True:
@@ -165,8 +162,7 @@ def wait_for(path: Path, known: int) -> None:
 def test_killed_at_any_moment(path: Path) -> None:
     moments, known = random.Random(0), 0
     for _ in range(6):
-        process = fork.Process(target=record_forever, args=(path, known - 1))
-        process.start()
+        process = forked(record_forever, path, known - 1)
         wait_for(path, known)
         time.sleep(moments.uniform(0, 0.05))
         process.kill()
@@ -181,8 +177,7 @@ def test_killed_at_any_moment(path: Path) -> None:
 
 
 def test_read_while_it_is_written(path: Path) -> None:
-    process = fork.Process(target=record_forever, args=(path, -1))
-    process.start()
+    process = forked(record_forever, path, -1)
     try:
         wait_for(path, 0)
         first, counts = Reference.load(path), []
@@ -215,10 +210,7 @@ def record_on_a_full_disk(path: Path) -> None:
 
 
 def test_disk_that_is_full(path: Path) -> None:
-    process = fork.Process(target=record_on_a_full_disk, args=(path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert exit_code(record_on_a_full_disk, path) == 0
 
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
