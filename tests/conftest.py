@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.bare import Bare
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -22,6 +23,13 @@ def pytest_runtest_setup() -> None:
 def environment() -> Iterator[None]:
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         yield
+
+
+@pytest.fixture(scope="session")
+def bare() -> Iterator[Bare]:
+    made = Bare()
+    yield made
+    made.close()
 
 
 @pytest.fixture

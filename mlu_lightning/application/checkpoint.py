@@ -45,9 +45,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     try:
         module.load_state_dict(state, strict=bool(getattr(module, "strict_loading", True)))
     except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(
-            f"The weights of the checkpoint are not those of a {type(module).__name__}: {error}"
-        ) from error
+        raise ValueError(f"The checkpoint's weights are not those of a {type(module).__name__}: {error}") from error
 
 
 def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -113,9 +111,8 @@ def _left_out(module: nn.Module, applied: Applied, state: Mapping[str, Any]) -> 
     parameters = planned_parameters(module, remove_duplicate=False)
     missing = [name for name in sorted(applied.folded) if name not in state]
     missing = [name for name in missing if not any(key.endswith(f".{name}") for key in state)]
-    places = (
-        {value.data_ptr() for value in state.values() if type(value) in (Tensor, nn.Parameter)} if missing else set()
-    )
+    tensors = [value for value in state.values() if type(value) in (Tensor, nn.Parameter)] if missing else []
+    places = {tensor.data_ptr() for tensor in tensors}
     return [name for name in missing if parameters[name].data_ptr() not in places]
 
 
@@ -123,9 +120,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(
-            f"The checkpoint is not one of a Trainer: it has a {type(value).__name__} where texts should have values."
-        )
+        raise ValueError(f"The checkpoint is not one of a Trainer: it has a {type(value).__name__} in place of a dict.")
     return value
 
 

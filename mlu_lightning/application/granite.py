@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mlu_lightning.application.multipliers import state_with
 from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.planning import Plan
-from mlu_lightning.utilities.names import original_module
+from mlu_lightning.utilities.names import listed, original_module
 from mlu_lightning.utilities.state import preserve_state
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
     both = [name for name in given if name in wanted and wanted[name] != given[name]]
     found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in both]
     if found:
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-        raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")
+        raise _not_granite(model, f"it has other weights: {listed(found, 4, '; ')}")
 
 
 @torch.no_grad()

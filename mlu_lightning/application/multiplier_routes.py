@@ -67,9 +67,8 @@ class ActingMultipliers:
         for number, multiplier in enumerate(looked_at):
             of_inputs = multiplier.site is not None and multiplier.site.where == "input"
             found_by = {name: by_name[name] for name in multiplier.folds if name in by_name}
-            around = [
-                n for n, route in found_by.items() if not (route.beside if of_inputs else route.passed) >> number & 1
-            ]
+            places = {n: route.beside if of_inputs else route.passed for n, route in found_by.items()}
+            around = [n for n, on_route in places.items() if not on_route >> number & 1]
             # a matrix that is an embedding, too, has uses without it
             tied = not multiplier.folds and multiplier.kind == "readout" and multiplier.site not in seen
             if tied and multiplier.name in by_name and by_name[multiplier.name].uses - LOOKUPS - {_COMPILED}:

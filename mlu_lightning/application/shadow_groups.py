@@ -34,9 +34,9 @@ class Shadow:
     def written(self, key: str) -> float | None:
         """By what the step that was made has multiplied a number, None if it was 0 or is no number."""
         given, now = self.given.get(key), self.group.get(key)
-        return (
-            float(now) / float(given) if isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given else None
-        )
+        if not (isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given):
+            return None
+        return float(now) / float(given)
 
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""

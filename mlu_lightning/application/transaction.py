@@ -169,6 +169,4 @@ def _unmark(module: nn.Module, what: str) -> None:
 
 
 def _refuse(what: str) -> None:
-    raise ValueError(
-        f"{what}, and that was interrupted, so it is neither what it was nor what it should be. Build it anew."
-    )
+    raise ValueError(f"{what}, which was interrupted: it is neither what it was nor what it should be. Build it anew.")

@@ -77,9 +77,7 @@ def _save(trainer: Trainer, plan: Plan) -> None:
             if not (file.is_file() and file.read_bytes() == text):
                 write_whole({file: text})
         except OSError as error:
-            rank_zero_warn(
-                f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
-            )
+            rank_zero_warn(f"The plan could not be saved as {file}: {error}. Checkpoints hold it all the same.")
 
 
 def _folder(logger: Logger, root: str) -> Path | None:

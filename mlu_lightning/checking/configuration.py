@@ -66,8 +66,7 @@ class Configured:
 
     def build_with(self, sizes: Mapping[str, int]) -> LightningModule:
         """Build the module of the base with other values of some options."""
-        module: LightningModule = _parse(_Parsed, self.content, {**self.options, **sizes}).model
-        return module
+        return self.build_all(sizes)[0]
 
     def build_all(self, sizes: Mapping[str, int]) -> tuple[LightningModule, list[Callback]]:
         """Build the module of the base with other values of some options, and the callbacks that take part."""
@@ -158,10 +157,10 @@ def read_config(
     return Configured(filled, axes, options, tuple(_notes(left_out, taken)))
 
 
-_OF_A_STEP = (
+_OF_A_STEP = tuple(
     "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
 )
-_OF_A_TRAINING = (
+_OF_A_TRAINING = tuple(
     "check_val_every_n_epoch limit_train_batches limit_val_batches max_epochs max_steps overfit_batches "
     "reload_dataloaders_every_n_epochs val_check_interval".split()
 )
@@ -226,9 +225,7 @@ def _content(path: Path) -> dict[str, Any]:
     if isinstance(content, dict) and isinstance(content.get("fit"), dict):
         content = content["fit"]
     if not isinstance(content, dict) or not ({"model", "trainer", "data"} & content.keys()):
-        raise ValueError(
-            f"{path} is not the configuration of a LightningCLI: it has no model. Give that of a training."
-        )
+        raise ValueError(f"{path} is not a LightningCLI configuration: it has no model. Give that of a training.")
     content = {name: value for name, value in content.items() if name not in _OF_FIT}
     for name in ("model", "trainer", "data", "optimizer", "lr_scheduler"):
         _require_section(content.get(name), name, path)
@@ -256,7 +253,7 @@ def _require_section(section: Any, name: str, path: Path) -> None:
     named = isinstance(section, dict) and all(isinstance(key, str) for key in section)
     if not named or not isinstance(section.get("class_path", ""), str):
         raise ValueError(
-            f"{path} has {_shown(section)} as its {name}, which should be a mapping, and any class_path in it a text."
+            f"{path} has {_shown(section)} as its {name}: it should be a mapping, and its class_path a text."
         )
     arguments = section.get("init_args") if "class_path" in section else section
     if arguments is not None and not (isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments)):

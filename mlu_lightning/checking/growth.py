@@ -18,9 +18,7 @@ Build = Callable[[Mapping[str, int]], Structure]
 class Growth:
     """What is at least √2 times as large in one module as in another, and how head_dim differs."""
 
-    grown: frozenset[
-        str
-    ]  # some of "depth", "embedding", "hidden" and "heads", which are those of queries, keys or values
+    grown: frozenset[str]  # some of "depth", "embedding", "hidden" and "heads" (of queries, keys or values)
     head_dims: Mapping[str, tuple[int, int]]  # head_dim before and after, by pattern of branches where it differs
 
     @property

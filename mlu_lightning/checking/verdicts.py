@@ -107,9 +107,8 @@ def fit_row(
     mean = _judged(row, others, may_be_still, leeway)
     if mean.verdict == "fail" or math.isnan(mean.slope) or not quantity.kind.is_of_parameter:
         return mean
-    extremes = [
-        _judged(replace(row, reason=place), others, leeway=leeway) for place in (Reason.LARGEST, Reason.SMALLEST)
-    ]
+    places = Reason.LARGEST, Reason.SMALLEST
+    extremes = [_judged(replace(row, reason=place), others, leeway=leeway) for place in places]
     failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
 

@@ -23,6 +23,7 @@ from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, fin
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap, WeightFunction
+from mlu_lightning.discovery.summed import find_sums
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
@@ -86,11 +87,12 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     require_recurrence_in_branches(module, graph, parts)
     require_sums(module, graph, parts)
     regions, depths = find_regions(graph, parts)
-    uses = place_uses(graph, regions)
+    factors = Constants(graph, parts.branches)
+    summed = find_sums(graph, parts, factors, trace.constants)
+    uses = place_uses(graph, regions, summed.marks)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
-    factors = Constants(graph, parts.branches)
     parameters = {name: _facts(name, shape, uses[name], factors) for name, shape in shapes.items()}
     sites = MultiplierSites(trace, graph)
     named = _named_branches(regions, uses)
@@ -120,6 +122,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
+        additions=summed.bare,
         copies=find_copies(module, {name for name, facts in parameters.items() if facts.role is Role.FROZEN}),
         warnings=tuple(warnings_about(parts, regions, factors, {f.variant for f in parameters.values()}, [*idle])),
     )

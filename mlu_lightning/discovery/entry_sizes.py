@@ -78,4 +78,6 @@ def number(value: object) -> float | None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         return None
     known = value.constant if isinstance(value, FakeTensor) else value
-    return None if known is None else float(known)
+    if known is None:
+        return None
+    return abs(known.item()) if known.is_complex() else float(known)

@@ -188,6 +188,8 @@ class Structure:
     unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
     copies: dict[str, str] = field(default_factory=dict)  # submodules that are copies of others, which come second
+    # what is added to streams beside branches and no parameter multiplies alone: number, times constants of the module
+    additions: float = 0.0
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -154,7 +154,7 @@ def _some(value: Tensor) -> Tensor:
 
 
 def _rms(value: Tensor) -> float:
-    return math.sqrt(float(value.double().square().mean()))
+    return math.sqrt(float(value.abs().double().square().mean()))
 
 
 def _called(parameter: str, module: nn.Module, program: Program | None) -> str:

@@ -127,9 +127,7 @@ class ProgramRecorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = None
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if torch._C._current_autograd_node() is not None:  # gradients that a step asks for
             return func(*args, **given)

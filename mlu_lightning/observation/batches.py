@@ -63,9 +63,7 @@ def load_batch(path: str | PathLike[str]) -> Any:
         raise ValueError(f"{path} is a folder. Give the path of a safetensors file with a batch.")
     try:
         # copies, because what is read is the file itself, which somebody may write to
-        tensors = read_tensor_file(
-            Path(path), lambda file, _: {name: file.get_tensor(name).clone() for name in [*file.keys()]}
-        )
+        tensors = read_tensor_file(Path(path), lambda file, _: {n: file.get_tensor(n).clone() for n in [*file.keys()]})
     except ValueError as error:
         raise ValueError(
             f"{path} is not a safetensors file with a batch: {error}. Write one with "

@@ -105,9 +105,8 @@ def _fused_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tens
     # the product in full precision, which autocast would not leave it in
     chosen_query, chosen_key = query[at].double(), key[(*(index[:, None] for index in before), keys)].double()
     scale = arguments.get("scale")
-    logits: Tensor = (chosen_query[:, None] * chosen_key).sum(-1) * (
-        query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits: Tensor = (chosen_query[:, None] * chosen_key).sum(-1) * scale
     mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if arguments.get(name) is not None), None)
     if mask is not None:
         of_mask = full_tensor(mask).expand(*query.shape[:-1], key.shape[-2])[at][:, keys]

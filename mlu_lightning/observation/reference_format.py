@@ -195,9 +195,7 @@ def read_reference(path: Path, read: Callable[[ReferenceFile], ReadT]) -> ReadT:
     try:
         return read_tensor_file(path, lambda file, texts: read(ReferenceFile(file, texts)))
     except ValueError as error:
-        remedy = (
-            ". It is not a reference, or was damaged or cut off on the way: copy it again, or record the run again."
-        )
+        remedy = ". It is no reference, or was damaged or cut off on the way: copy it again, or record the run again."
         remedy = "" if isinstance(error, _UnknownFormatError) else remedy
         raise ValueError(f"{path} is not a readable reference: {error}{remedy}") from error
 

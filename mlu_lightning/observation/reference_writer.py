@@ -101,9 +101,8 @@ class ReferenceWriter:
 
     def rewrite(self) -> None:
         """Write all recordings again."""
-        texts = reference_texts(
-            self._header, self._digests, self._probe_structure, self._probe, self._losses, self._run
-        )
+        probe = self._probe_structure, self._probe
+        texts = reference_texts(self._header, self._digests, *probe, self._losses, self._run)
         tensors = {f"{step}/{name}": value for step, read in self._recordings.items() for name, value in read.items()}
         tensors.update({f"probe/{number}": tensor for number, tensor in self._probe.items()})
         write_tensors(self._path, {**tensors, "losses": self._losses}, texts)

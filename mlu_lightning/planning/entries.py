@@ -68,9 +68,10 @@ class ParameterPlan:
     @cached_property
     def ratios(self) -> Ratios:
         """Those ratios to the base that the row of its role in the MLU table uses; the others are 1."""
+        of_data = self.role is Role.EMBEDDING and self.base_shape is None
         ratios = Ratios(
             depth=self.depth / self.base_depth,
-            inputs=self.fans[0] / self.base_fans[0],
+            inputs=1.0 if of_data else self.fans[0] / self.base_fans[0],
             outputs=self.fans[1] / self.base_fans[1],
             active=self.active / self.base_active,
             uses=self.uses / self.base_uses,
@@ -119,7 +120,7 @@ class Multiplier:
     """A factor in the forward pass."""
 
     name: str  # of the branch, or of the readout's matrix
-    kind: Literal["branch", "readout", "logits"]
+    kind: Literal["branch", "readout", "logits", "addition"]  # the last is what is added beside branches
     value: float  # relative to the base, before the richness alpha
     site: Site | None  # where a hook attaches it; None if there is no such place
     folds: tuple[str, ...]  # parameters into which it can be folded

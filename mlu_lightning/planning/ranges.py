@@ -73,9 +73,7 @@ def check_parts(
     named: list[tuple[str, _Part]] = [*parameters.items(), *((branch.name, branch) for branch in branches)]
     for name, _ in named:
         if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(
-                f"The name {name[:80]!r} has half of a character in it, so that no file can hold it. Rename it."
-            )
+            raise ValueError(f"The name {name[:80]!r} has half of a character, which no file can hold. Rename it.")
     named += [(f"multiplier of {multiplier.name}", multiplier) for multiplier in multipliers]
     named += [(f"stream {number}", stream) for number, stream in enumerate(streams)]
     for name, entry in named:

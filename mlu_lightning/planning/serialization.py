@@ -144,9 +144,8 @@ def _read_enum(cls: type[Enum], value: Any, where: str, key: str) -> Enum:
     known = [member.value for member in cls]
     if value not in known:
         are, names = ("are", key) if key.endswith("s") else ("is", f"{key}s")
-        raise ValueError(
-            f"{where}: there {are} no {key} {shortened(value)}. {names.capitalize()} are: {', '.join(known)}."
-        )
+        known_are = f"{names.capitalize()} are: {', '.join(known)}"
+        raise ValueError(f"{where}: there {are} no {key} {shortened(value)}. {known_are}.")
     return cls(value)
 
 
@@ -179,9 +178,8 @@ def _check_references(parts: Mapping[str, Any], source: str) -> None:
         for name, parameter in parameters.items()
         if parameter.branch is not None and parameter.branch >= branches
     ]
-    wrong += [
-        f"tap of a stream {tap.number}" for tap in parts["taps"] if tap.reads != "readout" and tap.number >= streams
-    ]
+    along = (tap.number for tap in parts["taps"] if tap.reads != "readout")
+    wrong += [f"tap of a stream {number}" for number in along if number >= streams]
     wrong += [f"tap of a branch {tap.number}" for tap in parts["features"] if tap.number >= branches]
     if wrong:
         raise ValueError(f"{source} contradicts itself: it has a {wrong[0]}.")
@@ -195,9 +193,8 @@ def _key(name: str) -> str:
 def _flow(value: Any) -> str:
     """One line of YAML."""
     value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    dumped: str = yaml.dump(
-        value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
-    )
+    style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
+    dumped: str = yaml.dump(value, Dumper=_OneLine, **style)
     return dumped.removesuffix("...\n").rstrip("\n")
 
 

@@ -26,11 +26,8 @@ def ordinary_shapes(parameters: float, architecture: Architecture, head_dim: int
                 embedding = step * i
                 return Shape(2 * max(1, round(embedding / aspect)), width * embedding // head_dim, embedding)
 
-            most = (
-                min(int(parameters) // (architecture.per_coordinate * step), sys.maxsize)
-                if parameters < math.inf
-                else 0
-            )
+            most = 0 if parameters == math.inf else int(parameters) // (architecture.per_coordinate * step)
+            most = min(most, sys.maxsize)
             fitting = bisect_right(range(1, most + 1), parameters, key=lambda i: architecture.parameters(shape(i)))
             if fitting:
                 found.append(shape(fitting))

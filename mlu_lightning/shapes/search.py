@@ -204,9 +204,8 @@ class _Search:
 
     def most_embedding(self, depth: int) -> int:
         step = self.architecture.multiples.embedding
-        return (
-            int(self.parameters) // (depth * self._smallest_branch() + self.architecture.per_coordinate) // step * step
-        )
+        per_coordinate = depth * self._smallest_branch() + self.architecture.per_coordinate
+        return int(self.parameters) // per_coordinate // step * step
 
     def _floor(self) -> float:
         """Squared error that no depth goes below: all parameters in matrices of branches, no term in L."""

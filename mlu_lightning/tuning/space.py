@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.tuned import FACTORS, Tuned, match_tuned
@@ -33,12 +33,14 @@ def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dime
 
     A multiplier says for Adam and SGD what std and lr of its role say together, so it is searched only where a role has
     neither, as a tied readout. The factor of all learning rates is that of ``branch_in``, to which the others are
-    relative.
+    relative. The richness alpha takes the place of the std of ``branch_out``: it is that std, with the lr of ``branch_in``
+    over it (SGD: over its square).
     """
     present = tuple(dict.fromkeys(role.value for role in plan.roles.values() if role is not Role.FROZEN))
     found = [_dimension("lr", present, "lr")]
     for given in roles:
-        found += _of(given, plan, present)
+        own = [*_of(given, plan, present)]
+        found += [each for each in own if not (given == Role.BRANCH_OUT and each.what == "std" and "alpha" in roles)]
     names = [dimension.name for dimension in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--roles has {twice[0]} twice. Leave one of them.")
@@ -75,10 +77,9 @@ def _dimension(name: str, keys: Sequence[str], what: str) -> Dimension:
 def _of(given: str, plan: Plan, present: Sequence[str]) -> Iterator[Dimension]:
     """Dimensions of one of the roles that were asked for."""
     if given == "alpha":
-        raise ValueError(
-            "alpha is no factor of its own: it is the std of branch_out times alpha, and the lr of branch_in over it (over "
-            "its square with SGD), which are searched as branch_out and lr."
-        )
+        replace(plan, tuned={Role.BRANCH_OUT.value: {"alpha": 2.0}})  # which refuses what has none
+        yield _dimension("alpha", [Role.BRANCH_OUT], "alpha")
+        return
     if given == "weight_decay":
         yield _dimension("weight_decay", present, "weight_decay")
         return

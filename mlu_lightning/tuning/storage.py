@@ -60,8 +60,8 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
             wrong = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
                 f"The study cannot be kept in {place.storage}: {wrong}. Give storage (--storage) the URL of a database, "
-                "such as sqlite:///study.db or postgresql://user:password@host/name, with its driver installed, or the path "
-                "of a file that all machines can lock, for a journal."
+                "such as sqlite:///study.db or postgresql+psycopg://user:password@host/name, with its driver installed, or "
+                "the path of a file that all machines can lock, for a journal."
             ) from error
     _require_same(study, place, space)
     return study, again

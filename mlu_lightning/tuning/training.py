@@ -8,12 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
-from mlu_lightning.checking.preparation import Batches, first_batches, make_trainer, prepare, quiet, transfer
+from mlu_lightning.checking.preparation import (
+    Batches,
+    first_batches,
+    make_trainer,
+    prepare,
+    quiet,
+    silent_trainer,
+    transfer,
+)
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.planning.tuned import Tuned
@@ -88,7 +94,9 @@ class Training:
             seed_everything(seed, verbose=False)
             module, callbacks = self.make()
             watch = _Watch(self.metric, report)
-            trainer = self._trainer([*_planned(callbacks, replace(plan, tuned=tuned)), watch])
+            tuned_plan = replace(plan, tuned=tuned)
+            planned = [item.with_plan(tuned_plan) if isinstance(item, MLUCallback) else item for item in callbacks]
+            trainer = self._trainer([*planned, watch])
             try:
                 trainer.fit(module, **self._loaders())
                 if not watch.stopped and trainer.enable_validation and watch.validated < trainer.global_step:
@@ -100,23 +108,13 @@ class Training:
             return Outcome(watch.value, watch.percent)
 
     def _trainer(self, callbacks: list[Callback]) -> Trainer:
-        settings = {"devices": 1, **self.trainer}
-        by_default = settings.get("val_check_interval") in (None, 1.0) and settings.get("check_val_every_n_epoch") in (
-            None,
-            1,
-        )
+        settings = {**self.trainer}
+        defaults = (("val_check_interval", (None, 1.0)), ("check_val_every_n_epoch", (None, 1)))
+        by_default = all(settings.get(name) in values for name, values in defaults)
         if by_default and settings.get("max_steps", -1) > 0:
             batches = settings["max_steps"] * settings.get("accumulate_grad_batches", 1)
             settings |= {"val_check_interval": max(1, batches // VALIDATIONS), "check_val_every_n_epoch": None}
-        return Trainer(
-            **settings,
-            num_sanity_val_steps=0,
-            logger=DummyLogger(),  # which steps and callbacks may ask for
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=callbacks,
-        )
+        return silent_trainer(callbacks, settings)
 
     def _loaders(self, names: tuple[str, str] = ("train_dataloaders", "val_dataloaders")) -> dict[str, Any]:
         """Arguments of ``fit``, or of ``validate``, for the data."""
@@ -142,12 +140,6 @@ class _Parts:
     def __call__(self) -> tuple[LightningModule, Sequence[Callback]]:
         module, base = self.build(), self.base()
         return module, [MLUCallback(base)] if self.callbacks is None else self.callbacks(base)
-
-
-def _planned(callbacks: Sequence[Callback], plan: Plan) -> list[Callback]:
-    """Callbacks that take part in a training, whose plan is known."""
-    kept = [item for item in callbacks if not isinstance(item, (Checkpoint, ProgressBar, ModelSummary))]
-    return [item.with_plan(plan) if isinstance(item, MLUCallback) else item for item in kept]
 
 
 class _Watch(Callback):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import optuna
@@ -51,7 +48,7 @@ def assembled(workers: int) -> Iterator[Crew]:
     if workers == 1:
         yield Crew(1)
         return
-    with worker_pool(workers, partial(_start, workers)) as pool:
+    with worker_pool(workers, max(1, torch.get_num_threads() // workers)) as pool:
         yield Crew(workers, pool)
 
 
@@ -171,14 +168,6 @@ def train_again(again: optuna.Study, cases: Sequence[Again], crew: Crew, progres
     pending = {crew.pool.submit(case.run): case for case in missing}
     for number, future in enumerate(as_completed(pending), 1):
         keep(number, pending[future], *_result(future))
-
-
-def _start(workers: int) -> None:
-    """Leave a process its share of the cores, and nothing to say."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def _result(future: Any) -> Any:

@@ -207,10 +207,10 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, crew
     groups = {number: _cases(search, "base", tuned, first) for number, tuned in points.items()}
     losses = _train(groups, again, crew, lambda *counts: progress("best few with other seeds", *counts))
     sign = 1.0 if found.mode == "min" else -1.0
-    signed = {
-        n: [sign * value if math.isfinite(value) else math.inf for value in of.values()] for n, of in losses.items()
+    means = {
+        number: fmean(sign * value if math.isfinite(value) else math.inf for value in of.values())
+        for number, of in losses.items()
     }
-    means = {number: fmean(values) for number, values in signed.items()}
     chosen = min(means, key=lambda number: means[number])
     second = range(search.seed + 1 + seeds, search.seed + 1 + 2 * seeds)
     pair = {what: _cases(search, "base", tuned, second) for what, tuned in (("default", {}), ("found", points[chosen]))}

@@ -66,9 +66,8 @@ def _opened(cls: Any, args: tuple[Any, ...]) -> Any:
     if not inputs or not torch.is_grad_enabled():
         return None
     separate = cls.setup_context is not Function.setup_context
-    notes = (
-        () if separate else (_Notes(needs_input_grad=tuple(isinstance(x, Tensor) and x.requires_grad for x in args)),)
-    )
+    needed = tuple(isinstance(x, Tensor) and x.requires_grad for x in args)
+    notes = () if separate else (_Notes(needs_input_grad=needed),)
     try:
         made = cls.forward(*notes, *args)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):

@@ -46,9 +46,8 @@ class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # t
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if (
-            func is _DEVICE and not self.in_kernel_invocation
-        ):  # half of all calls: autograd asks for it with every operation
+        # half of all calls: autograd asks for it with every operation
+        if func is _DEVICE and not self.in_kernel_invocation:
             return args[0].fake_device
         key = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         if not (_add_layouts(key, args) and (not given or _add_layouts(key, [*given, *given.values()]))):

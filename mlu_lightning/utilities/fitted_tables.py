@@ -6,11 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _BORDERS = 3  # of each column, in the default box; there is one more at the end
 _UNLIMITED = 10_000
+
+
+def number_table(*columns: str, words: int = 1, title: str | None = None) -> Table:
+    """Make a table whose first columns have words, and the others numbers, aligned to the right."""
+    return Table(*columns[:words], *(Column(header, justify="right") for header in columns[words:]), title=title)
 
 
 class FittedTable:

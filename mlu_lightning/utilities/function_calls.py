@@ -119,9 +119,7 @@ class _Attentions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.calls = calls
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name = kwargs or {}, func._schema.name.removeprefix("aten::")
         if name not in _SOFTMAXES and not name.startswith("_scaled_dot_product_"):
             return func(*args, **given)

@@ -7,7 +7,6 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 try:
@@ -44,9 +43,7 @@ class WriterLock:
     def __enter__(self) -> WriterLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let others write."""
         self.release()
 

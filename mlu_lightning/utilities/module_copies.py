@@ -79,10 +79,8 @@ def is_constant(tensor: Tensor) -> bool:
 
 def _set_constant(stand_in: Tensor | None, tensor: Tensor) -> None:
     if isinstance(stand_in, FakeTensor) and is_constant(tensor) and not isinstance(tensor, FakeTensor):
-        known = not tensor.is_meta
-        stand_in.constant = (
-            tensor.detach().cpu().clone() if known else torch.full(tensor.shape, math.nan).to(tensor.dtype)
-        )
+        unknown = torch.full(tensor.shape, math.nan).to(tensor.dtype)
+        stand_in.constant = unknown if tensor.is_meta else tensor.detach().cpu().clone()
 
 
 def copied_batch(batch: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:

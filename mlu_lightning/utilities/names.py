@@ -95,7 +95,7 @@ def common_module(names: Iterable[str]) -> str:
     return ".".join(parts[0] for parts in shared)
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     """Say names one after the other, but not too many of them.
 
     >>> listed(["a", "b", "c", "d"], most=2)
@@ -103,4 +103,4 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     """
     every = [*names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
-    return f"{', '.join(every[:most])}{more}"
+    return f"{separator.join(every[:most])}{more}"

@@ -12,9 +12,7 @@ class UserErrors(AbstractContextManager[None]):
     def __init__(self, what: str, advice: str) -> None:
         self._what, self._advice = what, advice
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Mark an error, unless it was raised in a file of this package."""
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next

@@ -33,10 +33,9 @@ class WrittenOut(TorchFunctionMode):
         if given.get("inplace") and is_view:
             return _overwritten(first, func(*args, **{**given, "inplace": False}))
         plain = _plain_name(name)
-        changes_view = is_view and plain != name
-        written_out = _SUMS.get(plain) or (
-            (getattr(Tensor, plain, None) or getattr(F, plain, None)) if changes_view else None
-        )
+        written_out = _SUMS.get(plain)
+        if written_out is None and is_view and plain != name:
+            written_out = getattr(Tensor, plain, None) or getattr(F, plain, None)
         if written_out is None:
             return func(*args, **given)
         out = given.pop("out", first if plain != name else None)

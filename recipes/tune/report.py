@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.table import Table
 
 from mlu_lightning.tuning.found import Estimate
-from recipes.common.figures import hide_spines, new_figure, number_table
+from mlu_lightning.utilities.fitted_tables import number_table
+from recipes.common.figures import hide_spines, new_figure
 from recipes.tune.runs import METHODS, Run, Study, curve_of
 
 COLORS = {
@@ -36,7 +37,7 @@ def losses_of(study: Study, runs: Sequence[Run], shape: str, method: str) -> tup
 
 def loss_table(study: Study, runs: Sequence[Run]) -> Table:
     """Validation loss by shape and method, over seeds, the least of each row marked."""
-    table = number_table("shape", *METHODS, words=1, title="Validation loss (nats per byte) and learning rate")
+    table = number_table("shape", *METHODS, title="Validation loss (nats per byte) and learning rate")
     for shape in study.shapes:
         found = {method: losses_of(study, runs, shape, method) for method in METHODS}
         means = {method: Estimate.over(of[1]).value for method, of in found.items() if of is not None}

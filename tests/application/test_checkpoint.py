@@ -167,7 +167,5 @@ def test_weights_of_another_module_are_a_value_error() -> None:
     module = ResNet(**SIZES)
     checkpoint: dict[str, Any] = {"state_dict": {"embed.weight": torch.ones(1)}}
     write_plan(fold(module, Plan.from_model(module, (torch.ones(4, 3), torch.ones(4, 2)))), checkpoint)
-    with pytest.raises(
-        ValueError, match=r"The weights of the checkpoint are not those of a ResNet: (?s:.*)Missing key"
-    ):
+    with pytest.raises(ValueError, match=r"The checkpoint's weights are not those of a ResNet: (?s:.*)Missing key"):
         restore_multipliers(ResNet(**SIZES), checkpoint)

@@ -1,8 +1,6 @@
 """Leaving: trained Hugging Face models, baked or exported to Granite, in a process that cannot import this package."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -13,13 +11,14 @@ import pytest
 import torch
 import transformers
 from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from helpers.bare import Bare
 from helpers.leaving import BASE, THRICE, TWICE, assert_refused, hooks, logits, multiplied, tied_llama, trained
 from helpers.residual_networks import Block, Net, stream
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mlu_lightning import bake, scale_optimizer, to_granite
+from mlu_lightning import Plan, bake, scale_optimizer, to_granite
 
 HUGGING_FACE = {n: a for n, a in ARCHITECTURES.items() if isinstance(a.build(1, 2, 16), transformers.PreTrainedModel)}
 LLAMAS = ["llama", "tied llama"]
@@ -42,9 +41,8 @@ LOADER = """
 import sys
 sys.modules["mlu_lightning"] = None  # importing it is an ImportError
 import json, pathlib, torch, transformers
-torch.set_num_threads(1)
 from safetensors.torch import load_file, save_file
-for folder in pathlib.Path(sys.argv[1]).iterdir():
+for folder in pathlib.Path(root).iterdir():
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
     model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]), (folder, info)
@@ -63,11 +61,13 @@ def leave(folder: Path, model: Any, architecture: Architecture, expected: Tensor
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(bare: Bare, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("left")
     for name, architecture in HUGGING_FACE.items():
+        plans: dict[Any, Plan] = {}
         for run, (mode, shape) in RUNS_OF[name].items():
-            module, plan, _ = trained(architecture, mode, shape)
+            module, plan, _ = trained(architecture, mode, shape, plans.get(shape))
+            plans[shape] = plan
             expected = logits(module, architecture)
             if name in LLAMAS:
                 exported = to_granite(module, plan)
@@ -77,8 +77,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 assert bake(module, plan) is module
             assert hooks(module) == hooks(architecture.build(*shape))
             leave(root / f"{name}, {run}, baked", module.model, architecture, expected)
-    loaded = subprocess.run([sys.executable, "-c", LOADER, root], capture_output=True, text=True, check=False)
-    assert loaded.returncode == 0, loaded.stderr
+    bare.run(LOADER, root=str(root))
     return root
 
 

@@ -28,7 +28,7 @@ from transformer_variants import VARIANTS, VOCABULARY, Size, Transformer, base
 from mlu_lightning import FeatureUpdate, Plan, attach_multipliers, fold, initialize, scale_optimizer
 
 KIND = "AdamW fused"
-PRESENT = [name for name, variant in VARIANTS.items() if find_spec(variant.package)]
+PRESENT = [name for name, variant in VARIANTS.items() if find_spec(variant.package) and variant.verify]
 LARGE = Size(9, 1792, 8, context=1024, head_dim=64)  # 347M parameters, 8,192 tokens a step
 
 

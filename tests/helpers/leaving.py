@@ -39,9 +39,12 @@ def lit(architecture: Architecture, shape: Shape) -> Lit:
     return Lit(architecture.build(*shape))
 
 
-def trained(architecture: Architecture, mode: Mode, shape: Shape) -> tuple[Lit, Plan, Trainer]:
-    module, callback = lit(architecture, shape), MLUCallback(lit(architecture, BASE), residual=mode, alpha=0.5)
-    trainer = quiet(callback, max_epochs=3)
+def trained(
+    architecture: Architecture, mode: Mode, shape: Shape, plan: Plan | None = None
+) -> tuple[Lit, Plan, Trainer]:
+    module, planned = lit(architecture, shape), {"base": lit(architecture, BASE), "alpha": 0.5}
+    callback = MLUCallback(**({"plan": plan} if plan else planned), residual=mode)
+    trainer = quiet(callback, max_epochs=2)
     trainer.fit(module, loader([architecture.example]))
     assert callback.plan is not None
     assert {m.kind for m in callback.plan.multipliers} == {"branch", "readout"}
