@@ -17,8 +17,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["MLP", "Attention", "CausalTransformer", "ResNet", "ResidualBlock"]
-
 
 class ResNet(LightningModule):
     """The residual network of the paper: an embedding, ``depth`` perceptron blocks and a readout, without biases.

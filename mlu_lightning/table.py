@@ -12,23 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-__all__ = [
-    "COMPOUNDING",
-    "COUNTED",
-    "TABLES",
-    "OptimizerFamily",
-    "Parameterization",
-    "Powers",
-    "Ratios",
-    "Role",
-    "Row",
-    "Scale",
-    "Table",
-    "Variant",
-    "row_name",
-    "scale",
-]
-
 
 class _Name(str, Enum):
     """An enum whose members print as their values."""
@@ -97,12 +80,15 @@ class Variant(_Name):
     """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
     OF_BLOCK = "of_block"
     """``embedding``, ``stream_matrix`` and ``stream_norm`` that make something of data for one block, or a few, alone."""
+    SUMMED = "summed"
+    """What one of several summands is proportional to: of what is added to the stream in every block beside its branch,
+    and ``readout`` where readouts at several depths are summed."""
     IN_HEAD = "in_head"
     """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
 
 
 COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
-COUNTED = COMPOUNDING | {Variant.OF_BLOCK}
+COUNTED = COMPOUNDING | {Variant.OF_BLOCK, Variant.SUMMED}
 """Variants whose depth is the number of those along the stream; if it goes through them, they compound."""
 
 
@@ -241,23 +227,14 @@ class Powers:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table.
+    """One row of a table."""
 
-    Args:
-        n: inputs that each output sums over.
-        g: size of the gradient at one output, summed over uses along the depth, which are coherent.
-        multiplier: forward multiplier.
-        std: standard deviation at initialization.
-        lr: further factor of the learning rate of every family.
-        spectral: whether Muon's update of unit spectral norm has a rule of its own, lr sqrt(outputs/inputs).
-    """
-
-    n: Powers = Powers()
-    g: Powers = Powers()
-    multiplier: Powers = Powers()
-    std: Powers = Powers()
-    lr: Powers = Powers()
-    spectral: bool = False
+    n: Powers = Powers()  # inputs that each output sums over
+    g: Powers = Powers()  # size of the gradient at one output, summed over uses along the depth, which are coherent
+    multiplier: Powers = Powers()  # in the forward pass
+    std: Powers = Powers()  # at initialization
+    lr: Powers = Powers()  # further factor of the learning rate of every family
+    spectral: bool = False  # whether Muon's update of unit spectral norm has its own rule, lr sqrt(outputs/inputs)
 
     @property
     def powers(self) -> tuple[Powers, ...]:
@@ -267,24 +244,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one parameterization.
-
-    Args:
-        rows: by role.
-        variants: rows that take the place of those.
-        scales_optimizer: whether learning rates depend on the shape; if not, optimizers that look at shapes or sizes
-            of weights themselves (Muon, Adafactor) are left alone, too.
-        scales_logits: whether attention logits are kept proportional to 1/head_dim.
-    """
+    """The rows of one parameterization."""
 
     rows: Mapping[Role, Row]
-    variants: Mapping[tuple[Role, Variant], Row]
+    variants: Mapping[tuple[Role, Variant], Row]  # that take the place of those
+    # if not, optimizers that look at shapes or sizes of weights themselves (Muon, Adafactor) are left alone, too
     scales_optimizer: bool = True
-    scales_logits: bool = True
+    scales_logits: bool = True  # whether attention logits are kept proportional to 1/head_dim
 
     def row(self, role: Role, variant: Variant | None, ratios: Ratios) -> Row:
         """Return the row of a parameter."""
-        if variant is Variant.IN_HEAD and role is Role.STREAM_MATRIX and ratios.outputs == 1.0:
+        if role is Role.STREAM_MATRIX and variant in (None, Variant.IN_HEAD) and ratios.outputs == 1.0:
             role = Role.STREAM_BOUNDED_MATRIX  # with a random sum over D, gradients there would be of d^(-1/2)
         return self.rows[role] if variant is None else self.variants.get((role, variant), self.rows[role])
 
@@ -297,6 +267,11 @@ _PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1, uses=1)  # g: k/(lÂ
 _PER_BRANCH_BOUNDED = Powers(depth=-1, uses=1)  # g: k/l at outputs of bounded size
 _PER_DEPTH = Powers(depth=-1)  # multiplier of branches, and lr of norms that compound
 
+# what is under the 1/n of a sum, folded into the parameter
+_SUMMED_VECTOR = Row(g=_PER_OUTPUT, std=_PER_DEPTH, lr=_PER_DEPTH)
+_READOUT = Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1))
+_READOUT_OF_BLOCK = replace(_READOUT, g=Powers(depth=-1, inputs=-1, uses=1))
+
 _BRANCH_IN = Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True)
 _BRANCH_VECTOR = Row(g=_PER_BRANCH_OUTPUT)
 _BRANCH_OUT = replace(_BRANCH_IN, multiplier=_PER_DEPTH, std=Powers(inputs=-0.5, aspect=0.5))  # std: sqrt(d)/m
@@ -304,7 +279,8 @@ _BRANCH_OUT_BEFORE_NORM = replace(_BRANCH_OUT, std=_KEEP)  # only steps relative
 
 _MLU = Table(
     rows={
-        Role.EMBEDDING: Row(g=_PER_OUTPUT),
+        # data as large as the base's count once, and sinusoids of D entries as a stream
+        Role.EMBEDDING: Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP),
         Role.BRANCH_IN: _BRANCH_IN,
         Role.BRANCH_IN_BIAS: _BRANCH_VECTOR,
         Role.BRANCH_HIDDEN: _BRANCH_IN,
@@ -317,20 +293,28 @@ _MLU = Table(
         # a readout whose 1/d is folded
         Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_USE, std=Powers(inputs=-1), spectral=True),
         Role.STREAM_NORM: Row(g=_PER_OUTPUT),
-        Role.READOUT: Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1)),
+        Role.READOUT: _READOUT,
         Role.READOUT_BIAS: Row(g=_PER_USE),
         Role.FROZEN: Row(),
     },
     variants={
         (Role.BRANCH_OUT, Variant.BEFORE_NORM): _BRANCH_OUT_BEFORE_NORM,
         **{(Role.STREAM_NORM, variant): Row(g=_PER_OUTPUT, lr=_PER_DEPTH) for variant in COMPOUNDING},
-        **{(role, Variant.OF_BLOCK): _BRANCH_VECTOR for role in (Role.EMBEDDING, Role.STREAM_NORM)},
+        (Role.EMBEDDING, Variant.OF_BLOCK): replace(_BRANCH_IN, spectral=False),
+        (Role.STREAM_NORM, Variant.OF_BLOCK): _BRANCH_VECTOR,
         (Role.STREAM_MATRIX, Variant.OF_BLOCK): _BRANCH_IN,
+        (Role.READOUT, Variant.OF_BLOCK): _READOUT_OF_BLOCK,
+        (Role.READOUT_BIAS, Variant.OF_BLOCK): Row(g=_PER_BRANCH_BOUNDED),
+        **{(role, Variant.SUMMED): _SUMMED_VECTOR for role in (Role.EMBEDDING, Role.STREAM_NORM)},
+        (Role.STREAM_MATRIX, Variant.SUMMED): replace(
+            _SUMMED_VECTOR, n=_SUM, std=Powers(depth=-1, inputs=-0.5), spectral=True
+        ),
+        (Role.READOUT, Variant.SUMMED): replace(_READOUT_OF_BLOCK, multiplier=Powers(depth=-1, inputs=-1)),
+        (Role.READOUT_BIAS, Variant.SUMMED): replace(_SUMMED_VECTOR, g=_PER_USE),
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )
-_SUMMING = {role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT}
-_MATRICES = frozenset({Role.EMBEDDING, *_SUMMING})
+_MATRICES = frozenset({role for role, row in _MLU.rows.items() if row.n == _SUM} | {Role.READOUT})
 _COMPLETEP = replace(_MLU, rows={**_MLU.rows, Role.BRANCH_OUT: _BRANCH_OUT_BEFORE_NORM})
 
 
@@ -348,7 +332,7 @@ TABLES: Mapping[Parameterization, Table] = {
         variants={key: _without_depth(row) for key, row in _COMPLETEP.variants.items()},
     ),
     Parameterization.SP: Table(
-        {role: Row(std=_KEEP if role in _SUMMING else Powers()) for role in Role},
+        {role: Row(std=_KEEP if role in _MATRICES else Powers()) for role in Role},
         {},
         scales_optimizer=False,
         scales_logits=False,

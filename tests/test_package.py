@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from helpers.bare import Bare
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -37,7 +38,7 @@ def test_pytorch_lightning_alone_is_refused_with_a_sentence() -> None:
     assert "pip install 'lightning>=2.6,<3'" in result.stderr
 
 
-def test_importing_changes_nothing() -> None:
+def test_importing_changes_nothing(bare: Bare) -> None:
     """And imports no part of the package before it is used, nor packages that not every use needs."""
     code = (
         "import sys, torch, lightning.pytorch; state, modules = torch.get_rng_state(), set(sys.modules);"
@@ -46,8 +47,7 @@ def test_importing_changes_nothing() -> None:
         "assert torch.equal(state, torch.get_rng_state());"
         "print({'transformers', 'wandb', 'matplotlib.pyplot', 'torch._dynamo'} & (set(sys.modules) - modules))"
     )
-    result = _python("-c", code)
-    assert result.stdout.strip() == "set()", result.stdout + result.stderr
+    assert bare.run(code).strip() == "set()"
 
 
 @pytest.mark.parametrize("page", ["README.md", "tests/README.md"])

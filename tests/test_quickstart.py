@@ -160,16 +160,18 @@ def test_figure_is_drawn_also_of_runs_that_diverged(study: Study, runs: list[Run
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_small_study_trains_and_is_the_same_again() -> None:
+def test_a_small_study_trains_and_is_the_same_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = {"base": TransformerShape(1, 1, 16, 16), "deeper": TransformerShape(2, 1, 16, 16)}
     study = Study(shapes=shapes, exponents=(-7, -5), steps=20)
     reported: list[Run] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one worker, because a process imports everything anew
     runs = run_study(study, load_text(), reported.append)
     kinds = (("base", False), ("deeper", True), ("deeper", False))
     assert [((run.shape, run.mlu), run.exponent) for run in runs] == [*itertools.product(kinds, (-7, -5))]
     assert sorted(map(str, reported)) == sorted(map(str, runs))
     assert all(1.5 < run.loss < math.log(256) for run in runs), "better than guessing among 256 bytes"
-    assert len({run.loss for run in runs}) == len(runs) and run_study(study, load_text()) == runs
+    assert len({run.loss for run in runs}) == len(runs)
+    assert [quickstart._train(study, load_text(), replace(run, loss=math.nan)) for run in runs] == runs
 
 
 def test_a_run_that_fails_ends_the_study(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

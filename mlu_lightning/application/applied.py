@@ -13,8 +13,6 @@ from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.utilities.names import original_module
 
-__all__ = ["Applied", "Mode", "folded_parameters", "mark_initialized", "residual_state", "set_applied"]
-
 Mode = Literal["hook", "fold", "baked"]  # in hooks, in weights as far as they fold, or in weights altogether
 
 _NAME = "_mlu_applied"

@@ -15,17 +15,6 @@ from mlu_lightning.application.transaction import change
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = [
-    "STATE_KEY",
-    "WHERE",
-    "apply_saved",
-    "load_plan",
-    "load_weights",
-    "saved_plan",
-    "warn_of_hooks",
-    "write_plan",
-]
-
 STATE_KEY = "MLUCallback"  # where checkpoints have the plan, among the states of callbacks
 WHERE: dict[Mode, str] = {"hook": "in hooks", "fold": "in its weights", "baked": "baked into its weights"}
 
@@ -56,9 +45,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Any]) -> None:
     try:
         module.load_state_dict(state, strict=bool(getattr(module, "strict_loading", True)))
     except (RuntimeError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(
-            f"The weights of the checkpoint are not those of a {type(module).__name__}: {error}"
-        ) from error
+        raise ValueError(f"The checkpoint's weights are not those of a {type(module).__name__}: {error}") from error
 
 
 def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -114,7 +101,8 @@ def warn_of_hooks(plan: Plan) -> None:
     if left:
         rank_zero_warn(
             f"Folding leaves {_listed(left)} in hooks, because no weight multiplies there and nowhere else, so a plain "
-            "model refuses to load checkpoints of this run, as it would be another function. Load them with MLUCallback or "
+            "model, which would be another function, refuses to load checkpoints of this run, unless the load is not strict "
+            "or takes only the keys it knows (torch.distributed.checkpoint). Load them with MLUCallback or "
             "restore_multipliers(module, path); bake(module, callback.plan) makes a plain module of the same function."
         )
 
@@ -124,9 +112,8 @@ def _left_out(module: nn.Module, applied: Applied, state: Mapping[str, Any]) -> 
     parameters = planned_parameters(module, remove_duplicate=False)
     missing = [name for name in sorted(applied.folded) if name not in state]
     missing = [name for name in missing if not any(key.endswith(f".{name}") for key in state)]
-    places = (
-        {value.data_ptr() for value in state.values() if type(value) in (Tensor, nn.Parameter)} if missing else set()
-    )
+    tensors = [value for value in state.values() if type(value) in (Tensor, nn.Parameter)] if missing else []
+    places = {tensor.data_ptr() for tensor in tensors}
     return [name for name in missing if parameters[name].data_ptr() not in places]
 
 
@@ -134,9 +121,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError(
-            f"The checkpoint is not one of a Trainer: it has a {type(value).__name__} where texts should have values."
-        )
+        raise ValueError(f"The checkpoint is not one of a Trainer: it has a {type(value).__name__} in place of a dict.")
     return value
 
 
@@ -187,7 +172,7 @@ def _check_untied(module: nn.Module, plan: Plan) -> None:
     parameters = planned_parameters(original_module(module), remove_duplicate=False)
     for multiplier in Applied(plan, "fold").acting:
         tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
-        if multiplier.kind == "readout" and len(tied) > 1:
+        if multiplier.kind == "readout" and len(tied) > 1 and not multiplier.gains:
             raise ValueError(
                 f"The checkpoint is of a baked module, in which {' and '.join(tied)} are different weights, and in this "
                 "module they are one. Build it with tie_word_embeddings=False in its config, or give the readout a weight "

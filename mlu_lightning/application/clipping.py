@@ -15,8 +15,6 @@ from mlu_lightning.application.transaction import Step, Steps, as_a_whole, multi
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import original_module
 
-__all__ = ["EDITS", "unfolded_gradients", "unfolded_weights"]
-
 EDITS = "_mlu_edits"
 """Where a module counts how often its weights or gradients were unfolded, while somebody wants to know."""
 

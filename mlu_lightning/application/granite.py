@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from mlu_lightning.application.multipliers import state_with
 from mlu_lightning.application.state_mark import without_mark
 from mlu_lightning.planning import Plan
-from mlu_lightning.utilities.names import original_module
+from mlu_lightning.utilities.names import listed, original_module
 from mlu_lightning.utilities.state import preserve_state
 
 if TYPE_CHECKING:
     from transformers import GraniteConfig, GraniteForCausalLM
-
-__all__ = ["to_granite"]
 
 
 def to_granite(module: nn.Module, plan: Plan) -> GraniteForCausalLM:
@@ -143,8 +141,7 @@ def _check_weights(model: nn.Module, config: GraniteConfig) -> None:
     both = [name for name in given if name in wanted and wanted[name] != given[name]]
     found += [f"{name} is {given[name]}, and Granite's {wanted[name]}" for name in both]
     if found:
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
-        raise _not_granite(model, f"it has other weights: {'; '.join(found[:4])}{more}")
+        raise _not_granite(model, f"it has other weights: {listed(found, 4, '; ')}")
 
 
 @torch.no_grad()

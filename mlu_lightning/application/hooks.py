@@ -22,8 +22,6 @@ from mlu_lightning.planning import Multiplier
 from mlu_lightning.utilities.module_copies import OwnHook
 from mlu_lightning.utilities.names import planned_part
 
-__all__ = ["attach_hooks", "detach_hooks", "hooks_in", "products", "sites_seen", "track"]
-
 
 def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple[RemovableHandle, ...]:
     """Register a hook for each multiplier, and mark state dicts; nothing is done unless all have a site of their own."""

@@ -15,9 +15,7 @@ from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.transaction import Step, change, multiplication, settle
 from mlu_lightning.planning import ParameterPlan, Plan, std_groups
 from mlu_lightning.table import Role
-from mlu_lightning.utilities.names import original_module, planned_parameters
-
-__all__ = ["InitMode", "initial_steps", "initialize", "planned_stds", "stream_axis"]
+from mlu_lightning.utilities.names import listed, original_module, planned_parameters
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -173,9 +171,8 @@ def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
         )
     empty = [name for name, parameter in parameters.items() if parameter.is_meta]
     if empty:
-        more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
         raise ValueError(
-            f"Parameters are on the meta device and have no values to scale: {', '.join(empty[:5])}{more}. Materialize "
+            f"Parameters are on the meta device and have no values to scale: {listed(empty)}. Materialize "
             "the module and let it initialize itself first, then initialize it by the plan."
         )
 

@@ -12,21 +12,9 @@ from torch.optim import Optimizer
 
 from mlu_lightning.utilities.lightning_namespaces import of_both
 
-__all__ = ["parameters_of", "updating"]
-
 
 def updating(optimizer: Optimizer | LightningOptimizer) -> list[Optimizer]:
-    """Find the optimizers that update the parameters of one: those that it holds, if they have all of them, else itself.
-
-    >>> import torch
-    >>> class Twice(Optimizer):
-    ...     def __init__(self, inner):
-    ...         super().__init__(inner.param_groups, {})
-    ...         self.inner = inner
-    >>> inner = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    >>> updating(Twice(inner)) == [inner]
-    True
-    """
+    """Find the optimizers that update the parameters of one: those that it holds, if they have all of them, else itself."""
     return _updating(optimizer, frozenset())
 
 

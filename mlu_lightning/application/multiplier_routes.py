@@ -17,8 +17,6 @@ from mlu_lightning.discovery.graph import LOOKUPS, WEIGHT_SLOTS
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import listed
 
-__all__ = ["ActingMultipliers", "Route", "routes"]
-
 
 class ActingMultipliers:
     """Multipliers that act in hooks, until each was seen."""
@@ -69,9 +67,8 @@ class ActingMultipliers:
         for number, multiplier in enumerate(looked_at):
             of_inputs = multiplier.site is not None and multiplier.site.where == "input"
             found_by = {name: by_name[name] for name in multiplier.folds if name in by_name}
-            around = [
-                n for n, route in found_by.items() if not (route.beside if of_inputs else route.passed) >> number & 1
-            ]
+            places = {n: route.beside if of_inputs else route.passed for n, route in found_by.items()}
+            around = [n for n, on_route in places.items() if not on_route >> number & 1]
             # a matrix that is an embedding, too, has uses without it
             tied = not multiplier.folds and multiplier.kind == "readout" and multiplier.site not in seen
             if tied and multiplier.name in by_name and by_name[multiplier.name].uses - LOOKUPS - {_COMPILED}:
@@ -112,15 +109,8 @@ class Route:
 def routes(loss: Tensor, places: Iterable[Iterable[Node]]) -> dict[int, Route]:
     """Find which places are on every route from a loss to a leaf, by the ``id`` of the leaf.
 
-    A place is where one thing happens, however often: any of its nodes will do. What compiled code does is not seen, and
-    counts as all of them; what a reentrant checkpoint computes is no part of the graph.
-
-    >>> import torch
-    >>> one, other = (torch.ones(1, requires_grad=True) for _ in range(2))
-    >>> halved = (one + other) * 0.5
-    >>> found = routes((halved + other).sum(), [[halved.grad_fn]])
-    >>> found[id(one)].passed, found[id(other)].passed
-    (1, 0)
+    A place is where one thing happens, however often. Compiled code, into which autograd does not see, counts as all
+    places; a reentrant checkpoint is not in the graph.
     """
     own: dict[Node, int] = {}
     for number, nodes in enumerate(places):

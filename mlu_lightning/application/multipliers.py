@@ -17,18 +17,6 @@ from mlu_lightning.application.transaction import Step, change, multiplication, 
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.names import original_module, planned_parameters
 
-__all__ = [
-    "MultiplierHandle",
-    "attach_again",
-    "attach_multipliers",
-    "check_attached",
-    "check_multiplied",
-    "fold",
-    "fold_steps",
-    "put_in",
-    "state_with",
-]
-
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -127,10 +115,7 @@ def put_in(
     weights: Collection[str] | None = None,
     initialized: bool = False,
 ) -> None:
-    """Put multipliers into a module without any, as a whole with changes that come first.
-
-    Folding multiplies those of the weights that are named, or all.
-    """
+    """Put multipliers into a module without any, in one transaction with ``first``; fold those of some weights, or all."""
     _check_fresh(module, plan)
     steps = []
     if mode == "fold":

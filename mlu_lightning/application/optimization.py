@@ -29,8 +29,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.names import original_module
 
-__all__ = ["Scaled", "ScaledOptimizer", "Watch", "is_scaled", "prepared", "scale_optimizer", "scaled_by"]
-
 
 def scale_optimizer(
     optimizer: Optimizer | LightningOptimizer, module: nn.Module, plan: Plan, family: Family | None = None

@@ -20,8 +20,6 @@ from mlu_lightning.planning import ParameterPlan, Plan
 from mlu_lightning.planning.horizon import Forgetting, Horizon
 from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Scale
 
-__all__ = ["Factor", "Family", "Group", "UpdateRule", "divided", "is_known", "multiplied", "update_rules"]
-
 Group = dict[str, Any]
 Factor = float | tuple[float, ...] | Forgetting  # of a number in a group, of the numbers in a tuple, or of betas
 Family = OptimizerFamily | str | Sequence[OptimizerFamily | str]  # for all groups of an optimizer, or for each of them
@@ -71,9 +69,8 @@ def update_rules(optimizer: Optimizer, family: Family | None = None) -> list[Upd
     groups = len(optimizer.param_groups)
     if name in _RULES:
         return [_RULES[name]] * groups
-    if any(
-        "d" in group and group.keys() & {"d0", "growth_rate", "numerator_weighted"} for group in optimizer.param_groups
-    ):
+    of_dadaptation = {"d0", "growth_rate", "numerator_weighted"}
+    if any("d" in group and group.keys() & of_dadaptation for group in optimizer.param_groups):
         raise TypeError(
             f"{type(optimizer).__name__} estimates one learning rate for all of its parameters together, as Prodigy and "
             "D-Adaptation do, so none has one of its own. Use another optimizer, for example AdamW at the learning rate "

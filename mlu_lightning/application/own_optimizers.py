@@ -17,8 +17,6 @@ from mlu_lightning.application.optimization import Scaled, ScaledOptimizer, Watc
 from mlu_lightning.application.optimizer_rules import Family
 from mlu_lightning.planning import Plan
 
-__all__ = ["Optimizers"]
-
 
 class Optimizers:
     """Optimizers of a module's parameters that are scaled by one plan, and what watches their updates."""
@@ -61,14 +59,9 @@ class Optimizers:
             self._scaled.pop()
 
     def add_at_step(self) -> None:
-        """Scale every optimizer of the module's parameters that makes a step and is not scaled, until :meth:`remove`.
+        """Scale every optimizer of the module's parameters, whoever made it, at its first step, until :meth:`remove`.
 
-        Whoever made it, and wherever its step is called: in ``training_step``, in backward, in another optimizer. Steps that
-        go around a scaled one, as a method that was kept before, are scaled, too.
-
-        Raises:
-            TypeError: in the step, if its optimizer cannot be scaled or is not known.
-            ValueError: in the step, if it has parameters that the plan does not know.
+        That includes steps that bypass the scaled one, such as a method that was kept from before.
         """
         # torch keeps them for all optimizers, and a fit whose end nobody was told should not keep its module
         own = weakref.ref(self)

@@ -7,8 +7,6 @@ from torch import nn
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import planned_name
 
-__all__ = ["plan_names"]
-
 
 def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
     """Names of a module's parameters by ``id``, as its plan has them, also in wrappers and where they are pruned."""

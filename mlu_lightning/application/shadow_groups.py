@@ -17,8 +17,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.application.optimizer_rules import Factor, Group, UpdateRule, divided, multiplied
 
-__all__ = ["Shadow", "Split"]
-
 
 @dataclass
 class Shadow:
@@ -38,9 +36,9 @@ class Shadow:
     def written(self, key: str) -> float | None:
         """By what the step that was made has multiplied a number, None if it was 0 or is no number."""
         given, now = self.given.get(key), self.group.get(key)
-        return (
-            float(now) / float(given) if isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given else None
-        )
+        if not (isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given):
+            return None
+        return float(now) / float(given)
 
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
@@ -70,10 +68,7 @@ class Split:
         return self.user is group and _are(self.members, group["params"])
 
     def groups_of_step(self, optimizer: Optimizer, watched: bool = False) -> list[Group]:
-        """Groups that take the user's place in the step that begins; where all factors are 1, it serves itself.
-
-        Those of a watched step note which of their numbers are read in it.
-        """
+        """Groups of the step that begins: the user's own if all factors are 1. A watched step notes what is read."""
         if not any(shadow.factors for shadow in self.shadows):
             return [self.user]
         if not watched and self.taken.keys() == self.user.keys() and _are(self.taken.values(), self.user.values()):

@@ -20,17 +20,6 @@ from mlu_lightning.application.applied import Applied, residual_state, set_appli
 from mlu_lightning.application.hooks import attach_hooks, detach_hooks
 from mlu_lightning.utilities.names import original_module
 
-__all__ = [
-    "Step",
-    "Steps",
-    "as_a_whole",
-    "change",
-    "end_loading",
-    "loading",
-    "multiplication",
-    "settle",
-]
-
 Step = Callable[[], Callable[[], object]]  # computes something, and returns what writes it, which may be called twice
 
 
@@ -65,9 +54,9 @@ def multiplication(tensor: Tensor, factor: float) -> Step:
 
 
 def change(module: nn.Module, after: Applied | None, steps: Iterable[Step] = (), attach: bool = True) -> None:
-    """Let a module have other multipliers than before, and weights; an error in between leaves it as it was.
+    """Replace the multipliers of a module, and change its weights; an error in between leaves it as it was.
 
-    What changes weights is not undone, which would not be exact, but finished.
+    Once weights have changed, the change is finished and not undone, because undoing it would not be exact.
     """
     application = _Application(module, after, Steps(steps), attach)
     with as_a_whole(module, "plan", application.settle):
@@ -77,13 +66,7 @@ def change(module: nn.Module, after: Applied | None, steps: Iterable[Step] = (),
 
 @contextmanager
 def as_a_whole(module: nn.Module, what: str, settle: Callable[[], object]) -> Iterator[None]:
-    """Undo or finish what is done inside, if it is interrupted: now, or when the module is used next.
-
-    Args:
-        module: module that is changed.
-        what: which of its changes these are; others go on.
-        settle: what undoes or finishes them, and can be called more than once.
-    """
+    """Make a change of one kind; if interrupted, ``settle`` undoes or finishes it, now or when the module is used next."""
     try:
         _mark(module, what, settle)
         yield
@@ -95,11 +78,7 @@ def as_a_whole(module: nn.Module, what: str, settle: Callable[[], object]) -> It
 
 
 def settle(module: nn.Module, what: str | None = None) -> None:
-    """Undo or finish what was interrupted in a module, all or one of its changes.
-
-    Raises:
-        ValueError: if this is not possible.
-    """
+    """Undo or finish the changes of a module that were interrupted, all or those of one kind, or refuse the module."""
     module = original_module(module)
     for name, unfinished in reversed(_unfinished(module).items()):
         if what in (name, None):
@@ -190,6 +169,4 @@ def _unmark(module: nn.Module, what: str) -> None:
 
 
 def _refuse(what: str) -> None:
-    raise ValueError(
-        f"{what}, and that was interrupted, so it is neither what it was nor what it should be. Build it anew."
-    )
+    raise ValueError(f"{what}, which was interrupted: it is neither what it was nor what it should be. Build it anew.")

@@ -9,8 +9,6 @@ from typing_extensions import Self
 
 from mlu_lightning.utilities.lightning_namespaces import of_both
 
-__all__ = ["EitherCallback"]
-
 
 class EitherCallback(Callback):
     """A callback that is one of ``pytorch_lightning`` too, if that is imported when it is made."""

@@ -17,8 +17,6 @@ from mlu_lightning.planning.rendering import TITLES
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["announce", "one_line"]
-
 PLAN_FILE = "plan.yaml"
 
 
@@ -31,14 +29,7 @@ def announce(trainer: Trainer, applied: Applied) -> None:
 
 
 def one_line(applied: Applied) -> str:
-    """Shape next to the base's, roles, optimizers, multipliers and warnings of what is applied to a module.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> base, deeper = (ResNet(depth, hidden=16, embedding=8, inputs=3, outputs=2) for depth in (2, 4))
-    >>> plan = Plan.from_model(deeper, base=base)
-    >>> one_line(Applied(plan, "fold")).partition("; roles")[0]
-    'MLU: depth 4 (base 2), embedding 8, mlp 16; distance ratio mlp 0.707'
-    """
+    """Describe what is applied to a module: shape, roles, optimizers, multipliers and the number of warnings."""
     plan = applied.plan
     absolute = plan.base is None
     depths = _changes(((stream.depth, stream.base_depth) for stream in plan.streams), absolute)
@@ -86,9 +77,7 @@ def _save(trainer: Trainer, plan: Plan) -> None:
             if not (file.is_file() and file.read_bytes() == text):
                 write_whole({file: text})
         except OSError as error:
-            rank_zero_warn(
-                f"The plan could not be saved as {file}: {error}. The training goes on, and checkpoints hold it."
-            )
+            rank_zero_warn(f"The plan could not be saved as {file}: {error}. Checkpoints hold it all the same.")
 
 
 def _folder(logger: Logger, root: str) -> Path | None:

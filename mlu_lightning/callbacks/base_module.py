@@ -18,18 +18,10 @@ from mlu_lightning.planning.base import refuse_base
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden, of_both
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = ["built_base"]
-
 
 @contextmanager
 def built_base(base: Any, module: nn.Module, trainer: Trainer, seed: int) -> Iterator[Any]:
-    """A base that can be run: a LightningModule with the trainer, and with all parts, some of which its hooks may make.
-
-    What is no module is passed on.
-
-    Raises:
-        ValueError: if the base is the module itself, or was trained already, as far as that can be known.
-    """
+    """Make a base that can be run: a LightningModule with all of its parts and the trainer; refuse a trained one."""
     # one that is built here is the same in all runs with this seed, so that embeddings coupled by it are, exactly
     with isolate_rng():
         torch.manual_seed(seed)

@@ -21,8 +21,6 @@ from mlu_lightning.observation import MetricName, Observation, OutputName, Refer
 from mlu_lightning.observation.comparison import uncoupled, validated_metrics
 from mlu_lightning.observation.reference_format import listed
 
-__all__ = ["EmbeddingDistance"]
-
 
 class EmbeddingDistance(EitherCallback):
     """Log the distance of a run, in embedding space, from runs that :class:`ReferenceRecorder` recorded.
@@ -88,9 +86,7 @@ class EmbeddingDistance(EitherCallback):
             names = [Path(source).name.removesuffix(".safetensors").replace(":", "-") for source in sources]
             self._sources = dict(zip(names, sources, strict=True))
             if len(self._sources) < len(sources):
-                raise ValueError(
-                    f"reference={reference!r} has files of the same name; give a dict of them by names of your choice."
-                )
+                raise ValueError(f"reference={reference!r} has files of the same name: give a dict of them by name.")
         taken = [f"{name}/" for name in ("floor", *self._sources)]
         if len(taken) == 1 or any(two.startswith(one) or two == "/" for one, two in permutations(taken, 2)):
             raise ValueError(
@@ -142,9 +138,8 @@ class EmbeddingDistance(EitherCallback):
             self._limit_state = None
             self._compare_with_limit(trainer, pl_module)
             return
-        self._references = {
-            name: Reference.load(fetch_reference(trainer, source)) for name, source in self._sources.items()
-        }
+        paths = {name: fetch_reference(trainer, source) for name, source in self._sources.items()}
+        self._references = {name: Reference.load(path) for name, path in paths.items()}
         self._lost = set()
         references = list(self._references.values())
         self._due = frozenset(number for reference in references for number in reference.steps)

@@ -25,13 +25,11 @@ from mlu_lightning.utilities.lightning_private import (
 )
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["find_example", "find_probe"]
-
 
 def find_example(trainer: Trainer, module: LightningModule) -> Any:
     """Take a batch as ``training_step`` will be given it, or None if only ``example_input_array`` can serve.
 
-    It is made of the first samples of the dataset: no sampler is asked, no worker is started, and random states stay.
+    It has the first samples of the dataset: no sampler runs, no worker starts, and random states stay.
     """
     with isolate_rng():
         loaders = _iterables(train_dataloaders(trainer))

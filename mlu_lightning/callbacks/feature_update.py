@@ -18,8 +18,6 @@ from mlu_lightning.observation.locations import parse_location_name
 from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["FeatureUpdate"]
-
 
 class FeatureUpdate(EitherCallback):
     """Log how far pre-activations of every branch, the residual stream and the outputs have moved since the first step.

@@ -13,8 +13,6 @@ from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 
-__all__ = ["wrap_clipping"]
-
 
 def wrap_clipping(trainer: Trainer, module: LightningModule, plan: Plan, changes: PassingChanges) -> None:
     """Let a module clip its gradients as those of weights without multipliers, whoever asks."""

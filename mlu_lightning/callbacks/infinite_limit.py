@@ -23,8 +23,6 @@ from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_steps import call_step, mute
 
-__all__ = ["Limit", "LimitRun"]
-
 
 @dataclass(frozen=True)
 class Limit:

@@ -22,13 +22,11 @@ from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["fetch_reference", "log_plan", "log_reference", "log_values", "show_values"]
-
 
 def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Log values that are measured now and then to all loggers, at the present optimizer step.
 
-    ``self.log`` would leave out what does not come at a multiple of ``log_every_n_steps``, and takes longer than measuring.
+    ``self.log`` would drop what does not fall on a multiple of ``log_every_n_steps``, and takes longer than measuring.
     """
     if trainer.barebones or not values:
         return
@@ -48,11 +46,9 @@ def show_values(trainer: Trainer, values: Mapping[str, float]) -> None:
 
 @rank_zero_only
 def log_plan(loggers: Sequence[Logger], plan: Plan, residual: str, families: Mapping[str, OptimizerFamily]) -> None:
-    """Show a plan where a run is shown.
+    """Log a plan to W&B, as ``mlu`` in the run's config and as a table, and to TensorBoard, as text.
 
-    A ``WandbLogger`` gets the shapes and the factors of each role as ``mlu`` in the run's config, to filter and group runs
-    by, and the table ``mlu/plan``; a ``TensorBoardLogger`` the printed plan as the text ``mlu/plan``. Numbers are factors
-    relative to the base, for weights into which no multiplier is folded; ``residual`` is how multipliers are applied.
+    Numbers are factors relative to the base, for weights into which no multiplier is folded.
     """
     for logger in loggers:
         if isinstance(logger, of_both(WandbLogger)):
@@ -90,10 +86,10 @@ def log_reference(loggers: Sequence[Logger], path: Path) -> None:
 
 
 def fetch_reference(trainer: Trainer, source: str) -> Path:
-    """Find a reference file by its path or, by downloading it, by the name ``entity/project/name:alias`` of a W&B artifact.
+    """Find a reference file by its path, or download it by the name ``entity/project/name:alias`` of a W&B artifact.
 
-    The artifact becomes an input of the Trainer's W&B run, if there is one, and its file is stored under ``mlu_references``
-    in ``default_root_dir``. One process of each machine downloads while the others wait, so all of them have to call this.
+    The artifact becomes an input of the Trainer's W&B run. One process of each machine downloads; all of them have to
+    call this.
     """
     found: Path | FileNotFoundError | ValueError = Path(source)
     if trainer.local_rank == 0:

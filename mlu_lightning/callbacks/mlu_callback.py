@@ -41,8 +41,6 @@ from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import configured_optimizers, starts_processes
 from mlu_lightning.utilities.names import original_module
 
-__all__ = ["MLUCallback"]
-
 Residual = Literal["hook", "fold"]
 FamilyName = Literal["sgd", "adam", "adamw", "muon"]
 
@@ -186,9 +184,7 @@ class MLUCallback(EitherCallback):
         """Plan and initialize the module, now or when it will have been built."""
         callbacks: list[Callback] = vars(trainer)["callbacks"]
         if sum(isinstance(callback, MLUCallback) for callback in callbacks) > 1:
-            raise ValueError(
-                "The Trainer has more than one MLUCallback, and each would scale the module. Leave one of them."
-            )
+            raise ValueError("The Trainer has several MLUCallbacks, each of which would scale the module. Keep one.")
         # of a run after which Lightning called no hook, as after an error in another's on_exception
         self._undo_changes()
         if stage == TrainerFn.FITTING:
@@ -384,7 +380,8 @@ class MLUCallback(EitherCallback):
                 "attach_multipliers or fold and give init=None to MLUCallback, or give it a module that was built anew."
             )
         wrap_saving(module)
-        self._verification = Verification(module, plan, optimizers, self._initialized) if self.verify else None
+        given = module, plan, optimizers, self._initialized, self._arguments.overrides or ()
+        self._verification = Verification(*given) if self.verify else None
 
     def _look(self, who: str) -> None:
         """Look at the initial weights, which somebody may have changed since the last time."""

@@ -11,14 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.lightning_private import prunes_globally, resamples_parameters
 
-__all__ = ["check_copies", "copy_again", "warn_of_pruning"]
-
 
 def check_copies(others: Iterable[Callback]) -> None:
     """Refuse callbacks that give a module other initial weights than those of its plan."""
-    if any(
-        isinstance(callback, of_both(callbacks.ModelPruning)) and resamples_parameters(callback) for callback in others
-    ):
+    if any(isinstance(each, of_both(callbacks.ModelPruning)) and resamples_parameters(each) for each in others):
         raise ValueError(
             "ModelPruning(resample_parameters=True) draws weights again as modules draw them when they are built, "
             "without the scale that MLUCallback has given them. Leave resample_parameters at False: weights go "

@@ -11,15 +11,13 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PassingChanges", "wrap_method"]
-
 Undo = Callable[[], object]
 
 
 class PassingChanges:
-    """Changes that are undone at the end of a fit, by its callback, or before the next fit of the module, by another.
+    """Changes that a callback undoes at the end of its fit, or another one before the module's next fit.
 
-    Lightning does not tell a callback that a fit is over where others raise an error as they are told.
+    Lightning does not tell a callback that a fit is over if another one raises an error first.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -26,8 +26,6 @@ from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import before_batch_transfer
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["Layout", "Probe", "check_arguments", "cut_probe", "given_probe", "on_rank_zero"]
-
 ResultT = TypeVar("ResultT")
 
 
@@ -120,7 +118,7 @@ def check_arguments(depths: Sequence[float], positions: int, fewest: int = 0) ->
     """Refuse what is not a choice of relative depths and rows, and sort the depths."""
     if isinstance(depths, (int, float)) or len(depths) < fewest or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(
-            f"depths={depths!r} should be relative depths between 0 (the embedding) and 1 (the last addition)."
+            f"depths={depths!r} should be relative depths from 0 (the embedding) to 1 (the last addition)."
         )
     if positions < 1:
         raise ValueError(f"positions={positions} should be the number of rows of the probe to keep, 1 or more.")

@@ -26,8 +26,6 @@ from mlu_lightning.observation.schedule import Schedule, Steps
 from mlu_lightning.utilities.lightning_steps import StepName
 from mlu_lightning.utilities.locks import WriterLock
 
-__all__ = ["ReferenceRecorder"]
-
 
 class ReferenceRecorder(EitherCallback):
     """Record the residual stream and the outputs of a run on a probe batch, for :class:`EmbeddingDistance` in others.
@@ -270,7 +268,7 @@ class ReferenceRecorder(EitherCallback):
 class _Losses:
     """Training loss of every optimizer step: the mean over its batches and over processes.
 
-    Losses are added up in one buffer: each by itself would keep the next steps from having the same memory again.
+    They share one buffer, because tensors that stay would keep the next steps from reusing their memory.
     """
 
     def __init__(self, known: Tensor, step: int = 0, device: torch.device | None = None) -> None:

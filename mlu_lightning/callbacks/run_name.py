@@ -19,8 +19,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.utilities.checksums import checksums
 
-__all__ = ["is_restarted", "name_run"]
-
 _START = {"initial weights", "seed"}
 _JOBS = (("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
 """Where schedulers that start a job again tell its number, and how often they have."""
@@ -51,7 +49,7 @@ def name_run(
         "optimizers": optimizers,
         "schedulers": schedulers,
         "settings of the Trainer": settings,
-        "initial weights": {name: [str(sums.dtype), sums.shape, sums.exact] for name, sums in state.items()},
+        "initial weights": {name: [str(sums.dtype), sums.shape, sums.sums] for name, sums in state.items()},
         "seed": torch.initial_seed(),
     }
     digests = {part: hashlib.sha256(json.dumps(_plain(value)).encode()).hexdigest() for part, value in parts.items()}

@@ -15,8 +15,6 @@ from mlu_lightning.application.state_mark import adapt_mark, is_marked
 from mlu_lightning.application.transaction import loading
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 
-__all__ = ["wrap_loading", "wrap_saving"]
-
 
 def wrap_loading(module: LightningModule, loaded: Callable[[], None], changes: PassingChanges) -> None:
     """Give a module the multipliers of each checkpoint before its weights are loaded; without them it is refused."""

@@ -15,8 +15,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.lightning_namespaces import of_both
 from mlu_lightning.utilities.lightning_private import layer_sync, starts_processes
 
-__all__ = ["check_strategy", "check_whole", "wrap_layer_sync"]
-
 
 def check_strategy(strategy: Strategy) -> None:
     """Refuse strategies whose optimizers are given other parameters than the module's own; warn of lost marks."""

@@ -12,8 +12,6 @@ from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.observation.verification import deviations, refuse
 from mlu_lightning.planning import Plan
 
-__all__ = ["verify_function"]
-
 
 def verify_function(trainer: Trainer, module: LightningModule, plan: Plan, base: Any, example: Any, seed: int) -> None:
     """Refuse a module whose function is not that of its plan, next to its base, which is built as for planning."""

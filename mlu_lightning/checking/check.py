@@ -37,8 +37,6 @@ from mlu_lightning.planning.distance import FAR
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["check"]
-
 
 def check(
     module_factory: Callable[..., LightningModule],
@@ -125,10 +123,9 @@ def check(
             small, large, *_ = (size.shape for size in grid if size.axis == axis)
             check_growth(axis, factors[1], plan_of(small), plan_of(large))
         last = {axis: [size for size in grid if size.axis == axis] for axis in chosen}
-        warnings = tuple(
-            dict.fromkeys(text for of_axis in last.values() for text in plan_of(of_axis[-1].shape).warnings)
-        )
-        notes = (*notes, *_distance_note({axis: plan_of(of_axis[-1].shape) for axis, of_axis in last.items()}))
+        largest = {axis: plan_of(of_axis[-1].shape) for axis, of_axis in last.items()}
+        warnings = tuple(dict.fromkeys(text for plan in largest.values() for text in plan.warnings))
+        notes = (*notes, *_distance_note(largest))
         planned: dict[tuple[Shape, int], Plan] = {}
         bases = cache(lambda run_seed: build(module_factory, base, run_seed))
         for shape, run_seed in runs:
@@ -145,7 +142,7 @@ def check(
             progress(len(measured), len(runs))
     # where they act, in a submodule, the module's own constants may be in what is measured or not
     relative = {name_pattern(name) for shape, _ in runs for name in plan_of(shape).relative_parameters}
-    leeway = {axis: _leeway(plan_of(of_axis[0].shape), plan_of(of_axis[-1].shape)) for axis, of_axis in last.items()}
+    leeway = {axis: _leeway(plan_of(last[axis][0].shape), plan) for axis, plan in largest.items()}
     rows = tuple(row for row in _rows(grid, measured, leeway) if not _is_local(row.quantity, relative))
     return CheckReport(base, tuple(factors), seeds, steps, rows, warnings, notes)
 
@@ -233,10 +230,10 @@ def _rows(
 
 
 def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Measured]) -> float:
-    """Power, 1/2 at most, with which streams become smaller at their ends, and gradients that come from there larger.
+    """Power, 1/2 at most, with which the ends of streams shrink and gradients from there grow.
 
-    What branches add at random falls as l^(-1/2) next to the rest, and may be most of a stream, as where norms end branches
-    and embeddings are small. Optimizers whose eps is as large as gradients let it be seen.
+    What branches add at random falls as l^(-1/2), and may be most of a stream, as where norms end branches and
+    embeddings are small. It shows where an optimizer's eps is as large as gradients.
     """
     found = [
         (size.factor, of.stream_sizes)

@@ -22,8 +22,6 @@ from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.shapes.error_bound import Shape
 from mlu_lightning.utilities.config_files import load_config
 
-__all__ = ["Configured", "read_config"]
-
 
 @dataclass(frozen=True)
 class Configured:
@@ -68,8 +66,7 @@ class Configured:
 
     def build_with(self, sizes: Mapping[str, int]) -> LightningModule:
         """Build the module of the base with other values of some options."""
-        module: LightningModule = _parse(_Parsed, self.content, {**self.options, **sizes}).model
-        return module
+        return self.build_all(sizes)[0]
 
     def build_all(self, sizes: Mapping[str, int]) -> tuple[LightningModule, list[Callback]]:
         """Build the module of the base with other values of some options, and the callbacks that take part."""
@@ -100,12 +97,11 @@ class Configured:
 def read_config(
     path: str | Path, keys: Mapping[str, Sequence[str]] | None, model: str | None = None, data: str | None = None
 ) -> Configured:
-    """Read the YAML file of a LightningCLI, of one command or of all, and find the base's shape in it.
+    """Read a LightningCLI's YAML file, of one command or of all, and find the base's shape in it.
 
-    The base is that of the configuration's :class:`MLUCallback`, or else what the configuration trains. Arguments that
-    the model lacks are the base's, too: a CLI that links arguments does not save those that it sets. ``model`` and
-    ``data`` are classes for configurations that do not name them, as of ``LightningCLI(MyModule)``. Without ``keys`` it is
-    read for its own shape alone, and a base need not be one that can be built.
+    The base is that of the configuration's :class:`MLUCallback`, or else what it trains; it also supplies arguments
+    that the model lacks, because LightningCLI does not save linked ones. ``model`` and ``data`` are classes for files
+    that do not name them. Without ``keys``, the file is read for its own shape alone.
     """
     content = _content(Path(path))
     left_out = [name for name in content if name not in _OF_LIGHTNING]
@@ -161,10 +157,10 @@ def read_config(
     return Configured(filled, axes, options, tuple(_notes(left_out, taken)))
 
 
-_OF_A_STEP = (
+_OF_A_STEP = tuple(
     "accelerator accumulate_grad_batches deterministic gradient_clip_algorithm gradient_clip_val precision".split()
 )
-_OF_A_TRAINING = (
+_OF_A_TRAINING = tuple(
     "check_val_every_n_epoch limit_train_batches limit_val_batches max_epochs max_steps overfit_batches "
     "reload_dataloaders_every_n_epochs val_check_interval".split()
 )
@@ -229,9 +225,7 @@ def _content(path: Path) -> dict[str, Any]:
     if isinstance(content, dict) and isinstance(content.get("fit"), dict):
         content = content["fit"]
     if not isinstance(content, dict) or not ({"model", "trainer", "data"} & content.keys()):
-        raise ValueError(
-            f"{path} is not the configuration of a LightningCLI: it has no model. Give that of a training."
-        )
+        raise ValueError(f"{path} is not a LightningCLI configuration: it has no model. Give that of a training.")
     content = {name: value for name, value in content.items() if name not in _OF_FIT}
     for name in ("model", "trainer", "data", "optimizer", "lr_scheduler"):
         _require_section(content.get(name), name, path)
@@ -259,7 +253,7 @@ def _require_section(section: Any, name: str, path: Path) -> None:
     named = isinstance(section, dict) and all(isinstance(key, str) for key in section)
     if not named or not isinstance(section.get("class_path", ""), str):
         raise ValueError(
-            f"{path} has {_shown(section)} as its {name}, which should be a mapping, and any class_path in it a text."
+            f"{path} has {_shown(section)} as its {name}: it should be a mapping, and its class_path a text."
         )
     arguments = section.get("init_args") if "class_path" in section else section
     if arguments is not None and not (isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments)):

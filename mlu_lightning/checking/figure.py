@@ -17,8 +17,6 @@ from mlu_lightning.checking.verdicts import Row, Verdict, axes_of, overall_verdi
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.plotting import spread
 
-__all__ = ["draw_check"]
-
 
 def draw_check(rows: Sequence[Row], base: Shape) -> Figure:
     """Draw every quantity over its value at the smallest size, a panel for each kind and axis, over the band that passes."""
@@ -81,9 +79,8 @@ def _draw(panel: Axes, rows: Sequence[Row], axis: str) -> dict[str, float]:
     lowest, highest = np.log2(panel.get_ylim())
     every = math.ceil((highest - lowest) / 6)
     exponents = range(math.ceil(lowest), math.floor(highest) + 1)
-    panel.set_yticks(
-        ticks := [2.0**number for number in exponents if number % every == 0], [f"{tick:g}" for tick in ticks]
-    )
+    ticks = [2.0**number for number in exponents if number % every == 0]
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.minorticks_off()
     return named
 

@@ -11,8 +11,6 @@ from mlu_lightning.shapes import Shape
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["Growth", "at_fixed_head_dim", "find_options", "growth"]
-
 Build = Callable[[Mapping[str, int]], Structure]
 
 
@@ -20,9 +18,7 @@ Build = Callable[[Mapping[str, int]], Structure]
 class Growth:
     """What is at least √2 times as large in one module as in another, and how head_dim differs."""
 
-    grown: frozenset[
-        str
-    ]  # some of "depth", "embedding", "hidden" and "heads", which are those of queries, keys or values
+    grown: frozenset[str]  # some of "depth", "embedding", "hidden" and "heads" (of queries, keys or values)
     head_dims: Mapping[str, tuple[int, int]]  # head_dim before and after, by pattern of branches where it differs
 
     @property
@@ -46,10 +42,7 @@ def growth(before: Structure, after: Structure) -> Growth:
 def at_fixed_head_dim(
     axes: Sequence[str], base: Shape, structure_of: Callable[[Shape], Structure]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Grow hidden width and embedding together where each of them alone changes head_dim, and say so.
-
-    A single one of these axes is kept as it is, with a note, because nothing else was asked for.
-    """
+    """Grow hidden width and embedding together if either alone changes head_dim; if only one was chosen, add a note."""
     changed: dict[str, str] = {}
     for axis in ("hidden", "embedding"):
         if axis in axes:
@@ -87,10 +80,10 @@ def at_fixed_head_dim(
 def find_options(
     options: Mapping[str, int], structure_of: Build, named: Mapping[str, Sequence[str]]
 ) -> dict[str, list[str]]:
-    """Find which whole-number arguments of a model are depth, hidden width and embedding, by what doubles with them.
+    """Find which whole-number arguments of a model are its depth, hidden width and embedding, by what doubles with them.
 
-    ``named`` are those that are known by axis. An argument that can only grow with another, such as heads with the
-    embedding that they divide, is tried with each that grows the embedding or hidden units.
+    An argument that can only grow with another, such as heads with the embedding that they divide, is tried with each
+    of these.
     """
     found: dict[str, list[str]] = {axis: [] for axis in ("depth", "hidden", "embedding") if axis not in named}
     first = structure_of({})

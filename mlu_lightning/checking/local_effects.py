@@ -22,8 +22,6 @@ from mlu_lightning.table import Role
 from mlu_lightning.utilities.function_calls import tensors_in
 from mlu_lightning.utilities.names import common_module, owner_of
 
-__all__ = ["Reader", "find_readers", "local_effects", "rms", "value_effects"]
-
 
 @dataclass(frozen=True)
 class Reader:
@@ -38,10 +36,10 @@ class Reader:
 
 
 def find_readers(plan: Plan) -> tuple[Reader, ...]:
-    """Say where the effects of parameters can be read.
+    """Find where the effects of parameters can be read.
 
-    Parameters in whose submodule other matrices come after them are left out, such as the projections of queries, keys and
-    values in ``nn.MultiheadAttention``, or what a stack of experts reads with: see :func:`value_effects` for these.
+    Parameters that other matrices in their submodule follow are left out (projections in ``nn.MultiheadAttention``,
+    first matrices of stacked experts): :func:`value_effects` is for these.
     """
     multipliers = [multiplier for multiplier in plan.multipliers if multiplier.kind in ("branch", "readout")]
     attached = [(multiplier, multiplier.site) for multiplier in multipliers if multiplier.site is not None]
@@ -73,8 +71,8 @@ def local_effects(
 ) -> dict[str, float]:
     """Measure how far outputs move where parameters act, if each on its own had its replacement as a value.
 
-    ``run`` passes a batch through the module; the first call of each submodule counts. Of matrices that are given numbers,
-    the root mean square is over that of their input. Parameters whose submodule was not called are left out.
+    ``run`` passes a batch through the module; the first call of each submodule counts. Effects of matrices are relative
+    to the size of their input.
     """
     of_module: dict[str, list[Reader]] = defaultdict(list)
     for reader in readers:
@@ -95,10 +93,9 @@ def local_effects(
 def value_effects(
     plan: Plan, names: Iterable[str], values: Mapping[str, Tensor], replacements: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """Say from values alone how far the outputs of parameters would move, if each had its replacement as a value.
+    """Estimate from values alone how far outputs of parameters would move, if each had its replacement as a value.
 
-    Inputs have a root mean square of one, and are what the difference responds to most, as those are that it was learned
-    from, so that the spectral norm tells.
+    Inputs of size one are taken to be those that the difference was learned from, so its spectral norm counts.
     """
     found = {}
     for name in names:

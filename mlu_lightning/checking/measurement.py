@@ -38,15 +38,10 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import Ratios, Role, Variant, row_name
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = ["Measured", "Measurement", "measure"]
-
 
 @dataclass(frozen=True)
 class Measurement:
-    """A quantity in one run, at every depth where it is, measured over expected: constant in the limit of large networks.
-
-    Pre-activations move more at larger relative depths, because the stream before them has moved, too.
-    """
+    """A quantity of one run over its expected size, at every depth: constant in the limit of large networks."""
 
     quantity: Quantity
     values: tuple[float, ...]
@@ -76,8 +71,8 @@ def measure(
 ) -> Measured:
     """Train a freshly built module on batches, and measure it before the first step, before the last and after it.
 
-    Effects are measured on the batch ``probe``, by ``training_step`` in evaluation mode; the plan's factors are not used.
-    ``followed`` is a pass at the same shape with other weights: where it uses parameters as they are, it is not made again.
+    ``training_step`` is run in evaluation mode on ``probe``. A pass that was ``followed`` at this shape with other
+    weights is reused where parameters are used as they are.
     """
     for callback in callbacks:
         if isinstance(callback, MLUCallback):

@@ -21,15 +21,9 @@ from mlu_lightning.checking.preparation import (
 )
 from mlu_lightning.discovery import Structure
 
-__all__ = ["with_found_options"]
-
 
 def with_found_options(configured: Configured, named: Mapping[str, Sequence[str]]) -> Configured:
-    """Find the arguments of the axes that are not named, and say which they are.
-
-    Raises:
-        ValueError: if no argument grows anything.
-    """
+    """Find the arguments of the axes that are not named, and say which they are; refuse a model in which nothing grows."""
     if {"depth", "hidden", "embedding"} <= named.keys():
         return configured
     with isolate_rng(), quiet():

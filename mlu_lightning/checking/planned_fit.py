@@ -13,8 +13,6 @@ from mlu_lightning.checking.configuration import Configured
 from mlu_lightning.checking.preparation import make_trainer, quiet
 from mlu_lightning.planning import Plan
 
-__all__ = ["plan_of_fit"]
-
 _OWN_SHAPE = (
     "There is no MLUCallback in this configuration, so the plan is relative to the module's own shape, and all factors are "
     "1. With an MLUCallback and its base they are those of the base; a larger module can have this plan as its base."
@@ -24,11 +22,7 @@ _OF_DEVICES = ("accelerator", "precision")
 
 
 def plan_of_fit(configured: Configured) -> tuple[Plan, list[str]]:
-    """Begin the fit of a configuration on the CPU, and end it when it is planned; with what is to be known of the plan.
-
-    Raises:
-        ValueError: if it cannot be planned.
-    """
+    """Run the fit of a configuration on the CPU until it is planned; return the plan, with notes about it."""
     settings = {name: value for name, value in configured.trainer.items() if name not in _OF_DEVICES}
     with isolate_rng(), quiet(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -44,9 +38,7 @@ def plan_of_fit(configured: Configured) -> tuple[Plan, list[str]]:
         with suppress(_Planned):
             make_trainer([*callbacks, _End()], _STEPS, settings).fit(module, datamodule=data)
     assert plugin.plan is not None
-    said = dict.fromkeys(
-        str(warning.message) for warning in caught if __package__.partition(".")[0] in warning.filename
-    )
+    said = dict.fromkeys(str(warning.message) for warning in caught if "mlu_lightning" in warning.filename)
     return plugin.plan, [*notes, *(text for text in said if text not in plugin.plan.warnings)]
 
 

@@ -24,20 +24,6 @@ from mlu_lightning.observation.probe import observe_counted
 from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
 
-__all__ = [
-    "USERS_ERRORS",
-    "Batches",
-    "build",
-    "few_samples",
-    "first_batches",
-    "make_trainer",
-    "prepare",
-    "quiet",
-    "structure_of",
-    "transfer",
-]
-
-
 USERS_ERRORS = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
 """What modules raise of sizes that they do not take."""
 
@@ -70,22 +56,20 @@ def structure_of(module: LightningModule, trainer: Trainer, probe: Any) -> Struc
 
 
 def make_trainer(callbacks: Sequence[Callback], steps: int, trainer: Mapping[str, Any]) -> Trainer:
-    """Make a Trainer that trains for a few steps, without callbacks that write or print anything."""
-    arguments = {
-        "accelerator": "cpu",
-        "devices": 1,
-        **trainer,
-        "max_steps": steps,
-        "max_epochs": -1,
-        "limit_val_batches": 0,
+    """Make a silent Trainer that trains for a few steps, on the CPU by default."""
+    few = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+    return silent_trainer(callbacks, {"accelerator": "cpu", **trainer, **few})
+
+
+def silent_trainer(callbacks: Sequence[Callback], settings: Mapping[str, Any]) -> Trainer:
+    """Make a Trainer on one device, without callbacks that write or print anything."""
+    silent = {
         "num_sanity_val_steps": 0,
         "logger": DummyLogger(),  # which steps and callbacks may ask for
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
+        **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
         "callbacks": [item for item in callbacks if not isinstance(item, (Checkpoint, ProgressBar, ModelSummary))],
     }
-    return Trainer(**arguments)
+    return Trainer(**{"devices": 1, **settings, **silent})
 
 
 def first_batches(data: Any, module: LightningModule, count: int, seed: int) -> list[Any]:

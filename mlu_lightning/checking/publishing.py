@@ -11,8 +11,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mlu_lightning.checking.report import CheckReport
 
-__all__ = ["log_check"]
-
 
 @rank_zero_only
 def log_check(loggers: Sequence[Logger], report: CheckReport) -> None:

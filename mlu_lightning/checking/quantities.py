@@ -7,8 +7,6 @@ from enum import Enum
 
 from mlu_lightning.table import COMPOUNDING, TABLES, Parameterization, Powers, Ratios, Role, Variant
 
-__all__ = ["ALONE", "CONFIDENCE", "DRIFT", "FAULT", "Kind", "Quantity", "expected_size", "lowest_and_highest"]
-
 CONFIDENCE = 0.95  # probability of the intervals of slopes
 DRIFT = 0.25  # how far slopes may be from those of the limit because networks are of finite size
 FAULT = 0.45  # how far they are, at least, if something is missing: powers are multiples of 1/2, and drift as well
@@ -70,9 +68,9 @@ class Quantity:
 def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratios, multiplied: bool) -> float:
     """Size of a parameter's quantity over that at the base, in the limit of large networks.
 
-    Everything moves by Θ(1) in every step (theory.md, section 1). At the start, W_in h and W h are of order one, a branch
-    adds sqrt(D/M)/L of what goes into its last matrix, and outputs are of order 1/sqrt(D) (theory.md, section 2).
-    ``multiplied`` says that the multiplier 1/L of the branch is part of what is measured.
+    Everything moves by Θ(1) in every step (theory.md, section 1). At the start W_in h and W h are of order one, a
+    branch adds sqrt(D/M)/L of what enters its last matrix, and outputs are 1/sqrt(D) (theory.md, section 2).
+    ``multiplied``: what is measured includes the branch's multiplier 1/L.
     """
     row = _TABLE.row(role, variant, ratios)
     powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
@@ -86,9 +84,9 @@ def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratio
 def lowest_and_highest(quantity: Quantity, axis: str) -> tuple[float, float]:
     """Range of slopes that networks of finite size may have on the way to the expected one.
 
-    What happens at random in the stream is sqrt(D/(L M)) of a coordinate, and in outputs 1/sqrt(D) or 1/sqrt(L M)
-    (theory.md, section 2). Streams and outputs move by such parts at first and by the expected ones later. Gradients of
-    gains and gates in a branch come through matrices that know nothing of them yet, and are of this size as well.
+    The random part of a stream is sqrt(D/(L M)) of a coordinate, that of outputs 1/sqrt(D) or 1/sqrt(L M) (theory.md,
+    section 2), and dominates the first steps. Gradients of gains and gates in a branch pass through untrained matrices,
+    and are of this size as well.
     """
     low = high = 0.0
     if quantity.kind in (Kind.OUTPUT, Kind.EFFECT_ON_OUTPUT):

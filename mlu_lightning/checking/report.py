@@ -26,8 +26,6 @@ from mlu_lightning.utilities.whole_files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CheckReport", "by_quantity"]
-
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -111,9 +109,8 @@ class CheckReport:
             parts += ["Effect of each role's own update on streams and outputs", FittedTable(_table(effects), keys=3)]
         if passing:
             number = sum(map(len, passing.values()))
-            parts.append(
-                f"{number} rows of {len(passing)} quantities pass, and are listed with --verbose true and in check.txt."
-            )
+            listed = "listed with --verbose true and in check.txt"
+            parts.append(f"{number} rows of {len(passing)} quantities pass, and are {listed}.")
         parts += [f"Warning: {warning}." for warning in self.warnings]
         parts.append(Text(self.summary, style=_STYLES[self.verdict]))
         return Group(*parts)
@@ -174,9 +171,7 @@ class CheckReport:
                 notes=tuple(_a(str, note) for note in content.get("notes", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"This is not a report of a check ({error}). Make one with mlu-lightning check."
-            ) from error
+            raise ValueError(f"This is no report of a check ({error}). Make one with mlu-lightning check.") from error
 
 
 def by_quantity(rows: Iterable[Row]) -> dict[Quantity, dict[str, Row]]:

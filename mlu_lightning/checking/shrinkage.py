@@ -13,15 +13,12 @@ from torch.optim import Optimizer
 
 from mlu_lightning.checking.local_effects import rms
 
-__all__ = ["restored", "shrinkage"]
-
 
 def shrinkage(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:
     """Measure the part of every parameter that weight decay takes away in the next step.
 
-    A step without gradients is made twice, with weight decay and without, and taken back: the difference is lr · λ for
-    decoupled decay and for SGD; for Adam's L2 decay it is what decay adds to the update, over the running size of the
-    gradients. Parameters that are zero or have no decay are left out.
+    A step without gradients is made with and without weight decay, and undone. The difference is lr · λ for decoupled
+    decay and SGD; for Adam's L2 decay it is what decay adds to the update. Parameters that do not decay are left out.
     """
     with_decay = _stepped(optimizers, parameters)
     with _without_decay(optimizers):

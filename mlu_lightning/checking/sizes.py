@@ -11,8 +11,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["AXES", "Size", "check_growth", "default_axes", "sizes"]
-
 AXES = "depth", "hidden", "embedding", "width", "together"
 """Ways for a shape to grow; the width is hidden and embedding together, for modules that fix their ratio."""
 
@@ -32,10 +30,10 @@ def default_axes(factors: Sequence[int], axes: Sequence[str] = AXES[:3]) -> tupl
 
 
 def sizes(base: Shape, factors: Sequence[int], axes: Sequence[str] = AXES) -> tuple[Size, ...]:
-    """List all sizes along each axis; a shape on several axes is there for each.
+    """List all sizes along each axis; a shape on several axes is listed for each.
 
-    The embedding grows where the hidden width is largest, because what happens at random in the stream grows with
-    D/(L M) (theory.md, section 2), and at the base's own hidden width that would be measured.
+    The embedding grows at the largest hidden width: the random part of the stream grows with D/(L M) (theory.md,
+    section 2), and at the base's own width it would be what is measured.
     """
     if len(factors) < 2 or factors[0] != 1 or any(one >= next_ for one, next_ in itertools.pairwise(factors)):
         raise ValueError(f"factors={list(factors)} should be two or more that ascend from 1, such as [1, 2, 4, 8].")

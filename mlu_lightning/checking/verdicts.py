@@ -13,8 +13,6 @@ import numpy as np
 from mlu_lightning.checking.quantities import ALONE, CONFIDENCE, DRIFT, FAULT, Kind, Quantity, lowest_and_highest
 from mlu_lightning.checking.sizes import AXES
 
-__all__ = ["Cause", "Point", "Reason", "Row", "Verdict", "axes_of", "find_causes", "fit_row", "overall_verdict"]
-
 Verdict = Literal["pass", "fail", "undecided"]
 
 
@@ -51,10 +49,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """How a quantity grows along an axis: the slope d log quantity / d log size, less what is expected, or NaN.
+    """How a quantity grows along an axis: the slope d log quantity / d log size, less the expected one, or NaN.
 
-    It passes if the confidence interval, of half the width ``error``, has a slope of finite networks in it and none of a
-    fault, or if a parameter does nothing at any size; it fails if it is the other way round.
+    It passes if its confidence interval (half width ``error``) has slopes of finite networks and none of a fault, or if
+    a parameter does nothing at any size; it fails if it is the other way round.
     """
 
     quantity: Quantity
@@ -101,18 +99,16 @@ def fit_row(
 ) -> Row:
     """Fit the slope of a quantity against size, and judge it.
 
-    Every seed has a constant of its own in the fit, because its runs have the same batches at all sizes. Of parameters, the
-    lowest and the highest along the depth are fitted, too, where a single wrong branch is seen. ``others`` are points of
-    other axes, along which the quantity is as noisy; ``may_be_still`` says that it is right not to move, and ``leeway`` is
-    added to the lowest and highest slopes of finite networks.
+    Seeds have constants of their own, because their runs have the same batches at all sizes. For parameters, the lowest
+    and the highest value along the depth are fitted, too, to see a single wrong branch. ``others`` are points along
+    other axes, with the same noise; ``leeway`` widens the range of slopes of finite networks.
     """
     row = Row(quantity, axis, math.nan, math.nan, "undecided", points=tuple(points))
     mean = _judged(row, others, may_be_still, leeway)
     if mean.verdict == "fail" or math.isnan(mean.slope) or not quantity.kind.is_of_parameter:
         return mean
-    extremes = [
-        _judged(replace(row, reason=place), others, leeway=leeway) for place in (Reason.LARGEST, Reason.SMALLEST)
-    ]
+    places = Reason.LARGEST, Reason.SMALLEST
+    extremes = [_judged(replace(row, reason=place), others, leeway=leeway) for place in places]
     failing = [row for row in extremes if row.verdict == "fail" and abs(row.slope) - row.error > ALONE]
     return max(failing, key=lambda row: abs(row.slope), default=mean)
 

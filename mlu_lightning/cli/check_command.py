@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from mlu_lightning.cli.console import (
-    find_modules_here,
-    list_of,
-    make_console,
-    place,
-    require,
-    say,
-    show_progress,
-    writing,
-)
-
-__all__ = ["check_configuration"]
+from mlu_lightning.cli.console import list_of, make_console, place, read_axes, require, say, show_progress, writing
 
 _EXIT_CODES = {"pass": 0, "fail": 3, "undecided": 4}
 
@@ -57,16 +46,11 @@ def check_configuration(
     """
     require("check needs matplotlib and scipy, which are", "matplotlib", "scipy")
     from mlu_lightning.checking import check, log_check
-    from mlu_lightning.checking.configuration import read_config
     from mlu_lightning.checking.options import with_found_options
     from mlu_lightning.checking.sizes import default_axes
 
-    find_modules_here()
-    grown = _numbers(factors)
-    named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: list_of(names) if names else [] for axis, names in named.items() if names != "auto"}
-    none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
-    configured, console = read_config(config, none | keys, model, data), make_console(125)
+    grown, console = _numbers(factors), make_console(125)
+    configured, keys = read_axes(config, {"depth": depth, "hidden": hidden, "embedding": embedding}, model, data)
     folder = place(out)
     with show_progress(console, "looking at the model"):
         configured = with_found_options(configured, keys)

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = [
-    "find_modules_here",
-    "list_of",
-    "make_console",
-    "make_folder",
-    "place",
-    "require",
-    "say",
-    "say_error",
-    "show_progress",
-    "writing",
-]
+if TYPE_CHECKING:
+    from mlu_lightning.checking.configuration import Configured
 
 _RESULTS = 2**20  # bytes that a command writes, figures among them, at most
 
@@ -38,6 +29,17 @@ def require(needed: str, *packages: str) -> None:
 def find_modules_here() -> None:
     """Import from the folder in which the command is run, too, as a script in it does."""
     sys.path.insert(0, str(Path.cwd()))
+
+
+def read_axes(
+    config: str, named: Mapping[str, str | None], model: str | None, data: str | None
+) -> tuple[Configured, dict[str, list[str]]]:
+    """Read a configuration, with the arguments of its model that make up the axes of its shape, as far as they are named."""
+    from mlu_lightning.checking.configuration import read_config
+
+    find_modules_here()
+    keys = {axis: list_of(names) if names else [] for axis, names in named.items() if names != "auto"}
+    return read_config(config, {axis: keys.get(axis, []) for axis in named}, model, data), keys
 
 
 def list_of(text: str) -> list[str]:
@@ -91,11 +93,8 @@ def show_progress(console: Console, what: str) -> Iterator[Callable[..., None]]:
 def make_folder(path: str) -> Path:
     """Make the folder for results before anything is trained."""
     folder = Path(path)
-    try:
+    with refused(f"The folder {path} cannot be made", "a folder that can be written to"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        wrong = f"The folder {path} cannot be made: {error.strerror}"
-        raise ValueError(f"{wrong}. Give --out the path of a folder that can be written to.") from error
     return folder
 
 
@@ -107,11 +106,16 @@ def place(path: str) -> Path:
     return folder
 
 
-@contextmanager
-def writing(out: str) -> Iterator[None]:
+def writing(out: str) -> AbstractContextManager[None]:
     """Say what became of results that cannot be written."""
+    what = f"Results cannot be written into {out}, and files there are as they were"
+    return refused(what, "a folder that can be written to")
+
+
+@contextmanager
+def refused(what: str, instead: str) -> Iterator[None]:
+    """Say what cannot be written, why, and what to give in place of the path."""
     try:
         yield
     except OSError as error:
-        wrong = f"Results cannot be written into {out}, and files there are as they were: {error.strerror}"
-        raise ValueError(f"{wrong}. Give --out the path of a folder that can be written to.") from error
+        raise ValueError(f"{what}: {error.strerror}. Give --out the path of {instead}.") from error

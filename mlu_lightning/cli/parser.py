@@ -17,8 +17,6 @@ from mlu_lightning.cli.report_command import report
 from mlu_lightning.cli.shape_command import shape
 from mlu_lightning.cli.tune_command import tune_configuration
 
-__all__ = ["run"]
-
 # a function with the name of one in the package would be looked for there, which imports half of it
 _COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,

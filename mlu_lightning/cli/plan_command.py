@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlu_lightning.cli.console import find_modules_here, make_console, make_folder, say, show_progress
-
-__all__ = ["plan"]
+from mlu_lightning.cli.console import find_modules_here, make_console, make_folder, refused, say, show_progress
 
 
 def plan(config: str, out: str = "plan.yaml", model: str | None = None, data: str | None = None) -> None:
@@ -32,14 +30,11 @@ def plan(config: str, out: str = "plan.yaml", model: str | None = None, data: st
     for family in found.optimizers or (OptimizerFamily.ADAMW,):
         say(console, found.table(family, console.width), soft_wrap=True)
     target = make_folder(str(Path(out).parent)) / Path(out).name
-    try:
+    with refused(f"The plan cannot be written to {out}", "a YAML file"):
         if target.is_file() and target.read_text(encoding="utf-8", errors="replace") != found.to_yaml():
             raise ValueError(
                 f"{out} is there already, and is not this plan; somebody may have edited it. Give --out another path, or "
                 "remove the file."
             )
         found.save(target)
-    except OSError as error:
-        wrong = f"The plan cannot be written to {out}: {error.strerror}"
-        raise ValueError(f"{wrong}. Give --out the path of a YAML file.") from error
     say(console, f"Wrote {target}.", soft_wrap=True)

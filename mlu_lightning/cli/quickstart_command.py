@@ -6,8 +6,6 @@ from contextlib import suppress
 
 from mlu_lightning.cli.console import make_console, place, require, say, show_progress, writing
 
-__all__ = ["quickstart"]
-
 
 def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int = 220, seed: int = 0) -> None:
     """Train small Transformers on text at several learning rates and shapes, with MLU and without.

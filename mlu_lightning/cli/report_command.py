@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlu_lightning.cli.console import make_console, make_folder, require, say, show_progress
+from mlu_lightning.cli.console import make_console, make_folder, refused, require, say, show_progress
 from mlu_lightning.utilities.whole_files import write_whole
-
-__all__ = ["report"]
 
 
 def report(path: str, out: str = "report.html") -> None:
@@ -26,11 +24,8 @@ def report(path: str, out: str = "report.html") -> None:
         record = read_run(Path(path))
         page = run_page(record)
     target = make_folder(str(Path(out).parent)) / Path(out).name
-    try:
+    with refused(f"The page cannot be written to {out}", "an HTML file"):
         write_whole({target: page.encode()})
-    except OSError as error:
-        wrong = f"The page cannot be written to {out}: {error.strerror}"
-        raise ValueError(f"{wrong}. Give --out the path of an HTML file.") from error
     found = len(record.plans), len(record.checks), len(record.values), len(record.references)
     names = "plan", "check", "logged value", "reference"
     counts = (f"{count} {name}{'' if count == 1 else 's'}" for count, name in zip(found, names, strict=True))

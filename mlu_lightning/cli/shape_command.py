@@ -13,8 +13,6 @@ from mlu_lightning.shapes.search import Candidate, candidate_shapes, depth_expon
 from mlu_lightning.shapes.shape_table import assumptions, shape_table
 from mlu_lightning.utilities.fitted_tables import FittedTable
 
-__all__ = ["shape"]
-
 _Value = TypeVar("_Value")
 
 _SIZES = {"transformer": {"vocabulary": 50257, "head_dim": 64, "mlp_ratio": 4}, "resnet": {"inputs": 0, "outputs": 0}}

@@ -10,18 +10,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from mlu_lightning.cli.console import (
-    find_modules_here,
-    list_of,
-    make_console,
-    place,
-    require,
-    say,
-    show_progress,
-    writing,
-)
-
-__all__ = ["tune_configuration"]
+from mlu_lightning.cli.console import list_of, make_console, place, read_axes, require, say, show_progress, writing
 
 _OF_A_TRAINING = "model", "data", "optimizer", "lr_scheduler"
 
@@ -61,8 +50,8 @@ def tune_configuration(
         trials: number of trials of the study, those that are there already included.
         minutes: after which no trial begins, less what training the best again will take.
         roles: what is searched beside the learning rate, with commas: roles, of which std and lr are searched,
-            branch_in@attention, globs of parameter names, one factor such as embedding.weight_decay, norms, weight_decay;
-            null for the learning rate alone.
+            branch_in@attention, globs of parameter names, one factor such as embedding.weight_decay, norms, weight_decay,
+            alpha; null for the learning rate alone.
         steps: optimizer steps of a training; by default those of the configuration.
         workers: number of processes.
         seeds: trainings of each of the best few with other seeds, and as many to measure the gain.
@@ -70,7 +59,8 @@ def tune_configuration(
         confirm: shape, relative to the base, at which what was found is trained, too, with and without the factors, and at
             half and twice the learning rate: '{depth: 4, hidden: 4, embedding: 4}'.
         out: folder for tuned.yaml, tune.txt, tune.png, sweep.yaml (for agents of W&B) and the study.
-        storage: URL of a database (postgresql://user:password@host/name), or path of a journal file, for many machines.
+        storage: URL of a database (postgresql+psycopg://user:password@host/name), or path of a journal file, for many
+            machines.
         study: name of the study in it.
         depth: arguments of the model that make up its depth, as for "mlu-lightning check"; found by default.
         hidden: the same for the hidden width.
@@ -81,16 +71,11 @@ def tune_configuration(
         trial: a point of the search that is trained alone and logged to W&B, as the agents of sweep.yaml do.
     """
     require("tune draws a figure, and matplotlib is", "matplotlib")
-    from mlu_lightning.checking.configuration import read_config
     from mlu_lightning.tuning.training import Training
     from mlu_lightning.tuning.tune import require_optuna, tune_training
 
     require_optuna()
-    find_modules_here()
-    named = {"depth": depth, "hidden": hidden, "embedding": embedding}
-    keys = {axis: list_of(names) if names else [] for axis, names in named.items() if names != "auto"}
-    none: dict[str, list[str]] = {"depth": [], "hidden": [], "embedding": []}
-    configured = read_config(config, none | keys, model, data)
+    configured, keys = read_axes(config, {"depth": depth, "hidden": hidden, "embedding": embedding}, model, data)
     training = Training(
         partial(configured.build_all, {}),
         partial(configured.build_with, {}),
@@ -164,9 +149,7 @@ def _grown(configured: Any, keys: Mapping[str, Sequence[str]], factors: Mapping[
     from mlu_lightning.checking.options import with_found_options
 
     known = with_found_options(configured, keys)
-    if wrong := [
-        axis for axis, factor in factors.items() if axis not in known.keys or not known.keys[axis] or factor < 1
-    ]:
+    if wrong := [axis for axis, factor in factors.items() if not known.keys.get(axis) or factor < 1]:
         raise ValueError(
             f"--confirm has {wrong[0]}: {factors[wrong[0]]}, and should have factors of 1 or more for some of "
             f"{', '.join(axis for axis, names in known.keys.items() if names)}, which the model's arguments make up."

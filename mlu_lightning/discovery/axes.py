@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 from mlu_lightning.discovery.graph import CONVOLUTIONS, JOINED, JOINS, PARTS, VIEWS, Graph, Op, Value
 
-__all__ = ["Axis", "Reached", "is_depthwise", "joined_along", "kept_axes", "reached_from", "unit_axis", "varies"]
-
 Axis = tuple[Value, int]
 """An axis of an operation's output."""
 _SPLITS = ("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes")

@@ -18,8 +18,6 @@ from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
-__all__ = ["BranchRoles"]
-
 
 @dataclass(frozen=True)
 class BranchRoles:
@@ -62,7 +60,7 @@ class BranchRoles:
         source = op.data[0].source if op.data else op
         if use.kind == "add" and self.graph.is_matrix(source):
             return Placed(BIAS_ROLES[self._matrix_role(source)])
-        if any(size in matrix.fans for other in self.matrices for matrix in self.graph.matrices(other)):
+        if size in self._sizes:
             return Placed(Role.BRANCH_IN_BIAS)
         return Unplaced(
             f"it is a vector of {size} entries between matrices of a branch, none of which has as many units"
@@ -70,7 +68,7 @@ class BranchRoles:
 
     def _place_several_axes(self, use: Use) -> Placed | Unplaced:
         """Role of a vector for each of several time steps, channels or parts."""
-        sizes = {size for op in self.matrices for matrix in self.graph.matrices(op) for size in matrix.fans}
+        sizes = self._sizes
         before = self._matrices_before.of(use.op) and use.op not in self._writing_path
         if before and math.prod(use.shape) in sizes:
             return Placed(Role.BRANCH_IN_BIAS, outputs=math.prod(use.shape))  # heads times entries of a head
@@ -91,6 +89,11 @@ class BranchRoles:
     def matrices(self) -> tuple[Op, ...]:
         """Operations with a parameter matrix, in order."""
         return tuple(op for op in self.region.ops if self.graph.is_matrix(op))
+
+    @cached_property
+    def _sizes(self) -> frozenset[int]:
+        """Inputs and outputs of its matrices."""
+        return frozenset(size for op in self.matrices for matrix in self.graph.matrices(op) for size in matrix.fans)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -268,8 +271,9 @@ class BranchRoles:
 
     def _place_table(self, use: Use) -> Placed | Unplaced:
         """Role of a table that is looked up, or of one of positions that is added to what each block reads."""
-        if use.op.parameter is not None:
-            return Placed(Role.BRANCH_NORM, outputs=use.shape[-1])
+        if use.op.parameter is not None:  # such as what a kernel is computed from, with a state for each coordinate
+            outputs = next((size for size in use.shape[::-1] if size in self._sizes), use.shape[-1])
+            return Placed(Role.BRANCH_NORM, outputs=outputs)
         matrix = self._biased.get(use.op)
         if matrix is not None:
             return Placed(BIAS_ROLES[self._matrix_role(matrix)])

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from mlu_lightning.discovery.axes import Axis, kept_axes, reached_from
 from mlu_lightning.discovery.graph import Graph, Op
 
-__all__ = ["Comparison", "comparisons", "is_product"]
-
 
 @dataclass(frozen=True)
 class Comparison:

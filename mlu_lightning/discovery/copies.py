@@ -10,8 +10,6 @@ from torch import nn
 
 from mlu_lightning.utilities.names import planned_parameters
 
-__all__ = ["find_copies"]
-
 
 def find_copies(module: nn.Module, unreached: Collection[str]) -> dict[str, str]:
     """Find submodules of which no loss reaches a parameter, and that hold the values of another one, which comes second."""

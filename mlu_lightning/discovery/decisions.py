@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["run_most"]
-
 RunT = TypeVar("RunT")
 _UNIFORM = frozenset({"rand", "rand_like", "uniform_"})
 _ONE_NUMBER = frozenset({"bernoulli", "bernoulli_", "randint"})

@@ -11,8 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mlu_lightning.discovery.graph import JOINS, NORMS, PARTS, RESHAPES, Graph, Op
 from mlu_lightning.discovery.traversal import between
 
-__all__ = ["SAME_SIZE", "entry_size", "normed_size", "number", "product_size"]
-
 SAME_SIZE = (RESHAPES | PARTS | JOINS | {"Add", "Sub", "Clamp", "ClampMax", "ClampMin", "Std"}) - {"Sum"}
 _POWERS = {"Sqrt": 0.5, "Rsqrt": -0.5, "Reciprocal": -1.0, "Var": 2.0}
 
@@ -80,4 +78,6 @@ def number(value: object) -> float | None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         return None
     known = value.constant if isinstance(value, FakeTensor) else value
-    return None if known is None else float(known)
+    if known is None:
+        return None
+    return abs(known.item()) if known.is_complex() else float(known)

@@ -11,8 +11,6 @@ from torch import Tensor
 from mlu_lightning.discovery.graph import CONVOLUTIONS, Graph, Op, Use
 from mlu_lightning.discovery.traversal import between, descendants, in_order, origin, walk_back
 
-__all__ = ["Experts", "find_experts"]
-
 _SELECTIONS = frozenset({"Topk", "Gather", "Cat", "Stack", "Index"})
 """Operations that leave the weights of a few experts; a top-k without a gradient is seen where they are gathered."""
 _MASKS = frozenset({"Where", "MaskedFill", "MaskedScatter", "Scatter", "ScatterAdd", "IndexPut", "CopySlices"})

@@ -21,8 +21,6 @@ from mlu_lightning.discovery.trace import FunctionCall, Trace, TracedTensor
 from mlu_lightning.discovery.traversal import between, origin
 from mlu_lightning.utilities.function_calls import ATTENTION_CALL
 
-__all__ = ["FeatureTaps"]
-
 _ORDERED = RESHAPES - PERMUTATIONS - {"AsStrided", "Expand", "NativeDropout", "FusedDropout"}
 
 

@@ -17,8 +17,6 @@ from torch.autograd.graph import Node
 from mlu_lightning.discovery.structure import WeightFunction
 from mlu_lightning.discovery.trace import TracedTensor
 
-__all__ = ["Graph", "Op", "Use", "UseKind", "Value"]
-
 RESHAPES = frozenset(
     "View UnsafeView ReshapeAlias T Transpose Permute Expand Clone Alias Copy ToCopy Squeeze Unsqueeze AsStrided "
     "ViewAsComplex ViewAsReal NativeDropout FusedDropout".split()
@@ -232,8 +230,10 @@ class Use:
 
     @property
     def is_vector(self) -> bool:
-        """Whether the operand has several entries along one axis at most."""
-        return math.prod(self.shape) == max(self.shape, default=1)
+        """Whether the operand has several entries along one axis at most, of its own and not for each of many samples."""
+        shapes = (self.shape, self.stored, *(step.shape for step in self.path))
+        own = min(shapes, key=math.prod)
+        return math.prod(own) == max(own, default=1)
 
     @property
     def is_section(self) -> bool:

@@ -7,8 +7,6 @@ from itertools import permutations
 from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Op
 from mlu_lightning.discovery.traversal import Ancestry, descendants
 
-__all__ = ["feeds_back", "is_recurrent"]
-
 _ELEMENTWISE = frozenset("Sub Add Mul Neg MaskedFill Where ConstantPadNd Tril Triu".split())
 _STEPS = 3
 """Steps that tell a recurrence from a sum of products."""

@@ -15,8 +15,6 @@ from mlu_lightning.discovery.structure import Site, Tap
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import between, origin
 
-__all__ = ["StreamTaps"]
-
 _Key = tuple[Literal["stream", "branch", "readout"], int, int]
 """What a tap reads, its number and position."""
 

@@ -7,20 +7,6 @@ from typing import Literal
 
 from mlu_lightning.table import Role, Variant, row_name
 
-__all__ = [
-    "Along",
-    "Branch",
-    "BranchKind",
-    "Logits",
-    "ParameterFacts",
-    "Readout",
-    "Site",
-    "Stream",
-    "Structure",
-    "Tap",
-    "WeightFunction",
-]
-
 BranchKind = Literal["attention", "convolution", "mlp", "recurrence", "mixing"]
 """What a branch does; ``"mixing"`` has no matrix, as pooling or a Fourier transform over tokens."""
 
@@ -58,25 +44,15 @@ Along = Literal["outputs", "inputs", "bounded"]
 
 @dataclass(frozen=True)
 class WeightFunction:
-    """What a module makes of parameters before it meets data, such as weight norm.
+    """What a module makes of parameters before it meets data, such as weight norm."""
 
-    Args:
-        name: what it is called, for messages.
-        entries: the parameter whose entries make those of the weight; None if there is none.
-        degree: 1 if the weight is proportional to that, 0 if it does not depend on its size, None for anything else.
-        gain: another parameter, which multiplies it.
-        along: what each entry of the gain multiplies.
-        sizes: root mean square of the weight, by an empty name, and of the parameters, as built.
-        problem: why it cannot be planned, None if it can be.
-    """
-
-    name: str
-    entries: str | None = None
-    degree: int | None = None
-    gain: str | None = None
-    along: Along = "outputs"
-    sizes: tuple[tuple[str, float], ...] = ()
-    problem: str | None = None
+    name: str  # for messages
+    entries: str | None = None  # parameter whose entries make those of the weight, None if there is none
+    degree: int | None = None  # 1 if the weight is proportional to it, 0 if its size does not matter, None otherwise
+    gain: str | None = None  # another parameter, which multiplies it
+    along: Along = "outputs"  # what each entry of the gain multiplies
+    sizes: tuple[tuple[str, float], ...] = ()  # root mean squares, as built: of the weight (""), and of parameters
+    problem: str | None = None  # why it cannot be planned, None if it can be
 
     def size(self, name: str = "") -> float:
         """Root mean square of the weight, or of a parameter."""
@@ -158,6 +134,7 @@ class Readout:
     folds: tuple[str, ...]  # its matrix, empty if that is tied to an embedding
     fan_in: int  # inputs of the map, D
     constant: float | None = None  # what the module itself multiplies its inputs and outputs by; None if uses differ
+    gains: tuple[str, ...] = ()  # of a tied one: gain and bias of a norm that makes what it reads, and nothing else
 
 
 @dataclass(frozen=True)
@@ -212,6 +189,8 @@ class Structure:
     unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
     copies: dict[str, str] = field(default_factory=dict)  # submodules that are copies of others, which come second
+    # what is added to streams beside branches and no parameter multiplies alone: number, times constants of the module
+    additions: float = 0.0
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -7,8 +7,6 @@ from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Value
 
-__all__ = ["Ancestry", "between", "descendants", "in_order", "origin", "walk_back"]
-
 
 def walk_back(starts: Iterable[Op], operands: Callable[[Op], Iterable[Op]] = lambda op: op.data) -> list[Op]:
     """Operations that a walk back from ``starts`` visits, these included; ``operands`` says where it goes on to."""

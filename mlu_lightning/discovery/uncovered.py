@@ -15,14 +15,6 @@ from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.table import Variant
 from mlu_lightning.utilities.names import common_module, owner_of
 
-__all__ = [
-    "require_no_reentrance",
-    "require_recurrence_in_branches",
-    "require_residual_branches",
-    "require_sums",
-    "warnings_about",
-]
-
 
 def require_no_reentrance(module: nn.Module, graph: Graph) -> None:
     """Refuse activation checkpointing that runs a part without a graph until gradients are needed."""

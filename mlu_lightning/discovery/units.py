@@ -16,8 +16,6 @@ from mlu_lightning.discovery.comparisons import Comparison, comparisons
 from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, PRODUCTS, Graph, Op, Use
 from mlu_lightning.discovery.traversal import between
 
-__all__ = ["Units"]
-
 
 @dataclass(frozen=True)
 class Units:

@@ -23,8 +23,6 @@ from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.weight_programs import Program
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["has_functions", "matrices_of_constants", "with_functions"]
-
 _PRODUCTS = frozenset({"Mv", "Mm", "Bmm"})
 """Products that may be with constants, as with the vectors that spectral norm keeps."""
 _TOLERANCE = 0.05
@@ -156,7 +154,7 @@ def _some(value: Tensor) -> Tensor:
 
 
 def _rms(value: Tensor) -> float:
-    return math.sqrt(float(value.double().square().mean()))
+    return math.sqrt(float(value.abs().double().square().mean()))
 
 
 def _called(parameter: str, module: nn.Module, program: Program | None) -> str:

@@ -20,8 +20,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mlu_lightning.utilities.names import planned_parameters
 
-__all__ = ["Program", "ProgramRecorder"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:
@@ -110,12 +108,7 @@ class Program:
 
 
 class ProgramRecorder(TorchDispatchMode):
-    """Notes the programs of weights in a forward pass that is made inside of it.
-
-    Args:
-        twin: the copy of a module that runs.
-        module: the module itself, which has the values.
-    """
+    """Records the programs of weights in a forward pass of a module's ``twin``, with the values of the module itself."""
 
     def __init__(self, twin: nn.Module, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -134,9 +127,7 @@ class ProgramRecorder(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self._known[leaf] = None
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if torch._C._current_autograd_node() is not None:  # gradients that a step asks for
             return func(*args, **given)

@@ -25,15 +25,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.names import name_pattern, planned_parameters
 
-__all__ = [
-    "HYPERPARAMETERS",
-    "InfiniteModel",
-    "check_gradient_descent",
-    "check_initialization",
-    "embedding_weights",
-    "infinite_model",
-]
-
 HYPERPARAMETERS = "lr", "momentum", "dampening", "weight_decay", "nesterov"  # of torch.optim.SGD
 _SAMPLED = 1024  # hidden units of a branch by default
 
@@ -116,11 +107,10 @@ def infinite_model(
     frozen = {name_pattern(name): not parameter.requires_grad for name, parameter in planned_parameters(module).items()}
     for name, parameter in planned_parameters(built).items():
         parameter.requires_grad_(not frozen[name_pattern(name)])
-    spread = torch.cat(
-        [torch.full((matrix.shape[1],), stds[name] or 0.0, dtype=dtype) for name, matrix in weights.items()]
-    )
+    sizes = {name: matrix.shape[1] for name, matrix in weights.items()}
+    spread = torch.cat([torch.full((size,), stds[name] or 0.0, dtype=dtype) for name, size in sizes.items()])
     with torch.no_grad():
-        columns = torch.split(math.sqrt(dimension) * spread.diag(), [matrix.shape[1] for matrix in weights.values()], 1)
+        columns = torch.split(math.sqrt(dimension) * spread.diag(), [*sizes.values()], 1)
         for matrix, wanted in zip(_matrices(built, limit_plan).values(), columns, strict=True):
             matrix.copy_(wanted)
         generator = torch.Generator().manual_seed(seed)
@@ -153,9 +143,7 @@ def check_gradient_descent(optimizers: Sequence[Optimizer]) -> None:
             "updates of another form leave the span of embedding and readout, and theory has no limit for them. Train with "
             "SGD, or compare with a large run that ReferenceRecorder recorded."
         )
-    first, *others = (
-        {key: value for key, value in group.items() if key != "params"} for group in optimizers[0].param_groups
-    )
+    first, *others = optimizers[0].param_groups
     if any(group[key] != first[key] for group in others for key in HYPERPARAMETERS) or first["maximize"]:
         raise ValueError(
             "The infinite model is trained with one learning rate, momentum and weight decay for all parameters, and the "
@@ -279,9 +267,7 @@ def _planned_alike(built: nn.Module, plan: Plan) -> Plan:
         if parameter.base_std is not None:
             squares.setdefault(name_pattern(name), []).append(parameter.base_std**2)
     stds = {pattern: math.sqrt(math.fsum(values) / len(values)) for pattern, values in squares.items()}
-    parameters = {
-        name: replace(parameter, base_std=stds.get(name_pattern(name))) for name, parameter in own.parameters.items()
-    }
+    parameters = {name: replace(p, base_std=stds.get(name_pattern(name))) for name, p in own.parameters.items()}
     return replace(own, parameters=parameters)
 
 

@@ -13,16 +13,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Sampling", "check_sampling", "draw_units", "exact_units"]
-
 Sampling = Literal["orthogonal", "independent"]
 
 
 def draw_units(units: int, reads: int, writes: int, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw what hidden units read and write [units, reads + writes], all entries of which are N(0, 1), in float32.
+    """Draw what hidden units read and write [units, reads + writes], with entries N(0, 1), in float32.
 
-    ``"orthogonal"`` units are pairs that read the same and write the opposite, perpendicular to all other pairs in a block
-    of as many as there are dimensions. Each unit by itself is distributed as an independent one.
+    ``"orthogonal"`` units are pairs that read the same and write the opposite, perpendicular to the other pairs of a
+    block.
     """
     check_sampling(sampling, units)
     dimensions = reads + writes
@@ -55,7 +53,7 @@ def check_sampling(sampling: str, *sizes: int) -> None:
 def exact_units(dimension: int) -> Tensor:
     """Make the 2r units [2r, 2r], in float64, with which a linear activation has its exact expectations.
 
-    Linear branches depend on the second moments E[(u, v)(u, v)ᵀ] alone, and an update is linear in (u, v), so any units with
-    the moments of the infinite population keep them for ever (theory.md, section 5). Each reads or writes one coordinate.
+    Linear branches depend on the moments E[(u, v)(u, v)ᵀ] alone, and updates are linear in (u, v), so units that start
+    with the moments of the infinite population keep them (theory.md, section 5). Each reads or writes one coordinate.
     """
     return math.sqrt(2 * dimension) * torch.eye(2 * dimension, dtype=torch.float64, device="cpu")

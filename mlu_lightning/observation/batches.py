@@ -14,17 +14,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlu_lightning.utilities.tensor_files import DTYPES, read_tensor_file, tensors_hash
 
-__all__ = [
-    "batch_hash",
-    "clone_batch",
-    "decode_batch",
-    "encode_batch",
-    "encoded_hash",
-    "first_samples",
-    "load_batch",
-    "sample_count",
-]
-
 
 def clone_batch(batch: Any) -> Any:
     """Copy the tensors and the containers of a batch, which steps may change."""
@@ -45,9 +34,9 @@ def first_samples(batch: Any, count: int) -> Any:
 
 
 def encode_batch(batch: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Take a batch apart into JSON and tensors, which are contiguous copies on the CPU, by the names that the JSON has.
+    """Split a batch into JSON and contiguous tensors on the CPU, by the names that the JSON has.
 
-    It may have tensors, numbers, strings and None in mappings (which become dicts), lists and tuples, and nothing else.
+    It may hold tensors, numbers, strings and None in mappings (which become dicts), lists and tuples.
     """
     tensors: dict[str, Tensor] = {}
     return _encode(batch, tensors, "batch", 0), tensors
@@ -74,9 +63,7 @@ def load_batch(path: str | PathLike[str]) -> Any:
         raise ValueError(f"{path} is a folder. Give the path of a safetensors file with a batch.")
     try:
         # copies, because what is read is the file itself, which somebody may write to
-        tensors = read_tensor_file(
-            Path(path), lambda file, _: {name: file.get_tensor(name).clone() for name in [*file.keys()]}
-        )
+        tensors = read_tensor_file(Path(path), lambda file, _: {n: file.get_tensor(n).clone() for n in [*file.keys()]})
     except ValueError as error:
         raise ValueError(
             f"{path} is not a safetensors file with a batch: {error}. Write one with "

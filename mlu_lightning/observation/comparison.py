@@ -21,16 +21,6 @@ from mlu_lightning.observation.locations import FeatureName, OutputName, StreamN
 from mlu_lightning.observation.probe import Observation
 from mlu_lightning.observation.reference import Reference
 
-__all__ = [
-    "MetricName",
-    "compare",
-    "compare_references",
-    "feature_updates",
-    "rms_change",
-    "uncoupled",
-    "validated_metrics",
-]
-
 MetricName = Literal["rms", "gram", "cka", "procrustes", "output"]
 
 _COUPLED = 0.25

@@ -1,7 +1,8 @@
 """Follow one forward pass: what every use of a parameter maps or adds, and by which constants it is multiplied.
 
 Operations are seen where torch dispatches them, so that products, constants and residual additions are the same few
-operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not.
+operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not:
+products with weights are computed for a few rows, which the others repeat.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from mlu_lightning.observation.operations import (
     SELECTING,
     VIEWS,
     contraction,
+    described,
     end_name,
-    operation,
+    of_few_rows,
 )
 from mlu_lightning.observation.value_graph import (
     MOST_ORIGINS,
@@ -41,9 +43,9 @@ from mlu_lightning.observation.value_graph import (
     stream_before,
     write_through,
 )
+from mlu_lightning.utilities.function_calls import tensors_in
 from mlu_lightning.utilities.names import name_pattern_of_parts
-
-__all__ = ["ADDED", "Addition", "Dataflow", "How", "Use", "root_mean_square"]
+from mlu_lightning.utilities.state import KeptValues
 
 ADDED = ("addition", "sum")
 """Where multiplications end at a residual addition, and at a sum of two other values."""
@@ -95,20 +97,22 @@ class _Use:
 
 
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Sees all operations of a pass that is made inside of it.
+    """Records the operations of a pass; ``tables`` name parameters that are data themselves, as embeddings."""
 
-    Args:
-        parameters: parameters by name.
-        tables: names of those that are data themselves where they are selected or added, as embeddings are.
-        data: what the pass is given.
-    """
+    supports_higher_order_operators = True
 
-    def __init__(self, parameters: Mapping[str, Tensor], tables: Iterable[str], data: Any) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would go through its compiler for each operation, to say that there is nothing to compile
+
+    def __init__(self, parameters: Mapping[str, Tensor], tables: Iterable[str], data: Any, kept: KeptValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._nodes: Any = WeakTensorKeyDictionary()
+        self._kept = kept
         self._count = 0
         self._uses: list[_Use] = []
         self._additions: list[tuple[Node, Tensor, Tensor, float]] = []
+        self._sizes: dict[tuple[object, ...], Tensor] = {}  # of weights, by where they are
         for leaf in tree_leaves(data):
             if isinstance(leaf, Tensor):
                 self._nodes[leaf] = self._source("data", ())
@@ -120,21 +124,21 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
                 self._use(node, "table", parameter, node)
             self._nodes[parameter] = node
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given, (name, is_mutable) = kwargs or {}, described(func)
+        if is_mutable:
+            self._kept.keep(func, args, given)
+        changed = args[0] if is_mutable and args and isinstance(args[0], Tensor) else None
         updates = changed is not None and self._node(changed).op == "parameter"  # as of a teacher, after its use
         if updates or torch._C._current_autograd_node() is not None:  # or gradients that a step asks for
             return func(*args, **given)
-        node = self._result(operation(func._schema.name), args, given)  # before operands are changed in place
-        result = func(*args, **given)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                if leaf in self._nodes and func._schema.is_mutable:
-                    write_through(self._nodes[leaf], node)
-                self._nodes[leaf] = node
+        node = self._result(name, args, given)  # before operands are changed in place
+        few = name in ("mm", "addmm") and self._is_weights(args[MATRIX_OPERANDS[name][1]])
+        result = of_few_rows(func, name, args, given) if few else func(*args, **given)
+        for leaf in tensors_in(result):
+            if is_mutable and leaf in self._nodes:
+                write_through(self._nodes[leaf], node)
+            self._nodes[leaf] = node
         return result
 
     def finish(self, result: Any) -> None:
@@ -142,6 +146,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf in self._nodes:
                 self._end(self._nodes[leaf], "returned")
+
+    def size(self, weights: Tensor) -> Tensor:
+        """Root mean square of a parameter, or a part of it."""
+        key = weights.data_ptr(), weights.numel(), weights.dtype
+        if key not in self._sizes:
+            self._sizes[key] = root_mean_square(weights)
+        return self._sizes[key]
 
     @property
     def uses(self) -> tuple[Use, ...]:
@@ -161,10 +172,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         )
 
     def additions(self, in_branch: Callable[[str], bool]) -> tuple[Addition, ...]:
-        """Residual additions, in order, but for those of a stream to where it began.
-
-        ``in_branch`` tells parameters of residual branches that are known, and with them which additions are on a stream.
-        """
+        """Residual additions in order, but for those of a stream to its own beginning."""
         found = [addition for addition in self._additions if not joins(addition[0])]
         names = {node: frozenset(names_in(node)) for node, *_ in found}
         on_stream: set[Node] = set()
@@ -185,7 +193,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
 
     def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
         """Make the node of an operation's result."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         nodes = [self._node(tensor) for tensor in tensors]
         if name in CREATED or not nodes:
             return self._new(name)
@@ -235,10 +243,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return node
 
     def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
-        names = tuple(sorted(weights.weights))
-        self._uses.append(
-            _Use(names, how, root_mean_square(values), values.numel(), inputs, weights.plain, begin, source)
-        )
+        names, size = tuple(sorted(weights.weights)), self.size(values) if weights.plain else root_mean_square(values)
+        self._uses.append(_Use(names, how, size, values.numel(), inputs, weights.plain, begin, source))
 
     def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
@@ -304,9 +310,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         older, newer = sorted(data, key=lambda pair: pair[1].root.index)
         parents = [node for _, node in data]
         if older[0].numel() == newer[0].numel() and depends(newer[1], older[1].root):
-            along = since_fork(
-                older[1], newer[1]
-            )  # beside an addition, what branch and stream are next to each other counts
+            along = since_fork(older[1], newer[1])  # at an addition, the size of the branch next to its stream counts
             over = {parent: along / (alpha if parent is pairs[1][1] else 1.0) for parent in parents}
             for parent in parents:
                 self._end(parent, "addition", over[parent])
@@ -335,6 +339,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._use(weights, "vector", other, node)
         node.origins += tuple((source, by * factor) for source, by in data[0].origins)[: MOST_ORIGINS - 1]
         return node
+
+    def _is_weights(self, operand: Tensor) -> bool:
+        node = self._node(operand)
+        return bool(node.weights) and not node.data
 
     def _node_of(self, operand: Any) -> Node | None:
         return self._node(operand) if isinstance(operand, Tensor) else None

@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["cka_distance", "comparable", "gram_distance", "output_distance", "procrustes_distance", "rms_distance"]
-
 
 def rms_distance(streams: Tensor, reference: Tensor) -> Tensor:
     """Measure sqrt(mean((h - h_ref[:, :D])^2)), for coupled embeddings: the embedding-space error of [C25] and [CCM26].

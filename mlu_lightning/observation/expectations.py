@@ -10,8 +10,6 @@ from mlu_lightning.observation.dataflow import ADDED, How
 from mlu_lightning.planning import Multiplier, ParameterPlan, Plan, std_groups
 from mlu_lightning.table import TABLES, Role, Variant
 
-__all__ = ["FEW", "Expectations", "Interval"]
-
 FEW = 64
 """Entries, of fewer of which that were not set to it the size tells nothing."""
 
@@ -61,9 +59,9 @@ class Expectations:
         return self._table_std(name) / self._compensated(name)
 
     def scale(self, name: str, sizes: Mapping[str, float]) -> tuple[float, bool] | None:
-        """How large a parameter is next to what initialize() makes it, and whether initialize() did; None if it may not.
+        """Size of a parameter next to what initialize() makes it, and whether it did; None if left as built.
 
-        It sets the root mean square of a group, but for what is zero or keeps its values, and multipliers may be folded in.
+        initialize() sets the root mean square of a group; multipliers may be folded in.
         """
         names, target = self._groups[name]
         group = [each for each in names if each in sizes and each not in self._kept]

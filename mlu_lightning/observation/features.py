@@ -16,8 +16,6 @@ from torch import Tensor
 from mlu_lightning.discovery.structure import Tap
 from mlu_lightning.utilities.function_calls import CallPlace, Watch, tensors_in
 
-__all__ = ["chosen_logits", "rows_along", "spread", "watch_features"]
-
 
 def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> Watch:
     """Make the callable that hands over pre-activations and logits [rows, units or keys], 32 x 256 at most, to ``keep``."""
@@ -44,10 +42,10 @@ def watch_features(taps: Iterable[Tap], keep: Callable[[Tap, Tensor], None]) -> 
 
 
 def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tensor:
-    """Choose rows of logits, evenly over samples, heads and queries, and of each the logits of some keys, in float32.
+    """Choose rows of logits, evenly over samples, heads and queries, and some keys of each, in float32.
 
-    The arguments are, by name, those of a softmax or of a fused attention. Logits are -inf where a key cannot be seen: where
-    a mask says so, or a logit is below -5000, as those are that something large was subtracted from.
+    Arguments are, by name, those of a softmax or of a fused attention. Logits are -inf where a key is masked or the
+    logit is below -5000, as where a mask was added.
     """
     if "query" in arguments:
         logits = _fused_logits(arguments, rows, columns)
@@ -59,9 +57,9 @@ def chosen_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tens
 
 
 def spread(size: int, count: int) -> Tensor:
-    """Choose indices that lie evenly, but not at one distance, which might be that of one query in every head.
+    """Choose one index in each of ``count`` equal parts, at fractional parts of multiples of the golden ratio.
 
-    One is taken in each of ``count`` equal parts, at the fractional parts of multiples of the golden ratio.
+    At one distance they might all be of one query in every head.
     """
     if size <= count:
         return torch.arange(size, device="cpu")
@@ -107,9 +105,8 @@ def _fused_logits(arguments: Mapping[str, Any], rows: int, columns: int) -> Tens
     # the product in full precision, which autocast would not leave it in
     chosen_query, chosen_key = query[at].double(), key[(*(index[:, None] for index in before), keys)].double()
     scale = arguments.get("scale")
-    logits: Tensor = (chosen_query[:, None] * chosen_key).sum(-1) * (
-        query.shape[-1] ** -0.5 if scale is None else scale
-    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits: Tensor = (chosen_query[:, None] * chosen_key).sum(-1) * scale
     mask = next((arguments[name] for name in ("attn_mask", "attn_bias") if arguments.get(name) is not None), None)
     if mask is not None:
         of_mask = full_tensor(mask).expand(*query.shape[:-1], key.shape[-2])[at][:, keys]

@@ -10,17 +10,6 @@ from typing import Any, get_args
 from mlu_lightning.discovery.structure import Branch, BranchKind, Tap
 from mlu_lightning.planning import BranchPlan
 
-__all__ = [
-    "FeatureName",
-    "Location",
-    "LocationName",
-    "OutputName",
-    "StreamName",
-    "locate",
-    "locate_features",
-    "parse_location_name",
-]
-
 
 class LocationName(str):
     """The name of a location: the text that it is in files and logs, with what it stands for."""
@@ -118,9 +107,7 @@ def locate(taps: Sequence[Tap], stream_depths: Sequence[int], depths: Sequence[f
     """
     for s in depths:
         if not 0 <= s <= 1:
-            raise ValueError(
-                f"A relative depth lies between 0 (the embedding) and 1 (the last addition), and {s} does not."
-            )
+            raise ValueError(f"A relative depth is from 0 (the embedding) to 1 (the last addition), and {s} is not.")
     found = []
     for number, depth in enumerate(stream_depths):
         along = _taps_along([tap for tap in taps if tap.number == number])

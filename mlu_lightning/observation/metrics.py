@@ -24,8 +24,6 @@ from mlu_lightning.observation.distances import (
     rms_distance,
 )
 
-__all__ = ["CKADistance", "GramDistance", "OutputDistance", "ProcrustesDistance", "RMSDistance"]
-
 
 class _Distance(Metric):
     """A metric whose states stay float64."""
@@ -68,10 +66,7 @@ class _MeanSquareDistance(_Distance):
 
 
 class _SampleDistance(_Distance):
-    """Distance that needs all samples at once.
-
-    They are flat, because torchmetrics gathers an empty tensor of one axis from a rank without samples.
-    """
+    """Distance that needs all samples at once; they are flat, as torchmetrics gathers one axis from empty ranks."""
 
     rows: list[Tensor]
     samples: Tensor
@@ -107,14 +102,7 @@ class _SampleDistance(_Distance):
 
 
 class RMSDistance(_MeanSquareDistance):
-    """:func:`~mlu_lightning.observation.distances.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref.
-
-    >>> metric = RMSDistance()
-    >>> metric.update(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 9.0]]))
-    >>> metric.update(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 4.0, 9.0]]))
-    >>> metric.compute()
-    tensor(1., dtype=torch.float64)
-    """
+    """:func:`~mlu_lightning.observation.distances.rms_distance` of all samples seen: for coupled embeddings, D <= D_ref."""
 
     _distance = staticmethod(rms_distance)
 

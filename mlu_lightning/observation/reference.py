@@ -29,8 +29,6 @@ from mlu_lightning.observation.reference_format import (
 )
 from mlu_lightning.utilities.lightning_steps import StepName
 
-__all__ = ["Reference", "load_probe"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reference:

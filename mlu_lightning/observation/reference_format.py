@@ -16,19 +16,6 @@ from mlu_lightning.observation.locations import LocationName, parse_location_nam
 from mlu_lightning.utilities.lightning_steps import StepName
 from mlu_lightning.utilities.tensor_files import DTYPES, parse_json, read_tensor_file, tensors_hash
 
-__all__ = [
-    "FORMAT",
-    "ReferenceFile",
-    "ReferenceHeader",
-    "RunName",
-    "is_reference",
-    "listed",
-    "read_reference",
-    "recording_hash",
-    "reference_texts",
-    "shorten",
-]
-
 FORMAT = "mlu_lightning.reference"  # in the metadata
 _VERSION = "2"
 _TEXTS = {"format", "version", "run", "header", "probe", "recordings", "losses", "digest"}
@@ -208,9 +195,7 @@ def read_reference(path: Path, read: Callable[[ReferenceFile], ReadT]) -> ReadT:
     try:
         return read_tensor_file(path, lambda file, texts: read(ReferenceFile(file, texts)))
     except ValueError as error:
-        remedy = (
-            ". It is not a reference, or was damaged or cut off on the way: copy it again, or record the run again."
-        )
+        remedy = ". It is no reference, or was damaged or cut off on the way: copy it again, or record the run again."
         remedy = "" if isinstance(error, _UnknownFormatError) else remedy
         raise ValueError(f"{path} is not a readable reference: {error}{remedy}") from error
 

@@ -27,8 +27,6 @@ from mlu_lightning.planning.fingerprint import fingerprint
 from mlu_lightning.utilities.plain_yaml import parse_yaml
 from mlu_lightning.utilities.tensor_files import write_tensors
 
-__all__ = ["ReferenceWriter"]
-
 _UNKNOWN = RunName({}, kept=True)
 
 
@@ -48,10 +46,10 @@ class ReferenceWriter:
     def resume(
         cls, path: str | PathLike[str], header: ReferenceHeader, probe: Any, step: int, run: RunName | None = None
     ) -> ReferenceWriter:
-        """Go on in the file of a run that is resumed at a step: drop what was recorded later, with the next recording.
+        """Continue the file of a run that is resumed at a step; later recordings are dropped.
 
-        Its header and probe have to be those of the run, up to what initialization alone uses of the plan, and so has its
-        name, where both are known.
+        Header, probe and, if known, name have to be those of the run, but for what only initialization uses of the
+        plan.
         """
         writer = cls(path, header, probe)
 
@@ -103,9 +101,8 @@ class ReferenceWriter:
 
     def rewrite(self) -> None:
         """Write all recordings again."""
-        texts = reference_texts(
-            self._header, self._digests, self._probe_structure, self._probe, self._losses, self._run
-        )
+        probe = self._probe_structure, self._probe
+        texts = reference_texts(self._header, self._digests, *probe, self._losses, self._run)
         tensors = {f"{step}/{name}": value for step, read in self._recordings.items() for name, value in read.items()}
         tensors.update({f"probe/{number}": tensor for number, tensor in self._probe.items()})
         write_tensors(self._path, {**tensors, "losses": self._losses}, texts)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Schedule", "Steps"]
-
 Steps = Literal["log"] | int | list[int]
 """``"log"`` for 0, 1, 2, 4, 8, 16, ... and the last step, a number n for every n steps, or a list of steps."""
 

@@ -7,20 +7,6 @@ from dataclasses import dataclass, field
 
 from mlu_lightning.observation.operations import NORMS
 
-__all__ = [
-    "MOST_ORIGINS",
-    "Node",
-    "branch_of",
-    "common_factor",
-    "depends",
-    "joins",
-    "names_in",
-    "operands",
-    "since_fork",
-    "stream_before",
-    "write_through",
-]
-
 MOST_ORIGINS = 32
 """Values of whose multiples one is a sum; of more, it is a value of its own."""
 

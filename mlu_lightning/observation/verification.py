@@ -20,8 +20,6 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.base import refuse_base
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
-__all__ = ["Deviation", "deviations", "refuse", "verify"]
-
 EXACT = 2**0.25
 """Halfway to the smallest fault, a missing power of 1/2 at a ratio of 2: weights have their size exactly, up to rounding."""
 
@@ -218,9 +216,7 @@ def _constant(ours: Iterable[Use], theirs: Iterable[Use], end: str) -> float:
 def _of_additions(expectations: Expectations, module: Followed, base: Followed) -> Iterator[Deviation]:
     streams = expectations.plan.streams
     # what random weights make of one sample is n random numbers; there are two such matrices, in model and base
-    width, base_width = (
-        min(widths) for widths in zip(*((s.embedding, s.base_embedding) for s in streams), strict=True)
-    )
+    width, base_width = min(s.embedding for s in streams), min(s.base_embedding for s in streams)
     chance = math.exp(CHANCE * math.sqrt(1 / width + 1 / base_width))
     at_base = _by_branch(base.additions)
     for patterns, ours in _by_branch(module.additions).items():
@@ -249,9 +245,8 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
         first = Interval(min(1, added.low) * stem.low, max(1, added.high) * stem.high)
         for place, interval in ((0, first), (-1, along)):
             ratio = _ratio([ours[place]], [theirs[place]], lambda addition: addition.stream)
-            yield from _off_chance(
-                f"the stream before {label} ({'last' if place else 'first'})", interval, ratio, chance
-            )
+            where = f"the stream before {label} ({'last' if place else 'first'})"
+            yield from _off_chance(where, interval, ratio, chance)
 
 
 def _off_chance(what: str, interval: Interval, ratio: float, chance: float) -> Iterator[Deviation]:

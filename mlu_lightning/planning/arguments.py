@@ -10,8 +10,6 @@ from typing import Any, Literal
 
 from mlu_lightning.table import Parameterization
 
-__all__ = ["ABSOLUTE", "ParameterizationName", "PlanArguments", "check_parameterization", "require_base"]
-
 ABSOLUTE = "absolute"
 """The base that says that none is meant; a path of that name is ``./absolute``."""
 

@@ -15,18 +15,7 @@ from torch import nn
 from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Structure
 from mlu_lightning.table import COUNTED, Role, Variant, row_name
 from mlu_lightning.utilities.lightning_namespaces import of_both
-from mlu_lightning.utilities.names import name_pattern, name_pattern_of_parts, planned_parameters
-
-__all__ = [
-    "Base",
-    "BaseBranch",
-    "BaseParameter",
-    "advice_on_names",
-    "base_of_module",
-    "counterparts",
-    "own_factors",
-    "refuse_base",
-]
+from mlu_lightning.utilities.names import listed, name_pattern, name_pattern_of_parts, planned_parameters
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,12 @@ class Base:
     streams: tuple[tuple[int, int], ...]
     branches: dict[tuple[str, BranchKind], BaseBranch]
     readouts: dict[str, float | None]
+    additions: float = 0.0  # beside branches, as in ``Structure``
+
+    def readout_constant(self, name: str) -> float | None:
+        """What the base multiplies a readout by, or one of its pattern: a deeper module may have more of them."""
+        alike = (constant for other, constant in self.readouts.items() if name_pattern(other) == name_pattern(name))
+        return self.readouts[name] if name in self.readouts else next(alike, None)
 
     def counterparts(self, branches: Iterable[Branch]) -> dict[str, BaseBranch | None]:
         """The branch of the name of each branch, or else the nearest of its pattern, or of a name with other numbers."""
@@ -84,7 +79,8 @@ class Base:
         for (pattern, kind), own in groups.items():
             of_base = {other: entry for (other, its_kind), entry in self.branches.items() if its_kind == kind}
             alike = {o: entry for o, entry in of_base.items() if name_pattern(o) == pattern}
-            alike = alike or {o: entry for o, entry in of_base.items() if _differ_in_numbers(o, own[0].name)}
+            parts = name_pattern_of_parts(pattern)
+            alike = alike or {o: entry for o, entry in of_base.items() if name_pattern_of_parts(o) == parts}
             sizes = {b.name: (b.hidden, b.head_dim) for b in own}
             names = of_the_same_kind(sizes, {o: (e.hidden, e.head_dim) for o, e in alike.items()})
             for name in sizes:
@@ -145,12 +141,11 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
-            (branch.name, branch.kind): BaseBranch(
-                branch.hidden, branch.head_dim, scales[branch.name], constants[branch.name]
-            )
-            for branch in structure.branches
+            (b.name, b.kind): BaseBranch(b.hidden, b.head_dim, scales[b.name], constants[b.name])
+            for b in structure.branches
         },
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
+        additions=structure.additions,
     )
 
 
@@ -212,22 +207,20 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
             found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
         elif alike:
             entry = next(iter(alike.values()))
-            differences.append(
-                f"{name} is {facts.row} {list(facts.shape)} and the base's is {entry.row} {list(entry.shape)}"
-            )
+            its = f"{entry.row} {list(entry.shape)}"
+            differences.append(f"{name} is {facts.row} {list(facts.shape)} and the base's is {its}")
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern_of_parts(name) for name in structure.parameters}
-    learned = {
-        pattern: names for pattern, names in by_pattern.items() if base.parameters[names[0]].role is not Role.FROZEN
+    others = {
+        pattern: names[0] for pattern, names in by_pattern.items() if name_pattern_of_parts(pattern) not in patterns
     }
-    missing = [names[0] for pattern, names in learned.items() if name_pattern_of_parts(pattern) not in patterns]
+    missing = [name for name in others.values() if base.parameters[name].role is not Role.FROZEN]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
         advice = advice_on_names([*structure.parameters, *base.parameters])
         raise ValueError(
-            f"The base is of a different architecture: {'; '.join(differences[:5])}{more}. Give a base that differs from "
+            f"The base is of a different architecture: {listed(differences, separator='; ')}. Give a base that differs from "
             f"the module in depth, hidden width or embedding only.{advice}"
         )
     return found
@@ -256,10 +249,6 @@ def advice_on_names(names: Iterable[str]) -> str:
         " Parts wrapped by torch.compile have other names (_orig_mod): compile them in place instead, with their method "
         ".compile(), or compile the whole module."
     )
-
-
-def _differ_in_numbers(name: str, other: str) -> bool:
-    return name_pattern_of_parts(name) == name_pattern_of_parts(other)
 
 
 def _distance(name: str, other: str) -> list[int]:

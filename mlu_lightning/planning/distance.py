@@ -10,27 +10,18 @@ from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.planning.entries import BranchPlan, ParameterPlan, StreamPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
 
-__all__ = ["FAR", "Distance", "distances", "warning_of"]
-
 FAR = 1.5
 """Distance ratio above which a plan warns."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Size of what the initial weights of one kind of branch write to a stream (theory.md, section 3).
+    """Size of what the initial weights of one kind of branch write to a stream (theory.md, section 3)."""
 
-    Args:
-        stream: index into ``Plan.streams``.
-        kind: of the branches.
-        ratio: r = √(d/(l·m)), next to the base's; None in the paper's absolute form. Of branches that differ, the largest.
-        absolute: √(D/(L·M)), with M = heads, channels or units.
-    """
-
-    stream: int
+    stream: int  # index into ``Plan.streams``
     kind: BranchKind
-    ratio: float | None
-    absolute: float
+    ratio: float | None  # r = √(d/(l·m)) next to the base's, the largest of all branches; None in the absolute form
+    absolute: float  # √(D/(L·M)), with M = heads, channels or units
 
     @property
     def is_far(self) -> bool:

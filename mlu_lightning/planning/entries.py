@@ -10,28 +10,10 @@ from typing import Literal
 from mlu_lightning.discovery.structure import BranchKind, Site
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role, Variant, row_name
 
-__all__ = ["BranchPlan", "Multiplier", "ParameterPlan", "StreamPlan", "constant_ratio"]
-
 
 @dataclass(frozen=True)
 class ParameterPlan:
     """One parameter next to its counterpart at the base, whose numbers are those with ``base_``.
-
-    Args:
-        role: row of the table.
-        shape: its shape; None at the base in the paper's absolute form.
-        fans: inputs and outputs of its map, in units (1 input for vectors); (1, 1) at the base in the absolute form.
-        base_std: root mean square at the base's initialization; None leaves the parameter as it was built.
-        depth: residual additions along its stream, L; how many of its kind the stream goes through, where these compound.
-        active: number of experts over whose outputs a mixture of experts averages; 1 outside of experts.
-        uses: places along its stream at which it acts, as weights of a block do that is applied again and again.
-        constant: what the module itself multiplies by what the parameter makes, besides branches and readouts; None where
-            it cannot be told, as for an attention's queries and keys.
-        copy_of: parameter that it begins as a copy of, as a teacher's begin as its student's; None for others.
-        variant: what about its place changes the row of its role.
-        branch: index into ``Plan.branches``, None outside branches.
-        transposed: whether it is stored [inputs, outputs], the other way round than ``nn.Linear`` stores it.
-        mixed: whether some of its rows make what hidden units share, which fans do not count (theory.md, section 3).
 
     >>> ParameterPlan(Role.BRANCH_IN, (64, 8), fans=(8, 64), base_fans=(8, 16), depth=4, base_depth=2).ratios
     Ratios(depth=2.0, inputs=1.0, outputs=4.0, active=1.0, uses=1.0)
@@ -39,23 +21,26 @@ class ParameterPlan:
 
     role: Role
     shape: tuple[int, ...]
-    fans: tuple[int, int]
-    base_fans: tuple[int, int]
-    base_shape: tuple[int, ...] | None = None
-    base_std: float | None = None
-    depth: int = 1
+    fans: tuple[int, int]  # inputs and outputs of its map, in units (1 input for vectors)
+    base_fans: tuple[int, int]  # (1, 1) in the paper's absolute form
+    base_shape: tuple[int, ...] | None = None  # None in the absolute form
+    base_std: float | None = None  # root mean square at the base's initialization; None leaves it as it was built
+    depth: int = 1  # additions along its stream, L; how many of its kind the stream goes through, where these compound
     base_depth: int = 1
-    active: int = 1
+    active: int = 1  # experts over whose outputs a mixture of experts averages
     base_active: int = 1
-    uses: int = 1
+    uses: int = 1  # places along its stream at which it acts, in a block that is applied again and again
     base_uses: int = 1
+    # what the module multiplies by what the parameter makes, besides branches and readouts; None where it cannot be told
     constant: float | None = None
     base_constant: float | None = None
-    copy_of: str | None = None
-    variant: Variant | None = None
-    branch: int | None = None
-    transposed: bool = False
-    mixed: bool = False
+    copy_of: str | None = None  # parameter that it begins as a copy of, as a teacher's begin as its student's
+    variant: Variant | None = None  # what about its place changes the row of its role
+    branch: int | None = None  # index into ``Plan.branches``
+    transposed: bool = False  # whether it is stored [inputs, outputs], unlike the weight of ``nn.Linear``
+    mixed: bool = (
+        False  # whether some rows make what hidden units share, which fans do not count (theory.md, section 3)
+    )
 
     @property
     def row(self) -> str:
@@ -83,9 +68,10 @@ class ParameterPlan:
     @cached_property
     def ratios(self) -> Ratios:
         """Those ratios to the base that the row of its role in the MLU table uses; the others are 1."""
+        of_data = self.role is Role.EMBEDDING and self.base_shape is None
         ratios = Ratios(
             depth=self.depth / self.base_depth,
-            inputs=self.fans[0] / self.base_fans[0],
+            inputs=1.0 if of_data else self.fans[0] / self.base_fans[0],
             outputs=self.fans[1] / self.base_fans[1],
             active=self.active / self.base_active,
             uses=self.uses / self.base_uses,
@@ -115,51 +101,35 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class BranchPlan:
-    """A residual branch next to the base's, whose numbers are 1 and None in the absolute form.
+    """A residual branch next to the base's, whose numbers are 1 and None in the absolute form."""
 
-    Args:
-        name: name of its module.
-        kind: ``"attention"``, ``"convolution"``, ``"mlp"``, or ``"mixing"`` without a matrix.
-        hidden: hidden width M: heads, channels or units.
-        stream: index into ``Plan.streams``.
-        position: place along the stream.
-        head_dim: dimension of queries and keys per head, None for other kinds.
-        logits_scale: what the module itself multiplies logits by, None for other kinds and where it cannot be read.
-    """
-
-    name: str
+    name: str  # of its module
     kind: BranchKind
-    hidden: int
+    hidden: int  # hidden width M: heads, channels or units
     base_hidden: int
-    stream: int
-    position: int
-    head_dim: int | None = None
+    stream: int  # index into ``Plan.streams``
+    position: int  # place along the stream
+    head_dim: int | None = None  # of queries and keys, None for other kinds
     base_head_dim: int | None = None
-    logits_scale: float | None = None
+    logits_scale: float | None = None  # what the module multiplies logits by, None where it cannot be read
     base_logits_scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A factor in the forward pass.
+    """A factor in the forward pass."""
 
-    Args:
-        name: of the branch, or of the readout's matrix.
-        kind: what it multiplies: a residual ``"branch"``, the ``"readout"``, or attention ``"logits"``.
-        value: the factor relative to base, before the richness alpha.
-        site: where a hook attaches it; None if there is no such place.
-        folds: parameters into which it can be folded; empty if there are none.
-        constant: what the module itself multiplies the branch or the readout by, which ``value`` is relative to: the product
-            of both, next to the base's constant, is the table's factor. None where it cannot be told.
-    """
-
-    name: str
-    kind: Literal["branch", "readout", "logits"]
-    value: float
-    site: Site | None
-    folds: tuple[str, ...]
+    name: str  # of the branch, or of the readout's matrix
+    kind: Literal["branch", "readout", "logits", "addition"]  # the last is what is added beside branches
+    value: float  # relative to the base, before the richness alpha
+    site: Site | None  # where a hook attaches it; None if there is no such place
+    folds: tuple[str, ...]  # parameters into which it can be folded
+    # the module's own, which ``value`` is relative to: their product, next to the base's constant, is the table's factor
     constant: float | None = None
     base_constant: float | None = None
+    gains: tuple[
+        str, ...
+    ] = ()  # where it goes after the training, if ``folds`` is empty: into the norm before a readout
 
     @property
     def constant_ratio(self) -> float:

@@ -9,8 +9,6 @@ from dataclasses import astuple
 from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.planning.plan import Plan
 
-__all__ = ["fingerprint"]
-
 
 def fingerprint(plan: Plan) -> str:
     """Hash the numbers of a plan that a run depends on after its initialization: equal runs have equal fingerprints."""

@@ -21,8 +21,6 @@ from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role, scale
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["plan_functions", "require_functions"]
-
 _LISTED = 4
 """Reasons that a message has."""
 _SAME = 0.03

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 from mlu_lightning.table import OptimizerFamily, Scale
 
-__all__ = ["Forgetting", "Horizon"]
-
 
 @dataclass(frozen=True)
 class Forgetting:

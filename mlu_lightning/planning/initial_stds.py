@@ -8,8 +8,6 @@ from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.names import name_pattern
 
-__all__ = ["std_groups"]
-
 
 def std_groups(plan: Plan) -> list[tuple[list[str], float | None]]:
     """Parameters that differ in their place along the depth only, and the root mean square that they should have."""

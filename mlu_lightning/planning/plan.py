@@ -33,11 +33,9 @@ from mlu_lightning.planning.serialization import parts_from_yaml, parts_to_yaml
 from mlu_lightning.planning.tuned import Matched, Tuned, match_tuned, read_tuned
 from mlu_lightning.table import COUNTED, TABLES, OptimizerFamily, Parameterization, Role, Scale, scale
 from mlu_lightning.utilities.locks import WriterLock
-from mlu_lightning.utilities.names import planned_parameters
+from mlu_lightning.utilities.names import listed, planned_parameters
 from mlu_lightning.utilities.plain_yaml import read_text
 from mlu_lightning.utilities.whole_files import write_whole
-
-__all__ = ["Plan"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Plan:
                 "to that of a linearized model."
             )
         check_parts(self.parameters, self.branches, self.streams, self.multipliers)
-        check_parameterization(self.parameterization, self.alpha, absolute=self._absolute)
+        check_parameterization(self.parameterization, self.richness, absolute=self._absolute)
         check_factors(self.forward_factors)  # to find them refuses tuned ones that match nothing
 
     @classmethod
@@ -214,12 +212,18 @@ class Plan:
                 for b in self.branches
             },
             readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
+            additions=next((constant or 0.0 for (kind, _), constant in own.items() if kind == "addition"), 0.0),
         )
 
     @cached_property
     def matched(self) -> Matched:
         """What the tuned factors are of."""
         return match_tuned(self.tuned, self.parameters, self.branches, self.multipliers)
+
+    @property
+    def richness(self) -> float:
+        """Alpha, with its tuned factor."""
+        return self.alpha * self.matched.alpha
 
     @property
     def is_at_base(self) -> bool:
@@ -241,9 +245,8 @@ class Plan:
     def forward_multiplier(self, multiplier: Multiplier) -> float:
         """Return the factor that one of ``multipliers`` puts into the forward pass: tuned, and with alpha on branches."""
         value = Scale(multiplier=multiplier.value * self.matched.multipliers.get(multiplier, 1.0))
-        if multiplier.role is None or self.alpha == 1.0:
-            return value.multiplier
-        return value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.alpha).multiplier
+        enriched = multiplier.role and value.enriched(multiplier.role, OptimizerFamily.ADAMW, self.richness)
+        return (enriched or value).multiplier
 
     @property
     def own_constants(self) -> dict[str, tuple[float, float]]:
@@ -298,9 +301,8 @@ class Plan:
             if parameter.role is Role.FROZEN:
                 found[name] = Scale(multiplier=self.folded_factors.get(name, 1.0))
                 continue
-            entry = scale(
-                parameter.role, parameter.ratios, family, self.alpha, self.parameterization, parameter.variant
-            )
+            row = parameter.role, parameter.ratios, family, self.richness, self.parameterization, parameter.variant
+            entry = scale(*row)
             if parameter.constant_ratio != 1 and TABLES[self.parameterization].scales_optimizer:
                 entry = replace(entry, multiplier=1 / parameter.constant_ratio).folded(family)
             entry = replace(entry, multiplier=self.folded_factors.get(name, 1.0))
@@ -319,9 +321,8 @@ class Plan:
             if name in shapes and shapes[name] != parameter.shape
         ]
         if found:
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
             raise ValueError(
-                f"The plan was not made for this {type(module).__name__}: {'; '.join(found[:8])}{more}. Make a plan of "
+                f"The plan was not made for this {type(module).__name__}: {listed(found, 8, '; ')}. Make a plan of "
                 "this module with Plan.from_model(...), or use the module that the plan was made for."
                 f"{advice_on_names([*shapes, *self.parameters])}"
             )
@@ -374,7 +375,7 @@ class Plan:
         """Draw the plan as a table for one family of optimizers, in so many columns."""
         family = OptimizerFamily(family)
         return draw_plan(
-            headline(self.parameterization, self._absolute, self.alpha, self.horizon, family),
+            headline(self.parameterization, self._absolute, self.richness, self.horizon, family),
             self.streams,
             self.distances,
             self.parameters,

@@ -12,17 +12,6 @@ from torch import nn
 from mlu_lightning.discovery.structure import Structure
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 
-__all__ = [
-    "LARGEST",
-    "as_number",
-    "check_factors",
-    "check_module",
-    "check_parts",
-    "in_range",
-    "range_of",
-    "smallest_integer",
-]
-
 _Part = ParameterPlan | BranchPlan | StreamPlan | Multiplier
 
 LARGEST = 1e20
@@ -84,9 +73,7 @@ def check_parts(
     named: list[tuple[str, _Part]] = [*parameters.items(), *((branch.name, branch) for branch in branches)]
     for name, _ in named:
         if any("\ud800" <= character <= "\udfff" for character in name):
-            raise ValueError(
-                f"The name {name[:80]!r} has half of a character in it, so that no file can hold it. Rename it."
-            )
+            raise ValueError(f"The name {name[:80]!r} has half of a character, which no file can hold. Rename it.")
     named += [(f"multiplier of {multiplier.name}", multiplier) for multiplier in multipliers]
     named += [(f"stream {number}", stream) for number, stream in enumerate(streams)]
     for name, entry in named:

@@ -15,10 +15,8 @@ from mlu_lightning.planning.distance import Distance
 from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan, StreamPlan
 from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.table import OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, row_name
-from mlu_lightning.utilities.fitted_tables import FittedTable
+from mlu_lightning.utilities.fitted_tables import FittedTable, number_table
 from mlu_lightning.utilities.names import name_pattern
-
-__all__ = ["TITLES", "draw_plan", "headline"]
 
 TITLES = {
     Parameterization.MLU: "MLU",
@@ -92,10 +90,8 @@ def draw_plan(
 def _roles(parameters: Mapping[str, ParameterPlan], scales: Mapping[str, Scale]) -> Table:
     repeated = any(parameter.ratios.uses != 1 for parameter in parameters.values())
     of_shape = ("depth", *["uses"] * repeated, "inputs", "outputs")
-    table = Table("role", "tensors", "entries", *of_shape, "multiplier", "std", "lr", "eps", "decay")
+    table = number_table("role", "tensors", "entries", *of_shape, "multiplier", "std", "lr", "eps", "decay")
     table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
     sizes: dict[tuple[Role, Variant | None, Ratios, Scale], list[int]] = {}
     for name, parameter in parameters.items():
         if parameter.role is Role.FROZEN:

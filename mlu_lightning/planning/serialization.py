@@ -24,8 +24,6 @@ from mlu_lightning.planning.ranges import in_range, range_of, smallest_integer
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role
 from mlu_lightning.utilities.plain_yaml import LONGEST, parse_yaml
 
-__all__ = ["parts_from_yaml", "parts_to_yaml"]
-
 _HEADER = """\
 # Plan of a parameterization. Roles, and fans and depths next to the base's, decide the factors of every parameter, by
 # its table; multipliers are the numbers in their lines, whatever it is. For another parameterization make another
@@ -146,9 +144,8 @@ def _read_enum(cls: type[Enum], value: Any, where: str, key: str) -> Enum:
     known = [member.value for member in cls]
     if value not in known:
         are, names = ("are", key) if key.endswith("s") else ("is", f"{key}s")
-        raise ValueError(
-            f"{where}: there {are} no {key} {shortened(value)}. {names.capitalize()} are: {', '.join(known)}."
-        )
+        known_are = f"{names.capitalize()} are: {', '.join(known)}"
+        raise ValueError(f"{where}: there {are} no {key} {shortened(value)}. {known_are}.")
     return cls(value)
 
 
@@ -181,9 +178,8 @@ def _check_references(parts: Mapping[str, Any], source: str) -> None:
         for name, parameter in parameters.items()
         if parameter.branch is not None and parameter.branch >= branches
     ]
-    wrong += [
-        f"tap of a stream {tap.number}" for tap in parts["taps"] if tap.reads != "readout" and tap.number >= streams
-    ]
+    along = (tap.number for tap in parts["taps"] if tap.reads != "readout")
+    wrong += [f"tap of a stream {number}" for number in along if number >= streams]
     wrong += [f"tap of a branch {tap.number}" for tap in parts["features"] if tap.number >= branches]
     if wrong:
         raise ValueError(f"{source} contradicts itself: it has a {wrong[0]}.")
@@ -196,10 +192,11 @@ def _key(name: str) -> str:
 
 def _flow(value: Any) -> str:
     """One line of YAML."""
-    value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    dumped: str = yaml.dump(
-        value, Dumper=_OneLine, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
-    )
+    if is_dataclass(value) and not isinstance(value, type):
+        empty = [field.name for field in fields(value) if field.default == () == getattr(value, field.name)]
+        value = {name: part for name, part in asdict(value).items() if name not in empty}
+    style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
+    dumped: str = yaml.dump(value, Dumper=_OneLine, **style)
     return dumped.removesuffix("...\n").rstrip("\n")
 
 

@@ -20,12 +20,10 @@ from mlu_lightning.planning.ranges import in_range, range_of
 from mlu_lightning.table import Role, Scale
 from mlu_lightning.utilities.plain_yaml import parse_yaml, read_text
 
-__all__ = ["FACTORS", "Matched", "Tuned", "match_tuned", "read_tuned"]
-
 Tuned = dict[str, dict[str, float]]
 
-FACTORS = ("std", "lr", "weight_decay", "multiplier")
-"""Numbers that have a factor."""
+FACTORS = ("std", "lr", "weight_decay", "multiplier", "alpha")
+"""Numbers that have a factor; the richness alpha is that of all branches, whose key is branch_out."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,7 @@ class Matched:
 
     parameters: Mapping[str, Scale] = field(default_factory=dict)
     multipliers: Mapping[Multiplier, float] = field(default_factory=dict)
+    alpha: float = 1.0
 
     def of(self, name: str) -> Scale:
         """Factors of a parameter's std, lr and decay."""
@@ -44,21 +43,12 @@ class Matched:
         own = self.parameters.get(name)
         if own is None:
             return scale
-        return replace(
-            scale, std=scale.std * own.std, lr=scale.lr * own.lr, weight_decay=scale.weight_decay * own.weight_decay
-        )
+        decay = scale.weight_decay * own.weight_decay
+        return replace(scale, std=scale.std * own.std, lr=scale.lr * own.lr, weight_decay=decay)
 
 
 def read_tuned(given: Mapping[str, Mapping[str, float]] | str | PathLike[str] | None) -> Tuned:
-    """Read tuned factors from a mapping, or from the YAML file of one.
-
-    Raises:
-        OSError: if there is no such file.
-        ValueError: if something in it is no factor.
-
-    >>> read_tuned({"embedding": {"lr": 2}})
-    {'embedding': {'lr': 2.0}}
-    """
+    """Read tuned factors from a mapping or a YAML file, or refuse what is no factor."""
     where, content = "tuned", given
     if isinstance(given, (str, PathLike)):
         where = fspath(given)
@@ -76,17 +66,14 @@ def match_tuned(
     branches: Iterable[BranchPlan],
     multipliers: Iterable[Multiplier],
 ) -> Matched:
-    """Find what factors are of; those of several keys are multiplied.
-
-    Raises:
-        ValueError: if a factor has nothing that it could be of.
-    """
+    """Find what each factor applies to, and multiply those of several keys; refuse a factor that applies to nothing."""
     if not tuned:
         return Matched()
     kinds = [branch.kind for branch in branches]
     writers = {multiplier: [*_writers(multiplier, parameters, branches)] for multiplier in multipliers}
     of_parameters: dict[str, Scale] = {}
     of_multipliers: dict[Multiplier, float] = {}
+    alpha = tuned.get(Role.BRANCH_OUT.value, {}).get("alpha", 1.0)
     for key, factors in tuned.items():
         names = [name for name, entry in parameters.items() if _matches(key, name, entry, kinds)]
         alive = [name for name in names if parameters[name].base_std]
@@ -94,13 +81,19 @@ def match_tuned(
         for what, factor in factors.items():
             if not (scaled if what == "multiplier" else alive if what == "std" else names):
                 raise ValueError(_of_nothing(key, what, names, parameters))
+            if what == "alpha":
+                if key != Role.BRANCH_OUT:
+                    raise ValueError(
+                        f"tuned has alpha for {key!r}. It is of all branches: give it to {Role.BRANCH_OUT}."
+                    )
+                continue
             if what == "multiplier":
                 of_multipliers |= {m: of_multipliers.get(m, 1.0) * factor for m in scaled}
                 continue
             for name in alive if what == "std" else names:
                 before = of_parameters.get(name, _ONE)
                 of_parameters[name] = replace(before, **{what: getattr(before, what) * factor})
-    return Matched(of_parameters, of_multipliers)
+    return Matched(of_parameters, of_multipliers, alpha)
 
 
 _ONE = Scale()

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from mlu_lightning.quickstart.study import BASE, Run, Study, best_exponent, curve_of
+from mlu_lightning.utilities.fitted_tables import number_table
 from mlu_lightning.utilities.plotting import spread
 from mlu_lightning.utilities.whole_files import write_whole
-
-__all__ = ["loss_table", "save_figure", "verdicts"]
 
 _COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 """Okabe and Ito's palette, which people with any colour vision can tell apart."""
@@ -26,9 +24,7 @@ _TITLES = {True: "MLU: one callback", False: "Standard: the same model, plain"}
 
 def loss_table(study: Study, runs: list[Run]) -> Table:
     """Tabulate validation losses by shape, parameterization and learning rate, the least of each row marked."""
-    table = Table("shape", "", *(f"2^{exponent}" for exponent in study.exponents), "best lr")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = number_table("shape", "", *(f"2^{exponent}" for exponent in study.exponents), "best lr", words=2)
     for mlu in (True, False):
         for shape in study.shapes:
             losses = dict(curve_of(runs, shape, mlu))
@@ -63,7 +59,6 @@ def verdicts(study: Study, runs: list[Run]) -> list[str]:
 def save_figure(study: Study, runs: list[Run], path: Path, label: str = "validation loss (nats per byte)") -> None:
     """Draw validation loss against learning rate, with MLU and without, a curve for each shape with a dot at its best."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     finite = [run.loss for run in runs if math.isfinite(run.loss)] or [0.0]
     left.set_ylim(min(finite) - 0.05, min(max(finite), min(finite) + 1.1) + 0.02)

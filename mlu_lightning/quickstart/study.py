@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -30,21 +28,6 @@ from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.utilities.whole_files import write_whole
 from mlu_lightning.utilities.workers import worker_pool
-
-__all__ = [
-    "BASE",
-    "SHAPES",
-    "Run",
-    "Study",
-    "TransformerShape",
-    "Windows",
-    "best_exponent",
-    "curve_of",
-    "load_text",
-    "read_runs",
-    "run_study",
-    "save_runs",
-]
 
 BASE = "base"
 """Name of the shape at which the hyperparameters are tuned."""
@@ -122,24 +105,23 @@ def load_text(path: str | None = None) -> bytes:
     try:
         status = Path(path).stat()
         if not S_ISREG(status.st_mode):
-            raise ValueError(
-                f"The text {path} is no file, but a folder, a device or a pipe. Give --text the path of a file."
-            )
-        if status.st_size > _LONGEST:
-            wrong = f"The text {path} has {status.st_size:,} bytes, and at most {_LONGEST:,} are read"
-            raise ValueError(f"{wrong}. Give --text a part of it, as head -c makes one.")
+            raise _unfit(path, "is no file, but a folder, a device or a pipe", "the path of a file")
+        if (size := status.st_size) > _LONGEST:
+            raise _unfit(path, f"has {size:,} bytes, and at most {_LONGEST:,} are read", "a part of it (head -c)")
         text = Path(path).read_bytes()
     except OSError as error:
-        wrong = f"The text {path} cannot be read: {error.strerror}"
-        raise ValueError(f"{wrong}. Give --text the path of a file.") from error
-    if len(text) < 10_000:
-        wrong = f"The text {path} has {len(text)} bytes, and there is nothing to learn from less than 10 000"
-        raise ValueError(f"{wrong}. Give --text a longer file.")
+        raise _unfit(path, f"cannot be read: {error.strerror}", "the path of a file") from error
+    if (size := len(text)) < 10_000:
+        raise _unfit(path, f"has {size} bytes, and there is nothing to learn from less than 10 000", "a longer file")
     start = text[:_LOOKED_AT]
     if (size := len(zlib.compress(start))) < max(500, len(start) // 100):
-        wrong = f"The text {path} says the same again and again: {len(start):,} bytes of it can be written in {size:,}"
-        raise ValueError(f"{wrong}. Give --text a file in which something can be learned.")
+        why = f"says the same again and again: {len(start):,} bytes of it can be written in {size:,}"
+        raise _unfit(path, why, "a file in which something can be learned")
     return text
+
+
+def _unfit(path: str, why: str, instead: str) -> ValueError:
+    return ValueError(f"The text {path} {why}. Give --text {instead}.")
 
 
 def run_study(
@@ -155,7 +137,7 @@ def run_study(
     missing = [run for run in runs if run not in done]
     longest_first = sorted(missing, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
     workers = min(2, os.cpu_count() or 1)
-    with worker_pool(workers, _start_worker) as pool:
+    with worker_pool(workers, threads=1) as pool:
         pending = {pool.submit(_train, study, text, run): run for run in longest_first}
         for future in as_completed(pending):
             done[pending[future]] = future.result()
@@ -164,10 +146,7 @@ def run_study(
 
 
 def best_exponent(runs: list[Run], shape: str, mlu: bool) -> float:
-    """Exponent of the learning rate with the least validation loss, interpolated by a parabola.
-
-    At an end of the range, or next to a run that diverged, it is the best run's own exponent.
-    """
+    """Exponent of the learning rate with the least loss, by a parabola unless it is at an end or a run diverged."""
     curve = sorted(curve_of(runs, shape, mlu))
     losses = [loss if math.isfinite(loss) else math.inf for _, loss in curve]
     best = losses.index(min(losses))
@@ -221,13 +200,6 @@ def _runs(study: Study) -> Iterator[Run]:
 
 def _cost(shape: TransformerShape) -> int:
     return shape.depth * shape.embedding * (shape.mlp_hidden + 32 * shape.heads)
-
-
-def _start_worker() -> None:
-    """Give a run one core, and hide Lightning's notes about hardware."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def _train(study: Study, text: bytes, run: Run) -> Run:

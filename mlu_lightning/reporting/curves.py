@@ -14,13 +14,10 @@ from operator import itemgetter
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mlu_lightning.reporting.run_folder import Curve
-
-__all__ = ["as_data_uri", "first_panels", "not_drawn", "panel_figure", "panels_of"]
 
 
 def panels_of(values: Mapping[str, Curve], prefix: str) -> dict[str, dict[str, Curve]]:
@@ -54,9 +51,8 @@ def panel_figure(title: str, curves: Mapping[str, Curve], label: str, logarithmi
 
 def first_panels(panels: Mapping[str, Mapping[str, Curve]]) -> tuple[dict[str, dict[str, Curve]], int]:
     """As many panels and curves as anybody looks at, and the number of the other curves."""
-    first = {
-        title: dict(islice(curves.items(), _MOST_CURVES)) for title, curves in islice(panels.items(), _MOST_PANELS)
-    }
+    chosen = islice(panels.items(), _MOST_PANELS)
+    first = {title: dict(islice(curves.items(), _MOST_CURVES)) for title, curves in chosen}
     return first, sum(map(len, panels.values())) - sum(map(len, first.values()))
 
 
@@ -68,7 +64,6 @@ def not_drawn(panels: Mapping[str, Mapping[str, Curve]], logarithmic: bool) -> i
 
 def as_data_uri(figure: Figure) -> str:
     """Encode a figure as an SVG image that is part of a page itself, the same for equal figures."""
-    FigureCanvasSVG(figure)
     buffer = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "mlu_lightning", "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

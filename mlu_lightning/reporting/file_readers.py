@@ -20,8 +20,6 @@ from typing import Any, BinaryIO, TypedDict
 
 from mlu_lightning.utilities.stand_in import StandIn
 
-__all__ = ["READABLE", "Content", "is_log_or_checkpoint"]
-
 
 class Content(TypedDict, total=False):
     """What is in a file: values by metric and step, plans as YAML, and what is wrong with it."""

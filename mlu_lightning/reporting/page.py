@@ -19,8 +19,6 @@ from mlu_lightning.reporting.run_folder import UNREADABLE, Curve, RunRecord, rea
 from mlu_lightning.table import OptimizerFamily
 from mlu_lightning.utilities.plain_text import printable
 
-__all__ = ["run_page"]
-
 
 def run_page(record: RunRecord) -> str:
     """Render the page of a run, in which everything that comes from files is escaped; equal records make equal pages.

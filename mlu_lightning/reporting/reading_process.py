@@ -16,8 +16,6 @@ from typing import IO, Any
 from mlu_lightning.reporting import file_readers
 from mlu_lightning.reporting.file_readers import Content
 
-__all__ = ["contents"]
-
 _SECONDS = 60.0
 _BYTES_IN_A_SECOND = 20e6
 

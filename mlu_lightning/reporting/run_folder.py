@@ -17,8 +17,6 @@ from mlu_lightning.reporting.file_readers import READABLE, is_log_or_checkpoint
 from mlu_lightning.reporting.reading_process import contents
 from mlu_lightning.utilities.plain_text import printable
 
-__all__ = ["UNREADABLE", "Curve", "RunRecord", "read_run", "reason"]
-
 Curve = tuple[tuple[int, float], ...]
 """Logged values with their steps, ascending."""
 

@@ -9,8 +9,6 @@ from bisect import bisect_right
 from mlu_lightning.shapes.error_bound import Shape
 from mlu_lightning.shapes.search import Architecture, Candidate
 
-__all__ = ["ASPECTS", "WIDTHS", "ordinary_shapes"]
-
 ASPECTS = (20, 32, 64, 128)
 """Embedding dimension over blocks: SmolLM 135M has 19, GPT-2 XL 33, Llama 2 70B 102, GPT-3 128."""
 WIDTHS = (1, 2)
@@ -18,15 +16,7 @@ WIDTHS = (1, 2)
 
 
 def ordinary_shapes(parameters: float, architecture: Architecture, head_dim: int) -> list[Candidate]:
-    """List the largest Transformer of each aspect and width, from the widest to the deepest.
-
-    Raises:
-        ValueError: if the number of parameters does not suffice for any.
-
-    >>> gpt = Architecture.transformer(vocabulary=50257)
-    >>> [str(candidate.shape) for candidate in ordinary_shapes(1.6e8, gpt, head_dim=64)][2:4]
-    ['Shape(depth=18, hidden=18, embedding=576)', 'Shape(depth=22, hidden=11, embedding=704)']
-    """
+    """List the largest Transformer of each aspect and width, widest first, or refuse too few parameters."""
     step = math.lcm(architecture.multiples.embedding, head_dim)
     found = []
     for aspect in ASPECTS:
@@ -36,11 +26,8 @@ def ordinary_shapes(parameters: float, architecture: Architecture, head_dim: int
                 embedding = step * i
                 return Shape(2 * max(1, round(embedding / aspect)), width * embedding // head_dim, embedding)
 
-            most = (
-                min(int(parameters) // (architecture.per_coordinate * step), sys.maxsize)
-                if parameters < math.inf
-                else 0
-            )
+            most = 0 if parameters == math.inf else int(parameters) // (architecture.per_coordinate * step)
+            most = min(most, sys.maxsize)
             fitting = bisect_right(range(1, most + 1), parameters, key=lambda i: architecture.parameters(shape(i)))
             if fitting:
                 found.append(shape(fitting))

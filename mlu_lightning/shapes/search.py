@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants, Shape, error_at, error_bound
 
-__all__ = ["RESNET", "Architecture", "Candidate", "candidate_shapes", "depth_exponent", "optimal_shape"]
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -206,9 +204,8 @@ class _Search:
 
     def most_embedding(self, depth: int) -> int:
         step = self.architecture.multiples.embedding
-        return (
-            int(self.parameters) // (depth * self._smallest_branch() + self.architecture.per_coordinate) // step * step
-        )
+        per_coordinate = depth * self._smallest_branch() + self.architecture.per_coordinate
+        return int(self.parameters) // per_coordinate // step * step
 
     def _floor(self) -> float:
         """Squared error that no depth goes below: all parameters in matrices of branches, no term in L."""

@@ -10,13 +10,11 @@ from mlu_lightning.shapes.error_bound import ATTENTION, PAPER, ErrorConstants
 from mlu_lightning.shapes.ordinary import ASPECTS, WIDTHS
 from mlu_lightning.shapes.search import Candidate
 
-__all__ = ["assumptions", "shape_table"]
-
 _SOURCES = {
     PAPER: "c2 and c3 are the published fit to the paper's experiment (tanh perceptrons, 15 steps), "
     "and c1 was measured in the same experiment.",
-    ATTENTION: "c2 was measured with attention of head dimension 4 at L = 8 only; c3 is that of the paper's experiment, "
-    "which had perceptrons; c1 is assumed.",
+    ATTENTION: "c1 and c2 were measured with attention of head dimension 4, c2 at L = 8 only; c3 could not be had from such "
+    "measurements (recipes/aspect) and is that of the paper's experiment, which had perceptrons.",
 }
 
 

@@ -11,16 +11,13 @@ from statistics import fmean, stdev
 from typing import Literal
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning.search_figure import draw_search
 from mlu_lightning.tuning.space import Dimension, factors_at
-from mlu_lightning.utilities.fitted_tables import FittedTable
+from mlu_lightning.utilities.fitted_tables import FittedTable, number_table
 from mlu_lightning.utilities.whole_files import write_whole
-
-__all__ = ["Confirmed", "Estimate", "TrialRecord", "Tuning"]
 
 CONVINCING = 2.0
 """Standard errors by which a gain has to be above zero to be one."""
@@ -28,11 +25,7 @@ CONVINCING = 2.0
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, and its standard error, which is NaN with one seed.
-
-    >>> print(Estimate.over([1.0, 3.0]))
-    2.0000 ± 1.0000
-    """
+    """A mean over seeds, and its standard error, which is NaN with one seed."""
 
     value: float
     error: float
@@ -159,12 +152,12 @@ class Tuning:
 
     def tables(self) -> RenderableType:
         """Factors with their importance, the best few with other seeds, and what was gained."""
-        factors = _table("factor", "found", "searched", "importance", words=1)
+        factors = number_table("factor", "found", "searched", "importance")
         point = next((trial.point for trial in self.trials if trial.number == self.chosen), {})
         for d in self.space:
             share = f"{100 * self.importance[d.name]:.0f} %" if d.name in self.importance else "-"
             factors.add_row(d.name, f"{point.get(d.name, 1.0):.3g}", f"{d.low:.3g} to {d.high:.3g}", share)
-        few = _table("trial", f"{self.metric} in the search", "with other seeds", words=1)
+        few = number_table("trial", f"{self.metric} in the search", "with other seeds")
         values = {trial.number: trial.value for trial in self.trials}
         for number, losses in self.again.items():
             value = values.get(number)
@@ -216,13 +209,6 @@ def paired(before: Sequence[float], after: Sequence[float], mode: str) -> Estima
             return Estimate(-math.inf if any(map(math.isinf, after)) else math.inf, math.nan)
         differences.append(sign * (one - other))
     return Estimate.over(differences)
-
-
-def _table(*columns: str, words: int) -> Table:
-    table = Table(*columns)
-    for column in table.columns[words:]:
-        column.justify = "right"
-    return table
 
 
 def _quoted(key: str) -> str:

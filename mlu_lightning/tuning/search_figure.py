@@ -11,8 +11,6 @@ import numpy as np
 
 from mlu_lightning.tuning.space import Dimension
 
-__all__ = ["draw_search"]
-
 _DOTS, _BEST = "#0072B2", "#D55E00"
 """Two of Okabe and Ito's colours, which people with any colour vision can tell apart."""
 _COLUMNS = 4
@@ -26,12 +24,10 @@ def draw_search(
     best: Mapping[str, float],
 ) -> bytes:
     """Draw trials (number, factors by dimension, value) as a PNG; the best point's factors are marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = math.ceil((1 + len(space)) / _COLUMNS)
     figure = Figure(figsize=(2.8 * _COLUMNS, 2.4 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(rows, _COLUMNS, squeeze=False).ravel()
     numbers, values = [number for number, _, _ in curve], [value for _, _, value in curve]
     panels[0].plot(numbers, values, ".", color=_DOTS, markersize=4, alpha=0.5)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.tuned import FACTORS, Tuned, match_tuned
 from mlu_lightning.table import Role
-
-__all__ = ["DEFAULT_ROLES", "Dimension", "described", "factors_at", "search_space"]
 
 DEFAULT_ROLES = ("embedding", "branch_in", "branch_out", "readout")
 """Roles whose factors matter most; a factor of all learning rates is searched beside them."""
@@ -21,48 +19,28 @@ _NORMS = (Role.BRANCH_NORM, Role.STREAM_NORM, Role.BRANCH_BOUNDED)
 
 @dataclass(frozen=True)
 class Dimension:
-    """One number that is searched, on a logarithmic scale.
+    """One number that is searched, on a logarithmic scale."""
 
-    Args:
-        name: what it is called, such as ``"embedding.std"``; ``"lr"`` is the factor of all learning rates.
-        keys: keys of tuned factors that it is multiplied into.
-        what: what it is a factor of.
-        low: least value.
-        high: largest value.
-    """
-
-    name: str
-    keys: tuple[str, ...]
-    what: str
+    name: str  # such as ``"embedding.std"``; ``"lr"`` is the factor of all learning rates
+    keys: tuple[str, ...]  # of tuned factors that it is multiplied into
+    what: str  # it is a factor of
     low: float
     high: float
 
 
 def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dimension, ...]:
-    """Choose what is searched: the learning rate, and factors of roles.
+    """Choose what is searched: the learning rate, and factors of roles (std and lr as far as a role has them).
 
-    Two factors that are one are searched once. With Adam and its kin, and with SGD, a multiplier says what std and lr of the
-    same role say together, so a multiplier is searched where a role has neither, as the readout of a tied table. The
-    factor of all learning rates is that of ``branch_in``, of which others' are relative.
-
-    Args:
-        plan: of the base.
-        roles: keys of tuned factors (roles, ``branch_in@attention``, globs), of which std and lr are searched as far as
-            they have any, or one factor of a key, such as ``"embedding.weight_decay"``; ``"norms"`` for the learning rate of
-            all norms, ``"weight_decay"`` for that of everything.
-
-    Raises:
-        ValueError: if one of them is nothing that can be searched in this module.
-
-    >>> from mlu_lightning.models import ResNet
-    >>> base = ResNet(2, 16, 8, inputs=3, outputs=2)
-    >>> [dimension.name for dimension in search_space(Plan.from_model(base), ["branch_in", "readout"])]
-    ['lr', 'branch_in.std', 'readout.std', 'readout.lr']
+    A multiplier says for Adam and SGD what std and lr of its role say together, so it is searched only where a role has
+    neither, as a tied readout. The factor of all learning rates is that of ``branch_in``, to which the others are
+    relative. The richness alpha takes the place of the std of ``branch_out``: it is that std, with the lr of ``branch_in``
+    over it (SGD: over its square).
     """
     present = tuple(dict.fromkeys(role.value for role in plan.roles.values() if role is not Role.FROZEN))
     found = [_dimension("lr", present, "lr")]
     for given in roles:
-        found += _of(given, plan, present)
+        own = [*_of(given, plan, present)]
+        found += [each for each in own if not (given == Role.BRANCH_OUT and each.what == "std" and "alpha" in roles)]
     names = [dimension.name for dimension in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"--roles has {twice[0]} twice. Leave one of them.")
@@ -99,10 +77,9 @@ def _dimension(name: str, keys: Sequence[str], what: str) -> Dimension:
 def _of(given: str, plan: Plan, present: Sequence[str]) -> Iterator[Dimension]:
     """Dimensions of one of the roles that were asked for."""
     if given == "alpha":
-        raise ValueError(
-            "alpha is no factor of its own: it is the std of branch_out times alpha, and the lr of branch_in over it (over "
-            "its square with SGD), which are searched as branch_out and lr."
-        )
+        replace(plan, tuned={Role.BRANCH_OUT.value: {"alpha": 2.0}})  # which refuses what has none
+        yield _dimension("alpha", [Role.BRANCH_OUT], "alpha")
+        return
     if given == "weight_decay":
         yield _dimension("weight_decay", present, "weight_decay")
         return

@@ -23,8 +23,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mlu_lightning.tuning.space import Dimension, described
 
-__all__ = ["DONE", "Place", "add_again", "open_study", "quiet_optuna", "read_again"]
-
 Mode = Literal["min", "max"]
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _HEARTBEAT, _GRACE = 15, 60  # seconds between signs of life, and without any, after which a trial has failed
@@ -33,29 +31,17 @@ _LONGEST = 500  # characters of a reason
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study is, and what it is of.
+    """Where a study is, and what it is of."""
 
-    Args:
-        storage: URL of a database, or the path of a journal file.
-        name: of the study.
-        seed: of what is tried.
-        mode: whether the metric is to be least or largest.
-        content: whatever else has to be the same for all who work on the study.
-    """
-
-    storage: str
+    storage: str  # URL of a database, or path of a journal file
     name: str
-    seed: int
+    seed: int  # of what is tried
     mode: Mode
-    content: Mapping[str, Any]
+    content: Mapping[str, Any]  # whatever else has to be the same for all who work on the study
 
 
 def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, optuna.Study]:
-    """Open or make a study, and that of trainings which are made again.
-
-    Raises:
-        ValueError: if the storage cannot be opened, or the study there is of something else.
-    """
+    """Open or create a study, and the one that keeps repeated trainings; refuse a study of something else."""
     direction: Literal["minimize", "maximize"] = "minimize" if place.mode == "min" else "maximize"
     with quiet_optuna():
         try:
@@ -74,8 +60,8 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
             wrong = str(error).splitlines()[0].rstrip(".")
             raise ValueError(
                 f"The study cannot be kept in {place.storage}: {wrong}. Give storage (--storage) the URL of a database, "
-                "such as sqlite:///study.db or postgresql://user:password@host/name, with its driver installed, or the path "
-                "of a file that all machines can lock, for a journal."
+                "such as sqlite:///study.db or postgresql+psycopg://user:password@host/name, with its driver installed, or "
+                "the path of a file that all machines can lock, for a journal."
             ) from error
     _require_same(study, place, space)
     return study, again
@@ -115,9 +101,9 @@ def quiet_optuna() -> Iterator[None]:
 
 
 class _ByNumber(BaseSampler):
-    """The default, and then multivariate TPE whose draws depend on a trial's number and what was tried before.
+    """The default first, then multivariate TPE seeded by the trial's number.
 
-    So a search that was stopped goes on as it would have, and processes that begin together do not try the same.
+    So a search that was stopped goes on as it would have, and processes that start together do not try the same.
     """
 
     def __init__(self, seed: int) -> None:

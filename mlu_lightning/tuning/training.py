@@ -8,17 +8,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mlu_lightning.callbacks.mlu_callback import MLUCallback
-from mlu_lightning.checking.preparation import Batches, first_batches, make_trainer, prepare, quiet, transfer
+from mlu_lightning.checking.preparation import (
+    Batches,
+    first_batches,
+    make_trainer,
+    prepare,
+    quiet,
+    silent_trainer,
+    transfer,
+)
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.planning.tuned import Tuned
-
-__all__ = ["Outcome", "Report", "Training", "UnknownMetric"]
 
 VALIDATIONS = 4
 """Validations of a training of which only the number of steps is known."""
@@ -41,22 +45,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, with any factors and seed.
+    """What is trained, with any factors and seed."""
 
-    Args:
-        make: function that builds the module, and the callbacks of its Trainer, an :class:`MLUCallback` among them.
-        base: function that builds the module of the base.
-        data: ``LightningDataModule``, DataLoader or list of batches, a pair of these for training and validation, or None
-            for the module's own.
-        metric: name of what the module logs.
-        trainer: further arguments of the Trainer.
-    """
-
-    make: Callable[[], tuple[LightningModule, Sequence[Callback]]]
+    make: Callable[[], tuple[LightningModule, Sequence[Callback]]]  # an :class:`MLUCallback` among the callbacks
     base: Callable[[], LightningModule]
-    data: Any = None
+    data: Any = None  # as :func:`mlu_lightning.tune` takes it
     metric: str = "val_loss"
-    trainer: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, Any] = field(default_factory=dict)  # further arguments of the Trainer
 
     @classmethod
     def of(
@@ -70,11 +65,7 @@ class Training:
         return cls(_Parts(build, base, callbacks), base, **more)
 
     def plan(self) -> Plan:
-        """Plan the module, without tuned factors.
-
-        Raises:
-            ValueError: if its callbacks have no MLUCallback with a base, or one that was tuned already.
-        """
+        """Plan the module without tuned factors, or refuse callbacks without an untuned MLUCallback with a base."""
         module, callbacks = self.make()
         plugin = next((item for item in callbacks if isinstance(item, MLUCallback)), None)
         if plugin is None:
@@ -98,17 +89,14 @@ class Training:
             return Plan.from_model(module, example, **{**vars(plugin.arguments), "base": base})
 
     def run(self, plan: Plan, tuned: Tuned, seed: int, report: Report = lambda percent, value: False) -> Outcome:
-        """Train with factors and a seed of the weights.
-
-        Raises:
-            UnknownMetric: if the metric is not logged.
-            KeyboardInterrupt: after Ctrl-C, of which a Trainer makes an exit.
-        """
+        """Train with factors and a seed; raise ``UnknownMetric`` if there is none, ``KeyboardInterrupt`` after Ctrl-C."""
         with isolate_rng(), quiet():
             seed_everything(seed, verbose=False)
             module, callbacks = self.make()
             watch = _Watch(self.metric, report)
-            trainer = self._trainer([*_planned(callbacks, replace(plan, tuned=tuned)), watch])
+            tuned_plan = replace(plan, tuned=tuned)
+            planned = [item.with_plan(tuned_plan) if isinstance(item, MLUCallback) else item for item in callbacks]
+            trainer = self._trainer([*planned, watch])
             try:
                 trainer.fit(module, **self._loaders())
                 if not watch.stopped and trainer.enable_validation and watch.validated < trainer.global_step:
@@ -120,23 +108,13 @@ class Training:
             return Outcome(watch.value, watch.percent)
 
     def _trainer(self, callbacks: list[Callback]) -> Trainer:
-        settings = {"devices": 1, **self.trainer}
-        by_default = settings.get("val_check_interval") in (None, 1.0) and settings.get("check_val_every_n_epoch") in (
-            None,
-            1,
-        )
+        settings = {**self.trainer}
+        defaults = (("val_check_interval", (None, 1.0)), ("check_val_every_n_epoch", (None, 1)))
+        by_default = all(settings.get(name) in values for name, values in defaults)
         if by_default and settings.get("max_steps", -1) > 0:
             batches = settings["max_steps"] * settings.get("accumulate_grad_batches", 1)
             settings |= {"val_check_interval": max(1, batches // VALIDATIONS), "check_val_every_n_epoch": None}
-        return Trainer(
-            **settings,
-            num_sanity_val_steps=0,
-            logger=DummyLogger(),  # which steps and callbacks may ask for
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=callbacks,
-        )
+        return silent_trainer(callbacks, settings)
 
     def _loaders(self, names: tuple[str, str] = ("train_dataloaders", "val_dataloaders")) -> dict[str, Any]:
         """Arguments of ``fit``, or of ``validate``, for the data."""
@@ -162,12 +140,6 @@ class _Parts:
     def __call__(self) -> tuple[LightningModule, Sequence[Callback]]:
         module, base = self.build(), self.base()
         return module, [MLUCallback(base)] if self.callbacks is None else self.callbacks(base)
-
-
-def _planned(callbacks: Sequence[Callback], plan: Plan) -> list[Callback]:
-    """Callbacks that take part in a training, whose plan is known."""
-    kept = [item for item in callbacks if not isinstance(item, (Checkpoint, ProgressBar, ModelSummary))]
-    return [item.with_plan(plan) if isinstance(item, MLUCallback) else item for item in kept]
 
 
 class _Watch(Callback):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import optuna
@@ -26,8 +23,6 @@ from mlu_lightning.tuning.space import Dimension, factors_at
 from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, quiet_optuna, read_again
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
-
-__all__ = ["Again", "Crew", "Search", "assembled", "train_again"]
 
 HALVED = "stopped"
 """How the reason of a trial begins that did worse than others."""
@@ -53,7 +48,7 @@ def assembled(workers: int) -> Iterator[Crew]:
     if workers == 1:
         yield Crew(1)
         return
-    with worker_pool(workers, partial(_start, workers)) as pool:
+    with worker_pool(workers, max(1, torch.get_num_threads() // workers)) as pool:
         yield Crew(workers, pool)
 
 
@@ -70,11 +65,7 @@ class Search:
     end: float = math.inf  # time, in seconds of the clock, after which no trial begins
 
     def run(self, crew: Crew, progress: Progress) -> None:
-        """Make trials until the study has enough, or the time is over.
-
-        Raises:
-            ValueError: if the default cannot be trained, or if all trials failed.
-        """
+        """Make trials until the study has enough or the time is over; refuse a study in which all of them failed."""
         study, _ = open_study(self.place, self.space)
         if crew.pool is None:
             self.work(progress)
@@ -177,14 +168,6 @@ def train_again(again: optuna.Study, cases: Sequence[Again], crew: Crew, progres
     pending = {crew.pool.submit(case.run): case for case in missing}
     for number, future in enumerate(as_completed(pending), 1):
         keep(number, pending[future], *_result(future))
-
-
-def _start(workers: int) -> None:
-    """Leave a process its share of the cores, and nothing to say."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
 
 
 def _result(future: Any) -> Any:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from mlu_lightning.tuning.trials import Again, Crew, Search
 
-__all__ = ["Progress", "require_optuna", "tune", "tune_training"]
-
 CANDIDATES = 5
 """Trials that are trained again with other seeds, the best of which is chosen."""
 
@@ -62,6 +60,9 @@ def tune(
     half of the others at a quarter or half of the steps are stopped. The best few are trained again with other seeds, and
     the gain of the one with the best mean is measured with still others; a gain that is not above two standard errors is
     none. The study is kept after every trial: the same call goes on, and several processes and machines may share it.
+
+    The base has to be one that learns: with weights for its own width (std 1/√D; 0.02 at D = 32 is a ninth of that) and
+    enough steps to leave the plateau of single tokens, at whose end seeds differ more than shapes (recipes/tune).
 
     Args:
         build: function that builds the module of the base; in several processes it must be one that can be pickled.
@@ -209,10 +210,10 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, crew
     groups = {number: _cases(search, "base", tuned, first) for number, tuned in points.items()}
     losses = _train(groups, again, crew, lambda *counts: progress("best few with other seeds", *counts))
     sign = 1.0 if found.mode == "min" else -1.0
-    signed = {
-        n: [sign * value if math.isfinite(value) else math.inf for value in of.values()] for n, of in losses.items()
+    means = {
+        number: fmean(sign * value if math.isfinite(value) else math.inf for value in of.values())
+        for number, of in losses.items()
     }
-    means = {number: fmean(values) for number, values in signed.items()}
     chosen = min(means, key=lambda number: means[number])
     second = range(search.seed + 1 + seeds, search.seed + 1 + 2 * seeds)
     pair = {what: _cases(search, "base", tuned, second) for what, tuned in (("default", {}), ("found", points[chosen]))}

@@ -17,14 +17,9 @@ from mlu_lightning.tuning.space import Dimension, factors_at, search_space
 from mlu_lightning.tuning.training import Training
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["log_study", "log_trials", "run_point", "save_sweep"]
-
 
 def log_study(loggers: Sequence[Logger], found: Tuning) -> None:
-    """Log a search to the W&B loggers of a run: the image ``mlu/tune``, the table ``mlu/tune/trials``, and what is gained.
-
-    >>> log_study([], Tuning("val_loss", "min", (), (), {}))
-    """
+    """Log a search to W&B: the image ``mlu/tune``, the table ``mlu/tune/trials``, and what is gained."""
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
@@ -64,11 +59,7 @@ def log_trials(loggers: Sequence[Logger], found: Tuning, group: str) -> None:
 
 
 def run_point(training: Training, roles: Sequence[str], point: Mapping[str, float], seed: int) -> float:
-    """Train the base at a point of the search, in a W&B run whose agent has chosen it; return its metric.
-
-    Raises:
-        ValueError: if W&B is not installed, or the point is not one of the search.
-    """
+    """Train the base at a point of the search, in a W&B run whose agent has chosen it; return its metric."""
     if find_spec("wandb") is None:
         raise ValueError("--trial logs to W&B, which is not installed: pip install 'mlu-lightning[wandb]'.")
     import wandb

@@ -14,16 +14,9 @@ import torch
 
 from mlu_lightning.utilities.stand_in import StandIn
 
-__all__ = ["read_checkpoint"]
-
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Load tensors and plain values to the CPU, and stand-ins for objects of other classes, as hyperparameters may be.
-
-    Raises:
-        OSError: If there is no such file, or it cannot be read.
-        ValueError: If it is no checkpoint, or is damaged.
-    """
+    """Load tensors and plain values to the CPU; objects of other classes, such as hyperparameters, become stand-ins."""
     with open(path, "rb"):
         pass  # an error from here on is that of its content
     try:

@@ -9,8 +9,6 @@ import yaml
 
 from mlu_lightning.utilities.plain_yaml import read_text
 
-__all__ = ["load_config"]
-
 _OF_VALUES = (OSError, ValueError, yaml.YAMLError, LookupError, AttributeError, TypeError, ArithmeticError)
 """What values raise that are not of the type that they say."""
 _MOST_LEVELS = 50

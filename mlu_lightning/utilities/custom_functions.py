@@ -16,8 +16,6 @@ from torch.autograd.function import Function, _SingleLevelFunction
 from torch.autograd.graph import Node
 from torch.overrides import _pop_mode_temporarily
 
-__all__ = ["seen_through"]
-
 
 class _Notes(SimpleNamespace):
     """What ``forward`` of a custom function is given to keep things for its backward pass, which is not run."""
@@ -39,14 +37,6 @@ def seen_through() -> Iterator[None]:
     """Run custom functions as the operations that their ``forward`` calls, where every input with a gradient goes on.
 
     Others stay one node of the graph. FlexAttention is its formula, also on CPUs, where it has no backward pass.
-
-    >>> class Double(Function):
-    ...     @staticmethod
-    ...     def forward(ctx, x):
-    ...         return x * 2
-    >>> with seen_through():
-    ...     Double.apply(torch.ones(1, requires_grad=True).exp()).grad_fn.name()
-    'MulBackward0'
     """
 
     def apply(cls: Any, *args: Any) -> Any:
@@ -76,9 +66,8 @@ def _opened(cls: Any, args: tuple[Any, ...]) -> Any:
     if not inputs or not torch.is_grad_enabled():
         return None
     separate = cls.setup_context is not Function.setup_context
-    notes = (
-        () if separate else (_Notes(needs_input_grad=tuple(isinstance(x, Tensor) and x.requires_grad for x in args)),)
-    )
+    needed = tuple(isinstance(x, Tensor) and x.requires_grad for x in args)
+    notes = () if separate else (_Notes(needs_input_grad=needed),)
     try:
         made = cls.forward(*notes, *args)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):

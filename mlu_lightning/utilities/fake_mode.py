@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["RememberingFakeMode"]
-
 _DEVICE = torch.ops.prim.device.default
 
 
@@ -28,10 +26,10 @@ class _Output:
 
 
 class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch has no types for it
-    """Mode of fake tensors, with results by operation, numbers, and layouts of tensors, a few times faster than torch's own.
+    """Fake tensors whose results are cached by operation, numbers and layouts of tensors.
 
-    Torch's own keys hold whatever could matter in another pass, and take most of the time of a pass without values. What is
-    not plainly a function of layouts is left to torch: values that are known, changes in place, other kinds of tensors.
+    This is a few times faster than torch's own cache, whose keys hold whatever could matter in another pass. What is
+    not plainly a function of layouts is left to torch: known values, changes in place, other kinds of tensors.
     """
 
     _known: ClassVar[dict[tuple[Any, ...], tuple[type | None, list[_Output]]]] = {}  # of all modes, as torch's own
@@ -48,9 +46,8 @@ class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # t
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = kwargs or {}
-        if (
-            func is _DEVICE and not self.in_kernel_invocation
-        ):  # half of all calls: autograd asks for it with every operation
+        # half of all calls: autograd asks for it with every operation
+        if func is _DEVICE and not self.in_kernel_invocation:
             return args[0].fake_device
         key = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         if not (_add_layouts(key, args) and (not given or _add_layouts(key, [*given, *given.values()]))):

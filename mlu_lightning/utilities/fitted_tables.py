@@ -6,20 +6,22 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
-
-__all__ = ["FittedTable"]
 
 _BORDERS = 3  # of each column, in the default box; there is one more at the end
 _UNLIMITED = 10_000
 
 
-class FittedTable:
-    """A table as it is where it fits, or else with words on several lines, in parts below each other, or row by row.
+def number_table(*columns: str, words: int = 1, title: str | None = None) -> Table:
+    """Make a table whose first columns have words, and the others numbers, aligned to the right."""
+    return Table(*columns[:words], *(Column(header, justify="right") for header in columns[words:]), title=title)
 
-    The first columns, which say what a row is of, begin every part. Where the parts would have a single other column or so,
-    each row is a line of these first cells, and below it the others, each after its column's name.
+
+class FittedTable:
+    """A table as it is where it fits, or with words on several lines, in parts below each other, or row by row.
+
+    The first columns (``keys``), which say what a row is about, begin every part or row.
     """
 
     def __init__(self, table: Table, keys: int = 1) -> None:

@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning.utilities.names import planned_modules
 
-__all__ = ["ATTENTION_CALL", "CallPlace", "Watch", "tensors_in", "watched"]
-
 ATTENTION_CALL = "attention"
 """Name under which the softmax of an attention, or a fused attention, is seen."""
 
@@ -38,16 +36,9 @@ Watch = Callable[[CallPlace, tuple[Any, ...], dict[str, Any]], Callable[[Any], N
 
 @contextmanager
 def watched(module: nn.Module, watch: Watch) -> Iterator[None]:
-    """Call ``watch`` before every torch function in the first call of any submodule.
+    """Call ``watch`` before every torch function in the first call of any submodule; attentions get all arguments by name.
 
-    Functions that none of the submodules calls are not seen. An attention has all of its arguments by name.
-
-    >>> import torch
-    >>> places = []
-    >>> with watched(module := nn.Sequential(nn.Linear(1, 1), nn.ReLU()), lambda place, *_: places.append(place)):
-    ...     output = module(torch.ones(1, 1))
-    >>> places[1]
-    CallPlace(module='1', function='relu', number=0)
+    Functions that no submodule calls are not seen.
     """
     calls = _Calls(watch)
     with ExitStack() as stack:
@@ -128,9 +119,7 @@ class _Attentions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch 
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.calls = calls
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name = kwargs or {}, func._schema.name.removeprefix("aten::")
         if name not in _SOFTMAXES and not name.startswith("_scaled_dot_product_"):
             return func(*args, **given)

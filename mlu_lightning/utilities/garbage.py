@@ -6,8 +6,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["collected_later"]
-
 
 @contextmanager
 def collected_later() -> Iterator[None]:

@@ -8,17 +8,11 @@ from typing import Any, TypeVar
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-__all__ = ["is_hook_overridden", "of_both"]
-
 _Class = TypeVar("_Class")
 
 
 def of_both(cls: type[_Class]) -> tuple[type[_Class], ...]:
-    """Return a class of Lightning with its twin in the other package, if somebody has imported that.
-
-    >>> [found.__module__ for found in of_both(LightningModule)][0]
-    'lightning.pytorch.core.module'
-    """
+    """Return a class of Lightning with its twin in the other package, if that was imported."""
     names = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
     package = ".".join(cls.__module__.split(".")[:2])
     twin = getattr(sys.modules.get(names[package] + cls.__module__.removeprefix(package)), cls.__name__, None)

@@ -16,20 +16,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.utilities.lightning_namespaces import of_both
 
-__all__ = [
-    "before_batch_transfer",
-    "configured_optimizers",
-    "is_mock_optimizer",
-    "is_sequential",
-    "layer_sync",
-    "prunes_globally",
-    "resamples_parameters",
-    "set_up_by_fabric",
-    "starts_processes",
-    "train_dataloaders",
-    "val_dataloaders",
-]
-
 
 def configured_optimizers(configured: Any) -> tuple[list[Optimizer], list[LRSchedulerConfig], Any]:
     """Take apart what ``configure_optimizers`` returned: optimizers, schedulers, and what the latter monitor."""

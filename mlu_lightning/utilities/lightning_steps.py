@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 
 from mlu_lightning.utilities.lightning_private import train_dataloaders
 
-__all__ = ["StepName", "call_step", "is_lightning_module", "mute", "muted", "run_start_hooks"]
-
 StepName = Literal["training_step", "validation_step"]
 
 
@@ -53,9 +51,8 @@ def mute(
 ) -> None:
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
-    Losses that are given to ``manual_backward`` go to ``losses``. ``optimizers()`` and ``lr_schedulers()`` return the given
-    ones, made idle: they have groups and states, and their steps do nothing. The module's Trainer, which may have none yet,
-    shows the same ones.
+    Losses given to ``manual_backward`` go to ``losses``. ``optimizers()`` and ``lr_schedulers()`` return idle stand-ins
+    of the given ones, and so does the module's Trainer, if it has one.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 try:
@@ -15,18 +14,15 @@ try:
 except ImportError:  # pragma: no cover  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["WriterLock"]
-
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class WriterLock:
     """Locks a path against other processes until it is released, or raises ``BlockingIOError`` if another has it.
 
-    The lock is that of POSIX on an empty hidden file beside the path, which goes away with it; one that a killed process
-    has left holds nobody back. Forked processes do not inherit it. Over NFS it also holds against other machines, if the
-    server has locks, and ends when the server knows that the machine of its process has gone; where a file system has no
-    locks, as Lustre may, there is a warning and no lock.
+    It is a POSIX lock on an empty hidden file beside the path. It dies with its process, is not inherited by forks, and
+    works over NFS if the server has locks; a file system without locks (Lustre may have none) gets a warning and no
+    lock.
     """
 
     def __init__(self, path: Path, wait: bool = False) -> None:
@@ -47,9 +43,7 @@ class WriterLock:
     def __enter__(self) -> WriterLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Let others write."""
         self.release()
 

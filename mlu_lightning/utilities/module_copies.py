@@ -17,8 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["OwnHook", "copied_batch", "copied_module", "fake_tensor", "is_constant"]
-
 
 class OwnHook:
     """A hook that this package has put into a module, and that a copy of it does not have."""
@@ -27,7 +25,7 @@ class OwnHook:
 def copied_module(module: nn.Module, fake: FakeTensorMode | None) -> nn.Module:
     """Copy a module with parameters that are fake, or share memory with the originals, and require a gradient.
 
-    Buffers and frozen parameters of one entry are constants: fake ones keep their value, which is NaN for those on meta.
+    Buffers and frozen parameters of one entry are constants: fake ones keep their value (NaN on meta).
     """
     memo: dict[int, Any] = {}
     with nullcontext() if fake is None else fake:
@@ -81,10 +79,8 @@ def is_constant(tensor: Tensor) -> bool:
 
 def _set_constant(stand_in: Tensor | None, tensor: Tensor) -> None:
     if isinstance(stand_in, FakeTensor) and is_constant(tensor) and not isinstance(tensor, FakeTensor):
-        known = not tensor.is_meta
-        stand_in.constant = (
-            tensor.detach().cpu().clone() if known else torch.full(tensor.shape, math.nan).to(tensor.dtype)
-        )
+        unknown = torch.full(tensor.shape, math.nan).to(tensor.dtype)
+        stand_in.constant = unknown if tensor.is_meta else tensor.detach().cpu().clone()
 
 
 def copied_batch(batch: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:

@@ -11,20 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mlu_lightning.utilities.lightning_private import set_up_by_fabric
 
-__all__ = [
-    "common_module",
-    "listed",
-    "name_pattern",
-    "name_pattern_of_parts",
-    "original_module",
-    "owner_of",
-    "planned_modules",
-    "planned_name",
-    "planned_parameters",
-    "planned_part",
-    "unwrapped",
-]
-
 _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What FSDP1 and activation checkpointing call the part that they wrap; keys of ``state_dict`` do not have it."""
 
@@ -109,7 +95,7 @@ def common_module(names: Iterable[str]) -> str:
     return ".".join(parts[0] for parts in shared)
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def listed(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
     """Say names one after the other, but not too many of them.
 
     >>> listed(["a", "b", "c", "d"], most=2)
@@ -117,4 +103,4 @@ def listed(names: Iterable[str], most: int = 5) -> str:
     """
     every = [*names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
-    return f"{', '.join(every[:most])}{more}"
+    return f"{separator.join(every[:most])}{more}"

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["printable"]
-
 
 def printable(text: str) -> str:
-    r"""Return text in which characters that cannot be seen, or encoded, stand by their numbers, but for line ends and tabs.
-
-    >>> printable("a\x1b[8m\udc80")
-    'a\\x1b[8m\\udc80'
-    """
+    """Escape characters that cannot be seen or encoded, but for line ends and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -12,8 +12,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["LONGEST", "parse_yaml", "read_text"]
-
 LONGEST = 2**25  # bytes; a plan has about 300 for each parameter
 _MOST_LEVELS = 8
 _PARSER: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)

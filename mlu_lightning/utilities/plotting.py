@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-__all__ = ["spread"]
-
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
     """Move ascending heights apart by at least a gap: halfway between pushing all of them up and all of them down.

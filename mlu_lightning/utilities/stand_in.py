@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["StandIn"]
-
 
 class StandIn:
     """Takes whatever an object of another class would have been made of, and keeps none of it."""

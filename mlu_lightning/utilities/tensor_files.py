@@ -20,8 +20,6 @@ from torch import Tensor
 
 from mlu_lightning.utilities.whole_files import write_whole
 
-__all__ = ["DTYPES", "parse_json", "read_tensor_file", "tensors_hash", "write_tensors"]
-
 DTYPES = {  # what a tensor can hold, with its name in the file
     torch.float64: "F64",
     torch.float32: "F32",
@@ -46,9 +44,9 @@ _LONGEST_HEADER = 2**25  # bytes; one of JSON takes up to 25 in memory, and a te
 
 
 def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -> ReadT:
-    """Read a file with a function of the open ``safe_open`` and its metadata, whose tensors are the mapped file itself.
+    """Call a function with the open ``safe_open`` of a file and its metadata; tensors are the mapped file itself.
 
-    The library opens a path twice, so the function is called anew if another file was put there in between.
+    safetensors opens a path twice, so the function is called again if the file was replaced in between.
     """
     while True:
         before = _version(path)

@@ -5,24 +5,14 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-__all__ = ["UserErrors"]
-
 
 class UserErrors(AbstractContextManager[None]):
-    """Names what was run, and what to do, in errors that do not come from this package itself.
-
-    >>> with UserErrors("While planning, forward was run", "Give example=..."):
-    ...     exec('batch["labels"]', {"batch": {}})
-    Traceback (most recent call last):
-    RuntimeError: While planning, forward was run and raised KeyError: 'labels'. Give example=...
-    """
+    """Names what was run, and what to do, in errors that do not come from this package itself."""
 
     def __init__(self, what: str, advice: str) -> None:
         self._what, self._advice = what, advice
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Mark an error, unless it was raised in a file of this package."""
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from secrets import token_hex
 
-__all__ = ["write_whole"]
-
 
 def write_whole(contents: Mapping[Path, bytes]) -> None:
     """Write files; no older one is replaced before all of the new ones are complete, so that an error changes none."""

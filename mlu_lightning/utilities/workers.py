@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from threading import Thread
 
-__all__ = ["worker_pool"]
-
 
 @contextmanager
-def worker_pool(workers: int, start: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
-    """Start processes, each of which calls ``start`` first; on an error in the ``with`` block they end at once.
+def worker_pool(workers: int, threads: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Start processes, silent ones with so many threads if they train; an error in the ``with`` block ends them at once.
 
-    They watch a pipe that nobody writes to: it is closed when this process closes it, or has ended, by whatever signal.
+    They watch a pipe that nobody writes to: it closes when this process ends, by whatever signal.
     """
     context = multiprocessing.get_context("spawn")
     end, lifeline = context.Pipe(duplex=False)
-    with end, lifeline, ProcessPoolExecutor(workers, context, _start, (end, start)) as pool:
+    with end, lifeline, ProcessPoolExecutor(workers, context, _start, (end, threads)) as pool:
         try:
             yield pool
         except BaseException:
@@ -31,11 +31,17 @@ def worker_pool(workers: int, start: Callable[[], None]) -> Iterator[ProcessPool
             raise
 
 
-def _start(end: Connection, start: Callable[[], None]) -> None:
-    """Let Ctrl-C end a worker quietly, and the end of its parent at once."""
+def _start(end: Connection, threads: int | None) -> None:
+    """Let Ctrl-C end a worker quietly, and the end of its parent at once; hide what Lightning says about devices."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Thread(target=_end_with, args=(end,), daemon=True).start()
-    start()
+    if threads is not None:
+        import torch  # slow
+
+        torch.set_num_threads(threads)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.simplefilter("ignore")
 
 
 def _end_with(end: Connection) -> None:

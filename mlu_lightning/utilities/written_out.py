@@ -13,16 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WrittenOut"]
-
 
 class WrittenOut(TorchFunctionMode):
-    """Runs composed functions of a tensor that has a gradient as sums, and what changes views as copies of what is made.
-
-    >>> with WrittenOut():
-    ...     torch.addcmul(torch.ones(1, requires_grad=True) * 2, torch.ones(1), torch.ones(1)).grad_fn.name()
-    'AddBackward0'
-    """
+    """Writes out composed functions of tensors with gradients as sums, and changes of views as copies of what is made."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,10 +33,9 @@ class WrittenOut(TorchFunctionMode):
         if given.get("inplace") and is_view:
             return _overwritten(first, func(*args, **{**given, "inplace": False}))
         plain = _plain_name(name)
-        changes_view = is_view and plain != name
-        written_out = _SUMS.get(plain) or (
-            (getattr(Tensor, plain, None) or getattr(F, plain, None)) if changes_view else None
-        )
+        written_out = _SUMS.get(plain)
+        if written_out is None and is_view and plain != name:
+            written_out = getattr(Tensor, plain, None) or getattr(F, plain, None)
         if written_out is None:
             return func(*args, **given)
         out = given.pop("out", first if plain != name else None)

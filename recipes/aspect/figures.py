@@ -14,17 +14,17 @@ from recipes.lr_transfer.report import NAMES
 
 
 def save_drifts(rows: Sequence[Row], path: Path) -> None:
-    """Draw the drift against M/D, where depth stays, and against r, a column of panels for each study.
+    """Draw the drift against M/D, where depth stays, and against r, a column of panels for each kind of study.
 
     What is the same lies one over the other, the thinner over the thicker.
     """
-    studies = list(dict.fromkeys(row.study for row in rows))
+    kinds = list(dict.fromkeys(row.kind for row in rows))
     names = list(dict.fromkeys(row.parameterization for row in rows))
-    figure = new_figure(3.1 * len(studies) + 0.6, 6.4)
-    panels = figure.subplots(2, len(studies), sharey=True, squeeze=False)
-    for column, study in zip(panels.T, studies, strict=True):
+    figure = new_figure(3.1 * len(kinds) + 0.6, 6.4)
+    panels = figure.subplots(2, len(kinds), sharey=True, squeeze=False)
+    for column, kind in zip(panels.T, kinds, strict=True):
         for axes, key in zip(column, ("aspect", "ratio"), strict=True):
-            shown = [row for row in rows if row.study == study]
+            shown = [row for row in rows if row.kind == kind]
             shown = [row for row in shown if key == "ratio" or math.isclose(row.aspect * row.ratio**2, 1)]
             for place, name in enumerate(names):
                 own = [row for row in shown if row.parameterization == name]
@@ -43,7 +43,7 @@ def save_drifts(rows: Sequence[Row], path: Path) -> None:
             axes.axvline(1, color="0.6", linewidth=1, linestyle=":", zorder=0)
             axes.tick_params(axis="x", labelsize=8)
             hide_spines(axes)
-        column[0].set_title(study, loc="left", fontsize=11)
+        column[0].set_title(kind, loc="left", fontsize=11)
         column[0].set_xlabel("M/D, next to the base's")
         column[1].set_xlabel("r = √(d/(l·m))")
     for axes in panels[:, 0]:

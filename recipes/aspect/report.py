@@ -10,9 +10,9 @@ import numpy as np
 from rich.table import Table
 
 from mlu_lightning import Plan
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.aspect.attention import Errors
 from recipes.aspect.limit import Distances
-from recipes.common.figures import number_table
 from recipes.lr_transfer.report import NAMES
 from recipes.lr_transfer.runs import Run, Shape, Study, shared_runs
 from recipes.lr_transfer.search import DECADES, Estimate, best, curves_of, mean, transfers
@@ -33,6 +33,11 @@ class Row:
     bound: str  # "≤" or "≥" if the best may be further
     regret: Estimate
     loss: Estimate
+
+    @property
+    def kind(self) -> str:
+        """What is trained, and by which optimizer, whatever the base."""
+        return self.study.split(",")[0]
 
 
 def rows_of(name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], runs: Sequence[Run]) -> Iterator[Row]:
@@ -68,7 +73,7 @@ def rows_of(name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], ru
 
 def drift_table(rows: Sequence[Row]) -> Table:
     """Drift, regret and loss of every shape; parameterizations whose runs are the same have one line."""
-    table = number_table("shape", "r", "√(D/LM)", "", "drift (octaves)", "regret", "loss", words=1)
+    table = number_table("shape", "r", "√(D/LM)", "", "drift (octaves)", "regret", "loss")
     table.columns[3].justify = "left"
     for study in dict.fromkeys(row.study for row in rows):
         table.add_section()
@@ -91,8 +96,8 @@ def drift_table(rows: Sequence[Row]) -> Table:
 
 def thresholds(rows: Sequence[Row]) -> Iterator[str]:
     """Say from which size on the best learning rate of MLU falls, and how well ratio and absolute size explain it."""
-    for name in dict.fromkeys(row.study.split()[0] for row in rows):
-        of_kind = [row for row in rows if row.parameterization == "mlu" and row.study.split()[0] == name]
+    for name in dict.fromkeys(row.kind.split()[0] for row in rows):
+        of_kind = [row for row in rows if row.parameterization == "mlu" and row.kind.split()[0] == name]
         if len(of_kind) < 8:  # two numbers are fitted
             continue
         drifts = np.array([row.drift.value for row in of_kind])
@@ -136,7 +141,7 @@ def attention_lines(found: Errors) -> Iterator[str]:
 
 def limit_table(found: Sequence[Distances]) -> Table:
     """Distances from the infinite model and from the widest network, by parameterization and hidden width."""
-    table = number_table("parameterization", "M", "M/D", "to the infinite model", "to the widest of its kind", words=1)
+    table = number_table("parameterization", "M", "M/D", "to the infinite model", "to the widest of its kind")
     for row in found:
         cells = (each.text(3) if each.value < 100 else "diverged" for each in (row.to_limit, row.to_widest))
         table.add_row(NAMES[row.parameterization], str(row.hidden), f"{row.aspect:g}", *cells)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 else:  # a name for annotations
@@ -15,12 +13,9 @@ else:  # a name for annotations
 
 def new_figure(width: float, height: float) -> Any:
     """Make an empty figure, of a size in inches, that needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def hide_spines(axes: Axes) -> None:
@@ -52,11 +47,3 @@ def shade(share: float) -> Any:
     from matplotlib import colormaps
 
     return colormaps["viridis"](0.8 * (1 - share))
-
-
-def number_table(*columns: str, words: int, title: str | None = None) -> Table:
-    """Make a table whose first columns are words, and all others numbers, to the right."""
-    table = Table(*columns, title=title)
-    for column in table.columns[words:]:
-        column.justify = "right"
-    return table

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
-from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 
-from mlu_lightning.utilities.workers import worker_pool as processes
+from mlu_lightning.utilities.workers import worker_pool
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 """Arguments of a Trainer that reports nothing."""
@@ -62,16 +58,11 @@ def deadline(minutes: float | None) -> float:
     return math.inf if minutes is None else time.monotonic() + 60 * minutes
 
 
-def worker_pool(workers: int) -> AbstractContextManager[ProcessPoolExecutor]:
-    """Start processes that have one core each, and end them when there is an error, or this process has ended."""
-    return processes(workers, _start_worker)
-
-
 def in_processes(
     function: Callable[[CaseT], ResultT], cases: Sequence[CaseT], workers: int, title: str, terminal: Console
 ) -> list[ResultT]:
     """Apply a function to cases, cheapest first in the argument, most expensive first in time; results are in order."""
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, threads=1) as pool:
         pending = [pool.submit(function, case) for case in reversed(cases)]
         for future in track(as_completed(pending), title, len(pending), console=terminal):
             future.result()
@@ -136,11 +127,3 @@ class ResultFile(Generic[ResultT]):
         """Add a result to a file that has been read."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.encode(result), allow_nan=False) + "\n")
-
-
-def _start_worker() -> None:
-    """Leave a process one core, and no notes on hardware that these runs do not need."""
-    torch.set_num_threads(1)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
-from recipes.common.figures import number_table
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.fits import Slope, fit_slope
 from recipes.lr_transfer.runs import Shape, Study
 from recipes.lr_transfer.search import Transfer
@@ -63,7 +63,7 @@ def summary_table(study: Study, found: Sequence[Transfer]) -> Table:
 
 def horizon_table(found: Mapping[str, Sequence[Transfer]]) -> Table:
     """Drift and regret of every depth, for each schedule and horizon."""
-    table = number_table("schedule", "steps", "depth", *_QUANTITIES, words=1)
+    table = number_table("schedule", "steps", "depth", *_QUANTITIES)
     for schedule, transfers in found.items():
         for transfer in sorted(transfers, key=lambda transfer: (transfer.horizon, transfer.factor)):
             table.add_row(schedule, str(transfer.horizon), f"× {transfer.factor:g}", *_cells(transfer))

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from mlu_lightning import Plan
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command, worker_pool
+from mlu_lightning.utilities.workers import worker_pool
+from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command
 from recipes.common.text import Text
 from recipes.lr_transfer.figures import save_curves, save_figure, save_horizons
 from recipes.lr_transfer.report import horizon_table, size_table, summary_table
@@ -122,7 +123,7 @@ def make_runs(
     file = ResultFile(folder / "runs.jsonl", study, Run.encode, Run.decode)
     runs, plans = file.read(), plans_of(study)
     shared = shared_runs(plans)
-    with worker_pool(workers) as pool, Progress(console=terminal) as progress:
+    with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
         bar = progress.add_task(f"runs in {folder}")
 
         def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Study, Run, Plan] | None:

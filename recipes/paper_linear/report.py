@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from recipes.common.figures import Axes, hide_spines, new_figure, number_table, size_axis
+from mlu_lightning.utilities.fitted_tables import number_table
+from recipes.common.figures import Axes, hide_spines, new_figure, size_axis
 from recipes.common.fits import Slope, fit_slope, root_mean_square
 
 Kept = Literal["", "trace", "histogram"]

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mlu_lightning.observation.distances import output_distance, rms_distance
+from mlu_lightning.utilities.workers import worker_pool
 from recipes.common.gradient_descent import Problem, descend, finite_model, look
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, worker_pool
+from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy
 from recipes.paper_rates.report import Errors, Point, report, save_figure
 
 Job = tuple[int, int, int]  # hidden width M, embedding dimension D and seed of a network
@@ -95,7 +96,7 @@ def run(
     check_command(workers, study.seeds)
     file = ResultFile(folder / "points.jsonl", study, asdict, lambda line: Point(**line))
     points = file.read()
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, threads=1) as pool:
         models = [
             pool.submit(train, study, folder / name)
             for name, train in ((_REFERENCE, _train_reference), (_LIMITS, _train_limits))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from recipes.common.figures import Axes, hide_spines, new_figure, number_table, plain_log_axis, size_axis
+from mlu_lightning.utilities.fitted_tables import number_table
+from recipes.common.figures import Axes, hide_spines, new_figure, plain_log_axis, size_axis
 from recipes.common.fits import Slope, fit_slope, root_mean_square
 
 METRICS = {"rms": "rms/s=1", "gram": "gram/s=1", "procrustes": "procrustes/s=1", "cka": "cka/s=1", "output": "output"}
@@ -73,7 +74,7 @@ class Distances:
 def distance_table(references: Sequence[Distances], found: Sequence[Distances]) -> Table:
     """Final distances, by what is smaller than in the reference."""
     title = "Distance from the reference at the end of training"
-    table = number_table("smaller", "L", "M", "D", "val loss", *METRICS, words=1, title=title)
+    table = number_table("smaller", "L", "M", "D", "val loss", *METRICS, title=title)
     for reference in references:
         table.add_row("-", *reference.run.sizes.values(), f"{reference.loss:.3f}")
     table.add_section()

@@ -1,7 +1,7 @@
 """A base tuned at once, every role, and what becomes of the factors at larger shapes: the command of the study.
 
-``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``python -m recipes.tune.run samplers``
-compares ways to search. README.md says what came out.
+``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``samplers`` compares ways to search, and
+``bases`` asks which bases are too small. README.md says what came out.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from rich.progress import Progress
 
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning import Tuning, tune
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command, worker_pool
+from mlu_lightning.utilities.workers import worker_pool
+from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command
 from recipes.tune.report import loss_table, save_figure, verdicts
 from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
 from recipes.tune.samplers import Search, sampler_table, search
+from recipes.tune.small_bases import CHANGES, Change, base_table, make_runs
 
 QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run ``study``, or ``samplers``."""
+    """Run ``study``, ``samplers`` or ``bases``."""
     arguments = list(sys.argv[1:] if args is None else args)
-    functions = {"study": study, "samplers": samplers}
+    functions = {"study": study, "samplers": samplers, "bases": bases}
     name = arguments.pop(0) if arguments[:1] and arguments[0] in functions else "study"
     study_command(functions[name], f"python -m recipes.tune.run {name}")(arguments)
 
@@ -101,9 +103,20 @@ def samplers(
         done.append(one)
         file.append(one)
 
-    with worker_pool(workers) as pool:
+    with worker_pool(workers, threads=1) as pool:
         keep_busy(pool, workers, search, next_search, finish)
     terminal.print(sampler_table(done))
+
+
+def bases(output: str = "tune-bases", minutes: float | None = None, quick: bool = False) -> None:
+    """Train a tied GPT, and one of four times its widths, with one thing at a time changed.
+
+    Args:
+        output: folder of the runs; those that are in it are not made again.
+        minutes: after which no run is begun; another call goes on.
+    """
+    changes = {"as it is": Change(steps=2)} if quick else CHANGES
+    console(118).print(base_table(make_runs(Path(output), deadline(minutes), changes), changes))
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,7 @@ def _train(
     study: Study, wanted: Any, runs: list[Run], file: Any, case: Any, workers: int, end: float, terminal: Console
 ) -> None:
     """Make those of the wanted runs that are not there yet, in order."""
-    with worker_pool(workers) as pool, Progress(console=terminal) as progress:
+    with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
         bar = progress.add_task("runs")
 
         def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:

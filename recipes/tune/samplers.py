@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.table import Table
 
 from mlu_lightning.models import CausalTransformer
-from recipes.common.figures import number_table
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.text import Text
 
 ROLES = {"embedding": ("tokens",), "branch_in": ("query", "key", "value", "read"), "branch_out": ("out", "write")}
@@ -138,7 +138,7 @@ def train(exponents: Mapping[str, float], seed: int, steps: int, lr: float = 2**
 
 def sampler_table(searches: Sequence[Search]) -> Table:
     """Least loss after 50, 100 and all trials, and the gain over the default with other seeds, over all searches."""
-    table = number_table("sampler", "searches", "after 50", "after 100", "after all", "gain with other seeds", words=1)
+    table = number_table("sampler", "searches", "after 50", "after 100", "after all", "gain with other seeds")
     for name in dict.fromkeys(search.sampler for search in searches):
         own = [search for search in searches if search.sampler == name]
         columns = [

@@ -111,7 +111,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"steps": 0}, "steps=0 is none of"),
         ({"steps": []}, "is none of"),
     ),
-    *(({"depths": depths}, "relative depths between 0") for depths in ([0, 2], [], 0.5)),
+    *(({"depths": depths}, "relative depths from 0") for depths in ([0, 2], [], 0.5)),
     *(({"steps": [1, -2]}, "list of steps from 0"), ({"positions": 0}, "1 or more")),
     ({"dtype": "float16"}, "none of: 'float32', 'bfloat16'"),
 ]

@@ -1,14 +1,13 @@
 """Reference files of runs that are started again, of other runs, and of two processes that write at once."""
 
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.processes import exit_code, forked
 from helpers.watched_runs import SHAPE, fit, loader
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -44,13 +43,6 @@ def train(path: Path, kill: int = 0, seed: int | None = 0, job: str = "", restar
         (path.parent / "error").write_text(f"{type(error).__name__}: {error}")
 
 
-def run(function: Callable[..., None], *args: Any, **more: Any) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=function, args=args, kwargs=more)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
 def error(path: Path) -> str:
     found = path.parent / "error"
     return found.read_text() if found.exists() else ""
@@ -75,15 +67,15 @@ def test_killed_run_goes_on_and_another_is_refused(
     first: dict[str, Any], kill: int, second: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     path, whole = tmp_path / "run.safetensors", tmp_path / "whole" / "run.safetensors"
-    assert run(train, path, kill, **first) == -signal.SIGKILL
+    assert exit_code(train, path, kill, **first) == -signal.SIGKILL
     before = path.read_bytes()
-    assert run(train, path, **second) == 0
+    assert exit_code(train, path, **second) == 0
     assert message in error(path)
     if message:
         assert error(path).startswith("FileExistsError") and path.read_bytes() == before
         return
     assert not error(path)
-    run(train, whole)
+    exit_code(train, whole)
     one, other = Reference.load(path), Reference.load(whole)
     assert one.steps == other.steps == tuple(range(STEPS + 1))
     if second == {}:
@@ -93,11 +85,11 @@ def test_killed_run_goes_on_and_another_is_refused(
 def test_a_run_that_has_a_checkpoint_or_an_end_is_not_begun_again(tmp_path: Path) -> None:
     for folder, kill in (("checkpoint", 6), ("end", 0)):
         path = tmp_path / folder / "run.safetensors"
-        run(train, path, kill)
+        exit_code(train, path, kill)
         for checkpoint in path.parent.glob("*.ckpt"):
             checkpoint.unlink()
         before = path.read_bytes()
-        run(train, path)
+        exit_code(train, path)
         assert "or resume its run" in error(path) and path.read_bytes() == before
     module = ResNet(**SHAPE)
     fit(module, ReferenceRecorder(path, overwrite=True), steps=1)
@@ -107,13 +99,13 @@ def test_a_run_that_has_a_checkpoint_or_an_end_is_not_begun_again(tmp_path: Path
 def test_second_process_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     with WriterLock(path):
-        run(train, path)
+        exit_code(train, path)
         assert error(path).startswith(f"BlockingIOError: Another process is writing {path}. Give each")
         assert not path.exists()
-    run(train, path, kill=2)
+    exit_code(train, path, kill=2)
     assert any(file.suffix == ".lock" for file in tmp_path.iterdir()), "what a killed process leaves is in nobody's way"
     (tmp_path / "error").unlink()
-    run(train, path)
+    exit_code(train, path)
     assert not error(path) and not [*tmp_path.glob(".*")]
 
 
@@ -130,9 +122,8 @@ def test_of_two_processes_that_save_a_plan_one_is_refused_unless_it_is_the_same(
     path, example = tmp_path / "plan.yaml", (torch.ones(2, 3), torch.ones(2, 2))
     first, second = (Plan.from_model(ResNet(**SHAPE), example, alpha=value) for value in (1.0, alpha))
     begun = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=save, args=(second, path, begun[1]))
     with WriterLock(path):
-        process.start()
+        process = forked(save, second, path, begun[1])
         os.read(begun[0], 1)
         process.join(0.3)
         path.write_text(first.to_yaml())

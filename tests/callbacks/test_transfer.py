@@ -29,10 +29,10 @@ MATRICES = ("branch_in", "branch_out")
 
 
 @cache
-def _built(shape: str | None, seed: int) -> tuple[CausalTransformer, Plan, Tensor]:
+def _built(shape: str | None) -> tuple[CausalTransformer, Plan, Tensor]:
     """A module of a shape, its plan, and tokens."""
-    tokens = torch.randint(32, (8, 17), generator=torch.Generator().manual_seed(1))
-    torch.manual_seed(seed)
+    tokens = torch.randint(32, (4, 17), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
     base = CausalTransformer(32, 16, head_dim=8, **BASE)
     module = CausalTransformer(32, 16, head_dim=8, **(BASE if shape is None else SHAPES[shape]))
     return module, Plan.from_model(module, tokens, base=base), tokens
@@ -41,24 +41,20 @@ def _built(shape: str | None, seed: int) -> tuple[CausalTransformer, Plan, Tenso
 @cache
 def _moved(family: str, role: str, shape: str | None, scaled: bool) -> float:
     """Root mean square by which the logits change in five steps of the parameters of one role alone."""
-    changes = []
-    for seed in (0, 1):
-        built, plan, tokens = _built(shape, seed)
-        module = copy.deepcopy(built)
-        parameters = [parameter for name, parameter in module.named_parameters() if plan.roles[name] == role]
-        optimizer = OPTIMIZERS[family](parameters)
-        if scaled:
-            initialize(module, plan, "normal", seed=seed)
-            attach_multipliers(module, plan)
-            scale_optimizer(optimizer, module, plan)
-        before = module(tokens[:, :-1]).detach()
-        for _ in range(5):
-            loss = F.cross_entropy(module(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        changes.append((module(tokens[:, :-1]).detach() - before).square().mean().sqrt().item())
-    return sum(changes) / len(changes)
+    built, plan, tokens = _built(shape)
+    module, (inputs, targets) = copy.deepcopy(built), (tokens[:, :-1], tokens[:, 1:].flatten())
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(plan.roles[name] == role)
+    optimizer = OPTIMIZERS[family]([parameter for parameter in module.parameters() if parameter.requires_grad])
+    if scaled:
+        attach_multipliers(initialize(module, plan, "normal", seed=0), plan)
+        scale_optimizer(optimizer, module, plan)
+    before = module(inputs).detach()
+    for _ in range(5):
+        optimizer.zero_grad()
+        F.cross_entropy(module(inputs).flatten(0, 1), targets).backward()
+        optimizer.step()
+    return float((module(inputs).detach() - before).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -229,9 +229,9 @@ NESTED = "model: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[]", "is not the configuration of a LightningCLI: it has no model"),
-        ("model: 3", "has 3 as its model, which should be a mapping"),
-        ("model: {class_path: 1}", "as its model, which should be a mapping, and any class_path in it a text"),
+        ("[]", "is not a LightningCLI configuration: it has no model"),
+        ("model: 3", "has 3 as its model: it should be a mapping"),
+        ("model: {class_path: 1}", "as its model: it should be a mapping, and its class_path a text"),
         ("model: {class_path: a.B, init_args: [1]}", r"has \[1\] as init_args of its model"),
         ("trainer: {callbacks: [3]}", r"has 3 as its trainer.callbacks\[0\]"),
         (NESTED, "its aliases stand for more than 100,000 values"),

@@ -40,7 +40,7 @@ def test_report_as_json_and_back(report: CheckReport, tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "check.txt").read_text() == f"{report}\n"
     assert (tmp_path / "folder" / "check.png").read_bytes()[:4] == b"\x89PNG"
     for wrong in ("", "[]", "{}", text.replace('"rows"', '"lines"')):
-        with pytest.raises(ValueError, match="This is not a report of a check"):
+        with pytest.raises(ValueError, match="This is no report of a check"):
             CheckReport.from_json(wrong)
 
 

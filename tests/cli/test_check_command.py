@@ -118,7 +118,7 @@ def test_configuration_of_a_command_and_of_one_class(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("a: [", "cannot be read as a configuration"),
-        *((text, "is not the configuration of a LightningCLI: it has no model") for text in ("[1, 2]", "name: value")),
+        *((text, "is not a LightningCLI configuration: it has no model") for text in ("[1, 2]", "name: value")),
         (yaml.safe_dump(content(data={"batch": 3})), "does not say which class its data are of"),
     ],
 )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.architectures import ARCHITECTURES, LANGUAGE, TOKENS, Architecture, Encoder
-from helpers.residual_networks import Net, X, in_a_row
+from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from helpers.residual_networks import Net, X
 from helpers.taps import inputs, logits
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -65,14 +65,6 @@ def test_streams_branches_and_readout(architecture: Architecture) -> None:
     assert all(bool(branch.folds) != architecture.unfoldable for branch in structure.branches)
     assert len(structure.warnings) == bool(architecture.warns)
     assert all(architecture.warns in warning for warning in structure.warnings)
-
-
-def test_a_branch_that_ends_in_a_norm_is_multiplied_after_it() -> None:
-    structure = discover(ARCHITECTURES["gemma2"].build(1, 2, 16), LANGUAGE)
-    assert [str(branch.site) for branch in structure.branches] == [
-        "model.layers.0.post_attention_layernorm output",
-        "model.layers.0.post_feedforward_layernorm output",
-    ]
 
 
 def test_structure_is_the_same_on_meta(architecture: Architecture) -> None:
@@ -215,64 +207,19 @@ def test_what_cannot_be_discovered(module: nn.Module, example: Any, message: str
         discover(module, example)
 
 
-def test_example_input_array_is_an_example() -> None:
-    assert discover(ResNet(2, 8, 4, inputs=3, outputs=2)).depth == 2
-
-
-def test_encoder_and_decoder_are_two_streams() -> None:
-    tokens, parts = torch.zeros(2, 4, dtype=torch.long), {"embed": nn.Embedding(9, 16), "target": nn.Embedding(9, 16)}
-    parts |= {"blocks": nn.Transformer(16, 2, 2, 3, 32, batch_first=True, norm_first=True), "out": nn.Linear(16, 9)}
-    module = Net(lambda net, x, y: net.out(net.blocks(net.embed(x), net.target(y))), **parts)
-    structure = discover(module, (tokens, tokens))
-    assert not structure.unassigned
-    assert [stream.depth for stream in structure.streams] == [9, 4], "decoder first: it makes the output"
-    assert structure.roles["blocks.encoder.norm.weight"] == "stream_norm"
-    assert structure.roles["blocks.decoder.layers.2.multihead_attn.in_proj_weight"] == "branch_in"
-    assert structure.parameters["blocks.encoder.layers.0.linear1.weight"].stream == 1
-
-
-class Stages(nn.Module):  # two stages of residual convolutions; the second begins with a shortcut by pooling
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.shortcut, self.out = nn.Conv2d(3, 4, 3, padding=1), nn.AvgPool2d(2), nn.Linear(4, 5)
-        self.first, self.second, self.third = (self._block(stride) for stride in (1, 2, 1))
-
-    @staticmethod
-    def _block(stride: int) -> nn.Sequential:
+def test_strided_shortcuts_without_a_matrix() -> None:
+    def block(stride: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(4, 6, 3, stride, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
 
-    def forward(self, x: Tensor) -> Any:
-        h = F.relu(self.stem(x))
-        h = F.relu(h + self.first(h))
-        h = F.relu(self.second(h) + self.shortcut(h))
-        h = F.gelu(h + self.third(h), approximate="tanh")
-        return self.out(h.mean((2, 3)))
+    def forward(net: Net, x: Tensor) -> Any:
+        h = F.relu(net.embed(x))
+        h = F.relu(h + net.first(h))
+        h = F.relu(net.second(h) + F.avg_pool2d(h, 2))
+        return net.out(F.gelu(h + net.third(h), approximate="tanh").mean((2, 3)))
 
-
-def test_strided_shortcuts_without_a_matrix() -> None:
-    structure = discover(Stages(), torch.ones(2, 3, 8, 8))
+    parts = {"first": block(1), "second": block(2), "third": block(1), "blocks": nn.Identity(), "out": nn.Linear(4, 5)}
+    structure = discover(Net(forward, embed=nn.Conv2d(3, 4, 3, padding=1), **parts), torch.ones(2, 3, 8, 8))
     assert not structure.unassigned and not structure.warnings
-    assert structure.depth == 3
     found = [(branch.name, str(branch.site)) for branch in structure.branches]
     assert found == [(name, f"{name} output") for name in ("first", "second", "third")]
     assert structure.roles["second.0.weight"] == "branch_in" and structure.roles["second.3.weight"] == "branch_out"
-
-
-def test_convolutions() -> None:
-    def block() -> nn.Sequential:
-        first = nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU()
-        return nn.Sequential(*first, nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU(), nn.Conv2d(16, 8, 1))
-
-    parts = {"embed": nn.Conv2d(3, 8, 3, padding=1), "out": nn.Identity(), "fc": nn.Linear(8, 5)}
-    parts["blocks"] = nn.ModuleList((block(), block()))
-    module = Net(lambda net, x: net.fc(in_a_row(net, x).mean((2, 3))), **parts)
-    structure = discover(module, torch.ones(2, 3, 8, 8))
-    assert not structure.unassigned
-    assert (structure.depth, structure.embedding) == (2, 8)
-    roles = {name.removeprefix("blocks.1."): role.value for name, role in structure.roles.items()}
-    expected = {"0.weight": "branch_norm", "1.weight": "branch_in", "2.weight": "branch_in_bias"}
-    expected |= {"4.weight": "branch_hidden", "4.bias": "branch_in_bias", "6.weight": "branch_out"}
-    assert {name: roles[name] for name in expected} == expected
-    assert structure.branches[0].kind == "convolution"
-    depthwise = structure.parameters["blocks.0.4.weight"]
-    assert (depthwise.fan_in, depthwise.fan_out) == (1, 16)

@@ -159,15 +159,6 @@ def test_hook_and_fold_are_exact_at_powers_of_two(name: str, shape: Dimensions, 
     assert identical(module, before)
 
 
-@SOME
-@given(name=MODEL, shape=DIMENSIONS, base=DIMENSIONS)
-def test_hook_and_fold_are_the_same_function(name: str, shape: Dimensions, base: Dimensions) -> None:
-    module, plan = planned(name, shape, base)
-    folded = fold(copy.deepcopy(module.double()), plan)
-    attach_multipliers(module, plan)
-    torch.testing.assert_close(output(folded, name), output(module, name), rtol=1e-11, atol=1e-13)
-
-
 def gated(embedding: int) -> Net:
     """Its branch is multiplied by a scalar (ReZero), of bounded size at every D."""
     parts = {"embed": nn.Linear(3, embedding), "out": nn.Linear(embedding, 2), "blocks": Block(embedding, hidden=5)}

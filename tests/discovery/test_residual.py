@@ -159,19 +159,6 @@ def test_norms_of_blocks_without_a_shortcut_do_not_make_a_stream_post_norm() -> 
     assert (depthwise.role, depthwise.fan_in, depthwise.fan_out) == ("branch_hidden", 1, 64)
 
 
-def test_tables_that_are_added_on_the_way_are_embeddings() -> None:
-    def staged(net: Net, x: Tensor) -> Any:
-        first, second = net.blocks
-        return net.out(second(first(net.embed(x)) + net.positions + net.table(torch.arange(3))))
-
-    parts = {"embed": nn.Linear(8, 16), "out": nn.Linear(16, 5), "blocks": nn.ModuleList((Blocks(16), Blocks(16)))}
-    parts |= {"positions": nn.Parameter(torch.randn(1, 3, 16)), "table": nn.Embedding(3, 16)}
-    structure = discover(Net(staged, **parts), (X,))
-    assert not structure.unassigned
-    for name in ("positions", "table.weight"):
-        assert (structure.roles[name], structure.parameters[name].fan_out) == ("embedding", 16)
-
-
 class Flattened(Blocks):
     """Every second branch sees all tokens of all samples in one row, and so does what it is added to."""
 
@@ -190,24 +177,15 @@ def test_a_stream_that_is_flattened_on_the_way_can_be_read() -> None:
 
 
 def test_early_states_that_are_joined_late() -> None:
-    class Level(nn.Module):
-        def __init__(self, width: int) -> None:
-            super().__init__()
-            self.read, self.write, self.skip = nn.Linear(width, 16), nn.Linear(16, 8), nn.Linear(width, 8)
+    def hourglass(net: Net, x: Tensor) -> Any:
+        first = h = net.embed(x)
+        for number, (read, write, skip) in enumerate(net.blocks):
+            h = torch.cat([h, first], -1) if number else h
+            h = skip(h) + write(torch.tanh(read(h)))
+        return net.out(h)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.skip(x) + self.write(torch.tanh(self.read(x)))
-
-    class Hourglass(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.down, self.up, self.out = nn.Linear(3, 8), Level(8), Level(16), nn.Linear(8, 2)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            first = self.embed(x)
-            return self.out(self.up(torch.cat([self.down(first), first], -1)))
-
-    structure = discover(Hourglass(), torch.ones(2, 3))
+    levels = [(nn.Linear(width, 16), nn.Linear(16, 8), nn.Linear(width, 8)) for width in (8, 16)]
+    structure = discover(Net(hourglass, blocks=nn.ModuleList(map(nn.ModuleList, levels))), torch.ones(2, 3))
     assert structure.depth == 2 and not structure.unassigned
     assert {str(structure.roles[name]) for name in ("embed.weight", "embed.bias")} == {"embedding"}
-    assert str(structure.roles["up.skip.weight"]) == "stream_matrix"
+    assert str(structure.roles["blocks.1.2.weight"]) == "stream_matrix"

@@ -1,6 +1,5 @@
 """Files that somebody has damaged or forged, read by a process of its own, with limits of time and memory."""
 
-import multiprocessing
 import os
 import random
 import re
@@ -11,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Read", "damaged", "edited", "limits", "refused_of", "respelled", "run_to_end"]
+from helpers.processes import exit_code, fork
 
-fork = multiprocessing.get_context("fork")
+__all__ = ["Read", "damaged", "edited", "limits", "refused_of", "respelled", "run_to_end"]
 
 MEMORY = 64 * 2**20  # bytes beyond those that the process has, for files of a few thousand bytes
 SECONDS = 2.0  # for each
@@ -115,7 +114,5 @@ def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) ->
 
 
 def run_to_end(target: Callable[..., None], *args: Any, said: Any = None) -> None:
-    process = fork.Process(target=target, args=args)
-    process.start()
-    process.join()
-    assert process.exitcode == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {process.exitcode}"
+    code = exit_code(target, *args)
+    assert code == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {code}"

@@ -1,11 +1,6 @@
-"""Runs in one or two processes: ``distributed_run.py FOLDER STRATEGY...``, each in a folder of the strategy's name.
-
-Each records a large model, whose features it watches, and measures a small one against it and the infinite model.
-"""
+"""Runs in one or two processes: each records a large model, and measures a small one against it and the infinite model."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
-from helpers.processes import environment
+from helpers.ranks import rank
 from helpers.trainers import pairs, quiet
 from mlu_lightning import EmbeddingDistance, FeatureUpdate, Limit, MLUCallback, Plan, ReferenceRecorder
 from mlu_lightning.models import ResNet
@@ -73,9 +68,14 @@ def run(strategy: str, folder: Path) -> None:
         fit(strategy, SMALL, folder / "limit", EmbeddingDistance(LIMIT))
 
 
-def start(folder: Path, *strategies: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, __file__, str(folder), *strategies]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+def run_all(folder: Path) -> None:
+    """With both strategies; and with one in a folder that has a reference, whose error ends both processes."""
+    for strategy in ("ddp", "fsdp2"):
+        run(strategy, folder / strategy)
+    try:
+        run("ddp", folder / "again")
+    except FileExistsError as error:
+        (folder / f"error-{rank()}").write_text(str(error))
 
 
 def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
@@ -85,9 +85,3 @@ def logged(folder: Path, prefix: str) -> dict[int, dict[str, float]]:
             for row in csv.DictReader(file)
             if row.get(f"{prefix}output") or row.get(f"{prefix}output/limit")
         }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for name in sys.argv[2:]:
-        run(name.split()[0], Path(sys.argv[1]) / name)

@@ -1,13 +1,7 @@
-"""Runs that can be killed: ``python -m helpers.killed_run`` reads one per line, and prints the exit code of each.
+"""Runs that can be killed some steps and seconds after they began, and go on from the last checkpoint in their folder."""
 
-A line is JSON: folder, optimizer, schedule, residual, and ``kill``, the steps and seconds until then, or null; a run goes on
-from the last checkpoint in its folder, in a process that is forked when everything is imported.
-"""
-
-import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,15 +114,3 @@ def run(folder: Path, optimizer: str, schedule: str, residual: Any, kill: tuple[
     schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     end = {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "scheduler": schedulers}
     torch.save(end, folder / "end.pt")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        arguments: dict[str, Any] = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run(Path(arguments.pop("folder")), **arguments)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)

@@ -1,4 +1,4 @@
-"""Every way in which people load a checkpoint, run here or in another process (``python loading.py FOLDER``).
+"""Every way in which people load a checkpoint, run here or in another process.
 
 Nothing but torch and Lightning is imported, because there the package is not to be had at first.
 """
@@ -142,8 +142,7 @@ def load_all(folder: Path, ways: dict[str, Any]) -> dict[tuple[str, str], Tensor
     return found
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def load_without_and_with_the_package(folder: Path) -> None:
     sys.modules["mlu_lightning"] = None  # type: ignore[assignment]  # importing it is an ImportError
     without = load_all(folder, PLAIN)
     del sys.modules["mlu_lightning"]

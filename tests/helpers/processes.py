@@ -1,13 +1,31 @@
 """Processes that tests start, and what they need."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["environment", "peak_megabytes", "run"]
+__all__ = ["environment", "exit_code", "fork", "forked", "peak_megabytes", "run"]
+
+fork = multiprocessing.get_context("fork")  # whose processes import nothing anew
+
+
+def forked(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """A process that calls a function, and has begun."""
+    process = fork.Process(target=function, args=arguments, kwargs=more)
+    process.start()
+    return process
+
+
+def exit_code(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """Call a function in a process of its own."""
+    process = forked(function, *arguments, **more)
+    process.join()
+    return process.exitcode
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -1,8 +1,6 @@
-"""Runs under Lightning's strategies in two processes: ``strategies_run.py FOLDER RUNS STRATEGY...``."""
+"""Runs under Lightning's strategies, in one process or two."""
 
-import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,11 +22,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler
 
 from helpers.perceptrons import Branch
+from helpers.ranks import rank
 from helpers.trainers import pairs, quiet
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.models import ResNet
 
-INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 48
+INPUTS, OUTPUTS, BATCH, SAMPLES = 3, 2, 8, 24
 BASE = {"depth": 2, "hidden": 8, "embedding": 4}
 WIDE = {"depth": 4, "hidden": 32, "embedding": 16}
 ALL = [*product(("hook", "fold"), (1, 2))]  # where multipliers are, and over how many batches gradients are accumulated
@@ -156,11 +155,6 @@ def loader(parts: int = 1, part: int = 0) -> DataLoader[Any]:
     return DataLoader(data, BATCH // parts, sampler=sampler)
 
 
-def rank() -> int:
-    """Of this process; the second is started during the first ``fit`` of the other."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
 def weights(module: nn.Module) -> dict[str, Tensor]:
     found = {}
     wrapped = isinstance(module, FullyShardedDataParallel)
@@ -194,9 +188,6 @@ def fit(way: Way, residual: Any, accumulate: int) -> dict[str, Any]:
     return {"plan": callback.plan.to_yaml(), "losses": torch.stack(module.losses), **weighed}
 
 
-if __name__ == "__main__":
-    folder, runs, names = Path(sys.argv[1]), RUNS[sys.argv[2]], sys.argv[3:]
-    torch.set_num_threads(1)
+def run_all(folder: Path, runs: list[Any], names: list[str]) -> None:
     for name in names:
-        done = {run: fit(WAYS[name], *run) for run in runs}
-        torch.save(done, folder / f"{name}-{rank()}.pt")
+        torch.save({run: fit(WAYS[name], *run) for run in runs}, folder / f"{name}-{rank()}.pt")

@@ -1,4 +1,4 @@
-"""Checkpoints of runs without the plugin in runs with it, and the other way round; plans of other versions."""
+"""Checkpoints of runs without the plugin in runs with it, and the other way round."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,8 @@ import pytest
 import torch
 from helpers.runs_by_hand import BASE, ByHand, Net, Residual, fit, listed
 
-from mlu_lightning import MLUCallback, Plan
+from mlu_lightning import MLUCallback
 from mlu_lightning.application.state_mark import MARK, without_mark
-from mlu_lightning.models import ResNet
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +73,3 @@ def test_checkpoint_that_was_not_written_to_its_end_is_not_taken(checkpoints: di
             fit(module, MLUCallback(Net(BASE), residual="hook"), ckpt_path=tmp_path / "part.ckpt")
         assert module.losses == []
         assert "configure_optimizers" not in vars(module)
-
-
-@pytest.mark.parametrize("version", ["1", "1.5", "next"])
-def test_plan_of_another_version_is_refused(version: str, tmp_path: Path) -> None:
-    path, plan = tmp_path / "plan.yaml", Plan.from_model(ResNet(2, 8, 4, inputs=3, outputs=2))
-    path.write_text(plan.to_yaml().replace("mlu_plan: 2", f"mlu_plan: {version}"))
-    message = rf"plan\.yaml has version '?{version}'? of .* reads version 2\. Update mlu-lightning, or plan"
-    with pytest.raises(ValueError, match=message):
-        Plan.load(path)

@@ -1,7 +1,6 @@
 """Everything that goes wrong during a fit: what is left is the user's own, with the multipliers in it exactly once."""
 
 import copy
-import multiprocessing
 import os
 import resource
 import signal
@@ -14,6 +13,7 @@ import pytest
 import torch
 from helpers import faulty_runs
 from helpers.faulty_runs import PROBE, At, Watched, check_module, check_optimizer, fit, own_hooks
+from helpers.processes import exit_code
 from helpers.runs_by_hand import BASE, SHAPE, Net
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -215,10 +215,9 @@ def fit_until_terminated(folder: Path) -> None:
 
 
 def test_a_process_that_is_told_to_end(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=fit_until_terminated, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0 and Reference.load(tmp_path / "run.safetensors").steps[:4] == (0, 1, 2, 3)
+    assert exit_code(fit_until_terminated, tmp_path) == 0 and Reference.load(tmp_path / "run.safetensors").steps[
+        :4
+    ] == (0, 1, 2, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
 
 

@@ -1,39 +1,19 @@
 """Runs that are killed in the middle of anything, and go on from their last checkpoint: bit for bit the whole run."""
 
-import json
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.killed_run import OPTIMIZERS, SCHEDULES, STEPS
-from helpers.processes import environment
+from helpers.killed_run import OPTIMIZERS, SCHEDULES, STEPS, run
+from helpers.processes import exit_code
 from helpers.runs_by_hand import listed
 
 from mlu_lightning.observation.reference import Reference
 
-Runs = subprocess.Popen[str]
 KILLED = -signal.SIGKILL
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """Takes runs, and tells their exit codes."""
-    folder = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-W", "ignore", "-m", "helpers.killed_run"]
-    piped: Any = {"text": True, "bufsize": 1, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with (
-        (folder / "errors").open("w") as errors,
-        subprocess.Popen(command, env=environment(TMPDIR=str(folder)), stderr=errors, **piped) as process,
-    ):
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
 
 
 def losses(folder: Path) -> list[tuple[int, str]]:
@@ -42,12 +22,10 @@ def losses(folder: Path) -> list[tuple[int, str]]:
     return [(int(step), loss) for step, _, loss in (line.partition(" ") for line in lines)]
 
 
-def life(runs: Runs, folder: Path, names: dict[str, str], kill: tuple[int, float] | None = None) -> int:
+def life(folder: Path, names: dict[str, str], kill: tuple[int, float] | None = None) -> int:
     """Let a run begin or go on until it ends, or is killed so many steps and seconds later; its exit code."""
-    assert runs.stdin is not None and runs.stdout is not None
     folder.mkdir(exist_ok=True)
-    runs.stdin.write(json.dumps({"folder": str(folder), **names, "kill": kill}) + "\n")
-    return int(runs.stdout.readline())
+    return int(exit_code(run, folder, **names, kill=kill))
 
 
 def outcome(folder: Path) -> Any:
@@ -57,17 +35,17 @@ def outcome(folder: Path) -> Any:
     return listed(torch.load(folder / "end.pt", weights_only=True)), recording.losses.tolist(), read
 
 
-def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: int, seed: int) -> None:
+def compare_with_whole(folder: Path, names: dict[str, str], kills: int, seed: int) -> None:
     moments = random.Random(seed)
-    assert life(runs, folder / "whole", names) == 0
+    assert life(folder / "whole", names) == 0
     kill = [(moments.randint(1, STEPS // 3), moments.uniform(0, 0.02)) for _ in range(kills)]
-    codes = [life(runs, folder / "killed", names, moment) for moment in kill]
+    codes = [life(folder / "killed", names, moment) for moment in kill]
     assert codes == [KILLED] * kills and not (folder / "killed" / "end.pt").exists()
     # what is there when a run is killed is whole
     for path in (folder / "killed").glob("*.ckpt"):
         assert torch.load(path, weights_only=True)["global_step"] == int(path.stem)
     recorded = Reference.load(folder / "killed" / "run.safetensors")
-    assert life(runs, folder / "killed", names) == 0 and outcome(folder / "killed") == outcome(folder / "whole")
+    assert life(folder / "killed", names) == 0 and outcome(folder / "killed") == outcome(folder / "whole")
     whole, killed = losses(folder / "whole"), losses(folder / "killed")
     assert [step for step, _ in whole] == [*range(1, STEPS + 1)]
     assert set(killed) == set(whole)  # a step that was made again had the same loss
@@ -75,15 +53,15 @@ def compare_with_whole(runs: Runs, folder: Path, names: dict[str, str], kills: i
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
-def test_killed_run_is_the_whole_run(residual: str, runs: Runs, tmp_path: Path) -> None:
-    compare_with_whole(runs, tmp_path, {"optimizer": "adamw", "schedule": "one-cycle", "residual": residual}, 1, 0)
+def test_killed_run_is_the_whole_run(residual: str, tmp_path: Path) -> None:
+    compare_with_whole(tmp_path, {"optimizer": "adamw", "schedule": "one-cycle", "residual": residual}, 1, 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("residual", ["hook", "fold"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_run_killed_twice_with_every_schedule(schedule: str, residual: str, runs: Runs, tmp_path: Path) -> None:
+def test_run_killed_twice_with_every_schedule(schedule: str, residual: str, tmp_path: Path) -> None:
     seed = [*SCHEDULES].index(schedule)
     optimizer = [*OPTIMIZERS][seed % len(OPTIMIZERS)]
     names = {"optimizer": optimizer, "schedule": schedule, "residual": residual}
-    compare_with_whole(runs, tmp_path, names, 2, 2 * seed + (residual == "fold"))
+    compare_with_whole(tmp_path, names, 2, 2 * seed + (residual == "fold"))

@@ -3,8 +3,6 @@
 import argparse
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import loading
+from helpers.bare import Bare
 from helpers.loading import OURS, PLAIN, Lit, Net, data, load_all, outputs, trainer
-from helpers.trainers import identical
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -48,10 +46,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, T
     return folder, found
 
 
-def test_it_is_the_trained_function_or_an_error(trained: tuple[Path, dict[str, Tensor]]) -> None:
+def test_it_is_the_trained_function_or_an_error(trained: tuple[Path, dict[str, Tensor]], bare: Bare) -> None:
     """Here, and in a process that at first cannot import the package, and then does."""
     folder, expected = trained
-    subprocess.run([sys.executable, loading.__file__, folder], check=True, capture_output=True)
+    code = "import helpers.loading, pathlib; helpers.loading.load_without_and_with_the_package(pathlib.Path(folder))"
+    bare.run(code, folder=str(folder))
     without, another = torch.load(folder / "found.pt", weights_only=True)
     here = load_all(folder, {**PLAIN, **OURS})
     assert len(without) == len(RUNS) * len(PLAIN)
@@ -62,27 +61,6 @@ def test_it_is_the_trained_function_or_an_error(trained: tuple[Path, dict[str, T
                 assert torch.equal(value, expected[name]), (name, way, value)
             else:
                 assert isinstance(value, str) and MARK in value and "Unexpected key" in value, (name, way, value)
-
-
-def test_the_default_is_a_plain_module(tmp_path: Path) -> None:
-    run = trainer(callback := MLUCallback(Lit(depth=2, width=4)))
-    run.fit(module := Lit(), data())
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    assert module.state_dict().keys() == Lit().state_dict().keys()
-    assert torch.equal(outputs(Lit.load_from_checkpoint(tmp_path / "last.ckpt")), outputs(module))
-    assert callback.plan is not None and len(callback.plan.forward_factors) == 7
-
-
-@pytest.mark.parametrize("residual", ["fold", "hook"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_at_the_base_shape_it_is_the_plain_run(residual: Any, tied: bool, tmp_path: Path) -> None:
-    runs = []
-    for callbacks in ([], [MLUCallback(Lit(tied=tied), residual=residual)]):
-        torch.manual_seed(1)
-        trainer(*callbacks).fit(module := Lit(tied=tied), data())
-        runs.append(module)
-    assert identical(*runs)
-    assert runs[1].state_dict().keys() == runs[0].state_dict().keys()
 
 
 WAYS_ON: dict[str, Callable[[Any], Any]] = {

@@ -1,16 +1,13 @@
 """MLUCallback under Lightning's strategies, in two processes (gloo): the run is that of one process."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.faulty_runs import At
-from helpers.processes import environment
-from helpers.strategies_run import ALL, BASE, INPUTS, WAYS, WIDE, Net, fit, loader
+from helpers.ranks import on_two_ranks
+from helpers.strategies_run import ALL, BASE, INPUTS, RUNS, WAYS, WIDE, Net, fit, loader, run_all
 from helpers.trainers import quiet
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
@@ -21,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from mlu_lightning import bake
 from mlu_lightning.callbacks import MLUCallback
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "strategies_run.py"
 DIVIDED = [name for name, way in WAYS.items() if way.processes > 1]
 Runs = dict[tuple[str, int], dict[str, Any]]
 
@@ -33,11 +29,9 @@ def single() -> Runs:
 
 @pytest.fixture(scope="module", params=["few", pytest.param("all", marks=pytest.mark.slow)])
 def divided(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Runs]]:
-    """The runs of both processes by the name of the strategy; they are started once, as that takes longest."""
+    """The runs of both processes by the name of the strategy."""
     folder = tmp_path_factory.mktemp("divided")
-    command = [sys.executable, str(SCRIPT), str(folder), request.param, *DIVIDED]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr
+    on_two_ranks(run_all, folder, RUNS[request.param], DIVIDED)
     return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in DIVIDED}
 
 
@@ -51,7 +45,7 @@ def test_run_of_two_processes_is_that_of_one(name: str, single: Runs, divided: d
             for parameter, value in expected["start"].items():
                 assert torch.equal(found["start"][parameter], value), parameter
             for parameter, value in expected["end"].items():
-                # sums over two halves, in float32, for 12 batches
+                # sums over two halves, in float32, for 6 batches
                 torch.testing.assert_close(found["end"][parameter], value, rtol=1e-4, atol=1e-5)
         losses = torch.stack([found["losses"] for found in both])
         torch.testing.assert_close(losses.mean(0), expected["losses"], rtol=1e-5, atol=1e-6)

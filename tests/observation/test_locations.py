@@ -39,7 +39,7 @@ REMEDY = r"after 2 of its 4 additions cannot be read.*nn.Identity.*other than 0.
 
 @pytest.mark.parametrize(
     ("taps", "s", "message"),
-    [(WITHOUT_MIDDLE, 0.5, REMEDY), (stream_taps(4), 1.5, r"between 0 \(the embedding\) and 1 .* 1.5 does not")],
+    [(WITHOUT_MIDDLE, 0.5, REMEDY), (stream_taps(4), 1.5, r"from 0 \(the embedding\) to 1 .* 1.5 is not")],
 )
 def test_position_that_cannot_be_read_is_refused_with_a_remedy(taps: list[Tap], s: float, message: str) -> None:
     assert len(locate(taps, [4], [0, 0.25, 1])) == 3

@@ -1,7 +1,6 @@
 """A probe leaves no trace in the model that it is passed through."""
 
 import copy
-import multiprocessing
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.processes import peak_megabytes
+from helpers.processes import fork, forked, peak_megabytes
 from helpers.small_observations import SHAPE, locations_in, pairs
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -232,10 +231,8 @@ def measure_pass(result: Any) -> None:
 
 
 def test_pass_does_not_take_the_memory_of_a_second_model() -> None:
-    fork = multiprocessing.get_context("fork")
     result = fork.Queue()
-    process = fork.Process(target=measure_pass, args=(result,))
-    process.start()
+    process = forked(measure_pass, result)
     size, taken = result.get(timeout=60)
     process.join()
     assert size > 68 and taken < size / 4  # megabytes

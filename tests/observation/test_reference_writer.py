@@ -1,10 +1,7 @@
 """What a writer refuses, how it goes on in a file, and what is left when it is killed or the disk is full."""
 
-import multiprocessing
 import os
 import random
-import resource
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.references import HEADER, LOCATIONS, PROBE, check, losses, observation, write
+from helpers.processes import forked
+from helpers.references import HEADER, PROBE, check, losses, observation, write
 from torch import Tensor
 
 from mlu_lightning.models import ResNet
@@ -79,18 +77,6 @@ def test_resume_drops_what_came_after(path: Path) -> None:
     assert ReferenceWriter.resume(path, HEADER, PROBE, 2).steps == (0,)
 
 
-def test_a_resumed_file_is_that_of_one_run(tmp_path: Path) -> None:
-    write(tmp_path / "whole", [0, 3, 6, 9])
-    write(tmp_path / "parts", [0, 3, 5])
-    # the order of locations in a header is of no importance
-    header = replace(HEADER, locations=dict(reversed(LOCATIONS.items())))
-    writer = ReferenceWriter.resume(tmp_path / "parts", header, PROBE, 4)
-    for step in (6, 9):
-        writer.write(step, observation(step), losses(step))
-    whole, parts = check(tmp_path / "whole", [0, 3, 6, 9]), Reference.load(tmp_path / "parts")
-    assert (parts.digests, parts.header) == (whole.digests, HEADER) and torch.equal(parts.losses, losses(9))
-
-
 def refused(message: str, path: Path, header: ReferenceHeader = HEADER, probe: Any = PROBE) -> None:
     with pytest.raises(ValueError, match=message):
         ReferenceWriter.resume(path, header, probe, 0)
@@ -145,9 +131,6 @@ def test_resume_says_where_plans_differ(difference: str, path: Path) -> None:
     refused(r"it has no plan and this run has one\. Give the recorder another", plain, header)
 
 
-fork = multiprocessing.get_context("fork")
-
-
 def record_forever(path: Path, step: int) -> None:
     writer = ReferenceWriter.resume(path, HEADER, PROBE, step) if step >= 0 else ReferenceWriter(path, HEADER, PROBE)
     while True:
@@ -165,8 +148,7 @@ def wait_for(path: Path, known: int) -> None:
 def test_killed_at_any_moment(path: Path) -> None:
     moments, known = random.Random(0), 0
     for _ in range(6):
-        process = fork.Process(target=record_forever, args=(path, known - 1))
-        process.start()
+        process = forked(record_forever, path, known - 1)
         wait_for(path, known)
         time.sleep(moments.uniform(0, 0.05))
         process.kill()
@@ -181,8 +163,7 @@ def test_killed_at_any_moment(path: Path) -> None:
 
 
 def test_read_while_it_is_written(path: Path) -> None:
-    process = fork.Process(target=record_forever, args=(path, -1))
-    process.start()
+    process = forked(record_forever, path, -1)
     try:
         wait_for(path, 0)
         first, counts = Reference.load(path), []
@@ -197,38 +178,6 @@ def test_read_while_it_is_written(path: Path) -> None:
     finally:
         process.kill()
         process.join()
-
-
-def record_on_a_full_disk(path: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    writer = write(path, [0, 1])
-    before = path.read_bytes()
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, most))
-    with pytest.raises(OSError, match="too large"):
-        writer.write(2, observation(2), losses(2))
-    assert (path.read_bytes(), os.listdir(path.parent)) == (before, [path.name])
-    check(path, [0, 1])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    writer.write(3, observation(3), losses(3))
-    check(path, [0, 1, 2, 3])
-
-
-def test_disk_that_is_full(path: Path) -> None:
-    process = fork.Process(target=record_on_a_full_disk, args=(path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-
-
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        write(tmp_path / "file" / "reference", [0])
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        write(tmp_path / "folder", [0])
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_a_file_that_is_replaced_as_it_is_opened_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

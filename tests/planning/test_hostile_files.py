@@ -252,6 +252,14 @@ PARAMETERIZATIONS = "Parameterizations are: mlu, completep, mup, sp"
         ("role: readout", "role: output", r"readout\.weight: there is no role 'output'"),
         ("base_depth", "depth0", "streams: .*should be a mapping with the keys depth, base_depth"),
         ("parameterization: mlu", "parameterization: ntk", f"no parameterization 'ntk'. {PARAMETERIZATIONS}"),
+        *(
+            (
+                "mlu_plan: 2",
+                f"mlu_plan: {version}",
+                f" has version '?{version}'? of .* reads version 2. Update mlu-lightn",
+            )
+            for version in ("1", "1.5", "next")
+        ),
         ("", "a: [", "is not YAML"),
         ("", "lr: 1.0", "is not a plan: it has no line 'mlu_plan: 2'"),
         ("", "mlu_plan: 2\nalpha: 1.0", f"is not a complete plan: {', '.join(LINES)}"),

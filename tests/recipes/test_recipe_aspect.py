@@ -70,7 +70,7 @@ def test_capped_std() -> None:
 
 
 def test_runs_with_a_cap_are_those_of_others_where_there_is_none() -> None:
-    part = Study(**recipe.STUDIES["resnet 32"] | recipe.QUICK)
+    part = Study(**recipe.STUDIES["resnet, M = 32"] | recipe.QUICK)
     shared = shared_runs(plans_of(part))
     grown = [part.shapes(axis)[factor] for axis, factor in (("M", 2), ("D", 16))]
     assert [shared[shape, "capped"] for shape in grown] == ["mlu", "capped"]

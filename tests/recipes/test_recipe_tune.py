@@ -12,6 +12,7 @@ from recipes.tune.report import loss_table, losses_of, verdicts
 from recipes.tune.run import main
 from recipes.tune.runs import METHODS, Run, Study, missing_runs
 from recipes.tune.samplers import DIMENSIONS, Search, make_sampler, sampler_table, train
+from recipes.tune.small_bases import Change, base_table, missing
 
 BEST = {"SP, lr tuned here": -7.2, "SP, same factors, lr tuned here": -4.1}
 STUDY = replace(Study(), seeds=2, shapes={name: Study().shapes[name] for name in ("base", "8 × D")})
@@ -60,7 +61,10 @@ def test_tables_take_the_best_learning_rate_of_all_seeds() -> None:
     table = loss_table(STUDY, runs)
     assert cells(table, 0)[1:4] == ["2.205 ± 0.005", "2.005 ± 0.005*", "2.005 ± 0.005*"]
     assert cells(table, 1)[2:5] == ["1.905 ± 0.005*", "2.005 ± 0.005", "2.014 ± 0.005 2^-7.5"]
-    assert verdicts(STUDY, runs) == ["8 × D: MLU, tuned is 0.100 ± 0.000 below CompleteP, same factors, the next best."]
+    (verdict,) = verdicts(STUDY, runs)
+    assert verdict.startswith(
+        "8 × D, less MLU, tuned: MLU, lr alone +0.200 ± 0.000; CompleteP, same factors +0.100 ± 0.000; "
+    )
     assert losses_of(STUDY, runs[:3], "8 × D", "MLU, tuned") is None
 
 
@@ -80,6 +84,23 @@ def test_factors_of_the_small_model_are_those_of_roles() -> None:
     assert len({plain, *(train(default | {name: 2.0}, 0, 2) for name in DIMENSIONS)}) == 1 + len(DIMENSIONS)
 
 
+def test_learning_rates_are_those_of_each_changed_base() -> None:
+    """Losses are 2, at the base 3 or 4 + (exponent + 6)², so that widths gain 1 and 2."""
+    changes = {"one": Change(), "other": Change(std=0.1)}
+    runs: list[Run] = []
+    while run := next(missing(runs, changes), None):
+        of_base = 3 + (run.method == "other") + 0.25 * run.seed + (run.exponent + 6) ** 2
+        runs.append(replace(run, loss=of_base if run.shape == "base" else 2 + 0.25 * run.seed))
+    assert len(runs) == 2 * (4 + 2 + 3)
+    table = base_table(runs, changes)
+    assert [cells(table, row)[1:] for row in (0, 1)] == [
+        ["2^-6", f"{base}.250 ± 0.144", "2.250 ± 0.144", f"{gain}.000 ± 0.000"] for base, gain in ((3, 1), (4, 2))
+    ]
+    model, base = Change().training(4, -6, 0).make()[0], Change(tied=False).training(1, -6, 0).base()
+    assert [m.tokens.weight.shape[1] for m in (model, base)] == [128, 32]
+    assert [m.readout.weight is m.tokens.weight for m in (model, base)] == [True, False]
+
+
 @pytest.mark.slow
 def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["--quick"], ["study", "--quick"]):  # the second finds everything done
@@ -88,3 +109,5 @@ def test_quick_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert {"tuned.yaml", "tune_shapes.png", "runs.jsonl"} <= {file.name for file in tmp_path.iterdir()}
     main(["samplers", "--quick", "--workers=1", f"--output={tmp_path / 'samplers'}"])
     assert "trust region" in capsys.readouterr().out
+    main(["bases", "--quick", f"--output={tmp_path / 'bases'}"])
+    assert "as it is" in capsys.readouterr().out

@@ -121,7 +121,7 @@ def test_a_cell_that_is_no_number_leaves_the_others(tmp_path: Path) -> None:
         (lambda c, row: row["points"][0].update(value="<b>"), "could not convert string to float"),
         (lambda c, row: c.update(warnings=[None]), "None should be text"),
         (lambda c, row: c.update(seeds=True), "True should be a whole number"),
-        (lambda c, row: c.update(rows=[1]), "This is not a report of a check"),
+        (lambda c, row: c.update(rows=[1]), "This is no report of a check"),
     ],
 )
 def test_a_check_that_is_none_is_named(change: Callable[[Any, Any], Any], says: str, tmp_path: Path) -> None:

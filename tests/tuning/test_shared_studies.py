@@ -1,18 +1,20 @@
 """One study in SQLite or a journal for several processes: two at once, a killed one, and one that goes on."""
 
-import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from shutil import chown, which
+from tempfile import TemporaryDirectory
 
 import optuna
 import pytest
+from helpers.processes import forked
 from helpers.tuned_trainings import Failing, Small, tuned
-
-FORK = multiprocessing.get_context("fork")  # which imports nothing anew
 
 
 class Waits(Small):  # until it is killed, or a file is there
@@ -24,16 +26,32 @@ class Waits(Small):  # until it is killed, or a file is there
             time.sleep(0.01)
 
 
-def in_process(folder: Path, **changes: Any) -> Any:
-    process = FORK.Process(target=tuned, args=(folder,), kwargs=changes)
-    process.start()
-    return process
+@pytest.fixture
+def postgresql() -> Iterator[str]:
+    """URL of a PostgreSQL server, which refuses to be root's, at a socket in a folder of its own."""
+    found = which("initdb") or max(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), default=None)
+    if found is None or find_spec("psycopg") is None:
+        pytest.skip("PostgreSQL and psycopg are not installed")
+    user = "postgres" if os.getuid() == 0 else None
+    with TemporaryDirectory() as folder:
+        if user:
+            chown(folder, user)
+        options = {"check": True, "user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
+        subprocess.run([found, "-D", "data", "-U", "mlu", "-A", "trust", "--no-sync"], **options)
+        control = [str(Path(found).with_name("pg_ctl")), "-D", "data", "-w"]
+        subprocess.run([*control, "-o", f"-F -k {folder} -h ''", "start"], **options)
+        yield f"postgresql+psycopg://mlu@/postgres?host={folder}"
+        subprocess.run([*control, "-m", "immediate", "stop"], **options)
 
 
-@pytest.mark.parametrize("storage", ["sqlite:///{}/shared.db", pytest.param("{}/journal.log", marks=pytest.mark.slow)])
-def test_two_processes_work_on_one_study(tmp_path: Path, storage: str) -> None:
-    shared = {"storage": storage.format(tmp_path), "trials": 4}
-    others = [in_process(tmp_path, **shared) for _ in range(2)]
+@pytest.mark.parametrize(
+    "storage",
+    ["sqlite:///{}/shared.db", "postgresql", pytest.param("{}/journal.log", marks=pytest.mark.slow)],
+)
+def test_two_processes_work_on_one_study(tmp_path: Path, storage: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue(storage) if storage == "postgresql" else storage.format(tmp_path)
+    shared = {"storage": url, "trials": 4}
+    others = [forked(tuned, tmp_path, **shared) for _ in range(2)]
     for other in others:
         other.join(60)
         assert other.exitcode == 0
@@ -49,7 +67,7 @@ def test_a_killed_process_leaves_a_study_that_goes_on(tmp_path: Path, monkeypatc
     monkeypatch.setattr("mlu_lightning.tuning.storage._GRACE", 1)
     tuned(tmp_path, trials=1)
     monkeypatch.setattr(Waits, "place", tmp_path)
-    killed = in_process(tmp_path, build=Waits, trials=6)
+    killed = forked(tuned, tmp_path, build=Waits, trials=6)
     while not (tmp_path / "begun").exists():
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)

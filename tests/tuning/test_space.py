@@ -1,5 +1,6 @@
 """What is searched: names and keys by the table's roles, each factor once, and what is refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.models import CausalTransformer
+from mlu_lightning.table import Parameterization
 from mlu_lightning.tuning.space import factors_at, search_space
 from mlu_lightning.tuning.training import Training
 
@@ -47,12 +49,13 @@ def test_each_factor_is_searched_once() -> None:
     asked = ["branch_in.lr", "branch_in@mlp", "*.query.*", "norms", "weight_decay", "branch_out.multiplier"]
     expected = "lr branch_in.lr branch_in@mlp.std branch_in@mlp.lr *.query.*.std *.query.*.lr norms.lr weight_decay"
     assert names(plain(), *asked) == [*expected.split(), "branch_out.multiplier"]
+    assert names(plain(), "branch_out", "alpha") == ["lr", "branch_out.lr", "alpha"]
 
 
 @pytest.mark.parametrize(
     ("roles", "message"),
     [
-        (["alpha"], "std of branch_out times alpha"),
+        (["readout.alpha"], "alpha for 'readout'. It is of all branches"),
         (["branch_out.speed"], "matches nothing"),
         (["nowhere"], "matches nothing"),
         (["embedding.multiplier"], "have none"),
@@ -77,6 +80,22 @@ def test_learning_rates_multiply() -> None:
     assert found["branch_norm"] == found["stream_norm"] == {"lr": 0.5}
     assert found["branch_in"] == found["branch_out"] == found["readout"] == {"lr": 2.0}
     assert factors_at(space, {}) == {}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_richness_is_the_std_of_branch_out_over_the_learning_rate_of_branch_in(optimizer: Any) -> None:
+    """With Adam; with SGD, whose gradients grow as the branch does, over the square (theory.md, section 3)."""
+    plan = Plan.from_model(plain(), TOKENS[0], base=plain())
+    space = search_space(plan, ["alpha"])
+    tuned = factors_at(space, {"lr": 1.0, "alpha": 4.0})
+    assert tuned == {"branch_out": {"alpha": 4.0}}
+    rich, given = replace(plan, tuned=tuned), Plan.from_model(plain(), TOKENS[0], base=plain(), alpha=4.0)
+    assert rich.scales(optimizer) == given.scales(optimizer) and rich.forward_factors == given.forward_factors
+    assert Plan.from_yaml(rich.to_yaml(), "") == rich
+    own, before = rich.scales(optimizer)["branches.1.read.weight"], plan.scales(optimizer)["branches.1.read.weight"]
+    assert before.lr / own.lr == (4 if optimizer == "adamw" else 16)
+    with pytest.raises(ValueError, match="alpha=4"):
+        replace(plan, parameterization=Parameterization.COMPLETEP, tuned=tuned)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

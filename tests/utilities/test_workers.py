@@ -13,10 +13,6 @@ from helpers.processes import environment
 from mlu_lightning.utilities.workers import worker_pool
 
 
-def start() -> None:
-    """Workers need nothing."""
-
-
 def work(seconds: float = 600) -> int:
     time.sleep(seconds)
     return os.getpid()
@@ -43,10 +39,10 @@ def until(ready: object, seconds: float = 20) -> bool:
 
 COMMAND = """
 import signal, sys
-from test_workers import note, start
+from test_workers import note
 from mlu_lightning.utilities.workers import worker_pool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which who runs these tests may ignore
-with worker_pool(2, start) as pool:
+with worker_pool(2) as pool:
     [future.result() for future in [pool.submit(note, sys.argv[1]) for _ in range(4)]]
 """
 
@@ -66,10 +62,10 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
 
 def test_an_error_does_not_wait_for_what_runs() -> None:
     begun = time.monotonic()
-    with pytest.raises(ZeroDivisionError), worker_pool(2, start) as pool:
+    with pytest.raises(ZeroDivisionError), worker_pool(2) as pool:
         future = pool.submit(work)
         pool.submit(work, 0).result()
         raise ZeroDivisionError
     assert time.monotonic() - begun < 60 and future.exception() is not None
-    with worker_pool(1, start) as pool:
+    with worker_pool(1) as pool:
         assert pool.submit(work, 0).result() != os.getpid()
