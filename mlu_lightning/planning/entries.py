@@ -127,6 +127,9 @@ class Multiplier:
     # the module's own, which ``value`` is relative to: their product, next to the base's constant, is the table's factor
     constant: float | None = None
     base_constant: float | None = None
+    gains: tuple[
+        str, ...
+    ] = ()  # where it goes after the training, if ``folds`` is empty: into the norm before a readout
 
     @property
     def constant_ratio(self) -> float:
