@@ -88,7 +88,7 @@ class Constants:
         elif use.kind == "mul" and op.data:
             constants, source = self._behind(op.data[0])
             if source.is_normalizer:  # which nothing before it makes up for
-                made *= math.prod(self._factor(one) for one in constants if one not in self._counted)
+                made *= math.prod(self.factor(one) for one in constants if one not in self._counted)
         return made * found
 
     @cached_property
