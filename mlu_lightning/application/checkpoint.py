@@ -145,7 +145,6 @@ def _listed(multipliers: list[Multiplier]) -> str:
 
 
 def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
-    """What became of weights without multipliers in a module with them."""
     if mode == "hook":
         became = (
             "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "

@@ -124,7 +124,6 @@ def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: in
 
 
 def _coupled(group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int) -> list[Step]:
-    """Draw a group's embeddings or readouts one stream coordinate after the other."""
     if not any(bool(_full(parameter).any()) for parameter in group.values()):
         return []
     first = next(iter(group))
@@ -163,7 +162,6 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
 
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a module whose scales cannot be set."""
     if folded_parameters(module):
         raise ValueError(
             "Multipliers are folded into the weights already, so their scale is no longer the one that a plan "

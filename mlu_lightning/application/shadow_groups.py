@@ -113,8 +113,6 @@ class Split:
 
 
 class _ReadGroup(Group):
-    """A group that knows what was read of it."""
-
     def __init__(self, values: Group) -> None:
         super().__init__(values)
         self.read: set[str] = set()
@@ -150,5 +148,4 @@ _UNSEEN = object()
 
 
 def _differ(value: Any, other: Any) -> bool:
-    """Whether two values of a group differ, which may be tensors."""
     return bool(torch.as_tensor(value != other).any())

@@ -115,12 +115,10 @@ class _Application:
         self._hooks: tuple[RemovableHandle, ...] = ()
 
     def begin(self) -> None:
-        """Exchange the hooks, unless they stay as they are."""
         if self._after is not self._before:
             self._hooks = self._exchanged(self._after if self._attach else None)
 
     def finish(self) -> None:
-        """Write all weights, and note the multipliers."""
         self._steps.run()
         if self._after is not self._before:
             set_applied(self._module, self._after and replace(self._after, hooks=self._hooks))

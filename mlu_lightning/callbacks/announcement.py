@@ -60,7 +60,6 @@ def one_line(applied: Applied) -> str:
 
 
 def _changes(sizes: Iterable[tuple[int, int]], absolute: bool) -> str:
-    """Sizes next to the base's, each pair once."""
     pairs = dict.fromkeys(sizes)
     return "/".join(f"{own}" if own == base or absolute else f"{own} (base {base})" for own, base in pairs)
 

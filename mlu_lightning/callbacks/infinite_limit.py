@@ -174,7 +174,6 @@ class LimitRun:
 
 
 def _checked_plan(trainer: Trainer, module: LightningModule, layout: Layout) -> Plan:
-    """Plan in effect on a module that can have a limit in this Trainer."""
     if layout.plan is None:
         raise ValueError(
             "The infinite model is the limit of runs in the MLU parameterization, and the Trainer has no MLUCallback. "

@@ -67,7 +67,6 @@ def is_restarted(recorded: RunName, run: RunName) -> bool:
 
 
 def _of_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of a parameter group, and the sizes of its parameters."""
     sizes = [parameter.shape for parameter in group["params"]]
     return {name: value for name, value in group.items() if name != "params"} | {"sizes": sizes}
 

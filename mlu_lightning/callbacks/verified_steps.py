@@ -13,12 +13,7 @@ from torch.optim import Optimizer
 from mlu_lightning.application import is_scaled
 from mlu_lightning.application.applied import mark_initialized
 from mlu_lightning.application.first_steps import FirstSteps
-from mlu_lightning.application.initial_weights import (
-    InitialWeights,
-    kept_as_built,
-    refuse_changed,
-    refuse_exchanged,
-)
+from mlu_lightning.application.initial_weights import InitialWeights, kept_as_built, refuse_changed, refuse_exchanged
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan

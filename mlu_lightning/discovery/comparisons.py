@@ -35,9 +35,8 @@ def comparisons(graph: Graph, ops: Sequence[Op], weights: frozenset[Op] = frozen
     for op in ops:
         for axes in _summed(graph, op) if weights.isdisjoint(op.data) else ():
             alike[_form(op)].append(Comparison(op, axes))
-    of_units = (
-        found for found in alike.values() if any(reached_from(graph, ops, [axis]).rows for axis in found[0].axes)
-    )
+    groups = alike.values()
+    of_units = (found for found in groups if any(reached_from(graph, ops, [axis]).rows for axis in found[0].axes))
     return [comparison for found in of_units for comparison in found]
 
 

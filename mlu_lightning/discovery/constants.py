@@ -67,9 +67,8 @@ class Constants:
             stream = stream[: next((number for number, too in enumerate(read) if too), None)]  # by the branch, too
         on_branch, on_stream = {*forward, *behind}, set(stream)
         found = [_alpha(region.addition, op) for op in (forward[-1], region.before)]
-        found = [
-            one * math.prod(map(self._factor, ops)) for one, ops in zip(found, (on_branch, on_stream), strict=True)
-        ]
+        both = zip(found, (on_branch, on_stream), strict=True)
+        found = [one * math.prod(map(self._factor, ops)) for one, ops in both]
         self._counted |= on_branch | on_stream
         return found[0] / found[1]
 

@@ -72,9 +72,7 @@ class _TorchDraws(TorchFunctionMode):
         super().__init__()
         self.draws = draws
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name not in _DRAWN or not isinstance(drawn, Tensor):

@@ -53,9 +53,9 @@ def _operations(
     by_node: dict[Node, Op] = {}
     for node in nodes:
         name = _plain_name(node)
-        children = (
-            ((None, 0), node.next_functions[1]) if name == "Copy" else node.next_functions
-        )  # it overwrites the first
+        children = node.next_functions
+        if name == "Copy":  # it overwrites the first
+            children = (None, 0), children[1]
         operands = tuple(None if child is None else (by_node[child], i) for child, i in children)
         values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
         leaf = getattr(node, "variable", None) if not operands else None

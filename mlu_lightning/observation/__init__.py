@@ -6,13 +6,7 @@ are apart, by ``distances.py``; a :class:`Reference` reads those of a recorded r
 follows a whole pass (``dataflow.py``) and compares what parameters do in it with a plan.
 """
 
-from mlu_lightning.observation.comparison import (
-    MetricName,
-    compare,
-    compare_references,
-    feature_updates,
-    rms_change,
-)
+from mlu_lightning.observation.comparison import MetricName, compare, compare_references, feature_updates, rms_change
 from mlu_lightning.observation.locations import (
     FeatureName,
     Location,

@@ -171,7 +171,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         )
 
     def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        """Make the node of an operation's result."""
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         nodes = [self._node(tensor) for tensor in tensors]
         if name in CREATED or not nodes:
@@ -324,7 +323,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return self._node(operand) if isinstance(operand, Tensor) else None
 
     def _other(self, name: str, pairs: list[tuple[Tensor, Node]]) -> Node:
-        """Any other operation with data."""
         data = [node for _, node in pairs if node.data]
         for parent in data:
             self._end(parent, end_name(name))

@@ -155,7 +155,6 @@ def _centred(streams: Tensor) -> Tensor:
 
 
 def _unit(matrix: Tensor) -> Tensor:
-    """Divide by the Frobenius norm; zero stays zero."""
     norm: Tensor = torch.linalg.vector_norm(matrix)
     return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
 

@@ -239,7 +239,6 @@ def _parse_digests(text: str) -> dict[int, str]:
 
 
 def _parse_fields(text: str, names: set[str]) -> dict[str, Any]:
-    """A JSON object with exactly these fields."""
     found = parse_json(text)
     if not isinstance(found, dict) or set(found) != names:
         raise ValueError(f"a part of its metadata does not have the fields {', '.join(sorted(names))}")

@@ -300,5 +300,4 @@ def _rms(values: Sequence[float]) -> float:
 
 
 def _off(found: float, expected: float) -> float:
-    """Factor between two numbers."""
     return max(found / expected, expected / found) if 0 < found < math.inf else math.inf

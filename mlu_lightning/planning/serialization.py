@@ -132,7 +132,6 @@ def _read(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _read_fields(cls: type, value: Any, where: str, key: str) -> Any:
-    """A dataclass from the mapping that stands for it."""
     hints = get_type_hints(cls)
     required = {field.name for field in fields(cls) if field.default is MISSING}
     fits = isinstance(value, dict) and required <= value.keys() <= hints.keys()
@@ -191,7 +190,6 @@ def _key(name: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    """One line of YAML."""
     value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
     dumped: str = yaml.dump(value, Dumper=_OneLine, **style)

@@ -151,7 +151,6 @@ def _writers(
 
 
 def _of_nothing(key: str, what: str, names: list[str], parameters: Mapping[str, ParameterPlan]) -> str:
-    """Say why a factor has nothing that it could be of."""
     if names and what == "std":
         return (
             f"tuned has a factor of std for {key!r}, but {', '.join(names[:3])} start at zero, or as they are built, and a "

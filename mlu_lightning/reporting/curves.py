@@ -142,7 +142,6 @@ def _as_text(value: float, _: float) -> str:
 
 
 def _drawn(curve: Curve, logarithmic: bool) -> Curve:
-    """Points that a figure can show."""
     lowest = 1 / _LARGEST if logarithmic else -_LARGEST
     return tuple((step, value) for step, value in curve if lowest < value < _LARGEST)
 

@@ -102,7 +102,6 @@ _Read = Callable[[Path, str, RunRecord], None]
 
 
 def _shown(text: str) -> str:
-    """One line of bounded length."""
     return shorten(printable(text), 400, placeholder=" ...")
 
 

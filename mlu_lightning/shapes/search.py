@@ -181,7 +181,6 @@ class _Search:
         )
 
     def best_at_depth(self, depth: int) -> Candidate:
-        """Candidate of least error, over all embedding dimensions."""
         architecture, step = self.architecture, self.architecture.multiples.embedding
 
         def bound(i: int) -> float:

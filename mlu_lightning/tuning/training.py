@@ -131,8 +131,6 @@ class Training:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Builds a module, and then its callbacks."""
-
     build: Callable[[], LightningModule]
     base: Callable[[], LightningModule]
     callbacks: Callable[[LightningModule], Sequence[Callback]] | None
@@ -151,7 +149,6 @@ class _Watch(Callback):
         self.value, self.percent, self.validated, self.stopped = math.nan, 0, -1, False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric after a validation while the module is trained."""
         if trainer.state.fn == "fit":
             self.validated = trainer.global_step
             self._look(trainer)
@@ -159,12 +156,10 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the metric of a module that is not validated."""
         if not trainer.enable_validation and _percent(trainer) * VALIDATIONS // 100 > self.percent * VALIDATIONS // 100:
             self._look(trainer)
 
     def end(self, trainer: Trainer) -> None:
-        """Take the last value."""
         metrics = trainer.callback_metrics
         if self._metric not in metrics:
             raise UnknownMetric(

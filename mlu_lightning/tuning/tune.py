@@ -170,7 +170,6 @@ def require_optuna() -> None:
 
 
 def _require_pickle(training: Training) -> None:
-    """Refuse what other processes cannot be given."""
     try:
         pickle.dumps(training)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -220,13 +219,7 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, crew
 
 
 def _confirm(
-    search: Search,
-    name: str,
-    found: Tuning,
-    again: optuna.Study,
-    seeds: int,
-    crew: Crew,
-    progress: Progress,
+    search: Search, name: str, found: Tuning, again: optuna.Study, seeds: int, crew: Crew, progress: Progress
 ) -> Confirmed:
     """Train another shape with the factors, without them, and at other learning rates."""
     lr = found.space[0]
@@ -275,7 +268,6 @@ def _train(
 
 
 def _seconds(study: optuna.Study) -> float:
-    """How long a whole trial takes, 0 if there was none."""
     times_taken = [trial.duration for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     return median(taken.total_seconds() for taken in times_taken if taken is not None) if times_taken else 0.0
 

@@ -102,9 +102,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.calls = calls
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name = kwargs or {}, getattr(func, "__name__", "")
         if name in ("", "__get__", "__set__", "flex_attention"):  # attributes of tensors; an operator that is compiled
             return func(*args, **given)

@@ -44,10 +44,7 @@ def run_start_hooks(module: Any, batch: Any) -> None:
 
 
 def mute(
-    module: Any,
-    losses: list[Tensor],
-    optimizers: Callable[[], Sequence[Any]],
-    schedulers: Callable[[], Sequence[Any]],
+    module: Any, losses: list[Tensor], optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
 ) -> None:
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
@@ -106,8 +103,6 @@ def muted(module: Any) -> Iterator[None]:
 
 
 class _TrainerView:
-    """A Trainer with other optimizers and schedulers."""
-
     def __init__(
         self, original: Any, optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
     ) -> None:
