@@ -182,8 +182,7 @@ class FirstSteps:
         return {name: parameter for name, parameter in named if name in self._start}
 
 
-_DENSE = 8
-"""Steps that are all looked at; after these every power of two is."""
+_DENSE = 8  # steps that are all looked at; after these every power of two is
 
 
 def _names(names: Mapping[int, str], optimizers: Iterable[ScaledOptimizer]) -> set[str]:

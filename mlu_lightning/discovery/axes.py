@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from mlu_lightning.discovery.graph import CONVOLUTIONS, JOINED, JOINS, PARTS, VIEWS, Graph, Op, Value
 
-Axis = tuple[Value, int]
-"""An axis of an operation's output."""
+Axis = tuple[Value, int]  # an axis of an operation's output
 _SPLITS = ("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes")
 _REARRANGED = VIEWS | {"Squeeze", "Unsqueeze"}
 

@@ -23,8 +23,7 @@ RunT = TypeVar("RunT")
 _UNIFORM = frozenset({"rand", "rand_like", "uniform_"})
 _ONE_NUMBER = frozenset({"bernoulli", "bernoulli_", "randint"})
 _DRAWN = _UNIFORM | _ONE_NUMBER
-_WORDS = 624
-"""Numbers in the state of a Mersenne Twister, which are its next draws; two make a floating-point number."""
+_WORDS = 624  # numbers in the state of a Mersenne Twister, which are its next draws; two make a floating-point number
 
 
 @dataclass

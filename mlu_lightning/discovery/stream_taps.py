@@ -15,8 +15,7 @@ from mlu_lightning.discovery.structure import Site, Tap
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import between, origin
 
-_Key = tuple[Literal["stream", "branch", "readout"], int, int]
-"""What a tap reads, its number and position."""
+_Key = tuple[Literal["stream", "branch", "readout"], int, int]  # what a tap reads, its number and position
 
 
 @dataclass(frozen=True)

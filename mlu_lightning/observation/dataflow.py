@@ -43,8 +43,7 @@ from mlu_lightning.observation.value_graph import (
 )
 from mlu_lightning.utilities.names import name_pattern_of_parts
 
-ADDED = ("addition", "sum")
-"""Where multiplications end at a residual addition, and at a sum of two other values."""
+ADDED = ("addition", "sum")  # where multiplications end at a residual addition, and at a sum of two other values
 
 How = Literal["matrix", "vector", "table"]
 

@@ -18,8 +18,7 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 
-UseKey = tuple[tuple[str, ...], How]
-"""Parameters that are used together, and how."""
+UseKey = tuple[tuple[str, ...], How]  # parameters that are used together, and how
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from mlu_lightning.observation.operations import NORMS
 
-MOST_ORIGINS = 32
-"""Values of whose multiples one is a sum; of more, it is a value of its own."""
+MOST_ORIGINS = 32  # values of whose multiples one is a sum; of more, it is a value of its own
 
 
 @dataclass(eq=False)

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from mlu_lightning.table import Parameterization
 
-ABSOLUTE = "absolute"
-"""The base that says that none is meant; a path of that name is ``./absolute``."""
+ABSOLUTE = "absolute"  # the base that says that none is meant; a path of that name is ``./absolute``
 
 ParameterizationName = Literal["mlu", "completep", "mup", "sp"]
 

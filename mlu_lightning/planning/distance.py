@@ -10,8 +10,7 @@ from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.planning.entries import BranchPlan, ParameterPlan, StreamPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
 
-FAR = 1.5
-"""Distance ratio above which a plan warns."""
+FAR = 1.5  # distance ratio above which a plan warns
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,9 @@ from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role, scale
 from mlu_lightning.utilities.names import name_pattern
 
-_LISTED = 4
-"""Reasons that a message has."""
-_SAME = 0.03
-"""Difference of sizes that comes from random values."""
-_NEAR = 0.1
-"""Difference of sizes that is left where nothing can compensate it."""
+_LISTED = 4  # reasons that a message has
+_SAME = 0.03  # difference of sizes that comes from random values
+_NEAR = 0.1  # difference of sizes that is left where nothing can compensate it
 
 
 def require_functions(structure: Structure, module: nn.Module) -> None:

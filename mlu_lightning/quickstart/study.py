@@ -29,8 +29,7 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.utilities.whole_files import write_whole
 from mlu_lightning.utilities.workers import worker_pool
 
-BASE = "base"
-"""Name of the shape at which the hyperparameters are tuned."""
+BASE = "base"  # name of the shape at which the hyperparameters are tuned
 _LONGEST = 2**28  # bytes of a text, of which a process takes about twenty times the memory
 _LOOKED_AT = 2**24  # bytes of a text, to see whether there is something to learn; prose has a third of them compressed
 

@@ -79,8 +79,7 @@ _MOST_NAMED = 8
 _LONGEST_NAME = 40
 _MOST_MARKERS = 40
 _COLUMNS = 1000
-_LARGEST = 1e100
-"""Beyond it, and below its inverse, matplotlib cannot place ticks."""
+_LARGEST = 1e100  # beyond it, and below its inverse, matplotlib cannot place ticks
 _DECADES = 6
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 """Characters that names from files may have, and that a browser refuses in an image."""

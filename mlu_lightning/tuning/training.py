@@ -24,8 +24,7 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.planning.tuned import Tuned
 
-VALIDATIONS = 4
-"""Validations of a training of which only the number of steps is known."""
+VALIDATIONS = 4  # validations of a training of which only the number of steps is known
 
 Report = Callable[[int, float], bool]
 """Takes a percentage of the steps and the metric there, and says whether the training is to end."""

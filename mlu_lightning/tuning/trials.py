@@ -24,8 +24,7 @@ from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, qui
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
 
-HALVED = "stopped"
-"""How the reason of a trial begins that did worse than others."""
+HALVED = "stopped"  # how the reason of a trial begins that did worse than others
 _HOPELESS = 10  # trials, all of which failed, after which no more are made
 _LONGEST = 500  # characters of a reason
 _PAUSE = 1.0  # seconds between looks at what other processes do

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from mlu_lightning.tuning.trials import Again, Crew, Search
 
-CANDIDATES = 5
-"""Trials that are trained again with other seeds, the best of which is chosen."""
+CANDIDATES = 5  # trials that are trained again with other seeds, the best of which is chosen
 
 Progress = Callable[[str, int, int, float | None], None]
 """Takes what is done, how much of it, of how much, and the best value so far."""

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning.utilities.names import planned_modules
 
-ATTENTION_CALL = "attention"
-"""Name under which the softmax of an attention, or a fused attention, is seen."""
+ATTENTION_CALL = "attention"  # name under which the softmax of an attention, or a fused attention, is seen
 
 
 class CallPlace(NamedTuple):
