@@ -1,4 +1,4 @@
-"""What a checkpoint says about the multipliers of its module, and what a module takes from one."""
+"""Save which plan's multipliers a module has in its checkpoints, and put them into a module that loads one."""
 
 from __future__ import annotations
 

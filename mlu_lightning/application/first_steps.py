@@ -1,4 +1,4 @@
-"""Updates of the first steps after a plan was applied: whose they are, at which numbers, and through which multipliers.
+"""Check in the first steps that every weight moves in an update of a scaled optimizer, at the plan's numbers.
 
 It looks at what is, not at what was asked for: whether weights have changed, in whose update, and whether hooks were called.
 """

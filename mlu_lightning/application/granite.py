@@ -1,4 +1,4 @@
-"""Export to Granite, whose Hugging Face config has a place for every multiplier: weights stay those of the training."""
+"""Export to Hugging Face's Granite, whose config has a place for every multiplier, so that weights stay as they are."""
 
 from __future__ import annotations
 

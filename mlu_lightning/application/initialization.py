@@ -1,4 +1,4 @@
-"""Give the weights of a freshly built module the standard deviations that a plan asks for."""
+"""Initialize a freshly built module with the standard deviations of its plan."""
 
 from __future__ import annotations
 

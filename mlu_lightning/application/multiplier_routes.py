@@ -1,4 +1,4 @@
-"""Whether every multiplier acts in the first steps, and gradients reach weights through those that are theirs alone."""
+"""Check that every multiplier acts in the first steps, and that no gradient reaches a weight around its multiplier."""
 
 from __future__ import annotations
 

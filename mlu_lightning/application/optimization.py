@@ -1,4 +1,4 @@
-"""Scale somebody else's optimizer: during its update, and only there, it sees groups with the plan's numbers.
+"""Scale an existing optimizer: during its update, and only then, it sees groups with the plan's numbers.
 
 It keeps the user's parameter groups, so schedulers, loggers and checkpoints go on as without a plan. In the update *shadow
 groups* take their place, one for each distinct set of factors (theory.md, section 3) in a group.

@@ -1,4 +1,4 @@
-"""Names that a plan has for the parameters of a module."""
+"""Map the parameters of a module to their names in its plan."""
 
 from __future__ import annotations
 

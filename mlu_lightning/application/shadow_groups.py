@@ -1,4 +1,4 @@
-"""Parameter groups that an optimizer sees in the place of the user's, and what goes over from one to the other.
+"""Shadow groups: the parameter groups that an optimizer sees in place of the user's while it makes a step.
 
 A *shadow* of a group has some of its parameters, and its numbers times their factors. It takes over what the user changes
 in the group; what the optimizer changes goes to the group, while the shadow goes on with its own value.

@@ -1,4 +1,4 @@
-"""Changes of a module that are made as a whole: a mark on it, set before the first, knows how to undo or finish them.
+"""Change a module as a whole: what interrupts a change lets it be undone or finished, at the latest at the next use.
 
 Whatever interrupts them, they are undone or finished at once; if that is interrupted, too, whoever applies a plan next
 does so.

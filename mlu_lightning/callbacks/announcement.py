@@ -1,4 +1,4 @@
-"""What a fit says of itself when it starts: one line, and the plan in the folders of its logs."""
+"""What a fit reports when it starts: one line, and the plan saved beside its logs."""
 
 from __future__ import annotations
 

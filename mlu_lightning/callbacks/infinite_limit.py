@@ -1,4 +1,4 @@
-"""Infinite models that are trained beside a run, on its own batches, so that its distance from the limit can be logged."""
+"""Train infinite models beside a run, on its own batches, to log its distance from the limit."""
 
 from __future__ import annotations
 

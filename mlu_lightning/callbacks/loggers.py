@@ -1,4 +1,4 @@
-"""What goes to the Trainer's loggers, and comes from them: values at their steps, plans, and reference files."""
+"""Send values, plans and reference files to the Trainer's loggers, and fetch reference files from W&B."""
 
 from __future__ import annotations
 

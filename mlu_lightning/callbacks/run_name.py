@@ -1,4 +1,4 @@
-"""The name of a run: what decides how it goes on, by which a run that is started again is known from another one."""
+"""Identify a run by what determines it, so that a run that is restarted from its beginning is recognized."""
 
 from __future__ import annotations
 

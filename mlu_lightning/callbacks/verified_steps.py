@@ -1,4 +1,4 @@
-"""Verification of a fit: that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
+"""Verify in a fit that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules of any shape, data, callbacks and loggers from the configuration of a LightningCLI."""
+"""Build modules of any shape, data, callbacks and loggers from a LightningCLI configuration."""
 
 from __future__ import annotations
 

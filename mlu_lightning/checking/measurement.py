@@ -1,4 +1,4 @@
-"""The measurements of a check in one run: train a module in its Trainer, and measure what moves and what moves it."""
+"""Measure one run of a check: train a module in its Trainer, and see what moves and what moves it."""
 
 from __future__ import annotations
 

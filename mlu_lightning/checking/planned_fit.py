@@ -1,4 +1,4 @@
-"""The plan of the training that a configuration describes, found as its fit finds it."""
+"""The plan of the training that a configuration describes, as its fit would make it."""
 
 from __future__ import annotations
 

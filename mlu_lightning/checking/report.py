@@ -1,4 +1,4 @@
-"""The report of a check: a value that prints as tables and goes to JSON and back."""
+"""The report of a check: a value that prints as tables and is saved as JSON."""
 
 from __future__ import annotations
 

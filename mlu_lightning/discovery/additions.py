@@ -1,4 +1,4 @@
-"""Which additions of a forward pass are residual: sums of a stream and what a branch has made of it.
+"""Find the residual additions of a forward pass: sums of a stream and what a branch computed from it.
 
 Walking back from one operand, the stream, over operations with a single operand, one comes to where the other one, the
 branch, parts from it. In between, a branch has a parameter matrix, or mixes what it reads without parameters (pooling,

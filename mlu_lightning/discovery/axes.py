@@ -1,4 +1,4 @@
-"""Axes through a forward pass: from an axis of what is computed back to the units of the matrices that it runs along."""
+"""Follow axes through a forward pass: from an axis of a result back to the units of matrices that it runs along."""
 
 from __future__ import annotations
 

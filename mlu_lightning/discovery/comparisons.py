@@ -1,4 +1,4 @@
-"""Where data meet data: products of two operands that both come from data, summed over units of one of them."""
+"""Find where data meets data: products of two operands that both depend on data, summed over units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of a part of a module inside of it, as a teacher is one of its student: the same weights under other names."""
+"""Find submodules that are copies of others, as a teacher is of its student: the same weights under other names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers by which a forward pass decides what it runs, as LayerDrop does: drawn so that as much as possible runs.
+"""Control the random numbers that decide what a forward pass runs, as in LayerDrop, so that as much as possible runs.
 
 Generators are put into states whose next draws are all near one, or all near zero, since some code keeps a block where
 a draw is large and other code where it is small.

@@ -1,4 +1,4 @@
-"""Mixtures of experts: which operations are those of experts, how many a token is sent to, and how they are summed."""
+"""Find mixtures of experts: which operations are experts, how many a token is sent to, and how they are summed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the graph of a traced module: operations from autograd's nodes, and what parameters are to them."""
+"""Build the graph of a traced module from autograd's nodes, with every use of a parameter."""
 
 from __future__ import annotations
 

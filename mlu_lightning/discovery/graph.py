@@ -1,4 +1,4 @@
-"""The autograd graph of a traced module as plain values: operations, what autograd calls them, and uses of parameters."""
+"""The graph of a forward pass as plain values: operations by autograd's names, and uses of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a multiplier can go: the output of a module (as a hook), or parameters into which it can be folded."""
+"""Find where a multiplier can go: on a module's output, as a hook, or into parameters."""
 
 from __future__ import annotations
 

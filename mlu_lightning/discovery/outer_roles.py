@@ -1,4 +1,4 @@
-"""The role of a parameter outside of branches: before, on and after a stream."""
+"""The role of a parameter outside of branches: before, along and after a stream."""
 
 from __future__ import annotations
 

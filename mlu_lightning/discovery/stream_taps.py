@@ -1,4 +1,4 @@
-"""Where streams and outputs can be read: the submodules that are given them or return them."""
+"""Find where streams and outputs can be read: submodules that take or return them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hidden units of a branch: entries, or heads of several, that meet each other in its last matrices alone.
+"""The hidden units of a branch: entries, or heads of several, that only meet in its last matrices.
 
 A parameter, or some rows of it, are the units' own where the axis that those matrices sum over runs along them. What is
 summed over before, as the coordinates of keys, is of bounded size, and so is what all units share.

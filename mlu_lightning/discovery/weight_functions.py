@@ -1,4 +1,4 @@
-"""Functions of parameters that become weights: what they are proportional to, from their values at a few points.
+"""Functions of parameters that become weights: what these are proportional to, by their values at a few points.
 
 What counts is how the weight's size and its steps follow those of a parameter. Weight norm g·v/|v|: each entry of the
 weight follows its own of v, whose size does not matter, and g multiplies it; a rounding that keeps the scale is

@@ -1,4 +1,4 @@
-"""What a run does to its residual stream, its features and its outputs, read and compared without Lightning.
+"""Read and compare the residual stream, features and outputs of a run, without Lightning.
 
 A plan or structure says where streams and outputs can be read; :func:`locate` chooses among these, :func:`observe` returns
 their values on a probe batch, an :data:`Observation`, and :func:`compare` and :func:`feature_updates` measure how far two

@@ -1,4 +1,4 @@
-"""Follow one forward pass: what every use of a parameter maps or adds, and by which constants it is multiplied.
+"""Record the dataflow of a forward pass: what every use of a parameter maps or adds, and its constant factors.
 
 Operations are seen where torch dispatches them, so that products, constants and residual additions are the same few
 operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not.

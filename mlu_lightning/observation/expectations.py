@@ -1,4 +1,4 @@
-"""What a plan asks of uses of parameters and of residual additions, as factors next to the base."""
+"""What a plan expects of each use of a parameter and of residual additions, as factors relative to the base."""
 
 from __future__ import annotations
 

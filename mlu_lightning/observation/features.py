@@ -1,4 +1,4 @@
-"""Read pre-activations and attention logits out of the torch functions of a forward pass.
+"""Read pre-activations and attention logits from the torch functions of a forward pass.
 
 Of each branch a few rows of a few units or keys are kept, the same ones in every pass of the same shapes: root mean squares
 of changes need no more, and with fused attention logits do not even exist.

@@ -1,4 +1,4 @@
-"""The distances of ``distances.py`` as torchmetrics, for data that comes in batches and on many ranks.
+"""The distances of ``distances.py`` as torchmetrics, for batched data and several ranks.
 
 ``compute()`` is the distance of all samples seen since ``reset()``, on all processes, as if they had come at once, and NaN
 if there were none. States are float64 whatever type a module is converted to; values have no gradient.

@@ -1,4 +1,4 @@
-"""One pass of a module with all that is followed in it, put together by parameter."""
+"""Follow one pass of a module, and collect its uses of parameters."""
 
 from __future__ import annotations
 

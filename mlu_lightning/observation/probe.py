@@ -1,4 +1,4 @@
-"""Pass a probe batch through a model while it trains, read streams, outputs and pre-activations, and leave no trace.
+"""Pass a probe batch through a model in training, read streams, outputs and pre-activations, and leave no trace.
 
 The batch goes through the model's own step in evaluation mode, without gradients; hooks that are there for this one pass
 read streams and outputs (theory.md, section 4), and modes of torch what enters activations and attention.

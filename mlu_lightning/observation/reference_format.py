@@ -1,4 +1,4 @@
-"""What is in a reference file: its header and other metadata as JSON, and its tensors, verified when they are read."""
+"""The format of reference files: a header and other metadata as JSON, and tensors that are verified on reading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values of one forward pass as a graph: which came from which, of what they are multiples, and where streams are."""
+"""The values of a forward pass as a graph: what came from what, what is a multiple of what, and where streams are."""
 
 from __future__ import annotations
 

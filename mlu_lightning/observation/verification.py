@@ -1,4 +1,4 @@
-"""Compare what a module computes with its plan: one pass of the module next to one of its base."""
+"""Verify what a module computes against its plan: one pass of the module beside one of its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is made from besides its module: the arguments that ``Plan.from_model`` and ``MLUCallback`` share."""
+"""The arguments that ``Plan.from_model`` and ``MLUCallback`` share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base shape: what a plan has to know about it, and which of its parameters corresponds to which."""
+"""What a plan knows about the base shape, and which parameter corresponds to which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a shape is from its limit, next to the base: what initial random weights write to the stream."""
+"""How far a shape is from its limit, relative to the base: what initial random weights write to the stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are functions of parameters: what they ask of the numbers of these, or why they cannot be planned.
+"""Plan weights that are functions of parameters, or say why they cannot be planned.
 
 A weight W = f(v), or g·f(v) with a gain g, should have the table's std, and its steps should be those that the table's
 numbers make (theory.md, section 3). An entry of W follows its own of v by the factor rms(W)/rms(v), which is that of the

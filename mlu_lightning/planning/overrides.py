@@ -1,4 +1,4 @@
-"""Roles that the user gives, where discovery cannot tell or should not."""
+"""Apply roles that the user gives where discovery cannot tell, or should not."""
 
 from __future__ import annotations
 

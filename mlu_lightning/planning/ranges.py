@@ -1,4 +1,4 @@
-"""Which numbers and names a plan can have: the same where it is made, edited and read."""
+"""Valid numbers and names of a plan, the same where it is made, edited and read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans as tables."""
+"""Print plans as tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans as YAML that a person can read and edit.
+"""Save and load plans as YAML that a person can read and edit.
 
 A file may come from anybody: every value in it has to be of its field's type, or the file is refused. Texts are read as
 the field says, whatever YAML would make of them: a branch may be called ``on``, and ``1e-3`` is a number.

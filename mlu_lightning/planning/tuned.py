@@ -1,4 +1,4 @@
-"""Factors that were tuned at the base, per role: what is given, what it matches, and what it makes of a plan's numbers.
+"""Factors that were tuned at the base, per role: how they are given, what they match, and what they change.
 
 Everything that is of order one at the base keeps its meaning at every shape, not the learning rate alone (theory.md,
 section 3): a factor of a role's std, lr or decay, or of a multiplier, is found at the base and multiplied into the table's.

@@ -1,4 +1,4 @@
-"""The runs of the quickstart, which show whether the best learning rate stays where it is when the shape grows.
+"""The runs of the quickstart: whether the best learning rate stays where it is when the shape grows.
 
 Small Transformers are trained on text at a few learning rates: at a base shape, and with eight times its depth, hidden
 width and embedding dimension, each alone, with the base's hyperparameters and :class:`mlu_lightning.MLUCallback`, or not.

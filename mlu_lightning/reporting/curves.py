@@ -1,4 +1,4 @@
-"""Figures of the values that a run has logged, against optimizer steps: one for each panel, as wide as a phone."""
+"""Figures of logged values against optimizer steps, one for each panel, as wide as a phone."""
 
 from __future__ import annotations
 

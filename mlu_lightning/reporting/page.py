@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: no network, no scripts, no further files."""
+"""Render a run as one HTML page that needs no network, no scripts and no other files."""
 
 from __future__ import annotations
 

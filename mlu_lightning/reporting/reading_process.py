@@ -1,4 +1,4 @@
-"""A process that reads files for this one, with limits of time and memory, and is started anew when a file has ended it."""
+"""A process that reads files within limits of time and memory, restarted when a file has ended it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has left in its folder: plans, checks, logged values and references, and how each of them is read."""
+"""Collect what a run has left in its folder: plans, checks, logged values and references."""
 
 from __future__ import annotations
 

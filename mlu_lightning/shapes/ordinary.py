@@ -1,4 +1,4 @@
-"""Shapes of Transformers that people build: from deep to wide, within a number of parameters."""
+"""Shapes of Transformers that people build, from deep to wide, for a number of parameters."""
 
 from __future__ import annotations
 

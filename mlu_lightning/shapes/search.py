@@ -1,4 +1,4 @@
-"""The best shape for a number of parameters: the (L, M, D) of least predicted error to the infinite model."""
+"""Find the shape (L, M, D) of least predicted error for a number of parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search found: every trial, the gain over the default with other seeds, and the factors that are written."""
+"""The result of a search: its trials, the gain over the default with other seeds, and the factors to use."""
 
 from __future__ import annotations
 

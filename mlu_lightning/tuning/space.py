@@ -1,4 +1,4 @@
-"""What is searched: factors around 1 per role, as the table has them, each of them once."""
+"""The search space: factors around 1 per role, none of them twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Studies of Optuna in their storage: who may work on one, what is tried next, and which trainings were made again."""
+"""Optuna studies and their storage: open one, sample the next trial, keep repeated trainings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training of a search: a module with tuned factors, trained as its configuration says, and its monitored metric."""
+"""One training of a search: the configured training with tuned factors, and its monitored metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search: trials in this process or in several, until there are enough, and trainings that are made again."""
+"""Run the trials of a search, and repeated trainings, in one process or in several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tuning from beginning to end: search, choose among the best with other seeds, measure the gain, confirm elsewhere."""
+"""Tune from beginning to end: search, choose with other seeds, measure the gain, confirm at other shapes."""
 
 from __future__ import annotations
 

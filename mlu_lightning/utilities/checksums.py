@@ -1,4 +1,4 @@
-"""Checksums of tensors: they tell that values have changed, where they are, without a copy of them."""
+"""Checksums of tensors, which tell on the device whether values have changed, without a copy of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Let autograd see into functions that bring a backward pass of their own, such as attentions with recomputation."""
+"""Let autograd see into custom functions with a backward pass of their own, such as attentions with recomputation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fake tensors for many operations of few kinds, as those of repeated blocks: what an operation returned is remembered."""
+"""A fake tensor mode that caches results, for passes with many repeated operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of which a narrow terminal shows every word and number whole."""
+"""Tables that fit a narrow terminal without cutting words or numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch the torch functions that a forward pass calls, each by its submodule, its name, and how often it was called before.
+"""Watch the torch functions of a forward pass, identified by submodule, name and number of the call.
 
 Functions are seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An
 attention may be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.

@@ -1,4 +1,4 @@
-"""Steps of a LightningModule outside of the Trainer's loops, where they log nothing and update no weights."""
+"""Run steps of a LightningModule outside of the Trainer's loops, without logging and without updates."""
 
 from __future__ import annotations
 

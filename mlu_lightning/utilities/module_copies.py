@@ -1,4 +1,4 @@
-"""Copies of modules and batches that run beside the originals, whose tensors have shapes but no memory, or share theirs."""
+"""Copies of modules and batches to run beside the originals, with fake tensors or shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of a module's parameters and submodules as plans have them: without those that wrappers put in between."""
+"""Names of parameters and submodules in plans, without the parts that wrappers add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pass something through a module and leave no trace: random state, training modes, buffers and attributes come back."""
+"""Preserve the state of a module while something is passed through it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write out functions that add a product, a mean or a part in one step as sums, and changes of views in place.
+"""Write out fused additions as sums, and changes of views in place, so that autograd shows them.
 
 Autograd keeps one node for each of these, behind which the sum cannot be seen.
 """
