@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -34,6 +34,13 @@ def call_step(module: Any, name: StepName, batch: Any) -> Any:
     if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
         args.append(0)
     return step(*args)
+
+
+def call_module(module: nn.Module, arguments: Any) -> Any:
+    """Call a module with keyword arguments, several arguments, or one."""
+    if isinstance(arguments, Mapping):
+        return module(**arguments)
+    return module(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
 
 
 def run_start_hooks(module: Any, batch: Any) -> None:

@@ -33,6 +33,12 @@ def name_pattern_of_parts(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
+def distance_along_depth(name: str, other: str) -> list[int]:
+    """How far two names of one pattern are apart, by the numbers in them."""
+    positions = ([int(number) for number in re.findall(r"\d+", each)] for each in (name, other))
+    return [abs(a - b) for a, b in zip(*positions, strict=True)]
+
+
 def original_module(module: nn.Module) -> nn.Module:
     """Return the module inside of what ``torch.compile``, Fabric and DDP put around a whole one."""
     inner = getattr(module, "_orig_mod", None) or set_up_by_fabric(module)
