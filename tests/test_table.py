@@ -1,4 +1,4 @@
-"""The table, read back: against theory.md's own columns, CompleteP, µP, and real optimizers."""
+"""The table, read back: against theory.md's own columns, and real optimizers."""
 
 import math
 from dataclasses import astuple, replace
@@ -49,40 +49,6 @@ def test_a_variant_of_another_role_changes_nothing() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
     assert entry(row, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
-
-
-@pytest.mark.parametrize(("width", "depth"), [(8.0, 1.0), (1.0, 32.0), (4.0, 16.0), (0.5, 0.25)])
-def test_completep_where_hidden_width_is_proportional_to_embedding(width: float, depth: float) -> None:
-    """Table 1 of Dey et al., arXiv 2505.01618, with depth exponent 1: AdamW, m_N = width, m_L = depth."""
-    shape, in_blocks = Shape(depth, width, width, width, width), 1 / (width * depth)
-    hidden = Scale(1, width**-0.5, 1 / width, in_blocks, width)
-    vectors = dict.fromkeys((Role.BRANCH_IN_BIAS, Role.BRANCH_NORM), Scale(1, 1, 1, in_blocks, 1))
-    completep = vectors | {
-        Role.EMBEDDING: Scale(1, 1, 1, 1 / width, 1),
-        Role.BRANCH_IN: hidden,
-        Role.BRANCH_HIDDEN: hidden,
-        Role.BRANCH_OUT: replace(hidden, multiplier=1 / depth),
-        Role.BRANCH_OUT_BIAS: Scale(1 / depth, 1, 1, in_blocks, 1),
-        Role.READOUT: Scale(1 / width, 1, 1, 1 / width, 1),
-    }
-    for role, expected in completep.items():
-        found = scale(role, EXPECTED[role](shape).ratios, ADAMW)
-        assert astuple(found) == pytest.approx(astuple(expected), **CLOSE), role
-
-
-@pytest.mark.parametrize("width", [0.25, 3.0, 64.0])
-@pytest.mark.parametrize("family", [SGD, ADAM, ADAMW])
-def test_mup_at_fixed_depth(width: float, family: OptimizerFamily) -> None:
-    """Table 8 of Yang et al., arXiv 2203.03466: multiplier, std and learning rate at a ratio of widths."""
-    shape = Shape(1, width, width, width, width)
-    sgd = family is SGD
-    hidden = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_OUT, Role.STREAM_MATRIX)
-    vectors = (Role.EMBEDDING, Role.BRANCH_IN_BIAS, Role.BRANCH_OUT_BIAS, Role.BRANCH_NORM, Role.STREAM_NORM)
-    mup = dict.fromkeys(hidden, (1, width**-0.5, 1 if sgd else 1 / width))
-    mup |= dict.fromkeys(vectors, (1, 1, width if sgd else 1)) | {Role.READOUT: (1 / width, 1, width if sgd else 1)}
-    for role, expected in mup.items():
-        found = scale(role, EXPECTED[role](shape).ratios, family)
-        assert (found.multiplier, found.std, found.lr) == pytest.approx(expected, **CLOSE), role
 
 
 def test_numbers_where_the_ratio_of_hidden_to_embedding_changes() -> None:

@@ -6,7 +6,6 @@ larger, and everywhere roles have scales and decays of their own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,19 +13,19 @@ from torch import Tensor, nn
 
 from mlu_lightning.application.applied import folded_parameters
 from mlu_lightning.application.clipping import EDITS
-from mlu_lightning.utilities.checksums import Checksum, checksums
 from mlu_lightning.utilities.names import listed, original_module
+from mlu_lightning.utilities.samples import Sample, samples
 
 
 class BetweenUpdates:
     """Watches weights and gradients between the first updates; the module counts meanwhile how often it is unfolded."""
 
-    def __init__(self, module: nn.Module, start: Mapping[str, Checksum]) -> None:
+    def __init__(self, module: nn.Module, start: Mapping[str, Sample]) -> None:
         self._module = module = original_module(module)
         self._folded = folded_parameters(module)
         self._weights = dict(start)
         self._updated: set[str] = set()
-        self._gradients: dict[str, Checksum] = {}
+        self._gradients: dict[str, Sample] = {}
         self._edits = vars(module)[EDITS] = 0
         self._said: set[str] = set()
 
@@ -37,21 +36,21 @@ class BetweenUpdates:
     def after_backward(self, trained: Mapping[str, Tensor]) -> None:
         """Look at weights in the middle of a step, and note gradients."""
         folded = {name: parameter for name, parameter in trained.items() if name in self._folded}
-        moved = self._moved(checksums(folded, rough=True))
+        moved = self._moved(samples(folded))
         if moved:
             self._say(
                 f"Weights are moved in the first step before their update: {listed(moved)}. They have multipliers in them, "
                 "so it is not as far as in the same run with hooks, as where SAM climbs before it descends. Give "
                 'MLUCallback residual="hook" for that.'
             )
-        self._gradients = checksums({n: p.grad for n, p in folded.items() if p.grad is not None}, rough=True)
+        self._gradients = samples({n: p.grad for n, p in folded.items() if p.grad is not None})
         self._edits = vars(self._module).get(EDITS, 0)
 
     def before_update(self, own: Mapping[str, Tensor]) -> None:
         """Look whether somebody has changed gradients."""
         before = {name: self._gradients.pop(name) for name in {*own} & {*self._gradients}}
-        now = checksums({n: grad for n in before if (grad := own[n].grad) is not None}, rough=True)
-        changed = [name for name, found in now.items() if not _is_multiple(before[name], found)]
+        now = samples({n: grad for n in before if (grad := own[n].grad) is not None})
+        changed = [name for name, found in now.items() if not before[name].is_doubled(found)]
         if changed and self._edits == vars(self._module).get(EDITS, 0):
             self._say(
                 f"Gradients were changed between backward and the first updates: {listed(sorted(changed))}. Of weights that "
@@ -61,14 +60,14 @@ class BetweenUpdates:
                 'unfolded_weights(module, plan) if it reads weights, too; or give MLUCallback residual="hook".'
             )
 
-    def after_update(self, found: Mapping[str, Checksum]) -> None:
+    def after_update(self, found: Mapping[str, Sample]) -> None:
         """Note weights that were updated."""
         self._weights.update(found)
         self._updated |= found.keys()
 
     def before_batch(self, trained: Mapping[str, Tensor]) -> None:
         """Look whether weights were changed after their first update."""
-        now = checksums({name: parameter for name, parameter in trained.items() if name in self._updated}, rough=True)
+        now = samples({name: parameter for name, parameter in trained.items() if name in self._updated})
         moved = self._moved(now)
         self._weights.update(now)
         if moved and self._edits == vars(self._module).get(EDITS, 0):
@@ -79,20 +78,10 @@ class BetweenUpdates:
                 "multipliers are in them, apply it in unfolded_weights(module, plan)."
             )
 
-    def _moved(self, now: Mapping[str, Checksum]) -> list[str]:
+    def _moved(self, now: Mapping[str, Sample]) -> list[str]:
         return sorted(n for n, found in now.items() if n in self._weights and not self._weights[n].is_near(found))
 
     def _say(self, text: str) -> None:
         if text.partition(":")[0] not in self._said:
             self._said.add(text.partition(":")[0])
             rank_zero_warn(text)
-
-
-def _is_multiple(before: Checksum, now: Checksum) -> bool:
-    """Whether values are the same but for a power of two, by which mixed precision scales all gradients."""
-    if before.exact == now.exact or not (before.rough and now.rough and before.rough[0] and now.rough[0]):
-        return True
-    ratio = now.rough[0] / before.rough[0]
-    if not math.isfinite(ratio):
-        return True
-    return math.frexp(ratio)[0] == 0.5 and all(a * ratio == b for a, b in zip(before.rough, now.rough, strict=True))

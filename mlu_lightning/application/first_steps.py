@@ -20,8 +20,8 @@ from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.planning import Plan
-from mlu_lightning.utilities.checksums import Checksum, checksums
 from mlu_lightning.utilities.names import listed, original_module
+from mlu_lightning.utilities.samples import Sample, samples
 
 
 def verify_steps(module: nn.Module, plan: Plan, *scaled: Scaled) -> None:
@@ -64,9 +64,9 @@ class FirstSteps:
     ) -> None:
         self._module, self._plan, self._optimizers, self._manual = module, plan, optimizers, manual
         self._in_loop = in_loop
-        self._start = checksums(trained_parameters(module, plan), rough=True)
+        self._start = samples(trained_parameters(module, plan))
         self._unmoved = {*self._start}
-        self._before: dict[str, Checksum] = {}
+        self._before: dict[str, Sample] = {}
         self._moved: set[str] = set()  # in an update
         self._unread: dict[str, str] = {}  # by parameter: what its update has not asked for
         self._have_stepped: dict[ScaledOptimizer, None] = {}
@@ -104,9 +104,9 @@ class FirstSteps:
         if self._looks >= _DENSE:
             return False
         own = self._own(scaled)
-        self._before = checksums({name: p for name, p in own.items() if name in self._unmoved}, rough=True)
+        self._before = samples({name: p for name, p in own.items() if name in self._unmoved})
         if first and not self._manual:
-            _refuse_changed_in_step([n for n, sums in self._before.items() if not sums.is_near(self._start[n])])
+            _refuse_changed_in_step([name for name, now in self._before.items() if not now.is_near(self._start[name])])
         if self._between is not None:
             self._between.before_update(own)
         self._multipliers.refuse_unseen({name: parameter.grad for name, parameter in own.items()})
@@ -117,8 +117,8 @@ class FirstSteps:
         if not self._before and self._between is None:
             return
         own, before, self._before = self._own(scaled), self._before, {}
-        found = checksums(own, rough=True)
-        moved = {name for name, sums in before.items() if name in found and not sums.is_of(found[name])}
+        found = samples(own)
+        moved = {name for name, then in before.items() if name in found and not then.is_of(found[name])}
         self._moved |= moved
         if self._between is not None:
             self._between.after_update(found)
@@ -134,7 +134,7 @@ class FirstSteps:
         if self._between is not None:
             members = {id(parameter) for parameter in parameters}
             trained = trained_parameters(self._module, self._plan).items()
-            self._between.after_update(checksums({name: p for name, p in trained if id(p) in members}, rough=True))
+            self._between.after_update(samples({name: p for name, p in trained if id(p) in members}))
 
     def look_before_batch(self) -> None:
         """Look at what was done to weights after the first step."""
@@ -164,7 +164,7 @@ class FirstSteps:
 
     def _refuse_strays(self, trained: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
         """Refuse parameters that have moved without an update; find those that have moved, and those of optimizers."""
-        now = checksums({name: p for name, p in trained.items() if name in self._unmoved})
+        now = samples({name: p for name, p in trained.items() if name in self._unmoved})
         moved = {name for name, found in now.items() if not self._start[name].is_of(found)}
         names = plan_names(self._module, self._plan)
         held = _names(names, self._optimizers.parts)

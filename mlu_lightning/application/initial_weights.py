@@ -11,8 +11,8 @@ from mlu_lightning.application.initialization import planned_stds
 from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
-from mlu_lightning.utilities.checksums import checksums
 from mlu_lightning.utilities.names import listed
+from mlu_lightning.utilities.samples import samples
 
 
 class InitialWeights:
@@ -21,19 +21,12 @@ class InitialWeights:
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self._module, self._plan = module, plan
         self.changed: dict[str, str] = {}  # names, and what may have done it
-        self._sums = checksums(trained_parameters(module, plan), rough=True)
+        self._before = samples(trained_parameters(module, plan))
 
     def look(self, who: str) -> None:
         """Look whether weights are what they were; if they are not, it was somebody since the last time."""
-        before, parameters = self._sums, trained_parameters(self._module, self._plan)
-        found = checksums(parameters)
-        same = {name for name in found.keys() & before.keys() if before[name].is_alike(found[name])}
-        found |= checksums({name: parameter for name, parameter in parameters.items() if name not in same}, rough=True)
-        changed = [name for name in found if name in before and not before[name].is_of(found[name])]
-        self._sums = {
-            **found,
-            **{name: before[name] for name in same.difference(changed)},
-        }  # with sums for other precisions
+        before, self._before = self._before, samples(trained_parameters(self._module, self._plan))
+        changed = [name for name, now in self._before.items() if name in before and not before[name].is_of(now)]
         self.changed = {**dict.fromkeys(changed, who), **self.changed}
 
 

@@ -49,7 +49,7 @@ def name_run(
         "optimizers": optimizers,
         "schedulers": schedulers,
         "settings of the Trainer": settings,
-        "initial weights": {name: [str(sums.dtype), sums.shape, sums.exact] for name, sums in state.items()},
+        "initial weights": {name: [str(sums.dtype), sums.shape, sums.sums] for name, sums in state.items()},
         "seed": torch.initial_seed(),
     }
     digests = {part: hashlib.sha256(json.dumps(_plain(value)).encode()).hexdigest() for part, value in parts.items()}

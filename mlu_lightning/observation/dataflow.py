@@ -1,7 +1,8 @@
 """Record the dataflow of a forward pass: what every use of a parameter maps or adds, and its constant factors.
 
 Operations are seen where torch dispatches them, so that products, constants and residual additions are the same few
-operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not.
+operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not:
+products with weights are computed for a few rows, which the others repeat.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from mlu_lightning.observation.operations import (
     SELECTING,
     VIEWS,
     contraction,
+    described,
     end_name,
-    operation,
+    of_few_rows,
 )
 from mlu_lightning.observation.value_graph import (
     MOST_ORIGINS,
@@ -41,7 +43,9 @@ from mlu_lightning.observation.value_graph import (
     stream_before,
     write_through,
 )
+from mlu_lightning.utilities.function_calls import tensors_in
 from mlu_lightning.utilities.names import name_pattern_of_parts
+from mlu_lightning.utilities.state import KeptValues
 
 ADDED = ("addition", "sum")  # where multiplications end at a residual addition, and at a sum of two other values
 
@@ -94,12 +98,20 @@ class _Use:
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
     """Records the operations of a pass; ``tables`` name parameters that are data themselves, as embeddings."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], tables: Iterable[str], data: Any) -> None:
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would go through its compiler for each operation, to say that there is nothing to compile
+
+    def __init__(self, parameters: Mapping[str, Tensor], tables: Iterable[str], data: Any, kept: KeptValues) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._nodes: Any = WeakTensorKeyDictionary()
+        self._kept = kept
         self._count = 0
         self._uses: list[_Use] = []
         self._additions: list[tuple[Node, Tensor, Tensor, float]] = []
+        self._sizes: dict[tuple[object, ...], Tensor] = {}  # of weights, by where they are
         for leaf in tree_leaves(data):
             if isinstance(leaf, Tensor):
                 self._nodes[leaf] = self._source("data", ())
@@ -112,18 +124,20 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             self._nodes[parameter] = node
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        changed = args[0] if func._schema.is_mutable and args and isinstance(args[0], Tensor) else None
+        given, (name, is_mutable) = kwargs or {}, described(func)
+        if is_mutable:
+            self._kept.keep(func, args, given)
+        changed = args[0] if is_mutable and args and isinstance(args[0], Tensor) else None
         updates = changed is not None and self._node(changed).op == "parameter"  # as of a teacher, after its use
         if updates or torch._C._current_autograd_node() is not None:  # or gradients that a step asks for
             return func(*args, **given)
-        node = self._result(operation(func._schema.name), args, given)  # before operands are changed in place
-        result = func(*args, **given)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                if leaf in self._nodes and func._schema.is_mutable:
-                    write_through(self._nodes[leaf], node)
-                self._nodes[leaf] = node
+        node = self._result(name, args, given)  # before operands are changed in place
+        few = name in ("mm", "addmm") and self._is_weights(args[MATRIX_OPERANDS[name][1]])
+        result = of_few_rows(func, name, args, given) if few else func(*args, **given)
+        for leaf in tensors_in(result):
+            if is_mutable and leaf in self._nodes:
+                write_through(self._nodes[leaf], node)
+            self._nodes[leaf] = node
         return result
 
     def finish(self, result: Any) -> None:
@@ -131,6 +145,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf in self._nodes:
                 self._end(self._nodes[leaf], "returned")
+
+    def size(self, weights: Tensor) -> Tensor:
+        """Root mean square of a parameter, or a part of it."""
+        key = weights.data_ptr(), weights.numel(), weights.dtype
+        if key not in self._sizes:
+            self._sizes[key] = root_mean_square(weights)
+        return self._sizes[key]
 
     @property
     def uses(self) -> tuple[Use, ...]:
@@ -170,7 +191,7 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         )
 
     def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         nodes = [self._node(tensor) for tensor in tensors]
         if name in CREATED or not nodes:
             return self._new(name)
@@ -220,9 +241,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return node
 
     def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
-        names = tuple(sorted(weights.weights))
-        size, count = root_mean_square(values), values.numel()
-        self._uses.append(_Use(names, how, size, count, inputs, weights.plain, begin, source))
+        names, size = tuple(sorted(weights.weights)), self.size(values) if weights.plain else root_mean_square(values)
+        self._uses.append(_Use(names, how, size, values.numel(), inputs, weights.plain, begin, source))
 
     def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
@@ -317,6 +337,10 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         self._use(weights, "vector", other, node)
         node.origins += tuple((source, by * factor) for source, by in data[0].origins)[: MOST_ORIGINS - 1]
         return node
+
+    def _is_weights(self, operand: Tensor) -> bool:
+        node = self._node(operand)
+        return bool(node.weights) and not node.data
 
     def _node_of(self, operand: Any) -> Node | None:
         return self._node(operand) if isinstance(operand, Tensor) else None

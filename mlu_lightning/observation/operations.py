@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
 
 VIEWS = frozenset(
@@ -50,14 +53,20 @@ MATRIX_OPERANDS = {
 }
 """Positions of both factors of a product, and of what is added to it."""
 
+_ROWS = 8
 
-def operation(schema_name: str) -> str:
-    """Name of an operation without its namespace and what says that it is in place.
 
-    >>> operation("aten::add_")
-    'add'
+@cache
+def described(operation: Any) -> tuple[str, bool]:
+    """Name of an operation without its namespace and what says that it is in place, and whether it changes an operand.
+
+    >>> described(torch.ops.aten.add_.Tensor)
+    ('add', True)
     """
-    return schema_name.rpartition("::")[2].removesuffix("_")
+    schema = getattr(operation, "_schema", None)
+    if schema is None:  # of a higher order, such as flex_attention
+        return str(operation), False
+    return schema.name.rpartition("::")[2].removesuffix("_"), schema.is_mutable
 
 
 def contraction(name: str, args: tuple[object, ...], first: Tensor, weight: Tensor) -> int:
@@ -70,10 +79,22 @@ def contraction(name: str, args: tuple[object, ...], first: Tensor, weight: Tens
     return math.prod(weight.shape) // outputs
 
 
+def of_few_rows(operation: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A product of data with weights, of few rows, which are repeated: sizes do not depend on how many there are."""
+    place, _, added = MATRIX_OPERANDS[name]
+    rows = len(args[place])
+    if rows <= _ROWS or (added is not None and args[added].ndim > 1):
+        result: Tensor = operation(*args, **kwargs)
+        return result
+    few = args[place][[-(-number * rows // _ROWS) for number in range(_ROWS)]]
+    result = operation(*args[:place], few, *args[place + 1 :], **kwargs)
+    return result[torch.arange(rows, device=result.device) * _ROWS // rows]
+
+
 def end_name(name: str) -> str:
     """Name of an operation where a chain of multiplications ends, the same for variants of one operation."""
     if name in NORMS:
         return "norm"
-    if name.startswith("_scaled_dot_product"):
+    if name.startswith("_scaled_dot_product") or name == "flex_attention":
         return "attention"
     return "product" if name in MATRIX_OPERANDS else name

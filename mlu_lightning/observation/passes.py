@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mlu_lightning.observation.batches import clone_batch
-from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use, root_mean_square
+from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use
 from mlu_lightning.observation.probe import pass_batch, undisturbed
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
+from mlu_lightning.utilities.state import KeptValues
 
 UseKey = tuple[tuple[str, ...], How]  # parameters that are used together, and how
 
@@ -58,10 +59,11 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Follow
 
     batch = tree_map_only(Tensor, converted, clone_batch(example))
     gradients = {parameter: parameter.grad for parameter in parameters.values()}
-    flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch)
+    kept = KeptValues(module.parameters())
+    flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch, kept)
     try:
         # steps may ask for gradients themselves, as of inputs
-        with undisturbed(module, restore_parameters=True), torch.enable_grad():
+        with undisturbed(module, kept=kept), torch.enable_grad():
             with flow:
                 result = pass_batch(module, batch, "training_step")
             flow.finish(result)
@@ -75,5 +77,5 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Follow
             uses[use.names, use.how].append(use)
     additions = flow.additions(lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN))
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    sizes = {name: root_mean_square(parameter).item() for name, parameter in parameters.items()}
+    sizes = {name: flow.size(parameter).item() for name, parameter in parameters.items()}
     return Followed({key: tuple(found) for key, found in uses.items()}, additions, shapes, sizes)

@@ -21,7 +21,7 @@ from mlu_lightning.observation.features import rows_along, watch_features
 from mlu_lightning.observation.locations import Location, LocationName
 from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_module, call_step, is_lightning_module, muted
-from mlu_lightning.utilities.state import preserve_state
+from mlu_lightning.utilities.state import KeptValues, preserve_state
 
 Observation = dict[LocationName, Tensor]
 """Values of streams, outputs and features by the name of their location: float32, on the CPU, [positions, dimension]."""
@@ -116,10 +116,10 @@ def observe_counted(
 
 
 @contextmanager
-def undisturbed(module: nn.Module, restore_parameters: bool = False) -> Iterator[None]:
+def undisturbed(module: nn.Module, restore_parameters: bool = False, kept: KeptValues | None = None) -> Iterator[None]:
     """Let a module be passed through in evaluation mode, by code that Python runs, and leave no trace."""
     eager = torch.compiler.set_stance("force_eager")
-    with preserve_state(module, restore_parameters), eager, ExitStack() as stack:
+    with preserve_state(module, restore_parameters, kept), eager, ExitStack() as stack:
         # the fused code of nn.TransformerEncoder for evaluation calls no submodules and drops padding
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)

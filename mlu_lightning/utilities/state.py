@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mlu_lightning.utilities.checksums import checksums
 
@@ -22,14 +23,17 @@ class ParametersChangedError(Exception):
 
 
 @contextmanager
-def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Iterator[None]:
+def preserve_state(
+    module: nn.Module, restore_parameters: bool = False, kept: KeptValues | None = None
+) -> Iterator[None]:
     """Restore random state, training modes, buffers and attributes of a module and its submodules afterwards.
 
     Tensors, generators, lists, dicts and sets among attributes get their content back; other objects keep their
     changes. Parameters are not copied, which would be a second model in memory: a pass that changes them is an error,
-    unless ``restore_parameters`` asks for the copy.
+    unless ``restore_parameters`` asks for the copy, or ``kept`` copies those that are changed.
     """
-    parameters = {} if restore_parameters else {name: value.data for name, value in module.named_parameters()}
+    looked_at = not restore_parameters and kept is None
+    parameters = {name: value.data for name, value in module.named_parameters()} if looked_at else {}
     seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
     before = checksums(parameters)
     with isolate_rng():
@@ -38,15 +42,49 @@ def preserve_state(module: nn.Module, restore_parameters: bool = False) -> Itera
             yield
         finally:
             with torch.no_grad():
-                for restore in restorers:
+                for restore in [*restorers, *([] if kept is None else [kept.put_back])]:
                     restore()
     after = checksums(parameters)
-    if changed := [name for name in before if not before[name].is_of(after[name])]:
+    if changed := [name for name in before if before[name] != after[name]]:
         raise ParametersChangedError(
             f"{type(module).__name__} changes its parameters {', '.join(changed)} in a forward pass, so looking at it would "
             "change its training. Change them in a hook, such as on_train_batch_end, or leave them alone in "
             "validation_step, which takes a probe from validation data, or one that is given with probe=..."
         )
+
+
+class KeptValues:
+    """Copies of what tensors hold, made when an operation is about to write there, or to what they share memory with."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        pairs = ((tensor, tensor.data) for tensor in tensors if not tensor.is_meta)
+        self._tensors = [(tensor, data) for tensor, data in pairs if type(data) is Tensor]
+        self._untouched = {data.untyped_storage()._cdata for _, data in self._tensors}
+        self._copies: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+
+    def keep(self, operation: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Copy what an operation that torch dispatches will change."""
+        for tensor in _written(operation._schema.arguments, args, kwargs):
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._untouched:
+                self._untouched.remove(storage._cdata)
+                self._copies.append((storage, storage.clone()))  # type: ignore[no-untyped-call]  # as of torch
+
+    def put_back(self) -> None:
+        """Let tensors hold what they have held."""
+        for storage, before in self._copies:
+            storage.copy_(before)
+        for tensor, data in self._tensors:
+            if tensor.data_ptr() != data.data_ptr():  # given other data
+                tensor.data = data
+
+
+def _written(arguments: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Tensors that an operation changes."""
+    for place, argument in enumerate(arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            leaves = tree_leaves(args[place] if place < len(args) else kwargs.get(argument.name))
+            yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}

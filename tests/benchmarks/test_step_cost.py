@@ -28,8 +28,8 @@ from mlu_lightning.models import CausalTransformer
 
 RUNS = {"1M": (4, 28), "10M": (3, 13), "100M": (2, 8)}  # runs with new modules, and steps of each
 WARM_UP = 3
-PRESENT = [name for name, variant in VARIANTS.items() if find_spec(variant.package)]
-STARTED = [name for name in PRESENT if name != "plain again"]
+STARTED = [name for name, variant in VARIANTS.items() if find_spec(variant.package) and name != "plain again"]
+PRESENT = [name for name in VARIANTS if name in (*STARTED, "plain again") and name != "unverified"]
 PROCESSES = 3
 WIDTH = 22
 
@@ -162,9 +162,18 @@ def test_start_and_peak_memory(processes: Pool, starts_table: Show, size: str) -
     for _ in range(PROCESSES):
         for name in STARTED:
             found[name].append(processes.apply(start, (name, size, "AdamW fused")))
-    keys = "seconds", "megabytes"
-    seconds, megabytes = ({name: np.array([each[key] for each in found[name]]) for name in STARTED} for key in keys)
+    seconds, looking, megabytes = (
+        {name: np.array([each[key] for each in found[name]]) for name in STARTED}
+        for key in ("seconds", "looking", "megabytes")
+    )
     starts_table(size, *(spread(seconds[name], 2) for name in STARTED))
+    planning = seconds["unverified"] - seconds["plain"]
+    verification = seconds["fold"] - seconds["unverified"] + looking["fold"]
+    starts_table(
+        "  of fold",
+        f"planning {spread(planning)}, verification {spread(verification)}, in the first steps "
+        f"{spread(looking['fold'])}",
+    )
     starts_table("  peak memory, MB", *(spread(megabytes[name], 0) for name in STARTED))
     for name in ("hook", "fold"):
         assert np.median(megabytes[name]) < 30 + 1.02 * np.median(megabytes["plain"])

@@ -80,18 +80,6 @@ def test_only_chosen_metrics_are_logged_and_can_be_monitored(metrics: Any, tmp_p
     assert float(best) == pytest.approx(min(logged[step][name] for step in (2, 4, 6)), rel=1e-6)
 
 
-def test_training_is_bit_for_bit_that_without_the_callback(tmp_path: Path) -> None:
-    seed_everything(0, verbose=False)
-    path, runs = record(tmp_path / "large.safetensors", watched_runs.Busy(), steps=1), []
-    for callbacks in ([], [EmbeddingDistance(path, ["gram", "output"])]):
-        seed_everything(3, verbose=False)
-        module = watched_runs.Busy()
-        fit(module, *callbacks)
-        runs.append((module.state_dict(), module.seen, torch.rand(1)))
-    plain, watched = runs
-    assert all(value.equal(watched[0][name]) for name, value in plain[0].items()) and plain[1:] == watched[1:]
-
-
 def test_run_at_the_same_shape_and_seed_is_at_distance_zero(tmp_path: Path) -> None:
     seed_everything(0, verbose=False)
     path = record(tmp_path / "run.safetensors", ResNet(**SHAPE))
@@ -99,14 +87,6 @@ def test_run_at_the_same_shape_and_seed_is_at_distance_zero(tmp_path: Path) -> N
     for values in measured(path).values():
         for name, value in values.items():
             assert value == pytest.approx(0, abs=1e-7 if "procrustes" in name else 1e-14), name
-
-
-def test_base_that_each_run_builds_couples_exactly(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    path = record(tmp_path / "large.safetensors", None, coupled())
-    torch.manual_seed(1)
-    # one embedding, but matrix products of two shapes
-    assert measured(path, coupled())[0]["rms/s=0"] < 1e-6
 
 
 def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled(tmp_path: Path) -> None:
@@ -266,12 +246,6 @@ def test_references_are_each_logged_at_their_own_depths(tmp_path: Path) -> None:
     expected = {f"gram/s={s:g}/{name}" for name, chosen in depths.items() for s in chosen} | {"gram/s=0.5/floor"}
     logged = measured(paths, metrics=["gram"], steps=2)
     assert {step: set(values) for step, values in logged.items()} == {0: expected, 2: expected}
-
-
-@pytest.mark.parametrize("step", [0, 6])
-def test_one_common_step_is_enough(step: int, tmp_path: Path) -> None:
-    path = record(tmp_path / "large.safetensors", steps=[step])
-    assert list(measured(path, metrics=["gram"], steps=6)) == [step]
 
 
 def test_run_that_was_at_a_step_of_the_reference_goes_on_past_all_of_them(tmp_path: Path) -> None:

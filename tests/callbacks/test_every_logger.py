@@ -1,6 +1,5 @@
 """Every logger of Lightning that works without a network is given the same values, under names that all of them can have."""
 
-import csv
 import math
 import re
 from collections import defaultdict
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.logged_runs import SMALL, finish, fit, mlu, records, rows
+from helpers.logged_runs import SMALL, Values, finish, fit, in_csv, mlu, records, rows
 from helpers.watched_runs import Memory
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -22,9 +21,6 @@ from mlu_lightning import EmbeddingDistance, FeatureUpdate
 from mlu_lightning.callbacks import Limit
 from mlu_lightning.callbacks.loggers import log_values
 from mlu_lightning.models import CausalTransformer, ResNet
-
-Values = dict[str, dict[int, float]]
-"""Logged values by name and step."""
 
 
 class Files(DummyLogger):
@@ -53,14 +49,6 @@ def in_files(logger: Files) -> Values:
     }
 
 
-def in_csv(logger: CSVLogger) -> Values:
-    found: Values = defaultdict(dict)
-    for row in csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()):
-        for name in [name for name, value in row.items() if value]:
-            found[name][int(row["step"])] = float(row[name])
-    return found
-
-
 def in_tensorboard(logger: TensorBoardLogger) -> Values:
     events = EventAccumulator(logger.log_dir).Reload()
     return {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
@@ -84,7 +72,7 @@ def in_mlflow(logger: MLFlowLogger) -> Values:
 
 LOGGERS: dict[str, tuple[Callable[[Path], Any], Callable[[Any], Values]]] = {
     "files": (Files, in_files),
-    "csv": (CSVLogger, in_csv),
+    "csv": (CSVLogger, lambda logger: in_csv(logger.log_dir)),
     "tensorboard": (TensorBoardLogger, in_tensorboard),
     "wandb": (lambda path: WandbLogger(offline=True, save_dir=path), in_wandb),
     "mlflow": (lambda path: MLFlowLogger(tracking_uri=f"file:{path}/mlruns"), in_mlflow),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import watched_runs
-from helpers.watched_runs import Busy, Memory, Weights
+from helpers.watched_runs import Memory, Weights
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
@@ -74,18 +74,6 @@ def test_default_steps_are_powers_of_two_and_the_last() -> None:
     assert list(fit(seeded(), FeatureUpdate())) == [1, 2, 4, 6]
     assert list(fit(seeded(), FeatureUpdate(steps=3))) == [3, 6]
     assert list(fit(seeded(), FeatureUpdate(steps=[0, 5]))) == [5]
-
-
-@pytest.mark.parametrize("plugin", [False, True])
-def test_training_is_the_training_without_it(plugin: bool) -> None:
-    """With dropout, batch norm, random numbers in steps, metrics and noise in validation."""
-    finals = []
-    for watches in ([], [FeatureUpdate(steps=1)]):
-        torch.manual_seed(0)
-        model = Busy()
-        fit(model, *([MLUCallback()] if plugin else []), *watches, logger=False)
-        finals.append([value.clone() for value in model.state_dict().values()])
-    assert all(map(torch.equal, *finals))
 
 
 def test_resumed_run_logs_what_the_uninterrupted_one_does(tmp_path: Path) -> None:

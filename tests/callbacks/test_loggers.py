@@ -1,6 +1,5 @@
-"""What loggers are given: the same values at the same steps in all of them, and the plan."""
+"""What loggers are given: values at their steps, and the plan."""
 
-import csv
 import json
 import math
 from collections import defaultdict
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.logged_runs import BASE, NAMES, SMALL, finish, fit, mlu, records, rows
+from helpers.logged_runs import BASE, NAMES, SMALL, Values, finish, fit, in_csv, mlu, records, rows
 from helpers.watched_runs import EncoderDecoder
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,10 +27,6 @@ from mlu_lightning.planning.plan import Plan
 from mlu_lightning.table import OptimizerFamily
 
 STEPS = [0, 1, 2, 4, 8, 10]  # "log", and the last one
-
-
-Values = dict[str, dict[int, float]]
-"""Logged values by name and step."""
 
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -86,31 +81,6 @@ def artifacts(found: list[Any], kind: str) -> list[Any]:
     return [record.artifact for record in found if record.HasField("artifact") and record.artifact.type == kind]
 
 
-def in_wandb(run: Run) -> Values:
-    values: Values = defaultdict(dict)
-    for row in rows(run.records):
-        for name in NAMES & set(row):
-            assert row["trainer/global_step"] not in values[name]
-            values[name][row["trainer/global_step"]] = row[name]
-    return values
-
-
-def in_csv(folder: str | Path) -> Values:
-    values: Values = defaultdict(dict)
-    for row in csv.DictReader((Path(folder) / "metrics.csv").read_text().splitlines()):
-        step = int(row["step"])
-        for name, value in row.items():
-            if name.startswith("mlu/") and value:
-                assert step not in values[name]
-                values[name][step] = float(value)
-    return values
-
-
-def in_tensorboard(run: Run) -> Values:
-    names = [name for name in run.events.Tags()["scalars"] if name.startswith("mlu/")]
-    return {name: {event.step: event.value for event in run.events.Scalars(name)} for name in names}
-
-
 def text_of(events: EventAccumulator) -> str:
     (event,) = events.Tensors("mlu/plan/text_summary")
     text: str = event.tensor_proto.string_val[0].decode()
@@ -122,15 +92,10 @@ def table_in(folder: str | Path) -> tuple[Path, Any]:
     return path, json.loads(path.read_text())
 
 
-def test_loggers_have_the_same_values_at_the_same_steps(run: Run) -> None:
-    # log_every_n_steps is 50, and there are 10 steps
+def test_values_are_logged_at_the_steps_of_the_reference(run: Run) -> None:
+    """However rarely the Trainer logs: log_every_n_steps is 50, and there are 10 steps."""
     written = in_csv(run.csv)
     assert set(written) == NAMES and all(list(values) == STEPS for values in written.values())
-    assert in_wandb(run) == written  # both with all digits
-    stored = in_tensorboard(run)  # in float32
-    assert set(stored) == NAMES
-    for name, values in written.items():
-        assert stored[name] == pytest.approx(values, rel=2**-23, abs=1e-40)
     assert all(math.isfinite(value) for values in written.values() for value in values.values())
 
 

@@ -3,18 +3,19 @@
 import resource
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.watched_runs import SHAPE, Busy, Weights, fit, loader, samples, stream_of
+from helpers.watched_runs import SHAPE, Busy, Weights, fit, loader, record, samples, stream_of
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from mlu_lightning import MLUCallback, Plan
-from mlu_lightning.callbacks import ReferenceRecorder
+from mlu_lightning.callbacks import EmbeddingDistance, FeatureUpdate, ReferenceRecorder
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation.reference import Reference
 
@@ -54,16 +55,27 @@ def test_stream_is_read_before_the_readout_is_multiplied_and_the_output_after(
     assert reference.header.plan is not None and Plan.from_yaml(reference.header.plan, "the reference") == mlu.plan
 
 
+WATCHES: dict[str, Callable[[Path], Callback]] = {
+    "recorder": lambda path: ReferenceRecorder(path.with_stem("own"), steps=1),
+    "distance": lambda path: EmbeddingDistance(record(path, Busy(), steps=1), ["gram", "output"]),
+    "features": lambda path: FeatureUpdate(steps=1),
+}
+
+
+@pytest.mark.parametrize("mlu", [False, True])
 @pytest.mark.parametrize("validation", [None, loader(8, seed=1)])
-def test_training_is_bit_for_bit_that_without_the_recorder(validation: Any, path: Path) -> None:
+@pytest.mark.parametrize("watch", WATCHES)
+def test_training_is_bit_for_bit_that_which_nobody_watches(watch: str, validation: Any, mlu: bool, path: Path) -> None:
+    """With dropout, batch norm, random numbers in steps, metrics and noise in validation."""
     runs = []
-    for callbacks in ([], [ReferenceRecorder(path, steps=1)]):
+    for watches in ([], [WATCHES[watch](path)]):
         seed_everything(3, verbose=False)
         module = Busy()
-        trainer = fit(module, *callbacks, validation=validation, num_sanity_val_steps=0)
-        runs.append((module.state_dict(), module.seen, trainer.callback_metrics, torch.rand(1)))
-    plain, recorded = runs
-    assert all(value.equal(recorded[0][name]) for name, value in plain[0].items()) and plain[1:] == recorded[1:]
+        trainer = fit(module, *[MLUCallback()] * mlu, *watches, validation=validation, num_sanity_val_steps=0)
+        metrics = {name: value for name, value in trainer.callback_metrics.items() if not name.startswith("mlu/")}
+        runs.append((module.state_dict(), module.seen, metrics, torch.rand(1)))
+    plain, watched = runs
+    assert all(value.equal(watched[0][name]) for name, value in plain[0].items()) and plain[1:] == watched[1:]
 
 
 @pytest.mark.parametrize(

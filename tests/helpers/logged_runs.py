@@ -1,8 +1,10 @@
 """Small runs whose values and plans go to loggers, and what W&B has written of them."""
 
+import csv
 import json
 import os
 import struct
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,8 @@ from helpers.trainers import pairs, quiet
 from mlu_lightning import MLUCallback, ReferenceRecorder
 from mlu_lightning.models import ResNet
 
+Values = dict[str, dict[int, float]]
+"""Logged values by name and step."""
 BASE = {"depth": 2, "hidden": 4, "embedding": 4, "inputs": 3, "outputs": 2}
 SMALL = BASE | {"depth": 4, "hidden": 16, "embedding": 8}
 LARGE = SMALL | {"embedding": 32}
@@ -79,6 +83,16 @@ def rows(found: list[Any]) -> list[dict[str, Any]]:
 def record(folder: Path) -> Path:
     fit(folder, ResNet(**LARGE), mlu(), ReferenceRecorder(folder / "large.safetensors", depths=[0, 0.5, 1]))
     return folder / "large.safetensors"
+
+
+def in_csv(folder: str | Path) -> Values:
+    """What a CSVLogger has written, each value once."""
+    found: Values = defaultdict(dict)
+    for row in csv.DictReader((Path(folder) / "metrics.csv").read_text().splitlines()):
+        for name in [name for name, value in row.items() if name.startswith("mlu/") and value]:
+            assert int(row["step"]) not in found[name]
+            found[name][int(row["step"])] = float(row[name])
+    return found
 
 
 @contextmanager

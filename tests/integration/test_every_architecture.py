@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.architecture_runs import BATCHES, EPOCHS, SMALL, Seeded, attachable, batches_like, built, fit, in_double
+from helpers.architecture_runs import EPOCHS, SMALL, Seeded, attachable, batches_like, built, fit, in_double
 from helpers.architectures import ARCHITECTURES, Architecture
 from helpers.runs_by_hand import listed
 from helpers.trainers import identical, loader, quiet
@@ -21,6 +21,8 @@ from mlu_lightning.application.multipliers import residual_state
 from mlu_lightning.application.state_mark import MARK, without_mark
 from mlu_lightning.callbacks import MLUCallback
 from mlu_lightning.planning.plan import Multiplier
+
+BATCHES = 1  # in an epoch
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def architecture(request: pytest.FixtureRequest) -> Architecture:
 
 @pytest.fixture(scope="module")
 def batches(architecture: Architecture) -> list[Any]:
-    return batches_like(in_double(architecture.example))
+    return batches_like(in_double(architecture.example), BATCHES)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def residual(request: pytest.FixtureRequest) -> Any:
 
 def test_run_at_the_base_shape_is_the_run_without_the_callback(architecture: Architecture) -> None:
     """Weights, buffers, losses, states of the optimizer and random numbers, in single precision, bit for bit."""
-    data, plain = batches_like(architecture.example), built(architecture, SMALL)
+    data, plain = batches_like(architecture.example, BATCHES), built(architecture, SMALL)
     expected = fit(plain, data)
     state = torch.get_rng_state()
 

@@ -63,15 +63,6 @@ def test_it_is_the_trained_function_or_an_error(trained: tuple[Path, dict[str, T
                 assert isinstance(value, str) and MARK in value and "Unexpected key" in value, (name, way, value)
 
 
-def test_the_default_is_a_plain_module(tmp_path: Path) -> None:
-    run = trainer(callback := MLUCallback(Lit(depth=2, width=4)))
-    run.fit(module := Lit(), data())
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    assert module.state_dict().keys() == Lit().state_dict().keys()
-    assert torch.equal(outputs(Lit.load_from_checkpoint(tmp_path / "last.ckpt")), outputs(module))
-    assert callback.plan is not None and len(callback.plan.forward_factors) == 7
-
-
 WAYS_ON: dict[str, Callable[[Any], Any]] = {
     "itself": lambda module: module,
     "deepcopy": copy.deepcopy,

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from mlu_lightning import Plan, attach_multipliers, fold, initialize
+from mlu_lightning.observation.operations import of_few_rows
 from mlu_lightning.observation.verification import deviations, verify
 
 
@@ -64,6 +65,51 @@ def test_right_modules_pass_and_stay_as_they_are(put: Callable[..., Any], consta
     assert module.training and all(parameter.grad is None for parameter in module.parameters())
     for values, now in zip(before, (module.state_dict(), base.state_dict()), strict=True):
         assert all(torch.equal(value, now[name]) for name, value in values.items())
+
+
+def halve(values: torch.Tensor) -> None:
+    torch.mul(values, 0.5, out=values)
+
+
+def point_elsewhere(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+WRITES: list[Callable[[Language], object]] = [
+    lambda module: module.head.weight.data.view(-1)[1:3].mul_(1.5),
+    lambda module: torch._foreach_add_([p.data for p in module.norm.parameters()], 1.0),
+    lambda module: halve(module.blocks[0].read.bias.detach()),
+    lambda module: point_elsewhere(module.tokens.weight),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_a_pass_writes_to_parameters_is_put_back(write: Callable[[Language], object]) -> None:
+    module, base, plan, example = planned()
+    before = {name: (value.data_ptr(), value.detach().clone()) for name, value in module.named_parameters()}
+    written: list[bool] = []
+
+    def hook(*_: Any) -> None:
+        write(module)
+        written.append(any(not torch.equal(value, before[name][1]) for name, value in module.named_parameters()))
+
+    module.register_forward_pre_hook(hook)
+    deviations(module, base, plan, example)
+    assert written == [True]
+    for name, value in module.named_parameters():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
+
+
+@pytest.mark.parametrize("rows", [3, 8, 29, 1000])
+def test_products_of_few_rows_are_as_large_as_whole_ones(rows: int) -> None:
+    torch.manual_seed(0)
+    data, weights, bias = torch.randn(rows, 32), torch.randn(32, 64), torch.randn(64)
+    for name, args in (("mm", (data, weights)), ("addmm", (bias, data, weights))):
+        whole, operation = getattr(torch, name)(*args), getattr(torch.ops.aten, name)
+        found = of_few_rows(operation, name, args, {})
+        assert found.shape == whole.shape and len(torch.unique(found, dim=0)) == min(rows, 8)
+        assert found.norm() / whole.norm() == pytest.approx(1, abs=0.15)
+        torch.testing.assert_close(found[0], whole[0])
 
 
 # the factors by hand, with depth, embedding and hidden width times four: 1/l on branches times the sqrt(d/m) = 1 that random

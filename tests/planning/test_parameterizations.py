@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.parameter_groups import Weights, identical, plan_of
+from helpers.table_by_hand import EXPECTED, Shape
 from helpers.trainers import quiet
 from lightning.pytorch import seed_everything
 from torch import optim
@@ -95,6 +96,16 @@ def test_mup_by_the_inputs_of_each_matrix(family: OptimizerFamily) -> None:
             assert found == scale(role, ratios, family, parameterization=MUP, variant=Variant.POST_NORM)
         assert (found.multiplier, found.std, found.lr) == pytest.approx(numbers, **CLOSE), role
         assert found == scale(role, replace(ratios, depth=1000.0), family, parameterization=MUP)
+
+
+@pytest.mark.parametrize("family", [SGD, ADAM, ADAMW])
+@pytest.mark.parametrize("width", [0.25, 3.0, 64.0])
+def test_at_fixed_depth_mlu_is_mup(width: float, family: OptimizerFamily) -> None:
+    others = {Role.BRANCH_BOUNDED_MATRIX, Role.STREAM_BOUNDED_MATRIX}  # of which the paper says nothing
+    for role in (role for role in Role if role not in others):
+        ratios = EXPECTED[role](Shape(1, width, width, width, width)).ratios
+        mup, mlu = (scale(role, ratios, family, parameterization=each) for each in (MUP, MLU))
+        assert (mup.multiplier, mup.std, mup.lr) == pytest.approx((mlu.multiplier, mlu.std, mlu.lr), **CLOSE), role
 
 
 @pytest.mark.parametrize("family", OptimizerFamily)

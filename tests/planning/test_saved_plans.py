@@ -1,7 +1,5 @@
 """Checkpoints say where the multipliers of their module are, whoever saves them, when, and with weights alone."""
 
-import copy
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,24 +114,6 @@ def test_module_of_another_run_in_the_same_trainer(weights_only: bool, tmp_path:
     assert torch.equal(found(INPUTS), theirs(INPUTS))
     with pytest.raises(ValueError, match="multipliers of another plan than that of this MLUCallback"):
         trainer.fit(theirs)
-
-
-@pytest.mark.parametrize("how", ["copy", "pickle"])
-@weights_alone
-def test_copies(how: str, weights_only: bool, tmp_path: Path) -> None:
-    twin: Any = copy.deepcopy if how == "copy" else lambda module: pickle.loads(pickle.dumps(module))
-    module = Net()
-    fit(module, MLUCallback(Net(BASE)), max_epochs=1)
-    module.trainer = None  # which cannot be pickled
-    for name, again in (("first", twin(module)), ("second", twin(twin(module)))):
-        path = tmp_path / name
-        trainer = quiet(MLUCallback())
-        trainer.validate(again, verbose=False)
-        with torch.no_grad():
-            again.readout.weight.mul_(2)
-        trainer.save_checkpoint(path, weights_only)
-        assert torch.equal(evaluated(path)[0](INPUTS), again(INPUTS))
-        assert not torch.equal(again(INPUTS), module(INPUTS))
 
 
 class Noting(Net):  # saves something of its own
