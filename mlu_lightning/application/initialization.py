@@ -148,7 +148,6 @@ def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor
 
 
 def _rms(group: Mapping[str, nn.Parameter]) -> float:
-    """Root mean square over all entries, in all shards, of parameters of one shape."""
     squares = 0.0
     for name, parameter in group.items():
         norm = float(_full(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64)))
@@ -176,7 +175,6 @@ def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """All of a tensor, if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

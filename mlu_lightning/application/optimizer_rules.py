@@ -132,7 +132,6 @@ def _plain(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> d
 
 
 def _declared(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> dict[str, Factor]:
-    """Numbers of an optimizer that the user has named a family for."""
     for key in ("lr", "eps", "weight_decay"):
         if (key == "lr" or key in group) and not isinstance(group.get(key), (int, float, Tensor)):
             raise ValueError(

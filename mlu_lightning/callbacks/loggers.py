@@ -194,7 +194,6 @@ def _distinct(values: Iterable[ValueT]) -> list[ValueT]:
 
 
 def _short(values: Sequence[ValueT]) -> ValueT | list[ValueT]:
-    """The value that all of them are, or all of them."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 

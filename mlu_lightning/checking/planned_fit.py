@@ -48,5 +48,4 @@ class _Planned(Exception):
 
 class _End(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the fit."""
         raise _Planned

@@ -241,7 +241,6 @@ def _cell(row: Row | None) -> Text:
 
 
 def _finite(value: Any) -> Any:
-    """Put null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

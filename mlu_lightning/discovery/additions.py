@@ -65,8 +65,6 @@ def _normed(op: Op) -> Iterator[Op]:
 
 
 class _Search:
-    """Finds additions among candidates."""
-
     def __init__(self, graph: Graph, chains: dict[Op, list[Op]], ancestry: Ancestry) -> None:
         self.graph, self.chains, self.ancestry = graph, chains, ancestry
         self.made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
@@ -129,7 +127,6 @@ class _Search:
         return nonlinear and (root in self.made or any(hidden))
 
     def _is_logits(self, op: Op) -> bool:
-        """Whether a softmax reads a sum."""
         users = list(self.graph.users[op])
         for user in users:  # which grows
             users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()

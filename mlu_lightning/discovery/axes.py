@@ -227,5 +227,4 @@ def _dimension(op: Op, key: str, axes: int) -> int:
 
 
 def _index(number: int, axes: int) -> int:
-    """An axis by its number, which autograd shows unsigned."""
     return (number - 2**64 if number >= 2**63 else number) % max(axes, 1)

@@ -118,7 +118,6 @@ class Constants:
 
     @cached_property
     def _feeds_matrix(self) -> dict[Op, bool]:
-        """Whether a matrix reads the output of each operation, or what is proportional to it."""
         found: dict[Op, bool] = {}
         for op in reversed(self._graph.ops):
             found[op] = any(

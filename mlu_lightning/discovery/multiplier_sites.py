@@ -76,7 +76,6 @@ class MultiplierSites:
         return tuple(counts) if alone else ()
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
-        """Whether multiplying the output of one operation multiplies that of another."""
         if op is to:
             return True
         if op.index < to.index or op.is_normalizer:
@@ -192,7 +191,6 @@ class MultiplierSites:
 
     @staticmethod
     def _common(sites: list[list[Site]]) -> Iterator[Site]:
-        """Sites that every call of a branch or readout has."""
         return (site for site in sites[0] if all(site in others for others in sites))
 
     @cached_property

@@ -273,7 +273,6 @@ def _note(
 
 
 def _train(module: Any, example: Any) -> Any:
-    """Loss of ``training_step``."""
     output = call_step(module, "training_step", example)
     return output.get("loss") if isinstance(output, Mapping) else output
 

@@ -99,7 +99,6 @@ class Units:
 
     @cached_property
     def _ends(self) -> list[Axis]:
-        """What the last matrices sum over."""
         if self.writers:
             return [(op.values[0], 1 if op.name in CONVOLUTIONS else len(op.data[0].shape) - 1) for op in self.writers]
         end = self.ops[-1]

@@ -23,16 +23,12 @@ from mlu_lightning.utilities.names import planned_parameters
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:
-    """A tensor that a program begins with."""
-
     value: Tensor
     parameter: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """An operation on leaves and results of other steps."""
-
     index: int
     function: Any
     args: Any

@@ -213,7 +213,6 @@ def _check_known(module: nn.Module, plan: Plan) -> None:
 
 
 def _matrices(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Views [D, columns] of embeddings and readouts."""
     parameters = planned_parameters(module)
     return {
         name: parameters[name].movedim(stream_axis(name, planned), 0).flatten(1)

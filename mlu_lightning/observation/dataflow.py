@@ -251,7 +251,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     # operations
 
     def _function(self, name: str, nodes: Sequence[Node]) -> Node:
-        """A function of weights and constants."""
         weights = frozenset[str]().union(*(node.weights for node in nodes))
         data = [node for node in nodes if node.data]
         view = name in VIEWS and len(nodes) == 1
@@ -267,7 +266,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return node
 
     def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
-        """A product of data and weights, with a bias."""
         first, second, third = MATRIX_OPERANDS[name]
         operands = [args[first], args[second]]
         nodes = [self._node(operand) for operand in operands]
@@ -369,7 +367,6 @@ def _mean_size(factors: Sequence[float]) -> float:
 
 
 def _factor(operand: Any, name: str) -> float:
-    """By what an operand multiplies or divides."""
     if isinstance(operand, Tensor):
         return root_mean_square(operand if name == "mul" else 1 / operand).item()
     value = abs(operand)

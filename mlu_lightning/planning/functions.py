@@ -58,7 +58,6 @@ def plan_functions(
 
 
 def _functions(structure: Structure) -> dict[str, WeightFunction]:
-    """Functions of parameters that are not left alone."""
     facts = structure.parameters.items()
     return {name: f.function for name, f in facts if f.function is not None and f.role is not Role.FROZEN}
 

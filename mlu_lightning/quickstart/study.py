@@ -202,7 +202,6 @@ def _cost(shape: TransformerShape) -> int:
 
 
 def _train(study: Study, text: bytes, run: Run) -> Run:
-    """Train a model as any Lightning user would, and validate it."""
     training, validation, vocabulary = _tokens(text)
 
     def build(name: str) -> CausalTransformer:

@@ -222,7 +222,6 @@ class _Search:
         return self.architecture.per_unit * self.architecture.multiples.hidden + self.architecture.per_addition
 
     def _units(self, embedding: int) -> float:
-        """Parameters left for branches, per coordinate of the stream."""
         return int(self.parameters) / embedding - self.architecture.per_coordinate
 
 

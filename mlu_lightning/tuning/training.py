@@ -116,7 +116,6 @@ class Training:
         return silent_trainer(callbacks, settings)
 
     def _loaders(self, names: tuple[str, str] = ("train_dataloaders", "val_dataloaders")) -> dict[str, Any]:
-        """Arguments of ``fit``, or of ``validate``, for the data."""
         if self.data is None:
             return {}
         if isinstance(self.data, LightningDataModule):

@@ -132,8 +132,6 @@ class _TrainerView:
 
 
 class _Idle:
-    """An optimizer or scheduler that has what the original has, and does nothing."""
-
     def __init__(self, original: Any) -> None:
         self._original = original
 
