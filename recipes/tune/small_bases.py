@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.tuning.training import Training
-from recipes.common.figures import number_table
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.studies import ResultFile
 from recipes.common.text import Text
 from recipes.lr_transfer.runs import ScheduledTransformer
