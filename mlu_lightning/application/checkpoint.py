@@ -101,7 +101,8 @@ def warn_of_hooks(plan: Plan) -> None:
     if left:
         rank_zero_warn(
             f"Folding leaves {_listed(left)} in hooks, because no weight multiplies there and nowhere else, so a plain "
-            "model refuses to load checkpoints of this run, as it would be another function. Load them with MLUCallback or "
+            "model, which would be another function, refuses to load checkpoints of this run, unless the load is not strict "
+            "or takes only the keys it knows (torch.distributed.checkpoint). Load them with MLUCallback or "
             "restore_multipliers(module, path); bake(module, callback.plan) makes a plain module of the same function."
         )
 
@@ -170,7 +171,7 @@ def _check_untied(module: nn.Module, plan: Plan) -> None:
     parameters = planned_parameters(original_module(module), remove_duplicate=False)
     for multiplier in Applied(plan, "fold").acting:
         tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
-        if multiplier.kind == "readout" and len(tied) > 1:
+        if multiplier.kind == "readout" and len(tied) > 1 and not multiplier.gains:
             raise ValueError(
                 f"The checkpoint is of a baked module, in which {' and '.join(tied)} are different weights, and in this "
                 "module they are one. Build it with tie_word_embeddings=False in its config, or give the readout a weight "

@@ -379,7 +379,8 @@ class MLUCallback(EitherCallback):
                 "attach_multipliers or fold and give init=None to MLUCallback, or give it a module that was built anew."
             )
         wrap_saving(module)
-        self._verification = Verification(module, plan, optimizers, self._initialized) if self.verify else None
+        given = module, plan, optimizers, self._initialized, self._arguments.overrides or ()
+        self._verification = Verification(*given) if self.verify else None
 
     def _look(self, who: str) -> None:
         if self._verification is not None:

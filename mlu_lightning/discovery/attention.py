@@ -46,6 +46,11 @@ def find_attention(ops: Sequence[Op], graph: Graph, of_experts: frozenset[Op] = 
     members, products = frozenset(ops), [op for op in ops if is_product(op, graph)]
     for op in ops:
         if op.name.startswith(ATTENTION) or _is_hidden_attention(op):
+            if len(op.data) < 3:
+                raise ValueError(
+                    "The queries, keys or values of an attention do not depend on the example, or lose their gradients in a "
+                    "cache. Train without a cache (use_cache=False), and let keys and values be projections of data."
+                )
             queries, keys, values = op.data[:3]
             fused = (op,) if op.name.startswith(ATTENTION) else ()
             return Attention(queries, keys, values, op, fused, queries.shape[-1], op.shape[-1])

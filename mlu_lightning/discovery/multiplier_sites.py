@@ -44,6 +44,19 @@ class MultiplierSites:
             return None
         return next(self._common([self._output_sites([op], len(matrices)) for op in source.values()]), None)
 
+    def gains(self, matrices: list[Op]) -> tuple[str, ...]:
+        """Parameters of norms that are all of the size of what readout matrices read, and of nothing else."""
+        reads, found = [matrix.data[0] for matrix in matrices if matrix.data], list[Op]()
+        for read in reads:
+            behind = walk_back([read], lambda op: () if op.name in NORMS or self.graph.uses.get(op) else op.data)
+            ends = [op for op in behind if op.name in NORMS or self.graph.uses.get(op)]
+            if len(ends) != 1 or not self._is_proportional(read, ends[0]):
+                return ()
+            found += ends
+        after = [*walk_back(found, lambda op: () if op in matrices else self.graph.users[op])]
+        alone = len(reads) == len(matrices) and all(self.graph.users[op] or op in matrices for op in after)
+        return self.folds([*dict.fromkeys(found)]) if alone else ()
+
     def logits(self, attention: Attention, calls: int) -> Logits:
         """Where the queries of an attention in the first call can be multiplied: after a norm, which would undo it."""
         queries = attention.queries

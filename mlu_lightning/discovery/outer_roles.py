@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +42,8 @@ class Placed:
     variant: Variant | None = None
     outputs: int | None = None  # entries over units or coordinates, where there are others, such as time steps
     on_data: bool = False  # whether it acts on data before any map
-    repeats: int | None = None  # how many of its kind a stream goes through
+    repeats: int | None = None  # how many of its kind a stream goes through, or are summed
+    places: int | None = None  # sums that it is in, if it is in any
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,14 @@ class TrunkRoles:
     norms: frozenset[Op] = frozenset()  # operations of norms that compound, as those after every addition do
     repeats: int = 0  # how many norms, or gains and matrices beside branches, the stream goes through
     beside: bool = False  # whether it is beside branches, in every block
+    matrices: int = 0  # how many matrices that keep its dimension the stream goes through
 
     def place(self, use: Use) -> Placed | Unplaced:
         """Role of a parameter at one use."""
         every = Variant.EVERY_BLOCK if self.beside and self.repeats else None
         if use.kind == "matrix":
-            inputs, outputs = use.fans
-            every = every if inputs == outputs else None
-            return Placed(Role.STREAM_MATRIX, every, repeats=self.repeats if every else None)
+            every = Variant.EVERY_BLOCK if self.matrices and keeps_dimension(use) else None
+            return Placed(Role.STREAM_MATRIX, every, repeats=self.matrices if every else None)
         if use.kind == "lookup" or (use.kind == "add" and (len(use.stored) > 1 or not use.is_vector)):
             return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
         coordinates = _coordinates(use, self.embeddings)
@@ -110,6 +112,14 @@ class TrunkRoles:
                 f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
             )
         return _compounding(use, coordinates, self.norms, self.repeats, every)
+
+
+def keeps_dimension(use: Use) -> bool:
+    """Whether a matrix makes as many tokens of a stream's dimension as it reads, maybe joined with something else."""
+    (inputs, outputs), read = use.fans, use.op.data[0].source
+    if math.prod(use.op.shape) * inputs != math.prod(use.op.data[0].shape) * outputs:
+        return False
+    return inputs == outputs or (read.name == "Cat" and any(outputs in operand.shape for operand in read.data))
 
 
 def _compounding(

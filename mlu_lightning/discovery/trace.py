@@ -78,6 +78,7 @@ class Trace:
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
     programs: dict[tuple[Node, int], Program]  # of weights, by node and number of its output, if they were asked for
+    constants: frozenset[Node]  # additions of tensors that need no gradient, which autograd shows as those of numbers
 
 
 def trace_module(module: nn.Module, example: Any, programs: bool = False) -> Trace:
@@ -182,7 +183,7 @@ def _run(
             stack.enter_context(recorder)
         stack.enter_context(WrittenOut())
         stack.enter_context(watched(twin, partial(_note, functions)))
-        stack.enter_context(_InnerGradients(losses))
+        stack.enter_context(watch := _InnerGradients(losses))
         losses.extend(tensors_in(_train(twin, example) if step else call_module(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
@@ -190,7 +191,8 @@ def _run(
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
-    return Trace(roots, names, tuple(calls), tuple(functions), twin, recorder.programs if recorder else {})
+    of_weights = recorder.programs if recorder else {}
+    return Trace(roots, names, tuple(calls), tuple(functions), twin, of_weights, frozenset(watch.constants))
 
 
 def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:
@@ -203,11 +205,13 @@ class _InnerGradients(TorchFunctionMode):
     """Shows gradients that a step takes, as of its inputs, as data, and what they are of as losses.
 
     Otherwise operations of the backward pass, which use every weight a second time, would be in the graph of the loss.
+    Notes additions of constant tensors, too.
     """
 
     def __init__(self, losses: list[Tensor]) -> None:
         super().__init__()
         self.losses = losses
+        self.constants: set[Node] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
@@ -215,6 +219,11 @@ class _InnerGradients(TorchFunctionMode):
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
             # torch allows it on the batch, and not on its stand-in, which requires a gradient already
             return args[0].retain_grad()
+        if func in _ADDITIONS:
+            total = func(*args, **given)
+            if any(isinstance(one, Tensor) and one.numel() > 1 and not one.requires_grad for one in args):
+                self.constants.update([] if total.grad_fn is None else [total.grad_fn])
+            return total
         if func not in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             return func(*args, **given)
         self.losses += tensors_in(args[0] if args else next(iter(given.values())))
@@ -224,6 +233,9 @@ class _InnerGradients(TorchFunctionMode):
             given |= {"allow_unused": True, "materialize_grads": True}
         gradients = func(*args, **{**given, "retain_graph": True})
         return tree_map(_as_new_data, gradients) if differentiable else gradients
+
+
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 
 
 def _as_new_data(gradient: Any) -> Any:

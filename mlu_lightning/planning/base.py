@@ -68,6 +68,12 @@ class Base:
     streams: tuple[tuple[int, int], ...]
     branches: dict[tuple[str, BranchKind], BaseBranch]
     readouts: dict[str, float | None]
+    additions: float = 0.0  # beside branches, as in ``Structure``
+
+    def readout_constant(self, name: str) -> float | None:
+        """What the base multiplies a readout by, or one of its pattern: a deeper module may have more of them."""
+        alike = (constant for other, constant in self.readouts.items() if name_pattern(other) == name_pattern(name))
+        return self.readouts[name] if name in self.readouts else next(alike, None)
 
     def counterparts(self, branches: Iterable[Branch]) -> dict[str, BaseBranch | None]:
         """The branch of the name of each branch, or else the nearest of its pattern, or of a name with other numbers."""
@@ -144,6 +150,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             for b in structure.branches
         },
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
+        additions=structure.additions,
     )
 
 

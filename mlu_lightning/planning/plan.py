@@ -212,6 +212,7 @@ class Plan:
                 for b in self.branches
             },
             readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
+            additions=next((constant or 0.0 for (kind, _), constant in own.items() if kind == "addition"), 0.0),
         )
 
     @cached_property

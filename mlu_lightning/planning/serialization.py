@@ -190,7 +190,9 @@ def _key(name: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        empty = [field.name for field in fields(value) if field.default == () == getattr(value, field.name)]
+        value = {name: part for name, part in asdict(value).items() if name not in empty}
     style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
     dumped: str = yaml.dump(value, Dumper=_OneLine, **style)
     return dumped.removesuffix("...\n").rstrip("\n")

@@ -60,6 +60,9 @@ def tune(
     the gain of the one with the best mean is measured with still others; a gain that is not above two standard errors is
     none. The study is kept after every trial: the same call goes on, and several processes and machines may share it.
 
+    The base has to be one that learns: with weights for its own width (std 1/√D; 0.02 at D = 32 is a ninth of that) and
+    enough steps to leave the plateau of single tokens, at whose end seeds differ more than shapes (recipes/tune).
+
     Args:
         build: function that builds the module of the base; in several processes it must be one that can be pickled.
         data: ``LightningDataModule``, DataLoader or list of batches, a pair of these for training and validation, or None

@@ -160,3 +160,32 @@ def test_a_role_that_the_user_gives() -> None:
     assert not [multiplier for multiplier in plan.multipliers if multiplier.kind == "readout"]
     assert {multiplier.folds for multiplier in plan.multipliers} == {()}  # what is frozen holds no multiplier
     assert plan.scales("adamw")["readout.weight"].lr == 1
+
+
+class Alternating(LightningModule):
+    """Trains one of two networks at a time, so that the loss of the first batch reaches one of them."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.first, self.second = Net(*shape), Net(*shape)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self.second if batch_idx % 2 else self.first)(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("overrides", [None, {"second.*": "frozen"}])
+def test_a_gradient_of_what_was_left_alone_is_said(
+    overrides: dict[str, str] | None, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=1)
+    callback = MLUCallback(Alternating(), overrides=overrides)
+    Trainer(max_epochs=1, accelerator="cpu", barebones=True, callbacks=[callback]).fit(Alternating(*LARGE), data)
+    said = [
+        str(warning.message)
+        for warning in recwarn
+        if "is one of 20 parameters that the plan leaves" in str(warning.message)
+    ]
+    assert len(said) == (overrides is None)
