@@ -92,7 +92,9 @@ def prepared(
 
 def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
     """Tell whether an optimizer, or those that a wrapper holds, update parameters with the numbers of a plan."""
-    return all(scaled_by(each) is not None for each in updating(optimizer))
+    # asked at every step, and those in others are found by their parameters
+    is_itself = isinstance(optimizer, Optimizer) and scaled_by(optimizer) is not None
+    return is_itself or all(scaled_by(each) is not None for each in updating(optimizer))
 
 
 def scaled_by(optimizer: Optimizer) -> ScaledOptimizer | None:
@@ -313,7 +315,7 @@ class ScaledOptimizer:
         shadows = [Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
         shadows.sort(key=lambda shadow: multiplied(1.0, shadow.factors.get("lr", 1.0)), reverse=True)
-        split = Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+        split = Split(group, [*group["params"]], shadows, rule)
         split.load_own(group.get(_OWN, []))
         return split
 
