@@ -1,4 +1,4 @@
-"""The role of a parameter outside of branches: before, on and after a stream."""
+"""The role of a parameter outside of branches: before, along and after a stream."""
 
 from __future__ import annotations
 
@@ -176,7 +176,6 @@ class HeadRoles:
 
     @cached_property
     def _readouts(self) -> frozenset[Op]:
-        """The last matrices: no other one comes after them."""
         matrices = [op for op in self.ops if self.graph.is_matrix(op)]
         feeding = frozenset[Op]().union(*map(self._matrices_before.of, matrices))
         return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))

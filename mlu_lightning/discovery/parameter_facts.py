@@ -52,8 +52,7 @@ class PlacedUse:
     found: Placed | Unplaced
 
 
-Uses = dict[str, list[PlacedUse]]
-"""Uses of parameters by name."""
+Uses = dict[str, list[PlacedUse]]  # uses of parameters by name
 
 
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:

@@ -134,6 +134,7 @@ class Readout:
     folds: tuple[str, ...]  # its matrix, empty if that is tied to an embedding
     fan_in: int  # inputs of the map, D
     constant: float | None = None  # what the module itself multiplies its inputs and outputs by; None if uses differ
+    gains: tuple[str, ...] = ()  # of a tied one: gain and bias of a norm that makes what it reads, and nothing else
 
 
 @dataclass(frozen=True)

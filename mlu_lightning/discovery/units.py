@@ -1,4 +1,4 @@
-"""The hidden units of a branch: entries, or heads of several, that meet each other in its last matrices alone.
+"""The hidden units of a branch: entries, or heads of several, that only meet in its last matrices.
 
 A parameter, or some rows of it, are the units' own where the axis that those matrices sum over runs along them. What is
 summed over before, as the coordinates of keys, is of bounded size, and so is what all units share.
@@ -105,7 +105,6 @@ class Units:
 
     @cached_property
     def _ends(self) -> list[Axis]:
-        """What the last matrices sum over."""
         if self.writers:
             return [(op.values[0], 1 if op.name in CONVOLUTIONS else len(op.data[0].shape) - 1) for op in self.writers]
         end = self.ops[-1]

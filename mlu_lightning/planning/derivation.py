@@ -1,4 +1,4 @@
-"""Derive the entries of a plan: put every stream, parameter, branch and multiplier next to the base's."""
+"""Derive the entries of a plan: compare every stream, parameter, branch and multiplier with the base's."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def plan_multipliers(
         ratios = Ratios(depth=matrix.depth / matrix.base_depth, inputs=matrix.fans[axis] / matrix.base_fans[axis])
         value = table.row(Role.READOUT, matrix.variant, ratios).multiplier(ratios)
         own = readout.constant, (1.0 if base is None else base.readout_constant(readout.parameter))
-        multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own)
+        multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own, readout.gains)
         # the numbers of a tied table are those of the embedding, whose constant they are relative to
         of_numbers = matrix.constant_ratio if structure.parameters[readout.parameter].tied else 1.0
         found.append(_relative(multiplier, table, of_numbers))
@@ -197,12 +197,15 @@ def _copied(multiplier: Multiplier, copy: str, original: str) -> Multiplier | No
     """The multiplier of a submodule in a copy of it, None if it is not inside of it."""
     site, back = multiplier.site, {original: copy}
     where = None if site is None else original_of(site.module, back)
-    folds = tuple(filter(None, (original_of(name, back) for name in multiplier.folds)))
+    folds, gains = (
+        tuple(filter(None, (original_of(name, back) for name in names)))
+        for names in (multiplier.folds, multiplier.gains)
+    )
     if where is None and not folds:
         return None
     name = original_of(multiplier.name, back) or f"{copy}.{multiplier.name}"
     moved = None if site is None or where is None else replace(site, module=where)
-    return replace(multiplier, name=name, site=moved, folds=folds)
+    return replace(multiplier, name=name, site=moved, folds=folds, gains=gains)
 
 
 def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> Multiplier:

@@ -1,4 +1,4 @@
-"""What a plan says about one parameter, one stream, one branch, and one forward multiplier."""
+"""The entries of a plan: parameters, streams, branches and forward multipliers."""
 
 from __future__ import annotations
 
@@ -127,6 +127,9 @@ class Multiplier:
     # the module's own, which ``value`` is relative to: their product, next to the base's constant, is the table's factor
     constant: float | None = None
     base_constant: float | None = None
+    gains: tuple[
+        str, ...
+    ] = ()  # where it goes after the training, if ``folds`` is empty: into the norm before a readout
 
     @property
     def constant_ratio(self) -> float:

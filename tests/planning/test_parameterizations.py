@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.quickstart.study import Windows
 from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, scale
 
@@ -217,15 +215,6 @@ def test_rules_are_kept_in_a_file_and_printed(tmp_path: Any) -> None:
         # a plan is a base for any parameterization: it holds the base's shape
         again = Plan.from_model(module, EXAMPLE, base=tmp_path / "plan.yaml")
         assert again.scales("adamw") == plans[MLU].scales("adamw")
-
-
-def test_fingerprints_tell_runs_apart() -> None:
-    """A run is not to go on from the checkpoint of one of another parameterization, or with other betas."""
-    plan = plan_of(Weights())
-    others = [replace(plan, parameterization=each) for each in (COMPLETEP, MUP, SP)]
-    others += [replace(plan, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))]
-    assert len({fingerprint(each) for each in (plan, *others)}) == 6
-    assert fingerprint(replace(plan, parameterization=MLU, horizon=Horizon())) == fingerprint(plan)
 
 
 WITHOUT_BASE = "parameterization='mup' was given with .*a plan of a module without a base.*give the others"
