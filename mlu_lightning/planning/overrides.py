@@ -1,4 +1,4 @@
-"""Roles that the user gives, where discovery cannot tell or should not."""
+"""Apply roles that the user gives where discovery cannot tell, or should not."""
 
 from __future__ import annotations
 
@@ -129,8 +129,7 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
         )
 
 
-_COPY = "copy_of "
-"""How an override begins that names the submodule of which another one is a copy."""
+_COPY = "copy_of "  # how an override begins that names the submodule of which another one is a copy
 
 _ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
     row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants
