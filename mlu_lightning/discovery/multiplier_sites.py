@@ -173,6 +173,7 @@ class MultiplierSites:
                 operands = operands[:1] if self._factors(operands[0]) is not None else ()
             sums = op.name in ("Add", "Sub") and None not in op.operands
             alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Bmm", "Select", "Slice"}
+            alone = alone and not (op.name in JOINS and self.graph.uses.get(op))  # a parameter takes some of the places
             if not (sums or alone):
                 break
             inside.add(op)
