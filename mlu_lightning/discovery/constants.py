@@ -1,4 +1,4 @@
-"""Constants that a module itself puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
+"""Find the constants that a module puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
 
 They are numbers, and tensors of one entry that no loss changes: buffers, frozen parameters, what is computed from these.
 On the meta device such tensors are NaN, and what is multiplied by them is not known.
@@ -85,6 +85,10 @@ class Constants:
             made *= getattr(op.node, "_saved_alpha", 1.0) if op.name in ("Addmm", "Baddbmm") else 1.0
         elif use.kind in ("norm", "mul", "add") and self._feeds_matrix[op] and not self._is_made_by_a_map(op):
             return made  # and what lies between a norm and a matrix, for the matrix
+        elif use.kind == "mul" and op.data:
+            constants, source = self._behind(op.data[0])
+            if source.is_normalizer:  # which nothing before it makes up for
+                made *= math.prod(self.factor(one) for one in constants if one not in self._counted)
         return made * found
 
     @cached_property
@@ -117,7 +121,6 @@ class Constants:
 
     @cached_property
     def _feeds_matrix(self) -> dict[Op, bool]:
-        """Whether a matrix reads the output of each operation, or what is proportional to it."""
         found: dict[Op, bool] = {}
         for op in reversed(self._graph.ops):
             found[op] = any(
