@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.recipe_results import cells
+from helpers.trainers import loader, quiet
 
 from mlu_lightning import Plan, Shape
 from mlu_lightning.models import ResNet
 from recipes.aspect import attention, limit, report
 from recipes.aspect import run as recipe
+from recipes.aspect.muon import MuonTransformer
 from recipes.common.gradient_descent import Problem
 from recipes.lr_transfer.runs import Study, capped, plans_of, shared_runs
 from recipes.paper_rates.run import paper_problem
@@ -52,6 +55,22 @@ def test_shipped_studies() -> None:
         part = Study(**content)
         assert part.seeds == 3 and part.parameterizations == ["mlu", "completep", "mup", "sp", "capped"], name
         assert all(len(part.shapes(axis)) > 1 for axis in part.axes)
+
+
+def test_muon_trains_matrices_of_branches_as_fast_as_adamw_trains_the_rest() -> None:
+    """AdamW's first step is the learning rate in every entry; of Muon's, 0.2 times it in RMS, but for its approximation."""
+    module = MuonTransformer(
+        vocabulary=11, context=8, depth=1, embedding=16, heads=4, head_dim=4, mlp_hidden=16, lr=0.01, schedule_steps=4
+    )
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    trainer = quiet(max_steps=1)
+    trainer.fit(module, loader([torch.randint(11, (16, 9), generator=torch.Generator().manual_seed(0))] * 2))
+    assert trainer.global_step == 1
+    moved = {name: (parameter - before[name]).detach() for name, parameter in module.named_parameters()}
+    rate = moved["readout.weight"].abs().max()
+    assert moved["norm.weight"].abs().max() == pytest.approx(float(rate), rel=1e-2)
+    matrices = [each.square().mean().sqrt() for name, each in moved.items() if "branches" in name and each.dim() == 2]
+    assert len(matrices) == 6 and all(0.12 < float(each / rate) < 0.28 for each in matrices)
 
 
 def test_capped_std() -> None:
