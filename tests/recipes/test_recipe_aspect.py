@@ -59,18 +59,15 @@ def test_shipped_studies() -> None:
 
 def test_muon_trains_matrices_of_branches_as_fast_as_adamw_trains_the_rest() -> None:
     """AdamW's first step is the learning rate in every entry; of Muon's, 0.2 times it in RMS, but for its approximation."""
-    module = MuonTransformer(
-        vocabulary=11, context=8, depth=1, embedding=16, heads=4, head_dim=4, mlp_hidden=16, lr=0.01, schedule_steps=4
-    )
-    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    trainer = quiet(max_steps=1)
-    trainer.fit(module, loader([torch.randint(11, (16, 9), generator=torch.Generator().manual_seed(0))] * 2))
-    assert trainer.global_step == 1
-    moved = {name: (parameter - before[name]).detach() for name, parameter in module.named_parameters()}
-    rate = moved["readout.weight"].abs().max()
-    assert moved["norm.weight"].abs().max() == pytest.approx(float(rate), rel=1e-2)
-    matrices = [each.square().mean().sqrt() for name, each in moved.items() if "branches" in name and each.dim() == 2]
-    assert len(matrices) == 6 and all(0.12 < float(each / rate) < 0.28 for each in matrices)
+    sizes = {"vocabulary": 11, "context": 8, "depth": 1, "embedding": 16, "heads": 4, "head_dim": 4, "mlp_hidden": 16}
+    module, trainer = MuonTransformer(**sizes, lr=0.01, schedule_steps=4), quiet(max_steps=1)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    trainer.fit(module, loader([torch.arange(144).view(16, 9) % 11] * 2))
+    moved = zip(module.named_parameters(), before, strict=True)
+    steps = {name: float((parameter - old).detach().square().mean().sqrt()) for (name, parameter), old in moved}
+    muon = [steps.pop(name) / 0.01 for name in [*steps] if "branches" in name and "norm" not in name]
+    assert trainer.global_step == 1 and len(muon) == 6 and all(0.12 < step < 0.28 for step in muon)
+    assert steps["norm.weight"] == pytest.approx(0.01, rel=1e-2)
 
 
 def test_capped_std() -> None:
@@ -111,11 +108,7 @@ def test_numbers_of_others_in_the_absolute_form(name: Any) -> None:
 def test_onset_is_found() -> None:
     sizes = np.log2([0.25, 0.5, 1, 2, 4, 8, 16])
     start, slope, scatter = report.fit_onset(sizes, -1.5 * np.maximum(0, sizes - math.log2(1.5)))
-    assert (2**start, slope, scatter) == (
-        pytest.approx(1.5, rel=0.05),
-        pytest.approx(-1.5, rel=0.03),
-        pytest.approx(0, abs=0.05),
-    )
+    assert (2**start, slope) == pytest.approx((1.5, -1.5), rel=0.05) and scatter < 0.05
     assert report.fit_onset(sizes, np.zeros(7))[1:] == (0, 0)
 
 
