@@ -1,4 +1,4 @@
-"""What a checkpoint says about the multipliers of its module, and what a module takes from one."""
+"""Save which plan's multipliers a module has in its checkpoints, and put them into a module that loads one."""
 
 from __future__ import annotations
 
@@ -146,7 +146,6 @@ def _listed(multipliers: list[Multiplier]) -> str:
 
 
 def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
-    """What became of weights without multipliers in a module with them."""
     if mode == "hook":
         became = (
             "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "

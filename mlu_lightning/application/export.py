@@ -1,4 +1,4 @@
-"""Leave the package: a plain module of the same function, which any program loads without it."""
+"""Export a trained module as a plain one of the same function, and load the checkpoints of a run."""
 
 from __future__ import annotations
 

@@ -182,8 +182,6 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Multiplier(OwnHook):
-    """A hook that multiplies."""
-
     factor: float
     site: Site
     seen: _Seen = field(default_factory=_Seen, compare=False)

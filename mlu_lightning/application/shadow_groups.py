@@ -1,4 +1,4 @@
-"""Parameter groups that an optimizer sees in the place of the user's, and what goes over from one to the other.
+"""Shadow groups: the parameter groups that an optimizer sees in place of the user's while it makes a step.
 
 A *shadow* of a group has some of its parameters, and its numbers times their factors. It takes over what the user changes
 in the group; what the optimizer changes goes to the group, while the shadow goes on with its own value.
@@ -129,8 +129,6 @@ class Split:
 
 
 class _ReadGroup(Group):
-    """A group that knows what was read of it."""
-
     def __init__(self, values: Group) -> None:
         super().__init__(values)
         self.read: set[str] = set()
@@ -172,5 +170,4 @@ def _are(values: Collection[Any], others: Collection[Any]) -> bool:
 
 
 def _differ(value: Any, other: Any) -> bool:
-    """Whether two values of a group differ, which may be tensors."""
     return bool(torch.as_tensor(value != other).any())

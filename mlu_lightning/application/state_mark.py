@@ -1,4 +1,4 @@
-"""A key in the state dict of a module whose multipliers act outside of its weights: its name says what to do about them.
+"""A key in the state dict of a module with multipliers in hooks, which makes a plain module refuse to load it.
 
 A plain module of the same class, which would be another function with these weights, refuses the key in a strict load, also
 where this package is not installed. A module that has its multipliers in hooks takes it out.

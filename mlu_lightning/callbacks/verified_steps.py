@@ -1,4 +1,4 @@
-"""Verification of a fit: that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
+"""Verify in a fit that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from torch.optim import Optimizer
 from mlu_lightning.application import is_scaled
 from mlu_lightning.application.applied import mark_initialized
 from mlu_lightning.application.first_steps import FirstSteps
-from mlu_lightning.application.initial_weights import (
-    InitialWeights,
-    kept_as_built,
-    refuse_changed,
-    refuse_exchanged,
-)
+from mlu_lightning.application.initial_weights import InitialWeights, kept_as_built, refuse_changed, refuse_exchanged
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan

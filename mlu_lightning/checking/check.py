@@ -198,11 +198,8 @@ def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
 
 
 def _rows(
-    grid: Sequence[Size],
-    measured: Mapping[tuple[Shape, int], Measured],
-    leeway: Mapping[str, _Leeway] | None = None,
+    grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Measured], leeway: Mapping[str, _Leeway] | None = None
 ) -> Iterator[Row]:
-    """Rows of all quantities and axes, in order of kinds and axes."""
     every = chain.from_iterable(found.measurements for found in measured.values())
     by_depth = sorted(every, key=lambda measurement: -len(measurement.values))
     shallowest = {measurement.quantity: measurement for measurement in by_depth}
@@ -251,7 +248,6 @@ def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int
 
 
 def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:
-    """Whether it is measured where a parameter with one of these patterns of names acts."""
     return quantity.kind in (Kind.START, Kind.UPDATE) and quantity.name.partition(" ")[0] in patterns
 
 

@@ -1,4 +1,4 @@
-"""Which additions of a forward pass are residual: sums of a stream and what a branch has made of it.
+"""Find the residual additions of a forward pass: sums of a stream and what a branch computed from it.
 
 Walking back from one operand, the stream, over operations with a single operand, one comes to where the other one, the
 branch, parts from it. In between, a branch has a parameter matrix, or mixes what it reads without parameters (pooling,
@@ -65,8 +65,6 @@ def _normed(op: Op) -> Iterator[Op]:
 
 
 class _Search:
-    """Finds additions among candidates."""
-
     def __init__(self, graph: Graph, chains: dict[Op, list[Op]], ancestry: Ancestry) -> None:
         self.graph, self.chains, self.ancestry = graph, chains, ancestry
         self.made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
@@ -141,7 +139,6 @@ class _Search:
         return nonlinear and (root in self.made or any(hidden))
 
     def _is_logits(self, op: Op) -> bool:
-        """Whether a softmax reads a sum."""
         users = list(self.graph.users[op])
         for user in users:  # which grows
             users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()

@@ -1,4 +1,4 @@
-"""What an attention itself multiplies its logits by, read from the graph of a forward pass.
+"""Find the attention of a branch, and read the factor that it puts on its own logits.
 
 Logits are c · Σ q_i k_i over the head_dim coordinates of a query and a key. Modules put c into ``scale=`` of a fused
 attention, before the softmax, or on queries or keys; norms to length one (cosine attention) are 1/sqrt(head_dim), too.

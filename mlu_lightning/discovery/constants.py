@@ -1,4 +1,4 @@
-"""Constants that a module itself puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
+"""Find the constants that a module puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
 
 They are numbers, and tensors of one entry that no loss changes: buffers, frozen parameters, what is computed from these.
 On the meta device such tensors are NaN, and what is multiplied by them is not known.
@@ -117,7 +117,6 @@ class Constants:
 
     @cached_property
     def _feeds_matrix(self) -> dict[Op, bool]:
-        """Whether a matrix reads the output of each operation, or what is proportional to it."""
         found: dict[Op, bool] = {}
         for op in reversed(self._graph.ops):
             found[op] = any(

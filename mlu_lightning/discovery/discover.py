@@ -203,7 +203,6 @@ def _branch(
 
 
 def _readouts(uses: Uses, sites: MultiplierSites, constants: Constants) -> Iterator[Readout]:
-    """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
         reads = _used_as(placed, Role.READOUT, "matrix")
         if reads:
@@ -234,7 +233,6 @@ def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Read
 
 
 def _why_unassigned(uses: list[PlacedUse]) -> str:
-    """What was found around a parameter that could not be placed."""
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
     rows = (row_name(u.found.role, u.found.variant) for u in uses if u.found.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))

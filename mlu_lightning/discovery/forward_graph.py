@@ -1,4 +1,4 @@
-"""Build the graph of a traced module: operations from autograd's nodes, and what parameters are to them."""
+"""Build the graph of a traced module from autograd's nodes, with every use of a parameter."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ from mlu_lightning.discovery.graph import (
 )
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import descendants
+from mlu_lightning.utilities.autograd_nodes import nodes_below
 
 
 def build_graph(trace: Trace, of_constants: frozenset[Node] = frozenset()) -> Graph:
     """Turn autograd's nodes into operations; ``of_constants`` are products of parameters with constants, and no weights."""
-    nodes = tuple(_topological(trace.roots))
+    nodes = tuple(nodes_below(trace.roots))
     weights = _weights(nodes, trace) - of_constants
     ops, by_node = _operations(nodes, trace.parameters, frozenset(), weights)
     begins = stream_parameters(ops)
@@ -59,9 +60,9 @@ def _operations(
     by_node: dict[Node, Op] = {}
     for node in nodes:
         name = _plain_name(node)
-        children = (
-            ((None, 0), node.next_functions[1]) if name == "Copy" else node.next_functions
-        )  # it overwrites the first
+        children = node.next_functions
+        if name == "Copy":  # it overwrites the first
+            children = (None, 0), children[1]
         operands = tuple(None if child is None else (by_node[child], i) for child, i in children)
         values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
         leaf = getattr(node, "variable", None) if not operands else None
@@ -189,22 +190,6 @@ def _penalties(ops: tuple[Op, ...]) -> list[Op]:
             terms = [operand for operand in op.data if operand in depends] if is_loss else []
             stack.extend(terms or op.data)
     return [op for op in ops if op not in counted]
-
-
-def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
-    """Nodes below the roots, operands before the operations that use them."""
-    done: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
-    while stack:
-        node, expanded = stack.pop()
-        if node in done:
-            continue
-        if expanded:
-            done.add(node)
-            yield node
-        else:
-            stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in done)
 
 
 def _plain_name(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""Where a multiplier can go: the output of a module (as a hook), or parameters into which it can be folded."""
+"""Find where a multiplier can go: on a module's output, as a hook, or into parameters."""
 
 from __future__ import annotations
 
@@ -89,7 +89,6 @@ class MultiplierSites:
         return tuple(counts) if alone else ()
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
-        """Whether multiplying the output of one operation multiplies that of another."""
         if op is to:
             return True
         if op.index < to.index or op.is_normalizer:
@@ -205,7 +204,6 @@ class MultiplierSites:
 
     @staticmethod
     def _common(sites: list[list[Site]]) -> Iterator[Site]:
-        """Sites that every call of a branch or readout has."""
         return (site for site in sites[0] if all(site in others for others in sites))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The role of a parameter outside of branches: before, on and after a stream."""
+"""The role of a parameter outside of branches: before, along and after a stream."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cached_property
 from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
+from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
 BIAS_ROLES = {
@@ -97,6 +98,7 @@ class TrunkRoles:
     repeats: int = 0  # how many norms, or gains and matrices beside branches, the stream goes through
     beside: bool = False  # whether it is beside branches, in every block
     matrices: int = 0  # how many matrices that keep its dimension the stream goes through
+    units: Units | None = None  # heads of an attention that the stream goes through
 
     def place(self, use: Use) -> Placed | Unplaced:
         """Role of a parameter at one use."""
@@ -104,6 +106,8 @@ class TrunkRoles:
         if use.kind == "matrix":
             every = Variant.EVERY_BLOCK if self.matrices and keeps_dimension(use) else None
             return Placed(Role.STREAM_MATRIX, every, repeats=self.matrices if every else None)
+        if self.units is not None and self.units.makes_logits(use.op):
+            return Placed(Role.EMBEDDING, outputs=self.units.own(use) or 1)  # a bias of logits, for each head
         if use.kind == "lookup" or (use.kind == "add" and (len(use.stored) > 1 or not use.is_vector)):
             return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
         coordinates = _coordinates(use, self.embeddings)
@@ -172,7 +176,6 @@ class HeadRoles:
 
     @cached_property
     def _readouts(self) -> frozenset[Op]:
-        """The last matrices: no other one comes after them."""
         matrices = [op for op in self.ops if self.graph.is_matrix(op)]
         feeding = frozenset[Op]().union(*map(self._matrices_before.of, matrices))
         return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mlu_lightning.discovery.attention import find_attention
 from mlu_lightning.discovery.axes import unit_axis
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
@@ -26,6 +27,7 @@ from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.summed import Mark
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
+from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import COMPOUNDING, COUNTED, Role, Variant
 
 
@@ -50,8 +52,7 @@ class PlacedUse:
     found: Placed | Unplaced
 
 
-Uses = dict[str, list[PlacedUse]]
-"""Uses of parameters by name."""
+Uses = dict[str, list[PlacedUse]]  # uses of parameters by name
 
 
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
@@ -95,16 +96,32 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         along = (use for ops in stream.trunk for op in ops for use in graph.matrices(op))
         square = sum(map(keeps_dimension, along))
         trunk = partial(TrunkRoles, dimensions, *of_norms, matrices=square)
+        # of an attention that the stream goes through
+        found = [heads for ops in stream.trunk if (heads := _heads(graph, ops, stream.stem)) is not None]
+        tables = [op for op in stream.stem if "lookup" in graph.kinds(op)] if found else []
+        of_logits = [(heads, tuple(filter(heads.makes_logits, tables))) for heads in found]
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
-            (stream.stem, place, None),
+            *((biases, trunk(units=heads).place, None) for heads, biases in of_logits),
+            (tuple(op for op in stream.stem if not any(op in biases for _, biases in of_logits)), place, None),
             *((own.ops, partial(place_for_blocks, place, own.repeats), own.position) for own in stream.own),
-            *((ops, trunk().place, at) for at, ops in enumerate(stream.trunk)),
+            *((ops, trunk(units=_heads(graph, ops, stream.stem)).place, at) for at, ops in enumerate(stream.trunk)),
             (stream.link, TrunkRoles(dimensions, *of_norms).place, None),
             (stream.shortcuts, TrunkRoles(dimensions, repeats=repeats, beside=True, matrices=repeats).place, None),
             (stream.head, HeadRoles(graph, head, dimensions, *of_norms).place, None),
         ]
         regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
+
+
+def _heads(graph: Graph, ops: tuple[Op, ...], stem: tuple[Op, ...]) -> Units | None:
+    """Heads of an attention outside of branches, as where stages meet; None if there is none."""
+    if find_attention(ops, graph) is None:
+        return None
+    matrices = Ancestry(graph, ops)
+    last = [op for op in ops if graph.is_matrix(op)]
+    feeding = frozenset[Op]().union(*map(matrices.of, last))
+    writers = tuple(op for op in last if op not in feeding)
+    return Units(graph, in_order({*ops, *stem}), writers, frozenset())
 
 
 def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch.autograd.graph import Node
 
 from mlu_lightning.discovery.constants import Constants
-from mlu_lightning.discovery.graph import NORMS, Graph, Op, Use
+from mlu_lightning.discovery.graph import LINEAR, NORMS, Graph, Op, Use
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.table import Variant
 from mlu_lightning.utilities.names import name_pattern_of_parts
@@ -62,10 +62,15 @@ class _Sums:
         parts = [part for s in streams for part in (*s.trunk, s.stem, s.shortcuts, s.link, s.head)]
         outside = {op for part in parts for op in part} - self.additions
         self.latest: dict[Op, int] = {}  # the last residual addition that an operation comes after
+        line = set[Op]()  # what is a stream, or made of one alone, and not a comparison of tokens
         for op in graph.ops:
             before = max((self.latest[operand] for operand in op.data), default=-1)
             self.latest[op] = op.index if op in self.additions else before
-        self.sums = [op for op in graph.ops if op in outside and op.name in ("Add", "Sub") and op.shape != ()]
+            linear = len(op.data) < 2 or op.name in LINEAR or op.is_normalizer or graph.is_matrix(op)
+            if op in self.additions or (linear and not op.name.endswith("Softmax") and not line.isdisjoint(op.data)):
+                line.add(op)
+        line |= {op for op in outside if self.latest[op] < 0 or op in self.head}
+        self.sums = [op for op in graph.ops if op in outside & line and op.name in ("Add", "Sub") and op.shape != ()]
         self.summands = [summand for op in self._totals() for summand in self._summands(op)]
         self.alone = self._alone()
 
@@ -129,7 +134,7 @@ class _Sums:
         while op in self.alone:
             uses = [*self.graph.uses.get(op, ())]
             kinds = {use.kind for use in uses}
-            if any(step.name == "Softmax" for use in uses for step in use.path):
+            if any(step.name.endswith("Softmax") for use in uses for step in use.path):
                 return [], True
             if kinds & {"matrix", "lookup"} or op.name in NORMS:
                 return uses + biases, False

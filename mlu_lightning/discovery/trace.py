@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_map
 
 from mlu_lightning.discovery.decisions import run_most
 from mlu_lightning.discovery.weight_programs import Program, ProgramRecorder
+from mlu_lightning.utilities.autograd_nodes import nodes_below
 from mlu_lightning.utilities.custom_functions import seen_through
 from mlu_lightning.utilities.fake_mode import RememberingFakeMode
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
-from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
+from mlu_lightning.utilities.lightning_steps import call_module, call_step, is_lightning_module, mute, run_start_hooks
 from mlu_lightning.utilities.module_copies import copied_batch, copied_module, fake_tensor
 from mlu_lightning.utilities.names import listed, planned_modules, planned_parameters
 from mlu_lightning.utilities.user_errors import UserErrors
@@ -125,13 +126,9 @@ def _refuse_lazy(module: nn.Module) -> None:
 
 def _size(trace: Trace) -> tuple[int, int]:
     """How many parameters took part in a forward pass, and how many operations."""
-    seen, stack = set(trace.roots), list(trace.roots)
-    while stack:
-        new = {child for child, _ in stack.pop().next_functions if child is not None} - seen
-        seen |= new
-        stack += new
-    leaves = (getattr(node, "variable", None) for node in seen if not node.next_functions)
-    return sum(id(leaf) in trace.parameters for leaf in leaves), len(seen)
+    nodes = [*nodes_below(trace.roots)]
+    leaves = (getattr(node, "variable", None) for node in nodes if not node.next_functions)
+    return sum(id(leaf) in trace.parameters for leaf in leaves), len(nodes)
 
 
 def _run_with_or_without_values(
@@ -177,7 +174,8 @@ def _run(
         stack.enter_context(seen_through())
         example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
         if step:
-            _mute_all(twin, losses)
+            for submodule in filter(is_lightning_module, twin.modules()):
+                _mute(submodule, losses)
         if start_hooks:
             run_start_hooks(twin, example)
         if recorder is not None:
@@ -186,7 +184,7 @@ def _run(
         stack.enter_context(WrittenOut())
         stack.enter_context(watched(twin, partial(_note, functions)))
         stack.enter_context(watch := _InnerGradients(losses))
-        losses.extend(tensors_in(_train(twin, example) if step else _call(twin, example)))
+        losses.extend(tensors_in(_train(twin, example) if step else call_module(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
         raise RuntimeError(
@@ -215,9 +213,7 @@ class _InnerGradients(TorchFunctionMode):
         self.losses = losses
         self.constants: set[Node] = set()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         # torch's types have a bool here, and it is a descriptor
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
@@ -244,12 +240,6 @@ _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd_
 
 def _as_new_data(gradient: Any) -> Any:
     return gradient if gradient is None else gradient.detach().requires_grad_().clone()
-
-
-def _call(module: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        return module(**example)
-    return module(*(example if isinstance(example, (tuple, list)) else (example,)))
 
 
 def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
@@ -294,21 +284,13 @@ def _note(
     return returned
 
 
-def _mute_all(twin: nn.Module, losses: list[Tensor]) -> None:
-    """Mute copied LightningModules, whose optimizers are their own, made anew; losses of manual optimization are kept."""
-    for submodule in twin.modules():
-        if is_lightning_module(submodule):
-            _mute(submodule, losses)
-
-
 def _train(module: Any, example: Any) -> Any:
-    """Loss of ``training_step``."""
     output = call_step(module, "training_step", example)
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:
-    """Mute a copied LightningModule, whose optimizers are its own, made anew."""
+    """Mute a copied LightningModule, with optimizers of its own; losses of manual optimization are kept."""
 
     configured = cache(lambda: configured_optimizers(module.configure_optimizers()))
 

@@ -1,4 +1,4 @@
-"""Derive the entries of a plan: put every stream, parameter, branch and multiplier next to the base's."""
+"""Derive the entries of a plan: compare every stream, parameter, branch and multiplier with the base's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says about one parameter, one stream, one branch, and one forward multiplier."""
+"""The entries of a plan: parameters, streams, branches and forward multipliers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Roles that the user gives, where discovery cannot tell or should not."""
+"""Apply roles that the user gives where discovery cannot tell, or should not."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def override_roles(
     A pattern may match names ``elsewhere`` instead: a base has no counterpart of the last blocks of a deeper module.
     """
     parameters, copies = dict(structure.parameters), dict(structure.copies)
+    sizes = {(stream.embedding,) for stream in structure.streams}
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
         if not matches and not fnmatch.filter(elsewhere, pattern):
@@ -42,11 +43,14 @@ def override_roles(
                 f"{', '.join(_ROWS)}; what is a copy of another submodule is '{_COPY}net'."
             )
         for name in matches:
-            given, variant = _ROWS[str(role)]
+            (given, variant), facts = _ROWS[str(role)], parameters[name]
             _check_readout(structure, name, given, pattern)
-            if given is parameters[name].role:
-                variant = variant or parameters[name].variant
-            parameters[name] = replace(parameters[name], role=given, variant=variant)
+            if given is facts.role:
+                variant = variant or facts.variant
+            elif given is Role.EMBEDDING and facts.role in (None, Role.FROZEN) and facts.shape[1:] in sizes:
+                # autograd has not shown which way round it is: a table, as of positions
+                facts = replace(facts, fan_in=1, fan_out=facts.shape[1], transposed=True)
+            parameters[name] = replace(facts, role=given, variant=variant)
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
     left_alone = {name for name, facts in parameters.items() if facts.role is Role.FROZEN}
     return replace(
@@ -129,8 +133,7 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
         )
 
 
-_COPY = "copy_of "
-"""How an override begins that names the submodule of which another one is a copy."""
+_COPY = "copy_of "  # how an override begins that names the submodule of which another one is a copy
 
 _ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
     row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants

@@ -393,5 +393,4 @@ class Plan:
 
     @property
     def _absolute(self) -> bool:
-        """Whether it is relative to no base."""
         return any(parameter.base_shape is None for parameter in self.parameters.values())

@@ -1,4 +1,4 @@
-"""Tuning from beginning to end: search, choose among the best with other seeds, measure the gain, confirm elsewhere."""
+"""Tune from beginning to end: search, choose with other seeds, measure the gain, confirm at other shapes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from mlu_lightning.tuning.trials import Again, Crew, Search
 
-CANDIDATES = 5
-"""Trials that are trained again with other seeds, the best of which is chosen."""
+CANDIDATES = 5  # trials that are trained again with other seeds, the best of which is chosen
 
 Progress = Callable[[str, int, int, float | None], None]
 """Takes what is done, how much of it, of how much, and the best value so far."""
@@ -173,7 +172,6 @@ def require_optuna() -> None:
 
 
 def _require_pickle(training: Training) -> None:
-    """Refuse what other processes cannot be given."""
     try:
         pickle.dumps(training)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -223,13 +221,7 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, crew
 
 
 def _confirm(
-    search: Search,
-    name: str,
-    found: Tuning,
-    again: optuna.Study,
-    seeds: int,
-    crew: Crew,
-    progress: Progress,
+    search: Search, name: str, found: Tuning, again: optuna.Study, seeds: int, crew: Crew, progress: Progress
 ) -> Confirmed:
     """Train another shape with the factors, without them, and at other learning rates."""
     lr = found.space[0]
@@ -278,7 +270,6 @@ def _train(
 
 
 def _seconds(study: optuna.Study) -> float:
-    """How long a whole trial takes, 0 if there was none."""
     times_taken = [trial.duration for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     return median(taken.total_seconds() for taken in times_taken if taken is not None) if times_taken else 0.0
 

@@ -1,9 +1,9 @@
-"""Steps of a LightningModule outside of the Trainer's loops, where they log nothing and update no weights."""
+"""Run steps of a LightningModule outside of the Trainer's loops, without logging and without updates."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -36,6 +36,13 @@ def call_step(module: Any, name: StepName, batch: Any) -> Any:
     return step(*args)
 
 
+def call_module(module: nn.Module, arguments: Any) -> Any:
+    """Call a module with keyword arguments, several arguments, or one."""
+    if isinstance(arguments, Mapping):
+        return module(**arguments)
+    return module(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
+
+
 def run_start_hooks(module: Any, batch: Any) -> None:
     """Call the hooks of a LightningModule that Lightning calls before the first ``training_step``."""
     for name in ("on_fit_start", "on_train_start", "on_train_epoch_start"):
@@ -44,10 +51,7 @@ def run_start_hooks(module: Any, batch: Any) -> None:
 
 
 def mute(
-    module: Any,
-    losses: list[Tensor],
-    optimizers: Callable[[], Sequence[Any]],
-    schedulers: Callable[[], Sequence[Any]],
+    module: Any, losses: list[Tensor], optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
 ) -> None:
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
@@ -106,8 +110,6 @@ def muted(module: Any) -> Iterator[None]:
 
 
 class _TrainerView:
-    """A Trainer with other optimizers and schedulers."""
-
     def __init__(
         self, original: Any, optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
     ) -> None:
@@ -130,8 +132,6 @@ class _TrainerView:
 
 
 class _Idle:
-    """An optimizer or scheduler that has what the original has, and does nothing."""
-
     def __init__(self, original: Any) -> None:
         self._original = original
 

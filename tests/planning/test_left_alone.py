@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, fold, initialize
 from mlu_lightning.observation.verification import verify
@@ -119,40 +118,6 @@ def test_two_networks_that_are_built_alike_are_no_copies() -> None:
         ValueError, match=r"teacher a copy of net\.blocks, but teacher\.weight \[16, 3\] has no counterpart"
     ):
         Plan.from_model(module, X, overrides={"teacher.*": "copy_of net.blocks"})
-
-
-class Distilled(LightningModule):
-    """Learns from data and from a copy that follows it."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.net = Net(*shape)
-        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
-        self.gaps: list[float] = []
-
-    def training_step(self, batch: Any) -> Tensor:
-        x = batch[0]
-        with torch.no_grad():
-            wanted = self.teacher(x)
-        self.gaps.append(float((self.net(x) - wanted).abs().max()))
-        return F.mse_loss(self.net(x + 0.1), wanted) + self.net(x).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.net.parameters(), lr=0.01)
-
-    def train_dataloader(self) -> Any:
-        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), batch_size=2)
-
-
-@pytest.mark.parametrize("residual", ["hook", "fold"])
-def test_a_teacher_begins_as_its_student_in_a_training(residual: Any) -> None:
-    module = Distilled(*LARGE)
-    callback = MLUCallback(Distilled(), residual=residual)
-    run = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    run.callbacks.append(callback)
-    run.fit(module)
-    first, second = module.gaps[-2:]
-    assert first == 0 < second
 
 
 def test_a_role_that_the_user_gives() -> None:

@@ -107,26 +107,6 @@ def test_module_of_another_run_in_the_same_trainer(weights_only: bool, tmp_path:
         trainer.fit(theirs)
 
 
-class Noting(Net):  # saves something of its own
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["noted"] = [id(self)]
-
-
-@pytest.mark.parametrize("on_instance", [False, True])
-@weights_alone
-def test_what_the_module_itself_saves_stays(on_instance: bool, weights_only: bool, tmp_path: Path) -> None:
-    module = Noting()
-    if on_instance:
-        vars(module)["on_save_checkpoint"] = lambda checkpoint: checkpoint.update(noted=["instance"])
-    for callback in (MLUCallback(Net(BASE)), MLUCallback(Net(BASE))):
-        fit(module, callback, max_epochs=1)
-    trainer = quiet()  # which goes on without it, and the multipliers stay
-    trainer.validate(module, verbose=False)
-    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only)
-    assert read(tmp_path / "last.ckpt")["noted"] == ["instance" if on_instance else id(module)]
-    assert torch.equal(evaluated(tmp_path / "last.ckpt")[0](INPUTS), module(INPUTS))
-
-
 def test_place_that_a_newer_version_knows(tmp_path: Path) -> None:
     trainer = fit(Net(), MLUCallback(Net(BASE)), max_epochs=1)
     trainer.save_checkpoint(tmp_path / "newer.ckpt")
