@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from timeit import repeat, timeit
 
 import numpy as np
 import pytest
@@ -43,12 +44,6 @@ def triad(numel: int, dtype: torch.dtype = torch.float32) -> Callable[[], object
     return lambda: torch.add(b, c, alpha=3, out=a)
 
 
-def seconds_of(step: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 @pytest.mark.slow
 def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
     """D = M = 256, L = 100, N = 1, next to NumPy, and to the least that its weights can take: read twice, written once."""
@@ -69,18 +64,15 @@ def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtur
         steps[f"{str(dtype).removeprefix('torch.')}, triad"] = triad(2 * DEPTH * WIDTH**2, dtype)
 
     def measure() -> dict[str, Array]:
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(ROUNDS):
-            for name, step in steps.items():
-                seconds[name].append(seconds_of(step))
-        return {name: np.array(values[WARM_UP:]) for name, values in seconds.items()}
+        rounds = [[timeit(step, number=1) for step in steps.values()] for _ in range(ROUNDS)]
+        return dict(zip(steps, np.array(rounds[WARM_UP:]).T, strict=True))
 
     measured = benchmark.pedantic(measure, rounds=1)
     with capsys.disabled():
         threads, least = torch.get_num_threads(), triad(2**25)
         for number in (1, 2, threads):
             torch.set_num_threads(number)
-            print(f"memory, {number} threads: {3e-9 * 2**27 / min(seconds_of(least) for _ in range(10)):.1f} GB/s")
+            print(f"memory, {number} threads: {3e-9 * 2**27 / min(repeat(least, number=1, repeat=10)):.1f} GB/s")
         print(f"NumPy step in float64: {1e3 * np.median(measured['NumPy']):.0f} ms; {threads} threads")
         for name in [name for name in list(steps)[1:] if not name.endswith("triad")]:
             times = np.median(measured[name] / measured[f"{name.partition(',')[0]}, triad"])
@@ -138,7 +130,7 @@ def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: py
             ratio = seconds["finite"] / seconds[name]
             benchmark.extra_info[name] = {"ratio": ratio, "errors": errors[name]}
             print(
-                f"infinite model of {name}: {ratio:.0f} times faster, error {errors[name][0]:.4f}, {errors[name][1]:.4f}"
+                "infinite model of {}: {:.0f} times faster, error {:.4f} and {:.4f}".format(name, ratio, *errors[name])
             )
             assert all(own < other for own, other in zip(errors[name], errors["finite"], strict=True))
 
