@@ -118,7 +118,6 @@ def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: py
             streams = [limit.in_coordinates_of(weights, found[0]) for limit, found in zip(limits, trained, strict=True)]
             seconds[f"{units} units"] = min(found[2] for found in trained)
             errors[f"{units} units"] = distances((streams[1], trained[1][1]), (streams[0], trained[0][1]))
-        # from the limit with most units
         errors["finite"] = distances((stream, output), (streams[0], trained[0][1]))
         return seconds, errors
 

@@ -178,6 +178,5 @@ def test_start_and_peak_memory(processes: Pool, starts_table: Show, size: str) -
 
 @pytest.mark.slow
 def test_import(show: Show) -> None:
-    """On top of Lightning and of what else the package depends on."""
     seconds = [run(IMPORT) for _ in range(PROCESSES)]
     show(f"\nimport of mlu_lightning after Lightning, s: {spread(np.array(seconds))}")

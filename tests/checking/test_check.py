@@ -34,7 +34,6 @@ def test_right_plan_passes_and_is_the_same_with_hooks_and_folded() -> None:
 
 
 def test_every_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A callback makes the plan that the check has made, relative to the base that it was given, but for an alpha."""
     made: list[float] = []
     plan = Plan.from_model
     monkeypatch.setattr(
