@@ -19,6 +19,7 @@ from mlu_lightning.application.optimization import Scaled, ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
+from mlu_lightning.application.used_rates import refuse_one_rate
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import listed, original_module
 from mlu_lightning.utilities.samples import Sample, samples
@@ -67,6 +68,7 @@ class FirstSteps:
         self._start = samples(trained_parameters(module, plan))
         self._unmoved = {*self._start}
         self._before: dict[str, Sample] = {}
+        self._gradients: dict[str, Sample] = {}  # of an optimizer that is not known
         self._moved: set[str] = set()  # in an update
         self._unread: dict[str, str] = {}  # by parameter: what its update has not asked for
         self._have_stepped: dict[ScaledOptimizer, None] = {}
@@ -105,6 +107,9 @@ class FirstSteps:
             return False
         own = self._own(scaled)
         self._before = samples({name: p for name, p in own.items() if name in self._unmoved})
+        self._gradients = {}
+        if first and not is_known(scaled.optimizer):
+            self._gradients = samples({name: grad for name, p in own.items() if (grad := p.grad) is not None})
         if first and not self._manual:
             _refuse_changed_in_step([name for name, now in self._before.items() if not now.is_near(self._start[name])])
         if self._between is not None:
@@ -128,6 +133,7 @@ class FirstSteps:
                 self._unread |= {name: key for name in moved if id(own[name]) in members}
         if not is_known(scaled.optimizer):
             _refuse_written(scaled)  # which reads, too
+            refuse_one_rate(scaled.shadows, own, scaled.families, (before, found, self._gradients))
 
     def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
         """Note what an optimizer has made of the updates of those in it, as Lookahead does."""

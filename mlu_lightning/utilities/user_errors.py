@@ -13,10 +13,11 @@ class UserErrors(AbstractContextManager[None]):
         self._what, self._advice = what, advice
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Mark an error, unless it was raised in a file of this package."""
+        """Mark an error, unless this package has raised it, which raises no errors of names and keys."""
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next
         if traceback is None or not isinstance(error, Exception):
             return
-        if not str(traceback.tb_frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}."):
+        ours = str(traceback.tb_frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}.")
+        if not ours or isinstance(error, (AttributeError, LookupError)):
             raise RuntimeError(f"{self._what} and raised {type(error).__name__}: {error}. {self._advice}") from error

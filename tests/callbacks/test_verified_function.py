@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.callback_runs import BATCH, OUTPUTS, WIDE, Net, fit, loader
 from lightning.pytorch.callbacks import ModelPruning
-from torch import Tensor
+from torch import Tensor, nn
 
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.application import folded_parameters
@@ -27,6 +27,16 @@ class Hooked(Net):
     def on_fit_start(self) -> None:
         for block in self.blocks:
             block.register_forward_hook(lambda module, args, output: output / 4)
+
+
+class InOneMode(Net):
+    """Has a constant of its own in training, or, ``in_training=False``, in evaluation, with dropout."""
+
+    in_training = True
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = super().forward(nn.functional.dropout(inputs, 0.2, self.training))
+        return outputs * self.shape[2] ** -0.5 if self.training == self.in_training else outputs
 
 
 class InTrainingOnly(Net):
@@ -55,6 +65,14 @@ def test_other_functions_than_the_plans_are_refused(make: type[Net], name: str, 
         fit(make(**WIDE), MLUCallback(make(), residual=residual))
     fit(make(**WIDE), MLUCallback(make(), residual=residual, verify=False))
     fit(make(), MLUCallback(make(), residual=residual))  # at the base shape, whatever it computes
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_constants_that_act_in_one_mode_only_are_no_fault(in_training: bool) -> None:
+    """Those in training are in the plan."""
+    make = type("InOneMode", (InOneMode,), {"in_training": in_training})
+    fit(module := make(**WIDE), callback := MLUCallback(make(), residual="hook"))
+    assert callback.plan is not None and bool(callback.plan.own_constants) == in_training and module.losses
 
 
 def test_what_was_trained_or_is_somebodys_own_is_not_compared() -> None:

@@ -33,15 +33,16 @@ def own(
 class ByHand(optim.Optimizer):
     """AdamW in one line for each number, which come from where they should, or from elsewhere."""
 
-    def __init__(self, parameters: Any, elsewhere: str = "", **numbers: float) -> None:
+    def __init__(self, parameters: Any, elsewhere: str = "", reads: bool = False, **numbers: float) -> None:
         super().__init__(parameters, numbers)
-        self.kept = {key: value for key, value in numbers.items() if key == elsewhere}
+        self.kept, self.reads = {key: value for key, value in numbers.items() if key == elsewhere}, reads
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            lr, eps, decay = (self.kept[key] if key in self.kept else group[key] for key in NUMBERS)
+            numbers = {**group} if self.reads else group  # which looks at all of them
+            lr, eps, decay = (self.kept[key] if key in self.kept else numbers[key] for key in NUMBERS)
             for p in group["params"]:
                 state = self.state[p]
                 count = state["count"] = state.get("count", 0) + 1
@@ -231,9 +232,9 @@ def clamp(module: Module) -> None:
         parameter.data.clamp_(-0.05, 0.05)
 
 
-def clipped_by_hand() -> Run:
+def clipped_by_hand(norm: float = 0.01) -> Run:
     planted = run(residual="fold")
-    clip = lambda trainer, module: nn.utils.clip_grad_norm_(module.parameters(), 0.01)  # noqa: E731
+    clip = lambda trainer, module: nn.utils.clip_grad_norm_(module.parameters(), norm)  # noqa: E731
     planted.after.append(At("on_after_backward", clip, 0))
     return planted
 
@@ -283,8 +284,8 @@ def take_kept(module: Module, loss: Tensor) -> None:
     vars(module)["kept"]()
 
 
-def declared(elsewhere: str) -> Callable[[], Run]:
-    make = lambda module: ByHand(module.parameters(), elsewhere, **NUMBERS)  # noqa: E731
+def declared(elsewhere: str, reads: bool = False) -> Callable[[], Run]:
+    make = lambda module: ByHand(module.parameters(), elsewhere, reads, **NUMBERS)  # noqa: E731
     return lambda: run(optimizer=make, family="adamw")
 
 
@@ -335,6 +336,7 @@ UPDATES: dict[str, Fault] = {
     "eps from an attribute": Fault("eps", declared("eps"), "first step", UNREAD),
     "decay from an attribute": Fault("decay", declared("weight_decay"), "first step", UNREAD),
     "numbers from the groups": Fault(ALL, declared(""), None),
+    "lr from an attribute, that of the groups read": Fault("lr", declared("lr", reads=True), "first step", UNREAD),
     "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
     "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
     "readout in no optimizer": Fault(ALL, lambda: partly(None), None, "Parameters of the plan belong to no optimizer"),
@@ -349,6 +351,9 @@ UPDATES: dict[str, Fault] = {
         "decay", lambda: after_batches(decay_all, weight_decay=0.0), None, "Weights were changed after"
     ),
     "weights clamped after the batch": Fault("std", lambda: after_batches(clamp), None, "Weights were changed after"),
+    "folded gradients clipped by hand, which does not bind": Fault(
+        "multiplier", lambda: clipped_by_hand(1e6), None, "Gradients were changed between"
+    ),
     "folded gradients clipped by hand": Fault("multiplier", clipped_by_hand, None, "Gradients were changed between"),
     "SAM that climbs, folded": Fault(
         "multiplier",
