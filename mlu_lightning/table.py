@@ -80,12 +80,15 @@ class Variant(_Name):
     """``stream_matrix``, or a gain, that the stream goes through beside the branch of every block: these compound, too."""
     OF_BLOCK = "of_block"
     """``embedding``, ``stream_matrix`` and ``stream_norm`` that make something of data for one block, or a few, alone."""
+    SUMMED = "summed"
+    """What one of several summands is proportional to: of what is added to the stream in every block beside its branch,
+    and ``readout`` where readouts at several depths are summed."""
     IN_HEAD = "in_head"
     """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
 
 
 COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})
-COUNTED = COMPOUNDING | {Variant.OF_BLOCK}
+COUNTED = COMPOUNDING | {Variant.OF_BLOCK, Variant.SUMMED}
 """Variants whose depth is the number of those along the stream; if it goes through them, they compound."""
 
 
@@ -264,6 +267,11 @@ _PER_BRANCH_OUTPUT = Powers(depth=-1, outputs=-1, active=-1, uses=1)  # g: k/(lÂ
 _PER_BRANCH_BOUNDED = Powers(depth=-1, uses=1)  # g: k/l at outputs of bounded size
 _PER_DEPTH = Powers(depth=-1)  # multiplier of branches, and lr of norms that compound
 
+# what is under the 1/n of a sum, folded into the parameter
+_SUMMED_VECTOR = Row(g=_PER_OUTPUT, std=_PER_DEPTH, lr=_PER_DEPTH)
+_READOUT = Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1))
+_READOUT_OF_BLOCK = replace(_READOUT, g=Powers(depth=-1, inputs=-1, uses=1))
+
 _BRANCH_IN = Row(n=_SUM, g=_PER_BRANCH_OUTPUT, std=_KEEP, spectral=True)
 _BRANCH_VECTOR = Row(g=_PER_BRANCH_OUTPUT)
 _BRANCH_OUT = replace(_BRANCH_IN, multiplier=_PER_DEPTH, std=Powers(inputs=-0.5, aspect=0.5))  # std: sqrt(d)/m
@@ -285,7 +293,7 @@ _MLU = Table(
         # a readout whose 1/d is folded
         Role.STREAM_BOUNDED_MATRIX: Row(n=_SUM, g=_PER_USE, std=Powers(inputs=-1), spectral=True),
         Role.STREAM_NORM: Row(g=_PER_OUTPUT),
-        Role.READOUT: Row(g=Powers(inputs=-1, uses=1), multiplier=Powers(inputs=-1)),
+        Role.READOUT: _READOUT,
         Role.READOUT_BIAS: Row(g=_PER_USE),
         Role.FROZEN: Row(),
     },
@@ -295,6 +303,14 @@ _MLU = Table(
         (Role.EMBEDDING, Variant.OF_BLOCK): replace(_BRANCH_IN, spectral=False),
         (Role.STREAM_NORM, Variant.OF_BLOCK): _BRANCH_VECTOR,
         (Role.STREAM_MATRIX, Variant.OF_BLOCK): _BRANCH_IN,
+        (Role.READOUT, Variant.OF_BLOCK): _READOUT_OF_BLOCK,
+        (Role.READOUT_BIAS, Variant.OF_BLOCK): Row(g=_PER_BRANCH_BOUNDED),
+        **{(role, Variant.SUMMED): _SUMMED_VECTOR for role in (Role.EMBEDDING, Role.STREAM_NORM)},
+        (Role.STREAM_MATRIX, Variant.SUMMED): replace(
+            _SUMMED_VECTOR, n=_SUM, std=Powers(depth=-1, inputs=-0.5), spectral=True
+        ),
+        (Role.READOUT, Variant.SUMMED): replace(_READOUT_OF_BLOCK, multiplier=Powers(depth=-1, inputs=-1)),
+        (Role.READOUT_BIAS, Variant.SUMMED): replace(_SUMMED_VECTOR, g=_PER_USE),
         (Role.STREAM_MATRIX, Variant.EVERY_BLOCK): Row(n=_SUM, g=_PER_OUTPUT, std=_KEEP, lr=_PER_DEPTH, spectral=True),
     },
 )

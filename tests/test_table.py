@@ -51,21 +51,6 @@ def test_identity_at_base_is_exact(row: Row, family: OptimizerFamily) -> None:
     assert entry(row, Ratios(), family) == Scale(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-def test_numbers_where_the_ratio_of_hidden_to_embedding_changes() -> None:
-    """Depth 2, hidden width 16 and embedding 4 times the base's, worked out by hand: all powers of two, so exact."""
-    branch_in, branch_out = Ratios(2.0, 4.0, 16.0), Ratios(2.0, 16.0, 4.0)
-    assert scale(Role.BRANCH_IN, branch_in, ADAMW) == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 4.0)
-    assert scale(Role.BRANCH_IN, branch_in, SGD) == Scale(1.0, 1 / 2, 8.0, 1 / 32, 1 / 8)
-    assert scale(Role.BRANCH_IN, branch_in, ADAM) == Scale(1.0, 1 / 2, 1 / 4, 1 / 32, 1 / 8)
-    assert scale(Role.BRANCH_IN, branch_in, MUON) == Scale(1.0, 1 / 2, 2.0, 1 / 4, 1 / 2)
-    assert scale(Role.BRANCH_OUT, branch_out, ADAMW) == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 16.0)
-    assert scale(Role.BRANCH_OUT, branch_out, SGD) == Scale(1 / 2, 1 / 8, 1 / 2, 1 / 8, 2.0)
-    assert scale(Role.BRANCH_OUT, branch_out, ADAM) == Scale(1 / 2, 1 / 8, 1 / 16, 1 / 8, 2.0)
-    assert scale(Role.BRANCH_OUT, branch_out, MUON) == Scale(1 / 2, 1 / 8, 1 / 2, 1.0, 2.0)
-    # CompleteP and µP have the std of a sum over hidden units here, 1/4
-    assert scale(Role.BRANCH_OUT, branch_out, ADAMW).std == 1 / 8 != 16**-0.5
-
-
 sizes = st.floats(min_value=1 / 64, max_value=64, allow_nan=False)
 ratios = st.builds(Ratios, sizes, sizes, sizes)
 roles = st.sampled_from(list(Role))

@@ -1,4 +1,4 @@
-"""What was applied to a module: one value, kept on the module under one name."""
+"""What has been applied to a module, kept on it as one value."""
 
 from __future__ import annotations
 

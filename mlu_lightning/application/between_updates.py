@@ -1,4 +1,4 @@
-"""What else changes weights and gradients in the first steps: limits, decays and noise, of which a plan knows nothing.
+"""Changes of weights and gradients between the first updates that a plan knows nothing of: limits, decays, noise.
 
 These are warned of, because they may be meant: where multipliers are folded, weights are smaller by them and gradients
 larger, and everywhere roles have scales and decays of their own.

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the multipliers of its module, and what a module takes from one."""
+"""Save which plan's multipliers a module has in its checkpoints, and put them into a module that loads one."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def warn_of_hooks(plan: Plan) -> None:
     if left:
         rank_zero_warn(
             f"Folding leaves {_listed(left)} in hooks, because no weight multiplies there and nowhere else, so a plain "
-            "model refuses to load checkpoints of this run, as it would be another function. Load them with MLUCallback or "
+            "model, which would be another function, refuses to load checkpoints of this run, unless the load is not strict "
+            "or takes only the keys it knows (torch.distributed.checkpoint). Load them with MLUCallback or "
             "restore_multipliers(module, path); bake(module, callback.plan) makes a plain module of the same function."
         )
 
@@ -145,7 +146,6 @@ def _listed(multipliers: list[Multiplier]) -> str:
 
 
 def _of_plain_weights(plan: Plan, mode: Literal["hook", "fold"]) -> str:
-    """What became of weights without multipliers in a module with them."""
     if mode == "hook":
         became = (
             "Its weights were trained as another function of the module, which now has the plan's multipliers, and at other "
@@ -171,7 +171,7 @@ def _check_untied(module: nn.Module, plan: Plan) -> None:
     parameters = planned_parameters(original_module(module), remove_duplicate=False)
     for multiplier in Applied(plan, "fold").acting:
         tied = [name for name, parameter in parameters.items() if parameter is parameters.get(multiplier.name)]
-        if multiplier.kind == "readout" and len(tied) > 1:
+        if multiplier.kind == "readout" and len(tied) > 1 and not multiplier.gains:
             raise ValueError(
                 f"The checkpoint is of a baked module, in which {' and '.join(tied)} are different weights, and in this "
                 "module they are one. Build it with tie_word_embeddings=False in its config, or give the readout a weight "

@@ -1,4 +1,4 @@
-"""Gradients and weights of a folded module as those of one whose multipliers are attached, for what clips or reads them."""
+"""Context managers that let code clip or read the gradients and weights of a folded module as if nothing were folded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leave the package: a plain module of the same function, which any program loads without it."""
+"""Export a trained module as a plain one of the same function, and load the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.checkpoint_files import read_checkpoint
 from mlu_lightning.utilities.lightning_namespaces import of_both
-from mlu_lightning.utilities.names import original_module, planned_part
+from mlu_lightning.utilities.names import listed, original_module, planned_parameters, planned_part
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -34,9 +34,10 @@ def bake(module: ModuleT, plan: Plan) -> ModuleT:
     No hook is left, and checkpoints of it load without this package: ``model.save_pretrained(...)`` of a Hugging Face
     model (bake the LightningModule, save its attribute) and ``from_pretrained`` elsewhere give the same outputs, exactly
     where factors are powers of two, else but for rounding. What :func:`mlu_lightning.fold` leaves as hooks (theory.md,
-    section 3) goes into the weights too: those of readouts tied to embeddings by Hugging Face's ``tie_word_embeddings``,
-    which becomes False; of branches that end in a norm whose gain is stored minus one, as Gemma's; and of attention
-    logits whose queries are a part of a fused projection. Baked twice, a module stays as it is; checkpoints of its Trainer
+    section 3) goes into the weights too: those of readouts tied to embeddings, into the norm before them, so that they
+    stay tied; where that has no gain, and Hugging Face's ``tie_word_embeddings`` ties them, it becomes False; of branches
+    that end in a norm whose gain is stored minus one, as Gemma's; and of attention logits whose queries are a part of a
+    fused projection. Baked twice, a module stays as it is; checkpoints of its Trainer
     say that nothing is left to multiply. To train on with the same plan, go on from a checkpoint of the run instead.
 
     Args:
@@ -78,7 +79,8 @@ def restore_multipliers(module: nn.Module, checkpoint: Mapping[str, Any] | str |
 
     A checkpoint whose weights hold all multipliers, as ``MLUCallback`` makes them where it can, needs this only to be
     trained on or baked. Where some are outside of the weights, its ``state_dict`` has a key more, which a plain module
-    refuses, as it would be another function; here, and in a ``Trainer`` with ``MLUCallback``, it is taken out.
+    refuses, as it would be another function; here, and in a ``Trainer`` with ``MLUCallback``, it is taken out. Loads with
+    ``strict=False``, and by ``torch.distributed.checkpoint`` into a plain module, take no notice of it: :func:`bake` first.
 
     Args:
         module: LightningModule to be loaded into, built anew, or by ``load_from_checkpoint(path, strict=False)``, which
@@ -131,6 +133,13 @@ def _steps(module: nn.Module, plan: Plan, multiplier: Multiplier, factor: float)
     site = multiplier.site
     assert site is not None  # there is a hook
     target = planned_part(module, site.module)
+    if multiplier.gains:  # the tie stays, as the code of the model makes it
+        named = planned_parameters(module)
+        if missing := [name for name in multiplier.gains if name not in named]:
+            raise ValueError(
+                f"The plan has parameters that the module does not have: {listed(missing)}. Plan it again."
+            )
+        return [multiplication(named[name], factor) for name in multiplier.gains]
     if multiplier.kind == "readout":
         return [_untied(module, multiplier, target, factor)]
     if site.part is not None:
@@ -211,10 +220,10 @@ def _untied(module: nn.Module, multiplier: Multiplier, head: nn.Module, factor: 
     model = _tying_model(module, multiplier.site.module)
     if multiplier.site.where != "input" or not own or head is embedding or model is None:
         raise ValueError(
-            f"The readout {multiplier.name!r} is tied to an embedding, so its multiplier {factor:g} cannot be put into "
-            "the weight, and it is not known how to untie it: that takes a submodule of its own for the readout, inside "
-            "a Hugging Face model with tie_word_embeddings in its config. Multiply the readout's input by "
-            f"{factor:g} in the model's own code, and take the hooks off with .remove() of what attach_multipliers returned."
+            f"The readout {multiplier.name!r} is tied to an embedding, so its multiplier {factor:g} cannot be put into the "
+            "weight, and no norm with a gain makes what it reads. A weight of its own would be lost where the model's code "
+            f"ties it again. Multiply the readout's input by {factor:g} in that code, and take the hooks off with .remove() "
+            "of what attach_multipliers returned."
         )
     lasting = _lasting_untied(model)
     if not lasting and "missing_keys" not in inspect.signature(model.tie_weights).parameters:

@@ -1,4 +1,4 @@
-"""Updates of the first steps after a plan was applied: whose they are, at which numbers, and through which multipliers.
+"""Check in the first steps that every weight moves in an update of a scaled optimizer, at the plan's numbers.
 
 It looks at what is, not at what was asked for: whether weights have changed, in whose update, and whether hooks were called.
 """
@@ -206,8 +206,7 @@ class FirstSteps:
         return {name: parameter for name, parameter in named if name in self._start}
 
 
-_DENSE = 8
-"""Steps that are all looked at; after these every power of two is."""
+_DENSE = 8  # steps that are all looked at; after these every power of two is
 
 
 def _names(names: Mapping[int, str], optimizers: Iterable[ScaledOptimizer]) -> set[str]:

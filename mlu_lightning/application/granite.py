@@ -1,4 +1,4 @@
-"""Export to Granite, whose Hugging Face config has a place for every multiplier: weights stay those of the training."""
+"""Export to Hugging Face's Granite, whose config has a place for every multiplier, so that weights stay as they are."""
 
 from __future__ import annotations
 
@@ -109,7 +109,6 @@ def _config(model: Any, residual: float, attention: float, readout: float) -> Gr
 
 
 def _only(model: nn.Module, what: str, factors: Iterable[float]) -> float:
-    """The factor that all of them are, 1 if there are none."""
     distinct = sorted({*factors}) or [1.0]
     if len(distinct) > 1:
         listed = ", ".join(f"{factor:g}" for factor in distinct)

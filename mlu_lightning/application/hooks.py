@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.compiler import is_compiling
+from torch.nn.modules.module import _global_forward_hooks
 from torch.utils.hooks import RemovableHandle
 
 from mlu_lightning.application.applied import residual_state
@@ -46,7 +48,8 @@ def attach_hooks(module: nn.Module, acting: Mapping[Multiplier, float]) -> tuple
     for (target, where, _), (_, site, factor) in targets.items():
         # The multiplier acts as a part of its module: next to forward, inside the hooks that others have attached.
         if where == "output":
-            hooks.append(target.register_forward_hook(_OutputMultiplier(factor, site), prepend=True))
+            kind = _WholeMultiplier if site.index is None and site.part is None else _OutputMultiplier
+            hooks.append(target.register_forward_hook(kind(factor, site), prepend=True))
         elif where == "weight":
             hooks.append(target.register_forward_pre_hook(_RowsMultiplier(factor, site)))
             hooks.append(target.register_forward_hook(_restore_rows, always_call=True))
@@ -147,24 +150,24 @@ class _Seen:
         self.called = self.compiled = False
         self.passed = False  # whether gradients have gone through a product since it was tracked
         self.products: dict[Node, RemovableHandle] = {}
-        self._tracks = False
+        self.tracks = False
 
     def note(self, product: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._note_compiled()
-        elif not self.called or self._tracks:
+        elif not self.called or self.tracks:
             self._note(product)
         return product
 
     def track(self, on: bool) -> None:
         for handle in self.products.values():
             handle.remove()
-        self._tracks, self.passed, self.products = on, False, {}
+        self.tracks, self.passed, self.products = on, False, {}
 
     def _note(self, product: Tensor) -> None:
         self.called |= torch.is_grad_enabled()
         node = product.grad_fn
-        if self._tracks and node is not None:
+        if self.tracks and node is not None:
             self.products[node] = node.register_prehook(self._pass)
 
     def _pass(self, gradients: Any) -> None:
@@ -179,8 +182,6 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Multiplier(OwnHook):
-    """A hook that multiplies."""
-
     factor: float
     site: Site
     seen: _Seen = field(default_factory=_Seen, compare=False)
@@ -226,6 +227,27 @@ class _OutputMultiplier(_Multiplier):
             f"The multiplier {self.factor:g} on {self.site} could not be applied: the module returned {found}. Plan "
             "with an example and settings that make the module return what it returns in training."
         )
+
+
+@dataclass(frozen=True)
+class _WholeMultiplier(_OutputMultiplier):
+    """Forward hook that multiplies all of an output, and a linear layer's where it is, as long as nobody else has it.
+
+    No gradient needs that layer's output as it was. There is one of these for each branch, and Python is what it costs.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if (
+            is_compiling()  # which makes one operation of it and what comes next
+            or type(output) is not Tensor
+            or getattr(module.forward, "__func__", None) is not nn.Linear.forward
+            or output._is_view()
+            or next(iter(module._forward_hooks.values())) is not self  # others have seen it
+            or _global_forward_hooks
+        ):
+            return self._multiplied(output)
+        product, seen = output.mul_(self.factor), self.seen
+        return product if seen.called and not seen.tracks else seen.note(product)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Initial weights until training starts: whether somebody has changed, exchanged or left out some of those that were set."""
+"""Detect initial weights that are changed, exchanged or left out between initialization and the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Give the weights of a freshly built module the standard deviations that a plan asks for."""
+"""Initialize a freshly built module with the standard deviations of its plan."""
 
 from __future__ import annotations
 
@@ -124,7 +124,6 @@ def _draws(group: Mapping[str, nn.Parameter], target: float, seed: int, axis: in
 
 
 def _coupled(group: Mapping[str, nn.Parameter], planned: ParameterPlan, target: float | None, seed: int) -> list[Step]:
-    """Draw a group's embeddings or readouts one stream coordinate after the other."""
     if not any(bool(_full(parameter).any()) for parameter in group.values()):
         return []
     first = next(iter(group))
@@ -149,7 +148,6 @@ def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor
 
 
 def _rms(group: Mapping[str, nn.Parameter]) -> float:
-    """Root mean square over all entries, in all shards, of parameters of one shape."""
     squares = 0.0
     for name, parameter in group.items():
         norm = float(_full(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64)))
@@ -163,7 +161,6 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
 
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a module whose scales cannot be set."""
     if folded_parameters(module):
         raise ValueError(
             "Multipliers are folded into the weights already, so their scale is no longer the one that a plan "
@@ -178,7 +175,6 @@ def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def _full(tensor: Tensor) -> Tensor:
-    """All of a tensor, if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

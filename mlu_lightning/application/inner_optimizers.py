@@ -1,4 +1,4 @@
-"""Optimizers in others: wrappers, such as SAM, Lookahead and Fabric's, leave the update to one or several of these."""
+"""Unwrap optimizers such as SAM, Lookahead and Fabric's, which leave the update to one or several inner optimizers."""
 
 from __future__ import annotations
 

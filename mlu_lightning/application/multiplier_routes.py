@@ -1,4 +1,4 @@
-"""Whether every multiplier acts in the first steps, and gradients reach weights through those that are theirs alone."""
+"""Check that every multiplier acts in the first steps, and that no gradient reaches a weight around its multiplier."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from mlu_lightning.application.hooks import products, sites_seen, track
 from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.discovery.graph import LOOKUPS, WEIGHT_SLOTS
 from mlu_lightning.planning import Multiplier, Plan
+from mlu_lightning.utilities.autograd_nodes import nodes_below
 from mlu_lightning.utilities.names import listed
 
 
@@ -118,7 +119,7 @@ def routes(loss: Tensor, places: Iterable[Iterable[Node]]) -> dict[int, Route]:
             own[node] = own.get(node, 0) | 1 << number
     if loss.grad_fn is None:
         return {}
-    order = _operands_first(loss.grad_fn)
+    order = [*nodes_below([loss.grad_fn])]
     users: dict[Any, list[Node]] = {node: [] for node in order}
     before: dict[Any, int] = {}
     for node in order:
@@ -155,19 +156,3 @@ def _beside(leaf: Node, users: Mapping[Any, list[Node]], before: Mapping[Any, in
 def _name(node: Node) -> str:
     """What autograd calls an operation, without ``Backward`` and number."""
     return re.sub(r"(Backward)?\d*$", "", node.name())
-
-
-def _operands_first(last: Node) -> list[Node]:
-    """All operations that one was computed from, each after its operands."""
-    order: list[Node] = []
-    seen, stack = {last}, [(last, iter(last.next_functions))]
-    while stack:
-        node, rest = stack[-1]
-        operand = next((each for each, _ in rest if each is not None and each not in seen), None)
-        if operand is None:
-            order.append(node)
-            stack.pop()
-        else:
-            seen.add(operand)
-            stack.append((operand, iter(operand.next_functions)))
-    return order

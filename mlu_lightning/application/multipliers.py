@@ -233,7 +233,6 @@ def _foldable(module: nn.Module, plan: Plan, check: bool) -> dict[str, nn.Parame
 
 
 def _check_sites(plan: Plan) -> None:
-    """Refuse multipliers that cannot be hooks."""
     for multiplier in plan.forward_factors:
         _check_place(multiplier)
         if multiplier.site is None:
@@ -244,7 +243,6 @@ def _check_sites(plan: Plan) -> None:
 
 
 def _check_place(multiplier: Multiplier) -> None:
-    """Refuse a multiplier that can be put nowhere."""
     if not multiplier.folds and multiplier.site is None:
         raise ValueError(
             f"The multiplier of the {multiplier.kind} {multiplier.name!r} can be neither folded, because no parameter "
@@ -254,7 +252,6 @@ def _check_place(multiplier: Multiplier) -> None:
 
 
 def _check_fresh(module: nn.Module, plan: Plan) -> None:
-    """Refuse a module that the plan does not fit, or that has multipliers already."""
     plan.check(module)
     applied = residual_state(module)
     if applied is None:

@@ -1,4 +1,4 @@
-"""Scale somebody else's optimizer: during its update, and only there, it sees groups with the plan's numbers.
+"""Scale an existing optimizer: during its update, and only then, it sees groups with the plan's numbers.
 
 It keeps the user's parameter groups, so schedulers, loggers and checkpoints go on as without a plan. In the update *shadow
 groups* take their place, one for each distinct set of factors (theory.md, section 3) in a group.
@@ -92,7 +92,9 @@ def prepared(
 
 def is_scaled(optimizer: Optimizer | LightningOptimizer) -> bool:
     """Tell whether an optimizer, or those that a wrapper holds, update parameters with the numbers of a plan."""
-    return all(scaled_by(each) is not None for each in updating(optimizer))
+    # asked at every step, and those in others are found by their parameters
+    is_itself = isinstance(optimizer, Optimizer) and scaled_by(optimizer) is not None
+    return is_itself or all(scaled_by(each) is not None for each in updating(optimizer))
 
 
 def scaled_by(optimizer: Optimizer) -> ScaledOptimizer | None:
@@ -270,7 +272,6 @@ class ScaledOptimizer:
         groups[:] = shadows
 
     def _swap_out(self) -> None:
-        """Put the user's groups back, if they are not there."""
         if self._users is None:
             return
         self.optimizer.param_groups[:] = self._users
@@ -314,7 +315,7 @@ class ScaledOptimizer:
         shadows = [Shadow({"params": parameters}, dict(factors)) for factors, parameters in members.items()]
         # give_back takes values from the first, and schedule-free optimizers keep the largest lr so far in their group
         shadows.sort(key=lambda shadow: multiplied(1.0, shadow.factors.get("lr", 1.0)), reverse=True)
-        split = Split(group, [id(parameter) for parameter in group["params"]], shadows, rule)
+        split = Split(group, [*group["params"]], shadows, rule)
         split.load_own(group.get(_OWN, []))
         return split
 
@@ -361,7 +362,6 @@ def _same_function(method: Any, function: Any) -> bool:
 
 
 def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:
-    """Refuse an optimizer whose update cannot be given other groups."""
     if "_optimizer_step_pre_hooks" not in vars(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} has not called Optimizer.__init__, so it has neither hooks nor a step that can be "
@@ -382,7 +382,6 @@ def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:
 
 
 def _foreign(index: int, parameter: Tensor, name: str | None) -> str:
-    """Say that the plan does not know a parameter of the optimizer."""
     what = f"A parameter of shape {list(parameter.shape)}" if name is None else f"The parameter {name}"
     return (
         f"{what} in group {index} of the optimizer is not a parameter of the module that the plan was made for. Make "

@@ -1,4 +1,4 @@
-"""What the numbers in an optimizer's parameter groups mean, and so by what each of them is to be multiplied.
+"""How each optimizer of torch uses the numbers in its parameter groups, and hence by what they are multiplied.
 
 Every rule has one aim: where a weight and its updates are c times and its gradients g times those of the base (theory.md,
 section 3), the optimizer does c times what it does at the base, at every step.
@@ -132,7 +132,6 @@ def _plain(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> d
 
 
 def _declared(group: Group, name: str, parameter: ParameterPlan, scale: Scale) -> dict[str, Factor]:
-    """Numbers of an optimizer that the user has named a family for."""
     for key in ("lr", "eps", "weight_decay"):
         if (key == "lr" or key in group) and not isinstance(group.get(key), (int, float, Tensor)):
             raise ValueError(

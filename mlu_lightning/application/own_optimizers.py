@@ -1,4 +1,4 @@
-"""All optimizers of a module: those that are given, and others, found and scaled as they make their first step."""
+"""All optimizers of a module: those that are given, and others that are found and scaled at their first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that a plan has for the parameters of a module."""
+"""Map the parameters of a module to their names in its plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def plan_names(module: nn.Module, plan: Plan) -> dict[int, str]:
 
 
 def _planned(name: str, module: nn.Module, plan: Plan) -> str:
-    """Name that the plan has for a parameter of the module."""
     planned = planned_name(name)
     owner, _, own = name.rpartition(".")
     if planned in plan.parameters or not own.endswith("_orig"):

@@ -1,4 +1,4 @@
-"""Parameter groups that an optimizer sees in the place of the user's, and what goes over from one to the other.
+"""Shadow groups: the parameter groups that an optimizer sees in place of the user's while it makes a step.
 
 A *shadow* of a group has some of its parameters, and its numbers times their factors. It takes over what the user changes
 in the group; what the optimizer changes goes to the group, while the shadow goes on with its own value.
@@ -6,11 +6,13 @@ in the group; what the optimizer changes goes to the group, while the shadow goe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mlu_lightning.application.optimizer_rules import Factor, Group, UpdateRule, divided, multiplied
@@ -54,18 +56,24 @@ class Split:
     """One of the user's groups and its shadows."""
 
     user: Group
-    members: list[int]  # ids of its parameters
+    members: list[Tensor]  # its parameters
     shadows: list[Shadow]
     rule: UpdateRule
+    taken: Group = field(
+        default_factory=dict
+    )  # the user's values that the shadows have, as long as no step changes them
 
     def is_of(self, group: Group) -> bool:
         """Whether this is the split of the group, with the parameters that it has now."""
-        return self.user is group and self.members == [id(parameter) for parameter in group["params"]]
+        return self.user is group and _are(self.members, group["params"])
 
     def groups_of_step(self, optimizer: Optimizer, watched: bool = False) -> list[Group]:
         """Groups of the step that begins: the user's own if all factors are 1. A watched step notes what is read."""
         if not any(shadow.factors for shadow in self.shadows):
             return [self.user]
+        if not watched and self.taken.keys() == self.user.keys() and _are(self.taken.values(), self.user.values()):
+            return [shadow.group for shadow in self.shadows]
+        self.taken.clear()
         for shadow in self.shadows:
             shadow.fill(self.user)
             if self.rule.at_step is not None:
@@ -74,6 +82,10 @@ class Split:
                 self.rule.at_step(self.user, shadow.group, shadow.factors, step)
             shadow.given = {**shadow.group}
             shadow.group = _ReadGroup(shadow.group) if watched else {**shadow.group}
+        # others may be changed where they are
+        fixed = all(isinstance(value, _FIXED) for key, value in self.user.items() if key not in _MEMBERS)
+        if fixed and not watched and self.rule.at_step is None:
+            self.taken.update(self.user)
         return [shadow.group for shadow in self.shadows]
 
     def own(self) -> list[dict[str, tuple[Any, Any]]]:
@@ -104,17 +116,19 @@ class Split:
         """Hand what the optimizer has changed in the shadows to the user's group."""
         changed: Group = {}
         for shadow in self.shadows:
+            if _are(shadow.group.values(), shadow.given.values()):
+                continue
             for key, value in shadow.group.items():
                 if key not in changed and value is not shadow.given.get(key, _UNSEEN) and key not in _MEMBERS:
                     changed[key] = divided(value, shadow.factors.get(key, 1.0))
+        if changed:
+            self.taken.clear()
         self.user.update(changed)
         for shadow in self.shadows:
             shadow.seen.update(changed)  # each goes on with its own value until the user changes it
 
 
 class _ReadGroup(Group):
-    """A group that knows what was read of it."""
-
     def __init__(self, values: Group) -> None:
         super().__init__(values)
         self.read: set[str] = set()
@@ -146,9 +160,14 @@ class _ReadGroup(Group):
 _MEMBERS = ("params", "param_names")
 _NUMBERS = ("lr", "eps", "weight_decay")
 _NUMERIC = (int, float, torch.Tensor)
+_FIXED = (int, float, str, tuple, type(None))
 _UNSEEN = object()
 
 
+def _are(values: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether these are the same objects, in the same order."""
+    return len(values) == len(others) and all(map(operator.is_, values, others))
+
+
 def _differ(value: Any, other: Any) -> bool:
-    """Whether two values of a group differ, which may be tensors."""
     return bool(torch.as_tensor(value != other).any())

@@ -1,7 +1,13 @@
-"""A key in the state dict of a module whose multipliers act outside of its weights: its name says what to do about them.
+"""A key in the state dict of a module with multipliers in hooks, which makes a plain module refuse to load it.
 
 A plain module of the same class, which would be another function with these weights, refuses the key in a strict load, also
 where this package is not installed. A module that has its multipliers in hooks takes it out.
+
+Loads that take no notice of a key too much, ``strict=False`` and those of ``torch.distributed.checkpoint``, see nothing.
+What would stop them changes a key that they ask for: a weight of another shape, an error in both, or under another name, an
+error in the second. But then state dicts would not be what averages, ``functional_call`` and other readers take them for,
+nor could ``load_from_checkpoint(path, strict=False)`` go before ``restore_multipliers``. Only weights that no multiplier is
+beside are safe there: of folded runs without such hooks, and of baked modules.
 """
 
 from __future__ import annotations

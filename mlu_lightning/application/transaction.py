@@ -1,4 +1,4 @@
-"""Changes of a module that are made as a whole: a mark on it, set before the first, knows how to undo or finish them.
+"""Change a module as a whole: what interrupts a change lets it be undone or finished, at the latest at the next use.
 
 Whatever interrupts them, they are undone or finished at once; if that is interrupted, too, whoever applies a plan next
 does so.
@@ -115,12 +115,10 @@ class _Application:
         self._hooks: tuple[RemovableHandle, ...] = ()
 
     def begin(self) -> None:
-        """Exchange the hooks, unless they stay as they are."""
         if self._after is not self._before:
             self._hooks = self._exchanged(self._after if self._attach else None)
 
     def finish(self) -> None:
-        """Write all weights, and note the multipliers."""
         self._steps.run()
         if self._after is not self._before:
             set_applied(self._module, self._after and replace(self._after, hooks=self._hooks))

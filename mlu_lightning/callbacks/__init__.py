@@ -1,4 +1,4 @@
-"""Lightning callbacks: thin adapters of the functions of the package, one file for each.
+"""Lightning callbacks: thin adapters of the functions of the package, one file each.
 
 In come a Trainer and its module; out go a run in the MLU parameterization (:class:`MLUCallback`), a reference file of a run
 (:class:`ReferenceRecorder`), and logged values that say how far a run is from a reference (:class:`EmbeddingDistance`),

@@ -1,4 +1,4 @@
-"""A callback for the Trainers of ``lightning.pytorch`` and of ``pytorch_lightning``, each of which knows its own alone."""
+"""A callback that works with the Trainers of both ``lightning.pytorch`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 

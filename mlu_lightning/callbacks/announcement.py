@@ -1,4 +1,4 @@
-"""What a fit says of itself when it starts: one line, and the plan in the folders of its logs."""
+"""What a fit reports when it starts: one line, and the plan saved beside its logs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,6 @@ def one_line(applied: Applied) -> str:
 
 
 def _changes(sizes: Iterable[tuple[int, int]], absolute: bool) -> str:
-    """Sizes next to the base's, each pair once."""
     pairs = dict.fromkeys(sizes)
     return "/".join(f"{own}" if own == base or absolute else f"{own} (base {base})" for own, base in pairs)
 

@@ -1,4 +1,4 @@
-"""The module at the base shape, built and with a Trainer, so that it can be passed through."""
+"""Build the module of the base shape and attach it to the Trainer, so that it can be run."""
 
 from __future__ import annotations
 

@@ -70,9 +70,7 @@ class EmbeddingDistance(EitherCallback):
     """
 
     def __init__(
-        self,
-        reference: str | Path | list[str] | dict[str, str] | Limit,
-        metrics: Sequence[MetricName] | None = None,
+        self, reference: str | Path | list[str] | dict[str, str] | Limit, metrics: Sequence[MetricName] | None = None
     ) -> None:
         super().__init__()
         self._limit = Limit() if reference == "limit" else reference if isinstance(reference, Limit) else None
@@ -234,7 +232,6 @@ class EmbeddingDistance(EitherCallback):
         return measurable
 
     def _compare_with_limit(self, trainer: Trainer, module: LightningModule, due: bool = False) -> None:
-        """Log the distance from the limit at the present step, unless it was, if it is due."""
         step, run = trainer.global_step, self._limit_run
         if run is not None and step > self._last and (due or run.schedule.is_due(step)):
             self._log(trainer, run.distances(trainer, module, self._metrics))
@@ -294,7 +291,6 @@ def _check_one_probe(references: Sequence[Reference]) -> None:
 
 
 def _check_steps(trainer: Trainer, module: LightningModule, references: Sequence[Reference]) -> None:
-    """Refuse a run that will never be at a step of a reference."""
     now = trainer.global_step
     last = trainer.estimated_stepping_batches if module.automatic_optimization else math.inf
     last = math.inf if last < 0 else last  # of data whose length is not known

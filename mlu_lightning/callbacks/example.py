@@ -1,4 +1,4 @@
-"""Batches to plan with and to probe with, taken without disturbing the training that follows."""
+"""Take example and probe batches from the data without disturbing the training that follows."""
 
 from __future__ import annotations
 

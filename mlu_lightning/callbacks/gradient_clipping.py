@@ -1,4 +1,4 @@
-"""Lightning's clipping of gradients, in a fit of a module whose multipliers are folded."""
+"""Make Lightning's gradient clipping right for a module whose multipliers are folded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Infinite models that are trained beside a run, on its own batches, so that its distance from the limit can be logged."""
+"""Train infinite models beside a run, on its own batches, to log its distance from the limit."""
 
 from __future__ import annotations
 
@@ -174,7 +174,6 @@ class LimitRun:
 
 
 def _checked_plan(trainer: Trainer, module: LightningModule, layout: Layout) -> Plan:
-    """Plan in effect on a module that can have a limit in this Trainer."""
     if layout.plan is None:
         raise ValueError(
             "The infinite model is the limit of runs in the MLU parameterization, and the Trainer has no MLUCallback. "

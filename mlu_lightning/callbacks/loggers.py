@@ -1,4 +1,4 @@
-"""What goes to the Trainer's loggers, and comes from them: values at their steps, plans, and reference files."""
+"""Send values, plans and reference files to the Trainer's loggers, and fetch reference files from W&B."""
 
 from __future__ import annotations
 
@@ -124,7 +124,6 @@ ValueT = TypeVar("ValueT")
 
 
 def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily]) -> dict[str, Any]:
-    """A plan as a few numbers."""
     streams, branches = plan.streams, plan.branches
     shape = _shape([(at.depth, at.embedding) for at in streams], [(branch.kind, branch.hidden) for branch in branches])
     base = _shape(
@@ -158,7 +157,6 @@ def _summary(plan: Plan, residual: str, families: Mapping[str, OptimizerFamily])
 
 
 def _shape(streams: Sequence[tuple[int, int]], branches: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """Depths and dimensions of streams, and hidden widths by kind of branch."""
     hidden: dict[str, list[int]] = {}
     for kind, width in branches:
         hidden.setdefault(kind, []).append(width)
@@ -196,7 +194,6 @@ def _distinct(values: Iterable[ValueT]) -> list[ValueT]:
 
 
 def _short(values: Sequence[ValueT]) -> ValueT | list[ValueT]:
-    """The value that all of them are, or all of them."""
     return values[0] if len(set(values)) == 1 else list(values)
 
 

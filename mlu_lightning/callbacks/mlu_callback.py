@@ -359,7 +359,6 @@ class MLUCallback(EitherCallback):
             return Plan.from_model(module, example, **{**vars(self._arguments), "base": base})
 
     def _apply(self, module: LightningModule, plan: Plan, optimizers: Optimizers) -> None:
-        """Initialize the module and put the multipliers in, unless an earlier fit did."""
         applied = residual_state(module)
         self._initialized = applied is None and self._init is not None
         if applied is None:
@@ -383,10 +382,10 @@ class MLUCallback(EitherCallback):
                 "attach_multipliers or fold and give init=None to MLUCallback, or give it a module that was built anew."
             )
         wrap_saving(module)
-        self._verification = Verification(module, plan, optimizers, self._initialized) if self.verify else None
+        given = module, plan, optimizers, self._initialized, self._arguments.overrides or ()
+        self._verification = Verification(*given) if self.verify else None
 
     def _look(self, who: str) -> None:
-        """Look at the initial weights, which somebody may have changed since the last time."""
         if self._verification is not None:
             self._verification.look(who)
 

@@ -1,4 +1,4 @@
-"""Callbacks of Lightning that copy or prune a module: copies should be of the initialized module, and so should sizes."""
+"""Handle Lightning callbacks that copy or prune a module (WeightAveraging, ModelPruning)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit changes for its time, such as methods of its module: noted where any later fit finds it, and can undo it."""
+"""Temporary changes of a fit, such as wrapped methods, which any later fit of the module can find and undo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callbacks that watch a run share: what to read in its module, and a probe batch on its device."""
+"""What the watching callbacks share: the layout of the module that is watched, and a probe batch on its device."""
 
 from __future__ import annotations
 

@@ -233,7 +233,6 @@ class ReferenceRecorder(EitherCallback):
             self.path.unlink()  # what it holds is not of the weights that are there now
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        """Record the present step, if it is not yet."""
         step = trainer.global_step
         if self._probe is not None and step > self._last:
             self._record(trainer, step, self._probe.observe(trainer, module))
@@ -306,7 +305,6 @@ class _Losses:
 
 
 def _either(one: Tensor, other: Tensor, steps: int) -> Tensor:
-    """Losses of so many steps: those of one where they are known, or else of the other."""
     one, other = (F.pad(known[:steps], (0, steps - len(known[:steps])), value=math.nan) for known in (one, other))
     return torch.where(one.isnan(), other, one)
 

@@ -1,4 +1,4 @@
-"""The name of a run: what decides how it goes on, by which a run that is started again is known from another one."""
+"""Identify a run by what determines it, so that a run that is restarted from its beginning is recognized."""
 
 from __future__ import annotations
 
@@ -67,7 +67,6 @@ def is_restarted(recorded: RunName, run: RunName) -> bool:
 
 
 def _of_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of a parameter group, and the sizes of its parameters."""
     sizes = [parameter.shape for parameter in group["params"]]
     return {name: value for name, value in group.items() if name != "params"} | {"sizes": sizes}
 

@@ -1,4 +1,4 @@
-"""The plan in every checkpoint of a module, and from it, also where Lightning asks no callback, only the module."""
+"""Save the plan in every checkpoint of a module and apply it on loading, also where Lightning asks no callback."""
 
 from __future__ import annotations
 

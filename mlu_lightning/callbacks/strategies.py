@@ -1,4 +1,4 @@
-"""Strategies under which a module keeps parameters of its own, and those under which it does not."""
+"""Check that a strategy keeps the module's own parameters, and keep hooks when ``sync_batchnorm`` exchanges norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The comparison of what a module computes with its plan, when a training starts."""
+"""Compare what a module computes with its plan when training starts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Verification of a fit: that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
+"""Verify in a fit that weights, optimizers and multipliers are in effect as ``MLUCallback`` has set them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,24 +15,23 @@ from torch.optim import Optimizer
 from mlu_lightning.application import is_scaled
 from mlu_lightning.application.applied import mark_initialized
 from mlu_lightning.application.first_steps import FirstSteps
-from mlu_lightning.application.initial_weights import (
-    InitialWeights,
-    kept_as_built,
-    refuse_changed,
-    refuse_exchanged,
-)
+from mlu_lightning.application.initial_weights import InitialWeights, kept_as_built, refuse_changed, refuse_exchanged
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.callbacks.passing_changes import PassingChanges, wrap_method
 from mlu_lightning.planning import Plan
+from mlu_lightning.table import Role
 from mlu_lightning.utilities.lightning_private import is_mock_optimizer
-from mlu_lightning.utilities.names import listed
+from mlu_lightning.utilities.names import listed, planned_parameters
 
 
 class Verification:
     """What looks at a module from when it has its weights until it was trained for a few steps."""
 
-    def __init__(self, module: LightningModule, plan: Plan, optimizers: Optimizers, initialized: bool) -> None:
+    def __init__(
+        self, module: LightningModule, plan: Plan, optimizers: Optimizers, initialized: bool, said: Iterable[str] = ()
+    ) -> None:
         self._module, self._plan, self._optimizers = module, plan, optimizers
+        self._said = tuple(said)  # patterns of overrides
         self._weights = InitialWeights(module, plan) if initialized else None
         self._kept: dict[str, Tensor] = kept_as_built(module, plan) if initialized else {}
         self._loaded = False
@@ -66,8 +67,33 @@ class Verification:
             changes.note(steps.end)
             return skip
 
+        self._watch_unreached(changes)
         # the last hook before the first step
         restore = wrap_method(self._module, "on_train_batch_start", begin, changes.note)
+
+    def _watch_unreached(self, changes: PassingChanges) -> None:
+        """Warn where a gradient reaches what was left alone because no loss of the example did."""
+        entries = self._plan.parameters
+        left = [name for name, entry in entries.items() if entry.role is Role.FROZEN]
+        if all(entry.is_at_base for entry in entries.values() if entry.role is not Role.FROZEN):
+            return
+
+        def reach(name: str, gradient: Tensor) -> None:
+            if left and bool(gradient.any()):
+                rank_zero_warn(
+                    f"{name} has a gradient, and is one of {len(left)} parameters that the plan leaves alone, because no "
+                    "loss of the batch that it was planned with reaches them: they are trained with the base's learning "
+                    "rates, and not with those of this shape. Give MLUCallback example=..., a batch whose loss reaches all "
+                    'that is trained, or roles in overrides ("frozen" if it is as it should be).'
+                )
+                left.clear()
+
+        parameters = planned_parameters(self._module)
+        for name in left:
+            said = any(fnmatch.fnmatchcase(name, pattern) for pattern in self._said)
+            if name in parameters and parameters[name].requires_grad and not said:
+                handle = parameters[name].register_hook(partial(reach, name))  # type: ignore[no-untyped-call]
+                changes.note(handle.remove)
 
     def batch_end(self, trainer: Trainer) -> None:
         """Look at what has moved."""

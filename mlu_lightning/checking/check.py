@@ -32,6 +32,7 @@ from mlu_lightning.checking.report import CheckReport
 from mlu_lightning.checking.sizes import AXES, Size, check_growth, default_axes, sizes
 from mlu_lightning.checking.verdicts import Point, Row, fit_row
 from mlu_lightning.planning import Plan
+from mlu_lightning.planning.arguments import PlanArguments
 from mlu_lightning.planning.distance import FAR
 from mlu_lightning.shapes import Shape
 from mlu_lightning.utilities.names import name_pattern
@@ -133,7 +134,8 @@ def check(
             seed_everything(run_seed, verbose=False)
             for place, callback in enumerate(taking_part):
                 if isinstance(callback, MLUCallback):
-                    _plan_once(callback, planned, (shape, place))
+                    own = callback.arguments != PlanArguments(bases(run_seed)) or callback._example is not None
+                    _plan_once(callback, None if own else plan, planned, (shape, place))
             before = measured[shape, seed].followed if (shape, seed) in measured else None
             training = taking_part, batches[run_seed][:count], probe, steps, settings, datamodule
             measured[shape, run_seed] = measure(module, plan, *training, before)
@@ -145,8 +147,15 @@ def check(
     return CheckReport(base, tuple(factors), seeds, steps, rows, warnings, notes)
 
 
-def _plan_once(callback: MLUCallback, planned: dict[tuple[Shape, int], Plan], key: tuple[Shape, int]) -> None:
-    """Let a callback take the plan that another one in its place made at its shape, with the weights of another seed."""
+def _plan_once(
+    callback: MLUCallback, plan: Plan | None, planned: dict[tuple[Shape, int], Plan], key: tuple[Shape, int]
+) -> None:
+    """Let a callback take the plan that another one in its place made at its shape, with the weights of another seed.
+
+    One that would make the check's own plan, relative to the base that it was given, takes that.
+    """
+    if plan is not None and callback._given is None:
+        callback._given = plan
     plan_of = callback._plan_of
 
     def once(trainer: Trainer, module: LightningModule) -> Plan:
@@ -189,11 +198,8 @@ def _leeway(small: Plan, large: Plan) -> dict[str, tuple[float, float]]:
 
 
 def _rows(
-    grid: Sequence[Size],
-    measured: Mapping[tuple[Shape, int], Measured],
-    leeway: Mapping[str, _Leeway] | None = None,
+    grid: Sequence[Size], measured: Mapping[tuple[Shape, int], Measured], leeway: Mapping[str, _Leeway] | None = None
 ) -> Iterator[Row]:
-    """Rows of all quantities and axes, in order of kinds and axes."""
     every = chain.from_iterable(found.measurements for found in measured.values())
     by_depth = sorted(every, key=lambda measurement: -len(measurement.values))
     shallowest = {measurement.quantity: measurement for measurement in by_depth}
@@ -242,7 +248,6 @@ def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int
 
 
 def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:
-    """Whether it is measured where a parameter with one of these patterns of names acts."""
     return quantity.kind in (Kind.START, Kind.UPDATE) and quantity.name.partition(" ")[0] in patterns
 
 

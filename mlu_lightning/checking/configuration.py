@@ -1,4 +1,4 @@
-"""Modules of any shape, data, callbacks and loggers from the configuration of a LightningCLI."""
+"""Build modules of any shape, data, callbacks and loggers from a LightningCLI configuration."""
 
 from __future__ import annotations
 
@@ -185,7 +185,6 @@ class _Parsed(LightningCLI):
     loggers: Sequence[Logger] = ()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Keep callbacks and loggers."""
         trainer = self.config_init["trainer"]
         self.callbacks, self.loggers = trainer["callbacks"] or [], trainer["logger"] or []
 
@@ -238,7 +237,6 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _require_size(axis: str, value: int, found: str) -> None:
-    """Refuse what would be built for hours, or not at all."""
     if not 1 <= value <= _LARGEST[axis]:
         raise ValueError(
             f"{found}, and a check builds models with a {axis} from 1 to {_LARGEST[axis]:,}. Give it a small base and small "
@@ -247,7 +245,6 @@ def _require_size(axis: str, value: int, found: str) -> None:
 
 
 def _require_section(section: Any, name: str, path: Path) -> None:
-    """Refuse what describes no object."""
     if section is None or (isinstance(section, str) and name in ("optimizer", "lr_scheduler")):
         return
     named = isinstance(section, dict) and all(isinstance(key, str) for key in section)
@@ -261,7 +258,6 @@ def _require_section(section: Any, name: str, path: Path) -> None:
 
 
 def _arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a class, with or without its name beside them."""
     return dict((section.get("init_args") or {}) if "class_path" in section else section)
 
 

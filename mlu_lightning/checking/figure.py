@@ -1,4 +1,4 @@
-"""The figure of a check: every quantity that should not change with the size, against the size."""
+"""The figure of a check: everything that should not change with the size, against the size."""
 
 from __future__ import annotations
 

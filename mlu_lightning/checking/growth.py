@@ -1,4 +1,4 @@
-"""What grows in a module: depth, embedding, hidden units, heads and their head_dim, next to the module at another shape."""
+"""Find what grows between two shapes of a module: depth, embedding, hidden units, heads and head_dim."""
 
 from __future__ import annotations
 

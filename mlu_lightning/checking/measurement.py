@@ -1,4 +1,4 @@
-"""The measurements of a check in one run: train a module in its Trainer, and measure what moves and what moves it."""
+"""Measure one run of a check: train a module in its Trainer, and see what moves and what moves it."""
 
 from __future__ import annotations
 
@@ -237,12 +237,10 @@ class _Watch(Callback):
 
 
 def _is_end(name: LocationName) -> bool:
-    """Whether a location is the end of a stream."""
     return isinstance(name, StreamName) and name.depth == 1
 
 
 def _quantity_at(name: LocationName) -> Quantity:
-    """What is measured at a location."""
     if isinstance(name, FeatureName):
         return Quantity(Kind.FEATURES, f"{name_pattern(name.branch)} ({name.kind})")
     return Quantity(Kind.OUTPUT if isinstance(name, OutputName) else Kind.STREAM, str(name))

@@ -1,4 +1,4 @@
-"""The arguments of a configured model that make up its depth, hidden width and embedding, found by doubling each of them."""
+"""Find the arguments of a configured model that set its depth, hidden width and embedding, by doubling each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of the training that a configuration describes, found as its fit finds it."""
+"""The plan of the training that a configuration describes, as its fit would make it."""
 
 from __future__ import annotations
 
@@ -48,5 +48,4 @@ class _Planned(Exception):
 
 class _End(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the fit."""
         raise _Planned

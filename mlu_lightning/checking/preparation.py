@@ -1,4 +1,4 @@
-"""Modules, batches and Trainers of a check: built, attached and set up as when a training begins."""
+"""Prepare the modules, batches and Trainers of a check as at the beginning of a training."""
 
 from __future__ import annotations
 

@@ -18,12 +18,9 @@ class Kind(str, Enum):
 
     START = "start"
     """What a parameter does before the first step: its submodule's output less that with zeros instead, over the input."""
-    UPDATE = "update"
-    """What it does there because its own value has moved since then."""
-    DECAY = "decay"
-    """Part of it that weight decay takes away in a step."""
-    FEATURES = "features"
-    """How far pre-activations have moved: inputs of nonlinearities and logits of attention."""
+    UPDATE = "update"  # what it does there because its own value has moved since then
+    DECAY = "decay"  # part of it that weight decay takes away in a step
+    FEATURES = "features"  # how far pre-activations have moved: inputs of nonlinearities and logits of attention
     STREAM = "stream"
     OUTPUT = "output"
     EFFECT_ON_STREAM = "effect on stream"

@@ -1,4 +1,4 @@
-"""The report of a check: a value that prints as tables and goes to JSON and back."""
+"""The report of a check: a value that prints as tables and is saved as JSON."""
 
 from __future__ import annotations
 
@@ -241,7 +241,6 @@ def _cell(row: Row | None) -> Text:
 
 
 def _finite(value: Any) -> Any:
-    """Put null for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""How much of a parameter weight decay takes away in one step of an optimizer, which is taken back."""
+"""Measure how much of a parameter weight decay takes away in one step, which is undone."""
 
 from __future__ import annotations
 

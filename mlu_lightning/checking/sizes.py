@@ -1,4 +1,4 @@
-"""The shapes at which a module is checked, along depth, hidden width, embedding or all together, and whether it grows."""
+"""The shapes of a check along depth, hidden width, embedding or all together, and whether a module grows with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From measurements at several sizes to slopes with confidence intervals, and from these to verdicts and causes."""
+"""Fit slopes with confidence intervals to measurements at several sizes, and derive verdicts and causes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: the terminal, progress, and the places of results."""
+"""What the commands share: the terminal, progress bars, and where results go."""
 
 from __future__ import annotations
 

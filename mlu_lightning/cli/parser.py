@@ -1,4 +1,4 @@
-"""From the words of a command line to the command that they name, and what is said when it fails."""
+"""Parse the command line, run its command, and report errors."""
 
 from __future__ import annotations
 

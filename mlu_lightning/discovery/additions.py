@@ -1,4 +1,4 @@
-"""Which additions of a forward pass are residual: sums of a stream and what a branch has made of it.
+"""Find the residual additions of a forward pass: sums of a stream and what a branch computed from it.
 
 Walking back from one operand, the stream, over operations with a single operand, one comes to where the other one, the
 branch, parts from it. In between, a branch has a parameter matrix, or mixes what it reads without parameters (pooling,
@@ -65,8 +65,6 @@ def _normed(op: Op) -> Iterator[Op]:
 
 
 class _Search:
-    """Finds additions among candidates."""
-
     def __init__(self, graph: Graph, chains: dict[Op, list[Op]], ancestry: Ancestry) -> None:
         self.graph, self.chains, self.ancestry = graph, chains, ancestry
         self.made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
@@ -95,12 +93,14 @@ class _Search:
         last = stream.source
         if last in found and not self.ancestry.precedes(last, branch):
             # (x + attention(x)) + mlp(x): the second branch reads the root of the first
-            before = found[last].root
+            before, other = found[last].root, found[last].branch.source
+            if other in found and self.ancestry.feeds_matrix_before(other, branch):
+                return other  # x + x0 + f(x): the stream is what the skip was added to
             return before if self.ancestry.feeds_matrix_before(before, branch) else None
         chain = self.chains[stream]
         parting = next((o for o in chain if self.ancestry.precedes(o, branch)), None)
         if parting is None:
-            return None
+            return self._root_of_part(op, chain, branch, found)
         root = parting.source  # before what only arranges it, or multiplies it with constants
         if not self.ancestry.feeds_matrix_before(root, branch):
             return None
@@ -112,6 +112,16 @@ class _Search:
             alone = not any(len(self.graph.users[o]) > 1 or o in self.graph.roots for o in shortcut)
             return root if alone and op in self.read and self._is_nonlinear(branch, root) else None
         return root
+
+    def _root_of_part(self, op: Op, chain: list[Op], branch: Op, found: dict[Op, Addition]) -> Op | None:
+        """The root where a stream and something else are added first, as in x + t + f(x)."""
+        *between_them, total = chain
+        partial = total.name == "Add" and total not in found and len(self.graph.users[total]) == 1
+        if not partial or self.ancestry.precedes(branch, total) or any(map(self.graph.is_matrix, between_them)):
+            return None
+        latest_first = sorted(total.data if adds_two(total) else (), key=lambda part: part.index, reverse=True)
+        roots = (self._root(op, part, branch, found) for part in latest_first)
+        return next((root for root in roots if root is not None), None)
 
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
         """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
@@ -129,7 +139,6 @@ class _Search:
         return nonlinear and (root in self.made or any(hidden))
 
     def _is_logits(self, op: Op) -> bool:
-        """Whether a softmax reads a sum."""
         users = list(self.graph.users[op])
         for user in users:  # which grows
             users += self.graph.users[user] if user.is_transparent or user.name in ("MaskedFill", "Where") else ()

@@ -1,4 +1,4 @@
-"""What an attention itself multiplies its logits by, read from the graph of a forward pass.
+"""Find the attention of a branch, and read the factor that it puts on its own logits.
 
 Logits are c · Σ q_i k_i over the head_dim coordinates of a query and a key. Modules put c into ``scale=`` of a fused
 attention, before the softmax, or on queries or keys; norms to length one (cosine attention) are 1/sqrt(head_dim), too.
@@ -46,6 +46,11 @@ def find_attention(ops: Sequence[Op], graph: Graph, of_experts: frozenset[Op] = 
     members, products = frozenset(ops), [op for op in ops if is_product(op, graph)]
     for op in ops:
         if op.name.startswith(ATTENTION) or _is_hidden_attention(op):
+            if len(op.data) < 3:
+                raise ValueError(
+                    "The queries, keys or values of an attention do not depend on the example, or lose their gradients in a "
+                    "cache. Train without a cache (use_cache=False), and let keys and values be projections of data."
+                )
             queries, keys, values = op.data[:3]
             fused = (op,) if op.name.startswith(ATTENTION) else ()
             return Attention(queries, keys, values, op, fused, queries.shape[-1], op.shape[-1])

@@ -1,4 +1,4 @@
-"""Axes through a forward pass: from an axis of what is computed back to the units of the matrices that it runs along."""
+"""Follow axes through a forward pass: from an axis of a result back to the units of matrices that it runs along."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from mlu_lightning.discovery.graph import CONVOLUTIONS, JOINED, JOINS, PARTS, VIEWS, Graph, Op, Value
 
-Axis = tuple[Value, int]
-"""An axis of an operation's output."""
+Axis = tuple[Value, int]  # an axis of an operation's output
 _SPLITS = ("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes")
 _REARRANGED = VIEWS | {"Squeeze", "Unsqueeze"}
 
@@ -228,5 +227,4 @@ def _dimension(op: Op, key: str, axes: int) -> int:
 
 
 def _index(number: int, axes: int) -> int:
-    """An axis by its number, which autograd shows unsigned."""
     return (number - 2**64 if number >= 2**63 else number) % max(axes, 1)

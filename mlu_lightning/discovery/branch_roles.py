@@ -92,7 +92,6 @@ class BranchRoles:
 
     @cached_property
     def _sizes(self) -> frozenset[int]:
-        """Inputs and outputs of its matrices."""
         return frozenset(size for op in self.matrices for matrix in self.graph.matrices(op) for size in matrix.fans)
 
     @property
@@ -317,7 +316,6 @@ class BranchRoles:
 
     @cached_property
     def _matrices_before(self) -> Ancestry:
-        """Matrices and lookups that come before each operation."""
         maps = (op for op in self.region.ops if self.graph.kinds(op) & {"matrix", "lookup"})
         return Ancestry(self.graph, self.region.ops, maps)
 

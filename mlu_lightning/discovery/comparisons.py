@@ -1,4 +1,4 @@
-"""Where data meet data: products of two operands that both come from data, summed over units of one of them."""
+"""Find where data meets data: products of two operands that both depend on data, summed over units."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ def comparisons(graph: Graph, ops: Sequence[Op], weights: frozenset[Op] = frozen
     for op in ops:
         for axes in _summed(graph, op) if weights.isdisjoint(op.data) else ():
             alike[_form(op)].append(Comparison(op, axes))
-    of_units = (
-        found for found in alike.values() if any(reached_from(graph, ops, [axis]).rows for axis in found[0].axes)
-    )
+    groups = alike.values()
+    of_units = (found for found in groups if any(reached_from(graph, ops, [axis]).rows for axis in found[0].axes))
     return [comparison for found in of_units for comparison in found]
 
 

@@ -1,4 +1,4 @@
-"""Constants that a module itself puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
+"""Find the constants that a module puts on what its parameters make, such as sqrt(D) on embeddings or 1/L on branches.
 
 They are numbers, and tensors of one entry that no loss changes: buffers, frozen parameters, what is computed from these.
 On the meta device such tensors are NaN, and what is multiplied by them is not known.
@@ -45,14 +45,14 @@ class Constants:
     def of_streams(self) -> float:
         """What a stream is multiplied by from one addition to the next; 1 where it is not, or normalized there."""
         ways = (self._behind(region.before) for region in self._regions)
-        found = (math.prod(map(self._factor, ops)) for ops, source in ways if source in self._additions)
+        found = (math.prod(map(self.factor, ops)) for ops, source in ways if source in self._additions)
         known = (factor for factor in found if not math.isnan(factor))
         return next((factor for factor in known if not math.isclose(factor, 1.0, rel_tol=1e-6)), 1.0)
 
     @property
     def has_unknown(self) -> bool:
         """Whether anything is multiplied by a number that is on the meta device, without a value."""
-        return any(math.isnan(self._factor(op)) for op in self._graph.ops)
+        return any(math.isnan(self.factor(op)) for op in self._graph.ops)
 
     def _of_branch(self, region: BranchRegion) -> float:
         forward, op = [region.end], region.end
@@ -67,9 +67,7 @@ class Constants:
             stream = stream[: next((number for number, too in enumerate(read) if too), None)]  # by the branch, too
         on_branch, on_stream = {*forward, *behind}, set(stream)
         found = [_alpha(region.addition, op) for op in (forward[-1], region.before)]
-        found = [
-            one * math.prod(map(self._factor, ops)) for one, ops in zip(found, (on_branch, on_stream), strict=True)
-        ]
+        found = [one * math.prod(map(self.factor, ops)) for one, ops in zip(found, (on_branch, on_stream), strict=True)]
         self._counted |= on_branch | on_stream
         return found[0] / found[1]
 
@@ -79,11 +77,11 @@ class Constants:
         if leads_to == _HIDDEN:
             return None
         # what a function of weights makes of them is measured
-        made = 1.0 if use.function is not None else math.prod(map(self._factor, use.path))
+        made = 1.0 if use.function is not None else math.prod(map(self.factor, use.path))
         if use.kind in ("matrix", "gain"):
             constants, source = self._behind(op.data[0]) if op.data else ((), op)
             if not self._is_made_by_a_map(source):  # what lies between two maps is counted for the first one
-                made *= math.prod(self._factor(one) for one in constants if one not in self._counted)
+                made *= math.prod(self.factor(one) for one in constants if one not in self._counted)
             made *= getattr(op.node, "_saved_alpha", 1.0) if op.name in ("Addmm", "Baddbmm") else 1.0
         elif use.kind in ("norm", "mul", "add") and self._feeds_matrix[op] and not self._is_made_by_a_map(op):
             return made  # and what lies between a norm and a matrix, for the matrix
@@ -109,17 +107,16 @@ class Constants:
         if self._graph.is_matrix(user) or not self._is_proportional(user, op):
             hidden = user.name == "Bmm" or user.name.startswith(ATTENTION)
             return 1.0, _HIDDEN if hidden and not self._graph.is_matrix(user) else _USED
-        own = 1.0 if user in self._counted else self._factor(user)
+        own = 1.0 if user in self._counted else self.factor(user)
         return factor * own * _alpha(user, op), leads_to
 
     def _is_cap(self, tanh: Op) -> bool:
         """Whether it is that of c · tanh(x/c), which keeps what is small."""
         users = self._graph.users[tanh]
-        return len(users) == 1 and math.isclose(self._factor(tanh.data[0]) * self._factor(users[0]), 1.0, rel_tol=1e-6)
+        return len(users) == 1 and math.isclose(self.factor(tanh.data[0]) * self.factor(users[0]), 1.0, rel_tol=1e-6)
 
     @cached_property
     def _feeds_matrix(self) -> dict[Op, bool]:
-        """Whether a matrix reads the output of each operation, or what is proportional to it."""
         found: dict[Op, bool] = {}
         for op in reversed(self._graph.ops):
             found[op] = any(
@@ -157,7 +154,7 @@ class Constants:
         numerator = op.operands[0]
         return op.name != "Div" or (numerator is not None and numerator[0] is to)
 
-    def _factor(self, op: Op) -> float:
+    def factor(self, op: Op) -> float:
         """Number that an operation multiplies its only operand by, or size of a norm; 1 if there is none, and for masks."""
         if op.is_normalizer:
             return normed_size(op, self._graph)

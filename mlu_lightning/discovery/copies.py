@@ -1,4 +1,4 @@
-"""Copies of a part of a module inside of it, as a teacher is one of its student: the same weights under other names."""
+"""Find submodules that are copies of others, as a teacher is of its student: the same weights under other names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,5 @@ def _shapes(own: Mapping[str, nn.Parameter]) -> tuple[object, ...]:
 
 def _are_equal(one: Mapping[str, nn.Parameter], other: Mapping[str, nn.Parameter]) -> bool:
     """Whether two submodules hold the same values, not all of which are numbers that any module begins with."""
-    drawn = any(
-        parameter.numel() > 1 and bool((parameter != parameter.flatten()[0]).any()) for parameter in one.values()
-    )
+    drawn = any(p.numel() > 1 and bool((p != p.flatten()[0]).any()) for p in one.values())
     return drawn and all(torch.equal(parameter, other[rest]) for rest, parameter in one.items())

@@ -1,4 +1,4 @@
-"""Random numbers by which a forward pass decides what it runs, as LayerDrop does: drawn so that as much as possible runs.
+"""Control the random numbers that decide what a forward pass runs, as in LayerDrop, so that as much as possible runs.
 
 Generators are put into states whose next draws are all near one, or all near zero, since some code keeps a block where
 a draw is large and other code where it is small.
@@ -23,8 +23,7 @@ RunT = TypeVar("RunT")
 _UNIFORM = frozenset({"rand", "rand_like", "uniform_"})
 _ONE_NUMBER = frozenset({"bernoulli", "bernoulli_", "randint"})
 _DRAWN = _UNIFORM | _ONE_NUMBER
-_WORDS = 624
-"""Numbers in the state of a Mersenne Twister, which are its next draws; two make a floating-point number."""
+_WORDS = 624  # numbers in the state of a Mersenne Twister, which are its next draws; two make a floating-point number
 
 
 @dataclass
@@ -72,9 +71,7 @@ class _TorchDraws(TorchFunctionMode):
         super().__init__()
         self.draws = draws
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name not in _DRAWN or not isinstance(drawn, Tensor):

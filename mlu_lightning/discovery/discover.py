@@ -23,6 +23,7 @@ from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, fin
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap, WeightFunction
+from mlu_lightning.discovery.summed import find_sums
 from mlu_lightning.discovery.trace import trace_module
 from mlu_lightning.discovery.uncovered import (
     require_no_reentrance,
@@ -86,11 +87,12 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     require_recurrence_in_branches(module, graph, parts)
     require_sums(module, graph, parts)
     regions, depths = find_regions(graph, parts)
-    uses = place_uses(graph, regions)
+    factors = Constants(graph, parts.branches)
+    summed = find_sums(graph, parts, factors, trace.constants)
+    uses = place_uses(graph, regions, summed.marks)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned_parameters(module).items()}
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
-    factors = Constants(graph, parts.branches)
     parameters = {name: _facts(name, shape, uses[name], factors) for name, shape in shapes.items()}
     sites = MultiplierSites(trace, graph)
     named = _named_branches(regions, uses)
@@ -99,7 +101,8 @@ def _structure(module: nn.Module, example: Any) -> Structure:
         for number in {u.region.number for u in placed}:
             members[number].append(name)
     branches = tuple(
-        _branch(name, calls, members[calls[0].number], sites, factors, idle) for name, calls in named.items()
+        _branch(name, calls, members[calls[0].number], sites, factors, idle, parameters)
+        for name, calls in named.items()
     )
     readouts = tuple(_readouts(uses, sites, factors))
     sums = {branch.addition: branch.before for branch in parts.branches}
@@ -120,6 +123,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
         taps=tuple(_taps(taps, along, readouts, uses)),
         features=FeatureTaps(trace, graph).branches(map(_calls, named.values())),
         unassigned={name: _why_unassigned(uses[name]) for name, facts in parameters.items() if facts.role is None},
+        additions=summed.bare,
         copies=find_copies(module, {name for name, facts in parameters.items() if facts.role is Role.FROZEN}),
         warnings=tuple(warnings_about(parts, regions, factors, {f.variant for f in parameters.values()}, [*idle])),
     )
@@ -172,12 +176,15 @@ def _branch(
     sites: MultiplierSites,
     constants: Constants,
     idle: dict[str, str],
+    order: Iterable[str],
 ) -> Branch:
     calls = _calls(regions)
     first, attention = calls[0], calls[0].attention
     owner = owner_of(first.writer_names[-1]) if first.writers else name
     ends = [call.region.end for call in calls]
     folds = sites.folds(ends)
+    if idle:  # which of the experts that is depends on the example, and the order must not
+        folds = tuple(name for name in order if name in folds or idle.get(name) in folds)
     branch = Branch(
         name=name,
         kind=first.kind,
@@ -186,7 +193,7 @@ def _branch(
         position=first.region.position,
         parameters=tuple(parameters),
         site=sites.branch(ends, name, owner),
-        folds=folds + tuple(name for name, sibling in idle.items() if sibling in folds),
+        folds=folds,
         constant=constants.of_branch(ends),
     )
     if attention is None:
@@ -196,7 +203,6 @@ def _branch(
 
 
 def _readouts(uses: Uses, sites: MultiplierSites, constants: Constants) -> Iterator[Readout]:
-    """Every readout matrix, wherever it is used."""
     for name, placed in uses.items():
         reads = _used_as(placed, Role.READOUT, "matrix")
         if reads:
@@ -206,7 +212,8 @@ def _readouts(uses: Uses, sites: MultiplierSites, constants: Constants) -> Itera
             alone = len(reads) == len(uses[carrier]) and all(u.use.homogeneous for u in uses[carrier])
             folds = (carrier,) if alone else ()
             constant = constants.of_parameter(u.use for u in reads)
-            yield Readout(name, reads[0].region.stream, site, folds, reads[0].use.fans[0], constant)
+            gains = () if alone else sites.gains([u.use.op for u in reads])
+            yield Readout(name, reads[0].region.stream, site, folds, reads[0].use.fans[0], constant, gains)
 
 
 def _used_as(uses: list[PlacedUse], role: Role, kind: UseKind) -> list[PlacedUse]:
@@ -226,7 +233,6 @@ def _taps(taps: StreamTaps, along: list[list[BranchRoles]], readouts: tuple[Read
 
 
 def _why_unassigned(uses: list[PlacedUse]) -> str:
-    """What was found around a parameter that could not be placed."""
     reasons = dict.fromkeys(u.found.reason for u in uses if isinstance(u.found, Unplaced))
     rows = (row_name(u.found.role, u.found.variant) for u in uses if u.found.role is not None)
     return "; ".join(reasons) or "it is used as " + " and as ".join(dict.fromkeys(rows))

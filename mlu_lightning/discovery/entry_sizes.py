@@ -1,4 +1,4 @@
-"""Sizes of entries: what operations make of entries of order one, and the numbers that they multiply by."""
+"""Sizes of entries: what operations make of entries of order one, and by which numbers they multiply."""
 
 from __future__ import annotations
 

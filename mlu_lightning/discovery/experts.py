@@ -1,4 +1,4 @@
-"""Mixtures of experts: which operations are those of experts, how many a token is sent to, and how they are summed."""
+"""Find mixtures of experts: which operations are experts, how many a token is sent to, and how they are summed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,6 @@ def _is_stacked(uses: tuple[Use, ...], number: int) -> bool:
 
 
 def _is_share(op: Op) -> bool:
-    """Whether an operation divides weights by their sum."""
     divisors = (operand for operand in op.data if operand.shape[-1:] == (1,))
     sources = (origin((o, 0), lambda o: o.name in _AFTER_SUMS and len(o.data) == 1)[0] for o in divisors)
     return op.name in ("Div", "Mul") and len(op.data) == 2 and any(s.name in _SUMS for s in sources)

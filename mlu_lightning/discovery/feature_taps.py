@@ -1,4 +1,4 @@
-"""Where pre-activations and attention logits can be read: torch functions that are given them or return them.
+"""Find where pre-activations and attention logits can be read: torch functions that take or return them.
 
 On the way back from what the last matrix of a branch reads lie the nonlinearity, which may be a formula of several steps,
 and the product of a gated perceptron; before these, what is linear in what the matrices before make, which is where

@@ -1,4 +1,4 @@
-"""Build the graph of a traced module: operations from autograd's nodes, and what parameters are to them."""
+"""Build the graph of a traced module from autograd's nodes, with every use of a parameter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.autograd.graph import Node
 from mlu_lightning.discovery.axes import joined_along, kept_axes
 from mlu_lightning.discovery.graph import (
     BIAS_SLOTS,
+    CONVOLUTIONS,
     LOOKUPS,
     NORMS,
     PARTS,
@@ -30,17 +32,22 @@ from mlu_lightning.discovery.graph import (
 )
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import descendants
+from mlu_lightning.utilities.autograd_nodes import nodes_below
 
 
 def build_graph(trace: Trace, of_constants: frozenset[Node] = frozenset()) -> Graph:
     """Turn autograd's nodes into operations; ``of_constants`` are products of parameters with constants, and no weights."""
-    nodes = tuple(_topological(trace.roots))
+    nodes = tuple(nodes_below(trace.roots))
     weights = _weights(nodes, trace) - of_constants
     ops, by_node = _operations(nodes, trace.parameters, frozenset(), weights)
     begins = stream_parameters(ops)
     if begins:
         ops, by_node = _operations(nodes, trace.parameters, begins, weights)
-    uses = {op: found for op in ops if op.from_data and (found := tuple(_uses(op)))}
+    lead_on = {by_node[node] for node in trace.roots}  # not what was only there to be joined and taken apart again
+    for op in reversed(ops):
+        if op in lead_on:
+            lead_on.update(op.data)
+    uses = {op: found for op in ops if op.from_data and op in lead_on and (found := tuple(_uses(op)))}
     uses |= {op: tuple(replace(use, kind="penalty") for use in uses[op]) for op in _penalties(ops) if op in uses}
     return Graph(ops, uses, by_node, tuple(by_node[node] for node in trace.roots))
 
@@ -53,9 +60,9 @@ def _operations(
     by_node: dict[Node, Op] = {}
     for node in nodes:
         name = _plain_name(node)
-        children = (
-            ((None, 0), node.next_functions[1]) if name == "Copy" else node.next_functions
-        )  # it overwrites the first
+        children = node.next_functions
+        if name == "Copy":  # it overwrites the first
+            children = (None, 0), children[1]
         operands = tuple(None if child is None else (by_node[child], i) for child, i in children)
         values = tuple(operand for operand in operands if operand is not None and operand[0].from_data)
         leaf = getattr(node, "variable", None) if not operands else None
@@ -80,39 +87,64 @@ def _operations(
 
 
 def _written_out(op: Op) -> Iterator[Op]:
-    """An operation, or the additions that it is of what was stacked before."""
-    joined = _summands(op)
+    """An operation, or the products and additions that it is of what was stacked before."""
+    joined, weights = _summands(op)
     if not joined:
         yield op
         return
-    node: Any = SimpleNamespace(_saved_alpha=1, _saved_other=len(joined), _sequence_nr=op.node._sequence_nr)
-    total = joined[0]
-    steps = [("Add", value) for value in joined[1:]] + ([("Div", None)] if op.name == "Mean" else [])
-    for number, (name, value) in enumerate(steps):
-        values = (total,) if value is None else (total, value)
+    index = count(op.index)
+
+    def step(name: str, *operands: Value | None, **saved: object) -> Op:
+        values = tuple(value for value in operands if value is not None and value[0].from_data)
+        node: Any = SimpleNamespace(_sequence_nr=op.node._sequence_nr, **saved)
         data = tuple(operand for operand, _ in values)
-        last = replace(
-            op, index=op.index + number, name=name, operands=(total, value), values=values, data=data, node=node
-        )
-        yield last
-        total = last, 0
+        shapes = ((),) if name == "Select" else op.shapes
+        made = replace(op, index=next(index), name=name, shapes=shapes, operands=operands, values=values, data=data)
+        return replace(made, from_data=bool(values), node=node)
+
+    steps: list[Op] = []
+    total = joined[0]
+    for number, value in enumerate(joined):
+        if weights is not None:
+            weight = step("Select", weights, _saved_dim=0, _saved_index=number)
+            steps += [weight, step("Mul", value, (weight, 0))]
+            value = steps[-1], 0
+        if number:
+            steps.append(step("Add", total, value, _saved_alpha=1))
+        total = (steps[-1], 0) if number else value
+    if op.name == "Mean":
+        steps.append(step("Div", total, None, _saved_other=len(joined)))
+    bias = BIAS_SLOTS.get(op.name, len(op.operands))
+    if bias < len(op.operands) and op.operands[bias] is not None:
+        steps.append(step("Add", total, op.operands[bias], _saved_alpha=1))
+    yield from steps
 
 
-def _summands(op: Op) -> tuple[Value, ...]:
-    """Values that an operation sums, each of which is as large as their sum; none if it does something else."""
+def _summands(op: Op) -> tuple[tuple[Value, ...], Value | None]:
+    """Values that an operation sums, each of which is as large as their sum, and parameters that weigh them; or none."""
     if len(op.values) != 1 or None in op.values:
-        return ()
+        return (), None
     (value,) = op.values
     axes = len(value[0].shapes[value[1]])
+    weights: Value | None = None
     if op.name in ("Sum", "Mean", "Nansum"):
         summed = [axis for axis in range(axes) if axis not in kept_axes(op, axes)]
-    elif op.name in ("Mm", "Bmm", "Mv") and None in op.operands:  # with constants
-        summed = [axes - 1 if op.operands[0] == value else axes - 2]
+        while value[0].is_transparent and value[0].shape == value[0].data[0].shape:
+            value = value[0].values[0]
+        others = [operand for operand in value[0].operands if operand is not None and operand not in value[0].values]
+        if value[0].name == "Mul" and len(value[0].data) == len(others) == 1:
+            (weights,), value = others, value[0].values[0]
+    elif op.name in WEIGHT_SLOTS and op.name not in CONVOLUTIONS:
+        factors = op.operands[op.name in ("Addmm", "Baddbmm") :][:2]
+        summed = [axes - 1 if factors[0] == value else axes - 2]
+        weights = next((operand for operand in factors if operand != value), None)
     else:
-        return ()
+        return (), None
     joined = joined_along(value, summed[0]) if len(summed) == 1 else ()
     size = math.prod(op.shape)
-    return joined if len(joined) > 1 and all(math.prod(o.shapes[i]) == size for o, i in joined) else ()
+    fits = len(joined) > 1 and all(math.prod(o.shapes[i]) == size for o, i in joined)
+    fits = fits and (weights is None or math.prod(weights[0].shapes[weights[1]]) == len(joined))
+    return (joined, weights) if fits else ((), None)
 
 
 def _weights(nodes: tuple[Node, ...], trace: Trace) -> set[Node]:
@@ -137,10 +169,16 @@ def _penalties(ops: tuple[Op, ...]) -> list[Op]:
     if not ops:
         return []
     depends: set[Op] = set()
+    mapped: set[Op] = set()
     for op in ops:
         is_data = not op.operands and op.from_data
-        if is_data or op.name in LOOKUPS or any(operand in depends for operand in op.data):
+        maps = op.from_data and op.name in WEIGHT_SLOTS
+        # a matrix of what another one has made of constants is a network's, of noise or of what was detached
+        again = any(operand in mapped for operand in op.data)
+        if is_data or op.name in LOOKUPS or (maps and again) or any(operand in depends for operand in op.data):
             depends.add(op)
+        if maps or again:
+            mapped.add(op)
     counted: set[Op] = set()
     users = {operand for op in ops for operand in op.data}
     stack = [op for op in ops if op not in users]
@@ -152,22 +190,6 @@ def _penalties(ops: tuple[Op, ...]) -> list[Op]:
             terms = [operand for operand in op.data if operand in depends] if is_loss else []
             stack.extend(terms or op.data)
     return [op for op in ops if op not in counted]
-
-
-def _topological(roots: tuple[Node, ...]) -> Iterator[Node]:
-    """Nodes below the roots, operands before the operations that use them."""
-    done: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
-    while stack:
-        node, expanded = stack.pop()
-        if node in done:
-            continue
-        if expanded:
-            done.add(node)
-            yield node
-        else:
-            stack.append((node, True))
-            stack.extend((child, False) for child, _ in node.next_functions if child is not None and child not in done)
 
 
 def _plain_name(node: Node) -> str:

@@ -1,4 +1,4 @@
-"""The autograd graph of a traced module as plain values: operations, what autograd calls them, and uses of parameters."""
+"""The graph of a forward pass as plain values: operations by autograd's names, and uses of parameters."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ RESHAPES = frozenset(
 """Operations that keep every entry (dropout: on average) and only arrange them."""
 PERMUTATIONS = frozenset({"T", "Transpose", "Permute"})
 VIEWS = frozenset({"View", "UnsafeView", "ReshapeAlias"})
-PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())
-"""Operations that take a part of a tensor."""
+PARTS = frozenset("Slice Select Split SplitWithSizes Unbind".split())  # operations that take a part of a tensor
 JOINS = frozenset(
     "Cat Stack Sum Mean IndexAdd ScatterAdd Scatter IndexPut IndexCopy CopySlices Where MaskedFill Index "
     "IndexSelect Gather ConstantPadNd AvgPool2D AvgPool3D MkldnnAdaptiveAvgPool2D AdaptiveAvgPool2D AdaptiveAvgPool3D "
@@ -58,8 +57,7 @@ SIZES = frozenset("Rsqrt Sqrt Reciprocal LinalgVectorNorm Norm Std ClampMin Clam
 """Last operations of the size of data, by which a norm that is written by hand divides."""
 SELECTIONS = frozenset({"Index", "IndexSelect"})
 LOOKUPS = frozenset("Embedding EmbeddingBag Index IndexSelect Gather".split())
-ATTENTION = "ScaledDotProduct"
-"""How the names of fused attentions begin."""
+ATTENTION = "ScaledDotProduct"  # how the names of fused attentions begin
 PRODUCTS = frozenset({"Bmm", "Baddbmm"})
 CONVOLUTIONS = frozenset({"Convolution", "MkldnnConvolution", "ConvDepthwise2D", "ThnnConv2D"})
 WEIGHT_SLOTS: dict[str, dict[int, bool]] = {
@@ -146,8 +144,7 @@ class Op:
         return tuple(op for op in self.data if 2 * math.prod(op.shape) > size) or self.data
 
 
-Value = tuple[Op, int]
-"""An operation and the number of its output."""
+Value = tuple[Op, int]  # an operation and the number of its output
 UseKind = Literal["matrix", "bias", "gain", "lookup", "norm", "add", "mul", "penalty", "other"]
 """What a parameter is to an operation; ``"bias"`` is that of a matrix in one operation, ``"gain"`` multiplies a matrix, and
 ``"penalty"`` is a term of the loss."""
@@ -159,12 +156,10 @@ USE_KINDS: dict[str, UseKind] = {
 }
 
 
-_TAKEN = ("dim", "index", "start", "end")
-"""What autograd keeps of an operation that takes a part of a tensor."""
+_TAKEN = ("dim", "index", "start", "end")  # what autograd keeps of an operation that takes a part of a tensor
 
 
-JOINED = frozenset({"Cat", "Stack"})
-"""Operations whose result holds what several parameters are."""
+JOINED = frozenset({"Cat", "Stack"})  # operations whose result holds what several parameters are
 
 
 def _keeps_entries(op: Op) -> bool:

@@ -1,4 +1,4 @@
-"""Where a multiplier can go: the output of a module (as a hook), or parameters into which it can be folded."""
+"""Find where a multiplier can go: on a module's output, as a hook, or into parameters."""
 
 from __future__ import annotations
 
@@ -44,6 +44,19 @@ class MultiplierSites:
             return None
         return next(self._common([self._output_sites([op], len(matrices)) for op in source.values()]), None)
 
+    def gains(self, matrices: list[Op]) -> tuple[str, ...]:
+        """Parameters of norms that are all of the size of what readout matrices read, and of nothing else."""
+        reads, found = [matrix.data[0] for matrix in matrices if matrix.data], list[Op]()
+        for read in reads:
+            behind = walk_back([read], lambda op: () if op.name in NORMS or self.graph.uses.get(op) else op.data)
+            ends = [op for op in behind if op.name in NORMS or self.graph.uses.get(op)]
+            if len(ends) != 1 or not self._is_proportional(read, ends[0]):
+                return ()
+            found += ends
+        after = [*walk_back(found, lambda op: () if op in matrices else self.graph.users[op])]
+        alone = len(reads) == len(matrices) and all(self.graph.users[op] or op in matrices for op in after)
+        return self.folds([*dict.fromkeys(found)]) if alone else ()
+
     def logits(self, attention: Attention, calls: int) -> Logits:
         """Where the queries of an attention in the first call can be multiplied: after a norm, which would undo it."""
         queries = attention.queries
@@ -76,7 +89,6 @@ class MultiplierSites:
         return tuple(counts) if alone else ()
 
     def _is_proportional(self, op: Op, to: Op) -> bool:
-        """Whether multiplying the output of one operation multiplies that of another."""
         if op is to:
             return True
         if op.index < to.index or op.is_normalizer:
@@ -192,7 +204,6 @@ class MultiplierSites:
 
     @staticmethod
     def _common(sites: list[list[Site]]) -> Iterator[Site]:
-        """Sites that every call of a branch or readout has."""
         return (site for site in sites[0] if all(site in others for others in sites))
 
     @cached_property

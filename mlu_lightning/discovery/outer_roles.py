@@ -1,7 +1,8 @@
-"""The role of a parameter outside of branches: before, on and after a stream."""
+"""The role of a parameter outside of branches: before, along and after a stream."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ from functools import cached_property
 from mlu_lightning.discovery.graph import Graph, Op, Use
 from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
+from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import Role, Variant
 
 BIAS_ROLES = {
@@ -41,7 +43,8 @@ class Placed:
     variant: Variant | None = None
     outputs: int | None = None  # entries over units or coordinates, where there are others, such as time steps
     on_data: bool = False  # whether it acts on data before any map
-    repeats: int | None = None  # how many of its kind a stream goes through
+    repeats: int | None = None  # how many of its kind a stream goes through, or are summed
+    places: int | None = None  # sums that it is in, if it is in any
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,17 @@ class TrunkRoles:
     norms: frozenset[Op] = frozenset()  # operations of norms that compound, as those after every addition do
     repeats: int = 0  # how many norms, or gains and matrices beside branches, the stream goes through
     beside: bool = False  # whether it is beside branches, in every block
+    matrices: int = 0  # how many matrices that keep its dimension the stream goes through
+    units: Units | None = None  # heads of an attention that the stream goes through
 
     def place(self, use: Use) -> Placed | Unplaced:
         """Role of a parameter at one use."""
         every = Variant.EVERY_BLOCK if self.beside and self.repeats else None
         if use.kind == "matrix":
-            inputs, outputs = use.fans
-            every = every if inputs == outputs else None
-            return Placed(Role.STREAM_MATRIX, every, repeats=self.repeats if every else None)
+            every = Variant.EVERY_BLOCK if self.matrices and keeps_dimension(use) else None
+            return Placed(Role.STREAM_MATRIX, every, repeats=self.matrices if every else None)
+        if self.units is not None and self.units.makes_logits(use.op):
+            return Placed(Role.EMBEDDING, outputs=self.units.own(use) or 1)  # a bias of logits, for each head
         if use.kind == "lookup" or (use.kind == "add" and (len(use.stored) > 1 or not use.is_vector)):
             return Placed(Role.EMBEDDING)  # a table that is added, as at the beginning
         coordinates = _coordinates(use, self.embeddings)
@@ -110,6 +116,14 @@ class TrunkRoles:
                 f"it enters {use.op.name} with shape {list(use.shape)} on the stream, between two additions"
             )
         return _compounding(use, coordinates, self.norms, self.repeats, every)
+
+
+def keeps_dimension(use: Use) -> bool:
+    """Whether a matrix makes as many tokens of a stream's dimension as it reads, maybe joined with something else."""
+    (inputs, outputs), read = use.fans, use.op.data[0].source
+    if math.prod(use.op.shape) * inputs != math.prod(use.op.data[0].shape) * outputs:
+        return False
+    return inputs == outputs or (read.name == "Cat" and any(outputs in operand.shape for operand in read.data))
 
 
 def _compounding(
@@ -162,7 +176,6 @@ class HeadRoles:
 
     @cached_property
     def _readouts(self) -> frozenset[Op]:
-        """The last matrices: no other one comes after them."""
         matrices = [op for op in self.ops if self.graph.is_matrix(op)]
         feeding = frozenset[Op]().union(*map(self._matrices_before.of, matrices))
         return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))

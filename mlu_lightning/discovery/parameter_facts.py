@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from mlu_lightning.discovery.attention import find_attention
 from mlu_lightning.discovery.axes import unit_axis
 from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import Graph, Op, Use
@@ -17,14 +18,17 @@ from mlu_lightning.discovery.outer_roles import (
     TrunkRoles,
     Unplaced,
     first_norms,
+    keeps_dimension,
     place_for_blocks,
     place_gain,
     place_in_stem,
 )
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
+from mlu_lightning.discovery.summed import Mark
 from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
-from mlu_lightning.table import COUNTED, Role, Variant
+from mlu_lightning.discovery.units import Units
+from mlu_lightning.table import COMPOUNDING, COUNTED, Role, Variant
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +52,7 @@ class PlacedUse:
     found: Placed | Unplaced
 
 
-Uses = dict[str, list[PlacedUse]]
-"""Uses of parameters by name."""
+Uses = dict[str, list[PlacedUse]]  # uses of parameters by name
 
 
 def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list[int]]:
@@ -90,16 +93,35 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         of_norms = norms, len(segments) + bool(last)
         passed = [use for op in stream.shortcuts for use in graph.uses.get(op, ()) if _is_repeatable(use)]
         repeats = len(passed) if 2 * len(passed) >= stream.depth else 0
+        along = (use for ops in stream.trunk for op in ops for use in graph.matrices(op))
+        square = sum(map(keeps_dimension, along))
+        trunk = partial(TrunkRoles, dimensions, *of_norms, matrices=square)
+        # of an attention that the stream goes through
+        found = [heads for ops in stream.trunk if (heads := _heads(graph, ops, stream.stem)) is not None]
+        tables = [op for op in stream.stem if "lookup" in graph.kinds(op)] if found else []
+        of_logits = [(heads, tuple(filter(heads.makes_logits, tables))) for heads in found]
         parts: list[tuple[tuple[Op, ...], Callable[[Use], Placed | Unplaced], int | None]] = [
-            (stream.stem, place, None),
+            *((biases, trunk(units=heads).place, None) for heads, biases in of_logits),
+            (tuple(op for op in stream.stem if not any(op in biases for _, biases in of_logits)), place, None),
             *((own.ops, partial(place_for_blocks, place, own.repeats), own.position) for own in stream.own),
-            *((ops, TrunkRoles(dimensions, *of_norms).place, at) for at, ops in enumerate(stream.trunk)),
+            *((ops, trunk(units=_heads(graph, ops, stream.stem)).place, at) for at, ops in enumerate(stream.trunk)),
             (stream.link, TrunkRoles(dimensions, *of_norms).place, None),
-            (stream.shortcuts, TrunkRoles(dimensions, repeats=repeats, beside=True).place, None),
+            (stream.shortcuts, TrunkRoles(dimensions, repeats=repeats, beside=True, matrices=repeats).place, None),
             (stream.head, HeadRoles(graph, head, dimensions, *of_norms).place, None),
         ]
         regions += [Region(ops, place, streams[number], position=at) for ops, place, at in parts if ops]
     return regions, [partition.streams[old].depth for old in kept]
+
+
+def _heads(graph: Graph, ops: tuple[Op, ...], stem: tuple[Op, ...]) -> Units | None:
+    """Heads of an attention outside of branches, as where stages meet; None if there is none."""
+    if find_attention(ops, graph) is None:
+        return None
+    matrices = Ancestry(graph, ops)
+    last = [op for op in ops if graph.is_matrix(op)]
+    feeding = frozenset[Op]().union(*map(matrices.of, last))
+    writers = tuple(op for op in last if op not in feeding)
+    return Units(graph, in_order({*ops, *stem}), writers, frozenset())
 
 
 def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:
@@ -110,8 +132,8 @@ def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:
     return number
 
 
-def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[PlacedUse]]:
-    """All uses of every parameter with their roles."""
+def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -> defaultdict[str, list[PlacedUse]]:
+    """All uses of every parameter with their roles; ``marks`` are those of summands."""
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
     regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
     for region, use in regional:
@@ -123,6 +145,10 @@ def place_uses(graph: Graph, regions: list[Region]) -> defaultdict[str, list[Pla
             found = region.place(use)
         if use.kind == "matrix" and use.shared:
             found = Unplaced("it is combined with other parameters before it meets data")
+        compounds = found.variant in COMPOUNDING and use in marks and marks[use].variant is Variant.OF_BLOCK
+        if isinstance(found, Placed) and not found.role.in_branch and use in marks and not compounds:
+            role = Role.EMBEDDING if use.kind == "add" and found.role is Role.STREAM_NORM else found.role
+            found = replace(found, role=role, **marks[use]._asdict())
         placed[use.parameter].append(PlacedUse(use, region, found))
     covered = {op for region in regions for op in region.ops}
     outside = Unplaced(
@@ -145,10 +171,14 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     if function is not None and None in roles:
         why = next(placed.found.reason for placed in uses if isinstance(placed.found, Unplaced))
         function = replace(function, problem=function.problem or why)
-    if (len(roles) != 1 and not tied) or len(norms) > 1:
+    mixed_up = len({placed.found.variant for placed in uses} & {Variant.SUMMED, *COMPOUNDING}) > 1
+    if (len(roles) != 1 and not tied) or len(norms) > 1 or mixed_up:
         role = None if uses else Role.FROZEN
         fans = (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
-        return ParameterFacts(name, role, shape, *fans, function=function)
+        repeats = max((u.found.repeats or 1 for u in uses if isinstance(u.found, Placed)), default=None)
+        likely = COMPOUNDING if len(roles) == 1 else {Variant.SUMMED}
+        variant = next((u.found.variant for u in uses if u.found.variant in likely), None)
+        return ParameterFacts(name, role, shape, *fans, variant=variant, function=function, repeats=repeats)
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
@@ -200,6 +230,12 @@ def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
     of_all = [placed for placed in uses if placed.found.variant is not Variant.OF_BLOCK]
     uses = of_all if {placed.found.role for placed in of_all} == {placed.found.role for placed in uses} else uses
     roles = {placed.found.role for placed in uses}
+    # what is on the stream in every block is on that of the first, which begins with it, too
+    along = next((u.found for u in uses if isinstance(u.found, Placed) and u.found.variant in COMPOUNDING), None)
+    if along is not None and len(roles) == 1:
+        number = sum(u.found.variant is None for u in uses) + (along.repeats or 0)
+        same = replace(along, repeats=number)
+        uses = [replace(u, found=same) if u.found.variant in (None, along.variant) else u for u in uses]
     if roles == {Role.BRANCH_IN, Role.BRANCH_HIDDEN}:  # in a branch that others have made a part of
         return [placed for placed in uses if placed.found.role is Role.BRANCH_IN]
     if roles == {Role.EMBEDDING, Role.BRANCH_NORM}:  # a table that is read before the first block, and again in each
@@ -223,6 +259,12 @@ def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
 
 def _places_along_depth(uses: list[PlacedUse]) -> int:
     """Number of places along a stream at which a parameter acts: other streams and forward passes add none."""
+    summed = Counter[object]()
+    for placed in uses:
+        if isinstance(placed.found, Placed) and placed.found.places is not None:
+            summed[placed.use.part] += placed.found.places
+    if summed:
+        return max(summed.values())
     regions: dict[tuple[Op, object], dict[tuple[int, int | None], Region]] = defaultdict(dict)
     for placed in uses:
         at = placed.region.stream, placed.region.position

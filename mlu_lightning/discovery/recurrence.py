@@ -8,8 +8,7 @@ from mlu_lightning.discovery.graph import PARTS, RESHAPES, Graph, Op
 from mlu_lightning.discovery.traversal import Ancestry, descendants
 
 _ELEMENTWISE = frozenset("Sub Add Mul Neg MaskedFill Where ConstantPadNd Tril Triu".split())
-_STEPS = 3
-"""Steps that tell a recurrence from a sum of products."""
+_STEPS = 3  # steps that tell a recurrence from a sum of products
 
 
 def feeds_back(graph: Graph, ops: tuple[Op, ...]) -> frozenset[str]:

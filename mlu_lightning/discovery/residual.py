@@ -92,7 +92,10 @@ def partition(graph: Graph) -> Partition:
     depths = (max(position[a.op] + 1 for a in additions if stream_of[a.op] == n) for n in set(stream_of.values()))
     streams = [StreamRegions(depth) for depth in depths]
     for addition in additions:
-        streams[stream_of[addition.op]].shortcuts += between([addition.stream], stops.__contains__)[0]
+        ops, _ = between([addition.stream], stops.__contains__)
+        stream = streams[stream_of[addition.op]]
+        stream.shortcuts += tuple(op for op in ops if op in reads[addition])
+        stream.stem += tuple(op for op in ops if op not in reads[addition])
     for root, (ops, hits) in behind.items():
         stream = streams[stream_of[root]]
         on_stream = descendants(ops, hits)

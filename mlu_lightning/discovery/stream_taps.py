@@ -1,4 +1,4 @@
-"""Where streams and outputs can be read: the submodules that are given them or return them."""
+"""Find where streams and outputs can be read: submodules that take or return them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from mlu_lightning.discovery.structure import Site, Tap
 from mlu_lightning.discovery.trace import Trace
 from mlu_lightning.discovery.traversal import between, origin
 
-_Key = tuple[Literal["stream", "branch", "readout"], int, int]
-"""What a tap reads, its number and position."""
+_Key = tuple[Literal["stream", "branch", "readout"], int, int]  # what a tap reads, its number and position
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class StreamTaps:
         return _coordinate_axes(self.graph, self.streams)
 
     def _along(self, number: int, branches: list[BranchRoles]) -> Iterator[Tap]:
-        """Taps of a stream in one forward pass."""
         at: dict[int, list[BranchRoles]] = defaultdict(list)
         for branch in branches:
             at[branch.region.position].append(branch)
@@ -137,7 +135,6 @@ class StreamTaps:
         return Tap(*key, best.module, best.where, best.index, -1 if axis == last else axis)
 
     def _axis(self, addition: Op, branch: BranchRoles) -> int | None:
-        """Axis of the stream's coordinates in what an addition makes."""
         if addition in self._axes:
             return self._axes[addition]
         # an operation that cannot be followed lies in between: the size of the axis gives it away
@@ -239,7 +236,6 @@ def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
 
 
 def _written_axis(graph: Graph, op: Op) -> int:
-    """Axis of the units that a parameter matrix makes."""
     if op.name in CONVOLUTIONS:
         return 1
     matrix_first = op.name in ("Mm", "Bmm", "Addmm", "Baddbmm") and not graph.matrices(op)[0].inputs_first
@@ -272,5 +268,4 @@ def _order(op: Op, dimensions: int) -> list[int]:
 
 
 def _signed(axis: int) -> int:
-    """Autograd shows negative axes as unsigned numbers."""
     return axis - 2**64 if axis >= 2**63 else axis

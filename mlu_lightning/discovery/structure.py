@@ -134,6 +134,7 @@ class Readout:
     folds: tuple[str, ...]  # its matrix, empty if that is tied to an embedding
     fan_in: int  # inputs of the map, D
     constant: float | None = None  # what the module itself multiplies its inputs and outputs by; None if uses differ
+    gains: tuple[str, ...] = ()  # of a tied one: gain and bias of a norm that makes what it reads, and nothing else
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,8 @@ class Structure:
     unassigned: dict[str, str] = field(default_factory=dict)  # parameters without a role, and what is around them
     warnings: tuple[str, ...] = ()  # what the theory does not cover in this module
     copies: dict[str, str] = field(default_factory=dict)  # submodules that are copies of others, which come second
+    # what is added to streams beside branches and no parameter multiplies alone: number, times constants of the module
+    additions: float = 0.0
 
     @property
     def roles(self) -> dict[str, Role]:

@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_map
 
 from mlu_lightning.discovery.decisions import run_most
 from mlu_lightning.discovery.weight_programs import Program, ProgramRecorder
+from mlu_lightning.utilities.autograd_nodes import nodes_below
 from mlu_lightning.utilities.custom_functions import seen_through
 from mlu_lightning.utilities.fake_mode import RememberingFakeMode
 from mlu_lightning.utilities.function_calls import CallPlace, tensors_in, watched
 from mlu_lightning.utilities.lightning_private import configured_optimizers
-from mlu_lightning.utilities.lightning_steps import call_step, is_lightning_module, mute, run_start_hooks
+from mlu_lightning.utilities.lightning_steps import call_module, call_step, is_lightning_module, mute, run_start_hooks
 from mlu_lightning.utilities.module_copies import copied_batch, copied_module, fake_tensor
 from mlu_lightning.utilities.names import listed, planned_modules, planned_parameters
 from mlu_lightning.utilities.user_errors import UserErrors
@@ -77,6 +78,7 @@ class Trace:
     functions: tuple[FunctionCall, ...]
     copy: nn.Module  # keeps the graph's parameters alive
     programs: dict[tuple[Node, int], Program]  # of weights, by node and number of its output, if they were asked for
+    constants: frozenset[Node]  # additions of tensors that need no gradient, which autograd shows as those of numbers
 
 
 def trace_module(module: nn.Module, example: Any, programs: bool = False) -> Trace:
@@ -124,13 +126,9 @@ def _refuse_lazy(module: nn.Module) -> None:
 
 def _size(trace: Trace) -> tuple[int, int]:
     """How many parameters took part in a forward pass, and how many operations."""
-    seen, stack = set(trace.roots), list(trace.roots)
-    while stack:
-        new = {child for child, _ in stack.pop().next_functions if child is not None} - seen
-        seen |= new
-        stack += new
-    leaves = (getattr(node, "variable", None) for node in seen if not node.next_functions)
-    return sum(id(leaf) in trace.parameters for leaf in leaves), len(seen)
+    nodes = [*nodes_below(trace.roots)]
+    leaves = (getattr(node, "variable", None) for node in nodes if not node.next_functions)
+    return sum(id(leaf) in trace.parameters for leaf in leaves), len(nodes)
 
 
 def _run_with_or_without_values(
@@ -176,7 +174,8 @@ def _run(
         stack.enter_context(seen_through())
         example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
         if step:
-            _mute_all(twin, losses)
+            for submodule in filter(is_lightning_module, twin.modules()):
+                _mute(submodule, losses)
         if start_hooks:
             run_start_hooks(twin, example)
         if recorder is not None:
@@ -184,15 +183,16 @@ def _run(
             stack.enter_context(recorder)
         stack.enter_context(WrittenOut())
         stack.enter_context(watched(twin, partial(_note, functions)))
-        stack.enter_context(_InnerGradients(losses))
-        losses.extend(tensors_in(_train(twin, example) if step else _call(twin, example)))
+        stack.enter_context(watch := _InnerGradients(losses))
+        losses.extend(tensors_in(_train(twin, example) if step else call_module(twin, example)))
     roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
     if not roots:
         raise RuntimeError(
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
             "graph to look at. Give example=..., for which it returns a loss or an output, or plan=..., a saved plan."
         )
-    return Trace(roots, names, tuple(calls), tuple(functions), twin, recorder.programs if recorder else {})
+    of_weights = recorder.programs if recorder else {}
+    return Trace(roots, names, tuple(calls), tuple(functions), twin, of_weights, frozenset(watch.constants))
 
 
 def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:
@@ -205,20 +205,25 @@ class _InnerGradients(TorchFunctionMode):
     """Shows gradients that a step takes, as of its inputs, as data, and what they are of as losses.
 
     Otherwise operations of the backward pass, which use every weight a second time, would be in the graph of the loss.
+    Notes additions of constant tensors, too.
     """
 
     def __init__(self, losses: list[Tensor]) -> None:
         super().__init__()
         self.losses = losses
+        self.constants: set[Node] = set()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         # torch's types have a bool here, and it is a descriptor
         if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
             # torch allows it on the batch, and not on its stand-in, which requires a gradient already
             return args[0].retain_grad()
+        if func in _ADDITIONS:
+            total = func(*args, **given)
+            if any(isinstance(one, Tensor) and one.numel() > 1 and not one.requires_grad for one in args):
+                self.constants.update([] if total.grad_fn is None else [total.grad_fn])
+            return total
         if func not in (torch.autograd.grad, torch.autograd.backward, Tensor.backward):
             return func(*args, **given)
         self.losses += tensors_in(args[0] if args else next(iter(given.values())))
@@ -230,14 +235,11 @@ class _InnerGradients(TorchFunctionMode):
         return tree_map(_as_new_data, gradients) if differentiable else gradients
 
 
+_ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+
+
 def _as_new_data(gradient: Any) -> Any:
     return gradient if gradient is None else gradient.detach().requires_grad_().clone()
-
-
-def _call(module: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
-        return module(**example)
-    return module(*(example if isinstance(example, (tuple, list)) else (example,)))
 
 
 def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
@@ -282,21 +284,13 @@ def _note(
     return returned
 
 
-def _mute_all(twin: nn.Module, losses: list[Tensor]) -> None:
-    """Mute copied LightningModules, whose optimizers are their own, made anew; losses of manual optimization are kept."""
-    for submodule in twin.modules():
-        if is_lightning_module(submodule):
-            _mute(submodule, losses)
-
-
 def _train(module: Any, example: Any) -> Any:
-    """Loss of ``training_step``."""
     output = call_step(module, "training_step", example)
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _mute(module: Any, losses: list[Tensor]) -> None:
-    """Mute a copied LightningModule, whose optimizers are its own, made anew."""
+    """Mute a copied LightningModule, with optimizers of its own; losses of manual optimization are kept."""
 
     configured = cache(lambda: configured_optimizers(module.configure_optimizers()))
 

@@ -1,4 +1,4 @@
-"""Walks over the graph of a forward pass: back to where data comes from, between two points, and who comes before whom."""
+"""Walk the graph of a forward pass: back to its origins, between two points, and by order of ancestry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What in a module discovery cannot see or the theory does not cover: refused, or said in a warning."""
+"""Refuse, or warn of, what discovery cannot see in a module or the theory does not cover."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hidden units of a branch: entries, or heads of several, that meet each other in its last matrices alone.
+"""The hidden units of a branch: entries, or heads of several, that only meet in its last matrices.
 
 A parameter, or some rows of it, are the units' own where the axis that those matrices sum over runs along them. What is
 summed over before, as the coordinates of keys, is of bounded size, and so is what all units share.
@@ -13,7 +13,7 @@ from functools import cached_property
 
 from mlu_lightning.discovery.axes import Axis, Reached, is_depthwise, reached_from, varies
 from mlu_lightning.discovery.comparisons import Comparison, comparisons
-from mlu_lightning.discovery.graph import CHANNEL_NORMS, CONVOLUTIONS, PRODUCTS, Graph, Op, Use
+from mlu_lightning.discovery.graph import ATTENTION, CHANNEL_NORMS, CONVOLUTIONS, LINEAR, PRODUCTS, Graph, Op, Use
 from mlu_lightning.discovery.traversal import between
 
 
@@ -70,6 +70,12 @@ class Units:
         """Whether units are compared by what rows of a matrix make, and not by what further matrices make of that."""
         return op in self._compared_last.rows
 
+    def makes_logits(self, op: Op) -> bool:
+        """Whether what an operation makes is added to what a softmax reads."""
+        while (op.name in LINEAR or self.graph.uses.get(op)) and len(self.graph.users[op]) == 1:
+            op = self.graph.users[op][0]
+        return op in self.ops and (op.name.endswith("Softmax") or op.name.startswith(ATTENTION))
+
     def own(self, use: Use) -> int:
         """How many entries for units a parameter has that meets them one by one; 0 if all heads share them."""
         op = use.op
@@ -99,7 +105,6 @@ class Units:
 
     @cached_property
     def _ends(self) -> list[Axis]:
-        """What the last matrices sum over."""
         if self.writers:
             return [(op.values[0], 1 if op.name in CONVOLUTIONS else len(op.data[0].shape) - 1) for op in self.writers]
         end = self.ops[-1]

@@ -1,4 +1,4 @@
-"""Functions of parameters that become weights: what they are proportional to, from their values at a few points.
+"""Functions of parameters that become weights: what these are proportional to, by their values at a few points.
 
 What counts is how the weight's size and its steps follow those of a parameter. Weight norm g·v/|v|: each entry of the
 weight follows its own of v, whose size does not matter, and g multiplies it; a rounding that keeps the scale is
@@ -25,10 +25,8 @@ from mlu_lightning.utilities.names import name_pattern
 
 _PRODUCTS = frozenset({"Mv", "Mm", "Bmm"})
 """Products that may be with constants, as with the vectors that spectral norm keeps."""
-_TOLERANCE = 0.05
-"""Part of a weight that may be there for other reasons, such as the eps of a norm."""
-_OPERATIONS = 6
-"""Operations that a message names."""
+_TOLERANCE = 0.05  # part of a weight that may be there for other reasons, such as the eps of a norm
+_OPERATIONS = 6  # operations that a message names
 
 
 def has_functions(graph: Graph) -> bool:

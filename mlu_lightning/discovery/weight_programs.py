@@ -1,4 +1,4 @@
-"""How a forward pass computes what it multiplies data by from parameters, kept so that it can be computed again.
+"""Record how a forward pass computes weights from parameters, so that they can be computed again.
 
 Operations are seen where torch dispatches them: also those that autograd does not show, such as a rounding whose
 gradient goes straight through.
@@ -23,16 +23,12 @@ from mlu_lightning.utilities.names import planned_parameters
 
 @dataclass(frozen=True, eq=False)
 class _Leaf:
-    """A tensor that a program begins with."""
-
     value: Tensor
     parameter: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """An operation on leaves and results of other steps."""
-
     index: int
     function: Any
     args: Any

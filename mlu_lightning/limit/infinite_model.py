@@ -1,4 +1,4 @@
-"""The infinite model: what a network trained by gradient descent becomes as D, M and L all grow.
+"""The infinite model: what a network under gradient descent becomes as D, M and L all grow.
 
 A network of embedding dimension r = d_in + d_out, whose own W = [W_E, W_U] has WᵀW/r = S exactly, is the model of infinite D
 (theory.md, section 5): an ordinary module of the same class, with the same plan. The expectation over hidden units is
@@ -213,7 +213,6 @@ def _check_known(module: nn.Module, plan: Plan) -> None:
 
 
 def _matrices(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Views [D, columns] of embeddings and readouts."""
     parameters = planned_parameters(module)
     return {
         name: parameters[name].movedim(stream_axis(name, planned), 0).flatten(1)

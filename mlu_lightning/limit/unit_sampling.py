@@ -1,4 +1,4 @@
-"""Hidden units of the infinite model: samples of what one unit reads and writes, with less noise than independent ones.
+"""Sample hidden units of the infinite model, with less noise than independent draws.
 
 A unit is a draw of Gaussian numbers, and its layer the mean over all (theory.md, section 5). Most of the error of n units,
 1/sqrt(n), is taken away by units that are *antithetic* (two read the same and write the opposite, so that their sum is what

@@ -1,4 +1,4 @@
-"""What a run does to its residual stream, its features and its outputs, read and compared without Lightning.
+"""Read and compare the residual stream, features and outputs of a run, without Lightning.
 
 A plan or structure says where streams and outputs can be read; :func:`locate` chooses among these, :func:`observe` returns
 their values on a probe batch, an :data:`Observation`, and :func:`compare` and :func:`feature_updates` measure how far two
@@ -6,13 +6,7 @@ are apart, by ``distances.py``; a :class:`Reference` reads those of a recorded r
 follows a whole pass (``dataflow.py``) and compares what parameters do in it with a plan.
 """
 
-from mlu_lightning.observation.comparison import (
-    MetricName,
-    compare,
-    compare_references,
-    feature_updates,
-    rms_change,
-)
+from mlu_lightning.observation.comparison import MetricName, compare, compare_references, feature_updates, rms_change
 from mlu_lightning.observation.locations import (
     FeatureName,
     Location,

@@ -1,4 +1,4 @@
-"""Batches: copied, cut to their first samples, hashed, and kept in files that execute nothing when they are read."""
+"""Copy, cut, hash and save batches, in files that execute nothing when they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances between what two runs of any shapes make of one probe, and how far the features of one run have moved."""
+"""Measure distances between two runs of any shape on one probe, and how far the features of a run have moved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Follow one forward pass: what every use of a parameter maps or adds, and by which constants it is multiplied.
+"""Record the dataflow of a forward pass: what every use of a parameter maps or adds, and its constant factors.
 
 Operations are seen where torch dispatches them, so that products, constants and residual additions are the same few
 operations in whatever way a module writes them, hooks and functions of weights included. Sizes are kept, values are not:
@@ -47,8 +47,7 @@ from mlu_lightning.utilities.function_calls import tensors_in
 from mlu_lightning.utilities.names import name_pattern_of_parts
 from mlu_lightning.utilities.state import KeptValues
 
-ADDED = ("addition", "sum")
-"""Where multiplications end at a residual addition, and at a sum of two other values."""
+ADDED = ("addition", "sum")  # where multiplications end at a residual addition, and at a sum of two other values
 
 How = Literal["matrix", "vector", "table"]
 
@@ -192,7 +191,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         )
 
     def _result(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        """Make the node of an operation's result."""
         tensors = [*tensors_in(args), *tensors_in(kwargs)]
         nodes = [self._node(tensor) for tensor in tensors]
         if name in CREATED or not nodes:
@@ -253,7 +251,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
     # operations
 
     def _function(self, name: str, nodes: Sequence[Node]) -> Node:
-        """A function of weights and constants."""
         weights = frozenset[str]().union(*(node.weights for node in nodes))
         data = [node for node in nodes if node.data]
         view = name in VIEWS and len(nodes) == 1
@@ -269,7 +266,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return node
 
     def _matrix(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node | None:
-        """A product of data and weights, with a bias."""
         first, second, third = MATRIX_OPERANDS[name]
         operands = [args[first], args[second]]
         nodes = [self._node(operand) for operand in operands]
@@ -348,7 +344,6 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return self._node(operand) if isinstance(operand, Tensor) else None
 
     def _other(self, name: str, pairs: list[tuple[Tensor, Node]]) -> Node:
-        """Any other operation with data."""
         data = [node for _, node in pairs if node.data]
         for parent in data:
             self._end(parent, end_name(name))
@@ -372,7 +367,6 @@ def _mean_size(factors: Sequence[float]) -> float:
 
 
 def _factor(operand: Any, name: str) -> float:
-    """By what an operand multiplies or divides."""
     if isinstance(operand, Tensor):
         return root_mean_square(operand if name == "mul" else 1 / operand).item()
     value = abs(operand)

@@ -1,4 +1,4 @@
-"""Distances between the residual streams, or the outputs, of two models on the same samples (theory.md, section 4).
+"""Distances between the streams, or the outputs, of two models on the same samples (theory.md, section 4).
 
 They take the streams h [samples, embedding] of one model, or its outputs, and those of a reference on the same samples,
 compute in float64 and return a float64 scalar; any NaN or infinite value, in either model, makes it NaN. What cannot be
@@ -155,7 +155,6 @@ def _centred(streams: Tensor) -> Tensor:
 
 
 def _unit(matrix: Tensor) -> Tensor:
-    """Divide by the Frobenius norm; zero stays zero."""
     norm: Tensor = torch.linalg.vector_norm(matrix)
     return matrix / norm.clamp_min(torch.finfo(matrix.dtype).tiny)
 

@@ -1,4 +1,4 @@
-"""What a plan asks of uses of parameters and of residual additions, as factors next to the base."""
+"""What a plan expects of each use of a parameter and of residual additions, as factors relative to the base."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from mlu_lightning.observation.dataflow import ADDED, How
 from mlu_lightning.planning import Multiplier, ParameterPlan, Plan, std_groups
 from mlu_lightning.table import TABLES, Role, Variant
 
-FEW = 64
-"""Entries, of fewer of which that were not set to it the size tells nothing."""
+FEW = 64  # entries, of fewer of which that were not set to it the size tells nothing
 
 _ROUNDING = 2**-6
 

@@ -1,4 +1,4 @@
-"""Read pre-activations and attention logits out of the torch functions of a forward pass.
+"""Read pre-activations and attention logits from the torch functions of a forward pass.
 
 Of each branch a few rows of a few units or keys are kept, the same ones in every pass of the same shapes: root mean squares
 of changes need no more, and with fused attention logits do not even exist.
@@ -80,8 +80,7 @@ def rows_along(values: Tensor, axis: int) -> Tensor:
 
 
 _ROWS, _COLUMNS = 32, 256
-_NOT_SEEN = -5000.0
-"""Masks subtract 10,000 or more; positional biases, such as ALiBi's, reach -4,096 at 8,192 tokens."""
+_NOT_SEEN = -5000.0  # masks subtract 10,000 or more; positional biases, such as ALiBi's, reach -4,096 at 8,192 tokens
 
 
 def _chosen_units(values: Tensor, axis: int) -> Tensor:

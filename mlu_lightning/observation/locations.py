@@ -1,4 +1,4 @@
-"""What is read of a model while it trains, and under which names: streams at relative depths, outputs, pre-activations."""
+"""Name what is read of a model while it trains: streams at relative depths, outputs, pre-activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distances of ``distances.py`` as torchmetrics, for data that comes in batches and on many ranks.
+"""The distances of ``distances.py`` as torchmetrics, for batched data and several ranks.
 
 ``compute()`` is the distance of all samples seen since ``reset()``, on all processes, as if they had come at once, and NaN
 if there were none. States are float64 whatever type a module is converted to; values have no gradient.
@@ -55,13 +55,11 @@ class _MeanSquareDistance(_Distance):
         self.add_state("entries", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, streams: Tensor, reference: Tensor) -> None:
-        """Add samples: values of one model and of the other on them, as the function takes them."""
         distance = self._distance(streams.detach(), reference.detach())
         self.total = self.total + distance.square() * streams.numel()
         self.entries = self.entries + streams.numel()
 
     def compute(self) -> Tensor:
-        """Return the distance of all samples seen, a float64 scalar."""
         return (self.total / self.entries).sqrt()
 
 
@@ -79,7 +77,6 @@ class _SampleDistance(_Distance):
         self.add_state("widths", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, streams: Tensor, reference: Tensor) -> None:
-        """Add samples: values of one model and of the other on them, as the function takes them."""
         streams, reference = comparable(streams.detach(), reference.detach())
         widths = self.widths.new_tensor([streams.shape[1], reference.shape[1]])
         self.rows.append(torch.cat((streams, reference), dim=1).flatten())
@@ -87,7 +84,6 @@ class _SampleDistance(_Distance):
         self.widths = torch.maximum(self.widths, widths)
 
     def compute(self) -> Tensor:
-        """Return the distance of all samples seen, a float64 scalar, or refuse batches of different dimensions."""
         samples, (width, reference_width) = int(self.samples), self.widths.tolist()
         if not samples:
             return torch.full((), math.nan, dtype=self.dtype, device=self.samples.device)

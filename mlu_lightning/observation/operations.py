@@ -1,4 +1,4 @@
-"""What the operations that torch dispatches are, as far as multiples of values and products with weights are concerned."""
+"""Classify the operations that torch dispatches: views, norms, products with weights."""
 
 from __future__ import annotations
 

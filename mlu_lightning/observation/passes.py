@@ -1,4 +1,4 @@
-"""One pass of a module with all that is followed in it, put together by parameter."""
+"""Follow one pass of a module, and collect its uses of parameters."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from mlu_lightning.table import Role
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 from mlu_lightning.utilities.state import KeptValues
 
-UseKey = tuple[tuple[str, ...], How]
-"""Parameters that are used together, and how."""
+UseKey = tuple[tuple[str, ...], How]  # parameters that are used together, and how
 
 
 @dataclass(frozen=True)

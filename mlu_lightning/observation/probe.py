@@ -1,4 +1,4 @@
-"""Pass a probe batch through a model while it trains, read streams, outputs and pre-activations, and leave no trace.
+"""Pass a probe batch through a model in training, read streams, outputs and pre-activations, and leave no trace.
 
 The batch goes through the model's own step in evaluation mode, without gradients; hooks that are there for this one pass
 read streams and outputs (theory.md, section 4), and modes of torch what enters activations and attention.
@@ -20,7 +20,7 @@ from mlu_lightning.observation.batches import clone_batch
 from mlu_lightning.observation.features import rows_along, watch_features
 from mlu_lightning.observation.locations import Location, LocationName
 from mlu_lightning.utilities.function_calls import tensors_in, watched
-from mlu_lightning.utilities.lightning_steps import StepName, call_step, is_lightning_module, muted
+from mlu_lightning.utilities.lightning_steps import StepName, call_module, call_step, is_lightning_module, muted
 from mlu_lightning.utilities.state import KeptValues, preserve_state
 
 Observation = dict[LocationName, Tensor]
@@ -134,11 +134,7 @@ def undisturbed(module: nn.Module, restore_parameters: bool = False, kept: KeptV
 
 def pass_batch(module: nn.Module, batch: Any, step: StepName) -> Any:
     """Pass a batch through the step of a LightningModule, or through any other module."""
-    if is_lightning_module(module):
-        return call_step(module, step, batch)
-    if isinstance(batch, Mapping):
-        return module(**batch)
-    return module(*(batch if isinstance(batch, (tuple, list)) else [batch]))
+    return call_step(module, step, batch) if is_lightning_module(module) else call_module(module, batch)
 
 
 def _attach(module: nn.Module, tap: Tap, read: Mapping[Tap, Tensor], keep: Callable[[Tap, Tensor], None]) -> Any:

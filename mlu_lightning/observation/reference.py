@@ -1,4 +1,4 @@
-"""The reference file: what the residual stream and the outputs of one run are on a probe, at some of its steps.
+"""The reference file: the residual stream and the outputs of one run on a probe, at some of its steps.
 
 It is a safetensors file with values ``<step>/<location>`` [positions, dimension], losses, the probe batch, a header and
 SHA-256 hashes, by which any damage is found. Its size in bytes is, with B = 4 (float32) or 2 (bfloat16),

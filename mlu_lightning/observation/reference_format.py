@@ -1,4 +1,4 @@
-"""What is in a reference file: its header and other metadata as JSON, and its tensors, verified when they are read."""
+"""The format of reference files: a header and other metadata as JSON, and tensors that are verified on reading."""
 
 from __future__ import annotations
 
@@ -239,7 +239,6 @@ def _parse_digests(text: str) -> dict[int, str]:
 
 
 def _parse_fields(text: str, names: set[str]) -> dict[str, Any]:
-    """A JSON object with exactly these fields."""
     found = parse_json(text)
     if not isinstance(found, dict) or set(found) != names:
         raise ValueError(f"a part of its metadata does not have the fields {', '.join(sorted(names))}")

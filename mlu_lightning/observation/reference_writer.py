@@ -1,4 +1,4 @@
-"""Writes the reference file of a run that is under way, and goes on in that of a run that is resumed."""
+"""Write the reference file of a run as it trains, and continue that of a run that is resumed."""
 
 from __future__ import annotations
 

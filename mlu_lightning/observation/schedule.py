@@ -1,4 +1,4 @@
-"""The optimizer steps at which a run is looked at."""
+"""The optimizer steps at which a run is observed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The values of one forward pass as a graph: which came from which, of what they are multiples, and where streams are."""
+"""The values of a forward pass as a graph: what came from what, what is a multiple of what, and where streams are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from mlu_lightning.observation.operations import NORMS
 
-MOST_ORIGINS = 32
-"""Values of whose multiples one is a sum; of more, it is a value of its own."""
+MOST_ORIGINS = 32  # values of whose multiples one is a sum; of more, it is a value of its own
 
 
 @dataclass(eq=False)

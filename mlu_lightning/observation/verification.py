@@ -1,9 +1,8 @@
-"""Compare what a module computes with its plan: one pass of the module next to one of its base."""
+"""Verify what a module computes against its plan: one pass of the module beside one of its base."""
 
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from mlu_lightning.observation.expectations import FEW, Expectations, Interval
 from mlu_lightning.observation.passes import Followed, UseKey, follow, roles_of_base
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.base import refuse_base
-from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
+from mlu_lightning.utilities.names import distance_along_depth, name_pattern_of_parts, planned_parameters
 
 EXACT = 2**0.25
 """Halfway to the smallest fault, a missing power of 1/2 at a ratio of 2: weights have their size exactly, up to rounding."""
@@ -142,7 +141,7 @@ def _of_uses(expectations: Expectations, module: Followed, base: Followed) -> It
         shape = entries[name].base_shape
         others = [other for other in alike if shape in [base.shapes.get(each) for each in other[0]]]
         if others:
-            counterpart = min(others, key=lambda other: _distance(names[0], other[0][0]))
+            counterpart = min(others, key=lambda other: distance_along_depth(names[0], other[0][0]))
             group = _patterns(names), how, entries[name].row, entries[name].ratios
             groups[group].append(((names, how), counterpart))
     for pairs in groups.values():
@@ -299,12 +298,6 @@ def _patterns(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(map(name_pattern_of_parts, names))))
 
 
-def _distance(name: str, other: str) -> tuple[bool, list[int]]:
-    """How far two names of one pattern are apart along the depth."""
-    ours, theirs = ([int(number) for number in re.findall(r"\d+", each)] for each in (name, other))
-    return name != other, [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-
-
 def _label(keys: Sequence[tuple[tuple[str, ...], How]]) -> str:
     first = " with ".join(keys[0][0])
     return first if len(keys) == 1 else f"{first} and {len(keys) - 1} more"
@@ -315,5 +308,4 @@ def _rms(values: Sequence[float]) -> float:
 
 
 def _off(found: float, expected: float) -> float:
-    """Factor between two numbers."""
     return max(found / expected, expected / found) if 0 < found < math.inf else math.inf

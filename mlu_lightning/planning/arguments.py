@@ -1,4 +1,4 @@
-"""What a plan is made from besides its module: the arguments that ``Plan.from_model`` and ``MLUCallback`` share."""
+"""The arguments that ``Plan.from_model`` and ``MLUCallback`` share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from mlu_lightning.table import Parameterization
 
-ABSOLUTE = "absolute"
-"""The base that says that none is meant; a path of that name is ``./absolute``."""
+ABSOLUTE = "absolute"  # the base that says that none is meant; a path of that name is ``./absolute``
 
 ParameterizationName = Literal["mlu", "completep", "mup", "sp"]
 

@@ -1,9 +1,8 @@
-"""The base shape: what a plan has to know about it, and which of its parameters corresponds to which."""
+"""What a plan knows about the base shape, and which parameter corresponds to which."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,13 @@ from torch import nn
 from mlu_lightning.discovery.structure import Branch, BranchKind, ParameterFacts, Structure
 from mlu_lightning.table import COUNTED, Role, Variant, row_name
 from mlu_lightning.utilities.lightning_namespaces import of_both
-from mlu_lightning.utilities.names import listed, name_pattern, name_pattern_of_parts, planned_parameters
+from mlu_lightning.utilities.names import (
+    distance_along_depth,
+    listed,
+    name_pattern,
+    name_pattern_of_parts,
+    planned_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ class Base:
     streams: tuple[tuple[int, int], ...]
     branches: dict[tuple[str, BranchKind], BaseBranch]
     readouts: dict[str, float | None]
+    additions: float = 0.0  # beside branches, as in ``Structure``
+
+    def readout_constant(self, name: str) -> float | None:
+        """What the base multiplies a readout by, or one of its pattern: a deeper module may have more of them."""
+        alike = (constant for other, constant in self.readouts.items() if name_pattern(other) == name_pattern(name))
+        return self.readouts[name] if name in self.readouts else next(alike, None)
 
     def counterparts(self, branches: Iterable[Branch]) -> dict[str, BaseBranch | None]:
         """The branch of the name of each branch, or else the nearest of its pattern, or of a name with other numbers."""
@@ -78,7 +89,7 @@ class Base:
             sizes = {b.name: (b.hidden, b.head_dim) for b in own}
             names = of_the_same_kind(sizes, {o: (e.hidden, e.head_dim) for o, e in alike.items()})
             for name in sizes:
-                near = min(names.get(name, alike), key=lambda other: _distance(name, other), default=None)
+                near = min(names.get(name, alike), key=lambda other: distance_along_depth(name, other), default=None)
                 found[name] = None if near is None else alike[near]
         return found
 
@@ -139,6 +150,7 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             for b in structure.branches
         },
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
+        additions=structure.additions,
     )
 
 
@@ -197,7 +209,7 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
         candidates = [other for other in of_kind[pattern].get(name, ()) if alike[other].is_like(facts)]
         candidates = candidates or [other for other, entry in alike.items() if entry.is_like(facts)]
         if candidates:
-            found[name] = alike[min(candidates, key=lambda other: _distance(name, other))]
+            found[name] = alike[min(candidates, key=lambda other: distance_along_depth(name, other))]
         elif alike:
             entry = next(iter(alike.values()))
             its = f"{entry.row} {list(entry.shape)}"
@@ -242,9 +254,3 @@ def advice_on_names(names: Iterable[str]) -> str:
         " Parts wrapped by torch.compile have other names (_orig_mod): compile them in place instead, with their method "
         ".compile(), or compile the whole module."
     )
-
-
-def _distance(name: str, other: str) -> list[int]:
-    """How far two names of one pattern are apart along the depth."""
-    positions = [[int(number) for number in re.findall(r"\d+", each)] for each in (name, other)]
-    return [abs(a - b) for a, b in zip(*positions, strict=True)]

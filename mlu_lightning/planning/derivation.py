@@ -1,4 +1,4 @@
-"""Derive the entries of a plan: put every stream, parameter, branch and multiplier next to the base's."""
+"""Derive the entries of a plan: compare every stream, parameter, branch and multiplier with the base's."""
 
 from __future__ import annotations
 
@@ -119,12 +119,14 @@ def plan_multipliers(
         matrix = parameters[readout.parameter]
         # a tied table has the fans of an embedding, whose outputs are the readout's inputs
         axis = 1 if structure.parameters[readout.parameter].tied else 0
-        value = table.rows[Role.READOUT].multiplier(Ratios(inputs=matrix.fans[axis] / matrix.base_fans[axis]))
-        own = readout.constant, (1.0 if base is None else base.readouts.get(readout.parameter))
-        multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own)
+        ratios = Ratios(depth=matrix.depth / matrix.base_depth, inputs=matrix.fans[axis] / matrix.base_fans[axis])
+        value = table.row(Role.READOUT, matrix.variant, ratios).multiplier(ratios)
+        own = readout.constant, (1.0 if base is None else base.readout_constant(readout.parameter))
+        multiplier = Multiplier(readout.parameter, "readout", value, readout.site, readout.folds, *own, readout.gains)
         # the numbers of a tied table are those of the embedding, whose constant they are relative to
         of_numbers = matrix.constant_ratio if structure.parameters[readout.parameter].tied else 1.0
         found.append(_relative(multiplier, table, of_numbers))
+    found.extend(_added(structure.additions, None if base is None else base.additions))
     scales = own_factors(structure, "logits_scale")
     changed = _changed_logits(structure, base, of_bases, scales) if table.scales_logits else []
     found.extend(_logits(branch, of_base, scales[branch.name]) for branch, of_base in changed)
@@ -140,6 +142,19 @@ def plan_multipliers(
         "hidden widths. Keep head_dim and change the number of heads to stay within the theory"
     )
     return tuple(found), (*warnings, warning)
+
+
+def _added(own: float, of_base: float | None) -> Iterator[Multiplier]:
+    """Note what is added beside branches; refuse it where its number is not the base's and nothing can be multiplied."""
+    if of_base is not None and (constant_ratio(own, of_base) != 1 or bool(own) != bool(of_base)):
+        raise ValueError(
+            f"The module adds to its stream, beside its branches, {own:.4g} times what no parameter of its own multiplies "
+            f"(data that blocks are given again, constants, or what earlier blocks have made), and the base {of_base:.4g} "
+            "times. Such a sum grows with the depth. Let the module multiply what it adds by 1 over that number itself, or "
+            "by a learned gain in each block, which the plan then scales; or keep the number at the base's."
+        )
+    if own:
+        yield Multiplier("beside branches", "addition", 1.0, None, (), own, of_base or own)
 
 
 def _warnings_about_branches(
@@ -182,12 +197,15 @@ def _copied(multiplier: Multiplier, copy: str, original: str) -> Multiplier | No
     """The multiplier of a submodule in a copy of it, None if it is not inside of it."""
     site, back = multiplier.site, {original: copy}
     where = None if site is None else original_of(site.module, back)
-    folds = tuple(filter(None, (original_of(name, back) for name in multiplier.folds)))
+    folds, gains = (
+        tuple(filter(None, (original_of(name, back) for name in names)))
+        for names in (multiplier.folds, multiplier.gains)
+    )
     if where is None and not folds:
         return None
     name = original_of(multiplier.name, back) or f"{copy}.{multiplier.name}"
     moved = None if site is None or where is None else replace(site, module=where)
-    return replace(multiplier, name=name, site=moved, folds=folds)
+    return replace(multiplier, name=name, site=moved, folds=folds, gains=gains)
 
 
 def _relative(multiplier: Multiplier, table: Table, of_numbers: float = 1.0) -> Multiplier:

@@ -1,4 +1,4 @@
-"""How far a shape is from its limit, next to the base: what initial random weights write to the stream."""
+"""How far a shape is from its limit, relative to the base: what initial random weights write to the stream."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from mlu_lightning.discovery.structure import BranchKind
 from mlu_lightning.planning.entries import BranchPlan, ParameterPlan, StreamPlan
 from mlu_lightning.table import TABLES, Parameterization, Ratios, Role
 
-FAR = 1.5
-"""Distance ratio above which a plan warns."""
+FAR = 1.5  # distance ratio above which a plan warns
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a plan says about one parameter, one stream, one branch, and one forward multiplier."""
+"""The entries of a plan: parameters, streams, branches and forward multipliers."""
 
 from __future__ import annotations
 
@@ -120,13 +120,16 @@ class Multiplier:
     """A factor in the forward pass."""
 
     name: str  # of the branch, or of the readout's matrix
-    kind: Literal["branch", "readout", "logits"]
+    kind: Literal["branch", "readout", "logits", "addition"]  # the last is what is added beside branches
     value: float  # relative to the base, before the richness alpha
     site: Site | None  # where a hook attaches it; None if there is no such place
     folds: tuple[str, ...]  # parameters into which it can be folded
     # the module's own, which ``value`` is relative to: their product, next to the base's constant, is the table's factor
     constant: float | None = None
     base_constant: float | None = None
+    gains: tuple[
+        str, ...
+    ] = ()  # where it goes after the training, if ``folds`` is empty: into the norm before a readout
 
     @property
     def constant_ratio(self) -> float:

@@ -1,4 +1,4 @@
-"""A name for the numbers of a plan, by which runs and modules know whether they have the same."""
+"""Hash the numbers of a plan, to tell whether runs and modules have the same ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are functions of parameters: what they ask of the numbers of these, or why they cannot be planned.
+"""Plan weights that are functions of parameters, or say why they cannot be planned.
 
 A weight W = f(v), or g·f(v) with a gain g, should have the table's std, and its steps should be those that the table's
 numbers make (theory.md, section 3). An entry of W follows its own of v by the factor rms(W)/rms(v), which is that of the
@@ -21,12 +21,9 @@ from mlu_lightning.planning.entries import ParameterPlan
 from mlu_lightning.table import OptimizerFamily, Parameterization, Role, scale
 from mlu_lightning.utilities.names import name_pattern
 
-_LISTED = 4
-"""Reasons that a message has."""
-_SAME = 0.03
-"""Difference of sizes that comes from random values."""
-_NEAR = 0.1
-"""Difference of sizes that is left where nothing can compensate it."""
+_LISTED = 4  # reasons that a message has
+_SAME = 0.03  # difference of sizes that comes from random values
+_NEAR = 0.1  # difference of sizes that is left where nothing can compensate it
 
 
 def require_functions(structure: Structure, module: nn.Module) -> None:
@@ -61,7 +58,6 @@ def plan_functions(
 
 
 def _functions(structure: Structure) -> dict[str, WeightFunction]:
-    """Functions of parameters that are not left alone."""
     facts = structure.parameters.items()
     return {name: f.function for name, f in facts if f.function is not None and f.role is not Role.FROZEN}
 

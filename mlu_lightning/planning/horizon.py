@@ -1,4 +1,4 @@
-"""Batch size and duration: what AdamW's numbers become where a run sees other batches, or more data, than the base's.
+"""Batch size and duration: AdamW's numbers for runs with other batches, or more data, than the base.
 
 The rules are those of Complete(d)P (arXiv 2512.22382), which come from AdamW's limit of small steps: they keep the noise
 that a run has gathered when it ends. They go together with the table of any parameterization, by multiplication.

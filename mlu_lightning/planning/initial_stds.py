@@ -1,4 +1,4 @@
-"""Which parameters have their initial scale set together, and the root mean square that they should have."""
+"""Group parameters whose initial scale is set together, with the root mean square that they get."""
 
 from __future__ import annotations
 

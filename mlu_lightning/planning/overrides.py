@@ -1,4 +1,4 @@
-"""Roles that the user gives, where discovery cannot tell or should not."""
+"""Apply roles that the user gives where discovery cannot tell, or should not."""
 
 from __future__ import annotations
 
@@ -92,7 +92,12 @@ def require_roles(structure: Structure, module: nn.Module, overrides: Mapping[st
     shapes = {name: structure.parameters[name].shape for name in structure.unassigned}
     reasons = {name: f"{list(shapes[name])}: {why}" for name, why in structure.unassigned.items()}
     found = "; ".join(f"{pattern} {reason}" for pattern, reason in _along_depth(reasons, structure).items())
-    likely = {name: Role.STREAM_MATRIX if _is_matrix(shape) else Role.STREAM_NORM for name, shape in shapes.items()}
+    roles = {name: Role.STREAM_MATRIX if _is_matrix(shape) else Role.STREAM_NORM for name, shape in shapes.items()}
+    rows = {name: row_name(role, structure.parameters[name].variant) for name, role in roles.items()}
+    likely = {
+        n: row if row in _ROWS else row_name(Role.STREAM_NORM, structure.parameters[n].variant)
+        for n, row in rows.items()
+    }
     lines = ", ".join(f'"{pattern}": "{role}"' for pattern, role in _along_depth(likely, structure).items())
     raise ValueError(
         f"{len(shapes)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what they are for, "
@@ -124,8 +129,7 @@ def _check_readout(structure: Structure, name: str, role: Role, pattern: str) ->
         )
 
 
-_COPY = "copy_of "
-"""How an override begins that names the submodule of which another one is a copy."""
+_COPY = "copy_of "  # how an override begins that names the submodule of which another one is a copy
 
 _ROWS: dict[str, tuple[Role, Variant | None]] = {role.value: (role, None) for role in Role} | {
     row_name(role, variant): (role, variant) for role, variant in TABLES[Parameterization.MLU].variants

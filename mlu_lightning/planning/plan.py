@@ -212,6 +212,7 @@ class Plan:
                 for b in self.branches
             },
             readouts={name: constant for (kind, name), constant in own.items() if kind == "readout"},
+            additions=next((constant or 0.0 for (kind, _), constant in own.items() if kind == "addition"), 0.0),
         )
 
     @cached_property
@@ -392,5 +393,4 @@ class Plan:
 
     @property
     def _absolute(self) -> bool:
-        """Whether it is relative to no base."""
         return any(parameter.base_shape is None for parameter in self.parameters.values())

@@ -1,4 +1,4 @@
-"""Which numbers and names a plan can have: the same where it is made, edited and read."""
+"""Valid numbers and names of a plan, the same where it is made, edited and read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from mlu_lightning.planning.entries import BranchPlan, Multiplier, ParameterPlan
 
 _Part = ParameterPlan | BranchPlan | StreamPlan | Multiplier
 
-LARGEST = 1e20
-"""Of ratios and factors, so that no product of them overflows."""
+LARGEST = 1e20  # of ratios and factors, so that no product of them overflows
 _COUNTED = ("depth", "embedding", "hidden", "head_dim", "fans", "active", "uses")
 _FROM_ONE = frozenset({*_COUNTED, *(f"base_{key}" for key in _COUNTED), "period"})
 """Whole numbers that count something; others are from 0 on, but for the axis of a tap."""

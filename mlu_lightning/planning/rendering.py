@@ -1,4 +1,4 @@
-"""Plans as tables."""
+"""Print plans as tables."""
 
 from __future__ import annotations
 
@@ -135,7 +135,6 @@ def _change(value: int, base: int) -> str:
 
 
 def _short(count: int) -> str:
-    """Write a count with three digits."""
     for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= 10 * size:
             return f"{count / size:.0f}{suffix}"

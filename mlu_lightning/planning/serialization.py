@@ -1,4 +1,4 @@
-"""Plans as YAML that a person can read and edit.
+"""Save and load plans as YAML that a person can read and edit.
 
 A file may come from anybody: every value in it has to be of its field's type, or the file is refused. Texts are read as
 the field says, whatever YAML would make of them: a branch may be called ``on``, and ``1e-3`` is a number.
@@ -132,7 +132,6 @@ def _read(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _read_fields(cls: type, value: Any, where: str, key: str) -> Any:
-    """A dataclass from the mapping that stands for it."""
     hints = get_type_hints(cls)
     required = {field.name for field in fields(cls) if field.default is MISSING}
     fits = isinstance(value, dict) and required <= value.keys() <= hints.keys()
@@ -191,8 +190,9 @@ def _key(name: str) -> str:
 
 
 def _flow(value: Any) -> str:
-    """One line of YAML."""
-    value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        empty = [field.name for field in fields(value) if field.default == () == getattr(value, field.name)]
+        value = {name: part for name, part in asdict(value).items() if name not in empty}
     style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
     dumped: str = yaml.dump(value, Dumper=_OneLine, **style)
     return dumped.removesuffix("...\n").rstrip("\n")

@@ -1,4 +1,4 @@
-"""Factors that were tuned at the base, per role: what is given, what it matches, and what it makes of a plan's numbers.
+"""Factors that were tuned at the base, per role: how they are given, what they match, and what they change.
 
 Everything that is of order one at the base keeps its meaning at every shape, not the learning rate alone (theory.md,
 section 3): a factor of a role's std, lr or decay, or of a multiplier, is found at the base and multiplied into the table's.
@@ -151,7 +151,6 @@ def _writers(
 
 
 def _of_nothing(key: str, what: str, names: list[str], parameters: Mapping[str, ParameterPlan]) -> str:
-    """Say why a factor has nothing that it could be of."""
     if names and what == "std":
         return (
             f"tuned has a factor of std for {key!r}, but {', '.join(names[:3])} start at zero, or as they are built, and a "

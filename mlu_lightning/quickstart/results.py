@@ -93,7 +93,6 @@ def _draw(axes: Axes, study: Study, runs: list[Run], mlu: bool) -> None:
 
 
 def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
-    """Name every curve at its right end, without overlaps."""
     bottom, top = axes.get_ylim()
     shapes = sorted(ends, key=lambda shape: ends[shape][1])
     wanted = [min(ends[shape][1], top) for shape in shapes]
@@ -111,7 +110,6 @@ def _label(axes: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, s
 
 
 def _moved(study: Study, runs: list[Run], shape: str, mlu: bool) -> str:
-    """Say how far the best learning rate is from the base's."""
     if not _learned(runs, shape, mlu):
         return "unknown (every run diverged)"
     if not _learned(runs, BASE, mlu):

@@ -1,4 +1,4 @@
-"""The runs of the quickstart, which show whether the best learning rate stays where it is when the shape grows.
+"""The runs of the quickstart: whether the best learning rate stays where it is when the shape grows.
 
 Small Transformers are trained on text at a few learning rates: at a base shape, and with eight times its depth, hidden
 width and embedding dimension, each alone, with the base's hyperparameters and :class:`mlu_lightning.MLUCallback`, or not.
@@ -29,8 +29,7 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.utilities.whole_files import write_whole
 from mlu_lightning.utilities.workers import worker_pool
 
-BASE = "base"
-"""Name of the shape at which the hyperparameters are tuned."""
+BASE = "base"  # name of the shape at which the hyperparameters are tuned
 _LONGEST = 2**28  # bytes of a text, of which a process takes about twenty times the memory
 _LOOKED_AT = 2**24  # bytes of a text, to see whether there is something to learn; prose has a third of them compressed
 
@@ -203,7 +202,6 @@ def _cost(shape: TransformerShape) -> int:
 
 
 def _train(study: Study, text: bytes, run: Run) -> Run:
-    """Train a model as any Lightning user would, and validate it."""
     training, validation, vocabulary = _tokens(text)
 
     def build(name: str) -> CausalTransformer:

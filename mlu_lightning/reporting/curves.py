@@ -1,4 +1,4 @@
-"""Figures of the values that a run has logged, against optimizer steps: one for each panel, as wide as a phone."""
+"""Figures of logged values against optimizer steps, one for each panel, as wide as a phone."""
 
 from __future__ import annotations
 
@@ -79,8 +79,7 @@ _MOST_NAMED = 8
 _LONGEST_NAME = 40
 _MOST_MARKERS = 40
 _COLUMNS = 1000
-_LARGEST = 1e100
-"""Beyond it, and below its inverse, matplotlib cannot place ticks."""
+_LARGEST = 1e100  # beyond it, and below its inverse, matplotlib cannot place ticks
 _DECADES = 6
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 """Characters that names from files may have, and that a browser refuses in an image."""
@@ -142,7 +141,6 @@ def _as_text(value: float, _: float) -> str:
 
 
 def _drawn(curve: Curve, logarithmic: bool) -> Curve:
-    """Points that a figure can show."""
     lowest = 1 / _LARGEST if logarithmic else -_LARGEST
     return tuple((step, value) for step, value in curve if lowest < value < _LARGEST)
 

@@ -1,4 +1,4 @@
-"""What logs and checkpoints hold, read by a process of its own, which runs this file alone and may be stopped at any time.
+"""Read logs and checkpoints in a process of its own, which runs this file alone and can be stopped at any time.
 
 A file that was made to, or is damaged, can keep a reader busy forever, take all memory or raise anything; then it costs its
 process. That is started with this file as its script: it imports next to nothing of the package, to be there at once.

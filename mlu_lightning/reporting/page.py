@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing else: no network, no scripts, no further files."""
+"""Render a run as one HTML page that needs no network, no scripts and no other files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,6 @@ _WORST_FIRST: tuple[Verdict, ...] = ("fail", "undecided", "pass")
 
 
 def _visible(value: object) -> object:
-    """Text in which characters that cannot be seen, or encoded, stand by their numbers."""
     if isinstance(value, Markup):
         return value  # of the template, in which everything was made visible
     return printable(str(value))

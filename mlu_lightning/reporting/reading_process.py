@@ -1,4 +1,4 @@
-"""A process that reads files for this one, with limits of time and memory, and is started anew when a file has ended it."""
+"""A process that reads files within limits of time and memory, restarted when a file has ended it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ def contents(paths: Sequence[Path]) -> Iterator[tuple[Path, Content]]:
 
 
 class _Reader:
-    """The process, while it lives."""
-
     def __init__(self) -> None:
         self.errors: IO[bytes] = TemporaryFile()  # noqa: SIM115  # as long as the process
         package = Path(file_readers.__file__).parents[2]
@@ -71,7 +69,6 @@ class _Reader:
         return content
 
     def last_words(self) -> str:
-        """Why the process has ended."""
         if self.too_slow:
             return "Reading it takes too long, so it was left out"
         self.errors.seek(0)
@@ -79,7 +76,6 @@ class _Reader:
         return next((line for line in reversed(lines) if line.strip()), "Its reading has ended without a word")
 
     def close(self) -> None:
-        """End the process."""
         with suppress(BrokenPipeError):
             self.process.communicate()
 

@@ -1,4 +1,4 @@
-"""What a run has left in its folder: plans, checks, logged values and references, and how each of them is read."""
+"""Collect what a run has left in its folder: plans, checks, logged values and references."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from mlu_lightning.reporting.file_readers import READABLE, is_log_or_checkpoint
 from mlu_lightning.reporting.reading_process import contents
 from mlu_lightning.utilities.plain_text import printable
 
-Curve = tuple[tuple[int, float], ...]
-"""Logged values with their steps, ascending."""
+Curve = tuple[tuple[int, float], ...]  # logged values with their steps, ascending
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def read_run(folder: Path) -> RunRecord:
     return record
 
 
-UNREADABLE = (*READABLE, MemoryError)
-"""What is raised by reading damaged files, and by showing what was read."""
+UNREADABLE = (*READABLE, MemoryError)  # what is raised by reading damaged files, and by showing what was read
 
 _LARGEST_TEXT = 16 * 2**20
 
@@ -102,7 +100,6 @@ _Read = Callable[[Path, str, RunRecord], None]
 
 
 def _shown(text: str) -> str:
-    """One line of bounded length."""
     return shorten(printable(text), 400, placeholder=" ...")
 
 

@@ -72,8 +72,7 @@ class FittedConstants(ErrorConstants):
 
     uncertainty: ErrorConstants | None
     """Increase of each constant if its square grew by one standard error; None without more points than constants."""
-    scatter: float
-    """Root mean square of log(measured / bound) over the points."""
+    scatter: float  # root mean square of log(measured / bound) over the points
 
 
 PAPER = ErrorConstants(depth=0.13, hidden=0.8, embedding=2.5)

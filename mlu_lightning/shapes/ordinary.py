@@ -1,4 +1,4 @@
-"""Shapes of Transformers that people build: from deep to wide, within a number of parameters."""
+"""Shapes of Transformers that people build, from deep to wide, for a number of parameters."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from mlu_lightning.shapes.search import Architecture, Candidate
 
 ASPECTS = (20, 32, 64, 128)
 """Embedding dimension over blocks: SmolLM 135M has 19, GPT-2 XL 33, Llama 2 70B 102, GPT-3 128."""
-WIDTHS = (1, 2)
-"""heads * head_dim over the embedding dimension: 1 in GPT-2, GPT-3 and Llama, 2 in Qwen3 0.6B."""
+WIDTHS = (1, 2)  # heads * head_dim over the embedding dimension: 1 in GPT-2, GPT-3 and Llama, 2 in Qwen3 0.6B
 
 
 def ordinary_shapes(parameters: float, architecture: Architecture, head_dim: int) -> list[Candidate]:

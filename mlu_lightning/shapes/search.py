@@ -1,4 +1,4 @@
-"""The best shape for a number of parameters: the (L, M, D) of least predicted error to the infinite model."""
+"""Find the shape (L, M, D) of least predicted error for a number of parameters."""
 
 from __future__ import annotations
 
@@ -181,7 +181,6 @@ class _Search:
         )
 
     def best_at_depth(self, depth: int) -> Candidate:
-        """Candidate of least error, over all embedding dimensions."""
         architecture, step = self.architecture, self.architecture.multiples.embedding
 
         def bound(i: int) -> float:
@@ -223,7 +222,6 @@ class _Search:
         return self.architecture.per_unit * self.architecture.multiples.hidden + self.architecture.per_addition
 
     def _units(self, embedding: int) -> float:
-        """Parameters left for branches, per coordinate of the stream."""
         return int(self.parameters) / embedding - self.architecture.per_coordinate
 
 

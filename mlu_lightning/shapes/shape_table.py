@@ -1,4 +1,4 @@
-"""The table of ``mlu-lightning shape``, and the sentences above it that say what its numbers rest on."""
+"""The table of ``mlu-lightning shape``, and the sentences above it that state its assumptions."""
 
 from __future__ import annotations
 

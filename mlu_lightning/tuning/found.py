@@ -1,4 +1,4 @@
-"""What a search found: every trial, the gain over the default with other seeds, and the factors that are written."""
+"""The result of a search: its trials, the gain over the default with other seeds, and the factors to use."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from mlu_lightning.tuning.space import Dimension, factors_at
 from mlu_lightning.utilities.fitted_tables import FittedTable, number_table
 from mlu_lightning.utilities.whole_files import write_whole
 
-CONVINCING = 2.0
-"""Standard errors by which a gain has to be above zero to be one."""
+CONVINCING = 2.0  # standard errors by which a gain has to be above zero to be one
 
 
 @dataclass(frozen=True)

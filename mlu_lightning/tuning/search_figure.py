@@ -1,4 +1,4 @@
-"""The figure of a search: the best value against trials, and the value against each factor."""
+"""The figure of a search: the best value over trials, and the value against each factor."""
 
 from __future__ import annotations
 

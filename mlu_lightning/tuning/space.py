@@ -1,4 +1,4 @@
-"""What is searched: factors around 1 per role, as the table has them, each of them once."""
+"""The search space: factors around 1 per role, none of them twice."""
 
 from __future__ import annotations
 
@@ -75,7 +75,6 @@ def _dimension(name: str, keys: Sequence[str], what: str) -> Dimension:
 
 
 def _of(given: str, plan: Plan, present: Sequence[str]) -> Iterator[Dimension]:
-    """Dimensions of one of the roles that were asked for."""
     if given == "alpha":
         replace(plan, tuned={Role.BRANCH_OUT.value: {"alpha": 2.0}})  # which refuses what has none
         yield _dimension("alpha", [Role.BRANCH_OUT], "alpha")
@@ -115,5 +114,4 @@ def _has(plan: Plan, key: str, what: str) -> bool:
 
 
 def _require(plan: Plan, key: str, what: str) -> None:
-    """Refuse a factor that is of nothing."""
     match_tuned({key: {what: 1.0}}, plan.parameters, plan.branches, plan.multipliers)

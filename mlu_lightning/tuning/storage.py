@@ -1,4 +1,4 @@
-"""Studies of Optuna in their storage: who may work on one, what is tried next, and which trainings were made again."""
+"""Optuna studies and their storage: open one, sample the next trial, keep repeated trainings."""
 
 from __future__ import annotations
 
@@ -111,23 +111,19 @@ class _ByNumber(BaseSampler):
         self._inner: BaseSampler = TPESampler(seed=seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Begin the draws of a trial."""
         self._inner = TPESampler(multivariate=True, seed=1_000_003 * self._seed + trial.number)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """What is drawn together."""
         return {} if trial.number == 0 else self._inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draw what is drawn together."""
         return self._inner.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """Draw what is drawn alone."""
         if trial.number == 0:
             return 1.0
         return self._inner.sample_independent(study, trial, param_name, param_distribution)

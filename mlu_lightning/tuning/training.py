@@ -1,4 +1,4 @@
-"""One training of a search: a module with tuned factors, trained as its configuration says, and its monitored metric."""
+"""One training of a search: the configured training with tuned factors, and its monitored metric."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from mlu_lightning.planning import Plan
 from mlu_lightning.planning.arguments import ABSOLUTE
 from mlu_lightning.planning.tuned import Tuned
 
-VALIDATIONS = 4
-"""Validations of a training of which only the number of steps is known."""
+VALIDATIONS = 4  # validations of a training of which only the number of steps is known
 
 Report = Callable[[int, float], bool]
 """Takes a percentage of the steps and the metric there, and says whether the training is to end."""
@@ -117,7 +116,6 @@ class Training:
         return silent_trainer(callbacks, settings)
 
     def _loaders(self, names: tuple[str, str] = ("train_dataloaders", "val_dataloaders")) -> dict[str, Any]:
-        """Arguments of ``fit``, or of ``validate``, for the data."""
         if self.data is None:
             return {}
         if isinstance(self.data, LightningDataModule):
@@ -131,8 +129,6 @@ class Training:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Builds a module, and then its callbacks."""
-
     build: Callable[[], LightningModule]
     base: Callable[[], LightningModule]
     callbacks: Callable[[LightningModule], Sequence[Callback]] | None
@@ -151,7 +147,6 @@ class _Watch(Callback):
         self.value, self.percent, self.validated, self.stopped = math.nan, 0, -1, False
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric after a validation while the module is trained."""
         if trainer.state.fn == "fit":
             self.validated = trainer.global_step
             self._look(trainer)
@@ -159,12 +154,10 @@ class _Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the metric of a module that is not validated."""
         if not trainer.enable_validation and _percent(trainer) * VALIDATIONS // 100 > self.percent * VALIDATIONS // 100:
             self._look(trainer)
 
     def end(self, trainer: Trainer) -> None:
-        """Take the last value."""
         metrics = trainer.callback_metrics
         if self._metric not in metrics:
             raise UnknownMetric(

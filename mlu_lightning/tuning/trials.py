@@ -1,4 +1,4 @@
-"""The search: trials in this process or in several, until there are enough, and trainings that are made again."""
+"""Run the trials of a search, and repeated trainings, in one process or in several."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, qui
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
 
-HALVED = "stopped"
-"""How the reason of a trial begins that did worse than others."""
+HALVED = "stopped"  # how the reason of a trial begins that did worse than others
 _HOPELESS = 10  # trials, all of which failed, after which no more are made
 _LONGEST = 500  # characters of a reason
 _PAUSE = 1.0  # seconds between looks at what other processes do

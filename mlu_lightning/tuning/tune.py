@@ -1,4 +1,4 @@
-"""Tuning from beginning to end: search, choose among the best with other seeds, measure the gain, confirm elsewhere."""
+"""Tune from beginning to end: search, choose with other seeds, measure the gain, confirm at other shapes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
     from mlu_lightning.tuning.trials import Again, Crew, Search
 
-CANDIDATES = 5
-"""Trials that are trained again with other seeds, the best of which is chosen."""
+CANDIDATES = 5  # trials that are trained again with other seeds, the best of which is chosen
 
 Progress = Callable[[str, int, int, float | None], None]
 """Takes what is done, how much of it, of how much, and the best value so far."""
@@ -60,6 +59,9 @@ def tune(
     half of the others at a quarter or half of the steps are stopped. The best few are trained again with other seeds, and
     the gain of the one with the best mean is measured with still others; a gain that is not above two standard errors is
     none. The study is kept after every trial: the same call goes on, and several processes and machines may share it.
+
+    The base has to be one that learns: with weights for its own width (std 1/√D; 0.02 at D = 32 is a ninth of that) and
+    enough steps to leave the plateau of single tokens, at whose end seeds differ more than shapes (recipes/tune).
 
     Args:
         build: function that builds the module of the base; in several processes it must be one that can be pickled.
@@ -170,7 +172,6 @@ def require_optuna() -> None:
 
 
 def _require_pickle(training: Training) -> None:
-    """Refuse what other processes cannot be given."""
     try:
         pickle.dumps(training)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -220,13 +221,7 @@ def _choose(search: Search, found: Tuning, again: optuna.Study, seeds: int, crew
 
 
 def _confirm(
-    search: Search,
-    name: str,
-    found: Tuning,
-    again: optuna.Study,
-    seeds: int,
-    crew: Crew,
-    progress: Progress,
+    search: Search, name: str, found: Tuning, again: optuna.Study, seeds: int, crew: Crew, progress: Progress
 ) -> Confirmed:
     """Train another shape with the factors, without them, and at other learning rates."""
     lr = found.space[0]
@@ -275,7 +270,6 @@ def _train(
 
 
 def _seconds(study: optuna.Study) -> float:
-    """How long a whole trial takes, 0 if there was none."""
     times_taken = [trial.duration for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     return median(taken.total_seconds() for taken in times_taken if taken is not None) if times_taken else 0.0
 

@@ -1,4 +1,4 @@
-"""A search in W&B: the study as one run, its trials as a group of runs, and a sweep that does the same with an agent."""
+"""Log a search to W&B: the study as a run, its trials as a group of runs, and the same search as a sweep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checksums of tensors: they tell that any of their values has changed, where they are, without a copy of them."""
+"""Checksums of tensors, which tell that any of their values has changed, without a copy of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations in YAML, with the numbers, anchors and aliases that YAML has, as long as they end."""
+"""Read configurations in YAML, with aliases and numbers, up to a bounded size."""
 
 from __future__ import annotations
 

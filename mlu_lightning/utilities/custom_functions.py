@@ -1,4 +1,4 @@
-"""Let autograd see into functions that bring a backward pass of their own, such as attentions with recomputation."""
+"""Let autograd see into custom functions with a backward pass of their own, such as attentions with recomputation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch.nn.attention.flex_attention as flex
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.autograd.function import Function, _SingleLevelFunction
-from torch.autograd.graph import Node
 from torch.overrides import _pop_mode_temporarily
+
+from mlu_lightning.utilities.autograd_nodes import nodes_below
 
 
 class _Notes(SimpleNamespace):
@@ -73,16 +74,5 @@ def _opened(cls: Any, args: tuple[Any, ...]) -> Any:
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return None  # kernels, and what may change tensors only where no gradient is kept
     tensors = [x for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor)]
-    return made if inputs <= _nodes_behind([x.grad_fn for x in tensors if x.grad_fn is not None], inputs) else None
-
-
-def _nodes_behind(starts: list[Node], stops: set[Node]) -> set[Node]:
-    """Nodes of the graph behind some, these included, up to those that stop the walk."""
-    found, stack = set(starts), [node for node in starts if node not in stops]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None and node not in found:
-                found.add(node)
-                if node not in stops:
-                    stack.append(node)
-    return found
+    nodes = {*nodes_below((x.grad_fn for x in tensors if x.grad_fn is not None), inputs)}
+    return made if inputs <= nodes else None

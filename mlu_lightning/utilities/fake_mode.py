@@ -1,4 +1,4 @@
-"""Fake tensors for many operations of few kinds, as those of repeated blocks: what an operation returned is remembered."""
+"""A fake tensor mode that caches results, for passes with many repeated operations."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class RememberingFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # t
     def _should_skip_dynamo(cls) -> bool:
         return False  # torch would wrap the method below, for twice the time, and nothing is compiled in this mode
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         # half of all calls: autograd asks for it with every operation
         if func is _DEVICE and not self.in_kernel_invocation:
@@ -91,7 +89,6 @@ def _add_layouts(key: list[Any], values: Iterable[Any]) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a fake one with a layout and nothing else."""
     if type(tensor) is not FakeTensor or tensor.constant is not None or tensor.layout is not torch.strided:
         return False
     return not (tensor.is_conj() or tensor.is_neg())

@@ -1,4 +1,4 @@
-"""Tables of which a narrow terminal shows every word and number whole."""
+"""Tables that fit a narrow terminal without cutting words or numbers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,6 @@ class FittedTable:
 
 
 def _room(part: Sequence[int], width: int) -> int:
-    """What borders leave for cells."""
     return width - _BORDERS * len(part) - 1
 
 
@@ -97,7 +96,6 @@ def _widths(measures: Sequence[Measurement], room: int) -> list[int]:
 
 
 def _text(console: Console, cell: RenderableType) -> Text:
-    """A cell without spaces around it."""
     text = cell.copy() if isinstance(cell, Text) else console.render_str(str(cell), highlight=False)
     text.rstrip()
     return text

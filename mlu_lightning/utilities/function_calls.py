@@ -1,4 +1,4 @@
-"""Watch the torch functions that a forward pass calls, each by its submodule, its name, and how often it was called before.
+"""Watch the torch functions of a forward pass, identified by submodule, name and number of the call.
 
 Functions are seen as Python calls them, in the same way with and without gradients, in training and in evaluation mode. An
 attention may be part of a larger function, and is seen where torch dispatches it: as the softmax of its logits, or fused.
@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlu_lightning.utilities.names import planned_modules
 
-ATTENTION_CALL = "attention"
-"""Name under which the softmax of an attention, or a fused attention, is seen."""
+ATTENTION_CALL = "attention"  # name under which the softmax of an attention, or a fused attention, is seen
 
 
 class CallPlace(NamedTuple):
@@ -102,9 +101,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.calls = calls
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name = kwargs or {}, getattr(func, "__name__", "")
         if name in ("", "__get__", "__set__", "flex_attention"):  # attributes of tensors; an operator that is compiled
             return func(*args, **given)

@@ -1,4 +1,4 @@
-"""When Python looks for garbage."""
+"""Pause garbage collection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two packages that Lightning is published as, ``lightning.pytorch`` and ``pytorch_lightning``, and their classes."""
+"""Classes of the two packages that Lightning is published as, ``lightning.pytorch`` and ``pytorch_lightning``."""
 
 from __future__ import annotations
 

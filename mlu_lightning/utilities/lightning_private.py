@@ -1,4 +1,4 @@
-"""Private parts of Lightning that the package needs, each behind one function, so that a new version breaks one file."""
+"""Private parts of Lightning that the package needs, each behind one function."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Steps of a LightningModule outside of the Trainer's loops, where they log nothing and update no weights."""
+"""Run steps of a LightningModule outside of the Trainer's loops, without logging and without updates."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -35,6 +35,13 @@ def call_step(module: Any, name: StepName, batch: Any) -> Any:
     if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
         args.append(0)
     return step(*args)
+
+
+def call_module(module: nn.Module, arguments: Any) -> Any:
+    """Call a module with keyword arguments, several arguments, or one."""
+    if isinstance(arguments, Mapping):
+        return module(**arguments)
+    return module(*(arguments if isinstance(arguments, (tuple, list)) else (arguments,)))
 
 
 def run_start_hooks(module: Any, batch: Any) -> None:
@@ -112,8 +119,6 @@ def muted(module: Any) -> Iterator[None]:
 
 
 class _TrainerView:
-    """A Trainer with other optimizers and schedulers."""
-
     def __init__(
         self, original: Any, optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
     ) -> None:
@@ -136,8 +141,6 @@ class _TrainerView:
 
 
 class _Idle:
-    """An optimizer or scheduler that has what the original has, and does nothing."""
-
     def __init__(self, original: Any) -> None:
         self._original = original
 

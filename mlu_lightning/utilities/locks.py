@@ -1,4 +1,4 @@
-"""One writer at a time for a path: a lock that ends with its process, whatever ends that, and that readers need not know."""
+"""A lock for one writer of a path, which ends with its process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of modules and batches that run beside the originals, whose tensors have shapes but no memory, or share theirs."""
+"""Copies of modules and batches to run beside the originals, with fake tensors or shared memory."""
 
 from __future__ import annotations
 
@@ -111,9 +111,7 @@ class _StandIns(TorchFunctionMode):
         self.stand_in = stand_in
         self.made: dict[int, Tensor] = {}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__:
             return func(*args, **kwargs or {})
         if id(args[0]) not in self.made:

@@ -1,4 +1,4 @@
-"""Names of a module's parameters and submodules as plans have them: without those that wrappers put in between."""
+"""Names of parameters and submodules in plans, without the parts that wrappers add."""
 
 from __future__ import annotations
 
@@ -31,6 +31,12 @@ def name_pattern_of_parts(name: str) -> str:
     'encoder_layer_*.fc*.weight'
     """
     return re.sub(r"\d+", "*", name)
+
+
+def distance_along_depth(name: str, other: str) -> list[int]:
+    """How far two names of one pattern are apart, by the numbers in them."""
+    positions = ([int(number) for number in re.findall(r"\d+", each)] for each in (name, other))
+    return [abs(a - b) for a, b in zip(*positions, strict=True)]
 
 
 def original_module(module: nn.Module) -> nn.Module:

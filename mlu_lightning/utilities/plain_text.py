@@ -1,4 +1,4 @@
-"""Text from files and names, made fit to be printed."""
+"""Make text from files and names printable."""
 
 from __future__ import annotations
 

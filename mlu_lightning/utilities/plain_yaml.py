@@ -1,4 +1,4 @@
-"""YAML of texts, lists and mappings alone, which may come from anybody.
+"""Read untrusted YAML that has only texts, lists and mappings.
 
 What can grow or run when it is read is left out: anchors and aliases, and tags, which name classes. Numbers, truth values
 and null stay texts.

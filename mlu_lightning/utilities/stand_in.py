@@ -1,4 +1,4 @@
-"""What stands for objects in files whose classes are not to be run."""
+"""A stand-in for objects in files whose classes must not be run."""
 
 from __future__ import annotations
 

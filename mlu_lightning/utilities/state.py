@@ -1,4 +1,4 @@
-"""Pass something through a module and leave no trace: random state, training modes, buffers and attributes come back."""
+"""Preserve the state of a module while something is passed through it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,6 @@ class KeptValues:
 
 
 def _written(arguments: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Tensors that an operation changes."""
     for place, argument in enumerate(arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             leaves = tree_leaves(args[place] if place < len(args) else kwargs.get(argument.name))

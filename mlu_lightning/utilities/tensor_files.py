@@ -1,4 +1,4 @@
-"""Named tensors and texts in one safetensors file, which can be read at any moment while a run writes it again and again.
+"""Write named tensors to a safetensors file that a run replaces again and again, and read it at any moment.
 
 The safetensors library writes, parses and checks the format, and nothing in a file is executed; what is here puts a new
 file in the place of an older one at once, and reads one that may be replaced meanwhile.

@@ -1,4 +1,4 @@
-"""Errors of the user's own code that the package runs: they say so."""
+"""Mark errors of the user's own code as such."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing files that are whole at every moment: a new one takes the place of an older one when all of it is written."""
+"""Write files atomically: a new one replaces an older one when all of it is written."""
 
 from __future__ import annotations
 

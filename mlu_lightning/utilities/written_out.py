@@ -1,4 +1,4 @@
-"""Write out functions that add a product, a mean or a part in one step as sums, and changes of views in place.
+"""Write out fused additions as sums, and changes of views in place, so that autograd shows them.
 
 Autograd keeps one node for each of these, behind which the sum cannot be seen.
 """
@@ -17,9 +17,7 @@ from torch.overrides import TorchFunctionMode
 class WrittenOut(TorchFunctionMode):
     """Writes out composed functions of tensors with gradients as sums, and changes of views as copies of what is made."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name = dict(kwargs or {}), getattr(func, "__name__", "")
         first = args[0] if args else given.get("input")
         if not isinstance(first, Tensor) or isinstance(first, nn.Parameter):

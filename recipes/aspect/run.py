@@ -5,8 +5,6 @@ Runs are those of recipes.lr_transfer, whose search, files and estimates these a
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from recipes.aspect.curves import curve_runs, save_curves
 from recipes.aspect.figures import save_drifts, save_limits
 from recipes.aspect.limit import Distances, measure
 from recipes.aspect.report import Row, attention_lines, drift_table, limit_table, rows_of, thresholds
-from recipes.common.studies import check_command, console, deadline, study_command
+from recipes.common.studies import check_command, console, deadline, study_commands
 from recipes.lr_transfer.run import make_runs, state_of
 from recipes.lr_transfer.runs import CAPPED, Study, shared_runs
 
@@ -26,20 +24,6 @@ STUDIES: dict[str, dict[str, Any]] = yaml.safe_load(
     Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8")
 )
 QUICK = STUDIES.pop("quick")
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run ``study``, ``curves``, ``limit`` or ``attention``."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    functions: dict[str, Callable[..., None]] = {
-        "study": study,
-        "curves": curves,
-        "limit": limit,
-        "attention": attention,
-    }
-    if not arguments or arguments[0] not in functions:
-        sys.exit(f"Give one of: {', '.join(functions)}.")
-    study_command(functions[arguments[0]], f"python -m recipes.aspect.run {arguments[0]}")(arguments[1:])
 
 
 def study(output: str = "aspect", workers: int = 2, minutes: float | None = None, quick: bool = False) -> None:
@@ -102,6 +86,8 @@ def _studies(quick: bool) -> dict[str, Study]:
     studies = {name: Study(**content) for name, content in STUDIES.items()}
     return {"quick": Study(**next(iter(STUDIES.values())) | QUICK)} if quick else studies
 
+
+main = study_commands(study, curves, limit, attention, program="python -m recipes.aspect.run")
 
 if __name__ == "__main__":
     main()

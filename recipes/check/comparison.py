@@ -6,10 +6,9 @@ README makes it, with ``MuReadout`` and ``MuAdamW`` (``mup_transformer.py``), wh
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
@@ -22,7 +21,7 @@ from mlu_lightning import Plan, Shape, attach_multipliers, check, initialize, sc
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.table import OptimizerFamily, Role
 from recipes.check.plan_faults import FACTORS, Fault, FaultyCallback, faulty
-from recipes.common.studies import check_command, console, in_processes, study_command
+from recipes.common.studies import check_command, console, in_processes, save_json, study_command
 from recipes.common.text import text_batches
 
 SUBJECTS = ("plan", "mup")
@@ -89,11 +88,9 @@ def run(
     check_command(workers, seeds)
     if find_spec("mup") is None or find_spec("pandas") is None:
         sys.exit("The study compares with mup: pip install pandas, and pip install --no-deps mup.")
-    terminal, folder = console(155), Path(output)
+    terminal = console(155)
     outcomes = in_processes(measure, cases(seeds, right, quick), workers, "cases", terminal)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-    (folder / "outcomes.json").write_text(content, encoding="utf-8")
+    save_json(outcomes, Path(output) / "outcomes.json")
     terminal.print(_faults_table([outcome for outcome in outcomes if outcome.case.wrong]))
     terminal.print(_right_table([outcome for outcome in outcomes if not outcome.case.wrong]))
 

@@ -45,7 +45,8 @@ class Fault:
         """Whether the table has a power of the shape there."""
         if self.factor == "multiplier":
             return True
-        ratios = Ratios(depth=2.0, inputs=3.0, outputs=1.0 if self.variant is Variant.IN_HEAD else 5.0)
+        inputs = 1.0 if self.role is Role.EMBEDDING else 3.0  # data does not grow
+        ratios = Ratios(depth=2.0, inputs=inputs, outputs=1.0 if self.variant is Variant.IN_HEAD else 5.0)
         return bool(getattr(scale(self.role, ratios, family, variant=self.variant), self.factor) != 1)
 
 

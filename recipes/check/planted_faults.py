@@ -5,10 +5,9 @@ A fault is *found* if the check fails, and *named* if the first role that it nam
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,7 +20,7 @@ from mlu_lightning.models import CausalTransformer
 from mlu_lightning.table import OptimizerFamily, Role, Variant
 from recipes.check.plan_faults import FACTORS, Factor, Fault, FaultyCallback
 from recipes.check.planted_faults_model import Everything, Norms
-from recipes.common.studies import check_command, console, in_processes, study_command
+from recipes.common.studies import check_command, console, in_processes, save_json, study_command
 from recipes.common.text import CONTEXT, characters, text_batches
 
 
@@ -75,11 +74,9 @@ def run(
         right: checks of the Transformer without a fault, with either optimizer; a third of them of the other models.
     """
     check_command(workers, seeds)
-    terminal, folder = console(125), Path(output)
+    terminal = console(125)
     outcomes = in_processes(measure, _cases(seeds, repeats, right, quick), workers, "checks", terminal)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps([asdict(outcome) for outcome in outcomes], indent=1)
-    (folder / "outcomes.json").write_text(content, encoding="utf-8")
+    save_json(outcomes, Path(output) / "outcomes.json")
     terminal.print(_faults_table(outcomes))
     terminal.print(_right_table(outcomes))
     for outcome in outcomes:

@@ -39,6 +39,24 @@ def study_command(function: Callable[..., None], program: str) -> Callable[[Sequ
     return main
 
 
+def study_commands(
+    *functions: Callable[..., None], program: str, default: Callable[[list[str]], Any] | None = None
+) -> Callable[[Sequence[str] | None], None]:
+    """Make a command whose first argument names a study; without one, ``default`` is called with the arguments."""
+    studies = {function.__name__: function for function in functions}
+
+    def main(args: Sequence[str] | None = None) -> None:
+        arguments = list(sys.argv[1:] if args is None else args)
+        if arguments[:1] and arguments[0] in studies:
+            study_command(studies[arguments[0]], f"{program} {arguments[0]}")(arguments[1:])
+        elif default is None:
+            sys.exit(f"Give one of: {', '.join(studies)}.")
+        else:
+            default(arguments)
+
+    return main
+
+
 def check_command(workers: int, seeds: int) -> None:
     """End the command if it cannot be run, before anything is trained."""
     if find_spec("matplotlib") is None:
@@ -69,32 +87,19 @@ def in_processes(
     return [future.result() for future in reversed(pending)]
 
 
-def keep_busy(
-    pool: ProcessPoolExecutor,
-    workers: int,
-    function: Callable[..., ResultT],
-    next_arguments: Callable[[Sequence[tuple[Any, ...]]], tuple[Any, ...] | None],
-    finish: Callable[[ResultT], None],
-) -> None:
-    """Call a function in all workers until ``next_arguments``, given those of running calls, has no more, and all ended."""
-    running: dict[Future[ResultT], tuple[Any, ...]] = {}
-    while True:
-        while len(running) < workers and (arguments := next_arguments([*running.values()])) is not None:
-            running[pool.submit(function, *arguments)] = arguments
-        if not running:
-            return
-        done = wait(running, return_when=FIRST_COMPLETED).done
-        for future in sorted(done, key=lambda future: future.exception() is not None):  # no result is lost by an error
-            del running[future]
-            finish(future.result())
-
-
 def save_points(points: Sequence[Any], path: Path) -> None:
     """Write instances of one dataclass as a table of comma-separated values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow([field.name for field in fields(points[0])])
         table.writerows(astuple(point) for point in points)
+
+
+def save_json(results: Sequence[Any], path: Path) -> None:
+    """Write instances of dataclasses as a list in JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(result) for result in results], indent=1), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -127,3 +132,24 @@ class ResultFile(Generic[ResultT]):
         """Add a result to a file that has been read."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.encode(result), allow_nan=False) + "\n")
+
+    def extend(
+        self,
+        results: list[ResultT],
+        pool: ProcessPoolExecutor,
+        workers: int,
+        function: Callable[..., ResultT],
+        next_arguments: Callable[[Sequence[tuple[Any, ...]]], tuple[Any, ...] | None],
+    ) -> None:
+        """Keep workers busy until ``next_arguments``, given those of running calls, has no more; add what they return."""
+        running: dict[Future[ResultT], tuple[Any, ...]] = {}
+        while True:
+            while len(running) < workers and (arguments := next_arguments([*running.values()])) is not None:
+                running[pool.submit(function, *arguments)] = arguments
+            if not running:
+                return
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(done, key=lambda future: future.exception() is not None):  # errors lose no result
+                del running[future]
+                results.append(future.result())
+                self.append(results[-1])

@@ -70,7 +70,6 @@ def run(output: str = "forecasting", workers: int = 2, seeds: int = 2, quick: bo
     ]
     terminal, folder = console(120), Path(output)
     trainings = in_processes(train, cases, workers, "trainings", terminal)
-    folder.mkdir(parents=True, exist_ok=True)
     save_points(trainings, folder / "trainings.csv")
     study = Study(SHAPES, exponents, steps=EPOCHS * batches)
     runs = _means(trainings, seeds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from rich.progress import Progress
 
 from mlu_lightning import Plan
 from mlu_lightning.utilities.workers import worker_pool
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command
+from recipes.common.studies import ResultFile, check_command, console, deadline, study_commands
 from recipes.common.text import Text
 from recipes.lr_transfer.figures import save_curves, save_figure, save_horizons
 from recipes.lr_transfer.report import horizon_table, size_table, summary_table
@@ -29,16 +29,6 @@ from recipes.lr_transfer.runs import Run, ScheduledTransformer, Shape, Study, pl
 from recipes.lr_transfer.search import Transfer, missing_runs, transfers
 
 STUDIES = yaml.safe_load(Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8"))
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run ``study`` or ``horizon``, or else a command of LightningCLI."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    functions: dict[str, Callable[..., None]] = {"study": study, "horizon": horizon}
-    if arguments[:1] and arguments[0] in functions:
-        study_command(functions[arguments[0]], f"python -m recipes.lr_transfer.run {arguments[0]}")(arguments[1:])
-    else:
-        LightningCLI(ScheduledTransformer, Text, args=arguments, save_config_kwargs={"overwrite": True})
 
 
 def study(
@@ -133,11 +123,7 @@ def make_runs(
             waiting = [(study, run, plans[run.shape, run.parameterization]) for run in missing if run not in begun]
             return max(waiting, key=lambda case: _cost(case[2]), default=None) if time.monotonic() < end else None
 
-        def finish(run: Run) -> None:
-            runs.append(run)
-            file.append(run)
-
-        keep_busy(pool, workers, train, next_run, finish)
+        file.extend(runs, pool, workers, train, next_run)
     return plans, runs
 
 
@@ -156,6 +142,12 @@ def state_of(study: Study, shared: Mapping[tuple[Shape, str], str], runs: Sequen
     names = ", ".join(sorted(f"{name} at {changes[shape] or 'the base'}" for shape, name in cases))
     return f"{made} The time is over before these were complete; the same command goes on: {names}."
 
+
+def _lightning(arguments: list[str]) -> None:
+    LightningCLI(ScheduledTransformer, Text, args=arguments, save_config_kwargs={"overwrite": True})
+
+
+main = study_commands(study, horizon, program="python -m recipes.lr_transfer.run", default=_lightning)
 
 if __name__ == "__main__":
     main()

@@ -7,11 +7,10 @@ limits is the part of D.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from mlu_lightning.limit.infinite_model import InfiniteModel
 from mlu_lightning.models import ResNet
 from mlu_lightning.observation.distances import rms_distance
 from recipes.common.gradient_descent import Problem, descend, finite_model, look
-from recipes.common.studies import check_command, console, in_processes, save_points, study_command
+from recipes.common.studies import check_command, console, in_processes, save_json, save_points, study_command
 from recipes.paper_linear.report import Kept, Point, Streams, save_figure, slope_table
 
 DEPTHS: Mapping[Kept, Sequence[float]] = {"": (), "trace": [i / 32 for i in range(33)], "histogram": (0.0, 0.5, 1.0)}
@@ -56,9 +55,8 @@ def run(output: str = "paper-linear", workers: int = 2, seeds: int = 4, quick: b
     terminal, folder = console(), Path(output)
     measured = in_processes(measure, _cases(seeds, quick), workers, "networks", terminal)
     points, streams = [point for point, _ in measured], [stream for _, stream in measured if stream]
-    folder.mkdir(parents=True, exist_ok=True)
     save_points(points, folder / "points.csv")
-    (folder / "streams.json").write_text(json.dumps([asdict(stream) for stream in streams]), encoding="utf-8")
+    save_json(streams, folder / "streams.json")
     terminal.print(slope_table(points))
     save_figure(points, streams, folder / "paper_linear.png")
     terminal.print(f"Wrote {folder / 'paper_linear.png'}.", highlight=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from mlu_lightning.observation.distances import output_distance, rms_distance
 from mlu_lightning.utilities.workers import worker_pool
 from recipes.common.gradient_descent import Problem, descend, finite_model, look
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy
+from recipes.common.studies import ResultFile, check_command, console, deadline
 from recipes.paper_rates.report import Errors, Point, report, save_figure
 
 Job = tuple[int, int, int]  # hidden width M, embedding dimension D and seed of a network
@@ -108,21 +108,17 @@ def run(
         trained = {(point.hidden, point.embedding, point.seed) for point in points}
         missing = [job for job in study.jobs if job not in trained]
         with Progress(console=terminal) as progress:
-            bar = progress.add_task("networks", total=len(study.jobs), completed=len(points))
+            bar = progress.add_task("networks", total=len(study.jobs))
 
             def next_network(running: Sequence[Any]) -> tuple[Study, Path, Job] | None:
+                progress.update(bar, completed=len(points))
                 # as long as another one, at the pace of the last one, is likely to end in time
                 pace = points[-1].seconds / (points[-1].hidden * points[-1].embedding) if points else 0.0
                 if not missing or time.monotonic() + pace * missing[0][0] * missing[0][1] > end:
                     return None
                 return study, folder, missing.pop(0)
 
-            def finish(point: Point) -> None:
-                points.append(point)
-                file.append(point)
-                progress.advance(bar)
-
-            keep_busy(pool, workers, _train, next_network, finish)
+            file.extend(points, pool, workers, _train, next_network)
     left = len(study.jobs) - len(points)
     if left:
         text = f"{left} of {len(study.jobs)} networks are left for another call of this command."

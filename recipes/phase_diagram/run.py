@@ -48,7 +48,6 @@ def run(output: str = "phase-diagram", workers: int = 2, seeds: int = 4, quick: 
     check_command(workers, seeds)
     terminal, folder = console(155), Path(output)
     points = in_processes(measure, _cases(seeds, quick), workers, "networks", terminal)
-    folder.mkdir(parents=True, exist_ok=True)
     save_points(points, folder / "points.csv")
     sweeps = SWEEPS["quick" if quick else "default"]
     steps = paper_problem().steps

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.observation.reference import Reference
 from recipes.common.fits import root_mean_square
-from recipes.common.studies import check_command, console, in_processes, study_command
+from recipes.common.studies import check_command, console, in_processes, study_commands
 from recipes.common.text import Text
 from recipes.reference_run.report import METRICS, SWEEPS, Distances, Run, distance_table, save_figure, slope_table
 
@@ -27,15 +27,6 @@ CONFIG = Path(__file__).with_name("config.yaml")
 QUICK = {"model.depth": 4, "model.heads": 4, "model.embedding": 16, "model.context": 8, "model.schedule_steps": 6}
 QUICK |= {"data.context": 8, "data.batches": 6}
 """Settings of a quick study, which also leaves out the divisors above 4."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run ``study``, or else a command of LightningCLI."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    if arguments[:1] == ["study"]:
-        study_command(study, "python -m recipes.reference_run.run study")(arguments[1:])
-    else:
-        LightningCLI(CausalTransformer, Text, args=arguments, save_config_kwargs={"overwrite": True})
 
 
 def study(output: str = "reference-run", workers: int = 2, quick: bool = False) -> None:
@@ -142,6 +133,12 @@ def _read(folder: Path, run: Run) -> Distances:
                 curve.setdefault(f"{metric}/floor", {})[int(row["step"])] = float(row[f"mlu/distance/{key}/floor"])
     return Distances(run, next(float(row["val_loss"]) for row in reversed(rows) if "val_loss" in row), curve)
 
+
+def _lightning(arguments: list[str]) -> None:
+    LightningCLI(CausalTransformer, Text, args=arguments, save_config_kwargs={"overwrite": True})
+
+
+main = study_commands(study, program="python -m recipes.reference_run.run", default=_lightning)
 
 if __name__ == "__main__":
     main()

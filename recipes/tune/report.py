@@ -56,21 +56,20 @@ def loss_table(study: Study, runs: Sequence[Run]) -> Table:
 
 
 def verdicts(study: Study, runs: Sequence[Run]) -> list[str]:
-    """Say for each shape by how much MLU with the factors ends below the next best."""
+    """Say for each shape by how much MLU with the factors ends below each other one, in pairs of seeds."""
     sentences = []
     for shape in study.shapes:
         found = {method: losses_of(study, runs, shape, method) for method in METHODS}
-        if any(of is None for of in found.values()) or shape == "base":
-            continue
         losses = {method: of[1] for method, of in found.items() if of is not None}
-        others = {method: sum(values) for method, values in losses.items() if method != "MLU, tuned"}
-        next_best = min(others, key=lambda method: others[method])
-        tuned = losses["MLU, tuned"]
-        difference = Estimate.over([other - own for other, own in zip(losses[next_best], tuned, strict=True)])
-        side = "below" if difference.value > 0 else "above"
-        sentences.append(
-            f"{shape}: MLU, tuned is {abs(difference.value):.3f} ± {difference.error:.3f} {side} {next_best}, the next best."
-        )
+        tuned = losses.pop("MLU, tuned", None)
+        if tuned is None or shape == "base":
+            continue
+        gains = {
+            method: Estimate.over([other - own for other, own in zip(of, tuned, strict=True)])
+            for method, of in losses.items()
+        }
+        listed = "; ".join(f"{method} {gain.value:+.3f} ± {gain.error:.3f}" for method, gain in gains.items())
+        sentences.append(f"{shape}, less MLU, tuned: {listed}.")
     return sentences
 
 

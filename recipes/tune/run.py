@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,21 +20,13 @@ from rich.progress import Progress
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning import Tuning, tune
 from mlu_lightning.utilities.workers import worker_pool
-from recipes.common.studies import ResultFile, check_command, console, deadline, keep_busy, study_command
+from recipes.common.studies import ResultFile, check_command, console, deadline, study_command, study_commands
 from recipes.tune.report import loss_table, save_figure, verdicts
 from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
 from recipes.tune.samplers import Search, sampler_table, search
 from recipes.tune.small_bases import CHANGES, Change, base_table, make_runs
 
 QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run ``study``, ``samplers`` or ``bases``."""
-    arguments = list(sys.argv[1:] if args is None else args)
-    functions = {"study": study, "samplers": samplers, "bases": bases}
-    name = arguments.pop(0) if arguments[:1] and arguments[0] in functions else "study"
-    study_command(functions[name], f"python -m recipes.tune.run {name}")(arguments)
 
 
 def study(
@@ -99,12 +90,8 @@ def samplers(
         waiting = [case for case in wanted if case not in begun]
         return (*waiting[0], trials, steps) if waiting and time.monotonic() < end else None
 
-    def finish(one: Search) -> None:
-        done.append(one)
-        file.append(one)
-
     with worker_pool(workers, threads=1) as pool:
-        keep_busy(pool, workers, search, next_search, finish)
+        file.extend(done, pool, workers, search, next_search)
     terminal.print(sampler_table(done))
 
 
@@ -198,12 +185,11 @@ def _train(
             progress.update(bar, completed=len(runs), total=len(runs) + len(waiting) + len(running))
             return case(waiting[0]) if waiting and time.monotonic() < end else None
 
-        def finish(run: Run) -> None:
-            runs.append(run)
-            file.append(run)
+        file.extend(runs, pool, workers, train, next_run)
 
-        keep_busy(pool, workers, train, next_run, finish)
 
+_STUDY = study_command(study, "python -m recipes.tune.run study")
+main = study_commands(study, samplers, bases, program="python -m recipes.tune.run", default=_STUDY)
 
 if __name__ == "__main__":
     main()

@@ -17,9 +17,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from mlu_lightning import Plan
 from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.tuning.training import Training
-from recipes.common.figures import number_table
+from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.studies import ResultFile
 from recipes.common.text import Text
 from recipes.lr_transfer.runs import ScheduledTransformer
@@ -53,10 +54,9 @@ class TiedGPT(ScheduledTransformer):
 
 @dataclass(frozen=True)
 class Change:
-    """What is trained, and with which factors."""
+    """What is trained, from a base with D = 32, 2 heads and 128 MLP units, and with which factors."""
 
     steps: int = 128
-    width: int = 1  # of the base, next to D = 32 with 2 heads and 128 MLP units
     tied: bool = True
     std: float = 0.02
     tuned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -71,28 +71,37 @@ class Change:
 
         data = Text(CONTEXT, self.steps, 16, seed, 8)
         trainer = {"accelerator": "cpu", "max_steps": self.steps, "val_check_interval": self.steps}
-        return Training.of(make(factor * self.width), make(self.width), data=data, trainer=trainer)
+        return Training.of(make(factor), make(1), data=data, trainer=trainer)
 
+
+FOUND = {
+    "embedding": {"lr": 7.171, "std": 0.2912},
+    "branch_in": {"lr": 1.037, "std": 0.2976},
+    "branch_out": {"lr": 0.7542, "std": 0.6347},
+}
+"""Factors that the study found on another Transformer, of roles that a tied one has."""
 
 CHANGES = {
     "as it is": Change(),
-    "512 steps": Change(512),
+    "384 steps": Change(384),
     "std of embedding × 8": Change(tuned={"embedding": {"std": 8.0}}),
     "logits × 4": Change(tuned={"readout": {"multiplier": 4.0}}),
     "untied": Change(tied=False),
-    "base of 2 × widths": Change(width=2),
+    "all weights of std 1/√D": Change(std=32**-0.5),
+    "factors found elsewhere": Change(tuned=FOUND),
 }
 
 
 def make_runs(folder: Path, end: float, changes: Mapping[str, Change] = CHANGES) -> list[Run]:
     """Train what is missing, until the time is over; methods of runs are the changes."""
     file = ResultFile(folder / "small_bases.jsonl", Change(), Run.encode, Run.decode)
-    runs = file.read()
+    runs, plans = file.read(), dict[tuple[str, str], Plan]()
     while time.monotonic() < end and (run := next(missing(runs, changes), None)):
         start = time.process_time()
         change = changes[run.method]
         training = change.training(SHAPES[run.shape], run.exponent, run.seed)
-        loss = training.run(training.plan(), {key: dict(of) for key, of in change.tuned.items()}, run.seed).value
+        plan = plans.setdefault((run.method, run.shape), plans.get((run.method, run.shape)) or training.plan())
+        loss = training.run(plan, {key: dict(of) for key, of in change.tuned.items()}, run.seed).value
         runs.append(replace(run, loss=loss, seconds=round(time.process_time() - start, 2)))
         file.append(runs[-1])
     return runs
@@ -117,7 +126,7 @@ def best_exponent(runs: Sequence[Run], name: str) -> float:
 
 def base_table(runs: Sequence[Run], changes: Mapping[str, Change] = CHANGES) -> Table:
     """Losses of the base and of the wider model, and by how much this one is lower in pairs of seeds."""
-    table = number_table("change", "lr", *SHAPES, "gain of width", words=1)
+    table = number_table("change", "lr", *SHAPES, "gain of width")
     for name in changes:
         if any(run.method == name for run in missing(runs, changes)):
             continue

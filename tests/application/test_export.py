@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.architectures import ARCHITECTURES, TOKENS, Architecture, Encoder
+from helpers.architectures import ARCHITECTURES, TOKENS, Architecture
 from helpers.bare import Bare
 from helpers.leaving import BASE, THRICE, TWICE, assert_refused, hooks, logits, multiplied, tied_llama, trained
 from helpers.residual_networks import Block, Net, stream
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mlu_lightning import Plan, bake, scale_optimizer, to_granite
@@ -119,7 +121,7 @@ def test_baked_in_a_compiled_wrapper() -> None:
 def test_untied_readouts_are_written_by_hand() -> None:
     """BERT's bias of the readout is tied too, and the setting unties both; the bias is not multiplied."""
     architecture = ARCHITECTURES["bert"]
-    module, plan = multiplied(architecture.build, architecture.example, BASE, THRICE)
+    module, plan = multiplied(architecture.build, architecture.example, BASE, THRICE, gains=False)
     words, predictions = module.bert.embeddings.word_embeddings, module.cls.predictions
     nn.init.normal_(predictions.bias)
     weight, bias = words.weight.detach().clone(), predictions.bias.detach().clone()
@@ -132,15 +134,50 @@ def test_untied_readouts_are_written_by_hand() -> None:
     assert decoder.weight.requires_grad and module.config.tie_word_embeddings is False
 
 
-def tied_encoder(*shape: int) -> nn.Module:
-    encoder = Encoder(*shape, norm_first=True)
-    encoder.readout.weight = encoder.tokens.weight
-    return encoder
+def tied(shape: tuple[int, int, int], norm: Any = nn.LayerNorm, tie: str = "head", again: bool = False) -> Net:
+    """A model that ties its readout by hand, on either side or in its forward, after a norm, which may be read again."""
+
+    def forward(net: Net, tokens: Tensor) -> Any:
+        h = net.embed(tokens)
+        for block in net.blocks:
+            h = h + block(h)
+        h = net.norm(h)
+        logits = F.linear(h, net.embed.weight) if tie == "forward" else net.head(h)
+        return (logits, net.other(h)) if again else logits
+
+    depth, _, width = shape
+    blocks = nn.ModuleList(
+        nn.Sequential(nn.Linear(width, 4 * width), nn.Tanh(), nn.Linear(4 * width, width)) for _ in range(depth)
+    )
+    parts = {"embed": nn.Embedding(50, width), "blocks": blocks, "norm": norm(width)}
+    parts |= {} if tie == "forward" else {"head": nn.Linear(width, 50, bias=tie == "head")}
+    net = Net(forward, **parts, **({"other": nn.Linear(width, 2)} if again else {}))
+    if tie == "head":
+        net.head.weight = net.embed.weight
+    if tie == "embed":
+        net.embed.weight = net.head.weight
+    return net
 
 
-def test_a_tie_that_no_config_unties() -> None:
-    module, plan = multiplied(tied_encoder, (TOKENS,), BASE, TWICE)
-    assert_refused(bake, module, plan, r"readout 'tokens\.weight' is tied .* by 0\.5 in the model's own code")
+@pytest.mark.parametrize(
+    ("norm", "tie"),
+    [*product([nn.LayerNorm, nn.RMSNorm], ["head", "embed", "forward"]), (lambda size: nn.Linear(size, size), "head")],
+)
+def test_readouts_that_are_tied_by_hand_stay_tied(norm: Any, tie: str) -> None:
+    """So that the function is that of a module built anew, whose code ties them again."""
+    module, plan = multiplied(partial(tied, norm=norm, tie=tie), (TOKENS,), (BASE,), (THRICE,))
+    expected = module(TOKENS)
+    state = bake(module, plan).state_dict()
+    (anew := tied(THRICE, norm, tie).double()).load_state_dict(state)
+    for each in (module, anew):
+        torch.testing.assert_close(each(TOKENS), expected, rtol=1e-12, atol=1e-13)
+    assert [*state] == [*anew.state_dict()]
+
+
+@pytest.mark.parametrize("settings", [{"norm": partial(nn.LayerNorm, elementwise_affine=False)}, {"again": True}])
+def test_a_tie_with_no_gain_of_its_own(settings: dict[str, Any]) -> None:
+    module, plan = multiplied(partial(tied, **settings), (TOKENS,), (BASE,), (TWICE,))
+    assert_refused(bake, module, plan, r"readout 'embed\.weight' is tied .* by 0\.5 in that code, and take")
 
 
 def test_a_config_that_does_not_keep_the_setting_and_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

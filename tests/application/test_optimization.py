@@ -14,7 +14,7 @@ from torch import nn, optim
 from torch.nn.utils import prune
 from torch.optim import lr_scheduler
 
-from mlu_lightning import Plan, Ratios, attach_multipliers, fold, scale_optimizer
+from mlu_lightning import Plan, Ratios, attach_multipliers, scale_optimizer
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
 
@@ -31,27 +31,6 @@ def forward_plan(module: Forward) -> Plan:
     branch = Multiplier("branch", "branch", 1 / L, Site("branch"), ("weights.branch_out",))
     head = Multiplier("head", "readout", 1 / D, Site("head"), ("weights.readout",))
     return Plan(parameters, (), (), (branch, head))
-
-
-@pytest.mark.parametrize(
-    ("make", "powers"),
-    [
-        (optim.SGD, {"lr": 2, "weight_decay": -2}),
-        (optim.Adam, {"lr": 1, "eps": -1, "weight_decay": -2}),
-        (optim.AdamW, {"lr": 1, "eps": -1, "weight_decay": -1}),
-    ],
-)
-def test_folded_weights_have_the_numbers_of_the_effective_weight(make: Any, powers: dict[str, int]) -> None:
-    """Theory.md, section 3: lr·a² and decay/a² for SGD; Adam lr·a, eps/a, L2 decay/a², decoupled decay/a."""
-    attached, folded = [], []
-    for put, numbers in ((attach_multipliers, attached), (fold, folded)):
-        module = Forward()
-        plan = forward_plan(module)
-        put(module, plan)
-        optimizer = scale(make(module.parameters(), lr=0.1, weight_decay=0.1), module, plan)
-        numbers += [update(module.weights, optimizer, key) for key in powers]
-    for one, other, power in zip(attached, folded, powers.values(), strict=True):
-        assert other == {name: number * table.MULTIPLIERS.get(name, 1) ** power for name, number in one.items()}
 
 
 def test_multipliers_that_are_not_in_effect_are_refused() -> None:
@@ -78,22 +57,6 @@ def test_one_shadow_group_for_each_distinct_set_of_factors_and_group() -> None:
     assert [len(group["params"]) for group in seen[-1]] == [2, 1, 1, 1, 10]
     assert seen[-1][-1]["lr"] == 0.2
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
-
-
-def test_groups_added_later_are_scaled() -> None:
-    ours, theirs = Weights(), Weights()
-    for module, late in ((ours, True), (theirs, False)):
-        optimizer = optim.SGD([module.embedding, module.branch_in], lr=0.1, momentum=0.9)
-        rest = {"params": [module.branch_out, module.norm], "lr": 0.3}
-        if not late:
-            optimizer.add_param_group(rest)
-        scale_optimizer(optimizer, module, plan_of(module))
-        if late:
-            optimizer.add_param_group(rest)
-        train(range(3), (module, optimizer))
-        assert len(optimizer.param_groups) == 2
-    assert table.identical(ours, theirs)
-    assert not torch.equal(ours.branch_out, Weights().branch_out)
 
 
 def test_parameters_changed_in_a_group_are_found_and_names_are_kept() -> None:

@@ -228,3 +228,14 @@ def test_removed_handle_leaves_a_plain_optimizer(scheduled: str) -> None:
     optimizer.step()
     expected = before - ours.branch_in.grad * (0.1 * SGD_LR["branch_in"])
     torch.testing.assert_close(ours.branch_in.detach(), expected)  # float32: one fused operation against two
+
+
+def test_groups_stay_until_the_users_change() -> None:
+    weights, optimizer, _ = scaled()
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append([*opt.param_groups]))
+    for step, lr in enumerate((0.1, 0.1, 0.2)):
+        optimizer.param_groups[0]["lr"] = lr
+        train(range(step, step + 1), (weights, optimizer))
+    first, second, third = ({id(group) for group in groups} for groups in seen)
+    assert first == second and not second & third

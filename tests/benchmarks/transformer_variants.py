@@ -5,8 +5,8 @@ The structure, the data and the optimizer are the same; what differs is what a p
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from helpers.processes import peak_megabytes
@@ -19,22 +19,23 @@ from mlu_lightning import MLUCallback
 from mlu_lightning.application.first_steps import FirstSteps
 from mlu_lightning.models import CausalTransformer, _rotate
 
-__all__ = ["OPTIMIZERS", "SIZES", "VARIANTS", "Size", "Variant", "fit", "start"]
+__all__ = ["OPTIMIZERS", "SIZES", "VARIANTS", "VOCABULARY", "Size", "Transformer", "Variant", "base", "fit", "start"]
 
-VOCABULARY, CONTEXT = 256, 64
+VOCABULARY = 256
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of a Transformer whose heads have dimension 16, and of a batch, which is smaller the larger the Transformer."""
+    """Shape of a Transformer and of a batch, which is smaller the larger the Transformer."""
 
     depth: int  # attention branches, and as many of perceptrons
     embedding: int
     samples: int
+    context: int = 64
+    head_dim: int = 16
 
 
 SIZES = {"1M": Size(5, 128, 4), "10M": Size(13, 256, 2), "100M": Size(14, 768, 1)}
-BASE = Size(2, 64, 1)
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SGD": ("SGD", {"momentum": 0.9}),
     "AdamW foreach": ("AdamW", {"foreach": True}),
@@ -45,7 +46,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 class Transformer(CausalTransformer):  # the plain one, with any of the optimizers
     def __init__(self, size: Size, kind: str) -> None:
-        super().__init__(VOCABULARY, CONTEXT, size.depth, size.embedding, size.embedding // 16)
+        heads = size.embedding // size.head_dim
+        super().__init__(VOCABULARY, size.context, size.depth, size.embedding, heads, size.head_dim)
         self.kind = kind
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -70,7 +72,7 @@ def mup_transformer(size: Size, kind: str) -> Transformer:
             return getattr(mup, f"Mu{name}")(self.parameters(), lr=1e-4, **arguments)
 
     # depths have to be the same: parameters are matched by name
-    base, wider = (MuTransformer(Size(size.depth, BASE.embedding * factor, 1), kind) for factor in (1, 2))
+    base, wider = (MuTransformer(replace(size, embedding=4 * size.head_dim * factor), kind) for factor in (1, 2))
     return mup.set_base_shapes(MuTransformer(size, kind), base, delta=wider)
 
 
@@ -88,8 +90,8 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
         def forward(self, stream: Tensor) -> Tensor:
             stream = self.norm(stream)
             projections = (project(stream) for project in (self.query, self.key, self.value))
-            query, key, value = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in projections)
-            query, key = _rotate(query, CONTEXT), _rotate(key, CONTEXT)
+            query, key, value = (part.unflatten(-1, (-1, size.head_dim)).transpose(1, 2) for part in projections)
+            query, key = _rotate(query, size.context), _rotate(key, size.context)
             attended = U.scaled_dot_product_attention(query, key, value, is_causal=True)
             return self.out(attended.transpose(1, 2).flatten(2))
 
@@ -104,7 +106,7 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
 
     class UnitTransformer(Transformer):
         def __init__(self, size: Size, kind: str) -> None:
-            super().__init__(Size(0, size.embedding, 1), kind)
+            super().__init__(replace(size, depth=0), kind)
             self.tokens = uu.Embedding(VOCABULARY, size.embedding)
             kinds = (Attention, MLP) * size.depth
             self.branches = uu.DepthModuleList(kind(size.embedding) for kind in kinds)
@@ -129,23 +131,27 @@ def unit_scaling_transformer(size: Size, kind: str) -> Transformer:
     return UnitTransformer(size, kind)
 
 
-def base() -> Transformer:
-    return Transformer(BASE, "SGD")
+def base(size: Size) -> Transformer:
+    return Transformer(replace(size, depth=2, embedding=4 * size.head_dim), "SGD")
 
 
 @dataclass(frozen=True)
 class Variant:  # a parameterization of the Transformer, by callbacks or by modules of its own
     build: Callable[[Size, str], Transformer] = Transformer
-    callbacks: Callable[[], list[Callback]] = field(default=list)
+    residual: Literal["hook", "fold"] | None = None  # where this package's callback puts multipliers, if it is there
+    verify: bool = True
     package: str = "mlu_lightning"
+
+    def callbacks(self, size: Size) -> list[Callback]:
+        return [MLUCallback(lambda: base(size), residual=self.residual, verify=self.verify)] if self.residual else []
 
 
 VARIANTS = {
     "plain": Variant(),
     "plain again": Variant(),
-    "hook": Variant(callbacks=lambda: [MLUCallback(base, residual="hook")]),
-    "fold": Variant(callbacks=lambda: [MLUCallback(base, residual="fold")]),
-    "unverified": Variant(callbacks=lambda: [MLUCallback(base, residual="fold", verify=False)]),
+    "hook": Variant(residual="hook"),
+    "fold": Variant(residual="fold"),
+    "unverified": Variant(residual="fold", verify=False),
     "mup": Variant(build=mup_transformer, package="mup"),
     "unit-scaling": Variant(build=unit_scaling_transformer, package="unit_scaling"),
 }
@@ -154,8 +160,8 @@ VARIANTS = {
 def fit(variant: Variant, size: Size, kind: str, steps: int, watch: Callback) -> None:
     module = variant.build(size, kind)
     draws = torch.Generator().manual_seed(0)
-    tokens: Any = torch.randint(VOCABULARY, (steps * size.samples, CONTEXT + 1), generator=draws)
-    quiet(*variant.callbacks(), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
+    tokens: Any = torch.randint(VOCABULARY, (steps * size.samples, size.context + 1), generator=draws)
+    quiet(*variant.callbacks(size), watch, max_steps=steps).fit(module, DataLoader(tokens, batch_size=size.samples))
 
 
 class _Start(Callback):  # notes the processor time at which the first step begins

@@ -79,12 +79,3 @@ def test_base_by_class_path_draws_no_random_numbers(tmp_path: Path) -> None:
         (run(tmp_path, callback, model=BASE).model, torch.get_rng_state()) for callback in (None, {"base": base})
     )
     assert identical(plain, ours) and torch.equal(state, other) and residual_state(ours) is not None
-
-
-def test_callback_from_the_command_line(plan: Plan, tmp_path: Path) -> None:
-    plan.save(tmp_path / "plan.yaml")
-    model = [f"--model.{name}={value}" for name, value in WIDE.items()]
-    trainer = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.barebones=true"]
-    callback = ["--trainer.callbacks+=MLUCallback", f"--trainer.callbacks.plan={tmp_path}/plan.yaml"]
-    cli = LightningCLI(ResNet, Data, save_config_callback=None, args=["fit", *model, *trainer, *callback])
-    assert residual_state(cli.model) is not None

@@ -129,29 +129,6 @@ def test_afterwards_optimizers_are_plain_and_methods_the_modules_own() -> None:
     assert all(map(torch.equal, module.parameters(), plain.param_groups[0]["params"]))
 
 
-def groups_in_a_step(optimizer: optim.Optimizer) -> int:
-    seen: list[int] = []
-    optimizer.register_step_post_hook(lambda own, *_: seen.append(len(own.param_groups)))
-    optimizer.step()
-    return seen[0]
-
-
-class Breaks(Callback):
-    def on_train_batch_end(self, *args: Any) -> None:
-        raise KeyError("in a callback")
-
-
-def test_after_an_error_optimizers_are_plain_and_methods_the_modules_own() -> None:
-    module = runs.InSetup(**WIDE)
-    optimizers: list[optim.Optimizer] = []
-    own = module.optimizers_of
-    module.optimizers_of = lambda module: optimizers.append(own(module)["optimizer"]) or optimizers[0]
-    with pytest.raises(KeyError, match="in a callback"):
-        fit(module, MLUCallback(Net()), Breaks())
-    assert not {"setup", "configure_optimizers"} & set(vars(module))
-    assert groups_in_a_step(optimizers[0]) == 1
-
-
 class Wraps(Callback):  # somebody else who wraps configure_optimizers, and may put back what was there
     def __init__(self, restores: bool) -> None:
         self.restores = restores

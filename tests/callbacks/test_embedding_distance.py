@@ -190,16 +190,6 @@ def test_names_of_references_are_their_last_parts() -> None:
     assert EmbeddingDistance([*paths.values()]).state_key == EmbeddingDistance(paths).state_key
 
 
-def test_two_callbacks_with_their_own_references(tmp_path: Path) -> None:
-    memory, callbacks = Memory(), []
-    for name in ("one", "two"):
-        callbacks.append(EmbeddingDistance({name: str(record(tmp_path / f"{name}.safetensors"))}, ["gram"]))
-    fit(ResNet(**SHAPE), *callbacks, steps=2, logger=memory)
-    assert list(memory.distances()) == [0, 1, 2]
-    names = {f"mlu/distance/gram/s=1/{name}" for name in ("one", "two")}
-    assert {name for name in memory.distances()[1] if "/s=1/" in name} == names
-
-
 class Calls(Memory):  # a logger that also keeps the steps of all calls that had distances
     def __init__(self) -> None:
         super().__init__()

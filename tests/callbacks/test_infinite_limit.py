@@ -149,8 +149,8 @@ def test_steps(steps: Any, expected: list[int]) -> None:
     limit = replace(SMALL, seeds=1, steps=steps, depths=(0.5,))
     logged = measure(limit, steps=7, metrics=["rms", "output"])
     assert list(logged) == expected and all(set(values) == {"rms/s=0.5", "output"} for values in logged.values())
-    # in a run with accumulation a step is looked at once
-    assert list(measure(limit, steps=7, metrics=["rms"], accumulate_grad_batches=3)) == expected
+    if steps == "log":  # in a run with accumulation a step is looked at once
+        assert list(measure(limit, steps=7, metrics=["rms"], accumulate_grad_batches=3)) == expected
 
 
 def test_beside_a_callback_with_a_file(tmp_path: Path) -> None:

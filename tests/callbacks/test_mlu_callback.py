@@ -3,14 +3,12 @@
 import inspect
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.callback_runs import BATCH, MODULES, WIDE, Net, fit, identical, loader, trainer
-from lightning.pytorch import LightningDataModule
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
@@ -22,11 +20,6 @@ from mlu_lightning.planning.arguments import PlanArguments
 @pytest.fixture
 def plan() -> Plan:
     return Plan.from_model(Net(**WIDE), next(iter(loader())), base=Net())
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self) -> DataLoader[Any]:
-        return loader()
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
@@ -46,14 +39,6 @@ def test_run_at_the_base_shape_is_the_run_without_the_callback(
     (ours, states), (theirs, others) = runs
     assert identical(ours, theirs) and all(map(torch.equal, states, others)) and ours.losses == theirs.losses
     assert len(ours.losses) == 8
-
-
-def test_run_at_the_base_shape_with_a_datamodule_and_a_saved_plan(plan: Plan, tmp_path: Path) -> None:
-    plan.save(tmp_path / "plan.yaml")
-    ours, theirs = Net(), Net()
-    fit(ours, MLUCallback(str(tmp_path / "plan.yaml")), data=Data())
-    fit(theirs, data=Data())
-    assert identical(ours, theirs) and ours.losses == theirs.losses
 
 
 @pytest.mark.parametrize("residual", ["hook", "fold"])
@@ -130,15 +115,6 @@ def test_processes_that_send_only_weights_back_are_warned_about() -> None:
         ValueError, match=r'without the multipliers that stay in hooks.* Use strategy="ddp", or residual="f'
     ):
         hooked.setup(trainer(hooked, strategy="ddp_spawn", devices=1), Net(**WIDE), "fit")
-
-
-def test_plan_from_a_file(tmp_path: Path) -> None:
-    ours, theirs = Net(**WIDE), Net(**WIDE)
-    plan = Plan.from_model(ours, next(iter(loader())), base=Net(), alpha=2.0)
-    plan.save(tmp_path / "plan.yaml")
-    fit(ours, MLUCallback(plan=str(tmp_path / "plan.yaml")))
-    fit(theirs, MLUCallback(Net(), alpha=2.0))
-    assert identical(ours, theirs)
 
 
 def test_overrides_reach_the_plan() -> None:

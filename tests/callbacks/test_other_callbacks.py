@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import runs_by_hand
 from helpers.optimizers_by_hand import Averaging
-from helpers.runs_by_hand import BASE, ByHand, Net, Residual, Start, fit, listed
+from helpers.runs_by_hand import BASE, ByHand, Net, Residual, Start, listed
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as others
 from lightning.pytorch.loggers import CSVLogger
 
 from mlu_lightning import MLUCallback
 from mlu_lightning.application.state_mark import without_mark
+
+
+def fit(module: Net, *callbacks: Callback, **settings: Any) -> Trainer:
+    return runs_by_hand.fit(module, *callbacks, **{"max_epochs": 3} | settings)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ ONLY = {"use_lottery_ticket_hypothesis": False}
 finetuning = partial(others.BackboneFinetuning, backbone_initial_lr=0.004, verbose=False)
 CASES = {
     "ema": Case(lambda folder: others.EMAWeightAveraging(decay=0.5), average),
-    "ema-late": Case(lambda folder: others.EMAWeightAveraging(decay=0.5, update_starting_at_step=20), average),
+    "ema-late": Case(lambda folder: others.EMAWeightAveraging(decay=0.5, update_starting_at_step=15), average),
     "weight-averaging": Case(lambda folder: others.WeightAveraging(), average),
     "swa": Case(lambda folder: others.StochasticWeightAveraging(0.01, 2, annealing_epochs=2), average),
     "lr-finder": Case(
@@ -153,7 +158,7 @@ def test_copies_are_of_the_initialized_module(name: str, make: type[Net], first:
 
 def test_learning_rates_that_are_logged_are_the_users(tmp_path: Path) -> None:
     rates, decay = compare_with_numbers_by_hand(CASES["lr-monitor"], False, "hook", tmp_path)["else"]
-    assert rates == [0.02 * 0.5**epoch for epoch in range(4) for _ in range(6)] and decay == 0.1
+    assert rates == [0.02 * 0.5**epoch for epoch in range(3) for _ in range(6)] and decay == 0.1
 
 
 @pytest.mark.parametrize(("first", "residual"), ORDERS)

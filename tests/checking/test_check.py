@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from mlu_lightning import CheckReport, MLUCallback, Role, Shape, check
+from mlu_lightning import CheckReport, MLUCallback, Plan, Role, Shape, check
 from mlu_lightning.checking.quantities import Kind
 from mlu_lightning.models import CausalTransformer, ResNet
 from recipes.check.plan_faults import Fault, FaultyCallback
@@ -31,6 +31,20 @@ def test_right_plan_passes_and_is_the_same_with_hooks_and_folded() -> None:
     for one, other in zip(hook.rows, fold.rows, strict=True):
         # weights that hold their multipliers have the same decay, but for rounding
         assert one.quantity.kind is Kind.DECAY or other.slope == pytest.approx(one.slope, abs=2e-3), one
+
+
+def test_every_shape_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback makes the plan that the check has made, relative to the base that it was given, but for an alpha."""
+    made: list[float] = []
+    plan = Plan.from_model
+    monkeypatch.setattr(
+        Plan, "from_model", lambda *args, **more: made.append(more.get("alpha", 1.0)) or plan(*args, **more)
+    )
+    shapes = 2
+    few(axes=["depth"], factors=(1, 2), seeds=2, steps=1, callbacks=lambda base: [MLUCallback(base)])
+    assert made == [1.0] * shapes
+    few(axes=["depth"], factors=(1, 2), seeds=2, steps=1, callbacks=lambda base: [MLUCallback(base, alpha=2.0)])
+    assert made.count(2.0) == shapes
 
 
 def test_shapes_far_from_the_limit_are_named() -> None:

@@ -21,6 +21,7 @@ from recipes.check.plan_faults import Fault, FaultyCallback
 
 FEATURES = 6
 PLAIN = Shape(depth=2, hidden=16, embedding=8)
+QUICK: dict[str, Any] = {"factors": (1, 2), "seeds": 1, "steps": 2}
 
 
 def points(count: int = 12, samples: int = 16) -> list[tuple[Tensor, Tensor]]:
@@ -190,12 +191,11 @@ class Changing(Layers):  # changes a parameter itself, as a step does in which a
 
 @pytest.mark.parametrize("build", [BuiltLate, Talkative, Changing])
 def test_modules_that_are_built_by_hooks_or_ask_their_trainer_or_change_are_as_others(build: Any) -> None:
-    quick: Any = {"factors": (1, 2), "steps": 2}
-    assert _values(layers(build, **quick)) == pytest.approx(plain(**quick))
+    assert _values(layers(build, **QUICK)) == pytest.approx(plain(**QUICK))
 
 
 def test_data_of_the_modules_own_setup() -> None:
-    assert _values(layers(OwnData, data=None)).keys() == plain().keys()
+    assert _values(layers(OwnData, data=None, **QUICK)).keys() == plain(**QUICK).keys()
 
 
 class World(LightningDataModule):  # asks its Trainer how many processes there are, and has two loaders
@@ -210,7 +210,7 @@ class OfTwo(Layers):
 
 
 def test_lists_of_loaders_and_a_datamodule_that_asks_its_trainer() -> None:
-    assert _values(layers(OfTwo, data=World())).keys() == plain().keys()
+    assert _values(layers(OfTwo, data=World(), **QUICK)).keys() == plain(**QUICK).keys()
 
 
 def test_callbacks_that_log_and_save_and_print_do_no_harm(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_callbacks_that_log_and_save_and_print_do_no_harm(tmp_path: Any, monkeyp
         watching = LearningRateMonitor(), ModelCheckpoint(every_n_train_steps=1), TQDMProgressBar(), RichModelSummary()
         return [MLUCallback(base), *watching]
 
-    assert _values(layers(callbacks=callbacks)) == plain() and list(tmp_path.iterdir()) == []
+    assert _values(layers(callbacks=callbacks, **QUICK)) == plain(**QUICK) and list(tmp_path.iterdir()) == []
 
 
 def _values(report: CheckReport) -> dict[str, float]:

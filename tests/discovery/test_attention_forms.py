@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import residual_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -158,3 +159,18 @@ def test_another_head_dim(form: str) -> None:
         return
     plan = Plan.from_model(Net(form, d=8, heads=2, head_dim=8), TOKENS, base=base)
     assert [m.value for m in plan.multipliers if m.kind == "logits"] == [pytest.approx(0.5**0.5)] * 2
+
+
+def test_keys_that_lose_their_gradients_are_refused() -> None:
+    """As those that are written into a cache under no_grad, which a model may have on by default."""
+    parts = {name: nn.Linear(8, 8) for name in ("embed", "q", "k", "o", "out")}
+
+    def forward(net: residual_networks.Net, x: Tensor) -> Tensor:
+        h = net.embed(x)
+        cache = net.k(h).detach()
+        return net.out(h + net.o(F.scaled_dot_product_attention(net.q(h), cache, cache)))
+
+    with pytest.raises(
+        ValueError, match=r"attention do not depend .* or lose their gradients in a cache.*use_cache=False"
+    ):
+        discover(residual_networks.Net(forward, blocks=nn.ModuleList(), **parts), torch.ones(2, 1, 4, 8))

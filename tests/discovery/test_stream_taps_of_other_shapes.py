@@ -1,9 +1,9 @@
-"""Taps of streams where coordinates are not in the last axis, or where there are two streams."""
+"""Taps of streams where coordinates are not in the last axis."""
 
 from typing import Any
 
 import torch
-from helpers.architectures import TOKENS
+from helpers.architectures.vision import ConvolutionalBlock
 from helpers.residual_networks import Net
 from helpers.taps import modules, read, streams
 from torch import Tensor, nn
@@ -11,30 +11,12 @@ from torch import Tensor, nn
 from mlu_lightning import discover
 
 
-class BasicBlock(nn.Module):
-    """The block of image classifiers: one activation for two places, the second on the sum and in place."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.relu = nn.ReLU(inplace=True)
-        shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-        self.downsample = nn.Identity() if inputs == outputs else nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Any:
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += self.downsample(x)
-        return self.relu(out)
-
-
 class Images(nn.Module):  # two stages of two blocks; the second begins with a strided shortcut
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.bn, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MaxPool2d(2)
-        self.layer1 = nn.Sequential(BasicBlock(8, 8, 1), BasicBlock(8, 8, 1))
-        self.layer2 = nn.Sequential(BasicBlock(8, 16, 2), BasicBlock(16, 16, 1))
+        self.layer1 = nn.Sequential(*(ConvolutionalBlock(8, 8, 8, 1, False) for _ in range(2)))
+        self.layer2 = nn.Sequential(*(ConvolutionalBlock(inputs, 16, 16, 16 // inputs, False) for inputs in (8, 16)))
         self.fc = nn.Linear(16, 5)
 
     def forward(self, x: Tensor) -> Any:
@@ -80,31 +62,3 @@ def test_axis_where_time_comes_first() -> None:
     taps = discover(module, torch.randn(16, 16, 3)).taps
     assert {tap.axis for tap in taps} == {-1}
     assert modules(taps) == ["embed output", "blocks.layers.0.norm2 input[0]", "blocks output", "out output"]
-
-
-def test_encoder_and_decoder() -> None:
-    def translator(net: Net, source: Tensor, target: Tensor) -> Any:
-        memory = net.encoder(net.embed(source))
-        return net.out(net.decoder(tgt=net.embed(target), memory=memory))
-
-    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-    decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True, norm_first=True)
-    parts = {"embed": nn.Embedding(50, 16), "out": nn.Linear(16, 9), "blocks": nn.Identity()}
-    module, source, target = Net(translator, encoder=encoder, decoder=decoder, **parts).eval(), TOKENS, TOKENS.flip(1)
-    structure = discover(module, (source, target))
-    assert [str(tap) for tap in structure.taps] == [
-        "stream 0 after 0 additions: decoder input[0]",
-        "stream 0 after 1 additions: decoder.norm2 input[0]",
-        "stream 0 after 2 additions: decoder.norm3 input[0]",
-        "stream 0 after 3 additions: decoder output",
-        "stream 1 after 0 additions: encoder input[0]",
-        "stream 1 after 1 additions: encoder.norm2 input[0]",
-        "stream 1 after 2 additions: encoder output",
-        "readout 0: out output",
-    ]
-    found = read(module, structure.taps, lambda: module(source, target))
-    decoder, encoder = streams(found), streams(found, 1)
-    torch.testing.assert_close(encoder[0], module.embed(source))
-    torch.testing.assert_close(encoder[2], module.encoder(encoder[0]))
-    torch.testing.assert_close(decoder[0], module.embed(target))
-    torch.testing.assert_close(decoder[3], module.decoder(decoder[0], encoder[2]))

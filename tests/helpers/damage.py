@@ -15,7 +15,7 @@ from helpers.processes import exit_code, fork
 __all__ = ["Read", "damaged", "edited", "limits", "refused_of", "respelled", "run_to_end"]
 
 MEMORY = 64 * 2**20  # bytes beyond those that the process has, for files of a few thousand bytes
-SECONDS = 2.0  # for each
+SECONDS = 2.0  # of processor time, for each
 Read = Callable[[Path, bytes], bool]  # reads a file with a content, checks it, and says whether it was refused
 
 SCALARS = """
@@ -83,9 +83,9 @@ def limits(memory: int) -> Iterator[None]:
     def late(number: int, frame: Any) -> None:
         raise AssertionError("it takes too long")
 
-    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGPROF, late)
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def read_all(read: Read, path: Path, inputs: Iterator[bytes], count: int, results: Any) -> None:
@@ -93,7 +93,7 @@ def read_all(read: Read, path: Path, inputs: Iterator[bytes], count: int, result
     refused = 0
     with limits(MEMORY):
         for number, content in enumerate(inputs):
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             try:
                 refused += read(path, content)
             except BaseException as error:

@@ -1,6 +1,7 @@
 """Trained models that leave the package, and how a test sees that leaving was refused."""
 
 import copy
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -60,18 +61,26 @@ def hooks(module: nn.Module) -> int:
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 
 
-def multiplied(build: Any, example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5) -> tuple[Any, Plan]:
+def multiplied(
+    build: Any, example: Any, *shapes: Any, double: bool = True, alpha: float = 1.5, gains: bool = True
+) -> tuple[Any, Plan]:
     torch.manual_seed(0)
     base, module = (build(*shape) for shape in shapes)
     module = module.double() if double else module
     plan = Plan.from_model(module, example, base=base, alpha=alpha)
+    plan = plan if gains else without_gains(plan)
     attach_multipliers(module, plan)
     return module.eval(), plan
 
 
+def without_gains(plan: Plan) -> Plan:
+    """As of a model whose readout reads what has no gain."""
+    return replace(plan, multipliers=tuple(replace(each, gains=()) for each in plan.multipliers))
+
+
 def tied_llama() -> tuple[Any, Plan]:
     architecture = ARCHITECTURES["tied llama"]
-    return multiplied(architecture.build, architecture.example, BASE, TWICE, double=False, alpha=1.0)
+    return multiplied(architecture.build, architecture.example, BASE, TWICE, double=False, alpha=1.0, gains=False)
 
 
 def assert_refused(leave: Any, module: nn.Module, plan: Plan, message: str, error: Any = ValueError) -> None:

@@ -17,6 +17,8 @@ SGD, ADAM, ADAMW, MUON = OptimizerFamily
 # - stream_norm post-norm: "divide the lr of those norms by l", and decay by what lr is multiplied with;
 # - frozen is left alone;
 # - of_block: what one block alone makes of data has gradients of 1/l next to what all of them read;
+# - summed: under the 1/n of a sum, a multiplier of readouts as their 1/d is, and folded into others ("std a·b, Adam lr a·c,
+#   SGD lr a²·c, eps ε/a, decoupled decay λ/a" with a = 1/l);
 # - stream_matrix in a head: the row of a bounded matrix, where outputs do not grow.
 _TABLE = """
 row                     depth inputs outputs | multiplier std       adam sgd    muon       eps      decay
@@ -43,6 +45,13 @@ stream_matrix:in_head   l     d      1       | 1          1/d       1/d  1/d    
 embedding:of_block      l     1      d       | 1          1         1    l*d    -          1/(l*d)  1
 stream_norm:of_block    l     1      d       | 1          1         1    l*d    -          1/(l*d)  1
 stream_matrix:of_block  l     d      d2      | 1          d**-0.5   1/d  l*d2/d sqrt(d2/d) 1/(l*d2) d
+readout:of_block        l     d      1       | 1/d        1         1    l*d    -          1/(l*d)  1
+readout_bias:of_block   l     1      1       | 1          1         1    l      -          1/l      1
+embedding:summed        l     1      d       | 1          1/l       1/l  d/l    -          1/d      l
+stream_norm:summed      l     1      d       | 1          1/l       1/l  d/l    -          1/d      l
+stream_matrix:summed    l     d      d2      | 1          d**-0.5/l 1/(d*l) d2/(d*l) sqrt(d2/d)/l 1/d2 d*l
+readout:summed          l     d      1       | 1/(l*d)    1         1    l*d    -          1/(l*d)  1
+readout_bias:summed     l     1      1       | 1          1/l       1/l  1/l    -          1        l
 """
 
 

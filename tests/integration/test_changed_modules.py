@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.faulty_runs import DECAY, LR, STEPS, At, Storable, check_module, check_optimizer, fit
+from helpers.faulty_runs import DECAY, LR, At, Storable, check_module, check_optimizer, fit
 from helpers.runs_by_hand import BASE, SHAPE, Net
-from helpers.trainers import identical
 from lightning.pytorch import Callback, Trainer
 from torch import nn, optim
 
-from mlu_lightning import MLUCallback, attach_multipliers, scale_optimizer
+from mlu_lightning import MLUCallback, attach_multipliers
 from mlu_lightning.application.multipliers import residual_state
 from mlu_lightning.application.state_mark import without_mark
 
@@ -104,25 +103,6 @@ def test_a_part_that_is_frozen_during_the_run(residual: Any) -> None:
     fit(theirs, freeze())
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(ours.get_parameter(name), parameter, rtol=1e-5, atol=1e-7)
-
-
-def test_an_exchanged_optimizer_is_scaled() -> None:
-    """By its user, or by the callback: the runs are the same."""
-    ends: list[Storable] = []
-    for by_user in (True, False):
-        handles: list[Any] = []
-        mlu = with_multipliers("hook")
-
-        def exchange(
-            run: Trainer, module: Storable, mlu: Any = mlu, by_user: bool = by_user, handles: Any = handles
-        ) -> None:
-            run.optimizers = [optim.Adam(module.parameters(), lr=LR)]
-            if by_user:
-                handles.append(scale_optimizer(run.optimizers[0], module, mlu.plan))
-
-        ends.append(Storable())
-        assert fit(ends[-1], mlu, At("on_train_batch_start", exchange)).global_step == STEPS
-    assert identical(*ends)
 
 
 def test_a_readout_that_is_exchanged_between_fits() -> None:

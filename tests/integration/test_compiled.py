@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from types import MethodType
@@ -220,22 +219,6 @@ def test_forward_that_was_put_into_modules_of_a_class_with_and_without_multiplie
     handle.remove()
     torch.testing.assert_close(hooked(EXAMPLE[0]), by_hand(hooked, -1.0), **EXACT)
     assert all(vars(block)["forward"] == MethodType(negated, block) for block in hooked.blocks)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copy_of_a_module_with_multipliers_runs_itself_and_lets_them_go(copied: Callable[[Any], Any]) -> None:
-    plan = Plan.from_model(resnet(), EXAMPLE, base=resnet(2))
-    module, plain = resnet(), resnet()
-    attach_multipliers(module, plan)
-    twin = copied(module)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.add_(1)
-    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 2 / 3), **EXACT)
-    bake(twin, plan)
-    torch.testing.assert_close(twin(EXAMPLE[0]), by_hand(twin, 1.0), **EXACT)
-    assert [set(vars(part)) for part in twin.blocks.modules()] == [set(vars(part)) for part in plain.blocks.modules()]
-    torch.testing.assert_close(module(EXAMPLE[0]), by_hand(module, 2 / 3), **EXACT)
 
 
 def test_wrapped_parts_are_refused_with_what_to_do() -> None:

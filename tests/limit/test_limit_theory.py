@@ -9,16 +9,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.limit_models import INPUTS, OUTPUTS, STDS, Array, S, data, descend, planned, slope, tensors
-from helpers.recipe_modules import load
 from torch import Tensor
 
 from mlu_lightning import Plan
 from mlu_lightning.limit.infinite_model import InfiniteModel, infinite_model
 from mlu_lightning.limit.unit_sampling import Sampling
 from mlu_lightning.models import ResNet
-
-recipe = load("recipes.common.gradient_descent")
-
 
 SIGMA: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
     "tanh": (np.tanh, lambda p: 1 - np.tanh(p) ** 2),

@@ -2,8 +2,6 @@
 
 import os
 import random
-import resource
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.processes import exit_code, forked
-from helpers.references import HEADER, LOCATIONS, PROBE, check, losses, observation, write
+from helpers.processes import forked
+from helpers.references import HEADER, PROBE, check, losses, observation, write
 from torch import Tensor
 
 from mlu_lightning.models import ResNet
@@ -77,18 +75,6 @@ def test_resume_drops_what_came_after(path: Path) -> None:
     check(path, [0, 3, 6])
     assert ReferenceWriter.resume(path, HEADER, PROBE, 6).steps == (0, 3, 6)
     assert ReferenceWriter.resume(path, HEADER, PROBE, 2).steps == (0,)
-
-
-def test_a_resumed_file_is_that_of_one_run(tmp_path: Path) -> None:
-    write(tmp_path / "whole", [0, 3, 6, 9])
-    write(tmp_path / "parts", [0, 3, 5])
-    # the order of locations in a header is of no importance
-    header = replace(HEADER, locations=dict(reversed(LOCATIONS.items())))
-    writer = ReferenceWriter.resume(tmp_path / "parts", header, PROBE, 4)
-    for step in (6, 9):
-        writer.write(step, observation(step), losses(step))
-    whole, parts = check(tmp_path / "whole", [0, 3, 6, 9]), Reference.load(tmp_path / "parts")
-    assert (parts.digests, parts.header) == (whole.digests, HEADER) and torch.equal(parts.losses, losses(9))
 
 
 def refused(message: str, path: Path, header: ReferenceHeader = HEADER, probe: Any = PROBE) -> None:
@@ -192,35 +178,6 @@ def test_read_while_it_is_written(path: Path) -> None:
     finally:
         process.kill()
         process.join()
-
-
-def record_on_a_full_disk(path: Path) -> None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    writer = write(path, [0, 1])
-    before = path.read_bytes()
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, most))
-    with pytest.raises(OSError, match="too large"):
-        writer.write(2, observation(2), losses(2))
-    assert (path.read_bytes(), os.listdir(path.parent)) == (before, [path.name])
-    check(path, [0, 1])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    writer.write(3, observation(3), losses(3))
-    check(path, [0, 1, 2, 3])
-
-
-def test_disk_that_is_full(path: Path) -> None:
-    assert exit_code(record_on_a_full_disk, path) == 0
-
-
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
-        write(tmp_path / "file" / "reference", [0])
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="folder"):
-        write(tmp_path / "folder", [0])
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_a_file_that_is_replaced_as_it_is_opened_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ from helpers.plans import entry
 from mlu_lightning.discovery.structure import Site
 from mlu_lightning.planning import Multiplier
 from mlu_lightning.planning.fingerprint import fingerprint
+from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.planning.plan import Plan
-from mlu_lightning.table import Ratios, Role
+from mlu_lightning.table import Parameterization, Ratios, Role
 
 OUT = entry(Role.BRANCH_OUT, (2, 3), Ratios(2.0, 1.5, 1.0), base_shape=(2, 3), base_std=0.02, fans=(3, 2))
 PLAN = Plan({"w": OUT}, (), (), (Multiplier("m", "branch", 0.5, Site("a", "output", 0), ("w",)),))
@@ -38,6 +39,8 @@ def test_fingerprint_does_not_change_between_versions() -> None:
         with_multiplier(value=0.25),
         with_multiplier(site=Site("b")),
         with_multiplier(folds=()),
+        *(replace(PLAN, parameterization=each) for each in Parameterization if each is not Parameterization.MLU),
+        *(replace(PLAN, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))),
         replace(PLAN, alpha=2.0),
     ],
 )
@@ -47,4 +50,4 @@ def test_fingerprint_tells_plans_apart(other: Plan) -> None:
 
 @pytest.mark.parametrize("same", [with_parameter(base_std=1.0), with_parameter(fans=(6, 2), base_fans=(4, 2))])
 def test_fingerprint_of_equal_runs_is_equal(same: Plan) -> None:
-    assert fingerprint(replace(same, warnings=("read me",), alpha=1)) == fingerprint(PLAN)
+    assert fingerprint(replace(same, warnings=("read me",), alpha=1, horizon=Horizon())) == fingerprint(PLAN)

@@ -176,7 +176,7 @@ LARGE: dict[str, Callable[[int], bytes]] = {
 
 def read_large(path: Path, read: Callable[[Path], Any], memory: int, message: str) -> None:
     with limits(memory), pytest.raises(ValueError, match=message):
-        signal.setitimer(signal.ITIMER_REAL, 120)
+        signal.setitimer(signal.ITIMER_PROF, 120)
         read(path)
 
 

@@ -14,8 +14,6 @@ from torch.utils.data import DataLoader
 
 from mlu_lightning import MLUCallback, Plan, attach_multipliers, initialize, scale_optimizer
 from mlu_lightning.models import CausalTransformer
-from mlu_lightning.planning.fingerprint import fingerprint
-from mlu_lightning.planning.horizon import Horizon
 from mlu_lightning.quickstart.study import Windows
 from mlu_lightning.table import TABLES, OptimizerFamily, Parameterization, Ratios, Role, Scale, Variant, scale
 
@@ -136,7 +134,6 @@ def test_outputs_averaged_over_active_experts() -> None:
 
 BASE = {"depth": 1, "heads": 2, "embedding": 16, "mlp_hidden": 24}
 PROPORTIONAL = {"depth": 3, "heads": 6, "embedding": 48, "mlp_hidden": 72}  # M ∝ D, by factors that are not exact
-ASPECTS = {"heads": {"heads": 4}, "MLP": {"mlp_hidden": 72}, "embedding": {"embedding": 48}}
 EXAMPLE = torch.zeros(2, 9, dtype=torch.long)
 
 
@@ -163,18 +160,6 @@ def test_with_m_proportional_to_d_mlu_and_completep_are_the_same_run() -> None:
     mlu = _fitted(PROPORTIONAL, "mlu")
     assert identical(mlu, _fitted(PROPORTIONAL, "completep"))
     assert not any(identical(mlu, _fitted(PROPORTIONAL, other)) for other in ("mup", "sp"))
-
-
-@pytest.mark.parametrize("axis", ASPECTS)
-def test_with_m_over_d_changed_they_differ(axis: str) -> None:
-    mlu, completep = _fitted(ASPECTS[axis], "mlu"), _fitted(ASPECTS[axis], "completep")
-    assert not identical(mlu, completep)
-    assert identical(completep, _fitted(ASPECTS[axis], "mup"))  # which differs by depth alone
-
-
-@pytest.mark.parametrize("parameterization", ["completep", "mup", "sp"])
-def test_at_the_base_they_are_the_plain_run(parameterization: str) -> None:
-    assert identical(_fitted(BASE, parameterization), _fitted(BASE, None))
 
 
 def test_standard_parameterization_is_how_layers_draw_themselves() -> None:
@@ -230,15 +215,6 @@ def test_rules_are_kept_in_a_file_and_printed(tmp_path: Any) -> None:
         # a plan is a base for any parameterization: it holds the base's shape
         again = Plan.from_model(module, EXAMPLE, base=tmp_path / "plan.yaml")
         assert again.scales("adamw") == plans[MLU].scales("adamw")
-
-
-def test_fingerprints_tell_runs_apart() -> None:
-    """A run is not to go on from the checkpoint of one of another parameterization, or with other betas."""
-    plan = plan_of(Weights())
-    others = [replace(plan, parameterization=each) for each in (COMPLETEP, MUP, SP)]
-    others += [replace(plan, horizon=horizon) for horizon in (Horizon(2.0), Horizon(1.0, 2.0))]
-    assert len({fingerprint(each) for each in (plan, *others)}) == 6
-    assert fingerprint(replace(plan, parameterization=MLU, horizon=Horizon())) == fingerprint(plan)
 
 
 WITHOUT_BASE = "parameterization='mup' was given with .*a plan of a module without a base.*give the others"

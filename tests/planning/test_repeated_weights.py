@@ -162,7 +162,6 @@ def test_gradients_of_all_uses_add_up(role: Role, family: OptimizerFamily) -> No
 # l and k are 4, m is 8 and d is 2: g loses 1/l at each looped parameter, and keeps it at the others
 LOOPED = {"read.weight": (2, 1 / 8), "read.bias": (1, 1 / 8), "write.weight": (8, 1 / 2), "write.bias": (1, 1 / 2)}
 OTHERS = {"embed.weight": (1, 1 / 2), "embed.bias": (1, 1 / 2), "readout.weight": (1, 1 / 2), "readout.bias": (1, 1)}
-STD = {"read.weight": 2**-0.5, "write.weight": 2**0.5 / 8}
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda groups: optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.25),
     "adam": lambda groups: optim.Adam(groups, lr=0.01, weight_decay=0.25, eps=1e-3),

@@ -215,7 +215,7 @@ architectures = st.builds(Architecture, st.integers(1, 8), st.integers(0, 3), st
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.floats(10, 4000), architectures, st.floats(0.01, 0.49))
+@given(st.floats(10, 1500), architectures, st.floats(0.01, 0.49))
 def test_best_shape_is_that_of_brute_force(budget: float, architecture: Architecture, gain: float) -> None:
     step = architecture.multiples
     u, a, c = architecture.per_unit, architecture.per_addition, architecture.per_coordinate
