@@ -28,6 +28,7 @@ TRANSFORMERS_5 = {
     "test_hugging_face_experts": ("Qwen", "Olmoe", "GraniteMoe", "Phimoe", "Deepseek"),
     "test_experts_that_are_always_on_are_a_branch_beside_the_others": ("",),
     "test_rows_of_recurrent_branches": ("griffin",),
+    "test_logits_go_into_granites_attention_multiplier": ("",),
     "test_compiled_run_is_the_run": ("llama-eager-hook", "mixtral-eager-hook"),  # nor without multipliers
 }
 

@@ -15,7 +15,7 @@ PACKAGE, RECIPES, TESTS = ROOT / "mlu_lightning", ROOT / "recipes", ROOT / "test
 TOP_LEVEL = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "mlu_lightning", "tests", "recipes"}
 # lines of all Python files, as `wc -l` counts them, and of one
 LONGEST_FILE = 400
-MOST_LINES = {PACKAGE: 26_850, RECIPES: 5_200, TESTS: 33_300}
+MOST_LINES = {PACKAGE: 26_480, RECIPES: 5_180, TESTS: 33_300}
 # these work in a loop without Lightning, and callbacks are adapters to them
 WITHOUT_TRAINER = ("discovery", "planning", "application", "observation", "limit", "shapes", "utilities", "table.py")
 
@@ -111,11 +111,11 @@ def docstring(path: Path) -> str | None:
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
-def test_every_folder_of_the_package_says_what_it_exports() -> None:
-    """But utilities, whose files have nothing to do with each other."""
+def test_folders_of_the_package_alone_say_what_they_export() -> None:
+    """But utilities, whose files have nothing to do with each other; in a file, an underscore says what is its own."""
+    listing = {path for path in python_files(PACKAGE) if "\n__all__ = [" in path.read_text(encoding="utf-8")}
     folders = {path for path in python_files(PACKAGE) if path.stem == "__init__"}
-    folders.remove(PACKAGE / "utilities" / "__init__.py")
-    assert not [relative(path) for path in sorted(folders) if "\n__all__ = [" not in path.read_text(encoding="utf-8")]
+    assert listing == folders - {PACKAGE / "utilities" / "__init__.py"}
 
 
 @pytest.mark.parametrize("folder", MOST_LINES, ids=relative)

@@ -268,7 +268,7 @@ class BranchRoles:
     def _feeding_back(self) -> frozenset[str]:
         return feeds_back(self.graph, self.region.ops)
 
-    def _place_table(self, use: Use) -> Placed | Unplaced:
+    def _place_table(self, use: Use) -> Placed:
         """Role of a table that is looked up, or of one of positions that is added to what each block reads."""
         if use.op.parameter is not None:  # such as what a kernel is computed from, with a state for each coordinate
             outputs = next((size for size in use.shape[::-1] if size in self._sizes), use.shape[-1])
@@ -280,7 +280,8 @@ class BranchRoles:
             # one number for each head, as in relative position biases, or coordinates of keys
             per_head = use.shape[-1] == 1 if self.hidden == 1 else self.heads.own(use)
             return Placed(Role.BRANCH_IN_BIAS if per_head else Role.BRANCH_BOUNDED)
-        return Unplaced("it is a table that is looked up inside a branch")
+        # vectors that are written, as a memory's values, or go on to matrices
+        return Placed(Role.BRANCH_OUT_BIAS if use.op in self._writing_path else Role.BRANCH_IN_BIAS)
 
     def _place_in_attention(self, use: Use) -> Placed | Unplaced:
         """Role of a vector or table between the projections of an attention: for each head, or shared by all heads."""
@@ -323,7 +324,8 @@ class BranchRoles:
     def _writing_path(self) -> frozenset[Op]:
         """Operations from the last matrices on, those included; with a nonlinearity only if the branch ends in one."""
         linear = self._back_from_end(NONLINEAR)
-        if all(is_depthwise(self.graph, op) for op in linear if self.graph.is_matrix(op)):
+        looked_up = any("lookup" in self.graph.kinds(op) for op in linear)
+        if not looked_up and all(is_depthwise(self.graph, op) for op in linear if self.graph.is_matrix(op)):
             return self._back_from_end(frozenset())
         return linear
 

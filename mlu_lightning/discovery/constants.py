@@ -85,6 +85,10 @@ class Constants:
             made *= getattr(op.node, "_saved_alpha", 1.0) if op.name in ("Addmm", "Baddbmm") else 1.0
         elif use.kind in ("norm", "mul", "add") and self._feeds_matrix[op] and not self._is_made_by_a_map(op):
             return made  # and what lies between a norm and a matrix, for the matrix
+        elif use.kind == "mul" and op.data:
+            constants, source = self._behind(op.data[0])
+            if source.is_normalizer:  # which nothing before it makes up for
+                made *= math.prod(self.factor(one) for one in constants if one not in self._counted)
         return made * found
 
     @cached_property

@@ -108,7 +108,8 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     sums = {branch.addition: branch.before for branch in parts.branches}
     multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
     multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
-    taps = StreamTaps(trace, graph, sums, frozenset(filter(None, multiplied)))
+    roots = frozenset(branch.root for branch in parts.branches)
+    taps = StreamTaps(trace, graph, sums, roots, frozenset(filter(None, multiplied)))
     along = [[r.branch for r in regions if r.branch is not None and r.stream == i] for i in range(len(depths))]
     streams = tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True))
     branches = tuple(

@@ -173,6 +173,7 @@ class MultiplierSites:
                 operands = operands[:1] if self._factors(operands[0]) is not None else ()
             sums = op.name in ("Add", "Sub") and None not in op.operands
             alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Bmm", "Select", "Slice"}
+            alone = alone and not (op.name in JOINS and self.graph.uses.get(op))  # a parameter takes some of the places
             if not (sums or alone):
                 break
             inside.add(op)
@@ -217,11 +218,14 @@ class MultiplierSites:
 
     @cached_property
     def _returned(self) -> dict[Op, list[tuple[str, int | None]]]:
-        """Modules that return an operation's output, with the position among what they return."""
+        """Modules that return an operation's output, and do not read it before, with the position among what they return."""
         returned: dict[Op, list[tuple[str, int | None]]] = defaultdict(list)
         for call in self.trace.calls:
-            for index, (op, _) in self.graph.values(call.outputs):
-                returned[op].append((call.module, index))
+            values = [*self.graph.values(call.outputs)]
+            last = max((op.node._sequence_nr() for _, (op, _) in values if op.operands), default=0)
+            for index, (op, _) in values:
+                if all(user.node._sequence_nr() > last for user in self.graph.users[op]):
+                    returned[op].append((call.module, index))
         return returned
 
 

@@ -13,7 +13,7 @@ from mlu_lightning.discovery.branch_roles import BranchRoles
 from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value
 from mlu_lightning.discovery.structure import Site, Tap
 from mlu_lightning.discovery.trace import Trace
-from mlu_lightning.discovery.traversal import between, origin
+from mlu_lightning.discovery.traversal import between, descendants, origin
 
 _Key = tuple[Literal["stream", "branch", "readout"], int, int]  # what a tap reads, its number and position
 
@@ -25,6 +25,7 @@ class StreamTaps:
     trace: Trace
     graph: Graph
     streams: Mapping[Op, Op]  # operand of every residual addition that is the stream
+    roots: frozenset[Op]  # what branches read
     multiplied: frozenset[Site]  # sites of multipliers; what one of these has changed is not read
 
     def stream(self, number: int, branches: Iterable[BranchRoles]) -> list[Tap]:
@@ -44,11 +45,13 @@ class StreamTaps:
         """Dimension of a stream after its last branch."""
         last = branches[-1].region.addition
         axis = self._axis(last, branches[-1])
+        if axis is None and branches[-1].embedding is not None:
+            return branches[-1].embedding  # of a stream that is kept in parts, such as heads
         return last.shape[-1 if axis is None else axis]
 
     @cached_property
     def _axes(self) -> dict[Op, int]:
-        return _coordinate_axes(self.graph, self.streams)
+        return _coordinate_axes(self.graph, self.streams, self.roots)
 
     def _along(self, number: int, branches: list[BranchRoles]) -> Iterator[Tap]:
         at: dict[int, list[BranchRoles]] = defaultdict(list)
@@ -218,12 +221,22 @@ def _is_dropout(op: Op) -> bool:
     return tuple(noise.shape) == op.shape and 0 not in noise.stride()  # a mask for all coordinates is expanded
 
 
-def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
-    """Follow the axis of what the last matrix made, on a stream of what made the stream: a branch may mix tokens instead."""
+def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op], roots: frozenset[Op]) -> dict[Op, int]:
+    """Follow the axis of what the last matrix made, on a stream of what made the stream: a branch may mix tokens instead.
+
+    A matrix on the stream may mix something else, too, as where several streams are kept along an axis.
+    """
     axes: dict[Op, int] = {}
+    last = max(streams, key=lambda op: op.index, default=None)
+    made = descendants(graph.ops, roots)
     for op in graph.ops:
         if graph.is_matrix(op):
-            axes[op] = _written_axis(graph, op)
+            along = last is not None and op in made and op.index < last.index and op.name not in CONVOLUTIONS
+            (operand, *_) = op.data or (op,)
+            if not along or axes.get(operand) == _summed_axis(op, operand):
+                axes[op] = _written_axis(graph, op)
+            elif operand in axes:
+                axes[op] = axes[operand]
         elif "lookup" in graph.kinds(op):
             axes[op] = len(op.shape) - 1
         else:
@@ -233,6 +246,12 @@ def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op]) -> dict[Op, int]:
             if axis is not None:
                 axes[op] = axis
     return axes
+
+
+def _summed_axis(op: Op, operand: Op) -> int:
+    """Axis of its operand that a matrix product sums over."""
+    second = op.name != "Linear" and op.operands[-1] is not None and op.operands[-1][0] is operand
+    return len(operand.shape) - (2 if second else 1)
 
 
 def _written_axis(graph: Graph, op: Op) -> int:

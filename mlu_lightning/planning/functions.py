@@ -39,9 +39,9 @@ def plan_functions(
     """Make the numbers of parameters that go through functions those of the weights that these make."""
     groups: dict[object, list[str]] = defaultdict(list)  # that differ in their place along the depth only
     functions = _functions(structure)
-    for name in functions:
-        entry = planned[name]
-        groups[name_pattern(name), entry.role, entry.shape, entry.base_shape, entry.ratios].append(name)
+    for name, function in functions.items():
+        both = planned[name], planned[function.entries or name]
+        groups[name_pattern(name), tuple((p.role, p.shape, p.base_shape, p.ratios) for p in both)].append(name)
     changed: dict[str, ParameterPlan] = dict(planned)
     refused: dict[str, tuple[WeightFunction, str]] = {}
     for names in groups.values():

@@ -24,6 +24,7 @@ def override_roles(
     A pattern may match names ``elsewhere`` instead: a base has no counterpart of the last blocks of a deeper module.
     """
     parameters, copies = dict(structure.parameters), dict(structure.copies)
+    sizes = {(stream.embedding,) for stream in structure.streams}
     for pattern, role in overrides.items():
         matches = fnmatch.filter(parameters, pattern)
         if not matches and not fnmatch.filter(elsewhere, pattern):
@@ -42,11 +43,14 @@ def override_roles(
                 f"{', '.join(_ROWS)}; what is a copy of another submodule is '{_COPY}net'."
             )
         for name in matches:
-            given, variant = _ROWS[str(role)]
+            (given, variant), facts = _ROWS[str(role)], parameters[name]
             _check_readout(structure, name, given, pattern)
-            if given is parameters[name].role:
-                variant = variant or parameters[name].variant
-            parameters[name] = replace(parameters[name], role=given, variant=variant)
+            if given is facts.role:
+                variant = variant or facts.variant
+            elif given is Role.EMBEDDING and facts.role in (None, Role.FROZEN) and facts.shape[1:] in sizes:
+                # autograd has not shown which way round it is: a table, as of positions
+                facts = replace(facts, fan_in=1, fan_out=facts.shape[1], transposed=True)
+            parameters[name] = replace(facts, role=given, variant=variant)
     unassigned = {name: why for name, why in structure.unassigned.items() if parameters[name].role is None}
     left_alone = {name for name, facts in parameters.items() if facts.role is Role.FROZEN}
     return replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,15 +40,19 @@ def seen_through() -> Iterator[None]:
     Others stay one node of the graph. FlexAttention is its formula, also on CPUs, where it has no backward pass.
     """
 
-    def apply(cls: Any, *args: Any) -> Any:
-        opened = None if cls.__module__.startswith("torch.") else _opened(cls, args)
-        return cast(Any, super(_SingleLevelFunction, cls)).apply(*args) if opened is None else opened
+    # since torch 2.14 that of Function is no Python; what keeps an ``apply`` beside its class stays one node there
+    owner: Any = _SingleLevelFunction if isinstance(vars(Function)["apply"], classmethod) else Function
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        closed = cls.__module__.startswith("torch.") or torch._C._are_functorch_transforms_active()
+        opened = None if closed else _opened(cls, args, kwargs)
+        return super(owner, cls).apply(*args, **kwargs) if opened is None else opened
 
     with (
         mock.patch.object(flex, "_validate_device", lambda *_: None),
         mock.patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),  # calls what follows as it is
         mock.patch.object(flex, "flex_attention_hop", _composed),
-        mock.patch.object(_SingleLevelFunction, "apply", classmethod(apply), create=True),
+        mock.patch.object(owner, "apply", classmethod(apply), create=True),
     ):
         yield
 
@@ -61,7 +65,7 @@ def _composed(*args: Any) -> Any:
         return math_attention(*args)
 
 
-def _opened(cls: Any, args: tuple[Any, ...]) -> Any:
+def _opened(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a custom function makes, with the graph of its forward pass; None if that does not show all it is made of."""
     inputs = {x.grad_fn for x in args if isinstance(x, Tensor) and x.grad_fn is not None}
     if not inputs or not torch.is_grad_enabled():
@@ -70,7 +74,7 @@ def _opened(cls: Any, args: tuple[Any, ...]) -> Any:
     needed = tuple(isinstance(x, Tensor) and x.requires_grad for x in args)
     notes = () if separate else (_Notes(needs_input_grad=needed),)
     try:
-        made = cls.forward(*notes, *args)
+        made = cls.forward(*notes, *args, **kwargs)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError):
         return None  # kernels, and what may change tensors only where no gradient is kept
     tensors = [x for x in (made if isinstance(made, tuple) else (made,)) if isinstance(x, Tensor)]

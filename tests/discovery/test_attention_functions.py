@@ -50,7 +50,7 @@ def masked(query: Tensor, key: Tensor, value: Tensor) -> Any:
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "fused": F.scaled_dot_product_attention,
     "recomputed": lambda *given: Recomputed.apply(*given)[0],
-    "separate": Separate.apply,
+    "separate": lambda *given: Separate.apply(*given),
     "flex": flex_attention,
     "flex, masked and capped": masked,
 }

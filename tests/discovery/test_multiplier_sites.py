@@ -120,6 +120,18 @@ def test_a_branch_that_something_else_reads_cannot_be_folded() -> None:
     assert (branch.site, branch.folds) == (None, ())
 
 
+class Both(Block):
+    def forward(self, stream: Tensor) -> Any:  # after the sum was made, its branch is no place to multiply it
+        branch = super().forward(stream)
+        return stream + branch, branch
+
+
+def test_a_branch_that_is_returned_beside_the_sum_is_multiplied_before() -> None:
+    parts = {"blocks": nn.ModuleList([Both(), Both()])}
+    structure = discover(Net(lambda net, x: net.out(net.blocks[1](net.blocks[0](net.embed(x))[0])[0]), **parts), X)
+    assert [str(branch.site) for branch in structure.branches] == [f"blocks.{i}.write output" for i in range(2)]
+
+
 def test_a_number_for_each_branch_is_of_bounded_size() -> None:
     structure = blocks(lambda net, h, i: net.scales[i] * net.blocks[i](h), scales=nn.Parameter(torch.ones(2)))
     facts = structure.parameters["scales"]

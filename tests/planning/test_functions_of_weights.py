@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.residual_networks import Net
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn, optim
 from torch.autograd import Function
@@ -269,3 +270,24 @@ class Trained(LightningModule):
 def test_weight_norm_passes_the_check() -> None:
     report = check(Trained, Shape(2, 32, 16), [(X, Y)] * 4, axes=["depth", "hidden", "embedding"], factors=[1, 2, 4])
     assert report.verdict == "pass"
+
+
+def test_gains_of_a_first_block_that_reads_data_are_not_those_of_others() -> None:
+    """All gains are the lengths of rows, which stay: those of Θ(1) data, and of D entries of size D^(-1/2)."""
+
+    def net(width: int) -> nn.Module:
+        def forward(net: Any, x: Tensor) -> Any:
+            h = net.skip(x) + net.writes[0](torch.tanh(net.reads[0](x)))
+            return net.out(h + net.writes[1](torch.tanh(net.reads[1](h))))
+
+        reads = nn.ModuleList(parametrizations.weight_norm(nn.Linear(n, 8)) for n in (3, width))
+        writes, skip, out = (
+            nn.ModuleList(nn.Linear(8, width) for _ in range(2)),
+            nn.Linear(3, width),
+            nn.Linear(width, 2),
+        )
+        return Net(forward, blocks=nn.Identity(), embed=nn.Identity(), reads=reads, writes=writes, skip=skip, out=out)
+
+    plan = Plan.from_model(net(64), torch.ones(4, 3), base=net(8))
+    gains = [f"reads.{i}.parametrizations.weight.original0" for i in range(2)]
+    assert [plan.scales("adamw")[name].lr for name in gains] == pytest.approx([1, 1], rel=0.3)

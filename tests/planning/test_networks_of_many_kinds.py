@@ -85,7 +85,7 @@ def test_learning_rates(forward: Callable[[Any, Tensor], Any]) -> None:
         log_std = nn.Parameter(torch.zeros(2))
         return built(forward, *shape, other=built(None, *shape, ends=(2, 3)), log_std=log_std, **parts)
 
-    plan = Plan.from_model(whole(2 * 3, 2 * 5, 2 * 7), BATCH, base=whole(2, 2, 2))
+    plan = Plan.from_model(whole(2 * 3, 2 * 5, 4 * 7), BATCH, base=whole(2, 2, 4))
     for name, *powers in map(str.split, KINDS[forward].split(",")):
         n, inverse_g = (eval(power, {"l": 3, "m": 5, "d": 7}) for power in powers)
         found = plan.scales("adamw")[name].lr, plan.scales("sgd")[name].lr

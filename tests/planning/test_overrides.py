@@ -15,9 +15,9 @@ from mlu_lightning import Plan
 class Block(nn.Module):
     """Between its matrices, spare vectors multiply groups of units, so that they fit neither side of one."""
 
-    def __init__(self, **spare: int) -> None:
+    def __init__(self, width: int = 8, **spare: int) -> None:
         super().__init__()
-        self.read, self.write = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.read, self.write = nn.Linear(width, 16), nn.Linear(16, width)
         self.spare_names = [*spare]
         for name, size in spare.items():
             setattr(self, name, nn.Parameter(torch.ones(size)))
@@ -78,3 +78,21 @@ def test_names_are_written_out_where_a_glob_would_match_others() -> None:
     with pytest.raises(ValueError, match="could not be placed") as error:
         Plan.from_model(model, X)
     assert [*suggested(str(error.value))] == ["1.spare"]
+
+
+def test_positions_that_autograd_does_not_show_are_a_table() -> None:
+    class Positions(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(3, width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.table.data[: len(x)]
+
+    def build(width: int) -> nn.Module:
+        positions = Positions(width)
+        return nn.Sequential(nn.Linear(3, width), positions, *(Block(width) for _ in range(2)), nn.Linear(width, 2))
+
+    plan = Plan.from_model(build(32), X[:3], base=build(8), overrides={"1.table": "embedding"})
+    for name in ("1.table", "0.weight"):  # as of data, of which 0.weight is the matrix
+        assert (plan.scales("adam")[name].lr, plan.scales("adam")[name].std) == (1, 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import residual_networks
 from helpers.architectures import LANGUAGE_MODELS
 from torch import Tensor, nn, optim
 from torch.nn import functional as F
@@ -185,6 +186,21 @@ def test_what_cannot_be_compensated_is_said(kind: str, warning: str) -> None:
     plan = Plan.from_model(Other(kind, 4), X, base=Other(kind, 2))
     assert not plan.own_constants and {multiplier.value for multiplier in plan.multipliers} == {0.5, 1.0}
     assert warning in " ".join(plan.warnings) and bool(plan.warnings) == bool(warning)
+
+
+def test_a_gain_on_what_has_length_one_and_is_multiplied_by_the_root_of_its_entries() -> None:
+    def net(width: int) -> nn.Module:
+        def forward(net: Any, x: Tensor) -> Any:
+            h = net.embed(x)
+            normed = F.normalize(net.read(h), dim=-1) * net.gain * width**0.5
+            return net.out(h + net.write(torch.tanh(normed)))
+
+        shapes = {"embed": (3, 4), "read": (4, width), "write": (width, 4), "out": (4, 2)}
+        parts = {name: nn.Linear(*shape) for name, shape in shapes.items()}
+        return residual_networks.Net(forward, blocks=nn.Identity(), gain=nn.Parameter(torch.ones(width)), **parts)
+
+    plan = Plan.from_model(net(32), X, base=net(8))
+    assert plan.parameters["gain"].constant_ratio == 1 and plan.scales("adamw")["gain"].std == 1
 
 
 def test_a_learned_scalar_is_no_constant() -> None:

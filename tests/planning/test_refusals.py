@@ -57,6 +57,11 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         RuntimeError,
         r"^While planning, forward of Net .* KeyError: 'y'\. .*example=.*plan=",
     ),
+    "shapes": (
+        lambda: Net(lambda net, x: net.embed(net.embed(x))),
+        RuntimeError,
+        "^While planning, .* raised RuntimeError: mat1",
+    ),
     "device": (failing(NotImplementedError("on a CPU")), RuntimeError, "raised NotImplementedError: on a CPU"),
     "attribute": (failing(AttributeError("no scale")), RuntimeError, "raised AttributeError: no scale"),
 }
