@@ -37,7 +37,8 @@ def save_drifts(rows: Sequence[Row], path: Path) -> None:
                     if row.bound == "≤":
                         axes.annotate("↓", (where, row.drift.value), color=style["color"], ha="center", va="top")
             values = sorted({round(math.log2(getattr(row, key)), 6) for row in shown})
-            apart = [v for v, last in zip(values, [-99.0, *values], strict=False) if v - last > 0.6]
+            room = max(0.6, (values[-1] - values[0]) / 10)
+            apart = [v for v, last in zip(values, [-99.0, *values], strict=False) if v - last > room]
             size_axis(axes, [2.0**value for value in apart], [_size(2.0**value) for value in apart])
             axes.axhline(0, color="0.6", linewidth=1, linestyle=":", zorder=0)
             axes.axvline(1, color="0.6", linewidth=1, linestyle=":", zorder=0)

@@ -79,6 +79,7 @@ def drift_table(rows: Sequence[Row]) -> Table:
         table.add_section()
         table.add_row(f"[bold]{study}[/bold]")
         of_study = [row for row in rows if row.study == study]
+        compared = {row.parameterization for row in of_study}
         for change in dict.fromkeys(row.change for row in of_study):
             of_shape = [row for row in of_study if row.change == change]
             start = (change, f"{of_shape[0].ratio:.2f}", f"{of_shape[0].absolute:.2f}")
@@ -86,7 +87,7 @@ def drift_table(rows: Sequence[Row]) -> Table:
                 if row.runs_of != row.parameterization:
                     continue
                 same = [NAMES[other.parameterization] for other in of_shape if other.runs_of == row.runs_of]
-                names = "all" if len(same) == len(of_shape) else ", ".join(same)
+                names = "all" if len(same) == len(compared) else ", ".join(same)
                 drift = f"{row.bound} {row.drift.value:+.1f} ± {row.drift.error:.1f}".lstrip()
                 regret = row.regret.text(3) if math.isfinite(row.regret.value) else "diverged"
                 table.add_row(*start, names, drift, regret, row.loss.text(3))

@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.recipe_results import cells
+from helpers.trainers import loader, quiet
 
 from mlu_lightning import Plan, Shape
 from mlu_lightning.models import ResNet
 from recipes.aspect import attention, limit, report
 from recipes.aspect import run as recipe
+from recipes.aspect.muon import MuonTransformer
 from recipes.common.gradient_descent import Problem
 from recipes.lr_transfer.runs import Study, capped, plans_of, shared_runs
 from recipes.paper_rates.run import paper_problem
@@ -54,6 +57,19 @@ def test_shipped_studies() -> None:
         assert all(len(part.shapes(axis)) > 1 for axis in part.axes)
 
 
+def test_muon_trains_matrices_of_branches_as_fast_as_adamw_trains_the_rest() -> None:
+    """AdamW's first step is the learning rate in every entry; of Muon's, 0.2 times it in RMS, but for its approximation."""
+    sizes = {"vocabulary": 11, "context": 8, "depth": 1, "embedding": 16, "heads": 4, "head_dim": 4, "mlp_hidden": 16}
+    module, trainer = MuonTransformer(**sizes, lr=0.01, schedule_steps=4), quiet(max_steps=1)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    trainer.fit(module, loader([torch.arange(144).view(16, 9) % 11] * 2))
+    moved = zip(module.named_parameters(), before, strict=True)
+    steps = {name: float((parameter - old).detach().square().mean().sqrt()) for (name, parameter), old in moved}
+    muon = [steps.pop(name) / 0.01 for name in [*steps] if "branches" in name and "norm" not in name]
+    assert trainer.global_step == 1 and len(muon) == 6 and all(0.12 < step < 0.28 for step in muon)
+    assert steps["norm.weight"] == pytest.approx(0.01, rel=1e-2)
+
+
 def test_capped_std() -> None:
     """√(D/(L·M)) is not above 1, or above the base's where that is larger."""
 
@@ -92,11 +108,7 @@ def test_numbers_of_others_in_the_absolute_form(name: Any) -> None:
 def test_onset_is_found() -> None:
     sizes = np.log2([0.25, 0.5, 1, 2, 4, 8, 16])
     start, slope, scatter = report.fit_onset(sizes, -1.5 * np.maximum(0, sizes - math.log2(1.5)))
-    assert (2**start, slope, scatter) == (
-        pytest.approx(1.5, rel=0.05),
-        pytest.approx(-1.5, rel=0.03),
-        pytest.approx(0, abs=0.05),
-    )
+    assert (2**start, slope) == pytest.approx((1.5, -1.5), rel=0.05) and scatter < 0.05
     assert report.fit_onset(sizes, np.zeros(7))[1:] == (0, 0)
 
 

@@ -32,9 +32,8 @@ def postgresql() -> Iterator[str]:
     found = which("initdb") or max(map(str, Path("/usr/lib/postgresql").glob("*/bin/initdb")), default=None)
     if found is None or find_spec("psycopg") is None:
         pytest.skip("PostgreSQL and psycopg are not installed")
-    user = "postgres" if os.getuid() == 0 else None
     with TemporaryDirectory() as folder:
-        if user:
+        if user := "postgres" if os.getuid() == 0 else None:
             chown(folder, user)
         options = {"check": True, "user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
         subprocess.run([found, "-D", "data", "-U", "mlu", "-A", "trust", "--no-sync"], **options)
@@ -44,10 +43,10 @@ def postgresql() -> Iterator[str]:
         subprocess.run([*control, "-m", "immediate", "stop"], **options)
 
 
-@pytest.mark.parametrize(
-    "storage",
-    ["sqlite:///{}/shared.db", "postgresql", pytest.param("{}/journal.log", marks=pytest.mark.slow)],
-)
+JOURNAL = pytest.param("{}/journal.log", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/shared.db", "postgresql", JOURNAL])
 def test_two_processes_work_on_one_study(tmp_path: Path, storage: str, request: pytest.FixtureRequest) -> None:
     url = request.getfixturevalue(storage) if storage == "postgresql" else storage.format(tmp_path)
     shared = {"storage": url, "trials": 4}

@@ -89,7 +89,7 @@ def test_richness_is_the_std_of_branch_out_over_the_learning_rate_of_branch_in(o
     space = search_space(plan, ["alpha"])
     tuned = factors_at(space, {"lr": 1.0, "alpha": 4.0})
     assert tuned == {"branch_out": {"alpha": 4.0}}
-    rich, given = replace(plan, tuned=tuned), Plan.from_model(plain(), TOKENS[0], base=plain(), alpha=4.0)
+    rich, given = replace(plan, tuned=tuned), replace(plan, alpha=4.0)
     assert rich.scales(optimizer) == given.scales(optimizer) and rich.forward_factors == given.forward_factors
     assert Plan.from_yaml(rich.to_yaml(), "") == rich
     own, before = rich.scales(optimizer)["branches.1.read.weight"], plan.scales(optimizer)["branches.1.read.weight"]
