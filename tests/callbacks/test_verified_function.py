@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.callback_runs import BATCH, OUTPUTS, WIDE, Net, fit, loader
 from lightning.pytorch.callbacks import ModelPruning
-from torch import Tensor, nn
+from torch import Tensor
 
 from mlu_lightning import MLUCallback, Plan
 from mlu_lightning.application import folded_parameters
@@ -29,14 +29,9 @@ class Hooked(Net):
             block.register_forward_hook(lambda module, args, output: output / 4)
 
 
-class InOneMode(Net):
-    """Has a constant of its own in training, or, ``in_training=False``, in evaluation, with dropout."""
-
-    in_training = True
-
+class ConstantInTraining(Net):
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = super().forward(nn.functional.dropout(inputs, 0.2, self.training))
-        return outputs * self.shape[2] ** -0.5 if self.training == self.in_training else outputs
+        return super().forward(inputs) * (self.shape[2] ** -0.5 if self.training else 1.0)
 
 
 class InTrainingOnly(Net):
@@ -67,14 +62,6 @@ def test_other_functions_than_the_plans_are_refused(make: type[Net], name: str, 
     fit(make(), MLUCallback(make(), residual=residual))  # at the base shape, whatever it computes
 
 
-@pytest.mark.parametrize("in_training", [True, False])
-def test_constants_that_act_in_one_mode_only_are_no_fault(in_training: bool) -> None:
-    """Those in training are in the plan."""
-    make = type("InOneMode", (InOneMode,), {"in_training": in_training})
-    fit(module := make(**WIDE), callback := MLUCallback(make(), residual="hook"))
-    assert callback.plan is not None and bool(callback.plan.own_constants) == in_training and module.losses
-
-
 def test_what_was_trained_or_is_somebodys_own_is_not_compared() -> None:
     module, callback = Hooked(**WIDE), MLUCallback(Net(), init=None)
     fit(module, callback)
@@ -95,7 +82,7 @@ def test_a_step_that_cannot_be_run_in_evaluation_mode_is_named() -> None:
         fit(InTrainingOnly(**WIDE), MLUCallback(InTrainingOnly()))
 
 
-@pytest.mark.parametrize("make", [Net, WithGradients])
+@pytest.mark.parametrize("make", [Net, WithGradients, ConstantInTraining])
 def test_nothing_is_left_of_it(make: Callable[..., Net]) -> None:
     """The run is that without the comparison, bit for bit, and so is the base."""
     base = make()

@@ -84,29 +84,6 @@ class ForwardForMetric(Step):
         return self.loss(batch)
 
 
-class ByHand(Step):
-    """Unscales, measures and clips gradients, and climbs as SAM does, before its optimizer's step."""
-
-    automatic_optimization = False
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        scaler = torch.amp.GradScaler("cpu")
-        self.manual_backward(scaler.scale(self.loss(batch)))
-        scaler.unscale_(optimizer)
-        norm = torch.stack([parameter.grad.norm() for parameter in self.parameters()]).norm()
-        nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.add_(parameter.grad / (norm + 1))
-        self.manual_backward(scaler.scale(self.loss(batch)))
-        scaler.step(optimizer)
-        scaler.update()
-
-
 class MadeByHooks(Step):
     def on_fit_start(self) -> None:
         self.scale = torch.tensor(2.0)
@@ -154,8 +131,7 @@ class Closures(Step):
 
 
 STEPS: dict[type[Step], Any] = dict.fromkeys(
-    (Force, EnergyAndForce, GradientPenalty, Adversarial, ForwardForMetric, ByHand, MadeByHooks, Iterating, Closures),
-    INPUTS,
+    (Force, EnergyAndForce, GradientPenalty, Adversarial, ForwardForMetric, MadeByHooks, Iterating, Closures), INPUTS
 ) | {Popping: UserDict(x=INPUTS), OfDataclass: Slotted(INPUTS)}
 
 

@@ -139,12 +139,7 @@ def move_readout(module: Module) -> None:
 
 def decay_by_hand() -> Run:
     planted = run(optimizer=lambda module: optim.AdamW(module.parameters(), **{**NUMBERS, "weight_decay": 0.0}))
-
-    def decay(trainer: Any, module: Module) -> None:
-        for parameter in module.parameters():
-            parameter.data.mul_(1 - 0.002)
-
-    planted.after.append(At("on_after_backward", decay, 0))
+    planted.after.append(At("on_after_backward", lambda trainer, module: decay_all(module), 0))
     return planted
 
 
@@ -177,10 +172,6 @@ def before_second_batch(do: Callable[[Module], Any]) -> Run:
     planted = run()
     planted.after.append(At("on_train_batch_start", lambda trainer, module: do(module), 1))
     return planted
-
-
-def made_anew(module: Module) -> None:
-    module.readout.weight = nn.Parameter(module.readout.weight.detach().clone())
 
 
 def decay_all(module: Module) -> None:
@@ -292,7 +283,7 @@ UPDATES: dict[str, Fault] = {
     ),
     "weights tied after the first step": Fault("lr", lambda: after_batches(tied), "first step", EXCHANGED),
     "weight_norm after the first step": Fault("lr", lambda: after_batches(normed), "first step", EXCHANGED),
-    "readout made anew after the first step": Fault(ALL, lambda: after_batches(made_anew), None, IDLE),
+    "readout made anew after the first step": Fault(ALL, lambda: after_batches(lambda m: setattr(m.readout, "weight", nn.Parameter(m.readout.weight.data.clone()))), None, IDLE),
     "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
     "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
     "readout in no optimizer": Fault(ALL, lambda: partly(None), None, IDLE),

@@ -11,7 +11,6 @@ from helpers.runs_by_hand import Net as Trained
 from torch import Tensor, nn
 
 from mlu_lightning import MLUCallback, Plan
-from mlu_lightning.models import ResNet
 
 
 class Waves(nn.Module):
@@ -76,18 +75,6 @@ def test_what_cannot_be_planned(make: Any, error: Any, message: str) -> None:
 def test_complex_weights_can_be_left_alone() -> None:
     plan = Plan.from_model(waves(), (X,), overrides={"blocks.*.modes": "frozen"})
     assert [name for name, role in plan.roles.items() if role == "frozen"] == ["blocks.0.modes", "blocks.1.modes"]
-
-
-class Asking(ResNet):
-    """Asks its optimizer for what that does not have."""
-
-    def training_step(self, batch: Any) -> Any:
-        return super().training_step(batch) * self.optimizers().rates
-
-
-def test_errors_that_stand_ins_raise_for_a_step_name_it() -> None:
-    with pytest.raises(RuntimeError, match=r"^While planning, training_step of Asking .*no attribute 'rates'.*plan="):
-        Plan.from_model(Asking(2, 4, 4, 3, 2), (torch.ones(2, 3), torch.ones(2, 2)))
 
 
 def test_errors_in_a_step_name_it() -> None:
