@@ -168,7 +168,7 @@ def test_zero_stays_zero(role: Role, mode: str) -> None:
 def test_a_layer_of_zeros_counts_in_the_scale_of_the_others(mode: str) -> None:
     layers = seeded(lambda: nn.Sequential(*(nn.Linear(100, 200, bias=False) for _ in range(2))))
     nn.init.zeros_(layers[1].weight)
-    initialize(layers, plan_of(layers, role=Role.EMBEDDING), mode)
+    initialize(layers, plan_of(layers, role=Role.READOUT), mode)
     assert not layers[1].weight.any()
     assert rms(layers[0].weight) == pytest.approx(math.sqrt(2) * BASE_STD, rel=SAMPLED)
 

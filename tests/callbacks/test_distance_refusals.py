@@ -102,7 +102,7 @@ def test_no_common_step_is_refused(tmp_path: Path) -> None:
 ARGUMENTS: list[tuple[Any, str]] = [
     (("a.safetensors", ["rms", "l2"]), r"metrics=\['rms', 'l2'\] should be .* rms, gram, cka, procrustes, output"),
     *((("a.safetensors", metrics), "should be a list of some of") for metrics in ([], "gram")),
-    *(([paths], "files of the same name; give a dict") for paths in (["x/a.st", "y/a.st"], ["x/a:v0", "y/a:v0"])),
+    *(([paths], "files of the same name: give a dict") for paths in (["x/a.st", "y/a.st"], ["x/a:v0", "y/a:v0"])),
     (({},), "one or more references"),
     (({"floor": "a.safetensors"},), 'none of them by the name "floor"'),
     *(

@@ -15,7 +15,7 @@ MODES = ("rescale", "normal", "coupled")
 GROWN = Ratios(depth=2.0, inputs=4.0, outputs=9.0)
 # The table's std at these ratios (theory.md, section 3), worked out by hand; the other roles keep the base's
 STD = dict.fromkeys(Role, 1.0) | {Role.BRANCH_OUT: 3 / 4, Role.STREAM_BOUNDED_MATRIX: 1 / 4}
-_OF_INPUTS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_BOUNDED_MATRIX, Role.STREAM_MATRIX)
+_OF_INPUTS = (Role.EMBEDDING, Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_BOUNDED_MATRIX, Role.STREAM_MATRIX)
 STD |= dict.fromkeys(_OF_INPUTS, 1 / 2)
 BASE_STD = 0.1
 FLOAT32 = 1e-6  # one rounding of every entry
