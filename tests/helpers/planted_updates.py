@@ -283,7 +283,9 @@ UPDATES: dict[str, Fault] = {
     ),
     "weights tied after the first step": Fault("lr", lambda: after_batches(tied), "first step", EXCHANGED),
     "weight_norm after the first step": Fault("lr", lambda: after_batches(normed), "first step", EXCHANGED),
-    "readout made anew after the first step": Fault(ALL, lambda: after_batches(lambda m: setattr(m.readout, "weight", nn.Parameter(m.readout.weight.data.clone()))), None, IDLE),
+    "readout made anew after the first step": Fault(
+        ALL, lambda: after_batches(lambda m: setattr(m, "readout", copy.deepcopy(m.readout))), None, IDLE
+    ),
     "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
     "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
     "readout in no optimizer": Fault(ALL, lambda: partly(None), None, IDLE),
