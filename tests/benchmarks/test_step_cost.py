@@ -54,7 +54,8 @@ def show(request: pytest.FixtureRequest) -> Iterator[Show]:
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = processor.group(1) if processor else platform.processor()
     line(f"\n{name}, one of {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
-    line(f"load at the beginning {os.getloadavg()[0]:.1f}; not installed: {[*VARIANTS.keys() - PRESENT] or 'none'}")
+    missing = [*VARIANTS.keys() - {*PRESENT, *STARTED}] or "none"
+    line(f"load at the beginning {os.getloadavg()[0]:.1f}; not installed: {missing}")
     yield line
     line(f"load at the end {os.getloadavg()[0]:.1f}")
 
