@@ -84,7 +84,7 @@ class Variant(_Name):
     """What one of several summands is proportional to: of what is added to the stream in every block beside its branch,
     and ``readout`` where readouts at several depths are summed."""
     IN_HEAD = "in_head"
-    """``stream_matrix`` after the last addition: where its outputs do not grow, it is a ``stream_bounded_matrix``."""
+    """``stream_matrix`` after the last addition; where outputs do not grow, any is a ``stream_bounded_matrix``."""
 
 
 COMPOUNDING = frozenset({Variant.POST_NORM, Variant.EVERY_BLOCK})

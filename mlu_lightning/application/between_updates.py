@@ -26,6 +26,7 @@ class BetweenUpdates:
         self._weights = dict(start)
         self._updated: set[str] = set()
         self._gradients: dict[str, Sample] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
         self._edits = vars(module)[EDITS] = 0
         self._said: set[str] = set()
 
@@ -43,22 +44,34 @@ class BetweenUpdates:
                 "so it is not as far as in the same run with hooks, as where SAM climbs before it descends. Give "
                 'MLUCallback residual="hook" for that.'
             )
-        self._gradients = samples({n: p.grad for n, p in folded.items() if p.grad is not None})
+        gradients = {name: grad for name, p in folded.items() if (grad := p.grad) is not None}
+        self._gradients, self._versions = samples(gradients), {n: (id(g), g._version) for n, g in gradients.items()}
         self._edits = vars(self._module).get(EDITS, 0)
 
     def before_update(self, own: Mapping[str, Tensor]) -> None:
         """Look whether somebody has changed gradients."""
         before = {name: self._gradients.pop(name) for name in {*own} & {*self._gradients}}
-        now = samples({n: grad for n in before if (grad := own[n].grad) is not None})
-        changed = [name for name, found in now.items() if not before[name].is_doubled(found)]
+        gradients = {name: grad for name in before if (grad := own[name].grad) is not None}
+        changed = [
+            name for name, now in samples(gradients).items() if self._is_changed(name, before[name], now, gradients)
+        ]
         if changed and self._edits == vars(self._module).get(EDITS, 0):
             self._say(
-                f"Gradients were changed between backward and the first updates: {listed(sorted(changed))}. Of weights that "
-                "have multipliers in them they are larger by 1/multiplier, so what clips, limits or adds to them does "
-                "something else than in the same run with hooks. Let Lightning clip (gradient_clip_val, "
-                "configure_gradient_clipping, self.clip_gradients), do it in unfolded_gradients(module, plan), and in "
+                "Gradients were changed between backward and the first updates, or multiplied by 1, as by clipping that "
+                f"does not bind yet: {listed(sorted(changed))}. Of weights that have multipliers in them they are larger by "
+                "1/multiplier, so what clips, limits or adds to them does something else than in the same run with hooks. "
+                "Let Lightning clip (gradient_clip_val, configure_gradient_clipping, self.clip_gradients), do it in "
+                "unfolded_gradients(module, plan), and in "
                 'unfolded_weights(module, plan) if it reads weights, too; or give MLUCallback residual="hook".'
             )
+
+    def _is_changed(self, name: str, before: Sample, now: Sample, gradients: Mapping[str, Tensor]) -> bool:
+        """Whether a gradient was changed by anything but a power of two, or written to and left as it was."""
+        if not before.is_of(now):
+            return not before.is_doubled(now)
+        number, version = self._versions[name]
+        gradient = gradients[name]
+        return id(gradient) == number and gradient._version != version and bool(now.values.any())
 
     def after_update(self, found: Mapping[str, Sample]) -> None:
         """Note weights that were updated."""

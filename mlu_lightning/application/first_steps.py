@@ -12,13 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from mlu_lightning.application.between_updates import BetweenUpdates
-from mlu_lightning.application.initial_weights import trained_parameters
+from mlu_lightning.application.initial_weights import refuse_exchanged, trained_parameters
 from mlu_lightning.application.inner_optimizers import parameters_of
 from mlu_lightning.application.multiplier_routes import ActingMultipliers
 from mlu_lightning.application.optimization import Scaled, ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
+from mlu_lightning.application.used_numbers import refuse_one_number
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import listed, original_module
 from mlu_lightning.utilities.samples import Sample, samples
@@ -67,9 +68,11 @@ class FirstSteps:
         self._start = samples(trained_parameters(module, plan))
         self._unmoved = {*self._start}
         self._before: dict[str, Sample] = {}
+        self._gradients: dict[str, Sample] = {}  # of an optimizer that is not known
         self._moved: set[str] = set()  # in an update
         self._unread: dict[str, str] = {}  # by parameter: what its update has not asked for
         self._have_stepped: dict[ScaledOptimizer, None] = {}
+        self._idle: set[str] = set()  # warned of
         self._looks = 0  # since the first update, or before it
         self._multipliers = ActingMultipliers(module, plan)
         self._multipliers.track(not in_loop)
@@ -84,7 +87,10 @@ class FirstSteps:
             self._multipliers.track(False)
 
     def before_backward(self, loss: Tensor) -> None:
-        """Refuse a loss that depends on weights around their multipliers."""
+        """Refuse a loss that depends on weights around their multipliers, and what was done since the last step."""
+        if self._have_stepped:
+            self.look_before_batch()
+            self.end()
         if self._between is not None:
             self._multipliers.refuse_detours(loss)
 
@@ -105,6 +111,9 @@ class FirstSteps:
             return False
         own = self._own(scaled)
         self._before = samples({name: p for name, p in own.items() if name in self._unmoved})
+        self._gradients = {}
+        if first and not is_known(scaled.optimizer):
+            self._gradients = samples({name: grad for name, p in own.items() if (grad := p.grad) is not None})
         if first and not self._manual:
             _refuse_changed_in_step([name for name, now in self._before.items() if not now.is_near(self._start[name])])
         if self._between is not None:
@@ -128,6 +137,8 @@ class FirstSteps:
                 self._unread |= {name: key for name in moved if id(own[name]) in members}
         if not is_known(scaled.optimizer):
             _refuse_written(scaled)  # which reads, too
+            if not self._unread:
+                refuse_one_number(scaled.shadows, own, scaled.families, (before, found, self._gradients))
 
     def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
         """Note what an optimizer has made of the updates of those in it, as Lookahead does."""
@@ -139,13 +150,17 @@ class FirstSteps:
     def look_before_batch(self) -> None:
         """Look at what was done to weights after the first step."""
         if self._between is not None and self._have_stepped:
+            refuse_exchanged(self._module, self._plan)
             trained = trained_parameters(self._module, self._plan)
-            self._refuse_strays(trained)
+            held = self._refuse_strays(trained)[1]
+            self._warn_of_idle([name for name in trained if name in self._start and name not in held])
             self._between.before_batch(trained)
-            self.end()
 
-    def look(self) -> None:
-        """Refuse parameters that moved outside of these optimizers' updates, or in one that did not read their numbers."""
+    def look(self, is_step: bool = False) -> None:
+        """Refuse parameters that moved outside of these optimizers' updates, or in one that did not read their numbers.
+
+        ``is_step`` says that a step was made in the eyes of the Trainer.
+        """
         self._multipliers.forget()
         if self._have_stepped and self._looks >= 1:
             self.end()
@@ -157,12 +172,12 @@ class FirstSteps:
             return
         _refuse_unread(self._unread)
         trained = trained_parameters(self._module, self._plan)
-        moved, held = self._refuse_strays(trained)
+        moved, held = self._refuse_strays(trained, is_step)
         if self._have_stepped and self._looks == 1:
-            _warn_of_idle([name for name in trained if name in self._unmoved and name not in held])
+            self._warn_of_idle([name for name in trained if name in self._unmoved and name not in held])
         self._unmoved &= trained.keys() - (moved if self._have_stepped else set())
 
-    def _refuse_strays(self, trained: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
+    def _refuse_strays(self, trained: Mapping[str, Tensor], is_step: bool = False) -> tuple[set[str], set[str]]:
         """Refuse parameters that have moved without an update; find those that have moved, and those of optimizers."""
         now = samples({name: p for name, p in trained.items() if name in self._unmoved})
         moved = {name for name, found in now.items() if not self._start[name].is_of(found)}
@@ -171,10 +186,19 @@ class FirstSteps:
         explained = set(self._moved)
         if self._looks > _DENSE:
             explained |= _names(names, self._have_stepped)
-        elif not (self._have_stepped or self._manual):
+        elif not (self._have_stepped or self._manual or is_step):
             explained |= held
         _refuse_strays(moved - explained)
         return moved, held
+
+    def _warn_of_idle(self, idle: list[str]) -> None:
+        if idle := [name for name in idle if name not in self._idle]:
+            self._idle |= {*idle}
+            rank_zero_warn(
+                "Parameters of the plan belong to no optimizer that is known in the first step, so they stay as they are: "
+                f"{listed(idle)}. If that is as it should be, requires_grad_(False) says so. Where they were made anew, let "
+                "that be done before configure_optimizers."
+            )
 
     def _own(self, scaled: ScaledOptimizer) -> dict[str, Tensor]:
         names = plan_names(self._module, self._plan)
@@ -231,11 +255,3 @@ def _refuse_written(scaled: ScaledOptimizer) -> None:
                     "has multiplied it, so what the plan asks for is lost. Set it before the step, with a scheduler or in a "
                     "hook that is registered with register_step_pre_hook; or let the step multiply what it finds."
                 )
-
-
-def _warn_of_idle(idle: list[str]) -> None:
-    if idle:
-        rank_zero_warn(
-            f"Parameters of the plan belong to no optimizer that is known in the first step, so they stay as they are: "
-            f"{listed(idle)}. If that is as it should be, requires_grad_(False) says so."
-        )

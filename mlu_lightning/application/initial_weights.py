@@ -20,14 +20,30 @@ class InitialWeights:
 
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         self._module, self._plan = module, plan
-        self.changed: dict[str, str] = {}  # names, and what may have done it
+        self._changed: dict[str, str] = {}  # names, and what may have done it
         self._before = samples(trained_parameters(module, plan))
 
     def look(self, who: str) -> None:
         """Look whether weights are what they were; if they are not, it was somebody since the last time."""
-        before, self._before = self._before, samples(trained_parameters(self._module, self._plan))
-        changed = [name for name, now in self._before.items() if name in before and not before[name].is_of(now)]
-        self.changed = {**dict.fromkeys(changed, who), **self.changed}
+        planned = _planned(self._module, self._plan)
+        watched = {name: planned[name] for name in self._before if name in planned}  # frozen since, too
+        now = samples(watched | trained_parameters(self._module, self._plan))
+        for name, found in now.items():
+            if name in self._before and not self._before[name].is_of(found):
+                self._changed.setdefault(name, who)
+        self._before |= now
+
+    @property
+    def changed(self) -> dict[str, str]:
+        """Names of weights that were changed and are trained, and what may have done it."""
+        trained = trained_parameters(self._module, self._plan)
+        return {name: who for name, who in self._changed.items() if name in trained}
+
+    @property
+    def changed_while_frozen(self) -> dict[str, Tensor]:
+        """Parameters that were changed and are not trained yet."""
+        names = self._changed.keys() - self.changed.keys()
+        return {name: p for name, p in _planned(self._module, self._plan).items() if name in names}
 
 
 def trained_parameters(module: nn.Module, plan: Plan) -> dict[str, Tensor]:

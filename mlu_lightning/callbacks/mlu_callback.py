@@ -229,14 +229,17 @@ class MLUCallback(EitherCallback):
             log_plan(trainer.loggers, self._plan, self._residual, families)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse weights that are not the plan's, and compare what the module computes, unless it was trained before."""
+        """Refuse weights that are not the plan's, and, before the first step, what computes something else."""
+        example, self._seen = self._seen, None
+
+        def compare() -> None:
+            if self._initialized and example is not None:
+                assert self._plan is not None
+                verify_function(trainer, pl_module, self._plan, self._arguments.base, example, self._seed)
+
         if self._verification is not None:
             assert self._changes is not None
-            self._verification.start(trainer, self._changes)
-        example, self._seen = self._seen, None
-        if self.verify and self._initialized and example is not None:
-            assert self._plan is not None
-            verify_function(trainer, pl_module, self._plan, self._arguments.base, example, self._seed)
+            self._verification.start(trainer, self._changes, compare)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note that the weights are others now."""
@@ -265,7 +268,7 @@ class MLUCallback(EitherCallback):
     ) -> None:
         """Refuse updates at other numbers than the plan's."""
         if self._verification is not None:
-            self._verification.batch_end()
+            self._verification.batch_end(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Refuse an update that is nobody's: what has the module's parameters was scaled when its step began."""

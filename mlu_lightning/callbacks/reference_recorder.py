@@ -280,14 +280,15 @@ class _Losses:
 
     def add(self, trainer: Trainer, loss: Tensor, step: int) -> None:
         """Add the loss of a batch, after which so many optimizer steps had been made."""
-        sum_ = self._pending[len(self._repeats)]
+        place = len(self._repeats)
         if self._batches == 0:
-            sum_.copy_(loss, non_blocking=True)
+            self._pending[place] = loss  # all that is done where a step has one batch
         else:
-            sum_.add_(loss.to(sum_.device, non_blocking=True))
+            self._pending[place] += loss.to(self._pending.device, non_blocking=True)
         self._batches += 1
         if step > self._steps:
-            sum_.div_(self._batches)
+            if self._batches > 1:
+                self._pending[place] /= self._batches
             self._repeats.append(step - self._steps)
             self._batches, self._steps = 0, step
         if len(self._repeats) >= _MOST_PENDING:

@@ -35,6 +35,7 @@ class Verification:
         self._weights = InitialWeights(module, plan) if initialized else None
         self._kept: dict[str, Tensor] = kept_as_built(module, plan) if initialized else {}
         self._loaded = False
+        self._first_step = 0
         self.steps: FirstSteps | None = None
 
     def look(self, who: str) -> None:
@@ -48,8 +49,8 @@ class Verification:
         """Take the weights as they will be the next time, because callbacks are loading those of a checkpoint."""
         self._loaded = True
 
-    def start(self, trainer: Trainer, changes: PassingChanges) -> None:
-        """Refuse weights that have changed, now and before the first step."""
+    def start(self, trainer: Trainer, changes: PassingChanges, compare: Callable[[], object]) -> None:
+        """Refuse weights that have changed, now and before the first step, and compare what the module computes then."""
         who = "the module or another callback"
         self._refuse(trainer, f"in on_fit_start, or in on_train_start or the sanity check, of {who}")
 
@@ -57,7 +58,10 @@ class Verification:
             restore()
             skip = method(*args, **kwargs)
             self._refuse(trainer, "in on_train_start, on_train_epoch_start or on_train_batch_start")
-            self._weights = None
+            compare()
+            if self._weights is not None:
+                self._kept |= self._weights.changed_while_frozen
+            self._weights, self._first_step = None, trainer.global_step
             manual = not self._module.automatic_optimization
             self.steps = steps = FirstSteps(self._module, self._plan, self._optimizers, manual)
             changes.note(steps.end)
@@ -91,10 +95,10 @@ class Verification:
                 handle = parameters[name].register_hook(partial(reach, name))  # type: ignore[no-untyped-call]
                 changes.note(handle.remove)
 
-    def batch_end(self) -> None:
+    def batch_end(self, trainer: Trainer) -> None:
         """Look at what has moved."""
         if self.steps is not None:
-            self.steps.look()
+            self.steps.look(is_step=trainer.global_step > self._first_step)
         self._warn_of_kept()
 
     def _warn_of_kept(self) -> None:
@@ -103,10 +107,10 @@ class Verification:
         if trained:
             self._kept = {name: parameter for name, parameter in self._kept.items() if name not in trained}
             rank_zero_warn(
-                "Parameters are trained that required no gradient when MLUCallback set the scale of initial weights, so "
-                f"they have that which they were built with, and not their plan's: {listed(trained)}. This is as it should "
-                "be for weights that were trained before. If they were drawn, let them require gradients until then: freeze "
-                "them in on_fit_start, or in a callback that comes after MLUCallback."
+                "Parameters are trained that required no gradient when MLUCallback set the scale of initial weights, or "
+                f"when they were changed since, so they have not that of their plan: {listed(trained)}. This is as it "
+                "should be for weights that were trained before. If they were drawn, let them require gradients until then: "
+                "freeze them in on_fit_start, or in a callback that comes after MLUCallback, as they are."
             )
 
     def _refuse(self, trainer: Trainer, who: str) -> None:

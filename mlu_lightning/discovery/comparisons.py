@@ -61,7 +61,16 @@ def _summed(graph: Graph, op: Op) -> Iterator[tuple[Axis, Axis]]:
         full = [v for v in factors.values if len(v[0].shapes[v[1]]) == len(shape)]
         gone = [i for i in range(len(shape)) if i not in kept_axes(op, len(shape))]
         named = factors.name == ("Mul" if factors is summed else "Sub")
-        if named and len(full) == 2 and len(gone) == 1 and full[0] != full[1]:
+        if named and len(full) == 2 and len(gone) == 1 and full[0] != full[1] and not _is_center(graph, op, summed):
             axis = gone[0]
             if all(v[0].shapes[v[1]][axis] == shape[axis] > 1 for v in full):
                 yield (full[0], axis), (full[1], axis)
+
+
+def _is_center(graph: Graph, op: Op, summed: Op) -> bool:
+    """Whether what was summed is centered or divided by the sum, as a norm that is written by hand does."""
+    users = [
+        *graph.users[op],
+        *(further for user in graph.users[op] if user.source is op for further in graph.users[user]),
+    ]
+    return any(user.name in ("Sub", "Div") and any(o.source is summed for o in user.data) for user in users)

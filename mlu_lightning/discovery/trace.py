@@ -297,4 +297,4 @@ def _mute(module: Any, losses: list[Tensor]) -> None:
     def schedulers() -> list[Any]:
         return [found["scheduler"] if isinstance(found, dict) else found for found in configured()[1]]
 
-    mute(module, losses, lambda: configured()[0], schedulers)
+    mute(module, losses, lambda: configured()[0], schedulers, gradients=True)

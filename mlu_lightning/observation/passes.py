@@ -44,8 +44,8 @@ def roles_of_base(plan: Plan, base: nn.Module) -> dict[str, Role]:
     return {name: planned[key] for name, key in keys.items() if key in planned}
 
 
-def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Followed:
-    """Pass an example through a module in evaluation mode, and follow it; the module stays as it is."""
+def follow(module: nn.Module, example: Any, roles: Mapping[str, Role], training: bool = False) -> Followed:
+    """Pass an example through a module in evaluation mode, or in training, and follow it; the module stays as it is."""
     parameters = planned_parameters(module)
     dtypes = {parameter.dtype for parameter in parameters.values() if parameter.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
@@ -64,6 +64,7 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role]) -> Follow
     try:
         # steps may ask for gradients themselves, as of inputs
         with undisturbed(module, kept=kept), torch.enable_grad():
+            module.train(training)
             with flow:
                 result = pass_batch(module, batch, "training_step")
             flow.finish(result)

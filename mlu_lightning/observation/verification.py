@@ -98,10 +98,25 @@ def refuse(found: Sequence[Deviation], module: nn.Module, warn: Callable[[str], 
 
 
 def deviations(module: nn.Module, base: nn.Module, plan: Plan, example: Any = None) -> tuple[Deviation, ...]:
-    """Find all that :func:`verify` refuses or warns of, the worst first."""
+    """Find all that :func:`verify` refuses or warns of, the worst first.
+
+    What acts in evaluation only, or in training only, which is what was planned, is no fault: certain is what both show.
+    """
     if example is None:
         example = getattr(module, "example_input_array", None)
-    both = follow(module, example, plan.roles), follow(base, example, roles_of_base(plan, base))
+    found = _in_mode(module, base, plan, example, training=False)
+    if not any(deviation.is_certain for deviation in found):
+        return found
+    too = {deviation.what for deviation in _in_mode(module, base, plan, example, training=True) if deviation.is_certain}
+    both = tuple(deviation for deviation in found if deviation.what in too or not deviation.is_certain)
+    return both if not too or any(deviation.is_certain for deviation in both) else found
+
+
+def _in_mode(module: nn.Module, base: nn.Module, plan: Plan, example: Any, training: bool) -> tuple[Deviation, ...]:
+    both = (
+        follow(module, example, plan.roles, training),
+        follow(base, example, roles_of_base(plan, base), training),
+    )
     kept = (name for name, parameter in planned_parameters(module).items() if not parameter.requires_grad)
     expectations = Expectations(plan, frozenset(kept))
     found = [*_of_uses(expectations, *both), *_of_additions(expectations, *both)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -51,12 +52,17 @@ def run_start_hooks(module: Any, batch: Any) -> None:
 
 
 def mute(
-    module: Any, losses: list[Tensor], optimizers: Callable[[], Sequence[Any]], schedulers: Callable[[], Sequence[Any]]
+    module: Any,
+    losses: list[Tensor],
+    optimizers: Callable[[], Sequence[Any]],
+    schedulers: Callable[[], Sequence[Any]],
+    gradients: bool = False,
 ) -> None:
     """Give a LightningModule a class whose steps log nothing, print nothing and change no weights.
 
-    Losses given to ``manual_backward`` go to ``losses``. ``optimizers()`` and ``lr_schedulers()`` return idle stand-ins
-    of the given ones, and so does the module's Trainer, if it has one.
+    Losses given to ``manual_backward`` go to ``losses``, and with ``gradients`` parameters get some, of zeros.
+    ``optimizers()`` and ``lr_schedulers()`` return idle stand-ins of the given ones, and so does the module's Trainer, if
+    it has one.
     """
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -64,6 +70,9 @@ def mute(
 
     def manual_backward(self: Any, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses.append(loss)
+        for parameter in self.parameters() if gradients else ():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def idle_optimizers(self: Any, use_pl_optimizer: bool = True) -> Any:
         found = [_Idle(optimizer) for optimizer in optimizers()]

@@ -13,12 +13,13 @@ class UserErrors(AbstractContextManager[None]):
         self._what, self._advice = what, advice
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Mark an error, unless it was raised in a file of this package, and not in a torch function that it watches."""
+        """Mark an error, unless this package has raised it itself, which raises no errors of names and keys."""
         while traceback is not None and traceback.tb_next is not None:
             traceback = traceback.tb_next
         if traceback is None or not isinstance(error, Exception):
             return
         frame = traceback.tb_frame
         own = str(frame.f_globals.get("__name__")).startswith(f"{__package__.partition('.')[0]}.")
-        if not own or frame.f_code.co_name == "__torch_function__":
+        watched = frame.f_code.co_name == "__torch_function__"  # a torch function
+        if not own or watched or isinstance(error, (AttributeError, LookupError)):
             raise RuntimeError(f"{self._what} and raised {type(error).__name__}: {error}. {self._advice}") from error

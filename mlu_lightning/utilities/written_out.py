@@ -20,6 +20,9 @@ class WrittenOut(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, name = dict(kwargs or {}), getattr(func, "__name__", "")
         first = args[0] if args else given.get("input")
+        if name in _OF_LISTS and isinstance(first, (list, tuple)):
+            others = args[1] if isinstance(args[1], (list, tuple)) else [args[1]] * len(first)
+            return [_OF_LISTS[name](one, other, **given) for one, other in zip(first, others, strict=True)]
         if not isinstance(first, Tensor) or isinstance(first, nn.Parameter):
             return func(*args, **given)
         with torch._C.DisableTorchFunction():  # or every attribute goes through all modes around this one
@@ -107,6 +110,9 @@ def _index_put(base: Tensor, indices: Any, values: Tensor, accumulate: bool = Fa
     return base + torch.zeros_like(base).index_put(indices, values, accumulate=True)
 
 
+_OF_LISTS: dict[str, Callable[..., Any]] = {
+    f"_foreach_{name}": getattr(torch.Tensor, name) for name in ("add", "add_", "sub", "sub_", "mul", "mul_")
+}
 _OPERATORS = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
 _NOT_COMPUTED = frozenset(
     "copy_ fill_ zero_ detach_ requires_grad_ resize_ set_ squeeze_ unsqueeze_ transpose_ t_ swapaxes_ swapdims_ "

@@ -131,9 +131,8 @@ def test_a_linear_layer_is_multiplied_where_its_output_is_unless_somebody_has_it
         layer.forward = lambda x: kept.append(plain) or plain  # type: ignore[method-assign, func-returns-value]
     with profile() as operations:
         output = layer(x)
-    assert torch.equal(output, plain * 0.25)
+    assert torch.equal(output, plain * 0.25) and all(torch.equal(each, plain) for each in kept)
     assert ("aten::mul_" in {each.key for each in operations.key_averages()}) == (before == "nobody")
-    assert all(torch.equal(each, plain) for each in kept)
 
 
 def test_a_parameter_of_two_multipliers_gets_both() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.planted_optimizers import ByHand
 from helpers.planted_runs import NUMBERS, plan
-from helpers.planted_updates import ByHand
 from helpers.runs_by_hand import Net
 from torch import nn, optim
 

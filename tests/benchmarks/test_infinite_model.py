@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from timeit import repeat, timeit
 
 import numpy as np
 import pytest
@@ -37,9 +38,15 @@ def torch_step(dtype: torch.dtype, residual: str, arrays: dict[str, Array]) -> t
     return module, step
 
 
+def triad(numel: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    """STREAM's a = b + 3·c, which reads arrays twice and writes one, as a step at least does with its weights."""
+    a, b, c = (torch.ones(numel, dtype=dtype) for _ in range(3))
+    return lambda: torch.add(b, c, alpha=3, out=a)
+
+
 @pytest.mark.slow
 def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
-    """D = M = 256, L = 100, N = 1. The aim is 10 times NumPy in float32 and 5 times in float64."""
+    """D = M = 256, L = 100, N = 1, next to NumPy, and to the least that its weights can take: read twice, written once."""
     rng = np.random.default_rng(0)
     root = WIDTH**0.5
     arrays = {name: root * rng.normal(size=(DEPTH, WIDTH, WIDTH)) for name in ("u", "v")}
@@ -54,21 +61,22 @@ def test_gradient_step(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixtur
             found = torch.stack([block.read.weight for block in module.blocks]).mT * WIDTH
             np.testing.assert_allclose(found.detach(), expected, rtol=1e-3, atol=1e-3)
             steps[f"{str(dtype).removeprefix('torch.')}, {residual}"] = step
+        steps[f"{str(dtype).removeprefix('torch.')}, triad"] = triad(2 * DEPTH * WIDTH**2, dtype)
 
     def measure() -> dict[str, Array]:
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        for _ in range(ROUNDS):
-            for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                seconds[name].append(time.perf_counter() - start)
-        return {name: np.array(values[WARM_UP:]) for name, values in seconds.items()}
+        rounds = [[timeit(step, number=1) for step in steps.values()] for _ in range(ROUNDS)]
+        return dict(zip(steps, np.array(rounds[WARM_UP:]).T, strict=True))
 
     measured = benchmark.pedantic(measure, rounds=1)
     with capsys.disabled():
-        threads = torch.get_num_threads()
-        print(f"\nNumPy step in float64: {1e3 * np.median(measured['NumPy']):.0f} ms; {threads} threads")
-        for name in list(steps)[1:]:
+        threads, least = torch.get_num_threads(), triad(2**25)
+        for number in (1, 2, threads):
+            torch.set_num_threads(number)
+            print(f"memory, {number} threads: {3e-9 * 2**27 / min(repeat(least, number=1, repeat=10)):.1f} GB/s")
+        print(f"NumPy step in float64: {1e3 * np.median(measured['NumPy']):.0f} ms; {threads} threads")
+        for name in [name for name in list(steps)[1:] if not name.endswith("triad")]:
+            times = np.median(measured[name] / measured[f"{name.partition(',')[0]}, triad"])
+            print(f"{name}: {1e3 * np.median(measured[name]):.1f} ms, {times:.1f} times as a triad")
             ratios = measured["NumPy"] / measured[name]
             low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
             benchmark.extra_info[f"NumPy / {name}"] = {"median": middle, "quartiles": [low, high]}
@@ -110,7 +118,6 @@ def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: py
             streams = [limit.in_coordinates_of(weights, found[0]) for limit, found in zip(limits, trained, strict=True)]
             seconds[f"{units} units"] = min(found[2] for found in trained)
             errors[f"{units} units"] = distances((streams[1], trained[1][1]), (streams[0], trained[0][1]))
-        # from the limit with most units
         errors["finite"] = distances((stream, output), (streams[0], trained[0][1]))
         return seconds, errors
 
@@ -122,7 +129,7 @@ def test_infinite_model_beside_a_network(benchmark: BenchmarkFixture, capsys: py
             ratio = seconds["finite"] / seconds[name]
             benchmark.extra_info[name] = {"ratio": ratio, "errors": errors[name]}
             print(
-                f"infinite model of {name}: {ratio:.0f} times faster, error {errors[name][0]:.4f} and {errors[name][1]:.4f}"
+                "infinite model of {}: {:.0f} times faster, error {:.4f} and {:.4f}".format(name, ratio, *errors[name])
             )
             assert all(own < other for own, other in zip(errors[name], errors["finite"], strict=True))
 

@@ -111,10 +111,9 @@ def test_run_of_2000_steps(benchmark: BenchmarkFixture, capsys: pytest.CaptureFi
             share, later = shares[kinds == kind], slower[kinds == kind]
             total = share.mean() + later.mean()
             uncertain = float(np.hypot(error(share + later), error(plain)))
+            print(f"{kind}: {share.mean():.2%} of {STEPS} steps is in its hooks; the rest of a step takes")
             print(
-                f"{kind}: {share.mean():.2%} of a training of {STEPS} steps is in its hooks; the rest of a step takes"
+                f"  {later.mean():+.2%} ({', '.join(map('{:+.2%}'.format, later))}); in all {total:.2%} ± {uncertain:.2%}"
             )
-            print(f"  {later.mean():+.2%} ({', '.join(f'{value:+.2%}' for value in later)}); ", end="")
-            print(f"in all {total:.2%} ± {uncertain:.2%}")
             benchmark.extra_info[kind] = {"hooks": share.mean(), "later": later.mean(), "error": uncertain}
             assert share.mean() < 0.03 and total < 0.05

@@ -30,8 +30,8 @@ RUNS = {"1M": (4, 28), "10M": (3, 13), "100M": (2, 8)}  # runs with new modules,
 WARM_UP = 3
 STARTED = [name for name, variant in VARIANTS.items() if find_spec(variant.package) and name != "plain again"]
 PRESENT = [name for name in VARIANTS if name in (*STARTED, "plain again") and name != "unverified"]
-PROCESSES = 3
-WIDTH = 22
+PROCESSES, WIDTH = 3, 22
+Show = Callable[..., None]
 
 IMPORT = """
 import time
@@ -40,9 +40,6 @@ before = time.process_time()
 import mlu_lightning
 print(time.process_time() - before)
 """
-
-
-Show = Callable[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,8 @@ def show(request: pytest.FixtureRequest) -> Iterator[Show]:
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = processor.group(1) if processor else platform.processor()
     line(f"\n{name}, one of {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}")
-    line(f"load at the beginning {os.getloadavg()[0]:.1f}; not installed: {[*VARIANTS.keys() - PRESENT] or 'none'}")
+    missing = [*VARIANTS.keys() - {*PRESENT, *STARTED}] or "none"
+    line(f"load at the beginning {os.getloadavg()[0]:.1f}; not installed: {missing}")
     yield line
     line(f"load at the end {os.getloadavg()[0]:.1f}")
 
@@ -181,6 +179,5 @@ def test_start_and_peak_memory(processes: Pool, starts_table: Show, size: str) -
 
 @pytest.mark.slow
 def test_import(show: Show) -> None:
-    """On top of Lightning and of what else the package depends on."""
     seconds = [run(IMPORT) for _ in range(PROCESSES)]
     show(f"\nimport of mlu_lightning after Lightning, s: {spread(np.array(seconds))}")

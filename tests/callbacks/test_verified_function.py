@@ -29,6 +29,11 @@ class Hooked(Net):
             block.register_forward_hook(lambda module, args, output: output / 4)
 
 
+class ConstantInTraining(Net):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) * (self.shape[2] ** -0.5 if self.training else 1.0)
+
+
 class InTrainingOnly(Net):
     def training_step(self, batch: Any) -> Tensor:
         if not self.training:
@@ -77,7 +82,7 @@ def test_a_step_that_cannot_be_run_in_evaluation_mode_is_named() -> None:
         fit(InTrainingOnly(**WIDE), MLUCallback(InTrainingOnly()))
 
 
-@pytest.mark.parametrize("make", [Net, WithGradients])
+@pytest.mark.parametrize("make", [Net, WithGradients, ConstantInTraining])
 def test_nothing_is_left_of_it(make: Callable[..., Net]) -> None:
     """The run is that without the comparison, bit for bit, and so is the base."""
     base = make()

@@ -120,6 +120,17 @@ def test_a_branch_that_something_else_reads_cannot_be_folded() -> None:
     assert (branch.site, branch.folds) == (None, ())
 
 
+def test_a_norm_that_is_written_by_hand_compares_no_gated_units() -> None:
+    def gated(net: Any, h: Tensor, i: int) -> Tensor:
+        units, gates = net.blocks[i].read(h).chunk(2, -1)
+        units = units * torch.sigmoid(gates)
+        normed = (units - units.mean(-1, keepdim=True)) * torch.rsqrt(units.var(-1, keepdim=True) + 1e-5)
+        return net.narrow[i](normed)
+
+    structure = blocks(gated, narrow=nn.ModuleList(nn.Linear(8, 8) for _ in range(2)))
+    assert [(branch.kind, branch.hidden) for branch in structure.branches] == [("mlp", 8)] * 2
+
+
 class Both(Block):
     def forward(self, stream: Tensor) -> Any:  # after the sum was made, its branch is no place to multiply it
         branch = super().forward(stream)

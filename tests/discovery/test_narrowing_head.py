@@ -12,7 +12,7 @@ from torch import nn, optim
 
 from mlu_lightning import Plan
 from mlu_lightning.models import ResidualBlock
-from mlu_lightning.table import Ratios, Role, Scale
+from mlu_lightning.table import Ratios, Role, Scale, Variant
 
 BASE = 32
 
@@ -76,7 +76,8 @@ def _moved(width: int, variant: bool, part: str, family: type[optim.Optimizer], 
     base, module = narrowing(BASE), narrowing(width)
     plan = _plan(module, base)
     if not variant:
-        head = replace(plan.parameters["narrow.weight"], variant=None)
+        # its row is that of a matrix of the stream, at a depth that stays
+        head = replace(plan.parameters["narrow.weight"], variant=Variant.EVERY_BLOCK)
         plan = replace(plan, parameters={**plan.parameters, "narrow.weight": head})
     trained = [parameter for name, parameter in module.named_parameters() if name.startswith(part)]
     return distance_moved(module, plan, trained, partial(family, lr=lr), module, samples=32)

@@ -66,24 +66,6 @@ def test_the_last_norm_of_a_post_norm_encoder_is_one_of_them() -> None:
     assert structure.parameters["model.encoder.layers.1.final_layer_norm.weight"].stream == 1
 
 
-def test_each_readout_is_of_the_stream_that_it_reads() -> None:
-    def meeting(net: Net, x: Tensor) -> Any:
-        parts = zip(net.embed, net.blocks, net.out, strict=True)
-        first, second = (nn.functional.normalize(out(blocks(embed(x))).mean(1), dim=-1) for embed, blocks, out in parts)
-        return first @ second.T * net.temperature.exp()
-
-    towers = [(nn.Linear(8, size), Blocks(size, depth), nn.Linear(size, 4)) for size, depth in ((16, 2), (24, 3))]
-    embed, blocks, out = map(nn.ModuleList, zip(*towers, strict=True))
-    module = Net(meeting, embed=embed, blocks=blocks, out=out, temperature=nn.Parameter(torch.zeros(())))
-    structure = discover(module, (X,))
-    assert not structure.unassigned
-    depths = [stream.depth for stream in structure.streams]
-    assert sorted(depths) == [2, 3]
-    found = {(r.parameter, depths[r.stream], r.fan_in) for r in structure.readouts}
-    assert found == {("out.0.weight", 2, 16), ("out.1.weight", 3, 24)}
-    assert structure.roles["temperature"] == "readout_bias"
-
-
 class Denoiser(LightningModule):
     """The network's output is subtracted from, or added to, the data that it was computed from."""
 

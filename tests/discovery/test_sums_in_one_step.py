@@ -43,6 +43,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cat": lambda h, y: torch.cat([h, y], -1).unflatten(-1, (2, -1)).sum(-2),
     "einsum": lambda h, y: torch.einsum("sbnd,s->bnd", torch.stack([h, y]), torch.ones(2)),
     "matmul": lambda h, y: torch.stack([h, y], -1) @ torch.ones(2),
+    "foreach": lambda h, y: torch._foreach_add([h], [y])[0],
     "addcmul": lambda h, y: torch.addcmul(h, y, torch.ones(1), value=0.5),
     "addcdiv": lambda h, y: torch.addcdiv(h, y, torch.full((1,), 2.0)),
     "lerp": lambda h, y: 2 * torch.lerp(h, y, 0.5),

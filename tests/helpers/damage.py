@@ -12,7 +12,7 @@ from typing import Any
 
 from helpers.processes import exit_code, fork
 
-__all__ = ["Read", "damaged", "edited", "limits", "refused_of", "respelled", "run_to_end"]
+__all__ = ["Read", "damaged", "edited", "limits", "refused_of", "respelled", "run_to_end", "small_disk"]
 
 MEMORY = 64 * 2**20  # bytes beyond those that the process has, for files of a few thousand bytes
 SECONDS = 2.0  # of processor time, for each
@@ -72,6 +72,19 @@ def respelled(content: bytes, draw: random.Random) -> bytes:
     for _ in range(draw.choice((1, 1, 2))):
         words[2 * draw.randrange((len(words) + 1) // 2)] = draw.choice(SCALARS).encode("utf-8", "surrogatepass")
     return b"".join(words)
+
+
+@contextmanager
+def small_disk() -> Iterator[None]:
+    """No file of more than 1000 bytes can be written, not even what pytest prints: leave it before the test ends."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from torch import Tensor, nn, optim
 from torch.optim.sgd import sgd
 
 from helpers.faulty_runs import At
+from helpers.planted_optimizers import Bare, ByHand, Climbing, NoOptimizer, OneRate, WarmUp
 from helpers.planted_runs import NUMBERS, Fault, Module, Run, run
+from helpers.planted_weights import normed, tied
 
 
 def adamw(module: Module) -> optim.AdamW:
@@ -28,39 +30,6 @@ def own(
         take(vars(module)["own"])
 
     return step
-
-
-class ByHand(optim.Optimizer):
-    """AdamW in one line for each number, which come from where they should, or from elsewhere."""
-
-    def __init__(self, parameters: Any, elsewhere: str = "", **numbers: float) -> None:
-        super().__init__(parameters, numbers)
-        self.kept = {key: value for key, value in numbers.items() if key == elsewhere}
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            lr, eps, decay = (self.kept[key] if key in self.kept else group[key] for key in NUMBERS)
-            for p in group["params"]:
-                state = self.state[p]
-                count = state["count"] = state.get("count", 0) + 1
-                one = state["one"] = state.get("one", 0) * 0.9 + 0.1 * p.grad
-                two = state["two"] = state.get("two", 0) * 0.999 + 0.001 * p.grad**2
-                p.mul_(1 - lr * decay)
-                p.sub_(lr * (one / (1 - 0.9**count)) / ((two / (1 - 0.999**count)).sqrt() + eps))
-        return loss
-
-
-class NoOptimizer:
-    """The same, and no ``torch.optim.Optimizer``."""
-
-    def __init__(self, module: Module) -> None:
-        self.inner = ByHand([nn.Parameter(torch.zeros(()))], **NUMBERS)
-        self.inner.param_groups[0]["params"] = [*module.parameters()]
-
-    def step(self) -> None:
-        type(self.inner).step.__wrapped__(self.inner)
 
 
 class Sam(optim.Optimizer):
@@ -170,42 +139,8 @@ def move_readout(module: Module) -> None:
 
 def decay_by_hand() -> Run:
     planted = run(optimizer=lambda module: optim.AdamW(module.parameters(), **{**NUMBERS, "weight_decay": 0.0}))
-
-    def decay(trainer: Any, module: Module) -> None:
-        for parameter in module.parameters():
-            parameter.data.mul_(1 - 0.002)
-
-    planted.after.append(At("on_after_backward", decay, 0))
+    planted.after.append(At("on_after_backward", lambda trainer, module: decay_all(module), 0))
     return planted
-
-
-class WarmUp(optim.AdamW):
-    """Sets its learning rate in its own step."""
-
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            group["lr"] = 0.01
-        return super().step(closure)
-
-
-class Climbing(optim.Optimizer):
-    """SAM as it is, with AdamW inside."""
-
-    def __init__(self, inner: optim.Optimizer) -> None:
-        super().__init__(inner.param_groups, {})
-        self.inner = inner
-
-    def step(self, closure: Any = None) -> Any:
-        closure()
-        self.move(0.01)
-        loss = closure()
-        self.move(-0.01)
-        self.inner.step()
-        return loss
-
-    def move(self, distance: float) -> None:
-        for parameter in self.inner.param_groups[0]["params"]:
-            parameter.data += distance
 
 
 def after_batches(do: Callable[[Module], Any], **numbers: float) -> Run:
@@ -221,6 +156,24 @@ def readout_after_batches() -> Run:
     return planted
 
 
+def in_optimizer_step() -> Run:
+    planted = run()
+
+    def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        closure()
+        for parameter in planted.module.parameters():
+            parameter.data.add_(parameter.grad.sign(), alpha=-0.01)
+
+    vars(planted.module)["optimizer_step"] = optimizer_step
+    return planted
+
+
+def before_second_batch(do: Callable[[Module], Any]) -> Run:
+    planted = run()
+    planted.after.append(At("on_train_batch_start", lambda trainer, module: do(module), 1))
+    return planted
+
+
 def decay_all(module: Module) -> None:
     for parameter in module.parameters():
         parameter.data.mul_(1 - 0.002)
@@ -231,28 +184,11 @@ def clamp(module: Module) -> None:
         parameter.data.clamp_(-0.05, 0.05)
 
 
-def clipped_by_hand() -> Run:
+def clipped_by_hand(norm: float = 0.01) -> Run:
     planted = run(residual="fold")
-    clip = lambda trainer, module: nn.utils.clip_grad_norm_(module.parameters(), 0.01)  # noqa: E731
+    clip = lambda trainer, module: nn.utils.clip_grad_norm_(module.parameters(), norm)  # noqa: E731
     planted.after.append(At("on_after_backward", clip, 0))
     return planted
-
-
-class Bare(optim.Optimizer):
-    """Has not called ``Optimizer.__init__``."""
-
-    def __init__(self, module: Module) -> None:
-        self.param_groups, self.state, self.defaults = [{"params": [*module.parameters()], "lr": 0.02}], {}, {}
-
-    def step(self, closure: Any = None) -> Any:
-        return closure and closure()
-
-
-class OneRate(ByHand):
-    """Estimates one learning rate for all of its groups, as Prodigy and D-Adaptation do."""
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, **NUMBERS, d=1e-6, growth_rate=float("inf"), k=0)
 
 
 def kept_step(module: Module) -> Any:
@@ -283,8 +219,8 @@ def take_kept(module: Module, loss: Tensor) -> None:
     vars(module)["kept"]()
 
 
-def declared(elsewhere: str) -> Callable[[], Run]:
-    make = lambda module: ByHand(module.parameters(), elsewhere, **NUMBERS)  # noqa: E731
+def declared(elsewhere: str, reads: bool = False) -> Callable[[], Run]:
+    make = lambda module: ByHand(module.parameters(), elsewhere, reads, **NUMBERS)  # noqa: E731
     return lambda: run(optimizer=make, family="adamw")
 
 
@@ -293,6 +229,9 @@ MOVED = "Weights have moved in the first steps, but in no update of an optimizer
 CHANGED_IN = "Weights have changed in the first step"
 UNREAD = "An optimizer has updated"
 UNKNOWN = "How "
+EXCHANGED = "Parameters were planned that"
+made_anew = lambda m: setattr(m.readout, "weight", nn.Parameter(m.readout.weight.data.clone()))  # noqa: E731
+IDLE = "Parameters of the plan belong to no optimizer"
 UPDATES: dict[str, Fault] = {
     "own AdamW in training_step": Fault(ALL, lambda: run(own(adamw), None), None),
     "own AdamW, with a closure": Fault(ALL, lambda: run(own(adamw, lambda o: o.step(lambda: None)), None), None),
@@ -335,9 +274,20 @@ UPDATES: dict[str, Fault] = {
     "eps from an attribute": Fault("eps", declared("eps"), "first step", UNREAD),
     "decay from an attribute": Fault("decay", declared("weight_decay"), "first step", UNREAD),
     "numbers from the groups": Fault(ALL, declared(""), None),
+    **{
+        f"{key} from an attribute, that of the groups read": Fault(key, declared(key, True), "first step", UNREAD)
+        for key in NUMBERS
+    },
+    "update written in optimizer_step": Fault(ALL, in_optimizer_step, "first step", MOVED),
+    "weights clamped before the second batch": Fault(
+        "std", lambda: before_second_batch(clamp), None, "Weights were changed after"
+    ),
+    "weights tied after the first step": Fault("lr", lambda: after_batches(tied), "first step", EXCHANGED),
+    "weight_norm after the first step": Fault("lr", lambda: after_batches(normed), "first step", EXCHANGED),
+    "readout made anew after the first step": Fault(ALL, lambda: after_batches(made_anew), None, IDLE),
     "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
     "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
-    "readout in no optimizer": Fault(ALL, lambda: partly(None), None, "Parameters of the plan belong to no optimizer"),
+    "readout in no optimizer": Fault(ALL, lambda: partly(None), None, IDLE),
     "readout in no optimizer, moved after the batch": Fault(ALL, readout_after_batches, "first step", MOVED),
     "lr set in the step of its class": Fault(
         "lr",
@@ -349,6 +299,9 @@ UPDATES: dict[str, Fault] = {
         "decay", lambda: after_batches(decay_all, weight_decay=0.0), None, "Weights were changed after"
     ),
     "weights clamped after the batch": Fault("std", lambda: after_batches(clamp), None, "Weights were changed after"),
+    "folded gradients clipped by hand, which does not bind": Fault(
+        "multiplier", lambda: clipped_by_hand(1e6), None, "Gradients were changed between"
+    ),
     "folded gradients clipped by hand": Fault("multiplier", clipped_by_hand, None, "Gradients were changed between"),
     "SAM that climbs, folded": Fault(
         "multiplier",

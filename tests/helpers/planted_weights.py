@@ -93,11 +93,27 @@ def faults_of_weights() -> dict[str, Fault]:
     found["frozen as they are drawn, trained from the start"] = Fault(
         "std", frozen_at_first, None, "Parameters are trained"
     )
+    found["frozen, drawn and trained before the first step"] = Fault(
+        "std", partial(drawn_while_frozen, 0), "first step", CHANGED
+    )
+    found["frozen, drawn, and trained later"] = Fault(
+        "std", partial(drawn_while_frozen, 1), None, "Parameters are trained"
+    )
     for hook, stops in (("on_fit_start", "start"), ("on_train_batch_start", "first step")):
         for what, exchange in (("weight_norm", normed), ("weights tied", tied)):
             planted = partial(drawn_in, hook, exchange)
             found[f"{what} in {hook} of the module"] = Fault("std, lr", planted, stops, "Parameters were planned that")
     return {**found, "xavier in the first training_step": late}
+
+
+def drawn_while_frozen(step: int) -> Run:
+    planted = run()
+    planted.after += [
+        At("on_fit_start", lambda trainer, module: module.blocks.requires_grad_(False), 0),
+        At("on_train_start", lambda trainer, module: nn.init.normal_(module.blocks[0].write.weight, std=0.5), 0),
+        At("on_train_batch_start", lambda trainer, module: module.blocks.requires_grad_(True), step),
+    ]
+    return planted
 
 
 def normed(module: Module) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import resource
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import faulty_runs
+from helpers.damage import small_disk
 from helpers.faulty_runs import PROBE, At, Watched, check_module, check_optimizer, fit, own_hooks
 from helpers.processes import exit_code
 from helpers.runs_by_hand import BASE, SHAPE, Net
@@ -224,12 +224,6 @@ def test_a_process_that_is_told_to_end(tmp_path: Path) -> None:
 def test_a_plan_on_a_full_disk(tmp_path: Path) -> None:
     path, plan = tmp_path / "plan.yaml", Plan.from_model(Net(), PROBE, base=Net(BASE))
     plan.save(path)
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            Plan.from_model(Net(), PROBE).save(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with small_disk(), pytest.raises(OSError, match="too large"):
+        Plan.from_model(Net(), PROBE).save(path)
     assert Plan.load(path) == plan and os.listdir(tmp_path) == ["plan.yaml"]

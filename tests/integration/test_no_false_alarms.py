@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from helpers.faulty_runs import At
 from helpers.planted_runs import NUMBERS, Module, Run, outcome, plan, run
 from helpers.runs_by_hand import Net, fit
@@ -88,19 +87,6 @@ def several_forwards() -> Run:
     return planted
 
 
-def gradients_of_inputs() -> Run:
-    """A penalty on them, through every multiplier."""
-    planted = run()
-
-    def step(batch: list[Tensor]) -> Tensor:
-        outputs = planted.module(inputs := batch[0].clone().requires_grad_())
-        (slopes,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
-        return nn.functional.mse_loss(outputs, batch[1]) + slopes.square().mean()
-
-    vars(planted.module)["training_step"] = step
-    return planted
-
-
 def two_losses(module: Module, loss: Tensor) -> None:
     module.manual_backward(loss, retain_graph=True)
     module.manual_backward(loss.sqrt())
@@ -117,21 +103,6 @@ def halve_gradients(module: Module) -> None:
         parameter.grad /= 2
 
 
-class Lookahead(optim.Optimizer):
-    """Goes half of the way back after the steps of another."""
-
-    def __init__(self, module: Module) -> None:
-        self.inner = optim.AdamW(module.parameters(), **NUMBERS)
-        super().__init__(self.inner.param_groups, {})
-
-    def step(self, closure: Any = None) -> Any:
-        before = [parameter.detach().clone() for parameter in self.param_groups[0]["params"]]
-        loss = self.inner.step(closure)
-        for parameter, slow in zip(self.param_groups[0]["params"], before, strict=True):
-            parameter.data.lerp_(slow, 0.5)
-        return loss
-
-
 draws = random.Random(0)
 RUNS: dict[str, Callable[[], Run]] = {
     "plain": run,
@@ -142,14 +113,12 @@ RUNS: dict[str, Callable[[], Run]] = {
     "checkpointed": lambda: dropped(lambda block, x: checkpoint(block, x, use_reentrant=False)),
     "checkpointed, reentrant": lambda: dropped(lambda block, x: checkpoint(block, x, use_reentrant=True)),
     "clamped later": lambda: with_callback("on_train_batch_end", clamp, 3),
-    "gradients of inputs": gradients_of_inputs,
     "two losses of one pass": lambda: run(two_losses),
     "clipped by Lightning": lambda: with_callback(
         "on_fit_start", lambda m: setattr(m.trainer, "gradient_clip_val", 0.01), residual="fold"
     ),
     "clipped in unfolded_gradients": lambda: with_callback("on_after_backward", clip_unfolded, residual="fold"),
     "scaled by a power of two": lambda: with_callback("on_after_backward", halve_gradients, residual="fold"),
-    "Lookahead": lambda: run(optimizer=Lookahead),
     "no learning rate at first": lambda: run(optimizer=warm_up),
     "no gradients at first": lambda: with_callback("on_after_backward", lambda m: m.zero_grad()),
     "initialized by the user": lambda: with_callback(

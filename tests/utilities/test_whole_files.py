@@ -1,33 +1,19 @@
 """Files that are written as a whole or not at all, whoever else writes into their folder."""
 
 import os
-import resource
-import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.damage import small_disk
 
 from mlu_lightning.cli import main
 from mlu_lightning.utilities.whole_files import write_whole
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """No file of more than 1000 bytes can be written."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.usefixtures("small_disk")
 def test_all_or_none(tmp_path: Path) -> None:
     write_whole({tmp_path / "a": b"1", tmp_path / "b": b"1"})
-    with pytest.raises(OSError, match="File too large"):
+    with small_disk(), pytest.raises(OSError, match="File too large"):
         write_whole({tmp_path / "a": b"2", tmp_path / "b": b"2" * 2000})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"1", "b": b"1"}
 
@@ -65,8 +51,7 @@ def test_two_writers_and_a_reader(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_no_room_is_known_before_anything_is_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with small_disk(), pytest.raises(SystemExit):
         main(["quickstart", "--out", str(tmp_path)])
     assert f"Results cannot be written into {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""Optimizers that lose an lr, an eps or a decay, or look as if they did."""
+
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from helpers.planted_runs import NUMBERS, Module
+
+
+class ByHand(optim.Optimizer):
+    """AdamW in one line for each number, which come from where they should, or from elsewhere."""
+
+    def __init__(self, parameters: Any, elsewhere: str = "", reads: bool = False, **numbers: float) -> None:
+        super().__init__(parameters, numbers)
+        self.kept, self.reads = {key: value for key, value in numbers.items() if key == elsewhere}, reads
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            numbers = {**group} if self.reads else group  # which looks at all of them
+            lr, eps, decay = (self.kept[key] if key in self.kept else numbers[key] for key in NUMBERS)
+            for p in group["params"]:
+                state = self.state[p]
+                count = state["count"] = state.get("count", 0) + 1
+                one = state["one"] = state.get("one", 0) * 0.9 + 0.1 * p.grad
+                two = state["two"] = state.get("two", 0) * 0.999 + 0.001 * p.grad**2
+                p.mul_(1 - lr * decay)
+                p.sub_(lr * (one / (1 - 0.9**count)) / ((two / (1 - 0.999**count)).sqrt() + eps))
+        return loss
+
+
+class NoOptimizer:
+    """The same, and no ``torch.optim.Optimizer``."""
+
+    def __init__(self, module: Module) -> None:
+        self.inner = ByHand([nn.Parameter(torch.zeros(()))], **NUMBERS)
+        self.inner.param_groups[0]["params"] = [*module.parameters()]
+
+    def step(self) -> None:
+        type(self.inner).step.__wrapped__(self.inner)
+
+
+class WarmUp(optim.AdamW):
+    """Sets its learning rate in its own step."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr"] = 0.01
+        return super().step(closure)
+
+
+class Climbing(optim.Optimizer):
+    """SAM as it is, with AdamW inside."""
+
+    def __init__(self, inner: optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        self.move(0.01)
+        loss = closure()
+        self.move(-0.01)
+        self.inner.step()
+        return loss
+
+    def move(self, distance: float) -> None:
+        for parameter in self.inner.param_groups[0]["params"]:
+            parameter.data += distance
+
+
+class Bare(optim.Optimizer):
+    """Has not called ``Optimizer.__init__``."""
+
+    def __init__(self, module: Module) -> None:
+        self.param_groups, self.state, self.defaults = [{"params": [*module.parameters()], "lr": 0.02}], {}, {}
+
+    def step(self, closure: Any = None) -> Any:
+        return closure and closure()
+
+
+class OneRate(ByHand):
+    """Estimates one learning rate for all of its groups, as Prodigy and D-Adaptation do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, **NUMBERS, d=1e-6, growth_rate=float("inf"), k=0)
