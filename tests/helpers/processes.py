@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = ["environment", "exit_code", "fork", "forked", "peak_megabytes", "run"]
 
 fork = multiprocessing.get_context("fork")  # whose processes import nothing anew
@@ -22,8 +24,10 @@ def forked(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
 
 
 def exit_code(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-    """Call a function in a process of its own."""
-    process = forked(function, *arguments, **more)
+    """Call a function in a process of its own, which trains: autograd of a build for GPUs may not go on in a fork."""
+    context: Any = fork if torch.version.cuda is None else multiprocessing.get_context("spawn")
+    process = context.Process(target=function, args=arguments, kwargs=more)
+    process.start()
     process.join()
     return process.exitcode
 
