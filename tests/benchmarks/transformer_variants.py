@@ -185,9 +185,9 @@ def start(variant: str, size: str, kind: str) -> dict[str, float]:
 
 
 def _timed(method: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    def timed(*args: Any) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
         before = time.process_time()
-        found = method(*args)
+        found = method(*args, **kwargs)
         seconds.append(time.process_time() - before)
         return found
 
