@@ -70,8 +70,9 @@ def expected_size(kind: Kind, role: Role, variant: Variant | None, ratios: Ratio
     ``multiplied``: what is measured includes the branch's multiplier 1/L.
     """
     row = _TABLE.row(role, variant, ratios)
-    powers = _START.get(row, Powers()) if kind is Kind.START else Powers()
-    is_part = kind in (Kind.START, Kind.UPDATE) and multiplied
+    at_start = _START.get(_TABLE.rows[role] if role is Role.READOUT else row, Powers())
+    powers = at_start if kind is Kind.START else Powers()
+    is_part = kind in (Kind.START, Kind.UPDATE) and (multiplied or variant is Variant.SUMMED)
     # norms on the way from one addition to the next, and matrices beside branches, all act on one stream
     if is_part or (kind is Kind.UPDATE and variant in COMPOUNDING):
         powers = replace(powers, depth=-1)
