@@ -228,7 +228,7 @@ class Use:
         """Whether the operand has several entries along one axis at most, of its own and not for each of many samples."""
         shapes = (self.shape, self.stored, *(step.shape for step in self.path))
         own = min(shapes, key=math.prod)
-        return math.prod(own) == max(own, default=1)
+        return math.prod(own) <= max(own, default=1)
 
     @property
     def is_section(self) -> bool:

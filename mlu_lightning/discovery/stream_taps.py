@@ -231,7 +231,12 @@ def _coordinate_axes(graph: Graph, streams: Mapping[Op, Op], roots: frozenset[Op
     made = descendants(graph.ops, roots)
     for op in graph.ops:
         if graph.is_matrix(op):
-            along = last is not None and op in made and op.index < last.index and op.name not in CONVOLUTIONS
+            along = (
+                last is not None
+                and op.index < last.index
+                and op.name not in CONVOLUTIONS
+                and not made.isdisjoint(op.data)
+            )
             (operand, *_) = op.data or (op,)
             if not along or axes.get(operand) == _summed_axis(op, operand):
                 axes[op] = _written_axis(graph, op)

@@ -61,7 +61,7 @@ def samples(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
 
     >>> found = samples({"small": torch.arange(3), "large": torch.ones(512, 512)})
     >>> len(found["small"].values), len(found["large"].values)
-    (3, 513)
+    (3, 514)
     """
     alike: defaultdict[object, list[tuple[str, torch.Size, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():

@@ -92,7 +92,7 @@ class Runs:  # of one kind, and what comes after each of their steps without an 
         assert {name for name in vars(module) if name.startswith("_mlu")} == {"_mlu_applied"}
         assert not {"configure_optimizers", "on_load_checkpoint", "clip_gradients"} & vars(module).keys()
         assert not {"step"} & vars(module.kept).keys() and not module.kept._optimizer_state_dict_pre_hooks
-        assert dict(_global_optimizer_pre_hooks) == others
+        assert _global_optimizer_pre_hooks.keys() <= others.keys()
         return "repaired"
 
 

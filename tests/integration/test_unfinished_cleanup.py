@@ -96,7 +96,7 @@ def check(case: tuple[str, str, str, bool, Any]) -> None:
     assert all(torch.equal(one, other) for one, other in zip(weights(module), weights(whole), strict=True))
     left = {name for name in vars(module) if name.startswith("_mlu") or name == "configure_optimizers"}
     assert left == {"_mlu_applied"} and "step" not in vars(module.kept) and own_hooks(module) == 0
-    assert not module.kept._optimizer_state_dict_pre_hooks and dict(_global_optimizer_pre_hooks) == others
+    assert not module.kept._optimizer_state_dict_pre_hooks and _global_optimizer_pre_hooks.keys() <= others.keys()
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: "-".join(map(str, case[:4])) + case[4].__name__)

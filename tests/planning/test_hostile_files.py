@@ -246,7 +246,7 @@ PARAMETERIZATIONS = "Parameterizations are: mlu, completep, mup, sp"
         (
             "variant: null",
             "variant: big",
-            "no variant 'big'. Variants are: before_norm, post_norm, every_block, of_block, in_head",
+            "no variant 'big'. Variants are: before_norm, post_norm, every_block, of_block, summed, in_head",
         ),
         ("parameters:", "mlu_plan: 1\n--- x\nparameters:", "is not YAML|a second"),
         ("role: readout", "role: output", r"readout\.weight: there is no role 'output'"),
