@@ -57,7 +57,7 @@ def test_figure_names_what_fails(report: CheckReport) -> None:
     figure = report.draw()
     assert {axes.get_title(loc="left") for axes in figure.axes} >= set(AXES)
     named = {text.get_text() for axes in figure.axes for text in axes.texts}
-    assert named == {"branch_in"} and figure.get_suptitle().startswith("FAIL")
+    assert named == {"branch_in"} and figure._suptitle.get_text().startswith("FAIL")
 
 
 def test_wandb_has_figure_verdict_and_rows(tmp_path: Path) -> None:
