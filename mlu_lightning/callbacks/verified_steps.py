@@ -92,6 +92,7 @@ class Verification:
         for name in left:
             said = any(fnmatch.fnmatchcase(name, pattern) for pattern in self._said)
             if name in parameters and parameters[name].requires_grad and not said:
+                # torch has no types for it
                 handle = parameters[name].register_hook(partial(reach, name))  # type: ignore[no-untyped-call]
                 changes.note(handle.remove)
 
