@@ -1,11 +1,13 @@
 """A base tuned at once, every role, and what becomes of the factors at larger shapes: the command of the study.
 
-``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``samplers`` compares ways to search, and
-``bases`` asks which bases are too small. README.md says what came out.
+``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``samplers`` compares ways to search,
+``bases`` asks which bases are too small, ``preset`` whether one set of factors is good for many models. README.md says what
+came out.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +23,11 @@ from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning import Tuning, tune
 from mlu_lightning.utilities.workers import worker_pool
 from recipes.common.studies import ResultFile, check_command, console, deadline, study_command, study_commands
+from recipes.tune.preset import PRESET, Presets, relative
 from recipes.tune.report import loss_table, save_figure, verdicts
 from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
 from recipes.tune.samplers import Search, sampler_table, search
-from recipes.tune.small_bases import CHANGES, Change, base_table, make_runs
+from recipes.tune.small_bases import Change, Comparison, changes_of
 
 QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
 
@@ -46,8 +49,7 @@ def study(
     start = _best_exponent(chosen, folder, workers, end, terminal)
     if start is None:
         return terminal.print("The time was over before the base's learning rate was known; another call goes on.")
-    left = None if minutes is None else max(0.0, (end - time.monotonic()) / 60)
-    found = _tune(chosen, start, trials, folder, workers, left, terminal)
+    found = _tune(chosen, start, trials, folder, workers, _left(end), terminal)
     terminal.print(found.tables())
     if len(found.trials) < trials:
         return terminal.print("The time was over before the search was; another call goes on.")
@@ -95,15 +97,50 @@ def samplers(
     terminal.print(sampler_table(done))
 
 
-def bases(output: str = "tune-bases", minutes: float | None = None, quick: bool = False) -> None:
+def bases(output: str = "tune-bases", trials: int = 130, minutes: float | None = None, quick: bool = False) -> None:
     """Train a tied GPT, and one of four times its widths, with one thing at a time changed.
 
     Args:
         output: folder of the runs; those that are in it are not made again.
+        trials: of the search of factors at a base.
         minutes: after which no run is begun; another call goes on.
     """
-    changes = {"as it is": Change(steps=2)} if quick else CHANGES
-    console(118).print(base_table(make_runs(Path(output), deadline(minutes), changes), changes))
+    folder, end = Path(output), deadline(minutes)
+    compared = Comparison({"as it is": Change(steps=2)} if quick else changes_of(folder, trials, PRESET))
+    console(118).print(compared.table(compared.make(folder / "small_bases.jsonl", end)))
+
+
+def preset(
+    output: str = "tune-preset",
+    found_on: str = "package,nanogpt,llama",
+    trials: int = 120,
+    minutes: float | None = None,
+    quick: bool = False,
+) -> None:
+    """Search one set of factors for several models, and train them and others with it.
+
+    Args:
+        output: folder of the search and the runs; what is in it is not done again.
+        found_on: names of the models of the search, with commas.
+        trials: of the search.
+        minutes: after which no run is begun; another call goes on.
+    """
+    names, folder, end, terminal = tuple(found_on.split(",")), Path(output), deadline(minutes), console(118)
+    chosen = Presets(names[:1], names[:1], 2, 2, (-6,)) if quick else Presets(names)
+    alone = chosen.compared({}).make(folder / "alone.jsonl", end)
+    if not all(chosen.compared({}).losses(alone, name) for name in chosen.names):
+        return terminal.print("The time was over before the learning rates were known; another call goes on.")
+    found = chosen.search(folder, alone, 2 if quick else trials, _left(end))
+    found.save(folder)
+    factors = relative(found.found)
+    terminal.print(found.tables(), f"Beside the learning rate: {factors}", highlight=False)
+    terminal.print(chosen.table(alone, chosen.compared(factors).make(folder / "preset.jsonl", end)))
+    return None
+
+
+def _left(end: float) -> float | None:
+    """Minutes until a time on the monotonic clock, for ever None."""
+    return None if math.isinf(end) else max(0.0, (end - time.monotonic()) / 60)
 
 
 @dataclass(frozen=True)
@@ -189,7 +226,7 @@ def _train(
 
 
 _STUDY = study_command(study, "python -m recipes.tune.run study")
-main = study_commands(study, samplers, bases, program="python -m recipes.tune.run", default=_STUDY)
+main = study_commands(study, samplers, bases, preset, program="python -m recipes.tune.run", default=_STUDY)
 
 if __name__ == "__main__":
     main()

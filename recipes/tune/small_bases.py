@@ -17,7 +17,8 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from mlu_lightning import Plan
+from mlu_lightning import MLUCallback, Plan, tune
+from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.tuning.training import Training
 from mlu_lightning.utilities.fitted_tables import number_table
@@ -26,9 +27,8 @@ from recipes.common.text import Text
 from recipes.lr_transfer.runs import ScheduledTransformer
 from recipes.tune.runs import Run, curve_of
 
-CONTEXT, SEEDS = 32, 3
-SHAPES = {"base": 1, "4 × widths": 4}
-EXPONENTS = (-7, -6, -5, -4)
+CONTEXT = 32
+TUNED_FROM = -6  # exponent of the learning rate that is best at the base
 
 
 class TiedGPT(ScheduledTransformer):
@@ -60,26 +60,30 @@ class Change:
     tied: bool = True
     std: float = 0.02
     tuned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    parameterization: str = "mlu"
+    tuned_at: str = "base"  # shape at which the learning rate is chosen
+
+    def build(self, factor: int, exponent: float) -> TiedGPT:
+        """The base, or a model so many times as wide."""
+        sizes = {"depth": 2, "heads": 2 * factor, "mlp_hidden": 128 * factor, "embedding": 32 * factor}
+        own = {"tied": self.tied, "std": self.std, "lr": 2.0**exponent, "steps": self.steps}
+        return TiedGPT(**sizes, **own, warmup=max(1, self.steps // 10))
+
+    def data(self, seed: int) -> Text:
+        """Make the data, in an order of their own for each seed."""
+        return Text(CONTEXT, self.steps, 16, seed, 8)
 
     def training(self, factor: int, exponent: float, seed: int) -> Training:
-        """The base, or a model so many times as wide."""
-
-        def make(width: int) -> partial[TiedGPT]:
-            sizes = {"depth": 2, "heads": 2 * width, "mlp_hidden": 128 * width, "embedding": 32 * width}
-            own = {"tied": self.tied, "std": self.std, "lr": 2.0**exponent, "steps": self.steps}
-            return partial(TiedGPT, **sizes, **own, warmup=self.steps // 10)
-
-        data = Text(CONTEXT, self.steps, 16, seed, 8)
+        """Describe a training of the base, or of a model so many times as wide."""
+        make, base = (partial(self.build, width, exponent) for width in (factor, 1))
         trainer = {"accelerator": "cpu", "max_steps": self.steps, "val_check_interval": self.steps}
-        return Training.of(make(factor), make(1), data=data, trainer=trainer)
+        callbacks = partial(_callbacks, parameterization=self.parameterization)
+        return Training.of(make, base, callbacks, data=self.data(seed), trainer=trainer)
 
 
-FOUND = {
-    "embedding": {"lr": 7.171, "std": 0.2912},
-    "branch_in": {"lr": 1.037, "std": 0.2976},
-    "branch_out": {"lr": 0.7542, "std": 0.6347},
-}
-"""Factors that the study found on another Transformer, of roles that a tied one has."""
+def _callbacks(base: TiedGPT, parameterization: Any) -> list[MLUCallback]:
+    return [MLUCallback(base, parameterization=parameterization)]
+
 
 CHANGES = {
     "as it is": Change(),
@@ -88,50 +92,79 @@ CHANGES = {
     "logits × 4": Change(tuned={"readout": {"multiplier": 4.0}}),
     "untied": Change(tied=False),
     "all weights of std 1/√D": Change(std=32**-0.5),
-    "factors found elsewhere": Change(tuned=FOUND),
 }
 
 
-def make_runs(folder: Path, end: float, changes: Mapping[str, Change] = CHANGES) -> list[Run]:
-    """Train what is missing, until the time is over; methods of runs are the changes."""
-    file = ResultFile(folder / "small_bases.jsonl", Change(), Run.encode, Run.decode)
-    runs, plans = file.read(), dict[tuple[str, str], Plan]()
-    while time.monotonic() < end and (run := next(missing(runs, changes), None)):
-        start = time.process_time()
-        change = changes[run.method]
-        training = change.training(SHAPES[run.shape], run.exponent, run.seed)
-        plan = plans.setdefault((run.method, run.shape), plans.get((run.method, run.shape)) or training.plan())
-        loss = training.run(plan, {key: dict(of) for key, of in change.tuned.items()}, run.seed).value
-        runs.append(replace(run, loss=loss, seconds=round(time.process_time() - start, 2)))
-        file.append(runs[-1])
-    return runs
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, each at a learning rate of its own, which the first seed chooses at one shape."""
+
+    changes: Mapping[str, Any]  # as Change has it
+    shapes: Mapping[str, int] = field(default_factory=lambda: {"base": 1, "4 × widths": 4})
+    exponents: tuple[int, ...] = (-7, -6, -5, -4)
+    seeds: int = 3
+
+    def make(self, path: Path, end: float) -> list[Run]:
+        """Train what is missing, until the time is over; methods of runs are the changes."""
+        file = ResultFile(path, Change(), Run.encode, Run.decode)
+        runs, plans = file.read(), dict[tuple[str, str], Plan]()
+        while time.monotonic() < end and (run := next(self.missing(runs), None)):
+            start = time.process_time()
+            training = self.changes[run.method].training(self.shapes[run.shape], run.exponent, run.seed)
+            plan = plans.setdefault((run.method, run.shape), plans.get((run.method, run.shape)) or training.plan())
+            loss = training.run(plan, self.changes[run.method].tuned, run.seed).value
+            runs.append(replace(run, loss=loss, seconds=round(time.process_time() - start, 2)))
+            file.append(runs[-1])
+        return runs
+
+    def missing(self, runs: Sequence[Run]) -> Iterator[Run]:
+        """All learning rates with the first seed at one shape, and then all shapes at the best one with all seeds."""
+        made = {(run.shape, run.method, run.exponent, run.seed) for run in runs}
+        for name, change in self.changes.items():
+            wanted = [Run(change.tuned_at, name, exponent, 0) for exponent in self.exponents]
+            if all((change.tuned_at, name, exponent, 0) in made for exponent in self.exponents):
+                best = self.best(runs, name)
+                wanted = [Run(shape, name, best, seed) for shape in self.shapes for seed in range(self.seeds)]
+            yield from (run for run in wanted if (run.shape, run.method, run.exponent, run.seed) not in made)
+
+    def best(self, runs: Sequence[Run], name: str) -> float:
+        """Exponent of the learning rate of least loss."""
+        curve = curve_of([*runs], self.changes[name].tuned_at, name)
+        return min(curve, key=lambda exponent: curve[exponent])
+
+    def losses(self, runs: Sequence[Run], name: str) -> list[list[float]]:
+        """Losses of all seeds at the best learning rate, by shape; none before all were made."""
+        if any(run.method == name for run in self.missing(runs)):
+            return []
+        best = self.best(runs, name)
+        return [[curve_of([*runs], shape, name, seed)[best] for seed in range(self.seeds)] for shape in self.shapes]
+
+    def table(self, runs: Sequence[Run]) -> Table:
+        """Losses at all shapes, and by how much the larger one's is lower in pairs of seeds."""
+        table = number_table("change", "lr", *self.shapes, "gain of width")
+        for name in self.changes:
+            if losses := self.losses(runs, name):
+                gains = [small - large for small, large in zip(*losses, strict=True)]
+                cells = (f"{one.value:.3f} ± {one.error:.3f}" for one in map(Estimate.over, (*losses, gains)))
+                table.add_row(name, f"2^{self.best(runs, name):g}", *cells)
+        return table
 
 
-def missing(runs: Sequence[Run], changes: Mapping[str, Change] = CHANGES) -> Iterator[Run]:
-    """The base at all learning rates with the first seed, and then both shapes at the best one with all seeds."""
-    made = {(run.shape, run.method, run.exponent, run.seed) for run in runs}
-    for name in changes:
-        wanted = [Run("base", name, exponent, 0) for exponent in EXPONENTS]
-        if all(("base", name, exponent, 0) in made for exponent in EXPONENTS):
-            best = best_exponent(runs, name)
-            wanted = [Run(shape, name, best, seed) for shape in SHAPES for seed in range(SEEDS)]
-        yield from (run for run in wanted if (run.shape, run.method, run.exponent, run.seed) not in made)
-
-
-def best_exponent(runs: Sequence[Run], name: str) -> float:
-    """Exponent of the learning rate of least loss at the base, with the first seed."""
-    curve = curve_of([*runs], "base", name)
-    return min(curve, key=lambda exponent: curve[exponent])
-
-
-def base_table(runs: Sequence[Run], changes: Mapping[str, Change] = CHANGES) -> Table:
-    """Losses of the base and of the wider model, and by how much this one is lower in pairs of seeds."""
-    table = number_table("change", "lr", *SHAPES, "gain of width")
-    for name in changes:
-        if any(run.method == name for run in missing(runs, changes)):
-            continue
-        best = best_exponent(runs, name)
-        losses = [[curve_of([*runs], shape, name, seed)[best] for seed in range(SEEDS)] for shape in SHAPES]
-        estimates = map(Estimate.over, (*losses, [small - large for small, large in zip(*losses, strict=True)]))
-        table.add_row(name, f"2^{best:g}", *(f"{one.value:.3f} ± {one.error:.3f}" for one in estimates))
-    return table
+def changes_of(folder: Path, trials: int, preset: Tuned) -> dict[str, Change]:
+    """All changes, and for both stds the plain model at its own rate, factors tuned at the base, and those of a preset."""
+    found = dict(CHANGES)
+    for std, name in ((0.02, "as it is"), (32**-0.5, "all weights of std 1/√D")):
+        change = Change(std=std)
+        place = folder / f"std_{std:.2g}"
+        tuning = tune(
+            partial(change.build, 1, TUNED_FROM),
+            change.data(0),
+            trials=trials,
+            trainer={"accelerator": "cpu", "max_steps": change.steps},
+            out=place,
+        )
+        tuning.save(place)
+        found[f"{name}, tuned"] = replace(change, tuned=tuning.found)
+        found[f"{name}, preset"] = replace(change, tuned=preset)
+        found[f"{name}, plain, lr tuned at 4 ×"] = replace(change, parameterization="sp", tuned_at="4 × widths")
+    return found
