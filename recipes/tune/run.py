@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,14 +22,15 @@ from rich.progress import Progress
 
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning import Tuning, tune
-from mlu_lightning.utilities.workers import worker_pool
 from recipes.common.studies import ResultFile, check_command, console, deadline, study_command, study_commands
-from recipes.tune.preset import PRESET, Presets, relative
+from recipes.tune.preset import MODELS, gpts, preset_table, relative, search, with_factors
 from recipes.tune.report import loss_table, save_figure, verdicts
 from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
-from recipes.tune.samplers import Search, sampler_table, search
-from recipes.tune.small_bases import Change, Comparison, changes_of
+from recipes.tune.samplers import SAMPLERS, Search, sampler_table, search_factors
+from recipes.tune.small_bases import Change, Comparison
 
+PRESET: Tuned = {}
+"""Factors that ``preset`` has found."""
 QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
 
 
@@ -65,7 +67,6 @@ def study(
 
 def samplers(
     output: str = "tune-samplers",
-    workers: int = 2,
     searches: int = 5,
     trials: int = 150,
     minutes: float | None = None,
@@ -75,45 +76,42 @@ def samplers(
 
     Args:
         output: folder of the searches; those that are in it are not made again.
-        workers: number of searches at a time, each on one core.
         searches: number of searches of each sampler.
         trials: of each search.
         minutes: after which no search is begun.
     """
-    check_command(workers, searches)
     steps, trials, searches = (3, 12, 1) if quick else (60, trials, searches)
-    file = ResultFile(Path(output) / "searches.jsonl", _Settings(steps, trials), Search.encode, Search.decode)
-    done, end, terminal = file.read(), deadline(minutes), console(118)
-    names = ("TPE", "CMA-ES", "trust region")
-    wanted = [(name, seed) for seed in range(searches) for name in names]
-
-    def next_search(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-        begun = {(one.sampler, one.seed) for one in done} | {case[:2] for case in running}
-        waiting = [case for case in wanted if case not in begun]
-        return (*waiting[0], trials, steps) if waiting and time.monotonic() < end else None
-
-    with worker_pool(workers, threads=1) as pool:
-        file.extend(done, pool, workers, search, next_search)
-    terminal.print(sampler_table(done))
+    file = ResultFile(Path(output) / "searches.jsonl", _Settings(steps, trials), asdict, lambda line: Search(**line))
+    done, end = file.read(), deadline(minutes)
+    for seed, name in product(range(searches), SAMPLERS):
+        if (name, seed) not in {(one.sampler, one.seed) for one in done} and time.monotonic() < end:
+            done.append(search_factors(name, seed, trials, steps))
+            file.append(done[-1])
+    console(118).print(sampler_table(done))
 
 
-def bases(output: str = "tune-bases", trials: int = 130, minutes: float | None = None, quick: bool = False) -> None:
+def bases(
+    output: str = "tune-bases", trials: int = 130, workers: int = 2, minutes: float | None = None, quick: bool = False
+) -> None:
     """Train a tied GPT, and one of four times its widths, with one thing at a time changed.
 
     Args:
         output: folder of the runs; those that are in it are not made again.
-        trials: of the search of factors at a base.
+        trials: of the searches of factors at its base.
+        workers: number of runs at a time, each on one core.
         minutes: after which no run is begun; another call goes on.
     """
-    folder, end = Path(output), deadline(minutes)
-    compared = Comparison({"as it is": Change(steps=2)} if quick else changes_of(folder, trials, PRESET))
-    console(118).print(compared.table(compared.make(folder / "small_bases.jsonl", end)))
+    folder, end, terminal = Path(output), deadline(minutes), console(118)
+    few = {"as it is": Change(steps=2)}
+    made = Comparison(few if quick else gpts(folder, PRESET, trials=trials, minutes=minutes))
+    terminal.print(made.table(made.make(folder / "small_bases.jsonl", workers, end, terminal)))
 
 
 def preset(
     output: str = "tune-preset",
     found_on: str = "package,nanogpt,llama",
     trials: int = 120,
+    workers: int = 2,
     minutes: float | None = None,
     quick: bool = False,
 ) -> None:
@@ -123,18 +121,22 @@ def preset(
         output: folder of the search and the runs; what is in it is not done again.
         found_on: names of the models of the search, with commas.
         trials: of the search.
+        workers: number of runs at a time, each on one core.
         minutes: after which no run is begun; another call goes on.
     """
-    names, folder, end, terminal = tuple(found_on.split(",")), Path(output), deadline(minutes), console(118)
-    chosen = Presets(names[:1], names[:1], 2, 2, (-6,)) if quick else Presets(names)
-    alone = chosen.compared({}).make(folder / "alone.jsonl", end)
-    if not all(chosen.compared({}).losses(alone, name) for name in chosen.names):
+    folder, end, terminal, names = Path(output), deadline(minutes), console(118), found_on.split(",")
+    models = Comparison(MODELS, {"base": 1}, range(-8, -2), 5)
+    if quick:
+        few = {name: replace(MODELS[name], steps=2) for name in names}
+        models = Comparison(few, {"base": 1}, [-6], 2)
+    alone = models.make(folder / "alone.jsonl", workers, end, terminal)
+    if any(models.missing(alone)):
         return terminal.print("The time was over before the learning rates were known; another call goes on.")
-    found = chosen.search(folder, alone, 2 if quick else trials, _left(end))
-    found.save(folder)
+    found = search(names, models, alone, folder, trials=2 if quick else trials, minutes=_left(end))
     factors = relative(found.found)
     terminal.print(found.tables(), f"Beside the learning rate: {factors}", highlight=False)
-    terminal.print(chosen.table(alone, chosen.compared(factors).make(folder / "preset.jsonl", end)))
+    tuned = replace(models, changes=with_factors(models.changes, factors))
+    terminal.print(preset_table(models, alone, tuned.make(folder / "preset.jsonl", workers, end, terminal)))
     return None
 
 
@@ -160,14 +162,18 @@ class _Tuned:
 
 def _best_exponent(study: Study, folder: Path, workers: int, end: float, terminal: Console) -> float | None:
     """The base's best learning rate, over seeds; None if the time was over."""
-    file = ResultFile(folder / "base.jsonl", study, Run.encode, Run.decode)
+    file = ResultFile(folder / "base.jsonl", study, asdict, lambda line: Run(**line))
     runs, plan = file.read(), plan_of(study, "base", "MLU, lr alone")
     wanted = [Run("base", "MLU, lr alone", e, seed) for e in study.exponents for seed in range(study.seeds)]
-    _train(study, lambda: wanted, runs, file, lambda run: (study, run, plan, {}), workers, end, terminal)
-    losses = {e: [run.loss for run in runs if run.exponent == e] for e in study.exponents}
-    if any(len(of_seeds) < study.seeds for of_seeds in losses.values()):
+    key = attrgetter("exponent", "seed")
+
+    def missing() -> list[Run]:
+        return [run for run in wanted if key(run) not in map(key, runs)]
+
+    file.extend(runs, missing, lambda run: (study, run, plan, {}), train, workers, end, terminal)
+    if missing():
         return None
-    return min(losses, key=lambda exponent: fmean(losses[exponent]))
+    return min(study.exponents, key=lambda e: fmean(run.loss for run in runs if run.exponent == e))
 
 
 def _tune(
@@ -194,35 +200,16 @@ def _make_runs(
     study: Study, start: float, tuned: Tuned, folder: Path, workers: int, end: float, terminal: Console
 ) -> list[Run]:
     """Make the runs that are missing until the time is over, and return all that were made."""
-    file = ResultFile(folder / "runs.jsonl", _Tuned(asdict(study), start, tuned), Run.encode, Run.decode)
+    settings = _Tuned(asdict(study), start, tuned)
+    file = ResultFile(folder / "runs.jsonl", settings, asdict, lambda line: Run(**line))
     runs = file.read()
-    plans: dict[tuple[str, str], Any] = {}
+    plan = cache(partial(plan_of, study))
 
     def case(run: Run) -> tuple[Any, ...]:
-        if (run.shape, run.method) not in plans:
-            plans[run.shape, run.method] = plan_of(study, run.shape, run.method)
-        return study, run, plans[run.shape, run.method], tuned
+        return study, run, plan(run.shape, run.method), tuned
 
-    _train(study, lambda: missing_runs(study, runs, start), runs, file, case, workers, end, terminal)
+    file.extend(runs, lambda: missing_runs(study, runs, start), case, train, workers, end, terminal)
     return runs
-
-
-def _train(
-    study: Study, wanted: Any, runs: list[Run], file: Any, case: Any, workers: int, end: float, terminal: Console
-) -> None:
-    """Make those of the wanted runs that are not there yet, in order."""
-    with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
-        bar = progress.add_task("runs")
-
-        def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-            known = {
-                (run.shape, run.method, run.exponent, run.seed) for run in [*runs, *(one for _, one, *_ in running)]
-            }
-            waiting = [run for run in wanted() if (run.shape, run.method, run.exponent, run.seed) not in known]
-            progress.update(bar, completed=len(runs), total=len(runs) + len(waiting) + len(running))
-            return case(waiting[0]) if waiting and time.monotonic() < end else None
-
-        file.extend(runs, pool, workers, train, next_run)
 
 
 _STUDY = study_command(study, "python -m recipes.tune.run study")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -79,15 +79,6 @@ class Run:
     seed: int  # of weights and data
     loss: float = math.nan  # in validation at the end, in nats per byte; NaN if the run diverged
     seconds: float = 0.0  # of processor time
-
-    def encode(self) -> dict[str, Any]:
-        """Content as JSON."""
-        return {**asdict(self), "loss": self.loss if math.isfinite(self.loss) else None}
-
-    @classmethod
-    def decode(cls, content: Mapping[str, Any]) -> Run:
-        """Run of which this is the content."""
-        return cls(**{**content, "loss": math.nan if content["loss"] is None else content["loss"]})
 
 
 def plan_of(study: Study, shape: str, method: str) -> Plan:

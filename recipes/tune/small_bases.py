@@ -1,42 +1,48 @@
-"""Why a wider model may be no better than its base: a tied GPT, of which one thing at a time is changed.
+"""Small models that are compared: what is trained, Transformers side by side, and learning rates of their own.
 
-Its weights are drawn at 0.02, its readout is its token table, and it has learned positions, as nanoGPT has. For each
-change the learning rate is chosen at the base, and the base and four times its widths are trained there.
+The first is a tied GPT, of which one thing at a time is changed: its weights are drawn at 0.02, its readout is its token
+table, and it has learned positions, as nanoGPT has.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-from mlu_lightning import MLUCallback, Plan, tune
-from mlu_lightning.planning.tuned import Tuned
+from mlu_lightning import MLUCallback
+from mlu_lightning.models import CausalTransformer
 from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.tuning.training import Training
 from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.studies import ResultFile
 from recipes.common.text import Text
-from recipes.lr_transfer.runs import ScheduledTransformer
 from recipes.tune.runs import Run, curve_of
 
-CONTEXT = 32
-TUNED_FROM = -6  # exponent of the learning rate that is best at the base
+CONTEXT, OWN_WIDTH = 32, 32**-0.5
+CONFIGURATIONS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 
-class TiedGPT(ScheduledTransformer):
+class TiedGPT(CausalTransformer):
     """A Transformer with learned positions and weights from N(0, std²), whose readout is its token table if ``tied``."""
 
-    def __init__(self, tied: bool = True, std: float = 0.02, context: int = CONTEXT, **sizes: Any) -> None:
-        super().__init__(context=context, **sizes)
-        self.positions = nn.Embedding(context, sizes["embedding"])
+    def __init__(self, tied: bool, std: float, **sizes: int) -> None:
+        super().__init__(256, CONTEXT, **sizes)
+        self.positions = nn.Embedding(CONTEXT, sizes["embedding"])
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
@@ -56,6 +62,7 @@ class TiedGPT(ScheduledTransformer):
 class Change:
     """What is trained, from a base with D = 32, 2 heads and 128 MLP units, and with which factors."""
 
+    model: str = "nanogpt"
     steps: int = 128
     tied: bool = True
     std: float = 0.02
@@ -63,35 +70,80 @@ class Change:
     parameterization: str = "mlu"
     tuned_at: str = "base"  # shape at which the learning rate is chosen
 
-    def build(self, factor: int, exponent: float) -> TiedGPT:
-        """The base, or a model so many times as wide."""
-        sizes = {"depth": 2, "heads": 2 * factor, "mlp_hidden": 128 * factor, "embedding": 32 * factor}
-        own = {"tied": self.tied, "std": self.std, "lr": 2.0**exponent, "steps": self.steps}
-        return TiedGPT(**sizes, **own, warmup=max(1, self.steps // 10))
+    def network(self, factor: int) -> nn.Module:
+        """Build the base, or a model so many times as wide."""
+        if self.model in ("package", "nanogpt"):
+            sizes = {"depth": 2, "heads": 2 * factor, "mlp_hidden": 128 * factor, "embedding": 32 * factor}
+            own = self.model == "package"
+            return CausalTransformer(256, CONTEXT, **sizes) if own else TiedGPT(self.tied, self.std, **sizes)
+        from transformers import AutoConfig, AutoModelForCausalLM, ViTForImageClassification
 
-    def data(self, seed: int) -> Text:
+        heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2 * factor)
+        sizes = {"hidden_size": 32 * factor, "intermediate_size": 128 * factor, "initializer_range": self.std}
+        of_images, others = self.model == "vit", CONFIGURATIONS["all"] | CONFIGURATIONS[self.model]
+        config = AutoConfig.for_model(
+            self.model, **heads, **sizes, **others, **({} if of_images else CONFIGURATIONS["text"])
+        )
+        return ViTForImageClassification(config) if of_images else AutoModelForCausalLM.from_config(config)
+
+    def data(self, seed: int) -> Any:
         """Make the data, in an order of their own for each seed."""
-        return Text(CONTEXT, self.steps, 16, seed, 8)
+        if self.model != "vit":
+            return Text(CONTEXT, self.steps, 16, seed, 8)
+        from recipes.aspect.digits import Digits
+
+        return Digits(self.steps, 32, seed)
 
     def training(self, factor: int, exponent: float, seed: int) -> Training:
         """Describe a training of the base, or of a model so many times as wide."""
-        make, base = (partial(self.build, width, exponent) for width in (factor, 1))
+        make, base = (partial(Networks, [self], [2.0**exponent], factor=width) for width in (factor, 1))
         trainer = {"accelerator": "cpu", "max_steps": self.steps, "val_check_interval": self.steps}
         callbacks = partial(_callbacks, parameterization=self.parameterization)
         return Training.of(make, base, callbacks, data=self.data(seed), trainer=trainer)
 
 
-def _callbacks(base: TiedGPT, parameterization: Any) -> list[MLUCallback]:
-    return [MLUCallback(base, parameterization=parameterization)]
+class Networks(LightningModule):
+    """Networks that are trained side by side on the same batches, each at its learning rate, with its loss in a unit."""
+
+    def __init__(
+        self, models: Sequence[Change], rates: Sequence[float], units: Sequence[float] | None = None, factor: int = 1
+    ) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(model.network(factor) for model in models)
+        self.rates, self.units, self.steps = rates, units or [1.0] * len(models), models[0].steps
+
+    def training_step(self, batch: Any) -> Tensor:
+        """The sum of all losses, whose gradients are those of each alone."""
+        loss: Tensor = sum(_loss(each, batch) for each in self.networks)
+        return loss
+
+    def validation_step(self, batch: Any) -> None:
+        """Log the mean of all losses, each in its unit."""
+        losses = [_loss(each, batch) / unit for each, unit in zip(self.networks, self.units, strict=True)]
+        self.log("val_loss", sum(losses) / len(losses))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with a warm-up and a cosine."""
+        groups = [{"params": each.parameters(), "lr": lr} for each, lr in zip(self.networks, self.rates, strict=True)]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._rate), "interval": "step"},
+        }
+
+    def _rate(self, step: int) -> float:
+        warmup = max(1, self.steps // 10)
+        share = (step + 1 - warmup) / (self.steps - warmup)
+        return min(1.0, (step + 1) / warmup) if step < warmup else 0.55 + 0.45 * math.cos(math.pi * min(share, 1.0))
 
 
 CHANGES = {
     "as it is": Change(),
-    "384 steps": Change(384),
+    "384 steps": Change(steps=384),
     "std of embedding × 8": Change(tuned={"embedding": {"std": 8.0}}),
     "logits × 4": Change(tuned={"readout": {"multiplier": 4.0}}),
     "untied": Change(tied=False),
-    "all weights of std 1/√D": Change(std=32**-0.5),
+    "all weights of std 1/√D": Change(std=OWN_WIDTH),
 }
 
 
@@ -99,22 +151,20 @@ CHANGES = {
 class Comparison:
     """What is compared, each at a learning rate of its own, which the first seed chooses at one shape."""
 
-    changes: Mapping[str, Any]  # as Change has it
+    changes: Mapping[str, Change]
     shapes: Mapping[str, int] = field(default_factory=lambda: {"base": 1, "4 × widths": 4})
-    exponents: tuple[int, ...] = (-7, -6, -5, -4)
+    exponents: Sequence[int] = (-7, -6, -5, -4)
     seeds: int = 3
 
-    def make(self, path: Path, end: float) -> list[Run]:
+    def make(self, path: Path, workers: int, end: float, terminal: Console) -> list[Run]:
         """Train what is missing, until the time is over; methods of runs are the changes."""
-        file = ResultFile(path, Change(), Run.encode, Run.decode)
-        runs, plans = file.read(), dict[tuple[str, str], Plan]()
-        while time.monotonic() < end and (run := next(self.missing(runs), None)):
-            start = time.process_time()
-            training = self.changes[run.method].training(self.shapes[run.shape], run.exponent, run.seed)
-            plan = plans.setdefault((run.method, run.shape), plans.get((run.method, run.shape)) or training.plan())
-            loss = training.run(plan, self.changes[run.method].tuned, run.seed).value
-            runs.append(replace(run, loss=loss, seconds=round(time.process_time() - start, 2)))
-            file.append(runs[-1])
+        file = ResultFile(path, Change(), asdict, lambda line: Run(**line))
+        runs = file.read()
+
+        def case(run: Run) -> tuple[Any, ...]:
+            return self.changes[run.method], self.shapes[run.shape], run
+
+        file.extend(runs, lambda: [*self.missing(runs)], case, _train, workers, end, terminal)
         return runs
 
     def missing(self, runs: Sequence[Run]) -> Iterator[Run]:
@@ -150,21 +200,18 @@ class Comparison:
         return table
 
 
-def changes_of(folder: Path, trials: int, preset: Tuned) -> dict[str, Change]:
-    """All changes, and for both stds the plain model at its own rate, factors tuned at the base, and those of a preset."""
-    found = dict(CHANGES)
-    for std, name in ((0.02, "as it is"), (32**-0.5, "all weights of std 1/√D")):
-        change = Change(std=std)
-        place = folder / f"std_{std:.2g}"
-        tuning = tune(
-            partial(change.build, 1, TUNED_FROM),
-            change.data(0),
-            trials=trials,
-            trainer={"accelerator": "cpu", "max_steps": change.steps},
-            out=place,
-        )
-        tuning.save(place)
-        found[f"{name}, tuned"] = replace(change, tuned=tuning.found)
-        found[f"{name}, preset"] = replace(change, tuned=preset)
-        found[f"{name}, plain, lr tuned at 4 ×"] = replace(change, parameterization="sp", tuned_at="4 × widths")
-    return found
+def _train(change: Change, factor: int, run: Run) -> Run:
+    start = time.process_time()
+    training = change.training(factor, run.exponent, run.seed)
+    loss = training.run(training.plan(), {key: dict(of) for key, of in change.tuned.items()}, run.seed).value
+    return replace(run, loss=loss, seconds=round(time.process_time() - start, 2))
+
+
+def _callbacks(base: LightningModule, parameterization: Any) -> list[MLUCallback]:
+    return [MLUCallback(base, parameterization=parameterization)]
+
+
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    inputs, targets = batch if isinstance(batch, list) else (batch[:, :-1], batch[:, 1:].flatten())
+    found = model(inputs.unflatten(1, (1, 8, 8)) if inputs.is_floating_point() else inputs)
+    return F.cross_entropy(getattr(found, "logits", found).flatten(0, -2), targets)
