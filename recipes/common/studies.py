@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib.util import find_spec
@@ -107,13 +107,13 @@ class ResultFile(Generic[ResultT]):
     """File to which a study adds its results one by one, each a line of JSON after that of the study's settings."""
 
     path: Path
-    study: Any  # a dataclass
-    encode: Callable[[ResultT], dict[str, Any]]
+    settings: Mapping[str, Any]
     decode: Callable[[dict[str, Any]], ResultT]
+    encode: Callable[[Any], dict[str, Any]] = asdict
 
     def read(self) -> list[ResultT]:
         """Read the results, without a last line that was cut off, and end the command if they are another study's."""
-        settings = json.loads(json.dumps(asdict(self.study)))
+        settings = json.loads(json.dumps(self.settings))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n"
         if whole != text:
@@ -136,15 +136,15 @@ class ResultFile(Generic[ResultT]):
     def extend(
         self,
         results: list[ResultT],
-        missing: Callable[[], Sequence[ResultT]],
-        case: Callable[[ResultT], tuple[Any, ...]],
+        missing: Callable[[], Sequence[CaseT]],
+        case: Callable[[CaseT], tuple[Any, ...]],
         function: Callable[..., ResultT],
         workers: int,
         end: float,
         terminal: Console,
     ) -> None:
         """Make the first of what is missing, given a function's arguments for it, until nothing is or the time is over."""
-        running: dict[Future[ResultT], ResultT] = {}
+        running: dict[Future[ResultT], CaseT] = {}
         with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
             bar = progress.add_task(f"runs in {self.path.parent}")
             while True:

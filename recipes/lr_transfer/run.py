@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ def make_runs(
 
     Returns the plans of each shape and parameterization, and all runs that were made.
     """
-    file = ResultFile(folder / "runs.jsonl", study, Run.encode, Run.decode)
+    file = ResultFile(folder / "runs.jsonl", asdict(study), Run.decode, Run.encode)
     runs, plans = file.read(), plans_of(study)
     shared = shared_runs(plans)
     file.extend(

@@ -9,24 +9,16 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from mlu_lightning import tune
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning import Tuning
 from mlu_lightning.tuning.found import Estimate, paired
 from mlu_lightning.tuning.space import DEFAULT_ROLES
 from mlu_lightning.utilities.fitted_tables import number_table
-from recipes.tune.runs import Run
-from recipes.tune.small_bases import CHANGES, CONFIGURATIONS, OWN_WIDTH, Change, Comparison, Networks
-
-MODELS = {
-    "package": Change("package"),
-    "nanogpt": Change(std=OWN_WIDTH),
-    **{name: Change(name, std=OWN_WIDTH) for name in CONFIGURATIONS if name not in ("all", "text")},
-    "nanogpt of std 0.02": Change(),
-}
-"""Models by name, whose weights suit their own width but for the last."""
+from recipes.tune.runs import Run, tune_at
+from recipes.tune.small_bases import BASES, Change, Comparison, Networks
 
 
 def with_factors(models: Mapping[str, Change], tuned: Tuned) -> dict[str, Change]:
@@ -39,12 +31,13 @@ def with_factors(models: Mapping[str, Change], tuned: Tuned) -> dict[str, Change
     return found
 
 
-def search(names: Sequence[str], alone: Comparison, runs: Sequence[Run], folder: Path, **limits: Any) -> Tuning:
+def search(names: Sequence[str], alone: Comparison, runs: Sequence[Run], *place: Any, **limits: Any) -> Tuning:
     """Search factors with which the mean of losses, each in units of its noise, is least."""
     models, units = [alone.changes[name] for name in names], [stdev(alone.losses(runs, name)[0]) for name in names]
     rates = [2.0 ** alone.best(runs, name) for name in names]
     roles = (*DEFAULT_ROLES, "readout.multiplier")  # of which a tied readout has nothing else
-    return _tune(partial(Networks, models, rates, units), models[0], folder, roles=roles, **limits)
+    build = partial(Networks, models, rates, units)
+    return tune_at(build, models[0].data(0), models[0].steps, *place, roles=roles, **limits)
 
 
 def relative(tuned: Tuned) -> Tuned:
@@ -63,25 +56,20 @@ def preset_table(models: Comparison, alone: Sequence[Run], preset: Sequence[Run]
     for name in models.changes:
         losses = [of[0] for runs in (alone, preset) if (of := models.losses(runs, name))]
         if len(losses) == 2:
-            means = [f"{each.value:.3f} ± {each.error:.3f}" for each in map(Estimate.over, losses)]
+            means = [Estimate.over(each).text(3) for each in losses]
             rates = [f"2^{models.best(runs, name):g}" for runs in (alone, preset)]
             table.add_row(name, means[0], rates[0], means[1], rates[1], str(paired(*losses, "min")))
     return table
 
 
-def gpts(folder: Path, preset: Tuned, **limits: Any) -> dict[str, Change]:
+def gpts(folder: Path, preset: Tuned, terminal: Console, **limits: Any) -> dict[str, Change]:
     """Changes of a GPT, and of two stds factors tuned at the base, a preset, and the plain model at its own rate."""
-    found = dict(CHANGES)
+    found = dict(BASES)
     for name in ("as it is", "all weights of std 1/√D"):
-        change = CHANGES[name]  # whose best learning rate is this one at both bases
-        tuning = _tune(partial(Networks, [change], [2**-6]), change, folder / f"std {change.std:.2g}", **limits)
+        change = BASES[name]  # whose best learning rate is this one at both bases
+        build = partial(Networks, [change], [2**-6])
+        tuning = tune_at(build, change.data(0), change.steps, folder / f"std {change.std:.2g}", terminal, **limits)
         found[f"{name}, tuned"] = replace(change, tuned=tuning.found)
         found |= {f"{name}, preset": of for of in with_factors({name: change}, preset).values()}
         found[f"{name}, plain, lr tuned at 4 × widths"] = replace(change, parameterization="sp", tuned_at="4 × widths")
-    return found
-
-
-def _tune(build: Any, model: Change, folder: Path, **more: Any) -> Tuning:
-    found = tune(build, model.data(0), trainer={"accelerator": "cpu", "max_steps": model.steps}, out=folder, **more)
-    found.save(folder)
     return found

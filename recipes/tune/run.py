@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import product
 from operator import attrgetter
@@ -18,19 +18,15 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from mlu_lightning.planning.tuned import Tuned
-from mlu_lightning.tuning import Tuning, tune
 from recipes.common.studies import ResultFile, check_command, console, deadline, study_command, study_commands
-from recipes.tune.preset import MODELS, gpts, preset_table, relative, search, with_factors
+from recipes.tune.preset import gpts, preset_table, relative, search, with_factors
 from recipes.tune.report import loss_table, save_figure, verdicts
-from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
+from recipes.tune.runs import BASE, STUDIES, Run, Study, missing_runs, plan_of, train, tune_at
 from recipes.tune.samplers import SAMPLERS, Search, sampler_table, search_factors
-from recipes.tune.small_bases import Change, Comparison
+from recipes.tune.small_bases import PRESETS, Change, Comparison
 
-PRESET: Tuned = {}
-"""Factors that ``preset`` has found."""
 QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
 
 
@@ -51,11 +47,11 @@ def study(
     start = _best_exponent(chosen, folder, workers, end, terminal)
     if start is None:
         return terminal.print("The time was over before the base's learning rate was known; another call goes on.")
-    found = _tune(chosen, start, trials, folder, workers, _left(end), terminal)
+    build, limits = partial(chosen.model, "base", start), {"trials": trials, "minutes": _left(end), "workers": workers}
+    found = tune_at(build, chosen.data(0), chosen.steps, folder, terminal, seeds=chosen.seeds, **limits)
     terminal.print(found.tables())
     if len(found.trials) < trials:
         return terminal.print("The time was over before the search was; another call goes on.")
-    found.save(folder)
     runs = _make_runs(chosen, start, found.tuned, folder, workers, end, terminal)
     terminal.print(loss_table(chosen, runs))
     for sentence in verdicts(chosen, runs):
@@ -81,7 +77,8 @@ def samplers(
         minutes: after which no search is begun.
     """
     steps, trials, searches = (3, 12, 1) if quick else (60, trials, searches)
-    file = ResultFile(Path(output) / "searches.jsonl", _Settings(steps, trials), asdict, lambda line: Search(**line))
+    settings = {"steps": steps, "trials": trials}
+    file = ResultFile(Path(output) / "searches.jsonl", settings, lambda line: Search(**line))
     done, end = file.read(), deadline(minutes)
     for seed, name in product(range(searches), SAMPLERS):
         if (name, seed) not in {(one.sampler, one.seed) for one in done} and time.monotonic() < end:
@@ -103,7 +100,7 @@ def bases(
     """
     folder, end, terminal = Path(output), deadline(minutes), console(118)
     few = {"as it is": Change(steps=2)}
-    made = Comparison(few if quick else gpts(folder, PRESET, trials=trials, minutes=minutes))
+    made = Comparison(few if quick else gpts(folder, STUDIES["preset"], terminal, trials=trials, minutes=minutes))
     terminal.print(made.table(made.make(folder / "small_bases.jsonl", workers, end, terminal)))
 
 
@@ -125,14 +122,14 @@ def preset(
         minutes: after which no run is begun; another call goes on.
     """
     folder, end, terminal, names = Path(output), deadline(minutes), console(118), found_on.split(",")
-    models = Comparison(MODELS, {"base": 1}, range(-8, -2), 5)
+    models = Comparison(PRESETS, {"base": 1}, range(-8, -2), 5)
     if quick:
-        few = {name: replace(MODELS[name], steps=2) for name in names}
+        few = {name: replace(PRESETS[name], steps=2) for name in names}
         models = Comparison(few, {"base": 1}, [-6], 2)
     alone = models.make(folder / "alone.jsonl", workers, end, terminal)
     if any(models.missing(alone)):
         return terminal.print("The time was over before the learning rates were known; another call goes on.")
-    found = search(names, models, alone, folder, trials=2 if quick else trials, minutes=_left(end))
+    found = search(names, models, alone, folder, terminal, trials=2 if quick else trials, minutes=_left(end))
     factors = relative(found.found)
     terminal.print(found.tables(), f"Beside the learning rate: {factors}", highlight=False)
     tuned = replace(models, changes=with_factors(models.changes, factors))
@@ -145,24 +142,9 @@ def _left(end: float) -> float | None:
     return None if math.isinf(end) else max(0.0, (end - time.monotonic()) / 60)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    steps: int
-    trials: int
-
-
-@dataclass(frozen=True)
-class _Tuned:
-    """Settings of runs at all shapes."""
-
-    study: dict[str, Any]
-    start: float
-    tuned: Tuned
-
-
 def _best_exponent(study: Study, folder: Path, workers: int, end: float, terminal: Console) -> float | None:
     """The base's best learning rate, over seeds; None if the time was over."""
-    file = ResultFile(folder / "base.jsonl", study, asdict, lambda line: Run(**line))
+    file = ResultFile(folder / "base.jsonl", asdict(study), lambda line: Run(**line))
     runs, plan = file.read(), plan_of(study, "base", "MLU, lr alone")
     wanted = [Run("base", "MLU, lr alone", e, seed) for e in study.exponents for seed in range(study.seeds)]
     key = attrgetter("exponent", "seed")
@@ -176,32 +158,12 @@ def _best_exponent(study: Study, folder: Path, workers: int, end: float, termina
     return min(study.exponents, key=lambda e: fmean(run.loss for run in runs if run.exponent == e))
 
 
-def _tune(
-    study: Study, start: float, trials: int, folder: Path, workers: int, left: float | None, terminal: Console
-) -> Tuning:
-    with Progress(console=terminal) as progress:
-        bar = progress.add_task("search at the base")
-        return tune(
-            partial(study.model, "base", start),
-            study.data(0),
-            trials=trials,
-            minutes=left,
-            workers=workers,
-            seeds=study.seeds,
-            trainer={"accelerator": "cpu", "max_steps": study.steps},
-            out=folder,
-            progress=lambda what, done, total, best: progress.update(
-                bar, description=what, completed=done, total=total
-            ),
-        )
-
-
 def _make_runs(
     study: Study, start: float, tuned: Tuned, folder: Path, workers: int, end: float, terminal: Console
 ) -> list[Run]:
     """Make the runs that are missing until the time is over, and return all that were made."""
-    settings = _Tuned(asdict(study), start, tuned)
-    file = ResultFile(folder / "runs.jsonl", settings, asdict, lambda line: Run(**line))
+    settings = {"study": asdict(study), "start": start, "tuned": tuned}
+    file = ResultFile(folder / "runs.jsonl", settings, lambda line: Run(**line))
     runs = file.read()
     plan = cache(partial(plan_of, study))
 

@@ -123,8 +123,7 @@ def sampler_table(searches: Sequence[Search]) -> Table:
         own = [search for search in searches if search.sampler == name]
         columns = [[one.best[n - 1] for one in own if len(one.best) >= n] for n in (50, 100)]
         columns += [[one.best[-1] for one in own], [one.default - one.found for one in own]]
-        cells = (f"{of.value:.3f} ± {of.error:.3f}" for of in map(Estimate.over, columns))
-        table.add_row(name, str(len(own)), *cells)
+        table.add_row(name, str(len(own)), *(Estimate.over(of).text(3) if of else "-" for of in columns))
     return table
 
 

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -31,10 +29,9 @@ from mlu_lightning.tuning.training import Training
 from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.studies import ResultFile
 from recipes.common.text import Text
-from recipes.tune.runs import Run, curve_of
+from recipes.tune.runs import STUDIES, Run, curve_of
 
-CONTEXT, OWN_WIDTH = 32, 32**-0.5
-CONFIGURATIONS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
+CONTEXT = 32
 
 
 class TiedGPT(CausalTransformer):
@@ -80,11 +77,11 @@ class Change:
 
         heads = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2 * factor)
         sizes = {"hidden_size": 32 * factor, "intermediate_size": 128 * factor, "initializer_range": self.std}
-        of_images, others = self.model == "vit", CONFIGURATIONS["all"] | CONFIGURATIONS[self.model]
-        config = AutoConfig.for_model(
-            self.model, **heads, **sizes, **others, **({} if of_images else CONFIGURATIONS["text"])
-        )
-        return ViTForImageClassification(config) if of_images else AutoModelForCausalLM.from_config(config)
+        own, others = (dict(STUDIES["configurations"].get(name, {})) for name in (self.model, "all"))
+        if self.model == "vit":
+            return ViTForImageClassification(AutoConfig.for_model("vit", **heads, **sizes, **others, **own))
+        others |= STUDIES["configurations"]["text"]
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(self.model, **heads, **sizes, **others, **own))
 
     def data(self, seed: int) -> Any:
         """Make the data, in an order of their own for each seed."""
@@ -122,14 +119,11 @@ class Networks(LightningModule):
         losses = [_loss(each, batch) / unit for each, unit in zip(self.networks, self.units, strict=True)]
         self.log("val_loss", sum(losses) / len(losses))
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> Any:
         """AdamW with a warm-up and a cosine."""
         groups = [{"params": each.parameters(), "lr": lr} for each, lr in zip(self.networks, self.rates, strict=True)]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self._rate), "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, self._rate), "interval": "step"}]
 
     def _rate(self, step: int) -> float:
         warmup = max(1, self.steps // 10)
@@ -137,14 +131,7 @@ class Networks(LightningModule):
         return min(1.0, (step + 1) / warmup) if step < warmup else 0.55 + 0.45 * math.cos(math.pi * min(share, 1.0))
 
 
-CHANGES = {
-    "as it is": Change(),
-    "384 steps": Change(steps=384),
-    "std of embedding × 8": Change(tuned={"embedding": {"std": 8.0}}),
-    "logits × 4": Change(tuned={"readout": {"multiplier": 4.0}}),
-    "untied": Change(tied=False),
-    "all weights of std 1/√D": Change(std=OWN_WIDTH),
-}
+BASES, PRESETS = ({name: Change(**of) for name, of in STUDIES[what].items()} for what in ("bases", "presets"))
 
 
 @dataclass(frozen=True)
@@ -158,7 +145,7 @@ class Comparison:
 
     def make(self, path: Path, workers: int, end: float, terminal: Console) -> list[Run]:
         """Train what is missing, until the time is over; methods of runs are the changes."""
-        file = ResultFile(path, Change(), asdict, lambda line: Run(**line))
+        file = ResultFile(path, asdict(Change()), lambda line: Run(**line))
         runs = file.read()
 
         def case(run: Run) -> tuple[Any, ...]:
@@ -195,7 +182,7 @@ class Comparison:
         for name in self.changes:
             if losses := self.losses(runs, name):
                 gains = [small - large for small, large in zip(*losses, strict=True)]
-                cells = (f"{one.value:.3f} ± {one.error:.3f}" for one in map(Estimate.over, (*losses, gains)))
+                cells = (Estimate.over(values).text(3) for values in (*losses, gains))
                 table.add_row(name, f"2^{self.best(runs, name):g}", *cells)
         return table
 
