@@ -117,13 +117,9 @@ def test_models_side_by_side_are_trained_as_each_alone() -> None:
 
 def test_factors_of_many_models_are_beside_the_learning_rate_and_of_roles_that_a_model_has() -> None:
     found = {"embedding": {"lr": 6.0, "std": 0.5}, "branch_in": {"lr": 2.0}, "stream_norm": {"lr": 2.0}}
-    found |= {"readout": {"lr": 4.0, "multiplier": 3.0}}
-    preset = relative(found)
-    assert preset == {
-        "embedding": {"lr": 3.0, "std": 0.5},
-        "branch_in": {"lr": 1.0},
-        "readout": {"lr": 2.0, "multiplier": 3.0},
-    }
+    preset = relative(found | {"readout": {"lr": 4.0, "multiplier": 3.0}})
+    of_roles = {"embedding": {"lr": 3.0, "std": 0.5}, "branch_in": {"lr": 1.0}}
+    assert preset == of_roles | {"readout": {"lr": 2.0, "multiplier": 3.0}}
     own = with_factors({"untied": Change("llama"), "tied": Change()}, preset)
     assert own["untied"].tuned == preset
     assert own["tied"].tuned == preset | {"readout": {"multiplier": 3.0}}
