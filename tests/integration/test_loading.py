@@ -3,6 +3,7 @@
 import argparse
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -122,14 +123,24 @@ def test_multipliers_of_a_part_and_a_handle_that_is_removed() -> None:
     Lit().load_state_dict(fold(module, Plan.from_model(module, loading.TOKENS, base=base)).state_dict())
 
 
-def test_loads_that_are_not_strict_are_warned_about() -> None:
-    hooked, folded = fitted("hook")[0], fitted("fold")[0]
-    with pytest.warns(
-        UserWarning, match=r"those of a module with multipliers in hooks, and this one .* in its weights"
-    ):
-        folded.load_state_dict(hooked.state_dict(), strict=False)
+@pytest.mark.parametrize("part", [lambda module: module, lambda module: module.net, lambda module: module.net.blocks])
+def test_loads_that_are_not_strict_are_warned_about(part: Any) -> None:
+    """Into a plain module they are right, or nothing of this package is there to see them."""
+
+    def load(into: nn.Module, state: dict[str, Any]) -> None:
+        into.load_state_dict(state, strict=False)
+
+    hooked, folded = part(fitted("hook")[0]), part(fitted("fold")[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(part(Lit()), folded.state_dict())
+        load(hooked, hooked.state_dict())
+        load(folded, folded.state_dict())
+    if isinstance(folded, Lit):  # parts that hold their multipliers are plain modules
+        with pytest.warns(UserWarning, match=r"those of a module with multipliers in hooks, and this one .* in its we"):
+            load(folded, hooked.state_dict())
     with pytest.warns(UserWarning, match="not marked as those of a module with multipliers in hooks, as this one is"):
-        hooked.load_state_dict(folded.state_dict())
+        load(hooked, folded.state_dict())
 
 
 class Renames(Lit):
