@@ -16,10 +16,7 @@ def parameters_of(command: Callable[..., None]) -> Mapping[str, inspect.Paramete
 
 
 def arranged(args: Sequence[str], commands: _Commands) -> list[str]:
-    """Put the command first, then what it requires, with a name or without, and then its options, each with its value.
-
-    ``--model resnet shape --parameters 1e8`` is ``shape 1e8 --model resnet``; an option that is true needs no value.
-    """
+    """Put the command first, then what it requires, with a name or without, and then its options, each with its value."""
     if "--version" in args:
         return ["--version"]
     place = _place_of_command(args, commands)
@@ -48,20 +45,15 @@ def _grouped(args: Sequence[str], parameters: Mapping[str, inspect.Parameter]) -
     """Arguments, options each with their value, and without the names of what is required."""
     rest = list(args)
     while rest:
-        option, equals, value = rest.pop(0).partition("=")
-        if not option.startswith("-"):
-            yield [f"{option}{equals}{value}"]
-            continue
+        option, equals, _ = (word := rest.pop(0)).partition("=")
         parameter = parameters.get(option.removeprefix("--").partition(".")[0])
-        flag = parameter is not None and parameter.annotation == "bool"
-        if equals:
-            words = [value]
-        elif rest and not rest[0].startswith("--") and (not flag or rest[0].lower() in _TRUTH):
-            words = [rest.pop(0)]
-        else:
-            words = ["true"] if flag else []
-        required = parameter is not None and parameter.default is parameter.empty
-        if required and words:
-            yield words
-        else:
-            yield [f"{option}={value}"] if equals else [option, *words]
+        words = [word]
+        if option.startswith("-") and not equals:
+            flag = parameter is not None and parameter.annotation == "bool"
+            if rest and not rest[0].startswith("--") and (not flag or rest[0].lower() in _TRUTH):
+                words.append(rest.pop(0))
+            elif flag:
+                words.append("true")
+        required = option.startswith("-") and parameter is not None and parameter.default is parameter.empty
+        value = [word.partition("=")[2]] if equals else words[1:]
+        yield value if required and value else words

@@ -106,7 +106,6 @@ THIN = "--present.hidden 1 --present.embedding 1"
             r"no depth of 5: depth counts residual additions, two for each block\. Give twice",
         ),
         ("1e8 --mlp_ratio -1", r"--mlp_ratio -1 should be 1 or more"),
-        ("1e8 --model resnet --inputs -1", r"--inputs -1 should be 0 or more"),
         ("1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
     ],
 )
