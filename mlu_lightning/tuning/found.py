@@ -191,7 +191,8 @@ class Tuning:
         lines = [f"# Factors for MLUCallback(tuned=...), found in {len(self.trials)} trials by mlu-lightning tune.", ""]
         lines[1:1] = [f"# {line}" for line in self.verdict().splitlines()]
         for key, factors in self.tuned.items():
-            lines.append(f"{_quoted(key)}: {{{', '.join(f'{what}: {factor!r}' for what, factor in factors.items())}}}")
+            name = key if key.replace("_", "").isalnum() else f'"{key}"'
+            lines.append(f"{name}: {{{', '.join(f'{what}: {factor!r}' for what, factor in factors.items())}}}")
         return "\n".join(lines if self.tuned else [*lines, "{}"]) + "\n"
 
     def curve(self) -> list[tuple[int, Mapping[str, float], float]]:
@@ -213,7 +214,3 @@ def paired(before: Sequence[float], after: Sequence[float], mode: str) -> Estima
             return Estimate(-math.inf if any(map(math.isinf, after)) else math.inf, math.nan)
         differences.append(sign * (one - other))
     return Estimate.over(differences)
-
-
-def _quoted(key: str) -> str:
-    return key if key.replace("_", "").isalnum() else f'"{key}"'
