@@ -131,8 +131,7 @@ class Tuning:
     @property
     def found(self) -> Tuned:
         """Factors of the chosen trial, whether they gain anything or not."""
-        record = next((trial for trial in self.trials if trial.number == self.chosen), None)
-        return {} if record is None else factors_at(self.space, record.point)
+        return {} if self.chosen is None else factors_at(self.space, self.best_point())
 
     @property
     def best_first(self) -> list[TrialRecord]:
