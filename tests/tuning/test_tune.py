@@ -181,8 +181,7 @@ def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 
 
 def test_gains_are_of_pairs_and_signed() -> None:
-    values = enumerate(((1.0, ""), (3.0, ""), (2.0, "stopped"), (None, "")))
-    trials = tuple(TrialRecord(number, {}, *value) for number, value in values)
+    trials = tuple(TrialRecord(n, {}, *of) for n, of in enumerate([(1.0,), (3.0,), (2.0, "stopped"), (None,)]))
     for mode, sign, first in (("min", 1, 0), ("max", -1, 1)):
         found = Tuning("loss", mode, (), trials, {}, ([3.0, 5.0, 4.0], [2.0, 3.0, 3.0]))  # type: ignore[arg-type]
         assert found.gain == Estimate(sign * 4 / 3, pytest.approx(1 / 3))
