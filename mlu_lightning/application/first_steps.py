@@ -6,7 +6,6 @@ It looks at what is, not at what was asked for: whether weights have changed, in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isclose
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from mlu_lightning.application.optimization import Scaled, ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
-from mlu_lightning.application.used_numbers import refuse_one_number
+from mlu_lightning.application.used_numbers import refuse_other_numbers
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import listed, original_module
 from mlu_lightning.utilities.samples import Sample, samples
@@ -104,7 +103,7 @@ class FirstSteps:
         if self._in_loop and scaled in self._have_stepped:
             self.look_before_batch()
             self.look()
-        first = not self._have_stepped
+        first, first_of_it = not self._have_stepped, scaled not in self._have_stepped
         self._looks = 0 if first else self._looks
         self._have_stepped[scaled] = None
         if self._looks >= _DENSE:
@@ -112,7 +111,7 @@ class FirstSteps:
         own = self._own(scaled)
         self._before = samples({name: p for name, p in own.items() if name in self._unmoved})
         self._gradients = {}
-        if first and not is_known(scaled.optimizer):
+        if first_of_it and not is_known(scaled.optimizer):
             self._gradients = samples({name: grad for name, p in own.items() if (grad := p.grad) is not None})
         if first and not self._manual:
             _refuse_changed_in_step([name for name, now in self._before.items() if not now.is_near(self._start[name])])
@@ -131,14 +130,13 @@ class FirstSteps:
         self._moved |= moved
         if self._between is not None:
             self._between.after_update(found)
-        for shadow in scaled.shadows:
+        for shadow in (shadow for split in scaled.splits for shadow in split.shadows):
             for key in shadow.unread:
                 members = {id(parameter) for parameter in shadow.given["params"]}
                 self._unread |= {name: key for name in moved if id(own[name]) in members}
         if not is_known(scaled.optimizer):
-            _refuse_written(scaled)  # which reads, too
-            if not self._unread:
-                refuse_one_number(scaled.shadows, own, scaled.families, (before, found, self._gradients))
+            for split in () if self._unread else scaled.splits:
+                refuse_other_numbers(split.shadows, own, scaled.planned, (before, found, self._gradients))
 
     def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
         """Note what an optimizer has made of the updates of those in it, as Lookahead does."""
@@ -241,17 +239,3 @@ def _refuse_unread(unread: Mapping[str, str]) -> None:
             "plan multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; "
             "and leave out of its groups what it has no use for."
         )
-
-
-def _refuse_written(scaled: ScaledOptimizer) -> None:
-    """Refuse an update that has set a number itself, the same for roles of which each has its own."""
-    for key in ("lr", "eps", "weight_decay"):
-        shadows = [shadow for shadow in scaled.shadows if shadow.given]
-        if any(key in shadow.factors for shadow in shadows):
-            ratios = [ratio for shadow in shadows if (ratio := shadow.written(key)) is not None]
-            if not all(isclose(ratio, ratios[0], rel_tol=1e-5) for ratio in ratios):
-                raise ValueError(
-                    f"{type(scaled.optimizer).__name__} sets {key} of its parameter groups in its own step, where the plan "
-                    "has multiplied it, so what the plan asks for is lost. Set it before the step, with a scheduler or in a "
-                    "hook that is registered with register_step_pre_hook; or let the step multiply what it finds."
-                )

@@ -33,13 +33,6 @@ class Shadow:
         read = self.group.read if isinstance(self.group, _ReadGroup) else self.factors.keys()
         return {key for key in self.factors.keys() - read if self.given[key] not in (0, None)}
 
-    def written(self, key: str) -> float | None:
-        """By what the step that was made has multiplied a number, None if it was 0 or is no number."""
-        given, now = self.given.get(key), self.group.get(key)
-        if not (isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given):
-            return None
-        return float(now) / float(given)
-
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
         for key, value in user.items():
@@ -137,29 +130,25 @@ class _ReadGroup(Group):
         self.read.add(key)
         return super().__getitem__(key)
 
+    def __iter__(self) -> Iterator[str]:  # lets {**group} and dict(group) ask for each
+        return super().__iter__()
+
     def get(self, key: str, default: Any = None) -> Any:
         self.read.add(key)
         return super().get(key, default)
 
-    def __iter__(self) -> Iterator[str]:  # also lets {**group} and dict(group) ask for each
-        return super().__iter__()
+    def values(self) -> Any:
+        return [self[key] for key in self]
 
     def items(self) -> Any:
-        self.read.update(self)
-        return super().items()
-
-    def values(self) -> Any:
-        self.read.update(self)
-        return super().values()
+        return [*zip(self, self.values(), strict=True)]
 
     def copy(self) -> Group:
-        self.read.update(self)
-        return super().copy()
+        return {**self}
 
 
 _MEMBERS = ("params", "param_names")
 _NUMBERS = ("lr", "eps", "weight_decay")
-_NUMERIC = (int, float, torch.Tensor)
 _FIXED = (int, float, str, tuple, type(None))
 _UNSEEN = object()
 

@@ -42,13 +42,20 @@ class NoOptimizer:
         type(self.inner).step.__wrapped__(self.inner)
 
 
-class WarmUp(optim.AdamW):
-    """Sets its learning rate in its own step."""
+class OwnNumbers(optim.Optimizer):
+    """Moves along the sign of gradients, by numbers of its own besides the learning rate of its groups."""
 
+    def __init__(self, parameters: Any, factor: Any = lambda p: 1, eps: float = 1e-12, decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": 0.02})
+        self.own = factor, eps, decay
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            group["lr"] = 0.01
-        return super().step(closure)
+        loss, (factor, eps, decay) = closure and torch.enable_grad()(closure)(), self.own
+        for lr, parameters in [(group["lr"], group["params"]) for group in self.param_groups]:
+            for p in parameters:
+                p.mul_(1 - lr * decay).sub_(lr * factor(p) * p.grad / (p.grad.abs() + eps))
+        return loss
 
 
 class Climbing(optim.Optimizer):

@@ -9,7 +9,7 @@ from torch import Tensor, nn, optim
 from torch.optim.sgd import sgd
 
 from helpers.faulty_runs import At
-from helpers.planted_optimizers import Bare, ByHand, Climbing, NoOptimizer, OneRate, WarmUp
+from helpers.planted_optimizers import Bare, ByHand, Climbing, NoOptimizer, OneRate, OwnNumbers
 from helpers.planted_runs import NUMBERS, Fault, Module, Run, run
 from helpers.planted_weights import normed, tied
 
@@ -224,6 +224,10 @@ def declared(elsewhere: str, reads: bool = False) -> Callable[[], Run]:
     return lambda: run(optimizer=make, family="adamw")
 
 
+def own_numbers(**numbers: Any) -> Callable[[], Run]:
+    return lambda: run(optimizer=lambda m: OwnNumbers(m.parameters(), **numbers), family="adamw")
+
+
 ALL = "lr, eps, decay"
 MOVED = "Weights have moved in the first steps, but in no update of an optimizer that is scaled: "
 CHANGED_IN = "Weights have changed in the first step"
@@ -289,12 +293,15 @@ UPDATES: dict[str, Fault] = {
     "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
     "readout in no optimizer": Fault(ALL, lambda: partly(None), None, IDLE),
     "readout in no optimizer, moved after the batch": Fault(ALL, readout_after_batches, "first step", MOVED),
-    "lr set in the step of its class": Fault(
-        "lr",
-        lambda: run(own(lambda m: WarmUp(m.parameters(), **NUMBERS)), None, family="adamw"),
-        "first step",
-        "WarmUp sets lr",
-    ),
+    **{
+        name: Fault(name.split()[0], own_numbers(**numbers), "first step", UNREAD)
+        for name, numbers in {
+            "lr times the size of a weight, as LAMB's": {"factor": lambda p: float(p.norm())},
+            "lr over the root of a weight's columns": {"factor": lambda p: p.shape[1] ** -0.5},
+            "eps that no group has": {"eps": 1e-3},
+            "decay that no group has": {"decay": 0.1},
+        }.items()
+    },
     "decay written after the batch": Fault(
         "decay", lambda: after_batches(decay_all, weight_decay=0.0), None, "Weights were changed after"
     ),
