@@ -69,7 +69,6 @@ class FirstSteps:
         self._before: dict[str, Sample] = {}
         self._gradients: dict[str, Sample] = {}  # of an optimizer that is not known
         self._moved: set[str] = set()  # in an update
-        self._unread: dict[str, str] = {}  # by parameter: what its update has not asked for
         self._have_stepped: dict[ScaledOptimizer, None] = {}
         self._idle: set[str] = set()  # warned of
         self._looks = 0  # since the first update, or before it
@@ -98,7 +97,7 @@ class FirstSteps:
         if self._between is not None:
             self._between.after_backward(trained_parameters(self._module, self._plan))
 
-    def before_update(self, scaled: ScaledOptimizer) -> bool:
+    def before_update(self, scaled: ScaledOptimizer) -> None:
         """Note what is about to be updated, and refuse gradients that have not gone through their multiplier."""
         if self._in_loop and scaled in self._have_stepped:
             self.look_before_batch()
@@ -107,7 +106,7 @@ class FirstSteps:
         self._looks = 0 if first else self._looks
         self._have_stepped[scaled] = None
         if self._looks >= _DENSE:
-            return False
+            return
         own = self._own(scaled)
         self._before = samples({name: p for name, p in own.items() if name in self._unmoved})
         self._gradients = {}
@@ -118,7 +117,6 @@ class FirstSteps:
         if self._between is not None:
             self._between.before_update(own)
         self._multipliers.refuse_unseen({name: parameter.grad for name, parameter in own.items()})
-        return not is_known(scaled.optimizer)
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Note what was updated."""
@@ -130,12 +128,8 @@ class FirstSteps:
         self._moved |= moved
         if self._between is not None:
             self._between.after_update(found)
-        for shadow in (shadow for split in scaled.splits for shadow in split.shadows):
-            for key in shadow.unread:
-                members = {id(parameter) for parameter in shadow.given["params"]}
-                self._unread |= {name: key for name in moved if id(own[name]) in members}
         if not is_known(scaled.optimizer):
-            for split in () if self._unread else scaled.splits:
+            for split in scaled.splits:
                 refuse_other_numbers(split.shadows, own, scaled.planned, (before, found, self._gradients))
 
     def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
@@ -155,7 +149,7 @@ class FirstSteps:
             self._between.before_batch(trained)
 
     def look(self, is_step: bool = False) -> None:
-        """Refuse parameters that moved outside of these optimizers' updates, or in one that did not read their numbers.
+        """Refuse parameters that moved outside of these optimizers' updates, or in one of other numbers.
 
         ``is_step`` says that a step was made in the eyes of the Trainer.
         """
@@ -168,7 +162,6 @@ class FirstSteps:
         self._looks += 1
         if self._looks > _DENSE and self._looks & (self._looks - 1):
             return
-        _refuse_unread(self._unread)
         trained = trained_parameters(self._module, self._plan)
         moved, held = self._refuse_strays(trained, is_step)
         if self._have_stepped and self._looks == 1:
@@ -228,14 +221,4 @@ def _refuse_strays(strays: set[str]) -> None:
             f"{listed(sorted(strays))}. So their learning rates are not those of the plan. Update them with an optimizer of "
             "torch.optim, or with another torch.optim.Optimizer and its family=... for MLUCallback or scale_optimizer; or "
             "multiply your numbers by those of plan.scales(family), and give MLUCallback verify=False."
-        )
-
-
-def _refuse_unread(unread: Mapping[str, str]) -> None:
-    if unread:
-        keys = " and ".join(sorted({*unread.values()}))
-        raise ValueError(
-            f"An optimizer has updated {listed(sorted(unread))} without reading {keys} in its parameter groups, where the "
-            "plan multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; "
-            "and leave out of its groups what it has no use for."
         )

@@ -128,8 +128,8 @@ class Scaled:
 class Watch(Protocol):
     """What looks at updates."""
 
-    def before_update(self, scaled: ScaledOptimizer) -> bool:
-        """Look at what is about to be updated, and tell whether the groups should note what is read of them."""
+    def before_update(self, scaled: ScaledOptimizer) -> None:
+        """Look at what is about to be updated."""
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Look at what was updated."""
@@ -272,8 +272,9 @@ class ScaledOptimizer:
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
         self._take_own()
-        watched = self.watch is not None and self.watch.before_update(self)
-        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer, watched)]
+        if self.watch is not None:
+            self.watch.before_update(self)
+        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
 

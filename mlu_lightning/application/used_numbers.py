@@ -31,6 +31,8 @@ def refuse_other_numbers(
         for name in (name for name in members if all(name in each for each in samples)):
             family, scale = planned(name)
             before, after, gradient = (each[name].values.double() for each in samples)
+            if family is OptimizerFamily.ADAM:  # in the gradient
+                gradient = gradient + float(shadow.given.get("weight_decay") or 0.0) * before
             numbers = _numbers(before, after, gradient, family in _BY_SIGN) if family in _FITTED else {}
             for key, number in numbers.items():
                 # what the group does not have is the step's own, and so the base's

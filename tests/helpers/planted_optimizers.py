@@ -11,16 +11,15 @@ from helpers.planted_runs import NUMBERS, Module
 class ByHand(optim.Optimizer):
     """AdamW in one line for each number, which come from where they should, or from elsewhere."""
 
-    def __init__(self, parameters: Any, elsewhere: str = "", reads: bool = False, **numbers: float) -> None:
+    def __init__(self, parameters: Any, elsewhere: str = "", **numbers: float) -> None:
         super().__init__(parameters, numbers)
-        self.kept, self.reads = {key: value for key, value in numbers.items() if key == elsewhere}, reads
+        self.kept = {key: value for key, value in numbers.items() if key == elsewhere}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            numbers = {**group} if self.reads else group  # which looks at all of them
-            lr, eps, decay = (self.kept[key] if key in self.kept else numbers[key] for key in NUMBERS)
+            lr, eps, decay = ({**group, **self.kept}[key] for key in NUMBERS)
             for p in group["params"]:
                 state = self.state[p]
                 count = state["count"] = state.get("count", 0) + 1

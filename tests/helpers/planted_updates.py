@@ -219,8 +219,8 @@ def take_kept(module: Module, loss: Tensor) -> None:
     vars(module)["kept"]()
 
 
-def declared(elsewhere: str, reads: bool = False) -> Callable[[], Run]:
-    make = lambda module: ByHand(module.parameters(), elsewhere, reads, **NUMBERS)  # noqa: E731
+def declared(elsewhere: str) -> Callable[[], Run]:
+    make = lambda module: ByHand(module.parameters(), elsewhere, **NUMBERS)  # noqa: E731
     return lambda: run(optimizer=make, family="adamw")
 
 
@@ -278,10 +278,6 @@ UPDATES: dict[str, Fault] = {
     "eps from an attribute": Fault("eps", declared("eps"), "first step", UNREAD),
     "decay from an attribute": Fault("decay", declared("weight_decay"), "first step", UNREAD),
     "numbers from the groups": Fault(ALL, declared(""), None),
-    **{
-        f"{key} from an attribute, that of the groups read": Fault(key, declared(key, True), "first step", UNREAD)
-        for key in NUMBERS
-    },
     "update written in optimizer_step": Fault(ALL, in_optimizer_step, "first step", MOVED),
     "weights clamped before the second batch": Fault(
         "std", lambda: before_second_batch(clamp), None, "Weights were changed after"
