@@ -33,6 +33,7 @@ from mlu_lightning.observation.operations import (
 from mlu_lightning.observation.value_graph import (
     MOST_ORIGINS,
     Node,
+    additions_within,
     branch_of,
     common_factor,
     depends,
@@ -177,14 +178,19 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             if use.source.ends
         )
 
-    def additions(self, in_branch: Callable[[str], bool]) -> tuple[Addition, ...]:
+    def additions(self, in_branch: Callable[[str], bool], writes: Callable[[str], bool]) -> tuple[Addition, ...]:
         """Residual additions in order, but for those of a stream to its own beginning."""
         found = [addition for addition in self._additions if not joins(addition[0])]
         names = {node: frozenset(names_in(node)) for node, *_ in found}
-        on_stream: set[Node] = set()
-        for node, of_branch in names.items():
-            if node not in on_stream and any(map(in_branch, of_branch)):
-                on_stream.update(stream_before(node))
+        writing = {node for node, of_branch in names.items() if any(map(writes, of_branch))}
+        on_stream, within = set[Node](), set[Node]()
+        for node, of_branch in reversed(names.items()):
+            if node not in within and any(map(in_branch, of_branch)):
+                inner = [other for other in additions_within(node) if other in names]
+                if writing.isdisjoint(inner):  # such as the steps of a recurrent unit
+                    within.update(inner)
+                if node not in on_stream:
+                    on_stream.update(stream_before(node))
         return tuple(
             Addition(
                 names[node],

@@ -75,7 +75,10 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role], training:
         penalty = use.how == "vector" and use.count == 1 and any(parameters[name].numel() > 1 for name in use.names)
         if not penalty:  # one number that is added to the loss
             uses[use.names, use.how].append(use)
-    additions = flow.additions(lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN))
+    additions = flow.additions(
+        lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN),
+        lambda name: is_(name, Role.BRANCH_OUT),
+    )
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     sizes = {name: flow.size(parameter).item() for name, parameter in parameters.items()}
     return Followed({key: tuple(found) for key, found in uses.items()}, additions, shapes, sizes)

@@ -11,6 +11,7 @@ import torch
 from helpers.architecture_runs import built
 from helpers.architectures import ARCHITECTURES
 from helpers.faulty_functions import BASE, GROWN, TOKENS, Language, Signs
+from helpers.recurrences import Model, batches
 from torch import nn
 from torch.nn import functional
 
@@ -166,6 +167,16 @@ def test_what_is_left_as_it_was_built_is_no_fault(name: str, of_base: Any, of_mo
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "post-norm decoder", "basic resnet"])
 def test_no_false_alarm(name: str) -> None:
     _assert_no_alarm(name, (3, 4, 32), seeds=1)
+
+
+@pytest.mark.parametrize("kind", ["gru", "deltanet", "slstm"])
+def test_steps_of_a_recurrence_are_no_branches(kind: str) -> None:
+    base, module = Model(kind, 1, 4, 8), Model(kind, 3, 8, 16)
+    (batch,) = batches(1)
+    plan = Plan.from_model(module, batch, base=base)
+    assert not plan.warnings
+    fold(initialize(module, plan), plan)
+    assert not deviations(module, base, plan, batch)
 
 
 @pytest.mark.slow
