@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import optim
 
 from helpers.planted_runs import NUMBERS, Module
 
@@ -28,17 +28,6 @@ class ByHand(optim.Optimizer):
                 p.mul_(1 - lr * decay)
                 p.sub_(lr * (one / (1 - 0.9**count)) / ((two / (1 - 0.999**count)).sqrt() + eps))
         return loss
-
-
-class NoOptimizer:
-    """The same, and no ``torch.optim.Optimizer``."""
-
-    def __init__(self, module: Module) -> None:
-        self.inner = ByHand([nn.Parameter(torch.zeros(()))], **NUMBERS)
-        self.inner.param_groups[0]["params"] = [*module.parameters()]
-
-    def step(self) -> None:
-        type(self.inner).step.__wrapped__(self.inner)
 
 
 class OwnNumbers(optim.Optimizer):
