@@ -91,11 +91,26 @@ def hugging_face(name: str, **numbers: Any) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def _of(name: str, numbers: Callable[[int, int], dict[str, int]]) -> Callable[..., nn.Module]:
-    """One whose other numbers depend on units and embedding."""
+def _of(name: str, numbers: Callable[[int, int, int], dict[str, Any]]) -> Callable[..., nn.Module]:
+    """One whose other numbers depend on depth, units and embedding."""
     return lambda depth, hidden, embedding: hugging_face(
-        name, num_hidden_layers=depth, hidden_size=embedding, **numbers(hidden, embedding)
+        name, num_hidden_layers=depth, hidden_size=embedding, **numbers(depth, hidden, embedding)
     )
+
+
+_KEYS = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "linear_head_dim": 4}
+_SIZES = {"mamba_d_head": 4, "mamba_d_state": 4, "mamba_chunk_size": 8, "head_dim": 4, "mamba_rms_norm": True}
+_FACTORS = ("qk_dim_factor", "v_dim_factor", "ffn_proj_factor")
+_MODE = {"chunk_size": 8, "mode": "train", "autocast_kernel_dtype": "float32", "ffn_round_up_to_multiple_of": 8}
+
+
+def _heads(m: int, *more: str) -> dict[str, Any]:
+    """Attention heads and others, and an MLP."""
+    return dict.fromkeys(("num_attention_heads", "num_key_value_heads", *more), m) | {"intermediate_size": 8 * m}
+
+
+def _kinds(depth: int) -> dict[str, Any]:
+    return {"mlp_layer_types": ["dense"] * depth, "layer_types": ["linear_attention", "full_attention"] * (depth // 2)}
 
 
 _SSD = {"state_size": 4, "head_dim": 4, "n_groups": 1, "chunk_size": 8}
@@ -105,8 +120,14 @@ RECURRENCES: dict[str, tuple[Callable[..., nn.Module], int]] = {  # with units a
     "linear attention": (partial(Layers, Heads), 8),
     "deltanet": (partial(Layers, Delta), 8),
     "slstm": (partial(Layers, Exponential), 8),
-    "mamba": (_of("Mamba", lambda m, d: {"state_size": 4, "time_step_rank": 4, "expand": m // d}), 64),
-    "mamba 2": (_of("Mamba2", lambda m, d: _SSD | {"num_heads": m, "expand": 4 * m // d}), 16),
+    "mamba": (_of("Mamba", lambda _, m, d: {"state_size": 4, "time_step_rank": 4, "expand": m // d}), 64),
+    "xlstm": (
+        _of("xLSTM", lambda _, m, d: _MODE | {"num_heads": m} | dict.fromkeys(_FACTORS, 4 * m / d)),
+        8,
+    ),
+    "kimi linear": (_of("KimiLinear", lambda depth, m, d: _KEYS | _heads(m, "linear_num_heads") | _kinds(depth)), 8),
+    "falcon h1": (_of("FalconH1", lambda _, m, d: _SIZES | _heads(m, "mamba_n_heads") | {"mamba_d_ssm": 4 * m}), 8),
+    "mamba 2": (_of("Mamba2", lambda _, m, d: _SSD | {"num_heads": m, "expand": 4 * m // d}), 16),
 }
 
 

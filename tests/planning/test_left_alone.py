@@ -135,7 +135,7 @@ class Alternating(LightningModule):
         self.first, self.second = Net(*shape), Net(*shape)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return (self.second if batch_idx % 2 else self.first)(batch[0]).square().mean()
+        return (self.second if self.global_step % 2 else self.first)(batch[0]).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
