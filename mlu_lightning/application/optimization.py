@@ -155,9 +155,9 @@ class ScaledOptimizer:
         self._hooks: list[RemovableHandle] = []
         self._step_before = vars(optimizer).get("step")
         self._entry: RemovableHandle | None = None  # the last of the hooks before the update that goes on
-        # unless somebody has put another step in its place
-        step = type(optimizer).step
-        self._hooked = getattr(step, "hooked", False) and _same_function(optimizer.step, step)
+        # unless somebody has put another step in its place; schedulers wrap it
+        step, own = type(optimizer).step, getattr(optimizer.step, "__func__", optimizer.step)
+        self._hooked = getattr(step, "hooked", False) and inspect.unwrap(own) is inspect.unwrap(step)
         self._step = self._wrapped_step()
 
     def start(self) -> None:
@@ -354,11 +354,6 @@ def _for_all(family: Family | None) -> Family | None:
     """Make one of a list of families that do not differ: groups that are added later have it, too."""
     several = family is not None and not isinstance(family, str)
     return family[0] if several and family and all(each == family[0] for each in family) else family
-
-
-def _same_function(method: Any, function: Any) -> bool:
-    """Whether a bound method is that of a class, also where schedulers have wrapped it."""
-    return inspect.unwrap(getattr(method, "__func__", method)) is inspect.unwrap(function)
 
 
 def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:

@@ -244,10 +244,7 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
         what, adds = f"what the residual branch of {label} adds", _ratio(ours, theirs, _added)
         if known:
             yield from _off_chance(what, added, adds, chance)
-        elif all(
-            _off(ratio, 1 / depth) > limit
-            for ratio, limit in ((_ratio(ours, theirs, _constant_of), EXACT**2), (adds, EXACT))
-        ):
+        elif _off(adds, 1 / depth) > EXACT and _off(_ratio(ours, theirs, lambda a: a.constant), 1 / depth) > EXACT**2:
             yield Deviation(what, 1 / depth, adds, True)
         # what is added along the depth adds up at random at least, and all of it at most, but for the last
         least, most = added.low * depth, added.high * depth
@@ -269,10 +266,6 @@ def _off_chance(what: str, interval: Interval, ratio: float, chance: float) -> I
         deviation = Deviation(what, interval.nearest(ratio), ratio, False)
         if deviation.factor > max(2, chance):
             yield deviation
-
-
-def _constant_of(addition: Addition) -> float:
-    return addition.constant
 
 
 def _added(addition: Addition) -> float:
