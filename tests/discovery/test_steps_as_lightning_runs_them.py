@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.residual_networks import Block
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -15,15 +16,6 @@ from torch.nn.functional import mse_loss
 from mlu_lightning import Role, discover
 
 INPUTS, TARGETS = torch.ones(2, 3), torch.ones(2, 2)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.write = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.write(torch.tanh(self.read(x)))
 
 
 class Step(LightningModule):
@@ -120,13 +112,6 @@ class Short(Step):
         return self.run(self, batch, batch_idx)
 
 
-def force(step: Step, x: Tensor, _: int) -> Any:
-    y = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(step(y).sum(), y, create_graph=True)
-    (adversary,) = torch.autograd.grad(step.loss(y), y)
-    return (gradient.norm(dim=1) - 1).square().mean() + step.loss(x + 0.1 * adversary.sign())
-
-
 def inner_step(step: Step, x: Tensor, _: int) -> Any:
     weights = dict(step.named_parameters())
     first = torch.autograd.grad(step.loss(x), [*weights.values()], create_graph=True)
@@ -144,7 +129,7 @@ SHORT: dict[str, Callable[[Any, Any, int], Any]] = {
     "jvp": lambda step, x, _: sum(part.square().mean() for part in torch.func.jvp(step, (x,), (x,))),
     "jacobian": lambda step, x, _: torch.func.vmap(torch.func.jacrev(step))(x).square().mean(),
     "hessian": lambda step, x, _: torch.func.vmap(torch.func.hessian(lambda y: step(y).sum()))(x).square().mean(),
-    "force": force,
+    "force": lambda step, x, _: torch.autograd.grad(step(x).sum(), x, create_graph=True)[0].square().mean(),
     "inner step": inner_step,
     "gradient of the batch": through_gradient,
     "every fifth batch": lambda step, x, number: step.loss(x) if number % 5 == 4 else None,

@@ -62,28 +62,6 @@ class Delta(Heads):
         return state + gate * k[..., None] * (v - (k[..., None] * state).sum(-2))[..., None, :]
 
 
-class Exponential(nn.Module):
-    """The sLSTM of xLSTM: exponential gates with a stabilizer, and a matrix from state to gates for each head."""
-
-    def __init__(self, embedding: int, heads: int) -> None:
-        super().__init__()
-        self.width = 4 * heads
-        self.made, self.again = nn.Linear(embedding, 16 * heads), nn.Parameter(0.2 * torch.randn(heads, 4, 16))
-
-    def forward(self, x: Tensor) -> Any:
-        parts = self.made(x).unflatten(-1, (-1, 16))
-        h = c = n = m = x.new_zeros(len(x), parts.shape[-2], 4)
-        found = []
-        for part in parts.unbind(1):
-            z, i, f, o = (part + torch.einsum("bhi,hij->bhj", h, self.again)).chunk(4, -1)
-            kept, m = F.logsigmoid(f) + m, torch.maximum(F.logsigmoid(f) + m, i)
-            c = (kept - m).exp() * c + (i - m).exp() * torch.tanh(z)
-            n = (kept - m).exp() * n + (i - m).exp()
-            h = torch.sigmoid(o) * c / n.clamp(min=1e-6)
-            found.append(h)
-        return torch.stack(found, 1).flatten(2)
-
-
 def hugging_face(name: str, **numbers: Any) -> Any:
     """A small language model of transformers."""
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
@@ -91,26 +69,11 @@ def hugging_face(name: str, **numbers: Any) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def _of(name: str, numbers: Callable[[int, int, int], dict[str, Any]]) -> Callable[..., nn.Module]:
-    """One whose other numbers depend on depth, units and embedding."""
+def _of(name: str, numbers: Callable[[int, int], dict[str, Any]]) -> Callable[..., nn.Module]:
+    """One whose other numbers depend on units and embedding."""
     return lambda depth, hidden, embedding: hugging_face(
-        name, num_hidden_layers=depth, hidden_size=embedding, **numbers(depth, hidden, embedding)
+        name, num_hidden_layers=depth, hidden_size=embedding, **numbers(hidden, embedding)
     )
-
-
-_KEYS = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "linear_head_dim": 4}
-_SIZES = {"mamba_d_head": 4, "mamba_d_state": 4, "mamba_chunk_size": 8, "head_dim": 4, "mamba_rms_norm": True}
-_FACTORS = ("qk_dim_factor", "v_dim_factor", "ffn_proj_factor")
-_MODE = {"chunk_size": 8, "mode": "train", "autocast_kernel_dtype": "float32", "ffn_round_up_to_multiple_of": 8}
-
-
-def _heads(m: int, *more: str) -> dict[str, Any]:
-    """Attention heads and others, and an MLP."""
-    return dict.fromkeys(("num_attention_heads", "num_key_value_heads", *more), m) | {"intermediate_size": 8 * m}
-
-
-def _kinds(depth: int) -> dict[str, Any]:
-    return {"mlp_layer_types": ["dense"] * depth, "layer_types": ["linear_attention", "full_attention"] * (depth // 2)}
 
 
 _SSD = {"state_size": 4, "head_dim": 4, "n_groups": 1, "chunk_size": 8}
@@ -119,15 +82,8 @@ RECURRENCES: dict[str, tuple[Callable[..., nn.Module], int]] = {  # with units a
     "gru": (partial(Layers, partial(nn.GRU, batch_first=True)), 32),
     "linear attention": (partial(Layers, Heads), 8),
     "deltanet": (partial(Layers, Delta), 8),
-    "slstm": (partial(Layers, Exponential), 8),
-    "mamba": (_of("Mamba", lambda _, m, d: {"state_size": 4, "time_step_rank": 4, "expand": m // d}), 64),
-    "xlstm": (
-        _of("xLSTM", lambda _, m, d: _MODE | {"num_heads": m} | dict.fromkeys(_FACTORS, 4 * m / d)),
-        8,
-    ),
-    "kimi linear": (_of("KimiLinear", lambda depth, m, d: _KEYS | _heads(m, "linear_num_heads") | _kinds(depth)), 8),
-    "falcon h1": (_of("FalconH1", lambda _, m, d: _SIZES | _heads(m, "mamba_n_heads") | {"mamba_d_ssm": 4 * m}), 8),
-    "mamba 2": (_of("Mamba2", lambda _, m, d: _SSD | {"num_heads": m, "expand": 4 * m // d}), 16),
+    "mamba": (_of("Mamba", lambda m, d: {"state_size": 4, "time_step_rank": 4, "expand": m // d}), 64),
+    "mamba 2": (_of("Mamba2", lambda m, d: _SSD | {"num_heads": m, "expand": 4 * m // d}), 16),
 }
 
 
