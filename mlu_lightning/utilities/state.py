@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,9 @@ def preserve_state(
     changes. Parameters are not copied, which would be a second model in memory: a pass that changes them is an error,
     unless ``restore_parameters`` asks for the copy, or ``kept`` copies those that are changed.
     """
-    looked_at = not restore_parameters and kept is None
-    parameters = {name: value.data for name, value in module.named_parameters()} if looked_at else {}
-    seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
+    named = {} if restore_parameters else dict(module.named_parameters())
+    seen = {id(parameter) for parameter in named.values()}
+    parameters = {name: value.data for name, value in named.items()} if kept is None else {}
     before = checksums(parameters)
     with isolate_rng():
         restorers = [_remember_module(submodule, seen) for submodule in module.modules()]
@@ -51,6 +52,11 @@ def preserve_state(
             "change its training. Change them in a hook, such as on_train_batch_end, or leave them alone in "
             "validation_step, which takes a probe from validation data, or one that is given with probe=..."
         )
+
+
+def seed_torch() -> None:
+    """Seed the generators of the devices that are there; torch takes a stack trace for each kind of the others."""
+    (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(0)
 
 
 class KeptValues:
@@ -87,6 +93,7 @@ def _written(arguments: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_UNCHANGING = frozenset({bool, int, float, str, NoneType})  # of which most attributes are
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
@@ -96,6 +103,7 @@ def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
     contents = [
         restore
         for value in (*module._parameters.values(), *buffers.values(), *attributes.values())
+        if type(value) not in _UNCHANGING
         for restore in _remember(value, seen)
     ]
 
@@ -114,8 +122,6 @@ def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
 
 def _remember(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
     """What puts the content of a tensor, generator or container back, and of those in the container."""
-    if isinstance(value, (str, int, float, type(None))):
-        return  # first, because most attributes are of these
     if isinstance(value, (Tensor, torch.Generator, random.Random, np.random.Generator, list, deque, dict, set)):
         if id(value) in seen:
             return
