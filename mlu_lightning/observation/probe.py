@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 from typing import Any
 
@@ -81,11 +81,15 @@ def observe_counted(
     """Observe a batch, and count the positions (samples, times tokens or pixels) that its streams have."""
     read: dict[Tap, Tensor] = {}
     counts = [1]
+    chosen = cache(_evenly)
 
     def keep(tap: Tap, values: Tensor) -> None:
         if tap.function is None:
             counts.append(values.numel() // values.shape[tap.axis])
-            values = _rows(values, tap.axis, positions)
+            rows = rows_along(values, tap.axis)
+            if positions < len(rows):
+                rows = rows[chosen(len(rows), positions, rows.device)]
+            values = rows.to("cpu", torch.float32, copy=True)  # at once, because what follows may change it in place
         read[tap] = values
 
     taps = dict.fromkeys(tap for location in locations for tap in location.taps)
@@ -156,12 +160,8 @@ def _attach(module: nn.Module, tap: Tap, read: Mapping[Tap, Tensor], keep: Calla
     return module.register_forward_hook(returned)
 
 
-def _rows(values: Tensor, axis: int, positions: int) -> Tensor:
-    rows = rows_along(values, axis)
-    if positions < len(rows):
-        chosen = torch.linspace(0, len(rows) - 1, positions, dtype=torch.float64).round().long()
-        rows = rows[chosen.to(rows.device)]
-    return rows.to("cpu", torch.float32, copy=True)  # at once, because what follows may change it in place
+def _evenly(rows: int, count: int, device: torch.device) -> Tensor:
+    return torch.linspace(0, rows - 1, count, dtype=torch.float64, device="cpu").round().long().to(device)
 
 
 def _interpolated(parts: list[tuple[float, Tensor]]) -> Tensor:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from enum import Enum
-from itertools import chain
 from reprlib import repr as shortened
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -217,11 +216,13 @@ def _quick_flow(value: Any) -> str | None:
     pairs = type(value) is dict
     if not pairs and type(value) not in (list, tuple):
         return None
-    parts = [_quick_flow(part) for part in (chain(*value.items()) if pairs else value)]
+    parts = [_quick_flow(part) for part in ((*value, *value.values()) if pairs else value)]
     written = [part for part in parts if part is not None]
     if len(written) < len(parts):
         return None
-    return f"{{{', '.join(map(': '.join, zip(*2 * [iter(written)])))}}}" if pairs else f"[{', '.join(written)}]"
+    if pairs:
+        written = [f"{name}: {part}" for name, part in zip(written[: len(value)], written[len(value) :], strict=True)]
+    return f"{{{', '.join(written)}}}" if pairs else f"[{', '.join(written)}]"
 
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{,99}")  # YAML writes longer keys in another way

@@ -53,7 +53,10 @@ def _margins(values: Tensor) -> tuple[Tensor, Tensor]:
         values = values.reshape(-1)
         if len(values) <= _LONGEST:
             return values, values
-        whole, rest = values[: len(values) // _WIDTH * _WIDTH].view(-1, _WIDTH), values[len(values) // _WIDTH * _WIDTH :]
+        whole, rest = (
+            values[: len(values) // _WIDTH * _WIDTH].view(-1, _WIDTH),
+            values[len(values) // _WIDTH * _WIDTH :],
+        )
         rows, columns = _margins(whole)
         return torch.cat((rows, rest)), torch.cat((columns, rest))
     first, last = range(1, values.ndim), range(values.ndim - 1)
