@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -24,7 +25,6 @@ from mlu_lightning.table import Role
 from mlu_lightning.utilities.lightning_namespaces import is_hook_overridden
 from mlu_lightning.utilities.lightning_private import before_batch_transfer
 from mlu_lightning.utilities.lightning_steps import StepName
-from mlu_lightning.utilities.state import seed_torch
 
 ResultT = TypeVar("ResultT")
 
@@ -173,7 +173,7 @@ def on_rank_zero(trainer: Trainer, make: Callable[[], ResultT]) -> ResultT:
 def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     """A copy of a batch, on the device of the module, as the Trainer makes it."""
     with isolate_rng():
-        seed_torch()  # hooks may change a batch at random
+        torch.manual_seed(0)  # hooks may change a batch at random
         batch = before_batch_transfer(module, trainer.precision_plugin.convert_input(clone_batch(batch)))
         return trainer.strategy.batch_to_device(batch)
 

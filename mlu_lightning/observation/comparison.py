@@ -49,15 +49,11 @@ def compare(observation: Observation, reference: Observation, metrics: Sequence[
     >>> compare(run, other, ["rms", "gram", "output"])
     {'rms/s=0': 0.0, 'gram/s=0': 0.0, 'output': 1.0}
     """
-    # every metric computes in float64
-    pairs = {
-        name: (values.double(), reference[name].double()) for name, values in observation.items() if name in reference
-    }
     return {
-        str(name) if metric == "output" else f"{metric}/{name}": float(_DISTANCES[metric](*pair))
+        str(name) if metric == "output" else f"{metric}/{name}": float(_DISTANCES[metric](values, reference[name]))
         for metric in metrics
-        for name, pair in pairs.items()
-        if isinstance(name, OutputName if metric == "output" else StreamName)
+        for name, values in observation.items()
+        if name in reference and isinstance(name, OutputName if metric == "output" else StreamName)
     }
 
 

@@ -21,7 +21,7 @@ from mlu_lightning.observation.features import rows_along, watch_features
 from mlu_lightning.observation.locations import Location, LocationName
 from mlu_lightning.utilities.function_calls import tensors_in, watched
 from mlu_lightning.utilities.lightning_steps import StepName, call_module, call_step, is_lightning_module, muted
-from mlu_lightning.utilities.state import KeptValues, preserve_state, seed_torch
+from mlu_lightning.utilities.state import KeptValues, preserve_state
 
 Observation = dict[LocationName, Tensor]
 """Values of streams, outputs and features by the name of their location: float32, on the CPU, [positions, dimension]."""
@@ -128,7 +128,8 @@ def undisturbed(module: nn.Module, restore_parameters: bool = False, kept: KeptV
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         module.eval()
-        seed_torch()
+        # torch.manual_seed takes a stack trace for each kind of device that is not there
+        (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(0)
         for submodule in module.modules():
             if is_lightning_module(submodule):
                 stack.enter_context(muted(submodule))

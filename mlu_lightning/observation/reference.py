@@ -19,14 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from mlu_lightning.observation.batches import load_batch
-from mlu_lightning.observation.locations import LocationName
 from mlu_lightning.observation.probe import Observation
 from mlu_lightning.observation.reference_format import (
     ReferenceFile,
     ReferenceHeader,
     is_reference,
     listed,
-    read_recording,
     read_reference,
 )
 from mlu_lightning.utilities.lightning_steps import StepName
@@ -79,18 +77,18 @@ class Reference:
         if step not in self.digests:
             raise ValueError(f"{self.path} has no recording at step {step}. It has some at {listed(self.steps)}.")
 
-        def read_same(file: ReferenceFile) -> dict[LocationName, Tensor] | None:
-            return file.read_recording(step) if file.digests.get(step) == self.digests[step] else None
+        def read_same(file: ReferenceFile) -> Observation | None:
+            if file.digests.get(step) != self.digests[step]:
+                return None
+            return {name: values.float() for name, values in file.read_recording(step).items()}
 
-        # what has the hash is the recording; why another has not is told by all that is in the file
-        recording = read_recording(self.path, self.header, step, self.digests[step])
-        recording = read_reference(self.path, read_same) if recording is None else recording
-        if recording is None:
+        observation = read_reference(self.path, read_same)
+        if observation is None:
             raise ValueError(
                 f"{self.path} was replaced after it was loaded, and no longer holds the same recording at step {step}: "
                 "another run was written to it, or its run was resumed from an earlier step. Load it again."
             )
-        return {name: values.float() for name, values in recording.items()}
+        return observation
 
     def __repr__(self) -> str:
         header = self.header

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -199,22 +198,6 @@ def read_reference(path: Path, read: Callable[[ReferenceFile], ReadT]) -> ReadT:
         remedy = ". It is no reference, or was damaged or cut off on the way: copy it again, or record the run again."
         remedy = "" if isinstance(error, _UnknownFormatError) else remedy
         raise ValueError(f"{path} is not a readable reference: {error}{remedy}") from error
-
-
-def read_recording(path: Path, header: ReferenceHeader, step: int, digest: str) -> dict[LocationName, Tensor] | None:
-    """Read the values at a step, if the file has those of this hash, whatever else is in it."""
-    names = {f"{step}/{name}": name for name in header.locations}
-
-    def read(file: Any, _: Mapping[str, str]) -> dict[LocationName, Tensor] | None:
-        if not names.keys() <= {*file.keys()}:
-            return None
-        recording = {name: file.get_tensor(place).clone() for place, name in names.items()}
-        right = all(values.dtype == header.torch_dtype for values in recording.values())
-        return recording if right and recording_hash(recording) == digest else None
-
-    with suppress(ValueError):  # of a damaged file
-        return read_tensor_file(path, read) if path.is_file() else None
-    return None
 
 
 def is_reference(path: Path) -> bool:

@@ -193,39 +193,9 @@ def _flow(value: Any) -> str:
     if is_dataclass(value) and not isinstance(value, type):
         empty = [field.name for field in fields(value) if field.default == () == getattr(value, field.name)]
         value = {name: part for name, part in asdict(value).items() if name not in empty}
-    quick = _quick_flow(value)
-    if quick is not None:
-        return quick
     style: Any = {"default_flow_style": True, "sort_keys": False, "width": math.inf, "allow_unicode": True}
     dumped: str = yaml.dump(value, Dumper=_OneLine, **style)
     return dumped.removesuffix("...\n").rstrip("\n")
-
-
-def _quick_flow(value: Any) -> str | None:
-    """What yaml.dump makes of words, numbers and what holds them, which takes it fifty times as long; None of all else."""
-    if isinstance(value, Enum):
-        value = value.value
-    if type(value) is str:
-        resolvers = _OneLine.yaml_implicit_resolvers.get(value[:1], ())
-        return value if _WORD.fullmatch(value) and not any(pattern.match(value) for _, pattern in resolvers) else None
-    if type(value) is float and math.isfinite(value):
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    if type(value) in (bool, int, NoneType):
-        return "null" if value is None else str(value).lower()
-    pairs = type(value) is dict
-    if not pairs and type(value) not in (list, tuple):
-        return None
-    parts = [_quick_flow(part) for part in ((*value, *value.values()) if pairs else value)]
-    written = [part for part in parts if part is not None]
-    if len(written) < len(parts):
-        return None
-    if pairs:
-        written = [f"{name}: {part}" for name, part in zip(written[: len(value)], written[len(value) :], strict=True)]
-    return f"{{{', '.join(written)}}}" if pairs else f"[{', '.join(written)}]"
-
-
-_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{,99}")  # YAML writes longer keys in another way
 
 
 class _OneLine(yaml.SafeDumper):

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -54,11 +53,6 @@ def preserve_state(
         )
 
 
-def seed_torch() -> None:
-    """Seed the generators of the devices that are there; torch takes a stack trace for each kind of the others."""
-    (torch if torch.accelerator.is_available() else torch.default_generator).manual_seed(0)
-
-
 class KeptValues:
     """Copies of what tensors hold, made when an operation is about to write there, or to what they share memory with."""
 
@@ -93,7 +87,7 @@ def _written(arguments: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_UNCHANGING = frozenset({bool, int, float, str, NoneType})  # of which most attributes are
+_UNCHANGING = frozenset({bool, int, float, str, type(None)})  # of which most attributes are
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.processes import forked
 from helpers.references import HEADER, PROBE, check, losses, observation, write
+from safetensors.torch import save
 from torch import Tensor
 
 from mlu_lightning.models import ResNet
@@ -35,8 +36,11 @@ def test_writer_copies(path: Path) -> None:
     assert torch.equal(Reference.load(path).probe, torch.ones(2))
 
 
-def test_permissions_are_those_of_any_file(tmp_path: Path) -> None:
+def test_file_is_as_the_library_and_others_write_it(tmp_path: Path) -> None:
     write(tmp_path / "reference", [0])
+    tensors = {f"{i % 3}/é{i}": torch.ones(i % 3 + 1, 2, dtype=dtype) for i, dtype in enumerate(tensor_files.DTYPES)}
+    tensor_files.write_tensors(tmp_path / "all", tensors, {"text": '\n\t"\\é\x01/\x7f\u2028'})
+    assert (tmp_path / "all").read_bytes() == save(tensors, {"text": '\n\t"\\é\x01/\x7f\u2028'})
     (tmp_path / "other").touch()
     assert (tmp_path / "reference").stat().st_mode == (tmp_path / "other").stat().st_mode
 
