@@ -159,9 +159,8 @@ class ReferenceRecorder(EitherCallback):
             loss = torch.as_tensor(math.nan if loss is None else loss, device=pl_module.device).float().mean()
         if trainer.accumulate_grad_batches > 1 and pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # the Trainer has divided it
-        step = trainer.global_step
-        self._losses.add(trainer, loss, step)
-        due = self._schedule.is_due(step)
+        self._losses.add(trainer, loss.detach(), trainer.global_step)
+        due = self._schedule.is_due(trainer.global_step)
         if self._saved:
             self._keep(trainer, due)
         if due:
@@ -276,19 +275,16 @@ class _Losses:
         self._steps = step
         # float32 whatever the precision of the run: the mean of many batches, and a NaN for none, among them
         self._pending = torch.empty(_MOST_PENDING + 1, dtype=torch.float32, device=device)
-        self._host = self._pending.numpy() if self._pending.is_cpu else None  # the same memory, written to sooner
         self._repeats: list[int] = []  # how many steps each of them is the loss of
         self._batches = 0  # that are added up behind the last of them
 
     def add(self, trainer: Trainer, loss: Tensor, step: int) -> None:
         """Add the loss of a batch, after which so many optimizer steps had been made."""
         place = len(self._repeats)
-        if self._batches == 0 and self._host is not None and loss.is_cpu:
-            self._host[place] = loss.item()  # all that is done where a step has one batch
-        elif self._batches == 0:
-            self._pending[place] = loss.detach()
+        if self._batches == 0:
+            self._pending[place] = loss  # all that is done where a step has one batch
         else:
-            self._pending[place] += loss.detach().to(self._pending.device, non_blocking=True)
+            self._pending[place] += loss.to(self._pending.device, non_blocking=True)
         self._batches += 1
         if step > self._steps:
             if self._batches > 1:

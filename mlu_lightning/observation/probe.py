@@ -81,14 +81,17 @@ def observe_counted(
     """Observe a batch, and count the positions (samples, times tokens or pixels) that its streams have."""
     read: dict[Tap, Tensor] = {}
     counts = [1]
-    chosen = cache(_evenly)
+
+    @cache
+    def chosen(rows: int, device: torch.device) -> Tensor:
+        return torch.linspace(0, rows - 1, positions, dtype=torch.float64, device="cpu").round().long().to(device)
 
     def keep(tap: Tap, values: Tensor) -> None:
         if tap.function is None:
             counts.append(values.numel() // values.shape[tap.axis])
             rows = rows_along(values, tap.axis)
             if positions < len(rows):
-                rows = rows[chosen(len(rows), positions, rows.device)]
+                rows = rows[chosen(len(rows), rows.device)]
             values = rows.to("cpu", torch.float32, copy=True)  # at once, because what follows may change it in place
         read[tap] = values
 
@@ -159,10 +162,6 @@ def _attach(module: nn.Module, tap: Tap, read: Mapping[Tap, Tensor], keep: Calla
     if tap.where == "input":
         return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
     return module.register_forward_hook(returned)
-
-
-def _evenly(rows: int, count: int, device: torch.device) -> Tensor:
-    return torch.linspace(0, rows - 1, count, dtype=torch.float64, device="cpu").round().long().to(device)
 
 
 def _interpolated(parts: list[tuple[float, Tensor]]) -> Tensor:

@@ -87,7 +87,6 @@ def _written(arguments: Iterable[Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
-_UNCHANGING = frozenset({bool, int, float, str, type(None)})  # of which most attributes are
 
 
 def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
@@ -97,7 +96,7 @@ def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
     contents = [
         restore
         for value in (*module._parameters.values(), *buffers.values(), *attributes.values())
-        if type(value) not in _UNCHANGING
+        if not isinstance(value, (str, int, float, type(None)))  # as most attributes are
         for restore in _remember(value, seen)
     ]
 

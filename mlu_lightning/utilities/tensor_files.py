@@ -19,24 +19,12 @@ from torch import Tensor
 
 from mlu_lightning.utilities.whole_files import write_whole
 
-DTYPES = {  # what a tensor can hold, with its name in the file, in the order in which they are there
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float32: "F32",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = (
+    "uint64 U64 int64 I64 float64 F64 complex64 C64 float32 F32 uint32 U32 int32 I32 bfloat16 BF16 float16 F16 uint16 U16 "
+    "int16 I16 float8_e4m3fn F8_E4M3 float8_e5m2 F8_E5M2 int8 I8 uint8 U8 bool BOOL"
+).split()
+# what a tensor can hold, with its name in the file, in the order in which they are there
+DTYPES: dict[torch.dtype, str] = {getattr(torch, name): _NAMES[i + 1] for i, name in enumerate(_NAMES) if i % 2 == 0}
 
 ReadT = TypeVar("ReadT")
 _LONGEST_HEADER = 2**25  # bytes; one of JSON takes up to 25 in memory, and a tensor has about 100
@@ -77,7 +65,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     if len(header) > _LONGEST_HEADER:
         raise OSError(f"{path} would have a header of {len(header)} bytes, and at most {_LONGEST_HEADER} are read")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the library copies all of it more than once, which takes longer than writing
     write_whole({path: b"".join((len(header).to_bytes(8, "little"), header, *contents))})
 
 

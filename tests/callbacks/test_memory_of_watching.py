@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 from helpers.processes import exit_code, peak_megabytes
 from helpers.ranks import on_two_ranks, rank
 from helpers.trainers import pairs, quiet
-from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from mlu_lightning import EmbeddingDistance, FeatureUpdate, ReferenceRecorder
@@ -23,17 +23,14 @@ def fits(folder: Path, devices: int) -> None:
         hook(*arguments)
         taken.append(peak_megabytes() - before)
 
-    def fit(*callbacks: Callback) -> None:
-        for callback in callbacks:
-            for name in ("on_train_start", "on_train_batch_end", "on_train_end"):
-                setattr(callback, name, partial(watch, getattr(callback, name)))
-        trainer = quiet(*callbacks, devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=2)
-        trainer.fit(ResNet(4, width, width, inputs=3, outputs=2), DataLoader(pairs(16), batch_size=4))
-
     for width in (32, 1024):  # the first imports what is imported late; the second has 32 MB of parameters
         taken: list[float] = []
-        fit(ReferenceRecorder(folder / f"{width}.safetensors"), FeatureUpdate())
-        fit(EmbeddingDistance(folder / f"{width}.safetensors"))
+        reference = folder / f"{width}.safetensors"
+        for callbacks in ([ReferenceRecorder(reference), FeatureUpdate()], [EmbeddingDistance(reference)]):
+            for callback, name in product(callbacks, ("on_train_start", "on_train_batch_end", "on_train_end")):
+                setattr(callback, name, partial(watch, getattr(callback, name)))
+            trainer = quiet(*callbacks, devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=2)
+            trainer.fit(ResNet(4, width, width, inputs=3, outputs=2), DataLoader(pairs(16), batch_size=4))
     (folder / f"most-{rank()}").write_text(str(max(taken)))
 
 
