@@ -127,7 +127,5 @@ def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) ->
 
 
 def run_to_end(target: Callable[..., None], *args: Any, said: Any = None) -> None:
-    process = forked(target, *args)
-    process.join()
-    code = process.exitcode
-    assert code == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {code}"
+    (process := forked(target, *args)).join()
+    assert process.exitcode == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {process.exitcode}"
