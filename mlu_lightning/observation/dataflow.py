@@ -92,8 +92,9 @@ class _Use:
     count: int
     inputs: int
     plain: bool
-    begin: float
     source: Node
+    begin: float = 1.0
+    data: Node | None = None  # what a matrix maps
 
 
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -142,7 +143,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return result
 
     def finish(self, result: Any) -> None:
-        """Note what the pass returned."""
+        """Note what the pass returned, and whose the constants are that are before a matrix and on a stream as well."""
+        for use in self._uses:
+            ends = [source.ends for source, _ in (use.data.origins if use.data is not None else ())]
+            if ends and use.begin != 1 and all(use.begin in found.get("addition", ()) for found in ends):
+                for found in ends:  # they are what made the stream's, which branches read
+                    found["matrix"][found["matrix"].index(1.0)] = use.begin
+                use.begin = 1.0
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf in self._nodes:
                 self._end(self._nodes[leaf], "returned")
@@ -246,9 +253,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         node.origins = tuple(origins)
         return node
 
-    def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
+    def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, **of_data: Any) -> None:
         names, size = tuple(sorted(weights.weights)), self.size(values) if weights.plain else root_mean_square(values)
-        self._uses.append(_Use(names, how, size, values.numel(), inputs, weights.plain, begin, source))
+        self._uses.append(_Use(names, how, size, values.numel(), inputs, weights.plain, source=source, **of_data))
 
     def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
@@ -286,7 +293,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             source.ends.setdefault("matrix", []).append(1.0)
         node = self._source(name, [data] if data.data else [], weights.weights)
         inputs = contraction(name, args, operands[0], operands[weight])
-        self._use(weights, "matrix", operands[weight], node, inputs, begin * abs(kwargs.get("alpha", 1)))
+        begin *= abs(kwargs.get("alpha", 1))
+        self._use(weights, "matrix", operands[weight], node, inputs, begin=begin, data=data)
         added = args[third] if third is not None and third < len(args) else None
         if isinstance(added, Tensor):
             of_added = self._node(added)

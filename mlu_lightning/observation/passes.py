@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from mlu_lightning.observation.batches import clone_batch
 from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use
 from mlu_lightning.observation.probe import pass_batch, undisturbed
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
+from mlu_lightning.utilities.module_copies import copied_batch
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 from mlu_lightning.utilities.state import KeptValues
 
@@ -51,13 +50,13 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role], training:
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     device = next(iter(parameters.values())).device
 
-    def converted(leaf: Tensor) -> Tensor:
-        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+    def copied(leaf: Tensor) -> Tensor:
+        return leaf.to(device, dtype if leaf.is_floating_point() else None, copy=True)
 
     def is_(name: str, *wanted: Role) -> bool:
         return roles.get(name) in wanted
 
-    batch = tree_map_only(Tensor, converted, clone_batch(example))
+    batch = copied_batch(example, copied)
     gradients = {parameter: parameter.grad for parameter in parameters.values()}
     kept = KeptValues(module.parameters())
     flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch, kept)

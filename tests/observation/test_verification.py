@@ -49,7 +49,14 @@ def one_multiplied_again(module: Language) -> None:
     module.blocks[5].register_forward_hook(lambda module, args, output: output / 4)
 
 
+def becomes(fault: str) -> Callable[[Language], None]:
+    return lambda module: setattr(module, "fault", fault)
+
+
 COMPENSATED = ["sqrt(D) on embeddings", "1/L on branches", "D^-1/2 on logits", "tied, D^-1/2 before the readout"]
+# where branches read the stream as it is, a constant on it is that of what made it
+COMPENSATED += ["bare, sqrt(D) on embeddings", "bare, sqrt(D) in training"]
+WRITTEN = "the residual branch of blocks.*.norm.bias, blocks.*.norm.weight"
 
 
 @pytest.mark.parametrize("put", [attach_multipliers, fold])
@@ -96,6 +103,8 @@ def test_what_a_pass_writes_to_parameters_is_put_back() -> None:
         ("tied, D^-1/2 before the readout", "tokens.weight", 1 / 2, 1 / 4),
         (multiplied_again, "blocks.0.write.weight", 1 / 4, 1 / 16),
         (one_multiplied_again, "blocks.5.write.weight", 1 / 4, 1 / 16),
+        (becomes("applied twice"), f"how often {WRITTEN} is applied", 1, 2),
+        (becomes("not added"), f"what {WRITTEN} adds", 1 / 4, 0),
         (drawn_again, "blocks.0.write.weight", 1 / 4, math.nan),
     ],
 )
@@ -106,9 +115,8 @@ def test_faults_are_named_with_what_was_expected_and_found(
     module, base, plan, example = planned(named, seen=named[:4] if named.startswith("tied") else "")
     if not isinstance(fault, str):
         fault(module)
-    certain = {
-        each.what.partition(" (")[0].partition(" and ")[0]: each for each in deviations(module, base, plan, example)
-    }
+    found_ones = deviations(module, base, plan, example)
+    certain = {each.what.partition(" (")[0].partition(" and ")[0]: each for each in found_ones}
     assert certain[name].is_certain
     assert certain[name].expected == pytest.approx(expected)
     if not math.isnan(found):
