@@ -26,7 +26,7 @@ from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.application.shadow_groups import Shadow, Split
 from mlu_lightning.application.transaction import settle
 from mlu_lightning.planning import Plan
-from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.table import OptimizerFamily, Scale
 from mlu_lightning.utilities.names import original_module
 
 
@@ -128,8 +128,8 @@ class Scaled:
 class Watch(Protocol):
     """What looks at updates."""
 
-    def before_update(self, scaled: ScaledOptimizer) -> bool:
-        """Look at what is about to be updated, and tell whether the groups should note what is read of them."""
+    def before_update(self, scaled: ScaledOptimizer) -> None:
+        """Look at what is about to be updated."""
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Look at what was updated."""
@@ -151,13 +151,14 @@ class ScaledOptimizer:
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
         self.watch: Watch | None = None
-        self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
+        self.splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks: list[RemovableHandle] = []
         self._step_before = vars(optimizer).get("step")
-        self._entry: RemovableHandle | None = None  # the last of the hooks before the update that goes on
-        # unless somebody has put another step in its place
-        step = type(optimizer).step
-        self._hooked = getattr(step, "hooked", False) and _same_function(optimizer.step, step)
+        self._inner: list[RemovableHandle] = []  # the last hook before the update that goes on, and the first after it
+        self._told = True  # whether what watches knows that the update was made
+        # unless somebody has put another step in its place; schedulers wrap it
+        step, own = type(optimizer).step, getattr(optimizer.step, "__func__", optimizer.step)
+        self._hooked = getattr(step, "hooked", False) and inspect.unwrap(own) is inspect.unwrap(step)
         self._step = self._wrapped_step()
 
     def start(self) -> None:
@@ -167,11 +168,6 @@ class ScaledOptimizer:
         self._hooks.append(self.optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)))
         self._take_own()
         vars(self.optimizer)["step"] = self._step
-
-    @property
-    def shadows(self) -> list[Shadow]:
-        """Shadows of all groups."""
-        return [shadow for split in self._splits for shadow in split.shadows]
 
     @property
     def swapped(self) -> bool:
@@ -184,6 +180,12 @@ class ScaledOptimizer:
         names = plan_names(self._module, self._plan)
         groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
+
+    def planned(self, name: str) -> tuple[OptimizerFamily, Scale]:
+        """Column of the table for one parameter, and its factors, for the weights as they are stored."""
+        family = self.families[name]
+        scale = self._plan.scales(family)[name]
+        return family, scale.folded(family) if name in folded_parameters(self._module) else scale
 
     def remove(self) -> None:
         """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
@@ -230,16 +232,16 @@ class ScaledOptimizer:
         if args and args[0] is not None:
             return (self._outside(args[0]), *args[1:]), kwargs
         if self._hooked:
-            self._entry = self.optimizer.register_step_pre_hook(lambda *_: self._swap_in() if self.updates else None)
+            begin = lambda *_: self._swap_in() if self.updates else None  # noqa: E731
+            self._inner.append(self.optimizer.register_step_pre_hook(begin))
         else:
             self._swap_in()
         return args, kwargs
 
     def end(self) -> None:
         """Let the optimizer have the user's groups again."""
-        if self._entry is not None:
-            self._entry.remove()
-            self._entry = None
+        while self._inner:
+            self._inner.pop().remove()
         self._swap_out()
         self.updates = False
 
@@ -259,15 +261,20 @@ class ScaledOptimizer:
         if self._users is not None:
             return  # a step that calls that of its parent class
         groups = self.optimizer.param_groups
-        current = [*self._splits, *[None] * len(groups)]
+        current = [*self.splits, *[None] * len(groups)]
         # groups are added, and load_state_dict replaces them
-        self._splits = [
+        self.splits = [
             split if split is not None and split.is_of(group) else self._split(index)
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
         self._take_own()
-        watched = self.watch is not None and self.watch.before_update(self)
-        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer, watched)]
+        if self.watch is not None:
+            self.watch.before_update(self)
+            self._told = False
+            if self._hooked:  # hooks after it may change weights
+                self._inner.append(first := self.optimizer.register_step_post_hook(lambda *_: self._updated()))
+                self.optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+        shadows = [group for split in self.splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -275,11 +282,16 @@ class ScaledOptimizer:
         if self._users is None:
             return
         self.optimizer.param_groups[:] = self._users
-        if self.watch is not None:
-            self.watch.after_update(self)
-        for split in self._splits:
+        self._updated()
+        for split in self.splits:
             split.give_back()
         self._users = None
+
+    def _updated(self) -> None:
+        """Tell what watches that the update was made."""
+        if not self._told and self.watch is not None:
+            self._told = True
+            self.watch.after_update(self)
 
     def _before_saving(self) -> None:
         """Let a state_dict have the user's groups, also in the middle of an update."""
@@ -321,12 +333,12 @@ class ScaledOptimizer:
 
     def _take_own(self) -> None:
         """Take from groups what their shadows have now."""
-        for split in self._splits:
+        for split in self.splits:
             split.user.pop(_OWN, None)
 
     def _save_own(self, groups: list[Group]) -> None:
         """Keep in groups what their shadows have of their own, so that a resumed run goes on with it."""
-        for split, user, group in zip(self._splits, self.optimizer.param_groups, groups, strict=False):
+        for split, user, group in zip(self.splits, self.optimizer.param_groups, groups, strict=False):
             own = split.own() if split.is_of(user) else []
             if any(own):
                 group[_OWN] = own
@@ -354,11 +366,6 @@ def _for_all(family: Family | None) -> Family | None:
     """Make one of a list of families that do not differ: groups that are added later have it, too."""
     several = family is not None and not isinstance(family, str)
     return family[0] if several and family and all(each == family[0] for each in family) else family
-
-
-def _same_function(method: Any, function: Any) -> bool:
-    """Whether a bound method is that of a class, also where schedulers have wrapped it."""
-    return inspect.unwrap(getattr(method, "__func__", method)) is inspect.unwrap(function)
 
 
 def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Use
+from mlu_lightning.discovery.recurrence import is_multiplied
 from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.discovery.units import Units
@@ -45,6 +46,7 @@ class Placed:
     on_data: bool = False  # whether it acts on data before any map
     repeats: int | None = None  # how many of its kind a stream goes through, or are summed
     places: int | None = None  # sums that it is in, if it is in any
+    apart: bool = False  # whether it acts on data that no stream reads
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Unplaced:
     reason: str
     role: None = None
     variant: None = None
+    apart: bool = False
 
 
 def place_gain(matrix: Placed | Unplaced, along: Along) -> Placed | Unplaced:
@@ -70,8 +73,10 @@ def place_gain(matrix: Placed | Unplaced, along: Along) -> Placed | Unplaced:
     )
 
 
-def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:
-    """Role between the data and the first addition of a stream, or a branch that reads something else."""
+def place_in_stem(use: Use, maps_before: Ancestry, apart: frozenset[Op]) -> Placed | Unplaced:
+    """Role between the data and the first addition of a stream, a branch that reads something else, or a loss (apart)."""
+    if use.op in apart:
+        return replace(place_in_stem(use, maps_before, frozenset()), apart=True)
     if use.kind == "lookup":
         return Placed(Role.EMBEDDING)
     if use.kind in ("matrix", "bias"):
@@ -181,10 +186,14 @@ class HeadRoles:
         return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))
 
     def _is_pooler(self, op: Op) -> bool:
-        """Whether it is a square matrix with an activation, which transforms the stream, as BERT's pooler does."""
+        """Whether it is a square matrix with an activation, which transforms the stream, as BERT's pooler does.
+
+        A cap on logits, c·tanh(x/c), is none.
+        """
         inputs, outputs = self.graph.matrices(op)[0].fans
         activations = (o for o in self.ops if o.name in ("Tanh", "Gelu", "Relu", "Silu"))
-        return inputs == outputs and any(o.data[0].source is op for o in activations)
+        reading = (o.data[0] for o in activations if o.data[0].source is op)
+        return inputs == outputs and any(not is_multiplied(operand, op) for operand in reading)
 
     @cached_property
     def _matrices_before(self) -> Ancestry:

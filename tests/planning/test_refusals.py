@@ -46,11 +46,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"^Parameters of Net have no shape yet: embed\.weight, embed\.bias\. .*lazy.*base.*setup",
     ),
-    "complex": (
-        waves,
-        ValueError,
-        r"^Parameters of Net are complex: blocks\.0\.modes, .*blocks\.\*\.modes.*frozen",
-    ),
+    "complex": (waves, ValueError, r"^Parameters of Net are complex: blocks\.0\.modes, .*blocks\.\*\.modes.*frozen"),
     "key": (
         failing(KeyError("y")),
         RuntimeError,
@@ -70,11 +66,6 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
 def test_what_cannot_be_planned(make: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         Plan.from_model(make(), (X,))
-
-
-def test_complex_weights_can_be_left_alone() -> None:
-    plan = Plan.from_model(waves(), (X,), overrides={"blocks.*.modes": "frozen"})
-    assert [name for name, role in plan.roles.items() if role == "frozen"] == ["blocks.0.modes", "blocks.1.modes"]
 
 
 def test_errors_in_a_step_name_it() -> None:
