@@ -150,7 +150,7 @@ def _alive(parameter: nn.Parameter, coordinates: int | None) -> dict[int, Tensor
 def _rms(group: Mapping[str, nn.Parameter]) -> float:
     squares = 0.0
     for name, parameter in group.items():
-        norm = _norm(parameter.detach())
+        norm = float(_full(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64)))
         if not math.isfinite(norm):
             raise ValueError(
                 f"{name} holds values that are not finite. The module has to initialize itself before the plan sets "
@@ -158,15 +158,6 @@ def _rms(group: Mapping[str, nn.Parameter]) -> float:
             )
         squares += norm**2 / max(1, parameter.numel())
     return math.sqrt(squares / max(1, len(group)))
-
-
-def _norm(tensor: Tensor) -> float:
-    if type(tensor) is not Tensor or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return float(_full(torch.linalg.vector_norm(tensor, dtype=torch.float64)))
-    # in parts that stay in the cache, and not as a copy of all of it
-    part = torch.empty(min(tensor.numel(), 2**16), dtype=torch.float64)
-    copies = (part[: len(values)].copy_(values) for values in torch.split(tensor.flatten(), 2**16))
-    return math.sqrt(sum(float(copied @ copied) for copied in copies))
 
 
 def _check_values(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:

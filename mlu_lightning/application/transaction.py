@@ -49,13 +49,8 @@ class Steps:
 
 
 def multiplication(tensor: Tensor, factor: float) -> Step:
-    """Multiply a tensor where it is, once: whoever writes to it makes a new version."""
-
-    def step() -> Callable[[], object]:
-        version = tensor._version
-        return lambda: tensor.mul_(factor) if tensor._version == version else None
-
-    return step
+    """Multiply a tensor where it is."""
+    return lambda: partial(tensor.copy_, tensor * factor)
 
 
 def change(module: nn.Module, after: Applied | None, steps: Iterable[Step] = (), attach: bool = True) -> None:
