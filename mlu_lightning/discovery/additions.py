@@ -7,11 +7,24 @@ Fourier transforms, shifts); x + x³ inside of a GELU does neither. A matrix on 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, POOLS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.graph import (
+    ARITHMETIC,
+    ATTENTION,
+    JOINED,
+    JOINS,
+    NONLINEAR,
+    NORMS,
+    PARTS,
+    POOLS,
+    RESHAPES,
+    Graph,
+    Op,
+)
 from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax", "LogSoftmax"})
@@ -48,12 +61,35 @@ def residual_additions(graph: Graph) -> tuple[list[Addition], int]:
 
 
 def _chain(op: Op) -> list[Op]:
-    """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
+    """What an operation is computed from without a nonlinearity or a second tensor, up to another addition."""
     chain = [op]
-    while len(op.data) == 1 and op.name not in NONLINEAR - POOLS:
-        op = op.data[0]
+    while (before := _only_operand(op)) is not None:
+        op = before
         chain.append(op)
     return chain
+
+
+def _only_operand(op: Op, activated: Collection[Op] = ()) -> Op | None:
+    """The one tensor, or most of it, that an operation is linearly made of, maybe of several parts; None if there are others.
+
+    It may be an activation or a loss of those that are ``activated``.
+    """
+    if op.name in NONLINEAR - POOLS and op.data and op.data[0].source not in activated:
+        return None
+    if op.name not in JOINED or len(op.data) == 1:
+        return op.data[0] if len(op.data) == 1 else None
+    first, *others = ([*_parts_of(operand)] for operand in op.data)
+    whole = next((part for part in first if all(part in other for other in others)), None)
+    # tokens that a few others are joined with, as a class token is
+    return whole or next((o for o in op.data if 2 * math.prod(o.shape) > math.prod(op.shape)), None)
+
+
+def _parts_of(op: Op) -> Iterator[Op]:
+    """An operation, and what it is a part of, or pools, repeats or shifts a part of."""
+    yield op
+    while len(op.data) == 1 and op.name in RESHAPES | PARTS | JOINS:
+        op = op.data[0]
+        yield op
 
 
 def _normed(op: Op) -> Iterator[Op]:
@@ -69,6 +105,7 @@ class _Search:
         self.graph, self.chains, self.ancestry = graph, chains, ancestry
         self.made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
         self.read = set[Op]()  # what goes into a parameter matrix
+        self.begins: dict[Op, Op] = {}  # where the stream of each addition begins
         for op in reversed(graph.ops):
             if op in self.read or graph.is_matrix(op):
                 self.read.update(op.data)
@@ -126,10 +163,19 @@ class _Search:
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
         """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
         *_, branch = _normed(branch)
-        if branch not in found:
+        if branch not in found or self._changes_dimension(found[branch]):
             return False
         begin = min(self._line(branch, found), key=lambda op: op.index)
         return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
+
+    def _changes_dimension(self, addition: Addition) -> bool:
+        """Whether the stream goes through a matrix beside the branch of an addition."""
+        return any(
+            map(
+                self.graph.is_matrix,
+                itertools.takewhile(lambda op: op.source is not addition.root, self.chains[addition.stream]),
+            )
+        )
 
     def _is_nonlinear(self, branch: Op, root: Op) -> bool:
         """Whether a branch is a nonlinear function of a stream; of data, one of hidden units, or it embeds them, too."""
@@ -163,10 +209,8 @@ class _Search:
         long: dict[Op, Addition] = {}
         for addition in found:
             source = addition.branch
-            while source not in of and len(source.data) == 1:
-                if source.name in NONLINEAR and source.data[0].source not in of:
-                    break  # what is no activation of a stream
-                source = source.data[0]
+            while source not in of and (before := _only_operand(source, activated=of)) is not None:
+                source = before
             inner, begin = of.get(source), addition.root
             if inner is None or inner.root.index < begin.index:
                 continue
@@ -201,6 +245,9 @@ class _Search:
         kept: list[Addition] = []
         nested, of = 0, {addition.op for addition in found}
         around: list[Addition] = []  # of those, which begin before
+        for addition in found:
+            before = (self.begins[op] for op in _normed(addition.root) if op in self.begins)
+            self.begins[addition.op] = next(before, addition.root)
         continued: dict[Op, Op] = {}  # where the streams from each of their roots are added to for the last time
         for addition in reversed(found):
             around = [outer for outer in around if outer.root.index < addition.op.index]
@@ -224,7 +271,9 @@ class _Search:
             return False
         root = addition.root
         if root is outer.root or self.ancestry.precedes(outer.root, root):
-            return True
+            begin = self.begins[addition.op]
+            earlier = begin is not self.begins[outer.op] and begin.index < outer.root.index
+            return not (earlier and self._escapes(addition.op, outer.op))
         return (root not in of or root.index >= outer.root.index) and not self._escapes(addition.op, outer.op)
 
     def _escapes(self, op: Op, outer: Op) -> bool:

@@ -94,7 +94,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: _facts(name, shape, uses[name], factors) for name, shape in shapes.items()}
-    sites = MultiplierSites(trace, graph)
+    sites = MultiplierSites(trace, graph, frozenset().union(*(branch.ops for branch in parts.branches)))
     named = _named_branches(regions, uses)
     members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():

@@ -89,7 +89,7 @@ def _operations(
 def _written_out(op: Op) -> Iterator[Op]:
     """An operation, or the products and additions that it is of what was stacked before."""
     joined, weights = _summands(op)
-    if not joined:
+    if not joined and op.name != "Glu":
         yield op
         return
     index = count(op.index)
@@ -102,6 +102,13 @@ def _written_out(op: Op) -> Iterator[Op]:
         made = replace(op, index=next(index), name=name, shapes=shapes, operands=operands, values=values, data=data)
         return replace(made, from_data=bool(values), node=node)
 
+    if op.name == "Glu":
+        halves = replace(
+            step("Split", *op.operands, _saved_dim=getattr(op.node, "_saved_dim", -1)), shapes=(op.shape,) * 2
+        )
+        gate = step("Sigmoid", (halves, 1))
+        yield from (halves, gate, step("Mul", (halves, 0), (gate, 0)))
+        return
     steps: list[Op] = []
     total = joined[0]
     for number, value in enumerate(joined):
@@ -253,7 +260,8 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
                 continue  # a penalty
             made = list(_made_of(operand[0]))
             inner = {other.name for other in made}
-            is_query = op.name in PRODUCTS and "Bmm" not in inner
+            # an attention between parameters makes what further ones weigh by it
+            is_query = op.name in PRODUCTS and all(map(_compares_maps, made))
             if (not weights or is_query) and inner & _MAPS:
                 found.update(_inputs(operand[0]))
             elif op.name in ("Add", "Cat") and len(inner - RESHAPES - PARTS) == 1 and len(op.shape) > 1:
@@ -275,6 +283,12 @@ def _sum_behind(op: Op) -> Op:
 
 
 _MAPS = NORMS | (WEIGHT_SLOTS.keys() - {"GroupedMm"})
+
+
+def _compares_maps(op: Op) -> bool:
+    """Whether an operation on parameters is no product, or one of what matrices or norms make of them."""
+    operands = [operand for operand in op.operands if operand is not None]
+    return op.name not in PRODUCTS or all(any(o.name in _MAPS for o in _made_of(made)) for made, _ in operands)
 
 
 def _made_of(op: Op) -> Iterator[Op]:
