@@ -7,15 +7,14 @@ Fourier transforms, shifts); x + x³ inside of a GELU does neither. A matrix on 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from mlu_lightning.discovery.graph import (
     ARITHMETIC,
     ATTENTION,
-    JOINED,
     JOINS,
     NONLINEAR,
     NORMS,
@@ -70,13 +69,13 @@ def _chain(op: Op) -> list[Op]:
 
 
 def _only_operand(op: Op, activated: Collection[Op] = ()) -> Op | None:
-    """The one tensor, or most of it, that an operation is linearly made of, maybe of several parts; None if there are others.
+    """The one tensor that an operation, or most of it, is linearly made of, maybe of its parts; None if there are others.
 
     It may be an activation or a loss of those that are ``activated``.
     """
     if op.name in NONLINEAR - POOLS and op.data and op.data[0].source not in activated:
         return None
-    if op.name not in JOINED or len(op.data) == 1:
+    if op.name not in ("Cat", "Stack") or len(op.data) == 1:
         return op.data[0] if len(op.data) == 1 else None
     first, *others = ([*_parts_of(operand)] for operand in op.data)
     whole = next((part for part in first if all(part in other for other in others)), None)
@@ -170,12 +169,8 @@ class _Search:
 
     def _changes_dimension(self, addition: Addition) -> bool:
         """Whether the stream goes through a matrix beside the branch of an addition."""
-        return any(
-            map(
-                self.graph.is_matrix,
-                itertools.takewhile(lambda op: op.source is not addition.root, self.chains[addition.stream]),
-            )
-        )
+        beside = takewhile(lambda op: op.source is not addition.root, self.chains[addition.stream])
+        return any(map(self.graph.is_matrix, beside))
 
     def _is_nonlinear(self, branch: Op, root: Op) -> bool:
         """Whether a branch is a nonlinear function of a stream; of data, one of hidden units, or it embeds them, too."""

@@ -186,17 +186,8 @@ def _branch(
     folds = sites.folds(ends)
     if idle:  # which of the experts that is depends on the example, and the order must not
         folds = tuple(name for name in order if name in folds or idle.get(name) in folds)
-    branch = Branch(
-        name=name,
-        kind=first.kind,
-        hidden=first.hidden,
-        stream=regions[0].stream,
-        position=first.region.position,
-        parameters=tuple(parameters),
-        site=sites.branch(ends, name, owner),
-        folds=folds,
-        constant=constants.of_branch(ends),
-    )
+    place, site = (regions[0].stream, first.region.position), sites.branch(ends, name, owner)
+    branch = Branch(name, first.kind, first.hidden, *place, tuple(parameters), site, folds, constants.of_branch(ends))
     if attention is None:
         return replace(branch, head_dim=first.head_dim)
     scale = own_scale(attention, first.region.ops, sites.graph)

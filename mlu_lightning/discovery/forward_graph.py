@@ -70,18 +70,8 @@ def _operations(
         is_data = parameter is None or parameter in begins
         if operands:
             is_data = node not in weights and _takes_data(name, operands, values)
-        op = Op(
-            index=len(ops),
-            name=name,
-            shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
-            operands=operands,
-            values=values,
-            data=tuple(op for op, _ in values),
-            from_data=is_data,
-            parameter=parameter,
-            node=node,
-        )
-        ops += _written_out(op)
+        shapes, data = tuple(tuple(meta.shape) for meta in node._input_metadata), tuple(op for op, _ in values)
+        ops += _written_out(Op(len(ops), name, shapes, operands, values, data, is_data, parameter, node))
         by_node[node] = ops[-1]
     return tuple(ops), by_node
 
@@ -89,7 +79,7 @@ def _operations(
 def _written_out(op: Op) -> Iterator[Op]:
     """An operation, or the products and additions that it is of what was stacked before."""
     joined, weights = _summands(op)
-    if not joined and op.name != "Glu":
+    if not joined:
         yield op
         return
     index = count(op.index)
@@ -102,13 +92,6 @@ def _written_out(op: Op) -> Iterator[Op]:
         made = replace(op, index=next(index), name=name, shapes=shapes, operands=operands, values=values, data=data)
         return replace(made, from_data=bool(values), node=node)
 
-    if op.name == "Glu":
-        halves = replace(
-            step("Split", *op.operands, _saved_dim=getattr(op.node, "_saved_dim", -1)), shapes=(op.shape,) * 2
-        )
-        gate = step("Sigmoid", (halves, 1))
-        yield from (halves, gate, step("Mul", (halves, 0), (gate, 0)))
-        return
     steps: list[Op] = []
     total = joined[0]
     for number, value in enumerate(joined):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 from torch import nn
 
@@ -40,6 +40,7 @@ class MultiplierSites:
     trace: Trace
     graph: Graph
     within: frozenset[Op]  # operations of branches
+    known: dict[Op, tuple[list[Use], set[Op]] | None] = field(default_factory=dict)  # what parameters make each of
 
     def branch(self, ends: list[Op], name: str, owner: str) -> Site | None:
         """A module whose output is a branch in each of its calls: of its name, or the owner of the matrix that writes."""
@@ -51,6 +52,9 @@ class MultiplierSites:
         yield from self._output_sites(self._proportional(end), calls)
         linear = walk_back([end], lambda op: op.data if op.name in LINEAR and op in self.within else ())
         yield from self._parts(end, [op for op in in_order(linear)[::-1] if op.name in LINEAR], calls)
+        gated = (op for op in linear if op.name == "Glu" and op.shape[:-1] == op.data[0].shape[:-1])
+        for op in filter(partial(self._is_proportional, end), gated):
+            yield from (replace(site, part=(0, op.shape[-1])) for site in self._output_sites(op.data, calls))
 
     def readout(self, matrices: list[Op]) -> Site | None:
         """A site to multiply what a readout matrix reads in all its uses, so that its bias is not multiplied."""
@@ -152,13 +156,9 @@ class MultiplierSites:
 
     def _factors(self, op: Op) -> tuple[list[Use], set[Op]] | None:
         """Uses of parameters that an output is proportional to, taken together, and the operations from them to it."""
-        if op not in self._known:
-            self._known[op] = self._found_factors(op)
-        return self._known[op]
-
-    @cached_property
-    def _known(self) -> dict[Op, tuple[list[Use], set[Op]] | None]:
-        return {}
+        if op not in self.known:
+            self.known[op] = self._found_factors(op)
+        return self.known[op]
 
     def _found_factors(self, op: Op) -> tuple[list[Use], set[Op]] | None:
         uses, operands = list(self.graph.uses.get(op, ())), op.data

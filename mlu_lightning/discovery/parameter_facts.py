@@ -160,9 +160,8 @@ def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -
         "it is used outside of all that was found to lead to the stream, along it, in branches, and after it"
     )
     for use in (use for op, uses in graph.uses.items() if op not in covered for use in uses if use.kind != "penalty"):
-        placed[use.parameter].append(
-            PlacedUse(use, regions[0], outside)
-        )  # a loss depends on it, so it is not left alone
+        # a loss depends on it, so it is not left alone
+        placed[use.parameter].append(PlacedUse(use, regions[0], outside))
     return placed
 
 
@@ -210,20 +209,10 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
                 head_dim = branch.attention.value_dim if branch.heads_write else 1
             elif role is Role.BRANCH_IN or (role is Role.BRANCH_IN_BIAS and fan_out != branch.hidden):
                 head_dim = branch.attention.key_dim
-    return ParameterFacts(
-        *(name, role, shape, fan_in, fan_out),
-        branch=region.number,
-        stream=region.stream,
-        transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
-        head_dim=head_dim,
-        tied=tied,
-        mixed=mixed,
-        active=active,
-        uses=_places_along_depth(uses),
-        variant=placed.found.variant,
-        function=function,
-        repeats=placed.found.repeats if isinstance(placed.found, Placed) else None,
-    )
+    transposed = use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1
+    place = region.number, region.stream, transposed, head_dim, tied, mixed, active, _places_along_depth(uses)
+    repeats = placed.found.repeats if isinstance(placed.found, Placed) else None
+    return ParameterFacts(name, role, shape, fan_in, fan_out, *place, None, placed.found.variant, function, repeats)
 
 
 def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:

@@ -131,18 +131,8 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
     scales, constants = own_factors(structure, "logits_scale"), own_factors(structure, "constant")
     return Base(
         parameters={
-            name: BaseParameter(
-                role=structure.roles[name],
-                shape=facts.shape,
-                fans=(facts.fan_in, facts.fan_out),
-                std=stds[name],
-                active=facts.active,
-                uses=facts.uses,
-                variant=facts.variant,
-                constant=facts.constant,
-                repeats=facts.repeats,
-            )
-            for name, facts in structure.parameters.items()
+            name: BaseParameter(structure.roles[name], f.shape, (f.fan_in, f.fan_out), stds[name], *_counted(f))
+            for name, f in structure.parameters.items()
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
@@ -152,6 +142,10 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
         additions=structure.additions,
     )
+
+
+def _counted(facts: ParameterFacts) -> tuple[int, int, Variant | None, float | None, int | None]:
+    return facts.active, facts.uses, facts.variant, facts.constant, facts.repeats
 
 
 def _std(name: str, parameter: nn.Parameter, role: Role, module: nn.Module) -> float | None:

@@ -192,15 +192,8 @@ class Plan:
         return Base(
             parameters={
                 name: BaseParameter(
-                    p.role,
-                    p.base_shape or (),
-                    p.base_fans,
-                    p.base_std,
-                    p.base_active,
-                    p.base_uses,
-                    p.variant,
-                    p.base_constant,
-                    p.base_depth if p.variant in COUNTED else None,
+                    *(p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.base_uses, p.variant),
+                    *(p.base_constant, p.base_depth if p.variant in COUNTED else None),
                 )
                 for name, p in self.parameters.items()
             },
