@@ -20,16 +20,7 @@ from rich.console import Console
 from mlu_lightning.cli import main
 from mlu_lightning.quickstart import study as quickstart
 from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
-from mlu_lightning.quickstart.study import (
-    SHAPES,
-    Run,
-    Study,
-    TransformerShape,
-    best_exponent,
-    load_text,
-    read_runs,
-    run_study,
-)
+from mlu_lightning.quickstart.study import SHAPES, Run, Study, best_exponent, load_text, read_runs, run_study
 
 EXPONENTS = (-8, -7, -6, -5, -4)
 
@@ -161,7 +152,7 @@ def test_figure_is_drawn_also_of_runs_that_diverged(study: Study, runs: list[Run
 
 
 def test_a_small_study_trains_and_is_the_same_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = {"base": TransformerShape(1, 1, 16, 16), "deeper": TransformerShape(2, 1, 16, 16)}
+    shapes = {"base": quickstart.TransformerShape(1, 1, 16, 16), "deeper": quickstart.TransformerShape(2, 1, 16, 16)}
     study = Study(shapes=shapes, exponents=(-7, -5), steps=20)
     reported: list[Run] = []
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one worker, because a process imports everything anew

@@ -6,7 +6,6 @@ It looks at what is, not at what was asked for: whether weights have changed, in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isclose
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from mlu_lightning.application.optimization import Scaled, ScaledOptimizer
 from mlu_lightning.application.optimizer_rules import is_known
 from mlu_lightning.application.own_optimizers import Optimizers
 from mlu_lightning.application.plan_names import plan_names
-from mlu_lightning.application.used_numbers import refuse_one_number
+from mlu_lightning.application.used_numbers import refuse_other_numbers
 from mlu_lightning.planning import Plan
 from mlu_lightning.utilities.names import listed, original_module
 from mlu_lightning.utilities.samples import Sample, samples
@@ -70,7 +69,6 @@ class FirstSteps:
         self._before: dict[str, Sample] = {}
         self._gradients: dict[str, Sample] = {}  # of an optimizer that is not known
         self._moved: set[str] = set()  # in an update
-        self._unread: dict[str, str] = {}  # by parameter: what its update has not asked for
         self._have_stepped: dict[ScaledOptimizer, None] = {}
         self._idle: set[str] = set()  # warned of
         self._looks = 0  # since the first update, or before it
@@ -99,27 +97,26 @@ class FirstSteps:
         if self._between is not None:
             self._between.after_backward(trained_parameters(self._module, self._plan))
 
-    def before_update(self, scaled: ScaledOptimizer) -> bool:
+    def before_update(self, scaled: ScaledOptimizer) -> None:
         """Note what is about to be updated, and refuse gradients that have not gone through their multiplier."""
         if self._in_loop and scaled in self._have_stepped:
             self.look_before_batch()
             self.look()
-        first = not self._have_stepped
+        first, first_of_it = not self._have_stepped, scaled not in self._have_stepped
         self._looks = 0 if first else self._looks
         self._have_stepped[scaled] = None
         if self._looks >= _DENSE:
-            return False
+            return
         own = self._own(scaled)
         self._before = samples({name: p for name, p in own.items() if name in self._unmoved})
         self._gradients = {}
-        if first and not is_known(scaled.optimizer):
+        if first_of_it and not is_known(scaled.optimizer):
             self._gradients = samples({name: grad for name, p in own.items() if (grad := p.grad) is not None})
         if first and not self._manual:
             _refuse_changed_in_step([name for name, now in self._before.items() if not now.is_near(self._start[name])])
         if self._between is not None:
             self._between.before_update(own)
         self._multipliers.refuse_unseen({name: parameter.grad for name, parameter in own.items()})
-        return not is_known(scaled.optimizer)
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Note what was updated."""
@@ -131,14 +128,9 @@ class FirstSteps:
         self._moved |= moved
         if self._between is not None:
             self._between.after_update(found)
-        for shadow in scaled.shadows:
-            for key in shadow.unread:
-                members = {id(parameter) for parameter in shadow.given["params"]}
-                self._unread |= {name: key for name in moved if id(own[name]) in members}
         if not is_known(scaled.optimizer):
-            _refuse_written(scaled)  # which reads, too
-            if not self._unread:
-                refuse_one_number(scaled.shadows, own, scaled.families, (before, found, self._gradients))
+            for split in scaled.splits:
+                refuse_other_numbers(split.shadows, own, scaled.planned, (before, found, self._gradients))
 
     def after_wrapped_update(self, parameters: Iterable[Tensor]) -> None:
         """Note what an optimizer has made of the updates of those in it, as Lookahead does."""
@@ -157,7 +149,7 @@ class FirstSteps:
             self._between.before_batch(trained)
 
     def look(self, is_step: bool = False) -> None:
-        """Refuse parameters that moved outside of these optimizers' updates, or in one that did not read their numbers.
+        """Refuse parameters that moved outside of these optimizers' updates, or in one of other numbers.
 
         ``is_step`` says that a step was made in the eyes of the Trainer.
         """
@@ -170,7 +162,6 @@ class FirstSteps:
         self._looks += 1
         if self._looks > _DENSE and self._looks & (self._looks - 1):
             return
-        _refuse_unread(self._unread)
         trained = trained_parameters(self._module, self._plan)
         moved, held = self._refuse_strays(trained, is_step)
         if self._have_stepped and self._looks == 1:
@@ -231,27 +222,3 @@ def _refuse_strays(strays: set[str]) -> None:
             "torch.optim, or with another torch.optim.Optimizer and its family=... for MLUCallback or scale_optimizer; or "
             "multiply your numbers by those of plan.scales(family), and give MLUCallback verify=False."
         )
-
-
-def _refuse_unread(unread: Mapping[str, str]) -> None:
-    if unread:
-        keys = " and ".join(sorted({*unread.values()}))
-        raise ValueError(
-            f"An optimizer has updated {listed(sorted(unread))} without reading {keys} in its parameter groups, where the "
-            "plan multiplies it. Let its step read it there; let the optimizer that makes its update be an attribute of it; "
-            "and leave out of its groups what it has no use for."
-        )
-
-
-def _refuse_written(scaled: ScaledOptimizer) -> None:
-    """Refuse an update that has set a number itself, the same for roles of which each has its own."""
-    for key in ("lr", "eps", "weight_decay"):
-        shadows = [shadow for shadow in scaled.shadows if shadow.given]
-        if any(key in shadow.factors for shadow in shadows):
-            ratios = [ratio for shadow in shadows if (ratio := shadow.written(key)) is not None]
-            if not all(isclose(ratio, ratios[0], rel_tol=1e-5) for ratio in ratios):
-                raise ValueError(
-                    f"{type(scaled.optimizer).__name__} sets {key} of its parameter groups in its own step, where the plan "
-                    "has multiplied it, so what the plan asks for is lost. Set it before the step, with a scheduler or in a "
-                    "hook that is registered with register_step_pre_hook; or let the step multiply what it finds."
-                )

@@ -26,7 +26,7 @@ from mlu_lightning.application.plan_names import plan_names
 from mlu_lightning.application.shadow_groups import Shadow, Split
 from mlu_lightning.application.transaction import settle
 from mlu_lightning.planning import Plan
-from mlu_lightning.table import OptimizerFamily
+from mlu_lightning.table import OptimizerFamily, Scale
 from mlu_lightning.utilities.names import original_module
 
 
@@ -128,8 +128,8 @@ class Scaled:
 class Watch(Protocol):
     """What looks at updates."""
 
-    def before_update(self, scaled: ScaledOptimizer) -> bool:
-        """Look at what is about to be updated, and tell whether the groups should note what is read of them."""
+    def before_update(self, scaled: ScaledOptimizer) -> None:
+        """Look at what is about to be updated."""
 
     def after_update(self, scaled: ScaledOptimizer) -> None:
         """Look at what was updated."""
@@ -155,9 +155,9 @@ class ScaledOptimizer:
         self._hooks: list[RemovableHandle] = []
         self._step_before = vars(optimizer).get("step")
         self._entry: RemovableHandle | None = None  # the last of the hooks before the update that goes on
-        # unless somebody has put another step in its place
-        step = type(optimizer).step
-        self._hooked = getattr(step, "hooked", False) and _same_function(optimizer.step, step)
+        # unless somebody has put another step in its place; schedulers wrap it
+        step, own = type(optimizer).step, getattr(optimizer.step, "__func__", optimizer.step)
+        self._hooked = getattr(step, "hooked", False) and inspect.unwrap(own) is inspect.unwrap(step)
         self._step = self._wrapped_step()
 
     def start(self) -> None:
@@ -169,9 +169,9 @@ class ScaledOptimizer:
         vars(self.optimizer)["step"] = self._step
 
     @property
-    def shadows(self) -> list[Shadow]:
-        """Shadows of all groups."""
-        return [shadow for split in self._splits for shadow in split.shadows]
+    def splits(self) -> list[Split]:
+        """Groups of the user's, with their shadows."""
+        return self._splits
 
     @property
     def swapped(self) -> bool:
@@ -184,6 +184,12 @@ class ScaledOptimizer:
         names = plan_names(self._module, self._plan)
         groups = zip(update_rules(self.optimizer, self._family), self.optimizer.param_groups, strict=True)
         return {names[id(p)]: rule.family_of(group) for rule, group in groups for p in group["params"]}
+
+    def planned(self, name: str) -> tuple[OptimizerFamily, Scale]:
+        """Column of the table for one parameter, and its factors, for the weights as they are stored."""
+        family = self.families[name]
+        scale = self._plan.scales(family)[name]
+        return family, scale.folded(family) if name in folded_parameters(self._module) else scale
 
     def remove(self) -> None:
         """Make the optimizer plain again, with what its shadow groups have of their own in the user's."""
@@ -266,8 +272,9 @@ class ScaledOptimizer:
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
         self._take_own()
-        watched = self.watch is not None and self.watch.before_update(self)
-        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer, watched)]
+        if self.watch is not None:
+            self.watch.before_update(self)
+        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -354,11 +361,6 @@ def _for_all(family: Family | None) -> Family | None:
     """Make one of a list of families that do not differ: groups that are added later have it, too."""
     several = family is not None and not isinstance(family, str)
     return family[0] if several and family and all(each == family[0] for each in family) else family
-
-
-def _same_function(method: Any, function: Any) -> bool:
-    """Whether a bound method is that of a class, also where schedulers have wrapped it."""
-    return inspect.unwrap(getattr(method, "__func__", method)) is inspect.unwrap(function)
 
 
 def _check_optimizer(optimizer: Optimizer, family: Family | None) -> None:

@@ -7,7 +7,7 @@ in the group; what the optimizer changes goes to the group, while the shadow goe
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,19 +26,6 @@ class Shadow:
     factors: dict[str, Factor]
     seen: Group = field(default_factory=dict)  # the user's other values when they were last taken over
     given: Group = field(default_factory=dict)  # the group's values at the beginning of the update
-
-    @property
-    def unread(self) -> set[str]:
-        """Numbers that a watched step should have seen multiplied, and has not read."""
-        read = self.group.read if isinstance(self.group, _ReadGroup) else self.factors.keys()
-        return {key for key in self.factors.keys() - read if self.given[key] not in (0, None)}
-
-    def written(self, key: str) -> float | None:
-        """By what the step that was made has multiplied a number, None if it was 0 or is no number."""
-        given, now = self.given.get(key), self.group.get(key)
-        if not (isinstance(given, _NUMERIC) and isinstance(now, _NUMERIC) and given):
-            return None
-        return float(now) / float(given)
 
     def fill(self, user: Group) -> None:
         """Take over what has changed in the user's group, and its learning rate, eps and decay times the factors."""
@@ -67,11 +54,11 @@ class Split:
         """Whether this is the split of the group, with the parameters that it has now."""
         return self.user is group and _are(self.members, group["params"])
 
-    def groups_of_step(self, optimizer: Optimizer, watched: bool = False) -> list[Group]:
-        """Groups of the step that begins: the user's own if all factors are 1. A watched step notes what is read."""
+    def groups_of_step(self, optimizer: Optimizer) -> list[Group]:
+        """Groups of the step that begins: the user's own if all factors are 1."""
         if not any(shadow.factors for shadow in self.shadows):
             return [self.user]
-        if not watched and self.taken.keys() == self.user.keys() and _are(self.taken.values(), self.user.values()):
+        if self.taken.keys() == self.user.keys() and _are(self.taken.values(), self.user.values()):
             return [shadow.group for shadow in self.shadows]
         self.taken.clear()
         for shadow in self.shadows:
@@ -81,10 +68,10 @@ class Split:
                 step = 1 + next((int(state["step"]) for state in states if "step" in state), 0)
                 self.rule.at_step(self.user, shadow.group, shadow.factors, step)
             shadow.given = {**shadow.group}
-            shadow.group = _ReadGroup(shadow.group) if watched else {**shadow.group}
+            shadow.group = {**shadow.group}
         # others may be changed where they are
         fixed = all(isinstance(value, _FIXED) for key, value in self.user.items() if key not in _MEMBERS)
-        if fixed and not watched and self.rule.at_step is None:
+        if fixed and self.rule.at_step is None:
             self.taken.update(self.user)
         return [shadow.group for shadow in self.shadows]
 
@@ -128,38 +115,8 @@ class Split:
             shadow.seen.update(changed)  # each goes on with its own value until the user changes it
 
 
-class _ReadGroup(Group):
-    def __init__(self, values: Group) -> None:
-        super().__init__(values)
-        self.read: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.read.add(key)
-        return super().get(key, default)
-
-    def __iter__(self) -> Iterator[str]:  # also lets {**group} and dict(group) ask for each
-        return super().__iter__()
-
-    def items(self) -> Any:
-        self.read.update(self)
-        return super().items()
-
-    def values(self) -> Any:
-        self.read.update(self)
-        return super().values()
-
-    def copy(self) -> Group:
-        self.read.update(self)
-        return super().copy()
-
-
 _MEMBERS = ("params", "param_names")
 _NUMBERS = ("lr", "eps", "weight_decay")
-_NUMERIC = (int, float, torch.Tensor)
 _FIXED = (int, float, str, tuple, type(None))
 _UNSEEN = object()
 

@@ -3,7 +3,8 @@
 A plain module of the same class, which would be another function with these weights, refuses the key in a strict load, also
 where this package is not installed. A module that has its multipliers in hooks takes it out.
 
-Loads that take no notice of a key too much, ``strict=False`` and those of ``torch.distributed.checkpoint``, see nothing.
+Loads that take no notice of a key too much, ``strict=False`` and those of ``torch.distributed.checkpoint``, see nothing,
+where the module is plain; where it has multipliers, they warn (:func:`_take_out`).
 What would stop them changes a key that they ask for: a weight of another shape, an error in both, or under another name, an
 error in the second. But then state dicts would not be what averages, ``functional_call`` and other readers take them for,
 nor could ``load_from_checkpoint(path, strict=False)`` go before ``restore_multipliers``. Only weights that no multiplier is
@@ -126,8 +127,8 @@ def _take_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: A
     multiplies, marked = MARK in vars(module), prefix + MARK in state
     if multiplies:
         state.pop(prefix + MARK, None)
-    if residual_state(module) is None:
-        return  # a part, about which the whole module says it
+    if residual_state(module) is None and prefix:
+        return  # a part, about which the whole that is loaded says it
     if multiplies and not marked:
         rank_zero_warn(
             "The weights that are loaded are not marked as those of a module with multipliers in hooks, as this one is, so "

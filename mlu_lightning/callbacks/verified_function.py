@@ -11,6 +11,8 @@ from torch import nn
 from mlu_lightning.callbacks.base_module import built_base
 from mlu_lightning.observation.verification import deviations, refuse
 from mlu_lightning.planning import Plan
+from mlu_lightning.utilities.lightning_steps import run_start_hooks
+from mlu_lightning.utilities.module_copies import copied_module
 
 
 def verify_function(trainer: Trainer, module: LightningModule, plan: Plan, base: Any, example: Any, seed: int) -> None:
@@ -26,7 +28,11 @@ def verify_function(trainer: Trainer, module: LightningModule, plan: Plan, base:
     try:
         with built_base(base, module, trainer, seed) as built, trainer.precision_plugin.val_step_context():
             assert isinstance(built, nn.Module)
-            found = deviations(module, built, plan, example)
+            try:
+                found = deviations(module, built, plan, example)
+            except AttributeError:  # hooks that Lightning has called before this may have made what the base lacks
+                run_start_hooks(twin := copied_module(built, None), example)
+                found = deviations(module, twin, plan, example)
     except _OF_STEPS as error:
         rank_zero_warn(
             f"What {type(module).__name__} computes could not be compared with its plan: its training_step, or that of its "

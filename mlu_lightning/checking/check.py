@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from statistics import geometric_mean
@@ -143,7 +143,9 @@ def check(
     # where they act, in a submodule, the module's own constants may be in what is measured or not
     relative = {name_pattern(name) for shape, _ in runs for name in plan_of(shape).relative_parameters}
     leeway = {axis: _leeway(plan_of(last[axis][0].shape), plan) for axis, plan in largest.items()}
-    rows = tuple(row for row in _rows(grid, measured, leeway) if not _is_local(row.quantity, relative))
+    local = {(kind, name) for kind in (Kind.START, Kind.UPDATE) for name in relative}
+    found = _rows(grid, measured, leeway)
+    rows = tuple(row for row in found if (row.quantity.kind, row.quantity.name.partition(" ")[0]) not in local)
     return CheckReport(base, tuple(factors), seeds, steps, rows, warnings, notes)
 
 
@@ -245,10 +247,6 @@ def _shrinks(axis: str, grid: Sequence[Size], measured: Mapping[tuple[Shape, int
             factors, of_stream = np.log(points).T
             slopes.append(float(np.polyfit(factors, of_stream, 1)[0]))
     return min(0.5, -min(slopes))
-
-
-def _is_local(quantity: Quantity, patterns: Set[str]) -> bool:
-    return quantity.kind in (Kind.START, Kind.UPDATE) and quantity.name.partition(" ")[0] in patterns
 
 
 def _at(depths: Sequence[float], measurement: Measurement) -> Sequence[float]:

@@ -29,11 +29,10 @@ class Growth:
 
 def growth(before: Structure, after: Structure) -> Growth:
     """Compare the structures of a module at two shapes."""
-    grown = {
-        what
-        for what, sizes in _counted(after).items()
-        if any(_larger(sizes, _counted(before)[what], key) for key in sizes)
-    }
+    grown, sizes = set(), _counted(before)
+    for what, found in _counted(after).items():
+        if any(key in sizes[what] and size >= sizes[what][key] * math.sqrt(2) for key, size in found.items()):
+            grown.add(what)  # sizes may be rounded
     old, new = _head_dims(before), _head_dims(after)
     changed = {name: (old[name], dim) for name, dim in new.items() if old.get(name, dim) != dim}
     return Growth(frozenset(grown), changed)
@@ -138,10 +137,6 @@ def _counted(structure: Structure) -> dict[str, dict[str, int]]:
         "hidden": branches,
         "heads": heads,
     }
-
-
-def _larger(after: Mapping[str, int], before: Mapping[str, int], key: str) -> bool:
-    return key in before and after[key] >= before[key] * math.sqrt(2)  # sizes may be rounded
 
 
 def _head_dims(structure: Structure) -> dict[str, int]:

@@ -105,6 +105,8 @@ def value_effects(
             found[name] = rms(difference)
         else:
             maps = difference if difference.ndim == 3 else difference.flatten(1)
+            if difference.ndim == 3 and inputs * outputs == difference.numel():
+                outputs //= len(maps)  # of a block of a block-diagonal matrix
             norms = torch.linalg.matrix_norm(maps, ord=2)
             found[name] = rms(norms) * math.sqrt(inputs / outputs)
     return found

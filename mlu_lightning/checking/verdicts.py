@@ -128,7 +128,10 @@ def overall_verdict(rows: Sequence[Row]) -> Verdict:
 
 def find_causes(rows: Sequence[Row]) -> tuple[Cause, ...]:
     """Say which roles are wrong, the worst first, from the earliest kind of failing rows, as it makes later ones fail."""
-    failing = sorted((row for row in rows if row.verdict == "fail"), key=lambda row: -_deviation(row))
+    failing = sorted(
+        (row for row in rows if row.verdict == "fail"),
+        key=lambda row: -math.inf if math.isnan(row.slope) else row.error - abs(row.slope),
+    )
     earliest = next((kind for kind in Kind if any(row.quantity.kind is kind for row in failing)), None)
     causes = []
     for label in dict.fromkeys(row.quantity.label for row in failing if row.quantity.kind is earliest):
@@ -147,10 +150,6 @@ def _factor(kinds: set[Kind]) -> str:
     if Kind.DECAY in kinds:
         return "weight decay"
     return "numbers"
-
-
-def _deviation(row: Row) -> float:
-    return math.inf if math.isnan(row.slope) else abs(row.slope) - row.error
 
 
 def _judged(

@@ -98,6 +98,13 @@ def make_folder(path: str) -> Path:
     return folder
 
 
+def place_file(path: str, what: str) -> Path:
+    """Make the folder of a file that is going to be written."""
+    if not Path(path).name:
+        raise ValueError(f"--out {path!r} names no file. Give it the path of {what}.")
+    return make_folder(str(Path(path).parent)) / Path(path).name
+
+
 def place(path: str) -> Path:
     """Make the folder for results, and see before anything is trained that there is room for them."""
     folder = make_folder(path)

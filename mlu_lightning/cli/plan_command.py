@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from mlu_lightning.cli.console import find_modules_here, make_console, make_folder, refused, say, show_progress
+from mlu_lightning.cli.console import find_modules_here, make_console, place_file, refused, say, show_progress
 
 
 def plan(config: str, out: str = "plan.yaml", model: str | None = None, data: str | None = None) -> None:
@@ -29,7 +27,7 @@ def plan(config: str, out: str = "plan.yaml", model: str | None = None, data: st
         say(console, note)
     for family in found.optimizers or (OptimizerFamily.ADAMW,):
         say(console, found.table(family, console.width), soft_wrap=True)
-    target = make_folder(str(Path(out).parent)) / Path(out).name
+    target = place_file(out, "a YAML file")
     with refused(f"The plan cannot be written to {out}", "a YAML file"):
         if target.is_file() and target.read_text(encoding="utf-8", errors="replace") != found.to_yaml():
             raise ValueError(

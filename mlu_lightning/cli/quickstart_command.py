@@ -17,17 +17,8 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
         seed: seed of initial weights and batches.
     """
     require("quickstart draws a figure, and matplotlib is", "matplotlib")
-    from mlu_lightning.quickstart import (
-        Study,
-        load_text,
-        loss_table,
-        read_runs,
-        run_study,
-        save_figure,
-        save_runs,
-        verdicts,
-    )
-    from mlu_lightning.quickstart.study import Run
+    from mlu_lightning.quickstart.results import loss_table, save_figure, verdicts
+    from mlu_lightning.quickstart.study import Run, Study, load_text, read_runs, run_study, save_runs
     from mlu_lightning.utilities.fitted_tables import FittedTable
 
     study, content, console = Study(steps=steps, seed=seed), load_text(text), make_console()
@@ -46,7 +37,10 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
             save_runs(study, content, done, folder / "runs.json")
         progress(len(done), total)
 
-    title = "Validation loss (nats per byte) by learning rate; * marks the least of a row."
+    def show(runs: list[Run]) -> None:
+        say(console, "Validation loss (nats per byte) by learning rate; * marks the least of a row.")
+        console.print(FittedTable(loss_table(study, runs), keys=2))
+
     try:
         with show_progress(console, "training") as progress:
             progress(len(known), total)
@@ -54,11 +48,9 @@ def quickstart(text: str | None = None, out: str = "mlu-quickstart", steps: int 
     except KeyboardInterrupt:
         say(console, f"Interrupted after {len(done)} of {total} runs; the same command goes on with the others.")
         if done:
-            say(console, title)
-            console.print(FittedTable(loss_table(study, done), keys=2))
+            show(done)
         raise
-    say(console, title)
-    console.print(FittedTable(loss_table(study, runs), keys=2))
+    show(runs)
     for sentence in verdicts(study, runs):
         say(console, sentence)
     with writing(out):

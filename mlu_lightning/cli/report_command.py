@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlu_lightning.cli.console import make_console, make_folder, refused, require, say, show_progress
+from mlu_lightning.cli.console import make_console, place_file, refused, require, say, show_progress
 from mlu_lightning.utilities.whole_files import write_whole
 
 
@@ -23,7 +23,7 @@ def report(path: str, out: str = "report.html") -> None:
     with show_progress(console, "reading"):
         record = read_run(Path(path))
         page = run_page(record)
-    target = make_folder(str(Path(out).parent)) / Path(out).name
+    target = place_file(out, "an HTML file")
     with refused(f"The page cannot be written to {out}", "an HTML file"):
         write_whole({target: page.encode()})
     found = len(record.plans), len(record.checks), len(record.values), len(record.references)

@@ -88,6 +88,9 @@ def _sizes(model: str, **options: int | None) -> dict[str, int]:
             f"--{' and --'.join(wrong)} cannot be used with --model {model}, which has --{', --'.join(_SIZES[model])}. "
             "Leave them out, or choose the other model."
         )
+    least = {"inputs": 0, "outputs": 0}
+    if wrong := [name for name, value in given.items() if value < least.get(name, 1)]:
+        raise ValueError(f"--{wrong[0]} {given[wrong[0]]} should be {least.get(wrong[0], 1)} or more.")
     return _SIZES[model] | given
 
 

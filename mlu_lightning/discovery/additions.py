@@ -46,8 +46,8 @@ def adds_two(op: Op) -> bool:
     return op.name in ("Add", "Sub") and op.shape != () and len(op.data) == 2
 
 
-def residual_additions(graph: Graph) -> tuple[list[Addition], int]:
-    """Residual additions in order, and how many others lie inside of branches and belong to them."""
+def residual_additions(graph: Graph) -> tuple[list[Addition], list[Op]]:
+    """Residual additions in order, and those around each of others, which lie inside of branches and belong to them."""
     candidates = [op for op in graph.ops if adds_two(op)]
     chains = {operand: _chain(operand) for op in candidates for operand in op.data}
     marked = {op for chain in chains.values() for op in chain} | set(candidates)
@@ -235,10 +235,10 @@ class _Search:
                 stack.append(max(op.data, key=lambda o: math.prod(o.shape)))
         return line
 
-    def without_nested(self, found: list[Addition]) -> tuple[list[Addition], int]:
-        """Additions that lie in no other one's branch, and how many do whose stream begins there, too."""
+    def without_nested(self, found: list[Addition]) -> tuple[list[Addition], list[Op]]:
+        """Additions that lie in no other one's branch, and those around each of others whose stream begins there, too."""
         kept: list[Addition] = []
-        nested, of = 0, {addition.op for addition in found}
+        nested, of = list[Op](), {addition.op for addition in found}
         around: list[Addition] = []  # of those, which begin before
         for addition in found:
             before = (self.begins[op] for op in _normed(addition.root) if op in self.begins)
@@ -256,7 +256,7 @@ class _Search:
                 for op in _normed(addition.root):
                     continued.setdefault(op, addition.op)
             elif addition.root is outer.root or self.ancestry.precedes(outer.root, addition.root):
-                nested += 1
+                nested.append(outer.op)
         return kept[::-1], nested
 
     def _is_within(self, addition: Addition, outer: Addition, of: set[Op]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mlu_lightning.discovery.graph import Graph, Op, Use
+from mlu_lightning.discovery.recurrence import is_multiplied
 from mlu_lightning.discovery.structure import Along
 from mlu_lightning.discovery.traversal import Ancestry
 from mlu_lightning.discovery.units import Units
@@ -181,10 +182,14 @@ class HeadRoles:
         return frozenset(op for op in matrices if op not in feeding and not self._is_pooler(op))
 
     def _is_pooler(self, op: Op) -> bool:
-        """Whether it is a square matrix with an activation, which transforms the stream, as BERT's pooler does."""
+        """Whether it is a square matrix with an activation, which transforms the stream, as BERT's pooler does.
+
+        A cap on logits, c·tanh(x/c), is none.
+        """
         inputs, outputs = self.graph.matrices(op)[0].fans
         activations = (o for o in self.ops if o.name in ("Tanh", "Gelu", "Relu", "Silu"))
-        return inputs == outputs and any(o.data[0].source is op for o in activations)
+        reading = (o.data[0] for o in activations if o.data[0].source is op)
+        return inputs == outputs and any(not is_multiplied(operand, op) for operand in reading)
 
     @cached_property
     def _matrices_before(self) -> Ancestry:

@@ -40,7 +40,7 @@ def _is_scan(graph: Graph, ops: tuple[Op, ...]) -> bool:
             product = operand.source
             factors = [factor.source for factor in product.data] if product.name == "Mul" else [product, operand]
             for state, multiplier in permutations(factors, 2):
-                decays = product.name == "Mul" or _is_multiplied(operand, product)
+                decays = product.name == "Mul" or is_multiplied(operand, product)
                 if (
                     decays
                     and state in multipliers
@@ -52,7 +52,7 @@ def _is_scan(graph: Graph, ops: tuple[Op, ...]) -> bool:
     return max(map(len, multipliers.values()), default=0) >= _STEPS
 
 
-def _is_multiplied(op: Op, source: Op) -> bool:
+def is_multiplied(op: Op, source: Op) -> bool:
     """Whether it is made of another operation's output by a multiplication with a number, among what only arranges it."""
     while op is not source:
         if op.name in ("Mul", "Div"):

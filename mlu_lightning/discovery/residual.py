@@ -51,7 +51,7 @@ class Partition:
 
     branches: tuple[BranchRegion, ...]  # in the order of their additions
     streams: tuple[StreamRegions, ...]  # the one that reaches the output comes first
-    nested: int  # residual additions inside branches, which belong to them
+    nested: tuple[Op, ...]  # additions around others inside of their branches, which belong to them
 
 
 def partition(graph: Graph) -> Partition:
@@ -113,7 +113,7 @@ def partition(graph: Graph) -> Partition:
         stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
     if streams:
         streams[-1].stem += aside[None] + heads.get(None, ())
-    return Partition(tuple(branches), tuple(streams), nested)
+    return Partition(tuple(branches), tuple(streams), tuple(nested))
 
 
 def _branch_ops(

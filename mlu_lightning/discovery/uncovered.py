@@ -119,7 +119,7 @@ def warnings_about(
             "have no value: they are taken to be what the base has. If they depend on the shape, as sqrt(D) on embeddings "
             "does, build the module and its base on a real device to plan them"
         )
-    branches = (region.branch for region in regions if region.branch is not None)
+    branches = [region.branch for region in regions if region.branch is not None]
     unread = [common_module(b.matrix_names) for b in branches if b.experts is not None and b.experts.active is None]
     if unread:
         yield (
@@ -129,5 +129,6 @@ def warnings_about(
     if idle:
         names = ", ".join(idle)
         yield f"experts that no token of the example was sent to are planned as the experts beside them: {names}"
-    if partition.nested:
-        yield f"{partition.nested} residual additions inside other residual branches are taken for parts of these"
+    in_time = {branch.region.addition for branch in branches if branch.is_recurrent}  # the steps of a recurrence
+    if nested := sum(op not in in_time for op in partition.nested):
+        yield f"{nested} residual additions inside other residual branches are taken for parts of these"

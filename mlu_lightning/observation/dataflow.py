@@ -33,6 +33,7 @@ from mlu_lightning.observation.operations import (
 from mlu_lightning.observation.value_graph import (
     MOST_ORIGINS,
     Node,
+    additions_within,
     branch_of,
     common_factor,
     depends,
@@ -91,8 +92,9 @@ class _Use:
     count: int
     inputs: int
     plain: bool
-    begin: float
     source: Node
+    begin: float = 1.0
+    data: Node | None = None  # what a matrix maps
 
 
 class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types for it
@@ -141,7 +143,13 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         return result
 
     def finish(self, result: Any) -> None:
-        """Note what the pass returned."""
+        """Note what the pass returned, and whose the constants are that are before a matrix and on a stream as well."""
+        for use in self._uses:
+            ends = [source.ends for source, _ in (use.data.origins if use.data is not None else ())]
+            if ends and use.begin != 1 and all(use.begin in found.get("addition", ()) for found in ends):
+                for found in ends:  # they are what made the stream's, which branches read
+                    found["matrix"][found["matrix"].index(1.0)] = use.begin
+                use.begin = 1.0
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf in self._nodes:
                 self._end(self._nodes[leaf], "returned")
@@ -170,14 +178,19 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             if use.source.ends
         )
 
-    def additions(self, in_branch: Callable[[str], bool]) -> tuple[Addition, ...]:
+    def additions(self, in_branch: Callable[[str], bool], writes: Callable[[str], bool]) -> tuple[Addition, ...]:
         """Residual additions in order, but for those of a stream to its own beginning."""
         found = [addition for addition in self._additions if not joins(addition[0])]
         names = {node: frozenset(names_in(node)) for node, *_ in found}
-        on_stream: set[Node] = set()
-        for node, of_branch in names.items():
-            if node not in on_stream and any(map(in_branch, of_branch)):
-                on_stream.update(stream_before(node))
+        writing = {node for node, of_branch in names.items() if any(map(writes, of_branch))}
+        on_stream, within = set[Node](), set[Node]()
+        for node, of_branch in reversed(names.items()):
+            if node not in within and any(map(in_branch, of_branch)):
+                inner = [other for other in additions_within(node) if other in names]
+                if writing.isdisjoint(inner):  # such as the steps of a recurrent unit
+                    within.update(inner)
+                if node not in on_stream:
+                    on_stream.update(stream_before(node))
         return tuple(
             Addition(
                 names[node],
@@ -240,9 +253,9 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
         node.origins = tuple(origins)
         return node
 
-    def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, begin: float = 1.0) -> None:
+    def _use(self, weights: Node, how: How, values: Tensor, source: Node, inputs: int = 1, **of_data: Any) -> None:
         names, size = tuple(sorted(weights.weights)), self.size(values) if weights.plain else root_mean_square(values)
-        self._uses.append(_Use(names, how, size, values.numel(), inputs, weights.plain, begin, source))
+        self._uses.append(_Use(names, how, size, values.numel(), inputs, weights.plain, source=source, **of_data))
 
     def _end(self, node: Node, name: str, over: float = 1.0) -> None:
         for source, factor in node.origins:
@@ -280,7 +293,8 @@ class Dataflow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has
             source.ends.setdefault("matrix", []).append(1.0)
         node = self._source(name, [data] if data.data else [], weights.weights)
         inputs = contraction(name, args, operands[0], operands[weight])
-        self._use(weights, "matrix", operands[weight], node, inputs, begin * abs(kwargs.get("alpha", 1)))
+        begin *= abs(kwargs.get("alpha", 1))
+        self._use(weights, "matrix", operands[weight], node, inputs, begin=begin, data=data)
         added = args[third] if third is not None and third < len(args) else None
         if isinstance(added, Tensor):
             of_added = self._node(added)

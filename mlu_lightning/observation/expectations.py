@@ -137,6 +137,11 @@ class Expectations:
         # gates are products of two of what they multiply
         return Interval(min(found) * inner.low**2, max(found) * inner.high**2) if found else None
 
+    def times(self, names: Iterable[str]) -> float:
+        """How often branches that are written with these parameters are applied, next to the base's."""
+        entries = (entry for name in names if (entry := self.plan.parameters.get(name)) is not None)
+        return next((entry.ratios.uses for entry in entries if entry.role is Role.BRANCH_OUT), 1.0)
+
     def tuned(self, names: Iterable[str]) -> Interval:
         """Least and largest of the tuned factors of parameters' std, and 1."""
         found = [1.0, *(self.plan.matched.of(name).std for name in names)]

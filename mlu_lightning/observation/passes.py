@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from mlu_lightning.observation.batches import clone_batch
 from mlu_lightning.observation.dataflow import Addition, Dataflow, How, Use
 from mlu_lightning.observation.probe import pass_batch, undisturbed
 from mlu_lightning.planning import Plan
 from mlu_lightning.table import Role
+from mlu_lightning.utilities.module_copies import copied_batch
 from mlu_lightning.utilities.names import name_pattern_of_parts, planned_parameters
 from mlu_lightning.utilities.state import KeptValues
 
@@ -57,7 +56,7 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role], training:
     def is_(name: str, *wanted: Role) -> bool:
         return roles.get(name) in wanted
 
-    batch = tree_map_only(Tensor, converted, clone_batch(example))
+    batch = copied_batch(example, lambda leaf: converted(leaf.clone()))
     gradients = {parameter: parameter.grad for parameter in parameters.values()}
     kept = KeptValues(module.parameters())
     flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch, kept)
@@ -76,7 +75,10 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role], training:
         penalty = use.how == "vector" and use.count == 1 and any(parameters[name].numel() > 1 for name in use.names)
         if not penalty:  # one number that is added to the loss
             uses[use.names, use.how].append(use)
-    additions = flow.additions(lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN))
+    additions = flow.additions(
+        lambda name: is_(name, Role.BRANCH_OUT, Role.BRANCH_IN, Role.BRANCH_HIDDEN),
+        lambda name: is_(name, Role.BRANCH_OUT),
+    )
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     sizes = {name: flow.size(parameter).item() for name, parameter in parameters.items()}
     return Followed({key: tuple(found) for key, found in uses.items()}, additions, shapes, sizes)

@@ -101,6 +101,14 @@ def names_in(addition: Node) -> Iterator[str]:
         yield from node.used
 
 
+def additions_within(addition: Node) -> Iterator[Node]:
+    """Residual additions in the branch of another one, to what was computed from its stream."""
+    stream = operands(addition)[0].root
+    for node in branch_of(addition):
+        if node.residual is not None and stream in nodes_before(node.residual[0].root, stream.index):
+            yield node
+
+
 def _last_addition(node: Node) -> Node | None:
     """The residual addition that a value is the sum of, up to norms."""
     node = node.root

@@ -232,22 +232,27 @@ def _of_additions(expectations: Expectations, module: Followed, base: Followed) 
     # what random weights make of one sample is n random numbers; there are two such matrices, in model and base
     width, base_width = min(s.embedding for s in streams), min(s.base_embedding for s in streams)
     chance = math.exp(CHANCE * math.sqrt(1 / width + 1 / base_width))
-    at_base = _by_branch(base.additions)
-    for patterns, ours in _by_branch(module.additions).items():
+    at_base, by_branch = _by_branch(base.additions), _by_branch(module.additions)
+    added_to = frozenset[str]().union(*by_branch)
+    for patterns, of_base in at_base.items():
+        known = expectations.added(frozenset(name for addition in of_base for name in addition.names))
+        if known and not patterns & added_to:
+            yield Deviation(f"what the residual branch of {_of(patterns)} adds", known.high, 0.0, True)
+    for patterns, ours in by_branch.items():
         theirs = at_base.get(patterns)
         if not theirs or any(expectations.keeps(name) for addition in ours for name in addition.names):
             continue
         depth = len(ours) / len(theirs)
         known = expectations.added(frozenset(name for addition in ours for name in addition.names))
         added = known or Interval(1 / depth, 1 / depth)
-        label = ", ".join(sorted(patterns)[:2]) or "something without parameters"
+        label = _of(patterns)
         what, adds = f"what the residual branch of {label} adds", _ratio(ours, theirs, _added)
-        if known:
+        times, planned = _times(ours) / _times(theirs), expectations.times(name for a in ours for name in a.names)
+        if known and times != planned:
+            yield Deviation(f"how often the residual branch of {label} is applied", planned, times, True)
+        elif known:
             yield from _off_chance(what, added, adds, chance)
-        elif all(
-            _off(ratio, 1 / depth) > limit
-            for ratio, limit in ((_ratio(ours, theirs, _constant_of), EXACT**2), (adds, EXACT))
-        ):
+        elif _off(adds, 1 / depth) > EXACT and _off(_ratio(ours, theirs, lambda a: a.constant), 1 / depth) > EXACT**2:
             yield Deviation(what, 1 / depth, adds, True)
         # what is added along the depth adds up at random at least, and all of it at most, but for the last
         least, most = added.low * depth, added.high * depth
@@ -271,16 +276,21 @@ def _off_chance(what: str, interval: Interval, ratio: float, chance: float) -> I
             yield deviation
 
 
-def _constant_of(addition: Addition) -> float:
-    return addition.constant
-
-
 def _added(addition: Addition) -> float:
     return addition.branch if addition.normalized or not addition.stream else addition.branch / addition.stream
 
 
 def _ratio(ours: Sequence[Addition], theirs: Sequence[Addition], size: Callable[[Addition], float]) -> float:
     return _rms([size(addition) for addition in ours]) / (_rms([size(addition) for addition in theirs]) or math.inf)
+
+
+def _times(additions: Sequence[Addition]) -> float:
+    """How often each branch is applied."""
+    return len(additions) / len({addition.names for addition in additions})
+
+
+def _of(patterns: Iterable[str]) -> str:
+    return ", ".join(sorted(patterns)[:2]) or "something without parameters"
 
 
 def _by_branch(additions: Iterable[Addition]) -> Mapping[frozenset[str], list[Addition]]:

@@ -134,7 +134,8 @@ def run_study(
     runs = list(_runs(study))
     done = {replace(run, loss=math.nan): run for run in known}
     missing = [run for run in runs if run not in done]
-    longest_first = sorted(missing, key=lambda run: -_cost(study.shapes[run.shape]))  # so that both cores end together
+    costs = {name: s.depth * s.embedding * (s.mlp_hidden + 32 * s.heads) for name, s in study.shapes.items()}
+    longest_first = sorted(missing, key=lambda run: -costs[run.shape])  # so that both cores end together
     workers = min(2, os.cpu_count() or 1)
     with worker_pool(workers, threads=1) as pool:
         pending = {pool.submit(_train, study, text, run): run for run in longest_first}
@@ -195,10 +196,6 @@ def _runs(study: Study) -> Iterator[Run]:
         for mlu in (False,) if shape == BASE else (True, False):
             for exponent in study.exponents:
                 yield Run(shape, mlu, exponent)
-
-
-def _cost(shape: TransformerShape) -> int:
-    return shape.depth * shape.embedding * (shape.mlp_hidden + 32 * shape.heads)
 
 
 def _train(study: Study, text: bytes, run: Run) -> Run:

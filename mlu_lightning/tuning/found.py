@@ -30,11 +30,16 @@ class Estimate:
     error: float
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Estimate:
-        """Take both from the values of seeds; infinite ones have no error."""
+    def over(cls, values: Sequence[float], value: float | None = None) -> Estimate:
+        """Take both from the values of seeds, or the value from elsewhere; infinite ones have no error."""
         finite = len(values) > 1 and all(map(math.isfinite, values))
-        mean = fmean(values) if values else math.nan
+        mean = (fmean(values) if values else math.nan) if value is None else value
         return cls(mean, stdev(values) / math.sqrt(len(values)) if finite else math.nan)
+
+    def text(self, digits: int) -> str:
+        """Value and error with so many digits after the point."""
+        error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
+        return f"{round(self.value, digits) + 0.0:.{digits}f}{error}"  # no minus before zero
 
     @property
     def is_convincing(self) -> bool:
@@ -42,7 +47,7 @@ class Estimate:
         return self.value > 0 and (math.isinf(self.value) or self.value > CONVINCING * self.error)
 
     def __str__(self) -> str:
-        return f"{self.value:.4f}" if math.isnan(self.error) else f"{self.value:.4f} ± {self.error:.4f}"
+        return self.text(4)
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,7 @@ class Tuning:
     @property
     def found(self) -> Tuned:
         """Factors of the chosen trial, whether they gain anything or not."""
-        record = next((trial for trial in self.trials if trial.number == self.chosen), None)
-        return {} if record is None else factors_at(self.space, record.point)
+        return {} if self.chosen is None else factors_at(self.space, self.best_point())
 
     @property
     def best_first(self) -> list[TrialRecord]:
@@ -186,7 +190,8 @@ class Tuning:
         lines = [f"# Factors for MLUCallback(tuned=...), found in {len(self.trials)} trials by mlu-lightning tune.", ""]
         lines[1:1] = [f"# {line}" for line in self.verdict().splitlines()]
         for key, factors in self.tuned.items():
-            lines.append(f"{_quoted(key)}: {{{', '.join(f'{what}: {factor!r}' for what, factor in factors.items())}}}")
+            name = key if key.replace("_", "").isalnum() else f'"{key}"'
+            lines.append(f"{name}: {{{', '.join(f'{what}: {factor!r}' for what, factor in factors.items())}}}")
         return "\n".join(lines if self.tuned else [*lines, "{}"]) + "\n"
 
     def curve(self) -> list[tuple[int, Mapping[str, float], float]]:
@@ -208,7 +213,3 @@ def paired(before: Sequence[float], after: Sequence[float], mode: str) -> Estima
             return Estimate(-math.inf if any(map(math.isinf, after)) else math.inf, math.nan)
         differences.append(sign * (one - other))
     return Estimate.over(differences)
-
-
-def _quoted(key: str) -> str:
-    return key if key.replace("_", "").isalnum() else f'"{key}"'

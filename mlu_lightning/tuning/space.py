@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.tuned import FACTORS, Tuned, match_tuned
@@ -62,11 +62,6 @@ def factors_at(space: Sequence[Dimension], point: Mapping[str, float]) -> Tuned:
     rounded = {key: {what: float(f"{f:.{_DIGITS}g}") for what, f in factors.items()} for key, factors in found.items()}
     changed = {key: {what: f for what, f in factors.items() if f != 1.0} for key, factors in rounded.items()}
     return {key: factors for key, factors in changed.items() if factors}
-
-
-def described(space: Sequence[Dimension]) -> list[dict[str, object]]:
-    """A space as JSON has it."""
-    return [asdict(dimension) | {"keys": list(dimension.keys)} for dimension in space]
 
 
 def _dimension(name: str, keys: Sequence[str], what: str) -> Dimension:

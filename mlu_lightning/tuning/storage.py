@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import optuna
@@ -21,12 +21,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from mlu_lightning.tuning.space import Dimension, described
+from mlu_lightning.tuning.space import Dimension
 
 Mode = Literal["min", "max"]
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 _HEARTBEAT, _GRACE = 15, 60  # seconds between signs of life, and without any, after which a trial has failed
-_LONGEST = 500  # characters of a reason
+LONGEST = 500  # characters of a reason
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def open_study(place: Place, space: Sequence[Dimension]) -> tuple[optuna.Study, 
 
 def add_again(again: optuna.Study, key: Mapping[str, Any], seed: int, value: float, reason: str = "") -> None:
     """Keep the value of a training that was made again; one without a value has failed."""
-    attributes = {"key": _text(key), "seed": seed, "reason": reason[:_LONGEST]}
+    attributes = {"key": _text(key), "seed": seed, "reason": reason[:LONGEST]}
     failed = not math.isfinite(value)
     again.add_trial(
         optuna.create_trial(
@@ -146,7 +146,9 @@ def _storage(url: str) -> BaseStorage:
 
 def _require_same(study: optuna.Study, place: Place, space: Sequence[Dimension]) -> None:
     """Refuse a study of another space, metric or training in the place of this one."""
-    content = json.loads(json.dumps({**place.content, "mode": place.mode, "space": described(space)}))
+    content = json.loads(
+        json.dumps({**place.content, "mode": place.mode, "space": [asdict(dimension) for dimension in space]})
+    )
     found = study.user_attrs.get("mlu")
     if found is None and not study.get_trials(deepcopy=False):
         study.set_user_attr("mlu", content)

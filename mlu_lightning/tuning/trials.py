@@ -20,13 +20,12 @@ from mlu_lightning.checking.preparation import USERS_ERRORS
 from mlu_lightning.planning import Plan
 from mlu_lightning.planning.tuned import Tuned
 from mlu_lightning.tuning.space import Dimension, factors_at
-from mlu_lightning.tuning.storage import DONE, Place, add_again, open_study, quiet_optuna, read_again
+from mlu_lightning.tuning.storage import DONE, LONGEST, Place, add_again, open_study, quiet_optuna, read_again
 from mlu_lightning.tuning.training import Training, UnknownMetric
 from mlu_lightning.utilities.workers import worker_pool
 
 HALVED = "stopped"  # how the reason of a trial begins that did worse than others
 _HOPELESS = 10  # trials, all of which failed, after which no more are made
-_LONGEST = 500  # characters of a reason
 _PAUSE = 1.0  # seconds between looks at what other processes do
 
 Progress = Callable[[int, int, float | None], None]
@@ -118,7 +117,7 @@ class Search:
         except USERS_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"
             if not tuned:
-                trial.set_user_attr("reason", reason[:_LONGEST])
+                trial.set_user_attr("reason", reason[:LONGEST])
                 raise ValueError(f"The base cannot be trained as it is: {reason}") from error
             return _pruned(trial, reason)
         if not math.isfinite(outcome.value):
@@ -180,7 +179,7 @@ def _result(future: Any) -> Any:
 
 
 def _pruned(trial: optuna.Trial, reason: str) -> float:
-    trial.set_user_attr("reason", reason[:_LONGEST])
+    trial.set_user_attr("reason", reason[:LONGEST])
     raise optuna.TrialPruned(reason)
 
 

@@ -149,7 +149,8 @@ def tune_training(
         out.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{out.absolute() / 'study.db'}"
     trained = {"module": fingerprint(plan), "trainer": dict(sorted(training.trainer.items())), **(content or {})}
-    place = Place(storage, study, seed, mode, {"metric": training.metric, "seed": seed, "training": _digest(trained)})
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+    place = Place(storage, study, seed, mode, {"metric": training.metric, "seed": seed, "training": digest})
     opened, again = open_study(place, space)
     reruns = (CANDIDATES + 2 + 4 * len(larger)) * seeds
     end = math.inf if minutes is None else time.time() + 60 * minutes - _seconds(opened) * reruns / workers
@@ -285,7 +286,3 @@ def _importance(study: optuna.Study) -> dict[str, float]:
             return dict(optuna.importance.get_param_importances(study))
         except (ValueError, RuntimeError):
             return {}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=repr).encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ from mlu_lightning.limit.infinite_model import embedding_weights, infinite_model
 from mlu_lightning.models import CausalTransformer
 from mlu_lightning.observation.distances import rms_distance
 from mlu_lightning.shapes import Shape
-from recipes.lr_transfer.search import Estimate
+from mlu_lightning.tuning.found import Estimate
 
 VOCABULARY, CONTEXT, HEAD_DIM, STEPS, LR = 6, 8, 4, 8, 1.0
 STDS = {"tokens.weight": 1.0, "readout.weight": math.sqrt(VOCABULARY)}
@@ -52,7 +52,7 @@ def measure_attention(quick: bool = False) -> Errors:
             weights = embedding_weights(module, plan)
             _train(module, plan)
             found.append(float(rms_distance(_stream(module), limit.in_coordinates_of(weights, stream))))
-        shapes[Shape(depth, number, embedding)] = Estimate.over(math.fsum(found) / len(found), found)
+        shapes[Shape(depth, number, embedding)] = Estimate.over(found)
     constant = math.exp(math.fsum(math.log(error * few) for few, error in depths.items()) / len(depths))
     hidden, of_embedding, scatter = fit_two({shape: estimate.value for shape, estimate in shapes.items()})
     return Errors(depths, shapes, (constant, hidden, of_embedding), scatter)

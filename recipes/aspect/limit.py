@@ -7,14 +7,13 @@ depth. At the smallest M all parameterizations are the same network, MLU in its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from mlu_lightning.observation.distances import rms_distance
+from mlu_lightning.tuning.found import Estimate
 from recipes.common.gradient_descent import Problem, descend, initial_weights, look
-from recipes.lr_transfer.search import Estimate
 from recipes.paper_rates.run import paper_problem
 
 DEPTH, EMBEDDING = 10, 256
@@ -44,9 +43,9 @@ def measure(quick: bool = False) -> list[Distances]:
         widest = _train(problem, name, (depth, 2 * widths[-1], embedding), widths[0], seed=-1)[0]
         for hidden in widths:
             runs = [_train(problem, name, (depth, hidden, embedding), widths[0], seed) for seed in range(seeds)]
-            to_limit = [rms_distance(own, model.in_coordinates_of(weights, limit)) for own, weights in runs]
-            to_widest = [rms_distance(own, widest) for own, _ in runs]
-            found.append(Distances(name, hidden, hidden / embedding, _mean(to_limit), _mean(to_widest)))
+            to_limit = [float(rms_distance(own, model.in_coordinates_of(weights, limit))) for own, weights in runs]
+            to_widest = [float(rms_distance(own, widest)) for own, _ in runs]
+            found.append(Distances(name, hidden, hidden / embedding, *map(Estimate.over, (to_limit, to_widest))))
     return found
 
 
@@ -69,8 +68,3 @@ def _train(
     weights = initial_weights(module, plan, seed, embedding_seed=0)
     descend(module, plan, problem)
     return look(module, plan, problem)["s=1"], weights
-
-
-def _mean(values: Iterable[Tensor]) -> Estimate:
-    numbers = [float(value) for value in values]
-    return Estimate.over(math.fsum(numbers) / len(numbers), numbers)

@@ -10,12 +10,13 @@ import numpy as np
 from rich.table import Table
 
 from mlu_lightning import Plan
+from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.aspect.attention import Errors
 from recipes.aspect.limit import Distances
 from recipes.lr_transfer.report import NAMES
 from recipes.lr_transfer.runs import Run, Shape, Study, shared_runs
-from recipes.lr_transfer.search import DECADES, Estimate, best, curves_of, mean, transfers
+from recipes.lr_transfer.search import DECADES, best, curves_of, mean, transfers
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,8 @@ def rows_of(name: str, study: Study, plans: Mapping[tuple[Shape, str], Plan], ru
             runs_of=shared[key],
             drift=Estimate(transfer.drift.value / DECADES, transfer.drift.error / DECADES),
             bound=transfer.bound,
-            regret=Estimate.over(mean(regrets), regrets),
-            loss=Estimate.over(mean(own), own),
+            regret=Estimate.over(regrets, mean(regrets)),
+            loss=Estimate.over(own, mean(own)),
         )
 
 

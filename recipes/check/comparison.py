@@ -58,9 +58,7 @@ class Answer:
     """What one of the two checks said."""
 
     verdict: str  # "pass", "fail", or "undecided", which ours has
-    says: (
-        str  # the role that ours names first; of mup's, how many curves are off and the first of them, or the steepest
-    )
+    says: str  # the role that ours names first, or how many of mup's curves are off and the first or steepest of them
     named: bool  # whether that is the role with the fault
     seconds: float  # of one core that the check took
 

@@ -7,8 +7,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import asdict, astuple, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 from mlu_lightning.utilities.workers import worker_pool
 
@@ -107,13 +107,13 @@ class ResultFile(Generic[ResultT]):
     """File to which a study adds its results one by one, each a line of JSON after that of the study's settings."""
 
     path: Path
-    study: Any  # a dataclass
-    encode: Callable[[ResultT], dict[str, Any]]
+    settings: Mapping[str, Any]
     decode: Callable[[dict[str, Any]], ResultT]
+    encode: Callable[[Any], dict[str, Any]] = asdict
 
     def read(self) -> list[ResultT]:
         """Read the results, without a last line that was cut off, and end the command if they are another study's."""
-        settings = json.loads(json.dumps(asdict(self.study)))
+        settings = json.loads(json.dumps(self.settings))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1] or json.dumps(settings) + "\n"
         if whole != text:
@@ -131,25 +131,32 @@ class ResultFile(Generic[ResultT]):
     def append(self, result: ResultT) -> None:
         """Add a result to a file that has been read."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.encode(result), allow_nan=False) + "\n")
+            file.write(json.dumps(self.encode(result)) + "\n")
 
     def extend(
         self,
         results: list[ResultT],
-        pool: ProcessPoolExecutor,
-        workers: int,
+        missing: Callable[[], Sequence[CaseT]],
+        case: Callable[[CaseT], tuple[Any, ...]],
         function: Callable[..., ResultT],
-        next_arguments: Callable[[Sequence[tuple[Any, ...]]], tuple[Any, ...] | None],
+        workers: int,
+        end: float,
+        terminal: Console,
     ) -> None:
-        """Keep workers busy until ``next_arguments``, given those of running calls, has no more; add what they return."""
-        running: dict[Future[ResultT], tuple[Any, ...]] = {}
-        while True:
-            while len(running) < workers and (arguments := next_arguments([*running.values()])) is not None:
-                running[pool.submit(function, *arguments)] = arguments
-            if not running:
-                return
-            done = wait(running, return_when=FIRST_COMPLETED).done
-            for future in sorted(done, key=lambda future: future.exception() is not None):  # errors lose no result
-                del running[future]
-                results.append(future.result())
-                self.append(results[-1])
+        """Make the first of what is missing, given a function's arguments for it, until nothing is or the time is over."""
+        running: dict[Future[ResultT], CaseT] = {}
+        with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
+            bar = progress.add_task(f"runs in {self.path.parent}")
+            while True:
+                waiting = [one for one in missing() if one not in running.values()]
+                progress.update(bar, completed=len(results), total=len(results) + len(waiting) + len(running))
+                if waiting and len(running) < workers and time.monotonic() < end:
+                    running[pool.submit(function, *case(waiting[0]))] = waiting[0]
+                    continue
+                if not running:
+                    return
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=lambda future: future.exception() is not None):  # errors lose no result
+                    del running[future]
+                    results.append(future.result())
+                    self.append(results[-1])

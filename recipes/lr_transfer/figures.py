@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlu_lightning.tuning.found import Estimate
 from recipes.common.figures import Axes, hide_spines, new_figure, shade, size_axis
 from recipes.lr_transfer.report import NAMES, along
 from recipes.lr_transfer.runs import Run, Shape, Study
-from recipes.lr_transfer.search import Curve, Estimate, Transfer, best, curves_of, mean
+from recipes.lr_transfer.search import Curve, Transfer, best, curves_of, mean
 
 STYLES: dict[str, dict[str, Any]] = {
     "mlu": {"color": "#D55E00", "linewidth": 3.2, "marker": "o", "markersize": 6, "linestyle": "-"},
@@ -138,9 +139,7 @@ def _log_ticks(axes: Axes, values: Sequence[float]) -> None:
 def _draw_curve(axes: Axes, curve: Curve, color: Any, name: str) -> None:
     """Mean over seeds, its standard error, and the best learning rate."""
     exponents = sorted(curve)
-    losses = [
-        Estimate.over(math.fsum(curve[exponent]) / len(curve[exponent]), curve[exponent]) for exponent in exponents
-    ]
+    losses = [Estimate.over(curve[exponent]) for exponent in exponents]
     style = {"color": color, "linewidth": 1.5, "marker": ".", "markersize": 4, "elinewidth": 1, "label": name}
     axes.errorbar([2.0**exponent for exponent in exponents], *_with_errors(losses), **style)
     found = best(curve)

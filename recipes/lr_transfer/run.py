@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
-from rich.progress import Progress
 
 from mlu_lightning import Plan
-from mlu_lightning.utilities.workers import worker_pool
 from recipes.common.studies import ResultFile, check_command, console, deadline, study_commands
 from recipes.common.text import Text
 from recipes.lr_transfer.figures import save_curves, save_figure, save_horizons
@@ -110,20 +107,20 @@ def make_runs(
 
     Returns the plans of each shape and parameterization, and all runs that were made.
     """
-    file = ResultFile(folder / "runs.jsonl", study, Run.encode, Run.decode)
+    file = ResultFile(folder / "runs.jsonl", asdict(study), Run.decode, Run.encode)
     runs, plans = file.read(), plans_of(study)
     shared = shared_runs(plans)
-    with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
-        bar = progress.add_task(f"runs in {folder}")
-
-        def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Study, Run, Plan] | None:
-            missing = missing_runs(study, shared, runs)
-            progress.update(bar, completed=len(runs), total=len(runs) + len(missing))
-            begun = [run for _, run, _ in running]
-            waiting = [(study, run, plans[run.shape, run.parameterization]) for run in missing if run not in begun]
-            return max(waiting, key=lambda case: _cost(case[2]), default=None) if time.monotonic() < end else None
-
-        file.extend(runs, pool, workers, train, next_run)
+    file.extend(
+        runs,
+        lambda: sorted(
+            missing_runs(study, shared, runs), key=lambda run: -_cost(plans[run.shape, run.parameterization])
+        ),
+        lambda run: (study, run, plans[run.shape, run.parameterization]),
+        train,
+        workers,
+        end,
+        terminal,
+    )
     return plans, runs
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from mlu_lightning.tuning.found import Estimate
 from recipes.lr_transfer.runs import Run, Shape, Study
 
 LIMIT = 6.0  # octaves from where the search begins, beyond which there is none
@@ -17,28 +18,6 @@ DECADES = math.log10(2)  # in an octave
 
 Curve = Mapping[float, tuple[float, ...]]
 """Losses by exponent of the learning rate, for each seed one."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number for the mean over seeds, and its standard error, which is NaN with one seed."""
-
-    value: float
-    error: float
-
-    @classmethod
-    def over(cls, value: float, seeds: Sequence[float]) -> Estimate:
-        """Take the error from the values of seeds."""
-        if len(seeds) < 2:
-            return cls(value, math.nan)
-        center = math.fsum(seeds) / len(seeds)
-        square = math.fsum((seed - center) ** 2 for seed in seeds) / (len(seeds) - 1)
-        return cls(value, math.sqrt(square / len(seeds)))
-
-    def text(self, digits: int) -> str:
-        """Value and error with so many digits after the point."""
-        error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
-        return f"{round(self.value, digits) + 0.0:.{digits}f}{error}"  # no minus before zero
 
 
 @dataclass(frozen=True)
@@ -154,8 +133,8 @@ def _transfer(axis: str, factor: float, parameterization: str, horizon: int, bas
     own, kept = best(curve), curve[base.tried]
     drifts = [(mine - its) * DECADES for mine, its in zip(own.seeds, base.seeds, strict=True)]
     regrets = [loss - least for loss, least in zip(kept, own.losses, strict=True)]
-    drift = Estimate.over((own.exponent - base.exponent) * DECADES, drifts)
-    regret, loss = Estimate.over(mean(regrets), regrets), Estimate.over(mean(own.losses), own.losses)
+    drift = Estimate.over(drifts, (own.exponent - base.exponent) * DECADES)
+    regret, loss = Estimate.over(regrets, mean(regrets)), Estimate.over(own.losses, mean(own.losses))
     return Transfer(axis, factor, parameterization, horizon, own.exponent, drift, own.bound, regret, loss)
 
 

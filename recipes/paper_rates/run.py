@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jsonargparse import auto_cli
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -94,7 +91,7 @@ def run(
     end = deadline(minutes)
     study, folder, terminal = study or Study(), Path(output), console()
     check_command(workers, study.seeds)
-    file = ResultFile(folder / "points.jsonl", study, asdict, lambda line: Point(**line))
+    file = ResultFile(folder / "points.jsonl", asdict(study), lambda line: Point(**line))
     points = file.read()
     with worker_pool(workers, threads=1) as pool:
         models = [
@@ -105,20 +102,15 @@ def run(
         terminal.print(f"limit and largest network: {len(models)} of 2 to be trained", highlight=False)
         for model in models:
             model.result()
+
+    def missing() -> list[Job]:
         trained = {(point.hidden, point.embedding, point.seed) for point in points}
-        missing = [job for job in study.jobs if job not in trained]
-        with Progress(console=terminal) as progress:
-            bar = progress.add_task("networks", total=len(study.jobs))
+        left = [job for job in study.jobs if job not in trained]
+        # as long as another one, at the pace of the last one, is likely to end in time
+        pace = points[-1].seconds / (points[-1].hidden * points[-1].embedding) if points else 0.0
+        return left if left and time.monotonic() + pace * left[0][0] * left[0][1] < end else []
 
-            def next_network(running: Sequence[Any]) -> tuple[Study, Path, Job] | None:
-                progress.update(bar, completed=len(points))
-                # as long as another one, at the pace of the last one, is likely to end in time
-                pace = points[-1].seconds / (points[-1].hidden * points[-1].embedding) if points else 0.0
-                if not missing or time.monotonic() + pace * missing[0][0] * missing[0][1] > end:
-                    return None
-                return study, folder, missing.pop(0)
-
-            file.extend(points, pool, workers, _train, next_network)
+    file.extend(points, missing, lambda job: (study, folder, job), _train, workers, end, terminal)
     left = len(study.jobs) - len(points)
     if left:
         text = f"{left} of {len(study.jobs)} networks are left for another call of this command."

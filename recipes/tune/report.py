@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from mlu_lightning.tuning.found import Estimate
+from mlu_lightning.tuning.found import Estimate, paired
 from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.figures import hide_spines, new_figure
 from recipes.tune.runs import METHODS, Run, Study, curve_of
-
-COLORS = {
-    "MLU, lr alone": "#E69F00",
-    "MLU, tuned": "#D55E00",
-    "CompleteP, same factors": "#0072B2",
-    "SP, lr tuned here": "#999999",
-    "SP, same factors, lr tuned here": "#000000",
-}
-"""Colours of Okabe and Ito's palette."""
 
 
 def losses_of(study: Study, runs: Sequence[Run], shape: str, method: str) -> tuple[float, list[float]] | None:
@@ -39,38 +30,26 @@ def loss_table(study: Study, runs: Sequence[Run]) -> Table:
     """Validation loss by shape and method, over seeds, the least of each row marked."""
     table = number_table("shape", *METHODS, title="Validation loss (nats per byte) and learning rate")
     for shape in study.shapes:
-        found = {method: losses_of(study, runs, shape, method) for method in METHODS}
-        means = {method: Estimate.over(of[1]).value for method, of in found.items() if of is not None}
-        cells = []
-        for method, of in found.items():
-            if of is None:
-                cells.append("-")
-                continue
-            estimate = Estimate.over(of[1])
-            text = f"{estimate.value:.3f} ± {estimate.error:.3f}"
-            least = means[method] == min(means.values())
-            rate = f" 2^{of[0]:g}" if METHODS[method][2] else ""
-            cells.append(f"[bold]{text}*[/bold]{rate}" if least else f"{text}{rate}")
-        table.add_row(shape, *cells)
+        found = {method: of for method in METHODS if (of := losses_of(study, runs, shape, method)) is not None}
+        estimates = {method: Estimate.over(losses) for method, (_, losses) in found.items()}
+        least = min((estimate.value for estimate in estimates.values()), default=math.nan)
+        texts = {
+            method: f"[bold]{estimate.text(3)}*[/bold]" if estimate.value == least else estimate.text(3)
+            for method, estimate in estimates.items()
+        }
+        rates = {method: f" 2^{exponent:g}" for method, (exponent, _) in found.items() if METHODS[method][2]}
+        table.add_row(shape, *(texts.get(method, "-") + rates.get(method, "") for method in METHODS))
     return table
 
 
-def verdicts(study: Study, runs: Sequence[Run]) -> list[str]:
+def verdicts(study: Study, runs: Sequence[Run]) -> Iterator[str]:
     """Say for each shape by how much MLU with the factors ends below each other one, in pairs of seeds."""
-    sentences = []
-    for shape in study.shapes:
-        found = {method: losses_of(study, runs, shape, method) for method in METHODS}
-        losses = {method: of[1] for method, of in found.items() if of is not None}
-        tuned = losses.pop("MLU, tuned", None)
-        if tuned is None or shape == "base":
-            continue
-        gains = {
-            method: Estimate.over([other - own for other, own in zip(of, tuned, strict=True)])
-            for method, of in losses.items()
-        }
-        listed = "; ".join(f"{method} {gain.value:+.3f} ± {gain.error:.3f}" for method, gain in gains.items())
-        sentences.append(f"{shape}, less MLU, tuned: {listed}.")
-    return sentences
+    for shape in [*study.shapes][1:]:
+        losses = {method: of[1] for method in METHODS if (of := losses_of(study, runs, shape, method)) is not None}
+        if tuned := losses.pop("MLU, tuned", None):
+            gains = {method: paired(of, tuned, "min") for method, of in losses.items()}
+            listed = "; ".join(f"{method} {gain.value:+.3f} ± {gain.error:.3f}" for method, gain in gains.items())
+            yield f"{shape}, less MLU, tuned: {listed}."
 
 
 def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
@@ -84,7 +63,7 @@ def save_figure(study: Study, runs: Sequence[Run], path: Path) -> None:
             for at, shape in enumerate(shapes)
             if (of := losses_of(study, runs, shape, method)) is not None
         ]
-        style = {"color": COLORS[method], "marker": "o" if method.startswith("MLU") else "s", "linestyle": "none"}
+        style = {"color": METHODS[method][3], "marker": "o" if method.startswith("MLU") else "s", "linestyle": "none"}
         errors = [0.0 if math.isnan(estimate.error) else estimate.error for _, estimate in points]
         axes.errorbar(
             [x for x, _ in points], [estimate.value for _, estimate in points], errors, **style, capsize=3, label=method

@@ -1,30 +1,31 @@
 """A base tuned at once, every role, and what becomes of the factors at larger shapes: the command of the study.
 
-``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``samplers`` compares ways to search, and
-``bases`` asks which bases are too small. README.md says what came out.
+``python -m recipes.tune.run`` searches at the base and trains five larger shapes; ``samplers`` compares ways to search,
+``bases`` asks which bases are too small, ``preset`` whether one set of factors is good for many models. README.md says what
+came out.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
+from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from mlu_lightning.planning.tuned import Tuned
-from mlu_lightning.tuning import Tuning, tune
-from mlu_lightning.utilities.workers import worker_pool
 from recipes.common.studies import ResultFile, check_command, console, deadline, study_command, study_commands
+from recipes.tune.preset import gpts, preset_table, relative, search, with_factors
 from recipes.tune.report import loss_table, save_figure, verdicts
-from recipes.tune.runs import BASE, Run, Study, missing_runs, plan_of, train
-from recipes.tune.samplers import Search, sampler_table, search
-from recipes.tune.small_bases import CHANGES, Change, base_table, make_runs
+from recipes.tune.runs import BASE, STUDIES, Run, Study, missing_runs, plan_of, train, tune_at
+from recipes.tune.samplers import SAMPLERS, Search, sampler_table, search_factors
+from recipes.tune.small_bases import PRESETS, Change, Comparison
 
 QUICK = Study(4, 8, 2, 1, 2, (-6, -5), {"base": BASE | {"depth": 1}, "2 × depth": BASE})
 
@@ -46,12 +47,11 @@ def study(
     start = _best_exponent(chosen, folder, workers, end, terminal)
     if start is None:
         return terminal.print("The time was over before the base's learning rate was known; another call goes on.")
-    left = None if minutes is None else max(0.0, (end - time.monotonic()) / 60)
-    found = _tune(chosen, start, trials, folder, workers, left, terminal)
+    build, limits = partial(chosen.model, "base", start), {"trials": trials, "minutes": _left(end), "workers": workers}
+    found = tune_at(build, chosen.data(0), chosen.steps, folder, terminal, seeds=chosen.seeds, **limits)
     terminal.print(found.tables())
     if len(found.trials) < trials:
         return terminal.print("The time was over before the search was; another call goes on.")
-    found.save(folder)
     runs = _make_runs(chosen, start, found.tuned, folder, workers, end, terminal)
     terminal.print(loss_table(chosen, runs))
     for sentence in verdicts(chosen, runs):
@@ -63,7 +63,6 @@ def study(
 
 def samplers(
     output: str = "tune-samplers",
-    workers: int = 2,
     searches: int = 5,
     trials: int = 150,
     minutes: float | None = None,
@@ -73,123 +72,110 @@ def samplers(
 
     Args:
         output: folder of the searches; those that are in it are not made again.
-        workers: number of searches at a time, each on one core.
         searches: number of searches of each sampler.
         trials: of each search.
         minutes: after which no search is begun.
     """
-    check_command(workers, searches)
     steps, trials, searches = (3, 12, 1) if quick else (60, trials, searches)
-    file = ResultFile(Path(output) / "searches.jsonl", _Settings(steps, trials), Search.encode, Search.decode)
-    done, end, terminal = file.read(), deadline(minutes), console(118)
-    names = ("TPE", "CMA-ES", "trust region")
-    wanted = [(name, seed) for seed in range(searches) for name in names]
-
-    def next_search(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-        begun = {(one.sampler, one.seed) for one in done} | {case[:2] for case in running}
-        waiting = [case for case in wanted if case not in begun]
-        return (*waiting[0], trials, steps) if waiting and time.monotonic() < end else None
-
-    with worker_pool(workers, threads=1) as pool:
-        file.extend(done, pool, workers, search, next_search)
-    terminal.print(sampler_table(done))
+    settings = {"steps": steps, "trials": trials}
+    file = ResultFile(Path(output) / "searches.jsonl", settings, lambda line: Search(**line))
+    done, end = file.read(), deadline(minutes)
+    for seed, name in product(range(searches), SAMPLERS):
+        if (name, seed) not in {(one.sampler, one.seed) for one in done} and time.monotonic() < end:
+            done.append(search_factors(name, seed, trials, steps))
+            file.append(done[-1])
+    console(118).print(sampler_table(done))
 
 
-def bases(output: str = "tune-bases", minutes: float | None = None, quick: bool = False) -> None:
+def bases(
+    output: str = "tune-bases", trials: int = 130, workers: int = 2, minutes: float | None = None, quick: bool = False
+) -> None:
     """Train a tied GPT, and one of four times its widths, with one thing at a time changed.
 
     Args:
         output: folder of the runs; those that are in it are not made again.
+        trials: of the searches of factors at its base.
+        workers: number of runs at a time, each on one core.
         minutes: after which no run is begun; another call goes on.
     """
-    changes = {"as it is": Change(steps=2)} if quick else CHANGES
-    console(118).print(base_table(make_runs(Path(output), deadline(minutes), changes), changes))
+    folder, end, terminal = Path(output), deadline(minutes), console(118)
+    few = {"as it is": Change(steps=2)}
+    made = Comparison(few if quick else gpts(folder, STUDIES["preset"], terminal, trials=trials, minutes=minutes))
+    terminal.print(made.table(made.make(folder / "small_bases.jsonl", workers, end, terminal)))
 
 
-@dataclass(frozen=True)
-class _Settings:
-    steps: int
-    trials: int
+def preset(
+    output: str = "tune-preset",
+    found_on: str = "package,nanogpt,llama",
+    trials: int = 120,
+    workers: int = 2,
+    minutes: float | None = None,
+    quick: bool = False,
+) -> None:
+    """Search one set of factors for several models, and train them and others with it.
+
+    Args:
+        output: folder of the search and the runs; what is in it is not done again.
+        found_on: names of the models of the search, with commas.
+        trials: of the search.
+        workers: number of runs at a time, each on one core.
+        minutes: after which no run is begun; another call goes on.
+    """
+    folder, end, terminal, names = Path(output), deadline(minutes), console(118), found_on.split(",")
+    models = Comparison(PRESETS, {"base": 1}, range(-8, -2), 5)
+    if quick:
+        few = {name: replace(PRESETS[name], steps=2) for name in names}
+        models = Comparison(few, {"base": 1}, [-6], 2)
+    alone = models.make(folder / "alone.jsonl", workers, end, terminal)
+    if any(models.missing(alone)):
+        return terminal.print("The time was over before the learning rates were known; another call goes on.")
+    found = search(names, models, alone, folder, terminal, trials=2 if quick else trials, minutes=_left(end))
+    factors = relative(found.found)
+    terminal.print(found.tables(), f"Beside the learning rate: {factors}", highlight=False)
+    tuned = replace(models, changes=with_factors(models.changes, factors))
+    terminal.print(preset_table(models, alone, tuned.make(folder / "preset.jsonl", workers, end, terminal)))
+    return None
 
 
-@dataclass(frozen=True)
-class _Tuned:
-    """Settings of runs at all shapes."""
-
-    study: dict[str, Any]
-    start: float
-    tuned: Tuned
+def _left(end: float) -> float | None:
+    """Minutes until a time on the monotonic clock, for ever None."""
+    return None if math.isinf(end) else max(0.0, (end - time.monotonic()) / 60)
 
 
 def _best_exponent(study: Study, folder: Path, workers: int, end: float, terminal: Console) -> float | None:
     """The base's best learning rate, over seeds; None if the time was over."""
-    file = ResultFile(folder / "base.jsonl", study, Run.encode, Run.decode)
+    file = ResultFile(folder / "base.jsonl", asdict(study), lambda line: Run(**line))
     runs, plan = file.read(), plan_of(study, "base", "MLU, lr alone")
     wanted = [Run("base", "MLU, lr alone", e, seed) for e in study.exponents for seed in range(study.seeds)]
-    _train(study, lambda: wanted, runs, file, lambda run: (study, run, plan, {}), workers, end, terminal)
-    losses = {e: [run.loss for run in runs if run.exponent == e] for e in study.exponents}
-    if any(len(of_seeds) < study.seeds for of_seeds in losses.values()):
+    key = attrgetter("exponent", "seed")
+
+    def missing() -> list[Run]:
+        return [run for run in wanted if key(run) not in map(key, runs)]
+
+    file.extend(runs, missing, lambda run: (study, run, plan, {}), train, workers, end, terminal)
+    if missing():
         return None
-    return min(losses, key=lambda exponent: fmean(losses[exponent]))
-
-
-def _tune(
-    study: Study, start: float, trials: int, folder: Path, workers: int, left: float | None, terminal: Console
-) -> Tuning:
-    with Progress(console=terminal) as progress:
-        bar = progress.add_task("search at the base")
-        return tune(
-            partial(study.model, "base", start),
-            study.data(0),
-            trials=trials,
-            minutes=left,
-            workers=workers,
-            seeds=study.seeds,
-            trainer={"accelerator": "cpu", "max_steps": study.steps},
-            out=folder,
-            progress=lambda what, done, total, best: progress.update(
-                bar, description=what, completed=done, total=total
-            ),
-        )
+    return min(study.exponents, key=lambda e: fmean(run.loss for run in runs if run.exponent == e))
 
 
 def _make_runs(
     study: Study, start: float, tuned: Tuned, folder: Path, workers: int, end: float, terminal: Console
 ) -> list[Run]:
     """Make the runs that are missing until the time is over, and return all that were made."""
-    file = ResultFile(folder / "runs.jsonl", _Tuned(asdict(study), start, tuned), Run.encode, Run.decode)
+    settings = {"study": asdict(study), "start": start, "tuned": tuned}
+    file = ResultFile(folder / "runs.jsonl", settings, lambda line: Run(**line))
     runs = file.read()
-    plans: dict[tuple[str, str], Any] = {}
+    plan = cache(partial(plan_of, study))
 
     def case(run: Run) -> tuple[Any, ...]:
-        if (run.shape, run.method) not in plans:
-            plans[run.shape, run.method] = plan_of(study, run.shape, run.method)
-        return study, run, plans[run.shape, run.method], tuned
+        return study, run, plan(run.shape, run.method), tuned
 
-    _train(study, lambda: missing_runs(study, runs, start), runs, file, case, workers, end, terminal)
+    file.extend(runs, lambda: missing_runs(study, runs, start), case, train, workers, end, terminal)
     return runs
 
 
-def _train(
-    study: Study, wanted: Any, runs: list[Run], file: Any, case: Any, workers: int, end: float, terminal: Console
-) -> None:
-    """Make those of the wanted runs that are not there yet, in order."""
-    with worker_pool(workers, threads=1) as pool, Progress(console=terminal) as progress:
-        bar = progress.add_task("runs")
-
-        def next_run(running: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-            known = {
-                (run.shape, run.method, run.exponent, run.seed) for run in [*runs, *(one for _, one, *_ in running)]
-            }
-            waiting = [run for run in wanted() if (run.shape, run.method, run.exponent, run.seed) not in known]
-            progress.update(bar, completed=len(runs), total=len(runs) + len(waiting) + len(running))
-            return case(waiting[0]) if waiting and time.monotonic() < end else None
-
-        file.extend(runs, pool, workers, train, next_run)
-
-
 _STUDY = study_command(study, "python -m recipes.tune.run study")
-main = study_commands(study, samplers, bases, program="python -m recipes.tune.run", default=_STUDY)
+main = study_commands(study, samplers, bases, preset, program="python -m recipes.tune.run", default=_STUDY)
 
 if __name__ == "__main__":
     main()

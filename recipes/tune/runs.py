@@ -5,32 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from mlu_lightning import MLUCallback, Plan
+import yaml
+from rich.console import Console
+from rich.progress import Progress
+
+from mlu_lightning import MLUCallback, Plan, tune
+from mlu_lightning.tuning import Tuning
 from mlu_lightning.tuning.training import Training
 from recipes.common.text import Text
 from recipes.lr_transfer.runs import ScheduledTransformer
 
-BASE = {"depth": 2, "heads": 2, "mlp_hidden": 128, "embedding": 32}
-SHAPES = {
-    "base": BASE,
-    "8 × D": BASE | {"embedding": 256},
-    "8 × heads and MLP width": BASE | {"heads": 16, "mlp_hidden": 1024},
-    "8 × depth": BASE | {"depth": 16},
-    "4 × everything": {"depth": 8, "heads": 8, "mlp_hidden": 512, "embedding": 128},
-    "8 × all widths": BASE | {"heads": 16, "mlp_hidden": 1024, "embedding": 256},
-}
-METHODS = {
-    "MLU, lr alone": ("mlu", False, False),
-    "MLU, tuned": ("mlu", True, False),
-    "CompleteP, same factors": ("completep", True, False),
-    "SP, lr tuned here": ("sp", False, True),
-    "SP, same factors, lr tuned here": ("sp", True, True),
-}
-"""Parameterization, whether with the factors, and whether the learning rate is tuned at each shape."""
+STUDIES = yaml.safe_load(Path(__file__).with_name("studies.yaml").read_text(encoding="utf-8"))
+SHAPES: dict[str, dict[str, int]] = STUDIES["shapes"]
+BASE = SHAPES["base"]
+METHODS: dict[str, tuple[str, bool, bool, str]] = STUDIES["methods"]
+"""Parameterization, whether with the factors, and whether the learning rate is tuned at each shape; color."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +74,6 @@ class Run:
     loss: float = math.nan  # in validation at the end, in nats per byte; NaN if the run diverged
     seconds: float = 0.0  # of processor time
 
-    def encode(self) -> dict[str, Any]:
-        """Content as JSON."""
-        return {**asdict(self), "loss": self.loss if math.isfinite(self.loss) else None}
-
-    @classmethod
-    def decode(cls, content: Mapping[str, Any]) -> Run:
-        """Run of which this is the content."""
-        return cls(**{**content, "loss": math.nan if content["loss"] is None else content["loss"]})
-
 
 def plan_of(study: Study, shape: str, method: str) -> Plan:
     """Plan of a shape, without factors."""
@@ -113,7 +98,7 @@ def missing_runs(study: Study, runs: list[Run], start: float) -> list[Run]:
     made = {(run.shape, run.method, run.exponent, run.seed) for run in runs}
     wanted: list[Run] = []
     for shape in study.shapes:
-        for method, (_, _, tunes) in METHODS.items():
+        for method, (_, _, tunes, _) in METHODS.items():
             if shape == "base" and (tunes or METHODS[method][0] != "mlu"):
                 continue  # which is the same there
             exponents = exponents_of(runs, shape, method, start) if tunes else [start]
@@ -142,3 +127,17 @@ def exponents_of(runs: list[Run], shape: str, method: str, start: float) -> list
         return [start]
     ranked = sorted(curve, key=lambda exponent: curve[exponent])
     return ranked[:2] if is_bracketed(runs, shape, method) else [ranked[0] - 1, ranked[0] + 1]
+
+
+def tune_at(build: Any, data: Any, steps: int, folder: Path, terminal: Console, **more: Any) -> Tuning:
+    """Search at a base, with a progress bar, and save what is found."""
+    with Progress(console=terminal) as progress:
+        bar = progress.add_task("search")
+
+        def show(what: str, done: int, total: int, best: float | None) -> None:
+            progress.update(bar, description=what, completed=done, total=total)
+
+        trainer = {"accelerator": "cpu", "max_steps": steps}
+        found = tune(build, data, trainer=trainer, out=folder, progress=show, **more)
+    found.save(folder)
+    return found

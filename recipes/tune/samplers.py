@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import optuna
 import torch
 import torch.nn.functional as F
+from optuna.samplers import CmaEsSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
 from rich.table import Table
 
 from mlu_lightning.models import CausalTransformer
+from mlu_lightning.tuning.found import Estimate
 from mlu_lightning.utilities.fitted_tables import number_table
 from recipes.common.text import Text
 
@@ -30,84 +35,59 @@ class Search:
 
     sampler: str
     seed: int
-    best: tuple[float, ...]  # least loss so far, after each trial
+    best: list[float]  # least loss so far, after each trial
     default: float = math.nan  # loss with all factors at 1, over other seeds
     found: float = math.nan  # loss at the best point, over the same seeds
 
-    def encode(self) -> dict[str, Any]:
-        """Content as JSON."""
-        return asdict(self)
 
-    @classmethod
-    def decode(cls, content: Mapping[str, Any]) -> Search:
-        """Search of which this is the content."""
-        return cls(**{**content, "best": tuple(content["best"])})
+class TrustRegion(RandomSampler):
+    """Draws at random ten times, and then from a box around the best point.
 
+    It is of 2 octaves to each side, and halves, to 1/4, with every 20 trials without gain.
+    """
 
-def trust_region(seed: int) -> Any:
-    """Make a sampler that draws uniformly from a box around the best point, which halves where nothing is gained."""
-    from optuna.samplers import BaseSampler, RandomSampler
-    from optuna.trial import TrialState
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._draws = np.random.default_rng(seed)
 
-    class TrustRegion(BaseSampler):
-        """Begins at random; then a box of 2 octaves to each side that halves, to 1/4, with every 20 trials without gain."""
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        """All dimensions, when there are enough trials."""
+        done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return dict(done[0].distributions) if len(done) >= 10 else {}
 
-        def __init__(self) -> None:
-            self._draws = np.random.default_rng(seed)
-            self._random = RandomSampler(seed)
-
-        def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
-            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-            return dict(done[0].distributions) if len(done) >= 10 else {}
-
-        def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, float]:
-            if not search_space:
-                return {}
-            best = study.best_trial
-            radius = max(0.25, 2.0 * 0.5 ** ((trial.number - best.number) // 20))
-            return {
-                name: float(np.clip(best.params[name] + self._draws.uniform(-radius, radius), space.low, space.high))
-                for name, space in search_space.items()
-            }
-
-        def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
-            return self._random.sample_independent(study, trial, name, distribution)
-
-    return TrustRegion()
+    def sample_relative(self, study: Any, trial: Any, search_space: dict[str, Any]) -> dict[str, float]:
+        """Draw from the box."""
+        if not search_space:
+            return {}
+        best = study.best_trial
+        radius = max(0.25, 2.0 * 0.5 ** ((trial.number - best.number) // 20))
+        return {
+            name: float(np.clip(best.params[name] + self._draws.uniform(-radius, radius), space.low, space.high))
+            for name, space in search_space.items()
+        }
 
 
-def make_sampler(name: str, seed: int) -> Any:
-    """Make one of the samplers that are compared."""
-    import optuna
-
-    if name == "trust region":
-        return trust_region(seed)
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed)
-    if name == "TPE":
-        return optuna.samplers.TPESampler(multivariate=True, seed=seed)
-    return optuna.samplers.CmaEsSampler(sigma0=1.5, seed=seed)
+SAMPLERS = {
+    "TPE": lambda seed: TPESampler(multivariate=True, seed=seed),
+    "CMA-ES": lambda seed: CmaEsSampler(sigma0=1.5, seed=seed),
+    "trust region": TrustRegion,
+}
 
 
-def search(sampler: str, seed: int, trials: int, steps: int) -> Search:
+def search_factors(sampler: str, seed: int, trials: int, steps: int) -> Search:
     """Search from the default, and train the best point and the default again with three other seeds."""
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=make_sampler(sampler, seed))
+    study = optuna.create_study(sampler=SAMPLERS[sampler](seed))
     study.enqueue_trial(dict.fromkeys(DIMENSIONS, 0.0))
 
-    def objective(trial: Any) -> float:
+    def objective(trial: optuna.Trial) -> float:
         return train({name: trial.suggest_float(name, -OCTAVES, OCTAVES) for name in DIMENSIONS}, seed, steps)
 
     study.optimize(objective, n_trials=trials)
-    losses = [trial.value for trial in study.trials]
+    best = np.minimum.accumulate([trial.value for trial in study.trials]).tolist()
     again = range(100 * seed + 1000, 100 * seed + 1003)
-    found, default = (
-        float(np.mean([train(point, other, steps) for other in again]))
-        for point in (study.best_params, dict.fromkeys(DIMENSIONS, 0.0))
-    )
-    return Search(sampler, seed, tuple(np.minimum.accumulate(losses).tolist()), default, found)
+    points = dict.fromkeys(DIMENSIONS, 0.0), study.best_params
+    return Search(sampler, seed, best, *(fmean(train(point, other, steps) for other in again) for point in points))
 
 
 def train(exponents: Mapping[str, float], seed: int, steps: int, lr: float = 2**-4) -> float:
@@ -141,13 +121,9 @@ def sampler_table(searches: Sequence[Search]) -> Table:
     table = number_table("sampler", "searches", "after 50", "after 100", "after all", "gain with other seeds")
     for name in dict.fromkeys(search.sampler for search in searches):
         own = [search for search in searches if search.sampler == name]
-        columns = [
-            [search.best[49] for search in own if len(search.best) >= 50],
-            [search.best[99] for search in own if len(search.best) >= 100],
-            [search.best[-1] for search in own],
-            [search.default - search.found for search in own],
-        ]
-        table.add_row(name, str(len(own)), *map(_mean_and_error, columns))
+        columns = [[one.best[n - 1] for one in own if len(one.best) >= n] for n in (50, 100)]
+        columns += [[one.best[-1] for one in own], [one.default - one.found for one in own]]
+        table.add_row(name, str(len(own)), *(Estimate.over(of).text(3) if of else "-" for of in columns))
     return table
 
 
@@ -160,10 +136,3 @@ def _batches(steps: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 def _loss(model: CausalTransformer, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-
-def _mean_and_error(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{np.mean(values):.3f} ± {error:.3f}"

@@ -78,10 +78,7 @@ SAID = "the multiplier of the readout 'model.model.embed_tokens.weight'"
 
 def test_hooks_that_folding_leaves_are_warned_about() -> None:
     tied, untied = ARCHITECTURES["tied llama"], ARCHITECTURES["llama"]
-    with pytest.warns(
-        UserWarning,
-        match=rf"Folding leaves {SAID} in hooks.* refuses to load .*bake\(module, callback",
-    ):
+    with pytest.warns(UserWarning, match=rf"Folding leaves {SAID} in hooks.* refuses to load .*bake\(module, callback"):
         trained(tied, "fold", TWICE)
     several = "Folding leaves the multipliers of the branch .*, the branch .* and 2 more in"
     with pytest.warns(UserWarning, match=several):

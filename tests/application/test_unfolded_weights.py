@@ -8,8 +8,8 @@ import torch
 from helpers.faulty_functions import BASE, GROWN, TOKENS, Language
 from torch import Tensor, nn, optim
 
-from mlu_lightning import (
-    Plan,
+from mlu_lightning import Plan
+from mlu_lightning.application import (
     attach_multipliers,
     fold,
     initialize,

@@ -5,18 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.watched_runs import (
-    LARGE,
-    SHAPE,
-    Descent,
-    EncoderDecoder,
-    build_base,
-    coupled,
-    fit,
-    loader,
-    measure,
-    record,
-)
+from helpers.watched_runs import LARGE, SHAPE, Descent, EncoderDecoder, build_base, couple, fit, loader, measure, record
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -39,18 +28,18 @@ def repeated(*sample: Tensor) -> DataLoader[Any]:
 
 
 def test_uncoupled_embeddings_are_refused_with_the_remedy(tmp_path: Path) -> None:
-    path = record(tmp_path / "large.safetensors", None, coupled(seed=0))
-    for callbacks in ([], [coupled(seed=1)], [MLUCallback(build_base)]):
+    path = record(tmp_path / "large.safetensors", None, couple(seed=0))
+    for callbacks in ([], [couple(seed=1)], [MLUCallback(build_base)]):
         message = r"not coupled: .* of its size \(independent embeddings by 1.4\).*init=\"coupl"
         refused(message, path, *callbacks, metrics=["gram", "rms"])
     measure(path, metrics=["gram", "cka", "procrustes", "output"])
 
 
 def test_larger_embedding_than_the_references_is_refused_for_rms_only(tmp_path: Path) -> None:
-    path = record(tmp_path / "small.safetensors", ResNet(**SHAPE), coupled())
+    path = record(tmp_path / "small.safetensors", ResNet(**SHAPE), couple())
     message = r"has 32 coordinates in this run and 8 in .*leave \"rms\" out of metrics"
-    refused(message, path, coupled(), module=ResNet(**LARGE), metrics=["rms"])
-    measure(path, coupled(), module=ResNet(**LARGE), metrics=["gram", "cka", "procrustes", "output"])
+    refused(message, path, couple(), module=ResNet(**LARGE), metrics=["rms"])
+    measure(path, couple(), module=ResNet(**LARGE), metrics=["gram", "cka", "procrustes", "output"])
 
 
 def tokens_of(vocabulary: int) -> DataLoader[Any]:

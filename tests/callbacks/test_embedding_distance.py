@@ -10,19 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import watched_runs
-from helpers.watched_runs import (
-    LARGE,
-    SHAPE,
-    Memory,
-    Weights,
-    coupled,
-    fit,
-    loader,
-    measure,
-    record,
-    samples,
-    stream_of,
-)
+from helpers.watched_runs import LARGE, SHAPE, Memory, Weights, couple, fit, loader, measure, record, samples, stream_of
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
@@ -43,8 +31,8 @@ def measured(*arguments: Any, **settings: Any) -> dict[int, dict[str, float]]:
 def test_logged_values_are_those_of_numpy(tmp_path: Path) -> None:
     """Of weights into which multipliers are folded."""
     theirs, ours = Weights(), Weights()
-    path = record(tmp_path / "large.safetensors", None, coupled(), theirs)
-    logged = measured(path, coupled(), ours)
+    path = record(tmp_path / "large.safetensors", None, couple(), theirs)
+    logged = measured(path, couple(), ours)
     assert list(logged) == [0, 1, 2, 4, 6]  # although the Trainer logs every 50 steps
     x = samples().tensors[0][:4]
     for step, found in logged.items():
@@ -91,17 +79,17 @@ def test_run_at_the_same_shape_and_seed_is_at_distance_zero(tmp_path: Path) -> N
 
 def test_resumed_run_logs_what_is_still_to_come_and_remembers_that_it_is_coupled(tmp_path: Path) -> None:
     path, plain = tmp_path / "large.safetensors", tmp_path / "plain"
-    fit(ResNet(**watched_runs.LARGE), coupled(), ReferenceRecorder(path, steps=3), steps=12)
+    fit(ResNet(**watched_runs.LARGE), couple(), ReferenceRecorder(path, steps=3), steps=12)
     saving = [ModelCheckpoint(folder, "{step}", every_n_train_steps=6, save_top_k=-1) for folder in (tmp_path, plain)]
-    assert list(measured(path, coupled(), saving[0], enable_checkpointing=True)) == [0, 3, 6]
-    assert list(measured(path, coupled(), steps=12, ckpt_path=tmp_path / "step=6.ckpt")) == [9, 12]
-    fit(ResNet(**SHAPE), coupled(), saving[1], enable_checkpointing=True)
+    assert list(measured(path, couple(), saving[0], enable_checkpointing=True)) == [0, 3, 6]
+    assert list(measured(path, couple(), steps=12, ckpt_path=tmp_path / "step=6.ckpt")) == [9, 12]
+    fit(ResNet(**SHAPE), couple(), saving[1], enable_checkpointing=True)
     with pytest.raises(ValueError, match=r"seen at step 0, but this run goes on from step 6.*leave \"rms\" out"):
-        measured(path, coupled(), steps=12, metrics=["rms"], ckpt_path=plain / "step=6.ckpt")
+        measured(path, couple(), steps=12, metrics=["rms"], ckpt_path=plain / "step=6.ckpt")
     with pytest.warns(
         UserWarning, match=r"\"rms\" is left out of .*seen at step 0, but this run goes on from step 6\.$"
     ):
-        logged = measured(path, coupled(), steps=12, ckpt_path=plain / "step=6.ckpt")
+        logged = measured(path, couple(), steps=12, ckpt_path=plain / "step=6.ckpt")
     assert {name.split("/")[0] for values in logged.values() for name in values} == {
         "gram",
         "cka",
@@ -139,10 +127,10 @@ def test_several_references_and_their_floor(tmp_path: Path) -> None:
     paths, runs = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "three")], []
     for seed, path in enumerate(paths):
         torch.manual_seed(seed)
-        record(path, None, coupled(), data=settings["data"])
+        record(path, None, couple(), data=settings["data"])
     for reference in ([*map(str, paths)], {"a": str(paths[0]), "b": str(paths[1])}, paths[0]):
         torch.manual_seed(7)
-        runs.append(measured(reference, coupled(), **settings))
+        runs.append(measured(reference, couple(), **settings))
     three, two, one = runs
     assert {name.split("/")[-1] for name in three[0]} == {"one", "two", "three", "floor"}
     assert {name.split("/")[-1] for name in two[0]} == {"a", "b", "floor"}
@@ -166,18 +154,18 @@ def test_references_of_other_steps_are_each_logged_at_their_own(tmp_path: Path) 
 
 
 def test_run_that_diverges_logs_nan_and_goes_on(tmp_path: Path) -> None:
-    path = record(tmp_path / "large.safetensors", None, coupled())
-    logged = measured(path, coupled(), module=ResNet(**SHAPE, lr=1e30))
+    path = record(tmp_path / "large.safetensors", None, couple())
+    logged = measured(path, couple(), module=ResNet(**SHAPE, lr=1e30))
     assert list(logged) == [0, 1, 2, 4, 6]
     assert all(math.isnan(value) for name, value in logged[6].items() if name.endswith("s=1") or "output" in name)
     assert all(math.isfinite(value) for value in logged[0].values())
 
 
 def test_callback_can_be_used_for_one_run_after_another(tmp_path: Path) -> None:
-    distance = EmbeddingDistance(record(tmp_path / "large.safetensors", None, coupled()))
+    distance = EmbeddingDistance(record(tmp_path / "large.safetensors", None, couple()))
     for _ in range(2):
         memory = Memory()
-        fit(ResNet(**SHAPE), distance, coupled(), logger=memory)
+        fit(ResNet(**SHAPE), distance, couple(), logger=memory)
         assert list(memory.distances()) == [0, 1, 2, 4, 6]
         assert "mlu/distance/rms/s=1" in memory.distances()[6]
     with pytest.warns(UserWarning, match='"rms" is left out of the distances, because .* not coupled'):
@@ -259,11 +247,11 @@ def test_run_that_was_at_a_step_of_the_reference_goes_on_past_all_of_them(tmp_pa
 
 
 def test_other_precisions_measure_nearly_the_same(tmp_path: Path) -> None:
-    path = record(tmp_path / "large.safetensors", None, coupled(), data=loader(shuffle=False))
+    path = record(tmp_path / "large.safetensors", None, couple(), data=loader(shuffle=False))
 
     def run(precision: Any) -> dict[int, dict[str, float]]:
         torch.manual_seed(0)
-        return measured(path, coupled(), data=loader(shuffle=False), precision=precision)
+        return measured(path, couple(), data=loader(shuffle=False), precision=precision)
 
     expected = run("32-true")
     # rounding of values of size 1, over a few steps: 2^-24 in float32, and 2^-9 in bfloat16

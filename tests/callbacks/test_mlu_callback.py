@@ -150,10 +150,7 @@ class Other(MLUCallback): ...
 
 @pytest.mark.parametrize(
     ("shape", "others", "message"),
-    [
-        (WIDE, [Other(Net())], r"several MLUCallbacks.*Keep one"),
-        ({}, [], "The plan was not made for this Net"),
-    ],
+    [(WIDE, [Other(Net())], r"several MLUCallbacks.*Keep one"), ({}, [], "The plan was not made for this Net")],
     ids=["another callback", "plan of another module"],
 )
 def test_refused_modules_are_left_as_they_were(shape: dict[str, int], others: Any, message: str, plan: Plan) -> None:

@@ -54,6 +54,7 @@ def test_callback_without_a_base_warns(tmp_path: Path, capsys: pytest.CaptureFix
         ("edited.yaml", "edited.yaml is there already, and is not this plan; somebody may have edited it"),
         ("folder", "cannot be written to"),
         ("edited.yaml/plan.yaml", "cannot be made"),
+        ("/", "--out '/' names no file. Give it the path of a YAML file"),
     ],
 )
 def test_places_that_stay_as_they_are(

@@ -105,6 +105,7 @@ THIN = "--present.hidden 1 --present.embedding 1"
             f"1e8 {THIN} --present.depth 5",
             r"no depth of 5: depth counts residual additions, two for each block\. Give twice",
         ),
+        ("1e8 --mlp_ratio -1", r"--mlp_ratio -1 should be 1 or more"),
         ("1e8 --gain 0", r"gain=0\.0 should be from 0\.01"),
     ],
 )

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.architectures import LANGUAGE, TOKENS, VOCABULARY
+from helpers.recurrences import hugging_face
 from helpers.residual_networks import Net
 from torch import Tensor, nn
 
@@ -22,12 +22,6 @@ _EXPERTS = {
     "moe_intermediate_size": 8,
     "shared_expert_intermediate_size": 8,
 }
-
-
-def hugging_face(name: str, **numbers: Any) -> Any:
-    config = getattr(transformers, f"{name}Config")
-    tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return getattr(transformers, f"{name}ForCausalLM")(config(vocab_size=VOCABULARY, **tokens, **numbers))
 
 
 # units, entries of a unit's state, and of parameters the row, the fans, and whether rows for other things are not counted
@@ -101,7 +95,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int, int, dict[str, str]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_recurrent_branches(name: str) -> None:
     model, numbers, hidden, state, expected = CASES[name]
-    structure = discover(hugging_face(model, **numbers), LANGUAGE)
+    structure = discover(hugging_face(model, vocab_size=VOCABULARY, **numbers), LANGUAGE)
     branch = structure.branches[0]
     assert (branch.kind, branch.hidden, branch.head_dim, structure.unassigned) == ("recurrence", hidden, state, {})
     found = {n: f for n, f in structure.parameters.items() if n.startswith(f"{branch.name}.")}

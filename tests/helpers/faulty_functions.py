@@ -57,6 +57,9 @@ class Language(nn.Module):
             self.norm, self.head = nn.LayerNorm(embedding), nn.Linear(embedding, 11, bias=False)
         if fault.startswith("tied"):
             self.head.weight = self.tokens.weight
+        if fault.startswith("bare"):
+            for block in self.blocks:
+                block.norm = nn.Identity()
         if fault == "signs":
             for block in self.blocks:
                 register_parametrization(block.write, "weight", Signs(), unsafe=True)
@@ -65,11 +68,11 @@ class Language(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         depth, embedding, _ = self.shape
         h = self.tokens(tokens)
-        if self.fault == "sqrt(D) on embeddings":
+        if self.fault.endswith("sqrt(D) on embeddings") or (self.fault.endswith("in training") and self.training):
             h = h * embedding**0.5
         if self.fault == "a buffer on embeddings":
             h = h * self.scale
-        for block in self.blocks:
+        for block in (*self.blocks, *self.blocks) if self.fault == "applied twice" else self.blocks:
             if self.fault == "mixing without parameters":
                 h = h + torch.roll(F.layer_norm(h, h.shape[-1:]), 1, dims=1)
             branch = block(h)
@@ -77,7 +80,7 @@ class Language(nn.Module):
                 branch = branch / depth
             if self.fault == "1/L in a kernel":
                 branch = Kernel.apply(branch, 1 / depth)
-            h = h + branch
+            h = branch if self.fault == "not added" else h + branch
         h = self.norm(h)
         if self.fault == "tied, D^-1/2 before the readout":
             h = h * embedding**-0.5

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn, optim
+from torch import optim
 
 from helpers.planted_runs import NUMBERS, Module
 
@@ -11,16 +11,15 @@ from helpers.planted_runs import NUMBERS, Module
 class ByHand(optim.Optimizer):
     """AdamW in one line for each number, which come from where they should, or from elsewhere."""
 
-    def __init__(self, parameters: Any, elsewhere: str = "", reads: bool = False, **numbers: float) -> None:
+    def __init__(self, parameters: Any, elsewhere: str = "", **numbers: float) -> None:
         super().__init__(parameters, numbers)
-        self.kept, self.reads = {key: value for key, value in numbers.items() if key == elsewhere}, reads
+        self.kept = {key: value for key, value in numbers.items() if key == elsewhere}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            numbers = {**group} if self.reads else group  # which looks at all of them
-            lr, eps, decay = (self.kept[key] if key in self.kept else numbers[key] for key in NUMBERS)
+            lr, eps, decay = ({**group, **self.kept}[key] for key in NUMBERS)
             for p in group["params"]:
                 state = self.state[p]
                 count = state["count"] = state.get("count", 0) + 1
@@ -31,24 +30,20 @@ class ByHand(optim.Optimizer):
         return loss
 
 
-class NoOptimizer:
-    """The same, and no ``torch.optim.Optimizer``."""
+class OwnNumbers(optim.Optimizer):
+    """Moves along the sign of gradients, by numbers of its own besides the learning rate of its groups."""
 
-    def __init__(self, module: Module) -> None:
-        self.inner = ByHand([nn.Parameter(torch.zeros(()))], **NUMBERS)
-        self.inner.param_groups[0]["params"] = [*module.parameters()]
+    def __init__(self, parameters: Any, factor: Any = lambda p: 1, eps: float = 1e-12, decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": 0.02})
+        self.own = factor, eps, decay
 
-    def step(self) -> None:
-        type(self.inner).step.__wrapped__(self.inner)
-
-
-class WarmUp(optim.AdamW):
-    """Sets its learning rate in its own step."""
-
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            group["lr"] = 0.01
-        return super().step(closure)
+        loss, (factor, eps, decay) = closure and torch.enable_grad()(closure)(), self.own
+        for lr, parameters in [(group["lr"], group["params"]) for group in self.param_groups]:
+            for p in parameters:
+                p.mul_(1 - lr * decay).sub_(lr * factor(p) * p.grad / (p.grad.abs() + eps))
+        return loss
 
 
 class Climbing(optim.Optimizer):

@@ -2,14 +2,15 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn, optim
-from torch.optim.sgd import sgd
 
 from helpers.faulty_runs import At
-from helpers.planted_optimizers import Bare, ByHand, Climbing, NoOptimizer, OneRate, WarmUp
+from helpers.planted_optimizers import Bare, ByHand, Climbing, OneRate, OwnNumbers
 from helpers.planted_runs import NUMBERS, Fault, Module, Run, run
 from helpers.planted_weights import normed, tied
 
@@ -77,38 +78,24 @@ def descend_in_foreach(module: Module, loss: Tensor) -> None:
     torch._foreach_add_([p.data for p in parameters], [p.grad for p in parameters], alpha=-0.01)
 
 
-def functional(module: Module, loss: Tensor) -> None:
-    """torch's own update, without an optimizer."""
-    loss.backward()
-    parameters = [*module.parameters()]
-    numbers = {"weight_decay": 0.1, "momentum": 0, "lr": 0.01, "dampening": 0, "nesterov": False, "maximize": False}
-    sgd([p.data for p in parameters], [p.grad for p in parameters], [None] * len(parameters), **numbers)
-
-
-def in_backward(make: Callable[[list[nn.Parameter]], Any]) -> Run:
+def in_backward(update: Callable[[nn.Parameter], Callable[[Tensor], None]]) -> Run:
     planted = run(lambda module, loss: module.manual_backward(loss), None)
 
-    def register(module: Module) -> None:
+    def register(trainer: Any, module: Module) -> None:
         for parameter in module.parameters():
-            optimizer = make([parameter])
-            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+            parameter.register_post_accumulate_grad_hook(update(parameter))
 
-    planted.after.append(At("on_fit_start", lambda trainer, module: register(module), 0))
+    planted.after.append(At("on_fit_start", register, 0))
     return planted
 
 
-def by_hand_in_backward() -> Run:
-    planted = run(lambda module, loss: module.manual_backward(loss), None)
+def alone(parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    optimizer = optim.AdamW([parameter], **NUMBERS)
+    return lambda _: optimizer.step()
 
-    def descend_one(parameter: Tensor) -> None:
-        parameter.data.add_(parameter.grad, alpha=-0.01)
 
-    def register(module: Module) -> None:
-        for parameter in module.parameters():
-            parameter.register_post_accumulate_grad_hook(descend_one)
-
-    planted.after.append(At("on_fit_start", lambda trainer, module: register(module), 0))
-    return planted
+def descend_alone(parameter: Tensor) -> None:
+    parameter.data.add_(parameter.grad, alpha=-0.01)
 
 
 def exchanged(how: Callable[[Any, Module], Any]) -> Run:
@@ -219,99 +206,104 @@ def take_kept(module: Module, loss: Tensor) -> None:
     vars(module)["kept"]()
 
 
-def declared(elsewhere: str, reads: bool = False) -> Callable[[], Run]:
-    make = lambda module: ByHand(module.parameters(), elsewhere, reads, **NUMBERS)  # noqa: E731
-    return lambda: run(optimizer=make, family="adamw")
+def returned(make: Callable[[Module], Any], **settings: Any) -> Callable[[], Run]:
+    return lambda: run(optimizer=make, **settings)
+
+
+def stepped(step: Any, optimizer: Any = None, **settings: Any) -> Callable[[], Run]:
+    return lambda: run(step, optimizer, **settings)
+
+
+def declared(elsewhere: str) -> Callable[[], Run]:
+    return returned(lambda module: ByHand(module.parameters(), elsewhere, **NUMBERS), family="adamw")
+
+
+def own_numbers(**numbers: Any) -> Callable[[], Run]:
+    return returned(lambda m: OwnNumbers(m.parameters(), **numbers), family="adamw")
+
+
+def made_anew(module: Module) -> None:
+    module.readout.weight = nn.Parameter(module.readout.weight.data.clone())
+
+
+def sam(inner: Any = optim.AdamW, hidden: bool = False) -> Callable[[Module], Sam]:
+    return lambda module: Sam(module.parameters(), inner, hidden)
+
+
+def unhooked(module: Module) -> Any:
+    return SimpleNamespace(step=partial(optim.AdamW.step.__wrapped__, adamw(module)))
+
+
+def by_hand(module: Module) -> ByHand:
+    return ByHand(module.parameters(), **NUMBERS)
 
 
 ALL = "lr, eps, decay"
 MOVED = "Weights have moved in the first steps, but in no update of an optimizer that is scaled: "
-CHANGED_IN = "Weights have changed in the first step"
-UNREAD = "An optimizer has updated"
-UNKNOWN = "How "
-EXCHANGED = "Parameters were planned that"
-made_anew = lambda m: setattr(m.readout, "weight", nn.Parameter(m.readout.weight.data.clone()))  # noqa: E731
-IDLE = "Parameters of the plan belong to no optimizer"
-UPDATES: dict[str, Fault] = {
-    "own AdamW in training_step": Fault(ALL, lambda: run(own(adamw), None), None),
-    "own AdamW, with a closure": Fault(ALL, lambda: run(own(adamw, lambda o: o.step(lambda: None)), None), None),
-    "AdamW for each parameter, in backward": Fault(ALL, lambda: in_backward(lambda p: optim.AdamW(p, **NUMBERS)), None),
-    "own SAM in two steps": Fault(ALL, lambda: run(own(lambda m: Sam(m.parameters()), phases), None), None),
-    "SAM, returned": Fault(ALL, lambda: run(optimizer=lambda m: Sam(m.parameters())), None),
-    "SAM whose inner optimizer is hidden, in two steps": Fault(
-        ALL, lambda: run(own(lambda m: Sam(m.parameters(), hidden=True), phases), None), None
+CHANGED_IN, CHANGED = "Weights have changed in the first step", "Weights were changed after"
+UNREAD, UNKNOWN, GRADIENTS = "An optimizer has updated", "How ", "Gradients were changed between"
+EXCHANGED, IDLE = "Parameters were planned that", "Parameters of the plan belong to no optimizer"
+_RIGHT: dict[str, Callable[[], Run]] = {
+    "own AdamW in training_step": stepped(own(adamw)),
+    "own AdamW, with a closure": stepped(own(adamw, lambda o: o.step(lambda: None))),
+    "AdamW for each parameter, in backward": lambda: in_backward(alone),
+    "own SAM in two steps": stepped(own(sam(), phases)),
+    "SAM, returned": returned(sam()),
+    "SAM whose inner optimizer is hidden, in two steps": stepped(own(sam(hidden=True), phases)),
+    "AdamW put in the place of another": lambda: exchanged(lambda _, module: adamw(module)),
+    "step that was kept before": stepped(take_kept, kept_step),
+    "lr that a hook before the step sets": stepped(take_returned, scheduled),
+    "an own one of an unknown class, with its family": stepped(own(by_hand), family="adamw"),
+    "numbers from the groups": declared(""),
+}
+_STOPPED: dict[str, tuple[str, str, str, Callable[[], Run]]] = {
+    "SAM whose inner optimizer is hidden, with a family": (
+        ALL, "first step", UNREAD, returned(sam(hidden=True), family="adamw")
     ),
-    "SAM whose inner optimizer is hidden, with a family": Fault(
-        ALL, lambda: run(optimizer=lambda m: Sam(m.parameters(), hidden=True), family="adamw"), "first step", UNREAD
+    "SAM that descends itself, in two steps": (ALL, "first step", MOVED, stepped(own(sam(None), phases), family="sgd")),
+    "SAM that descends itself, returned": (ALL, "planning", UNKNOWN, returned(sam(None))),
+    "copied AdamW put in the place of another": (
+        ALL, "first step", "The AdamW that is about to", lambda: exchanged(lambda optimizer, _: copy.deepcopy(optimizer))
     ),
-    "SAM that descends itself, in two steps": Fault(
-        ALL, lambda: run(own(lambda m: Sam(m.parameters(), None), phases), None, family="sgd"), "first step", MOVED
+    "descent written in training_step": (ALL, "first step", MOVED, stepped(descend)),
+    "descent written with foreach": (ALL, "first step", MOVED, stepped(descend_in_foreach)),
+    "descent written in a hook of backward": (ALL, "first step", MOVED, lambda: in_backward(lambda _: descend_alone)),
+    "an optimizer that is none of torch's": (ALL, "first step", MOVED, stepped(own(unhooked))),
+    "an optimizer of an unknown class": (ALL, "planning", UNKNOWN, returned(by_hand)),
+    "an own one of an unknown class": (ALL, "first step", UNKNOWN, stepped(own(by_hand))),
+    "lr from an attribute": ("lr", "first step", UNREAD, declared("lr")),
+    "eps from an attribute": ("eps", "first step", UNREAD, declared("eps")),
+    "decay from an attribute": ("decay", "first step", UNREAD, declared("weight_decay")),
+    "lr times the size of a weight, as LAMB's": ("lr", "first step", UNREAD, own_numbers(factor=lambda p: float(p.norm()))),
+    "lr over the root of a weight's columns": ("lr", "first step", UNREAD, own_numbers(factor=lambda p: p.shape[1] ** -0.5)),
+    "eps that no group has": ("eps", "first step", UNREAD, own_numbers(eps=1e-3)),
+    "decay that no group has": ("decay", "first step", UNREAD, own_numbers(decay=0.1)),
+    "update written in optimizer_step": (ALL, "first step", MOVED, in_optimizer_step),
+    "weights tied after the first step": ("lr", "first step", EXCHANGED, lambda: after_batches(tied)),
+    "weight_norm after the first step": ("lr", "first step", EXCHANGED, lambda: after_batches(normed)),
+    "decay written beside the optimizer": ("decay", "first step", CHANGED_IN, decay_by_hand),
+    "readout in no optimizer, moved by hand": (ALL, "first step", MOVED, lambda: partly(move_readout)),
+    "readout in no optimizer, moved after the batch": (ALL, "first step", MOVED, readout_after_batches),
+    "LBFGS": ("lr", "planning", "LBFGS cannot", returned(lambda m: optim.LBFGS(m.parameters()))),
+    "one rate for all groups": (
+        "lr", "planning", "OneRate estimates", returned(lambda m: OneRate(m.parameters()), family="adamw")
     ),
-    "SAM that descends itself, returned": Fault(
-        ALL, lambda: run(optimizer=lambda m: Sam(m.parameters(), None)), "planning", UNKNOWN
-    ),
-    "AdamW put in the place of another": Fault(ALL, lambda: exchanged(lambda _, module: adamw(module)), None),
-    "copied AdamW put in the place of another": Fault(
-        ALL, lambda: exchanged(lambda optimizer, _: copy.deepcopy(optimizer)), "first step", "The AdamW that is about to"
-    ),
-    "step that was kept before": Fault(ALL, lambda: run(take_kept, kept_step), None),
-    "lr that a hook before the step sets": Fault("lr", lambda: run(take_returned, scheduled), None),
-    "descent written in training_step": Fault(ALL, lambda: run(descend, None), "first step", MOVED),
-    "descent written with foreach": Fault(ALL, lambda: run(descend_in_foreach, None), "first step", MOVED),
-    "torch's functional SGD": Fault(ALL, lambda: run(functional, None), "first step", MOVED),
-    "descent written in a hook of backward": Fault(ALL, by_hand_in_backward, "first step", MOVED),
-    "an optimizer that is none of torch's": Fault(ALL, lambda: run(own(NoOptimizer), None), "first step", MOVED),
-    "an optimizer of an unknown class": Fault(
-        ALL, lambda: run(optimizer=lambda m: ByHand(m.parameters(), **NUMBERS)), "planning", UNKNOWN
-    ),
-    "an own one of an unknown class": Fault(
-        ALL, lambda: run(own(lambda m: ByHand(m.parameters(), **NUMBERS)), None), "first step", UNKNOWN
-    ),
-    "the same with its family": Fault(
-        ALL, lambda: run(own(lambda m: ByHand(m.parameters(), **NUMBERS)), None, family="adamw"), None
-    ),
-    "lr from an attribute": Fault("lr", declared("lr"), "first step", UNREAD),
-    "eps from an attribute": Fault("eps", declared("eps"), "first step", UNREAD),
-    "decay from an attribute": Fault("decay", declared("weight_decay"), "first step", UNREAD),
-    "numbers from the groups": Fault(ALL, declared(""), None),
-    **{
-        f"{key} from an attribute, that of the groups read": Fault(key, declared(key, True), "first step", UNREAD)
-        for key in NUMBERS
-    },
-    "update written in optimizer_step": Fault(ALL, in_optimizer_step, "first step", MOVED),
-    "weights clamped before the second batch": Fault(
-        "std", lambda: before_second_batch(clamp), None, "Weights were changed after"
-    ),
-    "weights tied after the first step": Fault("lr", lambda: after_batches(tied), "first step", EXCHANGED),
-    "weight_norm after the first step": Fault("lr", lambda: after_batches(normed), "first step", EXCHANGED),
-    "readout made anew after the first step": Fault(ALL, lambda: after_batches(made_anew), None, IDLE),
-    "decay written beside the optimizer": Fault("decay", decay_by_hand, "first step", CHANGED_IN),
-    "readout in no optimizer, moved by hand": Fault(ALL, lambda: partly(move_readout), "first step", MOVED),
-    "readout in no optimizer": Fault(ALL, lambda: partly(None), None, IDLE),
-    "readout in no optimizer, moved after the batch": Fault(ALL, readout_after_batches, "first step", MOVED),
-    "lr set in the step of its class": Fault(
-        "lr",
-        lambda: run(own(lambda m: WarmUp(m.parameters(), **NUMBERS)), None, family="adamw"),
-        "first step",
-        "WarmUp sets lr",
-    ),
-    "decay written after the batch": Fault(
-        "decay", lambda: after_batches(decay_all, weight_decay=0.0), None, "Weights were changed after"
-    ),
-    "weights clamped after the batch": Fault("std", lambda: after_batches(clamp), None, "Weights were changed after"),
-    "folded gradients clipped by hand, which does not bind": Fault(
-        "multiplier", lambda: clipped_by_hand(1e6), None, "Gradients were changed between"
-    ),
-    "folded gradients clipped by hand": Fault("multiplier", clipped_by_hand, None, "Gradients were changed between"),
-    "SAM that climbs, folded": Fault(
-        "multiplier",
-        lambda: run(optimizer=lambda m: Climbing(adamw(m)), residual="fold"),
-        None,
-        "Weights are moved in the first step",
-    ),
-    "LBFGS": Fault("lr", lambda: run(optimizer=lambda m: optim.LBFGS(m.parameters())), "planning", "LBFGS cannot"),
-    "one rate for all groups": Fault(
-        "lr", lambda: run(optimizer=lambda m: OneRate(m.parameters()), family="adamw"), "planning", "OneRate estimates"
-    ),
-    "without Optimizer.__init__": Fault(ALL, lambda: run(optimizer=Bare, family="sgd"), "planning", "Bare has not called"),
+    "without Optimizer.__init__": (ALL, "planning", "Bare has not called", returned(Bare, family="sgd")),
 }  # fmt: skip
+_WARNED: dict[str, tuple[str, str, Callable[[], Run]]] = {
+    "weights clamped before the second batch": ("std", CHANGED, lambda: before_second_batch(clamp)),
+    "weights clamped after the batch": ("std", CHANGED, lambda: after_batches(clamp)),
+    "decay written after the batch": ("decay", CHANGED, lambda: after_batches(decay_all, weight_decay=0.0)),
+    "readout made anew after the first step": (ALL, IDLE, lambda: after_batches(made_anew)),
+    "readout in no optimizer": (ALL, IDLE, lambda: partly(None)),
+    "folded gradients clipped by hand, which does not bind": ("multiplier", GRADIENTS, lambda: clipped_by_hand(1e6)),
+    "folded gradients clipped by hand": ("multiplier", GRADIENTS, clipped_by_hand),
+    "SAM that climbs, folded": (
+        "multiplier", "Weights are moved in the first step", returned(lambda m: Climbing(adamw(m)), residual="fold")
+    ),
+}  # fmt: skip
+UPDATES = {
+    **{name: Fault(ALL, plant, None) for name, plant in _RIGHT.items()},
+    **{name: Fault(loses, plant, stops, words) for name, (loses, stops, words, plant) in _STOPPED.items()},
+    **{name: Fault(loses, plant, None, words) for name, (loses, words, plant) in _WARNED.items()},
+}

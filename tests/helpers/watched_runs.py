@@ -123,7 +123,7 @@ def build_base() -> nn.Module:
     return ResNet(**SHAPE | {"depth": 2})
 
 
-def coupled(seed: int = 0) -> MLUCallback:
+def couple(seed: int = 0) -> MLUCallback:
     return MLUCallback(build_base, init="coupled", seed=seed)
 
 

@@ -122,14 +122,19 @@ def test_multipliers_of_a_part_and_a_handle_that_is_removed() -> None:
     Lit().load_state_dict(fold(module, Plan.from_model(module, loading.TOKENS, base=base)).state_dict())
 
 
-def test_loads_that_are_not_strict_are_warned_about() -> None:
-    hooked, folded = fitted("hook")[0], fitted("fold")[0]
-    with pytest.warns(
-        UserWarning, match=r"those of a module with multipliers in hooks, and this one .* in its weights"
-    ):
-        folded.load_state_dict(hooked.state_dict(), strict=False)
+@pytest.mark.parametrize("part", [lambda module: module, lambda module: module.net, lambda module: module.net.blocks])
+def test_loads_that_are_not_strict_are_warned_about(part: Any, recwarn: Any) -> None:
+    """Into a plain module they are right, or nothing of this package is there to see them."""
+    hooked, folded = part(fitted("hook")[0]), part(fitted("fold")[0])
+    recwarn.clear()
+    for into, state in ((part(Lit()), folded), (hooked, hooked), (folded, folded)):
+        into.load_state_dict(state.state_dict(), strict=False)
+    assert not recwarn
     with pytest.warns(UserWarning, match="not marked as those of a module with multipliers in hooks, as this one is"):
         hooked.load_state_dict(folded.state_dict())
+    if isinstance(folded, Lit):  # parts that hold their multipliers are plain modules
+        with pytest.warns(UserWarning, match=r"of a module with multipliers in hooks, and this one .* in its weights"):
+            folded.load_state_dict(fitted("hook")[0].state_dict(), strict=False)
 
 
 class Renames(Lit):

@@ -11,6 +11,7 @@ import torch
 from helpers.architecture_runs import built
 from helpers.architectures import ARCHITECTURES
 from helpers.faulty_functions import BASE, GROWN, TOKENS, Language, Signs
+from helpers.recurrences import Model, batches
 from torch import nn
 from torch.nn import functional
 
@@ -48,7 +49,14 @@ def one_multiplied_again(module: Language) -> None:
     module.blocks[5].register_forward_hook(lambda module, args, output: output / 4)
 
 
+def becomes(fault: str) -> Callable[[Language], None]:
+    return lambda module: setattr(module, "fault", fault)
+
+
 COMPENSATED = ["sqrt(D) on embeddings", "1/L on branches", "D^-1/2 on logits", "tied, D^-1/2 before the readout"]
+# where branches read the stream as it is, a constant on it is that of what made it
+COMPENSATED += ["bare, sqrt(D) on embeddings", "bare, sqrt(D) in training"]
+WRITTEN = "the residual branch of blocks.*.norm.bias, blocks.*.norm.weight"
 
 
 @pytest.mark.parametrize("put", [attach_multipliers, fold])
@@ -95,6 +103,8 @@ def test_what_a_pass_writes_to_parameters_is_put_back() -> None:
         ("tied, D^-1/2 before the readout", "tokens.weight", 1 / 2, 1 / 4),
         (multiplied_again, "blocks.0.write.weight", 1 / 4, 1 / 16),
         (one_multiplied_again, "blocks.5.write.weight", 1 / 4, 1 / 16),
+        (becomes("applied twice"), f"how often {WRITTEN} is applied", 1, 2),
+        (becomes("not added"), f"what {WRITTEN} adds", 1 / 4, 0),
         (drawn_again, "blocks.0.write.weight", 1 / 4, math.nan),
     ],
 )
@@ -105,9 +115,8 @@ def test_faults_are_named_with_what_was_expected_and_found(
     module, base, plan, example = planned(named, seen=named[:4] if named.startswith("tied") else "")
     if not isinstance(fault, str):
         fault(module)
-    certain = {
-        each.what.partition(" (")[0].partition(" and ")[0]: each for each in deviations(module, base, plan, example)
-    }
+    found_ones = deviations(module, base, plan, example)
+    certain = {each.what.partition(" (")[0].partition(" and ")[0]: each for each in found_ones}
     assert certain[name].is_certain
     assert certain[name].expected == pytest.approx(expected)
     if not math.isnan(found):
@@ -158,6 +167,16 @@ def test_what_is_left_as_it_was_built_is_no_fault(name: str, of_base: Any, of_mo
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "post-norm decoder", "basic resnet"])
 def test_no_false_alarm(name: str) -> None:
     _assert_no_alarm(name, (3, 4, 32), seeds=1)
+
+
+@pytest.mark.parametrize("kind", ["gru", "deltanet", "slstm"])
+def test_steps_of_a_recurrence_are_no_branches(kind: str) -> None:
+    base, module = Model(kind, 1, 4, 8), Model(kind, 3, 8, 16)
+    (batch,) = batches(1)
+    plan = Plan.from_model(module, batch, base=base)
+    assert not plan.warnings
+    fold(initialize(module, plan), plan)
+    assert not deviations(module, base, plan, batch)
 
 
 @pytest.mark.slow

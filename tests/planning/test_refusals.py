@@ -46,11 +46,7 @@ CASES: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"^Parameters of Net have no shape yet: embed\.weight, embed\.bias\. .*lazy.*base.*setup",
     ),
-    "complex": (
-        waves,
-        ValueError,
-        r"^Parameters of Net are complex: blocks\.0\.modes, .*blocks\.\*\.modes.*frozen",
-    ),
+    "complex": (waves, ValueError, r"^Parameters of Net are complex: blocks\.0\.modes, .*blocks\.\*\.modes.*frozen"),
     "key": (
         failing(KeyError("y")),
         RuntimeError,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from mlu_lightning.tuning.found import Estimate
 from recipes.lr_transfer import figures, report, search
 from recipes.lr_transfer.run import STUDIES
 from recipes.lr_transfer.runs import Run, Study
@@ -74,10 +75,10 @@ def test_nothing_is_extrapolated() -> None:
 
 def test_error_is_that_of_numpy() -> None:
     values = (0.3, -0.1, 0.7, 0.2)
-    found = search.Estimate.over(1.0, values)
+    found = Estimate.over(values, 1.0)
     assert (found.value, found.error) == (1.0, pytest.approx(np.std(values, ddof=1) / 2))
-    assert math.isnan(search.Estimate.over(1.0, (0.3,)).error) and search.Estimate(1.0, math.nan).text(2) == "1.00"
-    assert search.Estimate(-0.123, 0.0456).text(2) == "-0.12 ± 0.05"
+    assert math.isnan(Estimate.over((0.3,), 1.0).error) and Estimate(1.0, math.nan).text(2) == "1.00"
+    assert Estimate(-0.123, 0.0456).text(2) == "-0.12 ± 0.05"
 
 
 def test_search_and_its_result(study: Study, shared: dict[Any, str]) -> None:

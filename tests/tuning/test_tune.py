@@ -181,12 +181,8 @@ def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 
 
 def test_gains_are_of_pairs_and_signed() -> None:
-    trials = (
-        TrialRecord(0, {}, 1.0),
-        TrialRecord(1, {}, 3.0),
-        TrialRecord(2, {}, 2.0, "stopped"),
-        TrialRecord(3, {}, None),
-    )
+    values = enumerate(((1.0, ""), (3.0, ""), (2.0, "stopped"), (None, "")))
+    trials = tuple(TrialRecord(number, {}, *value) for number, value in values)
     for mode, sign, first in (("min", 1, 0), ("max", -1, 1)):
         found = Tuning("loss", mode, (), trials, {}, ([3.0, 5.0, 4.0], [2.0, 3.0, 3.0]))  # type: ignore[arg-type]
         assert found.gain == Estimate(sign * 4 / 3, pytest.approx(1 / 3))
