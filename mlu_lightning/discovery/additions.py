@@ -26,6 +26,7 @@ from mlu_lightning.discovery.graph import (
 )
 from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
+_BENDING, _ARRANGED = NONLINEAR - POOLS, RESHAPES | PARTS | JOINS
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax", "LogSoftmax"})
 _ELEMENTWISE = (RESHAPES | PARTS | ARITHMETIC | NONLINEAR | {"Neg", "Where", "MaskedFill"}) - _SOFTMAXES
 """Operations that do not mix tokens or coordinates."""
@@ -69,11 +70,8 @@ def _chain(op: Op) -> list[Op]:
 
 
 def _only_operand(op: Op, activated: Collection[Op] = ()) -> Op | None:
-    """The one tensor that an operation, or most of it, is linearly made of, maybe of its parts; None if there are others.
-
-    It may be an activation or a loss of those that are ``activated``.
-    """
-    if op.name in NONLINEAR - POOLS and op.data and op.data[0].source not in activated:
+    """The one tensor that most of an operation is linearly made of, or an activation of one of these; None if none is."""
+    if op.name in _BENDING and op.data and op.data[0].source not in activated:
         return None
     if op.name not in ("Cat", "Stack") or len(op.data) == 1:
         return op.data[0] if len(op.data) == 1 else None
@@ -86,7 +84,7 @@ def _only_operand(op: Op, activated: Collection[Op] = ()) -> Op | None:
 def _parts_of(op: Op) -> Iterator[Op]:
     """An operation, and what it is a part of, or pools, repeats or shifts a part of."""
     yield op
-    while len(op.data) == 1 and op.name in RESHAPES | PARTS | JOINS:
+    while len(op.data) == 1 and op.name in _ARRANGED:
         op = op.data[0]
         yield op
 
@@ -162,15 +160,12 @@ class _Search:
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
         """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
         *_, branch = _normed(branch)
-        if branch not in found or self._changes_dimension(found[branch]):
+        addition = found.get(branch)
+        beside = takewhile(lambda op: op.source is not addition.root, self.chains[addition.stream]) if addition else ()
+        if addition is None or any(map(self.graph.is_matrix, beside)):
             return False
         begin = min(self._line(branch, found), key=lambda op: op.index)
         return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
-
-    def _changes_dimension(self, addition: Addition) -> bool:
-        """Whether the stream goes through a matrix beside the branch of an addition."""
-        beside = takewhile(lambda op: op.source is not addition.root, self.chains[addition.stream])
-        return any(map(self.graph.is_matrix, beside))
 
     def _is_nonlinear(self, branch: Op, root: Op) -> bool:
         """Whether a branch is a nonlinear function of a stream; of data, one of hidden units, or it embeds them, too."""

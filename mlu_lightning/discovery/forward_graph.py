@@ -69,7 +69,7 @@ def _operations(
         parameter = names.get(id(leaf)) if leaf is not None else None
         is_data = parameter is None or parameter in begins
         if operands:
-            is_data = node not in weights and _takes_data(name, operands, values)
+            is_data = bool(values) or (node not in weights and _takes_data(name, operands, values))
         shapes, data = tuple(tuple(meta.shape) for meta in node._input_metadata), tuple(op for op, _ in values)
         ops += _written_out(Op(len(ops), name, shapes, operands, values, data, is_data, parameter, node))
         by_node[node] = ops[-1]

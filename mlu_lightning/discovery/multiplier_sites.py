@@ -31,6 +31,7 @@ from mlu_lightning.utilities.names import planned_part
 
 _HOMOGENEOUS = POOLS | {"Relu", "LeakyRelu"}
 """Nonlinear operations that a positive factor goes through."""
+_PASSES = RESHAPES | JOINS | _HOMOGENEOUS | {"Mul", "Div", "Bmm", "Select", "Slice"}
 
 
 @dataclass(frozen=True)

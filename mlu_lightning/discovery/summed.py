@@ -70,6 +70,9 @@ class _Sums:
             if op in self.additions or (linear and not op.name.endswith("Softmax") and not line.isdisjoint(op.data)):
                 line.add(op)
         line |= {op for op in outside if self.latest[op] < 0 or op in self.head}
+        line -= {
+            op for s in streams for op in s.link if graph.uses.get(op)
+        }  # of keys, which nothing adds further ones to
         self.sums = [op for op in graph.ops if op in outside & line and op.name in ("Add", "Sub") and op.shape != ()]
         self.summands = [summand for op in self._totals() for summand in self._summands(op)]
         self.alone = self._alone()

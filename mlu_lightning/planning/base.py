@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -128,10 +129,11 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             "needs, do not exist. Build the base on a real device; it is the small model."
         )
     stds = {name: _std(name, value, structure.roles[name], module) for name, value in values.items()}
+    counted = attrgetter("active", "uses", "variant", "constant", "repeats")
     scales, constants = own_factors(structure, "logits_scale"), own_factors(structure, "constant")
     return Base(
         parameters={
-            name: BaseParameter(structure.roles[name], f.shape, (f.fan_in, f.fan_out), stds[name], *_counted(f))
+            name: BaseParameter(structure.roles[name], f.shape, (f.fan_in, f.fan_out), stds[name], *counted(f))
             for name, f in structure.parameters.items()
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
@@ -142,10 +144,6 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
         readouts={readout.parameter: readout.constant for readout in structure.readouts},
         additions=structure.additions,
     )
-
-
-def _counted(facts: ParameterFacts) -> tuple[int, int, Variant | None, float | None, int | None]:
-    return facts.active, facts.uses, facts.variant, facts.constant, facts.repeats
 
 
 def _std(name: str, parameter: nn.Parameter, role: Role, module: nn.Module) -> float | None:
