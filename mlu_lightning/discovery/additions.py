@@ -243,9 +243,7 @@ class _Search:
             around = [outer for outer in around if outer.root.index < addition.op.index]
             outer = next((outer for outer in around if self._is_within(addition, outer, of)), None)
             last = continued.get(addition.op)
-            if outer is None or not (
-                last is None or last is outer.branch or self.ancestry.precedes(last, outer.branch)
-            ):
+            if outer is None or not (last in (None, outer.branch) or self.ancestry.precedes(last, outer.branch)):
                 kept.append(addition)
                 around.append(addition)
                 for op in _normed(addition.root):

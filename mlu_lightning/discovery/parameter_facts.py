@@ -266,16 +266,14 @@ def _places_along_depth(uses: list[PlacedUse]) -> int:
 
 def _places_that_read(graph: Graph, regions: list[Region]) -> dict[Op, Places]:
     """Positions of the additions, by stream, that each operation leads to before any other; parts lead to their own."""
-    of_addition = {
-        r.branch.region.addition: frozenset([(r.stream, r.position)]) for r in regions if r.branch is not None
-    }
+    added = {r.branch.region.addition: frozenset([(r.stream, r.position)]) for r in regions if r.branch is not None}
     found: dict[Op, Places] = {}
     for op in reversed(graph.ops):
         parts: dict[object, Places] = defaultdict(frozenset)
         for user in graph.users[op]:
             taken = tuple(map(user.saved, TAKEN)) if user.name in PARTS else None
             for output in {number for operand, number in user.values if operand is op}:
-                parts[output, taken] |= of_addition.get(user, found[user])
+                parts[output, taken] |= added.get(user, found[user])
         found[op] = max(parts.values(), key=len, default=frozenset())
     return found
 

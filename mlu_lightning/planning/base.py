@@ -209,9 +209,7 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern_of_parts(name) for name in structure.parameters}
-    others = {
-        pattern: names[0] for pattern, names in by_pattern.items() if name_pattern_of_parts(pattern) not in patterns
-    }
+    others = {p: names[0] for p, names in by_pattern.items() if name_pattern_of_parts(p) not in patterns}
     missing = [name for name in others.values() if base.parameters[name].role is not Role.FROZEN]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:
