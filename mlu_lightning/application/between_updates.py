@@ -36,15 +36,13 @@ class BetweenUpdates:
 
     def after_backward(self, trained: Mapping[str, Tensor]) -> None:
         """Look at weights in the middle of a step, and note gradients."""
-        folded = {name: parameter for name, parameter in trained.items() if name in self._folded}
-        moved = self._moved(samples(folded))
-        if moved:
+        if moved := self._moved(samples({name: p for name, p in trained.items() if name in self._folded})):
             self._say(
                 f"Weights are moved in the first step before their update: {listed(moved)}. They have multipliers in them, "
                 "so it is not as far as in the same run with hooks, as where SAM climbs before it descends. Give "
                 'MLUCallback residual="hook" for that.'
             )
-        gradients = {name: grad for name, p in folded.items() if (grad := p.grad) is not None}
+        gradients = {name: grad for name, p in trained.items() if (grad := p.grad) is not None}
         self._gradients, self._versions = samples(gradients), {n: (id(g), g._version) for n, g in gradients.items()}
         self._edits = vars(self._module).get(EDITS, 0)
 
@@ -52,13 +50,17 @@ class BetweenUpdates:
         """Look whether somebody has changed gradients."""
         before = {name: self._gradients.pop(name) for name in {*own} & {*self._gradients}}
         gradients = {name: grad for name in before if (grad := own[name].grad) is not None}
-        changed = [
-            name for name, now in samples(gradients).items() if self._is_changed(name, before[name], now, gradients)
-        ]
-        if changed and self._edits == vars(self._module).get(EDITS, 0):
+        now = samples(gradients) if self._edits == vars(self._module).get(EDITS, 0) else {}
+        if decayed := [n for n in sorted({*now} & {*self._weights}) if before[n].has_part_of(self._weights[n], now[n])]:
+            self._say(
+                f"Gradients were changed by a part of the weights themselves, as an L2 decay does: {listed(decayed)}. It is "
+                "the same for all roles, whose plan has one for each: leave it to the optimizer's weight_decay."
+            )
+        left = sorted(({*now} & self._folded) - {*decayed})
+        if changed := [name for name in left if self._is_changed(name, before[name], now[name], gradients)]:
             self._say(
                 "Gradients were changed between backward and the first updates, or multiplied by 1, as by clipping that "
-                f"does not bind yet: {listed(sorted(changed))}. Of weights that have multipliers in them they are larger by "
+                f"does not bind yet: {listed(changed)}. Of weights that have multipliers in them they are larger by "
                 "1/multiplier, so what clips, limits or adds to them does something else than in the same run with hooks. "
                 "Let Lightning clip (gradient_clip_val, configure_gradient_clipping, self.clip_gradients), do it in "
                 "unfolded_gradients(module, plan), and in "

@@ -73,7 +73,7 @@ def load_plan(module: nn.Module, checkpoint: Mapping[str, Any]) -> Plan | None:
     if not present.is_of(plan):
         raise ValueError(
             "The checkpoint is of a run with another plan than the one in effect on the module. Give MLUCallback "
-            "the base, overrides and alpha of that run, or its plan, and a module that was built anew."
+            "the base, overrides, alpha and tuned of that run, or its plan, and a module built anew."
         )
     return plan
 

@@ -34,14 +34,13 @@ def unfolded_gradients(module: nn.Module, plan: Plan) -> Iterator[None]:
         plan: its plan.
 
     Raises:
-        ValueError: if the plan's multipliers are not in the module, as they are not in a wrapper of it.
+        ValueError: if the plan's multipliers are not in the module.
 
     >>> from mlu_lightning import Role, fold
     >>> from mlu_lightning.planning import Multiplier, ParameterPlan
-    >>> module = nn.Linear(1, 1, bias=False)
     >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), fans=(1, 1), base_fans=(1, 1), depth=4)
     >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.25, None, ("weight",)),))
-    >>> module = fold(module, plan)
+    >>> module = fold(nn.Linear(1, 1, bias=False), plan)
     >>> module.weight.grad = torch.tensor([[4.0]])
     >>> with unfolded_gradients(module, plan):
     ...     norm = nn.utils.clip_grad_norm_(module.parameters(), 2.0)
@@ -79,14 +78,13 @@ def unfolded_weights(module: nn.Module, plan: Plan) -> Iterator[None]:
         plan: its plan.
 
     Raises:
-        ValueError: if the plan's multipliers are not in the module, as they are not in a wrapper of it.
+        ValueError: if the plan's multipliers are not in the module.
 
     >>> from mlu_lightning import Role, fold
     >>> from mlu_lightning.planning import Multiplier, ParameterPlan
-    >>> module = nn.Linear(1, 1, bias=False)
     >>> weight = ParameterPlan(Role.BRANCH_OUT, (1, 1), fans=(1, 1), base_fans=(1, 1), depth=4)
     >>> plan = Plan({"weight": weight}, (), (), (Multiplier("mlp", "branch", 0.25, None, ("weight",)),))
-    >>> module = fold(module, plan)
+    >>> module = fold(nn.Linear(1, 1, bias=False), plan)
     >>> with unfolded_weights(module, plan), torch.no_grad():
     ...     limited = module.weight.fill_(8.0).clamp_(max=2.0)
     >>> module.weight.item()

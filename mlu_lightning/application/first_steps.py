@@ -41,8 +41,7 @@ def verify_steps(module: nn.Module, plan: Plan, *scaled: Scaled) -> None:
     >>> from mlu_lightning.planning import ParameterPlan
     >>> module = nn.Linear(1, 1, bias=False)
     >>> entry = ParameterPlan(Role.STREAM_MATRIX, (1, 1), fans=(4, 1), base_fans=(1, 1))
-    >>> plan = Plan({"weight": entry}, (), (), ())
-    >>> optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    >>> plan, optimizer = Plan({"weight": entry}, (), (), ()), torch.optim.SGD(module.parameters(), lr=0.5)
     >>> verify_steps(module, plan, scale_optimizer(optimizer, module, plan))
     >>> module(torch.ones(1)).sum().backward()
     >>> optimizer.step()

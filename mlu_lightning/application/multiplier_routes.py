@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from mlu_lightning.application.applied import residual_state
+from mlu_lightning.application.applied import folded_parameters, residual_state
 from mlu_lightning.application.hooks import products, sites_seen, track
 from mlu_lightning.application.plan_names import plan_names
-from mlu_lightning.discovery.graph import LOOKUPS, WEIGHT_SLOTS
+from mlu_lightning.discovery.graph import LOOKUPS, PARTS, RESHAPES, SELECTIONS, WEIGHT_SLOTS
 from mlu_lightning.planning import Multiplier, Plan
 from mlu_lightning.utilities.autograd_nodes import nodes_below
 from mlu_lightning.utilities.names import listed
@@ -27,6 +27,7 @@ class ActingMultipliers:
         applied = residual_state(module)
         self._all = [*applied.acting] if applied is not None else []
         self._hooks = () if applied is None else applied.hooks
+        self._folded = folded_parameters(module)
         self._looked = False
         of_branch: dict[str, list[str]] = {}
         for name, parameter in plan.parameters.items():
@@ -60,11 +61,18 @@ class ActingMultipliers:
         self._looked = True
         multiplied, seen = products(self._hooks), sites_seen(self._hooks)
         looked_at = [m for m in self._all if m.site in multiplied and (multiplied[m.site] or m.site not in seen)]
-        if not looked_at:
+        if not looked_at and not self._folded:
             return
         found = routes(loss, [multiplied[m.site] for m in looked_at if m.site is not None])
         names = plan_names(self._module, self._plan)
         by_name = {names[id(p)]: found[id(p)] for p in self._module.parameters() if id(p) in found}
+        uses = {name: by_name[name].uses for name in self._folded if name in by_name}
+        if again := [name for name, of_it in uses.items() if of_it & _MAPS and of_it - _MAPS]:
+            raise ValueError(
+                f"The plan has put multipliers into {listed(sorted(again))}, which the loss also depends on in another way, "
+                "as with a penalty on weights, so it is not that of the same run with hooks. Let the plan be made with this "
+                "loss, with base=...: such multipliers stay in hooks then."
+            )
         for number, multiplier in enumerate(looked_at):
             of_inputs = multiplier.site is not None and multiplier.site.where == "input"
             found_by = {name: by_name[name] for name in multiplier.folds if name in by_name}
@@ -96,6 +104,7 @@ _REMEDY = (
     'attached. Call the module, or put the multiplier into the weights: residual="fold", or fold(module, plan).'
 )
 _COMPILED = "CompiledFunction"
+_MAPS = WEIGHT_SLOTS.keys() | LOOKUPS | RESHAPES | PARTS | SELECTIONS | {_COMPILED}
 
 
 @dataclass(frozen=True)

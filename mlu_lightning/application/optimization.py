@@ -151,10 +151,11 @@ class ScaledOptimizer:
         self._users: list[Group] | None = None  # the user's groups, while the shadows are in their place
         self._aside: list[Group] | None = None  # the shadows, while a state_dict in the update has the user's groups
         self.watch: Watch | None = None
-        self._splits = [self._split(index) for index in range(len(optimizer.param_groups))]
+        self.splits = [self._split(index) for index in range(len(optimizer.param_groups))]
         self._hooks: list[RemovableHandle] = []
         self._step_before = vars(optimizer).get("step")
-        self._entry: RemovableHandle | None = None  # the last of the hooks before the update that goes on
+        self._inner: list[RemovableHandle] = []  # the last hook before the update that goes on, and the first after it
+        self._told = True  # whether what watches knows that the update was made
         # unless somebody has put another step in its place; schedulers wrap it
         step, own = type(optimizer).step, getattr(optimizer.step, "__func__", optimizer.step)
         self._hooked = getattr(step, "hooked", False) and inspect.unwrap(own) is inspect.unwrap(step)
@@ -167,11 +168,6 @@ class ScaledOptimizer:
         self._hooks.append(self.optimizer.register_state_dict_post_hook(lambda _, state: self._after_saving(state)))
         self._take_own()
         vars(self.optimizer)["step"] = self._step
-
-    @property
-    def splits(self) -> list[Split]:
-        """Groups of the user's, with their shadows."""
-        return self._splits
 
     @property
     def swapped(self) -> bool:
@@ -236,16 +232,16 @@ class ScaledOptimizer:
         if args and args[0] is not None:
             return (self._outside(args[0]), *args[1:]), kwargs
         if self._hooked:
-            self._entry = self.optimizer.register_step_pre_hook(lambda *_: self._swap_in() if self.updates else None)
+            begin = lambda *_: self._swap_in() if self.updates else None  # noqa: E731
+            self._inner.append(self.optimizer.register_step_pre_hook(begin))
         else:
             self._swap_in()
         return args, kwargs
 
     def end(self) -> None:
         """Let the optimizer have the user's groups again."""
-        if self._entry is not None:
-            self._entry.remove()
-            self._entry = None
+        while self._inner:
+            self._inner.pop().remove()
         self._swap_out()
         self.updates = False
 
@@ -265,16 +261,20 @@ class ScaledOptimizer:
         if self._users is not None:
             return  # a step that calls that of its parent class
         groups = self.optimizer.param_groups
-        current = [*self._splits, *[None] * len(groups)]
+        current = [*self.splits, *[None] * len(groups)]
         # groups are added, and load_state_dict replaces them
-        self._splits = [
+        self.splits = [
             split if split is not None and split.is_of(group) else self._split(index)
             for index, (split, group) in enumerate(zip(current, groups, strict=False))
         ]
         self._take_own()
         if self.watch is not None:
             self.watch.before_update(self)
-        shadows = [group for split in self._splits for group in split.groups_of_step(self.optimizer)]
+            self._told = False
+            if self._hooked:  # hooks after it may change weights
+                self._inner.append(first := self.optimizer.register_step_post_hook(lambda *_: self._updated()))
+                self.optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+        shadows = [group for split in self.splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
 
@@ -282,11 +282,16 @@ class ScaledOptimizer:
         if self._users is None:
             return
         self.optimizer.param_groups[:] = self._users
-        if self.watch is not None:
-            self.watch.after_update(self)
-        for split in self._splits:
+        self._updated()
+        for split in self.splits:
             split.give_back()
         self._users = None
+
+    def _updated(self) -> None:
+        """Tell what watches that the update was made."""
+        if not self._told and self.watch is not None:
+            self._told = True
+            self.watch.after_update(self)
 
     def _before_saving(self) -> None:
         """Let a state_dict have the user's groups, also in the middle of an update."""
@@ -328,12 +333,12 @@ class ScaledOptimizer:
 
     def _take_own(self) -> None:
         """Take from groups what their shadows have now."""
-        for split in self._splits:
+        for split in self.splits:
             split.user.pop(_OWN, None)
 
     def _save_own(self, groups: list[Group]) -> None:
         """Keep in groups what their shadows have of their own, so that a resumed run goes on with it."""
-        for split, user, group in zip(self._splits, self.optimizer.param_groups, groups, strict=False):
+        for split, user, group in zip(self.splits, self.optimizer.param_groups, groups, strict=False):
             own = split.own() if split.is_of(user) else []
             if any(own):
                 group[_OWN] = own

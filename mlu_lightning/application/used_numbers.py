@@ -36,18 +36,15 @@ def refuse_other_numbers(
             numbers = _numbers(before, after, gradient, family in _BY_SIGN) if family in _FITTED else {}
             for key, number in numbers.items():
                 # what the group does not have is the step's own, and so the base's
-                wanted = float(shadow.given.get(key) or getattr(scale, key))
-                used[key][name] = number, wanted
+                used[key][name] = number, float(shadow.given.get(key) or getattr(scale, key))
     for key, of_names in used.items():
-        planned_numbers = [each for _, each in of_names.values()]
-        ratios = [number / each for number, each in of_names.values()]
-        if max(planned_numbers) > 1.1 * min(planned_numbers) and max(ratios) > 1.1 * min(ratios):
+        wanted, ratios = zip(*((each, number / each) for number, each in of_names.values()), strict=True)
+        if max(wanted) > 1.1 * min(wanted) and max(ratios) > 1.1 * min(ratios):
             raise ValueError(
-                f"An optimizer has updated {listed(sorted(of_names))} with a number of its own for {key}, which is from "
-                f"{min(ratios) / max(ratios):.2g} to 1 times in proportion to the plan's: one for all, from elsewhere than "
-                "its parameter groups, or one that depends on a weight's size or shape, as in LARS and LAMB. Let its step "
-                f"use group[{key!r}] of the group that it updates, as it is in that step, and nothing else; copies of it, "
-                "and what is in defaults, are the base's."
+                f"An optimizer has updated {listed(sorted(of_names))} with a number of its own for {key}: one for all, from "
+                "elsewhere than its parameter groups, or one that depends on a weight's size or shape, as in LARS and LAMB. "
+                f"Let its step use group[{key!r}] of the group that it updates, as it is in that step, and nothing else; "
+                "copies of it, and what is in defaults, are the base's."
             )
 
 

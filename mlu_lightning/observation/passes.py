@@ -50,13 +50,13 @@ def follow(module: nn.Module, example: Any, roles: Mapping[str, Role], training:
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     device = next(iter(parameters.values())).device
 
-    def converted(leaf: Tensor) -> Tensor:
-        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+    def copied(leaf: Tensor) -> Tensor:
+        return leaf.to(device, dtype if leaf.is_floating_point() else None, copy=True)
 
     def is_(name: str, *wanted: Role) -> bool:
         return roles.get(name) in wanted
 
-    batch = copied_batch(example, lambda leaf: converted(leaf.clone()))
+    batch = copied_batch(example, copied)
     gradients = {parameter: parameter.grad for parameter in parameters.values()}
     kept = KeptValues(module.parameters())
     flow = Dataflow(parameters, [name for name in parameters if is_(name, Role.EMBEDDING)], batch, kept)

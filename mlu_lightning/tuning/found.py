@@ -148,7 +148,7 @@ class Tuning:
         of_seeds = "1 other seed" if seeds == 1 else f"{seeds} other seeds"
         numbers = f"{self.metric} {default} with the default, {best} with the factors found, over {of_seeds}"
         if not self.gain.is_convincing:
-            unknown = math.isnan(self.gain.error) and not math.isinf(self.gain.value)
+            unknown = math.isnan(self.gain.error) and 0 < self.gain.value < math.inf
             what = "Perhaps a gain, but one seed does not tell it from noise" if unknown else "No gain"
             return f"{what}: {numbers} (difference {self.gain}). The default is written."
         return f"Gain {self.gain}: {numbers}."

@@ -51,6 +51,15 @@ class Sample:
             return True
         return math.frexp(ratio)[0] == 0.5 and torch.equal(self.values * ratio, other.values)
 
+    def has_part_of(self, third: Sample, other: Sample) -> bool:
+        """Whether the other's values are a multiple of these and, by more than rounding, one of the third's."""
+        columns = torch.stack([self.values, third.values], dim=1).double()
+        values = other.values.double()[:, None]
+        if len(values) < 4 or self.is_of(other) or not bool(columns.isfinite().all() and values.isfinite().all()):
+            return False
+        parts = torch.linalg.lstsq(columns, values, driver="gelsd").solution
+        return bool((values - columns @ parts).norm() < 1e-3 * (columns[:, 1] * parts[1]).norm())
+
 
 @torch.no_grad()
 def samples(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:

@@ -81,7 +81,7 @@ def test_plain_checkpoint_is_warned_about_in_an_evaluation(checkpoints: dict[str
 
 
 def test_checkpoint_of_another_plan_is_refused(checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"run with another plan .* base, overrides and alpha of that run"):
+    with pytest.raises(ValueError, match=r"run with another plan .* base, overrides, alpha and tuned of that run"):
         fit(Net(**WIDE), MLUCallback(Net(depth=1), residual="hook"), ckpt_path=checkpoints["hook"])
 
 

@@ -62,6 +62,17 @@ def run(step: Any = None, optimizer: Any = ..., **settings: Any) -> Run:
     return Run(module, [], [], settings)
 
 
+def at(hook: str, do: Callable[[Module], Any], number: int = 0, *args: Any, **settings: Any) -> Callable[[], Run]:
+    """Something is done in a hook of a callback, when so many steps were made."""
+
+    def plant() -> Run:
+        planted = run(*args, **settings)
+        planted.after.append(At(hook, lambda _, module: do(module), number))
+        return planted
+
+    return plant
+
+
 @dataclass(frozen=True)
 class Fault:
     """What is lost, how it is planted, where it stops, None if it does no harm, and the beginning of the message."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn, optim
 
 from helpers.faulty_runs import At
 from helpers.planted_optimizers import Bare, ByHand, Climbing, OneRate, OwnNumbers
-from helpers.planted_runs import NUMBERS, Fault, Module, Run, run
+from helpers.planted_runs import NUMBERS, Fault, Module, Run, at, run
 from helpers.planted_weights import normed, tied
 
 
@@ -60,11 +60,6 @@ class Sam(optim.Optimizer):
                 parameter -= self.param_groups[0]["lr"] * parameter.grad
 
 
-def phases(optimizer: Any) -> None:
-    optimizer.first_step()
-    optimizer.second_step()
-
-
 def descend(module: nn.Module, loss: Tensor) -> None:
     loss.backward()
     with torch.no_grad():
@@ -78,15 +73,12 @@ def descend_in_foreach(module: Module, loss: Tensor) -> None:
     torch._foreach_add_([p.data for p in parameters], [p.grad for p in parameters], alpha=-0.01)
 
 
-def in_backward(update: Callable[[nn.Parameter], Callable[[Tensor], None]]) -> Run:
-    planted = run(lambda module, loss: module.manual_backward(loss), None)
-
-    def register(trainer: Any, module: Module) -> None:
+def in_backward(update: Callable[[nn.Parameter], Callable[[Tensor], None]]) -> Callable[[], Run]:
+    def register(module: Module) -> None:
         for parameter in module.parameters():
             parameter.register_post_accumulate_grad_hook(update(parameter))
 
-    planted.after.append(At("on_fit_start", register, 0))
-    return planted
+    return at("on_fit_start", register, 0, lambda module, loss: module.manual_backward(loss), None)
 
 
 def alone(parameter: nn.Parameter) -> Callable[[Tensor], None]:
@@ -108,39 +100,28 @@ def exchanged(how: Callable[[Any, Module], Any]) -> Run:
     return planted
 
 
-def partly(rest: Callable[[Module], Any] | None) -> Run:
+def partly(module: Module) -> optim.AdamW:
     """An optimizer of all but the readout, which moves otherwise, or stays."""
-    planted = run(
-        optimizer=lambda module: optim.AdamW(
-            [p for n, p in module.named_parameters() if n != "readout.weight"], **NUMBERS
-        )
-    )
-    if rest is not None:
-        planted.after.append(At("on_after_backward", lambda trainer, module: rest(module), 0))
-    return planted
+    return optim.AdamW([p for n, p in module.named_parameters() if n != "readout.weight"], **NUMBERS)
 
 
 def move_readout(module: Module) -> None:
     module.readout.weight.data.sub_(0.01 * module.readout.weight.grad)
 
 
-def decay_by_hand() -> Run:
-    planted = run(optimizer=lambda module: optim.AdamW(module.parameters(), **{**NUMBERS, "weight_decay": 0.0}))
-    planted.after.append(At("on_after_backward", lambda trainer, module: decay_all(module), 0))
-    return planted
+def undecayed(module: Module) -> optim.AdamW:
+    return optim.AdamW(module.parameters(), **{**NUMBERS, "weight_decay": 0.0})
 
 
-def after_batches(do: Callable[[Module], Any], **numbers: float) -> Run:
+def after_batches(do: Callable[[Module], Any], optimizer: Any = ...) -> Callable[[], Run]:
     """Does something after the optimizer's step, in the module's own hook."""
-    planted = run(optimizer=lambda module: optim.AdamW(module.parameters(), **{**NUMBERS, **numbers}))
-    vars(planted.module)["on_train_batch_end"] = lambda *_: do(planted.module)
-    return planted
 
+    def plant() -> Run:
+        planted = run(optimizer=optimizer)
+        vars(planted.module)["on_train_batch_end"] = lambda *_: do(planted.module)
+        return planted
 
-def readout_after_batches() -> Run:
-    planted = partly(None)
-    vars(planted.module)["on_train_batch_end"] = lambda *_: move_readout(planted.module)
-    return planted
+    return plant
 
 
 def in_optimizer_step() -> Run:
@@ -155,12 +136,6 @@ def in_optimizer_step() -> Run:
     return planted
 
 
-def before_second_batch(do: Callable[[Module], Any]) -> Run:
-    planted = run()
-    planted.after.append(At("on_train_batch_start", lambda trainer, module: do(module), 1))
-    return planted
-
-
 def decay_all(module: Module) -> None:
     for parameter in module.parameters():
         parameter.data.mul_(1 - 0.002)
@@ -171,11 +146,8 @@ def clamp(module: Module) -> None:
         parameter.data.clamp_(-0.05, 0.05)
 
 
-def clipped_by_hand(norm: float = 0.01) -> Run:
-    planted = run(residual="fold")
-    clip = lambda trainer, module: nn.utils.clip_grad_norm_(module.parameters(), norm)  # noqa: E731
-    planted.after.append(At("on_after_backward", clip, 0))
-    return planted
+def clipped_by_hand(norm: float = 0.01) -> Callable[[], Run]:
+    return at("on_after_backward", lambda m: nn.utils.clip_grad_norm_(m.parameters(), norm), residual="fold")
 
 
 def kept_step(module: Module) -> Any:
@@ -238,18 +210,43 @@ def by_hand(module: Module) -> ByHand:
     return ByHand(module.parameters(), **NUMBERS)
 
 
-ALL = "lr, eps, decay"
+def limited(module: Module) -> Any:
+    made = adamw(module)
+    made.register_step_post_hook(lambda *_: clamp(module))
+    return made
+
+
+def add_weights(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad.add_(parameter.data, alpha=0.1)
+
+
+def penalized(**settings: Any) -> Run:
+    """By a term of the loss that the plan has not seen."""
+    planted = run(**settings)
+    step = planted.module.training_step
+    penalty = lambda: sum(p.square().sum() for p in planted.module.parameters())  # noqa: E731
+    vars(planted.module)["training_step"] = lambda batch: step(batch) + 0.01 * penalty()
+    return planted
+
+
+ALL, FIRST = "lr, eps, decay", "first step"
+PHASES = lambda optimizer: (optimizer.first_step(), optimizer.second_step())  # noqa: E731
 MOVED = "Weights have moved in the first steps, but in no update of an optimizer that is scaled: "
 CHANGED_IN, CHANGED = "Weights have changed in the first step", "Weights were changed after"
 UNREAD, UNKNOWN, GRADIENTS = "An optimizer has updated", "How ", "Gradients were changed between"
-EXCHANGED, IDLE = "Parameters were planned that", "Parameters of the plan belong to no optimizer"
+PART, EXCHANGED, IDLE = (
+    "Gradients were changed by a part of",
+    "Parameters were planned that",
+    "Parameters of the plan belong to no optimizer",
+)
 _RIGHT: dict[str, Callable[[], Run]] = {
     "own AdamW in training_step": stepped(own(adamw)),
     "own AdamW, with a closure": stepped(own(adamw, lambda o: o.step(lambda: None))),
-    "AdamW for each parameter, in backward": lambda: in_backward(alone),
-    "own SAM in two steps": stepped(own(sam(), phases)),
+    "AdamW for each parameter, in backward": in_backward(alone),
+    "own SAM in two steps": stepped(own(sam(), PHASES)),
     "SAM, returned": returned(sam()),
-    "SAM whose inner optimizer is hidden, in two steps": stepped(own(sam(hidden=True), phases)),
+    "SAM whose inner optimizer is hidden, in two steps": stepped(own(sam(hidden=True), PHASES)),
     "AdamW put in the place of another": lambda: exchanged(lambda _, module: adamw(module)),
     "step that was kept before": stepped(take_kept, kept_step),
     "lr that a hook before the step sets": stepped(take_returned, scheduled),
@@ -258,32 +255,36 @@ _RIGHT: dict[str, Callable[[], Run]] = {
 }
 _STOPPED: dict[str, tuple[str, str, str, Callable[[], Run]]] = {
     "SAM whose inner optimizer is hidden, with a family": (
-        ALL, "first step", UNREAD, returned(sam(hidden=True), family="adamw")
+        ALL, FIRST, UNREAD, returned(sam(hidden=True), family="adamw")
     ),
-    "SAM that descends itself, in two steps": (ALL, "first step", MOVED, stepped(own(sam(None), phases), family="sgd")),
+    "SAM that descends itself, in two steps": (ALL, FIRST, MOVED, stepped(own(sam(None), PHASES), family="sgd")),
     "SAM that descends itself, returned": (ALL, "planning", UNKNOWN, returned(sam(None))),
     "copied AdamW put in the place of another": (
-        ALL, "first step", "The AdamW that is about to", lambda: exchanged(lambda optimizer, _: copy.deepcopy(optimizer))
+        ALL, FIRST, "The AdamW that is about to", lambda: exchanged(lambda optimizer, _: copy.deepcopy(optimizer))
     ),
-    "descent written in training_step": (ALL, "first step", MOVED, stepped(descend)),
-    "descent written with foreach": (ALL, "first step", MOVED, stepped(descend_in_foreach)),
-    "descent written in a hook of backward": (ALL, "first step", MOVED, lambda: in_backward(lambda _: descend_alone)),
-    "an optimizer that is none of torch's": (ALL, "first step", MOVED, stepped(own(unhooked))),
+    "descent written in training_step": (ALL, FIRST, MOVED, stepped(descend)),
+    "descent written with foreach": (ALL, FIRST, MOVED, stepped(descend_in_foreach)),
+    "descent written in a hook of backward": (ALL, FIRST, MOVED, in_backward(lambda _: descend_alone)),
+    "an optimizer that is none of torch's": (ALL, FIRST, MOVED, stepped(own(unhooked))),
     "an optimizer of an unknown class": (ALL, "planning", UNKNOWN, returned(by_hand)),
-    "an own one of an unknown class": (ALL, "first step", UNKNOWN, stepped(own(by_hand))),
-    "lr from an attribute": ("lr", "first step", UNREAD, declared("lr")),
-    "eps from an attribute": ("eps", "first step", UNREAD, declared("eps")),
-    "decay from an attribute": ("decay", "first step", UNREAD, declared("weight_decay")),
-    "lr times the size of a weight, as LAMB's": ("lr", "first step", UNREAD, own_numbers(factor=lambda p: float(p.norm()))),
-    "lr over the root of a weight's columns": ("lr", "first step", UNREAD, own_numbers(factor=lambda p: p.shape[1] ** -0.5)),
-    "eps that no group has": ("eps", "first step", UNREAD, own_numbers(eps=1e-3)),
-    "decay that no group has": ("decay", "first step", UNREAD, own_numbers(decay=0.1)),
-    "update written in optimizer_step": (ALL, "first step", MOVED, in_optimizer_step),
-    "weights tied after the first step": ("lr", "first step", EXCHANGED, lambda: after_batches(tied)),
-    "weight_norm after the first step": ("lr", "first step", EXCHANGED, lambda: after_batches(normed)),
-    "decay written beside the optimizer": ("decay", "first step", CHANGED_IN, decay_by_hand),
-    "readout in no optimizer, moved by hand": (ALL, "first step", MOVED, lambda: partly(move_readout)),
-    "readout in no optimizer, moved after the batch": (ALL, "first step", MOVED, readout_after_batches),
+    "an own one of an unknown class": (ALL, FIRST, UNKNOWN, stepped(own(by_hand))),
+    "lr from an attribute": ("lr", FIRST, UNREAD, declared("lr")),
+    "eps from an attribute": ("eps", FIRST, UNREAD, declared("eps")),
+    "decay from an attribute": ("decay", FIRST, UNREAD, declared("weight_decay")),
+    "lr times the size of a weight, as LAMB's": ("lr", FIRST, UNREAD, own_numbers(factor=lambda p: float(p.norm()))),
+    "lr over the root of a weight's columns": ("lr", FIRST, UNREAD, own_numbers(factor=lambda p: p.shape[1] ** -0.5)),
+    "eps that no group has": ("eps", FIRST, UNREAD, own_numbers(eps=1e-3)),
+    "decay that no group has": ("decay", FIRST, UNREAD, own_numbers(decay=0.1)),
+    "penalty on weights, in hooks": ("multiplier", FIRST, "The multiplier of the", penalized),
+    "penalty on weights, folded": ("multiplier", FIRST, "The plan has put", lambda: penalized(residual="fold")),
+    "update written in optimizer_step": (ALL, FIRST, MOVED, in_optimizer_step),
+    "weights tied after the first step": ("lr", FIRST, EXCHANGED, after_batches(tied)),
+    "weight_norm after the first step": ("lr", FIRST, EXCHANGED, after_batches(normed)),
+    "decay written beside the optimizer": (
+        "decay", FIRST, CHANGED_IN, at("on_after_backward", decay_all, optimizer=undecayed)
+    ),
+    "readout in no optimizer, moved by hand": (ALL, FIRST, MOVED, at("on_after_backward", move_readout, optimizer=partly)),
+    "readout in no optimizer, moved after the batch": (ALL, FIRST, MOVED, after_batches(move_readout, partly)),
     "LBFGS": ("lr", "planning", "LBFGS cannot", returned(lambda m: optim.LBFGS(m.parameters()))),
     "one rate for all groups": (
         "lr", "planning", "OneRate estimates", returned(lambda m: OneRate(m.parameters()), family="adamw")
@@ -291,13 +292,16 @@ _STOPPED: dict[str, tuple[str, str, str, Callable[[], Run]]] = {
     "without Optimizer.__init__": (ALL, "planning", "Bare has not called", returned(Bare, family="sgd")),
 }  # fmt: skip
 _WARNED: dict[str, tuple[str, str, Callable[[], Run]]] = {
-    "weights clamped before the second batch": ("std", CHANGED, lambda: before_second_batch(clamp)),
-    "weights clamped after the batch": ("std", CHANGED, lambda: after_batches(clamp)),
-    "decay written after the batch": ("decay", CHANGED, lambda: after_batches(decay_all, weight_decay=0.0)),
-    "readout made anew after the first step": (ALL, IDLE, lambda: after_batches(made_anew)),
-    "readout in no optimizer": (ALL, IDLE, lambda: partly(None)),
-    "folded gradients clipped by hand, which does not bind": ("multiplier", GRADIENTS, lambda: clipped_by_hand(1e6)),
-    "folded gradients clipped by hand": ("multiplier", GRADIENTS, clipped_by_hand),
+    "weights clamped before the second batch": ("std", CHANGED, at("on_train_batch_start", clamp, 1)),
+    "weights clamped after the batch": ("std", CHANGED, after_batches(clamp)),
+    "weights clamped in a hook after the step": ("std", CHANGED, returned(limited)),
+    "weights added to gradients": ("decay", PART, at("on_after_backward", add_weights)),
+    "weights added to folded gradients": ("decay", PART, at("on_after_backward", add_weights, residual="fold")),
+    "decay written after the batch": ("decay", CHANGED, after_batches(decay_all, undecayed)),
+    "readout made anew after the first step": (ALL, IDLE, after_batches(made_anew)),
+    "readout in no optimizer": (ALL, IDLE, returned(partly)),
+    "folded gradients clipped by hand, which does not bind": ("multiplier", GRADIENTS, clipped_by_hand(1e6)),
+    "folded gradients clipped by hand": ("multiplier", GRADIENTS, clipped_by_hand()),
     "SAM that climbs, folded": (
         "multiplier", "Weights are moved in the first step", returned(lambda m: Climbing(adamw(m)), residual="fold")
     ),

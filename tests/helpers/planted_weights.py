@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from helpers.faulty_runs import At
-from helpers.planted_runs import Fault, Module, Run, plan, run
+from helpers.planted_runs import Fault, Module, Run, at, plan, run
 from mlu_lightning import attach_multipliers
 
 
@@ -133,12 +133,6 @@ def frozen_at_first() -> Run:
 # Ways to lose a multiplier
 
 
-def at_start(do: Callable[[Module], Any], **settings: Any) -> Run:
-    planted = run(**settings)
-    planted.after.append(At("on_fit_start", lambda trainer, module: do(module), 0))
-    return planted
-
-
 def clear_hooks(module: Module) -> None:
     for part in module.modules():
         part._forward_hooks.clear()
@@ -178,11 +172,11 @@ def routed(readout: Callable[[Module, Any, Any], Any]) -> Run:
 
 UNSEEN = "The multiplier of the"
 MULTIPLIERS = {
-    "hooks cleared": Fault("multiplier", partial(at_start, clear_hooks), "first step", UNSEEN),
+    "hooks cleared": Fault("multiplier", at("on_fit_start", clear_hooks), "first step", UNSEEN),
     "forward called directly": Fault(
-        "multiplier", partial(at_start, lambda m: setattr(m, "direct", True)), "first step", UNSEEN
+        "multiplier", at("on_fit_start", lambda m: setattr(m, "direct", True)), "first step", UNSEEN
     ),
-    "part exchanged, weights kept": Fault("multiplier", partial(at_start, copy_part), "first step", UNSEEN),
+    "part exchanged, weights kept": Fault("multiplier", at("on_fit_start", copy_part), "first step", UNSEEN),
     "readout's weights used beside it": Fault(
         "multiplier",
         partial(routed, lambda m, stream, _: m.readout(stream) + nn.functional.linear(stream, m.readout.weight)),
@@ -198,7 +192,7 @@ MULTIPLIERS = {
     "attached twice, after an interruption": Fault("multiplier", interrupted, None, ""),
     "part exchanged with its weights": Fault(
         "multiplier, std",
-        partial(at_start, lambda m: setattr(m, "readout", nn.Linear(16, 2, bias=False))),
+        at("on_fit_start", lambda m: setattr(m, "readout", nn.Linear(16, 2, bias=False))),
         "start",
         CHANGED,
     ),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from helpers.faulty_runs import At
-from helpers.planted_runs import NUMBERS, Module, Run, outcome, plan, run
+from helpers.planted_runs import NUMBERS, Module, Run, at, outcome, plan, run
 from helpers.runs_by_hand import Net, fit
 from helpers.trainers import quiet
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
@@ -48,12 +48,6 @@ def dropped(forward: Callable[[nn.Module, Tensor], Tensor]) -> Run:
         return planted.module.readout(stream)
 
     vars(planted.module)["forward"] = pass_through
-    return planted
-
-
-def with_callback(hook: str, do: Callable[[Module], Any], step: int = 0, **settings: Any) -> Run:
-    planted = run(**settings)
-    planted.after.append(At(hook, lambda trainer, module: do(module), step))
     return planted
 
 
@@ -106,31 +100,27 @@ def halve_gradients(module: Module) -> None:
 draws = random.Random(0)
 RUNS: dict[str, Callable[[], Run]] = {
     "plain": run,
-    "accumulated": lambda: with_callback("on_fit_start", lambda m: setattr(m.trainer, "accumulate_grad_batches", 3)),
+    "accumulated": at("on_fit_start", lambda m: setattr(m.trainer, "accumulate_grad_batches", 3)),
     "optimizers in turn": lambda: run(in_turn, two),
     "frozen at first": frozen_at_first,
     "layers dropped": lambda: dropped(lambda block, x: block(x) if draws.random() < 0.5 else x * 0),
     "checkpointed": lambda: dropped(lambda block, x: checkpoint(block, x, use_reentrant=False)),
     "checkpointed, reentrant": lambda: dropped(lambda block, x: checkpoint(block, x, use_reentrant=True)),
-    "clamped later": lambda: with_callback("on_train_batch_end", clamp, 3),
+    "clamped later": at("on_train_batch_end", clamp, 3),
     "two losses of one pass": lambda: run(two_losses),
-    "clipped by Lightning": lambda: with_callback(
+    "clipped by Lightning": at(
         "on_fit_start", lambda m: setattr(m.trainer, "gradient_clip_val", 0.01), residual="fold"
     ),
-    "clipped in unfolded_gradients": lambda: with_callback("on_after_backward", clip_unfolded, residual="fold"),
-    "scaled by a power of two": lambda: with_callback("on_after_backward", halve_gradients, residual="fold"),
+    "clipped in unfolded_gradients": at("on_after_backward", clip_unfolded, residual="fold"),
+    "scaled by a power of two": at("on_after_backward", halve_gradients, residual="fold"),
     "no learning rate at first": lambda: run(optimizer=warm_up),
-    "no gradients at first": lambda: with_callback("on_after_backward", lambda m: m.zero_grad()),
-    "initialized by the user": lambda: with_callback(
-        "on_fit_start", lambda m: nn.init.normal_(m.embed.weight), init=None
-    ),
-    "same values again": lambda: with_callback(
-        "on_fit_start", lambda m: m.load_state_dict(m.state_dict(), assign=False)
-    ),
-    "another precision": lambda: with_callback("on_fit_start", lambda m: m.double().float()),
+    "no gradients at first": at("on_after_backward", lambda m: m.zero_grad()),
+    "initialized by the user": at("on_fit_start", lambda m: nn.init.normal_(m.embed.weight), init=None),
+    "same values again": at("on_fit_start", lambda m: m.load_state_dict(m.state_dict(), assign=False)),
+    "another precision": at("on_fit_start", lambda m: m.double().float()),
     "teacher": teacher,
     "several forward passes": several_forwards,
-    "not verified": lambda: with_callback("on_fit_start", lambda m: nn.init.normal_(m.embed.weight), verify=False),
+    "not verified": at("on_fit_start", lambda m: nn.init.normal_(m.embed.weight), verify=False),
 }
 
 

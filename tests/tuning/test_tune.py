@@ -181,8 +181,7 @@ def test_without_optuna_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
 
 
 def test_gains_are_of_pairs_and_signed() -> None:
-    values = enumerate(((1.0, ""), (3.0, ""), (2.0, "stopped"), (None, "")))
-    trials = tuple(TrialRecord(number, {}, *value) for number, value in values)
+    trials = tuple(TrialRecord(n, {}, *of) for n, of in enumerate([(1.0,), (3.0,), (2.0, "stopped"), (None,)]))
     for mode, sign, first in (("min", 1, 0), ("max", -1, 1)):
         found = Tuning("loss", mode, (), trials, {}, ([3.0, 5.0, 4.0], [2.0, 3.0, 3.0]))  # type: ignore[arg-type]
         assert found.gain == Estimate(sign * 4 / 3, pytest.approx(1 / 3))
@@ -194,5 +193,6 @@ def test_gains_are_of_pairs_and_signed() -> None:
     assert "the optimum has moved: lr / 2 is better by 0.4500 ± 0.0500" in moved.verdict()
     assert not Tuning("loss", "min", (), trials, {}, ([1.0], [math.inf])).gain.is_convincing
     assert Tuning("loss", "min", (), trials, {}, ([math.inf], [1.0])).gain.is_convincing
-    alone = Tuning("loss", "min", (), trials, {}, ([3.0], [1.0]), chosen=0)
-    assert alone.tuned == {} and alone.verdict().startswith("Perhaps a gain, but one seed does not tell it from noise")
+    for after, said in ((1.0, "Perhaps a gain, but one seed does not tell it from noise"), (3.1, "No gain")):
+        alone = Tuning("loss", "min", (), trials, {}, ([3.0], [after]), chosen=0)
+        assert alone.tuned == {} and alone.verdict().startswith(said)
