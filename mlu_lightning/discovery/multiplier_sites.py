@@ -187,7 +187,7 @@ class MultiplierSites:
 
     def _factors_within(self, op: Op) -> tuple[Op, ...]:
         """Data that an operation multiplies: in a branch what is made there, and not what that is multiplied with."""
-        inside = tuple(operand for operand in op.full_factors if operand in self.within)
+        inside = tuple(operand for operand in op.full_factors if operand.source in self.within)
         return inside if op in self.within and inside else op.full_factors
 
     def _proportional(self, end: Op) -> list[Op]:
