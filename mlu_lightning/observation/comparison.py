@@ -125,13 +125,11 @@ def rms_change(before: Tensor, after: Tensor) -> float:
     Args:
         before: Values of any shape.
         after: Values of the same shape; where any are not finite, the result is not.
-
-    >>> import torch
-    >>> rms_change(torch.tensor([1.0, -math.inf]), torch.tensor([3.0, -math.inf]))
-    2.0
     """
-    seen = ~(before.isneginf() & after.isneginf())
-    return (after[seen].double() - before[seen].double()).square().mean().sqrt().item()
+    hidden = before.isneginf() & after.isneginf()
+    if hidden.any():  # choosing takes longer than all else
+        before, after = before[~hidden], after[~hidden]
+    return (after.double() - before.double()).square().mean().sqrt().item()
 
 
 def uncoupled(observation: Observation, reference: Observation) -> tuple[str, str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import reduce
+from functools import cache, reduce
 from operator import add
 from typing import Any
 
@@ -56,16 +56,6 @@ def observe(
     Raises:
         ValueError: If the stream was not passed at a location.
         ParametersChangedError: If the step changes parameters.
-
-    >>> from mlu_lightning import discover
-    >>> from mlu_lightning.models import ResNet
-    >>> from mlu_lightning.observation import locate
-    >>> model = ResNet(depth=4, hidden=8, embedding=6, inputs=3, outputs=2)
-    >>> batch = torch.ones(5, 3), torch.ones(5, 2)
-    >>> structure = discover(model, batch)
-    >>> values = observe(model, batch, locate(structure.taps, [structure.depth], [0, 1]))
-    >>> {name: list(value.shape) for name, value in values.items()}
-    {'s=0': [5, 6], 's=1': [5, 6], 'output': [5, 2]}
     """
     return observe_counted(module, batch, locations, step, positions, restore_parameters)[0]
 
@@ -82,10 +72,17 @@ def observe_counted(
     read: dict[Tap, Tensor] = {}
     counts = [1]
 
+    @cache
+    def chosen(rows: int, device: torch.device) -> Tensor:
+        return torch.linspace(0, rows - 1, positions, dtype=torch.float64, device="cpu").round().long().to(device)
+
     def keep(tap: Tap, values: Tensor) -> None:
         if tap.function is None:
             counts.append(values.numel() // values.shape[tap.axis])
-            values = _rows(values, tap.axis, positions)
+            rows = rows_along(values, tap.axis)
+            if positions < len(rows):
+                rows = rows[chosen(len(rows), rows.device)]
+            values = rows.to("cpu", torch.float32, copy=True)  # at once, because what follows may change it in place
         read[tap] = values
 
     taps = dict.fromkeys(tap for location in locations for tap in location.taps)
@@ -155,14 +152,6 @@ def _attach(module: nn.Module, tap: Tap, read: Mapping[Tap, Tensor], keep: Calla
     if tap.where == "input":
         return module.register_forward_pre_hook(given, prepend=True, with_kwargs=True)
     return module.register_forward_hook(returned)
-
-
-def _rows(values: Tensor, axis: int, positions: int) -> Tensor:
-    rows = rows_along(values, axis)
-    if positions < len(rows):
-        chosen = torch.linspace(0, len(rows) - 1, positions, dtype=torch.float64).round().long()
-        rows = rows[chosen.to(rows.device)]
-    return rows.to("cpu", torch.float32, copy=True)  # at once, because what follows may change it in place
 
 
 def _interpolated(parts: list[tuple[float, Tensor]]) -> Tensor:

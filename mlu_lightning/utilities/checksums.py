@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
     Unlike versions, sums see changes through ``.data``. Rows and columns have different weights, because sums of bits alone
     miss an even number of signs.
     """
-    found = {}
+    found, weights = {}, cache(_weights)
     for name, tensor in tensors.items():
         values = tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
         if type(values) is Tensor and not values.is_meta and values.numel() > 0:
             parts = (values.real, values.imag) if values.is_complex() else (values,)
-            found[name] = values.shape, values.dtype, torch.cat([*map(_sums, parts)])
+            found[name] = values.shape, values.dtype, torch.cat([_sums(part, weights) for part in parts])
     # read after all were computed, because reading waits for the device
     return {name: Checksum(shape, dtype, tuple(sums.tolist())) for name, (shape, dtype, sums) in found.items()}
 
@@ -38,14 +39,15 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _sums(values: Tensor) -> Tensor:
+def _sums(values: Tensor, weights: Callable[[int, torch.device], Tensor]) -> Tensor:
     rows, columns = (part.long() for part in _margins(values.view(_INTEGERS[values.element_size()])))
-    return torch.stack([rows.sum(), *((part * _weights(part)).sum() for part in (rows, columns))])
+    weighted = (part * weights(part.shape[0], part.device) for part in (rows, columns))
+    return torch.stack([rows.sum(), *(part.sum() for part in weighted)])
 
 
-def _weights(part: Tensor) -> Tensor:
+def _weights(length: int, device: torch.device) -> Tensor:
     """Integers that look random, so that no simple exchange or change of signs leaves a sum as it is."""
-    places = torch.arange(1, len(part) + 1, device=part.device)
+    places = torch.arange(1, length + 1, device=device)
     return places * places * 2654435761 % 2147483647
 
 

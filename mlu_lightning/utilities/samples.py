@@ -67,10 +67,6 @@ def samples(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
 
     Every row and every column has one: of units, inputs and tokens, and of whole tensors if they are small. Unlike
     versions, values show changes through ``.data``.
-
-    >>> found = samples({"small": torch.arange(3), "large": torch.ones(512, 512)})
-    >>> len(found["small"].values), len(found["large"].values)
-    (3, 514)
     """
     alike: defaultdict[object, list[tuple[str, torch.Size, Tensor]]] = defaultdict(list)
     for name, tensor in tensors.items():

@@ -32,9 +32,9 @@ def preserve_state(
     changes. Parameters are not copied, which would be a second model in memory: a pass that changes them is an error,
     unless ``restore_parameters`` asks for the copy, or ``kept`` copies those that are changed.
     """
-    looked_at = not restore_parameters and kept is None
-    parameters = {name: value.data for name, value in module.named_parameters()} if looked_at else {}
-    seen = set() if restore_parameters else {id(parameter) for parameter in module.parameters()}
+    named = {} if restore_parameters else dict(module.named_parameters())
+    seen = {id(parameter) for parameter in named.values()}
+    parameters = {name: value.data for name, value in named.items()} if kept is None else {}
     before = checksums(parameters)
     with isolate_rng():
         restorers = [_remember_module(submodule, seen) for submodule in module.modules()]
@@ -96,6 +96,7 @@ def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
     contents = [
         restore
         for value in (*module._parameters.values(), *buffers.values(), *attributes.values())
+        if not isinstance(value, (str, int, float, type(None)))  # as most attributes are
         for restore in _remember(value, seen)
     ]
 
@@ -114,8 +115,6 @@ def _remember_module(module: nn.Module, seen: set[int]) -> Callable[[], None]:
 
 def _remember(value: Any, seen: set[int]) -> Iterator[Callable[[], Any]]:
     """What puts the content of a tensor, generator or container back, and of those in the container."""
-    if isinstance(value, (str, int, float, type(None))):
-        return  # first, because most attributes are of these
     if isinstance(value, (Tensor, torch.Generator, random.Random, np.random.Generator, list, deque, dict, set)):
         if id(value) in seen:
             return

@@ -70,12 +70,6 @@ def test_logged_are_root_mean_squares_of_what_a_resnet_computes() -> None:
         assert values["all/mlp"] == pytest.approx((sum(m**2 for m in moves[1:4]) / 3) ** 0.5, rel=1e-5)
 
 
-def test_default_steps_are_powers_of_two_and_the_last() -> None:
-    assert list(fit(seeded(), FeatureUpdate())) == [1, 2, 4, 6]
-    assert list(fit(seeded(), FeatureUpdate(steps=3))) == [3, 6]
-    assert list(fit(seeded(), FeatureUpdate(steps=[0, 5]))) == [5]
-
-
 def test_resumed_run_logs_what_the_uninterrupted_one_does(tmp_path: Path) -> None:
     whole = fit(seeded(), FeatureUpdate(steps=4), steps=12, max_epochs=2)
     first = fit(seeded(), FeatureUpdate(steps=4), saver(tmp_path, 6), enable_checkpointing=True)
@@ -102,12 +96,6 @@ def test_resuming_without_its_state_is_warned_about(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=message):
         again = fit(seeded(), used, ckpt_path=tmp_path / "step=3.ckpt")
     assert again == found, "what it saw of another run is forgotten"
-
-
-def test_checkpoints_monitor_it(tmp_path: Path) -> None:
-    best: Any = ModelCheckpoint(tmp_path, monitor="mlu/update/all/mlp", mode="max", every_n_train_steps=1)
-    logged = fit(seeded(), FeatureUpdate(steps=1), best, enable_checkpointing=True)
-    assert float(best.best_model_score) == pytest.approx(max(values["all/mlp"] for values in logged.values()))
 
 
 def test_attention_is_logged_by_branch_and_for_all() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.processes import fork, forked, peak_megabytes
 from helpers.small_observations import SHAPE, locations_in, pairs
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -92,18 +91,6 @@ def test_nothing_is_disturbed() -> None:
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     module._trainer = None
     assert same(before[0][:1], state_of(module)[:1])
-
-
-def test_everything_would_be_disturbed_by_the_step_itself() -> None:
-    module = Untidy()
-    logger = SimpleNamespace(log_metrics=lambda metrics: None)
-    module.__class__ = type("Silent", (Untidy,), {"log": lambda *a, **k: None, "logger": logger})
-    names = "total", "losses", "by_name", "count"
-    before = state_of(module)
-    module.training_step((torch.randn(6, 3), torch.randn(6, 2)))
-    assert not same(before, state_of(module))
-    old, new = ([entry for entry in state if entry[0] in names] for state in (before, state_of(module)))
-    assert len(old) == 4 and not any(map(same, old, new))
 
 
 def test_dropout_is_off_and_sampled_noise_is_the_same_in_every_pass() -> None:
@@ -221,21 +208,6 @@ def test_parameters_in_attributes_are_not_copied() -> None:
     with pytest.raises(ParametersChangedError, match="weight_ih_l0"), preserve_state(module):
         module.weight_ih_l0.data.add_(1)
     assert module._flat_weights[0] is module.weight_ih_l0
-
-
-def measure_pass(result: Any) -> None:
-    module = ResNet(**SHAPE | {"hidden": 1500, "embedding": 3000})
-    before = peak_megabytes()
-    observe(module, pairs(), ())
-    result.put((sum(value.nbytes for value in module.parameters()) / 2**20, peak_megabytes() - before))
-
-
-def test_pass_does_not_take_the_memory_of_a_second_model() -> None:
-    result = fork.Queue()
-    process = forked(measure_pass, result)
-    size, taken = result.get(timeout=60)
-    process.join()
-    assert size > 68 and taken < size / 4  # megabytes
 
 
 def test_tensors_of_an_inference_are_no_obstacle() -> None:
