@@ -19,7 +19,15 @@ from mlu_lightning.discovery.forward_graph import build_graph
 from mlu_lightning.discovery.graph import UseKind
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
 from mlu_lightning.discovery.outer_roles import Unplaced
-from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
+from mlu_lightning.discovery.parameter_facts import (
+    PlacedUse,
+    Region,
+    Uses,
+    find_regions,
+    likely_role,
+    parameter_facts,
+    place_uses,
+)
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap, WeightFunction
@@ -140,7 +148,7 @@ def _facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse], constants: 
         constant = constants.of_parameter(own)
     if function is not None and function.problem is None:
         constant = (constant or 1.0) * function.size() / function.size(name)
-    return replace(facts, constant=constant)
+    return replace(facts, constant=constant, likely=likely_role(uses) if facts.role is None else None)
 
 
 def _calls(regions: Iterable[Region]) -> list[BranchRoles]:

@@ -86,7 +86,7 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
     before = ((stream.stem, *(own.ops for own in stream.own)) for stream in partition.streams)
     stems = in_order(op for parts in before for ops in parts for op in ops)
     maps = Ancestry(graph, stems, (op for op in stems if graph.kinds(op) & {"matrix", "lookup"}))
-    place = partial(place_in_stem, maps_before=maps)
+    place = partial(place_in_stem, maps_before=maps, apart=partition.apart)
     dimensions = frozenset(branch.embedding for branch in branches if branch.embedding is not None)
     for number, stream in enumerate(partition.streams):
         # norms between additions compound if there are several: those where stages meet come with a matrix
@@ -162,6 +162,10 @@ def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -
     for use in (use for op, uses in graph.uses.items() if op not in covered for use in uses if use.kind != "penalty"):
         # a loss depends on it, so it is not left alone
         placed[use.parameter].append(PlacedUse(use, regions[0], outside))
+    for name, of_name in placed.items():
+        # a discriminator of outputs, and of data, has the roles that it has on a stream's outputs
+        roles = {u.use.kind: u.found for u in of_name if not u.found.apart}
+        placed[name] = [replace(u, found=roles.get(u.use.kind, u.found)) if u.found.apart else u for u in of_name]
     return placed
 
 
@@ -177,12 +181,14 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
         function = replace(function, problem=function.problem or why)
     mixed_up = len({placed.found.variant for placed in uses} & {Variant.SUMMED, *COMPOUNDING}) > 1
     if (len(roles) != 1 and not tied) or len(norms) > 1 or mixed_up:
-        role = None if uses else Role.FROZEN
         fans = (shape[1], shape[0]) if len(shape) > 1 else (1, math.prod(shape))
+        if not uses:
+            return ParameterFacts(name, Role.FROZEN, shape, *fans)
         repeats = max((u.found.repeats or 1 for u in uses if isinstance(u.found, Placed)), default=None)
-        likely = COMPOUNDING if len(roles) == 1 else {Variant.SUMMED}
-        variant = next((u.found.variant for u in uses if u.found.variant in likely), None)
-        return ParameterFacts(name, role, shape, *fans, variant=variant, function=function, repeats=repeats)
+        variants = COMPOUNDING if len(roles) == 1 else {Variant.SUMMED}
+        variant = next((u.found.variant for u in uses if u.found.variant in variants), None)
+        where = uses[0].region.number, uses[0].region.stream
+        return ParameterFacts(name, None, shape, *fans, *where, variant=variant, function=function, repeats=repeats)
     placed = next(u for u in uses if not tied or u.found.role is Role.EMBEDDING)
     use, region, role, branch = placed.use, placed.region, placed.found.role, placed.region.branch
     fan_in, fan_out = use.fans
@@ -213,6 +219,18 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
     place = region.number, region.stream, transposed, head_dim, tied, mixed, active, _places_along_depth(uses)
     repeats = placed.found.repeats if isinstance(placed.found, Placed) else None
     return ParameterFacts(name, role, shape, fan_in, fan_out, *place, None, placed.found.variant, function, repeats)
+
+
+def likely_role(uses: list[PlacedUse]) -> Role:
+    """The most probable role of a parameter that could not be placed: one of those found, or by what it enters."""
+    found = [u.found.role for u in uses if u.found.role is not None]
+    if found:
+        return max(found, key=lambda role: (role is Role.READOUT, not role.in_branch))
+    use, region = uses[0].use, uses[0].region
+    roles = Role.STREAM_NORM, Role.STREAM_MATRIX
+    if region.branch is not None and use.op in region.ops:
+        roles = Role.BRANCH_IN_BIAS, Role.BRANCH_HIDDEN
+    return roles[use.kind == "matrix"]
 
 
 def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
