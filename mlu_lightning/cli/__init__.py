@@ -28,15 +28,16 @@ def main(args: list[str] | None = None) -> None:
     running, code = True, 1
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not running:
+        if interrupts and not running:
             os._exit(_INTERRUPTED)
         interrupts.append(number)
-        raise KeyboardInterrupt
+        if running:
+            raise KeyboardInterrupt
 
     def leave() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(_INTERRUPTED if interrupts else code)
 
     # ignored interrupts, as under nohup, stay ignored, and only the main thread has any
     own = signal.getsignal(signal.SIGINT) is signal.default_int_handler and current_thread() is main_thread()
@@ -62,5 +63,4 @@ def main(args: list[str] | None = None) -> None:
         if own and args is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     if interrupts:  # which a Trainer may take for the end of a training
-        code = _INTERRUPTED
-        sys.exit(code)
+        sys.exit(_INTERRUPTED)

@@ -19,7 +19,15 @@ from mlu_lightning.discovery.forward_graph import build_graph
 from mlu_lightning.discovery.graph import UseKind
 from mlu_lightning.discovery.multiplier_sites import MultiplierSites
 from mlu_lightning.discovery.outer_roles import Unplaced
-from mlu_lightning.discovery.parameter_facts import PlacedUse, Region, Uses, find_regions, parameter_facts, place_uses
+from mlu_lightning.discovery.parameter_facts import (
+    PlacedUse,
+    Region,
+    Uses,
+    find_regions,
+    likely_role,
+    parameter_facts,
+    place_uses,
+)
 from mlu_lightning.discovery.residual import partition
 from mlu_lightning.discovery.stream_taps import StreamTaps
 from mlu_lightning.discovery.structure import Branch, ParameterFacts, Readout, Stream, Structure, Tap, WeightFunction
@@ -94,7 +102,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: _facts(name, shape, uses[name], factors) for name, shape in shapes.items()}
-    sites = MultiplierSites(trace, graph)
+    sites = MultiplierSites(trace, graph, frozenset().union(*(branch.ops for branch in parts.branches)))
     named = _named_branches(regions, uses)
     members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():
@@ -140,7 +148,7 @@ def _facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse], constants: 
         constant = constants.of_parameter(own)
     if function is not None and function.problem is None:
         constant = (constant or 1.0) * function.size() / function.size(name)
-    return replace(facts, constant=constant)
+    return replace(facts, constant=constant, likely=likely_role(uses) if facts.role is None else None)
 
 
 def _calls(regions: Iterable[Region]) -> list[BranchRoles]:
@@ -186,17 +194,8 @@ def _branch(
     folds = sites.folds(ends)
     if idle:  # which of the experts that is depends on the example, and the order must not
         folds = tuple(name for name in order if name in folds or idle.get(name) in folds)
-    branch = Branch(
-        name=name,
-        kind=first.kind,
-        hidden=first.hidden,
-        stream=regions[0].stream,
-        position=first.region.position,
-        parameters=tuple(parameters),
-        site=sites.branch(ends, name, owner),
-        folds=folds,
-        constant=constants.of_branch(ends),
-    )
+    place, site = (regions[0].stream, first.region.position), sites.branch(ends, name, owner)
+    branch = Branch(name, first.kind, first.hidden, *place, tuple(parameters), site, folds, constants.of_branch(ends))
     if attention is None:
         return replace(branch, head_dim=first.head_dim)
     scale = own_scale(attention, first.region.ops, sites.graph)

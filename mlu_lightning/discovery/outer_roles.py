@@ -46,6 +46,7 @@ class Placed:
     on_data: bool = False  # whether it acts on data before any map
     repeats: int | None = None  # how many of its kind a stream goes through, or are summed
     places: int | None = None  # sums that it is in, if it is in any
+    apart: bool = False  # whether it acts on data that no stream reads
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Unplaced:
     reason: str
     role: None = None
     variant: None = None
+    apart: bool = False
 
 
 def place_gain(matrix: Placed | Unplaced, along: Along) -> Placed | Unplaced:
@@ -71,8 +73,10 @@ def place_gain(matrix: Placed | Unplaced, along: Along) -> Placed | Unplaced:
     )
 
 
-def place_in_stem(use: Use, maps_before: Ancestry) -> Placed | Unplaced:
-    """Role between the data and the first addition of a stream, or a branch that reads something else."""
+def place_in_stem(use: Use, maps_before: Ancestry, apart: frozenset[Op]) -> Placed | Unplaced:
+    """Role between the data and the first addition of a stream, a branch that reads something else, or a loss (apart)."""
+    if use.op in apart:
+        return replace(place_in_stem(use, maps_before, frozenset()), apart=True)
     if use.kind == "lookup":
         return Placed(Role.EMBEDDING)
     if use.kind in ("matrix", "bias"):

@@ -51,6 +51,7 @@ class Partition:
 
     branches: tuple[BranchRegion, ...]  # in the order of their additions
     streams: tuple[StreamRegions, ...]  # the one that reaches the output comes first
+    apart: frozenset[Op]  # what losses are computed from without any stream
     nested: tuple[Op, ...]  # additions around others inside of their branches, which belong to them
 
 
@@ -113,7 +114,7 @@ def partition(graph: Graph) -> Partition:
         stream.link, stream.head = aside.get(number, ()), heads.get(number, ())
     if streams:
         streams[-1].stem += aside[None] + heads.get(None, ())
-    return Partition(tuple(branches), tuple(streams), tuple(nested))
+    return Partition(tuple(branches), tuple(streams), frozenset(heads.get(None, ())), tuple(nested))
 
 
 def _branch_ops(

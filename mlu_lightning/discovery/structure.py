@@ -82,6 +82,7 @@ class ParameterFacts:
     variant: Variant | None = None  # what about its place changes the row of its role
     function: WeightFunction | None = None  # that it goes through before it meets data
     repeats: int | None = None  # norms, or gains and matrices beside branches, that the stream goes through
+    likely: Role | None = None  # of one that could not be placed
 
     @property
     def row(self) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves
 
 from mlu_lightning.discovery.decisions import run_most
 from mlu_lightning.discovery.weight_programs import Program, ProgramRecorder
@@ -108,6 +108,9 @@ def trace_module(module: nn.Module, example: Any, programs: bool = False) -> Tra
             return run_most(lambda: _run_with_or_without_values(module, example, step, programs, True), _size)
 
 
+_LATER = (1, 2, 3, 4, 9)
+"""Numbers of batches for which a step may do something else: in turns, or every third, fifth or tenth time."""
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _ADVICE = (
     "Where it only fails there, give MLUCallback or Plan.from_model what it needs: example=..., a batch as training_step "
     "takes it or the arguments of forward; or give MLUCallback plan=..., a plan of the module made where it works."
@@ -127,8 +130,7 @@ def _refuse_lazy(module: nn.Module) -> None:
 def _size(trace: Trace) -> tuple[int, int]:
     """How many parameters took part in a forward pass, and how many operations."""
     nodes = [*nodes_below(trace.roots)]
-    leaves = (getattr(node, "variable", None) for node in nodes if not node.next_functions)
-    return sum(id(leaf) in trace.parameters for leaf in leaves), len(nodes)
+    return len(_reached(nodes, trace.parameters)), len(nodes)
 
 
 def _run_with_or_without_values(
@@ -172,20 +174,36 @@ def _run(
             logger.disabled = True
             stack.enter_context(fake)
         stack.enter_context(seen_through())
-        example = copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
+
+        def batch() -> Any:
+            return copied_batch(example, lambda tensor: _as_data(tensor, fake, dtype))
+
+        first = batch()
         if step:
             for submodule in filter(is_lightning_module, twin.modules()):
                 _mute(submodule, losses)
         if start_hooks:
-            run_start_hooks(twin, example)
+            run_start_hooks(twin, first)
         if recorder is not None:
-            recorder.add_data(example)
+            recorder.add_data(first)
             stack.enter_context(recorder)
         stack.enter_context(WrittenOut())
         stack.enter_context(watched(twin, partial(_note, functions)))
-        stack.enter_context(watch := _InnerGradients(losses))
-        losses.extend(tensors_in(_train(twin, example) if step else call_module(twin, example)))
-    roots = tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
+        stack.enter_context(watch := _InnerGradients(losses, {*names}))
+        losses.extend(tensors_in(_train(twin, first, 0) if step else call_module(twin, first)))
+        learned = {name for name, parameter in planned_parameters(module).items() if parameter.requires_grad}
+        for number in _LATER if step else ():
+            missing = learned - _reached(nodes_below(_roots(losses)), names)
+            if not missing:
+                break
+            kept = len(losses), len(calls), len(functions)
+            # in real time, such a step may need what comes before it
+            with suppress(*_FAILURES) if fake is None else nullcontext():
+                losses.extend(tensors_in(_train(twin, batch(), number)))
+            if missing == learned - _reached(nodes_below(_roots(losses)), names):
+                for found, length in zip((losses, calls, functions), kept, strict=True):
+                    del found[length:]  # type: ignore[attr-defined]  # lists of different things
+    roots = _roots(losses)
     if not roots:
         raise RuntimeError(
             f"{type(module).__name__} gave nothing that depends on its parameters for the example, so there is no "
@@ -193,6 +211,16 @@ def _run(
         )
     of_weights = recorder.programs if recorder else {}
     return Trace(roots, names, tuple(calls), tuple(functions), twin, of_weights, frozenset(watch.constants))
+
+
+def _roots(losses: list[Tensor]) -> tuple[Node, ...]:
+    return tuple(dict.fromkeys(loss.grad_fn for loss in losses if loss.grad_fn is not None))
+
+
+def _reached(nodes: Iterable[Node], names: Mapping[int, str]) -> set[str]:
+    """Parameters among the nodes of a graph."""
+    leaves = (id(getattr(node, "variable", None)) for node in nodes if not node.next_functions)
+    return {names[leaf] for leaf in leaves if leaf in names}
 
 
 def _as_data(tensor: Tensor, fake: FakeTensorMode | None, dtype: torch.dtype | None) -> Tensor:
@@ -208,17 +236,17 @@ class _InnerGradients(TorchFunctionMode):
     Notes additions of constant tensors, too.
     """
 
-    def __init__(self, losses: list[Tensor]) -> None:
+    def __init__(self, losses: list[Tensor], parameters: set[int]) -> None:
         super().__init__()
-        self.losses = losses
+        self.losses, self.parameters = losses, parameters
         self.constants: set[Node] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         # torch's types have a bool here, and it is a descriptor
-        if func == Tensor.requires_grad.__set__ and not args[0].is_leaf:  # type: ignore[attr-defined]
-            # torch allows it on the batch, and not on its stand-in, which requires a gradient already
-            return args[0].retain_grad()
+        if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__) and not args[0].is_leaf:  # type: ignore[attr-defined]
+            args[0].retain_grad()  # torch allows it on the batch, and its stand-in requires a gradient already
+            return args[0]
         if func in _ADDITIONS:
             total = func(*args, **given)
             if any(isinstance(one, Tensor) and one.numel() > 1 and not one.requires_grad for one in args):
@@ -232,14 +260,21 @@ class _InnerGradients(TorchFunctionMode):
             # what first gradients, which are data here, came from is not in the graph of second ones
             given |= {"allow_unused": True, "materialize_grads": True}
         gradients = func(*args, **{**given, "retain_graph": True})
-        return tree_map(_as_new_data, gradients) if differentiable else gradients
+        if func is not torch.autograd.grad:
+            return gradients
+        of = tree_leaves(args[1] if len(args) > 1 else given["inputs"])
+        return tuple(self._as_new(*pair, differentiable) for pair in zip(gradients, of, strict=True))
+
+    def _as_new(self, gradient: Tensor | None, of: Tensor, differentiable: bool) -> Tensor | None:
+        """A gradient as data of its own; that of a weight, with which weights may be computed, as zeros."""
+        nodes = () if of.grad_fn is None else nodes_below([of.grad_fn])
+        leaves = [id(getattr(node, "variable", None)) for node in nodes if not node.next_functions] or [id(of)]
+        if self.parameters.issuperset(leaves):
+            return torch.zeros_like(of)
+        return gradient.detach().requires_grad_().clone() if differentiable and gradient is not None else gradient
 
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-
-
-def _as_new_data(gradient: Any) -> Any:
-    return gradient if gradient is None else gradient.detach().requires_grad_().clone()
 
 
 def _record_calls(submodule: nn.Module, name: str, calls: list[ModuleCall], clock: Iterator[int]) -> None:
@@ -284,8 +319,8 @@ def _note(
     return returned
 
 
-def _train(module: Any, example: Any) -> Any:
-    output = call_step(module, "training_step", example)
+def _train(module: Any, batch: Any, number: int) -> Any:
+    output = call_step(module, "training_step", batch, number)
     return output.get("loss") if isinstance(output, Mapping) else output
 
 

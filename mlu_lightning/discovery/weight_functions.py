@@ -98,7 +98,8 @@ def _kind(called: str, program: Program, values: Mapping[str, Tensor], weight: T
     degrees = {name: _degree(program, values, weight, name) for name in values}
     entries = [name for name in values if _is_entrywise(program, values, weight, name)]
     others = [name for name in values if name not in entries]
-    if len(entries) != 1 or len(others) > 1 or any(degrees[name] != 1 for name in others):
+    gains = (degrees[name] == 1 and values[name].numel() <= max(weight.shape) for name in others)  # no matrices
+    if len(entries) != 1 or len(others) > 1 or not all(gains):
         return WeightFunction(called, problem="its entries mix those of parameters, as a product of matrices does")
     found = WeightFunction(called, entries[0], degrees[entries[0]])
     gain = next(iter(others), None)

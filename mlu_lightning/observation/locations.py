@@ -100,10 +100,6 @@ def locate(taps: Sequence[Tap], stream_depths: Sequence[int], depths: Sequence[f
 
     Raises:
         ValueError: If a depth is not between 0 and 1, or there is no tap for one.
-
-    >>> taps = [Tap("stream", 0, position, "", "output", None, -1) for position in range(3)]
-    >>> [(location.name, [w for w, _ in location.parts]) for location in locate(taps, [2], [0, 0.25])]
-    [('s=0', [1.0]), ('s=0.25', [0.5, 0.5])]
     """
     for s in depths:
         if not 0 <= s <= 1:
@@ -134,11 +130,6 @@ def locate_features(features: Sequence[Tap], branches: Sequence[Branch | BranchP
     Args:
         features: Taps of features in a structure or plan, one for each branch that can be read.
         branches: Branches of the same.
-
-    >>> from mlu_lightning.discovery.structure import Branch
-    >>> tap = Tap("units", 0, 0, "blocks.0.read", "output", None, -1)
-    >>> [location.name for location in locate_features([tap], [Branch("blocks.0", "mlp", 8, 0, 0, ())])]
-    ['mlp/blocks.0']
     """
     read = [(tap, branches[tap.number]) for tap in features]
     return tuple(Location(FeatureName(branch.kind, branch.name), ((1.0, (tap,)),)) for tap, branch in read)

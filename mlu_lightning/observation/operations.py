@@ -58,11 +58,7 @@ _ROWS = 8
 
 @cache
 def described(operation: Any) -> tuple[str, bool]:
-    """Name of an operation without its namespace and what says that it is in place, and whether it changes an operand.
-
-    >>> described(torch.ops.aten.add_.Tensor)
-    ('add', True)
-    """
+    """Name of an operation without its namespace and what says that it is in place, and whether it changes an operand."""
     schema = getattr(operation, "_schema", None)
     if schema is None:  # of a higher order, such as flex_attention
         return str(operation), False

@@ -56,16 +56,6 @@ def observe(
     Raises:
         ValueError: If the stream was not passed at a location.
         ParametersChangedError: If the step changes parameters.
-
-    >>> from mlu_lightning import discover
-    >>> from mlu_lightning.models import ResNet
-    >>> from mlu_lightning.observation import locate
-    >>> model = ResNet(depth=4, hidden=8, embedding=6, inputs=3, outputs=2)
-    >>> batch = torch.ones(5, 3), torch.ones(5, 2)
-    >>> structure = discover(model, batch)
-    >>> values = observe(model, batch, locate(structure.taps, [structure.depth], [0, 1]))
-    >>> {name: list(value.shape) for name, value in values.items()}
-    {'s=0': [5, 6], 's=1': [5, 6], 'output': [5, 2]}
     """
     return observe_counted(module, batch, locations, step, positions, restore_parameters)[0]
 

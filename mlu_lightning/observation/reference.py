@@ -113,14 +113,6 @@ def load_probe(path: str | PathLike[str]) -> tuple[Any, StepName | None]:
 
     Raises:
         ValueError: If it is neither.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> import torch
-    >>> from safetensors.torch import save_file
-    >>> with TemporaryDirectory() as folder:
-    ...     save_file({"batch": torch.ones(1)}, f"{folder}/probe.safetensors")
-    ...     load_probe(f"{folder}/probe.safetensors")
-    (tensor([1.]), None)
     """
     if not is_reference(Path(path)):
         return load_batch(path), None

@@ -11,11 +11,7 @@ Steps = Literal["log"] | int | list[int]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Whether a run is looked at after an optimizer step.
-
-    >>> [step for step in range(50) if Schedule("log").is_due(step)]
-    [0, 1, 2, 4, 8, 16, 32]
-    """
+    """Whether a run is looked at after an optimizer step."""
 
     steps: Steps
 

@@ -14,11 +14,7 @@ from mlu_lightning.table import OptimizerFamily, Scale
 
 @dataclass(frozen=True)
 class Forgetting:
-    """A factor of 1 - β for every average that an optimizer keeps.
-
-    >>> Forgetting(2.0)((0.75, 0.9375)), Forgetting(2.0).undone((0.5, 0.875))
-    ((0.5, 0.875), (0.75, 0.9375))
-    """
+    """A factor of 1 - β for every average that an optimizer keeps."""
 
     factor: float
 

@@ -86,22 +86,19 @@ def require_roles(structure: Structure, module: nn.Module, overrides: Mapping[st
     parameters = ((name, p) for name, p in planned_parameters(module).items() if p.is_complex() and p.requires_grad)
     complex_ones = [name for name, _ in parameters if not any(fnmatch.fnmatch(name, each) for each in left_alone)]
     if complex_ones:
+        alone = ", ".join(f'"{pattern}": "{Role.FROZEN}"' for pattern in dict.fromkeys(map(name_pattern, complex_ones)))
         raise ValueError(
             f"Parameters of {type(module).__name__} are complex: {listed(complex_ones)}. The table is one of real weights, "
-            f'so leave them as they are with overrides={{"{name_pattern(complex_ones[0])}": "frozen"}}, and choose their '
-            "numbers yourself."
+            f"so leave them as they are with overrides={{{alone}}}, and choose their numbers yourself."
         )
     if not structure.unassigned:
         return
     shapes = {name: structure.parameters[name].shape for name in structure.unassigned}
     reasons = {name: f"{list(shapes[name])}: {why}" for name, why in structure.unassigned.items()}
     found = "; ".join(f"{pattern} {reason}" for pattern, reason in _along_depth(reasons, structure).items())
-    roles = {name: Role.STREAM_MATRIX if _is_matrix(shape) else Role.STREAM_NORM for name, shape in shapes.items()}
-    rows = {name: row_name(role, structure.parameters[name].variant) for name, role in roles.items()}
-    likely = {
-        n: row if row in _ROWS else row_name(Role.STREAM_NORM, structure.parameters[n].variant)
-        for n, row in rows.items()
-    }
+    placed = ((name, structure.parameters[name]) for name in shapes)
+    rows = {name: (f.likely or Role.STREAM_NORM, f.variant) for name, f in placed}
+    likely = {name: row_name(*row) if row_name(*row) in _ROWS else row[0].value for name, row in rows.items()}
     lines = ", ".join(f'"{pattern}": "{role}"' for pattern, role in _along_depth(likely, structure).items())
     raise ValueError(
         f"{len(shapes)} of the parameters of {type(module).__name__} could not be placed ({found}). Say what they are for, "

@@ -21,13 +21,7 @@ from mlu_lightning.utilities.plain_text import printable
 
 
 def run_page(record: RunRecord) -> str:
-    """Render the page of a run, in which everything that comes from files is escaped; equal records make equal pages.
-
-    >>> from pathlib import Path
-    >>> page = run_page(RunRecord(Path("runs/<1>")))
-    >>> "<title>runs/&lt;1&gt;</title>" in page, "http" in page
-    (True, False)
-    """
+    """Render the page of a run, in which everything that comes from files is escaped; equal records make equal pages."""
     losses = {name: curve for name, curve in record.values.items() if "loss" in name.lower()}
     panels = {"Losses against step": {"losses": losses}} if losses else {}
     checks = dict(sorted(record.checks.items(), key=lambda item: _WORST_FIRST.index(item[1].verdict)))

@@ -42,12 +42,6 @@ def read_run(folder: Path) -> RunRecord:
 
     Raises:
         ValueError: if there is no such folder, or nothing of a run in it.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> with TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "metrics.csv").write_text("step,train_loss\\n0,2.5\\n1,2.25\\n")
-    ...     read_run(Path(folder)).values
-    {'train_loss': ((0, 2.5), (1, 2.25))}
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}. Give that of a run, such as lightning_logs/version_0.")

@@ -48,12 +48,7 @@ def search_space(plan: Plan, roles: Sequence[str] = DEFAULT_ROLES) -> tuple[Dime
 
 
 def factors_at(space: Sequence[Dimension], point: Mapping[str, float]) -> Tuned:
-    """Tuned factors at a point of the space, rounded to what is written and trained.
-
-    >>> embedding = Dimension("embedding.lr", ("embedding",), "lr", 0.1, 10)
-    >>> factors_at([Dimension("lr", ("embedding", "readout"), "lr", 0.1, 10), embedding], {"lr": 0.5, "embedding.lr": 3.0})
-    {'embedding': {'lr': 1.5}, 'readout': {'lr': 0.5}}
-    """
+    """Tuned factors at a point of the space, rounded to what is written and trained."""
     found: Tuned = {}
     for dimension in space:
         for key in dimension.keys:

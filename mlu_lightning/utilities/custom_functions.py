@@ -1,4 +1,7 @@
-"""Let autograd see into custom functions with a backward pass of their own, such as attentions with recomputation."""
+"""Let autograd see into custom functions with a backward pass of their own, such as attentions with recomputation.
+
+Functions whose gradients ``torch.func`` takes are in its graph once, without what their gradients do with weights.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from unittest import mock
 import torch
 import torch.nn.attention.flex_attention as flex
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch._higher_order_ops.flex_attention import math_attention
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.nn import Parameter
 from torch.overrides import _pop_mode_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mlu_lightning.utilities.autograd_nodes import nodes_below
 
@@ -53,6 +59,9 @@ def seen_through() -> Iterator[None]:
         mock.patch.object(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True),  # calls what follows as it is
         mock.patch.object(flex, "flex_attention_hop", _composed),
         mock.patch.object(owner, "apply", classmethod(apply), create=True),
+        mock.patch.multiple(
+            eager_transforms, grad_and_value_impl=_grad_and_value, _vjp_with_argnums=_vjp, _jvp_with_argnums=_jvp
+        ),
     ):
         yield
 
@@ -63,6 +72,28 @@ def _composed(*args: Any) -> Any:
         while torch._C._len_torch_function_stack():
             stack.enter_context(_pop_mode_temporarily())
         return math_attention(*args)
+
+
+def _gradient(made: Any, args: Any, argnums: Any) -> Any:
+    """Something like a gradient that depends on all that was made; zeros of weights, from which others may be made."""
+    of = args[argnums] if isinstance(argnums, int) else tuple(args[i] for i in argnums or range(len(args)))
+    total = sum(leaf.real.sum() for leaf in tree_leaves(made))
+    return tree_map(lambda x: x.detach() * 0 if isinstance(x, Parameter) else x.detach() * 0 + total, of)
+
+
+def _grad_and_value(func: Any, argnums: Any, has_aux: bool, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    made = func(*args, **kwargs)
+    return _gradient(made[0] if has_aux else made, args, argnums), made
+
+
+def _vjp(func: Any, *primals: Any, argnums: Any = None, has_aux: bool = False) -> tuple[Any, ...]:
+    made, *aux = func(*primals) if has_aux else (func(*primals),)
+    return made, lambda *_, **__: _gradient(made, primals, argnums), *aux
+
+
+def _jvp(func: Any, primals: Any, *_: Any, has_aux: bool, **__: Any) -> tuple[Any, ...]:
+    made, *aux = func(*primals) if has_aux else (func(*primals),)
+    return made, made, *aux
 
 
 def _opened(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

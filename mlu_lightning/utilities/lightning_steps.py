@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from mlu_lightning.utilities.lightning_private import train_dataloaders
 
 StepName = Literal["training_step", "validation_step"]
+_MANY = 1000  # steps of a training whose number is not known yet
 
 
 def is_lightning_module(module: nn.Module) -> bool:
@@ -24,14 +25,14 @@ def is_lightning_module(module: nn.Module) -> bool:
     return callable(getattr(module, "training_step", None))
 
 
-def call_step(module: Any, name: StepName, batch: Any) -> Any:
-    """Call a step of a LightningModule with as many arguments as it takes; batch and loader have the index 0."""
+def call_step(module: Any, name: StepName, batch: Any, number: int = 0) -> Any:
+    """Call a step of a LightningModule with as many arguments as it takes; the loader has the index 0."""
     step = getattr(module, name)
     if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
-        return step(iter([(batch, 0, 0)]))
+        return step(iter([(batch, number, 0)]))
     args = [batch]
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):
-        args.append(0)
+        args.append(number)
     if is_param_in_hook_signature(step, "dataloader_idx", explicit=True):
         args.append(0)
     return step(*args)
@@ -125,6 +126,8 @@ class _TrainerView:
         self._original, self._optimizers, self._schedulers = original, optimizers, schedulers
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("num_training_batches", "estimated_stepping_batches") and self._original.train_dataloader is None:
+            return max(self._original.max_steps, _MANY)  # to count them, Lightning would begin to read them
         return getattr(self._original, name)
 
     @property

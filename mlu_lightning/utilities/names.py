@@ -16,20 +16,12 @@ _WRAPPED = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def name_pattern(name: str) -> str:
-    """Return a name without its places along the depth.
-
-    >>> name_pattern("blocks.3.mlp.out1.weight")
-    'blocks.*.mlp.out1.weight'
-    """
+    """Return a name without its places along the depth: ``blocks.*.mlp.out1.weight``."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def name_pattern_of_parts(name: str) -> str:
-    """Return a name without any of its numbers: blocks may carry theirs inside of a part, as other parts do.
-
-    >>> name_pattern_of_parts("encoder_layer_0.fc1.weight")
-    'encoder_layer_*.fc*.weight'
-    """
+    """Return a name without any of its numbers, which blocks may carry inside of a part: ``encoder_layer_*.fc*.weight``."""
     return re.sub(r"\d+", "*", name)
 
 
@@ -48,11 +40,7 @@ def original_module(module: nn.Module) -> nn.Module:
 
 
 def planned_name(name: str) -> str:
-    """Return the name that a parameter or submodule has in plans, from that in ``named_parameters()`` or the like.
-
-    >>> planned_name("blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.norm.weight")
-    'blocks.0.norm.weight'
-    """
+    """Return the name that a parameter or submodule has in plans, from that in ``named_parameters()`` or the like."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
@@ -81,32 +69,20 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def owner_of(name: str) -> str:
-    """Return the name of the submodule that uses a parameter, which torch.nn.utils.parametrize may hold for it.
-
-    >>> owner_of("blocks.0.up.bias"), owner_of("blocks.0.up.parametrizations.weight.original0")
-    ('blocks.0.up', 'blocks.0.up')
-    """
+    """Return the name of the submodule that uses a parameter, which torch.nn.utils.parametrize may hold for it."""
     before, held, _ = f".{name}".partition(".parametrizations.")
     return before[1:] if held else name.rpartition(".")[0]
 
 
 def common_module(names: Iterable[str]) -> str:
-    """Return the longest name of a module that parameters share.
-
-    >>> common_module(["blocks.0.mlp.read.weight", "blocks.0.mlp.write.weight"])
-    'blocks.0.mlp'
-    """
+    """Return the longest name of a module that parameters share."""
     modules = [owner_of(name).split(".") for name in names]
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
     return ".".join(parts[0] for parts in shared)
 
 
 def listed(names: Iterable[str], most: int = 5, separator: str = ", ") -> str:
-    """Say names one after the other, but not too many of them.
-
-    >>> listed(["a", "b", "c", "d"], most=2)
-    'a, b and 2 more'
-    """
+    """Say names one after the other, but not too many of them: ``a, b and 2 more``."""
     every = [*names]
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return f"{separator.join(every[:most])}{more}"

@@ -30,11 +30,7 @@ def read_text(path: str | PathLike[str]) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML as texts, lists and mappings from texts; errors name the ``source``.
-
-    >>> parse_yaml("{on: 1.0, off: [null, '2']}", "a.yaml")
-    {'on': '1.0', 'off': ['null', '2']}
-    """
+    """Read YAML as texts, lists and mappings from texts; errors name the ``source``."""
     if len(text) > LONGEST:
         raise ValueError(f"{source} {_TOO_LONG}")
     try:

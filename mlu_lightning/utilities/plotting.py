@@ -7,11 +7,7 @@ from itertools import accumulate
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights apart by at least a gap: halfway between pushing all of them up and all of them down.
-
-    >>> spread([0.0, 0.0, 5.0], 1.0)
-    [-0.5, 0.5, 5.0]
-    """
+    """Move ascending heights apart by at least a gap: halfway between pushing all of them up and all of them down."""
     up = list(accumulate(heights, lambda last, height: max(height, last + gap)))
     down = list(accumulate(reversed(heights), lambda last, height: min(height, last - gap)))
     return [(high + low) / 2 for high, low in zip(up, reversed(down), strict=True)]

@@ -110,7 +110,7 @@ def test_an_agent_of_the_sweep_trains_a_point(tmp_path: Path, monkeypatch: pytes
         assert sweep["metric"] == {"name": "val_loss", "goal": "minimize"}
         assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "mlu_lightning"]
         assert sweep["command"][-2:] == ["--trial", "${args_json}"]
-        monkeypatch.setattr("wandb.Run.log", lambda run, values, **kwargs: logged.append(values))
+        monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", lambda run, values, **kwargs: logged.append(values))
         point = json.dumps({"lr": 8.0, "embedding.std": 1.0, "embedding.lr": 0.5})
         main([point if word == "${args_json}" else word for word in sweep["command"][4:]])
     assert [values["percent"] for values in logged] == [25, 50, 75, 100]

@@ -184,9 +184,9 @@ def test_parameters_that_cannot_be_placed_are_named_with_the_override_that_would
         Plan.from_model(module, X)
     message = str(error.value)
     assert "1 of the parameters of Net could not be placed" in message
-    assert 'overrides={"mixing": "stream_matrix"}' in message
-    plan = Plan.from_model(module, X, overrides={"unused": "stream_norm", "mixing": "stream_matrix"})
-    assert plan.roles["mixing"] == "stream_matrix"
+    assert 'overrides={"mixing": "stream_norm"}' in message
+    plan = Plan.from_model(module, X, overrides={"unused": "stream_norm", "mixing": "stream_norm"})
+    assert plan.roles["mixing"] == "stream_norm"
 
 
 SEQUENTIAL = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -25,76 +25,44 @@ _EXPERTS = {
 
 
 # units, entries of a unit's state, and of parameters the row, the fans, and whether rows for other things are not counted
-CASES: dict[str, tuple[str, dict[str, Any], int, int, dict[str, str]]] = {
-    "mamba": (
-        "Mamba",
-        {**_HIDDEN, "state_size": 4, "time_step_rank": 2},
-        *(32, 4),  # channels
-        {
-            "in_proj.weight": "branch_in 16 64",
-            "x_proj.weight": "branch_bounded_matrix 32 10",  # step's bottleneck, B and C
-            "dt_proj.weight": "branch_hidden 2 32",
-            "dt_proj.bias": "branch_in_bias 1 32",
-            "A_log": "branch_in_bias 1 128",
-            "D": "branch_in_bias 1 32",
-            "conv1d.weight": "branch_in_bias 1 32",
-            "out_proj.weight": "branch_out 32 16",
-        },
+CASES: dict[str, tuple[str, dict[str, Any], int, int, str]] = {
+    "mamba": (  # x_proj makes the step's bottleneck, B and C
+        *("Mamba", {**_HIDDEN, "state_size": 4, "time_step_rank": 2}, 32, 4),
+        """in_proj.weight branch_in 16 64, x_proj.weight branch_bounded_matrix 32 10, dt_proj.weight branch_hidden 2 32,
+        dt_proj.bias branch_in_bias 1 32, A_log branch_in_bias 1 128, D branch_in_bias 1 32,
+        conv1d.weight branch_in_bias 1 32, out_proj.weight branch_out 32 16""",
     ),
-    "mamba 2": (
-        "Mamba2",
-        {**_SSD, "n_groups": 2},
-        *(4, 32),  # head_dim times state
-        {
-            "in_proj.weight": "branch_in 16 68 mixed",  # gates, values and steps, without B and C of two groups
-            "conv1d.weight": "branch_in_bias 1 32 mixed",
-            "A_log": "branch_in_bias 1 4",
-            "dt_bias": "branch_in_bias 1 4",
-            "norm.weight": "branch_in_bias 1 32",
-            "out_proj.weight": "branch_out 32 16",
-        },
+    "mamba 2": (  # in_proj makes gates, values and steps, and B and C of two groups; a state is head_dim times state_size
+        *("Mamba2", {**_SSD, "n_groups": 2}, 4, 32),
+        """in_proj.weight branch_in 16 68 mixed, conv1d.weight branch_in_bias 1 32 mixed, A_log branch_in_bias 1 4,
+        dt_bias branch_in_bias 1 4, norm.weight branch_in_bias 1 32, out_proj.weight branch_out 32 16""",
     ),
-    "rwkv": (
-        "Rwkv",
-        {**_HIDDEN, "context_length": 16},
-        *(16, 1),
-        {
-            "time_mix_key": "branch_norm 1 16",  # over coordinates of the stream
-            "key.weight": "branch_in 16 16",
-            "receptance.weight": "branch_in 16 16",
-            "time_decay": "branch_in_bias 1 16",
-            "output.weight": "branch_out 16 16",
-        },
+    "rwkv": (  # time_mix_key is over coordinates of the stream
+        *("Rwkv", {**_HIDDEN, "context_length": 16}, 16, 1),
+        """time_mix_key branch_norm 1 16, key.weight branch_in 16 16, receptance.weight branch_in 16 16,
+        time_decay branch_in_bias 1 16, output.weight branch_out 16 16""",
     ),
-    "griffin": (
+    "griffin": (  # gates are of each head
         "RecurrentGemma",
         {**_HYBRID, "lru_width": 16, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
         *(16, 1),
-        {
-            "linear_x.weight": "branch_in 16 16",
-            "rg_lru.recurrent_param": "branch_in_bias 1 16",
-            "rg_lru.input_gate_weight": "branch_hidden 8 16",  # of each head
-            "linear_out.weight": "branch_out 16 16",
-        },
+        """linear_x.weight branch_in 16 16, rg_lru.recurrent_param branch_in_bias 1 16,
+        rg_lru.input_gate_weight branch_hidden 8 16, linear_out.weight branch_out 16 16""",
     ),
-    "gated delta rule": (
+    "gated delta rule": (  # one gain for all heads
         "Qwen3Next",
         {**_HYBRID, **_GATES, **_EXPERTS, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
         *(4, 24),
-        {
-            "in_proj_qkvz.weight": "branch_in 16 64",
-            "in_proj_ba.weight": "branch_in 16 8",
-            "A_log": "branch_in_bias 1 4",
-            "norm.weight": "branch_bounded 1 6",  # one gain for all heads
-            "out_proj.weight": "branch_out 24 16",
-        },
+        """in_proj_qkvz.weight branch_in 16 64, in_proj_ba.weight branch_in 16 8, A_log branch_in_bias 1 4,
+        norm.weight branch_bounded 1 6, out_proj.weight branch_out 24 16""",
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_recurrent_branches(name: str) -> None:
-    model, numbers, hidden, state, expected = CASES[name]
+    model, numbers, hidden, state, by_hand = CASES[name]
+    expected = {suffix: row for suffix, _, row in (line.strip().partition(" ") for line in by_hand.split(","))}
     structure = discover(hugging_face(model, vocab_size=VOCABULARY, **numbers), LANGUAGE)
     branch = structure.branches[0]
     assert (branch.kind, branch.hidden, branch.head_dim, structure.unassigned) == ("recurrence", hidden, state, {})

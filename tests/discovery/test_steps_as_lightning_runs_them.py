@@ -1,13 +1,14 @@
 """Steps that use what Lightning has made by then, gradients of inputs, or odd batches: planned as the plain step is."""
 
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from helpers.residual_networks import Block
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -15,15 +16,6 @@ from torch.nn.functional import mse_loss
 from mlu_lightning import Role, discover
 
 INPUTS, TARGETS = torch.ones(2, 3), torch.ones(2, 2)
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.read, self.write = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.write(torch.tanh(self.read(x)))
 
 
 class Step(LightningModule):
@@ -47,33 +39,12 @@ class Step(LightningModule):
         return self.loss(batch)
 
 
-class Force(Step):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x = batch.clone().requires_grad_()
-        (force,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
-        return force.square().mean()
-
-
 class EnergyAndForce(Step):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         batch.requires_grad = True
         energy = self(batch)
         energy.sum().backward(create_graph=True)
         return energy.square().mean() + batch.grad.square().mean()
-
-
-class GradientPenalty(Step):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x = batch.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self(x).sum(), x, create_graph=True)
-        return self.loss(batch) + (gradient.norm(dim=1) - 1).square().mean()
-
-
-class Adversarial(Step):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x = batch.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.loss(x), x)
-        return self.loss(batch + 0.1 * gradient.sign())
 
 
 class ForwardForMetric(Step):
@@ -130,8 +101,50 @@ class Closures(Step):
         return self.readout(self.rest[0](self.one(self.embed(x))))
 
 
+class Short(Step):
+    """A step that is a function of it, a batch and its number."""
+
+    def __init__(self, run: Callable[[Any, Any, int], Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.run(self, batch, batch_idx)
+
+
+def inner_step(step: Step, x: Tensor, _: int) -> Any:
+    weights = dict(step.named_parameters())
+    first = torch.autograd.grad(step.loss(x), [*weights.values()], create_graph=True)
+    second = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), first, strict=True)}
+    return mse_loss(torch.func.functional_call(step, second, (x,)), TARGETS)
+
+
+def through_gradient(step: Step, x: Tensor, _: int) -> Any:
+    x.requires_grad_()
+    step(x).sum().backward()
+    return step.loss(x.detach() + x.grad.sign())  # type: ignore[union-attr]  # there is one now
+
+
+SHORT: dict[str, Callable[[Any, Any, int], Any]] = {
+    "jvp": lambda step, x, _: sum(part.square().mean() for part in torch.func.jvp(step, (x,), (x,))),
+    "jacobian": lambda step, x, _: torch.func.vmap(torch.func.jacrev(step))(x).square().mean(),
+    "hessian": lambda step, x, _: torch.func.vmap(torch.func.hessian(lambda y: step(y).sum()))(x).square().mean(),
+    "force": lambda step, x, _: torch.autograd.grad(step(x).sum(), x, create_graph=True)[0].square().mean(),
+    "inner step": inner_step,
+    "gradient of the batch": through_gradient,
+    "every fifth batch": lambda step, x, number: step.loss(x) if number % 5 == 4 else None,
+    "in turns": lambda step, x, number: step.loss(x) if number % 2 else step.embed(x).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_roles_are_those_of_the_network(name: str) -> None:
+    structure, plain = discover(Short(SHORT[name]), INPUTS), discover(Step(), INPUTS)
+    assert structure.roles == plain.roles and structure.depth == 2
+
+
 STEPS: dict[type[Step], Any] = dict.fromkeys(
-    (Force, EnergyAndForce, GradientPenalty, Adversarial, ForwardForMetric, MadeByHooks, Iterating, Closures), INPUTS
+    (EnergyAndForce, ForwardForMetric, MadeByHooks, Iterating, Closures), INPUTS
 ) | {Popping: UserDict(x=INPUTS), OfDataclass: Slotted(INPUTS)}
 
 

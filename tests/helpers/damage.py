@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from helpers.processes import exit_code, fork
+from helpers.processes import fork, forked
 
 __all__ = ["Read", "damaged", "edited", "limits", "refused_of", "respelled", "run_to_end", "small_disk"]
 
@@ -127,5 +127,5 @@ def refused_of(read: Read, folder: Path, inputs: Iterator[bytes], count: int) ->
 
 
 def run_to_end(target: Callable[..., None], *args: Any, said: Any = None) -> None:
-    code = exit_code(target, *args)
-    assert code == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {code}"
+    (process := forked(target, *args)).join()
+    assert process.exitcode == 0, said.get(timeout=1) if said and not said.empty() else f"it died: {process.exitcode}"

@@ -62,28 +62,6 @@ class Delta(Heads):
         return state + gate * k[..., None] * (v - (k[..., None] * state).sum(-2))[..., None, :]
 
 
-class Exponential(nn.Module):
-    """The sLSTM of xLSTM: exponential gates with a stabilizer, and a matrix from state to gates for each head."""
-
-    def __init__(self, embedding: int, heads: int) -> None:
-        super().__init__()
-        self.width = 4 * heads
-        self.made, self.again = nn.Linear(embedding, 16 * heads), nn.Parameter(0.2 * torch.randn(heads, 4, 16))
-
-    def forward(self, x: Tensor) -> Any:
-        parts = self.made(x).unflatten(-1, (-1, 16))
-        h = c = n = m = x.new_zeros(len(x), parts.shape[-2], 4)
-        found = []
-        for part in parts.unbind(1):
-            z, i, f, o = (part + torch.einsum("bhi,hij->bhj", h, self.again)).chunk(4, -1)
-            kept, m = F.logsigmoid(f) + m, torch.maximum(F.logsigmoid(f) + m, i)
-            c = (kept - m).exp() * c + (i - m).exp() * torch.tanh(z)
-            n = (kept - m).exp() * n + (i - m).exp()
-            h = torch.sigmoid(o) * c / n.clamp(min=1e-6)
-            found.append(h)
-        return torch.stack(found, 1).flatten(2)
-
-
 def hugging_face(name: str, **numbers: Any) -> Any:
     """A small language model of transformers."""
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
@@ -91,7 +69,7 @@ def hugging_face(name: str, **numbers: Any) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
-def _of(name: str, numbers: Callable[[int, int], dict[str, int]]) -> Callable[..., nn.Module]:
+def _of(name: str, numbers: Callable[[int, int], dict[str, Any]]) -> Callable[..., nn.Module]:
     """One whose other numbers depend on units and embedding."""
     return lambda depth, hidden, embedding: hugging_face(
         name, num_hidden_layers=depth, hidden_size=embedding, **numbers(hidden, embedding)
@@ -104,7 +82,6 @@ RECURRENCES: dict[str, tuple[Callable[..., nn.Module], int]] = {  # with units a
     "gru": (partial(Layers, partial(nn.GRU, batch_first=True)), 32),
     "linear attention": (partial(Layers, Heads), 8),
     "deltanet": (partial(Layers, Delta), 8),
-    "slstm": (partial(Layers, Exponential), 8),
     "mamba": (_of("Mamba", lambda m, d: {"state_size": 4, "time_step_rank": 4, "expand": m // d}), 64),
     "mamba 2": (_of("Mamba2", lambda m, d: _SSD | {"num_heads": m, "expand": 4 * m // d}), 16),
 }

@@ -169,7 +169,7 @@ def test_no_false_alarm(name: str) -> None:
     _assert_no_alarm(name, (3, 4, 32), seeds=1)
 
 
-@pytest.mark.parametrize("kind", ["gru", "deltanet", "slstm"])
+@pytest.mark.parametrize("kind", ["gru", "deltanet"])
 def test_steps_of_a_recurrence_are_no_branches(kind: str) -> None:
     base, module = Model(kind, 1, 4, 8), Model(kind, 3, 8, 16)
     (batch,) = batches(1)

@@ -68,11 +68,6 @@ def test_what_cannot_be_planned(make: Any, error: Any, message: str) -> None:
         Plan.from_model(make(), (X,))
 
 
-def test_complex_weights_can_be_left_alone() -> None:
-    plan = Plan.from_model(waves(), (X,), overrides={"blocks.*.modes": "frozen"})
-    assert [name for name, role in plan.roles.items() if role == "frozen"] == ["blocks.0.modes", "blocks.1.modes"]
-
-
 def test_errors_in_a_step_name_it() -> None:
     class Forgetful(Trained):
         def training_step(self, batch: list[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def until(ready: object, seconds: float = 20) -> bool:
+def until(ready: object, seconds: float = 120) -> bool:
     end = time.monotonic() + seconds
     while not ready() and time.monotonic() < end:  # type: ignore[operator]
         time.sleep(0.02)
@@ -57,7 +57,7 @@ def test_workers_end_with_their_parent(number: signal.Signals, tmp_path: Path) -
     assert all(map(is_alive, workers))
     parent.send_signal(number)
     assert parent.wait(60) != 0
-    assert until(lambda: not any(map(is_alive, workers)), 5)
+    assert until(lambda: not any(map(is_alive, workers)), 20)
 
 
 def test_an_error_does_not_wait_for_what_runs() -> None:
