@@ -162,8 +162,9 @@ def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -
         # a discriminator of outputs, and of data, has the roles that it has on a stream's outputs
         roles = {u.use.kind: u.found for u in of_name if not u.found.apart}
         others = [roles.get(u.use.kind, u.found) if u.found.apart else u.found for u in of_name]
-        pairs = zip(of_name, others, strict=True)
-        placed[name] = [u if other.role is u.found.role else replace(u, found=other) for u, other in pairs]
+        placed[name] = [
+            u if o.role is u.found.role else replace(u, found=o) for u, o in zip(of_name, others, strict=True)
+        ]
     return placed
 
 
