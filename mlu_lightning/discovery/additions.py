@@ -8,12 +8,25 @@ Fourier transforms, shifts); x + x³ inside of a GELU does neither. A matrix on 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
-from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, NONLINEAR, NORMS, PARTS, POOLS, RESHAPES, Graph, Op
+from mlu_lightning.discovery.graph import (
+    ARITHMETIC,
+    ATTENTION,
+    JOINS,
+    NONLINEAR,
+    NORMS,
+    PARTS,
+    POOLS,
+    RESHAPES,
+    Graph,
+    Op,
+)
 from mlu_lightning.discovery.traversal import Ancestry, between, descendants
 
+_BENDING, _ARRANGED = NONLINEAR - POOLS, RESHAPES | PARTS | JOINS
 _SOFTMAXES = frozenset({"Softmax", "SafeSoftmax", "LogSoftmax"})
 _ELEMENTWISE = (RESHAPES | PARTS | ARITHMETIC | NONLINEAR | {"Neg", "Where", "MaskedFill"}) - _SOFTMAXES
 """Operations that do not mix tokens or coordinates."""
@@ -48,12 +61,32 @@ def residual_additions(graph: Graph) -> tuple[list[Addition], list[Op]]:
 
 
 def _chain(op: Op) -> list[Op]:
-    """What an operation is computed from without a nonlinearity or a second operand, up to another addition."""
+    """What an operation is computed from without a nonlinearity or a second tensor, up to another addition."""
     chain = [op]
-    while len(op.data) == 1 and op.name not in NONLINEAR - POOLS:
-        op = op.data[0]
+    while (before := _only_operand(op)) is not None:
+        op = before
         chain.append(op)
     return chain
+
+
+def _only_operand(op: Op, activated: Collection[Op] = ()) -> Op | None:
+    """The one tensor that most of an operation is linearly made of, or an activation of one of these; None if none is."""
+    if op.name in _BENDING and op.data and op.data[0].source not in activated:
+        return None
+    if op.name not in ("Cat", "Stack") or len(op.data) == 1:
+        return op.data[0] if len(op.data) == 1 else None
+    first, *others = ([*_parts_of(operand)] for operand in op.data)
+    whole = next((part for part in first if all(part in other for other in others)), None)
+    # tokens that a few others are joined with, as a class token is
+    return whole or next((o for o in op.data if 2 * math.prod(o.shape) > math.prod(op.shape)), None)
+
+
+def _parts_of(op: Op) -> Iterator[Op]:
+    """An operation, and what it is a part of, or pools, repeats or shifts a part of."""
+    yield op
+    while len(op.data) == 1 and op.name in _ARRANGED:
+        op = op.data[0]
+        yield op
 
 
 def _normed(op: Op) -> Iterator[Op]:
@@ -69,6 +102,7 @@ class _Search:
         self.graph, self.chains, self.ancestry = graph, chains, ancestry
         self.made = descendants(graph.ops, graph.uses)  # what a parameter has a part in
         self.read = set[Op]()  # what goes into a parameter matrix
+        self.begins: dict[Op, Op] = {}  # where the stream of each addition begins
         for op in reversed(graph.ops):
             if op in self.read or graph.is_matrix(op):
                 self.read.update(op.data)
@@ -126,7 +160,9 @@ class _Search:
     def _is_other_stream(self, branch: Op, root: Op, found: dict[Op, Addition]) -> bool:
         """Whether what seems to be a branch is a stream, or a norm of one, that does not come from the root."""
         *_, branch = _normed(branch)
-        if branch not in found:
+        addition = found.get(branch)
+        beside = takewhile(lambda op: op.source is not addition.root, self.chains[addition.stream]) if addition else ()
+        if addition is None or any(map(self.graph.is_matrix, beside)):
             return False
         begin = min(self._line(branch, found), key=lambda op: op.index)
         return begin.index < root.index or (begin is not root and not self.ancestry.precedes(root, begin))
@@ -163,10 +199,8 @@ class _Search:
         long: dict[Op, Addition] = {}
         for addition in found:
             source = addition.branch
-            while source not in of and len(source.data) == 1:
-                if source.name in NONLINEAR and source.data[0].source not in of:
-                    break  # what is no activation of a stream
-                source = source.data[0]
+            while source not in of and (before := _only_operand(source, activated=of)) is not None:
+                source = before
             inner, begin = of.get(source), addition.root
             if inner is None or inner.root.index < begin.index:
                 continue
@@ -201,14 +235,15 @@ class _Search:
         kept: list[Addition] = []
         nested, of = list[Op](), {addition.op for addition in found}
         around: list[Addition] = []  # of those, which begin before
+        for addition in found:
+            before = (self.begins[op] for op in _normed(addition.root) if op in self.begins)
+            self.begins[addition.op] = next(before, addition.root)
         continued: dict[Op, Op] = {}  # where the streams from each of their roots are added to for the last time
         for addition in reversed(found):
             around = [outer for outer in around if outer.root.index < addition.op.index]
             outer = next((outer for outer in around if self._is_within(addition, outer, of)), None)
             last = continued.get(addition.op)
-            if outer is None or not (
-                last is None or last is outer.branch or self.ancestry.precedes(last, outer.branch)
-            ):
+            if outer is None or not (last in (None, outer.branch) or self.ancestry.precedes(last, outer.branch)):
                 kept.append(addition)
                 around.append(addition)
                 for op in _normed(addition.root):
@@ -224,7 +259,9 @@ class _Search:
             return False
         root = addition.root
         if root is outer.root or self.ancestry.precedes(outer.root, root):
-            return True
+            begin = self.begins[addition.op]
+            earlier = begin is not self.begins[outer.op] and begin.index < outer.root.index
+            return not (earlier and self._escapes(addition.op, outer.op))
         return (root not in of or root.index >= outer.root.index) and not self._escapes(addition.op, outer.op)
 
     def _escapes(self, op: Op, outer: Op) -> bool:

@@ -258,7 +258,21 @@ class BranchRoles:
             return Placed(Role.BRANCH_NORM)
         if use.op.name == "Add" and self.graph.is_matrix(use.op.data[0].source):
             return Placed(BIAS_ROLES[self._matrix_role(use.op.data[0].source)])
-        return Placed(Role.BRANCH_IN_BIAS if self.units.own(use) else Role.BRANCH_BOUNDED)
+        if self.units.own(use):
+            return Placed(Role.BRANCH_IN_BIAS)
+        size = math.prod(use.selected)
+        return (
+            Placed(Role.BRANCH_IN_BIAS, outputs=size)
+            if self._is_summed_over(use.op, size)
+            else Placed(Role.BRANCH_BOUNDED)
+        )
+
+    def _is_summed_over(self, op: Op, size: int) -> bool:
+        """Whether the next matrix sums over the entries of a vector, as over those of a stream inside of a branch."""
+        plain = (o for o in self.region.ops if not self.graph.is_matrix(o))
+        made = descendants(plain, [op])
+        read = (m for m in self.matrices if not made.isdisjoint(m.data))
+        return size > 1 and any(self.graph.matrices(m)[0].fans[0] == size for m in read)
 
     def _mixing_before(self, op: Op) -> bool:
         """Whether a matrix, which is no kernel of each channel by itself, comes before another one."""

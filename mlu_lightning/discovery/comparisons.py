@@ -69,8 +69,5 @@ def _summed(graph: Graph, op: Op) -> Iterator[tuple[Axis, Axis]]:
 
 def _is_center(graph: Graph, op: Op, summed: Op) -> bool:
     """Whether what was summed is centered or divided by the sum, as a norm that is written by hand does."""
-    users = [
-        *graph.users[op],
-        *(further for user in graph.users[op] if user.source is op for further in graph.users[user]),
-    ]
+    users = [*graph.users[op], *(o for user in graph.users[op] if user.source is op for o in graph.users[user])]
     return any(user.name in ("Sub", "Div") and any(o.source is summed for o in user.data) for user in users)

@@ -29,11 +29,9 @@ def find_copies(module: nn.Module, unreached: Collection[str]) -> dict[str, str]
         within = any(copy.startswith(f"{outer}.") for outer in found)
         if within or any(f"{copy}.{rest}" not in unreached for rest in own):
             continue
-        for original in alike[_shapes(own)]:
-            reached = any(f"{original}.{rest}" not in unreached for rest in own)
-            if reached and _are_equal(own, inside[original]):
-                found[copy] = original
-                break
+        reached = (name for name in alike[_shapes(own)] if any(f"{name}.{rest}" not in unreached for rest in own))
+        if original := next((name for name in reached if _are_equal(own, inside[name])), None):
+            found[copy] = original
     return found
 
 

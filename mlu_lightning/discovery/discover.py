@@ -102,7 +102,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     idle = _idle_experts(shapes, uses)
     uses |= {name: uses[sibling] for name, sibling in idle.items()}
     parameters = {name: _facts(name, shape, uses[name], factors) for name, shape in shapes.items()}
-    sites = MultiplierSites(trace, graph)
+    sites = MultiplierSites(trace, graph, frozenset().union(*(branch.ops for branch in parts.branches)))
     named = _named_branches(regions, uses)
     members: dict[int | None, list[str]] = defaultdict(list)
     for name, placed in uses.items():
@@ -194,17 +194,8 @@ def _branch(
     folds = sites.folds(ends)
     if idle:  # which of the experts that is depends on the example, and the order must not
         folds = tuple(name for name in order if name in folds or idle.get(name) in folds)
-    branch = Branch(
-        name=name,
-        kind=first.kind,
-        hidden=first.hidden,
-        stream=regions[0].stream,
-        position=first.region.position,
-        parameters=tuple(parameters),
-        site=sites.branch(ends, name, owner),
-        folds=folds,
-        constant=constants.of_branch(ends),
-    )
+    place, site = (regions[0].stream, first.region.position), sites.branch(ends, name, owner)
+    branch = Branch(name, first.kind, first.hidden, *place, tuple(parameters), site, folds, constants.of_branch(ends))
     if attention is None:
         return replace(branch, head_dim=first.head_dim)
     scale = own_scale(attention, first.region.ops, sites.graph)

@@ -69,19 +69,9 @@ def _operations(
         parameter = names.get(id(leaf)) if leaf is not None else None
         is_data = parameter is None or parameter in begins
         if operands:
-            is_data = node not in weights and _takes_data(name, operands, values)
-        op = Op(
-            index=len(ops),
-            name=name,
-            shapes=tuple(tuple(meta.shape) for meta in node._input_metadata),
-            operands=operands,
-            values=values,
-            data=tuple(op for op, _ in values),
-            from_data=is_data,
-            parameter=parameter,
-            node=node,
-        )
-        ops += _written_out(op)
+            is_data = bool(values) or (node not in weights and _takes_data(name, operands, values))
+        shapes, data = tuple(tuple(meta.shape) for meta in node._input_metadata), tuple(op for op, _ in values)
+        ops += _written_out(Op(len(ops), name, shapes, operands, values, data, is_data, parameter, node))
         by_node[node] = ops[-1]
     return tuple(ops), by_node
 
@@ -253,7 +243,8 @@ def stream_parameters(ops: tuple[Op, ...]) -> frozenset[str]:
                 continue  # a penalty
             made = list(_made_of(operand[0]))
             inner = {other.name for other in made}
-            is_query = op.name in PRODUCTS and "Bmm" not in inner
+            # an attention between parameters makes what further ones weigh by it
+            is_query = op.name in PRODUCTS and all(map(_compares_maps, made))
             if (not weights or is_query) and inner & _MAPS:
                 found.update(_inputs(operand[0]))
             elif op.name in ("Add", "Cat") and len(inner - RESHAPES - PARTS) == 1 and len(op.shape) > 1:
@@ -275,6 +266,12 @@ def _sum_behind(op: Op) -> Op:
 
 
 _MAPS = NORMS | (WEIGHT_SLOTS.keys() - {"GroupedMm"})
+
+
+def _compares_maps(op: Op) -> bool:
+    """Whether an operation on parameters is no product, or one of what matrices or norms make of them."""
+    operands = [operand for operand in op.operands if operand is not None]
+    return op.name not in PRODUCTS or all(any(o.name in _MAPS for o in _made_of(made)) for made, _ in operands)
 
 
 def _made_of(op: Op) -> Iterator[Op]:

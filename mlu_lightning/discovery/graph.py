@@ -156,7 +156,7 @@ USE_KINDS: dict[str, UseKind] = {
 }
 
 
-_TAKEN = ("dim", "index", "start", "end")  # what autograd keeps of an operation that takes a part of a tensor
+TAKEN = ("dim", "index", "start", "end")  # what autograd keeps of an operation that takes a part of a tensor
 
 
 JOINED = frozenset({"Cat", "Stack"})  # operations whose result holds what several parameters are
@@ -216,7 +216,7 @@ class Use:
         for step, user in pairwise((*self.path, self.op)):
             if step.name in PARTS:
                 output = next(number for op, number in filter(None, user.operands) if op is step)
-                taken += [step.name, output, *map(step.saved, _TAKEN)]
+                taken += [step.name, output, *map(step.saved, TAKEN)]
         indices = self.op.saved("indices") if self.kind == "lookup" else None
         if isinstance(indices, Tensor) and indices.numel() == 1:
             known = indices.constant if isinstance(indices, FakeTensor) else indices

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 from torch import nn
 
 from mlu_lightning.discovery.attention import Attention
-from mlu_lightning.discovery.graph import ARITHMETIC, ATTENTION, JOINS, LINEAR, NORMS, RESHAPES, VIEWS, Graph, Op, Use
+from mlu_lightning.discovery.graph import (
+    ARITHMETIC,
+    ATTENTION,
+    JOINS,
+    LINEAR,
+    NORMS,
+    POOLS,
+    RESHAPES,
+    VIEWS,
+    Graph,
+    Op,
+    Use,
+)
 from mlu_lightning.discovery.structure import Logits, Site
 from mlu_lightning.discovery.trace import ModuleCall, Trace
 from mlu_lightning.discovery.traversal import in_order, walk_back
 from mlu_lightning.utilities.names import planned_part
+
+_HOMOGENEOUS = POOLS | {"Relu", "LeakyRelu"}
+"""Nonlinear operations that a positive factor goes through."""
+_PASSES = RESHAPES | JOINS | _HOMOGENEOUS | {"Mul", "Div", "Bmm", "Select", "Slice"}
 
 
 @dataclass(frozen=True)
@@ -24,11 +40,22 @@ class MultiplierSites:
 
     trace: Trace
     graph: Graph
+    within: frozenset[Op]  # operations of branches
+    known: dict[Op, tuple[list[Use], set[Op]] | None] = field(default_factory=dict)  # what parameters make each of
 
     def branch(self, ends: list[Op], name: str, owner: str) -> Site | None:
         """A module whose output is a branch in each of its calls: of its name, or the owner of the matrix that writes."""
-        found = self._common([self._output_sites(self._proportional(end), len(ends)) for end in ends])
+        found = self._common([[*self._sites_before(end, len(ends))] for end in ends])
         return min(found, key=lambda site: (site.module != name, site.module != owner, len(site.module)), default=None)
+
+    def _sites_before(self, end: Op, calls: int) -> Iterator[Site]:
+        """Modules that return what the end of a branch is proportional to, alone or beside what gates it."""
+        yield from self._output_sites(self._proportional(end), calls)
+        linear = walk_back([end], lambda op: op.data if op.name in LINEAR and op in self.within else ())
+        yield from self._parts(end, [op for op in in_order(linear)[::-1] if op.name in LINEAR], calls)
+        gated = (op for op in linear if op.name == "Glu" and op.shape[:-1] == op.data[0].shape[:-1])
+        for op in filter(partial(self._is_proportional, end), gated):
+            yield from (replace(site, part=(0, op.shape[-1])) for site in self._output_sites(op.data, calls))
 
     def readout(self, matrices: list[Op]) -> Site | None:
         """A site to multiply what a readout matrix reads in all its uses, so that its bias is not multiplied."""
@@ -102,8 +129,8 @@ class MultiplierSites:
             return False  # a constant or a parameter is joined, which would not be multiplied
         return all(self._is_proportional(operand, to) for operand in op.data)
 
-    def _parts(self, queries: Op, behind: Iterable[Op], calls: int) -> Iterator[Site]:
-        """Modules that return queries together with keys and values, side by side in their last dimension."""
+    def _parts(self, queries: Op, behind: Sequence[Op], calls: int) -> Iterator[Site]:
+        """Modules that return queries and keys, or what is written and its gates, side by side in their last dimension."""
         outputs: dict[Op, set[int]] = defaultdict(set)
         for operand, output in (value for op in behind for value in op.values):
             outputs[operand].add(output)
@@ -130,13 +157,18 @@ class MultiplierSites:
 
     def _factors(self, op: Op) -> tuple[list[Use], set[Op]] | None:
         """Uses of parameters that an output is proportional to, taken together, and the operations from them to it."""
+        if op not in self.known:
+            self.known[op] = self._found_factors(op)
+        return self.known[op]
+
+    def _found_factors(self, op: Op) -> tuple[list[Use], set[Op]] | None:
         uses, operands = list(self.graph.uses.get(op, ())), op.data
         if self.graph.is_matrix(op) or op.name in NORMS:
             return (uses, {op}) if uses and not op.is_recurrent_layer else None
         if op.is_normalizer:
             return None
         if op.name in ("Mul", "Div"):
-            factor = next(filter(None, map(self._factors, op.full_factors)), None)
+            factor = next(filter(None, map(self._factors, self._factors_within(op))), None)
             if factor is not None:
                 return factor[0], factor[1] | {op}
             return (uses, {op}) if uses else None
@@ -146,12 +178,17 @@ class MultiplierSites:
             factors = (self._factors(operand[0]) for operand in read if operand is not None)
             product = next(filter(None, factors), None)
             return None if product is None else (product[0], product[1] | {op})
-        if op.name not in LINEAR or (op.name in ("Add", "Sub") and None in op.operands):
+        if op.name not in LINEAR | _HOMOGENEOUS or (op.name in ("Add", "Sub") and None in op.operands):
             return None  # a constant is added, which no parameter multiplies
         parts = [part for part in map(self._factors, operands) if part is not None]
         if not parts or len(parts) < len(operands):
             return None
         return uses + [use for part, _ in parts for use in part], {op}.union(*(path for _, path in parts))
+
+    def _factors_within(self, op: Op) -> tuple[Op, ...]:
+        """Data that an operation multiplies: in a branch what is made there, and not what that is multiplied with."""
+        inside = tuple(operand for operand in op.full_factors if operand.source in self.within)
+        return inside if op in self.within and inside else op.full_factors
 
     def _proportional(self, end: Op) -> list[Op]:
         """The end of a branch, and what all of it is proportional to, as far back as nothing else reads that."""
@@ -167,12 +204,18 @@ class MultiplierSites:
             operands = op.data
             if op.name == "Mul" and len(operands) == 2 and not op.is_normalizer:
                 # the factor that holds what is written, such as an expert's output beside its weight
-                operands = tuple(operand for operand in op.full_factors if self._factors(operand) is not None)
+                operands = tuple(operand for operand in self._factors_within(op) if self._factors(operand) is not None)
                 operands = operands if len(operands) == 1 else ()
             if op.name == "Bmm" and len(operands) == 2 and self._factors(operands[1]) is None:
                 operands = operands[:1] if self._factors(operands[0]) is not None else ()
             sums = op.name in ("Add", "Sub") and None not in op.operands
-            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | {"Mul", "Div", "Bmm", "Select", "Slice"}
+            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | _HOMOGENEOUS | {
+                "Mul",
+                "Div",
+                "Bmm",
+                "Select",
+                "Slice",
+            }
             alone = alone and not (op.name in JOINS and self.graph.uses.get(op))  # a parameter takes some of the places
             if not (sums or alone):
                 break

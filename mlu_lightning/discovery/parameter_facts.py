@@ -11,7 +11,7 @@ from functools import partial
 from mlu_lightning.discovery.attention import find_attention
 from mlu_lightning.discovery.axes import unit_axis
 from mlu_lightning.discovery.branch_roles import BranchRoles
-from mlu_lightning.discovery.graph import Graph, Op, Use
+from mlu_lightning.discovery.graph import PARTS, TAKEN, Graph, Op, Use
 from mlu_lightning.discovery.outer_roles import (
     HeadRoles,
     Placed,
@@ -26,7 +26,7 @@ from mlu_lightning.discovery.outer_roles import (
 from mlu_lightning.discovery.residual import Partition
 from mlu_lightning.discovery.structure import ParameterFacts
 from mlu_lightning.discovery.summed import Mark
-from mlu_lightning.discovery.traversal import Ancestry, descendants, in_order
+from mlu_lightning.discovery.traversal import Ancestry, in_order
 from mlu_lightning.discovery.units import Units
 from mlu_lightning.table import COMPOUNDING, COUNTED, Role, Variant
 
@@ -43,6 +43,9 @@ class Region:
     position: int | None = None  # along the stream, None before and after its additions
 
 
+Places = frozenset[tuple[int, int | None]]  # numbers of streams, with positions along them
+
+
 @dataclass(frozen=True)
 class PlacedUse:
     """One use of a parameter, its region, and its role there or why it has none."""
@@ -50,6 +53,7 @@ class PlacedUse:
     use: Use
     region: Region
     found: Placed | Unplaced
+    read_at: Places = frozenset()  # where along streams what it makes is added first
 
 
 Uses = dict[str, list[PlacedUse]]  # uses of parameters by name
@@ -91,7 +95,7 @@ def find_regions(graph: Graph, partition: Partition) -> tuple[list[Region], list
         several = len(segments) > 1 or (len(segments) == 1 and stream.depth < 4)
         norms = frozenset(op for segment in segments for op in segment) | last if several else frozenset[Op]()
         of_norms = norms, len(segments) + bool(last)
-        passed = [use for op in stream.shortcuts for use in graph.uses.get(op, ()) if _is_repeatable(use)]
+        passed = [op for op in stream.shortcuts if _is_repeatable(graph, op, stream.shortcuts)]
         repeats = len(passed) if 2 * len(passed) >= stream.depth else 0
         along = (use for ops in stream.trunk for op in ops for use in graph.matrices(op))
         square = sum(map(keeps_dimension, along))
@@ -135,6 +139,7 @@ def _number(writers: tuple[str, ...], number_of: dict[str, int]) -> int:
 def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -> defaultdict[str, list[PlacedUse]]:
     """All uses of every parameter with their roles; ``marks`` are those of summands."""
     placed: defaultdict[str, list[PlacedUse]] = defaultdict(list)
+    read_at = _places_that_read(graph, regions)
     regional = ((region, use) for region in regions for op in region.ops for use in graph.uses.get(op, ()))
     for region, use in regional:
         if use.kind == "penalty":
@@ -149,15 +154,14 @@ def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -
         if isinstance(found, Placed) and not found.role.in_branch and use in marks and not compounds:
             role = Role.EMBEDDING if use.kind == "add" and found.role is Role.STREAM_NORM else found.role
             found = replace(found, role=role, **marks[use]._asdict())
-        placed[use.parameter].append(PlacedUse(use, region, found))
+        placed[use.parameter].append(PlacedUse(use, region, found, read_at[use.op]))
     covered = {op for region in regions for op in region.ops}
     outside = Unplaced(
         "it is used outside of all that was found to lead to the stream, along it, in branches, and after it"
     )
     for use in (use for op, uses in graph.uses.items() if op not in covered for use in uses if use.kind != "penalty"):
-        placed[use.parameter].append(
-            PlacedUse(use, regions[0], outside)
-        )  # a loss depends on it, so it is not left alone
+        # a loss depends on it, so it is not left alone
+        placed[use.parameter].append(PlacedUse(use, regions[0], outside))
     for name, of_name in placed.items():
         # a discriminator of outputs, and of data, has the roles that it has on a stream's outputs
         roles = {u.use.kind: u.found for u in of_name if not u.found.apart}
@@ -214,20 +218,10 @@ def parameter_facts(name: str, shape: tuple[int, ...], uses: list[PlacedUse]) ->
                 head_dim = branch.attention.value_dim if branch.heads_write else 1
             elif role is Role.BRANCH_IN or (role is Role.BRANCH_IN_BIAS and fan_out != branch.hidden):
                 head_dim = branch.attention.key_dim
-    return ParameterFacts(
-        *(name, role, shape, fan_in, fan_out),
-        branch=region.number,
-        stream=region.stream,
-        transposed=use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1,
-        head_dim=head_dim,
-        tied=tied,
-        mixed=mixed,
-        active=active,
-        uses=_places_along_depth(uses),
-        variant=placed.found.variant,
-        function=function,
-        repeats=placed.found.repeats if isinstance(placed.found, Placed) else None,
-    )
+    transposed = use.stored_inputs_first if use.kind == "matrix" else len(shape) > 1
+    place = region.number, region.stream, transposed, head_dim, tied, mixed, active, _places_along_depth(uses)
+    repeats = placed.found.repeats if isinstance(placed.found, Placed) else None
+    return ParameterFacts(name, role, shape, fan_in, fan_out, *place, None, placed.found.variant, function, repeats)
 
 
 def likely_role(uses: list[PlacedUse]) -> Role:
@@ -281,39 +275,39 @@ def _agreeing(uses: list[PlacedUse]) -> list[PlacedUse]:
 def _places_along_depth(uses: list[PlacedUse]) -> int:
     """Number of places along a stream at which a parameter acts: other streams and forward passes add none."""
     summed = Counter[object]()
+    acts: set[tuple[object, int, int | None]] = set()
+    first: dict[Op, Places] = {}
     for placed in uses:
         if isinstance(placed.found, Placed) and placed.found.places is not None:
             summed[placed.use.part] += placed.found.places
-    if summed:
-        return max(summed.values())
-    regions: dict[tuple[Op, object], dict[tuple[int, int | None], Region]] = defaultdict(dict)
-    for placed in uses:
-        at = placed.region.stream, placed.region.position
-        regions[placed.use.op, placed.use.part].setdefault(at, placed.region)
-    acts: set[tuple[object, int, int | None]] = set()
-    for (op, part), places in regions.items():
-        again = _is_read_again(op, [*places.values()])
-        acts.update((part, *place) for place in ([*places] if again else [*places][:1]))
-    return max(Counter((part, stream) for part, stream, _ in acts).values(), default=1)
+        here = first.setdefault(placed.use.op, frozenset([(placed.region.stream, placed.region.position)]))
+        acts.update((placed.use.part, *place) for place in (placed.read_at if placed.region.branch else None) or here)
+    return max(summed.values() or Counter((part, stream) for part, stream, _ in acts).values(), default=1)
 
 
-def _is_read_again(op: Op, regions: list[Region]) -> bool:
-    """Whether several regions read the same of what an operation makes, and not parts of their own."""
-    if len(regions) == 1:
-        return False
-    common = set(regions[0].ops).intersection(*(region.ops for region in regions[1:]))
-    made = descendants((o for o in regions[0].ops if o in common), [op])
-    own = [[o for o in region.ops if o not in common] for region in regions]
-    read = [{value for o in ops for value in o.values if value[0] in made} for ops in own]
-    return len(set().union(*read)) < sum(map(len, read))
+def _places_that_read(graph: Graph, regions: list[Region]) -> dict[Op, Places]:
+    """Positions of the additions, by stream, that each operation leads to before any other; parts lead to their own."""
+    added = {r.branch.region.addition: frozenset([(r.stream, r.position)]) for r in regions if r.branch is not None}
+    found: dict[Op, Places] = {}
+    for op in reversed(graph.ops):
+        parts: dict[object, Places] = defaultdict(frozenset)
+        for user in graph.users[op]:
+            taken = tuple(map(user.saved, TAKEN)) if user.name in PARTS else None
+            for output in {number for operand, number in user.values if operand is op}:
+                parts[output, taken] |= added.get(user, found[user])
+        found[op] = max(parts.values(), key=len, default=frozenset())
+    return found
 
 
 _OF_UNITS = (Role.BRANCH_IN, Role.BRANCH_HIDDEN, Role.BRANCH_IN_BIAS)
 
 
-def _is_repeatable(use: Use) -> bool:
-    """Whether a gain or a matrix beside a branch keeps the dimension, so that every block can have one."""
-    return use.kind == "mul" or (use.kind == "matrix" and use.fans[0] == use.fans[1])
+def _is_repeatable(graph: Graph, op: Op, beside: tuple[Op, ...]) -> bool:
+    """Whether a gain, norm or matrix beside a branch keeps the dimension, so that every block can have one."""
+    kinds, fans = graph.kinds(op), [use.fans for use in graph.matrices(op)]
+    source = op.data[0].source if op.data else op  # a matrix, where stages of a ResNet meet
+    of_stage = "norm" in kinds and graph.is_matrix(source) and source in beside
+    return not of_stage and (bool(kinds & {"mul", "norm"}) or any(inputs == outputs for inputs, outputs in fans))
 
 
 def _is_norm(graph: Graph, segment: tuple[Op, ...]) -> bool:

@@ -41,12 +41,8 @@ def _is_scan(graph: Graph, ops: tuple[Op, ...]) -> bool:
             factors = [factor.source for factor in product.data] if product.name == "Mul" else [product, operand]
             for state, multiplier in permutations(factors, 2):
                 decays = product.name == "Mul" or is_multiplied(operand, product)
-                if (
-                    decays
-                    and state in multipliers
-                    and state.shape == op.shape
-                    and matrices.of(state) == matrices.of(op)
-                ):
+                same = state in multipliers and state.shape == op.shape
+                if decays and same and matrices.of(state) == matrices.of(op):
                     steps.append(multipliers[state] | {multiplier})
         multipliers[op] = max(steps, key=len)
     return max(map(len, multipliers.values()), default=0) >= _STEPS

@@ -51,11 +51,9 @@ def find_sums(graph: Graph, partition: Partition, constants: Constants, constant
 
 
 class _Sums:
-    def __init__(
-        self, graph: Graph, partition: Partition, constants: Constants, constant_additions: Iterable[Node]
-    ) -> None:
+    def __init__(self, graph: Graph, partition: Partition, constants: Constants, added: Iterable[Node]) -> None:
         self.graph, self.constants = graph, constants
-        self.fixed = {graph.by_node.get(node) for node in constant_additions}
+        self.fixed = {graph.by_node.get(node) for node in added}
         self.additions = {branch.addition for branch in partition.branches}
         streams = partition.streams
         self.head = {op for stream in streams for op in stream.head}
@@ -70,6 +68,7 @@ class _Sums:
             if op in self.additions or (linear and not op.name.endswith("Softmax") and not line.isdisjoint(op.data)):
                 line.add(op)
         line |= {op for op in outside if self.latest[op] < 0 or op in self.head}
+        line -= {op for s in streams for op in s.link if graph.uses.get(op)}  # of keys, to which no more is added
         self.sums = [op for op in graph.ops if op in outside & line and op.name in ("Add", "Sub") and op.shape != ()]
         self.summands = [summand for op in self._totals() for summand in self._summands(op)]
         self.alone = self._alone()
@@ -99,15 +98,13 @@ class _Sums:
                 rest += op.source.data
             else:
                 leaves.append(op)
-        if any(use.kind == "add" for use in self.graph.uses.get(total, ())) and not self._is_bias(total):
+        is_bias = bool(total.data) and self.graph.is_matrix(total.data[0].source)
+        if any(use.kind == "add" for use in self.graph.uses.get(total, ())) and not is_bias:
             found.append(_Summand(total, total, is_parameter=True, of_places=False))
         places = total in self.head and any(self.latest[leaf] >= 0 for leaf in leaves)
         if places:
             leaves += [operand for operand in total.data if operand not in self._others(total)]
         return found + [_Summand(leaf, total, is_parameter=False, of_places=places) for leaf in leaves]
-
-    def _is_bias(self, op: Op) -> bool:
-        return self.graph.is_matrix(op.data[0].source) if op.data else False
 
     def _alone(self) -> set[Op]:
         """Operations that nothing but summands are made of."""
@@ -119,10 +116,8 @@ class _Sums:
         for op in reversed(self.graph.ops):
             users = self.graph.users[op]
             begins = [u for u in users if u in self.sums and self.latest[u] < 0 and len({*u.data}) > 1]
-            within = (
-                u in found or u in ends.get(op, ()) or (op in ends and (u in in_sum or u in begins)) for u in users
-            )
-            if op not in self.additions and users and len(begins) < len(users) and all(within):
+            own = (u in found or u in ends.get(op, ()) or (op in ends and (u in in_sum or u in begins)) for u in users)
+            if op not in self.additions and users and len(begins) < len(users) and all(own):
                 found.add(op)
         return found
 

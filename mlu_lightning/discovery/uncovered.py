@@ -61,10 +61,8 @@ def require_sums(module: nn.Module, graph: Graph, partition: Partition) -> None:
         gates = [gate for ops in stream.trunk if (gate := _gate(graph, ops)) is not None]
         if len(gates) > 1 or (gates and stream.depth < 4):
             names = [use.parameter for use in graph.matrices(gates[0])]
-            beside = (
-                use for op in graph.uses for use in graph.matrices(op) if owner_of(use.parameter) == owner_of(names[0])
-            )
-            again = [name for name, count in Counter(use.parameter for use in beside).items() if count > 1]
+            uses = (u for op in graph.uses for u in graph.matrices(op) if owner_of(u.parameter) == owner_of(names[0]))
+            again = [name for name, count in Counter(use.parameter for use in uses).items() if count > 1]
             if again:
                 raise _recurrent(module, again)
             raise ValueError(

@@ -121,10 +121,8 @@ class Units:
     @cached_property
     def _compared_last(self) -> Reached:
         read = [operand for op in self.writers or self.ops[-1:] for operand in op.data]
-        inside = set(self.ops)
-        last, _ = between(
-            read, lambda o: o not in inside or (self.graph.is_matrix(o) and not is_depthwise(self.graph, o))
-        )
+        ops = set(self.ops)
+        last, _ = between(read, lambda o: o not in ops or (self.graph.is_matrix(o) and not is_depthwise(self.graph, o)))
         of_last = [axis for each in self._comparisons if each.op in last for axis in each.axes]
         return reached_from(self.graph, self.ops, of_last)
 

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -128,21 +129,12 @@ def base_of_module(module: nn.Module, structure: Structure) -> Base:
             "needs, do not exist. Build the base on a real device; it is the small model."
         )
     stds = {name: _std(name, value, structure.roles[name], module) for name, value in values.items()}
+    counted = attrgetter("active", "uses", "variant", "constant", "repeats")
     scales, constants = own_factors(structure, "logits_scale"), own_factors(structure, "constant")
     return Base(
         parameters={
-            name: BaseParameter(
-                role=structure.roles[name],
-                shape=facts.shape,
-                fans=(facts.fan_in, facts.fan_out),
-                std=stds[name],
-                active=facts.active,
-                uses=facts.uses,
-                variant=facts.variant,
-                constant=facts.constant,
-                repeats=facts.repeats,
-            )
-            for name, facts in structure.parameters.items()
+            name: BaseParameter(structure.roles[name], f.shape, (f.fan_in, f.fan_out), stds[name], *counted(f))
+            for name, f in structure.parameters.items()
         },
         streams=tuple((stream.depth, stream.embedding) for stream in structure.streams),
         branches={
@@ -217,9 +209,7 @@ def counterparts(structure: Structure, base: Base) -> dict[str, BaseParameter]:
         else:
             differences.append(f"{name} has no counterpart in the base")
     patterns = {name_pattern_of_parts(name) for name in structure.parameters}
-    others = {
-        pattern: names[0] for pattern, names in by_pattern.items() if name_pattern_of_parts(pattern) not in patterns
-    }
+    others = {p: names[0] for p, names in by_pattern.items() if name_pattern_of_parts(p) not in patterns}
     missing = [name for name in others.values() if base.parameters[name].role is not Role.FROZEN]
     differences.extend(f"{name} of the base has no counterpart in the module" for name in missing)
     if differences:

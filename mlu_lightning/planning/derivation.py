@@ -48,26 +48,10 @@ def plan_parameters(
         depths = stream.depth, stream.base_depth
         if COUNTED & {facts.variant, of_base.variant}:
             depths = facts.repeats or 1, of_base.repeats or 1
-        planned[name] = ParameterPlan(
-            role=facts.role,
-            shape=facts.shape,
-            fans=fans,
-            base_fans=of_base.fans,
-            base_shape=None if base is None else of_base.shape,
-            base_std=of_base.std,
-            depth=depths[0],
-            base_depth=depths[1],
-            active=facts.active,
-            base_active=of_base.active,
-            uses=facts.uses,
-            base_uses=of_base.uses,
-            constant=facts.constant,
-            base_constant=of_base.constant,
-            variant=facts.variant or of_base.variant,
-            branch=facts.branch,
-            transposed=facts.transposed,
-            mixed=facts.mixed,
-        )
+        sizes = facts.shape, fans, of_base.fans, None if base is None else of_base.shape, of_base.std, *depths
+        counts = facts.active, of_base.active, facts.uses, of_base.uses, facts.constant, of_base.constant
+        numbers = (*sizes, *counts, None, facts.variant or of_base.variant, facts.branch, facts.transposed, facts.mixed)
+        planned[name] = ParameterPlan(facts.role, *numbers)
     return planned
 
 
@@ -76,20 +60,9 @@ def plan_branches(structure: Structure, base: Base | None) -> tuple[BranchPlan, 
     planned, found = [], _base_branches(structure, base)
     for branch in structure.branches:
         of_base = found[branch.name] or BaseBranch(1, None, None, 1.0)
-        planned.append(
-            BranchPlan(
-                name=branch.name,
-                kind=branch.kind,
-                hidden=branch.hidden,
-                base_hidden=of_base.hidden,
-                stream=branch.stream,
-                position=branch.position,
-                head_dim=branch.head_dim,
-                base_head_dim=of_base.head_dim,
-                logits_scale=branch.logits_scale,
-                base_logits_scale=of_base.logits_scale,
-            )
-        )
+        place = branch.name, branch.kind, branch.hidden, of_base.hidden, branch.stream, branch.position
+        of_logits = branch.head_dim, of_base.head_dim, branch.logits_scale, of_base.logits_scale
+        planned.append(BranchPlan(*place, *of_logits))
     return tuple(planned)
 
 

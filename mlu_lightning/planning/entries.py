@@ -38,9 +38,8 @@ class ParameterPlan:
     variant: Variant | None = None  # what about its place changes the row of its role
     branch: int | None = None  # index into ``Plan.branches``
     transposed: bool = False  # whether it is stored [inputs, outputs], unlike the weight of ``nn.Linear``
-    mixed: bool = (
-        False  # whether some rows make what hidden units share, which fans do not count (theory.md, section 3)
-    )
+    # whether some rows make what hidden units share, which fans do not count (theory.md, section 3)
+    mixed: bool = False
 
     @property
     def row(self) -> str:
@@ -127,9 +126,8 @@ class Multiplier:
     # the module's own, which ``value`` is relative to: their product, next to the base's constant, is the table's factor
     constant: float | None = None
     base_constant: float | None = None
-    gains: tuple[
-        str, ...
-    ] = ()  # where it goes after the training, if ``folds`` is empty: into the norm before a readout
+    # where it goes after the training, if ``folds`` is empty: into the norm before a readout
+    gains: tuple[str, ...] = ()
 
     @property
     def constant_ratio(self) -> float:

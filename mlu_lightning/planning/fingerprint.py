@@ -13,14 +13,8 @@ from mlu_lightning.planning.plan import Plan
 def fingerprint(plan: Plan) -> str:
     """Hash the numbers of a plan that a run depends on after its initialization: equal runs have equal fingerprints."""
     content = {
-        "parameters": {
-            name: [parameter.row, list(parameter.shape), *_ratios(parameter)]
-            for name, parameter in plan.parameters.items()
-        },
-        "multipliers": [
-            [multiplier.name, multiplier.kind, float(multiplier.value), str(multiplier.site), list(multiplier.folds)]
-            for multiplier in plan.multipliers
-        ],
+        "parameters": {name: [p.row, list(p.shape), *_ratios(p)] for name, p in plan.parameters.items()},
+        "multipliers": [[m.name, m.kind, float(m.value), str(m.site), list(m.folds)] for m in plan.multipliers],
         "parameterization": plan.parameterization.value,
         "alpha": float(plan.alpha),
         "horizon": [*map(float, astuple(plan.horizon))],

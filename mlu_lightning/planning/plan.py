@@ -164,19 +164,9 @@ class Plan:
         streams = plan_streams(structure, reference)
         parameters = plan_functions(structure, plan_parameters(structure, reference, streams), parameterization)
         multipliers, warnings = plan_multipliers(structure, reference, parameters, streams, parameterization)
-        return cls(
-            parameters=parameters,
-            branches=plan_branches(structure, reference),
-            streams=streams,
-            multipliers=with_copies(multipliers, structure.copies),
-            alpha=alpha,
-            warnings=structure.warnings + warnings,
-            taps=structure.taps,
-            features=structure.features,
-            parameterization=parameterization,
-            horizon=horizon,
-            tuned=read_tuned(tuned),
-        )
+        parts = parameters, plan_branches(structure, reference), streams, with_copies(multipliers, structure.copies)
+        found = structure.warnings + warnings, structure.taps, structure.features
+        return cls(*(*parts, alpha, *found, parameterization, horizon, read_tuned(tuned)))
 
     @property
     def roles(self) -> dict[str, Role]:
@@ -192,15 +182,8 @@ class Plan:
         return Base(
             parameters={
                 name: BaseParameter(
-                    p.role,
-                    p.base_shape or (),
-                    p.base_fans,
-                    p.base_std,
-                    p.base_active,
-                    p.base_uses,
-                    p.variant,
-                    p.base_constant,
-                    p.base_depth if p.variant in COUNTED else None,
+                    *(p.role, p.base_shape or (), p.base_fans, p.base_std, p.base_active, p.base_uses, p.variant),
+                    *(p.base_constant, p.base_depth if p.variant in COUNTED else None),
                 )
                 for name, p in self.parameters.items()
             },

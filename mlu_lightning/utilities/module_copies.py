@@ -98,9 +98,9 @@ def copied_batch(batch: Any, stand_in: Callable[[Tensor], Tensor]) -> Any:
 
 def fake_tensor(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
     """Make a tensor of the same shape without memory."""
-    with fake:
-        device = "cpu" if tensor.is_meta else tensor.device
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    with torch._C._DisableTorchDispatch():  # the mode may be on, for which this is an operation
+        memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(fake, memory, torch.device("cpu") if tensor.is_meta else tensor.device)
 
 
 class _StandIns(TorchFunctionMode):

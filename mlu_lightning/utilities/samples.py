@@ -53,11 +53,11 @@ class Sample:
 
     def has_part_of(self, third: Sample, other: Sample) -> bool:
         """Whether the other's values are a multiple of these and, by more than rounding, one of the third's."""
+        if self.is_of(other) or self.shape != third.shape or len(other.values) < 4:
+            return False
         columns = torch.stack([self.values, third.values], dim=1).double()
         values = other.values.double()[:, None]
-        if len(values) < 4 or self.is_of(other) or not bool(columns.isfinite().all() and values.isfinite().all()):
-            return False
-        parts = torch.linalg.lstsq(columns, values, driver="gelsd").solution
+        parts = torch.linalg.lstsq(columns.nan_to_num(0, 0, 0), values.nan_to_num(0, 0, 0), driver="gelsd").solution
         return bool((values - columns @ parts).norm() < 1e-3 * (columns[:, 1] * parts[1]).norm())
 
 

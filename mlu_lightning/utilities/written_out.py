@@ -121,12 +121,5 @@ _NOT_COMPUTED = frozenset(
 """Functions in place that compute nothing of the entries that were there."""
 _SUMS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("addmm", "baddbmm", "addmv"), _mm),
-    "addbmm": _addbmm,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
-    "lerp": _lerp,
-    "rsub": _rsub,
-    "index_add": _index_add,
-    "scatter_add": _scatter_add,
-    "index_put": _index_put,
+    **{f.__name__[1:]: f for f in (_addbmm, _addcmul, _addcdiv, _lerp, _rsub, _index_add, _scatter_add, _index_put)},
 }

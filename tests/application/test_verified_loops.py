@@ -48,7 +48,7 @@ def descend(module: Any) -> None:
 FAULTS = [
     ({"forward": direct}, "multiplier of the branch 'blocks.0' was not seen"),
     ({"own": all_but_readout, "after": descend}, "Weights have moved in the first steps.* readout.weight"),
-    ({"own": lambda m: ByHand(m.parameters(), "lr", **NUMBERS), "family": "adamw"}, "without reading lr"),
+    ({"own": lambda m: ByHand(m.parameters(), "lr", **NUMBERS), "family": "adamw"}, "a number of its own for lr"),
 ]
 
 

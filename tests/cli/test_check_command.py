@@ -32,7 +32,7 @@ def test_configuration_without_the_plugin_fails(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "verdict"), [(SHORTEST, 4, "UNDECIDED: "), ([*QUICK, "--seeds", "8"], 0, "PASS: ")]
+    ("options", "code", "verdict"), [(SHORTEST, 4, "UNDECIDED: "), ([*QUICK, "--seeds", "5"], 0, "PASS: ")]
 )
 def test_exit_code(options: list[str], code: int, verdict: str, tmp_path: Path, capsys: Any) -> None:
     path = write(tmp_path, trainer={"max_steps": 9, "callbacks": [PLUGIN]})

@@ -19,14 +19,9 @@ FEATURES, D = torch.linspace(-1, 1, 120).reshape(3, 8, 5), 16
 
 def _deepseek(heads: int, query_dim: int, value_dim: int) -> nn.Module:
     """Latent attention: keys and values of different dimensions from one matrix, a part of keys shared by heads."""
-    numbers = {"num_attention_heads": heads, "num_key_value_heads": heads, "v_head_dim": value_dim}
-    numbers |= {
-        "qk_nope_head_dim": query_dim - 4,
-        "qk_rope_head_dim": 4,
-        "kv_lora_rank": 16,
-        "first_k_dense_replace": 2,
-    }
-    return hugging_face("DeepseekV3", q_lora_rank=None, **numbers)(4)
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads, "v_head_dim": value_dim}
+    sizes |= {"qk_nope_head_dim": query_dim - 4, "qk_rope_head_dim": 4, "kv_lora_rank": 16, "first_k_dense_replace": 2}
+    return hugging_face("DeepseekV3", q_lora_rank=None, **sizes)(4)
 
 
 @pytest.mark.parametrize(

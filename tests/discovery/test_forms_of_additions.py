@@ -81,7 +81,7 @@ def queried(net: Net, x: Tensor) -> Any:
     return net.out(h)
 
 
-def positioned(net: Net, x: Tensor) -> Any:
+def placed(net: Net, x: Tensor) -> Any:
     """Learned positions of queries are added to what every block reads; the stream begins at 0."""
     memory, positions = net.embed(x), net.latents.expand(len(x), -1, -1)
     h = torch.zeros(len(x), 2, 8)
@@ -172,12 +172,7 @@ CASES: list[tuple[Callable[..., Any], str, list[int], str]] = [
     (gained, "blocks gains", [2], "blocks.1.read: branch_in, gains.0: stream_norm"),
     (reversible, "blocks more", [4], "blocks.0.read: branch_in, more.1.write: branch_out, embed: embedding"),
     (queried, "blocks mixers latents", [4], "latents: embedding, mixers.0.q: branch_in, mixers.0.norm: branch_norm"),
-    (
-        positioned,
-        "blocks mixers latents",
-        [3],
-        "latents: embedding, mixers.1.q: branch_hidden, blocks.0.read: branch_in",
-    ),
+    (placed, "blocks mixers latents", [3], "latents: embedding, mixers.1.q: branch_hidden, blocks.0.read: branch_in"),
     (prompted, "mixers latents", [2], "latents: embedding, mixers.0.q: branch_in, mixers.0.o: branch_out"),
     (handed_on, "mixers", [2], "mixers.1.q: branch_in, mixers.1.v: branch_in, mixers.1.o: branch_out"),
     (two_outputs, "blocks side", [2], "out: readout, side: readout"),
@@ -270,3 +265,14 @@ def test_a_network_without_residual_additions_is_refused_whatever_its_loss() -> 
     module = Step(lambda net, x: (x[..., :2] - net.out(torch.relu(net.embed(x)))).abs().mean())
     with pytest.raises(ValueError, match="has no residual branches"):
         discover(module, X)
+
+
+def test_what_other_blocks_read_again_acts_there_too() -> None:
+    def forward(net: Net, x: Tensor) -> Any:
+        h = net.embed(x)
+        gate = torch.tanh(net.gate(h))
+        for block in net.blocks:
+            h = h + block.write(block.read(h) * gate)
+        return net.out(h)
+
+    assert discover(Net(forward, gate=nn.Linear(8, 16)), X).parameters["gate.weight"].uses == 2

@@ -90,14 +90,13 @@ def through_dropout(net: Net, h: Tensor, i: int) -> Any:
 NORMS = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
 nn.init.normal_(NORMS[1].bias)
 NORMED = {"norm.1.weight", "norm.1.bias"}
+GATED = nn.ModuleList(nn.Linear(8, 16) for _ in range(2))
 SITES: dict[str, tuple[Change, dict[str, Any], str, set[str]]] = {
     "other branches call the module too": (through_dropout, {"drop": nn.Dropout(0.0)}, "None", write(1)),
-    "called twice in a branch": (
-        lambda net, h, i: net.blocks[i](h) + net.blocks[i](-h),
-        {},
-        "blocks.1 output",
-        write(1),
-    ),
+    "called twice": (lambda net, h, i: net.blocks[i](h) + net.blocks[i](-h), {}, "blocks.1 output", write(1)),
+    "times the stream": (lambda net, h, i: h * net.blocks[i](h), {}, "blocks.1 output", write(1)),
+    "the largest": (lambda net, h, i: net.blocks[i](h[:, None]).amax(1), {}, "blocks.1 output", write(1)),
+    "gated": (lambda net, h, i: nn.functional.glu(net.g[i](h)), {"g": GATED}, "g.1 output, entries 0 to 8", set()),
     "a norm at the end": (lambda net, h, i: net.norm[i](net.blocks[i](h)), {"norm": NORMS}, "norm.1 output", NORMED),
     "with a constant": (lambda net, h, i: net.blocks[i](h) + 1.0, {}, "None", set()),
 }

@@ -25,9 +25,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, dim = x.shape
-        q, k, v = (
-            part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.ln_1(x)).split(dim, 2)
-        )
+        q, k, v = (p.view(batch, length, self.heads, -1).transpose(1, 2) for p in self.qkv(self.ln_1(x)).split(dim, 2))
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.proj(heads.transpose(1, 2).reshape(batch, length, dim))
         return x + self.mlp(self.ln_2(x))

@@ -14,9 +14,7 @@ class Attention(nn.Module):
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.query, self.key, self.value)
-        )
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.query, self.key, self.value))
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
         return x + self.out((weights @ v).transpose(1, 2).flatten(2))
 

@@ -24,6 +24,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "convolutions": lambda x: (F.conv1d(x[None], x[:, :4, None]), F.max_pool1d(x, 2), F.avg_pool1d(x, 3)),
     "joined": lambda x: (torch.cat([x, x]), torch.cat([x, x.t().reshape(4, 6)], 1), torch.stack([x]), x[[0, 2]]),
     "attention": lambda x: F.scaled_dot_product_attention(*[x.view(1, 2, 6, 2)] * 3, is_causal=True),
+    "in place": lambda x: (x.clone().add_(1), x.clone().clamp_(0, 1), F.relu_(x * 1), x.clone().t()[1].mul_(x[:, 0])),
     "losses": lambda x: (F.cross_entropy(x, x[:, 0].long()), F.mse_loss(x, x + 1), x.sum()),
     "changes in place": lambda x: (x + 1).mul_(2).t_().add_(1).transpose_(0, 1)[1:].zero_(),
     "known values": lambda x: (x * torch.tensor(2.0), x.new_ones(()) * 3, torch.tensor(2.0) * 3, torch.tensor(3.0)),
