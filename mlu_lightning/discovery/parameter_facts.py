@@ -165,7 +165,10 @@ def place_uses(graph: Graph, regions: list[Region], marks: Mapping[Use, Mark]) -
     for name, of_name in placed.items():
         # a discriminator of outputs, and of data, has the roles that it has on a stream's outputs
         roles = {u.use.kind: u.found for u in of_name if not u.found.apart}
-        placed[name] = [replace(u, found=roles.get(u.use.kind, u.found)) if u.found.apart else u for u in of_name]
+        others = [roles.get(u.use.kind, u.found) if u.found.apart else u.found for u in of_name]
+        placed[name] = [
+            u if o.role is u.found.role else replace(u, found=o) for u, o in zip(of_name, others, strict=True)
+        ]
     return placed
 
 

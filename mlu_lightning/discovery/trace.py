@@ -197,7 +197,6 @@ def _run(
             if not missing:
                 break
             kept = len(losses), len(calls), len(functions)
-            # in real time, such a step may need what comes before it
             with suppress(*_FAILURES) if fake is None else nullcontext():
                 losses.extend(tensors_in(_train(twin, batch(), number)))
             if missing == learned - _reached(nodes_below(_roots(losses)), names):
