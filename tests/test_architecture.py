@@ -15,7 +15,7 @@ PACKAGE, RECIPES, TESTS = ROOT / "mlu_lightning", ROOT / "recipes", ROOT / "test
 TOP_LEVEL = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "mlu_lightning", "tests", "recipes"}
 # lines of all Python files, as `wc -l` counts them, and of one
 LONGEST_FILE = 400
-MOST_LINES = {PACKAGE: 26_480, RECIPES: 5_180, TESTS: 33_500}
+MOST_LINES = {PACKAGE: 26_500, RECIPES: 5_180, TESTS: 33_520}
 # these work in a loop without Lightning, and callbacks are adapters to them
 WITHOUT_TRAINER = ("discovery", "planning", "application", "observation", "limit", "shapes", "utilities", "table.py")
 

@@ -41,6 +41,11 @@ class Constants:
         """What all uses of a parameter are multiplied by, and what matrices read; None if uses differ."""
         return _common(map(self._of_use, uses))
 
+    def after(self, op: Op) -> tuple[float, ...]:
+        """What an operation's output is multiplied by; nothing if uses of it differ, or the number is not known."""
+        factor = self._onward[op][0]
+        return () if math.isnan(factor) or math.isclose(factor, 1.0, rel_tol=1e-6) else (factor,)
+
     @property
     def of_streams(self) -> float:
         """What a stream is multiplied by from one addition to the next; 1 where it is not, or normalized there."""

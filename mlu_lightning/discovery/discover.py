@@ -117,7 +117,7 @@ def _structure(module: nn.Module, example: Any) -> Structure:
     multiplied = {branch.site for branch in branches} | {readout.site for readout in readouts}
     multiplied |= {branch.logits.site for branch in branches if branch.logits is not None}
     roots = frozenset(branch.root for branch in parts.branches)
-    taps = StreamTaps(trace, graph, sums, roots, frozenset(filter(None, multiplied)))
+    taps = StreamTaps(trace, graph, sums, roots, frozenset(filter(None, multiplied)), factors)
     along = [[r.branch for r in regions if r.branch is not None and r.stream == i] for i in range(len(depths))]
     streams = tuple(Stream(depth, taps.dimension(calls)) for depth, calls in zip(depths, along, strict=True))
     branches = tuple(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
 from mlu_lightning.discovery.branch_roles import BranchRoles
+from mlu_lightning.discovery.constants import Constants
 from mlu_lightning.discovery.graph import CONVOLUTIONS, PERMUTATIONS, RESHAPES, VIEWS, Graph, Op, Value
 from mlu_lightning.discovery.structure import Site, Tap
 from mlu_lightning.discovery.trace import Trace
@@ -27,6 +28,7 @@ class StreamTaps:
     streams: Mapping[Op, Op]  # operand of every residual addition that is the stream
     roots: frozenset[Op]  # what branches read
     multiplied: frozenset[Site]  # sites of multipliers; what one of these has changed is not read
+    factors: Constants
 
     def stream(self, number: int, branches: Iterable[BranchRoles]) -> list[Tap]:
         """Taps of a stream, by position; where several forward passes run along it, of that with the most of them."""
@@ -37,9 +39,11 @@ class StreamTaps:
 
     def readout(self, number: int, matrices: Iterable[Op], biases: set[Op]) -> Tap | None:
         """Tap of a readout's output, of all operations with its matrix; ``biases`` are the additions of its bias."""
-        outputs = (op for matrix in matrices for op in self._outputs(matrix, biases))
-        taps = (self._tap(("readout", number, 0), (op, 0), self._axes.get(op)) for op in outputs)
-        return next((tap for tap in taps if tap is not None), None)
+        for op in (op for matrix in matrices for op in self._outputs(matrix, biases)):
+            tap = self._tap(("readout", number, 0), (op, 0), self._axes.get(op))
+            if tap is not None:
+                return replace(tap, constants=self.factors.after(op))
+        return None
 
     def dimension(self, branches: list[BranchRoles]) -> int:
         """Dimension of a stream after its last branch."""

@@ -156,6 +156,7 @@ class Tap:
             are given, positional ones first; of a function, its calls before this one.
         axis: axis of the coordinates, targets, units or keys: -1 where that is the last one, 1 for channels of an image.
         function: torch function in the submodule that reads or returns pre-activations, ``"attention"`` for logits.
+        constants: what the module multiplies a readout's output by afterwards, such as 1/sqrt(D); what is read has them.
 
     >>> print(Tap("units", 0, 3, "blocks.3", "input", 0, -1, "gelu"))
     units 0 after 3 additions: blocks.3 gelu input[0]
@@ -169,6 +170,7 @@ class Tap:
     index: int | None
     axis: int
     function: str | None = None
+    constants: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         after = f" after {self.position} additions" if self.reads != "readout" else ""

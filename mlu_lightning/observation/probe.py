@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, reduce
+from math import prod
 from operator import add
 from typing import Any
 
@@ -83,6 +84,7 @@ def observe_counted(
             if positions < len(rows):
                 rows = rows[chosen(len(rows), rows.device)]
             values = rows.to("cpu", torch.float32, copy=True)  # at once, because what follows may change it in place
+            values *= prod(tap.constants)
         read[tap] = values
 
     taps = dict.fromkeys(tap for location in locations for tap in location.taps)

@@ -210,6 +210,7 @@ def test_optimizers_without_groups_of_torch_are_refused() -> None:
 
 def test_a_module_that_nobody_gave_back_is_not_kept() -> None:
     """Torch has hooks of all optimizers for good, and a fit may end without a word to its callbacks."""
+    gc.collect()  # what other tests have left
     before = dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)
     module = Weights()
     optimizers = Optimizers(module, plan_of(module))

@@ -1,4 +1,4 @@
-"""Two processes that Lightning takes for those of one machine; they are forked, and import nothing anew."""
+"""Two processes that Lightning takes for those of one machine; where autograd may go on in a fork, they are forked."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from torch.multiprocessing.spawn import start_processes
 
 def on_two_ranks(function: Callable[..., Any], *arguments: Any) -> None:
     """Call a function in both; what one of them raises is raised here, too."""
-    start_processes(_call, (find_free_network_port(), function, *arguments), nprocs=2, start_method="fork")
+    method = "fork" if torch.version.cuda is None else "spawn"
+    start_processes(_call, (find_free_network_port(), function, *arguments), nprocs=2, start_method=method)
 
 
 def rank() -> int:

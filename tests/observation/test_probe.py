@@ -37,6 +37,16 @@ def test_rows_are_evenly_spaced_over_samples_and_tokens() -> None:
         torch.testing.assert_close(found["output"], model(tokens[:, :-1]).flatten(0, 1)[rows])
 
 
+@pytest.mark.parametrize("own", [lambda y: y / 6**0.5, lambda y: (0.5 * (3.0 * y).T).T])
+def test_outputs_have_the_constants_that_the_module_puts_on_them(own: Callable[[Tensor], Tensor]) -> None:
+    class Constants(ResNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return own(super().forward(x))
+
+    model, batch = Constants(**SHAPE), pairs()
+    torch.testing.assert_close(observe(model, batch, locations_in(model, batch))["output"], model(batch[0]).detach())
+
+
 def test_compiled_module_is_read_and_its_code_is_not_used() -> None:
     model, batch = ResNet(**SHAPE), pairs()
     locations = locations_in(model, batch)
