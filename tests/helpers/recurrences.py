@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-VOCABULARY, LENGTH = 24, 16
+VOCABULARY, LENGTH = 16, 16
 
 
 class Layers(nn.Module):
