@@ -1,7 +1,7 @@
 """Write named tensors to a safetensors file that a run replaces again and again, and read it at any moment.
 
-The safetensors library parses and checks the format, and nothing in a file is executed; what is here puts a new file, byte
-for byte as that library would write it, in the place of an older one at once, and reads one that may be replaced meanwhile.
+The safetensors library writes, parses and checks the format, and nothing in a file is executed; what is here puts a new
+file in the place of an older one at once, and reads one that may be replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -15,16 +15,29 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mlu_lightning.utilities.whole_files import write_whole
 
-_NAMES = (
-    "uint64 U64 int64 I64 float64 F64 complex64 C64 float32 F32 uint32 U32 int32 I32 bfloat16 BF16 float16 F16 uint16 U16 "
-    "int16 I16 float8_e4m3fn F8_E4M3 float8_e5m2 F8_E5M2 int8 I8 uint8 U8 bool BOOL"
-).split()
-# what a tensor can hold, with its name in the file, in the order in which they are there
-DTYPES: dict[torch.dtype, str] = {getattr(torch, name): _NAMES[i + 1] for i, name in enumerate(_NAMES) if i % 2 == 0}
+DTYPES = {  # what a tensor can hold, with its name in the file
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 ReadT = TypeVar("ReadT")
 _LONGEST_HEADER = 2**25  # bytes; one of JSON takes up to 25 in memory, and a tensor has about 100
@@ -53,19 +66,12 @@ def read_tensor_file(path: Path, read: Callable[[Any, dict[str, str]], ReadT]) -
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in the place of an older one, which stays as it is until the new one is complete."""
-    places = {dtype: place for place, dtype in enumerate(DTYPES)}
-    parts: dict[str, Any] = {"__metadata__": dict(metadata)}
-    contents, end = list[memoryview](), 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (places[item[1].dtype], item[0])):
-        contents.append(_bytes(tensor))
-        begin, end = end, end + contents[-1].nbytes
-        parts[name] = {"dtype": DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-    header = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    if len(header) > _LONGEST_HEADER:
-        raise OSError(f"{path} would have a header of {len(header)} bytes, and at most {_LONGEST_HEADER} are read")
+    content = save(dict(tensors), dict(metadata))
+    header = int.from_bytes(content[:8], "little")
+    if header > _LONGEST_HEADER:
+        raise OSError(f"{path} would have a header of {header} bytes, and at most {_LONGEST_HEADER} are read")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole({path: b"".join((len(header).to_bytes(8, "little"), header, *contents))})
+    write_whole({path: content})
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
@@ -74,12 +80,8 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
     for name, tensor in tensors:
         # JSON shows where it ends, and dtype and shape tell where the values end
         hasher.update(json.dumps([name, DTYPES[tensor.dtype], tensor.shape]).encode())
-        hasher.update(_bytes(tensor))
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def parse_json(text: str) -> Any:
