@@ -209,13 +209,7 @@ class MultiplierSites:
             if op.name == "Bmm" and len(operands) == 2 and self._factors(operands[1]) is None:
                 operands = operands[:1] if self._factors(operands[0]) is not None else ()
             sums = op.name in ("Add", "Sub") and None not in op.operands
-            alone = len(operands) == 1 and op.name in RESHAPES | JOINS | _HOMOGENEOUS | {
-                "Mul",
-                "Div",
-                "Bmm",
-                "Select",
-                "Slice",
-            }
+            alone = len(operands) == 1 and op.name in _PASSES
             alone = alone and not (op.name in JOINS and self.graph.uses.get(op))  # a parameter takes some of the places
             if not (sums or alone):
                 break
