@@ -232,8 +232,9 @@ class ScaledOptimizer:
         if args and args[0] is not None:
             return (self._outside(args[0]), *args[1:]), kwargs
         if self._hooked:
-            begin = lambda *_: self._swap_in() if self.updates else None  # noqa: E731
-            self._inner.append(self.optimizer.register_step_pre_hook(begin))
+            self._inner.append(
+                self.optimizer.register_step_pre_hook(lambda *_: self._swap_in() if self.updates else None)
+            )
         else:
             self._swap_in()
         return args, kwargs
@@ -273,7 +274,8 @@ class ScaledOptimizer:
             self._told = False
             if self._hooked:  # hooks after it may change weights
                 self._inner.append(first := self.optimizer.register_step_post_hook(lambda *_: self._updated()))
-                self.optimizer._optimizer_step_post_hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]
+                hooks = self.optimizer._optimizer_step_post_hooks
+                hooks.move_to_end(first.id, last=False)  # type: ignore[attr-defined]  # torch says dict, and means OrderedDict
         shadows = [group for split in self.splits for group in split.groups_of_step(self.optimizer)]
         self._users = [*groups]
         groups[:] = shadows
