@@ -243,7 +243,7 @@ class _InnerGradients(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         # torch's types have a bool here, and it is a descriptor
-        if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__) and not args[0].is_leaf:  # type: ignore[attr-defined]  # a property
+        if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__) and not args[0].is_leaf:  # type: ignore[attr-defined]
             args[0].retain_grad()  # torch allows it on the batch, and its stand-in requires a gradient already
             return args[0]
         if func in _ADDITIONS:
