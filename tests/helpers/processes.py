@@ -23,11 +23,17 @@ def forked(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     return process
 
 
-def exit_code(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-    """Call a function in a process of its own, which trains: autograd of a build for GPUs may not go on in a fork."""
+def training(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """The same of a function that trains: autograd of a build for GPUs may not go on in a fork."""
     context: Any = fork if torch.version.cuda is None else multiprocessing.get_context("spawn")
     process = context.Process(target=function, args=arguments, kwargs=more)
     process.start()
+    return process
+
+
+def exit_code(function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    """Call a function that trains in a process of its own."""
+    process = training(function, *arguments, **more)
     process.join()
     return process.exitcode
 

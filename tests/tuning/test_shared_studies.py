@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import optuna
 import pytest
-from helpers.processes import forked
+from helpers.processes import forked, training
 from helpers.tuned_trainings import Failing, Small, tuned
 
 
@@ -50,7 +50,7 @@ JOURNAL = pytest.param("{}/journal.log", marks=pytest.mark.slow)
 def test_two_processes_work_on_one_study(tmp_path: Path, storage: str, request: pytest.FixtureRequest) -> None:
     url = request.getfixturevalue(storage) if storage == "postgresql" else storage.format(tmp_path)
     shared = {"storage": url, "trials": 4}
-    others = [forked(tuned, tmp_path, **shared) for _ in range(2)]
+    others = [training(tuned, tmp_path, **shared) for _ in range(2)]
     for other in others:
         other.join(60)
         assert other.exitcode == 0
